@@ -1,0 +1,65 @@
+"""The family of errors that entangle raises on purpose.
+
+Every message states the value received, the rule it breaks and the remedy. The command line turns
+them into one line on standard error and the exit status in ``exit_code``.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class EntangleError(Exception):
+    """Base of all errors raised by entangle."""
+
+    exit_code = 1
+
+
+class InvalidInput(EntangleError, ValueError):
+    """A value from the user breaks a rule (exit status 2)."""
+
+    exit_code = 2
+
+
+class UnknownName(InvalidInput, LookupError):
+    """A name (model, layer, data set, column) does not exist; the message lists the closest."""
+
+
+class Unavailable(EntangleError, OSError):
+    """Something outside the program is missing or refuses: network, file, disk (exit status 2)."""
+
+    exit_code = 2
+
+
+class MemoryLimit(EntangleError, MemoryError):
+    """Memory ran out; the message names the setting to lower (exit status 2)."""
+
+    exit_code = 2
+
+
+class NumericalError(EntangleError, ArithmeticError):
+    """A computation has no trustworthy result (for example a matrix that cannot be factorised)."""
+
+
+def unknown_name(kind: str, value: str, choices: Iterable[str], remedy: str = "") -> UnknownName:
+    """Build the error for a name that does not exist.
+
+    Parameters
+    ----------
+    kind
+        What was looked for, for example ``"layer"``.
+    value
+        The name received.
+    choices
+        The names that do exist; the five closest are listed.
+    remedy
+        A closing sentence that tells what to do.
+
+    Returns
+    -------
+    UnknownName
+        To be raised by the caller.
+    """
+    names = list(dict.fromkeys(choices))
+    closest = difflib.get_close_matches(value, names, n=5, cutoff=0.0)
+    listing = f" Closest: {', '.join(closest)}." if closest else " There are none."
+    return UnknownName(f"unknown {kind} {value!r}.{listing}{' ' + remedy if remedy else ''}")

@@ -1,0 +1,56 @@
+"""dtype and device policy, in one place.
+
+The model runs in its own dtype; statistics are accumulated in the widest type the device has; no
+TensorFloat-32 inside solvers.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from entangle.errors import InvalidInput
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+    """Translate a dtype's name; ``"auto"`` gives None (the dtype the model is stored in)."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return None
+    if dtype not in DTYPES:
+        raise InvalidInput(f"`dtype` must be auto, {', '.join(DTYPES)}; got {dtype!r}.")
+    return DTYPES[dtype]
+
+
+def resolve_device(device: str | torch.device = "auto") -> torch.device:
+    """Translate a device's name; ``"auto"`` prefers CUDA, then Apple's MPS, then the CPU."""
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError:
+        raise InvalidInput(f"`device` must be auto, cpu, cuda, cuda:N or mps; got {device!r}.") from None
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise InvalidInput(f"`device` {device!r} was asked for, but torch sees no CUDA device; use cpu.")
+    return resolved
+
+
+def accumulator_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype of running sums on ``device``: float64, or float32 where there is none."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Run float32 matrix products in full float32 (no TF32) inside the ``with`` block."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
