@@ -5,11 +5,14 @@ or changed. Two runs with one seed draw the same numbers.
 """
 
 import hashlib
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from entangle.errors import InvalidInput
+
+if TYPE_CHECKING:
+    import torch
 
 
 def check_seed(seed: int) -> int:
@@ -30,10 +33,12 @@ def numpy_rng(seed: int, *names: str | int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(_sequence(seed, names)))
 
 
-def torch_rng(seed: int, *names: str | int) -> torch.Generator:
+def torch_rng(seed: int, *names: str | int) -> "torch.Generator":
     """Return the CPU torch generator of the stream ``names`` under ``seed``.
 
     Draw on the CPU and move the result, so that one seed means the same numbers on every device.
     """
+    import torch
+
     state = int(_sequence(seed, names).generate_state(1, np.uint64)[0])
     return torch.Generator().manual_seed(state >> 1)

@@ -1,0 +1,253 @@
+"""Mapping difficulty: how far apart a neuron must map inputs that lie close together.
+
+Over random disjoint pairs of tokens (a, b), with N_x and N_y normalisers,
+
+    MD = mean over pairs of (|y_a − y_b| / N_y) / (‖x_a − x_b‖₂ / N_x)
+
+(arXiv 2405.15756, eq. 2; the published code takes the maximum over the pairs as N_x and the
+median as N_y). Pairs with identical inputs are left out and counted.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, Self
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from entangle.errors import InvalidInput
+from entangle.precision import accumulator_dtype
+from entangle.seeding import torch_rng
+from entangle.stats import bins
+
+MAX_PAIRS = 50_000
+_BINS = 3 * bins.PER_OCTAVE
+
+OutputNorm = Literal["median", "mean", "max"]
+InputNorm = Literal["max", "mean"]
+
+
+@dataclass(frozen=True, eq=False)
+class MappingDifficulty:
+    """Pair statistics of one layer; fields of shape (neurons,) unless said."""
+
+    slope: Float[Tensor, " neurons"]
+    """Mean over pairs of |y_a − y_b| / ‖x_a − x_b‖, in output units per input unit."""
+    dy_median: Float[Tensor, " neurons"]
+    """Median over pairs of |y_a − y_b|, in output units."""
+    dy_mean: Float[Tensor, " neurons"]
+    """Mean over pairs of |y_a − y_b|, in output units."""
+    dy_max: Float[Tensor, " neurons"]
+    """Maximum over pairs of |y_a − y_b|, in output units."""
+    dx_max: float
+    """Maximum over pairs of ‖x_a − x_b‖, in input units."""
+    dx_mean: float
+    """Mean over pairs of ‖x_a − x_b‖, in input units."""
+    n_pairs: int
+    """Pairs counted."""
+    n_identical: int
+    """Pairs left out because their inputs are identical."""
+
+    def md(
+        self, *, output_norm: OutputNorm = "median", input_norm: InputNorm = "max"
+    ) -> Float[Tensor, " neurons"]:
+        """Return the mapping difficulty (no unit) under a choice of normalisers.
+
+        The input normaliser is common to all neurons of a layer and leaves their order alone.
+        """
+        if output_norm not in ("median", "mean", "max") or input_norm not in ("max", "mean"):
+            raise InvalidInput(
+                "`output_norm` must be median, mean or max and `input_norm` max or mean; "
+                f"got {output_norm!r} and {input_norm!r}."
+            )
+        dy = {"median": self.dy_median, "mean": self.dy_mean, "max": self.dy_max}[output_norm]
+        dx = {"max": self.dx_max, "mean": self.dx_mean}[input_norm]
+        return self.slope * dx / dy
+
+
+def draw_pairs(
+    n_tokens: int, *, seed: int, max_pairs: int = MAX_PAIRS
+) -> Int[Tensor, "two=2 pairs"]:
+    """Draw disjoint pairs of token indices without replacement.
+
+    Parameters
+    ----------
+    n_tokens
+        Number of tokens to draw from.
+    seed
+        Seed of the draw.
+    max_pairs
+        Upper limit; at most ``n_tokens // 2`` pairs exist.
+
+    Returns
+    -------
+    Tensor of shape (2, pairs)
+        Token indices, int64; no index occurs twice.
+    """
+    pairs = min(max_pairs, n_tokens // 2)
+    order = torch.randperm(n_tokens, generator=torch_rng(seed, "mapping difficulty"))
+    return order[: 2 * pairs].view(2, pairs)
+
+
+def mapping_difficulty(
+    outputs: Float[Tensor, "neurons tokens"],
+    pairs: Int[Tensor, "two=2 pairs"],
+    input_distance: Float[Tensor, " pairs"],
+) -> MappingDifficulty:
+    """Compute the pair statistics of neurons from all their outputs.
+
+    Parameters
+    ----------
+    outputs
+        Outputs of shape (neurons, tokens).
+    pairs
+        Token indices of shape (2, pairs), from `draw_pairs`.
+    input_distance
+        ‖x_a − x_b‖₂ of every pair, shape (pairs,), in input units.
+
+    Returns
+    -------
+    MappingDifficulty
+        With NaN in every statistic where no pair has distinct inputs.
+    """
+    wide = accumulator_dtype(outputs.device)
+    distinct = input_distance > 0
+    n_identical = int((~distinct).sum())
+    dx = input_distance[distinct].to(wide)
+    first, second = pairs[:, distinct].to(outputs.device)
+    dy = (outputs[:, first].float() - outputs[:, second].float()).abs_()
+    if dx.numel() == 0:
+        nothing = torch.full_like(dy[:, :1].sum(1, dtype=wide), torch.nan)
+        return MappingDifficulty(*[nothing] * 4, torch.nan, torch.nan, 0, n_identical)
+    slope = dy.to(wide) @ (1 / dx).to(dy.device) / dx.numel()
+    return MappingDifficulty(
+        slope=slope,
+        dy_median=_median(dy).to(wide),
+        dy_mean=dy.mean(1, dtype=wide),
+        dy_max=dy.amax(1).to(wide),
+        dx_max=float(dx.max()),
+        dx_mean=float(dx.mean()),
+        n_pairs=dx.numel(),
+        n_identical=n_identical,
+    )
+
+
+def _median(values: Tensor) -> Tensor:
+    """Return the median of every row; the mean of the middle two where there are two."""
+    if values.device.type == "cpu":
+        return torch.from_numpy(np.median(values.numpy(), axis=1))
+    return values.quantile(0.5, dim=1)
+
+
+class PairSketch:
+    """Accumulate the pair statistics of one layer from a stream, in memory that does not grow.
+
+    Parameters
+    ----------
+    n_neurons
+        Number of neurons.
+
+    Notes
+    -----
+    The median of |y_a − y_b| comes from a histogram with 1/64 of the first batch's median as bin
+    width, interpolated; the other statistics are exact.
+    """
+
+    def __init__(self, n_neurons: int) -> None:
+        self.n_neurons, self.n_pairs, self.n_identical = n_neurons, 0, 0
+        self._dx_max = self._dx_sum = 0.0
+        self._placed = False
+
+    def fork(self) -> Self:
+        """Return an empty sketch with the same bins, to be merged later."""
+        if not self._placed:
+            raise InvalidInput("a sketch can be forked only after its first `update`.")
+        other = type(self)(self.n_neurons)
+        other._place(self._scale)
+        return other
+
+    def update(
+        self,
+        outputs: Float[Tensor, "tokens neurons"],
+        pairs: Int[Tensor, "two=2 pairs"],
+        input_distance: Float[Tensor, " pairs"],
+    ) -> None:
+        """Add pairs of one batch of outputs of shape (tokens, neurons)."""
+        distinct = (input_distance > 0).to(outputs.device)
+        first, second = pairs.to(outputs.device)[:, distinct]
+        dx = input_distance.to(outputs.device)[distinct]
+        self.n_identical += pairs.shape[1] - dx.numel()
+        if dx.numel() == 0:
+            return
+        if not self._placed:
+            sample = (outputs[first[:512]].float() - outputs[second[:512]].float()).abs_()
+            typical = sample.nan_to_num_(0.0, 0.0, 0.0).median(dim=0).values
+            self._place(torch.where(typical > 0, typical, 1.0))
+        columns = max(1, (2**18 if outputs.device.type == "cpu" else 2**26) // dx.numel())
+        for start in range(0, self.n_neurons, columns):
+            part = slice(start, start + columns)
+            block = outputs[:, part]
+            dy = (block[first].float() - block[second].float()).abs_().t().contiguous()
+            self._update_block(dy, (1 / dx).to(dy.dtype), part)
+        self.n_pairs += dx.numel()
+        self._dx_max = max(self._dx_max, float(dx.max()))
+        self._dx_sum += float(dx.sum(dtype=accumulator_dtype(dx.device)))
+
+    def merge(self, other: "PairSketch") -> None:
+        """Add another sketch of the same neurons with the same bins."""
+        if not (self._placed and other._placed and torch.equal(self._scale, other._scale)):
+            raise InvalidInput("only sketches made from one another with `fork` can be merged.")
+        self._counts += other._counts
+        self._slope += other._slope
+        self._dy_sum += other._dy_sum
+        torch.maximum(self._dy_max, other._dy_max, out=self._dy_max)
+        self._dx_max = max(self._dx_max, other._dx_max)
+        self._dx_sum += other._dx_sum
+        self.n_pairs += other.n_pairs
+        self.n_identical += other.n_identical
+
+    def result(self) -> MappingDifficulty:
+        """Return the pair statistics of all pairs seen so far, on the CPU."""
+        if self.n_pairs == 0:
+            nothing = torch.full((self.n_neurons,), torch.nan, dtype=torch.float64)
+            return MappingDifficulty(*[nothing] * 4, torch.nan, torch.nan, 0, self.n_identical)
+        return MappingDifficulty(
+            slope=(self._slope / self.n_pairs).cpu(),
+            dy_median=(self._median() * self._scale).cpu(),
+            dy_mean=(self._dy_sum / self.n_pairs).cpu(),
+            dy_max=self._dy_max.to(self._slope.dtype).cpu(),
+            dx_max=self._dx_max,
+            dx_mean=self._dx_sum / self.n_pairs,
+            n_pairs=self.n_pairs,
+            n_identical=self.n_identical,
+        )
+
+    def _place(self, scale: Tensor) -> None:
+        wide = accumulator_dtype(scale.device)
+        self._scale, self._placed = scale, True
+        self._counts = torch.zeros(self.n_neurons, _BINS, dtype=torch.int32, device=scale.device)
+        self._slope = torch.zeros(self.n_neurons, dtype=wide, device=scale.device)
+        self._dy_sum = torch.zeros_like(self._slope)
+        self._dy_max = torch.zeros(self.n_neurons, device=scale.device)
+
+    def _update_block(self, dy: Tensor, weight: Tensor, part: slice) -> None:
+        """Add |y_a − y_b| of shape (block neurons, pairs)."""
+        self._slope[part] += dy @ weight
+        self._dy_sum[part] += dy.sum(1)
+        torch.maximum(self._dy_max[part], dy.amax(1), out=self._dy_max[part])
+        scaled = dy.div_(self._scale[part, None])
+        index = bins.magnitude_index(scaled, _BINS).long()
+        one = torch.ones((), dtype=torch.int32, device=dy.device).expand_as(index)
+        self._counts[part].scatter_add_(1, index, one)
+
+    def _median(self) -> Tensor:
+        """Interpolate the median inside its bin, in units of the scale."""
+        edges = torch.from_numpy(bins.magnitude_edges(_BINS)).to(self._slope)
+        cumulative = self._counts.cumsum(1).to(edges)
+        half = self.n_pairs / 2
+        bin_ = (cumulative < half).sum(1).clamp_max(_BINS - 1)
+        count = self._counts.gather(1, bin_[:, None])[:, 0].to(edges)
+        before = cumulative.gather(1, bin_[:, None])[:, 0] - count
+        inside = (half - before) / count.clamp_min(1)
+        return edges[bin_] + inside * (edges[bin_ + 1] - edges[bin_])

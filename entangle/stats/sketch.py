@@ -1,0 +1,293 @@
+"""A mergeable streaming sketch of every neuron's output distribution.
+
+One pass over the tokens, memory independent of their number: a histogram of about 1,500 bins and
+four power sums a neuron, plus a coarser histogram for each group of sequences, from which
+standard errors and split halves are computed. All state is additive, so two sketches of parts of
+the text merge into the sketch of the whole.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int32
+from torch import Tensor
+
+from entangle.errors import InvalidInput
+from entangle.precision import accumulator_dtype
+from entangle.stats import bins
+from entangle.stats.histogram import BinnedDistances, binned_distances
+from entangle.stats.wasserstein import ShapeStatistics, is_constant, sort_rows
+
+GROUP_FOLD = 8
+_PILOT_TOKENS = 512
+_NORMAL_IQR = 1.3489795003921634
+
+
+@dataclass(frozen=True, eq=False)
+class SketchResult:
+    """What a sketch knows; tensors on the CPU, float64, of shape (neurons,) unless said."""
+
+    shape: ShapeStatistics
+    """Distances and moments, with WD and KS from the histogram."""
+    wd_bound: Float[Tensor, " neurons"]
+    """Largest possible error of the histogram's WD, in standard deviations."""
+    wd_se: Float[Tensor, " neurons"]
+    """Standard error of WD by jackknife over groups of whole sequences; NaN below two groups."""
+    wd_halves: Float[Tensor, "halves=2 neurons"]
+    """WD in the even and in the odd groups; NaN below two groups."""
+    counts: Int32[Tensor, "neurons bins"]
+    """The histogram over `entangle.stats.bins.signed_edges` in units of ``scale``."""
+    location: Float[Tensor, " neurons"]
+    """Where the bins are centred, in the neuron's own units."""
+    scale: Float[Tensor, " neurons"]
+    """Width of the unit of the bins, in the neuron's own units."""
+    low: Float[Tensor, " neurons"]
+    """Smallest output, in the neuron's own units."""
+    high: Float[Tensor, " neurons"]
+    """Largest output, in the neuron's own units."""
+    n_tokens: int
+    """Number of tokens seen."""
+
+
+class OutputSketch:
+    """Accumulate the outputs of one layer.
+
+    Parameters
+    ----------
+    n_neurons
+        Number of neurons.
+    n_groups
+        Number of groups of whole sequences for the jackknife.
+
+    Notes
+    -----
+    The first update places each neuron's bins: centred at the median and scaled by the
+    interquartile range of up to 512 of its tokens. Sketches merge only if their bins agree: make
+    the second one with `fork`.
+    """
+
+    def __init__(self, n_neurons: int, *, n_groups: int = 8) -> None:
+        if n_neurons < 1 or n_groups < 1:
+            raise InvalidInput(
+                f"`n_neurons` and `n_groups` must be at least 1; got {n_neurons} and {n_groups}."
+            )
+        self.n_neurons, self.n_groups, self.n_tokens = n_neurons, n_groups, 0
+        self._placed = False
+
+    def fork(self) -> Self:
+        """Return an empty sketch with the same bins, to be merged later."""
+        if not self._placed:
+            raise InvalidInput("a sketch can be forked only after its first `update`.")
+        other = type(self)(self.n_neurons, n_groups=self.n_groups)
+        other._place(self._location, self._scale)
+        return other
+
+    def update(self, outputs: Float[Tensor, "tokens neurons"], *, group: int = 0) -> None:
+        """Add outputs of shape (tokens, neurons), all from sequences of one ``group``."""
+        if outputs.shape[1] != self.n_neurons or not 0 <= group < self.n_groups:
+            raise InvalidInput(
+                f"`outputs` must have {self.n_neurons} columns and `group` lie in "
+                f"[0, {self.n_groups}); got {outputs.shape[1]} columns and group {group}."
+            )
+        if outputs.shape[0] == 0:
+            return
+        outputs = outputs.detach()
+        if not self._placed:
+            self._place(*_pilot(outputs))
+        if group != self._open_group:
+            self._close_group()
+            self._open_group = group
+        columns = _block_columns(outputs)
+        for start in range(0, self.n_neurons, columns):
+            self._update_block(outputs, slice(start, start + columns), group)
+        self.n_tokens += outputs.shape[0]
+        self._group_tokens[group] += outputs.shape[0]
+
+    def merge(self, other: "OutputSketch") -> None:
+        """Add another sketch of the same neurons with the same bins."""
+        if not (self._placed and other._placed) or (
+            not torch.equal(self._location, other._location)
+            or not torch.equal(self._scale, other._scale)
+            or self.n_groups != other.n_groups
+        ):
+            raise InvalidInput("only sketches made from one another with `fork` can be merged.")
+        self._close_group()
+        other._close_group()
+        for name in ("_counts", "_group_counts", "_powers", "_group_powers", "_group_tokens"):
+            getattr(self, name).add_(getattr(other, name))
+        torch.minimum(self._low, other._low, out=self._low)
+        torch.maximum(self._high, other._high, out=self._high)
+        self._nan |= other._nan
+        self._inf |= other._inf
+        self._closed_counts.add_(other._closed_counts)
+        self.n_tokens += other.n_tokens
+
+    def result(self) -> SketchResult:
+        """Compute all statistics of the tokens seen so far."""
+        if self.n_tokens == 0:
+            raise InvalidInput("the sketch has seen no token.")
+        self._close_group()
+        moments = self._powers / self.n_tokens
+        shift, spread = _mean_and_std(moments)
+        location, scale = self._location.double(), self._scale.double()
+        mean, std = location + scale * shift, scale * spread
+        nan, inf = self._nan, self._inf & ~self._nan
+        constant = is_constant(std, mean, torch.float32) & ~nan & ~inf
+        bad = nan | inf | constant
+        distances = self._distances(self._counts, shift, spread, fold=1)
+        skewness, kurtosis = _higher_moments(moments, shift, spread)
+        columns = [distances.wd, distances.ks, mean, std, skewness, kurtosis]
+        filled = (column.masked_fill(bad, math.nan).cpu() for column in columns)
+        se, halves = self._resample()
+        return SketchResult(
+            shape=ShapeStatistics(*filled, constant.cpu(), nan.cpu(), inf.cpu()),
+            wd_bound=distances.wd_bound.masked_fill(bad, math.nan).cpu(),
+            wd_se=se.masked_fill(bad, math.nan).cpu(),
+            wd_halves=halves.masked_fill(bad, math.nan).cpu(),
+            counts=self._counts.cpu(),
+            location=location.cpu(),
+            scale=scale.cpu(),
+            low=(location + scale * self._low).cpu(),
+            high=(location + scale * self._high).cpu(),
+            n_tokens=self.n_tokens,
+        )
+
+    def _place(self, location: Tensor, scale: Tensor) -> None:
+        device, n, groups = location.device, self.n_neurons, self.n_groups
+        wide = accumulator_dtype(device)
+        self._location, self._scale, self._placed = location, scale, True
+        self._counts = torch.zeros(n, bins.N_BINS, dtype=torch.int32, device=device)
+        self._group_counts = torch.zeros(
+            groups, n, bins.N_BINS // GROUP_FOLD, dtype=torch.int32, device=device
+        )
+        self._closed_counts = torch.zeros_like(self._group_counts[0])
+        self._powers = torch.zeros(4, n, dtype=wide, device=device)
+        self._group_powers = torch.zeros(groups, 2, n, dtype=wide, device=device)
+        self._group_tokens = torch.zeros(groups, dtype=torch.int64)
+        self._low = torch.full((n,), math.inf, device=device)
+        self._high = torch.full((n,), -math.inf, device=device)
+        self._nan = torch.zeros(n, dtype=torch.bool, device=device)
+        self._inf = torch.zeros(n, dtype=torch.bool, device=device)
+        self._open_group = 0
+
+    def _update_block(self, outputs: Tensor, part: slice, group: int) -> None:
+        x = outputs[:, part].t().to(torch.float32, memory_format=torch.contiguous_format)
+        x = torch.sub(x, self._location[part, None]).div_(self._scale[part, None])
+        total = x.sum(1)
+        if not bool(total.isfinite().all()):
+            self._nan[part] |= x.isnan().any(1)
+            self._inf[part] |= x.isinf().any(1)
+            x = x.nan_to_num_(0.0, 0.0, 0.0)
+            total = x.sum(1)
+        square = x.square()
+        powers = (
+            total,
+            square.sum(1),
+            torch.linalg.vecdot(square, x),
+            torch.linalg.vecdot(square, square),
+        )
+        for i, power in enumerate(powers):
+            self._powers[i, part] += power
+        self._group_powers[group, 0, part] += powers[0]
+        self._group_powers[group, 1, part] += powers[1]
+        torch.minimum(self._low[part], x.amin(1), out=self._low[part])
+        torch.maximum(self._high[part], x.amax(1), out=self._high[part])
+        index = bins.signed_index(x).long()
+        one = torch.ones((), dtype=torch.int32, device=x.device).expand_as(index)
+        self._counts[part].scatter_add_(1, index, one)
+
+    def _close_group(self) -> None:
+        """Credit what was counted since the last call to the open group."""
+        now = bins.fold_counts(self._counts, GROUP_FOLD)
+        self._group_counts[self._open_group] += now - self._closed_counts
+        self._closed_counts = now
+
+    def _distances(
+        self, counts: Tensor, shift: Tensor, spread: Tensor, *, fold: int
+    ) -> BinnedDistances:
+        rows = max(1, 2**20 // counts.shape[1])
+        edges = torch.from_numpy(np.ascontiguousarray(bins.signed_edges(fold))).to(shift)
+        parts = []
+        for i in range(0, self.n_neurons, rows):
+            part = slice(i, i + rows)
+            low, high = self._low[part, None].to(shift), self._high[part, None].to(shift)
+            placed = edges.expand(low.shape[0], -1).clone()
+            placed[:, :1], placed[:, -1:] = placed[:, :1].minimum(low), placed[:, -1:].maximum(high)
+            placed = placed.clamp(low, high).sub_(shift[part, None]).div_(spread[part, None])
+            parts.append(binned_distances(counts[part], placed))
+        return BinnedDistances(
+            *(torch.cat([getattr(p, name) for p in parts]) for name in ("wd", "wd_bound", "ks"))
+        )
+
+    def _subset_wd(self, counts: Tensor, powers: Tensor, tokens: int) -> Tensor:
+        shift, spread = _mean_and_std(powers / tokens)
+        return self._distances(counts, shift, spread, fold=GROUP_FOLD).wd
+
+    def _resample(self) -> tuple[Tensor, Tensor]:
+        """Return the jackknife's standard error and the WD of the two halves."""
+        used = [g for g in range(self.n_groups) if self._group_tokens[g] > 0]
+        if len(used) < 2:
+            nothing = torch.full_like(self._powers[:2], math.nan)
+            return nothing[0], nothing
+        total = int(self._group_tokens.sum())
+        powers = self._group_powers.sum(0)
+        without = torch.stack(
+            [
+                self._subset_wd(
+                    self._closed_counts - self._group_counts[g],
+                    powers - self._group_powers[g],
+                    total - int(self._group_tokens[g]),
+                )
+                for g in used
+            ]
+        )
+        se = ((len(used) - 1) * without.var(0, correction=0)).sqrt()
+        halves = torch.stack(
+            [
+                self._subset_wd(
+                    self._group_counts[half].sum(0, dtype=torch.int32),
+                    self._group_powers[half].sum(0),
+                    int(self._group_tokens[half].sum()),
+                )
+                for half in (used[::2], used[1::2])
+            ]
+        )
+        return se, halves
+
+
+def _block_columns(outputs: Tensor) -> int:
+    """Choose how many neurons to treat at once: a cache-sized block on the CPU."""
+    values = 2**18 if outputs.device.type == "cpu" else 2**26
+    return max(1, values // outputs.shape[0])
+
+
+def _pilot(outputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the median and the core width of each neuron over a sample of the tokens."""
+    stride = max(1, outputs.shape[0] // _PILOT_TOKENS)
+    sample = outputs[::stride][:_PILOT_TOKENS].t().float().nan_to_num(0.0, 0.0, 0.0)
+    ordered = sort_rows(sample)
+    n = ordered.shape[1]
+    location = ordered[:, n // 2].clone()
+    core = (ordered[:, (3 * n) // 4] - ordered[:, n // 4]) / _NORMAL_IQR
+    spread = (ordered - location[:, None]).square().mean(1).sqrt()
+    scale = torch.where(core > 0, core, spread)
+    floor = location.abs() * torch.finfo(torch.float32).eps
+    scale = torch.where(scale > floor, scale, floor)
+    return location, torch.where(scale > torch.finfo(torch.float32).tiny, scale, 1.0)
+
+
+def _mean_and_std(moments: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and population standard deviation from the first two raw moments."""
+    shift = moments[0]
+    return shift, (moments[1] - shift.square()).clamp_min(0).sqrt()
+
+
+def _higher_moments(moments: Tensor, shift: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
+    """Return skewness and excess kurtosis from four raw moments."""
+    _, second, third, fourth = moments
+    central3 = third - 3 * shift * second + 2 * shift**3
+    central4 = fourth - 4 * shift * third + 6 * shift.square() * second - 3 * shift**4
+    return central3 / spread**3, central4 / spread**4 - 3
