@@ -34,9 +34,13 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
     try:
         resolved = torch.device(device)
     except RuntimeError:
-        raise InvalidInput(f"`device` must be auto, cpu, cuda, cuda:N or mps; got {device!r}.") from None
+        raise InvalidInput(
+            f"`device` must be auto, cpu, cuda, cuda:N or mps; got {device!r}."
+        ) from None
     if resolved.type == "cuda" and not torch.cuda.is_available():
-        raise InvalidInput(f"`device` {device!r} was asked for, but torch sees no CUDA device; use cpu.")
+        raise InvalidInput(
+            f"`device` {device!r} was asked for, but torch sees no CUDA device; use cpu."
+        )
     return resolved
 
 

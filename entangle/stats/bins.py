@@ -51,4 +51,5 @@ def signed_edges(fold: int = 1) -> np.ndarray:
 
 def fold_counts(counts: Tensor, fold: int) -> Tensor:
     """Join every ``fold`` neighbouring bins of counts of shape (..., bins)."""
-    return counts.unflatten(-1, (-1, fold)).sum(-1, dtype=counts.dtype)
+    grouped = counts.reshape(*counts.shape[:-1], -1, fold)
+    return grouped.sum(-1, dtype=counts.dtype)

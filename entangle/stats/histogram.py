@@ -58,10 +58,12 @@ def binned_distances(
 def _normal_area(edges: Tensor, normal: Tensor) -> Tensor:
     """Integrate Φ over each bin: ∫Φ = zΦ + φ."""
     density = torch.exp(-edges.square() / 2) / math.sqrt(2 * math.pi)
-    return (edges * normal + density).diff(dim=1)
+    primitive: Tensor = edges * normal + density
+    return primitive.diff(dim=1)
 
 
 def _normal_tail(z: Tensor) -> Tensor:
     """Integrate Φ from −∞ to z."""
     density = torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
-    return z * torch.special.ndtr(z) + density
+    integral: Tensor = z * torch.special.ndtr(z) + density
+    return integral

@@ -8,6 +8,7 @@ Over random disjoint pairs of tokens (a, b), with N_x and N_y normalisers,
 median as N_y). Pairs with identical inputs are left out and counted.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal, Self
 
@@ -118,8 +119,8 @@ def mapping_difficulty(
     first, second = pairs[:, distinct].to(outputs.device)
     dy = (outputs[:, first].float() - outputs[:, second].float()).abs_()
     if dx.numel() == 0:
-        nothing = torch.full_like(dy[:, :1].sum(1, dtype=wide), torch.nan)
-        return MappingDifficulty(*[nothing] * 4, torch.nan, torch.nan, 0, n_identical)
+        nothing = torch.full_like(dy[:, :1].sum(1, dtype=wide), math.nan)
+        return _no_pairs(nothing, n_identical)
     slope = dy.to(wide) @ (1 / dx).to(dy.device) / dx.numel()
     return MappingDifficulty(
         slope=slope,
@@ -129,6 +130,19 @@ def mapping_difficulty(
         dx_max=float(dx.max()),
         dx_mean=float(dx.mean()),
         n_pairs=dx.numel(),
+        n_identical=n_identical,
+    )
+
+
+def _no_pairs(nothing: Tensor, n_identical: int) -> MappingDifficulty:
+    return MappingDifficulty(
+        slope=nothing,
+        dy_median=nothing,
+        dy_mean=nothing,
+        dy_max=nothing,
+        dx_max=math.nan,
+        dx_mean=math.nan,
+        n_pairs=0,
         n_identical=n_identical,
     )
 
@@ -211,7 +225,7 @@ class PairSketch:
         """Return the pair statistics of all pairs seen so far, on the CPU."""
         if self.n_pairs == 0:
             nothing = torch.full((self.n_neurons,), torch.nan, dtype=torch.float64)
-            return MappingDifficulty(*[nothing] * 4, torch.nan, torch.nan, 0, self.n_identical)
+            return _no_pairs(nothing, self.n_identical)
         return MappingDifficulty(
             slope=(self._slope / self.n_pairs).cpu(),
             dy_median=(self._median() * self._scale).cpu(),

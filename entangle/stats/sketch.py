@@ -75,7 +75,7 @@ class OutputSketch:
                 f"`n_neurons` and `n_groups` must be at least 1; got {n_neurons} and {n_groups}."
             )
         self.n_neurons, self.n_groups, self.n_tokens = n_neurons, n_groups, 0
-        self._placed = False
+        self._placed, self._open_group = False, 0
 
     def fork(self) -> Self:
         """Return an empty sketch with the same bins, to be merged later."""
@@ -140,10 +140,14 @@ class OutputSketch:
         distances = self._distances(self._counts, shift, spread, fold=1)
         skewness, kurtosis = _higher_moments(moments, shift, spread)
         columns = [distances.wd, distances.ks, mean, std, skewness, kurtosis]
-        filled = (column.masked_fill(bad, math.nan).cpu() for column in columns)
+        wd, ks, mean, std, skewness, kurtosis = (
+            column.masked_fill(bad, math.nan).cpu() for column in columns
+        )
         se, halves = self._resample()
         return SketchResult(
-            shape=ShapeStatistics(*filled, constant.cpu(), nan.cpu(), inf.cpu()),
+            shape=ShapeStatistics(
+                wd, ks, mean, std, skewness, kurtosis, constant.cpu(), nan.cpu(), inf.cpu()
+            ),
             wd_bound=distances.wd_bound.masked_fill(bad, math.nan).cpu(),
             wd_se=se.masked_fill(bad, math.nan).cpu(),
             wd_halves=halves.masked_fill(bad, math.nan).cpu(),
@@ -171,7 +175,6 @@ class OutputSketch:
         self._high = torch.full((n,), -math.inf, device=device)
         self._nan = torch.zeros(n, dtype=torch.bool, device=device)
         self._inf = torch.zeros(n, dtype=torch.bool, device=device)
-        self._open_group = 0
 
     def _update_block(self, outputs: Tensor, part: slice, group: int) -> None:
         x = outputs[:, part].t().to(torch.float32, memory_format=torch.contiguous_format)

@@ -1,0 +1,48 @@
+"""Neuron-entanglement analysis for language models.
+
+Names are imported on first use, so that ``import entangle`` is instant and loads neither torch,
+transformers nor matplotlib.
+"""
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from entangle.calibration import CalibrationSet, load_calibration
+    from entangle.models.loading import LanguageModel, load_model
+    from entangle.scoring.score import score
+    from entangle.scoring.scores import NeuronScores, load_scores
+
+__version__ = version("entangle")
+
+_HOMES = {
+    "CalibrationSet": "entangle.calibration",
+    "LanguageModel": "entangle.models.loading",
+    "NeuronScores": "entangle.scoring.scores",
+    "load_calibration": "entangle.calibration",
+    "load_model": "entangle.models.loading",
+    "load_scores": "entangle.scoring.scores",
+    "score": "entangle.scoring.score",
+}
+
+__all__ = [
+    "CalibrationSet",
+    "LanguageModel",
+    "NeuronScores",
+    "__version__",
+    "load_calibration",
+    "load_model",
+    "load_scores",
+    "score",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'entangle' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

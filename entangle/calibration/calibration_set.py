@@ -1,0 +1,170 @@
+"""The immutable value that a calibration run works on."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from uuid import uuid4
+
+import numpy as np
+import safetensors.torch
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from entangle.calibration.token_files import METADATA_KEY, read_token_file
+from entangle.errors import InvalidInput, Unavailable
+
+
+@dataclass(frozen=True, eq=False)
+class CalibrationSet:
+    """Sequences of token ids with their origin."""
+
+    ids: Int64[Tensor, "n_seq seq_len"]
+    """Token ids, shape (n_seq, seq_len), int64, on the CPU, no padding."""
+    source: str
+    """What the user gave: a name, a data set's id, a path, or the kind of an array."""
+    settings: Mapping[str, object]
+    """Everything that decided the ids (sizes, seed, join, tokenizer, …); JSON-serialisable."""
+
+    def __post_init__(self) -> None:
+        if self.ids.numel() == 0 or self.ids.device.type != "cpu":
+            raise InvalidInput(
+                "`ids` must hold at least one token and lie on the CPU; "
+                f"got shape {tuple(self.ids.shape)} on {self.ids.device}."
+            )
+        copied = json.loads(json.dumps(dict(self.settings)))
+        object.__setattr__(self, "settings", MappingProxyType(copied))
+
+    @property
+    def n_seq(self) -> int:
+        """Number of sequences."""
+        return self.ids.shape[0]
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens in a sequence."""
+        return self.ids.shape[1]
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens in all sequences."""
+        return self.ids.numel()
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256, in hexadecimal, of n_seq, seq_len and then the ids, as little-endian int64."""
+        shape = np.array(self.ids.shape, dtype="<i8").tobytes()
+        ids = np.ascontiguousarray(self.ids.numpy(), dtype="<i8").tobytes()
+        return hashlib.sha256(shape + ids).hexdigest()
+
+    def describe(self) -> dict[str, object]:
+        """Return source, sizes, digest and settings, JSON-serialisable, for a run's manifest."""
+        return {
+            "source": self.source,
+            "n_seq": self.n_seq,
+            "seq_len": self.seq_len,
+            "n_tokens": self.n_tokens,
+            "digest": self.digest,
+            "settings": dict(self.settings),
+        }
+
+    def batches(self, n: int) -> Iterator[tuple[int, Int64[Tensor, "batch seq_len"]]]:
+        """Yield the index of the first sequence and the ids of ``n`` sequences at a time.
+
+        The last batch may hold fewer. The ids are views, not copies.
+        """
+        if isinstance(n, bool) or n < 1:
+            raise InvalidInput(f"the number of sequences in a batch must be at least 1; got {n!r}.")
+        return ((start, self.ids[start : start + n]) for start in range(0, self.n_seq, n))
+
+    def save(self, path: str | Path, *, force: bool = False) -> Path:
+        """Write the ids and their origin to a ``.safetensors`` file.
+
+        The file is written under a temporary name in the same folder, then renamed. It is itself a
+        calibration source: ``load_calibration(path)`` gives the same ids.
+
+        Parameters
+        ----------
+        path
+            File to write; its name must end in ``.safetensors``.
+        force
+            Replace a file that exists.
+
+        Returns
+        -------
+        Path
+            The file written.
+
+        Raises
+        ------
+        InvalidInput
+            If the name has another ending, or the file exists and ``force`` is false.
+        Unavailable
+            If the file cannot be written.
+        """
+        target = Path(path)
+        if target.suffix != ".safetensors":
+            raise InvalidInput(
+                f"a calibration set's file must end in .safetensors; got '{target}'."
+            )
+        if target.exists() and not force:
+            raise InvalidInput(f"'{target}' exists; choose another name or pass `force=True`.")
+        metadata = {METADATA_KEY: json.dumps(self.describe())}
+        content = safetensors.torch.save({"ids": self.ids.contiguous()}, metadata=metadata)
+        _write(target, content)
+        return target
+
+    @classmethod
+    def load(cls, path: str | Path) -> "CalibrationSet":
+        """Read a set that `save` wrote, with its own source and settings.
+
+        Raises
+        ------
+        Unavailable
+            If the file is missing or unreadable.
+        InvalidInput
+            If it is corrupt, was not written by `save`, or its ids do not match its digest.
+        """
+        file = read_token_file(Path(path))
+        if file.origin is None or file.ids.ndim != 2:
+            raise InvalidInput(
+                f"'{path}' was not written by `CalibrationSet.save`; "
+                "read a file of bare token ids with `load_calibration`."
+            )
+        loaded = cls(file.ids, file.origin["source"], file.origin["settings"])
+        if loaded.digest != file.origin["digest"]:
+            raise InvalidInput(f"the ids in '{path}' do not match its digest; make the set again.")
+        return loaded
+
+
+def _write(target: Path, content: bytes) -> None:
+    temporary = target.with_name(f".{target.name}.{uuid4().hex}")
+    try:
+        try:
+            temporary.write_bytes(content)
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise Unavailable(
+            f"'{target}' cannot be written ({error.strerror or error}); choose another folder."
+        ) from error
+
+
+def check_ids(
+    ids: Int64[Tensor, "n_seq seq_len"], vocab_size: int | None
+) -> Int64[Tensor, "n_seq seq_len"]:
+    """Return ``ids`` if every one lies in [0, vocab_size), raise `InvalidInput` otherwise."""
+    low, high = (int(bound) for bound in torch.aminmax(ids))
+    if low < 0:
+        raise InvalidInput(f"token ids must be at least 0; got {low}.")
+    if vocab_size is not None and high >= vocab_size:
+        raise InvalidInput(
+            f"the tokenizer does not fit the model: token id {high} is outside the model's "
+            f"[0, {vocab_size}); use the tokenizer that belongs to the model."
+        )
+    return ids

@@ -1,0 +1,144 @@
+"""From what a user names to a `CalibrationSet`."""
+
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int64
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from entangle.calibration.calibration_set import CalibrationSet, check_ids
+from entangle.calibration.joined_text import JoinedText
+from entangle.calibration.special_tokens import describe_tokenizer, special_tokens
+from entangle.calibration.texts import as_path, existing, open_texts, refuse
+from entangle.calibration.token_files import TokenFile, integer_ids, read_token_file
+from entangle.calibration.tokens import first_tokens, pool_tokens
+from entangle.calibration.windows import Draw, cut_windows, take_rows
+from entangle.errors import InvalidInput
+
+Source = str | Path | Tensor | NDArray[np.generic]
+Cut = tuple[Int64[Tensor, "n_seq seq_len"], dict[str, object]]
+
+
+def load_calibration(
+    source: Source = "demo",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    n_seq: int | None = None,
+    seq_len: int | None = None,
+    seed: int = 0,
+    sampling: str = "random",
+    join: str = "\n\n",
+    split: str | None = None,
+    config: str | None = None,
+    column: str | None = None,
+    add_special_tokens: bool = False,
+    context_length: int | None = None,
+    vocab_size: int | None = None,
+) -> CalibrationSet:
+    """Build a calibration set from a text, a data set or token ids.
+
+    Documents are joined by ``join`` and tokenised as one text, so that anyone can recompute the
+    tokens: ``tokenizer(join.join(documents), add_special_tokens=False)``.
+
+    Parameters
+    ----------
+    source
+        A text source of `load_texts`; a ``.safetensors`` file with an integer tensor ``ids`` or
+        ``input_ids``, such as `CalibrationSet.save` writes; or an integer array. Ids of shape
+        (tokens,) are cut like a text. Of ids of shape (rows, columns) the first ``n_seq`` rows and
+        ``seq_len`` columns are taken, whatever ``sampling`` says.
+    tokenizer
+        Needed for a text, not used for token ids.
+    n_seq
+        Number of sequences; 128 if not given, or all rows of a table of ids.
+    seq_len
+        Tokens in a sequence, special ones included. If not given 2048 or ``context_length``,
+        whichever is less, or all columns of a table of ids.
+    seed, sampling
+        ``"contiguous"``: the first tokens of the text; no more of it is read than needed.
+        ``"random"``: windows drawn with ``seed`` from the text's first 2²⁴ characters (see
+        `entangle.calibration.windows`); ``settings["whole_text"]`` tells if that was all.
+    join
+        Put between documents, taken as it is (see `interpret_escapes`).
+    split, config, column
+        As in `load_texts`.
+    add_special_tokens
+        Put the special tokens that the tokenizer adds to one text around every sequence.
+    context_length, vocab_size
+        The model's: longer sequences and ids outside [0, vocab_size) are refused.
+
+    Raises
+    ------
+    InvalidInput
+        If a size is out of range, the text is too short, or the tokenizer is missing or does not
+        fit the model.
+    Unavailable, UnknownName
+        As in `load_texts`.
+    """
+    draw = Draw(
+        n_seq=n_seq, seq_len=seq_len, sampling=sampling, seed=seed, context_length=context_length
+    )
+    names = {"split": split, "config": config, "column": column}
+    label, stored = _stored_ids(source)
+    if stored is None:
+        ids, settings = _from_text(label, tokenizer, draw, join, add_special_tokens, names)
+    else:
+        refuse(label, **names, add_special_tokens=add_special_tokens or None)
+        ids, settings = _from_ids(stored, draw, label)
+    sizes = {"n_seq": ids.shape[0], "seq_len": ids.shape[1]}
+    return CalibrationSet(check_ids(ids, vocab_size), label, {**sizes, **settings})
+
+
+def _stored_ids(source: Source) -> tuple[str, TokenFile | None]:
+    """Return what to call the source, and the token ids if that is what it holds."""
+    if not isinstance(source, str | Path):
+        label = f"{type(source).__name__} of shape {tuple(source.shape)}"
+        return label, TokenFile(integer_ids(source, name=label), None)
+    path = as_path(source)
+    if path is None or path.suffix.lower() != ".safetensors":
+        return str(source), None
+    return str(source), read_token_file(existing(path))
+
+
+def _from_ids(stored: TokenFile, draw: Draw, label: str) -> Cut:
+    settings: dict[str, object] = {} if stored.origin is None else {"origin": stored.origin}
+    if stored.ids.ndim == 2:
+        return take_rows(stored.ids, draw, where=label), {**settings, "sampling": "rows"}
+    ids = cut_windows(stored.ids, draw, where=label)
+    return ids, {**settings, **draw.settings(), "n_text_tokens": len(stored.ids)}
+
+
+def _from_text(
+    source: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    draw: Draw,
+    join: str,
+    add_special_tokens: bool,
+    names: dict[str, str | None],
+) -> Cut:
+    if tokenizer is None:
+        raise InvalidInput(
+            f"{source!r} is text, so it needs a tokenizer; pass the model's, or give token ids."
+        )
+    opened = open_texts(source, **names)
+    specials = special_tokens(tokenizer) if add_special_tokens else ([], [])
+    text = JoinedText(opened.documents, join)
+    if draw.sampling == "contiguous":
+        wanted = draw.sequences * max(draw.window - sum(map(len, specials)), 1)
+        tokens = first_tokens(text, tokenizer, wanted)
+    else:
+        tokens = pool_tokens(text, tokenizer, draw.pool_characters)
+    settings = {
+        **opened.settings,
+        **draw.settings(),
+        "join": join,
+        "special_tokens": {"before": specials[0], "after": specials[1]},
+        "tokenizer": describe_tokenizer(tokenizer),
+        "n_documents": text.n_documents,
+        "n_characters": tokens.n_characters,
+        "n_text_tokens": len(tokens.ids),
+        "whole_text": tokens.whole_text,
+    }
+    return cut_windows(tokens.ids, draw, where=repr(source), specials=specials), settings

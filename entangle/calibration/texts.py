@@ -1,0 +1,187 @@
+"""Documents from any source of text: the demo articles, a file, a folder, a data set.
+
+A string is a path if something exists there, if it begins like one (``/``, ``./``, ``../``,
+``~``), has two slashes or a backslash, or ends like a data file; a path is never looked up on the
+Hub. The names ``demo``, ``wikitext2`` and ``c4`` always mean the texts of that name.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from entangle.calibration.files import READERS, Document, read_file, text_files
+from entangle.calibration.hub import SHORT_NAMES, hub_request, read_hub
+from entangle.errors import InvalidInput, Unavailable
+
+_OTHER_FILES: tuple[str, ...] = (
+    ".csv",
+    ".tsv",
+    ".md",
+    ".arrow",
+    ".gz",
+    ".bz2",
+    ".xz",
+    ".zst",
+    ".zip",
+    ".npy",
+)
+_OTHER_FILES += (".npz", ".pt", ".bin", ".pkl", ".safetensors", ".gguf")
+_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
+
+
+@dataclass(frozen=True, eq=False)
+class TextSource:
+    """Documents, read as they are asked for, and what was opened."""
+
+    documents: Iterator[Document]
+    """Documents in order, each an iterable of consecutive blocks of text."""
+    settings: Mapping[str, object]
+    """What was opened: data set, configuration, split, column; JSON-serialisable."""
+
+
+def as_path(source: str | Path) -> Path | None:
+    """Return the path that ``source`` means, or None for the name of a text or data set."""
+    if isinstance(source, Path):
+        return source
+    if not source.strip():
+        raise InvalidInput(f"`source` must name a text, a data set or a path; got {source!r}.")
+    if source == "demo" or source in SHORT_NAMES:
+        return None
+    path = Path(source)
+    begins = source.startswith(("/", "./", "../", "~")) or "\\" in source or source.count("/") > 1
+    ends = path.suffix.lower() in (*READERS, *_OTHER_FILES)
+    return _expanded(path) if begins or ends or _exists(path) else None
+
+
+def existing(path: Path) -> Path:
+    """Return ``path`` if something is there, raise `Unavailable` otherwise."""
+    if not _exists(path):
+        raise Unavailable(
+            f"'{path}' does not exist; give a {', '.join(READERS)} or .safetensors file, a folder, "
+            f"a data set's id, demo, {' or '.join(SHORT_NAMES)}."
+        )
+    return path
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # no name that the file system could hold, or no right to look
+        return False
+
+
+def _expanded(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError:  # no such user's home
+        return path
+
+
+def open_texts(
+    source: str | Path, *, split: str | None, config: str | None, column: str | None
+) -> TextSource:
+    """Find the reader of ``source``; see `load_texts`."""
+    path = as_path(source)
+    if path is not None and (existing(path).is_file() or not (split or config)):
+        refuse(f"'{path}'", split=split, config=config)
+        files = [path] if path.is_file() else text_files(path)
+        documents = (document for file in files for document in read_file(file, column))
+        return TextSource(documents, {"n_files": len(files), "column": column})
+    if source == "demo":
+        refuse("'demo'", split=split, config=config, column=column)
+        return TextSource(_demo(), {})
+    request = hub_request(str(path or source), split=split, config=config, column=column)
+    return TextSource(read_hub(request), {"dataset": request.name, **_settings(asdict(request))})
+
+
+def _settings(request: dict[str, object]) -> dict[str, object]:
+    return {key: request[key] for key in ("config", "split", "column")}
+
+
+def refuse(where: str, **options: str | bool | None) -> None:
+    """Raise `InvalidInput` for the first option that was given (is not None)."""
+    for name, value in options.items():
+        if value is not None:
+            raise InvalidInput(
+                f"`{name}` {value!r} was given, but has no meaning for {where}; leave it out."
+            )
+
+
+def _demo() -> Iterator[Document]:
+    from entangle.models.demo import demo_articles
+
+    return ([text] for _, text in demo_articles())
+
+
+def load_texts(
+    source: str | Path,
+    *,
+    split: str | None = None,
+    config: str | None = None,
+    column: str | None = None,
+) -> Iterable[str]:
+    """Return the documents of a text source, in order, read as they are asked for.
+
+    Parameters
+    ----------
+    source
+        ``demo`` (the demo's encyclopedia articles); ``wikitext2`` or ``c4``; a ``.txt`` file (one
+        document), a ``.jsonl`` or ``.json`` file with one object a line, a ``.parquet`` file (one
+        document a row); a folder of such files, read sorted by name with its subfolders; a data
+        set's id on the Hugging Face Hub. A folder is read by the `datasets` library if ``split``
+        or ``config`` is given. Data sets are streamed; ``wikitext2`` is downloaded once.
+    split, config
+        Split (``train`` if not given) and configuration of a data set.
+    column
+        Column of text; if not given ``text``, else the only column with text.
+
+    Returns
+    -------
+    Iterable of str
+        The documents. Null values give empty documents.
+
+    Raises
+    ------
+    Unavailable
+        If a path does not exist or cannot be read, or the Hub cannot be reached.
+    UnknownName
+        If the data set, configuration, split or column does not exist.
+    InvalidInput
+        If the content is corrupt or holds no text. Errors inside a file are raised when the
+        reading gets there.
+    """
+    opened = open_texts(source, split=split, config=config, column=column)
+    return _not_empty(opened.documents, str(source))
+
+
+def _not_empty(documents: Iterator[Document], source: str) -> Iterator[str]:
+    empty = True
+    for document in documents:
+        text = "".join(document)
+        empty = empty and not text
+        yield text
+    if empty:
+        raise InvalidInput(f"{source!r} holds no text.")
+
+
+def interpret_escapes(text: str) -> str:
+    r"""Replace ``\n``, ``\t``, ``\r`` and ``\\`` by the characters they stand for.
+
+    For values typed in a shell, where ``--join "\n\n"`` arrives as four characters; functions of
+    this package take their text as it is.
+
+    Raises
+    ------
+    InvalidInput
+        If a backslash is followed by anything else.
+    """
+
+    def replace(match: re.Match[str]) -> str:
+        if match[1] not in _ESCAPES:
+            raise InvalidInput(
+                rf"a backslash must be followed by n, t, r or another backslash; got {text!r}."
+            )
+        return _ESCAPES[match[1]]
+
+    return re.sub(r"\\(.?)", replace, text, flags=re.DOTALL)

@@ -1,0 +1,99 @@
+"""Token ids that exist already: in a safetensors file or in an array."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from entangle.errors import InvalidInput, Unavailable
+
+METADATA_KEY = "entangle.calibration_set"
+_NAMES = ("ids", "input_ids")
+
+
+@dataclass(frozen=True, eq=False)
+class TokenFile:
+    """What a safetensors file of token ids holds."""
+
+    ids: Int64[Tensor, "..."]
+    """Token ids, shape (tokens,) for a running text or (n_seq, seq_len)."""
+    origin: dict[str, Any] | None
+    """`CalibrationSet.describe` of the set that was saved, None for any other file."""
+
+
+def integer_ids(values: Tensor | NDArray[np.generic], *, name: str) -> Int64[Tensor, "..."]:
+    """Return a CPU int64 copy of a one- or two-dimensional integer array of token ids.
+
+    Raises
+    ------
+    InvalidInput
+        If the array is empty, has another number of dimensions, or does not hold integers.
+    """
+    tensor = values if isinstance(values, Tensor) else _from_numpy(values, name)
+    if tensor.dtype == torch.bool or tensor.is_floating_point() or tensor.is_complex():
+        raise InvalidInput(f"{name} must hold integer token ids; got {tensor.dtype}.")
+    if tensor.ndim not in (1, 2) or tensor.numel() == 0:
+        raise InvalidInput(
+            f"{name} must have shape (tokens,) or (n_seq, seq_len) and hold at least one token; "
+            f"got shape {tuple(tensor.shape)}."
+        )
+    return tensor.detach().to("cpu", torch.int64, copy=True)
+
+
+def _from_numpy(values: NDArray[np.generic], name: str) -> Tensor:
+    if values.dtype.kind not in "iu":
+        raise InvalidInput(f"{name} must hold integer token ids; got {values.dtype}.")
+    return torch.from_numpy(values.astype(np.int64))
+
+
+def read_token_file(path: Path) -> TokenFile:
+    """Read the tensor ``ids`` (or ``input_ids``) of a safetensors file.
+
+    Raises
+    ------
+    Unavailable
+        If the file is missing or unreadable.
+    InvalidInput
+        If it is corrupt or holds no such integer tensor.
+    """
+    try:
+        with path.open("rb"), safe_open(path, framework="pt") as file:
+            name = _name(path, list(file.keys()))
+            tensor, metadata = file.get_tensor(name), file.metadata() or {}
+    except OSError as error:
+        raise Unavailable(
+            f"'{path}' cannot be read ({error.strerror or error}); check the path."
+        ) from error
+    except SafetensorError as error:
+        raise InvalidInput(f"'{path}' is not a valid safetensors file ({error}).") from error
+    ids = integer_ids(tensor, name=f"tensor `{name}` of '{path}'")
+    return TokenFile(ids, _origin(path, metadata))
+
+
+def _name(path: Path, names: list[str]) -> str:
+    for name in _NAMES:
+        if name in names:
+            return name
+    raise InvalidInput(
+        f"'{path}' must hold token ids in a tensor named `ids` or `input_ids`; "
+        f"it has {', '.join(sorted(names)[:5]) or 'no tensors'}."
+    )
+
+
+def _origin(path: Path, metadata: dict[str, str]) -> dict[str, Any] | None:
+    if METADATA_KEY not in metadata:
+        return None
+    try:
+        origin = json.loads(metadata[METADATA_KEY])
+        return {key: origin[key] for key in ("source", "settings", "digest")}
+    except (ValueError, TypeError, KeyError) as error:
+        raise InvalidInput(
+            f"the metadata `{METADATA_KEY}` of '{path}' is corrupt; make the set again."
+        ) from error

@@ -1,0 +1,1 @@
+"""Command line: parse, call, write. Heavy imports happen inside the commands."""

@@ -1,0 +1,88 @@
+"""``entangle demo``: the main job on the demo model, from download to figures."""
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+from entangle.cli.options import Subparsers
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from entangle.scoring import NeuronScores
+
+LAYER = "model.layers.1.mlp.gate_proj"
+N_SEQ, SEQ_LEN, TOP = 32, 1024, 10
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add the command to the parser."""
+    parser = subparsers.add_parser(
+        "demo",
+        help="score a layer of the demo model and draw the first figures",
+        description="Fetch the demo model and text once, score a layer, print the ranking and "
+        "write figures.",
+    )
+    parser.add_argument(
+        "--out", default="entangle-demo", metavar="DIR", help="result folder (default: %(default)s)"
+    )
+    parser.add_argument("--force", action="store_true", help="replace an existing result")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Fetch, score, print and draw."""
+    from entangle.cli.score import print_scores
+    from entangle.provenance import check_output
+
+    check_output(arguments.out, force=arguments.force)
+    from entangle.calibration import load_calibration
+    from entangle.models.loading import load_model
+    from entangle.scoring.score import score
+
+    _say(arguments, "loading the demo model")
+    model = load_model("demo")
+    _say(arguments, "reading the demo text")
+    calibration = load_calibration("demo", model.tokenizer, n_seq=N_SEQ, seq_len=SEQ_LEN)
+    progress = None if not arguments.quiet else False
+    scores = score(model, calibration, layers=LAYER, method="exact", progress=progress)
+    out = scores.save(arguments.out, force=arguments.force)
+    print_scores(scores, top=TOP, out=str(out), seed=0)
+    for name, figure in first_figures(scores).items():
+        from entangle.plotting import save_figure
+
+        files = save_figure(figure, out / "figures" / name)
+        print(f"Figure: {', '.join(str(path) for path in files)}")
+
+
+def first_figures(scores: "NeuronScores") -> dict[str, "Figure"]:
+    """Draw the figures of one layer: WD, top and typical neuron, chosen neurons, WD against MD."""
+    from entangle.plotting import (
+        NeuronOutput,
+        figure_output_distributions,
+        figure_top_and_typical,
+        figure_wd_against_md,
+        figure_wd_distribution,
+    )
+
+    chosen = [
+        NeuronOutput.of(
+            row,
+            scores.histogram(row["layer"], int(row["neuron"])),
+            label=f"neuron {row['neuron']}",
+            role="top",
+        )
+        for _, row in scores.top(6).iterrows()
+    ]
+    return {
+        "wd_distribution": figure_wd_distribution(scores.frame, scores.layers, column="single"),
+        "top_and_typical": figure_top_and_typical(scores.frame, scores.histogram),
+        "top_outputs": figure_output_distributions(chosen),
+        "wd_against_md": figure_wd_against_md(scores.frame, column="single"),
+    }
+
+
+def _say(arguments: argparse.Namespace, what: str) -> None:
+    if not arguments.quiet:
+        print(f"entangle: {what}", file=sys.stderr, flush=True)

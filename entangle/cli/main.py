@@ -1,0 +1,59 @@
+"""The ``entangle`` command."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from entangle import __version__
+from entangle.cli import demo, layers, score
+from entangle.errors import EntangleError
+
+COMMANDS = (demo, layers, score)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="entangle",
+        description="Neuron-entanglement analysis for language models.",
+        epilog="Documentation and source of the method: arXiv 2405.15756.",
+    )
+    parser.add_argument("--version", action="version", version=f"entangle {__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        command.add_parser(subparsers)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status.
+
+    Parameters
+    ----------
+    argv
+        Arguments without the program's name; those of the process by default.
+
+    Returns
+    -------
+    int
+        0 on success, 2 for a user's mistake, 1 for a failure of the program, 130 if interrupted.
+    """
+    arguments = build_parser().parse_args(argv)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    try:
+        arguments.run(arguments)
+    except EntangleError as error:
+        print(f"entangle: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("entangle: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,147 @@
+"""Options that several commands share."""
+
+import argparse
+import re
+from typing import TYPE_CHECKING, Any
+
+from entangle.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from entangle.calibration import CalibrationSet
+    from entangle.models.loading import LanguageModel
+
+Subparsers = Any
+"""What ``ArgumentParser.add_subparsers`` returns, which has no public type."""
+
+_UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add MODEL and how to load it."""
+    parser.add_argument(
+        "model",
+        nargs="?",
+        default="demo",
+        metavar="MODEL",
+        help="hub id, local folder, local .gguf file, or demo (default: demo)",
+    )
+    group = parser.add_argument_group("model")
+    group.add_argument("--revision", help="branch, tag or commit of a hub model")
+    group.add_argument(
+        "--dtype",
+        default="auto",
+        help="auto, float32, bfloat16 or float16 (default: auto, the dtype it is stored in)",
+    )
+    group.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)"
+    )
+    group.add_argument("--device-map", help="spread over devices, for example auto")
+
+
+def load_model(arguments: argparse.Namespace) -> "LanguageModel":
+    """Load the model that the options name."""
+    from entangle.models.loading import load_model
+
+    return load_model(
+        arguments.model,
+        revision=arguments.revision,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        device_map=arguments.device_map,
+    )
+
+
+def add_layer_options(parser: argparse.ArgumentParser) -> None:
+    """Add which layers to take."""
+    group = parser.add_argument_group("layers")
+    group.add_argument(
+        "--layer",
+        action="append",
+        metavar="LAYER",
+        help="block index, full name, glob, or all; may be given several times (default: all)",
+    )
+    group.add_argument(
+        "--proj",
+        metavar="NAME",
+        help="take only these projections: gate_proj, mlp.c_fc, or mlp for the feed-forward part",
+    )
+
+
+def add_calibration_options(parser: argparse.ArgumentParser, *, n_seq: int, seq_len: int) -> None:
+    """Add where the text comes from and how it is cut."""
+    group = parser.add_argument_group("calibration")
+    group.add_argument(
+        "--calibration",
+        default="demo",
+        metavar="SOURCE",
+        help="demo, wikitext2, c4, a data set's hub id, or a path: .txt, .jsonl, .parquet, a "
+        "folder of them, or token ids in .safetensors (default: demo)",
+    )
+    group.add_argument("--config", help="configuration of a hub data set")
+    group.add_argument("--split", help="split of a hub data set")
+    group.add_argument("--column", help="column that holds the text")
+    group.add_argument(
+        "--n-seq", type=int, default=n_seq, help="number of sequences (default: %(default)s)"
+    )
+    group.add_argument(
+        "--seq-len",
+        type=int,
+        default=None,
+        help=f"tokens in a sequence (default: {seq_len}, or the model's context if shorter)",
+    )
+    group.add_argument(
+        "--sampling",
+        default="random",
+        choices=("random", "contiguous"),
+        help="random: windows drawn with the seed; contiguous: the first tokens of the text "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
+        "--join", default="\\n\\n", help="put between documents; \\n, \\t and \\\\ are understood "
+        "(default: %(default)s)"
+    )  # fmt: skip
+    group.add_argument(
+        "--special-tokens", action="store_true", help="add the tokenizer's special tokens"
+    )
+    parser.set_defaults(default_seq_len=seq_len)
+
+
+def load_calibration(arguments: argparse.Namespace, model: "LanguageModel") -> "CalibrationSet":
+    """Build the calibration set that the options describe, fitted to the model."""
+    from entangle.calibration import interpret_escapes, load_calibration
+
+    seq_len, limit = arguments.seq_len, model.context_length
+    if seq_len is None and not str(arguments.calibration).endswith(".safetensors"):
+        seq_len = min(arguments.default_seq_len, limit or arguments.default_seq_len)
+    return load_calibration(
+        arguments.calibration,
+        model.tokenizer,
+        n_seq=arguments.n_seq,
+        seq_len=seq_len,
+        seed=arguments.seed,
+        sampling=arguments.sampling,
+        join=interpret_escapes(arguments.join),
+        split=arguments.split,
+        config=arguments.config,
+        column=arguments.column,
+        add_special_tokens=arguments.special_tokens,
+        context_length=limit,
+        vocab_size=model.vocab_size,
+    )
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Add seed, output folder and the like."""
+    parser.add_argument("--seed", type=int, default=0, help="seed of all draws (default: 0)")
+    parser.add_argument("--out", metavar="DIR", help="write the result to this folder")
+    parser.add_argument("--force", action="store_true", help="replace an existing result")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+
+
+def parse_bytes(text: str) -> int:
+    """Read a size such as ``2G``, ``512M`` or ``1048576``."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", text.strip().lower())
+    if match is None:
+        raise InvalidInput(f"a size must look like 512M or 2G; got {text!r}.")
+    return int(float(match[1]) * _UNITS[match[2]])

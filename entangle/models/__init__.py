@@ -1,0 +1,1 @@
+"""Loading language models and addressing their linear layers."""

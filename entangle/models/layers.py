@@ -1,0 +1,273 @@
+"""Finding and addressing the linear layers of a model by its structure.
+
+No list of model families: the transformer blocks are the longest ``ModuleList`` of like modules, a
+layer is an ``nn.Linear`` or a GPT-2 ``Conv1D``, whose transposed weight is handled here alone.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from transformers.pytorch_utils import Conv1D
+
+from entangle.errors import InvalidInput, unknown_name
+
+LISTING = "`entangle layers MODEL` lists them all."
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One linear layer of a model."""
+
+    name: str
+    """Full dotted name inside the model."""
+    block: int | None
+    """Index of the transformer block, None outside the blocks (for example ``lm_head``)."""
+    projection: str
+    """Last component of the name."""
+    module: nn.Module
+    """The module itself; its output is ``x @ weight.T + bias``."""
+    transposed: bool
+    """Whether the module stores its weight as (in_features, out_features)."""
+
+    @property
+    def weight(self) -> Float[Tensor, "out_features in_features"]:
+        """Detached view of the module's weight, one row a neuron; a write changes the model."""
+        weight = self.module.get_parameter("weight").detach()
+        return weight.T if self.transposed else weight
+
+    @property
+    def bias(self) -> Float[Tensor, " out_features"] | None:
+        """Detached view of the module's bias, None without one."""
+        bias = getattr(self.module, "bias", None)
+        return bias.detach() if isinstance(bias, Tensor) else None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The pair (out_features, in_features)."""
+        out_features, in_features = self.weight.shape
+        return out_features, in_features
+
+    @property
+    def out_features(self) -> int:
+        """Number of neurons."""
+        return self.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """Number of inputs of a neuron."""
+        return self.shape[1]
+
+
+@dataclass(frozen=True)
+class FusedExperts:
+    """All experts of a mixture, held in one 3-D parameter: listed, but not addressable."""
+
+    name: str
+    """Full dotted name of the parameter."""
+    block: int | None
+    """Index of the transformer block, None outside the blocks."""
+    shape: tuple[int, ...]
+    """Shape of the parameter; experts come first."""
+
+
+def list_layers(module: nn.Module) -> tuple[Layer, ...]:
+    """Return every linear layer of ``module`` in module order; a shared module is listed once.
+
+    Parameters
+    ----------
+    module
+        A model, usually from transformers.
+    """
+    blocks = _block_name(module)
+    return tuple(
+        Layer(
+            name=name,
+            block=_block_index(name, blocks),
+            projection=name.rpartition(".")[2],
+            module=child,
+            transposed=isinstance(child, Conv1D),
+        )
+        for name, child in module.named_modules()
+        if isinstance(child, nn.Linear | Conv1D)
+    )
+
+
+def list_fused_experts(module: nn.Module) -> tuple[FusedExperts, ...]:
+    """Return every 3-D parameter inside the blocks that is not a convolution's kernel."""
+    blocks = _block_name(module)
+    return tuple(
+        FusedExperts(f"{name}.{key}", block, tuple(parameter.shape))
+        for name, child in module.named_modules()
+        if not isinstance(child, _ConvNd) and (block := _block_index(name, blocks)) is not None
+        for key, parameter in child.named_parameters(recurse=False)
+        if parameter.ndim == 3
+    )
+
+
+def find_blocks(module: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Return the transformer blocks of ``module`` and their dotted name.
+
+    The blocks are the longest ``ModuleList`` whose members are alike (a common class below
+    ``nn.Module``) and contain linears; lists nested inside a member of another list are parts of a
+    block. Where a transformers model names its text decoder (``get_decoder``), only that part is
+    searched, so that the vision tower of a multimodal model or the encoder of an encoder-decoder
+    model is not taken instead; its layers keep block None. Of equally long lists the first wins.
+
+    Raises
+    ------
+    InvalidInput
+        When there is no such list.
+    """
+    name = _block_name(module)
+    if name is None:
+        raise InvalidInput(
+            f"the model must hold its blocks in a ModuleList of like modules; "
+            f"{type(module).__name__} has none: address its layers by full name."
+        )
+    blocks = module.get_submodule(name)
+    assert isinstance(blocks, nn.ModuleList)  # noqa: S101
+    return name, blocks
+
+
+def find_layers(
+    module: nn.Module, spec: int | str | Sequence[int | str], proj: str | None = None
+) -> tuple[Layer, ...]:
+    """Return the layers that ``spec`` and ``proj`` ask for, in module order, each once.
+
+    Parameters
+    ----------
+    module
+        A model, usually from transformers.
+    spec
+        A block index (``1`` or ``"1"``), a full dotted name, a glob (``"*.mlp.gate_proj"``),
+        ``"all"`` (every linear inside the blocks), or several of these.
+    proj
+        Narrows the choice: the last component or a dotted suffix of the name (``"gate_proj"``,
+        ``"mlp.gate_proj"``), or ``"mlp"`` for the feed-forward part of a block: its linears outside
+        every part that mixes tokens, that is, a module named or classed "attn" or "attention", or
+        one that holds a convolution.
+
+    Raises
+    ------
+    UnknownName
+        When a name, glob or projection matches nothing.
+    InvalidInput
+        When a block index is out of range, ``spec`` is empty, or fused experts are asked for.
+    """
+    specs = [spec] if isinstance(spec, int | str) else list(spec)
+    if not specs:
+        raise InvalidInput(f"`layers` must name at least one layer or block; got {spec!r}.")
+    layers = list_layers(module)
+    chosen = {name for one in specs for name in _resolve(module, layers, one)}
+    found = tuple(layer for layer in layers if layer.name in chosen)
+    return found if proj is None else _narrow(module, found, proj)
+
+
+def _block_name(module: nn.Module) -> str | None:
+    root = _text_decoder(module)
+    prefix = next(name for name, child in module.named_modules() if child is root)
+    lists: list[tuple[str, int]] = []
+    for name, child in root.named_modules(prefix=prefix):
+        nested = any(name.startswith(f"{outer}.") for outer, _ in lists)
+        if isinstance(child, nn.ModuleList) and not nested and _alike(child):
+            lists.append((name, len(child)))
+    return max(lists, key=lambda item: item[1])[0] if lists else None
+
+
+def _text_decoder(module: nn.Module) -> nn.Module:
+    get_decoder = getattr(module, "get_decoder", None)
+    decoder = get_decoder() if callable(get_decoder) else None
+    inside = any(child is decoder for child in module.modules())
+    return decoder if isinstance(decoder, nn.Module) and inside else module
+
+
+def _alike(blocks: nn.ModuleList) -> bool:
+    if not all(any(isinstance(m, nn.Linear | Conv1D) for m in b.modules()) for b in blocks):
+        return False
+    ancestries = [set(type(block).__mro__) - set(nn.Module.__mro__) for block in blocks]
+    return bool(ancestries) and bool(set.intersection(*ancestries))
+
+
+def _block_index(name: str, blocks: str | None) -> int | None:
+    if blocks is None or not name.startswith(f"{blocks}."):
+        return None
+    return int(name[len(blocks) + 1 :].split(".")[0])
+
+
+def _resolve(module: nn.Module, layers: Sequence[Layer], spec: int | str) -> list[str]:
+    """Return the names of the layers that ``spec`` asks for, at least one."""
+    if isinstance(spec, bool):
+        raise InvalidInput(f"a layer must be a block index or a name; got {spec!r}.")
+    if isinstance(spec, int) or re.fullmatch(r"-?[0-9]+", spec):
+        index = _check_index(module, int(spec))
+        names = [layer.name for layer in layers if layer.block == index]
+    elif spec == "all":
+        names = [layer.name for layer in layers if layer.block is not None]
+    elif _is_glob(spec):
+        names = [layer.name for layer in layers if fnmatchcase(layer.name, spec)]
+    else:
+        names = list(_aliases(module, layers, spec))
+    if names:
+        return names
+    _refuse_experts(module, spec)
+    raise unknown_name("layer", str(spec), (layer.name for layer in layers), LISTING)
+
+
+def _is_glob(spec: str) -> bool:
+    return re.search(r"[*?\[]", spec) is not None
+
+
+def _refuse_experts(module: nn.Module, pattern: str | int) -> None:
+    """Raise where ``pattern`` is the name, suffix, parent or glob of fused experts."""
+    for experts in list_fused_experts(module):
+        names = (experts.name, experts.name.rpartition(".")[0])
+        if any(fnmatchcase(f".{name}", f"*.{pattern}") for name in names):
+            raise InvalidInput(
+                f"layer {experts.name!r} holds the weights of {experts.shape[0]} experts in one "
+                f"tensor, which cannot be addressed; choose plain linears. {LISTING}"
+            )
+
+
+def _check_index(module: nn.Module, index: int) -> int:
+    count = len(find_blocks(module)[1])
+    if not 0 <= index < count:
+        raise InvalidInput(f"a block index must be in 0..{count - 1} for this model; got {index}.")
+    return index
+
+
+def _aliases(module: nn.Module, layers: Sequence[Layer], name: str) -> Iterator[str]:
+    """Yield the listed name of the layer called ``name``, which a shared module may have twice."""
+    for alias, child in module.named_modules(remove_duplicate=False):
+        if alias == name:
+            yield from (layer.name for layer in layers if layer.module is child)
+
+
+def _narrow(module: nn.Module, layers: tuple[Layer, ...], proj: str) -> tuple[Layer, ...]:
+    if proj == "mlp":
+        blocks = _block_name(module)
+        found = tuple(layer for layer in layers if _feed_forward(module, blocks, layer))
+    else:
+        found = tuple(layer for layer in layers if f".{layer.name}".endswith(f".{proj}"))
+    if found:
+        return found
+    _refuse_experts(module, "experts" if proj == "mlp" else proj)
+    raise unknown_name("projection", proj, (layer.projection for layer in layers), LISTING)
+
+
+def _feed_forward(module: nn.Module, blocks: str | None, layer: Layer) -> bool:
+    """Tell whether ``layer`` lies in a block, and no part on the way to it mixes tokens."""
+    if layer.block is None:
+        return False
+    block, *parts = layer.name.removeprefix(f"{blocks}.").split(".")
+    part: nn.Module = module.get_submodule(f"{blocks}.{block}")
+    for key in parts[:-1]:
+        part = part.get_submodule(key)
+        named = re.search("attn|attention", f"{key} {type(part).__name__}", re.IGNORECASE)
+        if named or any(isinstance(child, nn.Conv1d) for child in part.children()):
+            return False
+    return True

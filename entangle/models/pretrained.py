@@ -1,0 +1,305 @@
+"""Reading pretrained weights and tokenizers through transformers, safely and quietly.
+
+Only safetensors and GGUF are read: no pickles, no code from a repository. Whatever a third party
+raises over a broken folder or file becomes one clear line, chained from the original error.
+"""
+
+import contextlib
+import importlib.util
+import io
+import logging
+import re
+import struct
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+import transformers as hf
+from huggingface_hub import errors as hub_errors
+from safetensors import SafetensorError
+
+from entangle.errors import EntangleError, InvalidInput, MemoryLimit, Unavailable, UnknownName
+
+hf_logging: Any = hf.utils.logging
+hub_utils: Any = huggingface_hub.utils
+
+TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab.*", "merges.txt", "tekken.json")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+BROKEN = (  # what transformers raises over a config, weights or an architecture it cannot use
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    ImportError,
+    RuntimeError,
+    SafetensorError,
+    struct.error,
+    hub_errors.StrictDataclassError,
+)
+
+
+def fetch_snapshot(name: str, *, revision: str | None) -> tuple[Path, str | None]:
+    """Download the hub model ``name`` and return its local folder and resolved commit hash.
+
+    Raises
+    ------
+    UnknownName
+        When the hub has no such model or revision, or ``name`` cannot be a hub id.
+    Unavailable
+        When the hub cannot be reached and the model is not in the local cache, or access is gated.
+    """
+    offline = (
+        "Give a local folder or .gguf file, or set HF_HOME to a cache that holds the model "
+        "(HF_HUB_OFFLINE=1 then skips the network)."
+    )
+    patterns = ["*.json", "*.safetensors", "*.jinja", *TOKENIZER_FILES]
+    try:
+        with quiet():
+            folder = huggingface_hub.snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=patterns,
+                ignore_patterns=["*/*", "consolidated*"],
+            )
+    except hub_errors.GatedRepoError as error:
+        raise Unavailable(
+            f"model {name!r} is gated: accept its terms on the hub and log in (`hf auth login`)."
+        ) from error
+    except hub_errors.RevisionNotFoundError as error:
+        raise UnknownName(
+            f"model {name!r} has no revision {revision!r}; give a branch, tag or commit of it."
+        ) from error
+    except (hub_errors.RepositoryNotFoundError, hub_errors.HFValidationError) as error:
+        raise UnknownName(
+            f"unknown model {name!r}: neither `demo`, nor a local folder or .gguf file, nor a "
+            "model on the hub; a private one needs `hf auth login`."
+        ) from error
+    except (OSError, hub_errors.RevisionResolutionError) as error:
+        raise Unavailable(
+            f"model {name!r} is no local folder or .gguf file, and it could not be had from the "
+            f"hub ({_first_line(error)}). {offline}"
+        ) from error
+    commit = Path(folder).name
+    return Path(folder), commit if re.fullmatch("[0-9a-f]{40}", commit) else None
+
+
+def load_folder(
+    folder: Path, *, dtype: torch.dtype | None, device_map: str | Mapping[str, Any] | None
+) -> tuple[hf.PreTrainedModel, hf.PreTrainedTokenizerBase | None]:
+    """Load the model and, where there is one, the tokenizer of a Hugging Face folder.
+
+    Parameters
+    ----------
+    folder
+        Holds ``config.json``, safetensors weights and, usually, a tokenizer.
+    dtype
+        Of the parameters; None keeps the one they are stored in.
+    device_map
+        Passed to transformers; needs accelerate.
+
+    Raises
+    ------
+    InvalidInput
+        When the folder is not a model that can be used, naming what is wrong with it.
+    """
+    _check_folder(folder)
+    if device_map is not None:
+        _need_accelerate("`device_map`")
+    with quiet():
+        with broken_as(f"model folder {str(folder)!r}"):
+            config = hf.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        _refuse_quantised(config, folder)
+        auto = _auto_class(config, folder)
+        settings: dict[str, Any] = {"dtype": dtype or "auto", "device_map": device_map}
+        model = _from_pretrained(auto, folder, settings)
+        return model, _tokenizer(folder)
+
+
+def load_gguf(
+    file: Path, *, dtype: torch.dtype | None
+) -> tuple[hf.PreTrainedModel, hf.PreTrainedTokenizerBase | None]:
+    """Load the model and tokenizer of a GGUF file, dequantised to ``dtype`` (None: float32).
+
+    The result is a plain model: it can be saved, and nothing in it stays quantised.
+
+    Raises
+    ------
+    InvalidInput
+        When the file is not a GGUF model that transformers can read.
+    """
+    _need_accelerate("a .gguf file")
+    where: dict[str, Any] = {"gguf_file": file.name, "trust_remote_code": False}
+    with quiet(catch_stderr=True), broken_as(f"GGUF file {str(file)!r}"):
+        config = hf.AutoConfig.from_pretrained(file.parent, **where)
+        loose, report = _auto_class(config, file).from_pretrained(
+            file.parent,
+            **where,
+            config=config,
+            dtype=dtype or torch.float32,
+            quantization_config=hf.GgufConfig(dequantize=True),
+            output_loading_info=True,
+        )
+        _check_complete(report, file)
+        settings = loose.config.to_dict()
+        settings.pop("quantization_config", None)
+        plain = type(loose.config).from_dict(settings)
+        model = type(loose).from_pretrained(
+            None, config=plain, state_dict=loose.state_dict(), dtype=loose.dtype
+        )
+        tokenizer = hf.AutoTokenizer.from_pretrained(file.parent, **where)
+    return model, tokenizer
+
+
+@contextlib.contextmanager
+def quiet(*, catch_stderr: bool = False) -> Iterator[None]:
+    """Silence transformers' warnings and, off a terminal, every progress bar; restore both after.
+
+    With ``catch_stderr``, bars that ignore transformers' switch are caught as well.
+    """
+    verbosity = hf_logging.get_verbosity()
+    bars = hf_logging.is_progress_bar_enabled()
+    hub_bars = not hub_utils.are_progress_bars_disabled()
+    terminal = sys.stderr.isatty()
+    with contextlib.ExitStack() as stack:
+        stack.callback(_switch_bars, bars, hub_bars)
+        stack.callback(hf_logging.set_verbosity, verbosity)
+        hf_logging.set_verbosity(logging.CRITICAL)
+        if not terminal:
+            _switch_bars(False, False)
+            if catch_stderr:
+                stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        yield
+
+
+def _switch_bars(bars: bool, hub_bars: bool) -> None:
+    with warnings.catch_warnings():  # the hub warns where an environment variable fixed the choice
+        warnings.simplefilter("ignore", UserWarning)
+        (hf_logging.enable_progress_bar if bars else hf_logging.disable_progress_bar)()
+        (hub_utils.enable_progress_bars if hub_bars else hub_utils.disable_progress_bars)()
+
+
+@contextlib.contextmanager
+def broken_as(what: str) -> Iterator[None]:
+    """Turn what transformers raises over broken files into one line about ``what``."""
+    try:
+        yield
+    except EntangleError:
+        raise
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise MemoryLimit(
+            f"memory ran out while loading {what}; use dtype=bfloat16, a device_map, or a smaller "
+            "model."
+        ) from error
+    except BROKEN as error:
+        raise InvalidInput(f"{what} cannot be loaded: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = " ".join(lines[:2])[:300] if lines else ""
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _check_folder(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        ggufs = sorted(path.name for path in folder.glob("*.gguf"))
+        hint = f"; name the file itself, for example {ggufs[0]}" if ggufs else ""
+        raise InvalidInput(f"a model folder must hold config.json; {str(folder)!r} has none{hint}.")
+    if any(folder.glob("*.safetensors")) or (folder / "model.safetensors.index.json").is_file():
+        return
+    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+    remedy = (
+        f"{pickles[0]} is a pickle, which can run code and is never loaded: convert it once with "
+        "transformers' `save_pretrained` where you trust it."
+        if pickles
+        else "copy model.safetensors next to config.json."
+    )
+    raise InvalidInput(f"model folder {str(folder)!r} must hold safetensors weights; {remedy}")
+
+
+def _need_accelerate(what: str) -> None:
+    if importlib.util.find_spec("accelerate") is None:
+        raise InvalidInput(
+            f"{what} needs the package accelerate; `pip install accelerate` adds it."
+        )
+
+
+def _auto_class(config: hf.PreTrainedConfig, source: Path) -> Any:
+    """Choose causal language model or plain encoder; refuse what token ids alone cannot run."""
+    kind = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        raise InvalidInput(
+            f"model {str(source)!r} must be a decoder or an encoder; {kind} is an encoder-decoder: "
+            "load its encoder or decoder yourself and pass the module."
+        )
+    masked = type(config) in hf.MODEL_FOR_MASKED_LM_MAPPING
+    decoder = not masked or getattr(config, "is_decoder", False)
+    causal = decoder and type(config) in hf.MODEL_FOR_CAUSAL_LM_MAPPING
+    return hf.AutoModelForCausalLM if causal else hf.AutoModel
+
+
+def _refuse_quantised(config: hf.PreTrainedConfig, folder: Path) -> None:
+    settings = getattr(config, "quantization_config", None)
+    if settings is not None:
+        values = settings if isinstance(settings, dict) else settings.to_dict()
+        raise InvalidInput(
+            f"model {str(folder)!r} must hold plain weights; they are quantised with "
+            f"{values.get('quant_method', 'an unknown method')}: use the unquantised model or a "
+            ".gguf file."
+        )
+
+
+def _from_pretrained(auto: Any, folder: Path, settings: dict[str, Any]) -> hf.PreTrainedModel:
+    settings = {
+        **settings,
+        "use_safetensors": True,
+        "trust_remote_code": False,
+        "local_files_only": True,
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # reported below, by name
+    }
+    with torch.random.fork_rng(devices=[]), broken_as(f"model folder {str(folder)!r}"):
+        model, report = auto.from_pretrained(folder, **settings)
+        missing = report["missing_keys"]
+        if missing and all(name.startswith("pooler.") for name in missing):
+            # an encoder stored without its pooler, which would be drawn at random
+            model, report = auto.from_pretrained(folder, add_pooling_layer=False, **settings)
+    _check_complete(report, folder)
+    loaded: hf.PreTrainedModel = model
+    return loaded
+
+
+def _check_complete(report: Mapping[str, Any], source: Path) -> None:
+    if mismatched := sorted(report["mismatched_keys"]):
+        name, stored, wanted = mismatched[0]
+        raise InvalidInput(
+            f"model {str(source)!r} must hold weights of the shapes its config asks for; "
+            f"{name!r} is {tuple(stored)}, not {tuple(wanted)}: check config.json."
+        )
+    if missing := sorted(report["missing_keys"]):
+        raise InvalidInput(
+            f"model {str(source)!r} must hold every weight its config asks for; {len(missing)} are "
+            f"missing, for example {missing[0]!r}: check config.json and copy all weight files."
+        )
+
+
+def _tokenizer(folder: Path) -> hf.PreTrainedTokenizerBase | None:
+    if not any(path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)):
+        return None
+    try:
+        tokenizer: hf.PreTrainedTokenizerBase = hf.AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
+    except Exception as error:  # the tokenizers library raises the bare class
+        raise InvalidInput(
+            f"the tokenizer of model folder {str(folder)!r} cannot be loaded "
+            f"({_first_line(error)}); copy its files again, or remove them all to work with "
+            "token ids only."
+        ) from error
+    return tokenizer

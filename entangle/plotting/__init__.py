@@ -1,0 +1,42 @@
+"""Figures from tables of results: takes frames, draws, and needs no model.
+
+Axes-level ``plot_*`` functions draw one panel and return its axes; figure-level ``figure_*``
+functions return a whole figure in the style of a paper; `save_figure` writes PDF, PNG and the CSV
+of what is drawn.
+"""
+
+from entangle.plotting.axes import (
+    plot_output_distribution,
+    plot_wd_against_md,
+    plot_wd_distribution,
+)
+from entangle.plotting.figures import (
+    NeuronOutput,
+    figure_output_distributions,
+    figure_top_and_typical,
+    figure_wd_against_md,
+    figure_wd_distribution,
+    top_and_typical,
+)
+from entangle.plotting.save import drawn, save_figure
+from entangle.plotting.style import COLUMN_INCHES, PALETTE, paper_style
+from entangle.plotting.summaries import SpearmanInterval, spearman_interval
+
+__all__ = [
+    "COLUMN_INCHES",
+    "PALETTE",
+    "NeuronOutput",
+    "SpearmanInterval",
+    "drawn",
+    "figure_output_distributions",
+    "figure_top_and_typical",
+    "figure_wd_against_md",
+    "figure_wd_distribution",
+    "paper_style",
+    "plot_output_distribution",
+    "plot_wd_against_md",
+    "plot_wd_distribution",
+    "save_figure",
+    "spearman_interval",
+    "top_and_typical",
+]

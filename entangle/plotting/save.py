@@ -1,0 +1,153 @@
+"""What a figure shows, as a table; and both written to disk together.
+
+Every plotting function registers the numbers behind each artist it adds. The numbers live exactly
+as long as the artist is part of the figure: clearing an axes or removing a line removes them.
+"""
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import matplotlib as mpl
+import pandas as pd
+from matplotlib.artist import Artist
+from matplotlib.figure import Figure
+
+from entangle.errors import InvalidInput, Unavailable, unknown_name
+
+FORMATS = ("pdf", "png")
+_METADATA: dict[str, dict[str, None]] = {"pdf": {"CreationDate": None}, "png": {"Software": None}}
+
+_DRAWN: WeakKeyDictionary[Artist, pd.DataFrame] = WeakKeyDictionary()
+
+
+def record(artist: Artist, *, panel: str, series: str, **columns: Any) -> None:
+    """Attach to ``artist`` the numbers it shows.
+
+    Parameters
+    ----------
+    artist
+        A member of an axes.
+    panel, series
+        Where it is, and what it stands for.
+    columns
+        Scalars or one-dimensional arrays of one length, for example ``x``, ``y`` and ``neuron``.
+    """
+    index = range(max((len(c) for c in columns.values() if hasattr(c, "__len__")), default=1))
+    _DRAWN[artist] = pd.DataFrame({"panel": panel, "series": series, **columns}, index=index)
+
+
+def drawn(figure: Figure) -> pd.DataFrame:
+    """Return what ``figure`` shows: one row a point, bar or line.
+
+    Parameters
+    ----------
+    figure
+        Any figure whose axes were filled by `entangle.plotting`.
+
+    Returns
+    -------
+    pandas.DataFrame
+        ``panel``, ``series``, ``x``, ``y``, then the columns that only some series have (for
+        example ``x_right`` of a histogram's bins, or ``neuron``).
+
+    Raises
+    ------
+    InvalidInput
+        Nothing in the figure was drawn by `entangle.plotting`.
+    """
+    frames = [_DRAWN[a] for ax in figure.axes for a in ax.get_children() if a in _DRAWN]
+    if not frames:
+        raise InvalidInput(
+            "`figure` must hold something drawn by entangle.plotting; got a figure with "
+            f"{len(figure.axes)} axes and no such artist."
+        )
+    table = pd.concat(frames, ignore_index=True)
+    first = ["panel", "series", "x", "y"]
+    return table[first + [c for c in table.columns if c not in first]]
+
+
+def save_figure(
+    figure: Figure,
+    path_stem: str | Path,
+    *,
+    formats: Sequence[str] = FORMATS,
+    force: bool = False,
+) -> tuple[Path, ...]:
+    """Write a figure and the CSV table of what it shows.
+
+    Text in the PDF stays text (font type 42), and no file holds a date: the same figure gives the
+    same bytes. All files are written under temporary names first and then renamed.
+
+    Parameters
+    ----------
+    figure
+        Drawn by `entangle.plotting`.
+    path_stem
+        The path without the ending; ``.pdf``, ``.png`` and ``.csv`` are added to it. Missing
+        folders are made.
+    formats
+        One or both of ``"pdf"`` and ``"png"``.
+    force
+        Replace files that exist.
+
+    Returns
+    -------
+    tuple of pathlib.Path
+        The files written, the CSV last.
+
+    Raises
+    ------
+    InvalidInput
+        No or an unknown format; a file exists and ``force`` is False; nothing to save.
+    Unavailable
+        The disk refuses.
+    """
+    endings = (*_check_formats(formats), "csv")
+    stem = Path(path_stem)
+    targets = tuple(stem.with_name(f"{stem.name}.{ending}") for ending in endings)
+    existing = [str(path) for path in targets if path.exists()]
+    if existing and not force:
+        raise InvalidInput(
+            f"`path_stem` must name files that do not exist yet; got {', '.join(existing)}; "
+            "choose another name or pass force=True (--force)."
+        )
+    table = drawn(figure)
+    try:
+        _write(figure, table, targets)
+    except OSError as error:
+        raise Unavailable(
+            f"the figure cannot be written to {str(stem)!r}: {error.strerror or error}; "
+            "choose a folder with free space that you may write to."
+        ) from error
+    return targets
+
+
+def _check_formats(formats: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(formats, str) or not formats:
+        raise InvalidInput(f"`formats` must list {' and/or '.join(FORMATS)}; got {formats!r}.")
+    for name in formats:
+        if name not in FORMATS:
+            raise unknown_name("figure format", name, FORMATS)
+    return tuple(dict.fromkeys(formats))
+
+
+def _write(figure: Figure, table: pd.DataFrame, targets: Sequence[Path]) -> None:
+    folder = targets[0].parent
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".figure-", dir=folder) as temporary:
+        written = [Path(temporary) / path.name for path in targets]
+        for path in written[:-1]:
+            _write_picture(figure, path)
+        table.to_csv(written[-1], index=False, lineterminator="\n")
+        for source, target in zip(written, targets, strict=True):
+            os.replace(source, target)  # noqa: PTH105 - the atomic one
+
+
+def _write_picture(figure: Figure, path: Path) -> None:
+    ending = path.suffix[1:]
+    with mpl.rc_context({"savefig.bbox": None}):
+        figure.savefig(path, format=ending, dpi=300, metadata=_METADATA[ending])

@@ -1,0 +1,283 @@
+"""The look of the figures: colours by meaning, text sizes, and figures that pyplot never sees.
+
+Nothing global is changed: `paper_style` restores matplotlib's settings when it ends, and
+`PaperFigure` lives and dies like any Python object.
+"""
+
+import io
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import MappingProxyType
+from typing import Literal
+
+import matplotlib as mpl
+import numpy as np
+import seaborn as sns
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.lines import Line2D
+from numpy.typing import NDArray
+
+from entangle.errors import InvalidInput
+
+Column = Literal["single", "double"]
+Role = Literal["output", "top", "typical"]
+Side = Literal["left", "right"]
+Skyline = tuple[NDArray[np.float64], NDArray[np.float64]]
+"""Points (x, y) in data units that a legend must not cover."""
+
+_HEX = sns.color_palette("colorblind").as_hex()
+
+PALETTE: Mapping[str, str] = MappingProxyType(
+    {
+        "output": _HEX[0],  # the outputs of a neuron
+        "top": _HEX[3],  # the neurons with the largest WD
+        "typical": _HEX[7],  # typical, random and all other neurons
+        "floor": _HEX[2],  # what truly Gaussian outputs would score
+        "gaussian": "#262626",  # the fitted Gaussian
+    }
+)
+"""Colours by meaning (hexadecimal), from seaborn's colour-blind-safe palette."""
+
+COLUMN_INCHES: Mapping[str, float] = MappingProxyType({"single": 3.3, "double": 6.9})
+"""Widths in inches of a figure over one and over two columns of a paper."""
+
+_PANELS_ACROSS = {"single": 2, "double": 3}
+_PANEL_INCHES = {"single": 1.35, "double": 1.6}
+
+CHARACTERS_PER_INCH = 19.0
+"""Of text at 7 points, on average and with some to spare."""
+
+_SIZES = {
+    "font.size": 7.0,
+    "axes.labelsize": 7.0,
+    "axes.titlesize": 7.0,
+    "figure.titlesize": 7.5,
+    "figure.labelsize": 7.0,
+    "xtick.labelsize": 6.5,
+    "ytick.labelsize": 6.5,
+    "legend.fontsize": 6.5,
+    "legend.title_fontsize": 6.5,
+    "axes.linewidth": 0.6,
+    "axes.labelpad": 2.5,
+    "axes.titlepad": 4.0,
+    "lines.linewidth": 1.1,
+    "patch.linewidth": 0.6,
+    "xtick.major.size": 2.5,
+    "ytick.major.size": 2.5,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "xtick.major.pad": 2.0,
+    "ytick.major.pad": 2.0,
+}
+
+
+@contextmanager
+def paper_style(*, column: Column = "single") -> Iterator[None]:
+    """Draw in the style of a paper's figure inside the ``with`` block.
+
+    Parameters
+    ----------
+    column
+        ``"single"`` (3.3 inches) or ``"double"`` (6.9 inches): the width of new figures.
+
+    Raises
+    ------
+    InvalidInput
+        ``column`` is another word.
+    """
+    width = column_width(column)
+    settings = {
+        **sns.axes_style("ticks"),
+        **_SIZES,
+        "font.family": ["DejaVu Sans"],  # comes with matplotlib: the same on every machine
+        "mathtext.fontset": "dejavusans",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titlelocation": "left",
+        "legend.frameon": False,
+        "legend.handlelength": 1.2,
+        "legend.labelspacing": 0.3,
+        "legend.borderaxespad": 0.2,
+        "legend.borderpad": 0.2,
+        "figure.dpi": 150.0,
+        "figure.figsize": (width, 2.4 if column == "single" else 2.8),
+        "pdf.fonttype": 42,
+    }
+    with mpl.rc_context(settings):
+        yield
+
+
+def column_width(column: str) -> float:
+    """Return the width in inches of ``column``, ``"single"`` or ``"double"``."""
+    if column not in COLUMN_INCHES:
+        raise InvalidInput(f"`column` must be single or double; got {column!r}.")
+    return COLUMN_INCHES[column]
+
+
+class PaperFigure(Figure):
+    """A matplotlib figure that pyplot does not keep alive and that Jupyter shows by itself."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png")
+        return buffer.getvalue()
+
+
+def settle_ticks(axes: Sequence[Axes]) -> None:
+    """Make the first tick of every axis, so that later ones copy the style in force here.
+
+    matplotlib makes ticks, and room for their labels, when the figure is drawn, with the settings
+    of that moment.
+    """
+    for ax in axes:
+        ax.tick_params(axis="x", labelsize=mpl.rcParams["xtick.labelsize"])
+        ax.tick_params(axis="y", labelsize=mpl.rcParams["ytick.labelsize"])
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.get_major_ticks(1)
+
+
+def axes_or_new(ax: Axes | None) -> Axes:
+    """Return ``ax``, or the axes of a new `PaperFigure` where it is None."""
+    if ax is not None:
+        return ax
+    made = PaperFigure(layout="constrained").subplots()
+    settle_ticks([made])
+    return made
+
+
+def text_handle() -> Line2D:
+    """Return an invisible legend handle, for an entry that is only text."""
+    return Line2D([], [], linestyle="none", marker="none")
+
+
+def wrap(ax: Axes, text: str, *, size: float) -> str:
+    """Break every line of ``text`` where it would be wider than ``ax`` at ``size`` points."""
+    characters = max(12, int(_inches(ax)[0] * CHARACTERS_PER_INCH * 7.0 / size))
+    return "\n".join(
+        textwrap.fill(line, characters, break_on_hyphens=False) for line in text.splitlines()
+    )
+
+
+def add_title(ax: Axes, text: str) -> None:
+    """Write the title of a panel, broken to its width and taken literally (no TeX)."""
+    size = _points("axes.titlesize")
+    ax.set_title(wrap(ax, text, size=size), parse_math=False)
+
+
+def add_legend(
+    ax: Axes, entries: Sequence[tuple[Artist, str]], *, side: Side, skyline: Skyline
+) -> None:
+    """Write a legend into an upper corner and raise the y limit so that it covers no data."""
+    size = _points("legend.fontsize")
+    labels = [wrap(ax, label, size=1.2 * size) for _, label in entries]  # leaves the keys' place
+    place: Literal["upper left", "upper right"] = "upper left" if side == "left" else "upper right"
+    ax.legend([handle for handle, _ in entries], labels, loc=place)
+    _keep_clear(ax, "\n".join(labels), side=side, skyline=skyline)
+
+
+def add_note(ax: Axes, lines: Sequence[str], *, side: Side, skyline: Skyline) -> None:
+    """Write lines of text into an upper corner and raise the y limit above all data."""
+    size = _points("legend.fontsize")
+    text = wrap(ax, "\n".join(lines), size=size)
+    x = 0.02 if side == "left" else 0.98
+    ax.text(x, 0.99, text, transform=ax.transAxes, ha=side, va="top", fontsize=size)
+    left, right = ax.get_xlim()
+    everywhere = (np.full(skyline[1].shape, left if side == "left" else right), skyline[1])
+    _keep_clear(ax, text, side=side, skyline=everywhere)
+
+
+def _keep_clear(ax: Axes, text: str, *, side: Side, skyline: Skyline) -> None:
+    """Raise the y limit until no data lies under ``text`` with its legend keys."""
+    size, lines = _points("legend.fontsize"), text.split("\n")
+    width, height = _inches(ax)
+    share_y = min((1.4 * len(lines) + 1.0) * size / 72.0 / (0.85 * height), 0.6)
+    share_x = max(map(len, lines)) * size / 7.0 / CHARACTERS_PER_INCH / width + 0.15
+    left, right = ax.get_xlim()
+    edge, toward = (left, right) if side == "left" else (right, left)
+    x, y = skyline
+    under = np.abs(x - edge) <= share_x * abs(toward - edge)
+    top = max(float(y.max()) * 1.05, float(y[under].max(initial=0.0)) / (1.0 - share_y))
+    ax.set_ylim(top=top)
+
+
+def _points(setting: Literal["axes.titlesize", "legend.fontsize"]) -> float:
+    return float(FontProperties(size=mpl.rcParams[setting]).get_size_in_points())
+
+
+def _inches(ax: Axes) -> tuple[float, float]:
+    figure = ax.get_figure(root=True)
+    assert figure is not None  # noqa: S101 - an axes that draws belongs to a figure
+    return ax.bbox.width / figure.dpi, ax.bbox.height / figure.dpi
+
+
+def _across(n: int, column: Column) -> int:
+    down = -(-n // _PANELS_ACROSS[column])
+    return -(-n // down)  # as even as possible: 4 panels make 2 x 2
+
+
+def panel_grid(n: int, *, column: Column, longest_title: int = 0) -> tuple[Figure, list[Axes]]:
+    """Make a figure of ``n`` panels, tall enough for titles of so many characters."""
+    across = _across(n, column)
+    down = -(-n // across)
+    width = column_width(column)
+    title_lines = -(-longest_title // int(0.75 * width / across * CHARACTERS_PER_INCH))
+    height = 2.4 if n == 1 else 0.6 + down * (_PANEL_INCHES[column] + 0.12 * title_lines)
+    figure = PaperFigure(figsize=(width, height), layout="constrained")
+    axes = list(figure.subplots(down, across, squeeze=False).flat)
+    for unused in axes[n:]:
+        unused.remove()
+    settle_ticks(axes[:n])
+    return figure, axes[:n]
+
+
+def share_axes(figure: Figure, axes: Sequence[Axes], *, column: Column) -> None:
+    """Give all panels the widest limits; tick labels at the outer ones, axis labels once."""
+    if len(axes) == 1:
+        return
+    across = _across(len(axes), column)
+    xlim = _widest([ax.get_xlim() for ax in axes])
+    ylim = _widest([ax.get_ylim() for ax in axes])
+    figure.supxlabel(axes[0].get_xlabel())
+    figure.supylabel(axes[0].get_ylabel())
+    for number, ax in enumerate(axes):
+        ax.set(xlim=xlim, ylim=ylim, xlabel="", ylabel="")
+        ax.tick_params(labelleft=number % across == 0, labelbottom=number + across >= len(axes))
+
+
+def _widest(limits: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    return min(low for low, _ in limits), max(high for _, high in limits)
+
+
+def shared_legend(
+    figure: Figure, axes: Sequence[Axes], *, column: Column, title: str = "", extra: str = ""
+) -> None:
+    """Write one legend above several panels: every label once, and a closing line of text."""
+    if len(axes) == 1:
+        return
+    entries: dict[str, Artist] = {}
+    for ax in axes:
+        entries |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+    if extra:
+        entries[extra] = text_handle()
+    labels = list(entries)
+    figure.legend(
+        [entries[label] for label in labels],
+        labels,
+        loc="outside upper center",
+        ncols=_fitting_columns(labels, inches=column_width(column)),
+        columnspacing=1.2,
+        title=title or None,
+    )
+
+
+def _fitting_columns(labels: Sequence[str], *, inches: float) -> int:
+    """Return the largest number of legend columns, filled from the left, that fit the width."""
+    for n in range(len(labels), 1, -1):
+        columns = np.array_split(list(map(len, labels)), n)
+        if sum(column.max() / CHARACTERS_PER_INCH + 0.35 for column in columns) <= inches:
+            return n
+    return 1

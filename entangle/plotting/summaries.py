@@ -1,0 +1,294 @@
+"""The numbers behind the plots: small stateless functions from frames to arrays, no drawing."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from pandas.arrays import IntegerArray
+
+from entangle.errors import InvalidInput
+
+Floats = NDArray[np.float64]
+_WRITER = "the command `entangle score` writes such tables."
+
+
+def check_columns(frame: pd.DataFrame, needed: Sequence[str], *, name: str) -> None:
+    """Raise `InvalidInput` unless ``frame`` has the columns and at least one row."""
+    missing = [column for column in needed if column not in frame.columns]
+    if missing:
+        raise InvalidInput(
+            f"`{name}` must have the columns {', '.join(needed)}; got a table without "
+            f"{', '.join(missing)}; {_WRITER}"
+        )
+    if frame.empty:
+        raise InvalidInput(f"`{name}` must have at least one row; got none; {_WRITER}")
+
+
+@dataclass(frozen=True)
+class TopSplit:
+    """The neurons of one layer, split by WD."""
+
+    layer: str
+    """Full dotted name."""
+    frame: pd.DataFrame
+    """The rows of ``scores`` that can be drawn, in their order."""
+    is_top: NDArray[np.bool_]
+    """(rows of frame,) whether the neuron is among the top."""
+    threshold: float
+    """The smallest WD among the top, in σ."""
+    share: float
+    """The share asked for, in (0, 1]."""
+    dropped: str
+    """How many rows cannot be drawn and why, or an empty string."""
+
+    def values(self, column: str) -> Floats:
+        """Return a column of the frame as floats, shape (rows of frame,)."""
+        return _floats(self.frame, column)
+
+    def neurons(self) -> IntegerArray:
+        """Return the neurons' numbers, shape (rows of frame,)."""
+        return pd.array(self.frame["neuron"].to_numpy(dtype=np.int64), dtype="Int64")
+
+    @property
+    def top_name(self) -> str:
+        """What the top neurons are called, for example ``"top 3 % by WD"``."""
+        return f"top {100 * self.share:.3g} % by WD"
+
+
+def split_top(scores: pd.DataFrame, *, top: float, values: Sequence[str] = ("wd",)) -> TopSplit:
+    """Split one layer's neurons into the ``top`` share by WD and the others.
+
+    Parameters
+    ----------
+    scores
+        One row a neuron, all of one layer.
+    top
+        Share in (0, 1] of the neurons that have a WD, rounded to whole neurons and at least one;
+        of equal WDs the one that comes first.
+    values
+        Columns that must be finite for a neuron to be drawn; other neurons are counted.
+
+    Raises
+    ------
+    InvalidInput
+        ``top`` is out of range, a column is missing, there are several layers, or fewer than two
+        neurons can be drawn.
+    """
+    check_top(top)
+    check_columns(scores, ("layer", "neuron", *dict.fromkeys(("wd", *values))), name="scores")
+    layer = _single_layer(scores)
+    wd = _floats(scores, "wd")
+    wd[~np.isfinite(wd)] = np.nan
+    kept = np.all([np.isfinite(_floats(scores, name)) for name in values], axis=0)
+    dropped = _describe_dropped(scores[~kept], values)
+    if kept.sum() < 2:
+        raise InvalidInput(
+            f"`scores` must hold at least 2 neurons with finite {' and '.join(values)} in layer "
+            f"{layer!r}; got {kept.sum()}{f' ({dropped})' if dropped else ''}; score more neurons "
+            f"with `entangle score`{', without --no-md' if 'md' in values else ''}."
+        )
+    is_top = np.zeros(len(wd), dtype=np.bool_)
+    n_top = max(1, round(top * int(np.isfinite(wd).sum())))
+    is_top[np.argsort(-wd, kind="stable")[:n_top]] = True  # NaN sorts last
+    return TopSplit(layer, scores[kept], is_top[kept], float(wd[is_top].min()), top, dropped)
+
+
+def check_top(top: float) -> None:
+    """Raise `InvalidInput` unless ``top`` is in (0, 1]."""
+    if not 0.0 < top <= 1.0:
+        raise InvalidInput(f"`top` must be in (0, 1]; got {top}.")
+
+
+def _single_layer(scores: pd.DataFrame) -> str:
+    names = scores["layer"].unique()
+    if len(names) > 1:
+        raise InvalidInput(
+            f"`scores` must hold one layer; got {len(names):,}; pick one with "
+            "scores[scores.layer == name]."
+        )
+    return str(names[0])
+
+
+def _floats(frame: pd.DataFrame, name: str) -> Floats:
+    return frame[name].to_numpy(dtype=np.float64, na_value=np.nan, copy=True)
+
+
+def _describe_dropped(rows: pd.DataFrame, values: Sequence[str]) -> str:
+    if rows.empty:
+        return ""
+    flags = rows["flag"].fillna("").tolist() if "flag" in rows.columns else [""] * len(rows)
+    reasons = pd.Series([flag or f"no {' or '.join(values)}" for flag in flags]).value_counts()
+    listing = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items())
+    return f"{len(rows):,} left out: {listing}"
+
+
+@dataclass(frozen=True)
+class OutputDensity:
+    """The density of one neuron's outputs as a step function."""
+
+    edges: Floats
+    """(bins + 1,) ascending, in σ or in the neuron's own units."""
+    density: Floats
+    """(bins,) share of all tokens in the bin over its width."""
+    n: int
+    """Number of tokens, those in endless outer bins included."""
+
+    def share_between(self, low: float, high: float) -> float:
+        """Return the share of all tokens between two points (tokens spread evenly in a bin)."""
+        clipped = np.clip(self.edges, low, high)
+        return float(np.sum(self.density * np.diff(clipped)))
+
+    def at(self, x: Floats) -> Floats:
+        """Return the density at the points ``x``, 0 outside all bins."""
+        bins = np.searchsorted(self.edges, x, side="right")
+        return np.concatenate([[0.0], self.density, [0.0]])[bins]
+
+    def quantile(self, q: float) -> float:
+        """Return where the step function, taken as a whole, reaches the share ``q``."""
+        cumulative = np.concatenate([[0.0], np.cumsum(self.density * np.diff(self.edges))])
+        return float(np.interp(q * cumulative[-1], cumulative, self.edges))
+
+
+def output_density(
+    histogram: pd.DataFrame, *, mean: float, std: float, standardized: bool = True, label: str = ""
+) -> OutputDensity:
+    """Turn a histogram of a neuron's outputs into a density.
+
+    Parameters
+    ----------
+    histogram
+        ``left``, ``right`` and ``count`` in the neuron's own units: bins that join, ascending.
+        The outermost may be endless.
+    mean, std
+        Of the neuron's outputs, in its own units.
+    standardized
+        Measure in standard deviations from the mean.
+    label
+        Name of the neuron, for errors.
+
+    Raises
+    ------
+    InvalidInput
+        Missing columns, bins that do not join, negative or no counts, a constant or infinite
+        neuron.
+    """
+    check_columns(histogram, ("left", "right", "count"), name="histogram")
+    of = f" of {label}" if label else ""
+    if not (np.isfinite(mean) and 0.0 < std < np.inf):
+        raise InvalidInput(
+            f"`mean` and `std`{of} must be finite and `std` above 0; got mean {mean}, std {std}; "
+            "a constant, NaN or infinite neuron (column `flag`) has no distribution to draw."
+        )
+    edges, count = _joined_bins(histogram, of=of)
+    total = count.sum()
+    closed = np.isfinite(edges[:-1]) & np.isfinite(edges[1:])
+    edges = edges[np.isfinite(edges)]
+    if standardized:
+        edges = (edges - mean) / std
+    return OutputDensity(edges, count[closed] / total / np.diff(edges), round(total))
+
+
+def _joined_bins(histogram: pd.DataFrame, *, of: str) -> tuple[Floats, Floats]:
+    left, right, count = (_floats(histogram, name) for name in ("left", "right", "count"))
+    with np.errstate(invalid="ignore"):  # endless bins that do not belong inside
+        gaps = np.abs(left[1:] - right[:-1])
+        slack = 1e-3 * np.min(right - left)  # rounding, not a gap
+    if not ((left < right).all() and (gaps <= slack).all()):
+        raise InvalidInput(
+            f"`histogram`{of} must hold bins that join, left < right, ascending; got "
+            f"{len(left)} bins from {left[0]:.4g} to {right[-1]:.4g} that do not; {_WRITER}"
+        )
+    inside = count[np.isfinite(left) & np.isfinite(right)].sum()
+    if not (np.isfinite(count).all() and (count >= 0).all() and inside > 0):
+        raise InvalidInput(
+            f"`histogram`{of} must hold counts of 0 or more, not all 0 in bins with two ends; got "
+            f"a smallest count of {count.min():.4g} and a sum of {inside:.4g}; {_WRITER}"
+        )
+    return np.append(left, right[-1]), count
+
+
+@dataclass(frozen=True)
+class SpearmanInterval:
+    """A rank correlation with its bootstrap interval."""
+
+    rho: float
+    """Spearman's coefficient, in [-1, 1]."""
+    low: float
+    """Lower end of the interval."""
+    high: float
+    """Upper end of the interval."""
+
+
+def spearman_interval(
+    x: Floats, y: Floats, *, n_boot: int = 1000, seed: int = 0, level: float = 0.95
+) -> SpearmanInterval:
+    """Return Spearman's rank correlation with a percentile bootstrap interval.
+
+    Points are resampled with replacement. A resample is a number of repeats for each point, so
+    that its ranks (ties share their mean rank) follow from running sums over values sorted once.
+
+    Parameters
+    ----------
+    x, y
+        Paired finite values, shape (points,).
+    n_boot
+        Number of resamples. Those in which ``x`` or ``y`` is constant have no coefficient and are
+        passed over.
+    seed
+        Of the resampling.
+    level
+        Probability mass of the interval, in (0, 1).
+
+    Raises
+    ------
+    InvalidInput
+        Unequal lengths, fewer than 3 points, a constant ``x`` or ``y``, or a value out of range.
+
+    Notes
+    -----
+    Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13 (percentile interval).
+    """
+    _check_bootstrap(x, y, n_boot=n_boot, level=level)
+    n = len(x)
+    groups = [np.unique(values, return_inverse=True)[1] for values in (x, y)]
+    rho = _weighted_spearman(groups, np.ones(n))
+    rng = np.random.default_rng(seed)
+    draws = [
+        _weighted_spearman(groups, np.bincount(rng.integers(n, size=n), minlength=n))
+        for _ in range(n_boot)
+    ]
+    tail = 50.0 * (1.0 - level)
+    low, high = np.nanpercentile([rho] if np.isnan(draws).all() else draws, [tail, 100.0 - tail])
+    return SpearmanInterval(rho, float(low), float(high))
+
+
+def _check_bootstrap(x: Floats, y: Floats, *, n_boot: int, level: float) -> None:
+    if n_boot < 1:
+        raise InvalidInput(f"`n_boot` must be at least 1; got {n_boot}.")
+    if not 0.0 < level < 1.0:
+        raise InvalidInput(f"`level` must be in (0, 1); got {level}.")
+    if x.ndim != 1 or x.shape != y.shape or len(x) < 3:
+        raise InvalidInput(
+            f"a rank correlation must have at least 3 pairs; got {x.shape} and {y.shape} values; "
+            "score more neurons."
+        )
+    if np.ptp(x) == 0.0 or np.ptp(y) == 0.0:
+        raise InvalidInput(
+            "a rank correlation must have two different values on each side; got "
+            f"{len(x)} points that all have {x[0] if np.ptp(x) == 0.0 else y[0]:.4g}."
+        )
+
+
+def _weighted_spearman(groups: Sequence[NDArray[np.intp]], repeats: NDArray[np.generic]) -> float:
+    """Spearman's coefficient where point i occurs ``repeats[i]`` times."""
+    ranks = []
+    for group in groups:
+        size = np.bincount(group, weights=repeats)
+        mean_rank = np.cumsum(size) - 0.5 * size  # the same for all members; a shift is harmless
+        ranks.append(mean_rank[group] - 0.5 * repeats.sum())
+    a, b = ranks
+    weighted = a * repeats
+    norm = np.sqrt((weighted @ a) * ((b * repeats) @ b))
+    return float(weighted @ b / norm) if norm > 0.0 else np.nan

@@ -1,0 +1,198 @@
+"""Run folders and manifests: where every result came from.
+
+A run writes one folder under a temporary name and renames it when it is complete, so that a
+folder with the final name is never half-written.
+"""
+
+import errno
+import json
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from entangle.errors import InvalidInput, Unavailable
+
+SCHEMA_VERSION = 1
+PACKAGES = (
+    "entangle", "torch", "transformers", "numpy", "scipy", "pandas", "datasets", "safetensors",
+)  # fmt: skip
+
+
+def package_versions() -> dict[str, str]:
+    """Return the installed version of every package that results depend on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def peak_memory_bytes() -> int:
+    """Return the largest resident memory of this process so far, in bytes."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        return int(psutil.Process().memory_info().rss)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class RunClock:
+    """Measure a run: seconds since construction and the process's peak memory."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+
+    def read(self) -> dict[str, object]:
+        """Return ``seconds`` and ``peak_memory_bytes`` (also of the GPU where one was used)."""
+        reading: dict[str, object] = {
+            "seconds": round(time.perf_counter() - self._start, 3),
+            "peak_memory_bytes": peak_memory_bytes(),
+        }
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.cuda.is_available():
+            reading["peak_gpu_memory_bytes"] = int(torch.cuda.max_memory_allocated())
+        return reading
+
+
+def make_manifest(kind: str, **parts: object) -> dict[str, object]:
+    """Return a manifest of a run of this ``kind`` with the parts given and the versions."""
+    head: dict[str, object] = {"schema_version": SCHEMA_VERSION, "kind": kind}
+    return head | parts | {"packages": package_versions()}
+
+
+def check_output(path: str | os.PathLike[str], *, force: bool = False) -> Path:
+    """Check that a result folder can be written, before any work is done.
+
+    Raises
+    ------
+    InvalidInput
+        If it exists and ``force`` is off, or is a file, or is no folder of ours to replace.
+    Unavailable
+        If its parent cannot be written.
+    """
+    target = Path(path).expanduser().absolute()
+    if target.exists():
+        if not target.is_dir():
+            raise InvalidInput(f"the output {str(path)!r} is a file; name a folder.")
+        if not force and any(target.iterdir()):
+            raise InvalidInput(
+                f"the output folder {str(path)!r} exists; name another one or use --force "
+                "(force=True) to replace it."
+            )
+        if any(target.iterdir()) and not (target / "manifest.json").is_file():
+            raise InvalidInput(
+                f"the output folder {str(path)!r} holds no manifest.json, so it is not a result "
+                "of entangle and will not be replaced; name another one."
+            )
+    parent = target.parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise Unavailable(f"the output {str(path)!r} cannot be created: {parent} is not writable.")
+    return target
+
+
+@contextmanager
+def output_folder(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder that becomes ``path`` when the block ends without an error.
+
+    Parameters
+    ----------
+    path
+        The final folder.
+    force
+        Replace an existing result.
+
+    Raises
+    ------
+    InvalidInput, Unavailable
+        As `check_output`; and `Unavailable` when the disk is full or turns read-only on the way.
+    """
+    target = check_output(path, force=force)
+    with disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        with disk_errors(target):
+            temporary.chmod(0o777 & ~_umask())
+            yield temporary
+            retired = temporary.with_name(temporary.name + ".old")
+            if target.exists():
+                target.rename(retired)
+            temporary.rename(target)
+            shutil.rmtree(retired, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def disk_errors(target: Path) -> Iterator[None]:
+    """Turn a full or read-only disk into one clear line."""
+    try:
+        yield
+    except OSError as error:
+        reasons = {
+            errno.ENOSPC: "the disk is full; free some space",
+            errno.EDQUOT: "the disk quota is used up; free some space",
+            errno.EROFS: "the disk is read-only",
+            errno.EACCES: "permission is denied",
+        }
+        if error.errno not in reasons:
+            raise
+        raise Unavailable(
+            f"{str(target)!r} cannot be written: {reasons[error.errno]} or name another folder."
+        ) from error
+
+
+def write_json(path: Path, content: Mapping[str, object]) -> None:
+    """Write a mapping as UTF-8 JSON with a final newline; NaN is refused."""
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def read_manifest(folder: str | os.PathLike[str], kind: str) -> dict[str, object]:
+    """Read the manifest of a result folder and check its kind and schema.
+
+    Raises
+    ------
+    InvalidInput
+        If the folder is missing, holds no readable manifest, or is of another kind or schema.
+    """
+    path = Path(folder).expanduser() / "manifest.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InvalidInput(
+            f"{str(folder)!r} is no result folder: it has no manifest.json."
+        ) from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InvalidInput(
+            f"{str(path)!r} is not valid JSON ({error}); make the result anew."
+        ) from error
+    if not isinstance(content, dict) or content.get("kind") != kind:
+        found = content.get("kind") if isinstance(content, dict) else type(content).__name__
+        raise InvalidInput(f"{str(folder)!r} must hold a result of kind {kind!r}; got {found!r}.")
+    if content.get("schema_version") != SCHEMA_VERSION:
+        raise InvalidInput(
+            f"{str(folder)!r} has schema version {content.get('schema_version')!r}, this version "
+            f"of entangle reads {SCHEMA_VERSION}; make the result anew."
+        )
+    return content
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current

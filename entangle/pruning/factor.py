@@ -1,0 +1,111 @@
+"""The factor of the inverse gram that SparseGPT eliminates weights with."""
+
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from entangle.errors import InvalidInput, NumericalError
+from entangle.precision import full_precision
+
+MAX_TRIES = 7
+"""Values of the damping tried before giving up: from 0.01, the last one is 10 000."""
+
+FIRST_AFTER_ZERO = 1e-4
+"""The damping that follows 0."""
+
+_SMALL = 256
+
+
+def inverse_factor(
+    gram: Float[Tensor, "experts cols cols"], *, damping: float | int
+) -> tuple[Float[Tensor, "experts cols cols"], Float[Tensor, "experts"]]:
+    """Factorise the inverse of each damped gram: ``inv(H) = U^T U`` with ``U`` upper triangular.
+
+    ``H`` is the gram plus ``damping`` times its mean diagonal; a dead input (zero diagonal) gets a
+    unit diagonal first. Where ``H`` is not positive definite, the damping of that expert grows by
+    factors of 10 (from 0, by way of 0.0001).
+
+    Parameters
+    ----------
+    gram
+        ``X^T X`` per expert; only its lower triangle is read.
+    damping
+        Multiple of the mean diagonal, at least 0.
+
+    Returns
+    -------
+    factor : Tensor
+        ``U``, with a positive diagonal.
+    damping : Tensor
+        The multiple used for each expert.
+
+    Raises
+    ------
+    InvalidInput
+        If `damping` is negative or not finite.
+    NumericalError
+        If a gram stays indefinite after `MAX_TRIES` values of the damping.
+
+    Notes
+    -----
+    With ``J`` the reversal of rows and columns and ``J H J = L L^T``, ``U = J inv(L) J``: a single
+    Cholesky factorisation, of the damped gram itself and not of its inverse.
+    """
+    if not 0 <= damping < math.inf:
+        raise InvalidInput(f"`damping` must be finite and at least 0; got {damping:g}.")
+    flipped = gram.flip(-2, -1)
+    diagonal = flipped.diagonal(dim1=-2, dim2=-1)
+    step = diagonal.mean(-1)
+    diagonal.masked_fill_(diagonal == 0, 1)
+    used = gram.new_full(gram.shape[:1], damping)
+    with full_precision():
+        return _invert_lower(_factorise(flipped, step, used)).flip(-2, -1), used
+
+
+def _factorise(
+    flipped: Float[Tensor, "experts cols cols"],
+    step: Float[Tensor, "experts"],
+    used: Float[Tensor, "experts"],
+) -> Float[Tensor, "experts cols cols"]:
+    """Return the lower Cholesky factors, and raise the damping in `used` where it takes more."""
+    lower, left = _cholesky(flipped, used * step)
+    for _ in range(MAX_TRIES - 1):
+        if not len(left):
+            break
+        used[left] = (used[left] * 10).clamp(min=FIRST_AFTER_ZERO)
+        lower[left], failed = _cholesky(flipped[left], used[left] * step[left])
+        left = left[failed]
+    for expert in left.tolist():
+        raise NumericalError(
+            f"the gram of expert {expert} is not positive definite, not even with damping "
+            f"{float(used[expert]):g} times its mean diagonal: check that it is X^T X."
+        )
+    return lower
+
+
+def _cholesky(
+    gram: Float[Tensor, "experts cols cols"], shift: Float[Tensor, "experts"]
+) -> tuple[Float[Tensor, "experts cols cols"], Int[Tensor, "failed"]]:
+    """Factorise ``gram + shift * I``; the indices of those where that fails come second."""
+    damped = gram.clone()
+    damped.diagonal(dim1=-2, dim2=-1).add_(shift[:, None])
+    lower, info = torch.linalg.cholesky_ex(damped)
+    return lower, info.nonzero()[:, 0]
+
+
+def _invert_lower(lower: Float[Tensor, "experts n n"]) -> Float[Tensor, "experts n n"]:
+    """Invert lower-triangular matrices by halves, so that the work is in matrix products."""
+    n = lower.shape[-1]
+    if n <= _SMALL:
+        unit = torch.eye(n, dtype=lower.dtype, device=lower.device).expand_as(lower)
+        corner: Tensor = torch.linalg.solve_triangular(lower, unit, upper=False)
+        return corner
+    inverse, half = torch.zeros_like(lower), n // 2
+    first, last = slice(half), slice(half, n)
+    inverse[:, first, first] = _invert_lower(lower[:, first, first])
+    inverse[:, last, last] = _invert_lower(lower[:, last, last])
+    product = lower[:, last, first] @ inverse[:, first, first]
+    inverse[:, last, first] = inverse[:, last, last] @ product.neg_()
+    return inverse

@@ -1,0 +1,73 @@
+"""What a pruner returns."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from entangle.errors import NumericalError
+from entangle.precision import full_precision
+from entangle.pruning.problem import Problem
+from entangle.pruning.quantize import quantize
+
+
+@dataclass(frozen=True, eq=False)
+class PruneResult:
+    """A pruned layer, or a stack of them; without an axis of experts if the input had none."""
+
+    weight: Float[Tensor, "*experts rows cols"]
+    """The sparse weight, in the dtype and on the device of the dense one."""
+    mask: Bool[Tensor, "*experts rows cols"]
+    """True where the weight was kept. A kept weight may still have the value zero."""
+    loss_per_neuron: Float[Tensor, "*experts rows"]
+    """Squared error of each neuron's output, summed over the tokens of the gram: ``d H d^T`` with
+    ``d`` the change of the row and ``H`` the undamped gram; NaN if no gram was given."""
+    damping: Float[Tensor, "*experts"]
+    """Damping used for each expert, as a multiple of its gram's mean diagonal; 0 if none was."""
+    realised_sparsity: Float[Tensor, "*experts rows"]
+    """Share of each row's weights that the mask removes, in [0, 1]."""
+
+
+def mask_only(problem: Problem, pruned: Bool[Tensor, "experts rows cols"]) -> PruneResult:
+    """Zero the marked weights and leave the others alone, save for quantisation."""
+    weight = problem.weight
+    solved = weight if problem.bits is None else quantize(weight, problem.bits)
+    return finish(problem, solved, pruned, weight.new_zeros(len(weight)))
+
+
+def finish(
+    problem: Problem,
+    solved: Float[Tensor, "experts rows cols"],
+    pruned: Bool[Tensor, "experts rows cols"],
+    damping: Float[Tensor, "experts"],
+) -> PruneResult:
+    """Assemble the result: exact zeros, untouched rows bit-identical, losses in the end dtype."""
+    chosen = slice(None) if problem.rows is None else problem.rows
+    sparse = solved.masked_fill(pruned, 0).to(problem.dense.dtype)
+    if problem.bits is None:
+        untouched = ~pruned.any(-1, keepdim=True)
+        sparse = torch.where(untouched, problem.dense[:, chosen], sparse)
+    if not sparse.isfinite().all():
+        raise NumericalError(
+            f"the pruned weight overflows {sparse.dtype}: raise `damping`, or use a wider dtype."
+        )
+    weight = problem.dense.clone(memory_format=torch.contiguous_format)
+    weight[:, chosen] = sparse
+    mask = torch.ones_like(weight, dtype=torch.bool)
+    mask[:, chosen] = ~pruned
+    loss = problem.weight.new_zeros(weight.shape[:2])
+    loss[:, chosen] = _loss(problem, sparse)
+    fields = weight, mask, loss, damping, (~mask).to(loss.dtype).mean(-1)
+    return PruneResult(*(fields if problem.batched else (field[0] for field in fields)))
+
+
+def _loss(
+    problem: Problem, sparse: Float[Tensor, "experts rows cols"]
+) -> Float[Tensor, "experts rows"]:
+    if problem.gram is None:
+        return problem.weight.new_full(sparse.shape[:2], torch.nan)
+    change = problem.weight - sparse
+    with full_precision():
+        loss = torch.einsum("erc,erc->er", change @ problem.gram, change)
+    return loss.clamp_(min=0)

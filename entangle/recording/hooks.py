@@ -1,0 +1,137 @@
+"""Observe the inputs and outputs of layers during forward passes, without changing them."""
+
+import inspect
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from entangle.errors import InvalidInput
+from entangle.models.layers import Layer
+
+Callback = Callable[[Layer, Tensor, Tensor], None]
+"""Called as ``callback(layer, inputs, outputs)`` each time a layer has run."""
+
+Batch = tuple[int, Tensor]
+"""The group that all sequences of a batch belong to, and their ids (sequences, tokens)."""
+
+_PROBE_TOKENS = 4
+
+
+class _LastLayerReached(Exception):
+    """Raised from a hook when nothing that was asked for is left to run."""
+
+
+@contextmanager
+def observe(layers: Sequence[Layer], callback: Callback) -> Iterator[None]:
+    """Call ``callback`` after every run of a layer inside the ``with`` block.
+
+    Parameters
+    ----------
+    layers
+        Layers to watch, from `entangle.models.layers.find_layers` (which resolves names first).
+    callback
+        Receives the layer, its input (..., in_features) and its output (..., out_features), both
+        detached and in the model's dtype. It must not modify them.
+
+    Notes
+    -----
+    The hooks return nothing, so the output is the very tensor that it would be without them. They
+    are removed however the block ends. Blocks may be nested.
+    """
+    with ExitStack() as stack:
+        for layer in layers:
+            handle = layer.module.register_forward_hook(_hook(layer, callback), with_kwargs=True)
+            stack.callback(handle.remove)
+        yield
+
+
+def _hook(
+    layer: Layer, callback: Callback
+) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor], Tensor], None]:
+    def notify(
+        _module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor
+    ) -> None:
+        inputs = args[0] if args else next(iter(kwargs.values()))
+        callback(layer, inputs.detach(), output.detach())
+
+    return notify
+
+
+def same_tensor(first: Tensor, second: Tensor) -> bool:
+    """Tell whether two live tensors are the same values in the same memory."""
+    return (
+        first.data_ptr() == second.data_ptr()
+        and first.shape == second.shape
+        and first.stride() == second.stride()
+        and first._version == second._version
+    )
+
+
+def forward(module: nn.Module, ids: Int[Tensor, "sequences tokens"]) -> object:
+    """Run a model on token ids of shape (sequences, tokens), without a key-value cache."""
+    accepted = inspect.signature(module.forward).parameters
+    extra = {"use_cache": False, "logits_to_keep": 1}
+    chosen = {name: value for name, value in extra.items() if name in accepted}
+    device = next(module.parameters()).device
+    with torch.no_grad():
+        return module(ids.to(device), **chosen)
+
+
+def run_observed(
+    module: nn.Module,
+    layers: Sequence[Layer],
+    batches: Iterable[Batch],
+    callback: Callable[[int, Layer, Tensor, Tensor], None],
+) -> None:
+    """Run ``module`` over ``batches`` and report every run of ``layers`` to ``callback``.
+
+    The callback is called as ``callback(group, layer, inputs, outputs)``.
+
+    Each forward pass stops after the last layer that is watched. How often each layer runs is
+    found beforehand on a few tokens; passes run to their end where that is not certain.
+
+    Raises
+    ------
+    InvalidInput
+        If a layer does not run at all (for example an unused part of the model).
+    """
+    expected: Counter[str] | None = None
+    calls: Counter[str] = Counter()
+
+    def count(layer: Layer, inputs: Tensor, outputs: Tensor) -> None:
+        callback(group, layer, inputs, outputs)
+        calls[layer.name] += 1
+        if expected is not None and calls == expected:
+            raise _LastLayerReached
+
+    ran: Counter[str] = Counter()
+    for batch in batches:
+        group, ids = batch
+        if expected is None:
+            expected = _calls_in_one_pass(module, layers, ids[:1, :_PROBE_TOKENS])
+            certain = all(expected[layer.name] == 1 for layer in layers)
+            expected = expected if certain and not _is_dispatched(module) else Counter({"": -1})
+        calls.clear()
+        with observe(layers, count), suppress(_LastLayerReached):
+            forward(module, ids)
+        ran.update(calls)
+    silent = [layer.name for layer in layers if ran and ran[layer.name] == 0]
+    if silent:
+        raise InvalidInput(f"layer {silent[0]!r} does not run in a forward pass; leave it out.")
+
+
+def _calls_in_one_pass(module: nn.Module, layers: Sequence[Layer], ids: Tensor) -> Counter[str]:
+    calls: Counter[str] = Counter()
+    with observe(layers, lambda layer, _inputs, _outputs: calls.update([layer.name])):
+        forward(module, ids)
+    return calls
+
+
+def _is_dispatched(module: nn.Module) -> bool:
+    """Tell whether accelerate moves weights around a pass, which must then run to its end."""
+    places = getattr(module, "hf_device_map", None)
+    return isinstance(places, dict) and bool({"cpu", "disk"} & {str(p) for p in places.values()})

@@ -1,0 +1,132 @@
+"""Rows of tokens kept within a byte budget: in memory first, then in a temporary file."""
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Self
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from entangle.errors import InvalidInput
+from entangle.provenance import disk_errors
+
+
+class ByteBudget:
+    """Bytes that several stores may hold in memory together."""
+
+    def __init__(self, n_bytes: int) -> None:
+        if n_bytes < 0:
+            raise InvalidInput(f"a byte budget must be at least 0; got {n_bytes}.")
+        self.left = n_bytes
+
+    def take(self, n_bytes: int) -> bool:
+        """Reserve memory; False, and nothing reserved, if there is not enough left."""
+        if n_bytes > self.left:
+            return False
+        self.left -= n_bytes
+        return True
+
+
+class TokenStore:
+    """A (tokens, features) matrix that is appended to in chunks.
+
+    Parameters
+    ----------
+    budget
+        Memory shared with other stores. Chunks that do not fit go to an unnamed temporary file
+        (in the folder that ``TMPDIR`` names), which the operating system removes with the store.
+
+    Notes
+    -----
+    Chunks stay on the device and in the dtype in which they come.
+    """
+
+    def __init__(self, budget: ByteBudget) -> None:
+        self.n_tokens = 0
+        self._budget, self._held = budget, 0
+        self._chunks: list[Tensor] = []
+        self._file: IO[bytes] | None = None
+        self._features, self._dtype, self._in_memory = 0, torch.float32, 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the memory back to the budget and remove the file."""
+        self._chunks.clear()
+        self._budget.left += self._held
+        self._held = 0
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def append(self, chunk: Float[Tensor, "tokens features"]) -> None:
+        """Add rows of shape (tokens, features)."""
+        if self.n_tokens and (chunk.shape[1] != self._features or chunk.dtype != self._dtype):
+            raise InvalidInput(
+                f"a chunk must have {self._features} features of {self._dtype}; "
+                f"got {chunk.shape[1]} of {chunk.dtype}."
+            )
+        self._features, self._dtype = chunk.shape[1], chunk.dtype
+        n_bytes = chunk.numel() * chunk.element_size()
+        if self._file is None and self._budget.take(n_bytes):
+            self._chunks.append(chunk.clone())
+            self._held += n_bytes
+            self._in_memory += chunk.shape[0]
+        else:
+            self._spill(chunk)
+        self.n_tokens += chunk.shape[0]
+
+    def blocks(self, n_tokens: int) -> Iterator[tuple[int, Float[Tensor, "tokens features"]]]:
+        """Yield (index of the first row, rows) in order, at most ``n_tokens`` rows at a time."""
+        start = 0
+        for chunk in self._chunks:
+            for part in chunk.split(n_tokens):
+                yield start, part
+                start += part.shape[0]
+        while start < self.n_tokens:
+            count = min(n_tokens, self.n_tokens - start)
+            yield start, self._read(start, count)
+            start += count
+
+    def take(self, index: Int[Tensor, " rows"]) -> Float[Tensor, "rows features"]:
+        """Return the rows of these indices, in their order."""
+        wanted, order = index.cpu().sort()
+        device = self._chunks[0].device if self._chunks else torch.device("cpu")
+        found = torch.empty(len(wanted), self._features, dtype=self._dtype, device=device)
+        for start, rows in self.blocks(4096):
+            low, high = torch.searchsorted(
+                wanted, torch.tensor([start, start + len(rows)])
+            ).tolist()
+            if high > low:
+                found[order[low:high].to(device)] = rows[
+                    (wanted[low:high] - start).to(rows.device)
+                ].to(device)
+        return found
+
+    def _spill(self, chunk: Tensor) -> None:
+        with disk_errors(Path(tempfile.gettempdir())):
+            if self._file is None:
+                self._file = tempfile.TemporaryFile(prefix="entangle-")  # noqa: SIM115
+            self._file.seek(0, 2)
+            self._file.write(chunk.contiguous().cpu().view(torch.uint8).numpy().tobytes())
+            self._file.flush()
+
+    def _read(self, start: int, count: int) -> Tensor:
+        assert self._file is not None  # noqa: S101
+        row = self._features * self._dtype.itemsize
+        self._file.seek((start - self._in_memory) * row)
+        buffer = torch.empty(count, self._features, dtype=self._dtype)
+        self._file.readinto(buffer.view(torch.uint8).numpy())  # type: ignore[attr-defined]
+        return buffer

@@ -1,0 +1,172 @@
+"""Fits a router on a stream of tokens without ever holding them at full width.
+
+Sparse Expansion (arXiv 2405.15756, algorithm A1): principal components of the calibration tokens,
+then k-means on the projected tokens.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+
+import torch
+from jaxtyping import Float32
+from torch import Tensor
+
+from entangle.errors import InvalidInput
+from entangle.routing.blocks import fixed_blocks
+from entangle.routing.hashing import hash_key
+from entangle.routing.kmeans import kmeans
+from entangle.routing.pca import Pca, fit_pca
+from entangle.routing.router import KINDS, Kind, Router, RouterStatistics
+from entangle.seeding import check_seed, numpy_rng
+from entangle.stats.gram import require_finite
+
+Blocks = Callable[[], Iterator[Float32[Tensor, "_ _"]]]
+
+
+def fit_router(
+    stream: Iterable[Tensor],
+    k: int,
+    *,
+    seed: int,
+    kind: Kind = "kmeans",
+    n_components: int | None = None,
+    restarts: int = 10,
+    max_tokens: int = 2**19,
+    device: torch.device | str | None = None,
+) -> Router:
+    """Fit a router to k clusters.
+
+    The stream is read twice (once for a control): for the mean and covariance, and for the
+    projections, of which tokens × n_components numbers are held. The same tokens give the same bytes
+    however they are chunked.
+
+    Parameters
+    ----------
+    stream
+        Chunks of shape (tokens, features), readable more than once: a list, or any object whose
+        ``__iter__`` starts again.
+    k
+        Number of clusters; 1 for ``kind="single"``.
+    seed
+        Seed of the k-means++ draws, of the hash, and of the subsample.
+    kind
+        ``"kmeans"``, or a control that knows nothing of where a token lies: ``"random"``,
+        ``"single"``.
+    n_components
+        Principal components; by default ``features // 32``, at least 1.
+    restarts
+        k-means seedings, of which the best is kept. The authors' code runs 100.
+    max_tokens
+        k-means sees at most this many tokens, drawn without replacement from a longer stream.
+    device
+        Where the fit runs and the router lives; by default where the chunks are.
+
+    Raises
+    ------
+    InvalidInput
+        If a parameter is out of range, the stream cannot be read twice, or fewer than k tokens
+        differ.
+    NumericalError
+        If a token holds NaN or infinity.
+    """
+    _check_parameters(k, n_components, restarts, max_tokens, kind)
+    if iter(stream) is stream:
+        raise InvalidInput(
+            "`stream` must be readable more than once; got an iterator: pass a list of chunks."
+        )
+    target = None if device is None else torch.device(device)
+    blocks = partial(fixed_blocks, stream, device=target)
+    with torch.no_grad():
+        if kind == "kmeans":
+            return _fit_kmeans(blocks, k, check_seed(seed), n_components, restarts, max_tokens)
+        return _fit_control(blocks, k, check_seed(seed), kind)
+
+
+def _fit_kmeans(
+    blocks: Blocks, k: int, seed: int, n_components: int | None, restarts: int, max_tokens: int
+) -> Router:
+    features = next(blocks()).shape[1]
+    wanted = max(1, features // 32) if n_components is None else n_components
+    if wanted > features:
+        raise InvalidInput(
+            f"`n_components` must be at most the {features} features of a token; got {wanted}."
+        )
+    pca = fit_pca(blocks(), wanted)
+    if k > pca.tokens:
+        raise InvalidInput(f"`k` must be at most the number of tokens, {pca.tokens}; got {k}.")
+    found = kmeans(_projected(blocks, pca, max_tokens, seed), k, restarts=restarts, seed=seed)
+    return Router(
+        kind="kmeans",
+        mean=pca.mean,
+        components=pca.components,
+        centroids=found.centroids,
+        hash_key=torch.zeros(0, dtype=torch.int64, device=pca.mean.device),
+        statistics=RouterStatistics(
+            tokens_per_cluster=torch.bincount(found.labels, minlength=k).cpu(),
+            explained_variance=pca.explained,
+            inertia=found.inertia,
+            restart_inertias=found.restart_inertias,
+            iterations=found.iterations,
+        ),
+    )
+
+
+def _projected(blocks: Blocks, pca: Pca, max_tokens: int, seed: int) -> Float32[Tensor, "_ _"]:
+    """Project all tokens, or a random subset in the order of the stream."""
+    keep = torch.ones(pca.tokens, dtype=torch.bool)
+    if pca.tokens > max_tokens:
+        rng = numpy_rng(seed, "routing", "subsample")
+        keep.fill_(False)
+        keep[torch.from_numpy(rng.choice(pca.tokens, size=max_tokens, replace=False))] = True
+    projected, start = [], 0
+    for block in blocks():
+        stop = start + block.shape[0]
+        projected.append(pca.project(block)[keep[start:stop].to(block.device)])
+        start = stop
+    if start != pca.tokens:
+        raise InvalidInput(
+            f"`stream` must give the same tokens every time; got {pca.tokens}, then {start}."
+        )
+    return torch.cat(projected)
+
+
+def _fit_control(blocks: Blocks, k: int, seed: int, kind: Kind) -> Router:
+    """Build a control and count the tokens of its clusters."""
+    first = next(blocks())
+    features, device = first.shape[1], first.device
+    none = torch.zeros(0, dtype=torch.int64)
+    statistics = RouterStatistics(
+        tokens_per_cluster=torch.zeros(k, dtype=torch.int64),
+        explained_variance=none.double(),
+        inertia=float("nan"),
+        restart_inertias=none.double(),
+        iterations=none,
+    )
+    router = Router(
+        kind=kind,
+        mean=torch.zeros(features, device=device),
+        components=torch.zeros(0, features, device=device),
+        centroids=torch.zeros(k, 0, device=device),
+        hash_key=(hash_key(features, seed=seed) if kind == "random" else none).to(device),
+        statistics=statistics,
+    )
+    for block in blocks():
+        require_finite(block)
+        statistics.tokens_per_cluster.add_(torch.bincount(router.route(block), minlength=k).cpu())
+    return router
+
+
+def _check_parameters(
+    k: int, n_components: int | None, restarts: int, max_tokens: int, kind: str
+) -> None:
+    if kind not in KINDS:
+        raise InvalidInput(f"`kind` must be {', '.join(KINDS)}; got {kind!r}.")
+    if k < 1 or (kind == "single" and k != 1):
+        rule = "1 for the single cluster" if kind == "single" else "at least 1"
+        raise InvalidInput(f"`k` must be {rule}; got {k}.")
+    if n_components is not None and n_components < 1:
+        raise InvalidInput(f"`n_components` must be at least 1; got {n_components}.")
+    if restarts < 1:
+        raise InvalidInput(f"`restarts` must be at least 1; got {restarts}.")
+    if max_tokens < k:
+        raise InvalidInput(f"`max_tokens` must be at least k={k}; got {max_tokens}.")

@@ -1,0 +1,64 @@
+"""Principal components of a stream of tokens, exact, from one pass."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from jaxtyping import Float32, Float64
+from torch import Tensor
+
+from entangle.precision import accumulator_dtype, full_precision
+from entangle.stats.gram import Gram
+
+
+@dataclass(frozen=True, eq=False)
+class Pca:
+    """The affine map onto the leading principal components."""
+
+    mean: Float32[Tensor, " features"]
+    """Mean of the tokens, (features,)."""
+    components: Float32[Tensor, "n_components features"]
+    """Orthonormal rows, falling variance; the entry largest in size of each row is positive."""
+    explained: Float64[Tensor, " n_components"]
+    """Share of the total variance along each component, in [0, 1]; 0 where there is no variance."""
+    tokens: int
+    """Number of tokens seen."""
+
+    def project(self, x: Float32[Tensor, "tokens features"]) -> Float32[Tensor, "tokens _"]:
+        """Return the coordinates of the tokens along the components."""
+        with full_precision():
+            return (x - self.mean) @ self.components.mT
+
+
+def fit_pca(blocks: Iterable[Float32[Tensor, "_ _"]], n_components: int) -> Pca:
+    """Fit the leading principal components of the tokens in ``blocks``.
+
+    There must be at least one block. The covariance is summed about the mean of the first block, so that a mean far from zero costs
+    no digits, and decomposed in full (`torch.linalg.eigh`, float64 where the device has it).
+    """
+    rest = iter(blocks)
+    first = next(rest)
+    shift = first.mean(0, dtype=accumulator_dtype(first.device)).float()
+    gram = Gram(first.shape[1], device=first.device)
+    for block in chain([first], rest):
+        gram.update(block - shift)
+    moments = gram.result()
+    covariance = moments.gram / moments.count - torch.outer(moments.mean, moments.mean)
+    variances, components = _leading(covariance, n_components)
+    total = covariance.diagonal().sum().clamp_min(torch.finfo(covariance.dtype).tiny)
+    return Pca(
+        mean=(shift + moments.mean).float(),
+        components=components.float().contiguous(),
+        explained=(variances / total).cpu().double(),
+        tokens=moments.count,
+    )
+
+
+def _leading(covariance: Tensor, n_components: int) -> tuple[Tensor, Tensor]:
+    """Return the largest eigenvalues and their signed unit vectors as rows."""
+    values, vectors = torch.linalg.eigh(covariance)
+    values = values.flip(0)[:n_components].clamp_min(0.0)
+    rows = vectors.mT.flip(0)[:n_components]
+    peak = rows.gather(1, rows.abs().argmax(1, keepdim=True))
+    return values, rows * peak.sign()

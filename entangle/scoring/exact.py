@@ -1,0 +1,177 @@
+"""Exact scoring: record a layer's inputs once, recompute its outputs some neurons at a time."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, fields, replace
+from typing import TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from entangle.models.layers import Layer
+from entangle.precision import full_precision
+from entangle.recording.hooks import Batch, run_observed, same_tensor
+from entangle.recording.stream import ByteBudget, TokenStore
+from entangle.scoring.measured import MeasuredLayer
+from entangle.stats.mapping_difficulty import MappingDifficulty, draw_pairs, mapping_difficulty
+from entangle.stats.sketch import OutputSketch, SketchResult
+from entangle.stats.wasserstein import ShapeStatistics, shape_statistics
+
+_BLOCK_TOKENS = 8192
+
+
+@dataclass(eq=False)
+class RecordedInputs:
+    """Inputs that one or several layers received, and where each group of sequences lies."""
+
+    store: TokenStore
+    spans: list[tuple[int, int, int]] = field(default_factory=list)
+    """(group, first token, token after the last), in order."""
+
+    def add(self, group: int, rows: Float[Tensor, "tokens features"]) -> None:
+        """Append one batch's rows."""
+        start = self.store.n_tokens
+        self.store.append(rows)
+        if self.spans and self.spans[-1][0] == group:
+            start = self.spans.pop()[1]
+        self.spans.append((group, start, self.store.n_tokens))
+
+
+def score_exact(
+    module: nn.Module,
+    layers: Sequence[Layer],
+    batches: Iterable[Batch],
+    *,
+    n_groups: int,
+    md: bool,
+    seed: int,
+    memory: int,
+    report: Callable[[int], None],
+) -> list[MeasuredLayer]:
+    """Score layers from all their outputs; arguments as in `entangle.scoring.score.score`.
+
+    Half of ``memory`` (bytes) holds recorded inputs, which spill to a temporary file beyond it;
+    the other half is for the outputs of the neurons that are worked on.
+    """
+    measured = []
+    with ExitStack() as stack, full_precision():
+        recorded = _record(module, layers, _told(batches, report), ByteBudget(memory // 2), stack)
+        for layer in layers:
+            measured.append(
+                _score_layer(
+                    layer, recorded[layer.name], n_groups=n_groups, md=md, seed=seed,
+                    memory=memory // 2,
+                )
+            )  # fmt: skip
+            report(1)
+    return measured
+
+
+def _told(batches: Iterable[Batch], report: Callable[[int], None]) -> Iterator[Batch]:
+    """Pass batches on, and report the number of sequences of each when it is done with."""
+    for batch in batches:
+        yield batch
+        report(batch[1].shape[0])
+
+
+def _record(
+    module: nn.Module,
+    layers: Sequence[Layer],
+    batches: Iterable[Batch],
+    budget: ByteBudget,
+    stack: ExitStack,
+) -> dict[str, RecordedInputs]:
+    """Record the inputs of each layer; neighbours with the same input tensor share a record."""
+    recorded: dict[str, RecordedInputs] = {}
+    owners: set[str] = set()
+    last: tuple[Layer, Tensor] | None = None
+
+    def keep(group: int, layer: Layer, inputs: Tensor, _outputs: Tensor) -> None:
+        nonlocal last
+        if layer.name not in recorded:
+            if last is not None and same_tensor(last[1], inputs):
+                recorded[layer.name] = recorded[last[0].name]
+            else:
+                recorded[layer.name] = RecordedInputs(stack.enter_context(TokenStore(budget)))
+                owners.add(layer.name)
+        if layer.name in owners:
+            recorded[layer.name].add(group, inputs.flatten(0, -2))
+        last = layer, inputs
+
+    run_observed(module, layers, batches, keep)
+    return recorded
+
+
+def _score_layer(
+    layer: Layer, inputs: RecordedInputs, *, n_groups: int, md: bool, seed: int, memory: int
+) -> MeasuredLayer:
+    store = inputs.store
+    pairs = draw_pairs(store.n_tokens, seed=seed) if md else None
+    distance = None if pairs is None else _input_distance(store, pairs)
+    shapes: list[ShapeStatistics] = []
+    sketches: list[SketchResult] = []
+    differences: list[MappingDifficulty] = []
+    neurons = max(1, memory // (16 * store.n_tokens))
+    for start in range(0, layer.out_features, neurons):
+        outputs = _outputs(layer, store, slice(start, start + neurons))
+        sketch = OutputSketch(outputs.shape[0], n_groups=n_groups)
+        for group, first, end in inputs.spans:
+            sketch.update(outputs[:, first:end].t(), group=group)
+        sketches.append(sketch.result())
+        shapes.append(_on_cpu(shape_statistics(outputs)))
+        if pairs is not None and distance is not None:
+            differences.append(mapping_difficulty(outputs, pairs, distance))
+    shape = _joined(shapes)
+    return MeasuredLayer(
+        layer=layer,
+        shape=shape,
+        sketch=_joined(sketches),
+        pairs=_joined(differences) if differences else None,
+        wd_bound=torch.zeros_like(shape.wd).masked_fill(shape.wd.isnan(), torch.nan),
+        method="exact",
+    )
+
+
+def _outputs(layer: Layer, store: TokenStore, part: slice) -> Tensor:
+    """Compute the outputs of some neurons on all tokens, float32, shape (neurons, tokens)."""
+    weight = layer.weight[part].float()
+    bias = None if layer.bias is None else layer.bias[part, None].float()
+    outputs = torch.empty(weight.shape[0], store.n_tokens, device=weight.device)
+    for start, rows in store.blocks(_BLOCK_TOKENS):
+        target = outputs[:, start : start + rows.shape[0]]
+        torch.matmul(weight, rows.to(weight.device).float().T, out=target)
+        if bias is not None:
+            target += bias
+    return outputs
+
+
+def _input_distance(store: TokenStore, pairs: Tensor) -> Tensor:
+    """Return ‖x_a − x_b‖₂ of every pair, float32, shape (pairs,)."""
+    parts = pairs.split(_BLOCK_TOKENS, dim=1)
+    return torch.cat(
+        [(store.take(a).float() - store.take(b).float()).norm(dim=1).cpu() for a, b in parts]
+    )
+
+
+def _on_cpu(shape: ShapeStatistics) -> ShapeStatistics:
+    return ShapeStatistics(*(getattr(shape, f.name).cpu() for f in fields(shape)))
+
+
+Part = TypeVar("Part", ShapeStatistics, SketchResult, MappingDifficulty)
+
+
+def _joined(parts: Sequence[Part]) -> Part:
+    """Join the results of chunks of neurons along the neurons."""
+    first = parts[0]
+    joined = {}
+    for f in fields(first):
+        values = [getattr(part, f.name) for part in parts]
+        if isinstance(values[0], ShapeStatistics):
+            joined[f.name] = _joined(values)
+        elif isinstance(values[0], Tensor):
+            axis = 1 if f.name == "wd_halves" else 0
+            joined[f.name] = torch.cat([value.cpu() for value in values], dim=axis)
+        else:
+            joined[f.name] = values[0]
+    return replace(first, **joined)

@@ -1,0 +1,77 @@
+"""The output distribution of every neuron of a layer, as it is saved and drawn again."""
+
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import pandas as pd
+
+from entangle.errors import InvalidInput
+from entangle.stats import bins
+from entangle.stats.sketch import SketchResult
+
+FOLD = 4
+N_SAVED = bins.N_BINS // FOLD
+
+
+@dataclass(frozen=True, eq=False)
+class LayerHistograms:
+    """Counts over bins that are fine near each neuron's median and wider towards the tails."""
+
+    counts: np.ndarray
+    """int32, shape (neurons, bins): tokens in each bin; outer bins that are empty for all neurons
+    of the layer are left out."""
+    first_bin: int
+    """Index of the first column among the bins of `edges`."""
+    location: np.ndarray
+    """float64, shape (neurons,): centre of the bins, in the neuron's own units."""
+    scale: np.ndarray
+    """float64, shape (neurons,): unit of the bins, in the neuron's own units."""
+    low: np.ndarray
+    """float64, shape (neurons,): smallest output, in the neuron's own units."""
+    high: np.ndarray
+    """float64, shape (neurons,): largest output, in the neuron's own units."""
+
+    @classmethod
+    def from_sketch(cls, sketch: SketchResult) -> Self:
+        """Fold the bins of a sketch four by four and leave out the empty ends."""
+        counts = bins.fold_counts(sketch.counts, FOLD).numpy()
+        used = np.flatnonzero(counts.any(axis=0))
+        first, last = (used[0], used[-1]) if len(used) else (0, 0)
+        return cls(
+            counts=counts[:, first : last + 1].copy(),
+            first_bin=int(first),
+            location=sketch.location.numpy(),
+            scale=sketch.scale.numpy(),
+            low=sketch.low.numpy(),
+            high=sketch.high.numpy(),
+        )
+
+    def neuron(self, index: int) -> pd.DataFrame:
+        """Return the histogram of one neuron as a frame.
+
+        Parameters
+        ----------
+        index
+            Index of the neuron.
+
+        Returns
+        -------
+        pandas.DataFrame
+            Columns ``left``, ``right`` (bin edges in the neuron's own units, between its smallest
+            and largest output) and ``count`` (tokens); empty bins at the ends are left out.
+        """
+        if not 0 <= index < len(self.counts):
+            raise InvalidInput(f"`neuron` must be in 0..{len(self.counts) - 1}; got {index}.")
+        counts = self.counts[index]
+        edges = bins.signed_edges(FOLD)[self.first_bin : self.first_bin + len(counts) + 1].copy()
+        edges = self.location[index] + self.scale[index] * edges
+        low, high = self.low[index], self.high[index]
+        used = np.flatnonzero(counts)
+        if len(used) == 0:
+            return pd.DataFrame({"left": [low], "right": [high], "count": [0]})
+        part = slice(used[0], used[-1] + 1)
+        left, right = edges[:-1][part].copy(), edges[1:][part].copy()
+        left[0] = low if low < right[0] else left[0]
+        right[-1] = high if high > left[-1] else right[-1]
+        return pd.DataFrame({"left": left, "right": right, "count": counts[part]})

@@ -1,0 +1,216 @@
+"""Score the neurons of a model's layers."""
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import nn
+
+from entangle.calibration import CalibrationSet, load_calibration
+from entangle.errors import InvalidInput, MemoryLimit
+from entangle.models.layers import Layer, find_layers
+from entangle.models.loading import LanguageModel, as_language_model
+from entangle.progress import Progress, ProgressBar
+from entangle.provenance import RunClock, make_manifest
+from entangle.recording.hooks import Batch
+from entangle.scoring.exact import score_exact
+from entangle.scoring.measured import MeasuredLayer
+from entangle.scoring.scores import KIND, NeuronScores
+from entangle.scoring.sketched import score_sketched
+from entangle.scoring.tables import histograms_of, layer_table, neuron_table
+from entangle.seeding import check_seed
+from entangle.stats.mapping_difficulty import MAX_PAIRS
+
+Method = Literal["auto", "exact", "sketch"]
+
+DEFAULT_MEMORY = 2 * 2**30
+EXACT_GROUPS, SKETCH_GROUPS = 16, 8
+_BATCH_TOKENS = 4096
+
+
+def score(
+    model: LanguageModel | nn.Module | str = "demo",
+    calibration: CalibrationSet | str = "demo",
+    *,
+    layers: int | str | Sequence[int | str] = "all",
+    proj: str | None = None,
+    method: Method = "auto",
+    md: bool = True,
+    seed: int = 0,
+    memory: int = DEFAULT_MEMORY,
+    batch_size: int | None = None,
+    progress: bool | None = None,
+) -> NeuronScores:
+    """Score every neuron of some layers: distance from a Gaussian, moments, mapping difficulty.
+
+    Parameters
+    ----------
+    model
+        A model from `entangle.load_model`, its name, or any module that takes token ids.
+    calibration
+        A calibration set, or the name or path of one that `entangle.load_calibration` accepts with
+        its default settings.
+    layers, proj
+        Layers to score, as in `entangle.models.layers.find_layers`.
+    method
+        ``exact`` records the layers' inputs and sorts every neuron's outputs; ``sketch`` measures
+        all layers in one forward pass, in memory that does not grow with the tokens; ``auto`` is
+        exact where the recorded inputs fit into half of ``memory``.
+    md
+        Whether to compute the mapping difficulty.
+    seed
+        Seed of the pairs of tokens.
+    memory
+        Bytes for recorded inputs and work space of the exact method (the model not counted).
+    batch_size
+        Sequences in one forward pass; by default as many as make 4,096 tokens.
+    progress
+        Show a progress bar on standard error; by default if that is a terminal.
+
+    Returns
+    -------
+    NeuronScores
+        One row a neuron. ``wd_se`` is a jackknife over groups of whole sequences: 16 (exact) or 8
+        (sketch), fewer if there are fewer sequences.
+
+    Raises
+    ------
+    InvalidInput, UnknownName
+        If the layers, the settings or the calibration set do not fit the model.
+    MemoryLimit
+        If memory runs out.
+
+    References
+    ----------
+    arXiv 2405.15756, eq. 1 (WD) and eq. 2 (MD).
+    """
+    clock = RunClock()
+    check_seed(seed)
+    language_model = as_language_model(model)
+    chosen = find_layers(language_model.module, layers, proj)
+    calibration = _calibration(calibration, language_model)
+    resolved = _resolve_method(method, language_model, chosen, calibration, memory)
+    groups = _n_groups(resolved, calibration.n_seq)
+    per_pass = _batch_size(batch_size, calibration)
+    with ProgressBar(f"scoring ({resolved})", enabled=progress) as bar:
+        try:
+            measured = _measure(
+                resolved, language_model, chosen, calibration,
+                n_groups=groups, per_pass=per_pass, md=md, seed=seed, memory=memory, bar=bar,
+            )  # fmt: skip
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise MemoryLimit(
+                f"memory ran out while scoring {len(chosen)} layer(s) by the {resolved} method; "
+                "lower --memory (memory), --batch-size (batch_size) or the number of layers."
+            ) from error
+    manifest = make_manifest(
+        KIND,
+        model=language_model.describe(),
+        calibration=calibration.describe(),
+        settings={
+            "layers": [layer.name for layer in chosen],
+            "method": resolved,
+            "n_groups": groups,
+            "batch_size": per_pass,
+            "md": md,
+            "seed": seed,
+        },
+        **clock.read(),
+    )
+    return NeuronScores(
+        frame=neuron_table(measured, language_model.name),
+        layers=layer_table(measured),
+        histograms=histograms_of(measured),
+        manifest=manifest,
+    )
+
+
+def _calibration(calibration: CalibrationSet | str, model: LanguageModel) -> CalibrationSet:
+    if isinstance(calibration, str):
+        return load_calibration(
+            calibration,
+            model.tokenizer,
+            context_length=model.context_length,
+            vocab_size=model.vocab_size,
+        )
+    limit, largest = model.context_length, int(calibration.ids.max())
+    if limit is not None and calibration.seq_len > limit:
+        raise InvalidInput(
+            f"`seq_len` must be at most {limit}, the model's context; got {calibration.seq_len}."
+        )
+    if largest >= model.vocab_size:
+        raise InvalidInput(
+            f"token ids must be below {model.vocab_size}, the model's vocabulary; got {largest}: "
+            "the tokenizer does not fit the model."
+        )
+    return calibration
+
+
+def _resolve_method(
+    method: str,
+    model: LanguageModel,
+    layers: Sequence[Layer],
+    calibration: CalibrationSet,
+    memory: int,
+) -> Literal["exact", "sketch"]:
+    if method not in ("auto", "exact", "sketch"):
+        raise InvalidInput(f"`method` must be auto, exact or sketch; got {method!r}.")
+    if isinstance(memory, bool) or not isinstance(memory, int) or memory < 2**20:
+        raise InvalidInput(f"`memory` must be at least 1 MiB in bytes; got {memory!r}.")
+    recorded = sum(layer.in_features for layer in layers)
+    needed = calibration.n_tokens * recorded * model.dtype.itemsize
+    if method == "exact" or (method == "auto" and needed <= memory // 2):
+        return "exact"
+    return "sketch"
+
+
+def _n_groups(method: str, n_seq: int) -> int:
+    if method == "exact":
+        return min(EXACT_GROUPS, n_seq)
+    return max(1, min(SKETCH_GROUPS, n_seq // 2))
+
+
+def _batch_size(asked: int | None, calibration: CalibrationSet) -> int:
+    if asked is None:
+        return max(1, _BATCH_TOKENS // calibration.seq_len)
+    if isinstance(asked, bool) or asked < 1:
+        raise InvalidInput(f"`batch_size` must be at least 1; got {asked!r}.")
+    return asked
+
+
+def _batches(calibration: CalibrationSet, n_groups: int, per_pass: int) -> Iterator[Batch]:
+    """Yield batches whose sequences all belong to one group; groups are runs of sequences."""
+    bounds = [group * calibration.n_seq // n_groups for group in range(n_groups + 1)]
+    for group, (start, end) in enumerate(pairwise(bounds)):
+        for first in range(start, end, per_pass):
+            yield group, calibration.ids[first : min(first + per_pass, end)]
+
+
+def _measure(
+    method: str,
+    model: LanguageModel,
+    layers: Sequence[Layer],
+    calibration: CalibrationSet,
+    *,
+    n_groups: int,
+    per_pass: int,
+    md: bool,
+    seed: int,
+    memory: int,
+    bar: Progress,
+) -> list[MeasuredLayer]:
+    batches = _batches(calibration, n_groups, per_pass)
+    if method == "exact":
+        bar.start(calibration.n_seq + len(layers), "sequences and layers")
+        return score_exact(
+            model.module, layers, batches,
+            n_groups=n_groups, md=md, seed=seed, memory=memory, report=bar.advance,
+        )  # fmt: skip
+    bar.start(calibration.n_seq, "sequences")
+    paired = min(MAX_PAIRS, calibration.n_tokens // 2) if md else 0
+    return score_sketched(
+        model.module, layers, batches,
+        n_groups=n_groups, pair_share=2 * paired / calibration.n_tokens, seed=seed,
+        report=bar.advance,
+    )  # fmt: skip

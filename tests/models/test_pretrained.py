@@ -1,0 +1,350 @@
+import contextlib
+import json
+import logging
+import os
+import shutil
+import struct
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import gguf
+import huggingface_hub
+import pytest
+import torch
+import transformers as hf
+from huggingface_hub import errors as hub_errors
+from safetensors.torch import load_file, save_file
+
+from entangle.errors import InvalidInput, MemoryLimit, Unavailable, UnknownName
+from entangle.models import pretrained
+from entangle.models.layers import list_layers
+from entangle.models.loading import load_model
+from tests.tiny_models import GROUPED, WIDE, save_tiny
+
+hub_utils: Any = huggingface_hub.utils
+hf_logging: Any = hf.utils.logging
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return save_tiny("llama", tmp_path / "tiny")
+
+
+def _config(**changes: object) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        values = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(values | changes))
+
+    return change
+
+
+def _write(name: str, data: bytes) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_bytes(data)
+
+
+def _remove(*names: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        for name in names:
+            (folder / name).unlink()
+
+    return change
+
+
+def _truncate(folder: Path) -> None:
+    os.truncate(folder / "model.safetensors", 5000)
+
+
+def _only_pickle(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def _only_gguf(folder: Path) -> None:
+    (folder / "config.json").rename(folder / "model.gguf")
+
+
+def _missing_shard(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": "model-1-of-2.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _without_a_weight(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+CODE = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no config": (_remove("config.json"), "must hold config.json; .*tiny' has none"),
+    "a gguf in it": (_only_gguf, "name the file itself, for example model.gguf"),
+    "corrupt config": (_write("config.json", b"{nope"), "not a valid JSON file"),
+    "binary config": (_write("config.json", b"\xff\xfe\x80"), "not a valid JSON file"),
+    "config is a list": (_write("config.json", b"[1]"), "model_type"),
+    "no architecture": (_write("config.json", b"{}"), "model_type"),
+    "unknown architecture": (_config(model_type="zorgon"), "model type `zorgon`"),
+    "code in the folder": (_config(model_type="zorgon", auto_map=CODE), "custom code"),
+    "config type": (_config(hidden_size="abc"), "hidden_size"),
+    "config value": (_config(num_attention_heads=5), "attention heads"),
+    "config zero": (_config(num_attention_heads=0), "ZeroDivisionError"),
+    "unknown activation": (_config(hidden_act="zorgon"), "KeyError: 'zorgon'"),
+    "config shape": (_config(intermediate_size=40), r"is \(.*48.*\), not \(.*40.*\)"),
+    "config depth": (_config(num_hidden_layers=5), r"18 are missing, .*'model\.layers\.3\."),
+    "a weight missing": (_without_a_weight, r"1 are missing, .*1\.mlp\.up_proj\.weight"),
+    "quantised": (_config(quantization_config={"quant_method": "gptq", "bits": 4}), "gptq"),
+    "weights cut off": (_truncate, "SafetensorError"),
+    "weights corrupt": (_write("model.safetensors", b"junk" * 30), "SafetensorError"),
+    "weights empty": (_write("model.safetensors", b""), "SafetensorError"),
+    "no weights": (_remove("model.safetensors"), "copy model.safetensors next to config.json"),
+    "pickle": (_only_pickle, "pytorch_model.bin is a pickle"),
+    "shard missing": (_missing_shard, "model-1-of-2.safetensors"),
+    "tokenizer corrupt": (_write("tokenizer.json", b"{nope"), "the tokenizer .*JSONDecodeError"),
+    "tokenizer empty": (_write("tokenizer.json", b"{}"), "the tokenizer of"),
+    "tokenizer of no kind": (
+        _write("tokenizer.json", b'{"version":"1.0","added_tokens":[],"model":{"type":"X"}}'),
+        "the tokenizer of",
+    ),
+    "tokenizer half": (_remove("tokenizer.json"), "the tokenizer of"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FOLDERS)
+def test_bad_folders_give_one_clear_line(
+    case: str, folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    damage, message = BAD_FOLDERS[case]
+    damage(folder)
+    capfd.readouterr()
+    with pytest.raises(InvalidInput, match=message) as caught:
+        load_model(str(folder), device="cpu")
+    assert capfd.readouterr() == ("", "")
+    assert "\n" not in str(caught.value)
+    assert str(folder) in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("case", ["corrupt config", "weights cut off", "tokenizer corrupt"])
+def test_errors_are_chained(case: str, folder: Path) -> None:
+    BAD_FOLDERS[case][0](folder)
+    with pytest.raises(InvalidInput) as caught:
+        load_model(str(folder))
+    assert caught.value.__cause__ is not None
+
+
+def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
+    config = hf.T5Config(vocab_size=50, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    hf.T5Model(config).save_pretrained(tmp_path)
+    with pytest.raises(InvalidInput, match="t5 is an encoder-decoder"):
+        load_model(str(tmp_path))
+
+
+def test_an_encoder_stored_with_a_head_comes_without_a_pooler(tmp_path: Path) -> None:
+    model = hf.BertForMaskedLM(hf.BertConfig(**{**WIDE, "intermediate_size": 48}))
+    model.save_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path), device="cpu").module
+    assert isinstance(loaded, hf.BertModel)
+    assert [layer.name for layer in list_layers(loaded) if layer.block is None] == []
+    expected = model.bert.state_dict()
+    assert all(torch.equal(expected[key], value) for key, value in loaded.state_dict().items())
+
+
+def test_a_bert_decoder_is_a_causal_model(tmp_path: Path) -> None:
+    config = hf.BertConfig(**{**WIDE, "intermediate_size": 48, "is_decoder": True})
+    hf.BertLMHeadModel(config).save_pretrained(tmp_path)
+    assert isinstance(load_model(str(tmp_path)).module, hf.BertLMHeadModel)
+
+
+def test_a_bug_of_ours_stays_itself() -> None:
+    with pytest.raises(AssertionError), pretrained.broken_as("it"):
+        raise AssertionError
+
+
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+def test_out_of_memory_names_the_setting(error: type[Exception]) -> None:
+    with (
+        pytest.raises(MemoryLimit, match="loading it; use dtype=bfloat16"),
+        pretrained.broken_as("it"),
+    ):
+        raise error("boom")
+
+
+def test_without_accelerate(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InvalidInput, match="`device_map` needs the package accelerate"):
+        pretrained.load_folder(folder, dtype=None, device_map="auto")
+    with pytest.raises(InvalidInput, match="accelerate"):
+        pretrained.load_gguf(folder, dtype=None)
+
+
+# Quiet
+
+
+@pytest.mark.parametrize("bars", [True, False])
+@pytest.mark.parametrize("hub_bars", [True, False])
+def test_quiet_restores_every_setting(
+    bars: bool, hub_bars: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    level = hf_logging.get_verbosity()
+    pretrained._switch_bars(bars, hub_bars)
+    try:
+        with contextlib.suppress(ZeroDivisionError), pretrained.quiet(catch_stderr=True):
+            assert not hf_logging.is_progress_bar_enabled()
+            assert hub_utils.are_progress_bars_disabled()
+            assert hf_logging.get_verbosity() == logging.CRITICAL
+            raise ZeroDivisionError
+        assert hf_logging.is_progress_bar_enabled() == bars
+        assert hub_utils.are_progress_bars_disabled() != hub_bars
+        assert hf_logging.get_verbosity() == level
+    finally:
+        pretrained._switch_bars(True, True)
+
+
+# The hub
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def test_hub_models_come_through_a_snapshot(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = shutil.copytree(folder, tmp_path / "snapshots" / COMMIT)
+    asked: dict[str, Any] = {}
+
+    def download(name: str, **settings: Any) -> str:
+        asked.update(settings, name=name)
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    model = load_model("some/model", revision="main", device="cpu")
+    assert (model.source, model.name, model.revision) == ("hub", "some/model", COMMIT)
+    assert (asked["name"], asked["revision"]) == ("some/model", "main")
+    wanted = ["config.json", "model.safetensors", "tokenizer.model", "vocab.txt", "tokenizer.json"]
+    unwanted = ["pytorch_model.bin", "onnx/model.safetensors", "consolidated.safetensors", "c.py"]
+    patterns = {key: asked[key] for key in ("allow_patterns", "ignore_patterns")}
+    assert list(hub_utils.filter_repo_objects([*wanted, *unwanted], **patterns)) == wanted
+
+
+def test_a_folder_of_no_commit_gives_no_revision(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(folder))
+    assert load_model("gpt2").revision is None
+
+
+def _http(kind: type[hub_errors.HfHubHTTPError]) -> Exception:
+    response: Any = SimpleNamespace(headers={}, status_code=404, request=None)
+    return kind("no", response=response)
+
+
+HUB_ERRORS: dict[str, tuple[Exception, type[Exception], str]] = {
+    "offline": (
+        hub_errors.LocalEntryNotFoundError("Got: ConnectError"),
+        Unavailable,
+        "could not be had from the hub .*ConnectError.*local folder .*HF_HOME.*HF_HUB_OFFLINE",
+    ),
+    "switched off": (hub_errors.OfflineModeIsEnabled("offline"), Unavailable, "HF_HOME"),
+    "server": (_http(hub_errors.HfHubHTTPError), Unavailable, "HF_HOME"),
+    "disk": (OSError(28, "No space left on device"), Unavailable, "No space left"),
+    "unknown": (
+        _http(hub_errors.RepositoryNotFoundError),
+        UnknownName,
+        "unknown model 'some/model'",
+    ),
+    "gated": (_http(hub_errors.GatedRepoError), Unavailable, "hf auth login"),
+    "revision": (_http(hub_errors.RevisionNotFoundError), UnknownName, "no revision 'v9'"),
+}
+
+
+@pytest.mark.parametrize("case", HUB_ERRORS)
+def test_hub_errors(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    raised, kind, message = HUB_ERRORS[case]
+
+    def download(*_: object, **__: object) -> str:
+        raise raised
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(kind, match=message) as caught:
+        load_model("some/model", revision="v9")
+    assert caught.value.__cause__ is raised
+    assert "\n" not in str(caught.value)
+
+
+def test_a_name_that_cannot_be_a_hub_id() -> None:
+    with pytest.raises(UnknownName, match="unknown model 'what is this'"):
+        load_model("what is this")
+
+
+# GGUF
+
+HEADER = b"GGUF" + struct.pack("<IQQ", 3, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"junk" * 100, b"GGUF", HEADER, HEADER[:12], HEADER[:-8] + b"\xff" * 8]
+)
+def test_corrupt_gguf(data: bytes, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "x.gguf"
+    file.write_bytes(data)
+    with pytest.raises(InvalidInput, match=r"GGUF file '.*x\.gguf' cannot be loaded: ") as caught:
+        load_model(str(file))
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+
+
+WORDS = ["<unk>", "<s>", "</s>", "a", "b", "ab", *(f"w{i}" for i in range(10))]
+
+
+def _write_gguf(file: Path, model: hf.LlamaForCausalLM) -> None:
+    """Write a tiny Llama as llama.cpp would, query and key rows in its order for rotation."""
+    config: Any = model.config
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(len(WORDS))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(WORDS)
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    names: Any = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, parameter in model.named_parameters():
+        value = parameter.detach()
+        if "q_proj" in name or "k_proj" in name:
+            value = value.reshape(-1, 2, 4, value.shape[1]).transpose(1, 2).reshape(value.shape)
+        writer.add_tensor(names.get_name(name, (".weight",)), value.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_gives_a_plain_model(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    config = hf.LlamaConfig(**{**GROUPED, "vocab_size": len(WORDS)})
+    original = hf.LlamaForCausalLM(config)
+    _write_gguf(tmp_path / "tiny.gguf", original)
+    capfd.readouterr()
+    model = load_model(str(tmp_path / "tiny.gguf"), device="cpu")
+    assert capfd.readouterr() == ("", "")
+    assert (model.source, model.dtype, model.context_length) == ("gguf", torch.float32, 128)
+    expected, got = dict(original.named_parameters()), dict(model.module.named_parameters())
+    assert expected.keys() == got.keys()
+    assert all(torch.equal(expected[key], got[key]) for key in expected)
+    ids = torch.arange(len(WORDS))[None]
+    torch.testing.assert_close(model.module(ids).logits, original(ids).logits)
+    assert model.tokenizer is not None
+    assert model.tokenizer("ab").input_ids == [5]
+    model.module.save_pretrained(tmp_path / "folder")  # type: ignore[operator]
+    assert load_model(str(tmp_path / "folder")).digest == model.digest
+    half = load_model(str(tmp_path / "tiny.gguf"), dtype="bfloat16")
+    assert {p.dtype for p in half.module.parameters()} == {torch.bfloat16}

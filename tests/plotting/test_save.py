@@ -1,0 +1,129 @@
+import gc
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+
+from entangle.errors import InvalidInput, Unavailable, UnknownName
+from entangle.plotting import drawn, plot_wd_distribution, save_figure
+from entangle.plotting import save as save_module
+
+
+@pytest.fixture
+def figure(scores: pd.DataFrame) -> Figure:
+    ax = plot_wd_distribution(scores, floor=(0.013, 0.019))
+    found = ax.get_figure(root=True)
+    assert found is not None
+    return found
+
+
+def test_three_files_are_written_and_the_table_reads_back(figure: Figure, tmp_path: Path) -> None:
+    paths = save_figure(figure, tmp_path / "new" / "model.layers.1")
+    assert [path.name for path in paths] == [f"model.layers.1.{e}" for e in ("pdf", "png", "csv")]
+    assert set((tmp_path / "new").iterdir()) == set(paths)
+    assert paths[0].read_bytes().startswith(b"%PDF")
+    assert paths[1].read_bytes().startswith(b"\x89PNG")
+    table = pd.read_csv(paths[2], dtype={"neuron": "Int64"})
+    pd.testing.assert_frame_equal(table, drawn(figure), check_dtype=False)
+
+
+def test_neurons_are_whole_numbers_in_the_table(figure: Figure, tmp_path: Path) -> None:
+    *_, path = save_figure(figure, tmp_path / "a", formats=["png"])
+    table = pd.read_csv(path, dtype=str)
+    assert table["neuron"].dropna().str.fullmatch(r"\d+").all()
+
+
+def test_pdf_has_real_text_and_no_date_and_repeats_byte_for_byte(
+    figure: Figure, tmp_path: Path
+) -> None:
+    first = [path.read_bytes() for path in save_figure(figure, tmp_path / "a")]
+    second = [path.read_bytes() for path in save_figure(figure, tmp_path / "b")]
+    assert first == second
+    assert b"/FontFile2" in first[0]
+    assert b"/Type3" not in first[0]
+    assert b"CreationDate" not in first[0]
+
+
+def test_the_size_is_the_figures_own_whatever_the_settings(figure: Figure, tmp_path: Path) -> None:
+    plain = save_figure(figure, tmp_path / "a")[1].read_bytes()
+    with mpl.rc_context({"savefig.bbox": "tight", "savefig.dpi": 50, "pdf.fonttype": 3}):
+        other = save_figure(figure, tmp_path / "b")
+    assert other[1].read_bytes() == plain
+    assert b"/FontFile2" in other[0].read_bytes()
+
+
+def test_existing_files_are_kept_unless_forced(figure: Figure, tmp_path: Path) -> None:
+    old = tmp_path / "a.csv"
+    old.write_text("precious")
+    with pytest.raises(InvalidInput, match=r"got .*a\.csv; choose another name or pass force=True"):
+        save_figure(figure, tmp_path / "a")
+    assert list(tmp_path.iterdir()) == [old]
+    assert old.read_text() == "precious"
+    save_figure(figure, tmp_path / "a", force=True)
+    assert old.read_text().startswith("panel,series,x,y")
+
+
+def test_a_full_disk_leaves_nothing_behind(
+    figure: Figure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pd.DataFrame, "to_csv", full)
+    with pytest.raises(Unavailable, match="No space left on device; choose a folder"):
+        save_figure(figure, tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_in_the_place_of_a_folder_is_one_clear_line(figure: Figure, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(Unavailable, match="cannot be written"):
+        save_figure(figure, tmp_path / "file" / "a")
+
+
+def test_formats_are_checked(figure: Figure, tmp_path: Path) -> None:
+    with pytest.raises(UnknownName, match="unknown figure format 'jpeg'"):
+        save_figure(figure, tmp_path / "a", formats=["jpeg"])
+    wrong: tuple[list[str] | str, ...] = ([], "pdf")
+    for formats in wrong:
+        with pytest.raises(InvalidInput, match="`formats` must list"):
+            save_figure(figure, tmp_path / "a", formats=formats)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_figure_without_our_artists_is_refused(tmp_path: Path) -> None:
+    plain = Figure()
+    plain.subplots().plot([1, 2])
+    with pytest.raises(InvalidInput, match="1 axes and no such artist"):
+        save_figure(plain, tmp_path / "a")
+
+
+def test_the_table_follows_the_artists(figure: Figure) -> None:
+    before = drawn(figure)
+    figure.axes[0].get_lines()[0].remove()  # the rug
+    assert len(before) - len(drawn(figure)) == 6
+    figure.axes[0].clear()
+    with pytest.raises(InvalidInput):
+        drawn(figure)
+
+
+def test_records_die_with_their_figure(scores: pd.DataFrame) -> None:
+    gc.collect()
+    before = len(save_module._DRAWN)
+    ax = plot_wd_distribution(scores)
+    assert len(save_module._DRAWN) > before
+    del ax
+    gc.collect()
+    assert len(save_module._DRAWN) == before
+
+
+def test_record_takes_scalars_and_arrays_of_one_length() -> None:
+    ax = Figure().subplots()
+    (line,) = ax.plot([0, 1], [2, 3])
+    save_module.record(line, panel="p", series="s", x=np.arange(2), y=5.0)
+    root = ax.get_figure(root=True)
+    assert root is not None
+    assert drawn(root).to_numpy().tolist() == [["p", "s", 0, 5.0], ["p", "s", 1, 5.0]]

@@ -1,0 +1,119 @@
+import subprocess
+import sys
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from entangle.errors import InvalidInput
+from entangle.plotting import COLUMN_INCHES, PALETTE, paper_style
+from entangle.plotting.style import (
+    PaperFigure,
+    add_legend,
+    add_title,
+    axes_or_new,
+    column_width,
+    shared_legend,
+    wrap,
+)
+
+
+@pytest.mark.parametrize(("column", "width"), [("single", 3.3), ("double", 6.9)])
+def test_style_is_scoped(column: str, width: float) -> None:
+    before = dict(mpl.rcParams)
+    with paper_style(column=column):  # type: ignore[arg-type]
+        assert mpl.rcParams["figure.figsize"][0] == width == COLUMN_INCHES[column]
+        assert mpl.rcParams["pdf.fonttype"] == 42
+    assert dict(mpl.rcParams) == before
+
+
+def test_style_is_undone_after_an_error() -> None:
+    before = dict(mpl.rcParams)
+    with pytest.raises(RuntimeError), paper_style():
+        raise RuntimeError
+    assert dict(mpl.rcParams) == before
+
+
+def test_an_unknown_column_is_refused() -> None:
+    with pytest.raises(InvalidInput, match="`column` must be single or double; got 'wide'"):
+        column_width("wide")
+
+
+def dichromat(rgb: tuple[float, float, float]) -> np.ndarray:
+    """What a deuteranope sees, after Viénot, Brettel and Mollon (1999), in linear light."""
+    matrix = np.array([[0.29275, 0.70725, 0.0], [0.29275, 0.70725, 0.0], [-0.02234, 0.02234, 1.0]])
+    return np.asarray((matrix @ np.array(rgb) ** 2.2).clip(0, 1) ** (1 / 2.2))
+
+
+def test_colours_stay_apart_for_colour_blind_readers() -> None:
+    seen = {name: dichromat(to_rgb(color)) for name, color in PALETTE.items()}
+    names = sorted(seen)
+    for i, one in enumerate(names):
+        for other in names[:i]:
+            assert np.linalg.norm(seen[one] - seen[other]) > 0.12, (one, other)
+
+
+def test_the_palette_cannot_be_changed() -> None:
+    with pytest.raises(TypeError):
+        PALETTE["top"] = "red"  # type: ignore[index]
+
+
+def test_ticks_keep_the_style_they_were_made_in() -> None:
+    with paper_style():
+        ax = axes_or_new(None)
+    ax.plot([0, 1000])
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()
+    assert {tick.label1.get_fontsize() for tick in ax.xaxis.get_major_ticks()} == {6.5}
+
+
+def test_jupyter_gets_a_picture() -> None:
+    assert PaperFigure(figsize=(1, 1))._repr_png_().startswith(b"\x89PNG")
+
+
+def test_titles_are_broken_to_the_panel_and_taken_literally() -> None:
+    ax = Figure(figsize=(2, 2)).subplots()
+    add_title(ax, "a title of $many$ words that is wider than its panel\nsecond line")
+    lines = ax.get_title().split("\n")
+    assert len(lines) > 2
+    assert lines[-1] == "second line"
+    assert "$many$" in ax.get_title()
+
+
+def test_wrap_keeps_short_text() -> None:
+    assert wrap(Figure().subplots(), "short\nlines", size=7.0) == "short\nlines"
+
+
+def test_legend_raises_the_limit_only_where_it_would_cover_data() -> None:
+    entry = [(Line2D([], []), "one entry")]
+    tops = []
+    for x in (0.02, 0.98):
+        ax = Figure(figsize=(3, 2)).subplots()
+        ax.set_xlim(0, 1)
+        add_legend(ax, entry, side="left", skyline=(np.array([x]), np.array([1.0])))
+        tops.append(ax.get_ylim()[1])
+    assert tops[0] > tops[1] == pytest.approx(1.05)
+
+
+def test_a_shared_legend_names_every_label_once() -> None:
+    figure = PaperFigure(layout="constrained", figsize=(6.9, 2))
+    axes = list(figure.subplots(1, 2))
+    for ax, labels in zip(axes, (("a", "b"), ("b", "c")), strict=True):
+        for label in labels:
+            ax.plot([0, 1], label=label)
+    shared_legend(figure, axes, column="double", extra="n")
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b", "c", "n"]
+
+
+def test_the_room_imports_no_model_library_and_chooses_no_backend() -> None:
+    code = (
+        "import sys, matplotlib; import entangle.plotting;"
+        "bad = {'torch', 'transformers', 'jaxtyping'} & set(sys.modules);"
+        "sys.exit(str(bad) if bad else 0 if not matplotlib.pyplot.get_fignums() else 1)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

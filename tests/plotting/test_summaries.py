@@ -1,0 +1,247 @@
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from scipy import stats
+
+from entangle.errors import InvalidInput
+from entangle.plotting.summaries import (
+    check_columns,
+    output_density,
+    spearman_interval,
+    split_top,
+)
+
+Floats = NDArray[np.float64]
+
+
+def three_bins(**changes: list[float]) -> pd.DataFrame:
+    return pd.DataFrame(
+        {"left": [0.0, 1.0, 3.0], "right": [1.0, 3.0, 4.0], "count": [1.0, 6.0, 1.0], **changes}
+    )
+
+
+def test_missing_columns_are_named_with_the_command_that_makes_them() -> None:
+    with pytest.raises(
+        InvalidInput, match=r"`scores` must have .* without md, ks; .*entangle score"
+    ):
+        check_columns(pd.DataFrame({"wd": [1.0]}), ("wd", "md", "ks"), name="scores")
+
+
+def test_an_empty_frame_is_refused() -> None:
+    with pytest.raises(InvalidInput, match="at least one row"):
+        check_columns(pd.DataFrame({"wd": []}), ("wd",), name="scores")
+
+
+def test_split_marks_the_largest_and_reports_the_threshold(scores: pd.DataFrame) -> None:
+    split = split_top(scores, top=0.03)
+    expected = scores.nlargest(6, "wd")
+    assert set(split.frame["neuron"][split.is_top]) == set(expected["neuron"])
+    assert split.threshold == expected["wd"].min()
+    assert split.top_name == "top 3 % by WD"
+    assert split.dropped == ""
+
+
+@pytest.mark.parametrize(("top", "count"), [(1e-6, 1), (0.5, 100), (1.0, 200)])
+def test_split_takes_at_least_one_and_at_most_all(
+    scores: pd.DataFrame, top: float, count: int
+) -> None:
+    assert split_top(scores, top=top).is_top.sum() == count
+
+
+def test_equal_wds_are_taken_in_order(scores: pd.DataFrame) -> None:
+    split = split_top(scores.assign(wd=0.1), top=0.02)
+    assert np.flatnonzero(split.is_top).tolist() == [0, 1, 2, 3]
+
+
+def test_flagged_neurons_are_dropped_and_counted(flagged: pd.DataFrame) -> None:
+    flagged.loc[20, "md"] = np.nan
+    split = split_top(flagged, top=0.5, values=("wd", "md"))
+    assert split.dropped == "4 left out: 2 constant, 1 nan, 1 no wd or md"
+    assert not {3, 7, 11, 20} & set(split.frame["neuron"])
+    assert np.isfinite(split.values("wd")).all()
+
+
+def test_an_infinite_wd_never_becomes_top(scores: pd.DataFrame) -> None:
+    scores.loc[5, "wd"] = np.inf
+    split = split_top(scores, top=0.01)
+    assert 5 not in set(split.frame["neuron"])
+    assert np.isfinite(split.threshold)
+
+
+@pytest.mark.parametrize("top", [0.0, -0.1, 1.3, float("nan")])
+def test_top_outside_its_range_is_refused(scores: pd.DataFrame, top: float) -> None:
+    with pytest.raises(InvalidInput, match=r"`top` must be in \(0, 1\]; got"):
+        split_top(scores, top=top)
+
+
+def test_all_nan_and_single_neurons_are_refused(scores: pd.DataFrame) -> None:
+    lost = scores.assign(wd=np.nan, flag="constant")
+    with pytest.raises(InvalidInput, match=r"got 0 \(200 left out: 200 constant"):
+        split_top(lost, top=0.03)
+    with pytest.raises(InvalidInput, match=r"at least 2 neurons .* got 1;"):
+        split_top(scores.head(1), top=0.03)
+
+
+def test_thousands_of_layers_are_counted_not_listed(scores: pd.DataFrame) -> None:
+    frame = pd.concat([scores] * 10).assign(layer=[str(i) for i in range(2000)])
+    with pytest.raises(InvalidInput, match="got 2,000; pick one") as caught:
+        split_top(frame, top=0.03)
+    assert len(str(caught.value)) < 200
+
+
+def test_density_of_a_hand_worked_histogram() -> None:
+    shape = output_density(three_bins(), mean=2.0, std=0.5)
+    assert shape.edges.tolist() == [-4.0, -2.0, 2.0, 4.0]
+    assert shape.density.tolist() == [1 / 16, 6 / 32, 1 / 16]
+    assert shape.n == 8
+    assert shape.share_between(0.0, 3.0) == 6 / 16 + 1 / 16
+    assert shape.quantile(0.5) == 0.0
+    assert shape.at(np.array([-5.0, -4.0, 0.0, 3.0, 5.0])).tolist() == [
+        0,
+        1 / 16,
+        6 / 32,
+        1 / 16,
+        0,
+    ]
+
+
+def test_density_in_own_units_keeps_the_edges() -> None:
+    shape = output_density(three_bins(), mean=2.0, std=0.5, standardized=False)
+    assert shape.edges.tolist() == [0.0, 1.0, 3.0, 4.0]
+    assert shape.density.tolist() == [1 / 8, 3 / 8, 1 / 8]
+
+
+@given(
+    scale=st.floats(0.01, 100.0), shift=st.floats(-50.0, 50.0), counts=st.lists(st.integers(1, 99))
+)
+def test_density_integrates_to_one_in_any_unit(
+    scale: float, shift: float, counts: list[int]
+) -> None:
+    counts = [*counts, 1]
+    edges = shift + scale * np.arange(len(counts) + 1.0) ** 1.5
+    frame = pd.DataFrame({"left": edges[:-1], "right": edges[1:], "count": counts})
+    shape = output_density(frame, mean=shift, std=scale)
+    assert np.sum(shape.density * np.diff(shape.edges)) == pytest.approx(1.0)
+    assert shape.n == sum(counts)
+
+
+def test_endless_bins_are_counted_but_not_drawn() -> None:
+    frame = three_bins(left=[-np.inf, 1.0, 3.0], right=[1.0, 3.0, np.inf])
+    shape = output_density(frame, mean=2.0, std=1.0)
+    assert shape.edges.tolist() == [-1.0, 1.0]
+    assert shape.n == 8
+    assert shape.share_between(-10.0, 10.0) == 6 / 8
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"left": [0.0, 1.5, 3.0]},
+        {"left": [0.0, 3.0, 1.0], "right": [1.0, 4.0, 3.0]},
+        {"right": [1.0, 3.0, 3.0]},
+        {"left": [np.nan, 1.0, 3.0]},
+        {"left": [0.0, -np.inf, 3.0], "right": [-np.inf, 3.0, 4.0]},
+    ],
+)
+def test_bins_that_do_not_join_are_refused(changes: dict[str, list[float]]) -> None:
+    with pytest.raises(InvalidInput, match="`histogram` of this one must hold bins that join"):
+        output_density(three_bins(**changes), mean=0.0, std=1.0, label="this one")
+
+
+@pytest.mark.parametrize("count", [[0.0, 0.0, 0.0], [1.0, -1.0, 3.0], [1.0, np.nan, 3.0]])
+def test_impossible_counts_are_refused(count: list[float]) -> None:
+    with pytest.raises(InvalidInput, match="counts of 0 or more"):
+        output_density(three_bins(count=count), mean=0.0, std=1.0)
+
+
+@pytest.mark.parametrize(
+    ("mean", "std"), [(0.0, 0.0), (0.0, -1.0), (np.nan, 1.0), (0.0, np.nan), (0.0, np.inf)]
+)
+def test_constant_and_broken_neurons_are_refused(mean: float, std: float) -> None:
+    with pytest.raises(InvalidInput, match="constant, NaN or infinite neuron"):
+        output_density(three_bins(), mean=mean, std=std)
+
+
+def slow_draws(x: Floats, y: Floats, *, n_boot: int, seed: int) -> Floats:
+    """Resample the points themselves and let scipy rank every resample from scratch."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for _ in range(n_boot):
+        chosen = rng.integers(len(x), size=len(x))
+        if np.ptp(x[chosen]) > 0 and np.ptp(y[chosen]) > 0:
+            found.append(stats.spearmanr(x[chosen], y[chosen]).statistic)
+    return np.array(found)
+
+
+@pytest.mark.parametrize("n", [5, 60])
+@pytest.mark.parametrize("decimals", [1, 8])  # many ties, and none
+def test_bootstrap_agrees_with_scipy_on_every_resample(n: int, decimals: int) -> None:
+    rng = np.random.default_rng(n)
+    x = rng.normal(size=n).round(decimals)
+    y = (x + rng.normal(size=n)).round(decimals)
+    result = spearman_interval(x, y, n_boot=200, seed=4, level=0.9)
+    low, high = np.percentile(slow_draws(x, y, n_boot=200, seed=4), [5, 95])
+    assert result.rho == pytest.approx(stats.spearmanr(x, y).statistic, abs=1e-12)
+    assert (result.low, result.high) == pytest.approx((low, high), abs=1e-12)
+
+
+def test_spearman_by_hand() -> None:
+    # ranks of y: 1, 3, 2, 4; rho = 1 - 6 * (0 + 1 + 1 + 0) / (4 * 15)
+    x, y = np.array([1.0, 2.0, 3.0, 4.0]), np.array([10.0, 30.0, 20.0, 1e6])
+    assert spearman_interval(x, y, n_boot=10).rho == pytest.approx(0.8)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 1000), scale=st.floats(0.1, 10.0))
+def test_spearman_keeps_under_growing_maps_and_turns_its_sign(seed: int, scale: float) -> None:
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=40)
+    y = x + rng.normal(size=40)
+    plain = spearman_interval(x, y, n_boot=50)
+    mapped = spearman_interval(np.exp(x), scale * y, n_boot=50)
+    turned = spearman_interval(-x, y, n_boot=50)
+    assert mapped == plain
+    assert turned.rho == pytest.approx(-plain.rho)
+    assert (turned.low, turned.high) == pytest.approx((-plain.high, -plain.low))
+    assert plain.low <= plain.high
+
+
+def test_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+    truth = 6.0 / np.pi * np.arcsin(0.6 / 2.0)  # Spearman of a Gaussian pair with Pearson 0.6
+    hits = 0
+    for trial in range(100):
+        pair = np.random.default_rng(trial).multivariate_normal([0, 0], [[1, 0.6], [0.6, 1]], 150)
+        found = spearman_interval(pair[:, 0], pair[:, 1], n_boot=200, seed=trial)
+        hits += found.low <= truth <= found.high
+    assert 87 <= hits <= 100
+
+
+def test_bootstrap_is_fixed_by_its_seed_and_reads_no_global_state() -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=30), rng.normal(size=30)
+    before = np.random.get_state()[1].tolist()  # type: ignore[index] # noqa: NPY002
+    first = spearman_interval(x, y, n_boot=50, seed=1)
+    assert spearman_interval(x, y, n_boot=50, seed=1) == first
+    assert spearman_interval(x, y, n_boot=50, seed=2) != first
+    assert np.random.get_state()[1].tolist() == before  # type: ignore[index] # noqa: NPY002
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "options"),
+    [
+        ([1.0, 2.0], [1.0, 2.0], {}),
+        ([1.0, 2.0, 3.0], [1.0, 2.0], {}),
+        ([1.0, 1.0, 1.0], [1.0, 2.0, 3.0], {}),
+        ([1.0, 2.0, 3.0], [5.0, 5.0, 5.0], {}),
+        ([1.0, 2.0, 3.0], [1.0, 2.0, 4.0], {"n_boot": 0}),
+        ([1.0, 2.0, 3.0], [1.0, 2.0, 4.0], {"level": 1.0}),
+    ],
+)
+def test_correlations_that_do_not_exist_are_refused(
+    x: list[float], y: list[float], options: dict[str, float]
+) -> None:
+    with pytest.raises(InvalidInput, match="must"):
+        spearman_interval(np.array(x), np.array(y), **options)  # type: ignore[arg-type]

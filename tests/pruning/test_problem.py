@@ -1,0 +1,125 @@
+import math
+
+import pytest
+import torch
+
+from entangle.errors import InvalidInput, NumericalError
+from entangle.pruning.problem import Problem, prepare
+from tests.pruning.problems import make
+
+
+def _prepare(**changes: object) -> Problem:
+    weight, gram = make(2, 3, 8)
+    options = {
+        "weight": weight,
+        "gram": gram,
+        "sparsity": 0.5,
+        "pattern": "row",
+        "rows": None,
+        "bits": None,
+    }
+    return prepare(**{**options, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("sparsity", [1.3, -0.1, math.nan, math.inf, torch.tensor([0.5, 2, 0.5])])
+@pytest.mark.parametrize("pattern", ["row", "layer", "block", "2:4"])
+def test_sparsity_out_of_range(sparsity: float, pattern: str) -> None:
+    with pytest.raises(
+        InvalidInput, match=r"`sparsity` must be in \[0, 1\]; got (1.3|-0.1|nan|inf|2)\."
+    ):
+        _prepare(sparsity=sparsity, pattern=pattern)
+
+
+def test_sparsity_missing() -> None:
+    with pytest.raises(InvalidInput, match="`sparsity` is None; pattern 'layer' needs one"):
+        _prepare(sparsity=None, pattern="layer")
+
+
+def test_sparsity_must_fit_the_groups() -> None:
+    assert (_prepare(sparsity=None, pattern="1:4").budget == 6).all()
+    assert (_prepare(sparsity=0.75, pattern="1:4").budget == 6).all()
+    with pytest.raises(InvalidInput, match=r"must be None or 0\.75 with pattern '1:4'; got 0\.25"):
+        _prepare(sparsity=0.25, pattern="1:4")
+
+
+@pytest.mark.parametrize("pattern", ["layer", "block"])
+def test_one_sparsity_per_layer(pattern: str) -> None:
+    with pytest.raises(InvalidInput, match=f"one value with pattern '{pattern}'; got \\(3,\\)"):
+        _prepare(sparsity=torch.full((3,), 0.5), pattern=pattern)
+
+
+@pytest.mark.parametrize("shape", [(2,), (8,), (3, 2), (1, 3), (2, 3, 1)])
+def test_sparsity_of_a_wrong_shape(shape: tuple[int, ...]) -> None:
+    with pytest.raises(InvalidInput, match=r"of shape \(3,\) or \(2, 3\); got \("):
+        _prepare(sparsity=torch.full(shape, 0.5))
+
+
+def test_columns_must_be_whole_groups() -> None:
+    with pytest.raises(InvalidInput, match="'2:3' needs a multiple of 3 columns; got 8"):
+        _prepare(sparsity=None, pattern="2:3")
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [torch.ones(3), torch.ones(1, 1, 2, 2), torch.ones(0, 2), torch.ones(2, 2, dtype=torch.int64)],
+)
+def test_weight_of_a_wrong_kind(weight: torch.Tensor) -> None:
+    with pytest.raises(InvalidInput, match="`weight` must be a non-empty floating-point tensor"):
+        _prepare(weight=weight, gram=None)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_weight_not_finite(bad: float) -> None:
+    with pytest.raises(InvalidInput, match="`weight` must be finite"):
+        _prepare(weight=torch.tensor([[1, bad]]), gram=None)
+
+
+@pytest.mark.parametrize(
+    "gram", [torch.eye(8), torch.ones(2, 7, 7), torch.ones(1, 8, 8), torch.ones(2, 8, 8).long()]
+)
+def test_gram_of_a_wrong_kind(gram: torch.Tensor) -> None:
+    with pytest.raises(
+        InvalidInput, match=r"`gram` must be a floating-point tensor of shape \(2, 8, 8\)"
+    ):
+        _prepare(gram=gram)
+
+
+def test_gram_not_finite_names_the_expert() -> None:
+    gram = make(2, 3, 8)[1]
+    gram[1, 0, 3] = math.nan
+    with pytest.raises(NumericalError, match="`gram` of expert 1 holds NaN"):
+        _prepare(gram=gram)
+
+
+def test_negative_diagonal() -> None:
+    gram = make(2, 3, 8)[1]
+    gram[1, 4, 4] = -2.5
+    with pytest.raises(InvalidInput, match=r"expert 1 has -2\.5 on it"):
+        _prepare(gram=gram)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        torch.tensor([3]),
+        torch.tensor([-1]),
+        torch.tensor([0, 0]),
+        torch.ones(2).bool(),
+        torch.ones(3),
+    ],
+)
+def test_bad_rows(rows: torch.Tensor) -> None:
+    with pytest.raises(
+        InvalidInput, match="`rows` must be a boolean mask of 3 entries or different"
+    ):
+        _prepare(rows=rows)
+
+
+def test_solver_dtype_follows_the_weight() -> None:
+    for dtype, expected in [
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ]:
+        problem = _prepare(weight=torch.ones(2, 3, 8, dtype=dtype))
+        assert problem.weight.dtype == problem.need_gram().dtype == expected

@@ -1,0 +1,155 @@
+import pytest
+import torch
+from torch import Tensor
+
+from entangle.errors import InvalidInput, NumericalError
+from entangle.pruning import PruneResult, prune_magnitude, prune_sparsegpt, prune_wanda
+from tests.pruning.problems import make
+from tests.reference.sparsegpt import sparsegpt as reference
+
+
+def _assert_same(result: PruneResult, weight: Tensor, gram: Tensor, **options: object) -> None:
+    """Compare a single layer with the reference."""
+    expected, kept = reference(weight.double().numpy(), gram.double().numpy(), **options)  # type: ignore[arg-type]
+    assert torch.equal(result.mask, torch.from_numpy(kept))
+    torch.testing.assert_close(
+        result.weight.double(), torch.from_numpy(expected), rtol=0, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("pattern", ["row", "block", "layer"])
+@pytest.mark.parametrize("sparsity", [0.3, 0.8])
+def test_matches_the_reference(dtype: torch.dtype, pattern: str, sparsity: float) -> None:
+    # 150 columns: a block of 128, an incomplete one, and incomplete panels.
+    weight, gram = (part[0] for part in make(1, 5, 150, dtype=dtype))
+    result = prune_sparsegpt(weight, gram, sparsity=sparsity, pattern=pattern)
+    _assert_same(result, weight, gram, rule=pattern, sparsity=sparsity)
+
+
+@pytest.mark.parametrize("pattern", ["row", "block", "layer"])
+@pytest.mark.parametrize("block", [1, 7, 20, 64])
+def test_matches_the_reference_in_other_blocks(pattern: str, block: int) -> None:
+    weight, gram = (part[0] for part in make(1, 6, 40))
+    result = prune_sparsegpt(weight, gram, sparsity=0.6, pattern=pattern, block_size=block)
+    _assert_same(result, weight, gram, rule=pattern, sparsity=0.6, block=block)
+
+
+@pytest.mark.parametrize(("kept", "of"), [(2, 4), (1, 4), (3, 5), (0, 2), (2, 2), (4, 20)])
+def test_matches_the_reference_in_groups(kept: int, of: int) -> None:
+    weight, gram = (part[0] for part in make(1, 6, 60))
+    result = prune_sparsegpt(weight, gram, pattern=f"{kept}:{of}", block_size=16)
+    _assert_same(result, weight, gram, group=(kept, of))
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("sparsity", [0.0, 0.5])
+def test_matches_the_reference_quantised(bits: int, sparsity: float) -> None:
+    weight, gram = (part[0] for part in make(1, 6, 40))
+    result = prune_sparsegpt(weight, gram, sparsity=sparsity, bits=bits, block_size=16)
+    _assert_same(result, weight, gram, sparsity=sparsity, bits=bits, block=16)
+
+
+def test_matches_the_reference_with_rows_of_their_own_and_dead_inputs() -> None:
+    weight, gram = (part[0] for part in make(1, 5, 40))
+    dead = [0, 17, 39]
+    gram[dead] = 0
+    gram[:, dead] = 0
+    shares = [0.0, 0.05, 0.5, 0.9, 1.0]
+    result = prune_sparsegpt(weight, gram, sparsity=torch.tensor(shares), block_size=16)
+    _assert_same(result, weight, gram, sparsity=shares, block=16)
+
+
+def test_by_hand() -> None:
+    # H = [[2, 1], [1, 2]] undamped, w = [1, 3]: U_11**2 = 2/3 and U_22**2 = 1/2 (test_factor.py).
+    # Saliencies 1 / (2/3) = 1.5 and 9 / (1/2) = 18: the first weight goes. Its error 1 / U_11 times
+    # U_12 is U_12 / U_11 = -1/2, so the second becomes 3.5. d = [1, -0.5], d H d^T = 1.5.
+    gram = torch.tensor([[2.0, 1], [1, 2]])
+    result = prune_sparsegpt(torch.tensor([[1.0, 3]]), gram, sparsity=0.5, damping=0)
+    torch.testing.assert_close(result.weight, torch.tensor([[0, 3.5]]))
+    torch.testing.assert_close(result.loss_per_neuron, torch.tensor([1.5]))
+    assert result.mask.tolist() == [[False, True]]
+    assert result.realised_sparsity.tolist() == [0.5]
+    assert result.damping.item() == 0
+
+
+@pytest.mark.parametrize("pattern", ["row", "layer", "block", "2:5"])
+def test_identity_gram_is_magnitude(pattern: str) -> None:
+    weight, _ = make(2, 6, 300)
+    gram = 3 * torch.eye(300, dtype=weight.dtype).expand(2, 300, 300)
+    sparsity = 0.6
+    ours = prune_sparsegpt(weight, gram, sparsity=sparsity, pattern=pattern)
+    theirs = prune_magnitude(weight, gram, sparsity=sparsity, pattern=pattern)
+    assert torch.equal(ours.weight, theirs.weight)
+    assert torch.equal(ours.mask, theirs.mask)
+    torch.testing.assert_close(ours.loss_per_neuron, theirs.loss_per_neuron)
+
+
+@pytest.mark.parametrize("pattern", ["row", "layer", "block", "1:2"])
+def test_beats_wanda(pattern: str) -> None:
+    weight, gram = make(2, 20, 160)
+    ours = prune_sparsegpt(weight, gram, sparsity=0.5, pattern=pattern).loss_per_neuron
+    theirs = prune_wanda(weight, gram, sparsity=0.5, pattern=pattern).loss_per_neuron
+    assert (ours.sum(-1) < 0.9 * theirs.sum(-1)).all()
+
+
+def test_scale_and_order_of_rows() -> None:
+    weight, gram = make(1, 8, 40)
+    gram[0, 5] = gram[0, :, 5] = 0
+    base = prune_sparsegpt(weight, gram, sparsity=0.6)
+    order = torch.tensor([3, 1, 7, 0, 2, 6, 5, 4])
+    moved = prune_sparsegpt(weight[:, order] * 4, gram * 1000, sparsity=0.6)
+    assert torch.equal(moved.mask, base.mask[:, order])
+    torch.testing.assert_close(moved.weight, 4 * base.weight[:, order])
+    torch.testing.assert_close(moved.loss_per_neuron, 16_000 * base.loss_per_neuron[:, order])
+
+
+def test_dead_weights_go_first_and_the_spared_stay() -> None:
+    weight, gram = make(1, 1, 10)
+    weight[0, 0, 2], weight[0, 0, 8] = 5, -4
+    gram[0, [2, 8]] = 0
+    gram[0, :, [2, 8]] = 0
+    one = prune_sparsegpt(weight, gram, sparsity=0.1)
+    expected = weight.clone()
+    expected[0, 0, 8] = 0
+    torch.testing.assert_close(one.weight, expected, rtol=0, atol=0)
+    assert one.loss_per_neuron.item() == 0
+    three = prune_sparsegpt(weight, gram, sparsity=0.3)
+    assert not three.mask[0, 0, [2, 8]].any()
+
+
+def test_all_inputs_dead_is_magnitude() -> None:
+    weight, gram = make(1, 3, 10)
+    result = prune_sparsegpt(weight, gram * 0, sparsity=0.5)
+    assert torch.equal(result.weight, prune_magnitude(weight, sparsity=0.5).weight)
+    assert not result.loss_per_neuron.any()
+
+
+def test_escalates_only_where_needed() -> None:
+    weight = torch.tensor([[[1.0, 3]], [[1.0, 3]]])
+    gram = torch.tensor([[[1.0, 2], [2, 1]], [[2.0, 1], [1, 2]]])
+    result = prune_sparsegpt(weight, gram, sparsity=0.5, damping=0.05)
+    torch.testing.assert_close(result.damping, torch.tensor([5, 0.05]))
+    alone = prune_sparsegpt(weight[1], gram[1], sparsity=0.5, damping=0.05)
+    assert torch.equal(alone.weight, result.weight[1])
+
+
+def test_names_the_expert_that_cannot_be_factorised() -> None:
+    weight, gram = make(3, 2, 4)
+    gram[2, 0, 1] = gram[2, 1, 0] = 1e12
+    with pytest.raises(NumericalError, match=r"expert 2 is not positive definite.*10000"):
+        prune_sparsegpt(weight, gram, sparsity=0.5)
+
+
+def test_rank_deficient_gram_is_damped() -> None:
+    weight = make(1, 4, 30, dtype=torch.float32)[0]
+    few = torch.randn(5, 30, generator=torch.Generator().manual_seed(0))
+    result = prune_sparsegpt(weight[0], few.T @ few, sparsity=0.7)
+    wanda = prune_wanda(weight[0], few.T @ few, sparsity=0.7)
+    assert result.damping.item() == pytest.approx(0.01)
+    assert (result.loss_per_neuron < 0.1 * wanda.loss_per_neuron).all()
+
+
+def test_bad_block_size() -> None:
+    with pytest.raises(InvalidInput, match="`block_size` must be at least 1; got 0"):
+        prune_sparsegpt(torch.ones(1, 2), torch.eye(2), sparsity=0.5, block_size=0)

@@ -1,0 +1,211 @@
+"""Tokenising in overlapping chunks must give what tokenising the whole text gives."""
+
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import transformers as hf
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+
+from entangle.calibration import tokens
+from entangle.calibration.joined_text import JoinedText
+from entangle.calibration.special_tokens import describe_tokenizer, special_tokens
+from tests.tiny_models import tiny_tokenizer
+
+SYLLABLES = ("ab", "abab", " a", "ba", "aa", " ba", "nn", "é", " é", "éa", "\n\n", "aaaa")
+MERGES = [("a", "b"), ("ab", "ab"), (" ", "a"), ("b", "a"), ("a", "a"), (" ", "ba"), ("n", "n")]
+MERGES += [(" ", "é"), ("é", "a"), ("\n", "\n"), ("aa", "aa")]
+
+
+def _bpe(
+    pre_tokenizer: pre_tokenizers.PreTokenizer | None = None,
+    normalizer: normalizers.Normalizer | None = None,
+) -> hf.PreTrainedTokenizerFast:
+    """Return a tokenizer whose tokens depend on their neighbours, so that a cut shows."""
+    pieces = ["<unk>", *"ab né\n_", *SYLLABLES]
+    vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=MERGES, unk_token="<unk>"))
+    if pre_tokenizer is not None:
+        backend.pre_tokenizer = pre_tokenizer
+    if normalizer is not None:
+        backend.normalizer = normalizer
+    fast: Any = hf.PreTrainedTokenizerFast
+    wrapped: hf.PreTrainedTokenizerFast = fast(tokenizer_object=backend, unk_token="<unk>")
+    return wrapped
+
+
+TOKENIZERS: dict[str, Callable[[], hf.PreTrainedTokenizerFast]] = {
+    "one token a character": tiny_tokenizer,
+    "merges over the whole text": _bpe,
+    "words": lambda: _bpe(pre_tokenizers.WhitespaceSplit()),
+    "marked first word": lambda: _bpe(normalizer=normalizers.Prepend("_")),
+}
+
+
+class SlowTokenizer(hf.PythonBackend):
+    """Greedy pairs of letters from the left of every word; no offsets."""
+
+    def __init__(self) -> None:
+        super().__init__(unk_token="<unk>")  # type: ignore[no-untyped-call]
+
+    @property
+    def vocab_size(self) -> int:
+        return 1000
+
+    def get_vocab(self) -> dict[str, int]:
+        return {"<unk>": 0}
+
+    def _tokenize(self, text: str, **kwargs: object) -> list[str]:
+        return [w[i : i + 2] for w in text.split() for i in range(0, len(w), 2)]
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return sum(map(ord, token)) % 1000
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "CHUNK", 64)
+    monkeypatch.setattr(tokens, "OVERLAP", 32)
+
+
+def _text(length: int, seed: int = 0) -> str:
+    letters = random.Random(seed).choices("ab né", weights=[6, 4, 2, 1, 1], k=length)
+    return "".join(letters)
+
+
+def _expected(tokenizer: hf.PreTrainedTokenizerBase, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("length", [0, 1, 63, 64, 65, 96, 97, 1000, 5000])
+def test_chunks_equal_the_whole(name: str, length: int) -> None:
+    tokenizer, text = TOKENIZERS[name](), _text(length)
+    got = tokens.pool_tokens(JoinedText([[text]], ""), tokenizer, 10**6)
+    assert got.ids.tolist() == _expected(tokenizer, text)
+    assert (got.n_characters, got.whole_text) == (length, True)
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("n", [1, 20, 300])
+def test_first_tokens_are_those_of_the_whole(name: str, n: int) -> None:
+    tokenizer, text = TOKENIZERS[name](), _text(4000)
+    got = tokens.first_tokens(JoinedText([[text]], ""), tokenizer, n)
+    assert got.ids.tolist() == _expected(tokenizer, text)[:n]
+    assert not got.whole_text
+
+
+@pytest.mark.usefixtures("small_chunks")
+@given(st.lists(st.text("ab né\n", max_size=90), max_size=12), st.sampled_from(["", " ", "\n\n"]))
+def test_documents_are_joined_then_tokenised(documents: list[str], join: str) -> None:
+    tokenizer = _bpe()
+    text = JoinedText([[document[:7], document[7:]] for document in documents], join)
+    got = tokens.pool_tokens(text, tokenizer, 10**6)
+    assert got.ids.tolist() == _expected(tokenizer, join.join(documents))
+    assert text.n_documents == len(documents)
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("text", ["a" * 1001, "ab" * 700, " " * 400, "é" * 333])
+def test_runs_without_a_safe_place_to_cut(text: str) -> None:
+    tokenizer = _bpe(pre_tokenizers.WhitespaceSplit())
+    got = tokens.pool_tokens(JoinedText([[text]], ""), tokenizer, 10**6)
+    assert got.ids.tolist() == _expected(tokenizer, text)
+
+
+def test_by_hand() -> None:
+    tokenizer = tiny_tokenizer()
+    got = tokens.pool_tokens(JoinedText([["a"], ["b"]], "c"), tokenizer, 2)
+    assert tokenizer.decode(got.ids.tolist()) == "ac"
+    assert (got.n_characters, got.whole_text) == (2, False)
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_pool_is_the_tokens_of_the_first_characters() -> None:
+    tokenizer, text = _bpe(), _text(1000)
+    for length in (1, 64, 500, 999, 1000):
+        got = tokens.pool_tokens(JoinedText([[text]], ""), tokenizer, length)
+        assert got.ids.tolist() == _expected(tokenizer, text[:length])
+        assert (got.n_characters, got.whole_text) == (length, length == 1000)
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_reads_no_more_than_needed() -> None:
+    read: list[int] = []
+
+    def documents() -> Iterator[list[str]]:
+        for number in range(10**6):
+            read.append(number)
+            yield [_text(50, seed=number)]
+
+    tokens.first_tokens(JoinedText(documents(), "\n\n"), _bpe(), 100)
+    assert len(read) < 20
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_holds_only_a_part_of_the_text() -> None:
+    class Watched(JoinedText):
+        longest = 0
+
+        def span(self, begin: int, end: int) -> str:
+            self.longest = max(self.longest, len(self._held))
+            return super().span(begin, end)
+
+    text = Watched([[_text(20)] for _ in range(1000)], " ")
+    tokens.pool_tokens(text, _bpe(), 10**6)
+    assert 0 < text.longest <= 2 * (64 + 32)
+
+
+def test_forgotten_text_is_refused() -> None:
+    text = JoinedText([["abcdef"]], "")
+    assert (text.span(0, 4), text.span(2, 9)) == ("abcd", "cdef")
+    text.forget(3)
+    assert text.span(3, 5) == "de"
+    with pytest.raises(ValueError, match="forgotten"):
+        text.span(2, 4)
+
+
+@pytest.mark.parametrize("n", [1, 100, 900, 10**5])
+def test_tokenizer_without_offsets(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "OVERLAP", 8)
+    tokenizer, text = SlowTokenizer(), _text(3001)
+    got = tokens.first_tokens(JoinedText([[text]], ""), tokenizer, n)
+    assert got.ids.tolist() == _expected(tokenizer, text)[:n]
+    pool = tokens.pool_tokens(JoinedText([[text]], ""), tokenizer, 1001)
+    assert pool.ids.tolist() == _expected(tokenizer, text[:1001])
+
+
+def test_long_text_is_no_warning(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.model_max_length = 8
+    tokens.pool_tokens(JoinedText([["a" * 100]], ""), tokenizer, 100)
+    assert not caplog.records
+    assert not tokenizer.deprecation_warnings
+
+
+def test_truncation_set_in_the_tokenizer_has_no_effect() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.enable_truncation(max_length=5)
+    tokenizer.backend_tokenizer.enable_padding(length=400)
+    got = tokens.pool_tokens(JoinedText([["a" * 100]], ""), tokenizer, 100)
+    assert len(got.ids) == 100
+
+
+def test_special_tokens_around_a_text() -> None:
+    before, after = special_tokens(tiny_tokenizer())
+    whole = tiny_tokenizer()("xyz")["input_ids"]
+    bare = tiny_tokenizer()("xyz", add_special_tokens=False)["input_ids"]
+    assert [*before, *bare, *after] == whole
+    assert before or after
+
+
+def test_tokenizers_with_other_words_are_told_apart() -> None:
+    tiny, other = tiny_tokenizer(), _bpe()
+    assert describe_tokenizer(tiny) == describe_tokenizer(tiny_tokenizer())
+    key = "vocabulary_sha256"
+    assert describe_tokenizer(tiny)[key] != describe_tokenizer(other)[key]

@@ -1,0 +1,107 @@
+"""Tiny random models of many architectures, their tokenizer, and a way to save both as a folder.
+
+Every model has 3 blocks, hidden size 32, 112 tokens, a context of at least 64, float32 weights and
+is in eval mode. Building one twice gives the same weights and leaves the global generator alone.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as hf
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from torch import nn
+
+from entangle.seeding import torch_rng
+
+VOCABULARY = 112
+SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+
+IDS: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 3,
+}
+WIDE: dict[str, Any] = {
+    **IDS,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+}
+GROUPED: dict[str, Any] = {**WIDE, "num_key_value_heads": 2, "intermediate_size": 48}
+WINDOWS = ["sliding_attention", "full_attention", "sliding_attention"]
+
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", GROUPED),
+    "gpt_neox": ("GPTNeoXConfig", {**WIDE, "intermediate_size": 48}),
+    "gpt2": (
+        "GPT2Config",
+        {**IDS, "n_positions": 128, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_inner": 48},
+    ),
+    "opt": ("OPTConfig", {**WIDE, "ffn_dim": 48, "word_embed_proj_dim": 32}),
+    "gemma3": (
+        "Gemma3TextConfig",
+        {**GROUPED, "head_dim": 8, "sliding_window": 16, "layer_types": WINDOWS},
+    ),
+    "qwen3": ("Qwen3Config", {**GROUPED, "head_dim": 8}),
+    "mistral": ("MistralConfig", {**GROUPED, "sliding_window": 32}),
+    "phi3": ("Phi3Config", GROUPED),
+    "falcon": ("FalconConfig", {**WIDE, "ffn_hidden_size": 48}),
+    "bloom": ("BloomConfig", {**IDS, "hidden_size": 32, "n_layer": 3, "n_head": 4}),
+    "bert": ("BertConfig", {**WIDE, "intermediate_size": 48}),
+    "mixtral": ("MixtralConfig", {**GROUPED, "num_local_experts": 4}),
+}
+
+
+@contextmanager
+def _own_generator(seed: int) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+def _build(name: str) -> nn.Module:
+    kind, settings = CONFIGS[name]
+    config = getattr(hf, kind)(**settings)
+    auto: Any = hf.AutoModel if name == "bert" else hf.AutoModelForCausalLM
+    with _own_generator(0):
+        model: nn.Module = auto.from_config(config, dtype=torch.float32)
+    rng = torch_rng(0, "tiny", name)
+    with torch.no_grad():
+        for parameter in model.parameters():  # biases and norms are no longer 0 and 1
+            parameter.add_(torch.randn(parameter.shape, generator=rng), alpha=0.1)
+    return model.eval().requires_grad_(False)
+
+
+TINY: dict[str, Callable[[], nn.Module]] = {name: partial(_build, name) for name in CONFIGS}
+
+
+def tiny_tokenizer() -> hf.PreTrainedTokenizerFast:
+    """Return a tokenizer with one token a character (ASCII and newline); decoding undoes encoding.
+
+    ``<s>`` and ``</s>`` are added around a text only with ``add_special_tokens=True``.
+    """
+    characters = ["\n", *map(chr, range(32, 127))]
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL.values(), *characters])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    ends = [("<s>", vocabulary["<s>"]), ("</s>", vocabulary["</s>"])]
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A </s>", None, ends)
+    fast: Any = hf.PreTrainedTokenizerFast
+    wrapped: hf.PreTrainedTokenizerFast = fast(tokenizer_object=tokenizer, **SPECIAL)
+    return wrapped
+
+
+def save_tiny(name: str, folder: Path) -> Path:
+    """Save the tiny model ``name`` and the tokenizer as a Hugging Face folder; return it."""
+    model = TINY[name]()
+    assert isinstance(model, hf.PreTrainedModel)
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
