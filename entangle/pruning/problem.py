@@ -58,7 +58,7 @@ def prepare(
             f"`pattern` {pattern!r} needs a multiple of {parsed.group} columns; "
             f"got {dense.shape[2]}: use another n:m, or pattern 'row'."
         )
-    share = _check_sparsity(sparsity, parsed, dense).to(dense.device)
+    share = _check_sparsity(sparsity, parsed, dense)
     selected = dense if chosen is None else dense[:, chosen]
     solver_dtype = torch.float64 if dense.dtype == torch.float64 else torch.float32
     return Problem(
@@ -67,7 +67,7 @@ def prepare(
         gram=None if gram is None else _check_gram(gram, weight).to(solver_dtype),
         pattern=parsed,
         sparsity=float(share) if parsed.kind in ("layer", "block") else torch.nan,
-        budget=_budget(share, parsed, selected, chosen),
+        budget=_budget(share, parsed, selected, chosen).to(dense.device),
         rows=chosen,
         bits=check_bits(bits),
         batched=weight.ndim == 3,
@@ -125,13 +125,13 @@ def _check_sparsity(
     pattern: Pattern,
     dense: Float[Tensor, "experts rows cols"],
 ) -> Float[Tensor, "..."]:
-    """Return the sparsity in float64: one value, or one per row of every expert."""
+    """Return the sparsity in float64 on the CPU: one value, or one per row of every expert."""
     fixed = 1 - pattern.kept / pattern.group
     if sparsity is None and pattern.kind == "n:m":
         return torch.tensor(fixed, dtype=torch.float64)
     if sparsity is None:
         raise InvalidInput(f"`sparsity` is None; pattern {pattern.kind!r} needs one in [0, 1].")
-    share = torch.as_tensor(sparsity).detach().double()
+    share = torch.as_tensor(sparsity).detach().cpu().double()
     for value in share[~((share >= 0) & (share <= 1))].tolist()[:1]:
         raise InvalidInput(f"`sparsity` must be in [0, 1]; got {value:g}.")
     if pattern.kind == "n:m" and not (share.ndim == 0 and abs(float(share) - fixed) < 1e-6):
@@ -162,5 +162,5 @@ def _budget(
     if pattern.kind in ("layer", "block"):
         return count_zeros(share, rows * cols).expand(experts)
     if share.ndim and chosen is not None:
-        share = share[..., chosen]
+        share = share[..., chosen.cpu()]
     return count_zeros(share, cols).expand(experts, rows)

