@@ -33,13 +33,14 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         resolved = torch.device(device)
+        known = resolved.type in ("cpu", "cuda", "mps")
     except RuntimeError:
-        raise InvalidInput(
-            f"`device` must be auto, cpu, cuda, cuda:N or mps; got {device!r}."
-        ) from None
+        known = False
+    if not known:
+        raise InvalidInput(f"`device` must be auto, cpu, cuda, cuda:N or mps; got {str(device)!r}.")
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise InvalidInput(
-            f"`device` {device!r} was asked for, but torch sees no CUDA device; use cpu."
+            f"`device` {str(device)!r} was asked for, but torch sees no CUDA device; use cpu."
         )
     return resolved
 

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from entangle.errors import InvalidInput, Unavailable
+from entangle.errors import EntangleError, InvalidInput, Unavailable
 
 SCHEMA_VERSION = 1
 PACKAGES = (
@@ -82,26 +82,42 @@ def check_output(path: str | os.PathLike[str], *, force: bool = False) -> Path:
     Unavailable
         If its parent cannot be written.
     """
-    target = Path(path).expanduser().absolute()
-    if target.exists():
-        if not target.is_dir():
-            raise InvalidInput(f"the output {str(path)!r} is a file; name a folder.")
-        if not force and any(target.iterdir()):
-            raise InvalidInput(
-                f"the output folder {str(path)!r} exists; name another one or use --force "
-                "(force=True) to replace it."
-            )
-        if any(target.iterdir()) and not (target / "manifest.json").is_file():
-            raise InvalidInput(
-                f"the output folder {str(path)!r} holds no manifest.json, so it is not a result "
-                "of entangle and will not be replaced; name another one."
-            )
-    parent = target.parent
-    while not parent.exists():
-        parent = parent.parent
+    target = Path(os.path.realpath(expanded(path)))
+    with disk_errors(target):
+        if target.exists():
+            _check_replaceable(target, str(path), force=force)
+        parent = target.parent
+        while not parent.exists():
+            parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise Unavailable(f"the output {str(path)!r} cannot be created: {parent} is not writable.")
+        raise Unavailable(
+            f"{str(target)!r} cannot be written: {str(parent)!r} is no folder that you may write "
+            "to; name another folder."
+        )
     return target
+
+
+def _check_replaceable(target: Path, named: str, *, force: bool) -> None:
+    if not target.is_dir():
+        raise InvalidInput(f"the output {named!r} is a file; name a folder.")
+    if not force and any(target.iterdir()):
+        raise InvalidInput(
+            f"the output folder {named!r} exists; name another one or use --force "
+            "(force=True) to replace it."
+        )
+    if any(target.iterdir()) and not (target / "manifest.json").is_file():
+        raise InvalidInput(
+            f"the output folder {named!r} holds no manifest.json, so it is not a result "
+            "of entangle and will not be replaced; name another one."
+        )
+
+
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """Return a path with ``~`` replaced by the home folder, or as it is if there is none."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
 
 
 @contextmanager
@@ -123,7 +139,7 @@ def output_folder(path: str | os.PathLike[str], *, force: bool = False) -> Itera
     target = check_output(path, force=force)
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name[:40]}.", dir=target.parent))
     try:
         with disk_errors(target):
             temporary.chmod(0o777 & ~_umask())
@@ -138,22 +154,21 @@ def output_folder(path: str | os.PathLike[str], *, force: bool = False) -> Itera
 
 
 @contextmanager
-def disk_errors(target: Path) -> Iterator[None]:
-    """Turn a full or read-only disk into one clear line."""
+def disk_errors(target: Path, *, remedy: str = "name another folder") -> Iterator[None]:
+    """Turn what the operating system says against writing ``target`` into one clear line."""
     try:
         yield
+    except EntangleError:
+        raise
     except OSError as error:
         reasons = {
-            errno.ENOSPC: "the disk is full; free some space",
-            errno.EDQUOT: "the disk quota is used up; free some space",
-            errno.EROFS: "the disk is read-only",
-            errno.EACCES: "permission is denied",
+            errno.ENOSPC: "the disk is full; free some space or",
+            errno.EDQUOT: "the disk quota is used up; free some space or",
+            errno.EROFS: "the disk is read-only;",
+            errno.EACCES: "permission is denied;",
         }
-        if error.errno not in reasons:
-            raise
-        raise Unavailable(
-            f"{str(target)!r} cannot be written: {reasons[error.errno]} or name another folder."
-        ) from error
+        reason = reasons.get(error.errno or 0, f"{error.strerror or error};")
+        raise Unavailable(f"{str(target)!r} cannot be written: {reason} {remedy}.") from error
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:
@@ -170,13 +185,17 @@ def read_manifest(folder: str | os.PathLike[str], kind: str) -> dict[str, object
     InvalidInput
         If the folder is missing, holds no readable manifest, or is of another kind or schema.
     """
-    path = Path(folder).expanduser() / "manifest.json"
+    path = expanded(folder) / "manifest.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise InvalidInput(
-            f"{str(folder)!r} is no result folder: it has no manifest.json."
+            f"{str(folder)!r} is no result folder: it has no manifest.json; name another one."
         ) from None
+    except OSError as error:
+        raise Unavailable(
+            f"{str(path)!r} cannot be read ({error.strerror or error}); check the path."
+        ) from error
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise InvalidInput(
             f"{str(path)!r} is not valid JSON ({error}); make the result anew."

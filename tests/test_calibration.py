@@ -174,6 +174,16 @@ def test_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     assert got.ids[0].tolist() == _ids("first article\n\nsecond article")[:20]
 
 
+def test_path_object_is_never_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("demo").mkdir()
+    Path("demo/a.txt").write_text("from disk")
+    got = _load(Path("demo"), n_seq=1, seq_len=9, sampling="contiguous")
+    assert got.ids[0].tolist() == _ids("from disk")
+    with pytest.raises(Unavailable, match="'c4' does not exist"):
+        _load(Path("c4"))
+
+
 def test_default_sizes() -> None:
     text = torch.zeros(5000, dtype=torch.int64)
     assert tuple(load_calibration(text).ids.shape) == (128, 2048)

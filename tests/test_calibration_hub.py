@@ -108,11 +108,15 @@ def test_value_that_is_no_text(hub: Hub) -> None:
     ],
 )
 def test_errors_are_one_line(
-    hub: Hub, error: Exception, kind: type[Exception], says: str, capfd: pytest.CaptureFixture[str]
+    hub: Hub, error: Exception, kind: type[Exception], says: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     hub.error = error
-    assert says in _error(kind, "wikitxt2")
-    assert capfd.readouterr().err == ""
+    logging.getLogger("huggingface_hub").addHandler(caplog.handler)
+    try:
+        assert says in _error(kind, "wikitxt2")
+    finally:
+        logging.getLogger("huggingface_hub").removeHandler(caplog.handler)
+    assert not caplog.records
 
 
 def test_log_levels_come_back(hub: Hub) -> None:

@@ -46,7 +46,9 @@ TOKENIZERS: dict[str, Callable[[], hf.PreTrainedTokenizerFast]] = {
 
 
 class SlowTokenizer(hf.PythonBackend):
-    """Greedy pairs of letters from the left of every word; no offsets."""
+    """Pieces of ``size`` letters from the left of every word; no offsets."""
+
+    size = 2
 
     def __init__(self) -> None:
         super().__init__(unk_token="<unk>")  # type: ignore[no-untyped-call]
@@ -59,7 +61,9 @@ class SlowTokenizer(hf.PythonBackend):
         return {"<unk>": 0}
 
     def _tokenize(self, text: str, **kwargs: object) -> list[str]:
-        return [w[i : i + 2] for w in text.split() for i in range(0, len(w), 2)]
+        return [
+            word[i : i + self.size] for word in text.split() for i in range(0, len(word), self.size)
+        ]
 
     def _convert_token_to_id(self, token: str) -> int:
         return sum(map(ord, token)) % 1000
@@ -67,8 +71,8 @@ class SlowTokenizer(hf.PythonBackend):
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokens, "CHUNK", 64)
-    monkeypatch.setattr(tokens, "OVERLAP", 32)
+    monkeypatch.setattr(tokens, "CHUNK", 61)  # no multiple of a token of a run
+    monkeypatch.setattr(tokens, "OVERLAP", 30)
 
 
 def _text(length: int, seed: int = 0) -> str:
@@ -82,7 +86,7 @@ def _expected(tokenizer: hf.PreTrainedTokenizerBase, text: str) -> list[int]:
 
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("name", TOKENIZERS)
-@pytest.mark.parametrize("length", [0, 1, 63, 64, 65, 96, 97, 1000, 5000])
+@pytest.mark.parametrize("length", [0, 1, 60, 61, 62, 91, 92, 122, 1000, 5000])
 def test_chunks_equal_the_whole(name: str, length: int) -> None:
     tokenizer, text = TOKENIZERS[name](), _text(length)
     got = tokens.pool_tokens(JoinedText([[text]], ""), tokenizer, 10**6)
@@ -116,6 +120,19 @@ def test_runs_without_a_safe_place_to_cut(text: str) -> None:
     tokenizer = _bpe(pre_tokenizers.WhitespaceSplit())
     got = tokens.pool_tokens(JoinedText([[text]], ""), tokenizer, 10**6)
     assert got.ids.tolist() == _expected(tokenizer, text)
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("shift", range(0, 60, 3))
+def test_token_longer_than_the_place_where_chunks_meet(shift: int) -> None:
+    word = "b" * 40
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, word: 2}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast: Any = hf.PreTrainedTokenizerFast
+    tokenizer = fast(tokenizer_object=backend, unk_token="<unk>")
+    text = " a" * shift + f" {word}" + " a" * 100
+    got = tokens.pool_tokens(JoinedText([[text]], ""), tokenizer, 10**6)
+    assert got.ids.tolist() == [1] * shift + [2] + [1] * 100
 
 
 def test_by_hand() -> None:
@@ -158,7 +175,7 @@ def test_holds_only_a_part_of_the_text() -> None:
 
     text = Watched([[_text(20)] for _ in range(1000)], " ")
     tokens.pool_tokens(text, _bpe(), 10**6)
-    assert 0 < text.longest <= 2 * (64 + 32)
+    assert 0 < text.longest <= 2 * (61 + 30)
 
 
 def test_forgotten_text_is_refused() -> None:
@@ -180,10 +197,22 @@ def test_tokenizer_without_offsets(n: int, monkeypatch: pytest.MonkeyPatch) -> N
     assert pool.ids.tolist() == _expected(tokenizer, text[:1001])
 
 
+def test_cut_through_a_word_without_offsets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "OVERLAP", 30)
+    tokenizer, rng = SlowTokenizer(), random.Random(0)
+    tokenizer.size = 100
+    text = " ".join("abcdefgh"[: rng.randint(1, 7)] for _ in range(400))
+    expected = _expected(tokenizer, text)
+    for n in range(1, 200):
+        got = tokens.first_tokens(JoinedText([[text]], ""), tokenizer, n)
+        assert got.ids.tolist() == expected[:n]
+
+
 def test_long_text_is_no_warning(caplog: pytest.LogCaptureFixture) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.model_max_length = 8
-    tokens.pool_tokens(JoinedText([["a" * 100]], ""), tokenizer, 100)
+    got = tokens.pool_tokens(JoinedText([["a" * 100]], ""), tokenizer, 100)
+    assert len(got.ids) == 100
     assert not caplog.records
     assert not tokenizer.deprecation_warnings
 

@@ -58,8 +58,9 @@ def load_calibration(
         whichever is less, or all columns of a table of ids.
     seed, sampling
         ``"contiguous"``: the first tokens of the text; no more of it is read than needed.
-        ``"random"``: windows drawn with ``seed`` from the text's first 2²⁴ characters (see
-        `entangle.calibration.windows`); ``settings["whole_text"]`` tells if that was all.
+        ``"random"``: windows drawn with ``seed`` from the text's first 2²⁴ characters, or 16 for
+        every token drawn if that is more (see `entangle.calibration.windows`);
+        ``settings["whole_text"]`` tells if that was all. Windows may overlap.
     join
         Put between documents, taken as it is (see `interpret_escapes`).
     split, config, column
@@ -68,6 +69,11 @@ def load_calibration(
         Put the special tokens that the tokenizer adds to one text around every sequence.
     context_length, vocab_size
         The model's: longer sequences and ids outside [0, vocab_size) are refused.
+
+    Returns
+    -------
+    CalibrationSet
+        ``settings`` has every option above and how much was read.
 
     Raises
     ------
@@ -81,25 +87,31 @@ def load_calibration(
         n_seq=n_seq, seq_len=seq_len, sampling=sampling, seed=seed, context_length=context_length
     )
     names = {"split": split, "config": config, "column": column}
-    label, stored = _stored_ids(source)
-    if stored is None:
-        ids, settings = _from_text(label, tokenizer, draw, join, add_special_tokens, names)
-    else:
+    label = _label(source)
+    found = _find(source, label)
+    if isinstance(found, TokenFile):
         refuse(label, **names, add_special_tokens=add_special_tokens or None)
-        ids, settings = _from_ids(stored, draw, label)
+        ids, settings = _from_ids(found, draw, label)
+    else:
+        ids, settings = _from_text(found, tokenizer, draw, join, add_special_tokens, names)
     sizes = {"n_seq": ids.shape[0], "seq_len": ids.shape[1]}
     return CalibrationSet(check_ids(ids, vocab_size), label, {**sizes, **settings})
 
 
-def _stored_ids(source: Source) -> tuple[str, TokenFile | None]:
-    """Return what to call the source, and the token ids if that is what it holds."""
+def _label(source: Source) -> str:
+    if isinstance(source, str | Path):
+        return str(source)
+    return f"{type(source).__name__} of shape {tuple(source.shape)}"
+
+
+def _find(source: Source, label: str) -> TokenFile | str | Path:
+    """Return the token ids if that is what the source holds, else the source of text."""
     if not isinstance(source, str | Path):
-        label = f"{type(source).__name__} of shape {tuple(source.shape)}"
-        return label, TokenFile(integer_ids(source, name=label), None)
+        return TokenFile(integer_ids(source, name=label), None)
     path = as_path(source)
     if path is None or path.suffix.lower() != ".safetensors":
-        return str(source), None
-    return str(source), read_token_file(existing(path))
+        return source
+    return read_token_file(existing(path))
 
 
 def _from_ids(stored: TokenFile, draw: Draw, label: str) -> Cut:
@@ -111,16 +123,17 @@ def _from_ids(stored: TokenFile, draw: Draw, label: str) -> Cut:
 
 
 def _from_text(
-    source: str,
+    source: str | Path,
     tokenizer: PreTrainedTokenizerBase | None,
     draw: Draw,
     join: str,
     add_special_tokens: bool,
     names: dict[str, str | None],
 ) -> Cut:
+    where = repr(str(source))
     if tokenizer is None:
         raise InvalidInput(
-            f"{source!r} is text, so it needs a tokenizer; pass the model's, or give token ids."
+            f"{where} is text, so it needs a tokenizer; pass the model's, or give token ids."
         )
     opened = open_texts(source, **names)
     specials = special_tokens(tokenizer) if add_special_tokens else ([], [])
@@ -141,4 +154,4 @@ def _from_text(
         "n_text_tokens": len(tokens.ids),
         "whole_text": tokens.whole_text,
     }
-    return cut_windows(tokens.ids, draw, where=repr(source), specials=specials), settings
+    return cut_windows(tokens.ids, draw, where=where, specials=specials), settings

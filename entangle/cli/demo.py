@@ -45,8 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
     model = load_model("demo")
     _say(arguments, "reading the demo text")
     calibration = load_calibration("demo", model.tokenizer, n_seq=N_SEQ, seq_len=SEQ_LEN)
-    progress = None if not arguments.quiet else False
-    scores = score(model, calibration, layers=LAYER, method="exact", progress=progress)
+    scores = score(model, calibration, layers=LAYER, method="exact", progress=not arguments.quiet)
     out = scores.save(arguments.out, force=arguments.force)
     print_scores(scores, top=TOP, out=str(out), seed=0)
     for name, figure in first_figures(scores).items():

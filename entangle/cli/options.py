@@ -81,13 +81,15 @@ def add_calibration_options(parser: argparse.ArgumentParser, *, n_seq: int, seq_
     group.add_argument("--split", help="split of a hub data set")
     group.add_argument("--column", help="column that holds the text")
     group.add_argument(
-        "--n-seq", type=int, default=n_seq, help="number of sequences (default: %(default)s)"
+        "--n-seq",
+        type=int,
+        help=f"number of sequences (default: {n_seq}, or all of a table of token ids)",
     )
     group.add_argument(
         "--seq-len",
         type=int,
-        default=None,
-        help=f"tokens in a sequence (default: {seq_len}, or the model's context if shorter)",
+        help=f"tokens in a sequence (default: {seq_len}, or the model's context if shorter, or all "
+        "columns of a table of token ids)",
     )
     group.add_argument(
         "--sampling",
@@ -103,20 +105,22 @@ def add_calibration_options(parser: argparse.ArgumentParser, *, n_seq: int, seq_
     group.add_argument(
         "--special-tokens", action="store_true", help="add the tokenizer's special tokens"
     )
-    parser.set_defaults(default_seq_len=seq_len)
+    parser.set_defaults(default_n_seq=n_seq, default_seq_len=seq_len)
 
 
 def load_calibration(arguments: argparse.Namespace, model: "LanguageModel") -> "CalibrationSet":
     """Build the calibration set that the options describe, fitted to the model."""
     from entangle.calibration import interpret_escapes, load_calibration
 
-    seq_len, limit = arguments.seq_len, model.context_length
-    if seq_len is None and not str(arguments.calibration).endswith(".safetensors"):
-        seq_len = min(arguments.default_seq_len, limit or arguments.default_seq_len)
+    n_seq, seq_len, limit = arguments.n_seq, arguments.seq_len, model.context_length
+    if not arguments.calibration.lower().endswith(".safetensors"):
+        n_seq = arguments.default_n_seq if n_seq is None else n_seq
+        longest = min(arguments.default_seq_len, limit or arguments.default_seq_len)
+        seq_len = longest if seq_len is None else seq_len
     return load_calibration(
         arguments.calibration,
         model.tokenizer,
-        n_seq=arguments.n_seq,
+        n_seq=n_seq,
         seq_len=seq_len,
         seed=arguments.seed,
         sampling=arguments.sampling,

@@ -21,6 +21,8 @@ FORMATS = {
     "97 % wd": ".4f", "max wd": ".4f", "null floor": ".4f", "split-half ρ": ".3f",
     "flagged": "d", "block": "d",
 }  # fmt: skip
+OPTIONAL = ("flagged", "neurons", "97 % wd", "split-half ρ", "mean", "weight_norm", "std",
+            "excess_kurtosis", "skewness", "ks", "null floor", "WD–MD ρ [95 %]", "md")  # fmt: skip
 
 
 def add_parser(subparsers: options.Subparsers) -> None:
@@ -79,7 +81,7 @@ def run(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         memory=memory,
         batch_size=arguments.batch_size,
-        progress=False if arguments.quiet else None,
+        progress=not arguments.quiet,
     )
     if arguments.out is not None:
         scores.save(arguments.out, force=arguments.force)
@@ -93,12 +95,10 @@ def layer_summary(scores: "NeuronScores", *, seed: int) -> "pd.DataFrame":
     """Return one row a layer with quantiles of WD and the rank correlation of WD and MD."""
     import pandas as pd
 
-    from entangle.stats.intervals import spearman_interval
-
     rows = []
     for row in scores.layers.itertuples(index=False):
         part = scores.frame[scores.frame["layer"] == row.layer]
-        rho = spearman_interval(part["wd"].to_numpy(), part["md"].to_numpy(), seed=seed)
+        rho, low, high = _wd_md(part, seed=seed)
         rows.append(
             {
                 "layer": row.layer,
@@ -108,13 +108,26 @@ def layer_summary(scores: "NeuronScores", *, seed: int) -> "pd.DataFrame":
                 "max wd": part["wd"].max(),
                 "null floor": row.null_floor,
                 "split-half ρ": row.split_half,
-                "WD–MD ρ": rho.value,
-                "low": rho.low,
-                "high": rho.high,
+                "WD–MD ρ": rho,
+                "low": low,
+                "high": high,
                 "flagged": int((part["flag"] != "").sum()),
             }
         )
     return pd.DataFrame(rows)
+
+
+def _wd_md(rows: "pd.DataFrame", *, seed: int) -> tuple[float, float, float]:
+    """Return Spearman's coefficient of WD and MD and its interval; NaN where it is undefined."""
+    from entangle.errors import InvalidInput
+    from entangle.stats.intervals import spearman_interval
+
+    pairs = rows[["wd", "md"]].dropna().to_numpy(float)
+    try:
+        found = spearman_interval(pairs[:, 0], pairs[:, 1], seed=seed, n_boot=500)
+    except InvalidInput:
+        return float("nan"), float("nan"), float("nan")
+    return found.value, found.low, found.high
 
 
 def as_json(scores: "NeuronScores", *, top: int, out: str | None, seed: int) -> dict[str, object]:
@@ -142,11 +155,15 @@ def print_scores(scores: "NeuronScores", *, top: int, out: str | None, seed: int
         summary,
         title=f"Wasserstein distance by layer ({first['method']}, {first['n_tokens']:,} tokens)",
         formats=FORMATS,
+        optional=OPTIONAL,
     )
     ranking = scores.top(top)[list(TOP_COLUMNS)]
     ranking.insert(0, "rank", range(1, len(ranking) + 1))
     print_table(
-        ranking.drop(columns="flag"), title=f"The {len(ranking)} largest WD", formats=FORMATS
+        ranking.drop(columns="flag"),
+        title=f"The {len(ranking)} largest WD",
+        formats=FORMATS,
+        optional=OPTIONAL,
     )
     flagged = scores.frame[scores.frame["flag"] != ""]
     for flag, count in flagged["flag"].value_counts().items():

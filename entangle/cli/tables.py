@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import pandas as pd
+    from rich.table import Table
 
-_WIDE = 200
+_WIDEST = 10_000
 
 
-def print_table(frame: "pd.DataFrame", *, title: str, formats: Mapping[str, str]) -> None:
-    """Print a frame as a table.
+def print_table(
+    frame: "pd.DataFrame", *, title: str, formats: Mapping[str, str], optional: Sequence[str] = ()
+) -> None:
+    """Print a frame as a table, never cropping a value.
 
     Parameters
     ----------
@@ -24,9 +27,31 @@ def print_table(frame: "pd.DataFrame", *, title: str, formats: Mapping[str, str]
     formats
         Format specification of a column, for example ``.4f``; others are printed as they are.
         NaN and missing values are printed as a dash.
+    optional
+        Columns to leave out, in this order, where the terminal is too narrow; they are named below
+        the table. Off a terminal all columns are printed.
     """
-    from rich import box
     from rich.console import Console
+
+    console = Console(highlight=False, markup=False, emoji=False)
+    available = console.width if sys.stdout.isatty() else sys.maxsize
+    left_out: list[str] = []
+    for name in ("", *optional):
+        if name in frame.columns:
+            frame = frame.drop(columns=name)
+            left_out.append(name)
+        table = _table(frame, title, formats)
+        needed = console.measure(table, options=console.options.update(max_width=_WIDEST)).maximum
+        if needed <= available:
+            break
+    console.width = max(needed, len(title))
+    console.print(table)
+    if left_out:
+        print(f"Left out for want of room: {', '.join(left_out)}.")
+
+
+def _table(frame: "pd.DataFrame", title: str, formats: Mapping[str, str]) -> "Table":
+    from rich import box
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
@@ -36,8 +61,7 @@ def print_table(frame: "pd.DataFrame", *, title: str, formats: Mapping[str, str]
     for row in frame.itertuples(index=False):
         cells = zip(frame.columns, row, strict=True)
         table.add_row(*(_cell(value, formats.get(str(name), "")) for name, value in cells))
-    width = None if sys.stdout.isatty() else _WIDE
-    Console(width=width, highlight=False).print(table)
+    return table
 
 
 def _cell(value: object, specification: str) -> str:

@@ -20,13 +20,11 @@ from entangle.plotting.figures import (
 )
 from entangle.plotting.save import drawn, save_figure
 from entangle.plotting.style import COLUMN_INCHES, PALETTE, paper_style
-from entangle.plotting.summaries import SpearmanInterval, spearman_interval
 
 __all__ = [
     "COLUMN_INCHES",
     "PALETTE",
     "NeuronOutput",
-    "SpearmanInterval",
     "drawn",
     "figure_output_distributions",
     "figure_top_and_typical",
@@ -37,6 +35,5 @@ __all__ = [
     "plot_wd_against_md",
     "plot_wd_distribution",
     "save_figure",
-    "spearman_interval",
     "top_and_typical",
 ]

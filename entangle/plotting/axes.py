@@ -31,9 +31,9 @@ from entangle.plotting.summaries import (
     OutputDensity,
     TopSplit,
     output_density,
-    spearman_interval,
     split_top,
 )
+from entangle.stats.intervals import spearman_interval
 
 Entry = tuple[Artist, str]
 
@@ -96,8 +96,7 @@ def plot_wd_distribution(
     add_title(ax, split.layer)
     notes = [f"n = {len(wd):,}", f"{split.is_top.sum():,} with WD ≥ {split.threshold:.3f}"]
     notes += [f"floor {floor[0]:.4f}"] if floor else []
-    side: Side = "right" if np.median(wd) < 0.5 * right else "left"
-    _explain(ax, entries, notes, split.dropped, legend=legend, side=side, skyline=skyline)
+    _explain(ax, entries, notes, split.dropped, legend=legend, side="right", skyline=skyline)
     return ax
 
 
@@ -320,10 +319,12 @@ def plot_wd_against_md(
     entries = _draw_points(ax, split, md, wd)
     ax.set(xlabel=MD_LABEL, ylabel=WD_LABEL)
     add_title(ax, split.layer)
-    rho = f"ρ = {found.rho:.2f} [{found.low:.2f}, {found.high:.2f}]"
+    rho = f"ρ = {found.value:.2f} [{found.low:.2f}, {found.high:.2f}]".replace("-", "−")
     entries.append((text_handle(), f"Spearman {rho}\n{bootstrap_text(n_boot=n_boot, seed=seed)}"))
     notes = [rho, f"n = {len(wd):,}"]
-    _explain(ax, entries, notes, split.dropped, legend=legend, side="left", skyline=(md, wd))
+    # Panels that share a legend may get wider x limits later: keep their notes above all points.
+    skyline = (md if legend else np.full_like(md, md.min()), wd)
+    _explain(ax, entries, notes, split.dropped, legend=legend, side="left", skyline=skyline)
     return ax
 
 

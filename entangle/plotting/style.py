@@ -47,6 +47,7 @@ COLUMN_INCHES: Mapping[str, float] = MappingProxyType({"single": 3.3, "double": 
 
 _PANELS_ACROSS = {"single": 2, "double": 3}
 _PANEL_INCHES = {"single": 1.35, "double": 1.6}
+_PAPER = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.0}
 
 CHARACTERS_PER_INCH = 19.0
 """Of text at 7 points, on average and with some to spare."""
@@ -98,7 +99,9 @@ def paper_style(*, column: Column = "single") -> Iterator[None]:
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.titlelocation": "left",
-        "legend.frameon": False,
+        "legend.edgecolor": "none",
+        "legend.framealpha": 0.85,  # readable where the band of the floor passes behind
+        "legend.fancybox": False,
         "legend.handlelength": 1.2,
         "legend.labelspacing": 0.3,
         "legend.borderaxespad": 0.2,
@@ -180,14 +183,12 @@ def add_legend(
 
 
 def add_note(ax: Axes, lines: Sequence[str], *, side: Side, skyline: Skyline) -> None:
-    """Write lines of text into an upper corner and raise the y limit above all data."""
+    """Write lines of text into an upper corner, clear of the data as `add_legend`."""
     size = _points("legend.fontsize")
     text = wrap(ax, "\n".join(lines), size=size)
     x = 0.02 if side == "left" else 0.98
-    ax.text(x, 0.99, text, transform=ax.transAxes, ha=side, va="top", fontsize=size)
-    left, right = ax.get_xlim()
-    everywhere = (np.full(skyline[1].shape, left if side == "left" else right), skyline[1])
-    _keep_clear(ax, text, side=side, skyline=everywhere)
+    ax.text(x, 0.99, text, transform=ax.transAxes, ha=side, va="top", fontsize=size, bbox=_PAPER)
+    _keep_clear(ax, text, side=side, skyline=skyline)
 
 
 def _keep_clear(ax: Axes, text: str, *, side: Side, skyline: Skyline) -> None:

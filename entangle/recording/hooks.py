@@ -4,6 +4,8 @@ import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 from jaxtyping import Int
@@ -61,23 +63,42 @@ def _hook(
     return notify
 
 
-def same_tensor(first: Tensor, second: Tensor) -> bool:
-    """Tell whether two live tensors are the same values in the same memory."""
-    return (
-        first.data_ptr() == second.data_ptr()
-        and first.shape == second.shape
-        and first.stride() == second.stride()
-        and first._version == second._version
-    )
+@dataclass(frozen=True, eq=False)
+class SeenTensor:
+    """A tensor as it was when it was seen, to tell whether another one has the same values."""
+
+    tensor: Tensor
+    """Kept alive, so that its memory is not given to another tensor."""
+    version: int
+    """How often its memory had been written to when it was seen."""
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Self:
+        """See a tensor."""
+        return cls(tensor, tensor._version)
+
+    def same_as(self, tensor: Tensor) -> bool:
+        """Tell whether ``tensor`` is in the same memory, not written to since."""
+        return (
+            self.tensor.data_ptr() == tensor.data_ptr()
+            and self.tensor.shape == tensor.shape
+            and self.tensor.stride() == tensor.stride()
+            and self.version == tensor._version
+        )
 
 
-def forward(module: nn.Module, ids: Int[Tensor, "sequences tokens"]) -> object:
-    """Run a model on token ids of shape (sequences, tokens), without a key-value cache."""
+def forward(
+    module: nn.Module, ids: Int[Tensor, "sequences tokens"], *, all_logits: bool = False
+) -> object:
+    """Run a model on token ids of shape (sequences, tokens), without a key-value cache.
+
+    Where the model can, its head runs on the last token of a sequence only, unless ``all_logits``.
+    """
     accepted = inspect.signature(module.forward).parameters
-    extra = {"use_cache": False, "logits_to_keep": 1}
+    extra = {"use_cache": False} if all_logits else {"use_cache": False, "logits_to_keep": 1}
     chosen = {name: value for name, value in extra.items() if name in accepted}
-    device = next(module.parameters()).device
-    with torch.no_grad():
+    device = next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))
+    with torch.inference_mode(False), torch.no_grad():
         return module(ids.to(device), **chosen)
 
 
@@ -97,18 +118,20 @@ def run_observed(
     Raises
     ------
     InvalidInput
-        If a layer does not run at all (for example an unused part of the model).
+        If a layer sees no token at all (for example an unused part of the model).
     """
+    all_logits = any(layer.block is None for layer in layers)
     expected: Counter[str] | None = None
     calls: Counter[str] = Counter()
+    seen: Counter[str] = Counter()
 
     def count(layer: Layer, inputs: Tensor, outputs: Tensor) -> None:
         callback(group, layer, inputs, outputs)
+        seen[layer.name] += inputs.numel()
         calls[layer.name] += 1
         if expected is not None and calls == expected:
             raise _LastLayerReached
 
-    ran: Counter[str] = Counter()
     for batch in batches:
         group, ids = batch
         if expected is None:
@@ -117,11 +140,10 @@ def run_observed(
             expected = expected if certain and not _is_dispatched(module) else Counter({"": -1})
         calls.clear()
         with observe(layers, count), suppress(_LastLayerReached):
-            forward(module, ids)
-        ran.update(calls)
-    silent = [layer.name for layer in layers if ran and ran[layer.name] == 0]
+            forward(module, ids, all_logits=all_logits)
+    silent = [layer.name for layer in layers if seen[layer.name] == 0]
     if silent:
-        raise InvalidInput(f"layer {silent[0]!r} does not run in a forward pass; leave it out.")
+        raise InvalidInput(f"layer {silent[0]!r} sees no token in a forward pass; leave it out.")
 
 
 def _calls_in_one_pass(module: nn.Module, layers: Sequence[Layer], ids: Tensor) -> Counter[str]:

@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
@@ -63,12 +64,13 @@ class TokenStore:
         self.close()
 
     def close(self) -> None:
-        """Give the memory back to the budget and remove the file."""
+        """Give the memory back to the budget and remove the file; again does nothing."""
         self._chunks.clear()
         self._budget.left += self._held
         self._held = 0
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # a full disk refuses the rest of the buffer
+                self._file.close()
             self._file = None
 
     def append(self, chunk: Float[Tensor, "tokens features"]) -> None:
@@ -116,7 +118,8 @@ class TokenStore:
         return found
 
     def _spill(self, chunk: Tensor) -> None:
-        with disk_errors(Path(tempfile.gettempdir())):
+        remedy = "set TMPDIR to another folder or raise --memory (memory)"
+        with disk_errors(Path(tempfile.gettempdir()), remedy=remedy):
             if self._file is None:
                 self._file = tempfile.TemporaryFile(prefix="entangle-")  # noqa: SIM115
             self._file.seek(0, 2)

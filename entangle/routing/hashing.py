@@ -1,10 +1,10 @@
 """Random clusters that are a function of the token: a keyed hash of its float32 bits.
 
-The control must give each token a cluster that says nothing about where the token lies, and the same
-vector the same cluster every time. A random projection or a hyperplane code would keep neighbours
-together; a draw per token would not be repeatable. A hash is both: one flipped bit of one feature
-gives an unrelated cluster. Clusters are equally likely, so their sizes are binomial, n/k tokens with a
-standard deviation of √(n/k · (1 − 1/k)).
+The control must give each token a cluster that says nothing about where the token lies, and the
+same vector the same cluster every time. A random projection or a hyperplane code would keep
+neighbours together; a draw per token would not be repeatable. A hash does both: one flipped bit of
+one feature gives an unrelated cluster. Clusters are equally likely, so their sizes over distinct
+tokens are binomial, n/k with a standard deviation of √(n/k · (1 − 1/k)).
 
 Its weakness: it sees bits, not values. A token computed again in another batch shape, dtype or
 machine usually differs in its last bits and then goes to another cluster, so the experts' own

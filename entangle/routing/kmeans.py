@@ -20,11 +20,11 @@ from entangle.seeding import numpy_rng
 MAX_ITERATIONS = 300
 """Lloyd iterations of a restart at most."""
 TOLERANCE = 1e-4
-"""A restart ends when its centroids moved, summed squared, less than this times the mean variance."""
+"""A restart ends when the summed squared move of its centroids is below this × mean variance."""
 _BLOCK_SCORES = 2**20
 """Scores (tokens × restarts × k) held at a time."""
 _SAME = 8 * torch.finfo(torch.float32).eps
-"""Squared distances below this share of the squared norms are rounding: the points count as equal."""
+"""Squared distances below this share of the squared norms are rounding: the points are equal."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,9 +42,7 @@ class KMeans:
     """Lloyd iterations of every restart."""
 
 
-def kmeans(
-    points: Float32[Tensor, "tokens dims"], k: int, *, restarts: int, seed: int
-) -> KMeans:
+def kmeans(points: Float32[Tensor, "tokens dims"], k: int, *, restarts: int, seed: int) -> KMeans:
     """Partition the points into k clusters of small squared distance to their mean.
 
     Parameters

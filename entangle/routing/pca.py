@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Float32, Float64
 from torch import Tensor
 
+from entangle.errors import InvalidInput
 from entangle.precision import accumulator_dtype, full_precision
-from entangle.stats.gram import Gram
+from entangle.stats.gram import Gram, require_finite
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,21 +32,29 @@ class Pca:
             return (x - self.mean) @ self.components.mT
 
 
-def fit_pca(blocks: Iterable[Float32[Tensor, "_ _"]], n_components: int) -> Pca:
+def fit_pca(blocks: Iterable[Float32[Tensor, "_ _"]], n_components: int | None = None) -> Pca:
     """Fit the leading principal components of the tokens in ``blocks``.
 
-    There must be at least one block. The covariance is summed about the mean of the first block, so that a mean far from zero costs
-    no digits, and decomposed in full (`torch.linalg.eigh`, float64 where the device has it).
+    There must be at least one block; by default ``features // 32`` components, at least 1. The
+    covariance is summed about the mean of the first block, so that a mean far from zero costs no
+    digits, and decomposed in full (`torch.linalg.eigh`, float64 where the device has it).
     """
     rest = iter(blocks)
     first = next(rest)
+    require_finite(first)
+    features = first.shape[1]
+    wanted = max(1, features // 32) if n_components is None else n_components
+    if wanted > features:
+        raise InvalidInput(
+            f"`n_components` must be at most the {features} features of a token; got {wanted}."
+        )
     shift = first.mean(0, dtype=accumulator_dtype(first.device)).float()
-    gram = Gram(first.shape[1], device=first.device)
+    gram = Gram(features, device=first.device)
     for block in chain([first], rest):
         gram.update(block - shift)
     moments = gram.result()
     covariance = moments.gram / moments.count - torch.outer(moments.mean, moments.mean)
-    variances, components = _leading(covariance, n_components)
+    variances, components = _leading(covariance, wanted)
     total = covariance.diagonal().sum().clamp_min(torch.finfo(covariance.dtype).tiny)
     return Pca(
         mean=(shift + moments.mean).float(),

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Literal, Self, get_args
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float, Float32, Float64, Int64
@@ -110,7 +110,7 @@ class Router:
         return state
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Tensor]) -> Self:
+    def from_state(cls, state: Mapping[str, Tensor]) -> "Router":
         """Rebuild a router from `state`.
 
         Raises
@@ -123,9 +123,7 @@ class Router:
         return cls(
             kind=KINDS[int(state["kind"])],
             **{name: state[name] for name in _TENSORS},
-            statistics=RouterStatistics(
-                inertia=float(state["statistics.inertia"]), **statistics
-            ),
+            statistics=RouterStatistics(inertia=float(state["statistics.inertia"]), **statistics),
         )
 
     def _clusters(self, tokens: Tensor) -> Tensor:
@@ -137,7 +135,7 @@ class Router:
 
     @cached_property
     def _scorer(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The nearest centroid c of ``P (x − mean)`` has the largest ``(x − mean)·Pᵀc − ‖c‖²/2``."""
+        """Mean, ``Pᵀc``, ``−‖c‖²/2``: the nearest c has the largest ``(x − mean)·Pᵀc − ‖c‖²/2``."""
         wide = accumulator_dtype(self.mean.device)
         centroids = self.centroids.to(wide)
         directions = self.components.to(wide).mT @ centroids.mT
@@ -155,6 +153,12 @@ def _check_state(state: Mapping[str, Tensor]) -> None:
     kind = int(state["kind"])
     if not 0 <= kind < len(KINDS):
         raise InvalidInput(f"the router's kind must be in [0, {len(KINDS)}); got {kind}.")
+    for name, ndim in (("mean", 1), ("centroids", 2)):
+        if state[name].ndim != ndim:
+            raise InvalidInput(
+                f"the router's {name} must have {ndim} dimension{'s' * (ndim > 1)}; "
+                f"got {state[name].ndim}."
+            )
     (features,), (k, dims) = state["mean"].shape, state["centroids"].shape
     expected = {
         "components": (dims, features),

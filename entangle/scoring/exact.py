@@ -1,5 +1,6 @@
 """Exact scoring: record a layer's inputs once, recompute its outputs some neurons at a time."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
@@ -9,9 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from entangle.errors import InvalidInput
 from entangle.models.layers import Layer
 from entangle.precision import full_precision
-from entangle.recording.hooks import Batch, run_observed, same_tensor
+from entangle.recording.hooks import Batch, SeenTensor, run_observed
 from entangle.recording.stream import ByteBudget, TokenStore
 from entangle.scoring.measured import MeasuredLayer
 from entangle.stats.mapping_difficulty import MappingDifficulty, draw_pairs, mapping_difficulty
@@ -82,24 +84,41 @@ def _record(
     budget: ByteBudget,
     stack: ExitStack,
 ) -> dict[str, RecordedInputs]:
-    """Record the inputs of each layer; neighbours with the same input tensor share a record."""
+    """Record the inputs of each layer; neighbours with the same input tensor share a record.
+
+    Raises
+    ------
+    InvalidInput
+        If two layers have the same input in some of their runs only.
+    """
     recorded: dict[str, RecordedInputs] = {}
     owners: set[str] = set()
-    last: tuple[Layer, Tensor] | None = None
+    n_tokens: Counter[str] = Counter()
+    last: tuple[Layer, SeenTensor] | None = None
 
     def keep(group: int, layer: Layer, inputs: Tensor, _outputs: Tensor) -> None:
         nonlocal last
+        rows = inputs.flatten(0, -2)
+        shared = last is not None and last[1].same_as(inputs)
         if layer.name not in recorded:
-            if last is not None and same_tensor(last[1], inputs):
+            if last is not None and shared:
                 recorded[layer.name] = recorded[last[0].name]
             else:
                 recorded[layer.name] = RecordedInputs(stack.enter_context(TokenStore(budget)))
                 owners.add(layer.name)
         if layer.name in owners:
-            recorded[layer.name].add(group, inputs.flatten(0, -2))
-        last = layer, inputs
+            recorded[layer.name].add(group, rows)
+        if shared or layer.name in owners:
+            n_tokens[layer.name] += rows.shape[0]
+        last = layer, SeenTensor.of(inputs)
 
     run_observed(module, layers, batches, keep)
+    for name, inputs in recorded.items():
+        if n_tokens[name] != inputs.store.n_tokens:
+            raise InvalidInput(
+                f"layer {name!r} has the input of another layer in some of its runs only, so they "
+                "cannot be recorded together; score it alone or by the sketch method."
+            )
     return recorded
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from entangle.calibration import CalibrationSet, load_calibration
+from entangle.calibration.calibration_set import check_ids
 from entangle.errors import InvalidInput, MemoryLimit
 from entangle.models.layers import Layer, find_layers
 from entangle.models.loading import LanguageModel, as_language_model
@@ -99,7 +100,9 @@ def score(
                 resolved, language_model, chosen, calibration,
                 n_groups=groups, per_pass=per_pass, md=md, seed=seed, memory=memory, bar=bar,
             )  # fmt: skip
-        except (torch.OutOfMemoryError, MemoryError) as error:
+        except (RuntimeError, MemoryError) as error:
+            if not _out_of_memory(error):
+                raise
             raise MemoryLimit(
                 f"memory ran out while scoring {len(chosen)} layer(s) by the {resolved} method; "
                 "lower --memory (memory), --batch-size (batch_size) or the number of layers."
@@ -126,6 +129,12 @@ def score(
     )
 
 
+def _out_of_memory(error: Exception) -> bool:
+    """Tell whether memory ran out; torch has no class of its own for that on the CPU."""
+    named = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return named or "you tried to allocate" in str(error)
+
+
 def _calibration(calibration: CalibrationSet | str, model: LanguageModel) -> CalibrationSet:
     if isinstance(calibration, str):
         return load_calibration(
@@ -134,16 +143,12 @@ def _calibration(calibration: CalibrationSet | str, model: LanguageModel) -> Cal
             context_length=model.context_length,
             vocab_size=model.vocab_size,
         )
-    limit, largest = model.context_length, int(calibration.ids.max())
+    limit = model.context_length
     if limit is not None and calibration.seq_len > limit:
         raise InvalidInput(
             f"`seq_len` must be at most {limit}, the model's context; got {calibration.seq_len}."
         )
-    if largest >= model.vocab_size:
-        raise InvalidInput(
-            f"token ids must be below {model.vocab_size}, the model's vocabulary; got {largest}: "
-            "the tokenizer does not fit the model."
-        )
+    check_ids(calibration.ids, model.vocab_size)
     return calibration
 
 

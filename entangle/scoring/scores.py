@@ -3,21 +3,30 @@
 import html
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save as to_safetensors
 
 from entangle.errors import InvalidInput, unknown_name
-from entangle.provenance import output_folder, read_manifest, write_json
+from entangle.provenance import expanded, output_folder, read_manifest, write_json
 from entangle.scoring.histograms import LayerHistograms
 
 KIND = "scores"
 _ARRAYS = ("counts", "location", "scale", "low", "high")
+_COLUMNS = (
+    "model", "layer", "block", "projection", "neuron", "wd", "wd_se", "wd_bound", "ks", "mean",
+    "std", "skewness", "excess_kurtosis", "weight_norm", "md", "n_tokens", "flag",
+)  # fmt: skip
+_LAYER_COLUMNS = (
+    "layer", "block", "projection", "n_neurons", "n_tokens", "method", "null_floor",
+    "null_floor_high", "split_half", "n_pairs", "n_identical_pairs", "md_rank_agreement_mean",
+    "md_rank_agreement_max",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,15 +88,16 @@ class NeuronScores:
                 str(name): np.ascontiguousarray(part["wd"].to_numpy(np.float64))
                 for name, part in self.frame.groupby("layer", sort=False)
             }
-            save_file(vectors, folder / "scores.safetensors", {"column": "wd"})
+            content = to_safetensors(vectors, {"column": "wd"})
+            (folder / "scores.safetensors").write_bytes(content)
             arrays = {
                 f"{name}:{key}": np.ascontiguousarray(getattr(histograms, key))
                 for name, histograms in self.histograms.items()
                 for key in _ARRAYS
             }
             first = {name: h.first_bin for name, h in self.histograms.items()}
-            metadata = {"first_bin": json.dumps(first)}
-            save_file(arrays, folder / "histograms.safetensors", metadata)
+            content = to_safetensors(arrays, {"first_bin": json.dumps(first)})
+            (folder / "histograms.safetensors").write_bytes(content)
             write_json(folder / "manifest.json", self.manifest)
         return Path(path)
 
@@ -110,25 +120,32 @@ def load_scores(path: str | os.PathLike[str]) -> NeuronScores:
         If the folder is missing, of another kind or schema, incomplete or corrupt.
     """
     manifest = read_manifest(path, KIND)
-    folder = Path(path).expanduser()
-    tables = [_read_table(folder / name) for name in ("scores.parquet", "layers.parquet")]
-    return NeuronScores(
-        frame=tables[0],
-        layers=tables[1],
-        histograms=_read_histograms(folder / "histograms.safetensors"),
-        manifest=manifest,
-    )
+    folder = expanded(path)
+    frame = _read_table(folder / "scores.parquet", _COLUMNS)
+    layers = _read_table(folder / "layers.parquet", _LAYER_COLUMNS)
+    histograms = _read_histograms(folder / "histograms.safetensors")
+    if not set(frame["layer"]) == set(layers["layer"]) == set(histograms):
+        raise InvalidInput(
+            f"the files in {str(folder)!r} do not hold the same layers; make the result anew."
+        )
+    return NeuronScores(frame=frame, layers=layers, histograms=histograms, manifest=manifest)
 
 
-def _read_table(path: Path) -> pd.DataFrame:
+def _read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     from pyarrow import ArrowException
 
     try:
-        return pd.read_parquet(path)
+        table = pd.read_parquet(path)
     except (OSError, ArrowException) as error:
         raise InvalidInput(
             f"{str(path)!r} cannot be read ({error}); make the result anew."
         ) from error
+    missing = [name for name in columns if name not in table.columns]
+    if missing:
+        raise InvalidInput(
+            f"{str(path)!r} must have the column {missing[0]!r}; make the result anew."
+        )
+    return table
 
 
 def _read_histograms(path: Path) -> dict[str, LayerHistograms]:
@@ -142,7 +159,7 @@ def _read_histograms(path: Path) -> dict[str, LayerHistograms]:
                 )
                 for name, first_bin in first.items()
             }
-    except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, SafetensorError, KeyError, AttributeError, json.JSONDecodeError) as error:
         raise InvalidInput(
             f"{str(path)!r} cannot be read ({error}); make the result anew."
         ) from error

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from entangle.models.layers import Layer
 from entangle.precision import full_precision
-from entangle.recording.hooks import Batch, run_observed, same_tensor
+from entangle.recording.hooks import Batch, SeenTensor, run_observed
 from entangle.scoring.measured import MeasuredLayer
 from entangle.seeding import torch_rng
 from entangle.stats.mapping_difficulty import PairSketch
@@ -19,7 +19,7 @@ class _Pairing:
 
     def __init__(self, *, seed: int, share: float) -> None:
         self._seed, self._share, self._batch = seed, share, -1
-        self._last: Tensor | None = None
+        self._last: SeenTensor | None = None
         self._drawn: dict[int, Tensor] = {}
 
     def next_batch(self) -> None:
@@ -30,11 +30,11 @@ class _Pairing:
 
     def of(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Return pairs (2, pairs) of token indices and their input distances (pairs,)."""
-        if self._last is None or not same_tensor(self._last, inputs):
+        if self._last is None or not self._last.same_as(inputs):
             rows = inputs.flatten(0, -2)
             first, second = pairs = self._pairs(rows.shape[0]).to(rows.device)
             self._found = pairs, (rows[first].float() - rows[second].float()).norm(dim=1)
-            self._last = inputs
+            self._last = SeenTensor.of(inputs)
         return self._found
 
     def _pairs(self, n_tokens: int) -> Tensor:

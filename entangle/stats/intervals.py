@@ -1,72 +1,97 @@
 """Bootstrap intervals of correlation coefficients."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
-from scipy.stats import rankdata
+from numpy.typing import NDArray
 
 from entangle.errors import InvalidInput
 from entangle.seeding import numpy_rng
 
-Vector = npt.NDArray[np.float64]
+Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with its percentile bootstrap interval; NaN where it is undefined."""
+    """An estimate with its interval."""
 
     value: float
     """The estimate from all data."""
     low: float
-    """Lower end."""
+    """Lower end of the interval."""
     high: float
-    """Upper end."""
-    n: int
-    """Number of pairs used."""
+    """Upper end of the interval."""
 
 
 def spearman_interval(
-    x: Vector, y: Vector, *, seed: int = 0, n_boot: int = 500, level: float = 0.95
+    x: Floats, y: Floats, *, n_boot: int = 1000, seed: int = 0, level: float = 0.95
 ) -> Interval:
-    """Return Spearman's rank correlation with a bootstrap interval over the pairs.
+    """Return Spearman's rank correlation with a percentile bootstrap interval.
+
+    Points are resampled with replacement. A resample is a number of repeats for each point, so
+    that its ranks (ties share their mean rank) follow from running sums over values sorted once.
 
     Parameters
     ----------
     x, y
-        Values of shape (n,); pairs with a NaN or infinity are left out.
-    seed
-        Seed of the resampling.
+        Paired finite values, shape (points,).
     n_boot
-        Number of resamples; ranks are taken anew in each.
+        Number of resamples. Those in which ``x`` or ``y`` is constant have no coefficient and are
+        passed over.
+    seed
+        Of the resampling.
     level
-        Probability that the interval covers.
+        Probability mass of the interval, in (0, 1).
 
-    Returns
-    -------
-    Interval
-        NaN below three pairs or where ``x`` or ``y`` does not vary.
+    Raises
+    ------
+    InvalidInput
+        Unequal lengths, fewer than 3 points, a constant ``x`` or ``y``, or a value out of range.
+
+    Notes
+    -----
+    Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13 (percentile interval).
     """
-    if x.shape != y.shape or x.ndim != 1:
-        raise InvalidInput(f"`x` and `y` must be vectors of one length; got {x.shape}, {y.shape}.")
-    if not 0 < level < 1 or n_boot < 1:
-        raise InvalidInput(f"`level` must be in (0, 1), `n_boot` ≥ 1; got {level}, {n_boot}.")
-    good = np.isfinite(x) & np.isfinite(y)
-    x, y = x[good], y[good]
-    if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return Interval(np.nan, np.nan, np.nan, len(x))
-    index = numpy_rng(seed, "bootstrap").integers(len(x), size=(n_boot, len(x)))
-    with np.errstate(invalid="ignore"):  # a resample may hold one value only
-        resampled = _rank_correlation(x[index], y[index])
-    low, high = np.nanquantile(resampled, [(1 - level) / 2, (1 + level) / 2])
-    value = _rank_correlation(x[None], y[None])[0]
-    return Interval(float(value), float(low), float(high), len(x))
+    _check_bootstrap(x, y, n_boot=n_boot, level=level)
+    n = len(x)
+    groups = [np.unique(values, return_inverse=True)[1] for values in (x, y)]
+    rho = _weighted_spearman(groups, np.ones(n))
+    rng = numpy_rng(seed, "bootstrap")
+    draws = [
+        _weighted_spearman(groups, np.bincount(rng.integers(n, size=n), minlength=n))
+        for _ in range(n_boot)
+    ]
+    tail = 50.0 * (1.0 - level)
+    low, high = np.nanpercentile([rho] if np.isnan(draws).all() else draws, [tail, 100.0 - tail])
+    return Interval(rho, float(low), float(high))
 
 
-def _rank_correlation(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> Vector:
-    """Return Spearman's coefficient of every row."""
-    ranks = [rankdata(values, axis=1) for values in (x, y)]
-    first, second = (r - r.mean(axis=1, keepdims=True) for r in ranks)
-    norm = np.sqrt((first**2).sum(axis=1) * (second**2).sum(axis=1))
-    result: Vector = (first * second).sum(axis=1) / norm
-    return result
+def _check_bootstrap(x: Floats, y: Floats, *, n_boot: int, level: float) -> None:
+    if n_boot < 1:
+        raise InvalidInput(f"`n_boot` must be at least 1; got {n_boot}.")
+    if not 0.0 < level < 1.0:
+        raise InvalidInput(f"`level` must be in (0, 1); got {level}.")
+    if x.ndim != 1 or x.shape != y.shape or len(x) < 3:
+        raise InvalidInput(
+            f"a rank correlation must have at least 3 pairs; got {x.shape} and {y.shape} values; "
+            "score more neurons."
+        )
+    if np.ptp(x) == 0.0 or np.ptp(y) == 0.0:
+        raise InvalidInput(
+            "a rank correlation must have two different values on each side; got "
+            f"{len(x)} points that all have {x[0] if np.ptp(x) == 0.0 else y[0]:.4g}."
+        )
+
+
+def _weighted_spearman(groups: Sequence[NDArray[np.intp]], repeats: NDArray[np.generic]) -> float:
+    """Spearman's coefficient where point i occurs ``repeats[i]`` times."""
+    ranks = []
+    for group in groups:
+        size = np.bincount(group, weights=repeats)
+        mean_rank = np.cumsum(size) - 0.5 * size  # the same for all members; a shift is harmless
+        ranks.append(mean_rank[group] - 0.5 * repeats.sum())
+    a, b = ranks
+    weighted = a * repeats
+    norm = np.sqrt((weighted @ a) * ((b * repeats) @ b))
+    return float(weighted @ b / norm) if norm > 0.0 else np.nan

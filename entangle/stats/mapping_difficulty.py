@@ -10,7 +10,7 @@ median as N_y). Pairs with identical inputs are left out and counted.
 
 import math
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Literal
 
 import numpy as np
 import torch
@@ -165,7 +165,8 @@ class PairSketch:
     Notes
     -----
     The median of |y_a − y_b| comes from a histogram with 1/64 of the first batch's median as bin
-    width, interpolated; the other statistics are exact.
+    width (1/32 from one to three times that median, 1/16 up to seven times), interpolated, and is
+    NaN where it lies beyond the last bin; the other statistics are exact.
     """
 
     def __init__(self, n_neurons: int) -> None:
@@ -173,11 +174,11 @@ class PairSketch:
         self._dx_max = self._dx_sum = 0.0
         self._placed = False
 
-    def fork(self) -> Self:
+    def fork(self) -> "PairSketch":
         """Return an empty sketch with the same bins, to be merged later."""
         if not self._placed:
             raise InvalidInput("a sketch can be forked only after its first `update`.")
-        other = type(self)(self.n_neurons)
+        other = PairSketch(self.n_neurons)
         other._place(self._scale)
         return other
 
@@ -256,7 +257,7 @@ class PairSketch:
         self._counts[part].scatter_add_(1, index, one)
 
     def _median(self) -> Tensor:
-        """Interpolate the median inside its bin, in units of the scale."""
+        """Interpolate the median inside its bin, in units of the scale; NaN in the open bin."""
         edges = torch.from_numpy(bins.magnitude_edges(_BINS)).to(self._slope)
         cumulative = self._counts.cumsum(1).to(edges)
         half = self.n_pairs / 2
@@ -264,4 +265,5 @@ class PairSketch:
         count = self._counts.gather(1, bin_[:, None])[:, 0].to(edges)
         before = cumulative.gather(1, bin_[:, None])[:, 0] - count
         inside = (half - before) / count.clamp_min(1)
-        return edges[bin_] + inside * (edges[bin_ + 1] - edges[bin_])
+        median = edges[bin_] + inside * (edges[bin_ + 1] - edges[bin_])
+        return median.masked_fill((bin_ == _BINS - 1) | self._slope.isnan(), math.nan)

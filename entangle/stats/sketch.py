@@ -8,7 +8,6 @@ the text merge into the sketch of the whole.
 
 import math
 from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 import torch
@@ -24,6 +23,7 @@ from entangle.stats.wasserstein import ShapeStatistics, is_constant, sort_rows
 GROUP_FOLD = 8
 _PILOT_TOKENS = 512
 _NORMAL_IQR = 1.3489795003921634
+_LEAST_SPREAD = 1e-3  # of |mean − location|: squares summed in float32 resolve no smaller spread
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,13 +75,13 @@ class OutputSketch:
                 f"`n_neurons` and `n_groups` must be at least 1; got {n_neurons} and {n_groups}."
             )
         self.n_neurons, self.n_groups, self.n_tokens = n_neurons, n_groups, 0
-        self._placed, self._open_group = False, 0
+        self._placed, self._lent, self._open_group = False, False, 0
 
-    def fork(self) -> Self:
+    def fork(self) -> "OutputSketch":
         """Return an empty sketch with the same bins, to be merged later."""
         if not self._placed:
             raise InvalidInput("a sketch can be forked only after its first `update`.")
-        other = type(self)(self.n_neurons, n_groups=self.n_groups)
+        other = OutputSketch(self.n_neurons, n_groups=self.n_groups)
         other._place(self._location, self._scale)
         return other
 
@@ -97,6 +97,7 @@ class OutputSketch:
         outputs = outputs.detach()
         if not self._placed:
             self._place(*_pilot(outputs))
+        self._own_counts()
         if group != self._open_group:
             self._close_group()
             self._open_group = group
@@ -114,6 +115,7 @@ class OutputSketch:
             or self.n_groups != other.n_groups
         ):
             raise InvalidInput("only sketches made from one another with `fork` can be merged.")
+        self._own_counts()
         self._close_group()
         other._close_group()
         for name in ("_counts", "_group_counts", "_powers", "_group_powers", "_group_tokens"):
@@ -134,7 +136,7 @@ class OutputSketch:
         shift, spread = _mean_and_std(moments)
         location, scale = self._location.double(), self._scale.double()
         mean, std = location + scale * shift, scale * spread
-        nan, inf = self._nan, self._inf & ~self._nan
+        nan, inf = self._nan.clone(), self._inf & ~self._nan
         constant = is_constant(std, mean, torch.float32) & ~nan & ~inf
         bad = nan | inf | constant
         distances = self._distances(self._counts, shift, spread, fold=1)
@@ -144,6 +146,7 @@ class OutputSketch:
             column.masked_fill(bad, math.nan).cpu() for column in columns
         )
         se, halves = self._resample()
+        self._lent = True
         return SketchResult(
             shape=ShapeStatistics(
                 wd, ks, mean, std, skewness, kurtosis, constant.cpu(), nan.cpu(), inf.cpu()
@@ -202,6 +205,11 @@ class OutputSketch:
         one = torch.ones((), dtype=torch.int32, device=x.device).expand_as(index)
         self._counts[part].scatter_add_(1, index, one)
 
+    def _own_counts(self) -> None:
+        """Leave the counts to the last result, if there is one, and go on with a copy."""
+        if self._lent:
+            self._counts, self._lent = self._counts.clone(), False
+
     def _close_group(self) -> None:
         """Credit what was counted since the last call to the open group."""
         now = bins.fold_counts(self._counts, GROUP_FOLD)
@@ -226,8 +234,10 @@ class OutputSketch:
         )
 
     def _subset_wd(self, counts: Tensor, powers: Tensor, tokens: int) -> Tensor:
+        """Return the WD of some of the groups; NaN where rounding hides their spread."""
         shift, spread = _mean_and_std(powers / tokens)
-        return self._distances(counts, shift, spread, fold=GROUP_FOLD).wd
+        wd = self._distances(counts, shift, spread, fold=GROUP_FOLD).wd
+        return wd.masked_fill(spread <= _LEAST_SPREAD * shift.abs(), math.nan)
 
     def _resample(self) -> tuple[Tensor, Tensor]:
         """Return the jackknife's standard error and the WD of the two halves."""

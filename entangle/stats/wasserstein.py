@@ -87,7 +87,7 @@ def shape_statistics(outputs: Float[Tensor, "neurons tokens"]) -> ShapeStatistic
 
 
 def _statistics(outputs: Tensor) -> tuple[Tensor, ...]:
-    ordered = sort_rows(outputs)
+    ordered = sort_rows(outputs.detach())
     first, last = ordered[:, 0], ordered[:, -1]
     nan = last.isnan()
     inf = (first.isinf() | last.isinf()) & ~nan
@@ -95,7 +95,8 @@ def _statistics(outputs: Tensor) -> tuple[Tensor, ...]:
     rows = max(1, (_CACHE_BYTES if on_cpu else _SORT_BYTES) // (8 * ordered.shape[1]))
     parts = [_sorted_statistics(part) for part in ordered.split(rows)]
     columns = [torch.cat(column) for column in zip(*parts, strict=True)]
-    constant = is_constant(columns[3], columns[2], outputs.dtype) & ~nan & ~inf
+    within_rounding = is_constant(columns[3], columns[2], outputs.dtype)
+    constant = (within_rounding | (first == last)) & ~nan & ~inf
     bad = nan | inf | constant
     return (*(column.masked_fill(bad, math.nan) for column in columns), constant, nan, inf)
 

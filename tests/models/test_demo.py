@@ -1,15 +1,21 @@
 import hashlib
 import re
+import signal
+import subprocess
 import threading
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from entangle.errors import Unavailable
 from entangle.models import demo, pretrained
-from entangle.models.loading import load_model
+from entangle.models.articles import VERSION
+from entangle.models.layers import find_blocks, find_layers
+from entangle.models.loading import as_language_model, load_model
 
 FAKE = {
     name: demo.Asset(f"demo {name}", f"{name}==1.0", f"{name}-1.0-*.whl", f"pkg/{name}.bin", sha)
@@ -182,14 +188,35 @@ def test_a_cache_that_cannot_be_written(
         demo.demo_folder()
 
 
-def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("error", [OSError, SafetensorError])
+def test_a_failed_write_leaves_nothing(error: type[Exception], tmp_path: Path) -> None:
     def write(path: Path) -> None:
         path.write_text("half")
-        raise OSError(28, "No space left on device")
+        raise error("No space left on device")
 
-    with pytest.raises(Unavailable, match="No space left"):
+    with pytest.raises(Unavailable, match=r"have room \(No space left"):
         demo._write_atomically(tmp_path / "x", write)
     assert _files(tmp_path) == []
+
+
+def test_an_interrupted_fetch_ends_pip(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen[str]] = []
+
+    class Recorded(subprocess.Popen[str]):
+        def __init__(self, *args: Any, **settings: Any) -> None:
+            super().__init__(*args, **settings)
+            started.append(self)
+
+    def interrupt(*_: object) -> list[str]:
+        raise KeyboardInterrupt
+
+    _pip(monkeypatch, "import time; time.sleep(60)")
+    monkeypatch.setattr(subprocess, "Popen", Recorded)
+    monkeypatch.setattr(demo, "_follow", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        demo.demo_folder()
+    assert started[0].returncode == -signal.SIGKILL
+    assert _files(cache) == []
 
 
 def test_a_folder_made_by_another_process_is_kept(tmp_path: Path) -> None:
@@ -212,13 +239,31 @@ def test_the_cache_folder_has_a_default(monkeypatch: pytest.MonkeyPatch) -> None
 # The real assets
 
 
+DIGEST = "c8f4ab862225a4c90b17ebf377771c41ea227fcf8fbc2d16840b0afb428653c9"  # of the direct load
+
+
 @pytest.mark.demo
+def test_the_demo_model(capfd: pytest.CaptureFixture[str]) -> None:
+    demo.demo_model_folder()
+    capfd.readouterr()
+    model = load_model(device="cpu")
+    assert capfd.readouterr() == ("", "")
+    assert (model.name, model.source, model.dtype) == ("demo", "demo", torch.float32)
+    assert (model.context_length, model.vocab_size) == (8192, 49152)
+    assert model.digest == DIGEST
+    assert len(find_blocks(model.module)[1]) == 30
+    (layer,) = find_layers(model.module, 1, "gate_proj")
+    assert (layer.name, layer.shape) == ("model.layers.1.mlp.gate_proj", (1536, 576))
+
+
+@pytest.mark.demo
+@pytest.mark.slow
 def test_the_converted_demo_model_is_bit_identical_to_its_gguf() -> None:
     model = load_model("demo", device="cpu")
     direct, tokenizer = pretrained.load_gguf(
         demo.demo_folder() / demo.MODEL.file, dtype=torch.float32
     )
-    assert (model.source, model.dtype, model.context_length) == ("demo", torch.float32, 8192)
+    assert as_language_model(direct).digest == model.digest == DIGEST
     expected, got = direct.state_dict(), model.module.state_dict()
     assert expected.keys() == got.keys()
     assert all(torch.equal(expected[key], got[key]) for key in expected)
@@ -251,7 +296,7 @@ def test_the_demo_articles_are_clean_prose(tmp_path: Path, monkeypatch: pytest.M
         r"\{\{|\}\}|\[\[|\]\]|''|\{\||\|\}|</?ref|<br|&nbsp;|\[https?:|File:|Category:|thumb\|"
     )
     assert re.findall(leftover, whole) == []
-    (kept,) = demo.cache_folder().glob("demo-articles-*.json")
+    (kept,) = demo.cache_folder().glob(f"demo-articles-{VERSION}-*.json")
     offline = demo.demo_folder()
     monkeypatch.setenv("ENTANGLE_DEMO_DIR", str(offline))
     monkeypatch.setenv("ENTANGLE_CACHE", str(tmp_path))

@@ -80,6 +80,7 @@ def untouched_globals() -> Iterator[None]:
     before, figures = dict(rcParams), plt.get_fignums()
     yield
     changed = {name for name, value in rcParams.items() if before[name] != value}
-    plt.close("all") if plt.get_fignums() != figures else None
+    left = plt.get_fignums()
+    plt.close("all")
     assert not changed
-    assert plt.get_fignums() == figures
+    assert left == figures == []

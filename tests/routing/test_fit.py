@@ -1,0 +1,182 @@
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from sklearn.cluster import KMeans as SklearnKMeans
+from sklearn.decomposition import PCA
+from torch import Tensor
+
+from entangle.errors import InvalidInput, NumericalError
+from entangle.routing import Router, blocks, fit_router
+from entangle.routing.router import KINDS, Kind
+
+
+def tokens(count: int = 500, features: int = 64, seed: int = 0) -> Tensor:
+    rng = torch.Generator().manual_seed(seed)
+    centres = 3.0 * torch.randn(6, features, generator=rng)
+    which = torch.randint(0, 6, (count,), generator=rng)
+    return centres[which] + torch.randn(count, features, generator=rng)
+
+
+def same_bytes(one: Router, two: Router) -> bool:
+    a, b = one.state(), two.state()
+    return all(a[name].numpy().tobytes() == b[name].numpy().tobytes() for name in a | b)
+
+
+def test_as_good_as_scikit_learn() -> None:
+    x = tokens()
+    router = fit_router([x], 6, seed=0, n_components=4)
+    exact = x.double().numpy()
+    projected = PCA(4, svd_solver="full").fit_transform(exact)
+    oracle = SklearnKMeans(6, n_init=10, random_state=0).fit(projected)
+    assert router.statistics.inertia == pytest.approx(oracle.inertia_, rel=0.01)
+    assert len(set(zip(router.route(x).tolist(), oracle.labels_.tolist(), strict=True))) == 6
+
+
+def test_statistics_describe_the_fit() -> None:
+    x = tokens()
+    router = fit_router([x], 6, seed=0)
+    statistics = router.statistics
+    assert router.components.shape == (2, 64)
+    assert statistics.tokens_per_cluster.tolist() == router.route(x).bincount(minlength=6).tolist()
+    assert statistics.restart_inertias.shape == statistics.iterations.shape == (10,)
+    assert 0.0 < float(statistics.explained_variance.sum()) < 1.0
+    assert 1.0 < statistics.effective_clusters <= 6.0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [1, 37, 499])
+def test_the_same_bytes_for_any_chunking(
+    kind: Kind, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 100 * 64 * 4)
+    x, k = tokens(), 1 if kind == "single" else 5
+    whole = fit_router([x], k, seed=1, kind=kind, restarts=2)
+    assert same_bytes(fit_router(x.split(size), k, seed=1, kind=kind, restarts=2), whole)
+
+
+def test_seeds_matter() -> None:
+    x = torch.randn(300, 8, generator=torch.Generator().manual_seed(0))
+    one, two = (fit_router([x], 7, seed=seed, restarts=1, n_components=4) for seed in (0, 1))
+    assert not same_bytes(one, two)
+
+
+def test_translation_moves_only_the_mean() -> None:
+    x = tokens()
+    plain, moved = (fit_router([y], 6, seed=0, n_components=3) for y in (x, x + 100.0))
+    torch.testing.assert_close(moved.mean, plain.mean + 100.0)
+    torch.testing.assert_close(moved.components, plain.components, atol=1e-4, rtol=0)
+    torch.testing.assert_close(moved.centroids, plain.centroids, atol=1e-2, rtol=0)
+    assert torch.equal(moved.route(x + 100.0), plain.route(x))
+
+
+def test_a_long_stream_is_subsampled() -> None:
+    x = tokens()
+    router = fit_router(x.split(90), 6, seed=0, max_tokens=200)
+    assert int(router.statistics.tokens_per_cluster.sum()) == 200
+    assert same_bytes(router, fit_router([x], 6, seed=0, max_tokens=200))
+    whole = fit_router([x], 6, seed=0)
+    assert torch.equal(router.mean, whole.mean)
+    pairs = set(zip(router.route(x).tolist(), whole.route(x).tolist(), strict=True))
+    assert len(pairs) == 6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_cluster(kind: Kind) -> None:
+    x = tokens(40)
+    router = fit_router([x], 1, seed=0, kind=kind)
+    assert router.route(x).tolist() == [0] * 40
+    assert router.statistics.tokens_per_cluster.tolist() == [40]
+    assert router.statistics.effective_clusters == 1.0
+
+
+def test_a_random_router_ignores_where_tokens_lie() -> None:
+    x = tokens(4000)
+    near, control = (fit_router([x], 6, seed=0, kind=kind) for kind in ("kmeans", "random"))
+    table = np.zeros((6, 6))
+    np.add.at(table, (near.route(x).numpy(), control.route(x).numpy()), 1)
+    shares = table / table.sum(1, keepdims=True)
+    np.testing.assert_allclose(shares, 1 / 6, atol=0.08)
+    assert control.statistics.effective_clusters > 5.9
+    assert math.isnan(control.statistics.inertia)
+    other = fit_router([x], 6, seed=1, kind="random")
+    assert float((other.route(x) == control.route(x)).double().mean()) < 0.3
+
+
+def test_duplicates() -> None:
+    x = tokens(3, seed=2).repeat(20, 1)
+    router = fit_router([x], 3, seed=0)
+    assert router.statistics.tokens_per_cluster.tolist() == [20, 20, 20]
+    with pytest.raises(InvalidInput, match="got k=4, and only 3 differ"):
+        fit_router([x], 4, seed=0)
+
+
+def test_constant_features_and_a_constant_stream() -> None:
+    x = tokens()
+    x[:, 10:] = 7.0
+    assert fit_router([x], 4, seed=0).components[:, 10:].abs().max() < 1e-5
+    constant = torch.full((30, 5), 3.3)
+    assert fit_router([constant], 1, seed=0).route(constant).tolist() == [0] * 30
+    with pytest.raises(InvalidInput, match="got k=2, and only 1 differ"):
+        fit_router([constant], 2, seed=0)
+
+
+def test_one_token() -> None:
+    assert fit_router([torch.ones(1, 3)], 1, seed=0).statistics.tokens_per_cluster.tolist() == [1]
+    with pytest.raises(InvalidInput, match="at most the number of tokens, 1; got 2"):
+        fit_router([torch.ones(1, 3)], 2, seed=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nan_tokens_are_refused(kind: Kind) -> None:
+    x = tokens()
+    x[17, 3] = float("nan")
+    with pytest.raises(NumericalError, match="1 of 500 tokens hold NaN"):
+        fit_router([x], 1, seed=0, kind=kind)
+
+
+def test_an_iterator_cannot_be_read_twice() -> None:
+    with pytest.raises(InvalidInput, match="more than once"):
+        fit_router(iter([tokens()]), 2, seed=0)
+
+
+def test_a_stream_that_changes_is_refused() -> None:
+    class Shrinking:
+        reads = 0
+
+        def __iter__(self) -> Iterator[Tensor]:
+            self.reads += 1
+            return iter([tokens()[: 500 - 10 * self.reads]])
+
+    with pytest.raises(InvalidInput, match="the same tokens every time; got 490, then 480"):
+        fit_router(Shrinking(), 2, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"k": 0}, "`k` must be at least 1; got 0"),
+        ({"kind": "single"}, "`k` must be 1 for the single cluster; got 2"),
+        ({"n_components": 0}, "`n_components` must be at least 1; got 0"),
+        ({"n_components": 65}, "at most the 64 features of a token; got 65"),
+        ({"restarts": 0}, "`restarts` must be at least 1; got 0"),
+        ({"max_tokens": 1}, "`max_tokens` must be at least k=2; got 1"),
+        ({"seed": -1}, "`seed` must be an integer"),
+    ],
+)
+def test_bad_parameters(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        fit_router(stream=[tokens()], **({"k": 2, "seed": 0} | arguments))  # type: ignore[arg-type]
+
+
+@pytest.mark.gpu
+def test_cuda_fits_as_the_cpu_and_twice_the_same() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    x = tokens()
+    plain = fit_router([x], 6, seed=0)
+    one, two = (fit_router([x], 6, seed=0, device="cuda") for _ in range(2))
+    assert same_bytes(one.to("cpu"), two.to("cpu"))
+    assert torch.equal(one.route(x.cuda()).cpu(), plain.route(x))

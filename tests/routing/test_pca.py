@@ -1,0 +1,52 @@
+import numpy as np
+import pytest
+import torch
+from sklearn.decomposition import PCA
+from torch import Tensor
+
+from entangle.routing.pca import fit_pca
+
+
+def correlated(count: int, features: int) -> Tensor:
+    rng = torch.Generator().manual_seed(0)
+    mixing = torch.randn(features, features, generator=rng)
+    return torch.randn(count, features, generator=rng) @ mixing + 3.0
+
+
+@pytest.mark.parametrize("far", [0.0, 1e4])
+def test_equals_scikit_learn_also_far_from_the_origin(far: float) -> None:
+    tokens = correlated(400, 12) + far
+    oracle = PCA(5, svd_solver="full").fit(tokens.double().numpy())
+    pca = fit_pca(tokens.split(150), 5)
+    np.testing.assert_allclose(pca.mean, oracle.mean_, rtol=1e-6)
+    np.testing.assert_allclose(pca.explained, oracle.explained_variance_ratio_, rtol=1e-4)
+    overlap = (pca.components.double().numpy() * oracle.components_).sum(1)
+    np.testing.assert_allclose(np.abs(overlap), 1.0, atol=1e-5)
+    assert pca.tokens == 400
+
+
+def test_by_hand() -> None:
+    tokens = torch.tensor([[1.0, 1.0], [3.0, 5.0], [5.0, 9.0]])
+    pca = fit_pca([tokens], 2)
+    assert pca.mean.tolist() == [3.0, 5.0]
+    np.testing.assert_allclose(pca.components[0], np.array([1.0, 2.0]) / np.sqrt(5), rtol=1e-6)
+    np.testing.assert_allclose(pca.explained, [1.0, 0.0], atol=1e-12)
+    np.testing.assert_allclose(
+        pca.project(tokens)[:, 0], np.sqrt(20) * np.array([-1, 0, 1]), atol=1e-5
+    )
+
+
+def test_rows_are_orthonormal_and_signed() -> None:
+    pca = fit_pca([correlated(100, 9)], 9)
+    torch.testing.assert_close(pca.components @ pca.components.mT, torch.eye(9))
+    peaks = pca.components.gather(1, pca.components.abs().argmax(1, keepdim=True))
+    assert bool((peaks > 0).all())
+    assert float(pca.explained.sum()) == pytest.approx(1.0)
+    assert bool((pca.explained.diff() <= 0).all())
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_constant_tokens_explain_nothing(count: int) -> None:
+    pca = fit_pca([torch.full((count, 4), 2.5)], 2)
+    assert pca.explained.tolist() == [0.0, 0.0]
+    assert pca.project(torch.full((3, 4), 2.5)).tolist() == torch.zeros(3, 2).tolist()
