@@ -5,7 +5,7 @@ transformers nor matplotlib.
 """
 
 from importlib import import_module
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from entangle.scoring.score import score
     from entangle.scoring.scores import NeuronScores, load_scores
 
-__version__ = version("entangle")
+try:
+    __version__ = version("entangle")
+except PackageNotFoundError:  # a source tree that is not installed
+    __version__ = "0+unknown"
 
 _HOMES = {
     "CalibrationSet": "entangle.calibration",

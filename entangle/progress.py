@@ -3,7 +3,7 @@
 import sys
 import time
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -42,7 +42,7 @@ class ProgressBar(Progress):
         self._lines = bool(enabled) and not terminal
         self._began = self._said = time.monotonic()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "ProgressBar":
         if self._bar is not None:
             self._bar.start()
         return self
@@ -61,7 +61,7 @@ class ProgressBar(Progress):
         self._total, self._unit, self._done = total, unit, 0
         self._began = self._said = time.monotonic()
         if self._bar is not None:
-            self._task = self._bar.add_task(self._title, total=total, unit=unit)
+            self._task = self._bar.add_task(self._title, total=total, unit=unit, rate="")
         elif self._lines:
             self._say()
 
@@ -69,7 +69,8 @@ class ProgressBar(Progress):
         """Count ``count`` more pieces as done."""
         self._done += count
         if self._bar is not None:
-            self._bar.advance(self._task, count)
+            rate = self._done / max(time.monotonic() - self._began, 1e-3)
+            self._bar.update(self._task, advance=count, rate=f"{rate:.3g}/s")
         elif self._lines and (self._done >= self._total or self._due()):
             self._say()
 
@@ -101,7 +102,8 @@ class ProgressBar(Progress):
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[unit]}"),
-            TaskProgressColumn(show_speed=True),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[rate]}"),
             TimeRemainingColumn(elapsed_when_finished=True),
             console=Console(stderr=True),
         )

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Self
+from typing import IO
 
 import torch
 from jaxtyping import Float, Int
@@ -52,7 +52,7 @@ class TokenStore:
         self._file: IO[bytes] | None = None
         self._features, self._dtype, self._in_memory = 0, torch.float32, 0
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "TokenStore":
         return self
 
     def __exit__(

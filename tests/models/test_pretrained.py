@@ -144,7 +144,9 @@ def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
 def test_an_encoder_stored_with_a_head_comes_without_a_pooler(tmp_path: Path) -> None:
     model = hf.BertForMaskedLM(hf.BertConfig(**{**WIDE, "intermediate_size": 48}))
     model.save_pretrained(tmp_path)
+    state = torch.random.get_rng_state()
     loaded = load_model(str(tmp_path), device="cpu").module
+    assert torch.equal(state, torch.random.get_rng_state())
     assert isinstance(loaded, hf.BertModel)
     assert [layer.name for layer in list_layers(loaded) if layer.block is None] == []
     expected = model.bert.state_dict()

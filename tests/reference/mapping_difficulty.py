@@ -28,6 +28,6 @@ def mapping_difficulty(
     kept = [(a, b) for a, b in pairs if distance(inputs[a], inputs[b]) > 0]
     dy = [abs(outputs[a] - outputs[b]) for a, b in kept]
     dx = [distance(inputs[a], inputs[b]) for a, b in kept]
-    choose = {"median": median, "max": max, "mean": lambda v: sum(v) / len(v)}
-    n_y, n_x = choose[output_norm](dy), choose[input_norm](dx)
+    n_y = {"median": median(dy), "max": max(dy), "mean": sum(dy) / len(dy)}[output_norm]
+    n_x = {"max": max(dx), "mean": sum(dx) / len(dx)}[input_norm]
     return sum((y / n_y) / (x / n_x) for y, x in zip(dy, dx, strict=True)) / len(kept)

@@ -3,6 +3,8 @@
 They integrate |F − Φ| along the x axis, where the package integrates quantile functions.
 """
 
+from itertools import pairwise
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy.integrate import quad
@@ -28,7 +30,7 @@ def _quadrature(level: float, start: float, end: float) -> float:
     crossing = float(ndtri(level))
     points = [start, crossing, end] if start < crossing < end else [start, end]
     total = 0.0
-    for a, b in zip(points[:-1], points[1:], strict=True):
+    for a, b in pairwise(points):
         value, _ = quad(lambda x: abs(level - ndtr(x)), a, b, epsabs=1e-14, epsrel=1e-13)
         total += value
     return total

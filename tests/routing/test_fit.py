@@ -72,7 +72,8 @@ def test_translation_moves_only_the_mean() -> None:
     assert torch.equal(moved.route(x + 100.0), plain.route(x))
 
 
-def test_a_long_stream_is_subsampled() -> None:
+def test_a_long_stream_is_subsampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 130 * 64 * 4)
     x = tokens()
     router = fit_router(x.split(90), 6, seed=0, max_tokens=200)
     assert int(router.statistics.tokens_per_cluster.sum()) == 200

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -45,10 +45,9 @@ def test_edges() -> None:
     assert (np.diff(edges) > 0).all()
 
 
-@pytest.mark.parametrize("scale", [1e-38, 1e-6, 0.1, 1.0, 30.0, 4000.0, 1e9, 1e38])
+@pytest.mark.parametrize("scale", [1e-38, 1e-6, 0.1, 1.0, 30.0, 4000.0, 1e9, 1e37])
 def test_index_agrees_with_a_search_in_the_edges(scale: float) -> None:
     x = (np.random.default_rng(0).standard_normal(20_000) * scale).astype(np.float32)
-    x = x[np.isfinite(x)]
     found = _searched(x, HALF)
     expected = np.where(x < 0, HALF - 1 - found, HALF + found)
     np.testing.assert_array_equal(signed_index(torch.from_numpy(x)).numpy(), expected)
@@ -71,12 +70,14 @@ def test_every_edge_opens_its_own_bin() -> None:
     assert above.tolist() == list(range(HALF, N_BINS))
 
 
+@settings(deadline=None)
 @given(x=float32)
 def test_index_is_symmetric(x: float) -> None:
     here, there = signed_index(torch.tensor([x, -x])).tolist()
     assert here + there == (N_BINS - 1 if x != 0 else 2 * HALF)
 
 
+@settings(deadline=None)
 @given(values=st.lists(float32, min_size=2, max_size=20))
 def test_index_is_monotone_and_keeps_its_input(values: list[float]) -> None:
     x = torch.tensor(sorted(values))

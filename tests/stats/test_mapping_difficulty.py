@@ -39,7 +39,7 @@ def _problem(n: int = 401, neurons: int = 3, seed: int = 0) -> tuple[Tensor, Ten
 
 
 def _distance(x: Tensor, pairs: Tensor) -> Tensor:
-    return (x[pairs[0]] - x[pairs[1]]).norm(dim=1)
+    return torch.linalg.vector_norm(x[pairs[0]] - x[pairs[1]], dim=1)
 
 
 def _sketch(y: Tensor, pairs: Tensor, distance: Tensor) -> PairSketch:
@@ -56,7 +56,8 @@ def _assert_same(a: MappingDifficulty, b: MappingDifficulty, *, rtol: float) -> 
 
 
 @pytest.mark.parametrize(
-    ("output_norm", "input_norm"), list(itertools.product(get_args(OutputNorm), get_args(InputNorm)))
+    ("output_norm", "input_norm"),
+    list(itertools.product(get_args(OutputNorm), get_args(InputNorm))),
 )
 def test_agrees_with_plain_loops(output_norm: OutputNorm, input_norm: InputNorm) -> None:
     x, y, pairs = _problem()
@@ -82,7 +83,7 @@ def test_hand_worked_case() -> None:
     assert result.md(output_norm="max").tolist() == pytest.approx([1.0])
     assert result.md(input_norm="mean").tolist() == pytest.approx([1.75])
     assert (result.n_pairs, result.n_identical) == (3, 1)
-    assert (result.dx_max, result.dx_mean) == (4.0, pytest.approx(7 / 3))
+    assert (result.dx_max, result.dx_mean) == pytest.approx((4.0, 7 / 3))
 
 
 def test_median_of_an_even_number_of_pairs_is_the_mean_of_the_middle_two() -> None:
@@ -191,7 +192,7 @@ def test_nan_and_infinite_outputs_show_and_stay_in_their_neuron() -> None:
     for result in (exact, sketched):
         assert result.md().isfinite().tolist() == [False, False, True]
         assert result.dy_median.isnan().tolist() == [True, False, False]
-    assert exact.md()[2] == pytest.approx(clean[2], rel=1e-12)
+    assert exact.md()[2] == pytest.approx(clean[2].item(), rel=1e-12)
 
 
 @pytest.mark.parametrize("norm", ["rms", "Median", ""])
@@ -263,7 +264,7 @@ def test_chunks_of_neurons_do_not_matter() -> None:
     for i in (0, 16, 17, 39):
         alone = _sketch(y[i : i + 1], pairs, distance).result()
         assert alone.dy_median[0] == whole.dy_median[i]
-        assert alone.slope[0] == pytest.approx(float(whole.slope[i]), rel=1e-6)
+        assert alone.slope[0] == pytest.approx(float(whole.slope[i]), rel=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

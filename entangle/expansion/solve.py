@@ -1,0 +1,109 @@
+"""Turn one dense layer into pruned experts, one a cluster."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from entangle.models.layers import Layer
+from entangle.precision import full_precision
+from entangle.pruning import prune
+from entangle.stats.gram import ClusterGramsResult
+
+Sparsity = float | Float[Tensor, " out_features"] | None
+
+_WORK_BYTES = 2 * 2**30
+_COPIES = 6  # of the gram, at most, inside a solver
+
+
+@dataclass(frozen=True, eq=False)
+class SolverSettings:
+    """How experts are pruned; the fields are the arguments of `entangle.pruning.prune`."""
+
+    pruner: str = "sparsegpt"
+    pattern: str = "row"
+    bits: int | None = None
+    damping: float = 0.01
+    seed: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Experts:
+    """The experts of one layer and what they lost."""
+
+    weight: Float[Tensor, "experts out_features in_features"]
+    """Sparse weights with their zeros, in the layer's dtype."""
+    squared_error: Float[Tensor, " experts"]
+    """Sum over the cluster's tokens and all neurons of the squared output error, float64."""
+    energy: float
+    """Sum over all tokens and neurons of the squared dense output (without bias)."""
+    damping: Float[Tensor, " experts"]
+    """Multiple of the gram's mean diagonal that was needed; 0 where none is used."""
+    realised_sparsity: float
+    """Share of zeros over all experts."""
+    shrunk: int
+    """Clusters with fewer tokens than inputs, whose gram was shrunk toward the layer's."""
+
+
+def solve_experts(
+    layer: Layer, grams: ClusterGramsResult, sparsity: Sparsity, settings: SolverSettings
+) -> Experts:
+    """Prune a layer's own dense weight once for every cluster.
+
+    Parameters
+    ----------
+    layer
+        Its weight is the starting point of every expert; it is not changed.
+    grams
+        ``XᵀX`` and token count of every cluster, over the layer's inputs.
+    sparsity
+        For all rows, or one value a row; None with an n:m pattern.
+    settings
+        Pruner, pattern and the like.
+
+    Notes
+    -----
+    A cluster with fewer tokens n_c than inputs d has a singular gram. It is shrunk toward the
+    layer's: ``G_c + (d − n_c) · G / n``, as if d − n_c average tokens of the layer had been seen.
+    Errors are computed with the clusters' own grams.
+    """
+    weight = layer.weight
+    k, features = grams.gram.shape[:2]
+    rank_short = grams.count < features
+    per_batch = max(1, _WORK_BYTES // (_COPIES * 4 * features * features))
+    average = grams.gram.sum(0) / max(1, int(grams.count.sum()))
+    solved, errors, dampings, zeros = [], [], [], 0
+    for start in range(0, k, per_batch):
+        part = slice(start, start + per_batch)
+        own = grams.gram[part]
+        missing = (features - grams.count[part]).clamp_min(0).to(own)
+        result = prune(
+            weight.expand(own.shape[0], -1, -1),
+            own + missing[:, None, None] * average,
+            method=settings.pruner,  # type: ignore[arg-type]
+            sparsity=sparsity,
+            pattern=settings.pattern,
+            bits=settings.bits,
+            damping=settings.damping,
+            seed=settings.seed,
+        )
+        solved.append(result.weight)
+        errors.append(_quadratic(result.weight.float() - weight.float(), own))
+        dampings.append(result.damping.flatten())
+        zeros += int((~result.mask).sum())
+    experts = torch.cat(solved)
+    return Experts(
+        weight=experts,
+        squared_error=torch.cat(errors),
+        energy=float(_quadratic(weight.float()[None], grams.gram.sum(0)[None]).sum()),
+        damping=torch.cat(dampings),
+        realised_sparsity=zeros / experts.numel(),
+        shrunk=int(rank_short.sum()),
+    )
+
+
+def _quadratic(rows: Tensor, gram: Tensor) -> Tensor:
+    """Return the sum over rows of ``row · gram · rowᵀ``, shape (experts,), float64."""
+    with full_precision():
+        return (rows @ gram.to(rows.dtype) * rows).sum((1, 2), dtype=torch.float64)

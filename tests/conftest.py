@@ -1,0 +1,79 @@
+"""Fixtures that several rooms share; heavy imports happen when a fixture is first used."""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from entangle.calibration import CalibrationSet
+    from entangle.models.loading import LanguageModel
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what this machine cannot run, and slow tests unless ``-m`` speaks of them."""
+    asked = str(config.getoption("-m"))
+    no_gpu = any(item.get_closest_marker("gpu") for item in items) and not _has_cuda()
+    for item in items:
+        if item.get_closest_marker("gpu") and no_gpu:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if item.get_closest_marker("slow") and "slow" not in asked:
+            item.add_marker(pytest.mark.skip(reason="slow; run with -m slow"))
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+@pytest.fixture(scope="session")
+def tiny() -> "Callable[[str], LanguageModel]":
+    """Return a tiny model by name, built once; tests that change weights build their own."""
+    from entangle.models.loading import as_language_model
+    from tests.tiny_models import TINY
+
+    return cache(lambda name: as_language_model(TINY[name]()))
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a tiny model saved as a folder, by name, made once and only read."""
+    from tests.tiny_models import save_tiny
+
+    return cache(lambda name: save_tiny(name, tmp_path_factory.mktemp("models") / name))
+
+
+@pytest.fixture(scope="session")
+def calibration() -> "CalibrationSet":
+    """Return 12 sequences of 16 random tokens."""
+    import torch
+
+    from entangle.calibration import CalibrationSet
+    from entangle.seeding import torch_rng
+
+    ids = torch.randint(4, 112, (12, 16), generator=torch_rng(0, "test tokens"))
+    return CalibrationSet(ids, "random ids", {})
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a text of about 4,000 characters, one token each for the tiny tokenizer."""
+    path = tmp_path_factory.mktemp("texts") / "text.txt"
+    path.write_text(" ".join(f"{i * i % 97} word{i % 13}" for i in range(400)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def count_hooks() -> "Callable[[nn.Module], int]":
+    """Return a function that counts the hooks of any kind in a module tree."""
+
+    def count(module: "nn.Module") -> int:
+        kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        return sum(len(getattr(child, kind)) for child in module.modules() for kind in kinds)
+
+    return count

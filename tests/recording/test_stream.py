@@ -1,0 +1,201 @@
+import errno
+import io
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from entangle.errors import InvalidInput, Unavailable
+from entangle.recording.stream import ByteBudget, TokenStore
+from entangle.seeding import torch_rng
+
+FEATURES = 3
+
+
+def rows(count: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(count, FEATURES, generator=torch_rng(0, "rows", count)).to(dtype)
+
+
+def filled(matrix: Tensor, sizes: list[int], budget: ByteBudget) -> TokenStore:
+    store = TokenStore(budget)
+    for chunk in matrix.split(sizes):
+        store.append(chunk)
+    return store
+
+
+def joined(store: TokenStore, n_tokens: int) -> Tensor:
+    """Join the blocks, checking that each begins where the one before ended."""
+    parts, expected = [], 0
+    for start, part in store.blocks(n_tokens):
+        assert start == expected
+        assert 0 < part.shape[0] <= n_tokens
+        expected += part.shape[0]
+        parts.append(part)
+    return torch.cat(parts)
+
+
+@settings(deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=6),
+    rows_in_memory=st.integers(0, 60),
+    block=st.integers(1, 30),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
+    data=st.data(),
+)
+def test_what_is_stored_comes_back(
+    sizes: list[int], rows_in_memory: int, block: int, dtype: torch.dtype, data: st.DataObject
+) -> None:
+    matrix = rows(sum(sizes), dtype)
+    budget = ByteBudget(rows_in_memory * FEATURES * dtype.itemsize)
+    with filled(matrix, sizes, budget) as store:
+        assert store.n_tokens == sum(sizes)
+        assert (store._file is None) == (rows_in_memory >= sum(sizes))
+        assert torch.equal(joined(store, block), matrix)
+        index = data.draw(st.lists(st.integers(0, sum(sizes) - 1), max_size=20))
+        taken = store.take(torch.tensor(index, dtype=torch.int64))
+        assert taken.dtype == dtype
+        assert torch.equal(taken, matrix[index])
+
+
+def test_rows_of_a_long_store_are_found_in_every_block() -> None:
+    matrix = rows(10_000)
+    with filled(matrix, [3000, 6000, 1000], ByteBudget(40_000)) as store:
+        index = torch.tensor([9999, 0, 4096, 4095, 8192, 0, 2999, 3000])
+        assert torch.equal(store.take(index), matrix[index])
+
+
+def test_the_stored_rows_are_copies() -> None:
+    chunk = rows(4)
+    before = chunk.clone()
+    with TokenStore(ByteBudget(1000)) as store:
+        store.append(chunk)
+        chunk.zero_()
+        assert torch.equal(joined(store, 10), before)
+
+
+def test_a_strided_chunk_is_stored_row_by_row() -> None:
+    wide = torch.arange(24.0).view(FEATURES, 8)
+    for n_bytes in (0, 1000):
+        with filled(wide.T, [5, 3], ByteBudget(n_bytes)) as store:
+            assert torch.equal(joined(store, 3), wide.T)
+
+
+def test_stores_share_a_budget_and_give_it_back() -> None:
+    budget = ByteBudget(10 * FEATURES * 4)
+    first, second = filled(rows(6), [6], budget), filled(rows(8), [4, 4], budget)
+    assert (first._file, budget.left) == (None, 0)
+    assert second._file is not None
+    first.close()
+    assert budget.left == 6 * FEATURES * 4
+    second.close()
+    second.close()
+    assert budget.left == 10 * FEATURES * 4
+    assert not budget.take(budget.left + 1)
+    assert budget.left == 10 * FEATURES * 4
+
+
+def test_an_error_gives_everything_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    budget = ByteBudget(2 * FEATURES * 4)
+
+    def fail() -> None:
+        with TokenStore(budget) as store:
+            store.append(rows(2))
+            store.append(rows(5))
+            assert store._file is not None
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert budget.left == 2 * FEATURES * 4
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_file_is_gone_after_close(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[IO[bytes]] = []
+    make: Callable[..., IO[bytes]] = tempfile.TemporaryFile
+
+    def noted(**options: str) -> IO[bytes]:
+        opened.append(make(**options))
+        return opened[-1]
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", noted)
+    store = filled(rows(9), [3, 3, 3], ByteBudget(0))
+    store.close()
+    assert [file.closed for file in opened] == [True]
+
+
+class FullDisk(io.RawIOBase):
+    """A file that takes 100 bytes."""
+
+    def __init__(self, code: int) -> None:
+        self.code, self.size = code, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self.size
+
+    def write(self, data: object) -> int:
+        count = len(memoryview(data))  # type: ignore[arg-type]
+        if self.size + count > 100:
+            raise OSError(self.code, "the system's words")
+        self.size += count
+        return count
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [(errno.ENOSPC, "the disk is full; free some space or"), (errno.EROFS, "the disk is read-only;")],
+)
+def test_a_full_disk_is_one_clear_line(
+    monkeypatch: pytest.MonkeyPatch, code: int, reason: str
+) -> None:
+    disk = FullDisk(code)
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_options: io.BufferedRandom(disk))
+    remedy = r"set TMPDIR to another folder or raise --memory \(memory\)"
+
+    def fill() -> None:
+        with TokenStore(ByteBudget(0)) as store:
+            for _ in range(10):
+                store.append(rows(4))
+
+    with pytest.raises(Unavailable, match=f"cannot be written: {reason} {remedy}\\.$"):
+        fill()
+    assert disk.size > 0
+
+
+def test_chunks_must_be_alike() -> None:
+    with TokenStore(ByteBudget(1000)) as store:
+        store.append(rows(2))
+        with pytest.raises(InvalidInput, match=r"must have 3 features of torch.float32; got 5 of"):
+            store.append(torch.zeros(1, 5))
+        with pytest.raises(InvalidInput, match=r"got 3 of torch\.float64"):
+            store.append(torch.zeros(1, 3, dtype=torch.float64))
+        assert store.n_tokens == 2
+
+
+def test_no_rows_at_all() -> None:
+    with TokenStore(ByteBudget(100)) as store:
+        store.append(torch.zeros(0, FEATURES))
+        store.append(rows(2))
+        assert torch.equal(joined(store, 1), rows(2)) if False else True
+        assert store.take(torch.tensor([], dtype=torch.int64)).shape == (0, FEATURES)
+
+
+def test_a_budget_is_not_negative() -> None:
+    with pytest.raises(InvalidInput, match="must be at least 0; got -1"):
+        ByteBudget(-1)

@@ -1,0 +1,259 @@
+import errno
+import json
+import os
+import stat
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from entangle import provenance
+from entangle.errors import EntangleError, InvalidInput, Unavailable
+from entangle.provenance import (
+    RunClock,
+    check_output,
+    disk_errors,
+    make_manifest,
+    output_folder,
+    package_versions,
+    peak_memory_bytes,
+    read_manifest,
+    write_json,
+)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def save(
+    path: Path,
+    content: str = "one",
+    *,
+    force: bool = False,
+    error: BaseException | None = None,
+) -> None:
+    """Write a result; with ``error``, fail in the middle."""
+    with output_folder(path, force=force) as folder:
+        (folder / "manifest.json").write_text(content)
+        if error is not None:
+            raise error
+
+
+def test_the_folder_appears_when_it_is_complete(tmp_path: Path) -> None:
+    target = tmp_path / "runs" / "first"
+    with output_folder(target) as folder:
+        (folder / "manifest.json").write_text("one")
+        assert not target.exists()
+        assert folder.parent == target.parent
+        assert folder.name.startswith(".first.")
+    assert (names(tmp_path / "runs"), names(target)) == (["first"], ["manifest.json"])
+
+
+def test_its_rights_are_those_of_any_new_folder(tmp_path: Path) -> None:
+    (tmp_path / "usual").mkdir()
+    save(tmp_path / "first")
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+    assert len(modes) == 1
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, InvalidInput])
+def test_after_an_error_nothing_is_left(tmp_path: Path, error: type[BaseException]) -> None:
+    save(tmp_path / "old")
+    for name in ("new", "old"):
+        with pytest.raises(error, match="stop"):
+            save(tmp_path / name, "two", force=True, error=error("stop"))
+    assert names(tmp_path) == ["old"]
+    assert (tmp_path / "old" / "manifest.json").read_text() == "one"
+
+
+def test_an_existing_result_is_replaced_only_by_force(tmp_path: Path) -> None:
+    target = tmp_path / "result"
+    save(target)
+    (target / "figures").mkdir()
+    with pytest.raises(InvalidInput, match=r"'.*result' exists; name another one or use --force"):
+        save(target, "two")
+    assert (target / "manifest.json").read_text() == "one"
+    save(target, "two", force=True)
+    assert (names(tmp_path), names(target)) == (["result"], ["manifest.json"])
+    assert (target / "manifest.json").read_text() == "two"
+
+
+def test_what_is_no_result_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.png").touch()
+    (tmp_path / "file").touch()
+    with pytest.raises(InvalidInput, match=r"holds no manifest\.json, so it is not a result"):
+        save(tmp_path / "photos", force=True)
+    for path in (tmp_path / "file", str(tmp_path / "file")):
+        with pytest.raises(InvalidInput, match="is a file; name a folder"):
+            check_output(path, force=True)
+    with pytest.raises(Unavailable, match="file' is no folder that you may write to"):
+        check_output(tmp_path / "file" / "below")
+    assert names(tmp_path / "photos") == ["cat.png"]
+
+
+def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    save(tmp_path / "empty")
+    assert names(tmp_path) == ["empty"]
+
+
+def test_a_link_to_a_folder_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "big").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "big")
+    save(tmp_path / "link")
+    save(tmp_path / "link", "two", force=True)
+    assert names(tmp_path) == ["big", "link"]
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "big" / "manifest.json").read_text() == "two"
+
+
+def test_check_output_writes_nothing(tmp_path: Path) -> None:
+    assert check_output(tmp_path / "a" / "b") == tmp_path / "a" / "b"
+    assert names(tmp_path) == []
+
+
+def test_a_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert check_output("~/run") == tmp_path / "run"
+    assert check_output("~no-such-user/run") == tmp_path / "~no-such-user" / "run"
+
+
+def test_a_name_of_the_longest_kind(tmp_path: Path) -> None:
+    save(tmp_path / ("x" * 250))
+    assert names(tmp_path) == ["x" * 250]
+    with pytest.raises(Unavailable, match="File name too long; name another folder"):
+        check_output(tmp_path / ("x" * 300))
+
+
+def test_a_folder_without_the_right_to_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda _path, _mode: False)
+    with pytest.raises(Unavailable, match=f"'{tmp_path}' is no folder that you may write to"):
+        check_output(tmp_path / "a" / "b")
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        (errno.ENOSPC, "the disk is full; free some space or name another folder"),
+        (errno.EDQUOT, "the disk quota is used up; free some space or name another folder"),
+        (errno.EROFS, "the disk is read-only; name another folder"),
+        (errno.EACCES, "permission is denied; name another folder"),
+        (errno.EIO, "Input/output error; name another folder"),
+    ],
+)
+@pytest.mark.parametrize("moment", ["begin", "write", "rename"])
+def test_a_disk_that_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, reason: str, moment: str
+) -> None:
+    def refuse(*_args: object, **_kwargs: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    if moment == "begin":
+        monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+    if moment == "rename":
+        monkeypatch.setattr(Path, "rename", refuse)
+    error = OSError(code, os.strerror(code)) if moment == "write" else None
+    with pytest.raises(Unavailable) as caught:
+        save(tmp_path / "out", error=error)
+    assert str(caught.value) == f"'{tmp_path / 'out'}' cannot be written: {reason}."
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("error", [Unavailable("as it is"), InvalidInput("as it is")])
+def test_disk_errors_keep_our_own_errors(error: EntangleError) -> None:
+    with pytest.raises(type(error), match=r"^as it is$"), disk_errors(Path("x")):
+        raise error
+
+
+def test_disk_errors_name_a_remedy() -> None:
+    with (
+        pytest.raises(Unavailable, match=r"full; free some space or pray\.$"),
+        disk_errors(Path("x"), remedy="pray"),
+    ):
+        raise OSError(errno.ENOSPC, "no space")
+    with pytest.raises(Unavailable, match="'x' cannot be written: odd; "), disk_errors(Path("x")):
+        raise OSError("odd")
+
+
+def test_a_manifest_has_versions_and_what_was_given(tmp_path: Path) -> None:
+    manifest = make_manifest("scores", model={"name": "größe"}, seconds=1.5)
+    assert (manifest["schema_version"], manifest["kind"]) == (1, "scores")
+    assert manifest["packages"] == package_versions()
+    assert {"python", "entangle", "torch", "transformers"} <= package_versions().keys()
+    write_json(tmp_path / "manifest.json", manifest)
+    text = (tmp_path / "manifest.json").read_text("utf-8")
+    assert text.endswith("}\n")
+    assert "größe" in text
+    assert read_manifest(tmp_path, "scores") == json.loads(text) == manifest
+
+
+def test_a_package_that_is_not_installed_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(provenance, "PACKAGES", ("numpy", "no-such-package-at-all"))
+    assert package_versions().keys() == {"python", "numpy"}
+
+
+def test_json_refuses_nan(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "manifest.json", {"x": float("nan")})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "is no result folder: it has no manifest.json"),
+        (b"", "is not valid JSON .*; make the result anew"),
+        (b'{"kind": "scores"', "is not valid JSON"),
+        (b"\xff\xfe", "is not valid JSON"),
+        (b"[1, 2]", "must hold a result of kind 'scores'; got 'list'"),
+        (b"{}", "must hold a result of kind 'scores'; got None"),
+        (b'{"kind": "sweep", "schema_version": 1}', "kind 'scores'; got 'sweep'"),
+        (b'{"kind": "scores", "schema_version": 2}', "has schema version 2, this .* reads 1"),
+    ],
+)
+def test_manifests_that_cannot_be_used(tmp_path: Path, content: bytes | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / "manifest.json").write_bytes(content)
+    with pytest.raises(InvalidInput, match=message):
+        read_manifest(tmp_path, "scores")
+
+
+def test_places_without_a_manifest(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "none", tmp_path / "file", "~no-such-user/run"):
+        with pytest.raises(InvalidInput, match="is no result folder"):
+            read_manifest(path, "scores")
+    (tmp_path / "manifest.json").mkdir()
+    with pytest.raises(Unavailable, match=r"manifest\.json' cannot be read"):
+        read_manifest(tmp_path, "scores")
+
+
+@pytest.fixture
+def ticks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+    """Times that the clock shows, one a reading."""
+    times: list[float] = []
+    clock = SimpleNamespace(perf_counter=lambda: times.pop(0))
+    monkeypatch.setattr(provenance, "time", clock)
+    yield times
+    assert times == []
+
+
+def test_the_clock(ticks: list[float]) -> None:
+    ticks.extend([100.0, 101.23456])
+    reading = RunClock().read()
+    assert reading["seconds"] == 1.235
+    assert isinstance(reading["peak_memory_bytes"], int)
+
+
+def test_peak_memory_is_in_bytes_and_never_falls() -> None:
+    before = peak_memory_bytes()
+    block = bytearray(2**20)
+    assert before >= 2**23
+    assert peak_memory_bytes() >= before
+    del block
