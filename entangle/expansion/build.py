@@ -1,29 +1,28 @@
 """Expand a model block by block, on the hidden states of the blocks already expanded."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
-import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
+from entangle.errors import NumericalError
 from entangle.expansion.linear import ExpandedLinear, SharedRouting
 from entangle.expansion.solve import Experts, SolverSettings, Sparsity, solve_experts
 from entangle.models.blocks import BlockRunner
 from entangle.models.layers import Layer
-from entangle.recording.hooks import observe, same_tensor
+from entangle.recording.hooks import SeenTensor, observe
 from entangle.recording.stream import ByteBudget, TokenStore
 from entangle.routing import fit_router
 from entangle.routing.router import Kind
 from entangle.stats.gram import ClusterGrams
 
-_BLOCK_TOKENS = 8192
-
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What is to be built; names as in `entangle.expand`."""
+    """What is to be built; the fields are explained at `entangle.expand`."""
 
     layers: Mapping[int, Sequence[Layer]]
     """Layers to expand, by block."""
@@ -44,34 +43,166 @@ class ExpandedLayer:
     """The dense layer."""
     module: ExpandedLinear
     """What takes its place."""
-    experts: Experts
-    """What its experts lost."""
+    experts: Experts | None
+    """What its experts lost; None for a layer that was read from a checkpoint."""
+
+
+def structural_copy(module: nn.Module) -> nn.Module:
+    """Copy a model's modules but not its tensors, so that layers can be replaced in the copy."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
 
 
 class HiddenStates:
-    """Hidden states of fixed batches of sequences, kept within a byte budget."""
+    """Hidden states of fixed batches of sequences, kept within a byte budget.
 
-    def __init__(self, batches: Sequence[Int[Tensor, "sequences tokens"]], memory: int) -> None:
+    Parameters
+    ----------
+    batches
+        Token ids of each batch, (sequences, tokens).
+    memory
+        Bytes in memory; what is beyond goes to a temporary file.
+    """
+
+    def __init__(self, batches: Sequence[Int[Tensor, "sequences tokens"]], *, memory: int) -> None:
         self._batches, self._memory = batches, memory
         self._store = TokenStore(ByteBudget(memory))
 
     def enter(self, runner: BlockRunner) -> None:
         """Fill with what enters the first block."""
         for ids in self._batches:
-            self._store.append(runner.enter(ids).flatten(0, -2))
+            self._store.append(runner.enter(ids)[0].flatten(0, -2))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (token ids, hidden states of shape (sequences, tokens, features)), in order."""
         start = 0
         for ids in self._batches:
-            index = torch.arange(start, start + ids.numel())
-            yield ids, self._store.take(index).unflatten(0, tuple(ids.shape))
+            rows = self._store.span(start, start + ids.numel())
+            yield ids, rows.unflatten(0, tuple(ids.shape))
             start += ids.numel()
 
     def advance(self, runner: BlockRunner, index: int) -> None:
-        """Replace every batch by what block ``index`` makes of it."""
+        """Replace the states of every batch by what block ``index`` makes of them."""
         following = TokenStore(ByteBudget(self._memory))
         for ids, hidden in self:
-            following.append(runner.run(index, hidden, ids).flatten(0, -2))
+            following.append(runner.run(index, hidden, runner.enter(ids)[1]).flatten(0, -2))
         self._store.close()
         self._store = following
+
+
+def build_blocks(
+    module: nn.Module,
+    plan: Plan,
+    streams: Sequence[HiddenStates],
+    *,
+    memory: int,
+    finished: Callable[[int], Sequence[ExpandedLayer] | None],
+    done: Callable[[int, Sequence[ExpandedLayer]], None],
+) -> None:
+    """Replace the planned layers of ``module``, one block after the other.
+
+    Parameters
+    ----------
+    module
+        The model; its layers are replaced in place (see `structural_copy`).
+    plan
+        Which layers, and how.
+    streams
+        Hidden states that follow the build. The first is the calibration set, whose inputs to the
+        block's dense layers the experts are fitted on.
+    memory
+        Bytes for the recorded inputs of one block; what is beyond goes to a temporary file.
+    finished
+        Gives the layers of a block that an earlier run has built, or None.
+    done
+        Called with the index and the layers of each block, after all streams have passed it.
+    """
+    runner = BlockRunner(module)
+    for stream in streams:
+        stream.enter(runner)
+    for index in range(runner.n_blocks):
+        layers = plan.layers.get(index, ())
+        expanded = finished(index) if layers else ()
+        if expanded is None:
+            expanded = _expand_block(runner, streams[0], index, layers, plan, memory)
+        for one in expanded:
+            module.set_submodule(one.layer.name, one.module)
+        for stream in streams:
+            stream.advance(runner, index)
+        for one in expanded:
+            one.module.routing.forget()
+        done(index, expanded)
+
+
+def _expand_block(
+    runner: BlockRunner,
+    calibration: HiddenStates,
+    index: int,
+    layers: Sequence[Layer],
+    plan: Plan,
+    memory: int,
+) -> list[ExpandedLayer]:
+    expanded: list[ExpandedLayer] = []
+    with ExitStack() as stack:
+        groups = _record_inputs(runner, calibration, index, layers, memory, stack)
+        for members, store in groups:
+            names = ", ".join(layer.name for layer in members)
+            try:
+                expanded += _expand_group(members, store, plan)
+            except NumericalError as error:
+                raise NumericalError(f"{names}: {error}") from error
+    order = {layer.name: i for i, layer in enumerate(layers)}
+    return sorted(expanded, key=lambda one: order[one.layer.name])
+
+
+def _record_inputs(
+    runner: BlockRunner,
+    calibration: HiddenStates,
+    index: int,
+    layers: Sequence[Layer],
+    memory: int,
+    stack: ExitStack,
+) -> list[tuple[list[Layer], TokenStore]]:
+    """Run a block and record the inputs of its layers; layers with one input share a record."""
+    budget = ByteBudget(memory)
+    groups: list[tuple[list[Layer], TokenStore]] = []
+    group_of: dict[str, int] = {}
+    last: tuple[str, SeenTensor] | None = None
+
+    def keep(layer: Layer, inputs: Tensor, _outputs: Tensor) -> None:
+        nonlocal last
+        if layer.name not in group_of:
+            if last is not None and last[1].same_as(inputs):
+                group_of[layer.name] = group_of[last[0]]
+                groups[group_of[layer.name]][0].append(layer)
+            else:
+                group_of[layer.name] = len(groups)
+                groups.append(([layer], stack.enter_context(TokenStore(budget))))
+        members, store = groups[group_of[layer.name]]
+        if members[0] is layer:
+            store.append(inputs.flatten(0, -2))
+        last = layer.name, SeenTensor.of(inputs)
+
+    with observe(layers, keep):
+        for ids, hidden in calibration:
+            runner.run(index, hidden, runner.enter(ids)[1])
+    return groups
+
+
+def _expand_group(layers: Sequence[Layer], store: TokenStore, plan: Plan) -> list[ExpandedLayer]:
+    """Fit one router on the common input of some layers, then solve every layer's experts."""
+    device = layers[0].weight.device
+    router = fit_router(
+        store, plan.experts, seed=plan.seed, kind=plan.router, restarts=plan.restarts, device=device
+    )
+    grams = ClusterGrams(plan.experts, layers[0].in_features, device=device)
+    for rows in store:
+        rows = rows.to(device)
+        grams.update(rows, router.route(rows))
+    routing, found = SharedRouting(router), grams.result()
+    expanded = []
+    for layer in layers:
+        experts = solve_experts(layer, found, plan.sparsity[layer.name], plan.solver)
+        module = ExpandedLinear(experts.weight, layer.bias, routing)
+        expanded.append(ExpandedLayer(layer, module, experts))
+    return expanded

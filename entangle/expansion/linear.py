@@ -5,7 +5,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from entangle.errors import InvalidInput
-from entangle.recording.hooks import same_tensor
+from entangle.recording.hooks import SeenTensor
 from entangle.routing import Router
 
 
@@ -20,14 +20,14 @@ class SharedRouting:
 
     def __init__(self, router: Router) -> None:
         self.router = router
-        self._last: tuple[Tensor, Tensor] | None = None
+        self._last: tuple[SeenTensor, Tensor] | None = None
 
     def __call__(self, x: Float[Tensor, "*batch features"]) -> Int64[Tensor, " tokens"]:
         """Return the cluster of every token, in reading order, shape (tokens,)."""
-        if self._last is None or not same_tensor(self._last[0], x):
+        if self._last is None or not self._last[0].same_as(x):
             if self.router.centroids.device != x.device:
                 self.router = self.router.to(x.device)
-            self._last = x, self.router.route(x).flatten()
+            self._last = SeenTensor.of(x), self.router.route(x).flatten()
         return self._last[1]
 
     def forget(self) -> None:

@@ -81,7 +81,7 @@ def solve_experts(
         result = prune(
             weight.expand(own.shape[0], -1, -1),
             own + missing[:, None, None] * average,
-            method=settings.pruner,  # type: ignore[arg-type]
+            method=settings.pruner,
             sparsity=sparsity,
             pattern=settings.pattern,
             bits=settings.bits,

@@ -7,7 +7,7 @@ states to end with, so that the model's own final norm, head and logit scaling f
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,7 +20,9 @@ from transformers import Cache
 from entangle.errors import InvalidInput
 from entangle.models.layers import find_blocks
 
-Call = Callable[[Callable[..., Any], Tensor], Any]
+Hidden = Float[Tensor, "*batch features"]
+Ids = Int[Tensor, "sequences tokens"]
+Call = Callable[[nn.Module, Tensor], Any]
 
 _PROBE_TOKENS = 4
 _TOLERANCE = 0.02  # of the largest logit: passes a GPU's reordered sums, not a missing term
@@ -37,22 +39,22 @@ class BlockInputs:
     shape: torch.Size
     """Shape of the hidden states, in nearly every model (sequences, tokens, features)."""
     calls: tuple[Call, ...]
-    """One for each block: ``calls[b](forward, hidden)`` calls ``forward`` as the model calls block
-    b. They hold masks and rotary tables, but neither hidden states nor a key-value cache."""
+    """``calls[b](block, hidden)`` calls ``block`` as the model calls block b. They hold masks and
+    rotary tables, but neither hidden states nor a key-value cache."""
 
 
 class BlockRunner:
     """The blocks of a causal language model, run one at a time as the model itself runs them.
 
-    ``hidden, inputs = enter(ids)``, then ``hidden = run(b, hidden, inputs)`` for every block b, then
-    ``leave(hidden, ids)`` gives ``module(ids).logits`` bit for bit. A block runs with the weights
-    it has at that time. Nothing is differentiated and no key-value cache is made.
+    ``hidden, inputs = enter(ids)``, then ``hidden = run(b, hidden, inputs)`` for every block b,
+    then ``leave(hidden, ids)`` gives ``module(ids).logits`` bit for bit. A block runs with the
+    weights it has at that time. Nothing is differentiated and no key-value cache is made.
 
     Parameters
     ----------
     module
-        A transformers model with a language-model head, in eval mode. Its blocks are replaced
-        while `enter` and `leave` run, and put back however these end.
+        A transformers model with a language-model head, in eval mode. Its blocks' ``forward`` is
+        replaced while `enter` and `leave` run, and put back however these end.
 
     Raises
     ------
@@ -64,45 +66,41 @@ class BlockRunner:
 
     def __init__(self, module: nn.Module) -> None:
         if module.training:
-            raise InvalidInput(
-                "the model must be in eval mode to run block by block; call `eval()`."
-            )
+            raise InvalidInput("a model run block by block must be in eval mode; call `eval()`.")
         if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
             raise _refusal(module, "it is an encoder-decoder")
         self._module, self._blocks = module, find_blocks(module)[1]
         ids = torch.arange(_PROBE_TOKENS)[None]
         outputs, logits = self._watch(ids)
-        self._extras = [_count_extras(module, output) for output in outputs]
-        self._check(ids, logits)
+        try:
+            self._extras = [None if isinstance(o, Tensor) else len(o) - 1 for o in outputs]
+            replayed = self._replay(ids)
+        except (AttributeError, LookupError, TypeError) as error:
+            raise _refusal(module, f"a block cannot run on its own ({error!r})") from error
+        close = _TOLERANCE * float(logits.nan_to_num().abs().max())
+        if not torch.allclose(replayed, logits, rtol=0, atol=close, equal_nan=True):
+            raise _refusal(module, "its logits come out differently")
 
     @property
     def n_blocks(self) -> int:
         """Number of transformer blocks."""
         return len(self._blocks)
 
-    def enter(
-        self, ids: Int[Tensor, "sequences tokens"]
-    ) -> tuple[Float[Tensor, "*batch features"], BlockInputs]:
+    def enter(self, ids: Ids) -> tuple[Hidden, BlockInputs]:
         """Return the hidden states that enter block 0, and what the blocks receive beside them.
 
-        Parameters
-        ----------
-        ids
-            Token ids of shape (sequences, tokens), on any device.
-
-        Notes
-        -----
         Only what comes before the blocks runs (embeddings, masks, rotary tables). As that is cheap,
         nothing needs to be held while other batches run: enter a batch again for every block.
+        ``ids`` has shape (sequences, tokens) and may be on any device.
         """
         entering: list[Tensor] = []
         calls: list[Call] = []
 
         def capture(index: int, _forward: object, *args: object, **kwargs: object) -> object:
-            hidden, call = _split(self._module, args, kwargs)
+            hidden, call = _split(args, kwargs)
             entering[:] = entering or [hidden]
             calls.append(call)
-            if len(calls) == self.n_blocks:
+            if index == self.n_blocks - 1:
                 raise _AllCaptured
             return self._output(index, hidden)
 
@@ -110,42 +108,27 @@ class BlockRunner:
             _forward(self._module, ids)
         return entering[0], BlockInputs(entering[0].shape, tuple(calls))
 
-    def run(
-        self, index: int, hidden: Float[Tensor, "*batch features"], inputs: BlockInputs
-    ) -> Float[Tensor, "*batch features"]:
+    def run(self, index: int, hidden: Hidden, inputs: BlockInputs) -> Hidden:
         """Return what block ``index`` makes of ``hidden``, in the same shape.
 
-        Parameters
-        ----------
-        index
-            Index of the block.
-        hidden
-            Hidden states that enter the block, on the model's device.
-        inputs
-            From `enter`, for the batch that ``hidden`` comes from.
+        ``hidden`` is on the model's device, and ``inputs`` come from entering the same batch.
         """
         if not 0 <= index < self.n_blocks:
             raise InvalidInput(f"`index` must be in 0..{self.n_blocks - 1}; got {index}.")
         _check_shape(hidden, inputs.shape)
         with torch.inference_mode(False), torch.no_grad():
             output = inputs.calls[index](self._blocks[index], hidden)
-        return output if isinstance(output, Tensor) else output[0]
+        after: Tensor = output if isinstance(output, Tensor) else output[0]
+        return after
 
-    def leave(
-        self, hidden: Float[Tensor, "*batch features"], ids: Int[Tensor, "sequences tokens"]
-    ) -> Float[Tensor, "sequences tokens vocabulary"]:
-        """Return the logits that the model computes from the output of its last block.
+    def leave(self, hidden: Hidden, ids: Ids) -> Float[Tensor, "sequences tokens vocabulary"]:
+        """Return the logits that the model computes from ``hidden``, its last block's output.
 
-        Parameters
-        ----------
-        hidden
-            Output of the last block, on the model's device.
-        ids
-            Token ids of shape (sequences, tokens) of the same batch.
+        ``ids`` are the token ids of the same batch, of shape (sequences, tokens).
         """
 
         def pass_on(index: int, _forward: object, *args: object, **kwargs: object) -> object:
-            passing, _ = _split(self._module, args, kwargs)
+            passing, _ = _split(args, kwargs)
             _check_shape(hidden, passing.shape)
             return self._output(index, hidden if index == self.n_blocks - 1 else passing)
 
@@ -157,15 +140,14 @@ class BlockRunner:
         extras = self._extras[index]
         return hidden if extras is None else (hidden, *[None] * extras)
 
-    def _watch(self, ids: Tensor) -> tuple[list[object], Tensor]:
+    def _watch(self, ids: Tensor) -> tuple[list[Any], Tensor]:
         """Run the model; return its blocks' outputs and its logits."""
         seen: list[tuple[int, object]] = []
 
-        def note(
-            index: int, forward: Callable[..., object], *args: object, **kwargs: object
-        ) -> object:
-            seen.append((index, forward(*args, **kwargs)))
-            return seen[-1][1]
+        def note(index: int, forward: Callable[..., Any], *args: object, **kwargs: object) -> Any:
+            output = forward(*args, **kwargs)
+            seen.append((index, output))
+            return output
 
         with _replaced(self._blocks, note):
             logits = _logits(self._module, ids)
@@ -173,71 +155,43 @@ class BlockRunner:
             raise _refusal(self._module, f"its {self.n_blocks} blocks run in the order {order}")
         return [output for _, output in seen], logits
 
-    def _check(self, ids: Tensor, expected: Tensor) -> None:
-        """Refuse a model whose logits are not ``expected`` when its blocks run one at a time."""
-        try:
-            hidden, _ = self.enter(ids)
-            for index in range(self.n_blocks):
-                hidden = self.run(index, hidden, self.enter(ids)[1])
-            logits = self.leave(hidden, ids).float()
-        except (AttributeError, LookupError, TypeError) as error:
-            raise _refusal(self._module, f"a block needs what another left ({error!r})") from error
-        close = _TOLERANCE * float(expected.float().nan_to_num().abs().max())
-        if not torch.allclose(logits, expected.float(), rtol=0, atol=close, equal_nan=True):
-            raise _refusal(self._module, "its logits come out differently")
+    def _replay(self, ids: Tensor) -> Tensor:
+        hidden, _ = self.enter(ids)
+        for index in range(self.n_blocks):
+            hidden = self.run(index, hidden, self.enter(ids)[1])
+        return self.leave(hidden, ids)
 
 
 @contextmanager
 def _replaced(blocks: nn.ModuleList, stand_in: Callable[..., object]) -> Iterator[None]:
     """Call ``stand_in(index, forward, *args, **kwargs)`` where a block's ``forward`` is called."""
-    with ExitStack() as stack:
+    own = [block.__dict__.get("forward") for block in blocks]  # accelerate, for one, sets it
+    try:
         for index, block in enumerate(blocks):
-            stack.callback(_put_back, block, block.__dict__.get("forward"))
             block.__dict__["forward"] = partial(stand_in, index, block.forward)
         yield
+    finally:
+        for block, forward in zip(blocks, own, strict=True):
+            block.__dict__.pop("forward", None)
+            block.__dict__.update({} if forward is None else {"forward": forward})
 
 
-def _put_back(block: nn.Module, own: object) -> None:
-    """Undo a replacement; ``own`` is a forward that the block had on its own account, if any."""
-    if own is None:
-        block.__dict__.pop("forward", None)
-    else:
-        block.__dict__["forward"] = own
+def _split(args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[Any, Call]:
+    """Part a block's arguments into the hidden states, which come first, and a call with others."""
+    hidden, *others = [None if isinstance(v, Cache) else v for v in (*args, *kwargs.values())]
+    count, names = len(args), tuple(kwargs)
 
+    def call(block: nn.Module, states: Tensor) -> object:
+        given = [states, *others]
+        return block(*given[:count], **dict(zip(names, given[count:], strict=True)))
 
-def _split(
-    module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
-) -> tuple[Tensor, Call]:
-    """Part a block's arguments into its hidden states and a call with all the others."""
-    keyword = None if args else next(iter(kwargs), None)
-    hidden = args[0] if args else kwargs.get(str(keyword))
-    if not isinstance(hidden, Tensor):
-        raise _refusal(module, "the first argument of a block is not a tensor")
-    rest = [None if isinstance(value, Cache) else value for value in args[1:]]
-    named = {
-        key: None if isinstance(value, Cache) else value
-        for key, value in kwargs.items()
-        if key != keyword
-    }
-    if keyword is None:
-        return hidden, lambda forward, states: forward(states, *rest, **named)
-    return hidden, lambda forward, states: forward(**{keyword: states}, **named)
-
-
-def _count_extras(module: nn.Module, output: object) -> int | None:
-    """Return how many values follow the hidden states in a block's output, None if it is bare."""
-    if isinstance(output, Tensor):
-        return None
-    if isinstance(output, tuple) and output and isinstance(output[0], Tensor):
-        return len(output) - 1
-    raise _refusal(module, f"a block gives a {type(output).__name__}, not hidden states")
+    return hidden, call
 
 
 def _check_shape(hidden: Tensor, shape: torch.Size) -> None:
     if hidden.shape != shape:
-        raise InvalidInput(
-            f"hidden states of this batch must have shape {tuple(shape)}; got {tuple(hidden.shape)}."
-        )
+        got = tuple(hidden.shape)
+        raise InvalidInput(f"this batch's hidden states have shape {tuple(shape)}; got {got}.")
 
 
 def _forward(module: nn.Module, ids: Tensor) -> object:

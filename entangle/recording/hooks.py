@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 from jaxtyping import Int
@@ -73,7 +72,7 @@ class SeenTensor:
     """How often its memory had been written to when it was seen."""
 
     @classmethod
-    def of(cls, tensor: Tensor) -> Self:
+    def of(cls, tensor: Tensor) -> "SeenTensor":
         """See a tensor."""
         return cls(tensor, tensor._version)
 

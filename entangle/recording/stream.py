@@ -102,6 +102,23 @@ class TokenStore:
             yield start, self._read(start, count)
             start += count
 
+    def __iter__(self) -> Iterator[Float[Tensor, "tokens features"]]:
+        """Yield all rows in order, 8,192 at a time; may be repeated."""
+        return (rows for _, rows in self.blocks(8192))
+
+    def span(self, start: int, end: int) -> Float[Tensor, "tokens features"]:
+        """Return the rows from ``start`` up to ``end``."""
+        parts, first = [], 0
+        for chunk in self._chunks:
+            low, high = max(start - first, 0), min(end - first, chunk.shape[0])
+            if low < high:
+                parts.append(chunk[low:high])
+            first += chunk.shape[0]
+        if end > max(start, first):
+            stored = self._read(max(start, first), end - max(start, first))
+            parts.append(stored.to(parts[0].device) if parts else stored)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
     def take(self, index: Int[Tensor, " rows"]) -> Float[Tensor, "rows features"]:
         """Return the rows of these indices, in their order."""
         wanted, order = index.cpu().sort()

@@ -1,7 +1,6 @@
 """The output distribution of every neuron of a layer, as it is saved and drawn again."""
 
 from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 import pandas as pd
@@ -33,7 +32,7 @@ class LayerHistograms:
     """float64, shape (neurons,): largest output, in the neuron's own units."""
 
     @classmethod
-    def from_sketch(cls, sketch: SketchResult) -> Self:
+    def from_sketch(cls, sketch: SketchResult) -> "LayerHistograms":
         """Fold the bins of a sketch four by four and leave out the empty ends."""
         counts = bins.fold_counts(sketch.counts, FOLD).numpy()
         used = np.flatnonzero(counts.any(axis=0))

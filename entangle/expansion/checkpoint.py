@@ -1,0 +1,106 @@
+"""Expanded layers on disk: one safetensors file a block, packed, and a manifest for them all."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from entangle.errors import InvalidInput
+from entangle.expansion.build import ExpandedLayer
+from entangle.expansion.linear import ExpandedLinear, SharedRouting
+from entangle.expansion.packing import pack, unpack
+from entangle.models.layers import Layer
+from entangle.provenance import disk_errors
+from entangle.routing import Router
+
+
+def block_file(folder: Path, index: int) -> Path:
+    """Return the file of a block's experts."""
+    return folder / f"block-{index:04d}.safetensors"
+
+
+def write_block(folder: Path, index: int, expanded: Sequence[ExpandedLayer]) -> Path:
+    """Write the experts and routers of one block; the file appears when it is complete.
+
+    Experts are stored as a bitmap (one bit a weight) and the non-zeros in the layer's dtype;
+    routers as they are, once for all the layers that share one.
+    """
+    tensors: dict[str, Tensor] = {}
+    routers: list[SharedRouting] = []
+    layers: dict[str, dict[str, object]] = {}
+    for one in expanded:
+        if not any(one.module.routing is routing for routing in routers):
+            routers.append(one.module.routing)
+        number = next(i for i, routing in enumerate(routers) if routing is one.module.routing)
+        tensors[f"{one.layer.name}:bitmap"], tensors[f"{one.layer.name}:values"] = pack(
+            one.module.weight.detach()
+        )
+        layers[one.layer.name] = {"router": number, "shape": list(one.module.weight.shape)}
+    for number, routing in enumerate(routers):
+        for name, value in routing.router.state().items():
+            tensors[f"router {number}:{name}"] = value.cpu().contiguous()
+    path = block_file(folder, index)
+    temporary = path.with_suffix(".writing")
+    with disk_errors(path):
+        save_file(tensors, temporary, {"layers": json.dumps(layers)})
+        os.replace(temporary, path)  # noqa: PTH105  (the atomic one)
+    return path
+
+
+def read_block(path: Path, layers: Mapping[str, Layer]) -> list[ExpandedLayer]:
+    """Read a block's experts; biases and the dtype's device come from the dense ``layers``.
+
+    Raises
+    ------
+    InvalidInput
+        If the file is missing, truncated or altered, or does not fit the model.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            described = json.loads((file.metadata() or {})["layers"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        return _rebuild(described, tensors, layers)
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise InvalidInput(
+            f"{str(path)!r} is damaged or does not fit the model ({error}); build it anew."
+        ) from error
+
+
+def _rebuild(
+    described: Mapping[str, Mapping[str, object]],
+    tensors: Mapping[str, Tensor],
+    layers: Mapping[str, Layer],
+) -> list[ExpandedLayer]:
+    routings: dict[object, SharedRouting] = {}
+    rebuilt = []
+    for name, entry in described.items():
+        layer, number, shape = layers[name], entry["router"], entry["shape"]
+        if not isinstance(shape, list) or tuple(shape[1:]) != layer.shape:
+            raise ValueError(f"layer {name!r} has shape {layer.shape}, the experts {shape}")
+        if number not in routings:
+            prefix = f"router {number}:"
+            state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            routings[number] = SharedRouting(Router.from_state(state).to(layer.weight.device))
+        weight = unpack((tensors[f"{name}:bitmap"], tensors[f"{name}:values"]), tuple(shape))
+        module = ExpandedLinear(
+            weight.to(layer.weight.device, layer.weight.dtype), layer.bias, routings[number]
+        )
+        rebuilt.append(ExpandedLayer(layer, module, None))
+    return rebuilt
+
+
+def install(module: nn.Module, expanded: Sequence[ExpandedLayer]) -> None:
+    """Put expanded layers into a model, in place of the dense ones."""
+    for one in expanded:
+        module.set_submodule(one.layer.name, one.module)
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
