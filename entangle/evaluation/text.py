@@ -8,7 +8,6 @@ from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
-import torch
 from jaxtyping import Int64
 from numpy.typing import NDArray
 from torch import Tensor
@@ -22,11 +21,11 @@ from entangle.calibration.texts import as_path, existing, open_texts, refuse
 from entangle.calibration.token_files import integer_ids, read_token_file
 from entangle.calibration.tokens import first_tokens
 from entangle.errors import InvalidInput
+from entangle.evaluation.windows import Cut
 from entangle.evaluation.words import count_predicted
 
 Source = str | Path | Tensor | NDArray[np.generic]
 
-DEFAULT_SEQ_LEN = 2048
 DEFAULT_SPLIT = "test"
 _SPLITS = {"c4": "validation"}  # it has no test split
 
@@ -36,25 +35,25 @@ class EvaluationText:
     """Windows of token ids, made once for all models that share a tokenizer."""
 
     windows: Int64[Tensor, "n_windows seq_len"]
-    """Token ids, shape (n_windows, seq_len), on the CPU; every token but a window's first is
-    predicted."""
+    """Token ids, shape (n_windows, seq_len), int64, on the CPU; all but a window's first token
+    are predicted."""
     source: str
     """What the user gave: a name, a data set's id, a path, or the kind of an array."""
-    n_words: int | None
-    """Words (between white space) that begin in predicted tokens; None where unknown."""
-    n_bytes: int | None
-    """Bytes of the predicted tokens' text in UTF-8; None where unknown."""
     settings: Mapping[str, object]
     """Everything else that decided the windows; JSON-serialisable."""
+    n_words: int | None = None
+    """Words (between white space) that begin in predicted tokens; None where unknown."""
+    n_bytes: int | None = None
+    """Bytes of the predicted tokens' text in UTF-8; None where unknown."""
 
     def __post_init__(self) -> None:
-        if self.windows.shape[1] < 2:
+        if self.seq_len < 2:
             raise InvalidInput(
-                f"`seq_len` must be at least 2, or nothing is predicted; got "
-                f"{self.windows.shape[1]}."
+                f"`windows` must have at least 2 tokens each; got shape {tuple(self.windows.shape)}"
+                ": nothing would be predicted."
             )
-        copied = CalibrationSet(self.windows, self.source, self.settings).settings
-        object.__setattr__(self, "settings", MappingProxyType(dict(copied)))
+        checked = CalibrationSet(self.windows, self.source, self.settings)
+        object.__setattr__(self, "settings", MappingProxyType(dict(checked.settings)))
 
     @property
     def n_windows(self) -> int:
@@ -114,7 +113,7 @@ def load_evaluation(
     ----------
     source
         As in `entangle.calibration.load_calibration`. Ids of shape (tokens,) are cut like a text;
-        of ids of shape (rows, columns) the rows are the windows.
+        the rows of ids of shape (rows, columns) are windows.
     tokenizer
         Needed for a text, not used for token ids.
     seq_len
@@ -137,8 +136,9 @@ def load_evaluation(
     Returns
     -------
     EvaluationText
-        ``settings`` has the options and how many tokens were dropped. Words and bytes are counted
-        where the tokenizer is a fast one, which knows each token's place.
+        ``settings`` has the options and the number of tokens dropped at the end (None with
+        ``n_windows``). Words and bytes are counted where the tokenizer is a fast one, which knows
+        every token's place.
 
     Raises
     ------
@@ -150,27 +150,100 @@ def load_evaluation(
 
     Notes
     -----
-    To count words, the text that was read is held in memory, with some 170 bytes a character while
-    its tokens' places are looked up.
+    To count words, all text that is read stays in memory, with some 170 bytes for a character
+    while the tokens' places are looked up.
     """
-    _check_size("seq_len", seq_len, 2)
-    _check_size("n_windows", n_windows, 1)
-    label = source if isinstance(source, str | Path) else _array_label(source)
+    cut = Cut(seq_len=seq_len, n_windows=n_windows, context_length=context_length)
+    label = _label(source)
     names = {"split": split, "config": config, "column": column}
-    stored = _stored_ids(source, str(label))
-    if stored is not None:
-        refuse(str(label), **names, add_special_tokens=add_special_tokens or None)
-    if stored is not None and stored.ndim == 2:
-        windows = _rows(stored, seq_len, n_windows, str(label))
-        _check_context(windows.shape[1], context_length)
-        text = EvaluationText(windows, str(label), None, None, {"sampling": "rows"})
+    found = _find(source, label)
+    if isinstance(found, Tensor):
+        refuse(label, **names, add_special_tokens=add_special_tokens or None)
+        text = _from_ids(found, cut, label)
     else:
-        length = seq_len or min(DEFAULT_SEQ_LEN, context_length or DEFAULT_SEQ_LEN)
-        _check_context(length, context_length)
-        if stored is not None:
-            text = _from_ids(stored, length, n_windows, str(label))
-        else:
-            assert isinstance(label, str | Path)
-            text = _from_text(label, tokenizer, length, n_windows, join, add_special_tokens, names)
+        text = _from_text(found, tokenizer, cut, join, add_special_tokens, names)
     check_ids(text.windows, vocab_size)
     return text
+
+
+def _label(source: Source) -> str:
+    if isinstance(source, str | Path):
+        return str(source)
+    return f"{type(source).__name__} of shape {tuple(source.shape)}"
+
+
+def _find(source: Source, label: str) -> Tensor | str | Path:
+    """Return the token ids if that is what the source holds, else the source of text."""
+    if not isinstance(source, str | Path):
+        return integer_ids(source, name=label)
+    path = as_path(source)
+    if path is None or path.suffix.lower() != ".safetensors":
+        return source
+    return read_token_file(existing(path)).ids
+
+
+def _from_ids(ids: Int64[Tensor, "..."], cut: Cut, label: str) -> EvaluationText:
+    if ids.ndim == 2:
+        return EvaluationText(cut.rows(ids, where=label), label, {"cut": "rows"})
+    windows = cut.running_text(ids, where=label)
+    return EvaluationText(windows, label, {"cut": "contiguous", **_dropped(cut, ids, windows)})
+
+
+class _KeptText(JoinedText):
+    """A joined text that stays in memory, to look up the tokens' places in it."""
+
+    def forget(self, begin: int) -> None:
+        """Keep everything."""
+
+
+def _from_text(
+    source: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    cut: Cut,
+    join: str,
+    add_special_tokens: bool,
+    names: dict[str, str | None],
+) -> EvaluationText:
+    where = repr(str(source))
+    if tokenizer is None:
+        raise InvalidInput(
+            f"{where} is text, so it needs a tokenizer; pass the model's, or give token ids."
+        )
+    names = {**names, "split": _split(source, names)}
+    opened = open_texts(source, **names)
+    before = special_tokens(tokenizer)[0] if add_special_tokens else []
+    text = _KeptText(opened.documents, join)
+    length = max(cut.window - len(before), 1)
+    wanted = sys.maxsize if cut.n_windows is None else cut.n_windows * length
+    tokens = first_tokens(text, tokenizer, wanted)
+    windows = cut.running_text(tokens.ids, where=where, before=before)
+    counts = count_predicted(
+        text.span(0, tokens.n_characters),
+        tokens.ids[: len(windows) * length],
+        tokenizer,
+        n_windows=len(windows),
+        skipped=0 if before else 1,
+    )
+    settings = {
+        **opened.settings,
+        "cut": "contiguous",
+        "join": join,
+        "special_tokens": before,
+        "tokenizer": describe_tokenizer(tokenizer),
+        "n_documents": text.n_documents,
+        **_dropped(cut, tokens.ids, windows[:, len(before) :]),
+    }
+    return EvaluationText(windows, str(source), settings, counts.n_words, counts.n_bytes)
+
+
+def _split(source: str | Path, names: Mapping[str, str | None]) -> str | None:
+    """Return the split asked for, or the default one where the `datasets` library reads."""
+    path = as_path(source)
+    local = path is not None and (path.is_file() or names["config"] is None)
+    if names["split"] is not None or local or source == "demo":
+        return names["split"]
+    return _SPLITS.get(str(source), DEFAULT_SPLIT)
+
+
+def _dropped(cut: Cut, ids: Tensor, windows: Tensor) -> dict[str, object]:
+    return {"dropped_tokens": None if cut.n_windows else len(ids) - windows.numel()}

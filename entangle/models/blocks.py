@@ -75,7 +75,7 @@ class BlockRunner:
         try:
             self._extras = [None if isinstance(o, Tensor) else len(o) - 1 for o in outputs]
             replayed = self._replay(ids)
-        except (AttributeError, LookupError, TypeError) as error:
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise _refusal(module, f"a block cannot run on its own ({error!r})") from error
         close = _TOLERANCE * float(logits.nan_to_num().abs().max())
         if not torch.allclose(replayed, logits, rtol=0, atol=close, equal_nan=True):

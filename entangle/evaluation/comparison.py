@@ -1,0 +1,155 @@
+"""Several models on one text: a table whose first row is the baseline of the others."""
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import pandas as pd
+from torch import nn
+
+from entangle.errors import InvalidInput
+from entangle.evaluation.perplexity import Perplexity, perplexity
+from entangle.evaluation.text import EvaluationText
+from entangle.models.loading import LanguageModel
+from entangle.seeding import numpy_rng
+from entangle.stats.intervals import Interval
+
+
+def evaluate_models(
+    models: Iterable[tuple[str, LanguageModel | nn.Module]],
+    text: EvaluationText,
+    *,
+    batch_size: int | None = None,
+    progress: bool | None = None,
+) -> dict[str, Perplexity]:
+    """Measure the perplexity of several models on one text.
+
+    Parameters
+    ----------
+    models
+        Label and model, the dense one first. They are asked for one at a time, so that a generator
+        may load, or change the weights, in between.
+    text, batch_size, progress
+        As in `perplexity`.
+
+    Returns
+    -------
+    dict
+        Result of each label, in the order given.
+
+    Raises
+    ------
+    InvalidInput
+        If two models have the same label; and as `perplexity`.
+    """
+    results: dict[str, Perplexity] = {}
+    for label, model in models:
+        if label in results:
+            raise InvalidInput(f"every model must have a label of its own; got {label!r} twice.")
+        results[label] = perplexity(model, text, batch_size=batch_size, progress=progress)
+    return results
+
+
+def perplexity_table(
+    results: Mapping[str, Perplexity], *, n_boot: int = 1000, seed: int = 0
+) -> pd.DataFrame:
+    """Return one row a model; ratios are to the first, which is the dense baseline.
+
+    Parameters
+    ----------
+    results
+        From `evaluate_models`, all on one text.
+    n_boot, seed
+        Of the interval of the ratio, as in `perplexity_ratio`.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Columns ``model``, ``perplexity``, ``ratio`` with its 95 % interval ``ratio_low`` and
+        ``ratio_high``, ``word_perplexity``, ``bits_per_byte``, ``windows``, ``tokens``, ``flag``.
+
+    Raises
+    ------
+    InvalidInput
+        If there is no result, or two are not on the same text.
+    """
+    if not results:
+        raise InvalidInput("`results` must hold at least one result; got none.")
+    baseline = next(iter(results.values()))
+    rows = []
+    for label, result in results.items():
+        ratio = perplexity_ratio(result, baseline, n_boot=n_boot, seed=seed)
+        rows.append(
+            {
+                "model": label,
+                "perplexity": result.value,
+                "ratio": ratio.value,
+                "ratio_low": ratio.low,
+                "ratio_high": ratio.high,
+                "word_perplexity": result.word_perplexity,
+                "bits_per_byte": result.bits_per_byte,
+                "windows": len(result.window_losses),
+                "tokens": result.n_tokens,
+                "flag": result.flag,
+            }
+        )
+    return pd.DataFrame(rows).astype({"word_perplexity": float, "bits_per_byte": float})
+
+
+def perplexity_ratio(
+    result: Perplexity,
+    baseline: Perplexity,
+    *,
+    n_boot: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Interval:
+    """Return the ratio of two perplexities with a paired percentile bootstrap interval.
+
+    Windows are resampled with replacement, the same ones for both models: what a window's text
+    makes easy or hard cancels.
+
+    Parameters
+    ----------
+    result, baseline
+        On the same text; the ratio is result / baseline.
+    n_boot
+        Number of resamples.
+    seed
+        Of the resampling.
+    level
+        Probability mass of the interval, in (0, 1).
+
+    Returns
+    -------
+    Interval
+        Ends are NaN if there is one window only. All is NaN if a loss is NaN or both are infinite.
+
+    Raises
+    ------
+    InvalidInput
+        If the texts differ or a value is out of range.
+
+    Notes
+    -----
+    Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13 (percentile interval).
+    """
+    if result.protocol["digest"] != baseline.protocol["digest"]:
+        raise InvalidInput(
+            "perplexities must be of the same windows to be compared; got digests "
+            f"{result.protocol['digest']} and {baseline.protocol['digest']}."
+        )
+    if n_boot < 1 or not 0.0 < level < 1.0:
+        raise InvalidInput(
+            f"`n_boot` must be at least 1 and `level` in (0, 1); got {n_boot} and {level}."
+        )
+    n = len(result.window_losses)
+    with np.errstate(invalid="ignore", over="ignore"):
+        gaps = (result.window_losses - baseline.window_losses) * (n / result.n_tokens)
+        value = float(np.exp(gaps.mean()))
+        if n < 2 or not np.isfinite(gaps).all():
+            return Interval(value, np.nan, np.nan)
+        rng = numpy_rng(seed, "perplexity ratio")
+        means = [gaps[rng.integers(n, size=n)].mean() for _ in range(n_boot)]
+        tail = 50.0 * (1.0 - level)
+        low, high = np.exp(np.percentile(means, [tail, 100.0 - tail]))
+    return Interval(value, float(low), float(high))

@@ -1,0 +1,104 @@
+"""Cutting tokens into windows that lie end to end, for evaluation."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from entangle.errors import InvalidInput
+
+DEFAULT_SEQ_LEN = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """How long the windows are, and how many of them are taken."""
+
+    seq_len: int | None
+    """Tokens in a window; None for `DEFAULT_SEQ_LEN` or the context, or a table's columns."""
+    n_windows: int | None
+    """Windows taken, from the first on; None for all."""
+    context_length: int | None
+    """Longest sequence that the model accepts."""
+
+    def __post_init__(self) -> None:
+        _check_count("seq_len", self.seq_len, 2)
+        _check_count("n_windows", self.n_windows, 1)
+        self._check_context(self.seq_len or 2)
+
+    @property
+    def window(self) -> int:
+        """Tokens in a window of a text, special ones included."""
+        return self.seq_len or min(DEFAULT_SEQ_LEN, self.context_length or DEFAULT_SEQ_LEN)
+
+    def running_text(
+        self, tokens: Int64[Tensor, " tokens"], *, where: str, before: Sequence[int] = ()
+    ) -> Int64[Tensor, "n_windows seq_len"]:
+        """Return a text's windows, each with the ids ``before`` at its head; the rest is dropped.
+
+        Raises
+        ------
+        InvalidInput
+            If the text is too short; the message has the largest size that fits.
+        """
+        length, head = self.window - len(before), torch.tensor(before, dtype=torch.int64)
+        if length < 1:
+            raise InvalidInput(
+                f"`seq_len` must leave room for text beside {len(before)} special tokens; "
+                f"got {self.window}."
+            )
+        available = len(tokens) // length
+        if available == 0:
+            longest = len(tokens) + len(before)
+            remedy = f"lower `seq_len` to at most {longest} or " if longest > 1 else ""
+            raise InvalidInput(
+                f"{where} has {len(tokens)} tokens, but one window of `seq_len` {self.window} "
+                f"needs {length}; {remedy}give a longer text."
+            )
+        taken = self._taken(available, where)
+        text = tokens[: taken * length].view(taken, length)
+        return torch.cat([head.expand(taken, -1), text], dim=1)
+
+    def rows(
+        self, table: Int64[Tensor, "rows columns"], *, where: str
+    ) -> Int64[Tensor, "n_windows seq_len"]:
+        """Return the first rows and columns of a table of ids, all of them if not asked.
+
+        Raises
+        ------
+        InvalidInput
+            If the table has fewer, or its rows are longer than the model's context.
+        """
+        rows, columns = table.shape
+        length = self.seq_len or columns
+        _check_count("seq_len", length, 2)
+        self._check_context(length)
+        if length > columns:
+            raise InvalidInput(
+                f"`seq_len` must be at most {columns}, the columns of {where}; got {length}."
+            )
+        return table[: self._taken(rows, where), :length].clone()
+
+    def _taken(self, available: int, where: str) -> int:
+        taken = self.n_windows or available
+        if taken > available:
+            raise InvalidInput(
+                f"`n_windows` must be at most {available}, as many as {where} has; got {taken}."
+            )
+        return taken
+
+    def _check_context(self, seq_len: int) -> None:
+        if self.context_length is not None and seq_len > self.context_length:
+            raise InvalidInput(
+                f"`seq_len` must be at most the model's context, {self.context_length}; "
+                f"got {seq_len}."
+            )
+
+
+def _check_count(name: str, value: object, least: int) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InvalidInput(f"`{name}` must be an integer of at least {least}; got {value!r}.")
