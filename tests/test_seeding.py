@@ -58,7 +58,7 @@ def test_a_seed_is_in_range(seed: int) -> None:
 @pytest.mark.parametrize("seed", [1.0, "0", None])
 def test_a_seed_is_an_integer(seed: object) -> None:
     with pytest.raises(InvalidInput, match=f"`seed` must be an integer .*; got {seed!r}"):
-        inspect.unwrap(check_seed)(seed)  # type: ignore[arg-type]
+        inspect.unwrap(check_seed)(seed)
 
 
 def test_the_largest_seed_works() -> None:

@@ -6,10 +6,10 @@ import sys
 from collections.abc import Sequence
 
 from entangle import __version__
-from entangle.cli import demo, layers, score
+from entangle.cli import demo, evaluate, layers, score
 from entangle.errors import EntangleError
 
-COMMANDS = (demo, layers, score)
+COMMANDS = (demo, evaluate, layers, score)
 
 
 def build_parser() -> argparse.ArgumentParser:

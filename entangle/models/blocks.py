@@ -22,9 +22,8 @@ from entangle.models.layers import find_blocks
 
 Hidden = Float[Tensor, "*batch features"]
 Ids = Int[Tensor, "sequences tokens"]
-Call = Callable[[nn.Module, Tensor], Any]
+Call = Callable[[nn.Module, Tensor], Tensor]
 
-_PROBE_TOKENS = 4
 _TOLERANCE = 0.02  # of the largest logit: passes a GPU's reordered sums, not a missing term
 
 
@@ -39,7 +38,7 @@ class BlockInputs:
     shape: torch.Size
     """Shape of the hidden states, in nearly every model (sequences, tokens, features)."""
     calls: tuple[Call, ...]
-    """``calls[b](block, hidden)`` calls ``block`` as the model calls block b. They hold masks and
+    """``calls[b](block, hidden)`` runs ``block`` as the model runs block b. They hold masks and
     rotary tables, but neither hidden states nor a key-value cache."""
 
 
@@ -60,8 +59,8 @@ class BlockRunner:
     ------
     InvalidInput
         If the model has no list of blocks, is an encoder-decoder, gives no logits for each token,
-        or is not reproduced by running its blocks one at a time (for example where a block reads
-        keys and values that another has left). The last is tried on four tokens.
+        or, tried on four tokens, is not reproduced by running its blocks one at a time (as where a
+        block reads keys and values that another has left).
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -70,21 +69,9 @@ class BlockRunner:
         if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
             raise _refusal(module, "it is an encoder-decoder")
         self._module, self._blocks = module, find_blocks(module)[1]
-        ids = torch.arange(_PROBE_TOKENS)[None]
-        outputs, logits = self._watch(ids)
-        try:
-            self._extras = [None if isinstance(o, Tensor) else len(o) - 1 for o in outputs]
-            replayed = self._replay(ids)
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
-            raise _refusal(module, f"a block cannot run on its own ({error!r})") from error
-        close = _TOLERANCE * float(logits.nan_to_num().abs().max())
-        if not torch.allclose(replayed, logits, rtol=0, atol=close, equal_nan=True):
-            raise _refusal(module, "its logits come out differently")
-
-    @property
-    def n_blocks(self) -> int:
+        self.n_blocks = len(self._blocks)
         """Number of transformer blocks."""
-        return len(self._blocks)
+        self._probe(torch.arange(4)[None])
 
     def enter(self, ids: Ids) -> tuple[Hidden, BlockInputs]:
         """Return the hidden states that enter block 0, and what the blocks receive beside them.
@@ -93,20 +80,18 @@ class BlockRunner:
         nothing needs to be held while other batches run: enter a batch again for every block.
         ``ids`` has shape (sequences, tokens) and may be on any device.
         """
-        entering: list[Tensor] = []
-        calls: list[Call] = []
+        captured: list[tuple[Any, Call]] = []
 
         def capture(index: int, _forward: object, *args: object, **kwargs: object) -> object:
-            hidden, call = _split(args, kwargs)
-            entering[:] = entering or [hidden]
-            calls.append(call)
+            captured.append(_split(args, kwargs))
             if index == self.n_blocks - 1:
                 raise _AllCaptured
-            return self._output(index, hidden)
+            return self._output(index, captured[-1][0])
 
         with _replaced(self._blocks, capture), suppress(_AllCaptured):
             _forward(self._module, ids)
-        return entering[0], BlockInputs(entering[0].shape, tuple(calls))
+        hidden = captured[0][0]
+        return hidden, BlockInputs(hidden.shape, tuple(call for _, call in captured))
 
     def run(self, index: int, hidden: Hidden, inputs: BlockInputs) -> Hidden:
         """Return what block ``index`` makes of ``hidden``, in the same shape.
@@ -117,9 +102,7 @@ class BlockRunner:
             raise InvalidInput(f"`index` must be in 0..{self.n_blocks - 1}; got {index}.")
         _check_shape(hidden, inputs.shape)
         with torch.inference_mode(False), torch.no_grad():
-            output = inputs.calls[index](self._blocks[index], hidden)
-        after: Tensor = output if isinstance(output, Tensor) else output[0]
-        return after
+            return inputs.calls[index](self._blocks[index], hidden)
 
     def leave(self, hidden: Hidden, ids: Ids) -> Float[Tensor, "sequences tokens vocabulary"]:
         """Return the logits that the model computes from ``hidden``, its last block's output.
@@ -140,26 +123,29 @@ class BlockRunner:
         extras = self._extras[index]
         return hidden if extras is None else (hidden, *[None] * extras)
 
-    def _watch(self, ids: Tensor) -> tuple[list[Any], Tensor]:
-        """Run the model; return its blocks' outputs and its logits."""
-        seen: list[tuple[int, object]] = []
+    def _probe(self, ids: Tensor) -> None:
+        """Learn the form of the blocks' outputs; refuse a model that `run` does not reproduce."""
+        seen: list[tuple[int, Any]] = []
 
         def note(index: int, forward: Callable[..., Any], *args: object, **kwargs: object) -> Any:
-            output = forward(*args, **kwargs)
-            seen.append((index, output))
-            return output
+            seen.append((index, forward(*args, **kwargs)))
+            return seen[-1][1]
 
         with _replaced(self._blocks, note):
             logits = _logits(self._module, ids)
         if (order := [index for index, _ in seen]) != list(range(self.n_blocks)):
             raise _refusal(self._module, f"its {self.n_blocks} blocks run in the order {order}")
-        return [output for _, output in seen], logits
-
-    def _replay(self, ids: Tensor) -> Tensor:
-        hidden, _ = self.enter(ids)
-        for index in range(self.n_blocks):
-            hidden = self.run(index, hidden, self.enter(ids)[1])
-        return self.leave(hidden, ids)
+        try:
+            self._extras = [None if isinstance(o, Tensor) else len(o) - 1 for _, o in seen]
+            hidden, _ = self.enter(ids)
+            for index in range(self.n_blocks):
+                hidden = self.run(index, hidden, self.enter(ids)[1])
+            replayed = self.leave(hidden, ids)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise _refusal(self._module, f"a block cannot run on its own ({error!r})") from error
+        close = _TOLERANCE * float(logits.nan_to_num().abs().max())
+        if not torch.allclose(replayed, logits, rtol=0, atol=close, equal_nan=True):
+            raise _refusal(self._module, "its logits come out differently")
 
 
 @contextmanager
@@ -181,17 +167,17 @@ def _split(args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[Any, Ca
     hidden, *others = [None if isinstance(v, Cache) else v for v in (*args, *kwargs.values())]
     count, names = len(args), tuple(kwargs)
 
-    def call(block: nn.Module, states: Tensor) -> object:
+    def call(block: nn.Module, states: Tensor) -> Any:
         given = [states, *others]
-        return block(*given[:count], **dict(zip(names, given[count:], strict=True)))
+        output = block(*given[:count], **dict(zip(names, given[count:], strict=True)))
+        return output if isinstance(output, Tensor) else output[0]
 
     return hidden, call
 
 
 def _check_shape(hidden: Tensor, shape: torch.Size) -> None:
     if hidden.shape != shape:
-        got = tuple(hidden.shape)
-        raise InvalidInput(f"this batch's hidden states have shape {tuple(shape)}; got {got}.")
+        raise InvalidInput(f"`hidden` must have shape {tuple(shape)}; got {tuple(hidden.shape)}.")
 
 
 def _forward(module: nn.Module, ids: Tensor) -> object:

@@ -182,19 +182,12 @@ class OutputSketch:
     def _update_block(self, outputs: Tensor, part: slice, group: int) -> None:
         x = outputs[:, part].t().to(torch.float32, memory_format=torch.contiguous_format)
         x = torch.sub(x, self._location[part, None]).div_(self._scale[part, None])
-        total = x.sum(1)
-        if not bool(total.isfinite().all()):
+        powers = _power_sums(x)
+        if not bool(powers[-1].isfinite().all()):
             self._nan[part] |= x.isnan().any(1)
             self._inf[part] |= x.isinf().any(1)
             x = x.nan_to_num_(0.0, 0.0, 0.0)
-            total = x.sum(1)
-        square = x.square()
-        powers = (
-            total,
-            square.sum(1),
-            torch.linalg.vecdot(square, x),
-            torch.linalg.vecdot(square, square),
-        )
+            powers = _power_sums(x.to(self._powers.dtype))  # x⁴ may overflow float32
         for i, power in enumerate(powers):
             self._powers[i, part] += power
         self._group_powers[group, 0, part] += powers[0]
@@ -277,6 +270,17 @@ def _block_columns(outputs: Tensor) -> int:
     return max(1, values // outputs.shape[0])
 
 
+def _power_sums(x: Tensor) -> tuple[Tensor, ...]:
+    """Return the sums of the first four powers of each row."""
+    square = x.square()
+    return (
+        x.sum(1),
+        square.sum(1),
+        torch.linalg.vecdot(square, x),
+        torch.linalg.vecdot(square, square),
+    )
+
+
 def _pilot(outputs: Tensor) -> tuple[Tensor, Tensor]:
     """Return the median and the core width of each neuron over a sample of the tokens."""
     stride = max(1, outputs.shape[0] // _PILOT_TOKENS)
@@ -285,7 +289,8 @@ def _pilot(outputs: Tensor) -> tuple[Tensor, Tensor]:
     n = ordered.shape[1]
     location = ordered[:, n // 2].clone()
     core = (ordered[:, (3 * n) // 4] - ordered[:, n // 4]) / _NORMAL_IQR
-    spread = (ordered - location[:, None]).square().mean(1).sqrt()
+    deviations = (ordered - location[:, None]).to(accumulator_dtype(ordered.device))
+    spread = deviations.square().mean(1).sqrt().to(ordered)
     scale = torch.where(core > 0, core, spread)
     floor = location.abs() * torch.finfo(torch.float32).eps
     scale = torch.where(scale > floor, scale, floor)

@@ -39,7 +39,7 @@ def _problem(n: int = 401, neurons: int = 3, seed: int = 0) -> tuple[Tensor, Ten
 
 
 def _distance(x: Tensor, pairs: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x[pairs[0]] - x[pairs[1]], dim=1)
+    return (x[pairs[0]] - x[pairs[1]]).square().sum(1).sqrt()
 
 
 def _sketch(y: Tensor, pairs: Tensor, distance: Tensor) -> PairSketch:

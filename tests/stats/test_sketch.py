@@ -4,7 +4,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
@@ -120,6 +120,7 @@ def test_any_distribution_is_within_the_bound(chunk: int) -> None:
 
 
 @settings(deadline=None, max_examples=60)
+@example(atoms=[1.1920929e-07, 183566.0], weights=[300, 204] + 4 * [1], noise=0.0, shuffled=False)
 @given(
     atoms=st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=6),
     weights=st.lists(st.integers(1, 400), min_size=6, max_size=6),
@@ -133,7 +134,7 @@ def test_bound_by_hypothesis(
     y = np.repeat(np.array(atoms), weights[: len(atoms)])
     y = y + noise * rng.standard_normal(len(y))
     y = (rng.permutation(y) if shuffled else y).astype(np.float32).astype(np.float64)
-    assume(y.std() > 1e-5 * np.abs(y).max())
+    assume(y.std() > max(1e-5 * np.abs(y).max(), 1e-15))
     found = _sketched(torch.from_numpy(y).float()[:, None], chunk=300)
     assert abs(found.shape.wd.item() - exact_wd(y)) <= found.wd_bound.item() + 1e-5
 
@@ -403,6 +404,28 @@ def test_few_tokens() -> None:
 def test_any_floating_type(dtype: torch.dtype) -> None:
     y = _columns({k: SMOOTH[k] for k in ("normal", "t3", "bimodal")}, 2000).to(dtype)
     _assert_same(_sketched(y), _sketched(y.float()), tol=1e-6)
+
+
+@pytest.mark.parametrize("unit", [1e-27, 1e25])
+def test_an_atom_and_a_few_values_far_from_one(unit: float) -> None:
+    y = (_columns({"normal": SMOOTH["normal"]}, 1000) * unit).clone()
+    y[::2] = 0.0
+    found = _sketched(y)
+    exact = shape_statistics(y.T)
+    assert not found.shape.constant.any()
+    assert ((found.shape.wd - exact.wd).abs() <= found.wd_bound).all()
+    torch.testing.assert_close(found.shape.std, exact.std, rtol=1e-5, atol=0)
+
+
+def test_fourth_powers_beyond_float32() -> None:
+    y = torch.ones(2000, 1)  # a constant pilot: the unit is the rounding of 1
+    y[1500:] = 1e4 * torch.arange(500.0)[:, None]
+    found, exact = _sketched(y).shape, shape_statistics(y.T)
+    assert not found.inf.any()
+    for name in MOMENTS:
+        torch.testing.assert_close(
+            getattr(found, name), getattr(exact, name), rtol=1e-5, atol=0, msg=name
+        )
 
 
 def test_denormal_outputs_do_not_break() -> None:

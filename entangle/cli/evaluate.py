@@ -1,0 +1,181 @@
+"""``entangle evaluate``: perplexity on a text."""
+
+import argparse
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from entangle.cli import options
+from entangle.cli.tables import print_json, print_table, records
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from entangle.evaluation import EvaluationText, Perplexity
+    from entangle.models.loading import LanguageModel
+
+KIND = "evaluation"
+DENSE = "dense"
+
+FORMATS = {
+    "perplexity": ",.5g", "× dense": ".4g", "word perplexity": ",.5g", "bits per byte": ".4f",
+    "windows": ",d", "tokens": ",d",
+}  # fmt: skip
+OPTIONAL = ("tokens", "windows", "bits per byte", "word perplexity")
+
+
+def add_parser(subparsers: options.Subparsers) -> None:
+    """Add the command to the parser."""
+    parser = subparsers.add_parser(
+        "evaluate",
+        help="measure the perplexity of a model on a text",
+        description="Measure perplexity by the usual protocol: documents joined, tokenised as one "
+        "text, cut into windows that do not overlap.",
+    )
+    options.add_model_options(parser)
+    group = parser.add_argument_group("text")
+    group.add_argument(
+        "--data",
+        default="demo",
+        metavar="SOURCE",
+        help="demo, wikitext2, c4, a data set's hub id, or a path: .txt, .jsonl, .parquet, a "
+        "folder of them, or token ids in .safetensors (default: demo)",
+    )
+    group.add_argument("--config", help="configuration of a hub data set")
+    group.add_argument(
+        "--split", help="split of a hub data set (default: test; c4 has only validation)"
+    )
+    group.add_argument("--column", help="column that holds the text")
+    group.add_argument(
+        "--seq-len",
+        type=int,
+        help="tokens in a window (default: 2048, or the model's context if shorter, or all "
+        "columns of a table of token ids)",
+    )
+    group.add_argument(
+        "--n-windows", type=int, help="take only the first windows (default: all of the text)"
+    )
+    group.add_argument(
+        "--join", default="\\n\\n", help="put between documents; \\n, \\t and \\\\ are understood "
+        "(default: %(default)s)"
+    )  # fmt: skip
+    group.add_argument(
+        "--special-tokens",
+        action="store_true",
+        help="begin every window with the tokenizer's special tokens",
+    )
+    parser.add_argument("--batch-size", type=int, help="windows in one forward pass")
+    options.add_run_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Evaluate, print and save."""
+    from entangle.provenance import RunClock, check_output, make_manifest
+    from entangle.seeding import check_seed
+
+    clock = RunClock()
+    check_seed(arguments.seed)
+    if arguments.out is not None:
+        check_output(arguments.out, force=arguments.force)
+    from entangle.evaluation import evaluate_models, perplexity_table
+
+    model = options.load_model(arguments)
+    text = load_text(arguments, model)
+    results = evaluate_models(
+        [(DENSE, model)],
+        text,
+        batch_size=arguments.batch_size,
+        progress=not arguments.quiet,
+    )
+    table = perplexity_table(results, seed=arguments.seed)
+    manifest = make_manifest(
+        KIND,
+        models={DENSE: model.describe()},
+        evaluation=text.describe(),
+        settings={"batch_size": arguments.batch_size, "seed": arguments.seed},
+        **clock.read(),
+    )
+    if arguments.out is not None:
+        save(arguments.out, table, results, manifest, force=arguments.force)
+    if arguments.json:
+        print_json({"out": arguments.out, "manifest": manifest, "results": records(table)})
+    else:
+        print_results(table, results, text, out=arguments.out)
+
+
+def load_text(arguments: argparse.Namespace, model: "LanguageModel") -> "EvaluationText":
+    """Load the text that the options describe, fitted to the model."""
+    from entangle.calibration import interpret_escapes
+    from entangle.evaluation import load_evaluation
+
+    return load_evaluation(
+        arguments.data,
+        model.tokenizer,
+        seq_len=arguments.seq_len,
+        n_windows=arguments.n_windows,
+        split=arguments.split,
+        config=arguments.config,
+        column=arguments.column,
+        join=interpret_escapes(arguments.join),
+        add_special_tokens=arguments.special_tokens,
+        context_length=model.context_length,
+        vocab_size=model.vocab_size,
+    )
+
+
+def save(
+    out: str,
+    table: "pd.DataFrame",
+    results: Mapping[str, "Perplexity"],
+    manifest: Mapping[str, object],
+    *,
+    force: bool,
+) -> None:
+    """Write the manifest, the table, and every window's loss (``windows.parquet``)."""
+    import pandas as pd
+
+    from entangle.provenance import output_folder, write_json
+
+    windows = pd.concat(
+        pd.DataFrame({"model": label, "loss": result.window_losses}).rename_axis("window")
+        for label, result in results.items()
+    )
+    with output_folder(out, force=force) as folder:
+        write_json(folder / "manifest.json", manifest)
+        table.to_parquet(folder / "perplexity.parquet", index=False)
+        windows.reset_index().to_parquet(folder / "windows.parquet", index=False)
+
+
+def print_results(
+    table: "pd.DataFrame",
+    results: Mapping[str, "Perplexity"],
+    text: "EvaluationText",
+    *,
+    out: str | None,
+) -> None:
+    """Print the table, what is wrong with a result, and where it was written."""
+    shown = table.drop(columns=["ratio_low", "ratio_high", "flag"])
+    shown.columns = shown.columns.str.replace("_", " ")
+    interval = [
+        f"[{low:.4g}, {high:.4g}]" for low, high in zip(table["ratio_low"], table["ratio_high"],
+                                                         strict=True)
+    ]  # fmt: skip
+    shown = shown.rename(columns={"ratio": "× dense"})
+    if len(shown) > 1:
+        shown.insert(3, "95 %", interval)
+    else:
+        shown = shown.drop(columns="× dense")
+    print_table(
+        shown,
+        title=f"Perplexity on {text.source} (windows of {text.seq_len:,} tokens, no overlap)",
+        formats=FORMATS,
+        optional=OPTIONAL,
+    )
+    for label, result in results.items():
+        if result.flag:
+            print(
+                f"The perplexity of {label} is {result.flag}: "
+                f"{result.n_bad_windows} of {text.n_windows} windows have no finite loss."
+            )
+    if out is not None:
+        print(f"Saved to {out}.")

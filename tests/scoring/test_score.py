@@ -1,0 +1,444 @@
+"""`score` against a slow reference on every architecture, and what must not change its result."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from pandas.testing import assert_frame_equal
+from torch import nn
+
+from entangle.calibration import CalibrationSet
+from entangle.errors import InvalidInput, MemoryLimit, UnknownName
+from entangle.models.layers import find_layers
+from entangle.models.loading import LanguageModel
+from entangle.scoring import score as score_module
+from entangle.scoring.score import Method, score
+from entangle.scoring.scores import NeuronScores
+from entangle.seeding import torch_rng
+from entangle.stats.mapping_difficulty import draw_pairs
+from entangle.stats.wasserstein import null_floor
+from tests.reference import scoring as reference
+from tests.tiny_models import CONFIGS, TINY
+
+Tiny = Callable[[str], LanguageModel]
+Scored = Callable[[str, Method], NeuronScores]
+METHODS: tuple[Method, ...] = ("exact", "sketch")
+MEASURES = ["wd", "ks", "mean", "std", "skewness", "excess_kurtosis"]
+LOOKED_AT = (0, 7, 13)
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_exact_scores_against_the_reference(
+    name: str, tiny: Tiny, scored: Scored, calibration: CalibrationSet
+) -> None:
+    scores, module = scored(name, "exact"), tiny(name).module
+    layers = find_layers(module, 1)
+    assert scores.frame["layer"].unique().tolist() == [layer.name for layer in layers]
+    streams = reference.inputs_and_outputs(module, [one.name for one in layers], calibration.ids)
+    pairs = draw_pairs(calibration.n_tokens, seed=0).T.tolist()
+    for layer in layers:
+        rows = scores.frame[scores.frame["layer"] == layer.name]
+        inputs, outputs = streams[layer.name]
+        assert rows["neuron"].tolist() == list(range(outputs.shape[1]))
+        weight = reference.weight_rows(module, layer.name, transposed=name == "gpt2")
+        np.testing.assert_allclose(rows["weight_norm"], np.linalg.norm(weight, axis=1), rtol=1e-6)
+        for neuron in LOOKED_AT:
+            expected = reference.neuron_scores(outputs[:, neuron])
+            got = rows.iloc[neuron]
+            np.testing.assert_allclose(
+                got[MEASURES].astype(float), list(expected.values()), atol=3e-5, rtol=3e-5
+            )
+            md = reference.mapping_difficulty(inputs, outputs[:, neuron], pairs)
+            assert got["md"] == pytest.approx(md, rel=1e-4)
+    assert (scores.frame["flag"] == "").all()
+    assert (scores.frame["n_tokens"] == calibration.n_tokens).all()
+    assert (scores.frame["block"] == 1).all()
+    assert (scores.frame["wd_bound"] == 0).all()
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_the_sketch_keeps_within_its_bound_of_the_exact_scores(name: str, scored: Scored) -> None:
+    exact, sketch = scored(name, "exact"), scored(name, "sketch")
+    assert list(sketch.frame.columns) == list(exact.frame.columns)
+    assert sketch.frame.dtypes.to_dict() == exact.frame.dtypes.to_dict()
+    assert sketch.layers.dtypes.to_dict() == exact.layers.dtypes.to_dict()
+    same = ["model", "layer", "block", "projection", "neuron", "weight_norm", "n_tokens", "flag"]
+    assert_frame_equal(sketch.frame[same], exact.frame[same])
+    error = (sketch.frame["wd"] - exact.frame["wd"]).abs()
+    assert (error <= sketch.frame["wd_bound"] + 1e-5).all()
+    assert (sketch.frame["wd_bound"] < 0.02).all()
+    for column in ("mean", "std", "skewness", "excess_kurtosis"):
+        np.testing.assert_allclose(sketch.frame[column], exact.frame[column], rtol=2e-3, atol=1e-4)
+    assert (sketch.frame["ks"] <= exact.frame["ks"] + 1e-5).all()
+    assert (sketch.frame["ks"] >= exact.frame["ks"] - 0.05).all()
+    assert sketch.layers["method"].eq("sketch").all()
+    assert (sketch.frame["md"] / exact.frame["md"]).median() == pytest.approx(1, abs=0.3)
+
+
+def test_standard_error_and_halves_against_the_reference(
+    tiny: Tiny, scored: Scored, calibration: CalibrationSet
+) -> None:
+    scores, name = scored("llama", "exact"), "model.layers.1.mlp.gate_proj"
+    outputs = reference.inputs_and_outputs(tiny("llama").module, [name], calibration.ids)[name][1]
+    groups = [range(start, start + 16) for start in range(0, 192, 16)]
+    rows = scores.layer(name).frame
+    for neuron in LOOKED_AT:
+        expected = reference.jackknife(outputs[:, neuron], groups)
+        assert rows["wd_se"][neuron] == pytest.approx(expected, rel=0.15, abs=1e-3)
+    halves = [
+        [
+            reference.wasserstein(outputs[[t for g in half for t in g], neuron])
+            for neuron in range(48)
+        ]
+        for half in (groups[::2], groups[1::2])
+    ]
+    expected = pd.Series(halves[0]).corr(pd.Series(halves[1]), method="spearman")
+    assert scores.layer(name).layers["split_half"][0] == pytest.approx(expected, abs=0.05)
+
+
+def test_the_mapping_difficulty_of_the_sketch(tiny: Tiny, calibration: CalibrationSet) -> None:
+    """Tokens of a batch's first half are paired with tokens of its second."""
+    name = "model.layers.1.mlp.gate_proj"
+    scores = score(tiny("llama"), calibration, layers=name, method="sketch", seed=5)
+    pairs: list[list[int]] = []
+    for batch in range(6):  # one for each group of two sequences of 16 tokens
+        rng = torch_rng(5, "pairs", batch, 32)
+        first, second = (torch.randperm(16, generator=rng) + 32 * batch for _ in range(2))
+        pairs += torch.stack([first, second + 16], 1).tolist()
+    assert scores.layers[["n_pairs", "n_identical_pairs"]].to_numpy().sum() == len(pairs) == 96
+    streams = reference.inputs_and_outputs(tiny("llama").module, [name], calibration.ids)
+    inputs, outputs = streams[name]
+    for neuron in LOOKED_AT:
+        expected = reference.mapping_difficulty(inputs, outputs[:, neuron], pairs)
+        assert scores.frame["md"][neuron] == pytest.approx(expected, rel=0.03)
+
+
+def test_the_rank_agreement_of_other_normalisers(
+    tiny: Tiny, scored: Scored, calibration: CalibrationSet
+) -> None:
+    name = "model.layers.1.mlp.gate_proj"
+    streams = reference.inputs_and_outputs(tiny("llama").module, [name], calibration.ids)
+    inputs, outputs = streams[name]
+    pairs = draw_pairs(calibration.n_tokens, seed=0).T.tolist()
+    ranks = [
+        pd.Series([reference.mapping_difficulty(inputs, y, pairs, norm) for y in outputs.T]).rank()
+        for norm in (np.median, np.mean, max)
+    ]
+    row = scored("llama", "exact").layer(name).layers.iloc[0]
+    assert row["md_rank_agreement_mean"] == pytest.approx(ranks[0].corr(ranks[1]), abs=1e-3)
+    assert row["md_rank_agreement_max"] == pytest.approx(ranks[0].corr(ranks[2]), abs=1e-3)
+
+
+def test_layers_are_described(scored: Scored, calibration: CalibrationSet) -> None:
+    layers = scored("llama", "exact").layers.set_index("projection")
+    floor, high = null_floor(calibration.n_tokens)
+    assert layers["n_neurons"].to_dict() == {
+        "q_proj": 32, "k_proj": 16, "v_proj": 16, "o_proj": 32,
+        "gate_proj": 48, "up_proj": 48, "down_proj": 32,
+    }  # fmt: skip
+    assert (layers["n_tokens"] == 192).all()
+    assert (layers["null_floor"] == floor).all()
+    assert (layers["null_floor_high"] == high).all()
+    assert (layers["n_pairs"] + layers["n_identical_pairs"] == 96).all()
+    assert layers["split_half"].between(-1, 1).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_batch_size_and_memory_change_nothing(
+    method: Method, tiny: Tiny, scored: Scored, calibration: CalibrationSet
+) -> None:
+    usual = scored("llama", method).frame
+    for settings in ({"batch_size": 1}, {"batch_size": 100}, {"memory": 2**20}):
+        other = score(tiny("llama"), calibration, layers=1, method=method, **settings).frame
+        tolerance = usual["wd_bound"] + other["wd_bound"] + 1e-5
+        assert ((usual["wd"] - other["wd"]).abs() <= tolerance).all()
+        columns = ["mean", "std", "skewness", "weight_norm"]
+        columns += ["ks", "md", "wd_se"] if method == "exact" else []
+        np.testing.assert_allclose(usual[columns], other[columns], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_device_changes_nothing(
+    name: str, method: Method, scored: Scored, calibration: CalibrationSet
+) -> None:
+    usual = scored(name, method)
+    other = score(TINY[name]().to("cuda"), calibration, layers=1, method=method)  # type: ignore[call-overload]
+    tolerance = usual.frame["wd_bound"] + 1e-4
+    assert ((usual.frame["wd"] - other.frame["wd"]).abs() <= tolerance).all()
+    columns = ["mean", "std", "md", "weight_norm"]
+    np.testing.assert_allclose(usual.frame[columns], other.frame[columns], rtol=1e-3, atol=1e-4)
+    assert other.manifest["model"]["device"] == "cuda:0"  # type: ignore[index]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_runs_with_one_seed_agree_to_the_last_bit(
+    method: Method, tiny: Tiny, scored: Scored, calibration: CalibrationSet
+) -> None:
+    first = scored("gpt2", method)
+    state = torch.get_rng_state()
+    second = score(tiny("gpt2"), calibration, layers=1, method=method)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert_frame_equal(first.frame, second.frame, check_exact=True)
+    assert_frame_equal(first.layers, second.layers, check_exact=True)
+    other = score(tiny("gpt2"), calibration, layers=1, method=method, seed=1)
+    assert_frame_equal(
+        first.frame.drop(columns="md"), other.frame.drop(columns="md"), check_exact=True
+    )
+    assert (first.frame["md"] != other.frame["md"]).any()
+
+
+def broken_llama() -> nn.Module:
+    """A llama whose gate_proj of block 1 has a NaN, two infinite and two constant neurons."""
+    module = TINY["llama"]()
+    gate = module.get_submodule("model.layers.1.mlp.gate_proj").get_parameter("weight")
+    gate[3, 5] = torch.nan
+    gate[8, 0] = torch.inf
+    gate[9, 0] = -torch.inf
+    gate[20] = 0
+    gate[21] = 1e-38
+    return module
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_neurons_without_a_score_are_flagged_and_kept(
+    method: Method, scored: Scored, calibration: CalibrationSet
+) -> None:
+    name = "model.layers.1.mlp.gate_proj"
+    scores = score(broken_llama(), calibration, layers=name, method=method)
+    flags = {3: "nan", 8: "inf", 9: "inf", 20: "constant"}
+    frame, clean = scores.frame, scored("llama", method).layer(name).frame
+    flagged = frame["flag"] != ""
+    assert frame["flag"][flagged].drop(21, errors="ignore").to_dict() == flags
+    assert len(frame) == 48
+    measured = [*MEASURES, "wd_se", "wd_bound", "md"]
+    assert frame.loc[list(flags), measured].isna().all(axis=None)
+    unchanged = ["neuron", *measured, "flag"]
+    good = frame.index.difference([*flags, 21])
+    np.testing.assert_allclose(
+        frame.loc[good, measured].astype(float), clean.loc[good, measured].astype(float),
+        rtol=1e-6, atol=1e-9,
+    )  # fmt: skip
+    assert frame.loc[good, unchanged].notna().all(axis=None)
+    assert np.isnan(frame["weight_norm"][3])
+    assert frame["weight_norm"][[8, 9]].eq(np.inf).all()
+    assert set(scores.top(48)["neuron"]).isdisjoint(flags)
+    assert np.isfinite(scores.layers["split_half"][0])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nan_that_spreads_ends_and_is_seen(method: Method, calibration: CalibrationSet) -> None:
+    scores = score(broken_llama(), calibration, layers="all", method=method)
+    spread = scores.frame[scores.frame["block"] == 2]
+    assert (spread["flag"] == "nan").all()
+    assert len(scores.top(10)) == 10
+    assert scores.layers["n_tokens"].eq(calibration.n_tokens).all()
+    assert scores.layer("model.layers.2.mlp.up_proj").layers["split_half"].isna().all()
+    scores._repr_html_()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_sequence_has_scores_but_no_standard_error(
+    method: Method, tiny: Tiny, calibration: CalibrationSet
+) -> None:
+    one = CalibrationSet(calibration.ids[:1], "one", {})
+    scores = score(tiny("llama"), one, layers=1, method=method)
+    assert scores.frame["wd"].notna().all()
+    assert scores.frame["wd_se"].isna().all()
+    assert scores.layers["split_half"].isna().all()
+    assert scores.manifest["settings"]["n_groups"] == 1  # type: ignore[index]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("tokens", [1, 2, 3])
+def test_hardly_any_token(method: Method, tokens: int, tiny: Tiny) -> None:
+    ids = CalibrationSet(torch.arange(5, 5 + tokens)[None], "few", {})
+    scores = score(tiny("llama"), ids, layers=1, method=method)
+    assert len(scores.frame) == 224
+    assert (scores.frame["flag"] == ("constant" if tokens == 1 else "")).all()
+    assert scores.frame["wd"].isna().all() == (tokens == 1)
+    assert (scores.frame["n_tokens"] == tokens).all()
+
+
+def test_equal_inputs_have_no_mapping_difficulty(tiny: Tiny) -> None:
+    ids = CalibrationSet(torch.full((4, 1), 7), "equal", {})
+    scores = score(tiny("llama"), ids, layers=0, proj="q_proj")
+    assert scores.frame["md"].isna().all()
+    assert scores.layers[["n_pairs", "n_identical_pairs"]].to_numpy().tolist() == [[0, 2]]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_without_mapping_difficulty(
+    method: Method, tiny: Tiny, calibration: CalibrationSet
+) -> None:
+    scores = score(tiny("llama"), calibration, layers=1, method=method, md=False)
+    assert scores.frame["md"].isna().all()
+    assert scores.frame["wd"].notna().all()
+    assert scores.layers["n_pairs"].eq(0).all()
+    assert scores.manifest["settings"]["md"] is False  # type: ignore[index]
+
+
+def test_auto_is_exact_where_the_inputs_fit(tiny: Tiny) -> None:
+    ids = CalibrationSet(torch.full((64, 64), 7), "many", {})
+    settings = {"layers": 1, "proj": "mlp", "md": False}
+    scores = score(tiny("llama"), ids, memory=2**22, **settings)
+    assert scores.layers["method"].eq("exact").all()
+    scores = score(tiny("llama"), ids, memory=2**21, **settings)
+    assert scores.layers["method"].eq("sketch").all()
+
+
+def test_the_manifest_tells_what_was_done(
+    tiny: Tiny, scored: Scored, calibration: CalibrationSet
+) -> None:
+    manifest = dict(scored("gpt2", "sketch").manifest)
+    assert (manifest["kind"], manifest["schema_version"]) == ("scores", 1)
+    assert manifest["model"] == tiny("gpt2").describe()
+    assert manifest["calibration"] == calibration.describe()
+    assert manifest["settings"] == {
+        "layers": [layer.name for layer in find_layers(tiny("gpt2").module, 1)],
+        "method": "sketch", "n_groups": 6, "batch_size": 256, "md": True, "seed": 0,
+    }  # fmt: skip
+    assert isinstance(manifest["seconds"], float)
+    assert isinstance(manifest["peak_memory_bytes"], int)
+    assert {"python", "torch", "transformers", "entangle"} <= set(manifest["packages"])  # type: ignore[call-overload]
+
+
+class Plain(nn.Module):
+    """A model from outside transformers: no configuration, no head, blocks without names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(112, 6)
+        self.layers = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)])
+        with torch.no_grad():
+            for p in self.parameters():
+                p.copy_(torch.linspace(-1, 1, p.numel()).sin().view(p.shape))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x: torch.Tensor = self.table(ids)
+        for layer in self.layers:
+            x = x + layer(x).relu()
+        return x
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_plain_module(method: Method, calibration: CalibrationSet) -> None:
+    module = Plain()
+    scores = score(module, calibration, method=method)
+    assert scores.frame["layer"].unique().tolist() == ["layers.0", "layers.1"]
+    assert scores.frame["model"].eq("Plain").all()
+    assert not module.training
+    outputs = reference.inputs_and_outputs(module, ["layers.1"], calibration.ids)["layers.1"][1]
+    tolerance = 0.01 if method == "sketch" else 1e-5
+    got = scores.layer("layers.1").frame["wd"]
+    for neuron in range(6):
+        assert got[neuron] == pytest.approx(
+            reference.wasserstein(outputs[:, neuron]), abs=tolerance
+        )
+
+
+def test_layers_outside_the_blocks(tiny: Tiny, calibration: CalibrationSet) -> None:
+    scores = score(tiny("llama"), calibration, layers=["lm_head", "model.layers.2.mlp.up_proj"])
+    assert scores.frame["block"].isna().sum() == 112
+    assert scores.layers["n_tokens"].tolist() == [192, 192]
+    bert = score(tiny("bert"), calibration, layers="pooler.dense")
+    assert bert.layers["n_tokens"].tolist() == [12]  # it sees the first token of a sequence
+
+
+def test_a_stored_half_precision_model(calibration: CalibrationSet, scored: Scored) -> None:
+    module = TINY["llama"]().to(torch.bfloat16)  # type: ignore[call-overload]
+    for method in METHODS:
+        got = score(module, calibration, layers=1, method=method).frame["wd"]
+        usual = scored("llama", method).frame["wd"]
+        assert (got - usual).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_inside_inference_mode(
+    method: Method, tiny: Tiny, scored: Scored, calibration: CalibrationSet
+) -> None:
+    with torch.inference_mode():
+        scores = score(tiny("llama"), calibration, layers=1, method=method)
+    assert_frame_equal(scores.frame, scored("llama", method).frame, check_exact=True)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    ],
+)
+def test_running_out_of_memory_names_the_settings(
+    error: Exception, tiny: Tiny, calibration: CalibrationSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_args: object, **_kwargs: object) -> None:
+        raise error
+
+    monkeypatch.setattr(score_module, "score_exact", fail)
+    message = r"by the exact method; lower --memory \(memory\), --batch-size \(batch_size\) or the"
+    with pytest.raises(MemoryLimit, match=message):
+        score(tiny("llama"), calibration, layers=1, method="exact")
+
+
+def test_torch_says_so_when_memory_runs_out_on_the_cpu() -> None:
+    with pytest.raises(RuntimeError, match="you tried to allocate"):
+        torch.empty(2**60)
+
+
+def test_other_errors_are_not_taken_for_it(
+    tiny: Tiny, calibration: CalibrationSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_args: object, **_kwargs: object) -> None:
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(score_module, "score_exact", fail)
+    with pytest.raises(RuntimeError, match="something else"):
+        score(tiny("llama"), calibration, layers=1, method="exact")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"seed": -1}, "`seed` must be"),
+        ({"layers": []}, "`layers` must name at least one"),
+        ({"layers": 3}, r"must be in 0\.\.2 for this model; got 3"),
+        ({"memory": 2**20 - 1}, "`memory` must be at least 1 MiB in bytes; got 1048575"),
+        ({"batch_size": 0}, "`batch_size` must be at least 1; got 0"),
+    ],
+)
+def test_settings_that_break_a_rule(
+    settings: dict[str, int], message: str, tiny: Tiny, calibration: CalibrationSet
+) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        score(tiny("llama"), calibration, **settings)  # type: ignore[arg-type]
+
+
+def test_unknown_layers(tiny: Tiny, calibration: CalibrationSet) -> None:
+    with pytest.raises(UnknownName, match="unknown layer"):
+        score(tiny("llama"), calibration, layers="model.layers.1.mlp.gate")
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (torch.full((2, 8), 112), r"does not fit the model: token id 112 is outside .* \[0, 112\)"),
+        (torch.full((2, 8), -1), "must be at least 0; got -1"),
+        (torch.full((1, 129), 5), "`seq_len` must be at most 128, the model's context; got 129"),
+    ],
+)
+def test_ids_that_do_not_fit_the_model(ids: torch.Tensor, message: str, tiny: Tiny) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        score(tiny("llama"), CalibrationSet(ids, "bad", {}), layers=1)
+
+
+def test_a_layer_that_never_runs(calibration: CalibrationSet) -> None:
+    module = Plain()
+    module.unused = nn.Linear(6, 6)
+    for method in METHODS:
+        with pytest.raises(InvalidInput, match="layer 'unused' sees no token"):
+            score(module, calibration, layers="unused", method=method)
