@@ -40,21 +40,22 @@ def print_table(
         if name in frame.columns:
             frame = frame.drop(columns=name)
             left_out.append(name)
-        table = _table(frame, title, formats)
+        table = _table(frame, formats)
         needed = console.measure(table, options=console.options.update(max_width=_WIDEST)).maximum
         if needed <= available:
             break
-    console.width = max(needed, len(title))
+    console.print(title, style="italic", soft_wrap=True)
+    console.width = needed
     console.print(table)
     if left_out:
         print(f"Left out for want of room: {', '.join(left_out)}.")
 
 
-def _table(frame: "pd.DataFrame", title: str, formats: Mapping[str, str]) -> "Table":
+def _table(frame: "pd.DataFrame", formats: Mapping[str, str]) -> "Table":
     from rich import box
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD)
     for name in frame.columns:
         numeric = frame[name].dtype.kind in "iuf" or name in formats
         table.add_column(str(name), justify="right" if numeric else "left", no_wrap=True)

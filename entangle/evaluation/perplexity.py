@@ -4,7 +4,6 @@ import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 import torch
@@ -40,7 +39,7 @@ class Perplexity:
     """Bytes of their text; None where unknown."""
 
     @classmethod
-    def of(cls, losses: Float[Tensor, " n_windows"], text: EvaluationText) -> Self:
+    def of(cls, losses: Float[Tensor, " n_windows"], text: EvaluationText) -> "Perplexity":
         """Return the perplexity that the windows' losses (from `window_losses`) amount to.
 
         For models that are run in parts, such as block by block.

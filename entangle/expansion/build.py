@@ -98,7 +98,7 @@ def build_blocks(
     memory: int,
     finished: Callable[[int], Sequence[ExpandedLayer] | None],
     done: Callable[[int, Sequence[ExpandedLayer]], None],
-) -> None:
+) -> BlockRunner:
     """Replace the planned layers of ``module``, one block after the other.
 
     Parameters
@@ -116,6 +116,11 @@ def build_blocks(
         Gives the layers of a block that an earlier run has built, or None.
     done
         Called with the index and the layers of each block, after all streams have passed it.
+
+    Returns
+    -------
+    BlockRunner
+        The model's blocks, to leave the last one with (`BlockRunner.leave`).
     """
     runner = BlockRunner(module)
     for stream in streams:
@@ -132,6 +137,7 @@ def build_blocks(
         for one in expanded:
             one.module.routing.forget()
         done(index, expanded)
+    return runner
 
 
 def _expand_block(

@@ -24,11 +24,16 @@ def block_file(folder: Path, index: int) -> Path:
     return folder / f"block-{index:04d}.safetensors"
 
 
-def write_block(folder: Path, index: int, expanded: Sequence[ExpandedLayer]) -> Path:
+def write_block(
+    folder: Path,
+    index: int,
+    expanded: Sequence[ExpandedLayer],
+    report: Sequence[Mapping[str, object]],
+) -> Path:
     """Write the experts and routers of one block; the file appears when it is complete.
 
     Experts are stored as a bitmap (one bit a weight) and the non-zeros in the layer's dtype;
-    routers as they are, once for all the layers that share one.
+    routers as they are, once for all the layers that share one; the rows of the report beside them.
     """
     tensors: dict[str, Tensor] = {}
     routers: list[SharedRouting] = []
@@ -47,13 +52,16 @@ def write_block(folder: Path, index: int, expanded: Sequence[ExpandedLayer]) -> 
     path = block_file(folder, index)
     temporary = path.with_suffix(".writing")
     with disk_errors(path):
-        save_file(tensors, temporary, {"layers": json.dumps(layers)})
+        metadata = {"layers": json.dumps(layers), "report": json.dumps(list(report))}
+        save_file(tensors, temporary, metadata)
         os.replace(temporary, path)  # noqa: PTH105  (the atomic one)
     return path
 
 
-def read_block(path: Path, layers: Mapping[str, Layer]) -> list[ExpandedLayer]:
-    """Read a block's experts; biases and the dtype's device come from the dense ``layers``.
+def read_block(
+    path: Path, layers: Mapping[str, Layer]
+) -> tuple[list[ExpandedLayer], list[dict[str, object]]]:
+    """Read a block's experts and report; bias, dtype and device are those of the dense ``layers``.
 
     Raises
     ------
@@ -62,9 +70,10 @@ def read_block(path: Path, layers: Mapping[str, Layer]) -> list[ExpandedLayer]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            described = json.loads((file.metadata() or {})["layers"])
+            metadata = file.metadata() or {}
+            described, report = json.loads(metadata["layers"]), json.loads(metadata["report"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        return _rebuild(described, tensors, layers)
+        return _rebuild(described, tensors, layers), report
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise InvalidInput(
             f"{str(path)!r} is damaged or does not fit the model ({error}); build it anew."

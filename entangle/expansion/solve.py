@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from entangle.models.layers import Layer
@@ -40,6 +40,8 @@ class Experts:
     """Sum over all tokens and neurons of the squared dense output (without bias)."""
     damping: Float[Tensor, " experts"]
     """Multiple of the gram's mean diagonal that was needed; 0 where none is used."""
+    tokens: Int64[Tensor, " experts"]
+    """Calibration tokens of every cluster."""
     realised_sparsity: float
     """Share of zeros over all experts."""
     shrunk: int
@@ -98,6 +100,7 @@ def solve_experts(
         squared_error=torch.cat(errors),
         energy=float(_quadratic(weight.float()[None], grams.gram.sum(0)[None]).sum()),
         damping=torch.cat(dampings),
+        tokens=grams.count,
         realised_sparsity=zeros / experts.numel(),
         shrunk=int(rank_short.sum()),
     )

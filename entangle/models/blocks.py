@@ -23,7 +23,6 @@ from entangle.models.layers import find_blocks
 Hidden = Float[Tensor, "*batch features"]
 Ids = Int[Tensor, "sequences tokens"]
 Call = Callable[[nn.Module, Tensor], Tensor]
-
 _TOLERANCE = 0.02  # of the largest logit: passes a GPU's reordered sums, not a missing term
 
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from entangle.errors import InvalidInput, UnknownName
 from entangle.models import demo, pretrained
 from entangle.precision import resolve_device, resolve_dtype
+from entangle.provenance import expanded
 
 CHUNK = 1 << 24  # elements hashed at a time; bounds what is copied from a GPU
 
@@ -147,7 +148,7 @@ def load_model(
             f"for the {source} model {name!r} with device {str(device)!r}."
         )
     wanted, target = resolve_dtype(dtype), resolve_device(device)
-    path, commit = Path(name).expanduser(), None
+    path, commit = expanded(name), None
     if source == "demo":
         path = demo.demo_model_folder()
     elif source == "hub":
@@ -192,7 +193,7 @@ def _source(name: str) -> str:
         raise InvalidInput(
             f"`model` must be demo, a hub id, a folder or a .gguf file; got {name!r}."
         )
-    path = Path(name).expanduser()
+    path = expanded(name)
     if name == "demo":
         return "demo"
     if path.is_dir():

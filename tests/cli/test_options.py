@@ -1,0 +1,36 @@
+import argparse
+
+import pytest
+
+from entangle.cli.options import add_calibration_options, add_layer_options, parse_bytes
+from entangle.errors import InvalidInput
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("1048576", 2**20), ("512M", 2**29), ("2G", 2**31), ("2g", 2**31), ("1.5GiB", 3 * 2**29),
+        (" 4 kb ", 4096), ("1T", 2**40), ("0", 0), ("3B", 3),
+    ],
+)  # fmt: skip
+def test_sizes(text: str, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "G", "-1", "2X", "1e9", "2 GG", "1,5G", "nan"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(InvalidInput, match=f"a size must look like 512M or 2G; got '{text}'"):
+        parse_bytes(text)
+
+
+def test_defaults_are_told_and_filled_in_later() -> None:
+    parser = argparse.ArgumentParser()
+    add_calibration_options(parser, n_seq=32, seq_len=1024)
+    add_layer_options(parser)
+    arguments = parser.parse_args(["--layer", "1", "--layer", "*.up_proj"])
+    assert (arguments.n_seq, arguments.seq_len) == (None, None)
+    assert (arguments.default_n_seq, arguments.default_seq_len) == (32, 1024)
+    assert arguments.layer == ["1", "*.up_proj"]
+    text = " ".join(parser.format_help().split())
+    assert "number of sequences (default: 32, or all of a table of token ids)" in text
+    assert "tokens in a sequence (default: 1024, or" in text
