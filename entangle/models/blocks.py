@@ -1,8 +1,8 @@
 """Running a model block by block, each block with the arguments that the model itself gives it.
 
 Nothing about a block's signature is written down here. The model's own forward runs with stand-ins
-in place of its blocks: one kind notes what every block receives, another gives back the hidden
-states to end with, so that the model's own final norm, head and logit scaling follow.
+in place of its blocks: one kind notes what every block receives, another gives the hidden states
+to end with, so that the model's own final norm, head and logit scaling follow.
 """
 
 import inspect
@@ -23,6 +23,7 @@ from entangle.models.layers import find_blocks
 Hidden = Float[Tensor, "*batch features"]
 Ids = Int[Tensor, "sequences tokens"]
 Call = Callable[[nn.Module, Tensor], Tensor]
+
 _TOLERANCE = 0.02  # of the largest logit: passes a GPU's reordered sums, not a missing term
 
 
@@ -109,12 +110,11 @@ class BlockRunner:
         ``ids`` are the token ids of the same batch, of shape (sequences, tokens).
         """
 
-        def pass_on(index: int, _forward: object, *args: object, **kwargs: object) -> object:
-            passing, _ = _split(args, kwargs)
-            _check_shape(hidden, passing.shape)
-            return self._output(index, hidden if index == self.n_blocks - 1 else passing)
+        def inject(index: int, _forward: object, *args: object, **kwargs: object) -> object:
+            _check_shape(hidden, _split(args, kwargs)[0].shape)
+            return self._output(index, hidden)
 
-        with _replaced(self._blocks, pass_on):
+        with _replaced(self._blocks, inject):
             return _logits(self._module, ids)
 
     def _output(self, index: int, hidden: Tensor) -> object:

@@ -56,6 +56,7 @@ class MappingDifficulty:
         """Return the mapping difficulty (no unit) under a choice of normalisers.
 
         The input normaliser is common to all neurons of a layer and leaves their order alone.
+        NaN where the output normaliser is 0, for example if most pairs have equal outputs.
         """
         if output_norm not in ("median", "mean", "max") or input_norm not in ("max", "mean"):
             raise InvalidInput(
@@ -64,7 +65,7 @@ class MappingDifficulty:
             )
         dy = {"median": self.dy_median, "mean": self.dy_mean, "max": self.dy_max}[output_norm]
         dx = {"max": self.dx_max, "mean": self.dx_mean}[input_norm]
-        return self.slope * dx / dy
+        return (self.slope * dx / dy).masked_fill(dy == 0, math.nan)
 
 
 def draw_pairs(
@@ -257,7 +258,10 @@ class PairSketch:
         self._counts[part].scatter_add_(1, index, one)
 
     def _median(self) -> Tensor:
-        """Interpolate the median inside its bin, in units of the scale; NaN in the open bin."""
+        """Interpolate the median inside its bin, in units of the scale.
+
+        NaN in the open last bin and in the first, where most pairs have next to equal outputs.
+        """
         edges = torch.from_numpy(bins.magnitude_edges(_BINS)).to(self._slope)
         cumulative = self._counts.cumsum(1).to(edges)
         half = self.n_pairs / 2
@@ -266,4 +270,5 @@ class PairSketch:
         before = cumulative.gather(1, bin_[:, None])[:, 0] - count
         inside = (half - before) / count.clamp_min(1)
         median = edges[bin_] + inside * (edges[bin_ + 1] - edges[bin_])
-        return median.masked_fill((bin_ == _BINS - 1) | self._slope.isnan(), math.nan)
+        unresolved = (bin_ == 0) | (bin_ == _BINS - 1)
+        return median.masked_fill(unresolved | self._slope.isnan(), math.nan)

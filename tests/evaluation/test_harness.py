@@ -10,16 +10,23 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import processors
 from torch import nn
+from transformers import PreTrainedTokenizerFast
 
 from entangle.errors import InvalidInput, Unavailable
+from entangle.evaluation import load_evaluation, perplexity
 from entangle.evaluation.harness import harness_model
 from entangle.models.loading import LanguageModel
 from tests.tiny_models import TINY, tiny_tokenizer
 
 Tiny = Callable[[str], LanguageModel]
+Evaluated = Callable[[Any, dict[str, Any], list[dict[str, Any]]], dict[str, Any]]
 TEXTS = ["A first text of some words.", "The second one is a little longer."]
-QUESTIONS = [("one, two,", [" three", " tree"], 0), ("abc", ["xyz!", "d", "??"], 1)]
+QUESTIONS: list[dict[str, Any]] = [
+    {"question": "one, two,", "choices": [" three", " tree"]},
+    {"question": "abc", "choices": ["xyz!", "d", "??"]},
+]
 
 
 @pytest.fixture(scope="module")
@@ -29,59 +36,81 @@ def lm_eval() -> Any:
 
 
 @pytest.fixture
-def evaluated(
-    lm_eval: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[[Any, dict[str, Any], list[dict[str, Any]]], dict[str, float]]:
+def evaluated(lm_eval: Any, tmp_path: Path) -> Evaluated:
     """Return a function that runs one task over rows of its own."""
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
-    def run(model: Any, task: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, float]:
+    def run(model: Any, task: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
         file = tmp_path / "rows.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         source = {"data_files": {"test": str(file)}, "cache_dir": str(tmp_path / "cache")}
         settings = {"task": "own", "dataset_path": "json", "dataset_kwargs": source}
-        found = lm_eval.simple_evaluate(
+        found: dict[str, Any] = lm_eval.simple_evaluate(
             model=model, tasks=[{**settings, "test_split": "test", **task}], bootstrap_iters=0
         )
-        results: dict[str, float] = found["results"]["own"]
-        return results
+        return found
 
     return run
 
 
-def _log_likelihood(module: nn.Module, before: list[int], after: list[int]) -> float:
-    with torch.no_grad():
-        log_p = module(torch.tensor([before + after])).logits[0].double().log_softmax(-1)
-    return sum(float(log_p[len(before) + i - 1, token]) for i, token in enumerate(after))
+def _plain_tokenizer() -> PreTrainedTokenizerFast:
+    """Return the tiny tokenizer without the special tokens that it puts around a text."""
+    tokenizer = tiny_tokenizer()
+    backend: Any = tokenizer.backend_tokenizer
+    backend.post_processor = processors.TemplateProcessing("$A", None, [])
+    return tokenizer
 
 
 def _ids(text: str) -> list[int]:
     return list(tiny_tokenizer()(text, add_special_tokens=False)["input_ids"])
 
 
+def _log_likelihood(module: nn.Module, before: list[int], text: str) -> float:
+    after = _ids(text)
+    with torch.no_grad():
+        log_p = module(torch.tensor([before + after])).logits[0].double().log_softmax(-1)
+    return sum(float(log_p[len(before) + i - 1, token]) for i, token in enumerate(after))
+
+
 @pytest.mark.filterwarnings("default")
-def test_word_perplexity_of_a_task_of_our_own(tiny: Tiny, evaluated: Any) -> None:
-    model = harness_model(tiny("llama"), tiny_tokenizer(), batch_size=2)
+def test_word_perplexity_on_a_task_of_our_own(tiny: Tiny, evaluated: Evaluated) -> None:
+    model = harness_model(tiny("llama"), _plain_tokenizer(), batch_size=2)
     task = {
         "output_type": "loglikelihood_rolling",
         "doc_to_text": "",
         "doc_to_target": "{{text}}",
         "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
     }
-    got = evaluated(model, task, [{"text": text} for text in TEXTS])
-    total = -sum(_log_likelihood(tiny("llama").module, [1], _ids(text)) for text in TEXTS)
-    words, size = (sum(len(part) for part in kind) for kind in zip(*_sizes(), strict=True))
-    assert got["word_perplexity,none"] == pytest.approx(math.exp(total / words), rel=1e-4)
+    got = evaluated(model, task, [{"text": text} for text in TEXTS])["results"]["own"]
+    total = -sum(_log_likelihood(tiny("llama").module, [1], text) for text in TEXTS)  # <s> first
+    words, size = sum(len(text.split()) for text in TEXTS), sum(map(len, TEXTS))
+    assert got["word_perplexity,none"] == pytest.approx(math.exp(total / words), rel=1e-3)
     assert got["bits_per_byte,none"] == pytest.approx(total / size / math.log(2), rel=1e-5)
 
 
-def _sizes() -> list[tuple[list[str], bytes]]:
-    return [(text.split(), text.encode()) for text in TEXTS]
+@pytest.mark.filterwarnings("default")
+def test_word_perplexity_is_the_one_of_this_package(
+    tiny: Tiny, evaluated: Evaluated, tmp_path: Path
+) -> None:
+    model = harness_model(tiny("llama"), _plain_tokenizer())
+    task = {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{text}}",
+        "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
+    }
+    theirs = evaluated(model, task, [{"text": TEXTS[0]}])["results"]["own"]
+    file = tmp_path / "text.txt"
+    file.write_text(TEXTS[0])
+    length = len(TEXTS[0]) + 1
+    text = load_evaluation(file, tiny_tokenizer(), seq_len=length, add_special_tokens=True)
+    ours = perplexity(tiny("llama"), text)
+    assert theirs["word_perplexity,none"] == pytest.approx(ours.word_perplexity, rel=1e-3)
+    assert theirs["bits_per_byte,none"] == pytest.approx(ours.bits_per_byte, rel=1e-5)
 
 
 @pytest.mark.filterwarnings("default")
-def test_accuracy_on_a_task_of_our_own(tiny: Tiny, evaluated: Any) -> None:
-    model = harness_model(tiny("gpt2"), tiny_tokenizer(), batch_size=3)
+def test_multiple_choice_on_a_task_of_our_own(tiny: Tiny, evaluated: Evaluated) -> None:
+    model = harness_model(tiny("gpt2"), _plain_tokenizer(), batch_size=3)
     task = {
         "output_type": "multiple_choice",
         "doc_to_text": "{{question}}",
@@ -90,18 +119,20 @@ def test_accuracy_on_a_task_of_our_own(tiny: Tiny, evaluated: Any) -> None:
         "target_delimiter": "",
         "metric_list": [{"metric": "acc"}],
     }
-    scores = [
-        [_log_likelihood(tiny("gpt2").module, _ids(q), _ids(c)) for c in choices]
-        for q, choices, _ in QUESTIONS
+    expected = [
+        [_log_likelihood(tiny("gpt2").module, _ids(row["question"]), c) for c in row["choices"]]
+        for row in QUESTIONS
     ]
-    best = [max(range(len(row)), key=row.__getitem__) for row in scores]
-    for answers in (best, [1 - best[0], best[1]]):
-        rows = [
-            {"question": q, "choices": choices, "answer": answer}
-            for (q, choices, _), answer in zip(QUESTIONS, answers, strict=True)
-        ]
-        expected = sum(a == b for a, b in zip(answers, best, strict=True)) / 2
-        assert evaluated(model, task, rows)["acc,none"] == expected
+    best = [max(range(len(row)), key=row.__getitem__) for row in expected]
+    right = [{**row, "answer": answer} for row, answer in zip(QUESTIONS, best, strict=True)]
+    found = evaluated(model, task, right)
+    samples = sorted(found["samples"]["own"], key=lambda sample: sample["doc_id"])
+    got = [[float(score) for score, _ in sample["filtered_resps"]] for sample in samples]
+    for ours, theirs in zip(expected, got, strict=True):
+        assert theirs == pytest.approx(ours, rel=1e-4)
+    assert found["results"]["own"]["acc,none"] == 1.0
+    half = [right[0], {**right[1], "answer": (best[1] + 1) % 3}]
+    assert evaluated(model, task, half)["results"]["own"]["acc,none"] == 0.5
 
 
 @pytest.mark.filterwarnings("default")

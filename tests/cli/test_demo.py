@@ -1,0 +1,76 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from matplotlib import pyplot as plt
+
+import entangle
+from entangle.calibration import CalibrationSet
+from entangle.cli import demo
+from entangle.errors import Unavailable
+from entangle.models.loading import LanguageModel
+
+FIGURES = ["top_and_typical", "top_outputs", "wd_against_md", "wd_distribution"]
+FILES = [f"{name}.{ending}" for name in FIGURES for ending in ("csv", "pdf", "png")]
+
+
+@pytest.fixture
+def tiny_demo(
+    monkeypatch: pytest.MonkeyPatch,
+    tiny: Callable[[str], LanguageModel],
+    calibration: CalibrationSet,
+) -> None:
+    """A tiny model and random ids in the place of the demo's."""
+    monkeypatch.setattr("entangle.models.loading.load_model", lambda _name: tiny("llama"))
+    monkeypatch.setattr("entangle.calibration.load_calibration", lambda *_, **__: calibration)
+
+
+def check_result(folder: Path, out: str) -> None:
+    scores = entangle.load_scores(folder)
+    assert scores.layers["layer"].tolist() == [demo.LAYER]
+    assert sorted(path.name for path in (folder / "figures").iterdir()) == FILES
+    assert all((folder / "figures" / name).stat().st_size > 0 for name in FILES)
+    assert "The 10 largest WD" in out
+    assert f"Saved to {folder}." in out
+    assert out.count("Figure: ") == 4
+
+
+@pytest.mark.usefixtures("tiny_demo")
+def test_the_demo_from_model_to_figures(run: Callable, tmp_path: Path) -> None:
+    status, out, err = run("demo", "--out", tmp_path / "demo")
+    assert status == 0
+    check_result(tmp_path / "demo", out)
+    assert err.splitlines()[:2] == [
+        "entangle: loading the demo model",
+        "entangle: reading the demo text",
+    ]
+    assert plt.get_fignums() == []
+    status, out, err = run("demo", "--out", tmp_path / "demo", "--quiet")
+    assert (status, out) == (2, "")
+    assert "exists; name another one or use --force" in err
+
+
+@pytest.fixture
+def real_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo's own model and text, fewer tokens of it."""
+    from entangle.models.demo import demo_folder
+
+    try:
+        demo_folder()
+    except Unavailable as error:
+        pytest.skip(f"the demo files cannot be had: {error}")
+    monkeypatch.setattr(demo, "N_SEQ", 2)
+    monkeypatch.setattr(demo, "SEQ_LEN", 256)
+
+
+@pytest.mark.demo
+@pytest.mark.usefixtures("real_demo")
+def test_the_real_demo(run: Callable, tmp_path: Path) -> None:
+    status, out, _ = run("demo", "--out", tmp_path / "demo")
+    assert status == 0
+    check_result(tmp_path / "demo", out)
+    frame = entangle.load_scores(tmp_path / "demo").frame
+    assert len(frame) == 1536
+    assert 0.05 < frame["wd"].median() < 0.09
+    assert 0.3 < frame["wd"].max() < 0.5
+    assert (frame["flag"] == "").all()
