@@ -6,10 +6,10 @@ import sys
 from collections.abc import Sequence
 
 from entangle import __version__
-from entangle.cli import demo, evaluate, layers, score
+from entangle.cli import compare, demo, evaluate, expand, layers, score
 from entangle.errors import EntangleError
 
-COMMANDS = (demo, evaluate, layers, score)
+COMMANDS = (compare, demo, evaluate, expand, layers, score)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -154,7 +154,7 @@ def expand(
     folder = None
     if out is not None:
         folder = BuildFolder(Path(out), manifest, resume=resume, force=force)
-    sink = _Sink(plan, folder, copied, keep=keep or out is None)
+    sink = _Sink(plan, folder, copied, keep=keep)
     streams = [HiddenStates(_batches(calibration.ids), memory=memory // 4)]
     if evaluation is not None:
         batch = max(1, _LOGITS // (evaluation.seq_len * dense.vocab_size))

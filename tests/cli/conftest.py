@@ -1,21 +1,10 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
 from entangle.cli.main import main
-
-
-class Ran(NamedTuple):
-    """What a run of the command line left behind."""
-
-    status: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Ran]
+from tests.cli.runs import Ran, Run
 
 
 @pytest.fixture

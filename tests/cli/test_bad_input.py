@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from entangle.models import demo
 from entangle.models.loading import LanguageModel
 from entangle.scoring import score as score_module
+from tests.cli.runs import Run
 
 Folder = Callable[[str], Path]
 
@@ -120,7 +121,7 @@ def listing(place: Path) -> list[str]:
     return sorted(str(path) for path in place.rglob("*"))
 
 
-def check(run: Callable, place: Path, arguments: Sequence[str], message: str) -> None:
+def check(run: Run, place: Path, arguments: Sequence[str], message: str) -> None:
     before = listing(place)
     status, out, err = run("score", *arguments, "--quiet")
     assert (status, out) == (2, "")
@@ -132,21 +133,21 @@ def check(run: Callable, place: Path, arguments: Sequence[str], message: str) ->
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_one_clear_line(run: Callable, place: Path, case: str) -> None:
+def test_one_clear_line(run: Run, place: Path, case: str) -> None:
     arguments = case.split()
     if "--out" not in arguments:
         arguments += ["--out", "results/run"]
     check(run, place, arguments, CASES[case])
 
 
-def test_text_shorter_than_one_sequence(run: Callable, place: Path) -> None:
+def test_text_shorter_than_one_sequence(run: Run, place: Path) -> None:
     Path("short.txt").write_text("too short")
     arguments = ["model", "--calibration", "short.txt", "--seq-len", "32"]
     check(run, place, arguments, "has 9 tokens, but one random sequence of `seq_len` 32 needs 33")
 
 
 def test_an_unknown_model_of_the_hub(
-    run: Callable, place: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def missing(*_args: object, **_kwargs: object) -> None:
         raise hub_errors.HFValidationError("no such id")
@@ -156,7 +157,7 @@ def test_an_unknown_model_of_the_hub(
 
 
 def test_no_network_for_a_model_of_the_hub(
-    run: Callable, place: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def unreachable(*_args: object, **_kwargs: object) -> None:
         raise hub_errors.LocalEntryNotFoundError("no connection")
@@ -167,7 +168,7 @@ def test_no_network_for_a_model_of_the_hub(
 
 @pytest.mark.parametrize("arguments", [[], ["model", "--calibration", "demo"]])
 def test_no_network_and_no_demo_folder(
-    run: Callable, place: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+    run: Run, place: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
 ) -> None:
     monkeypatch.setenv("ENTANGLE_CACHE", str(place))
     monkeypatch.delenv("ENTANGLE_DEMO_DIR", raising=False)
@@ -180,23 +181,21 @@ def test_no_network_and_no_demo_folder(
     assert listing(place) == before
 
 
-def test_a_demo_folder_that_is_none(
-    run: Callable, place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_demo_folder_that_is_none(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ENTANGLE_CACHE", str(place / "cache"))
     monkeypatch.setenv("ENTANGLE_DEMO_DIR", "nowhere")
     check(run, place, ["demo"], "ENTANGLE_DEMO_DIR must name a folder; 'nowhere' is none.")
 
 
 def test_an_output_that_is_read_only(
-    run: Callable, place: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "access", lambda path, _mode: str(path) != str(place))
     message = "is no folder that you may write to; name another folder"
     check(run, place, ["model", *TEXT.split(), "--out", "new/run"], message)
 
 
-def test_memory_that_runs_out(run: Callable, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_runs_out(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_args: object, **_kwargs: object) -> None:
         raise MemoryError
 
@@ -205,7 +204,7 @@ def test_memory_that_runs_out(run: Callable, place: Path, monkeypatch: pytest.Mo
 
 
 def test_output_is_checked_before_the_model_is_loaded(
-    run: Callable, place: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def load(*_args: object, **_kwargs: Any) -> LanguageModel:
         pytest.fail("the model must not be loaded")

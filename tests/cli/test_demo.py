@@ -9,6 +9,7 @@ from entangle.calibration import CalibrationSet
 from entangle.cli import demo
 from entangle.errors import Unavailable
 from entangle.models.loading import LanguageModel
+from tests.cli.runs import Run
 
 FIGURES = ["top_and_typical", "top_outputs", "wd_against_md", "wd_distribution"]
 FILES = [f"{name}.{ending}" for name in FIGURES for ending in ("csv", "pdf", "png")]
@@ -36,7 +37,7 @@ def check_result(folder: Path, out: str) -> None:
 
 
 @pytest.mark.usefixtures("tiny_demo")
-def test_the_demo_from_model_to_figures(run: Callable, tmp_path: Path) -> None:
+def test_the_demo_from_model_to_figures(run: Run, tmp_path: Path) -> None:
     status, out, err = run("demo", "--out", tmp_path / "demo")
     assert status == 0
     check_result(tmp_path / "demo", out)
@@ -65,7 +66,7 @@ def real_demo(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.demo
 @pytest.mark.usefixtures("real_demo")
-def test_the_real_demo(run: Callable, tmp_path: Path) -> None:
+def test_the_real_demo(run: Run, tmp_path: Path) -> None:
     status, out, _ = run("demo", "--out", tmp_path / "demo")
     assert status == 0
     check_result(tmp_path / "demo", out)

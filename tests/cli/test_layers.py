@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli.runs import Run
+
 Folder = Callable[[str], Path]
 
 
-def test_the_listing(run: Callable, tiny_folder: Folder) -> None:
+def test_the_listing(run: Run, tiny_folder: Folder) -> None:
     status, out, err = run("layers", tiny_folder("gpt2"))
     assert (status, err) == (0, "")
     lines = [line.split("  ") for line in out.splitlines() if line.strip()]
@@ -20,7 +22,7 @@ def test_the_listing(run: Callable, tiny_folder: Folder) -> None:
     assert len(rows) == 3 + 12 + 1
 
 
-def test_fused_experts_are_named_as_not_addressable(run: Callable, tiny_folder: Folder) -> None:
+def test_fused_experts_are_named_as_not_addressable(run: Run, tiny_folder: Folder) -> None:
     out = run("layers", tiny_folder("mixtral")).out
     rows = [line.split() for line in out.splitlines() if "experts" in line]
     assert [row[0] for row in rows[:2]] == [
@@ -31,7 +33,7 @@ def test_fused_experts_are_named_as_not_addressable(run: Callable, tiny_folder: 
 
 
 @pytest.mark.parametrize("name", ["llama", "bert", "mixtral"])
-def test_json(run: Callable, tiny_folder: Folder, name: str) -> None:
+def test_json(run: Run, tiny_folder: Folder, name: str) -> None:
     status, out, err = run("layers", tiny_folder(name), "--json")
     rows = json.loads(out)
     assert (status, err) == (0, "")
@@ -43,7 +45,7 @@ def test_json(run: Callable, tiny_folder: Folder, name: str) -> None:
 
 
 def test_names_of_folders_are_printed_as_they_are(
-    run: Callable, tiny_folder: Folder, tmp_path: Path
+    run: Run, tiny_folder: Folder, tmp_path: Path
 ) -> None:
     link = tmp_path / "[bold]v2[" / "]:smile:"
     link.parent.mkdir()

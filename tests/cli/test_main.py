@@ -1,21 +1,21 @@
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import entangle
 from entangle.cli import layers
-from entangle.cli.main import main
+from entangle.cli.main import COMMANDS, main
 from entangle.errors import InvalidInput, NumericalError
+from tests.cli.runs import Run
 
 
-def test_the_version(run: Callable) -> None:
+def test_the_version(run: Run) -> None:
     assert run("--version")[:2] == (0, f"entangle {entangle.__version__}\n")
 
 
-@pytest.mark.parametrize("command", ["layers", "score", "demo"])
-def test_every_command_has_help(run: Callable, command: str) -> None:
+@pytest.mark.parametrize("command", [one.__name__.rpartition(".")[2] for one in COMMANDS])
+def test_every_command_has_help(run: Run, command: str) -> None:
     status, out, err = run(command, "--help")
     assert (status, err) == (0, "")
     assert out.startswith(f"usage: entangle {command}")
@@ -32,7 +32,7 @@ def test_every_command_has_help(run: Callable, command: str) -> None:
         (["layers", "--layer", "1"], "unrecognized arguments: --layer"),
     ],
 )
-def test_arguments_that_cannot_be_parsed(run: Callable, arguments: list[str], message: str) -> None:
+def test_arguments_that_cannot_be_parsed(run: Run, arguments: list[str], message: str) -> None:
     status, out, err = run(*arguments)
     assert (status, out) == (2, "")
     assert message in err.splitlines()[-1]
@@ -47,7 +47,7 @@ def test_arguments_that_cannot_be_parsed(run: Callable, arguments: list[str], me
     ],
 )
 def test_errors_become_a_line_and_a_status(
-    run: Callable,
+    run: Run,
     monkeypatch: pytest.MonkeyPatch,
     error: BaseException,
     status: int,
@@ -70,7 +70,7 @@ def test_a_mistake_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_reader_that_has_seen_enough(
-    run: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def fail(_arguments: object) -> None:
         raise BrokenPipeError

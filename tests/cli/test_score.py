@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 import entangle
 from entangle.recording import hooks
+from tests.cli.runs import Run
 
 Folder = Callable[[str], Path]
 Small = Sequence[object]
@@ -20,7 +21,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_the_tables(run: Callable, small: Small) -> None:
+def test_the_tables(run: Run, small: Small) -> None:
     status, out, err = run(*small, "--top", 3)
     assert (status, err) == (0, "")
     lines = [line.rstrip() for line in out.splitlines() if line.strip()]
@@ -36,7 +37,7 @@ def test_the_tables(run: Callable, small: Small) -> None:
     assert all(line.split()[1].startswith("model.layers.1.mlp.") for line in lines[9:])
 
 
-def test_progress_is_told_in_lines_off_a_terminal(run: Callable, small: Small) -> None:
+def test_progress_is_told_in_lines_off_a_terminal(run: Run, small: Small) -> None:
     status, out, err = run(*(part for part in small if part != "--quiet"))
     assert status == 0
     assert err.splitlines()[0] == "scoring (exact): 0/7 sequences and layers"
@@ -44,7 +45,7 @@ def test_progress_is_told_in_lines_off_a_terminal(run: Callable, small: Small) -
     assert "scoring" not in out
 
 
-def test_json_and_a_result_folder_agree(run: Callable, small: Small, tmp_path: Path) -> None:
+def test_json_and_a_result_folder_agree(run: Run, small: Small, tmp_path: Path) -> None:
     out = tmp_path / "run"
     status, text, err = run(*small, "--json", "--out", out, "--top", 4, "--seed", 3)
     assert (status, err) == (0, "")
@@ -66,7 +67,7 @@ def test_json_and_a_result_folder_agree(run: Callable, small: Small, tmp_path: P
 
 
 def test_the_table_says_where_the_result_is_and_force_replaces_it(
-    run: Callable, small: Small, tmp_path: Path
+    run: Run, small: Small, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
     assert run(*small, "--out", out).out.splitlines()[-1] == f"Saved to {out}."
@@ -92,7 +93,7 @@ def test_the_table_says_where_the_result_is_and_force_replaces_it(
     ],
 )
 def test_which_layers(
-    run: Callable, tiny_folder: Folder, text_file: Path, chosen: list[str], count: int
+    run: Run, tiny_folder: Folder, text_file: Path, chosen: list[str], count: int
 ) -> None:
     status, out, err = run(
         "score", tiny_folder("llama"), *chosen, "--calibration", text_file, "--n-seq", 2,
@@ -102,7 +103,7 @@ def test_which_layers(
     assert len(json.loads(out)["layers"]) == count
 
 
-def test_without_mapping_difficulty_its_columns_are_not_there(run: Callable, small: Small) -> None:
+def test_without_mapping_difficulty_its_columns_are_not_there(run: Run, small: Small) -> None:
     status, out, _ = run(*small, "--no-md", "--method", "sketch")
     assert status == 0
     assert "WD–MD" not in out
@@ -110,9 +111,7 @@ def test_without_mapping_difficulty_its_columns_are_not_there(run: Callable, sma
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bert", "opt", "mixtral"])
-def test_other_architectures(
-    run: Callable, tiny_folder: Folder, text_file: Path, name: str
-) -> None:
+def test_other_architectures(run: Run, tiny_folder: Folder, text_file: Path, name: str) -> None:
     status, out, err = run(
         "score", tiny_folder(name), "--layer", 1, "--calibration", text_file, "--n-seq", 2,
         "--seq-len", 16, "--quiet",
@@ -122,7 +121,7 @@ def test_other_architectures(
 
 
 def test_token_ids_need_no_tokenizer_and_no_sizes(
-    run: Callable, tiny_folder: Folder, tmp_path: Path
+    run: Run, tiny_folder: Folder, tmp_path: Path
 ) -> None:
     ids = torch.arange(4, 4 + 96).view(6, 16)
     save_file({"ids": ids}, tmp_path / "ids.safetensors")
@@ -135,7 +134,7 @@ def test_token_ids_need_no_tokenizer_and_no_sizes(
     assert (used["n_seq"], used["seq_len"]) == (6, 16)
 
 
-def test_contiguous_text_can_be_recomputed(run: Callable, small: Small, text_file: Path) -> None:
+def test_contiguous_text_can_be_recomputed(run: Run, small: Small, text_file: Path) -> None:
     printed = json.loads(run(*small, "--json", "--sampling", "contiguous", "--join", "\\t").out)
     used = printed["manifest"]["calibration"]
     assert used["settings"]["sampling"] == "contiguous"
@@ -143,7 +142,7 @@ def test_contiguous_text_can_be_recomputed(run: Callable, small: Small, text_fil
     assert used["n_tokens"] == 128
 
 
-def test_two_runs_write_the_same_bytes(run: Callable, small: Small, tmp_path: Path) -> None:
+def test_two_runs_write_the_same_bytes(run: Run, small: Small, tmp_path: Path) -> None:
     for name in ("one", "two"):
         assert run(*small, "--out", tmp_path / name).status == 0
     for file in names(tmp_path / "one"):
@@ -157,9 +156,7 @@ def test_two_runs_write_the_same_bytes(run: Callable, small: Small, tmp_path: Pa
             assert contents[0] == contents[1]
 
 
-def test_neurons_without_a_score_are_counted(
-    run: Callable, tmp_path: Path, text_file: Path
-) -> None:
+def test_neurons_without_a_score_are_counted(run: Run, tmp_path: Path, text_file: Path) -> None:
     from tests.tiny_models import TINY, tiny_tokenizer
 
     module = TINY["llama"]()
@@ -176,7 +173,7 @@ def test_neurons_without_a_score_are_counted(
     assert "2 neuron(s) with constant outputs have no score." in out
 
 
-def test_all_neurons_without_a_score(run: Callable, small: Small, tmp_path: Path) -> None:
+def test_all_neurons_without_a_score(run: Run, small: Small, tmp_path: Path) -> None:
     save_file({"ids": torch.full((3, 1), 9)}, tmp_path / "ids.safetensors")
     status, out, err = run(*small[:6], "--calibration", tmp_path / "ids.safetensors", "--quiet")
     assert (status, err) == (0, "")
@@ -184,7 +181,7 @@ def test_all_neurons_without_a_score(run: Callable, small: Small, tmp_path: Path
 
 
 def test_ctrl_c_leaves_nothing(
-    run: Callable, small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The interrupt comes with the third pass through the model, while inputs are in a file."""
     forward, passes = hooks.forward, [0]

@@ -23,6 +23,12 @@ from tests.tiny_models import TINY, tiny_tokenizer
 Tiny = Callable[[str], LanguageModel]
 Evaluated = Callable[[Any, dict[str, Any], list[dict[str, Any]]], dict[str, Any]]
 TEXTS = ["A first text of some words.", "The second one is a little longer."]
+ROLLING: dict[str, Any] = {
+    "output_type": "loglikelihood_rolling",
+    "doc_to_text": "",
+    "doc_to_target": "{{text}}",
+    "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
+}
 QUESTIONS: list[dict[str, Any]] = [
     {"question": "one, two,", "choices": [" three", " tree"]},
     {"question": "abc", "choices": ["xyz!", "d", "??"]},
@@ -32,7 +38,8 @@ QUESTIONS: list[dict[str, Any]] = [
 @pytest.fixture(scope="module")
 def lm_eval() -> Any:
     reason = "the optional extra `harness` is not installed"
-    return pytest.importorskip("lm_eval", reason=reason, exc_type=ImportError)
+    pytest.importorskip("lm_eval.tasks", reason=reason, exc_type=ImportError)
+    return pytest.importorskip("lm_eval", reason=reason)
 
 
 @pytest.fixture
@@ -45,7 +52,10 @@ def evaluated(lm_eval: Any, tmp_path: Path) -> Evaluated:
         source = {"data_files": {"test": str(file)}, "cache_dir": str(tmp_path / "cache")}
         settings = {"task": "own", "dataset_path": "json", "dataset_kwargs": source}
         found: dict[str, Any] = lm_eval.simple_evaluate(
-            model=model, tasks=[{**settings, "test_split": "test", **task}], bootstrap_iters=0
+            model=model,
+            tasks=[{**settings, "test_split": "test", **task}],
+            task_manager=lm_eval.tasks.TaskManager(include_defaults=False),
+            bootstrap_iters=0,
         )
         return found
 
@@ -71,34 +81,20 @@ def _log_likelihood(module: nn.Module, before: list[int], text: str) -> float:
     return sum(float(log_p[len(before) + i - 1, token]) for i, token in enumerate(after))
 
 
-@pytest.mark.filterwarnings("default")
 def test_word_perplexity_on_a_task_of_our_own(tiny: Tiny, evaluated: Evaluated) -> None:
     model = harness_model(tiny("llama"), _plain_tokenizer(), batch_size=2)
-    task = {
-        "output_type": "loglikelihood_rolling",
-        "doc_to_text": "",
-        "doc_to_target": "{{text}}",
-        "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
-    }
-    got = evaluated(model, task, [{"text": text} for text in TEXTS])["results"]["own"]
+    got = evaluated(model, ROLLING, [{"text": text} for text in TEXTS])["results"]["own"]
     total = -sum(_log_likelihood(tiny("llama").module, [1], text) for text in TEXTS)  # <s> first
     words, size = sum(len(text.split()) for text in TEXTS), sum(map(len, TEXTS))
     assert got["word_perplexity,none"] == pytest.approx(math.exp(total / words), rel=1e-3)
     assert got["bits_per_byte,none"] == pytest.approx(total / size / math.log(2), rel=1e-5)
 
 
-@pytest.mark.filterwarnings("default")
 def test_word_perplexity_is_the_one_of_this_package(
     tiny: Tiny, evaluated: Evaluated, tmp_path: Path
 ) -> None:
     model = harness_model(tiny("llama"), _plain_tokenizer())
-    task = {
-        "output_type": "loglikelihood_rolling",
-        "doc_to_text": "",
-        "doc_to_target": "{{text}}",
-        "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
-    }
-    theirs = evaluated(model, task, [{"text": TEXTS[0]}])["results"]["own"]
+    theirs = evaluated(model, ROLLING, [{"text": TEXTS[0]}])["results"]["own"]
     file = tmp_path / "text.txt"
     file.write_text(TEXTS[0])
     length = len(TEXTS[0]) + 1
@@ -108,7 +104,6 @@ def test_word_perplexity_is_the_one_of_this_package(
     assert theirs["bits_per_byte,none"] == pytest.approx(ours.bits_per_byte, rel=1e-5)
 
 
-@pytest.mark.filterwarnings("default")
 def test_multiple_choice_on_a_task_of_our_own(tiny: Tiny, evaluated: Evaluated) -> None:
     model = harness_model(tiny("gpt2"), _plain_tokenizer(), batch_size=3)
     task = {
@@ -135,7 +130,6 @@ def test_multiple_choice_on_a_task_of_our_own(tiny: Tiny, evaluated: Evaluated) 
     assert evaluated(model, task, half)["results"]["own"]["acc,none"] == 0.5
 
 
-@pytest.mark.filterwarnings("default")
 def test_the_module_is_wrapped_as_it_is(lm_eval: Any, caplog: pytest.LogCaptureFixture) -> None:
     module, tokenizer = TINY["llama"](), tiny_tokenizer()
     tokenizer.pad_token = None

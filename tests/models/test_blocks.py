@@ -6,17 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from torch import Tensor, nn
-from transformers import (
-    Cache,
-    DynamicCache,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    Gemma3nForCausalLM,
-    Gemma3nTextConfig,
-    T5Config,
-    T5ForConditionalGeneration,
-)
 
 from entangle.errors import InvalidInput
 from entangle.models.blocks import BlockRunner
@@ -46,6 +37,13 @@ def _model(name: str, dtype: torch.dtype = torch.float32, attention: str = "sdpa
         model: nn.Module = tiny._from_config(tiny.config, attn_implementation=attention)
     model.load_state_dict(tiny.state_dict())
     return model.to(dtype).eval()
+
+
+def _new(name: str, config: str, **settings: object) -> nn.Module:
+    """Build a small model of a kind that is not among the tiny ones."""
+    with torch.random.fork_rng(devices=[]):
+        model: nn.Module = getattr(hf, name)(getattr(hf, config)(**settings))
+    return model.eval()
 
 
 def _run_all(runner: BlockRunner, ids: Tensor) -> Tensor:
@@ -114,8 +112,7 @@ def test_a_replaced_block_counts() -> None:
     model, ids = TINY["llama"](), _ids(2, 9)
     runner = BlockRunner(model)
     dense = _run_all(runner, ids)
-    other = TINY["mistral"]().get_submodule("model.layers.1")
-    find_blocks(model)[1][1] = other
+    find_blocks(model)[1][1] = TINY["mistral"]().get_submodule("model.layers.1")
     replaced = _run_all(runner, ids)
     assert torch.equal(replaced, _logits(model, ids))
     assert not torch.equal(replaced, dense)
@@ -133,11 +130,8 @@ def test_blocks_receive_different_arguments() -> None:
 
 
 def test_the_tail_caps_logits_as_the_model_does() -> None:
-    with torch.random.fork_rng(devices=[]):
-        config = Gemma2Config(**{**GROUPED, "head_dim": 8, "final_logit_softcapping": 0.01})
-        model: nn.Module = Gemma2ForCausalLM(config)
-    model.eval()
-    ids = _ids(2, 9)
+    settings = {**GROUPED, "head_dim": 8, "final_logit_softcapping": 0.01}
+    model, ids = _new("Gemma2ForCausalLM", "Gemma2Config", **settings), _ids(2, 9)
     logits = _run_all(BlockRunner(model), ids)
     assert torch.equal(logits, _logits(model, ids))
     assert 0.009 < float(logits.abs().max()) <= 0.01
@@ -175,7 +169,7 @@ def test_blocks_are_told_to_use_no_cache(name: str) -> None:
     assert len(received) == 3
     for arguments in received:
         assert not arguments.get("use_cache")
-        assert not any(isinstance(value, Cache) for value in arguments.values())
+        assert not any(isinstance(value, hf.Cache) for value in arguments.values())
 
 
 def test_inputs_hold_no_hidden_states() -> None:
@@ -210,15 +204,9 @@ class Block(nn.Module):
         self.linear = nn.Linear(8, 8)
         self.caches: list[object] = []
 
-    def forward(
-        self,
-        hidden: Tensor,
-        shift: float = 0.0,
-        *,
-        cache: object = None,
-        left: dict[str, Tensor] | None = None,
-    ) -> Tensor:
-        self.caches.append(cache)
+    def forward(self, hidden: Tensor, shift: float = 0.0, **others: Any) -> Tensor:
+        self.caches.append(others.get("cache"))
+        left = others.get("left")
         states = left.pop("states") if left else hidden
         change: Tensor = self.linear(states)
         if left is not None:
@@ -229,11 +217,11 @@ class Block(nn.Module):
 class Toy(nn.Module):
     """Embedding, blocks called by ``step``, final norm and head."""
 
-    def __init__(self, step: Step, n_blocks: int = 3) -> None:
+    def __init__(self, step: Step) -> None:
         super().__init__()
         generator = torch_rng(0, "toy")
         self.embed = nn.Embedding(112, 8)
-        self.blocks = nn.ModuleList(Block() for _ in range(n_blocks))
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
         self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, 112)
         self.step = step
         for parameter in self.parameters():
@@ -246,13 +234,13 @@ class Toy(nn.Module):
 
 def _by_keyword(toy: Toy, hidden: Tensor) -> Tensor:
     for index, block in enumerate(toy.blocks):
-        hidden = block(hidden=hidden, shift=float(index), cache=DynamicCache())
+        hidden = block(hidden=hidden, shift=float(index), cache=hf.DynamicCache())
     return hidden
 
 
 def _by_position(toy: Toy, hidden: Tensor) -> Tensor:
     for index, block in enumerate(toy.blocks):
-        hidden = block(hidden, float(index), cache=DynamicCache())
+        hidden = block(hidden, float(index), cache=hf.DynamicCache())
     return hidden
 
 
@@ -291,15 +279,12 @@ def _not_the_last(toy: Toy, hidden: Tensor) -> Tensor:
 def test_arguments_are_given_as_the_model_gives_them_but_no_cache(step: Step) -> None:
     toy, ids = Toy(step).eval(), _ids(2, 5)
     runner = BlockRunner(toy)
-    for block in toy.blocks:
-        assert isinstance(block, Block)
-        block.caches.clear()
     assert torch.equal(_run_all(runner, ids), _logits(toy, ids))
     for block in toy.blocks:
         assert isinstance(block, Block)
-        replayed, own = block.caches
+        *_, replayed, own = block.caches
         assert replayed is None
-        assert isinstance(own, DynamicCache)
+        assert isinstance(own, hf.DynamicCache)
 
 
 @pytest.mark.parametrize(
@@ -327,39 +312,34 @@ def test_one_module_in_two_places_is_refused() -> None:
     assert _untouched(toy)
 
 
-def test_shared_keys_and_values_are_refused() -> None:
-    kinds = ["sliding_attention", "full_attention"] * 2
-    settings = {
+@pytest.mark.parametrize("shared", [0, 2])
+def test_only_shared_keys_and_values_are_refused(shared: int) -> None:
+    settings: dict[str, object] = {
         **GROUPED,
         "head_dim": 8,
         "num_hidden_layers": 4,
-        "num_kv_shared_layers": 2,
-        "layer_types": kinds,
+        "num_kv_shared_layers": shared,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
         "vocab_size_per_layer_input": 112,
         "hidden_size_per_layer_input": 8,
         "laurel_rank": 4,
     }
-    for shared in (0, 2):
-        with torch.random.fork_rng(devices=[]):
-            config = Gemma3nTextConfig(**{**settings, "num_kv_shared_layers": shared})
-            model: nn.Module = Gemma3nForCausalLM(config)
-        model.eval()
-        if shared:
-            with pytest.raises(InvalidInput, match="a block cannot run on its own"):
-                BlockRunner(model)
-        else:  # an input of its own for every block, and four copies of the hidden states
-            ids = _ids(2, 9)
-            assert torch.equal(_run_all(BlockRunner(model), ids), _logits(model, ids))
+    model, ids = _new("Gemma3nForCausalLM", "Gemma3nTextConfig", **settings), _ids(2, 9)
+    if shared:
+        with pytest.raises(InvalidInput, match="a block cannot run on its own"):
+            BlockRunner(model)
+    else:  # an input of its own for every block, and four copies of the hidden states
+        assert torch.equal(_run_all(BlockRunner(model), ids), _logits(model, ids))
 
 
 def test_models_of_another_kind_are_refused() -> None:
-    with pytest.raises(InvalidInput, match=r"BertModel cannot .* no logits for each token"):
-        BlockRunner(TINY["bert"]())
-    config = T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=112)
-    with torch.random.fork_rng(devices=[]):
-        translator: nn.Module = T5ForConditionalGeneration(config)
+    classifier = _new("LlamaForSequenceClassification", "LlamaConfig", **GROUPED)
+    for model in (TINY["bert"](), classifier):
+        with pytest.raises(InvalidInput, match="no logits for each token"):
+            BlockRunner(model)
+    small = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
     with pytest.raises(InvalidInput, match="encoder-decoder"):
-        BlockRunner(translator.eval())
+        BlockRunner(_new("T5ForConditionalGeneration", "T5Config", **small))
     with pytest.raises(InvalidInput, match="ModuleList"):
         BlockRunner(nn.Sequential(nn.Embedding(112, 8), nn.Linear(8, 112)).eval())
     with pytest.raises(InvalidInput, match="eval mode"):

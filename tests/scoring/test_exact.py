@@ -17,7 +17,7 @@ from entangle.models.loading import LanguageModel
 from entangle.recording.stream import ByteBudget, TokenStore
 from entangle.scoring import exact
 from entangle.scoring.measured import MeasuredLayer
-from entangle.scoring.score import score
+from entangle.scoring.score import Method, score
 from entangle.scoring.scores import NeuronScores
 from entangle.scoring.tables import layer_table, neuron_table
 from tests.reference import scoring as reference
@@ -111,7 +111,8 @@ def test_groups_of_several_batches_are_joined(tiny: Tiny, calibration: Calibrati
 def test_work_is_reported_sequence_by_sequence_and_layer_by_layer(
     tiny: Tiny, calibration: CalibrationSet
 ) -> None:
-    module, counts = tiny("llama").module, []
+    module = tiny("llama").module
+    counts: list[int] = []
     exact.score_exact(
         module, find_layers(module, 1, "mlp"), [(0, calibration.ids[:4]), (1, calibration.ids[4:])],
         n_groups=2, md=False, seed=0, memory=2**20, report=counts.append,
@@ -167,12 +168,13 @@ class Toy(nn.Module):
 
 
 def changed_in_place(toy: Toy, x: Tensor) -> Tensor:
-    first: Tensor = toy.a(x)
-    return first + toy.b(x.relu_())
+    both: Tensor = toy.a(x) + toy.b(x.relu_())
+    return both
 
 
 def changed_twice(toy: Toy, x: Tensor) -> Tensor:
-    return toy.a(x) + toy.b(x) + toy.a(x.add_(1)) + toy.b(x)  # type: ignore[no-any-return]
+    all_four: Tensor = toy.a(x) + toy.b(x) + toy.a(x.add_(1)) + toy.b(x)
+    return all_four
 
 
 @pytest.mark.parametrize("run", [changed_in_place, changed_twice])
@@ -182,8 +184,9 @@ def test_inputs_that_are_written_to_are_told_apart(
     """Both methods see the values that each layer saw."""
     toy = Toy(run)
     streams = reference.inputs_and_outputs(toy, ["a", "b"], calibration.ids)
-    for method in ("exact", "sketch"):
-        scores = score(toy, calibration, layers=["a", "b"], method=method)  # type: ignore[arg-type]
+    methods: tuple[Method, ...] = ("exact", "sketch")
+    for method in methods:
+        scores = score(toy, calibration, layers=["a", "b"], method=method)
         for name in ("a", "b"):
             frame, outputs = scores.layer(name).frame, streams[name][1]
             assert (frame["n_tokens"] == len(outputs)).all()

@@ -1,0 +1,111 @@
+"""``entangle compare``: pruning methods and expansions at several sparsities."""
+
+import argparse
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, TypeVar
+
+from entangle.cli import options
+from entangle.cli.expand import N_SEQ, SEQ_LEN
+from entangle.cli.tables import print_json, print_table, records
+from entangle.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from entangle.expansion.compare import Comparison
+
+Number = TypeVar("Number", int, float)
+KIND = "comparison"
+FORMATS = {
+    "sparsity": ".2f", "perplexity": ",.3f", "ratio": ".3f", "ratio_low": ".3f",
+    "ratio_high": ".3f", "flops": ".3f", "nonzeros": ".3f", "bytes": ".3f",
+    "relative_error": ".4f", "seconds": ".0f",
+}  # fmt: skip
+
+
+def add_parser(subparsers: options.Subparsers) -> None:
+    """Add the command to the parser."""
+    parser = subparsers.add_parser(
+        "compare",
+        help="compare pruning methods and expansions",
+        description="Prune and expand a model's MLP linears at several sparsities and measure "
+        "perplexity on another text than they were calibrated on.",
+    )
+    options.add_model_options(parser)
+    options.add_calibration_options(parser, n_seq=N_SEQ, seq_len=SEQ_LEN)
+    group = parser.add_argument_group("comparison")
+    group.add_argument(
+        "--methods", default="magnitude,wanda,sparsegpt,expansion,expansion-random",
+        help="comma-separated (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument("--sparsity", default="0.5,0.6,0.7,0.8", help="(default: %(default)s)")
+    group.add_argument("--experts", default="16", help="for example 2,4,8,16 (default: 16)")
+    group.add_argument("--data", required=True, metavar="SOURCE", help="text to evaluate on")
+    group.add_argument("--eval-seq-len", type=int, help="tokens in a window")
+    group.add_argument("--eval-windows", type=int, help="take only the first windows")
+    group.add_argument("--memory", default="2G", help="work memory (default: 2G)")
+    options.add_run_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Compare, print and save."""
+    from entangle.evaluation import load_evaluation
+    from entangle.expansion.compare import arms, compare
+    from entangle.provenance import RunClock, check_output, make_manifest
+
+    clock = RunClock()
+    methods = arguments.methods.split(",")
+    chosen = arms(methods, _numbers(arguments.sparsity, float), _numbers(arguments.experts, int))
+    if arguments.out is not None:
+        check_output(arguments.out, force=arguments.force)
+    memory = options.parse_bytes(arguments.memory)
+    model = options.load_model(arguments)
+    calibration = options.load_calibration(arguments, model)
+    text = load_evaluation(
+        arguments.data,
+        model.tokenizer,
+        seq_len=arguments.eval_seq_len,
+        n_windows=arguments.eval_windows,
+        context_length=model.context_length,
+        vocab_size=model.vocab_size,
+    )
+    found = compare(
+        model, calibration, text, chosen, seed=arguments.seed, memory=memory,
+        told=_say if not arguments.quiet else lambda _line: None,
+    )  # fmt: skip
+    manifest = make_manifest(
+        KIND,
+        model=model.describe(),
+        calibration=calibration.describe(),
+        evaluation=text.describe(),
+        settings={"methods": methods, "seed": arguments.seed},
+        **clock.read(),
+    )
+    if arguments.out is not None:
+        save(arguments.out, found, manifest, force=arguments.force)
+    if arguments.json:
+        rows = records(found.frame)
+        print_json({"out": arguments.out, "manifest": manifest, "results": rows})
+    else:
+        print_table(found.frame, title="Perplexity by method", formats=FORMATS)
+
+
+def save(out: str, found: "Comparison", manifest: Mapping[str, object], *, force: bool) -> None:
+    """Write the tables and the manifest."""
+    from entangle.provenance import output_folder, write_json
+
+    with output_folder(out, force=force) as folder:
+        found.frame.to_parquet(folder / "comparison.parquet", index=False)
+        found.windows.to_parquet(folder / "windows.parquet", index=False)
+        write_json(folder / "manifest.json", manifest)
+
+
+def _numbers(text: str, kind: type[Number]) -> list[Number]:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise InvalidInput(f"a list must look like 0.5,0.6 or 1,16; got {text!r}.") from None
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,177 @@
+"""``entangle expand``: routed sparse experts in place of a model's MLP linears."""
+
+import argparse
+from typing import TYPE_CHECKING
+
+from entangle.cli import options
+from entangle.cli.tables import print_json, print_table, records
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from entangle.evaluation import EvaluationText, Perplexity
+    from entangle.expansion import Expansion
+    from entangle.models.loading import LanguageModel
+
+N_SEQ, SEQ_LEN = 32, 1024
+LAYER_COLUMNS = ("layer", "sparsity", "relative_error", "damping", "smallest_cluster",
+                 "effective_clusters", "shrunk")  # fmt: skip
+FORMATS = {
+    "sparsity": ".4f", "relative_error": ".4f", "damping": ".2g", "effective_clusters": ".1f",
+    "perplexity": ".3f", "flops": ".3f", "nonzeros": ".3f", "bytes": ".3f", "seconds": ".0f",
+    "peak MiB": ".0f",
+}  # fmt: skip
+
+
+def add_parser(subparsers: options.Subparsers) -> None:
+    """Add the command to the parser."""
+    parser = subparsers.add_parser(
+        "expand",
+        help="build a Sparse Expansion of a model",
+        description="Replace linear layers by a router and sparse experts, block by block, and "
+        "compare with plain pruning and the dense model.",
+    )
+    options.add_model_options(parser)
+    options.add_layer_options(parser)
+    parser.set_defaults(proj="mlp")
+    options.add_calibration_options(parser, n_seq=N_SEQ, seq_len=SEQ_LEN)
+    group = parser.add_argument_group("expansion")
+    group.add_argument("--experts", type=int, default=16, help="experts a layer (default: 16)")
+    group.add_argument("--sparsity", type=float, help="share of zeros (default: 0.7)")
+    group.add_argument(
+        "--pattern", default="row", help="row, layer, block, or n:m such as 2:4 (default: row)"
+    )
+    group.add_argument(
+        "--pruner",
+        default="sparsegpt",
+        choices=("sparsegpt", "wanda", "magnitude", "random"),
+        help="how experts are pruned (default: sparsegpt)",
+    )
+    group.add_argument(
+        "--router", default="kmeans", choices=("kmeans", "random"),
+        help="kmeans, or the control: clusters without meaning (default: kmeans)",
+    )  # fmt: skip
+    group.add_argument("--bits", type=int, help="also quantise the weights to so many bits")
+    group.add_argument("--damping", type=float, default=0.01, help="(default: 0.01)")
+    group.add_argument("--memory", default="2G", help="work memory (default: 2G)")
+    group.add_argument(
+        "--evaluate", metavar="SOURCE",
+        help="measure perplexity on this text: a name, an id or a path, as for --calibration",
+    )  # fmt: skip
+    group.add_argument("--eval-seq-len", type=int, help="tokens in a window (default: as evaluate)")
+    group.add_argument("--eval-windows", type=int, help="take only the first windows")
+    group.add_argument(
+        "--no-baseline", action="store_true", help="skip the plain pruning (one expert) beside it"
+    )
+    group.add_argument("--resume", action="store_true", help="go on with an unfinished build")
+    options.add_run_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Expand, evaluate, print."""
+    from entangle.evaluation import perplexity
+    from entangle.provenance import check_output
+
+    memory = options.parse_bytes(arguments.memory)
+    if arguments.out is not None:
+        check_output(arguments.out, force=arguments.force)
+    model = options.load_model(arguments)
+    calibration = options.load_calibration(arguments, model)
+    text = _evaluation_text(arguments, model)
+    dense = None if text is None else perplexity(model, text)
+    settings = {
+        "sparsity": _sparsity(arguments),
+        "pattern": arguments.pattern,
+        "pruner": arguments.pruner,
+        "layers": arguments.layer or ["all"],
+        "proj": arguments.proj,
+        "router": arguments.router,
+        "bits": arguments.bits,
+        "damping": arguments.damping,
+        "seed": arguments.seed,
+        "memory": memory,
+        "evaluation": text,
+        "progress": False if arguments.quiet else None,
+    }
+    from entangle.expansion import expand
+
+    expanded = expand(
+        model,
+        calibration,
+        experts=arguments.experts,
+        out=arguments.out,
+        keep=arguments.out is None,
+        resume=arguments.resume,
+        force=arguments.force,
+        **settings,
+    )
+    plain = None
+    if text is not None and arguments.experts > 1 and not arguments.no_baseline:
+        plain = expand(model, calibration, experts=1, **settings)
+    summary = summarise(dense, plain, expanded, experts=arguments.experts)
+    if arguments.json:
+        print_json(
+            {
+                "out": arguments.out,
+                "model": records(summary),
+                "layers": records(expanded.layers),
+                "manifest": dict(expanded.manifest),
+            }
+        )
+        return
+    print_table(expanded.layers[list(LAYER_COLUMNS)], title="Expanded layers", formats=FORMATS)
+    print_table(
+        summary, title="Model (multiples of dense: flops, nonzeros, bytes)", formats=FORMATS
+    )
+    if arguments.out is not None:
+        print(f"Saved to {arguments.out}.")
+
+
+def summarise(
+    dense: "Perplexity | None", plain: "Expansion | None", expanded: "Expansion", *, experts: int
+) -> "pd.DataFrame":
+    """Return one row for the dense model, for plain pruning and for the expansion."""
+    import pandas as pd
+
+    rows: list[dict[str, object]] = []
+    if dense is not None:
+        ones = {"flops": 1.0, "nonzeros": 1.0, "bytes": 1.0}
+        rows.append({"model": "dense", "perplexity": dense.value, **ones})
+    for name, one in (("plain pruning (k = 1)", plain), (f"expansion (k = {experts})", expanded)):
+        if one is not None:
+            value = float("nan") if one.perplexity is None else one.perplexity.value
+            peak = one.run["peak_memory_bytes"]
+            rows.append(
+                {
+                    "model": name,
+                    "perplexity": value,
+                    **one.costs,
+                    "seconds": one.run["seconds"],
+                    "peak MiB": peak / 2**20 if isinstance(peak, int) else float("nan"),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def _sparsity(arguments: argparse.Namespace) -> float | None:
+    if ":" in arguments.pattern:
+        return None if arguments.sparsity is None else float(arguments.sparsity)
+    return 0.7 if arguments.sparsity is None else float(arguments.sparsity)
+
+
+def _evaluation_text(
+    arguments: argparse.Namespace, model: "LanguageModel"
+) -> "EvaluationText | None":
+    if arguments.evaluate is None:
+        return None
+    from entangle.evaluation import load_evaluation
+
+    return load_evaluation(
+        arguments.evaluate,
+        model.tokenizer,
+        seq_len=arguments.eval_seq_len,
+        n_windows=arguments.eval_windows,
+        context_length=model.context_length,
+        vocab_size=model.vocab_size,
+    )

@@ -1,0 +1,56 @@
+"""The sketch against the exact scores, and its pairs of tokens against a slow reference."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from pandas.testing import assert_frame_equal
+
+from entangle.calibration import CalibrationSet
+from entangle.models.loading import LanguageModel
+from entangle.scoring.score import Method, score
+from entangle.scoring.scores import NeuronScores
+from entangle.seeding import torch_rng
+from tests.reference import scoring as reference
+from tests.tiny_models import CONFIGS
+
+Tiny = Callable[[str], LanguageModel]
+Scored = Callable[[str, Method], NeuronScores]
+LOOKED_AT = (0, 7, 13)
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_the_sketch_keeps_within_its_bound_of_the_exact_scores(name: str, scored: Scored) -> None:
+    exact, sketch = scored(name, "exact"), scored(name, "sketch")
+    assert list(sketch.frame.columns) == list(exact.frame.columns)
+    assert sketch.frame.dtypes.to_dict() == exact.frame.dtypes.to_dict()
+    assert sketch.layers.dtypes.to_dict() == exact.layers.dtypes.to_dict()
+    same = ["model", "layer", "block", "projection", "neuron", "weight_norm", "n_tokens", "flag"]
+    assert_frame_equal(sketch.frame[same], exact.frame[same])
+    error = (sketch.frame["wd"] - exact.frame["wd"]).abs()
+    assert (error <= sketch.frame["wd_bound"] + 1e-5).all()
+    assert (sketch.frame["wd_bound"] < 0.02).all()
+    for column in ("mean", "std", "skewness", "excess_kurtosis"):
+        np.testing.assert_allclose(sketch.frame[column], exact.frame[column], rtol=2e-3, atol=1e-4)
+    assert (sketch.frame["ks"] <= exact.frame["ks"] + 1e-5).all()
+    assert (sketch.frame["ks"] >= exact.frame["ks"] - 0.05).all()
+    assert sketch.layers["method"].eq("sketch").all()
+    assert (sketch.frame["md"] / exact.frame["md"]).median() == pytest.approx(1, abs=0.3)
+
+
+def test_the_mapping_difficulty_of_the_sketch(tiny: Tiny, calibration: CalibrationSet) -> None:
+    """Tokens of a batch's first half are paired with tokens of its second."""
+    name = "model.layers.1.mlp.gate_proj"
+    scores = score(tiny("llama"), calibration, layers=name, method="sketch", seed=5)
+    pairs: list[list[int]] = []
+    for batch in range(6):  # one for each group of two sequences of 16 tokens
+        rng = torch_rng(5, "pairs", batch, 32)
+        first, second = (torch.randperm(16, generator=rng) + 32 * batch for _ in range(2))
+        pairs += torch.stack([first, second + 16], 1).tolist()
+    assert scores.layers[["n_pairs", "n_identical_pairs"]].to_numpy().sum() == len(pairs) == 96
+    streams = reference.inputs_and_outputs(tiny("llama").module, [name], calibration.ids)
+    inputs, outputs = streams[name]
+    for neuron in LOOKED_AT:
+        expected = reference.mapping_difficulty(inputs, outputs[:, neuron], pairs)
+        assert scores.frame["md"][neuron] == pytest.approx(expected, rel=0.03)
