@@ -107,7 +107,6 @@ def forward_pass(n_seq: int, seq_len: int, repeats: int) -> list[dict[str, objec
     """Time scoring all MLP linears of the demo model against the bare pass, alternating."""
     from entangle.calibration import load_calibration
     from entangle.models.loading import load_model
-    from entangle.recording.hooks import forward
     from entangle.scoring.score import score
 
     model = load_model("demo")
@@ -116,15 +115,16 @@ def forward_pass(n_seq: int, seq_len: int, repeats: int) -> list[dict[str, objec
     body = model.module.get_decoder()
 
     def bare(module: torch.nn.Module) -> None:
-        for _, ids in calibration.batches(batch):
-            forward(module, ids)
+        with torch.no_grad():
+            for _, ids in calibration.batches(batch):
+                module(ids.to(model.device), use_cache=False)
 
     def scored(md: bool) -> None:
         score(model, calibration, proj="mlp", method="sketch", md=md, batch_size=batch)
 
     works: dict[str, Callable[[], None]] = {
         "bare forward pass": lambda: bare(model.module),
-        "bare forward pass without the head": lambda: bare(body),
+        "bare forward pass without the output head": lambda: bare(body),
         "sketch of every MLP linear": lambda: scored(True),
         "sketch of every MLP linear, no MD": lambda: scored(False),
     }

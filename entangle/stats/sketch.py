@@ -212,16 +212,20 @@ class OutputSketch:
     def _distances(
         self, counts: Tensor, shift: Tensor, spread: Tensor, *, fold: int
     ) -> BinnedDistances:
-        rows = max(1, 2**20 // counts.shape[1])
+        rows = max(1, (2**17 if shift.device.type == "cpu" else 2**24) // counts.shape[1])
         edges = torch.from_numpy(np.ascontiguousarray(bins.signed_edges(fold))).to(shift)
         parts = []
         for i in range(0, self.n_neurons, rows):
             part = slice(i, i + rows)
             low, high = self._low[part, None].to(shift), self._high[part, None].to(shift)
-            placed = edges.expand(low.shape[0], -1).clone()
-            placed[:, :1], placed[:, -1:] = placed[:, :1].minimum(low), placed[:, -1:].maximum(high)
+            first, last = _occupied(counts[part])
+            placed = edges[first : last + 2].expand(low.shape[0], -1).clone()
+            if first == 0:  # the outermost bins are open
+                placed[:, :1] = placed[:, :1].minimum(low)
+            if last == counts.shape[1] - 1:
+                placed[:, -1:] = placed[:, -1:].maximum(high)
             placed = placed.clamp(low, high).sub_(shift[part, None]).div_(spread[part, None])
-            parts.append(binned_distances(counts[part], placed))
+            parts.append(binned_distances(counts[part, first : last + 1], placed))
         return BinnedDistances(
             *(torch.cat([getattr(p, name) for p in parts]) for name in ("wd", "wd_bound", "ks"))
         )
@@ -262,6 +266,12 @@ class OutputSketch:
             ]
         )
         return se, halves
+
+
+def _occupied(counts: Tensor) -> tuple[int, int]:
+    """Return the first and the last bin that any row has counts in."""
+    used = counts.any(0).nonzero()
+    return (int(used[0]), int(used[-1])) if len(used) else (0, 0)
 
 
 def _block_columns(outputs: Tensor) -> int:
