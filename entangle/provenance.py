@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import platform
+import shlex
 import shutil
 import sys
 import tempfile
@@ -66,10 +67,17 @@ class RunClock:
         return reading
 
 
+def command_line() -> str | None:
+    """Return the ``entangle`` command that this process runs, None if it is another program."""
+    if Path(sys.argv[0]).stem != "entangle":
+        return None
+    return shlex.join(["entangle", *sys.argv[1:]])
+
+
 def make_manifest(kind: str, **parts: object) -> dict[str, object]:
-    """Return a manifest of a run of this ``kind`` with the parts given and the versions."""
+    """Return a manifest of a run of this ``kind``: command, the parts given, versions."""
     head: dict[str, object] = {"schema_version": SCHEMA_VERSION, "kind": kind}
-    return head | parts | {"packages": package_versions()}
+    return head | {"command": command_line()} | parts | {"packages": package_versions()}
 
 
 def check_output(path: str | os.PathLike[str], *, force: bool = False) -> Path:

@@ -182,6 +182,20 @@ def test_disk_errors_name_a_remedy() -> None:
         raise OSError("odd")
 
 
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["/usr/bin/entangle", "score", "--out", "a b"], "entangle score --out 'a b'"),
+        (["pytest", "-q"], None),
+    ],
+)
+def test_the_command_is_recorded_only_if_it_is_ours(
+    argv: list[str], expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", argv)
+    assert make_manifest("scores")["command"] == expected
+
+
 def test_a_manifest_has_versions_and_what_was_given(tmp_path: Path) -> None:
     manifest = make_manifest("scores", model={"name": "größe"}, seconds=1.5)
     assert (manifest["schema_version"], manifest["kind"]) == (1, "scores")

@@ -151,6 +151,7 @@ def expand(
         evaluation=None if evaluation is None else evaluation.describe(),
         settings=_settings(plan),
     )
+    command = manifest.pop("command")
     folder = None
     if out is not None:
         folder = BuildFolder(Path(out), manifest, resume=resume, force=force)
@@ -174,7 +175,7 @@ def expand(
     value = None if perplexity is None else perplexity.value
     manifest |= {"costs": costs, "perplexity": value}
     if folder is not None:
-        folder.finish(table, manifest, clock.read())
+        folder.finish(table, manifest, {"command": command, **clock.read()})
     expanded = LanguageModel(copied, dense.tokenizer, dense.name, "expansion", dense.revision)
     return Expansion(
         expanded if sink.keep else None, table, costs, perplexity, manifest, clock.read()
