@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from entangle.calibration import CalibrationSet, load_calibration
+    from entangle.evaluation import load_evaluation, perplexity
+    from entangle.expansion import expand, load_expanded
     from entangle.models.loading import LanguageModel, load_model
     from entangle.scoring.score import score
     from entangle.scoring.scores import NeuronScores, load_scores
@@ -23,9 +25,13 @@ _HOMES = {
     "CalibrationSet": "entangle.calibration",
     "LanguageModel": "entangle.models.loading",
     "NeuronScores": "entangle.scoring.scores",
+    "expand": "entangle.expansion",
     "load_calibration": "entangle.calibration",
+    "load_evaluation": "entangle.evaluation",
+    "load_expanded": "entangle.expansion",
     "load_model": "entangle.models.loading",
     "load_scores": "entangle.scoring.scores",
+    "perplexity": "entangle.evaluation",
     "score": "entangle.scoring.score",
 }
 
@@ -34,9 +40,13 @@ __all__ = [
     "LanguageModel",
     "NeuronScores",
     "__version__",
+    "expand",
     "load_calibration",
+    "load_evaluation",
+    "load_expanded",
     "load_model",
     "load_scores",
+    "perplexity",
     "score",
 ]
 
