@@ -18,6 +18,8 @@ from entangle.models.layers import Layer
 from entangle.provenance import disk_errors
 from entangle.routing import Router
 
+_METADATA = "entangle"
+
 
 def block_file(folder: Path, index: int) -> Path:
     """Return the file of a block's experts."""
@@ -52,8 +54,8 @@ def write_block(
     path = block_file(folder, index)
     temporary = path.with_suffix(".writing")
     with disk_errors(path):
-        metadata = {"layers": json.dumps(layers), "report": json.dumps(list(report))}
-        save_file(tensors, temporary, metadata)
+        described = json.dumps({"layers": layers, "report": list(report)})
+        save_file(tensors, temporary, {_METADATA: described})  # one key: their order is not fixed
         os.replace(temporary, path)  # noqa: PTH105  (the atomic one)
     return path
 
@@ -70,10 +72,9 @@ def read_block(
     """
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            described, report = json.loads(metadata["layers"]), json.loads(metadata["report"])
+            described = json.loads((file.metadata() or {})[_METADATA])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        return _rebuild(described, tensors, layers), report
+        return _rebuild(described["layers"], tensors, layers), described["report"]
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise InvalidInput(
             f"{str(path)!r} is damaged or does not fit the model ({error}); build it anew."

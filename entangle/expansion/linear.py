@@ -77,7 +77,7 @@ class ExpandedLinear(nn.Module):
             if index.numel():
                 chosen = nn.functional.linear(tokens[index], self.weight[expert], self.bias)
                 outputs[index] = chosen
-        return outputs.reshape(*x.shape[:-1], -1)
+        return outputs.reshape(*x.shape[:-1], self.weight.shape[1])
 
     def extra_repr(self) -> str:
         """Describe the shape for ``print(model)``."""

@@ -129,7 +129,9 @@ def test_a_checkpoint_loads_to_the_same_model_and_generates(
         assert torch.equal(experts_of(loaded)[name], weight)
     assert found.perplexity is not None
     assert perplexity(loaded, text).value == pytest.approx(found.perplexity.value, rel=1e-5)
-    new = loaded.module.generate(calibration.ids[:1], max_new_tokens=3, do_sample=False)
+    new = loaded.module.generate(  # type: ignore[operator]
+        calibration.ids[:1], max_new_tokens=3, do_sample=False
+    )
     assert new.shape == (1, 19)
 
 
