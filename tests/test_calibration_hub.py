@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import httpx
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets.exceptions import DatasetNotFoundError
+from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
 from entangle.calibration import load_texts
 from entangle.errors import InvalidInput, Unavailable, UnknownName
@@ -95,7 +95,7 @@ def test_value_that_is_no_text(hub: Hub) -> None:
     ("error", "kind", "says"),
     [
         (ConnectionError("Couldn't reach 'x' on the Hub"), Unavailable, "check the network"),
-        (httpx.ConnectError("[Errno -2] Name unknown"), Unavailable, "check the network"),
+        (HTTPError("[Errno -2] Name unknown"), Unavailable, "check the network"),
         (DatasetNotFoundError("Dataset 'x' doesn't exist"), UnknownName, "wikitext2"),
         (DatasetNotFoundError("Dataset 'x' is a gated dataset."), Unavailable, "hf auth login"),
         (RuntimeError("Dataset scripts are no longer supported"), InvalidInput, "scripts"),

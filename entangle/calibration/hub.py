@@ -109,8 +109,8 @@ def _is_text(dataset: Any, row: dict[str, Any]) -> dict[str, bool]:
 @contextmanager
 def _plain_errors(request: HubRequest) -> Iterator[None]:
     """Turn the library's errors into one line, and hold back its own log lines about them."""
-    import httpx
     from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # whichever client
 
     loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub")]
     levels = [logger.level for logger in loggers]
@@ -118,14 +118,7 @@ def _plain_errors(request: HubRequest) -> Iterator[None]:
         logger.setLevel(logging.CRITICAL)
     try:
         yield
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        ImportError,
-        DatasetsError,
-        httpx.HTTPError,
-    ) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, DatasetsError, HTTPError) as error:
         raise _translate(error, request) from error
     finally:
         for logger, level in zip(loggers, levels, strict=True):
