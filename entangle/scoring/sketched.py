@@ -1,6 +1,7 @@
 """Scoring by sketches: statistics of all layers from one pass, nothing recorded."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -9,43 +10,57 @@ from entangle.models.layers import Layer
 from entangle.precision import full_precision
 from entangle.recording.hooks import Batch, SeenTensor, run_observed
 from entangle.scoring.measured import MeasuredLayer
-from entangle.seeding import torch_rng
+from entangle.seeding import numpy_rng
 from entangle.stats.mapping_difficulty import PairSketch
 from entangle.stats.sketch import OutputSketch
 
+Segment = tuple[slice, slice, Tensor]
+"""Two runs of tokens, paired in order, and the distance between their inputs, (pairs,)."""
+
 
 class _Pairing:
-    """Draws the pairs of each batch, and remembers the last input's distances."""
+    """Draws the pairs of each batch, and remembers the last input's distances.
+
+    Token i of a batch's first half goes with token i + shift of its second half, counted round the
+    end; the shift, and where to begin if not all tokens are paired, are drawn for every batch.
+    Pairs are disjoint, and runs of tokens need not be gathered one by one.
+    """
 
     def __init__(self, *, seed: int, share: float) -> None:
         self._seed, self._share, self._batch = seed, share, -1
         self._last: SeenTensor | None = None
-        self._drawn: dict[int, Tensor] = {}
+        self._found: list[Segment] = []
 
     def next_batch(self) -> None:
-        """Forget the pairs of the batch before."""
+        """Begin a batch."""
         self._batch += 1
-        self._drawn.clear()
         self._last = None
 
-    def of(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Return pairs (2, pairs) of token indices and their input distances (pairs,)."""
+    def of(self, inputs: Tensor) -> list[Segment]:
+        """Return the pairs of the tokens of ``inputs`` (..., in_features)."""
         if self._last is None or not self._last.same_as(inputs):
             rows = inputs.flatten(0, -2)
-            first, second = pairs = self._pairs(rows.shape[0]).to(rows.device)
-            self._found = pairs, (rows[first].float() - rows[second].float()).norm(dim=1)
+            self._found = [
+                (first, second, (rows[first].float() - rows[second].float()).norm(dim=1))
+                for first, second in self._runs(rows.shape[0])
+            ]
             self._last = SeenTensor.of(inputs)
         return self._found
 
-    def _pairs(self, n_tokens: int) -> Tensor:
-        """Pair tokens of the first half of the batch with tokens of the second."""
-        if n_tokens not in self._drawn:
-            half = n_tokens // 2
-            count = min(half, round(half * self._share))
-            rng = torch_rng(self._seed, "pairs", self._batch, n_tokens)
-            first, second = (torch.randperm(half, generator=rng)[:count] for _ in range(2))
-            self._drawn[n_tokens] = torch.stack([first, second + half])
-        return self._drawn[n_tokens]
+    def _runs(self, n_tokens: int) -> list[tuple[slice, slice]]:
+        half = n_tokens // 2
+        count = min(half, round(half * self._share))
+        if count == 0:
+            return []
+        rng = numpy_rng(self._seed, "pairs", self._batch, n_tokens)
+        start, shift = (int(value) for value in rng.integers(half, size=2))
+        steps = {0, count, half - start, (-start - shift) % half, (-start - shift) % half + half}
+        cuts = sorted(step for step in steps if 0 <= step <= count)
+        runs = []
+        for low, high in pairwise(cuts):
+            first, second = (start + low) % half, half + (start + shift + low) % half
+            runs.append((slice(first, first + high - low), slice(second, second + high - low)))
+        return runs
 
 
 def score_sketched(
@@ -84,7 +99,8 @@ def score_sketched(
         rows = produced.flatten(0, -2)
         outputs[layer.name].update(rows, group=group)
         if pair_share > 0:
-            differences[layer.name].update(rows, *pairing.of(inputs))
+            for first, second, distance in pairing.of(inputs):
+                differences[layer.name].update(rows[first], rows[second], distance)
 
     with full_precision(), torch.no_grad():
         run_observed(module, layers, reported(), update)

@@ -185,27 +185,27 @@ class PairSketch:
 
     def update(
         self,
-        outputs: Float[Tensor, "tokens neurons"],
-        pairs: Int[Tensor, "two=2 pairs"],
+        first: Float[Tensor, "pairs neurons"],
+        second: Float[Tensor, "pairs neurons"],
         input_distance: Float[Tensor, " pairs"],
     ) -> None:
-        """Add pairs of one batch of outputs of shape (tokens, neurons)."""
-        distinct = (input_distance > 0).to(outputs.device)
-        first, second = pairs.to(outputs.device)[:, distinct]
-        dx = input_distance.to(outputs.device)[distinct]
-        self.n_identical += pairs.shape[1] - dx.numel()
+        """Add the outputs at both tokens of some pairs, each of shape (pairs, neurons)."""
+        dx = input_distance.to(first.device)
+        distinct = dx > 0
+        if not bool(distinct.all()):
+            self.n_identical += int((~distinct).sum())
+            first, second, dx = first[distinct], second[distinct], dx[distinct]
         if dx.numel() == 0:
             return
         if not self._placed:
-            sample = (outputs[first[:512]].float() - outputs[second[:512]].float()).abs_()
+            sample = (first[:512].float() - second[:512].float()).abs_()
             typical = sample.nan_to_num_(0.0, 0.0, 0.0).median(dim=0).values
             self._place(torch.where(typical > 0, typical, 1.0))
-        columns = max(1, (2**18 if outputs.device.type == "cpu" else 2**26) // dx.numel())
+        columns = max(1, (2**18 if first.device.type == "cpu" else 2**26) // dx.numel())
         for start in range(0, self.n_neurons, columns):
             part = slice(start, start + columns)
-            block = outputs[:, part]
-            dy = (block[first].float() - block[second].float()).abs_().t().contiguous()
-            self._update_block(dy, (1 / dx).to(dy.dtype), part)
+            dy = (first[:, part].float() - second[:, part].float()).abs_()
+            self._update_block(dy.t(), (1 / dx).to(dy.dtype), part)
         self.n_pairs += dx.numel()
         self._dx_max = max(self._dx_max, float(dx.max()))
         self._dx_sum += float(dx.sum(dtype=accumulator_dtype(dx.device)))
@@ -249,7 +249,7 @@ class PairSketch:
 
     def _update_block(self, dy: Tensor, weight: Tensor, part: slice) -> None:
         """Add |y_a − y_b| of shape (block neurons, pairs)."""
-        self._slope[part] += dy @ weight
+        self._slope[part] += (dy * weight).sum(1)  # summed by halves: a product is less exact
         self._dy_sum[part] += dy.sum(1)
         torch.maximum(self._dy_max[part], dy.amax(1), out=self._dy_max[part])
         scaled = dy.div_(self._scale[part, None])

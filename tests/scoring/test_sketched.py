@@ -11,7 +11,8 @@ from entangle.calibration import CalibrationSet
 from entangle.models.loading import LanguageModel
 from entangle.scoring.score import Method, score
 from entangle.scoring.scores import NeuronScores
-from entangle.seeding import torch_rng
+from entangle.scoring.sketched import _Pairing
+from entangle.seeding import numpy_rng
 from tests.reference import scoring as reference
 from tests.tiny_models import CONFIGS
 
@@ -39,15 +40,36 @@ def test_the_sketch_keeps_within_its_bound_of_the_exact_scores(name: str, scored
     assert (sketch.frame["md"] / exact.frame["md"]).median() == pytest.approx(1, abs=0.3)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("n_tokens", [1, 2, 3, 17, 64])
+def test_pairs_are_disjoint_and_join_the_two_halves(n_tokens: int, share: float) -> None:
+    for seed in range(20):
+        pairing = _Pairing(seed=seed, share=share)
+        pairing.next_batch()
+        tokens = torch.arange(n_tokens)
+        x = torch.randn(n_tokens, 3, generator=torch.Generator().manual_seed(seed))
+        first, second = [], []
+        for one, other, distance in pairing.of(x):
+            first += tokens[one].tolist()
+            second += tokens[other].tolist()
+            torch.testing.assert_close(distance, (x[one] - x[other]).norm(dim=1))
+        half = n_tokens // 2
+        assert len(first) == len(second) == min(half, round(half * share))
+        assert len(set(first)) == len(first)
+        assert len(set(second)) == len(second)
+        assert all(i < half for i in first)
+        assert all(half <= i < 2 * half for i in second)
+
+
 def test_the_mapping_difficulty_of_the_sketch(tiny: Tiny, calibration: CalibrationSet) -> None:
     """Tokens of a batch's first half are paired with tokens of its second."""
     name = "model.layers.1.mlp.gate_proj"
     scores = score(tiny("llama"), calibration, layers=name, method="sketch", seed=5)
     pairs: list[list[int]] = []
     for batch in range(6):  # one for each group of two sequences of 16 tokens
-        rng = torch_rng(5, "pairs", batch, 32)
-        first, second = (torch.randperm(16, generator=rng) + 32 * batch for _ in range(2))
-        pairs += torch.stack([first, second + 16], 1).tolist()
+        start, shift = numpy_rng(5, "pairs", batch, 32).integers(16, size=2).tolist()
+        first = [(start + i) % 16 for i in range(16)]
+        pairs += [[32 * batch + i, 32 * batch + 16 + (i + shift) % 16] for i in first]
     assert scores.layers[["n_pairs", "n_identical_pairs"]].to_numpy().sum() == len(pairs) == 96
     streams = reference.inputs_and_outputs(tiny("llama").module, [name], calibration.ids)
     inputs, outputs = streams[name]

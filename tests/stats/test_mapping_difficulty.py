@@ -42,9 +42,14 @@ def _distance(x: Tensor, pairs: Tensor) -> Tensor:
     return (x[pairs[0]] - x[pairs[1]]).square().sum(1).sqrt()
 
 
+def _at(y: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the outputs (pairs, neurons) at the first and at the second token of every pair."""
+    return y.T[pairs[0]], y.T[pairs[1]]
+
+
 def _sketch(y: Tensor, pairs: Tensor, distance: Tensor) -> PairSketch:
     sketch = PairSketch(y.shape[0])
-    sketch.update(y.T, pairs, distance)
+    sketch.update(*_at(y, pairs), distance)
     return sketch
 
 
@@ -212,7 +217,7 @@ def test_sketch_agrees_with_the_exact_statistics() -> None:
     distance = torch.from_numpy(rng.uniform(0.5, 2, pairs.shape[1])).float()
     exact, sketched = mapping_difficulty(y, pairs, distance), PairSketch(3)
     for part in torch.arange(pairs.shape[1]).split(999):
-        sketched.update(y.T, pairs[:, part], distance[part])
+        sketched.update(*_at(y, pairs[:, part]), distance[part])
     approximate = sketched.result()
     first = (y[:, pairs[0, :512]] - y[:, pairs[1, :512]]).abs().double().median(dim=1).values
     assert ((approximate.dy_median - exact.dy_median).abs() <= first / 32).all()
@@ -225,12 +230,12 @@ def test_merge_is_both_at_once() -> None:
     x, y, pairs = _problem(2001)
     distance = _distance(x, pairs)
     whole, first = PairSketch(3), PairSketch(3)
-    first.update(y.T, pairs[:, :300], distance[:300])
+    first.update(*_at(y, pairs[:, :300]), distance[:300])
     second, third = first.fork(), first.fork()
-    second.update(y.T, pairs[:, 300:700], distance[300:700])
-    third.update(y.T, pairs[:, 700:], distance[700:])
-    whole.update(y.T, pairs[:, :300], distance[:300])
-    whole.update(y.T, pairs[:, 300:], distance[300:])
+    second.update(*_at(y, pairs[:, 300:700]), distance[300:700])
+    third.update(*_at(y, pairs[:, 700:]), distance[700:])
+    whole.update(*_at(y, pairs[:, :300]), distance[:300])
+    whole.update(*_at(y, pairs[:, 300:]), distance[300:])
     second.merge(third)
     first.merge(second)
     merged, expected = first.result(), whole.result()
@@ -251,7 +256,7 @@ def test_a_median_beyond_the_last_bin_is_nan_not_wrong() -> None:
     distance = _distance(x, pairs)
     sketch = _sketch(1e-3 * y, pairs, distance)
     for _ in range(3):
-        sketch.update(y.T, pairs, distance)
+        sketch.update(*_at(y, pairs), distance)
     assert sketch.result().dy_median.isnan().all()
 
 
@@ -285,7 +290,7 @@ def test_memory_does_not_grow() -> None:
 
     before = size()
     for _ in range(5):
-        sketch.update(y.T, pairs, _distance(x, pairs))
+        sketch.update(*_at(y, pairs), _distance(x, pairs))
     assert size() == before > 0
 
 
