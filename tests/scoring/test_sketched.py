@@ -75,4 +75,8 @@ def test_the_mapping_difficulty_of_the_sketch(tiny: Tiny, calibration: Calibrati
     inputs, outputs = streams[name]
     for neuron in LOOKED_AT:
         expected = reference.mapping_difficulty(inputs, outputs[:, neuron], pairs)
-        assert scores.frame["md"][neuron] == pytest.approx(expected, rel=0.03)
+        first, second = np.array(pairs).T
+        distance = np.sort(np.abs(outputs[first, neuron] - outputs[second, neuron]))
+        # The sketch's median lies in the bin of the middle ones: between their neighbours.
+        low, high = (expected * np.median(distance) / distance[i] for i in (49, 46))
+        assert low * 0.98 <= scores.frame["md"][neuron] <= high * 1.02
