@@ -90,6 +90,7 @@ def score(
     check_seed(seed)
     language_model = as_language_model(model)
     chosen = find_layers(language_model.module, layers, proj)
+    _check_readable(chosen)
     calibration = _calibration(calibration, language_model)
     resolved = _resolve_method(method, language_model, chosen, calibration, memory)
     groups = _n_groups(resolved, calibration.n_seq)
@@ -133,6 +134,15 @@ def _out_of_memory(error: Exception) -> bool:
     """Tell whether memory ran out; torch has no class of its own for that on the CPU."""
     named = isinstance(error, torch.OutOfMemoryError | MemoryError)
     return named or "you tried to allocate" in str(error)
+
+
+def _check_readable(layers: Sequence[Layer]) -> None:
+    for layer in layers:
+        if layer.weight.is_meta:
+            raise InvalidInput(
+                f"the weights of layer {layer.name!r} are offloaded, so it cannot be scored; "
+                "choose a device map that keeps it on a device."
+            )
 
 
 def _calibration(calibration: CalibrationSet | str, model: LanguageModel) -> CalibrationSet:

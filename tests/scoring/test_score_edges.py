@@ -9,7 +9,7 @@ from torch import nn
 
 from entangle.calibration import CalibrationSet
 from entangle.errors import InvalidInput
-from entangle.models.loading import LanguageModel
+from entangle.models.loading import LanguageModel, as_language_model
 from entangle.scoring.score import Method, score
 from entangle.scoring.scores import NeuronScores
 from tests.tiny_models import TINY
@@ -108,3 +108,10 @@ def test_equal_inputs_have_no_mapping_difficulty(tiny: Tiny) -> None:
 def test_ids_that_do_not_fit_the_model(ids: torch.Tensor, message: str, tiny: Tiny) -> None:
     with pytest.raises(InvalidInput, match=message):
         score(tiny("llama"), CalibrationSet(ids, "bad", {}), layers=1)
+
+
+def test_an_offloaded_layer_is_refused(calibration: CalibrationSet) -> None:
+    module = TINY["llama"]()
+    module.get_submodule("model.layers.1.mlp.gate_proj").to("meta")
+    with pytest.raises(InvalidInput, match=r"layers\.1\.mlp\.gate_proj' are offloaded"):
+        score(as_language_model(module), calibration, layers=1, proj="gate_proj")
