@@ -12,6 +12,7 @@ from entangle.recording.hooks import Batch, SeenTensor, run_observed
 from entangle.scoring.measured import MeasuredLayer
 from entangle.seeding import numpy_rng
 from entangle.stats.mapping_difficulty import PairSketch
+from entangle.stats.scratch import Scratch
 from entangle.stats.sketch import OutputSketch
 
 Segment = tuple[slice, slice, Tensor]
@@ -85,8 +86,12 @@ def score_sketched(
     report
         Called with the number of sequences after each batch.
     """
-    outputs = {layer.name: OutputSketch(layer.out_features, n_groups=n_groups) for layer in layers}
-    differences = {layer.name: PairSketch(layer.out_features) for layer in layers}
+    work = Scratch()
+    outputs = {
+        layer.name: OutputSketch(layer.out_features, n_groups=n_groups, scratch=work)
+        for layer in layers
+    }
+    differences = {layer.name: PairSketch(layer.out_features, scratch=work) for layer in layers}
     pairing = _Pairing(seed=seed, share=pair_share)
 
     def reported() -> Iterator[Batch]:

@@ -1,4 +1,4 @@
-"""Bootstrap intervals of correlation coefficients."""
+"""Bootstrap intervals of correlation coefficients and of means over windows of a text."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from entangle.errors import InvalidInput
 from entangle.seeding import numpy_rng
 
 Floats = NDArray[np.float64]
+Counts = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,7 @@ def spearman_interval(
 
 
 def _check_bootstrap(x: Floats, y: Floats, *, n_boot: int, level: float) -> None:
-    if n_boot < 1:
-        raise InvalidInput(f"`n_boot` must be at least 1; got {n_boot}.")
-    if not 0.0 < level < 1.0:
-        raise InvalidInput(f"`level` must be in (0, 1); got {level}.")
+    _check_options(n_boot=n_boot, level=level)
     if x.ndim != 1 or x.shape != y.shape or len(x) < 3:
         raise InvalidInput(
             f"a rank correlation must have at least 3 pairs; got {x.shape} and {y.shape} values; "
@@ -82,6 +80,13 @@ def _check_bootstrap(x: Floats, y: Floats, *, n_boot: int, level: float) -> None
             "a rank correlation must have two different values on each side; got "
             f"{len(x)} points that all have {x[0] if np.ptp(x) == 0.0 else y[0]:.4g}."
         )
+
+
+def _check_options(*, n_boot: int, level: float) -> None:
+    if n_boot < 1:
+        raise InvalidInput(f"`n_boot` must be at least 1; got {n_boot}.")
+    if not 0.0 < level < 1.0:
+        raise InvalidInput(f"`level` must be in (0, 1); got {level}.")
 
 
 def _weighted_spearman(groups: Sequence[NDArray[np.intp]], repeats: NDArray[np.generic]) -> float:
@@ -95,3 +100,98 @@ def _weighted_spearman(groups: Sequence[NDArray[np.intp]], repeats: NDArray[np.g
     weighted = a * repeats
     norm = np.sqrt((weighted @ a) * ((b * repeats) @ b))
     return float(weighted @ b / norm) if norm > 0.0 else np.nan
+
+
+def window_mean_interval(
+    values: Floats,
+    counts: Counts,
+    *,
+    n_boot: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Interval:
+    """Return a mean over counted items with a percentile bootstrap interval over windows.
+
+    The mean is a ratio of two sums, both over windows. Whole windows are resampled with
+    replacement, as items of one window (tokens of a text) are not independent.
+
+    Parameters
+    ----------
+    values
+        Sum over the items of each window, shape (windows,).
+    counts
+        Number of items in each window, at least 1, shape (windows,).
+    n_boot
+        Number of resamples.
+    seed
+        Of the resampling.
+    level
+        Probability mass of the interval, in (0, 1).
+
+    Returns
+    -------
+    Interval
+        Ends are NaN if there is one window only or a value is NaN or infinite.
+
+    Raises
+    ------
+    InvalidInput
+        Unequal lengths, no window, a count below 1, or an option out of range.
+
+    Notes
+    -----
+    Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13 (percentile interval).
+    """
+    _check_windows(values, counts, n_boot=n_boot, level=level)
+    n = len(values)
+    mean = float(values.sum() / counts.sum())
+    if n < 2 or not np.isfinite(values).all():
+        return Interval(mean, np.nan, np.nan)
+    rng = numpy_rng(seed, "window bootstrap")
+    draws = np.empty(n_boot)
+    for draw in range(n_boot):
+        chosen = rng.integers(n, size=n)
+        draws[draw] = values[chosen].sum() / counts[chosen].sum()
+    tail = 50.0 * (1.0 - level)
+    low, high = np.percentile(draws, [tail, 100.0 - tail])
+    return Interval(mean, float(low), float(high))
+
+
+def window_difference_interval(
+    a: Floats,
+    b: Floats,
+    counts: Counts,
+    *,
+    n_boot: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Interval:
+    """Return the difference of two means, a − b, with a paired interval over windows.
+
+    The same windows are resampled for both: what a window makes easy or hard for both cancels.
+
+    Parameters
+    ----------
+    a, b
+        Sums over the items of each window, of two models on the same windows, shape (windows,).
+    counts, n_boot, seed, level
+        As in `window_mean_interval`; so are the result and the errors.
+    """
+    if a.shape != b.shape:
+        raise InvalidInput(
+            f"`a` and `b` must have one value for each window; got shapes {a.shape} and {b.shape}."
+        )
+    with np.errstate(invalid="ignore"):  # infinite in both: their difference is NaN
+        gaps = a - b
+    return window_mean_interval(gaps, counts, n_boot=n_boot, seed=seed, level=level)
+
+
+def _check_windows(values: Floats, counts: Counts, *, n_boot: int, level: float) -> None:
+    _check_options(n_boot=n_boot, level=level)
+    if values.ndim != 1 or values.shape != counts.shape or len(values) == 0:
+        raise InvalidInput(
+            "a mean over windows must have one value and one count for each of at least 1 window; "
+            f"got shapes {values.shape} and {counts.shape}."
+        )
+    if not (counts >= 1).all():
+        raise InvalidInput(f"`counts` must be at least 1; got {counts.min()}.")

@@ -21,6 +21,7 @@ from entangle.errors import InvalidInput
 from entangle.precision import accumulator_dtype
 from entangle.seeding import torch_rng
 from entangle.stats import bins
+from entangle.stats.scratch import Scratch
 
 MAX_PAIRS = 50_000
 _BINS = 3 * bins.PER_OCTAVE
@@ -162,6 +163,8 @@ class PairSketch:
     ----------
     n_neurons
         Number of neurons.
+    scratch
+        Work space, which sketches that are updated one after the other may share.
 
     Notes
     -----
@@ -170,8 +173,9 @@ class PairSketch:
     NaN where it lies beyond the last bin; the other statistics are exact.
     """
 
-    def __init__(self, n_neurons: int) -> None:
+    def __init__(self, n_neurons: int, *, scratch: Scratch | None = None) -> None:
         self.n_neurons, self.n_pairs, self.n_identical = n_neurons, 0, 0
+        self._scratch = scratch or Scratch()
         self._dx_max = self._dx_sum = 0.0
         self._placed = False
 
@@ -201,11 +205,14 @@ class PairSketch:
             sample = (first[:512].float() - second[:512].float()).abs_()
             typical = sample.nan_to_num_(0.0, 0.0, 0.0).median(dim=0).values
             self._place(torch.where(typical > 0, typical, 1.0))
-        columns = max(1, (2**18 if first.device.type == "cpu" else 2**26) // dx.numel())
+        at_once = 2**18 if first.device.type == "cpu" else 2**26
+        columns = max(4, at_once // dx.numel() // 4 * 4)
         for start in range(0, self.n_neurons, columns):
             part = slice(start, start + columns)
-            dy = (first[:, part].float() - second[:, part].float()).abs_()
-            self._update_block(dy.t(), (1 / dx).to(dy.dtype), part)
+            left, right = first[:, part].float(), second[:, part].float()
+            dy = self._scratch.take("x", tuple(left.shape), torch.float32, left.device)
+            torch.sub(left, right, out=dy).abs_()
+            self._update_block(dy, (1 / dx).to(dy.dtype), part)
         self.n_pairs += dx.numel()
         self._dx_max = max(self._dx_max, float(dx.max()))
         self._dx_sum += float(dx.sum(dtype=accumulator_dtype(dx.device)))
@@ -248,14 +255,14 @@ class PairSketch:
         self._dy_max = torch.zeros(self.n_neurons, device=scale.device)
 
     def _update_block(self, dy: Tensor, weight: Tensor, part: slice) -> None:
-        """Add |y_a − y_b| of shape (block neurons, pairs)."""
-        self._slope[part] += (dy * weight).sum(1)  # summed by halves: a product is less exact
-        self._dy_sum[part] += dy.sum(1)
-        torch.maximum(self._dy_max[part], dy.amax(1), out=self._dy_max[part])
-        scaled = dy.div_(self._scale[part, None])
-        index = bins.magnitude_index(scaled, _BINS).long()
-        one = torch.ones((), dtype=torch.int32, device=dy.device).expand_as(index)
-        self._counts[part].scatter_add_(1, index, one)
+        """Add |y_a − y_b| of shape (pairs, block neurons)."""
+        work = self._scratch.take("work", tuple(dy.shape), dy.dtype, dy.device)
+        torch.mul(dy, weight[:, None], out=work)
+        self._slope[part] += work.sum(0)  # by halves: a matrix product is less exact
+        self._dy_sum[part] += dy.sum(0)
+        torch.maximum(self._dy_max[part], dy.amax(0), out=self._dy_max[part])
+        index = bins.magnitude_index_(dy.div_(self._scale[part]), _BINS)
+        bins.add_counts(self._counts[part], index, self._scratch)
 
     def _median(self) -> Tensor:
         """Interpolate the median inside its bin, in units of the scale.

@@ -18,6 +18,7 @@ from entangle.errors import InvalidInput
 from entangle.precision import accumulator_dtype
 from entangle.stats import bins
 from entangle.stats.histogram import BinnedDistances, binned_distances
+from entangle.stats.scratch import Scratch
 from entangle.stats.wasserstein import ShapeStatistics, is_constant, sort_rows
 
 GROUP_FOLD = 8
@@ -61,6 +62,8 @@ class OutputSketch:
         Number of neurons.
     n_groups
         Number of groups of whole sequences for the jackknife.
+    scratch
+        Work space, which sketches that are updated one after the other may share.
 
     Notes
     -----
@@ -69,13 +72,16 @@ class OutputSketch:
     the second one with `fork`.
     """
 
-    def __init__(self, n_neurons: int, *, n_groups: int = 8) -> None:
+    def __init__(
+        self, n_neurons: int, *, n_groups: int = 8, scratch: Scratch | None = None
+    ) -> None:
         if n_neurons < 1 or n_groups < 1:
             raise InvalidInput(
                 f"`n_neurons` and `n_groups` must be at least 1; got {n_neurons} and {n_groups}."
             )
         self.n_neurons, self.n_groups, self.n_tokens = n_neurons, n_groups, 0
         self._placed, self._lent, self._open_group = False, False, 0
+        self._scratch = scratch or Scratch()
 
     def fork(self) -> "OutputSketch":
         """Return an empty sketch with the same bins, to be merged later."""
@@ -180,23 +186,25 @@ class OutputSketch:
         self._inf = torch.zeros(n, dtype=torch.bool, device=device)
 
     def _update_block(self, outputs: Tensor, part: slice, group: int) -> None:
-        x = outputs[:, part].t().to(torch.float32, memory_format=torch.contiguous_format)
-        x = torch.sub(x, self._location[part, None]).div_(self._scale[part, None])
-        powers = _power_sums(x)
+        values = outputs[:, part].float()
+        x, square, work = (
+            self._scratch.take(name, tuple(values.shape), torch.float32, values.device)
+            for name in ("x", "square", "work")
+        )
+        torch.sub(values, self._location[part], out=x).div_(self._scale[part])
+        powers = _power_sums(x, square, work)
         if not bool(powers[-1].isfinite().all()):
-            self._nan[part] |= x.isnan().any(1)
-            self._inf[part] |= x.isinf().any(1)
-            x = x.nan_to_num_(0.0, 0.0, 0.0)
-            powers = _power_sums(x.to(self._powers.dtype))  # x⁴ may overflow float32
+            self._nan[part] |= x.isnan().any(0)
+            self._inf[part] |= x.isinf().any(0)
+            exact = x.nan_to_num_(0.0, 0.0, 0.0).to(self._powers.dtype)  # x⁴ may overflow float32
+            powers = _power_sums(exact, torch.empty_like(exact), torch.empty_like(exact))
         for i, power in enumerate(powers):
             self._powers[i, part] += power
         self._group_powers[group, 0, part] += powers[0]
         self._group_powers[group, 1, part] += powers[1]
-        torch.minimum(self._low[part], x.amin(1), out=self._low[part])
-        torch.maximum(self._high[part], x.amax(1), out=self._high[part])
-        index = bins.signed_index(x).long()
-        one = torch.ones((), dtype=torch.int32, device=x.device).expand_as(index)
-        self._counts[part].scatter_add_(1, index, one)
+        torch.minimum(self._low[part], x.amin(0), out=self._low[part])
+        torch.maximum(self._high[part], x.amax(0), out=self._high[part])
+        bins.add_counts(self._counts[part], bins.signed_index_(x, work), self._scratch)
 
     def _own_counts(self) -> None:
         """Leave the counts to the last result, if there is one, and go on with a copy."""
@@ -277,18 +285,15 @@ def _occupied(counts: Tensor) -> tuple[int, int]:
 def _block_columns(outputs: Tensor) -> int:
     """Choose how many neurons to treat at once: a cache-sized block on the CPU."""
     values = 2**18 if outputs.device.type == "cpu" else 2**26
-    return max(1, values // outputs.shape[0])
+    return max(4, values // outputs.shape[0] // 4 * 4)
 
 
-def _power_sums(x: Tensor) -> tuple[Tensor, ...]:
-    """Return the sums of the first four powers of each row."""
-    square = x.square()
-    return (
-        x.sum(1),
-        square.sum(1),
-        torch.linalg.vecdot(square, x),
-        torch.linalg.vecdot(square, square),
-    )
+def _power_sums(x: Tensor, square: Tensor, cube: Tensor) -> tuple[Tensor, ...]:
+    """Return the sums over tokens of the first four powers of x; the others are work space."""
+    torch.mul(x, x, out=square)
+    torch.mul(square, x, out=cube)
+    first, second, third = x.sum(0), square.sum(0), cube.sum(0)
+    return first, second, third, square.mul_(square).sum(0)
 
 
 def _pilot(outputs: Tensor) -> tuple[Tensor, Tensor]:
