@@ -13,12 +13,11 @@ FLOORS = (
     {"errors"},
     {"seeding", "precision", "provenance", "progress"},
     {"stats", "pruning", "routing"},
-    {"models", "calibration"},
-    {"recording", "evaluation"},
-    {"scoring", "allocation"},
+    {"models", "calibration", "plotting"},
+    {"recording"},
+    {"evaluation", "scoring", "allocation"},
     {"expansion"},
     {"ablation", "analysis"},
-    {"plotting"},
     {"explore", "cli"},
 )
 SIBLINGS = {("routing", "stats"), ("calibration", "models")}

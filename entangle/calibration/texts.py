@@ -89,8 +89,8 @@ def open_texts(
         documents = (document for file in files for document in read_file(file, column))
         return TextSource(documents, {"n_files": len(files), "column": column})
     if source == "demo":
-        refuse("'demo'", split=split, config=config, column=column)
-        return TextSource(_demo(), {})
+        refuse("'demo'", config=config, column=column)
+        return TextSource(_demo(split), {"split": split} if split else {})
     request = hub_request(str(path or source), split=split, config=config, column=column)
     return TextSource(read_hub(request), {"dataset": request.name, **_settings(asdict(request))})
 
@@ -108,10 +108,17 @@ def refuse(where: str, **options: str | bool | None) -> None:
             )
 
 
-def _demo() -> Iterator[Document]:
+def _demo(split: str | None) -> Iterator[Document]:
+    """Return the demo's articles: all, or every third one (``test``), or the others (``train``)."""
+    if split not in (None, "train", "test"):
+        raise InvalidInput(f"`split` of 'demo' must be train or test; got {split!r}.")
     from entangle.models.demo import demo_articles
 
-    return ([text] for _, text in demo_articles())
+    return (
+        [text]
+        for index, (_, text) in enumerate(demo_articles())
+        if split is None or (index % 3 == 2) == (split == "test")
+    )
 
 
 def load_texts(
@@ -132,7 +139,8 @@ def load_texts(
         set's id on the Hugging Face Hub. A folder is read by the `datasets` library if ``split``
         or ``config`` is given. Data sets are streamed; ``wikitext2`` is downloaded once.
     split, config
-        Split (``train`` if not given) and configuration of a data set.
+        Split (``train`` if not given) and configuration of a data set. ``demo`` has all articles
+        without a split, every third one as ``test`` and the others as ``train``.
     column
         Column of text; if not given ``text``, else the only column with text.
 

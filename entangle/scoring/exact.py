@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from entangle.errors import InvalidInput
 from entangle.models.layers import Layer
 from entangle.precision import full_precision
-from entangle.recording.hooks import Batch, SeenTensor, run_observed
+from entangle.recording.hooks import Batch, Callback, SeenTensor, run_observed
 from entangle.recording.stream import ByteBudget, TokenStore
 from entangle.scoring.measured import MeasuredLayer
 from entangle.stats.mapping_difficulty import MappingDifficulty, draw_pairs, mapping_difficulty
@@ -50,6 +50,7 @@ def score_exact(
     seed: int,
     memory: int,
     report: Callable[[int], None],
+    watch: Callback | None = None,
 ) -> list[MeasuredLayer]:
     """Score layers from all their outputs; arguments as in `entangle.scoring.score.score`.
 
@@ -58,7 +59,8 @@ def score_exact(
     """
     measured = []
     with ExitStack() as stack, full_precision():
-        recorded = _record(module, layers, _told(batches, report), ByteBudget(memory // 2), stack)
+        told, budget = _told(batches, report), ByteBudget(memory // 2)
+        recorded = _record(module, layers, told, budget, stack, watch)
         for layer in layers:
             measured.append(
                 _score_layer(
@@ -83,6 +85,7 @@ def _record(
     batches: Iterable[Batch],
     budget: ByteBudget,
     stack: ExitStack,
+    watch: Callback | None,
 ) -> dict[str, RecordedInputs]:
     """Record the inputs of each layer; neighbours with the same input tensor share a record.
 
@@ -96,8 +99,10 @@ def _record(
     n_tokens: Counter[str] = Counter()
     last: tuple[Layer, SeenTensor] | None = None
 
-    def keep(group: int, layer: Layer, inputs: Tensor, _outputs: Tensor) -> None:
+    def keep(group: int, layer: Layer, inputs: Tensor, outputs: Tensor) -> None:
         nonlocal last
+        if watch is not None:
+            watch(layer, inputs, outputs)
         rows = inputs.flatten(0, -2)
         shared = last is not None and last[1].same_as(inputs)
         if layer.name not in recorded:

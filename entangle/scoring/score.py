@@ -14,7 +14,7 @@ from entangle.models.layers import Layer, find_layers
 from entangle.models.loading import LanguageModel, as_language_model
 from entangle.progress import Progress, ProgressBar
 from entangle.provenance import RunClock, make_manifest
-from entangle.recording.hooks import Batch
+from entangle.recording.hooks import Batch, Callback
 from entangle.scoring.exact import score_exact
 from entangle.scoring.measured import MeasuredLayer
 from entangle.scoring.scores import KIND, NeuronScores
@@ -42,6 +42,7 @@ def score(
     memory: int = DEFAULT_MEMORY,
     batch_size: int | None = None,
     progress: bool | None = None,
+    watch: Callback | None = None,
 ) -> NeuronScores:
     """Score every neuron of some layers: distance from a Gaussian, moments, mapping difficulty.
 
@@ -68,6 +69,9 @@ def score(
         Sequences in one forward pass; by default as many as make 4,096 tokens.
     progress
         Show a progress bar on standard error; by default if that is a terminal.
+    watch
+        Called as ``watch(layer, inputs, outputs)`` with every batch of every layer, so that other
+        statistics of the same tokens need no forward pass of their own. It must not change them.
 
     Returns
     -------
@@ -100,6 +104,7 @@ def score(
             measured = _measure(
                 resolved, language_model, chosen, calibration,
                 n_groups=groups, per_pass=per_pass, md=md, seed=seed, memory=memory, bar=bar,
+                watch=watch,
             )  # fmt: skip
         except (RuntimeError, MemoryError) as error:
             if not _out_of_memory(error):
@@ -214,18 +219,19 @@ def _measure(
     seed: int,
     memory: int,
     bar: Progress,
+    watch: Callback | None,
 ) -> list[MeasuredLayer]:
     batches = _batches(calibration, n_groups, per_pass)
     if method == "exact":
         bar.start(calibration.n_seq + len(layers), "sequences and layers")
         return score_exact(
             model.module, layers, batches,
-            n_groups=n_groups, md=md, seed=seed, memory=memory, report=bar.advance,
+            n_groups=n_groups, md=md, seed=seed, memory=memory, report=bar.advance, watch=watch,
         )  # fmt: skip
     bar.start(calibration.n_seq, "sequences")
     paired = min(MAX_PAIRS, calibration.n_tokens // 2) if md else 0
     return score_sketched(
         model.module, layers, batches,
         n_groups=n_groups, pair_share=2 * paired / calibration.n_tokens, seed=seed,
-        report=bar.advance,
+        report=bar.advance, watch=watch,
     )  # fmt: skip

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from entangle.models.layers import Layer
 from entangle.precision import full_precision
-from entangle.recording.hooks import Batch, SeenTensor, run_observed
+from entangle.recording.hooks import Batch, Callback, SeenTensor, run_observed
 from entangle.scoring.measured import MeasuredLayer
 from entangle.seeding import numpy_rng
 from entangle.stats.mapping_difficulty import PairSketch
@@ -73,6 +73,7 @@ def score_sketched(
     pair_share: float,
     seed: int,
     report: Callable[[int], None],
+    watch: Callback | None = None,
 ) -> list[MeasuredLayer]:
     """Score layers in one pass over the batches.
 
@@ -85,6 +86,8 @@ def score_sketched(
         A pair joins a token of the batch's first half with one of its second half.
     report
         Called with the number of sequences after each batch.
+    watch
+        Called with every layer, its inputs and its outputs.
     """
     work = Scratch()
     outputs = {
@@ -101,6 +104,8 @@ def score_sketched(
             report(batch[1].shape[0])
 
     def update(group: int, layer: Layer, inputs: Tensor, produced: Tensor) -> None:
+        if watch is not None:
+            watch(layer, inputs, produced)
         rows = produced.flatten(0, -2)
         outputs[layer.name].update(rows, group=group)
         if pair_share > 0:

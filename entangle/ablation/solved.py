@@ -1,0 +1,107 @@
+"""Pruned rows of every layer, solved once for all the arms that use them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from numpy.typing import NDArray
+from torch import Tensor
+
+from entangle.errors import NumericalError
+from entangle.models.layers import Layer
+from entangle.pruning import prune
+from entangle.stats.gram import GramResult
+
+Rows = Mapping[str, NDArray[np.int64]]
+
+
+@dataclass(frozen=True, eq=False)
+class SolvedRows:
+    """Sparse weights of some rows of a layer at several sparsities."""
+
+    rows: Int64[Tensor, " rows"]
+    """Indices in ascending order."""
+    weight: Mapping[float, Float[Tensor, "rows in_features"]]
+    """By sparsity, in the layer's dtype, on the CPU."""
+    realised: Mapping[float, Float[Tensor, " rows"]]
+    """Share of zeros of every row, by sparsity."""
+
+    def take(
+        self, wanted: NDArray[np.int64], sparsity: float
+    ) -> tuple[Float[Tensor, "chosen in_features"], Float[Tensor, " chosen"]]:
+        """Return the weights and realised sparsities of some of the rows."""
+        place = torch.searchsorted(self.rows, torch.tensor(wanted))
+        return self.weight[sparsity][place], self.realised[sparsity][place]
+
+
+def solve_rows(
+    layers: Sequence[Layer],
+    rows: Rows,
+    grams: Mapping[str, GramResult],
+    *,
+    sparsities: Sequence[float],
+    pruner: str = "sparsegpt",
+    damping: float = 0.01,
+    seed: int = 0,
+) -> dict[str, SolvedRows]:
+    """Prune rows of dense layers to an exact number of zeros each.
+
+    Rows do not depend on one another, so all rows and sparsities of the layers that read one input
+    are solved together, with one factorisation of its gram.
+
+    Parameters
+    ----------
+    layers
+        Layers of the dense model.
+    rows
+        Indices in ascending order by layer name; layers without any are left out.
+    grams
+        ``XᵀX`` of each layer's inputs, by layer name.
+    sparsities
+        Shares of zeros in [0, 1].
+    pruner, damping, seed
+        As in `entangle.pruning.prune` (``pruner`` is its ``method``). The zeros of ``"random"``
+        also depend on which rows and sparsities are solved together.
+
+    Raises
+    ------
+    NumericalError
+        If a gram cannot be factorised; the message names the layers.
+    """
+    solved: dict[str, SolvedRows] = {}
+    groups: dict[int, list[Layer]] = {}
+    for layer in layers:
+        if len(rows.get(layer.name, ())):
+            groups.setdefault(id(grams[layer.name]), []).append(layer)
+    for members in groups.values():
+        chosen = [torch.tensor(rows[layer.name]) for layer in members]
+        dense = torch.cat(
+            [
+                layer.weight[i.to(layer.weight.device)]
+                for layer, i in zip(members, chosen, strict=True)
+            ]
+        )
+        levels = torch.tensor(sparsities, dtype=torch.float64).repeat_interleave(len(dense))
+        try:
+            result = prune(
+                dense.repeat(len(sparsities), 1),
+                grams[members[0].name].gram.to(dense.device),
+                method=pruner, sparsity=levels.to(dense.device), damping=damping, seed=seed,
+            )  # fmt: skip
+        except NumericalError as error:
+            names = ", ".join(layer.name for layer in members)
+            raise NumericalError(f"{names}: {error}") from error
+        weight = result.weight.cpu().unflatten(0, (len(sparsities), -1))
+        zeros = result.realised_sparsity.cpu().unflatten(0, (len(sparsities), -1))
+        start = 0
+        for layer, index in zip(members, chosen, strict=True):
+            own = slice(start, start + len(index))
+            solved[layer.name] = SolvedRows(
+                index,
+                {s: weight[i, own] for i, s in enumerate(sparsities)},
+                {s: zeros[i, own] for i, s in enumerate(sparsities)},
+            )
+            start = own.stop
+    return solved
