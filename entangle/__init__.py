@@ -9,8 +9,9 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from entangle.ablation import AblationResult, ablate, load_ablation
     from entangle.calibration import CalibrationSet, load_calibration
-    from entangle.evaluation import load_evaluation, perplexity
+    from entangle.evaluation import load_evaluation, load_minimal_pairs, perplexity
     from entangle.expansion import expand, load_expanded
     from entangle.models.loading import LanguageModel, load_model
     from entangle.scoring.score import score
@@ -22,13 +23,17 @@ except PackageNotFoundError:  # a source tree that is not installed
     __version__ = "0+unknown"
 
 _HOMES = {
+    "AblationResult": "entangle.ablation",
     "CalibrationSet": "entangle.calibration",
     "LanguageModel": "entangle.models.loading",
     "NeuronScores": "entangle.scoring.scores",
+    "ablate": "entangle.ablation",
     "expand": "entangle.expansion",
+    "load_ablation": "entangle.ablation",
     "load_calibration": "entangle.calibration",
     "load_evaluation": "entangle.evaluation",
     "load_expanded": "entangle.expansion",
+    "load_minimal_pairs": "entangle.evaluation",
     "load_model": "entangle.models.loading",
     "load_scores": "entangle.scoring.scores",
     "perplexity": "entangle.evaluation",
@@ -36,14 +41,18 @@ _HOMES = {
 }
 
 __all__ = [
+    "AblationResult",
     "CalibrationSet",
     "LanguageModel",
     "NeuronScores",
     "__version__",
+    "ablate",
     "expand",
+    "load_ablation",
     "load_calibration",
     "load_evaluation",
     "load_expanded",
+    "load_minimal_pairs",
     "load_model",
     "load_scores",
     "perplexity",

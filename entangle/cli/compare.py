@@ -14,11 +14,10 @@ if TYPE_CHECKING:
     from entangle.expansion.compare import Comparison
 
 Number = TypeVar("Number", int, float)
-KIND = "comparison"
 FORMATS = {
     "sparsity": ".2f", "perplexity": ",.3f", "ratio": ".3f", "ratio_low": ".3f",
     "ratio_high": ".3f", "flops": ".3f", "nonzeros": ".3f", "bytes": ".3f",
-    "relative_error": ".4f", "seconds": ".0f",
+    "relative_error": ".4f", "seconds": ".0f", "competitor_perplexity": ",.3f",
 }  # fmt: skip
 
 
@@ -38,7 +37,11 @@ def add_parser(subparsers: options.Subparsers) -> None:
         help="comma-separated (default: %(default)s)",
     )  # fmt: skip
     group.add_argument("--sparsity", default="0.5,0.6,0.7,0.8", help="(default: %(default)s)")
-    group.add_argument("--experts", default="16", help="for example 2,4,8,16 (default: 16)")
+    group.add_argument(
+        "--experts",
+        default="16",
+        help="for example 1,2,4,8,16,32; one expert is plain pruning (default: 16)",
+    )
     group.add_argument("--data", required=True, metavar="SOURCE", help="text to evaluate on")
     group.add_argument("--eval-seq-len", type=int, help="tokens in a window")
     group.add_argument("--eval-windows", type=int, help="take only the first windows")
@@ -50,7 +53,7 @@ def add_parser(subparsers: options.Subparsers) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Compare, print and save."""
     from entangle.evaluation import load_evaluation
-    from entangle.expansion.compare import arms, compare
+    from entangle.expansion.compare import KIND, arms, at_equal_nonzeros, compare
     from entangle.provenance import RunClock, check_output, make_manifest
 
     clock = RunClock()
@@ -81,23 +84,40 @@ def run(arguments: argparse.Namespace) -> None:
         settings={"methods": methods, "seed": arguments.seed},
         **clock.read(),
     )
+    equal = at_equal_nonzeros(found.frame)
     if arguments.out is not None:
-        save(arguments.out, found, manifest, force=arguments.force)
+        evaluated = f"{text.source}, n = {text.n_windows} windows of {text.seq_len} tokens"
+        save(arguments.out, found, manifest, evaluated=evaluated, force=arguments.force)
     if arguments.json:
-        rows = records(found.frame)
-        print_json({"out": arguments.out, "manifest": manifest, "results": rows})
-    else:
-        print_table(found.frame, title="Perplexity by method", formats=FORMATS)
+        tables = {"results": records(found.frame), "equal_nonzeros": records(equal)}
+        print_json({"out": arguments.out, "manifest": manifest, **tables})
+        return
+    print_table(found.frame, title="Perplexity by method", formats=FORMATS)
+    if not equal.empty:
+        title = "At equal stored non-zeros (from 1 × dense on, dense itself is the competitor)"
+        print_table(equal, title=title, formats=FORMATS)
 
 
-def save(out: str, found: "Comparison", manifest: Mapping[str, object], *, force: bool) -> None:
-    """Write the tables and the manifest."""
+def save(
+    out: str, found: "Comparison", manifest: Mapping[str, object], *, evaluated: str, force: bool
+) -> None:
+    """Write the tables, the manifest and the figure, which names the text ``evaluated``."""
+    from entangle.expansion.compare import at_equal_nonzeros
+    from entangle.plotting import figure_comparison, save_figure
     from entangle.provenance import output_folder, write_json
 
     with output_folder(out, force=force) as folder:
         found.frame.to_parquet(folder / "comparison.parquet", index=False)
         found.windows.to_parquet(folder / "windows.parquet", index=False)
+        equal = at_equal_nonzeros(found.frame)
+        equal.to_parquet(folder / "equal_nonzeros.parquet", index=False)
         write_json(folder / "manifest.json", manifest)
+        try:
+            figure = figure_comparison(found.frame, text=evaluated)
+        except InvalidInput as error:  # no arm has a finite perplexity: the tables say so
+            _say(f"no figure: {error}")
+        else:
+            save_figure(figure, folder / "figures" / "perplexity")
 
 
 def _numbers(text: str, kind: type[Number]) -> list[Number]:

@@ -9,19 +9,22 @@ from entangle.cli.options import Subparsers
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from entangle.models.loading import LanguageModel
     from entangle.scoring import NeuronScores
 
 LAYER = "model.layers.1.mlp.gate_proj"
 N_SEQ, SEQ_LEN, TOP = 32, 1024, 10
+ABLATED = ("*.mlp.gate_proj", "*.mlp.up_proj")
+STRENGTHS, SEEDS, EVAL_WINDOWS, EVAL_SEQ_LEN = (0.95, 0.99), 5, 10, 512
 
 
 def add_parser(subparsers: Subparsers) -> None:
     """Add the command to the parser."""
     parser = subparsers.add_parser(
         "demo",
-        help="score a layer of the demo model and draw the first figures",
-        description="Fetch the demo model and text once, score a layer, print the ranking and "
-        "write figures.",
+        help="score and ablate the neurons of the demo model, with figures",
+        description="Fetch the demo model and text once, score a layer, print the ranking, prune "
+        "the top neurons of every block against controls, and write figures.",
     )
     parser.add_argument(
         "--out", default="entangle-demo", metavar="DIR", help="result folder (default: %(default)s)"
@@ -32,7 +35,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Fetch, score, print and draw."""
+    """Fetch, score, ablate, print and draw."""
     from entangle.cli.score import print_scores
     from entangle.provenance import check_output
 
@@ -53,6 +56,33 @@ def run(arguments: argparse.Namespace) -> None:
 
         files = save_figure(figure, out / "figures" / name)
         print(f"Figure: {', '.join(str(path) for path in files)}")
+    _ablate(arguments, model, str(out / "ablation"))
+
+
+def _ablate(arguments: argparse.Namespace, model: "LanguageModel", out: str) -> None:
+    """Prune the top 3 % of all gate and up rows against controls, on articles of their own."""
+    from entangle.ablation import ablate
+    from entangle.calibration import load_calibration
+    from entangle.cli.ablate import print_result, save_figures
+    from entangle.evaluation import load_evaluation
+
+    _say(arguments, "pruning the top 3 % of all gate and up rows, and controls")
+    result = ablate(
+        model,
+        load_calibration("demo", model.tokenizer, n_seq=N_SEQ, seq_len=SEQ_LEN, split="train"),
+        evaluation=load_evaluation(
+            "demo", model.tokenizer, split="test", seq_len=EVAL_SEQ_LEN, n_windows=EVAL_WINDOWS
+        ),
+        layers=ABLATED,
+        proj=None,
+        strengths=STRENGTHS,
+        seeds=SEEDS,
+        out=out,
+        progress=not arguments.quiet,
+    )
+    print_result(result)
+    for path in save_figures(result, out):
+        print(f"Figure: {path}")
 
 
 def first_figures(scores: "NeuronScores") -> dict[str, "Figure"]:

@@ -1,4 +1,4 @@
-"""``entangle evaluate``: perplexity on a text."""
+"""``entangle evaluate``: perplexity of a model, or of a Sparse Expansion beside it, on a text."""
 
 import argparse
 from collections.abc import Mapping
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from entangle.cli import options
 from entangle.cli.tables import print_json, print_table, records
+from entangle.errors import InvalidInput
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 KIND = "evaluation"
 DENSE = "dense"
+EXPANSION = "expansion"
 
 FORMATS = {
     "perplexity": ",.5g", "× dense": ".4g", "word perplexity": ",.5g", "bits per byte": ".4f",
@@ -29,9 +31,18 @@ def add_parser(subparsers: options.Subparsers) -> None:
         "evaluate",
         help="measure the perplexity of a model on a text",
         description="Measure perplexity by the usual protocol: documents joined, tokenised as one "
-        "text, cut into windows that do not overlap.",
+        "text, cut into windows that do not overlap. MODEL may also be the folder of a Sparse "
+        "Expansion (entangle expand --out): its dense model is measured first, and the expansion "
+        "beside it. Such a folder fixes --dtype and, without --base, --revision; --device-map does "
+        "not apply to it.",
     )
     options.add_model_options(parser)
+    parser.add_argument(
+        "--base",
+        metavar="MODEL",
+        help="dense model of a Sparse Expansion, if it is not where its manifest says; --revision "
+        "is then its revision",
+    )
     group = parser.add_argument_group("text")
     group.add_argument(
         "--data",
@@ -79,10 +90,10 @@ def run(arguments: argparse.Namespace) -> None:
         check_output(arguments.out, force=arguments.force)
     from entangle.evaluation import evaluate_models, perplexity_table
 
-    model = options.load_model(arguments)
-    text = load_text(arguments, model)
+    models = load_models(arguments)
+    text = load_text(arguments, models[DENSE])
     results = evaluate_models(
-        [(DENSE, model)],
+        models.items(),
         text,
         batch_size=arguments.batch_size,
         progress=not arguments.quiet,
@@ -90,7 +101,7 @@ def run(arguments: argparse.Namespace) -> None:
     table = perplexity_table(results, seed=arguments.seed)
     manifest = make_manifest(
         KIND,
-        models={DENSE: model.describe()},
+        models={label: model.describe() for label, model in models.items()},
         evaluation=text.describe(),
         settings={"batch_size": arguments.batch_size, "seed": arguments.seed},
         **clock.read(),
@@ -101,6 +112,39 @@ def run(arguments: argparse.Namespace) -> None:
         print_json({"out": arguments.out, "manifest": manifest, "results": records(table)})
     else:
         print_results(table, results, text, out=arguments.out)
+
+
+def load_models(arguments: argparse.Namespace) -> dict[str, "LanguageModel"]:
+    """Load the model, or the dense model of a Sparse Expansion and the expansion, by label."""
+    from entangle.provenance import expanded
+
+    named = expanded(arguments.model)
+    checkpoint = (named / "manifest.json").is_file() and not (named / "config.json").is_file()
+    if arguments.model != "demo" and checkpoint:
+        return _load_expansion(arguments)
+    if arguments.base is not None:
+        raise InvalidInput(
+            f"`--base` applies to the folder of a Sparse Expansion; {arguments.model!r} is none: "
+            "leave it out."
+        )
+    return {DENSE: options.load_model(arguments)}
+
+
+def _load_expansion(arguments: argparse.Namespace) -> dict[str, "LanguageModel"]:
+    from entangle.expansion.loading import load_base, load_expanded
+
+    fixed = {"--dtype": arguments.dtype != "auto", "--device-map": arguments.device_map is not None}
+    fixed["--revision"] = arguments.revision is not None and arguments.base is None
+    for option, given in fixed.items():
+        if given:
+            raise InvalidInput(
+                f"`{option}` cannot be chosen for the Sparse Expansion {arguments.model!r}, which "
+                "runs as its dense model was expanded: leave it out."
+            )
+    dense = load_base(
+        arguments.model, arguments.base, revision=arguments.revision, device=arguments.device
+    )
+    return {DENSE: dense, EXPANSION: load_expanded(arguments.model, base=dense)}
 
 
 def load_text(arguments: argparse.Namespace, model: "LanguageModel") -> "EvaluationText":

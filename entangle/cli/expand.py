@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> None:
     model = options.load_model(arguments)
     calibration = options.load_calibration(arguments, model)
     text = _evaluation_text(arguments, model)
-    dense = None if text is None else perplexity(model, text)
+    progress = False if arguments.quiet else None
     settings = {
         "sparsity": _sparsity(arguments),
         "pattern": arguments.pattern,
@@ -92,7 +92,7 @@ def run(arguments: argparse.Namespace) -> None:
         "seed": arguments.seed,
         "memory": memory,
         "evaluation": text,
-        "progress": False if arguments.quiet else None,
+        "progress": progress,
     }
     from entangle.expansion import expand
 
@@ -106,6 +106,7 @@ def run(arguments: argparse.Namespace) -> None:
         force=arguments.force,
         **settings,
     )
+    dense = None if text is None else perplexity(model, text, progress=progress)
     plain = None
     if text is not None and arguments.experts > 1 and not arguments.no_baseline:
         plain = expand(model, calibration, experts=1, **settings)

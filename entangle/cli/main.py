@@ -6,10 +6,10 @@ import sys
 from collections.abc import Sequence
 
 from entangle import __version__
-from entangle.cli import compare, demo, evaluate, expand, layers, score
+from entangle.cli import ablate, compare, demo, evaluate, expand, layers, score
 from entangle.errors import EntangleError
 
-COMMANDS = (compare, demo, evaluate, expand, layers, score)
+COMMANDS = (ablate, compare, demo, evaluate, expand, layers, score)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -2,13 +2,15 @@
 
 import argparse
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from entangle.errors import InvalidInput
 
 if TYPE_CHECKING:
     from entangle.calibration import CalibrationSet
     from entangle.models.loading import LanguageModel
+
+Number = TypeVar("Number", int, float)
 
 Subparsers = Any
 """What ``ArgumentParser.add_subparsers`` returns, which has no public type."""
@@ -149,3 +151,13 @@ def parse_bytes(text: str) -> int:
     if match is None:
         raise InvalidInput(f"a size must look like 512M or 2G; got {text!r}.")
     return int(float(match[1]) * _UNITS[match[2]])
+
+
+def numbers(text: str, kind: type[Number]) -> list[Number]:
+    """Read a comma-separated list of numbers, each once."""
+    try:
+        found = [kind(part) for part in text.split(",")]
+    except ValueError:
+        example = "1,16" if kind is int else "0.5,0.7"
+        raise InvalidInput(f"a list must look like {example}; got {text!r}.") from None
+    return list(dict.fromkeys(found))

@@ -89,6 +89,10 @@ class HiddenStates:
         self._store.close()
         self._store = following
 
+    def close(self) -> None:
+        """Give the memory and the temporary file back."""
+        self._store.close()
+
 
 def build_blocks(
     module: nn.Module,
@@ -149,8 +153,13 @@ def _expand_block(
     memory: int,
 ) -> list[ExpandedLayer]:
     expanded: list[ExpandedLayer] = []
+
+    def replay() -> None:
+        for ids, hidden in calibration:
+            runner.run(index, hidden, runner.enter(ids)[1])
+
     with ExitStack() as stack:
-        groups = _record_inputs(runner, calibration, index, layers, memory, stack)
+        groups = record_inputs(layers, replay, memory=memory, stack=stack)
         for members, store in groups:
             names = ", ".join(layer.name for layer in members)
             try:
@@ -161,15 +170,28 @@ def _expand_block(
     return sorted(expanded, key=lambda one: order[one.layer.name])
 
 
-def _record_inputs(
-    runner: BlockRunner,
-    calibration: HiddenStates,
-    index: int,
-    layers: Sequence[Layer],
-    memory: int,
-    stack: ExitStack,
+def record_inputs(
+    layers: Sequence[Layer], run: Callable[[], None], *, memory: int, stack: ExitStack
 ) -> list[tuple[list[Layer], TokenStore]]:
-    """Run a block and record the inputs of its layers; layers with one input share a record."""
+    """Record what layers receive; neighbours with one input, such as gate and up, share a record.
+
+    Parameters
+    ----------
+    layers
+        Layers to watch.
+    run
+        Called once; runs the part of a model that the layers lie in.
+    memory
+        Bytes for the records; what is beyond goes to a temporary file.
+    stack
+        Closes the records when it is closed.
+
+    Returns
+    -------
+    list of (layers, record)
+        Every distinct input, (tokens, in_features), with the layers that read it, in the order in
+        which they ran. A layer that did not run is in none.
+    """
     budget = ByteBudget(memory)
     groups: list[tuple[list[Layer], TokenStore]] = []
     group_of: dict[str, int] = {}
@@ -190,8 +212,7 @@ def _record_inputs(
         last = layer.name, SeenTensor.of(inputs)
 
     with observe(layers, keep):
-        for ids, hidden in calibration:
-            runner.run(index, hidden, runner.enter(ids)[1])
+        run()
     return groups
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -53,11 +54,22 @@ def write_block(
             tensors[f"router {number}:{name}"] = value.cpu().contiguous()
     path = block_file(folder, index)
     temporary = path.with_suffix(".writing")
-    with disk_errors(path):
+    with disk_errors(path, remedy="name another folder; --resume goes on with what is written"):
         described = json.dumps({"layers": layers, "report": list(report)})
-        save_file(tensors, temporary, {_METADATA: described})  # one key: their order is not fixed
+        _save(tensors, temporary, described)
         os.replace(temporary, path)  # noqa: PTH105  (the atomic one)
     return path
+
+
+def _save(tensors: dict[str, Tensor], path: Path, described: str) -> None:
+    """Write a safetensors file; what the disk says against it is an OSError, as everywhere."""
+    try:
+        save_file(tensors, path, {_METADATA: described})  # one key: their order is not fixed
+    except SafetensorError as error:
+        code = re.search(r"\(os error (\d+)\)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
 
 
 def read_block(

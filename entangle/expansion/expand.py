@@ -23,7 +23,7 @@ from entangle.expansion.build import (
 )
 from entangle.expansion.folder import BuildFolder
 from entangle.expansion.report import layer_row, model_costs
-from entangle.expansion.solve import SolverSettings, Sparsity
+from entangle.expansion.solve import SolverSettings, Sparsity, check_solvable
 from entangle.models.layers import Layer, find_blocks, find_layers
 from entangle.models.loading import LanguageModel, as_language_model
 from entangle.progress import Progress, ProgressBar
@@ -142,7 +142,7 @@ def expand(
     plan = _plan(
         chosen, experts=experts, sparsity=sparsity, allocation=allocation,
         router=router, restarts=restarts, seed=seed,
-        solver=SolverSettings(pruner, pattern, bits, damping, seed),
+        solver=SolverSettings(pruner, pattern, bits, damping, seed), tokens=calibration.ids.numel(),
     )  # fmt: skip
     manifest = make_manifest(
         KIND,
@@ -225,9 +225,15 @@ def _plan(
     restarts: int,
     seed: int,
     solver: SolverSettings,
+    tokens: int,
 ) -> Plan:
     if isinstance(experts, bool) or not isinstance(experts, int) or experts < 1:
         raise InvalidInput(f"`experts` must be an integer of at least 1; got {experts!r}.")
+    if experts > tokens:
+        raise InvalidInput(
+            f"`experts` must be at most the number of tokens to calibrate on, {tokens}; got "
+            f"{experts}."
+        )
     check_seed(seed)
     by_block: dict[int, list[Layer]] = {}
     shares: dict[str, Sparsity] = {}
@@ -238,6 +244,7 @@ def _plan(
         shares[layer.name] = sparsity if allocation is None else allocation.get(layer.name)
         if allocation is not None and shares[layer.name] is None:
             raise InvalidInput(f"`allocation` must name every layer; {layer.name!r} is missing.")
+        check_solvable(layer, shares[layer.name], solver)
     return Plan(
         layers=by_block,
         sparsity=shares,

@@ -42,25 +42,26 @@ class BuildFolder:
     ) -> None:
         self.final = check_output(final, force=force)
         self.path = self.final.with_name(f".{self.final.name}.building")
-        wanted = {key: manifest[key] for key in _SAME}
-        if self.path.exists() and not resume:
-            if not force:
+        self._wanted = {key: manifest[key] for key in _SAME}
+        with disk_errors(self.path):
+            found = self.path.exists()
+            if found and not resume and not force:
                 raise InvalidInput(
                     f"an unfinished build of {str(final)!r} lies beside it; go on with --resume "
                     "(resume=True) or start anew with --force (force=True)."
                 )
-            shutil.rmtree(self.path)
-        with disk_errors(self.path):
-            if self.path.exists():
-                self._check_same(wanted)
-                return
-            self.path.mkdir(parents=True)
-            write_json(self.path / _PLAN, wanted)
+            if found and not resume:
+                shutil.rmtree(self.path)
+        self._begun = found and resume
+        if self._begun:
+            self._check_same()
 
     def write(
         self, index: int, expanded: Sequence[ExpandedLayer], rows: Sequence[Mapping[str, object]]
     ) -> None:
-        """Write one block, unless an earlier run has written it."""
+        """Write one block, unless an earlier run has written it; the first makes the folder."""
+        if not self._begun:
+            self._begin()
         if not block_file(self.path, index).exists():
             write_block(self.path, index, expanded, rows)
 
@@ -86,19 +87,34 @@ class BuildFolder:
             files = {p.name: file_digest(p) for p in sorted(self.path.glob("block-*.safetensors"))}
             write_json(self.path / "manifest.json", {**manifest, "files": files})
             write_json(self.path / "run.json", run)
-            (self.path / _PLAN).unlink()
             retired = self.path.with_name(f"{self.path.name}.old")
+            shutil.rmtree(retired, ignore_errors=True)
             if self.final.exists():
                 self.final.rename(retired)
             self.path.rename(self.final)
+            (self.final / _PLAN).unlink()
             shutil.rmtree(retired, ignore_errors=True)
 
-    def _check_same(self, wanted: Mapping[str, object]) -> None:
+    def _begin(self) -> None:
+        with disk_errors(self.path):
+            self.path.mkdir(parents=True)
+            try:
+                write_json(self.path / _PLAN, self._wanted)
+            except OSError:
+                shutil.rmtree(self.path)
+                raise
+        self._begun = True
+
+    def _check_same(self) -> None:
         try:
             found = json.loads((self.path / _PLAN).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            found = {}
-        differing = [key for key in _SAME if found.get(key) != json.loads(json.dumps(wanted[key]))]
+        except (OSError, ValueError) as error:
+            raise InvalidInput(
+                f"the unfinished build of {str(self.final)!r} has no readable {_PLAN} ({error}); "
+                "start anew with --force (force=True) without --resume."
+            ) from error
+        wanted = json.loads(json.dumps(self._wanted))
+        differing = [key for key in _SAME if found.get(key) != wanted[key]]
         if differing:
             raise InvalidInput(
                 f"the unfinished build of {str(self.final)!r} has another {differing[0]}; "

@@ -1,17 +1,21 @@
 """Load an expanded model from its checkpoint."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from entangle.errors import InvalidInput
+from entangle.errors import InvalidInput, Unavailable
 from entangle.expansion.build import structural_copy
 from entangle.expansion.checkpoint import file_digest, install, read_block
 from entangle.expansion.expand import KIND
 from entangle.models.layers import list_layers
 from entangle.models.loading import LanguageModel, load_model
-from entangle.provenance import read_manifest
+from entangle.provenance import expanded, read_manifest
+
+_MODEL = {"name", "source", "revision", "digest", "dtype", "class"}
 
 
 def load_expanded(
@@ -42,32 +46,88 @@ def load_expanded(
     InvalidInput
         If the folder is no checkpoint, a file is truncated or altered, or the base model is another
         than the one that was expanded.
+    Unavailable
+        If the base model is not where the manifest says, and ``base`` is not given.
     """
-    manifest = read_manifest(path, KIND)
-    folder = Path(path).expanduser()
-    model, files = manifest.get("model"), manifest.get("files")
-    if not isinstance(model, dict) or not isinstance(files, dict):
-        raise InvalidInput(f"{str(path)!r} has a damaged manifest.json; build it anew.")
-    if not isinstance(base, LanguageModel):
-        dense = load_model(
-            base or str(model["name"]),
-            revision=model["revision"] if base is None else None,
-            dtype=str(model["dtype"]),
-            device=device,
-        )
-    else:
-        dense = base
-    if dense.digest != model["digest"]:
-        raise InvalidInput(
-            f"the base model {dense.name!r} has digest {dense.digest[:12]}…, but {str(path)!r} was "
-            f"made from {str(model['digest'])[:12]}…; pass the model it was made from as `base`."
-        )
+    manifest = _manifest(path)
+    dense = base if isinstance(base, LanguageModel) else load_base(path, base, device=device)
+    _check_digest(dense, manifest, path)
     module = structural_copy(dense.module)
     layers = {layer.name: layer for layer in list_layers(module)}
-    for name, digest in files.items():
-        _check_file(folder / name, digest)
-        install(module, read_block(folder / name, layers)[0])
+    for name, digest in manifest["files"].items():
+        file = expanded(path) / name
+        _check_file(file, digest)
+        install(module, read_block(file, layers)[0])
     return LanguageModel(module, dense.tokenizer, str(path), "expansion", dense.revision)
+
+
+def load_base(
+    path: str | os.PathLike[str],
+    base: str | None = None,
+    *,
+    revision: str | None = None,
+    device: str | torch.device = "auto",
+) -> LanguageModel:
+    """Load the dense model that a checkpoint was made from, in the dtype it had.
+
+    Parameters
+    ----------
+    path
+        The checkpoint's folder.
+    base, revision
+        The dense model's name, and the revision of one from the hub; by default those in the
+        checkpoint's manifest.
+    device
+        Where it goes.
+
+    Raises
+    ------
+    InvalidInput, Unavailable
+        If it cannot be loaded, or is another model than the one that was expanded.
+    """
+    manifest = _manifest(path)
+    made_from = manifest["model"]
+    if base is None:
+        base, revision = str(made_from["name"]), made_from["revision"]
+        if made_from["source"] in ("folder", "gguf") and not expanded(base).exists():
+            raise _no_base(path, made_from, "is no longer there")
+        if made_from["source"] == "memory":
+            raise _no_base(path, made_from, "was in memory only")
+    try:
+        dense = load_model(base, revision=revision, dtype=str(made_from["dtype"]), device=device)
+    except (InvalidInput, Unavailable) as error:
+        raise type(error)(f"the dense model of {str(path)!r}: {error}") from error
+    _check_digest(dense, manifest, path)
+    return dense
+
+
+def _manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
+    manifest: dict[str, Any] = read_manifest(path, KIND)
+    made_from, files = manifest.get("model"), manifest.get("files")
+    complete = isinstance(made_from, dict) and made_from.keys() >= _MODEL
+    if not complete or not isinstance(files, dict):
+        raise InvalidInput(f"{str(path)!r} has a damaged manifest.json; build it anew.")
+    return manifest
+
+
+def _no_base(
+    path: str | os.PathLike[str], made_from: Mapping[str, object], why: str
+) -> Unavailable:
+    return Unavailable(
+        f"the dense model {made_from['name']!r} ({made_from['class']}, digest "
+        f"{str(made_from['digest'])[:12]}…) of {str(path)!r} {why}; name it with --base (base)."
+    )
+
+
+def _check_digest(
+    dense: LanguageModel, manifest: Mapping[str, Any], path: str | os.PathLike[str]
+) -> None:
+    wanted = str(manifest["model"]["digest"])
+    if dense.digest != wanted:
+        raise InvalidInput(
+            f"the base model {dense.name!r} has digest {dense.digest[:12]}…, but {str(path)!r} was "
+            f"made from {wanted[:12]}…; pass the model it was made from as `base` (--base)."
+        )
 
 
 def _check_file(path: Path, digest: str) -> None:

@@ -1,20 +1,23 @@
 """Turn one dense layer into pruned experts, one a cluster."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from entangle.errors import InvalidInput, unknown_name
 from entangle.models.layers import Layer
 from entangle.precision import full_precision
-from entangle.pruning import prune
+from entangle.pruning import METHODS, prune
+from entangle.pruning.problem import prepare
 from entangle.stats.gram import ClusterGramsResult
 
 Sparsity = float | Float[Tensor, " out_features"] | None
 
 _WORK_BYTES = 2 * 2**30
-_COPIES = 6  # of the gram, at most, inside a solver
+_COPIES = 6  # of the gram and of the rows, at most, inside a solver
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +51,27 @@ class Experts:
     """Clusters with fewer tokens than inputs, whose gram was shrunk toward the layer's."""
 
 
+def check_solvable(layer: Layer, sparsity: Sparsity, settings: SolverSettings) -> None:
+    """Raise what `solve_experts` would about its settings, before anything is recorded.
+
+    Raises
+    ------
+    UnknownName
+        For a pruner that does not exist.
+    InvalidInput
+        If the sparsity, the pattern or the weight breaks a rule; the message names the layer.
+    """
+    if settings.pruner not in METHODS:
+        raise unknown_name("pruning method", settings.pruner, METHODS)
+    try:
+        prepare(
+            layer.weight, None, sparsity=sparsity, pattern=settings.pattern, rows=None,
+            bits=settings.bits,
+        )  # fmt: skip
+    except InvalidInput as error:
+        raise InvalidInput(f"{layer.name}: {error}") from error
+
+
 def solve_experts(
     layer: Layer, grams: ClusterGramsResult, sparsity: Sparsity, settings: SolverSettings
 ) -> Experts:
@@ -66,23 +90,14 @@ def solve_experts(
 
     Notes
     -----
-    A cluster with fewer tokens n_c than inputs d has a singular gram. It is shrunk toward the
-    layer's: ``G_c + (d − n_c) · G / n``, as if d − n_c average tokens of the layer had been seen.
-    Errors are computed with the clusters' own grams.
+    Clusters are solved with `shrunk_grams`; errors are computed with their own grams.
     """
     weight = layer.weight
-    k, features = grams.gram.shape[:2]
-    rank_short = grams.count < features
-    per_batch = max(1, _WORK_BYTES // (_COPIES * 4 * features * features))
-    average = grams.gram.sum(0) / max(1, int(grams.count.sum()))
     solved, errors, dampings, zeros = [], [], [], 0
-    for start in range(0, k, per_batch):
-        part = slice(start, start + per_batch)
-        own = grams.gram[part]
-        missing = (features - grams.count[part]).clamp_min(0).to(own)
+    for part, gram in shrunk_grams(grams):
         result = prune(
-            weight.expand(own.shape[0], -1, -1),
-            own + missing[:, None, None] * average,
+            weight.expand(gram.shape[0], -1, -1),
+            gram,
             method=settings.pruner,
             sparsity=sparsity,
             pattern=settings.pattern,
@@ -91,7 +106,7 @@ def solve_experts(
             seed=settings.seed,
         )
         solved.append(result.weight)
-        errors.append(_quadratic(result.weight.float() - weight.float(), own))
+        errors.append(_quadratic(result.weight.float() - weight.float(), grams.gram[part]))
         dampings.append(result.damping.flatten())
         zeros += int((~result.mask).sum())
     experts = torch.cat(solved)
@@ -102,8 +117,43 @@ def solve_experts(
         damping=torch.cat(dampings),
         tokens=grams.count,
         realised_sparsity=zeros / experts.numel(),
-        shrunk=int(rank_short.sum()),
+        shrunk=count_shrunk(grams),
     )
+
+
+def shrunk_grams(
+    grams: ClusterGramsResult, *, rows: int = 0
+) -> Iterator[tuple[slice, Float[Tensor, "part features features"]]]:
+    """Yield the grams to solve experts with, as many clusters at a time as the work memory holds.
+
+    A cluster with fewer tokens n_c than inputs d has a singular gram. It is shrunk toward the
+    layer's: ``G_c + (d − n_c) · G / n``, as if d − n_c average tokens of the layer had been seen.
+
+    Parameters
+    ----------
+    grams
+        ``XᵀX`` and token count of every cluster.
+    rows
+        Weight rows that are solved with every gram, where they count beside it in memory.
+
+    Yields
+    ------
+    tuple
+        The clusters, and their grams.
+    """
+    k, features = grams.gram.shape[:2]
+    per_batch = max(1, _WORK_BYTES // (_COPIES * 4 * features * (features + rows)))
+    average = grams.gram.sum(0) / max(1, int(grams.count.sum()))
+    for start in range(0, k, per_batch):
+        part = slice(start, start + per_batch)
+        own = grams.gram[part]
+        missing = (features - grams.count[part]).clamp_min(0).to(own)
+        yield part, own + missing[:, None, None] * average
+
+
+def count_shrunk(grams: ClusterGramsResult) -> int:
+    """Count the clusters whose gram `shrunk_grams` shrinks."""
+    return int((grams.count < grams.gram.shape[1]).sum())
 
 
 def _quadratic(rows: Tensor, gram: Tensor) -> Tensor:

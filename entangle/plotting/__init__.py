@@ -5,11 +5,13 @@ functions return a whole figure in the style of a paper; `save_figure` writes PD
 of what is drawn.
 """
 
+from entangle.plotting.ablation import figure_ablation, plot_ablation
 from entangle.plotting.axes import (
     plot_output_distribution,
     plot_wd_against_md,
     plot_wd_distribution,
 )
+from entangle.plotting.comparison import figure_comparison, plot_perplexity
 from entangle.plotting.figures import (
     NeuronOutput,
     figure_output_distributions,
@@ -26,12 +28,16 @@ __all__ = [
     "PALETTE",
     "NeuronOutput",
     "drawn",
+    "figure_ablation",
+    "figure_comparison",
     "figure_output_distributions",
     "figure_top_and_typical",
     "figure_wd_against_md",
     "figure_wd_distribution",
     "paper_style",
+    "plot_ablation",
     "plot_output_distribution",
+    "plot_perplexity",
     "plot_wd_against_md",
     "plot_wd_distribution",
     "save_figure",

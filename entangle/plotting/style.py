@@ -18,6 +18,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
+from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
@@ -41,6 +42,20 @@ PALETTE: Mapping[str, str] = MappingProxyType(
     }
 )
 """Colours by meaning (hexadecimal), from seaborn's colour-blind-safe palette."""
+
+METHOD_PALETTE: Mapping[str, str] = MappingProxyType(
+    {
+        "magnitude": _HEX[7],
+        "wanda": _HEX[1],
+        "sparsegpt": _HEX[0],
+        "expansion": _HEX[3],
+        "expansion-random": _HEX[4],
+    }
+)
+"""Colours of the methods that ``entangle compare`` knows."""
+
+SPARE_COLORS = (_HEX[2], _HEX[9], _HEX[5], _HEX[8])
+"""For methods without a colour of their own, in turn."""
 
 COLUMN_INCHES: Mapping[str, float] = MappingProxyType({"single": 3.3, "double": 6.9})
 """Widths in inches of a figure over one and over two columns of a paper."""
@@ -180,6 +195,55 @@ def add_legend(
     place: Literal["upper left", "upper right"] = "upper left" if side == "left" else "upper right"
     ax.legend([handle for handle, _ in entries], labels, loc=place)
     _keep_clear(ax, "\n".join(labels), side=side, skyline=skyline)
+
+
+def join_clauses(clauses: Sequence[str], *, inches: float, size: float = 7.0) -> str:
+    """Join clauses by semicolons, with as many on a line as fit at ``size`` points."""
+    characters = max(12, int(inches * CHARACTERS_PER_INCH * 7.0 / size))
+    lines: list[str] = []
+    for clause in clauses:
+        if lines and len(lines[-1]) + len(clause) + 2 <= characters:
+            lines[-1] += f"; {clause}"
+        else:
+            lines.append(clause)
+    return "\n".join(textwrap.fill(line, characters) for line in lines)
+
+
+def legend_above(
+    ax: Axes, entries: Sequence[tuple[Artist, str]], *, clauses: Sequence[str]
+) -> Legend:
+    """Write a legend and text on top of ``ax``, in as many columns as fit its width."""
+    size = _points("legend.fontsize")
+    labels = [wrap(ax, label, size=1.2 * size) for _, label in entries]
+    legend = ax.legend(
+        [handle for handle, _ in entries],
+        labels,
+        loc="lower left",
+        bbox_to_anchor=(0.0, 1.0),
+        ncols=_fitting_columns(labels, inches=_inches(ax)[0] * 7.0 / size),
+        columnspacing=1.2,
+        handlelength=1.2,
+        title=join_clauses(clauses, inches=_inches(ax)[0], size=size),
+        alignment="left",
+    )
+    legend.get_title().set_parse_math(False)
+    return legend
+
+
+def make_room(legend: Legend) -> None:
+    """Make the figure taller by the height of a legend that lies outside its axes."""
+    figure = legend.get_figure(root=True)
+    assert figure is not None  # noqa: S101 - it was made by a figure or an axes
+    height = legend.get_window_extent().height / figure.dpi
+    figure.set_figheight(figure.get_figheight() + height)
+
+
+def note_above(ax: Axes, clauses: Sequence[str]) -> None:
+    """Write text on top of ``ax``, outside it."""
+    size = _points("legend.fontsize")
+    text = join_clauses(clauses, inches=_inches(ax)[0], size=size)
+    place = ax.transAxes
+    ax.text(0.0, 1.02, text, transform=place, va="bottom", fontsize=size, parse_math=False)
 
 
 def add_note(ax: Axes, lines: Sequence[str], *, side: Side, skyline: Skyline) -> None:

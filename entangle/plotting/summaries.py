@@ -14,16 +14,21 @@ Floats = NDArray[np.float64]
 _WRITER = "the command `entangle score` writes such tables."
 
 
-def check_columns(frame: pd.DataFrame, needed: Sequence[str], *, name: str) -> None:
-    """Raise `InvalidInput` unless ``frame`` has the columns and at least one row."""
+def check_columns(
+    frame: pd.DataFrame, needed: Sequence[str], *, name: str, writer: str = _WRITER
+) -> None:
+    """Raise `InvalidInput` unless ``frame`` has the columns and at least one row.
+
+    ``name`` is the argument's, ``writer`` the closing sentence: what makes such tables.
+    """
     missing = [column for column in needed if column not in frame.columns]
     if missing:
         raise InvalidInput(
             f"`{name}` must have the columns {', '.join(needed)}; got a table without "
-            f"{', '.join(missing)}; {_WRITER}"
+            f"{', '.join(missing)}; {writer}"
         )
     if frame.empty:
-        raise InvalidInput(f"`{name}` must have at least one row; got none; {_WRITER}")
+        raise InvalidInput(f"`{name}` must have at least one row; got none; {writer}")
 
 
 @dataclass(frozen=True)

@@ -1,3 +1,4 @@
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -29,3 +30,17 @@ def small(tiny_folder: Callable[[str], Path], text_file: Path) -> Sequence[objec
         "score", tiny_folder("llama"), "--layer", 1, "--proj", "mlp", "--calibration", text_file,
         "--n-seq", 4, "--seq-len", 32, "--quiet",
     )  # fmt: skip
+
+
+@pytest.fixture
+def place(
+    tmp_path: Path,
+    tiny_folder: Callable[[str], Path],
+    text_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Path:
+    """The current folder: a copy of the tiny Llama, ``model``, and ``text.txt``."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_folder("llama"), tmp_path / "model")
+    shutil.copy(text_file, tmp_path / "text.txt")
+    return tmp_path

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,13 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from entangle.calibration import interpret_escapes
+from entangle.calibration import CalibrationSet, interpret_escapes
 from entangle.cli.main import main
-from entangle.evaluation import load_evaluation, perplexity
+from entangle.evaluation import load_evaluation, perplexity, perplexity_ratio
+from entangle.expansion import expand
 from entangle.models.loading import load_model
 from entangle.provenance import read_manifest
+from tests.cli.runs import Run
 from tests.tiny_models import TINY, tiny_tokenizer
 
 Folder = Callable[[str], Path]
@@ -158,3 +161,158 @@ def test_models_without_a_head_or_a_tokenizer(
     module.save_pretrained(tmp_path / "model")
     assert main(_command(tmp_path / "model", text_file)) == 2
     assert "is text, so it needs a tokenizer" in capsys.readouterr().err
+
+
+@pytest.fixture
+def expansion(place: Path, calibration: CalibrationSet) -> Path:
+    """The current folder: the tiny Llama ``model`` and its expansion ``x``."""
+    _expand("model", calibration, "x")
+    return place
+
+
+def _expand(model: object, calibration: CalibrationSet, out: str) -> None:
+    loaded = load_model(str(model), device="cpu") if isinstance(model, str) else model
+    expand(
+        loaded,  # type: ignore[arg-type]
+        calibration, experts=3, sparsity=0.8, restarts=1, out=out, keep=False, progress=False,
+    )  # fmt: skip
+
+
+@pytest.mark.usefixtures("expansion")
+def test_an_expansion_beside_its_dense_model(
+    run: Run, text_file: Path, calibration: CalibrationSet
+) -> None:
+    model = load_model("model", device="cpu")
+    text = load_evaluation(text_file, model.tokenizer, seq_len=64)
+    built = expand(model, calibration, experts=3, sparsity=0.8, restarts=1, progress=False)
+    assert built.model is not None
+    results = {"dense": perplexity(model, text), "expansion": perplexity(built.model, text)}
+    ratio = perplexity_ratio(results["expansion"], results["dense"], seed=0)
+    status, out, err = run(*_command(Path("x"), text_file, "--seq-len", "64", "--json"))
+    assert (status, err) == (0, "")
+    content = json.loads(out)
+    for row, (label, result) in zip(content["results"], results.items(), strict=True):
+        assert row["model"] == label
+        assert row["perplexity"] == pytest.approx(result.value, rel=1e-12)
+    assert abs(ratio.value - 1) > 1e-3  # the two models differ
+    found = [content["results"][1][name] for name in ("ratio", "ratio_low", "ratio_high")]
+    assert found == pytest.approx([ratio.value, ratio.low, ratio.high])
+    described = content["manifest"]["models"]
+    assert described["dense"] == json.loads(json.dumps(model.describe()))
+    assert (described["expansion"]["name"], described["expansion"]["source"]) == ("x", "expansion")
+    assert described["expansion"]["digest"] == built.model.digest
+
+
+@pytest.mark.usefixtures("expansion")
+def test_the_table_and_folder_of_an_expansion(run: Run, text_file: Path) -> None:
+    command = _command(Path("x"), text_file, "--seq-len", "64", "--n-windows", "4", "--out", "out")
+    status, out, err = run(*command)
+    assert (status, err) == (0, "")
+    dense, expansion = (line.split() for line in out.splitlines() if "[" in line)
+    assert (dense[0], dense[2:5]) == ("dense", ["1", "[1,", "1]"])
+    table = pd.read_parquet("out/perplexity.parquet")
+    shown = [format(table[name][1], spec) for name, spec in (("perplexity", ",.5g"),
+                                                            ("ratio", ".4g"))]  # fmt: skip
+    ends = [f"[{table['ratio_low'][1]:.4g},", f"{table['ratio_high'][1]:.4g}]"]
+    assert expansion[:5] == ["expansion", *shown, *ends]
+    assert pd.read_parquet("out/windows.parquet")["model"].tolist() == 4 * ["dense"] + 4 * [
+        "expansion"
+    ]
+    manifest: Any = read_manifest("out", "evaluation")
+    assert list(manifest["models"]) == ["dense", "expansion"]
+
+
+def test_a_base_that_has_moved(run: Run, expansion: Path, text_file: Path) -> None:
+    command = _command(Path("x"), text_file, "--seq-len", "64", "--n-windows", "4", "--json")
+    before = json.loads(run(*command).out)
+    (expansion / "model").rename("moved")
+    status, out, err = run(*command)
+    assert (status, out) == (2, "")
+    digest = before["manifest"]["models"]["dense"]["digest"][:12]
+    assert err == (
+        f"entangle: error: the dense model 'model' (LlamaForCausalLM, digest {digest}…) of 'x' is "
+        "no longer there; name it with --base (base).\n"
+    )
+    again = json.loads(run(*command, "--base", "moved").out)
+    assert again["results"] == before["results"]
+
+
+@pytest.mark.usefixtures("expansion")
+def test_an_expansion_of_a_model_in_memory(
+    run: Run, text_file: Path, calibration: CalibrationSet
+) -> None:
+    _expand(TINY["llama"](), calibration, "y")
+    command = _command(Path("y"), text_file, "--seq-len", "64", "--n-windows", "4")
+    status, out, err = run(*command)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "of 'y' was in memory only; name it with --base (base)." in err
+    assert run(*command, "--base", "model").status == 0
+
+
+DAMAGES: dict[str, tuple[Callable[[bytes], bytes | None], str]] = {
+    "truncated": (lambda content: content[:-5], "was truncated or altered; build it anew."),
+    "altered": (
+        lambda content: content[:-1] + bytes([content[-1] ^ 1]),
+        "was truncated or altered; build it anew.",
+    ),
+    "missing": (lambda _content: None, "is missing; the checkpoint is incomplete."),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_block(run: Run, expansion: Path, text_file: Path, damage: str) -> None:
+    change, message = DAMAGES[damage]
+    block = expansion / "x" / "block-0001.safetensors"
+    content = change(block.read_bytes())
+    block.unlink()
+    if content is not None:
+        block.write_bytes(content)
+    status, out, err = run(*_command(Path("x"), text_file, "--out", "out"))
+    assert (status, out) == (2, "")
+    assert err == f"entangle: error: 'x/block-0001.safetensors' {message}\n"
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("x --base other", "the base model 'other' has digest "),
+        ("x --base ./nowhere", "the dense model of 'x': unknown model './nowhere'"),
+        ("x --base x", "the dense model of 'x': a model folder must hold config.json"),
+        ("x --dtype float32", "`--dtype` cannot be chosen for the Sparse Expansion 'x'"),
+        ("x --revision main", "`--revision` cannot be chosen for the Sparse Expansion 'x'"),
+        ("x --base model --revision main", "`revision` applies to models from the hub"),
+        ("x --device-map auto --device auto", "`--device-map` cannot be chosen for the Sparse"),
+        ("model --base model", "`--base` applies to the folder of a Sparse Expansion; 'model' is"),
+        ("broken", "'broken/manifest.json' is not valid JSON"),
+        ("empty", "'empty' has a damaged manifest.json; build it anew."),
+        ("scores", "'scores' must hold a result of kind 'expansion'; got 'scores'."),
+    ],
+)
+def test_checkpoints_that_cannot_be_evaluated(
+    run: Run, expansion: Path, text_file: Path, options: str, message: str
+) -> None:
+    module: Any = TINY["llama"]()
+    module.lm_head.weight[0, 0] += 1
+    module.save_pretrained("other")
+    manifest = json.loads((expansion / "x" / "manifest.json").read_text())
+    for name, content in (
+        ("broken", "{"),
+        ("empty", json.dumps(manifest | {"model": {"name": "model"}})),
+        ("scores", json.dumps(manifest | {"kind": "scores"})),
+    ):
+        shutil.copytree("x", name)
+        Path(name, "manifest.json").write_text(content)
+    status, out, err = run("evaluate", *options.split(), "--data", text_file, "--out", "out")
+    assert (status, out) == (2, "")
+    assert err.startswith("entangle: error: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert not Path("out").exists()
+
+
+@pytest.mark.usefixtures("expansion")
+def test_a_model_folder_with_a_manifest_of_its_own_is_a_model(run: Run, text_file: Path) -> None:
+    Path("model", "manifest.json").write_text("{}")
+    command = _command(Path("model"), text_file, "--seq-len", "64", "--n-windows", "2", "--json")
+    assert list(json.loads(run(*command).out)["manifest"]["models"]) == ["dense"]

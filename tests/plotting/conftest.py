@@ -74,6 +74,57 @@ def layers(many_scores: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame({"layer": names, "null_floor": 0.013, "null_floor_high": 0.019})
 
 
+DENSE = 20.0
+
+
+def model(method: str, percent: int, experts: int, ratio: float) -> dict[str, object]:
+    """A row of a comparison in which 60 % of all weights are pruned; a router takes 0.006."""
+    kept, others = 0.6 * (1.0 - percent / 100.0), 0.4
+    routed = method.startswith("expansion")
+    return {
+        "method": method,
+        "sparsity": percent / 100.0,
+        "experts": experts,
+        "perplexity": DENSE * ratio,
+        "ratio": ratio,
+        "ratio_low": 0.9 * ratio if percent else 1.0,
+        "ratio_high": 1.2 * ratio if percent else 1.0,
+        "flops": others + kept + 0.007 * routed,
+        "nonzeros": others + kept * experts,
+        "bytes": others + kept * experts + 0.02,
+        "relative_error": 0.1,
+        "seconds": 50.0,
+    }
+
+
+@pytest.fixture
+def comparison() -> pd.DataFrame:
+    """Dense, three plain methods (one model infinite, three above 100 × dense) and an expansion."""
+    rows = [model("dense", 0, 1, 1.0)]
+    ratios = {
+        ("magnitude", 1): (7.13, 45.4, 791.0, np.inf),
+        ("wanda", 1): (1.6, 3.28, 29.9, 7041.0),
+        ("sparsegpt", 1): (1.4, 2.15, 5.66, 134.4),
+        ("expansion", 16): (1.3, 1.81, 3.78, 19.4),
+    }
+    for place, percent in enumerate((50, 60, 70, 80)):
+        rows += [model(name, percent, k, r[place]) for (name, k), r in ratios.items()]
+    return pd.DataFrame(rows)
+
+
+@pytest.fixture
+def many_experts(comparison: pd.DataFrame) -> pd.DataFrame:
+    """The same and two routers at 2 to 32 experts."""
+    rows = [
+        model(method, percent, k, 1.0 + percent / 50.0 / (1.0 + k / 40.0))
+        for percent in (50, 70)
+        for method in ("expansion", "expansion-random")
+        for k in (2, 4, 8, 16, 32)
+    ]
+    plain = comparison[comparison["experts"] == 1]
+    return pd.concat([plain, pd.DataFrame(rows)], ignore_index=True)
+
+
 @pytest.fixture(autouse=True)
 def untouched_globals() -> Iterator[None]:
     """Fail any test after which matplotlib's settings or pyplot's figures differ."""

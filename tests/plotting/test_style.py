@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from collections.abc import Mapping
 
 import matplotlib as mpl
 import numpy as np
@@ -11,11 +12,16 @@ from matplotlib.lines import Line2D
 from entangle.errors import InvalidInput
 from entangle.plotting import COLUMN_INCHES, PALETTE, paper_style
 from entangle.plotting.style import (
+    METHOD_PALETTE,
+    SPARE_COLORS,
     PaperFigure,
     add_legend,
     add_title,
     axes_or_new,
     column_width,
+    join_clauses,
+    legend_above,
+    make_room,
     shared_legend,
     wrap,
 )
@@ -48,8 +54,9 @@ def dichromat(rgb: tuple[float, float, float]) -> np.ndarray:
     return np.asarray((matrix @ np.array(rgb) ** 2.2).clip(0, 1) ** (1 / 2.2))
 
 
-def test_colours_stay_apart_for_colour_blind_readers() -> None:
-    seen = {name: dichromat(to_rgb(color)) for name, color in PALETTE.items()}
+@pytest.mark.parametrize("palette", [PALETTE, METHOD_PALETTE])
+def test_colours_stay_apart_for_colour_blind_readers(palette: Mapping[str, str]) -> None:
+    seen = {name: dichromat(to_rgb(color)) for name, color in palette.items()}
     names = sorted(seen)
     for i, one in enumerate(names):
         for other in names[:i]:
@@ -107,6 +114,38 @@ def test_a_shared_legend_names_every_label_once() -> None:
             ax.plot([0, 1], label=label)
     shared_legend(figure, axes, column="double", extra="n")
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b", "c", "n"]
+
+
+def test_spare_colours_are_no_method_s() -> None:
+    assert not set(SPARE_COLORS) & set(METHOD_PALETTE.values())
+
+
+def test_clauses_share_a_line_while_they_fit() -> None:
+    inches = 16 / 19.0  # sixteen characters of 7 points
+    assert join_clauses(["one two", "three", "four five six", "x"], inches=inches) == (
+        "one two; three\nfour five six; x"
+    )
+    assert join_clauses(["one two", "three"], inches=inches, size=9.0) == "one two\nthree"
+    assert join_clauses(["far too long a clause"], inches=inches) == "far too long a\nclause"
+    assert join_clauses([], inches=inches) == ""
+
+
+def test_a_legend_above_lies_on_top_of_the_panel_and_gets_room() -> None:
+    ax = axes_or_new(None)
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()
+    height, panel = figure.get_figheight(), ax.get_window_extent().height
+    entries = [(ax.plot([0, 1])[0], name) for name in "abc"]
+    legend = legend_above(ax, entries, clauses=["$a$ b", "c d"])
+    make_room(legend)
+    figure.draw_without_rendering()
+    box = legend.get_window_extent()
+    assert figure.get_figheight() == pytest.approx(height + box.height / figure.dpi)
+    assert ax.get_window_extent().height == pytest.approx(panel, rel=0.05)
+    assert box.y0 >= ax.get_window_extent().y1
+    assert box.y1 <= figure.bbox.y1
+    assert legend.get_title().get_text() == "$a$ b; c d"
 
 
 def test_the_room_imports_no_model_library_and_chooses_no_backend() -> None:

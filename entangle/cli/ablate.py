@@ -1,0 +1,308 @@
+"""``entangle ablate``: what happens when chosen neurons are changed."""
+
+import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from entangle.cli import options
+from entangle.cli.tables import print_json, print_table, records
+from entangle.errors import InvalidInput
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from entangle.ablation import AblationResult
+    from entangle.ablation.selection import Selection
+    from entangle.evaluation import EvaluationText, MinimalPairs
+    from entangle.models.loading import LanguageModel
+    from entangle.scoring import NeuronScores
+
+N_SEQ, SEQ_LEN, EVAL_SEQ_LEN = 32, 1024, 1024
+MEASURES = ("perplexity", "divergence", "blimp")
+FORMATS = {
+    "strength": ".3g", "experts": "d", "seeds": "d", "value": ",.5g", "95 % low": ",.5g",
+    "95 % high": ",.5g", "zeros": ".4f", "rows": ",d", "ratio": ",.4g", "low": ",.4g",
+    "high": ",.4g", "matched": ".3f",
+}  # fmt: skip
+
+
+def add_parser(subparsers: options.Subparsers) -> None:
+    """Add the command to the parser."""
+    parser = subparsers.add_parser(
+        "ablate",
+        help="prune or edit chosen neurons and measure what that costs",
+        description="Change the top neurons by a score, and controls, each from the dense weights, "
+        "and measure perplexity, divergence from the dense model, or minimal pairs.",
+    )
+    options.add_model_options(parser)
+    options.add_layer_options(parser)
+    parser.set_defaults(proj="mlp")
+    options.add_calibration_options(parser, n_seq=N_SEQ, seq_len=SEQ_LEN)
+    _add_selection_options(parser)
+    _add_arm_options(parser)
+    _add_measure_options(parser)
+    parser.add_argument("--resume", action="store_true", help="go on with an unfinished ablation")
+    options.add_run_options(parser)
+    parser.set_defaults(run=run)
+
+
+def _add_selection_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("selection")
+    group.add_argument(
+        "--scores", metavar="DIR", help="scores of this model, from entangle score; by default the "
+        "layers are scored on the calibration text"
+    )  # fmt: skip
+    group.add_argument(
+        "--select", default="top,bottom,random",
+        help="comma-separated: top, bottom, random, random-norm, random-variance, all, or a .csv "
+        "or .parquet file with columns layer and neuron (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--by", default="wd",
+        help="columns of the scores that top and bottom rank: wd, md, mean, abs_mean, variance, "
+        "skewness, abs_skewness, excess_kurtosis, ks, weight_norm (default: wd)",
+    )  # fmt: skip
+    group.add_argument("--fraction", type=float, help="share of the neurons (default: 0.03)")
+    group.add_argument("--count", type=int, help="number of neurons, in place of --fraction")
+    group.add_argument(
+        "--scope", default="layer", choices=("layer", "model"),
+        help="choose in every layer by itself, or over all layers (default: layer)",
+    )  # fmt: skip
+    group.add_argument("--seeds", type=int, default=5, help="draws of random arms (default: 5)")
+
+
+def _add_arm_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("intervention")
+    group.add_argument(
+        "--intervention", default="prune",
+        help="comma-separated: prune (SparseGPT), prune-wanda, prune-magnitude, prune-random, "
+        "zero, mean, clamp-negative, clamp-positive, flip-negative (default: prune)",
+    )  # fmt: skip
+    group.add_argument(
+        "--strength", default="0.9,0.95,0.99", help="sparsities of pruned rows (default: "
+        "%(default)s)"
+    )  # fmt: skip
+    group.add_argument(
+        "--edit-strength", default="1", help="shares of an edit of outputs, 0 to 1 (default: 1)"
+    )
+    group.add_argument(
+        "--experts", default="1", help="experts that hold pruned rows, for example 1,16 (default: 1)"
+    )
+    group.add_argument(
+        "--router", default="kmeans", choices=("kmeans", "random"),
+        help="kmeans, or the control: clusters without meaning (default: kmeans)",
+    )  # fmt: skip
+    group.add_argument(
+        "--match", action="store_true",
+        help="also find the share of low-scoring neurons that costs as much perplexity",
+    )  # fmt: skip
+    group.add_argument("--damping", type=float, default=0.01, help="(default: 0.01)")
+    group.add_argument("--no-md", action="store_true", help="skip the mapping difficulty")
+    group.add_argument("--memory", default="2G", help="work memory (default: 2G)")
+
+
+def _add_measure_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("measures")
+    group.add_argument(
+        "--measure", default="perplexity",
+        help="comma-separated: perplexity, divergence (KL and top-1 agreement with the dense "
+        "model), blimp (minimal pairs) (default: perplexity)",
+    )  # fmt: skip
+    group.add_argument(
+        "--data", metavar="SOURCE",
+        help="text to evaluate on, as --calibration (default: demo, the articles that are not "
+        "calibrated on)",
+    )  # fmt: skip
+    group.add_argument("--data-split", help="split of a hub data set to evaluate on")
+    group.add_argument("--eval-seq-len", type=int, help=f"tokens in a window (default: "
+                       f"{EVAL_SEQ_LEN}, or the model's context if shorter)")  # fmt: skip
+    group.add_argument("--eval-windows", type=int, help="take only the first windows")
+    group.add_argument(
+        "--pairs", default="blimp", metavar="SOURCE",
+        help="minimal pairs: blimp, or a .jsonl file or a folder of them (default: blimp)",
+    )  # fmt: skip
+    group.add_argument("--pairs-per-paradigm", type=int, help="take a random subset of the pairs")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Ablate, print and save."""
+    from entangle.provenance import check_output
+    from entangle.seeding import check_seed
+
+    check_seed(arguments.seed)
+    memory = options.parse_bytes(arguments.memory)
+    measures = _measures(arguments)
+    settings = {
+        "interventions": arguments.intervention.split(","),
+        "strengths": options.numbers(arguments.strength, float),
+        "edit_strengths": options.numbers(arguments.edit_strength, float),
+        "experts": options.numbers(arguments.experts, int),
+    }
+    if arguments.out is not None:
+        check_output(arguments.out, force=arguments.force)
+    from entangle.ablation import ablate
+    from entangle.ablation.arms import check_settings
+
+    check_settings(**settings)
+    scores = _scores(arguments)
+    selections = _selections(arguments, scores)
+    _split_demo(arguments)
+    model = options.load_model(arguments)
+    text, pairs = _text(arguments, model, measures), _pairs(arguments, measures)
+    result = ablate(
+        model,
+        options.load_calibration(arguments, model),
+        evaluation=text,
+        pairs=pairs,
+        measures=["pairs" if name == "blimp" else name for name in measures],
+        scores=scores,
+        layers=arguments.layer or "all",
+        proj=arguments.proj,
+        selections=selections,
+        by=arguments.by.split(","),
+        fraction=arguments.fraction,
+        count=arguments.count,
+        scope=arguments.scope,
+        seeds=arguments.seeds,
+        **settings,
+        router=arguments.router,
+        damping=arguments.damping,
+        match=arguments.match,
+        md=not arguments.no_md,
+        seed=arguments.seed,
+        memory=memory,
+        out=arguments.out,
+        resume=arguments.resume,
+        force=arguments.force,
+        progress=False if arguments.quiet else None,
+    )
+    if arguments.json:
+        print_json(
+            {
+                "out": arguments.out,
+                "manifest": dict(result.manifest),
+                "results": records(result.frame),
+                "contrasts": records(_contrasts(result)),
+                "matched": records(result.matched),
+            }
+        )
+        return
+    print_result(result)
+    if arguments.out is not None:
+        for path in save_figures(result, arguments.out):
+            print(f"Figure: {path}")
+        print(f"Saved to {arguments.out}.")
+
+
+def print_result(result: "AblationResult") -> None:
+    """Print a table for every measure over all pairs or windows, and the comparisons."""
+    names = {"selection": "neurons", "value": "value", "low": "95 % low", "high": "95 % high",
+             "n_rows": "rows", "realised_sparsity": "zeros"}  # fmt: skip
+    shown = [name for name in result.frame["measure"].unique() if ":" not in name]
+    for measure in shown:
+        table = result.summary(measure).drop(columns=["smallest", "largest"]).rename(columns=names)
+        title = measure.replace("_", " ")
+        print_table(table, title=title, formats=FORMATS, optional=("rows", "by", "experts"))
+    contrasts = _contrasts(result)
+    if len(contrasts):
+        title = "Perplexity after the top neurons ÷ after the others (paired bootstrap, 95 %)"
+        print_table(contrasts, title=title, formats=FORMATS, optional=("seeds", "experts"))
+    if len(result.matched):
+        columns = ["intervention", "strength", "by", "matched", "low", "high"]
+        table = result.matched[columns].drop_duplicates()
+        title = "Share of low-scoring neurons that costs as much perplexity as the top ones"
+        print_table(table, title=title, formats=FORMATS)
+
+
+def save_figures(result: "AblationResult", out: str) -> list[str]:
+    """Draw every measure against strength into the result's folder; return the files."""
+    from pathlib import Path
+
+    from entangle.plotting import save_figure
+
+    wanted = ("perplexity_ratio", "kl", "accuracy")
+    found = [name for name in wanted if name in set(result.frame["measure"])]
+    files = [
+        save_figure(result.plot(name), Path(out) / "figures" / f"ablation_{name}") for name in found
+    ]
+    return [str(path) for several in files for path in several]
+
+
+def _contrasts(result: "AblationResult") -> "pd.DataFrame":
+    return result.contrasts() if "loss" in result.windows else result.windows.iloc[:0]
+
+
+def _measures(arguments: argparse.Namespace) -> list[str]:
+    from entangle.errors import unknown_name
+
+    measures = arguments.measure.split(",")
+    for name in measures:
+        if name not in MEASURES:
+            raise unknown_name("measure", name, MEASURES)
+    return list(measures)
+
+
+def _split_demo(arguments: argparse.Namespace) -> None:
+    """Calibrate on some of the demo's articles and evaluate on others, unless told otherwise."""
+    if arguments.data is None and arguments.calibration == "demo" and arguments.split is None:
+        arguments.split = "train"
+    if arguments.data is None:
+        arguments.data, arguments.data_split = "demo", arguments.data_split or "test"
+
+
+def _scores(arguments: argparse.Namespace) -> "NeuronScores | None":
+    if arguments.scores is None:
+        return None
+    from entangle.scoring import load_scores
+
+    return load_scores(arguments.scores)
+
+
+def _selections(
+    arguments: argparse.Namespace, scores: "NeuronScores | None"
+) -> "list[str | Selection]":
+    """Return the rules by name and the lists of neurons that files hold."""
+    found: list[str | Selection] = []
+    for name in arguments.select.split(","):
+        if not name.lower().endswith((".csv", ".parquet")):
+            found.append(name)
+            continue
+        if scores is None:
+            raise InvalidInput(
+                f"the neurons in {name!r} are looked up in the scores; give --scores DIR."
+            )
+        from entangle.ablation.selection import read_selection
+
+        found.append(read_selection(name, scores.frame))
+    return found
+
+
+def _text(
+    arguments: argparse.Namespace, model: "LanguageModel", measures: Sequence[str]
+) -> "EvaluationText | None":
+    if not {"perplexity", "divergence"} & set(measures):
+        return None
+    from entangle.evaluation import load_evaluation
+
+    tokens = arguments.data.lower().endswith(".safetensors")
+    longest = min(EVAL_SEQ_LEN, model.context_length or EVAL_SEQ_LEN)
+    length = arguments.eval_seq_len
+    return load_evaluation(
+        arguments.data,
+        model.tokenizer,
+        seq_len=longest if length is None and not tokens else length,
+        n_windows=arguments.eval_windows,
+        split=arguments.data_split,
+        context_length=model.context_length,
+        vocab_size=model.vocab_size,
+    )
+
+
+def _pairs(arguments: argparse.Namespace, measures: Sequence[str]) -> "MinimalPairs | None":
+    if "blimp" not in measures:
+        return None
+    from entangle.evaluation import load_minimal_pairs
+
+    return load_minimal_pairs(
+        arguments.pairs, n_per_paradigm=arguments.pairs_per_paradigm, seed=arguments.seed
+    )

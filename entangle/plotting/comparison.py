@@ -1,0 +1,343 @@
+"""Perplexity of pruned and expanded models against what they cost."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, Locator, LogLocator, MaxNLocator, NullLocator
+
+from entangle.errors import InvalidInput, unknown_name
+from entangle.plotting.save import record
+from entangle.plotting.style import (
+    METHOD_PALETTE,
+    PALETTE,
+    SPARE_COLORS,
+    Column,
+    add_title,
+    axes_or_new,
+    column_width,
+    join_clauses,
+    legend_above,
+    make_room,
+    note_above,
+    panel_grid,
+    paper_style,
+    shared_legend,
+)
+from entangle.plotting.summaries import Floats, check_columns
+
+COST_LABELS: dict[str, str] = {
+    "sparsity": "zeros in the pruned layers (%)",
+    "flops": "active FLOPs per token (× dense)",
+    "nonzeros": "stored non-zeros (× dense)",
+    "bytes": "stored bytes (× dense)",
+}
+PERPLEXITY_LABEL = "perplexity (× dense)"
+CEILING = 100.0
+"""Multiple of the dense perplexity above which models are off the axis, if others are below."""
+
+_NAMES = {
+    "wanda": "Wanda",
+    "sparsegpt": "SparseGPT",
+    "expansion-random": "random clusters",
+}
+_CONTROLS = ("expansion-random",)
+_MARKERS = "o^sDvP"
+_INTERVAL = "bars: 95 % paired bootstrap over windows"
+_DENSE_COST = 1.0
+_WRITER = "the command `entangle compare` writes such tables."
+_NEEDED = ("method", "sparsity", "experts", "perplexity", "ratio", "ratio_low", "ratio_high")
+_LOG_SPAN, _PANEL_INCHES = 3.0, 2.3
+
+
+@dataclass(frozen=True)
+class _Models:
+    """The rows of a comparison that can be drawn."""
+
+    pruned: pd.DataFrame
+    """All but the dense model, in their order."""
+    dense: float | None
+    """Perplexity of the dense model; None where there is no row of it."""
+    dropped: int
+    """Rows left out because a number is missing or infinite."""
+
+    @classmethod
+    def of(cls, comparison: pd.DataFrame, costs: Sequence[str]) -> "_Models":
+        check_columns(comparison, (*_NEEDED, *costs), name="comparison", writer=_WRITER)
+        numbers = comparison[["perplexity", "ratio", *costs]].to_numpy(np.float64, na_value=np.nan)
+        positive = comparison["ratio"].gt(0).fillna(False).to_numpy(np.bool_)
+        kept = np.isfinite(numbers).all(axis=1) & positive
+        frame = comparison[kept]
+        is_dense = frame["method"] == "dense"
+        if len(frame) < 2 or is_dense.all():
+            raise InvalidInput(
+                "`comparison` must hold at least 2 models with a finite perplexity, not all dense; "
+                f"got {len(frame)} among {len(comparison)}; {_WRITER}"
+            )
+        values = frame.loc[is_dense, "perplexity"]
+        dense = None if values.empty else float(values.iloc[0])
+        return cls(frame[~is_dense], dense, int((~kept).sum()))
+
+    @property
+    def ceiling(self) -> float:
+        """Upper limit of the y axis, infinite where nothing needs to be off it."""
+        ratio = self.pruned["ratio"]
+        return CEILING if ratio.gt(CEILING).any() and ratio.le(CEILING).any() else np.inf
+
+    def notes(self, text: str | None) -> list[str]:
+        """Return what the legend says in words: text, dense model, intervals, what is not seen."""
+        above = int(self.pruned["ratio"].gt(self.ceiling).sum())
+        clauses = (
+            text,
+            None if self.dense is None else f"dense perplexity {self.dense:.4g}",
+            _INTERVAL,
+            self._experts(),
+            f"{above} above {CEILING:g} × dense, off the axis" if above else None,
+            f"{self.dropped} left out: no finite perplexity" if self.dropped else None,
+        )
+        return [clause for clause in clauses if clause]
+
+    def _experts(self) -> str:
+        """Say what k is, and how many more FLOPs routed models take than plain ones."""
+        routed = self.pruned[self.pruned["experts"] > 1]
+        if routed.empty:
+            return ""
+        text = "k experts a layer"
+        if "flops" in routed.columns:
+            plain = self.pruned[self.pruned["experts"] == 1].groupby("sparsity")["flops"].min()
+            extra = float((routed["flops"] / routed["sparsity"].map(plain) - 1.0).max())
+            text += f" (router: up to {100.0 * extra:.2g} % more FLOPs)" if extra > 0.0 else ""
+        return text
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """One method at one number of experts."""
+
+    rows: pd.DataFrame
+    label: str
+    color: str
+    marker: str
+    plain: bool
+    """Whether it has one expert, so that sparsity 0 is the dense model."""
+    control: bool
+    """Whether it is a control, drawn dashed and hollow."""
+
+
+def plot_perplexity(
+    comparison: pd.DataFrame,
+    *,
+    x: str = "sparsity",
+    text: str | None = None,
+    ax: Axes | None = None,
+    legend: bool = True,
+) -> Axes:
+    """Draw perplexity as a multiple of the dense model's against sparsity or against a cost.
+
+    Parameters
+    ----------
+    comparison
+        One row a model, as `entangle.expansion.compare.Comparison.frame`: ``method``, ``sparsity``
+        (share of zeros), ``experts``, ``perplexity``, ``ratio`` to dense with its 95 % interval
+        ``ratio_low`` and ``ratio_high``, and the column ``x``. The row of method ``dense`` is the
+        baseline.
+    x
+        ``"sparsity"``, drawn in %, or a cost as a multiple of the dense model's: ``"flops"`` (for
+        a token), ``"nonzeros"`` or ``"bytes"`` (both stored), on a log scale if it spans much.
+    text
+        What the perplexities were measured on, for the legend, for example
+        ``"WikiText-2, n = 152 windows"``.
+    ax
+        Where to draw; None makes a new figure.
+    legend
+        Write a legend on top; otherwise only what it says in words.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+        ``ax``, or that of the new figure. Models above `CEILING` are off the axis if others are
+        below; models without a finite perplexity are left out; the legend counts both.
+
+    Raises
+    ------
+    InvalidInput
+        Missing columns, fewer than two models with a finite perplexity, an unknown ``x``.
+    """
+    if x not in COST_LABELS:
+        raise unknown_name("x axis", x, COST_LABELS)
+    models = _Models.of(comparison, [x])
+    given, ax = ax is not None, axes_or_new(ax)
+    lines = _draw(ax, models, x)
+    notes = models.notes(text)
+    if legend:
+        entries = [(line, str(line.get_label())) for line in lines]
+        key = legend_above(ax, entries, clauses=notes)
+        if not given:
+            make_room(key)
+    else:
+        note_above(ax, notes)
+    return ax
+
+
+def figure_comparison(
+    comparison: pd.DataFrame, *, text: str | None = None, column: Column = "double"
+) -> Figure:
+    """Draw the perplexity of every model at equal FLOPs per token and at equal memory.
+
+    Left, against sparsity: at one sparsity all models take the same active FLOPs per token, but for
+    the router's, which the legend states. Right, against the non-zeros that are stored.
+
+    Parameters
+    ----------
+    comparison, text
+        As in `plot_perplexity`, with the columns ``flops`` and ``nonzeros``.
+    column
+        Width: ``"single"`` or ``"double"``.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        Two panels with one y axis.
+
+    Raises
+    ------
+    InvalidInput
+        What `plot_perplexity` refuses, or an unknown ``column``.
+    """
+    models = _Models.of(comparison, ("flops", "nonzeros"))
+    with paper_style(column=column):
+        figure, (left, right) = panel_grid(2, column=column)
+        right.sharey(left)
+        _draw(left, models, "sparsity")
+        _draw(right, models, "nonzeros")
+        right.set_ylabel("")
+        right.tick_params(labelleft=False)
+        add_title(left, "Equal FLOPs per token")
+        add_title(right, "Equal memory")
+        notes = join_clauses(models.notes(text), inches=column_width(column))
+        shared_legend(figure, (left, right), column=column, title=notes)
+        figure.set_figheight(_PANEL_INCHES)
+        (key,) = figure.legends
+        key.get_title().set(multialignment="center", parse_math=False)
+        make_room(key)
+    return figure
+
+
+def _draw(ax: Axes, models: _Models, x: str) -> list[Line2D]:
+    lines = [_draw_curve(ax, curve, x) for curve in _curves(models.pruned)]
+    lines.append(_draw_dense(ax, x))
+    _set_y(ax, models)
+    _set_x(ax, _x_values(models.pruned, x), x)
+    ax.set(xlabel=COST_LABELS[x], ylabel=PERPLEXITY_LABEL)
+    return lines
+
+
+def _curves(pruned: pd.DataFrame) -> Iterator[_Curve]:
+    counts = sorted({1, *pruned["experts"].astype(int)})
+    spare = iter(SPARE_COLORS * len(pruned))
+    for method, rows in pruned.groupby("method", sort=False, observed=True):
+        name, color = str(method), METHOD_PALETTE.get(str(method)) or next(spare)
+        numbers = sorted(set(rows["experts"].astype(int)))
+        for share, k in zip(np.linspace(1.0, 0.5, len(numbers))[::-1], numbers, strict=True):
+            yield _Curve(
+                rows=rows[rows["experts"] == k],
+                label=_NAMES.get(name, name) + (f", k = {k}" if k > 1 else ""),
+                color=_shade(color, float(share)),
+                marker=_MARKERS[counts.index(k) % len(_MARKERS)],
+                plain=k == 1,
+                control=name in _CONTROLS,
+            )
+
+
+def _shade(color: str, share: float) -> str:
+    """Mix a colour with white; a share of 1 is the colour itself."""
+    red, green, blue = (1.0 - share * (1.0 - part) for part in to_rgb(color))
+    return to_hex((red, green, blue))
+
+
+def _x_values(rows: pd.DataFrame, x: str) -> Floats:
+    values: Floats = rows[x].to_numpy(np.float64)
+    return 100.0 * values if x == "sparsity" else values
+
+
+def _draw_curve(ax: Axes, curve: _Curve, x: str) -> Line2D:
+    rows = curve.rows.sort_values(x, kind="stable")
+    place = _x_values(rows, x)
+    ratio, low, high = (
+        rows[name].to_numpy(np.float64, na_value=np.nan)
+        for name in ("ratio", "ratio_low", "ratio_high")
+    )
+    (line,) = ax.plot(
+        place,
+        ratio,
+        color=curve.color,
+        label=curve.label,
+        marker=curve.marker,
+        markersize=3.5,
+        markeredgewidth=0.8,
+        markerfacecolor="white" if curve.control else curve.color,
+        linestyle="--" if curve.control else "-",
+        zorder=2.2 if curve.control else 2.1,
+    )
+    known = np.isfinite(low) & np.isfinite(high)
+    ax.vlines(place[known], low[known], high[known], color=curve.color, lw=0.8, zorder=2.3)
+    record(
+        line, panel=x, series=curve.label, x=place, y=ratio, y_low=low, y_high=high,
+        **{name: rows[name].to_numpy() for name in ("perplexity", "sparsity", "experts")},
+    )  # fmt: skip
+    if curve.plain and x != "sparsity":
+        ends = [place[-1], _DENSE_COST], [ratio[-1], 1.0]
+        (link,) = ax.plot(*ends, ":", color=curve.color, lw=0.8, zorder=2.0)
+        record(link, panel=x, series=f"{curve.label}, to dense", x=ends[0], y=ends[1])
+    return line
+
+
+def _draw_dense(ax: Axes, x: str) -> Line2D:
+    line = ax.axhline(1.0, color=PALETTE["gaussian"], lw=0.8, ls=":", zorder=1.9)
+    if x != "sparsity":
+        (line,) = ax.plot(
+            _DENSE_COST, 1.0, "*:", color=PALETTE["gaussian"], lw=0.8, markersize=5.5, zorder=2.4
+        )
+    line.set_label("dense")
+    record(line, panel=x, series="dense", x=np.nan if x == "sparsity" else _DENSE_COST, y=1.0)
+    return line
+
+
+def _set_y(ax: Axes, models: _Models) -> None:
+    columns = models.pruned[["ratio", "ratio_low", "ratio_high"]]
+    values = columns.to_numpy(np.float64, na_value=np.nan)
+    values = values[np.isfinite(values) & (values > 0.0)]
+    bottom = float(values.min(initial=1.0)) / 1.15
+    top = min(float(values.max(initial=1.0)) * 1.15, models.ceiling)
+    ax.set_yscale("log")
+    ax.set_ylim(bottom, top)
+    ax.yaxis.set_major_locator(_y_ticks(top / bottom))
+    ax.yaxis.set_major_formatter(FuncFormatter(_plain_number))
+    ax.yaxis.set_minor_locator(NullLocator())
+
+
+def _y_ticks(span: float) -> Locator:
+    if span < 4.0:
+        return MaxNLocator(5, steps=(1, 2, 5, 10))
+    return LogLocator(subs=(1.0, 2.0, 5.0) if span < 2e3 else (1.0,))
+
+
+def _set_x(ax: Axes, values: Floats, x: str) -> None:
+    if x == "sparsity":
+        shown = np.unique(values)
+        if len(shown) <= 8:
+            ax.set_xticks(shown)
+        return
+    if max(values.max(), 1.0) / min(values.min(), 1.0) > _LOG_SPAN:
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter(FuncFormatter(_plain_number))
+        ax.xaxis.set_minor_locator(NullLocator())
+
+
+def _plain_number(value: float, _position: int | None) -> str:
+    return f"{value:g}"

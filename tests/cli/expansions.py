@@ -1,0 +1,60 @@
+"""Small runs of ``entangle expand`` in the current folder, and what they should come to."""
+
+from pathlib import Path
+
+import torch
+
+from entangle.calibration import load_calibration
+from entangle.expansion import ExpandedLinear, Expansion, expand
+from entangle.models.loading import LanguageModel, load_model
+from tests.cli.runs import Ran
+
+N_SEQ, SEQ_LEN = 6, 32
+TOKENS = N_SEQ * SEQ_LEN
+WIDE = (
+    "expand", "model", "--device", "cpu", "--calibration", "text.txt", "--n-seq", N_SEQ,
+    "--seq-len", SEQ_LEN, "--experts", 3, "--quiet",
+)  # fmt: skip
+"""Expands all MLP linears of the tiny Llama, quietly."""
+SMALL = (*WIDE, "--proj", "up_proj")
+"""Expands one layer a block."""
+BLOCKS = [f"block-{index:04d}.safetensors" for index in range(3)]
+FILES = [*BLOCKS, "layers.parquet", "manifest.json", "run.json"]
+
+
+def in_memory(**settings: object) -> Expansion:
+    """Return what `SMALL`, with these settings changed, should build."""
+    model = load_model("model", device="cpu")
+    ids = load_calibration("text.txt", model.tokenizer, n_seq=N_SEQ, seq_len=SEQ_LEN, seed=0)
+    chosen = {"experts": 3, "proj": "up_proj", **settings}
+    return expand(model, ids, progress=False, **chosen)  # type: ignore[arg-type]
+
+
+def experts_of(model: LanguageModel | None) -> dict[str, torch.Tensor]:
+    """Return the experts of every expanded layer, by its name."""
+    assert model is not None
+    named = model.module.named_modules()
+    return {n: m.weight.detach() for n, m in named if isinstance(m, ExpandedLinear)}
+
+
+def content_of(folder: str | Path) -> dict[str, bytes]:
+    """Return the bytes of every file, by its name."""
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def without_run(folder: str | Path) -> dict[str, bytes]:
+    """Return all but ``run.json``: what two builds of the same settings have in common."""
+    return {name: content for name, content in content_of(folder).items() if name != "run.json"}
+
+
+def listing() -> list[str]:
+    """Return every path below the current folder."""
+    return sorted(str(path) for path in Path().rglob("*"))
+
+
+def check_one_line(ran: Ran, message: str, *, status: int = 2) -> None:
+    """Check that a run ended in one clear line about ``message``."""
+    assert (ran.status, ran.out) == (status, "")
+    assert ran.err.startswith("entangle: error: ")
+    assert (ran.err.count("\n"), ran.err[-2:]) == (1, ".\n")
+    assert message in ran.err

@@ -1,0 +1,97 @@
+"""What `entangle compare --out` draws and writes beside its first table."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from entangle.errors import Unavailable
+from entangle.expansion.compare import at_equal_nonzeros, load_comparison
+from tests.cli.runs import Run
+
+
+@pytest.fixture
+def command(tiny_folder: Callable[[str], Path], text_file: Path) -> Sequence[object]:
+    """Arguments that compare SparseGPT and an expansion of a tiny model, quietly."""
+    return (
+        "compare", tiny_folder("llama"), "--calibration", text_file, "--n-seq", 4, "--seq-len", 32,
+        "--data", text_file, "--eval-seq-len", 32, "--eval-windows", 3, "--device", "cpu",
+        "--methods", "sparsegpt,expansion", "--sparsity", "0.5,0.8", "--experts", "1,2,2",
+        "--quiet",
+    )  # fmt: skip
+
+
+def test_the_folder_holds_the_figure_and_both_tables(
+    run: Run, command: Sequence[object], text_file: Path, tmp_path: Path
+) -> None:
+    done = run(*command, "--out", tmp_path / "c")
+    assert (done.status, done.err) == (0, "")
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()) == [
+        "c/comparison.parquet", "c/equal_nonzeros.parquet", "c/figures/perplexity.csv",
+        "c/figures/perplexity.pdf", "c/figures/perplexity.png", "c/manifest.json",
+        "c/windows.parquet",
+    ]  # fmt: skip
+    frame = load_comparison(tmp_path / "c").frame
+    assert frame["experts"].tolist() == [1, 1, 2, 1, 2]
+    equal = pd.read_parquet(tmp_path / "c" / "equal_nonzeros.parquet")
+    pd.testing.assert_frame_equal(equal, at_equal_nonzeros(frame), check_dtype=False)
+    drawn = pd.read_csv(tmp_path / "c" / "figures" / "perplexity.csv")
+    rows = drawn[drawn["series"] == "expansion, k = 2"]
+    shown = rows[rows["panel"] == "sparsity"]["perplexity"].tolist()
+    assert shown == pytest.approx(frame.loc[frame["experts"] == 2, "perplexity"].tolist())
+
+
+def test_the_second_table_is_printed_where_there_is_an_expansion(
+    run: Run, command: Sequence[object]
+) -> None:
+    printed = run(*command).out
+    first, second = printed.split("At equal stored non-zeros")
+    assert "competitor" not in first
+    assert [line.split()[0] for line in second.splitlines() if "expansion" in line] == [
+        "expansion",
+        "expansion",
+    ]
+    plain = [*command, "--methods", "magnitude"]
+    assert "At equal stored non-zeros" not in run(*plain).out
+
+
+def test_json_holds_both_tables(run: Run, command: Sequence[object]) -> None:
+    content = json.loads(run(*command, "--json").out)
+    assert [row["method"] for row in content["equal_nonzeros"]] == ["expansion", "expansion"]
+    assert len(content["results"]) == 5
+
+
+def test_a_figure_that_cannot_be_written_leaves_nothing(
+    run: Run, command: Sequence[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise Unavailable("the figure cannot be written: the disk is full.")
+
+    monkeypatch.setattr("entangle.plotting.save_figure", full)
+    done = run(*command, "--out", tmp_path / "c")
+    assert done.status == 2
+    assert "disk is full" in done.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tables_are_kept_where_nothing_can_be_drawn(
+    run: Run, command: Sequence[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from entangle.expansion import compare
+
+    whole = compare.compare
+
+    def hopeless(*arguments: object, **settings: object) -> compare.Comparison:
+        found = whole(*arguments, **settings)  # type: ignore[arg-type]
+        worse = found.frame["method"] != "dense"
+        frame = found.frame.assign(ratio=found.frame["ratio"].mask(worse, float("inf")))
+        return compare.Comparison(frame, found.windows)
+
+    monkeypatch.setattr(compare, "compare", hopeless)
+    done = run(*command, "--out", tmp_path / "c")
+    assert done.status == 0
+    assert done.err.startswith("no figure: `comparison` must hold at least 2 models")
+    assert len(load_comparison(tmp_path / "c").frame) == 5
+    assert not (tmp_path / "c" / "figures").exists()

@@ -1,0 +1,198 @@
+"""`entangle expand`: mistakes and full disks end in one line and leave nothing half-written."""
+
+import errno
+import os
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from entangle.expansion import folder as folder_module
+from tests.cli.expansions import (
+    BLOCKS,
+    SMALL,
+    TOKENS,
+    WIDE,
+    check_one_line,
+    content_of,
+    listing,
+    without_run,
+)
+from tests.cli.runs import Run
+from tests.tiny_models import TINY
+
+pytestmark = pytest.mark.usefixtures("place")
+
+MISTAKES = {
+    "--experts 0": "`experts` must be an integer of at least 1; got 0.",
+    f"--experts {TOKENS + 1}": "`experts` must be at most the number of tokens to calibrate on, "
+    f"{TOKENS}; got {TOKENS + 1}.",
+    f"--experts {TOKENS + 1} --router random": "`experts` must be at most the number of tokens",
+    "--sparsity 1.01": "`sparsity` must be in [0, 1]; got 1.01.",
+    "--sparsity=-0.1": "`sparsity` must be in [0, 1]; got -0.1.",
+    "--sparsity nan": "`sparsity` must be in [0, 1]; got nan.",
+    "--pattern 2:5": "model.layers.0.mlp.gate_proj: `pattern` '2:5' needs a multiple of 5 columns; "
+    "got 32",
+    "--pattern 3:2": "`pattern` must be row, layer, block, or n:m",
+    "--pattern rows": "`pattern` must be row, layer, block, or n:m",
+    "--pattern 2:4 --sparsity 0.7": "`sparsity` must be None or 0.5 with pattern '2:4'; got 0.7.",
+    "--bits 0": "`bits` must be in [1, 16], or None to keep them all; got 0.",
+    "--damping=-1": "`damping` must be finite and at least 0; got -1.",
+    "--seed -1": "`seed` must be an integer in [0, 2**63)",
+    "--memory lots": "a size must look like 512M or 2G; got 'lots'.",
+    "--layer lm_head --proj lm_head": "layer 'lm_head' lies outside the blocks; leave it out.",
+    "--layer 3": "a block index must be in 0..2 for this model; got 3",
+    "--proj gate": "unknown projection 'gate'. Closest: gate_proj, ",
+    "--seq-len 129": "`seq_len` must be at most the model's context, 128; got 129",
+    "--calibration nowhere.txt": "'nowhere.txt' does not exist",
+    "--evaluate nowhere.txt": "'nowhere.txt' does not exist",
+    "--evaluate text.txt --eval-seq-len 129": "`seq_len` must be at most the model's context, 128",
+    "--evaluate text.txt --eval-windows 0": "`n_windows` must be an integer of at least 1; got 0",
+    "--out text.txt": "the output 'text.txt' is a file; name a folder.",
+    "--out text.txt/x": "is no folder that you may write to; name another folder.",
+    f"--out {'x' * 250}": "cannot be written: File name too long; name another folder.",
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_one_clear_line(run: Run, case: str) -> None:
+    options = case.split()
+    if "--out" not in options:
+        options += ["--out", "results/x"]
+    before = listing()
+    check_one_line(run(*WIDE, *options), MISTAKES[case])
+    assert listing() == before
+
+
+@pytest.mark.parametrize("pruner", ["sparsegpt", "wanda", "magnitude", "random"])
+def test_weights_that_are_nan_name_their_layer(run: Run, pruner: str) -> None:
+    broken("model.layers.1.mlp.up_proj.weight")
+    before = listing()
+    ran = run(*WIDE, "--out", "results/x", "--pruner", pruner)
+    check_one_line(ran, "model.layers.1.mlp.up_proj: `weight` must be finite; got NaN or infinity")
+    assert listing() == before
+
+
+@pytest.mark.parametrize("router", ["kmeans", "random"])
+def test_activations_that_are_nan_name_their_layers(run: Run, router: str) -> None:
+    broken("model.layers.0.post_attention_layernorm.weight")
+    before = listing()
+    ran = run(*WIDE, "--out", "results/x", "--router", router)
+    message = f".gate_proj, model.layers.0.mlp.up_proj: {TOKENS} of {TOKENS} tokens hold NaN"
+    check_one_line(ran, message, status=1)
+    assert listing() == before
+
+
+def broken(name: str) -> None:
+    """Write a NaN into one weight of the model."""
+    module: Any = TINY["llama"]()
+    module.get_parameter(name).view(-1)[0] = torch.nan
+    tensors = {key: value.clone() for key, value in module.state_dict().items()}
+    save_file(tensors, "model/model.safetensors", {"format": "pt"})
+
+
+def test_an_output_that_is_read_only(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = str(Path.cwd())
+    monkeypatch.setattr(os, "access", lambda path, _mode: str(path) != here)
+    before = listing()
+    ran = run(*SMALL, "--out", "results/x")
+    check_one_line(ran, "is no folder that you may write to; name another folder.")
+    assert listing() == before
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        (errno.EROFS, "the disk is read-only; name another folder."),
+        (errno.ENOSPC, "the disk is full; free some space or name another folder."),
+    ],
+)
+def test_a_disk_that_refuses_the_plan_keeps_nothing(
+    run: Run, monkeypatch: pytest.MonkeyPatch, code: int, reason: str
+) -> None:
+    def refuse(path: Path, _content: object) -> None:
+        path.write_text("{")
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(folder_module, "write_json", refuse)
+    before = listing()
+    check_one_line(run(*SMALL, "--out", "x"), f".x.building' cannot be written: {reason}")
+    assert listing() == before
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Let the operating system refuse files above a size in bytes, as a full disk would."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_block_that_the_disk_refuses(run: Run, whole: dict[str, bytes]) -> None:
+    with largest_file(len(whole[BLOCKS[0]]) // 2):
+        ran = run(*SMALL, "--out", "x")
+    check_one_line(
+        ran,
+        "block-0000.safetensors' cannot be written: File too large; name another folder; --resume "
+        "goes on with what is written.",
+    )
+    assert not Path("x").exists()
+    assert sorted(content_of(".x.building")) == ["plan.json"]
+    assert run(*SMALL, "--out", "x", "--resume").status == 0
+    assert without_run("x") == whole
+
+
+@pytest.fixture
+def whole(run: Run, place: Path) -> dict[str, bytes]:
+    """What an undisturbed build writes."""
+    assert run(*SMALL, "--out", "whole").status == 0
+    return without_run("whole")
+
+
+def _full(*_args: object, **_kwargs: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def _at_the_second_block(patch: pytest.MonkeyPatch) -> None:
+    replace: Callable[..., None] = os.replace
+
+    def refuse(source: Path, target: Path) -> None:
+        (_full if target.name == BLOCKS[1] else replace)(source, target)
+
+    patch.setattr(os, "replace", refuse)
+
+
+def _at_the_table(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(pd.DataFrame, "to_parquet", _full)
+
+
+def _at_the_name(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Path, "rename", _full)
+
+
+@pytest.mark.parametrize(
+    ("fill", "blocks"), [(_at_the_second_block, 1), (_at_the_table, 3), (_at_the_name, 3)]
+)
+def test_a_full_disk_leaves_a_build_that_can_be_resumed(
+    run: Run,
+    whole: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    fill: Callable[[pytest.MonkeyPatch], None],
+    blocks: int,
+) -> None:
+    with monkeypatch.context() as patch:
+        fill(patch)
+        check_one_line(run(*SMALL, "--out", "x"), "the disk is full; free some space or name")
+    assert not Path("x").exists()
+    assert [name for name in BLOCKS if name in content_of(".x.building")] == BLOCKS[:blocks]
+    assert run(*SMALL, "--out", "x", "--resume").status == 0
+    assert without_run("x") == whole
