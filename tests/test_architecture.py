@@ -17,7 +17,8 @@ FLOORS = (
     {"recording"},
     {"evaluation", "scoring", "allocation"},
     {"expansion"},
-    {"ablation", "analysis"},
+    {"ablation"},
+    {"analysis"},
     {"explore", "cli"},
 )
 SIBLINGS = {("routing", "stats"), ("calibration", "models")}

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -303,6 +304,10 @@ class Bench:
             plain = [a for a in arms if PRUNERS.get(a.intervention) == pruner and a.experts == 1]
             self._solve(pruner, plain)
 
+    @cached_property
+    def _means(self) -> dict[str, torch.Tensor]:
+        return mean_outputs(self._statistics.scores.frame)
+
     @property
     def neurons(self) -> pd.DataFrame:
         """One row a routed neuron; see `RoutedRows.neurons`."""
@@ -327,9 +332,8 @@ class Bench:
         rows = arm.selection.rows
         if not arm.prunes:
             layers = [self._layers[name] for name in rows]
-            means = mean_outputs(self._statistics.scores.frame)
             return edited_outputs(
-                layers, arm.selection, arm.intervention, strength=arm.strength, means=means
+                layers, arm.selection, arm.intervention, strength=arm.strength, means=self._means
             )
         if arm.experts > 1:
             routed = self._routed[PRUNERS[arm.intervention]]

@@ -13,6 +13,8 @@ from entangle.models.loading import LanguageModel
 from entangle.seeding import numpy_rng
 from entangle.stats.intervals import Interval
 
+_AT_ONCE = 2**20  # numbers drawn at a time
+
 
 def evaluate_models(
     models: Iterable[tuple[str, LanguageModel | nn.Module]],
@@ -149,7 +151,9 @@ def perplexity_ratio(
         if n < 2 or not np.isfinite(gaps).all():
             return Interval(value, np.nan, np.nan)
         rng = numpy_rng(seed, "perplexity ratio")
-        means = [gaps[rng.integers(n, size=n)].mean() for _ in range(n_boot)]
+        per_draw = max(1, _AT_ONCE // n)
+        sizes = [min(per_draw, n_boot - done) for done in range(0, n_boot, per_draw)]
+        means = np.concatenate([gaps[rng.integers(n, size=(m, n))].mean(axis=1) for m in sizes])
         tail = 50.0 * (1.0 - level)
         low, high = np.exp(np.percentile(means, [tail, 100.0 - tail]))
     return Interval(value, float(low), float(high))

@@ -1,22 +1,25 @@
 """Perplexity of a language model on a text."""
 
-import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-import transformers as hf
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from entangle.calibration.calibration_set import check_ids
-from entangle.errors import InvalidInput, MemoryLimit
+from entangle.errors import InvalidInput
+from entangle.evaluation.forward import (
+    as_causal_model,
+    check_fits,
+    memory_limit,
+    next_token_logits,
+)
 from entangle.evaluation.losses import window_losses
 from entangle.evaluation.text import EvaluationText
-from entangle.models.loading import LanguageModel, as_language_model
+from entangle.models.loading import LanguageModel
 from entangle.progress import ProgressBar
 
 LOGITS_IN_A_PASS = 2**27
@@ -123,39 +126,20 @@ def perplexity(
     MemoryLimit
         If memory runs out.
     """
-    language_model = as_language_model(model)
-    _check_causal(language_model)
-    _check_fits(language_model, text)
-    per_pass = _batch_size(batch_size, language_model, text)
+    language_model = as_causal_model(model)
+    check_fits(language_model, text)
+    per_pass = windows_in_a_pass(batch_size, language_model, text)
     losses = []
-    with ProgressBar("perplexity", enabled=progress) as bar, _memory_limit(per_pass):
+    with ProgressBar("perplexity", enabled=progress) as bar, window_memory(per_pass):
         bar.start(text.n_windows, "windows")
         for ids in text.windows.split(per_pass):
-            losses.append(window_losses(_logits(language_model, ids), ids))
+            losses.append(window_losses(next_token_logits(language_model, ids), ids))
             bar.advance(len(ids))
     return Perplexity.of(torch.cat(losses), text)
 
 
-def _check_causal(model: LanguageModel) -> None:
-    config = getattr(model.module, "config", None)
-    masked = type(config) in hf.MODEL_FOR_MASKED_LM_MAPPING
-    if masked and not getattr(config, "is_decoder", False):
-        raise InvalidInput(
-            f"perplexity needs a model that predicts the next token; {model.name!r} "
-            f"({type(model.module).__name__}) is an encoder: give a causal language model."
-        )
-
-
-def _check_fits(model: LanguageModel, text: EvaluationText) -> None:
-    limit = model.context_length
-    if limit is not None and text.seq_len > limit:
-        raise InvalidInput(
-            f"`seq_len` must be at most the model's context, {limit}; got {text.seq_len}."
-        )
-    check_ids(text.windows, model.vocab_size)
-
-
-def _batch_size(asked: int | None, model: LanguageModel, text: EvaluationText) -> int:
+def windows_in_a_pass(asked: int | None, model: LanguageModel, text: EvaluationText) -> int:
+    """Return the batch size asked for, or as many windows as give `LOGITS_IN_A_PASS` logits."""
     if asked is None:
         return max(1, LOGITS_IN_A_PASS // (text.seq_len * model.vocab_size))
     if isinstance(asked, bool) or not isinstance(asked, int) or asked < 1:
@@ -163,32 +147,7 @@ def _batch_size(asked: int | None, model: LanguageModel, text: EvaluationText) -
     return asked
 
 
-def _logits(
-    model: LanguageModel, ids: Int64[Tensor, "windows tokens"]
-) -> Float[Tensor, "windows tokens vocabulary"]:
-    accepted = inspect.signature(model.module.forward).parameters
-    options = {"use_cache": False} if "use_cache" in accepted else {}
-    with torch.no_grad():
-        output = model.module(ids.to(model.device), **options)
-    logits = getattr(output, "logits", output)
-    if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[:2] != ids.shape:
-        raise InvalidInput(
-            f"perplexity needs logits of shape (windows, tokens, vocabulary); {model.name!r} "
-            f"({type(model.module).__name__}) returns none: give a model with a "
-            "language-modelling head."
-        )
-    return logits
-
-
-@contextmanager
-def _memory_limit(per_pass: int) -> Iterator[None]:
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        named = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if not named and "you tried to allocate" not in str(error):
-            raise
-        raise MemoryLimit(
-            f"memory ran out with {per_pass} window(s) in one forward pass; lower --batch-size "
-            "(batch_size) or --seq-len (seq_len)."
-        ) from error
+def window_memory(per_pass: int) -> AbstractContextManager[None]:
+    """Turn the end of memory, with this many windows in a pass, into a `MemoryLimit`."""
+    lower = "--batch-size (batch_size) or --seq-len (seq_len)"
+    return memory_limit(f"{per_pass} window(s)", lower=lower)

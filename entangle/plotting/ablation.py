@@ -42,7 +42,7 @@ _COLUMNS = (
     "variance", "weight_norm", "mean", "md", "excess_kurtosis", "skewness", "abs_mean",
     "abs_skewness", "ks",
 )  # fmt: skip
-_HEX = sns.color_palette("colorblind").as_hex()
+_HEX: list[str] = sns.color_palette("colorblind").as_hex()
 _COLUMN_COLORS, _COLUMN_MARKERS = [_HEX[i] for i in (0, 2, 4, 1, 9, 5, 6, 8)], "sDPvX<>hp"
 _RULE_COLORS = {"random": PALETTE["typical"], "all": PALETTE["gaussian"], "listed": _HEX[5]}
 _RULE_MARKERS = {"all": "*", "listed": "d"}
@@ -93,7 +93,7 @@ def plot_ablation(
     measure: str = "perplexity_ratio",
     intervention: str | None = None,
     experts: int | None = None,
-    strength: float | None = None,
+    strength: float | int | None = None,
     text: str | None = None,
     legend: bool = True,
     ax: Axes | None = None,

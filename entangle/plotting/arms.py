@@ -72,7 +72,7 @@ class Arms:
         paradigm = self.measure.removeprefix(_PARADIGM)
         return MEASURE_LABELS.get(self.measure, f"accuracy on {paradigm} (%)")
 
-    def where(self, **wanted: str | float | None) -> "Arms":
+    def where(self, **wanted: str | float | int | None) -> "Arms":
         """Return the arms with these values in these columns; None takes all."""
         kept = self
         for column, value in wanted.items():
@@ -84,7 +84,7 @@ class Arms:
 
     def levels(self, column: str) -> list[float]:
         """Return the values of a numeric column, sorted."""
-        return sorted(self.rows[column].unique().tolist())
+        return sorted(map(float, self.rows[column].unique()))
 
     def series(self) -> dict[str, tuple[str, str]]:
         """Return the rule and column of every series by its name, in the table's order."""
@@ -113,7 +113,7 @@ class Arms:
             self._neurons(),
             self._dense_perplexity(),
             f"bars: {self._interval()}",
-            "random: median of seeds (dots), bar over their intervals" if seeded else "",
+            "seeds: dots, their median, bar over all intervals" if seeded else "",
             f"left out, not finite: {listed}" if listed else "",
             f"{bare} without a finite interval" if bare else "",
         )
@@ -266,7 +266,7 @@ def _checked(arms: Arms) -> Arms:
     return arms
 
 
-def _check_known(arms: Arms, column: str, value: str | float) -> None:
+def _check_known(arms: Arms, column: str, value: str | float | int) -> None:
     known = pd.concat([arms.rows[column], arms.lost[column]]).unique().tolist()
     if value in known:
         return
@@ -288,8 +288,8 @@ def _check_distinct(models: pd.Series, arms: pd.DataFrame) -> None:
     if len(twice):
         name = twice["series"].iloc[0]
         raise InvalidInput(
-            f"`frame` must hold one row an arm and measure; got several of {name!r}; tell selections "
-            "apart in the column `by`, and draws in `seed`."
+            f"`frame` must hold one row an arm and measure; got several of {name!r}; tell "
+            "selections apart in the column `by`, and draws in `seed`."
         )
 
 
@@ -298,5 +298,5 @@ def _count(rows: pd.DataFrame) -> str:
     return f"n = {low:,}" + (f"–{high:,}" if high > low else "")
 
 
-def _listed(values: Sequence[float]) -> str:
+def _listed(values: Sequence[float | int]) -> str:
     return ", ".join(f"{value:g}" for value in values)

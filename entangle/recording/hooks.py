@@ -1,4 +1,4 @@
-"""Observe the inputs and outputs of layers during forward passes, without changing them."""
+"""Observe the inputs and outputs of layers during forward passes, or replace the outputs."""
 
 import inspect
 from collections import Counter
@@ -15,6 +15,9 @@ from entangle.models.layers import Layer
 
 Callback = Callable[[Layer, Tensor, Tensor], None]
 """Called as ``callback(layer, inputs, outputs)`` each time a layer has run."""
+
+Edit = tuple[Layer, Callable[[Tensor], Tensor]]
+"""A layer, and the function of its output that takes the output's place."""
 
 Batch = tuple[int, Tensor]
 """The group that all sequences of a batch belong to, and their ids (sequences, tokens)."""
@@ -60,6 +63,58 @@ def _hook(
         callback(layer, inputs.detach(), output.detach())
 
     return notify
+
+
+@contextmanager
+def edit(edits: Sequence[Edit]) -> Iterator[None]:
+    """Replace the outputs of layers inside the ``with`` block.
+
+    Parameters
+    ----------
+    edits
+        Layers, from `entangle.models.layers.find_layers` (which resolves names first), and for each
+        a function that receives the layer's output (..., out_features) and returns the tensor that
+        takes its place, of the same shape, dtype and device. It must not write to what it receives.
+        A layer may be named several times: its functions run one after the other.
+
+    Raises
+    ------
+    InvalidInput
+        During a forward pass, if a function returns anything else.
+
+    Notes
+    -----
+    Hooks of a layer run in the order in which they were registered, each on what the one before
+    it left. Inside ``with edit(...), observe(...)`` the callback therefore receives the edited
+    output, inside ``with observe(...), edit(...)`` the original one; layers further on see the
+    edited output either way. The hooks are removed however the block ends. Blocks may be nested.
+    """
+    with ExitStack() as stack:
+        for layer, function in edits:
+            handle = layer.module.register_forward_hook(_editing_hook(layer, function))
+            stack.callback(handle.remove)
+        yield
+
+
+def _editing_hook(
+    layer: Layer, function: Callable[[Tensor], Tensor]
+) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    def replace(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        edited: object = function(output)
+        wanted = _looks(output)
+        if not isinstance(edited, Tensor) or _looks(edited) != wanted:
+            found = _looks(edited) if isinstance(edited, Tensor) else type(edited).__name__
+            raise InvalidInput(
+                f"an edit must keep the shape, dtype and device of the output of {layer.name!r}, "
+                f"{wanted}; got {found}."
+            )
+        return edited
+
+    return replace
+
+
+def _looks(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} of {tensor.dtype} on {tensor.device}"
 
 
 @dataclass(frozen=True, eq=False)

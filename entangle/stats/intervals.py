@@ -144,7 +144,8 @@ def window_mean_interval(
     """
     _check_windows(values, counts, n_boot=n_boot, level=level)
     n = len(values)
-    mean = float(values.sum() / counts.sum())
+    with np.errstate(invalid="ignore"):  # infinities of both signs: NaN
+        mean = float(values.sum() / counts.sum())
     if n < 2 or not np.isfinite(values).all():
         return Interval(mean, np.nan, np.nan)
     rng = numpy_rng(seed, "window bootstrap")

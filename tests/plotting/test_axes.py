@@ -23,12 +23,14 @@ from entangle.plotting import (
     PALETTE,
     drawn,
     paper_style,
+    plot_ablation,
     plot_output_distribution,
     plot_perplexity,
     plot_wd_against_md,
     plot_wd_distribution,
 )
 from entangle.plotting.axes import wd_text
+from tests.plotting.ablation_frames import ablation_frame
 
 Draw = Callable[..., Axes]
 Case = tuple[Draw, pd.DataFrame, dict[str, Any]]
@@ -37,7 +39,7 @@ TEXT = "WikiText-2, n = 152 windows"
 UNITS = ("(σ)", "(× dense)")
 
 
-@pytest.fixture(params=["wd", "output", "md", "sparsity", "nonzeros"])
+@pytest.fixture(params=["wd", "output", "md", "sparsity", "nonzeros", "ablation"])
 def case(
     request: pytest.FixtureRequest,
     flagged: pd.DataFrame,
@@ -51,6 +53,7 @@ def case(
         "md": (plot_wd_against_md, flagged, {"n_boot": 20}),
         "sparsity": (plot_perplexity, comparison, {"text": TEXT}),
         "nonzeros": (plot_perplexity, comparison, {"text": TEXT, "x": "nonzeros"}),
+        "ablation": (plot_ablation, ablation_frame(), {"text": TEXT}),
     }
     return cases[request.param]
 
@@ -166,7 +169,7 @@ def test_contract_legend_covers_no_data(case: Case) -> None:
 
 def test_contract_refuses_missing_columns_and_empty_frames(case: Case) -> None:
     draw, frame, options = case
-    name = next(name for name in ("count", "ratio", "wd") if name in frame)
+    name = next(name for name in ("count", "ratio", "wd", "n_rows") if name in frame)
     with pytest.raises(InvalidInput, match=f"without {name};"):
         draw(frame.drop(columns=name), **options)
     with pytest.raises(InvalidInput, match="at least one row; got none"):

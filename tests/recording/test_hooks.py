@@ -9,7 +9,7 @@ from entangle.calibration import CalibrationSet
 from entangle.errors import InvalidInput, UnknownName
 from entangle.models.layers import Layer, find_layers, list_layers
 from entangle.models.loading import LanguageModel
-from entangle.recording.hooks import SeenTensor, forward, observe, run_observed
+from entangle.recording.hooks import SeenTensor, edit, forward, observe, run_observed
 from tests.tiny_models import CONFIGS
 
 Tiny = Callable[[str], LanguageModel]
@@ -157,6 +157,96 @@ def test_a_run_inside_an_observation_is_observed_too(
         run_observed(module, layers, [(0, calibration.ids)], inner)
         assert count_hooks(module) == 1
     assert seen == [2, 1]  # the first of the outer ones is the look at a few tokens
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_an_edit_takes_the_place_of_the_output(
+    name: str, tiny: Tiny, calibration: CalibrationSet, count_hooks: CountHooks
+) -> None:
+    module = tiny(name).module
+    layers, plain = find_layers(module, 1), last_hidden(module, calibration.ids)
+    seen: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
+
+    def note(layer: Layer, _inputs: Tensor, outputs: Tensor) -> None:
+        seen[layer.name].append(outputs.clone())  # Falcon adds to it in place
+
+    halves = [(layer, lambda output: output / 2) for layer in layers]
+    with observe(layers, note), edit(halves), observe(layers, note):
+        assert not torch.equal(last_hidden(module, calibration.ids), plain)
+    for before, after in seen.values():
+        assert torch.equal(after, before / 2)
+    assert count_hooks(module) == 0
+    with edit([(layer, lambda output: output) for layer in layers]), edit([]):
+        assert torch.equal(last_hidden(module, calibration.ids), plain)
+
+
+def test_edits_run_in_the_order_of_registration(
+    calibration: CalibrationSet, count_hooks: CountHooks
+) -> None:
+    toy = Toy()
+    add, double = (lambda y: y + 1), (lambda y: y * 2)
+    a, c = find_layers(toy, ["a", "c"])
+    plain = toy(calibration.ids)
+    with edit([(c, add), (c, double)]):
+        assert torch.equal(toy(calibration.ids), (plain + 1) * 2)
+    with edit([(c, double)]):
+        with edit([(a, torch.zeros_like), (c, add)]):
+            assert count_hooks(toy) == 3
+            rest = toy.c(toy.b(torch.zeros(12, 16, 8)))  # also edited
+            assert torch.equal(toy(calibration.ids), rest)
+        assert torch.equal(toy(calibration.ids), plain * 2)
+    assert count_hooks(toy) == 0
+
+
+@pytest.mark.parametrize(
+    ("function", "found"),
+    [
+        (lambda y: y[..., :4], r"\(12, 16, 4\) of torch.float32 on cpu"),
+        (lambda y: y.double(), r"\(12, 16, 8\) of torch.float64 on cpu"),
+        (lambda y: y.to("meta"), "on meta"),
+        (lambda y: None, "NoneType"),
+    ],
+)
+def test_an_edit_must_keep_shape_dtype_and_device(
+    function: Callable[[Tensor], Tensor], found: str, calibration: CalibrationSet
+) -> None:
+    toy = Toy()
+    message = rf"output of 'b', \(12, 16, 8\) of torch.float32 on cpu; got .*{found}"
+    with pytest.raises(InvalidInput, match=message), edit([(find_layers(toy, "b")[0], function)]):
+        toy(calibration.ids)
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_no_edit_is_left_after_an_error(
+    error: type[BaseException], tiny: Tiny, calibration: CalibrationSet, count_hooks: CountHooks
+) -> None:
+    module = tiny("llama").module
+
+    def fail(_output: Tensor) -> Tensor:
+        assert count_hooks(module) == 7
+        if error is KeyboardInterrupt:
+            signal.raise_signal(signal.SIGINT)
+        raise error("in the edit")
+
+    with pytest.raises(error), edit([(layer, fail) for layer in find_layers(module, 1)]):
+        module(calibration.ids)
+    assert count_hooks(module) == 0
+
+
+def test_no_edit_is_left_when_one_cannot_be_registered(
+    tiny: Tiny, count_hooks: CountHooks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = tiny("llama").module
+    layers = list_layers(module)
+
+    def refuse(_hook: object) -> None:
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(layers[3].module, "register_forward_hook", refuse)
+    edits = [(layer, torch.zeros_like) for layer in layers]
+    with pytest.raises(RuntimeError, match="no"), edit(edits):
+        pytest.fail("the block must not run")
+    assert count_hooks(module) == 0
 
 
 class Spy(nn.Module):

@@ -7,7 +7,11 @@ from scipy import stats
 
 from entangle.errors import InvalidInput
 from entangle.seeding import numpy_rng
-from entangle.stats.intervals import spearman_interval
+from entangle.stats.intervals import (
+    spearman_interval,
+    window_difference_interval,
+    window_mean_interval,
+)
 
 Floats = NDArray[np.float64]
 
@@ -92,3 +96,115 @@ def test_correlations_that_do_not_exist_are_refused(
 ) -> None:
     with pytest.raises(InvalidInput, match="must"):
         spearman_interval(np.array(x), np.array(y), **options)  # type: ignore[arg-type]
+
+
+def slow_window_means(values: list[float], counts: list[int], n_boot: int, seed: int) -> Floats:
+    """Copy the chosen windows and divide the sums, in plain Python."""
+    rng = numpy_rng(seed, "window bootstrap")
+    found = []
+    for _ in range(n_boot):
+        chosen = rng.integers(len(values), size=len(values)).tolist()
+        found.append(sum(values[i] for i in chosen) / sum(counts[i] for i in chosen))
+    return np.array(found)
+
+
+def windows_of(n: int, seed: int = 0) -> tuple[Floats, NDArray[np.int64]]:
+    rng = np.random.default_rng(seed)
+    counts = rng.integers(1, 50, size=n)
+    return rng.normal(2.0, 1.0, size=n) * counts, counts
+
+
+@pytest.mark.parametrize("n", [2, 30])
+def test_window_mean_agrees_with_a_loop(n: int) -> None:
+    values, counts = windows_of(n)
+    got = window_mean_interval(values, counts, n_boot=300, seed=5, level=0.8)
+    draws = slow_window_means(values.tolist(), counts.tolist(), 300, 5)
+    assert got.value == pytest.approx(sum(values.tolist()) / sum(counts.tolist()))
+    assert (got.low, got.high) == pytest.approx(tuple(np.percentile(draws, [10, 90])))
+
+
+def test_window_difference_agrees_with_a_loop() -> None:
+    (a, counts), (b, _) = windows_of(30), windows_of(30, 1)
+    got = window_difference_interval(a, b, counts, n_boot=300, seed=5, level=0.8)
+    draws = [slow_window_means(x.tolist(), counts.tolist(), 300, 5) for x in (a, b)]
+    assert got.value == pytest.approx((a.sum() - b.sum()) / counts.sum())
+    ends = np.percentile(draws[0] - draws[1], [10, 90])
+    assert (got.low, got.high) == pytest.approx(tuple(ends))
+
+
+def test_window_mean_by_hand() -> None:
+    # resamples of two windows: both first (1/4), both second (1/4), one of each
+    values, counts = np.array([1.0, 6.0]), np.array([1, 3])
+    got = window_mean_interval(values, counts, n_boot=400)
+    assert (got.value, got.low, got.high) == (7 / 4, 1.0, 2.0)
+    gap = window_difference_interval(values, np.array([0.0, 3.0]), counts, n_boot=400)
+    assert (gap.value, gap.low, gap.high) == (1.0, 1.0, 1.0)  # one less for each item
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 1000), scale=st.floats(0.1, 10.0), shift=st.floats(-5.0, 5.0))
+def test_window_means_follow_linear_maps(seed: int, scale: float, shift: float) -> None:
+    values, counts = windows_of(12, seed)
+    plain = window_mean_interval(values, counts, n_boot=60)
+    mapped = window_mean_interval(scale * values + shift * counts, counts, n_boot=60)
+    expected = [scale * end + shift for end in (plain.value, plain.low, plain.high)]
+    assert [mapped.value, mapped.low, mapped.high] == pytest.approx(expected, abs=1e-9)
+    turned = window_difference_interval(np.zeros(12), values, counts, n_boot=60)
+    assert (turned.low, turned.high) == pytest.approx((-plain.high, -plain.low))
+    assert plain.low <= plain.high
+
+
+def test_window_mean_covers_the_truth_about_as_often_as_it_says() -> None:
+    hits = 0
+    for trial in range(150):
+        rng = np.random.default_rng(trial)
+        counts = rng.integers(5, 20, size=60)
+        values = np.array([n * (rng.exponential() + rng.normal(size=n).mean()) for n in counts])
+        found = window_mean_interval(values, counts, n_boot=200, seed=trial)
+        hits += found.low <= 1.0 <= found.high
+    assert 0.86 * 150 <= hits <= 150
+
+
+def test_window_mean_is_fixed_by_its_seed() -> None:
+    values, counts = windows_of(20)
+    first = window_mean_interval(values, counts, n_boot=50, seed=1)
+    assert window_mean_interval(values, counts, n_boot=50, seed=1) == first
+    assert window_mean_interval(values, counts, n_boot=50, seed=2) != first
+
+
+@pytest.mark.parametrize(
+    ("values", "mean"),
+    [
+        ([3.0], 1.5),
+        ([1.0, np.nan], np.nan),
+        ([1.0, np.inf], np.inf),
+        ([-np.inf, np.inf], np.nan),
+    ],
+)
+def test_windows_without_an_interval(values: list[float], mean: float) -> None:
+    counts = np.full(len(values), 2)
+    got = window_mean_interval(np.array(values), counts)
+    assert (got.value, got.low, got.high) == pytest.approx((mean, np.nan, np.nan), nan_ok=True)
+    gap = window_difference_interval(np.array(values), np.array(values), counts)
+    expected = 0.0 if np.isfinite(values).all() else np.nan
+    assert gap.value == pytest.approx(expected, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("values", "counts", "options", "says"),
+    [
+        ([], [], {}, "at least 1 window"),
+        ([1.0, 2.0], [1], {}, "one count for each"),
+        ([1.0, 2.0], [1, 0], {}, "`counts` must be at least 1; got 0"),
+        ([1.0, 2.0], [1, 1], {"n_boot": 0}, "`n_boot` must"),
+        ([1.0, 2.0], [1, 1], {"level": 0.0}, "`level` must"),
+    ],
+)
+def test_means_that_do_not_exist_are_refused(
+    values: list[float], counts: list[int], options: dict[str, float], says: str
+) -> None:
+    given = np.array(values), np.array(counts, dtype=np.int64)
+    with pytest.raises(InvalidInput, match=says):
+        window_mean_interval(*given, **options)  # type: ignore[arg-type]
+    with pytest.raises(InvalidInput, match="`a` and `b` must"):
+        window_difference_interval(np.zeros(2), np.zeros(3), np.ones(2, dtype=np.int64))

@@ -1,0 +1,236 @@
+"""`fit_rows`: Sparse Expansion of chosen neurons only, all arms in one pass over the text."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
+from functools import partial
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Int64
+from torch import Tensor, nn
+
+from entangle.ablation.routed_rows import FittedRows, RoutedRows, RowIndices, row_indices
+from entangle.ablation.row_solve import RowGroup, RowSettings, fit_group, measure_group
+from entangle.calibration import CalibrationSet
+from entangle.errors import InvalidInput, NumericalError, unknown_name
+from entangle.expansion.build import HiddenStates, record_inputs
+from entangle.expansion.packing import pack
+from entangle.models.blocks import BlockRunner
+from entangle.models.layers import LISTING, Layer, list_layers
+from entangle.models.loading import LanguageModel, as_language_model
+from entangle.progress import Progress, ProgressBar
+from entangle.pruning.methods import METHODS
+from entangle.recording.stream import TokenStore
+from entangle.routing.router import KINDS, Kind
+from entangle.seeding import check_seed
+
+__all__ = ["RoutedRows", "fit_rows"]
+
+DEFAULT_MEMORY = 2 * 2**30
+_BATCH_TOKENS = 4096  # as in `entangle.expand`: the same batches give the same bits
+
+
+def fit_rows(
+    model: LanguageModel | nn.Module | str,
+    calibration: CalibrationSet,
+    rows: Mapping[str, RowIndices],
+    *,
+    sparsities: Sequence[float],
+    experts: Sequence[int],
+    pruner: str = "sparsegpt",
+    router: Kind = "kmeans",
+    damping: float = 0.01,
+    restarts: int = 10,
+    seed: int = 0,
+    memory: int = DEFAULT_MEMORY,
+    md: bool = True,
+    progress: bool | None = None,
+) -> RoutedRows:
+    """Fit routers and solve sparse experts for chosen neurons, in one pass over the text.
+
+    The pass goes block by block on the hidden states of the *dense* model, so that all arms
+    (selections, sparsities, numbers of experts) see the same inputs and one pass serves them all;
+    `entangle.expand`, in contrast, hands on what the expanded blocks put out. Rows are pruned to an
+    exact number of zeros each, independently of one another: give the union of all selections, and
+    take any part of it from the result.
+
+    Parameters
+    ----------
+    model
+        Left unchanged.
+    calibration
+        Token ids that routers and experts are fitted on, and that all measures are taken on.
+    rows
+        Indices of the neurons to solve, by the layer's full dotted name.
+    sparsities
+        Shares of zeros in [0, 1].
+    experts
+        Numbers of experts; 1 is plain pruning, and the reference of the relative improvement.
+    pruner, damping
+        As in `entangle.pruning.prune` (``pruner`` is its ``method``). The zeros of ``"random"``
+        also depend on which rows and sparsities are solved together.
+    router
+        ``"kmeans"``, or the control ``"random"``.
+    restarts
+        k-means seedings, of which the best is kept.
+    seed
+        Seed of the routers, of the pairs of tokens and of random pruning.
+    memory
+        Bytes for hidden states, the recorded inputs of one block (beyond that, a temporary file
+        holds them) and outputs. The solved rows come on top, stored as their non-zeros.
+    md
+        Whether to measure mapping difficulty.
+    progress
+        Show a progress bar on standard error; by default if that is a terminal.
+
+    Raises
+    ------
+    InvalidInput, UnknownName
+        If a setting is out of range or does not fit the model.
+    NumericalError
+        If activations are not finite or a gram cannot be factorised; the message names the layers.
+
+    References
+    ----------
+    arXiv 2405.15756: algorithm A1, relative improvement, weighted WD and MD, figure 3.
+    """
+    settings = _settings(
+        sparsities, experts, pruner=pruner, router=router, damping=damping, restarts=restarts,
+        seed=seed, md=md,
+    )  # fmt: skip
+    dense = as_language_model(model)
+    chosen = _check_rows(dense.module, rows)
+    with ProgressBar("solving rows", enabled=progress) as bar:
+        parts = _fit_blocks(dense.module, calibration, chosen, settings, memory, bar)
+    order = {layer.name: i for i, (layer, _) in enumerate(chosen)}
+    neurons = _with_ri(pd.concat([table for table, _ in parts], ignore_index=True))
+    neurons = neurons.sort_values(
+        ["layer", "neuron"], key=lambda c: c.map(order) if c.name == "layer" else c, kind="stable"
+    ).reset_index(drop=True)
+    fitted = {name: layer for _, layers in parts for name, layer in layers.items()}
+    return RoutedRows(neurons, {name: fitted[name] for name in order})
+
+
+def _fit_blocks(
+    module: nn.Module,
+    calibration: CalibrationSet,
+    chosen: Sequence[tuple[Layer, Tensor]],
+    settings: RowSettings,
+    memory: int,
+    bar: Progress,
+) -> list[tuple[pd.DataFrame, dict[str, FittedRows]]]:
+    rows = {layer.name: index for layer, index in chosen}
+    blocks = max(layer.block for layer, _ in chosen if layer.block is not None) + 1
+    runner, parts = BlockRunner(module), []
+    batch = max(1, _BATCH_TOKENS // calibration.seq_len)
+    bar.start(blocks, "blocks")
+    with closing(HiddenStates(calibration.ids.split(batch), memory=memory // 4)) as states:
+        states.enter(runner)
+        for block in range(blocks):
+            layers = [layer for layer, _ in chosen if layer.block == block]
+            with ExitStack() as stack:
+                run = partial(states.advance, runner, block)
+                groups = record_inputs(layers, run, memory=memory // 4, stack=stack)
+                _check_all_ran(layers, groups)
+                for members, inputs in groups:
+                    group = RowGroup.of(members, rows)
+                    parts.append(_fit_one(group, inputs, settings, memory // 2))
+            bar.advance()
+    return parts
+
+
+def _fit_one(
+    group: RowGroup, inputs: TokenStore, settings: RowSettings, memory: int
+) -> tuple[pd.DataFrame, dict[str, FittedRows]]:
+    try:
+        fits = dict(fit_group(group, inputs, settings))
+        table = measure_group(group, inputs, fits, settings, memory=memory)
+    except NumericalError as error:
+        names = ", ".join(layer.name for layer in group.layers)
+        raise NumericalError(f"{names}: {error}") from error
+    fitted, start = {}, 0
+    routers = {k: fit.router for k, fit in fits.items()}
+    for layer, index in zip(group.layers, group.index, strict=True):
+        own = slice(start, start + index.numel())
+        packed = {
+            (k, sparsity): pack(weight[:, own])
+            for k, fit in fits.items()
+            for sparsity, weight in zip(settings.sparsities, fit.weight, strict=True)
+        }
+        fitted[layer.name] = FittedRows(index.cpu(), layer.in_features, routers, packed)
+        start = own.stop
+    return table, fitted
+
+
+def _check_all_ran(
+    layers: Sequence[Layer], groups: Sequence[tuple[Sequence[Layer], TokenStore]]
+) -> None:
+    ran = {layer.name for members, _ in groups for layer in members}
+    for layer in layers:
+        if layer.name not in ran:
+            raise InvalidInput(
+                f"layer {layer.name!r} sees no token in a forward pass; leave it out."
+            )
+
+
+def _with_ri(neurons: pd.DataFrame) -> pd.DataFrame:
+    """Fill in the relative improvement."""
+    key = ["layer", "neuron", "sparsity"]
+    single = neurons.loc[neurons["experts"] == 1].set_index(key)["rmse"]
+    before = single.reindex(pd.MultiIndex.from_frame(neurons[key])).to_numpy()
+    after = neurons["rmse"].to_numpy()
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ri = np.where(neurons["experts"] == 1, 1.0, before / after)
+    return neurons.assign(ri=ri)
+
+
+def _settings(
+    sparsities: Sequence[float],
+    experts: Sequence[int],
+    *,
+    pruner: str,
+    router: Kind,
+    damping: float,
+    restarts: int,
+    seed: int,
+    md: bool,
+) -> RowSettings:
+    shares = tuple(float(share) for share in sparsities)
+    if not shares or len(set(shares)) < len(shares) or not all(0 <= s <= 1 for s in shares):
+        raise InvalidInput(f"`sparsities` must be different values in [0, 1]; got {sparsities!r}.")
+    numbers = tuple(int(k) for k in experts)
+    if not numbers or len(set(numbers)) < len(numbers) or numbers != tuple(experts):
+        raise InvalidInput(f"`experts` must be different integers; got {experts!r}.")
+    if min(numbers) < 1:
+        raise InvalidInput(f"`experts` must be at least 1; got {experts!r}.")
+    if pruner not in METHODS:
+        raise unknown_name("pruning method", pruner, METHODS)
+    if router not in KINDS:
+        raise unknown_name("router", router, KINDS)
+    return RowSettings(shares, numbers, pruner, router, damping, restarts, check_seed(seed), md)
+
+
+def _check_rows(
+    module: nn.Module, rows: Mapping[str, RowIndices]
+) -> list[tuple[Layer, Int64[Tensor, " chosen"]]]:
+    """Return the layers that have rows, in module order, with their indices in ascending order."""
+    layers = {layer.name: layer for layer in list_layers(module)}
+    for name in rows:
+        if name not in layers:
+            raise unknown_name("layer", name, layers, LISTING)
+    chosen = []
+    for name, layer in layers.items():
+        index = row_indices(name, rows.get(name, ())).unique()
+        if not index.numel():
+            continue
+        if layer.block is None:
+            raise InvalidInput(f"layer {name!r} lies outside the blocks; leave it out.")
+        if int(index[0]) < 0 or int(index[-1]) >= layer.out_features:
+            raise InvalidInput(
+                f"`rows` of layer {name!r} must lie in [0, {layer.out_features}); "
+                f"got {int(index[0])} to {int(index[-1])}."
+            )
+        chosen.append((layer, index))
+    if not chosen:
+        raise InvalidInput("`rows` must name at least one neuron; got none.")
+    return chosen

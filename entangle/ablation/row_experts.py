@@ -1,0 +1,147 @@
+"""Routed experts for some rows of a dense layer, and their installation for a while."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from entangle.errors import InvalidInput, unknown_name
+from entangle.expansion.linear import SharedRouting
+from entangle.models.layers import Layer
+
+
+class RowExperts(nn.Module):
+    """A dense layer whose chosen neurons are computed by the expert of each token's cluster.
+
+    All other neurons, and all neurons where every expert equals the dense rows, are the dense
+    layer's, bit for bit. A token costs the dense layer and the chosen rows of one expert.
+
+    Parameters
+    ----------
+    layer
+        The dense layer; its module is called as it is, and its bias is that of the experts.
+    rows
+        Indices of the chosen neurons, all different, shape (rows,).
+    weight
+        Their weights in every expert, (experts, rows, in_features).
+    routing
+        Which expert a token goes to; shared by the layers that read the same input. Not needed for
+        a single expert.
+
+    Raises
+    ------
+    InvalidInput
+        If the indices or shapes do not fit the layer or the routing.
+    """
+
+    def __init__(
+        self,
+        layer: Layer,
+        rows: Int64[Tensor, " rows"],
+        weight: Float[Tensor, "experts rows in_features"],
+        routing: SharedRouting | None = None,
+    ) -> None:
+        super().__init__()
+        _check(layer, rows, weight, routing)
+        dense = layer.weight
+        rows, weight = rows.to(dense.device), weight.to(dense.device)
+        bias = None if layer.bias is None else layer.bias[rows]
+        self.dense = layer.module
+        self.rows: Int64[Tensor, " rows"]
+        self.register_buffer("rows", rows, persistent=False)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.routing = routing
+        self._unchanged = bool((weight == dense[rows]).all())
+
+    def forward(
+        self, x: Float[Tensor, "*batch in_features"]
+    ) -> Float[Tensor, "*batch out_features"]:
+        """Return the dense layer's output, the chosen columns overwritten by the experts'."""
+        outputs: Tensor = self.dense(x)
+        if self._unchanged:
+            return outputs
+        chosen = self._chosen(x).to(outputs.dtype)
+        shape = (*x.shape[:-1], self.rows.numel())
+        return outputs.index_copy(-1, self.rows, chosen.reshape(shape))
+
+    def _chosen(self, x: Tensor) -> Tensor:
+        """Return the outputs of the chosen rows, (tokens, rows), in the order of the tokens."""
+        tokens = x.reshape(-1, x.shape[-1])
+        if self.routing is None or self.weight.shape[0] == 1:
+            return nn.functional.linear(tokens, self.weight[0], self.bias)
+        clusters = self.routing(x)
+        counts = torch.bincount(clusters, minlength=self.weight.shape[0]).tolist()
+        outputs = tokens.new_empty(tokens.shape[0], self.weight.shape[1])
+        for expert, index in enumerate(clusters.argsort(stable=True).split(counts)):
+            if index.numel():
+                chosen = nn.functional.linear(tokens[index], self.weight[expert], self.bias)
+                outputs[index] = chosen.to(outputs.dtype)
+        return outputs
+
+    def extra_repr(self) -> str:
+        """Describe the shape for ``print(model)``."""
+        experts, rows, in_features = self.weight.shape
+        return f"rows={rows}, in_features={in_features}, experts={experts}"
+
+
+def _check(layer: Layer, rows: Tensor, weight: Tensor, routing: SharedRouting | None) -> None:
+    index = rows.tolist()
+    if len(set(index)) < len(index) or not all(0 <= row < layer.out_features for row in index):
+        raise InvalidInput(
+            f"`rows` must be different indices in [0, {layer.out_features}) of layer "
+            f"{layer.name!r}; got {index[:8]}."
+        )
+    experts = weight.shape[0] if routing is None else routing.router.k
+    if experts < 1 or tuple(weight.shape) != (experts, len(index), layer.in_features):
+        raise InvalidInput(
+            f"`weight` must have shape (experts, rows, in_features) = ({experts}, {len(index)}, "
+            f"{layer.in_features}) for layer {layer.name!r}; got {tuple(weight.shape)}."
+        )
+    if routing is None and experts > 1:
+        raise InvalidInput(f"`routing` must tell which of {experts} experts to take; got None.")
+    if routing is not None and routing.router.features != layer.in_features:
+        raise InvalidInput(
+            f"`routing` must be fitted on tokens of {layer.in_features} features; "
+            f"got {routing.router.features}."
+        )
+
+
+@contextmanager
+def installed(
+    module: nn.Module, replacements: Mapping[str, nn.Module]
+) -> Iterator[Mapping[str, nn.Module]]:
+    """Put modules in the place of others inside the ``with`` block.
+
+    Parameters
+    ----------
+    module
+        The model, changed in place; however the block ends, the very objects that were there
+        before are put back.
+    replacements
+        New modules by full dotted name.
+
+    Yields
+    ------
+    Mapping
+        The modules that were replaced, by name.
+
+    Raises
+    ------
+    UnknownName
+        If the model has no module of a name; nothing is replaced then.
+    """
+    present = dict(module.named_modules(remove_duplicate=False))
+    for name in replacements:
+        if not name or name not in present:
+            raise unknown_name("module", name, present)
+    originals = {name: present[name] for name in replacements}
+    try:
+        for name, replacement in replacements.items():
+            module.set_submodule(name, replacement)
+        yield originals
+    finally:
+        for name, original in originals.items():
+            module.set_submodule(name, original)

@@ -1,0 +1,109 @@
+"""The dense model on a text, kept so that changed models can be compared with it."""
+
+from types import TracebackType
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from entangle.evaluation.forward import as_causal_model, check_fits
+from entangle.evaluation.losses import window_losses
+from entangle.evaluation.perplexity import Perplexity, window_memory, windows_in_a_pass
+from entangle.evaluation.text import EvaluationText
+from entangle.models.blocks import BlockRunner
+from entangle.models.loading import LanguageModel
+from entangle.progress import ProgressBar
+from entangle.recording.stream import ByteBudget, TokenStore
+
+DEFAULT_MEMORY = 2 * 2**30
+
+
+class DenseReference:
+    """What a dense model makes of a text, to compare changed models with.
+
+    The model runs over the text once, block by block. Its hidden states after the last block are
+    kept, which are smaller than its logits by the ratio of hidden size to vocabulary; the logits
+    of a window are computed from them again, by the model's own final norm and head.
+
+    Parameters
+    ----------
+    model
+        The dense model. Later edits of its weights must lie inside its blocks: the reference uses
+        its embeddings, final norm and head whenever it is asked for logits, and does not check
+        that they are as they were. Blocks must carry no hooks of their own that change outputs.
+    text
+        From `load_evaluation`.
+    memory
+        Bytes of hidden states in memory; what is beyond goes to a temporary file.
+    batch_size
+        Windows in one forward pass; by default as many as give 2²⁷ logits.
+    progress
+        Show a progress bar on standard error; by default if that is a terminal.
+
+    Raises
+    ------
+    InvalidInput
+        If the model does not predict next tokens, cannot be run block by block (`BlockRunner`), or
+        the text does not fit it.
+    MemoryLimit
+        If memory runs out.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel | nn.Module,
+        text: EvaluationText,
+        *,
+        memory: int = DEFAULT_MEMORY,
+        batch_size: int | None = None,
+        progress: bool | None = None,
+    ) -> None:
+        self.text = text
+        """The text."""
+        self._model = as_causal_model(model)
+        check_fits(self._model, text)
+        self.batch_size = windows_in_a_pass(batch_size, self._model, text)
+        """Windows that ran in one forward pass."""
+        self._store = TokenStore(ByteBudget(memory))
+        self._runner = BlockRunner(self._model.module)
+        losses = []
+        with ProgressBar("dense model", enabled=progress) as bar, window_memory(self.batch_size):
+            bar.start(text.n_windows, "windows")
+            for ids in text.windows.split(self.batch_size):
+                hidden = self._last_hidden(ids)
+                self._store.append(hidden.flatten(0, -2))
+                losses.append(window_losses(self._runner.leave(hidden, ids), ids))
+                bar.advance(len(ids))
+        self.perplexity = Perplexity.of(torch.cat(losses), text)
+        """Of the dense model."""
+
+    def __enter__(self) -> "DenseReference":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Forget the hidden states; again does nothing."""
+        self._store.close()
+
+    def logits(self, start: int, end: int) -> Float[Tensor, "windows tokens vocabulary"]:
+        """Return the dense model's logits of the windows from ``start`` up to ``end``.
+
+        They are those of the dense model's own forward pass bit for bit, if these windows ran
+        together then.
+        """
+        ids, length = self.text.windows[start:end], self.text.seq_len
+        rows = self._store.span(start * length, end * length).to(self._model.device)
+        return self._runner.leave(rows.unflatten(0, tuple(ids.shape)), ids)
+
+    def _last_hidden(self, ids: Int64[Tensor, "windows tokens"]) -> Tensor:
+        hidden, inputs = self._runner.enter(ids)
+        for index in range(self._runner.n_blocks):
+            hidden = self._runner.run(index, hidden, inputs)
+        return hidden

@@ -1,0 +1,194 @@
+"""How far a changed model's next-token distributions are from the dense model's."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from entangle.errors import InvalidInput, unknown_name
+from entangle.evaluation.dense import DenseReference
+from entangle.evaluation.forward import as_causal_model, check_fits, next_token_logits
+from entangle.evaluation.losses import window_losses
+from entangle.evaluation.perplexity import Perplexity, window_memory, windows_in_a_pass
+from entangle.models.loading import LanguageModel
+from entangle.precision import accumulator_dtype
+from entangle.progress import ProgressBar
+from entangle.stats.intervals import Interval, window_mean_interval
+
+LOGITS_AT_ONCE = 2**18
+"""Logits of each model compared at a time: few, as work within the processor's cache is faster."""
+
+
+@dataclass(frozen=True, eq=False)
+class Divergence:
+    """How a model's next-token distributions on a text differ from the dense model's."""
+
+    perplexity: Perplexity
+    """Of the changed model, as `perplexity` measures it."""
+    dense: Perplexity
+    """Of the dense model."""
+    window_kl: NDArray[np.float64]
+    """Summed KL(dense ‖ changed) of each window's predicted positions in nats, shape
+    (n_windows,)."""
+    window_agreements: NDArray[np.int64]
+    """Predicted positions of each window at which both models have the same most probable token,
+    shape (n_windows,)."""
+    window_positions: NDArray[np.int64]
+    """Predicted positions of each window, shape (n_windows,)."""
+
+    def __post_init__(self) -> None:
+        for values in (self.window_kl, self.window_agreements, self.window_positions):
+            values.setflags(write=False)
+
+    @property
+    def n_positions(self) -> int:
+        """Predicted positions in all windows."""
+        return int(self.window_positions.sum())
+
+    @property
+    def kl(self) -> float:
+        """Mean KL(dense ‖ changed) in nats a token. NaN where a logit is."""
+        return float(self.window_kl.sum() / self.n_positions)
+
+    @property
+    def top1_agreement(self) -> float:
+        """Share of positions at which both models have the same most probable token."""
+        return float(self.window_agreements.sum() / self.n_positions)
+
+    def interval(
+        self, name: str, *, n_boot: int = 1000, seed: int = 0, level: float = 0.95
+    ) -> Interval:
+        """Return a measure with a percentile bootstrap interval over windows.
+
+        Parameters
+        ----------
+        name
+            ``kl``, ``top1_agreement`` or ``loss`` (mean loss of the changed model in nats a token).
+        n_boot, seed, level
+            As in `entangle.stats.intervals.window_mean_interval`.
+
+        Raises
+        ------
+        UnknownName
+            If there is no such measure.
+        """
+        sums = {
+            "kl": self.window_kl,
+            "top1_agreement": self.window_agreements.astype(np.float64),
+            "loss": self.perplexity.window_losses,
+        }
+        if name not in sums:
+            raise unknown_name("measure", name, sums)
+        return window_mean_interval(
+            sums[name], self.window_positions, n_boot=n_boot, seed=seed, level=level
+        )
+
+
+def compare_with_dense(
+    model: LanguageModel | nn.Module,
+    reference: DenseReference,
+    *,
+    batch_size: int | None = None,
+    progress: bool | None = None,
+) -> Divergence:
+    """Compare a changed model's next-token distributions with the dense model's, in one pass.
+
+    Parameters
+    ----------
+    model
+        The changed model, which may be the reference's own with edits inside its blocks.
+    reference
+        The dense model on a text.
+    batch_size
+        Windows in one forward pass, which only rounding depends on; by default those of the
+        reference, with which an unchanged model gives its logits bit for bit. Logits of both
+        models are held for so many windows.
+    progress
+        Show a progress bar on standard error; by default if that is a terminal.
+
+    Returns
+    -------
+    Divergence
+        NaN logits give NaN for the window's KL and count as disagreements.
+
+    Raises
+    ------
+    InvalidInput
+        If the model does not predict next tokens, has another vocabulary, or the text does not
+        fit it.
+    MemoryLimit
+        If memory runs out.
+    """
+    language_model, text = as_causal_model(model), reference.text
+    check_fits(language_model, text)
+    asked = reference.batch_size if batch_size is None else batch_size
+    per_pass = windows_in_a_pass(asked, language_model, text)
+    losses, divergences, agreements = [], [], []
+    with ProgressBar("divergence", enabled=progress) as bar, window_memory(per_pass):
+        bar.start(text.n_windows, "windows")
+        for start in range(0, text.n_windows, per_pass):
+            ids = text.windows[start : start + per_pass]
+            changed = next_token_logits(language_model, ids)
+            losses.append(window_losses(changed, ids))
+            dense = reference.logits(start, start + len(ids)).to(changed.device)
+            _check_vocabulary(changed, dense)
+            kl, agreed = _compare(dense[:, :-1], changed[:, :-1])
+            divergences.append(kl)
+            agreements.append(agreed)
+            bar.advance(len(ids))
+    positions = np.full(text.n_windows, text.seq_len - 1, dtype=np.int64)
+    return Divergence(
+        perplexity=Perplexity.of(torch.cat(losses), text),
+        dense=reference.perplexity,
+        window_kl=torch.cat(divergences).numpy(),
+        window_agreements=torch.cat(agreements).numpy(),
+        window_positions=positions,
+    )
+
+
+def _check_vocabulary(changed: Tensor, dense: Tensor) -> None:
+    if changed.shape != dense.shape:
+        raise InvalidInput(
+            f"a model must have as many logits as the dense one, {dense.shape[-1]}, to be "
+            f"compared; got {changed.shape[-1]}."
+        )
+
+
+def _compare(
+    dense: Float[Tensor, "windows positions vocabulary"],
+    changed: Float[Tensor, "windows positions vocabulary"],
+) -> tuple[Float[Tensor, " windows"], Int64[Tensor, " windows"]]:
+    """Return each window's summed KL and number of agreements, a bounded part at a time."""
+    rows = max(1, LOGITS_AT_ONCE // dense.shape[-1])
+    sums = torch.zeros(len(dense), dtype=torch.float64)
+    agreed = torch.zeros(len(dense), dtype=torch.int64)
+    for window in range(len(dense)):
+        parts = zip(dense[window].split(rows), changed[window].split(rows), strict=True)
+        for dense_part, changed_part in parts:
+            sums[window] += _kl(dense_part, changed_part).sum().item()
+            agreed[window] += _agree(dense_part, changed_part).sum().item()
+    return sums, agreed
+
+
+def _kl(
+    dense: Float[Tensor, "positions vocabulary"], changed: Float[Tensor, "positions vocabulary"]
+) -> Float[Tensor, " positions"]:
+    """Return KL(dense ‖ changed) at every position in nats, from logits.
+
+    In float64, as the rounding of a float32 normaliser alone is some 1e-6 nats at a position.
+    """
+    dtype = accumulator_dtype(dense.device)
+    p, q = (logits.to(dtype).log_softmax(-1) for logits in (dense, changed))
+    weight = p.exp()
+    gap = (p - q).masked_fill_(weight == 0, 0.0)  # 0 · log 0 is 0
+    return (weight * gap).sum(-1).clamp_(min=0.0).cpu().double()
+
+
+def _agree(
+    dense: Float[Tensor, "positions vocabulary"], changed: Float[Tensor, "positions vocabulary"]
+) -> Tensor:
+    (top, place), (other_top, other_place) = dense.max(-1), changed.max(-1)
+    return (place == other_place) & ~top.isnan() & ~other_top.isnan()

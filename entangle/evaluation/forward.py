@@ -1,0 +1,80 @@
+"""Running a causal language model for its logits, with plain errors."""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import transformers as hf
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from entangle.calibration.calibration_set import check_ids
+from entangle.errors import InvalidInput, MemoryLimit
+from entangle.evaluation.text import EvaluationText
+from entangle.models.loading import LanguageModel, as_language_model
+
+
+def as_causal_model(
+    model: LanguageModel | nn.Module, tokenizer: PreTrainedTokenizerBase | None = None
+) -> LanguageModel:
+    """Return ``model`` as a `LanguageModel`; raise `InvalidInput` for an encoder."""
+    language_model = as_language_model(model, tokenizer)
+    config = getattr(language_model.module, "config", None)
+    masked = type(config) in hf.MODEL_FOR_MASKED_LM_MAPPING
+    if masked and not getattr(config, "is_decoder", False):
+        raise InvalidInput(
+            "evaluation needs a model that predicts the next token; "
+            f"{language_model.name!r} ({type(language_model.module).__name__}) is an encoder: "
+            "give a causal language model."
+        )
+    return language_model
+
+
+def check_fits(model: LanguageModel, text: EvaluationText) -> None:
+    """Raise `InvalidInput` if windows are longer than the context or ids no tokens of the model."""
+    limit = model.context_length
+    if limit is not None and text.seq_len > limit:
+        raise InvalidInput(
+            f"`seq_len` must be at most the model's context, {limit}; got {text.seq_len}."
+        )
+    check_ids(text.windows, model.vocab_size)
+
+
+def next_token_logits(
+    model: LanguageModel, ids: Int64[Tensor, "windows tokens"]
+) -> Float[Tensor, "windows tokens vocabulary"]:
+    """Run a model on token ids and return its logits, on the model's device.
+
+    Raises
+    ------
+    InvalidInput
+        If the model returns no logits for each token.
+    """
+    accepted = inspect.signature(model.module.forward).parameters
+    options = {"use_cache": False} if "use_cache" in accepted else {}
+    with torch.no_grad():
+        output = model.module(ids.to(model.device), **options)
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[:2] != ids.shape:
+        raise InvalidInput(
+            f"evaluation needs logits of shape (windows, tokens, vocabulary); {model.name!r} "
+            f"({type(model.module).__name__}) returns none: give a model with a "
+            "language-modelling head."
+        )
+    return logits
+
+
+@contextmanager
+def memory_limit(load: str, *, lower: str) -> Iterator[None]:
+    """Turn the end of memory into a `MemoryLimit` that tells the load and what to lower."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        named = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not named and "you tried to allocate" not in str(error):
+            raise
+        raise MemoryLimit(
+            f"memory ran out with {load} in one forward pass; lower {lower}."
+        ) from error

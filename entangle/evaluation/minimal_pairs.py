@@ -1,0 +1,159 @@
+"""Log-probabilities of minimal pairs under a language model."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from entangle.calibration.calibration_set import check_ids
+from entangle.calibration.special_tokens import describe_tokenizer
+from entangle.errors import InvalidInput
+from entangle.evaluation.forward import as_causal_model, memory_limit, next_token_logits
+from entangle.evaluation.losses import window_losses
+from entangle.evaluation.pair_scores import PairScores
+from entangle.evaluation.pairs import MinimalPairs
+from entangle.models.loading import LanguageModel
+from entangle.progress import ProgressBar
+
+BATCH_TOKENS = 4096
+LOGITS_IN_A_PASS = 2**27
+"""Logits of one forward pass, unless one sentence alone has more."""
+
+_BEFORE = " "  # the harness puts its `target_delimiter` between the empty context and a sentence
+
+
+def minimal_pair_scores(
+    model: LanguageModel | nn.Module,
+    pairs: MinimalPairs,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+    progress: bool | None = None,
+) -> PairScores:
+    """Measure the log-probability of both sentences of every pair.
+
+    A sentence, with a space before it, is tokenised without special tokens and put after the
+    tokenizer's BOS token, or its EOS token if it has no BOS; the log-probabilities of all tokens
+    after that one are added. Without either token, the sentence's first token is not counted.
+
+    Parameters
+    ----------
+    model
+        A model from `entangle.load_model`, or a module as in `perplexity`.
+    pairs
+        From `load_minimal_pairs`.
+    tokenizer
+        Replaces the model's own.
+    batch_tokens
+        Tokens in one forward pass, which only rounding depends on; fewer where they would give
+        more than 2²⁷ logits. Sentences of equal length run together, so that there is no padding.
+    progress
+        Show a progress bar on standard error; by default if that is a terminal.
+
+    Returns
+    -------
+    PairScores
+        Log-probabilities in nats, NaN where logits are; ``settings`` has the rule.
+
+    Raises
+    ------
+    InvalidInput
+        If the model does not predict next tokens, there is no tokenizer or it does not fit the
+        model, or a sentence is longer than the context or has no token to predict.
+    MemoryLimit
+        If memory runs out.
+
+    Notes
+    -----
+    The rule is that of EleutherAI's lm-evaluation-harness for its task ``blimp``: a multiple
+    choice whose context is empty, so that the BOS or EOS token takes its place, and whose choices
+    come after the default delimiter, a space. As there, a sentence whose own first token is that
+    token does not get it twice.
+    """
+    language_model = as_causal_model(model, tokenizer)
+    own = language_model.tokenizer
+    if own is None:
+        raise InvalidInput("minimal pairs need a tokenizer; pass the model's as `tokenizer`.")
+    if isinstance(batch_tokens, bool) or batch_tokens < 1:
+        raise InvalidInput(f"`batch_tokens` must be at least 1; got {batch_tokens!r}.")
+    first = own.eos_token_id if own.bos_token_id is None else own.bos_token_id
+    sentences = [*pairs.good, *pairs.bad]
+    sequences = _encode(sentences, own, first)
+    _check_sequences(sequences, sentences, language_model)
+    per_pass = min(batch_tokens, LOGITS_IN_A_PASS // language_model.vocab_size)
+    scores = _score(language_model, sequences, per_pass, progress)
+    settings = {
+        "rule": "summed log-probability, as lm-evaluation-harness's blimp",
+        "before_sentence": _BEFORE,
+        "first_token": first,
+        "sentence_token_not_counted": first is None,
+        "tokenizer": describe_tokenizer(own),
+    }
+    return PairScores(scores[: pairs.n_pairs], scores[pairs.n_pairs :], pairs, settings)
+
+
+def _encode(
+    sentences: Sequence[str], tokenizer: PreTrainedTokenizerBase, first: int | None
+) -> list[list[int]]:
+    """Return the token ids of each sentence, the first of which is not predicted."""
+    encoded: Any = tokenizer(
+        [_BEFORE + sentence for sentence in sentences],
+        add_special_tokens=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+    )
+    ids: list[list[int]] = encoded["input_ids"]
+    if first is None:
+        return ids
+    return [row if row[:1] == [first] else [first, *row] for row in ids]
+
+
+def _check_sequences(
+    sequences: Sequence[Sequence[int]], sentences: Sequence[str], model: LanguageModel
+) -> None:
+    limit = model.context_length
+    for row, sentence in zip(sequences, sentences, strict=True):
+        if len(row) < 2:
+            raise InvalidInput(
+                f"a sentence must have a token to predict; {sentence!r} has {len(row)} token(s) "
+                "in all, and the first is not predicted."
+            )
+        if limit is not None and len(row) > limit:
+            raise InvalidInput(
+                f"a sentence must fit into the model's context of {limit} tokens; got {len(row)} "
+                f"tokens in {sentence!r}."
+            )
+    check_ids(torch.tensor([[token for row in sequences for token in row]]), model.vocab_size)
+
+
+def _score(
+    model: LanguageModel, sequences: Sequence[Sequence[int]], per_pass: int, progress: bool | None
+) -> NDArray[np.float64]:
+    scores = np.empty(len(sequences))
+    lower = "batch_tokens"
+    with ProgressBar("minimal pairs", enabled=progress) as bar:
+        bar.start(len(sequences), "sentences")
+        for places, ids in _batches(sequences, per_pass):
+            with memory_limit(f"{ids.numel()} tokens", lower=lower):
+                scores[places] = -window_losses(next_token_logits(model, ids), ids).numpy()
+            bar.advance(len(places))
+    return scores
+
+
+def _batches(
+    sequences: Sequence[Sequence[int]], per_pass: int
+) -> Iterator[tuple[list[int], Int64[Tensor, "sentences tokens"]]]:
+    """Yield places and ids of sentences of one length, the longest first."""
+    by_length: dict[int, list[int]] = {}
+    for place, row in enumerate(sequences):
+        by_length.setdefault(len(row), []).append(place)
+    for length, places in sorted(by_length.items(), reverse=True):
+        size = max(1, per_pass // length)
+        for start in range(0, len(places), size):
+            chosen = places[start : start + size]
+            yield chosen, torch.tensor([sequences[place] for place in chosen])
