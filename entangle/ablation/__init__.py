@@ -1,7 +1,7 @@
 """Ablations: which neurons are touched, how the model is changed, and what that does to it."""
 
+from entangle.ablation.arms import INTERVENTIONS
 from entangle.ablation.interventions import (
-    INTERVENTIONS,
     OUTPUT_EDITS,
     RowEdit,
     edited_outputs,

@@ -20,7 +20,7 @@ _REMEDY = "name another folder; --resume goes on with what is written"
 
 
 class ArmFolder:
-    """Files of finished arms under a hidden name beside the final folder.
+    """Files of finished arms under a hidden name beside the final folder, made with the first.
 
     Parameters
     ----------
@@ -56,12 +56,9 @@ class ArmFolder:
                     "(resume=True) or start anew with --force (force=True)."
                 )
             shutil.rmtree(self.path)
-        with disk_errors(self.final):
-            if (self.path / _PLAN).exists():
-                self._check_same(plan)
-            else:
-                self.path.mkdir(parents=True, exist_ok=True)
-                self._replace(self.path / _PLAN, (json.dumps(plan, indent=2) + "\n").encode())
+        self._plan = plan
+        if (self.path / _PLAN).exists():
+            self._check_same(plan)
 
     def read(self, key: str) -> dict[str, NDArray[np.float64]] | None:
         """Return the raw numbers of a finished arm, or None."""
@@ -78,6 +75,9 @@ class ArmFolder:
     def write(self, key: str, found: Mapping[str, NDArray[np.float64]]) -> None:
         """Keep the raw numbers of an arm; the file appears when it is complete."""
         with disk_errors(self.final, remedy=_REMEDY):
+            self.path.mkdir(parents=True, exist_ok=True)
+            if not (self.path / _PLAN).exists():
+                self._replace(self.path / _PLAN, (json.dumps(self._plan, indent=2) + "\n").encode())
             self._replace(self._file(key), to_safetensors(dict(found)))
 
     def remove(self) -> None:

@@ -39,13 +39,6 @@ OUTPUT_EDITS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
 (chosen,): 0; the neuron's mean over the calibration text; max(y, 0); min(y, 0); \\|y\\|, that is,
 negative outputs change sign (arXiv 2509.24198 for the edits of negative outputs)."""
 
-INTERVENTIONS: Mapping[str, str | None] = {
-    "prune": "gram",
-    **{kind: "means" if kind == "mean" else None for kind in OUTPUT_EDITS},
-}
-"""Intervention → what it needs of the dense model: ``"gram"`` (`pruned_rows`, for the pruners
-sparsegpt and wanda), ``"means"`` (`mean_outputs`) or nothing."""
-
 
 @dataclass(frozen=True, eq=False)
 class RowEdit:

@@ -12,7 +12,7 @@ from entangle.ablation.arms import Arm
 from entangle.ablation.measures import Arrays, Meter
 
 if TYPE_CHECKING:
-    from entangle.ablation.sweep import Bench
+    from entangle.ablation.bench import Bench
 
 STEPS = 6
 COLUMNS = ["intervention", "strength", "by", "fraction", "loss", "target", "matched", "low", "high"]

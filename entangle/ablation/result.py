@@ -155,8 +155,11 @@ def load_ablation(path: str | os.PathLike[str]) -> AblationResult:
     """
     manifest = read_manifest(path, KIND)
     folder = expanded(path)
-    tables = [_read(folder / f"{name}.parquet") for name in _TABLES]
-    return AblationResult(*tables, scores=load_scores(folder / "scores"), manifest=manifest)
+    frame, *others = (_read(folder / f"{name}.parquet") for name in _TABLES)
+    tables = dict(zip(_TABLES[1:], others, strict=True))
+    return AblationResult(
+        frame=frame, **tables, scores=load_scores(folder / "scores"), manifest=manifest
+    )
 
 
 def _read(path: Path) -> pd.DataFrame:

@@ -78,7 +78,8 @@ def result_tables(
             "realised_low": zeros.min() if len(zeros) else np.nan,
             "realised_high": zeros.max() if len(zeros) else np.nan,
         }
-        layers = "all" if arm is None else f"{len(arm.selection.rows)} layers"
+        count = 0 if arm is None else len(arm.selection.rows)
+        layers = "none" if arm is None else f"{count} layer{'s' if count > 1 else ''}"
         measured = measure_rows(arrays, dense, protocol, seed=seed)
         rows += [{"model": model, "layers": layers, **key, **row, **extra} for row in measured]
         per_window = {k: v for k, v in arrays.items() if k in ("loss", "kl", "agreement")}

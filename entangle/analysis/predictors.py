@@ -100,7 +100,7 @@ def predictor_table(
 
     References
     ----------
-    arXiv 2405.15756, section 4: R² of WD and of the number of mixture components with RI.
+    arXiv 2405.15756 (R² of WD, and of the number of mixture components, with RI).
     """
     question = _Question(target, tuple(dict.fromkeys(given)), n_boot, check_seed(seed), level)
     table = _neurons(frame)

@@ -97,7 +97,8 @@ def read_file(path: Path, column: str | None = None) -> Iterator[Document]:
 
 
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def readable(path: Path) -> Iterator[None]:
+    """Turn what goes wrong while ``path`` is read into one clear line."""
     try:
         yield
     except UnicodeDecodeError as error:
@@ -119,7 +120,7 @@ def _plain_text(path: Path, column: str | None) -> Iterator[Document]:
 
 
 def _blocks(path: Path) -> Iterator[str]:
-    with _readable(path), path.open(encoding="utf-8-sig") as handle:
+    with readable(path), path.open(encoding="utf-8-sig") as handle:
         while block := handle.read(_BLOCK):
             if "\0" in block:
                 raise InvalidInput(f"'{path}' is not plain text: it holds NUL characters.")
@@ -128,19 +129,20 @@ def _blocks(path: Path) -> Iterator[str]:
 
 def _json_lines(path: Path, column: str | None) -> Iterator[Document]:
     chosen = column
-    with _readable(path), path.open("rb") as handle:
+    with readable(path), path.open("rb") as handle:
         for number, line in enumerate(handle, start=1):
             if not line.strip():
                 continue
             where = f"line {number} of '{path}'"
-            row = _json_object(line, where)
+            row = json_object(line, where)
             if chosen is None or chosen not in row:
                 is_text = {name: isinstance(value, str) for name, value in row.items()}
                 chosen = choose_column(is_text, chosen, where=where)
             yield [text_value(row[chosen], chosen, where)]
 
 
-def _json_object(line: bytes, where: str) -> dict[str, Any]:
+def json_object(line: bytes, where: str) -> dict[str, Any]:
+    """Return the JSON object in a line of a file, or raise `InvalidInput` naming ``where``."""
     try:
         row = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -167,7 +169,7 @@ def _parquet(path: Path, column: str | None) -> Iterator[Document]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with _readable(path), path.open("rb") as handle:
+    with readable(path), path.open("rb") as handle:
         try:
             file = pq.ParquetFile(handle)
             is_text = {field.name: _is_text(field.type) for field in file.schema_arrow}

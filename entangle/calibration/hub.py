@@ -73,7 +73,7 @@ def read_hub(request: HubRequest) -> Iterator[Document]:
         raise InvalidInput(
             f"{request.name!r} is a file format, not a data set; give the path of a file or folder."
         )
-    with _plain_errors(request):
+    with plain_errors(request):
         dataset = datasets.load_dataset(
             request.name, request.config, split=request.split, streaming=request.streaming
         )
@@ -92,7 +92,7 @@ def _documents(dataset: Any, request: HubRequest) -> Iterator[Document]:
 def _rows(dataset: Any, request: HubRequest) -> Iterator[dict[str, Any]]:
     rows = iter(dataset)
     while True:
-        with _plain_errors(request):
+        with plain_errors(request):
             row = next(rows, None)
         if row is None:
             return
@@ -107,7 +107,7 @@ def _is_text(dataset: Any, row: dict[str, Any]) -> dict[str, bool]:
 
 
 @contextmanager
-def _plain_errors(request: HubRequest) -> Iterator[None]:
+def plain_errors(request: HubRequest) -> Iterator[None]:
     """Turn the library's errors into one line, and hold back its own log lines about them."""
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # whichever client

@@ -86,7 +86,9 @@ def _add_arm_options(parser: argparse.ArgumentParser) -> None:
         "--edit-strength", default="1", help="shares of an edit of outputs, 0 to 1 (default: 1)"
     )
     group.add_argument(
-        "--experts", default="1", help="experts that hold pruned rows, for example 1,16 (default: 1)"
+        "--experts",
+        default="1",
+        help="numbers of experts that hold pruned rows, for example 1,16 (default: 1)",
     )
     group.add_argument(
         "--router", default="kmeans", choices=("kmeans", "random"),

@@ -5,10 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from entangle.calibration.files import _json_object as json_object
-from entangle.calibration.files import _readable as readable
-from entangle.calibration.hub import HubRequest, hub_request
-from entangle.calibration.hub import _plain_errors as plain_errors
+from entangle.calibration.files import json_object, readable
+from entangle.calibration.hub import HubRequest, hub_request, plain_errors
 from entangle.calibration.texts import as_path
 from entangle.errors import InvalidInput, unknown_name
 from entangle.evaluation.pairs import MinimalPairs, check_pair

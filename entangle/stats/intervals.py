@@ -13,6 +13,9 @@ Floats = NDArray[np.float64]
 Counts = NDArray[np.int64]
 
 
+_AT_ONCE = 2**20  # numbers drawn at a time
+
+
 @dataclass(frozen=True)
 class Interval:
     """An estimate with its interval."""
@@ -149,10 +152,11 @@ def window_mean_interval(
     if n < 2 or not np.isfinite(values).all():
         return Interval(mean, np.nan, np.nan)
     rng = numpy_rng(seed, "window bootstrap")
+    per_draw = max(1, _AT_ONCE // n)
     draws = np.empty(n_boot)
-    for draw in range(n_boot):
-        chosen = rng.integers(n, size=n)
-        draws[draw] = values[chosen].sum() / counts[chosen].sum()
+    for start in range(0, n_boot, per_draw):
+        chosen = rng.integers(n, size=(min(per_draw, n_boot - start), n))
+        draws[start : start + per_draw] = values[chosen].sum(1) / counts[chosen].sum(1)
     tail = 50.0 * (1.0 - level)
     low, high = np.percentile(draws, [tail, 100.0 - tail])
     return Interval(mean, float(low), float(high))

@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -8,7 +10,7 @@ from entangle.errors import InvalidInput, UnknownName
 
 ROWS = {"a": np.array([0, 2])}
 TOP, RANDOM = Selection("top", "wd", None, ROWS), Selection("random", None, 3, ROWS)
-SETTINGS = {"strengths": (0.5, 0.9), "edit_strengths": (1.0,), "experts": (1, 4)}
+SETTINGS: dict[str, Any] = {"strengths": (0.5, 0.9), "edit_strengths": (1.0,), "experts": (1, 4)}
 
 
 def test_the_names_of_interventions() -> None:
@@ -23,7 +25,7 @@ def test_experts_and_sparsities_are_for_pruners_only() -> None:
 
 
 def test_an_arm_is_planned_once() -> None:
-    twice = {"strengths": (0.5, 0.5), "edit_strengths": (1.0,), "experts": (1, 1)}
+    twice: dict[str, Any] = {"strengths": (0.5, 0.5), "edit_strengths": (1.0,), "experts": (1, 1)}
     assert len(plan_arms([TOP], ["prune", "prune"], **twice)) == 1
 
 
@@ -50,6 +52,6 @@ def test_labels() -> None:
         ({"experts": [True]}, InvalidInput),
     ],
 )
-def test_bad_settings(wrong: dict[str, list[object]], error: type[Exception]) -> None:
+def test_bad_settings(wrong: dict[str, Any], error: type[Exception]) -> None:
     with pytest.raises(error):
-        check_settings(**{"interventions": ["prune"], **SETTINGS, **wrong})  # type: ignore[arg-type]
+        check_settings(**{"interventions": ["prune"], **SETTINGS, **wrong})

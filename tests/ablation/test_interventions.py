@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from entangle.ablation import interventions
 from entangle.ablation.interventions import (
-    INTERVENTIONS,
     OUTPUT_EDITS,
     RowEdit,
     edited_outputs,
@@ -19,12 +18,12 @@ from entangle.ablation.interventions import (
 )
 from entangle.ablation.selection import Selection
 from entangle.calibration import CalibrationSet
-from entangle.errors import InvalidInput, UnknownName
+from entangle.errors import InvalidInput
 from entangle.models.layers import Layer, find_layers, list_layers
-from entangle.pruning import prune
 from entangle.recording.hooks import observe
 from entangle.scoring.score import score
 from entangle.seeding import torch_rng
+from tests.ablation.toys import bits, differing, identity, toy
 from tests.tiny_models import CONFIGS, TINY
 
 CountHooks = Callable[[nn.Module], int]
@@ -38,16 +37,6 @@ FORMULAS: dict[str, Callable[[float, float], float]] = {
 }
 
 
-def bits(module: nn.Module) -> dict[str, Tensor]:
-    """Return a copy of every parameter as integers, so that NaN and -0 compare as bits."""
-    return {name: p.detach().clone().view(torch.int32) for name, p in module.named_parameters()}
-
-
-def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> set[str]:
-    assert one.keys() == other.keys()
-    return {name for name in one if not torch.equal(one[name], other[name])}
-
-
 def every_third(layers: tuple[Layer, ...]) -> Selection:
     rows = {layer.name: np.arange(1, layer.out_features, 3) for layer in layers}
     return Selection("listed", None, None, rows)
@@ -59,17 +48,6 @@ def random_edits(layers: tuple[Layer, ...]) -> list[RowEdit]:
     return [
         RowEdit(layer, rows, torch.randn(3, layer.in_features, generator=rng)) for layer in layers
     ]
-
-
-def toy(weight: list[list[float]], bias: list[float], dtype: torch.dtype = torch.float32) -> Layer:
-    linear = nn.Linear(len(weight[0]), len(weight), dtype=dtype).requires_grad_(requires_grad=False)
-    linear.weight.copy_(torch.tensor(weight))
-    linear.bias.copy_(torch.tensor(bias))
-    return list_layers(nn.Sequential(linear))[0]
-
-
-def identity(dtype: torch.dtype = torch.float32) -> Layer:
-    return toy(torch.eye(3).tolist(), [0.0] * 3, dtype)
 
 
 def chosen(rows: list[int], name: str = "0") -> Selection:
@@ -370,63 +348,5 @@ def test_means_come_from_the_scores(calibration: CalibrationSet) -> None:
     assert mean_outputs(frame[frame["neuron"] != 3])[layer.name].isnan().nonzero().tolist() == [[3]]
 
 
-def gram_of(layer: Layer) -> Tensor:
-    x = torch.randn(200, layer.in_features, generator=torch_rng(1, "inputs"))
-    return x.T @ x
-
-
-@pytest.mark.parametrize("pruner", ["sparsegpt", "wanda", "magnitude", "random"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "bert"])
-def test_pruned_rows_hold_the_zeros_asked_for(name: str, pruner: str) -> None:
-    module = TINY[name]()
-    before, layer, rows = bits(module), find_layers(module, 1)[-2], torch.tensor([6, 1, 3])
-    gram = gram_of(layer)
-    result = pruned_rows(layer, gram, rows, 0.75, pruner=pruner)
-    zeros = round(0.75 * layer.in_features)
-    assert result.weight.shape == (3, layer.in_features)
-    assert (result.weight == 0).sum(1).tolist() == [zeros] * 3
-    assert result.realised_sparsity.tolist() == pytest.approx([zeros / layer.in_features] * 3)
-    assert differing(before, bits(module)) == set()
-    dense = layer.weight[rows]
-    assert torch.equal(pruned_rows(layer, gram, rows, 0, pruner=pruner).weight, dense)
-    assert not pruned_rows(layer, gram, rows, 1, pruner=pruner).weight.any()
-    if pruner != "random":
-        whole = prune(layer.weight, gram, method=pruner, sparsity=0.75).weight[rows]
-        torch.testing.assert_close(result.weight, whole)
-    with swapped_rows([RowEdit(layer, rows, result.weight)]):
-        assert (layer.weight == 0).sum(1)[rows].tolist() == [zeros] * 3
-    assert differing(before, bits(module)) == set()
-
-
-def test_random_pruning_follows_the_seed_and_the_layer() -> None:
-    one, other = find_layers(TINY["llama"](), 1, "gate_proj") + find_layers(
-        TINY["llama"](), 1, "up_proj"
-    )
-    rows = torch.arange(8)
-
-    def mask(layer: Layer, seed: int) -> Tensor:
-        return pruned_rows(layer, None, rows, 0.5, pruner="random", seed=seed).mask
-
-    assert torch.equal(mask(one, 0), mask(one, 0))
-    assert not torch.equal(mask(one, 0), mask(one, 1))
-    assert not torch.equal(mask(one, 0), mask(other, 0))
-
-
-def test_pruning_that_is_refused() -> None:
-    layer, rows = identity(), torch.tensor([0])
-    with pytest.raises(UnknownName, match="unknown pruning method 'sparse'"):
-        pruned_rows(layer, None, rows, 0.5, pruner="sparse")
-    with pytest.raises(InvalidInput, match="`gram` is None"):
-        pruned_rows(layer, None, rows, 0.5)
-    with pytest.raises(InvalidInput, match=r"`sparsity` must be in \[0, 1\]; got 1.5"):
-        pruned_rows(layer, None, rows, 1.5, pruner="magnitude")
-    with pytest.raises(InvalidInput, match=r"got \[9\]"):
-        pruned_rows(layer, None, torch.tensor([9]), 0.5, pruner="magnitude")
-
-
-def test_every_intervention_says_what_it_needs() -> None:
-    assert dict(INTERVENTIONS) == {
-        "prune": "gram", "zero": None, "mean": "means", "clamp-negative": None,
-        "clamp-positive": None, "flip-negative": None,
-    }  # fmt: skip
+def test_every_edit_has_a_formula_in_these_tests() -> None:
     assert FORMULAS.keys() == OUTPUT_EDITS.keys()

@@ -3,9 +3,9 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy import array, inf, nan
 
 from entangle.ablation.matched import bisect_fraction, mean_loss
-from numpy import array, inf, nan
 
 
 def test_hand_worked_search() -> None:

@@ -177,6 +177,18 @@ def test_a_dense_model_at_zero_is_not_on_a_logarithmic_axis(frame: pd.DataFrame)
     assert "dense" in lines(ax)
 
 
+def test_a_bar_down_to_zero_leaves_a_logarithmic_axis_at_its_values(frame: pd.DataFrame) -> None:
+    rows = divergence(frame)
+    rows.loc[rows["selection"].eq("bottom"), "low"] = 0.0
+    ax = plot_ablation(rows, measure="kl")
+    assert ax.get_yscale() == "log"
+    assert 1e-3 < ax.get_ylim()[0] < 0.01
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()
+    assert len(bars(ax)) == 12
+
+
 def test_selections_have_looks_of_their_own(frame: pd.DataFrame) -> None:
     more = frame[frame["selection"].eq("bottom")]
     matched = frame[frame["selection"].eq("random")]

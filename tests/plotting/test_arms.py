@@ -108,7 +108,7 @@ def test_arms_that_are_not_finite_are_left_out_and_named(frame: pd.DataFrame, va
     assert np.isfinite(arms.rows["value"]).all()
     assert len(arms.rows) == 24 - 1 - 3
     assert arms.notes(None)[-2:] == [
-        "left out, not finite: 1 of top WD, 3 of random", "1 without a finite interval",
+        "left out, not finite: 3 of random, 1 of top WD", "1 without a finite interval",
     ]  # fmt: skip
 
 

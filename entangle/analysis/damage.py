@@ -1,0 +1,241 @@
+"""What a model loses when a single neuron is changed, for many neurons one after the other."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int64
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from entangle.ablation.arms import INTERVENTIONS, PRUNERS
+from entangle.ablation.interventions import RowEdit, edited_outputs, pruned_rows, swapped_rows
+from entangle.ablation.routed_rows import RowIndices, row_indices
+from entangle.ablation.selection import Selection
+from entangle.errors import InvalidInput, unknown_name
+from entangle.evaluation import EvaluationText, window_losses
+from entangle.evaluation.forward import as_causal_model, check_fits
+from entangle.evaluation.perplexity import window_memory, windows_in_a_pass
+from entangle.expansion.build import HiddenStates
+from entangle.models.blocks import BlockRunner
+from entangle.models.layers import LISTING, Layer, list_layers
+from entangle.models.loading import LanguageModel
+from entangle.progress import Progress, ProgressBar
+from entangle.seeding import check_seed
+from entangle.stats.gram import GramResult
+from entangle.stats.intervals import window_difference_interval
+
+DEFAULT_MEMORY = 2 * 2**30
+
+Losses = NDArray[np.float64]
+Chosen = tuple[Layer, Int64[Tensor, " rows"]]
+
+_DENSE = ("", -1)  # stands for the unchanged model among (layer, neuron)
+
+
+@dataclass(frozen=True, eq=False)
+class _Change:
+    """How any single neuron is changed."""
+
+    intervention: str
+    strength: float
+    means: Mapping[str, Tensor] | None
+    """For edits with means."""
+    pruned: Mapping[tuple[str, int], Tensor]
+    """New weights (1, in_features) by layer name and neuron; empty where outputs are edited."""
+
+    def applied(self, layer: Layer, neuron: int) -> AbstractContextManager[None]:
+        """Return a context in which one neuron is changed, and restored after."""
+        if self.intervention in PRUNERS:
+            weight = self.pruned[layer.name, neuron]
+            return swapped_rows([RowEdit(layer, torch.tensor([neuron]), weight)])
+        alone = Selection("listed", None, None, {layer.name: np.array([neuron])})
+        return edited_outputs(
+            [layer], alone, self.intervention, strength=self.strength, means=self.means
+        )
+
+
+def single_neuron_damage(
+    model: LanguageModel | nn.Module,
+    text: EvaluationText,
+    rows: Mapping[str, RowIndices],
+    *,
+    intervention: str = "zero",
+    strength: float = 1.0,
+    grams: Mapping[str, GramResult] | None = None,
+    means: Mapping[str, Float[Tensor, " out_features"]] | None = None,
+    damping: float = 0.01,
+    n_boot: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+    memory: int = DEFAULT_MEMORY,
+    batch_size: int | None = None,
+    progress: bool | None = None,
+) -> pd.DataFrame:
+    """Measure how much the mean loss rises when one neuron alone is changed, for many neurons.
+
+    The dense hidden states go through the model once, block by block. Every neuron of a block
+    starts from those that enter it, so that only this block, the later ones and the head run again:
+    half of a forward pass for an average neuron. The losses are bit for bit those of the whole
+    model in batches of the same size, and the model is left bit-identical.
+
+    Parameters
+    ----------
+    model
+        A causal language model that can be run block by block (`entangle.models.blocks`).
+    text
+        From `entangle.load_evaluation`.
+    rows
+        Indices of neurons by the layer's full dotted name, such as the ``rows`` of a `Selection`.
+    intervention
+        ``zero``, ``mean``, ``clamp-negative``, ``clamp-positive`` or ``flip-negative`` edit the
+        neuron's output; ``prune`` (SparseGPT), ``prune-wanda``, ``prune-magnitude`` and
+        ``prune-random`` prune its weights.
+    strength
+        In [0, 1]: share of the edit that is mixed in, or share of weights that become zero.
+    grams
+        ``XᵀX`` of the layers' inputs by name, for pruners that need it
+        (`entangle.ablation.statistics.layer_statistics`).
+    means
+        Mean outputs by layer name, for ``mean`` (`entangle.ablation.mean_outputs` of the scores).
+    damping
+        As in `entangle.pruning.prune`.
+    n_boot, seed, level
+        Of the intervals; ``seed`` also of random pruning.
+    memory
+        Bytes of hidden states in memory; what is beyond goes to a temporary file.
+    batch_size
+        Windows in one forward pass; by default as many as give 2²⁷ logits.
+    progress
+        Show a progress bar on standard error; by default if that is a terminal.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row a neuron, in module order and by index: ``layer``, ``block``, ``projection``,
+        ``neuron``, ``intervention``, ``strength``, ``damage`` (mean loss with the neuron changed
+        minus that of the dense model, in nats a token) and ``damage_low``, ``damage_high``, its
+        interval over windows, the same ones for both (NaN with one window).
+
+    Raises
+    ------
+    UnknownName, InvalidInput
+        If a name, index or setting does not fit, a layer lies outside the blocks, or grams or means
+        are missing.
+    NumericalError
+        If a gram cannot be factorised.
+    MemoryLimit
+        If memory runs out.
+    """
+    dense = as_causal_model(model)
+    check_fits(dense, text)
+    chosen = _chosen(dense.module, rows)
+    pruned = _pruned(chosen, grams or {}, intervention, strength, damping, check_seed(seed))
+    change = _Change(intervention, float(strength), means, pruned)
+    per_pass = windows_in_a_pass(batch_size, dense, text)
+    with ProgressBar("single neurons", enabled=progress) as bar, window_memory(per_pass):
+        losses = _losses(dense, text.windows.split(per_pass), chosen, change, memory, bar)
+    counts = np.full(text.n_windows, text.seq_len - 1)
+    table = []
+    for layer, neuron in _neurons(chosen):
+        gap = window_difference_interval(
+            losses[layer.name, neuron], losses[_DENSE], counts,
+            n_boot=n_boot, seed=seed, level=level,
+        )  # fmt: skip
+        table.append(
+            {
+                "layer": layer.name, "block": layer.block, "projection": layer.projection,
+                "neuron": neuron, "intervention": intervention, "strength": float(strength),
+                "damage": gap.value, "damage_low": gap.low, "damage_high": gap.high,
+            }
+        )  # fmt: skip
+    return pd.DataFrame(table).astype({"block": "Int64"})
+
+
+def _losses(
+    model: LanguageModel,
+    batches: Sequence[Int64[Tensor, "windows tokens"]],
+    chosen: Sequence[Chosen],
+    change: _Change,
+    memory: int,
+    bar: Progress,
+) -> dict[tuple[str, int], Losses]:
+    """Return the windows' losses of the dense model and with each neuron changed."""
+    runner, found = BlockRunner(model.module), defaultdict[tuple[str, int], list[Tensor]](list)
+    bar.start(len(batches) * len(list(_neurons(chosen))), "passes")
+    with closing(HiddenStates(batches, memory=memory)) as states:
+        states.enter(runner)
+        for block in range(runner.n_blocks):
+            here = [one for one in _neurons(chosen) if one[0].block == block]
+            for ids, hidden in states if here else ():
+                inputs, start = runner.enter(ids)[1], hidden.to(model.device)
+                for layer, neuron in here:
+                    with change.applied(layer, neuron):
+                        end = start
+                        for later in range(block, runner.n_blocks):
+                            end = runner.run(later, end, inputs)
+                        logits = runner.leave(end, ids)
+                    found[layer.name, neuron].append(window_losses(logits, ids))
+                    bar.advance()
+            states.advance(runner, block)
+        for ids, hidden in states:
+            logits = runner.leave(hidden.to(model.device), ids)
+            found[_DENSE].append(window_losses(logits, ids))
+    return {one: torch.cat(parts).numpy() for one, parts in found.items()}
+
+
+def _neurons(chosen: Sequence[Chosen]) -> Iterator[tuple[Layer, int]]:
+    return ((layer, neuron) for layer, index in chosen for neuron in index.tolist())
+
+
+def _pruned(
+    chosen: Sequence[Chosen],
+    grams: Mapping[str, GramResult],
+    intervention: str,
+    strength: float,
+    damping: float,
+    seed: int,
+) -> dict[tuple[str, int], Float[Tensor, "1 in_features"]]:
+    """Return the new weights of all neurons, or none where outputs are edited."""
+    if intervention not in INTERVENTIONS:
+        raise unknown_name("intervention", intervention, INTERVENTIONS)
+    if not 0.0 <= strength <= 1.0:
+        raise InvalidInput(f"`strength` must be in [0, 1]; got {strength}.")
+    found = {}
+    for layer, index in chosen if intervention in PRUNERS else ():
+        gram = grams[layer.name].gram if layer.name in grams else None
+        weight = pruned_rows(
+            layer, gram, index, strength,
+            pruner=PRUNERS[intervention], damping=damping, seed=seed,
+        ).weight  # fmt: skip
+        for neuron, row in zip(index.tolist(), weight.split(1), strict=True):
+            found[layer.name, neuron] = row
+    return found
+
+
+def _chosen(module: nn.Module, rows: Mapping[str, RowIndices]) -> list[Chosen]:
+    """Return the layers that have rows, in module order, with their indices in ascending order."""
+    layers = {layer.name: layer for layer in list_layers(module)}
+    for name in rows:
+        if name not in layers:
+            raise unknown_name("layer", name, layers, LISTING)
+    chosen = []
+    for name, layer in layers.items():
+        index = row_indices(name, rows.get(name, ())).unique()
+        if not index.numel():
+            continue
+        if layer.block is None:
+            raise InvalidInput(f"layer {name!r} lies outside the blocks; leave it out.")
+        if int(index[0]) < 0 or int(index[-1]) >= layer.out_features:
+            raise InvalidInput(
+                f"`rows` of layer {name!r} must lie in [0, {layer.out_features}); "
+                f"got {int(index[0])} to {int(index[-1])}."
+            )
+        chosen.append((layer, index))
+    if not chosen:
+        raise InvalidInput("`rows` must name at least one neuron; got none.")
+    return chosen

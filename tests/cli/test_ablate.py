@@ -1,0 +1,164 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from entangle.ablation import load_ablation
+from tests.cli.runs import Run
+
+Folder = Callable[[str], Path]
+SMALL = (
+    "--layer", "all", "--n-seq", "6", "--seq-len", "32", "--eval-seq-len", "32",
+    "--eval-windows", "4", "--fraction", "0.1", "--seeds", "2",
+)  # fmt: skip
+
+
+@pytest.fixture
+def base(tiny_folder: Folder, text_file: Path) -> tuple[object, ...]:
+    """The start of every command line: a tiny Llama and a text."""
+    return "ablate", tiny_folder("llama"), "--calibration", text_file, "--data", text_file, *SMALL
+
+
+@pytest.fixture
+def pairs_file(tmp_path: Path) -> Path:
+    path = tmp_path / "agreement.jsonl"
+    rows = [
+        {"sentence_good": f"word{i} is 1{i}", "sentence_bad": f"word{i} are 1{i}"} for i in range(8)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_tables_figures_and_folder(
+    run: Run, base: tuple[object, ...], pairs_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "result"
+    status, printed, err = run(
+        *base, "--strength", "0.5,0.9", "--measure", "perplexity,divergence,blimp",
+        "--pairs", pairs_file, "--out", out,
+    )  # fmt: skip
+    assert status == 0, err
+    result = load_ablation(out)
+    arms = result.frame[["selection", "seed", "strength"]].drop_duplicates()
+    assert len(arms) == 1 + 2 * 4  # dense; two strengths of top, bottom and two random draws
+    assert {"perplexity", "kl", "top1_agreement", "accuracy"} <= set(result.frame["measure"])
+    for title in ("perplexity", "perplexity ratio", "kl", "accuracy", "÷ after the others"):
+        assert title in printed
+    figures = sorted(path.name for path in (out / "figures").iterdir())
+    names = ("ablation_accuracy", "ablation_kl", "ablation_perplexity_ratio")
+    assert figures == [f"{name}.{ending}" for name in names for ending in ("csv", "pdf", "png")]
+    assert f"Saved to {out}." in printed
+
+
+def test_json_holds_everything(run: Run, base: tuple[object, ...]) -> None:
+    status, printed, err = run(*base, "--strength", "0.5", "--match", "--experts", "1,2", "--json")
+    assert status == 0, err
+    found = json.loads(printed)
+    assert {row["measure"] for row in found["results"]} == {"perplexity", "perplexity_ratio"}
+    assert {row["experts"] for row in found["results"]} == {1, 2}
+    assert found["contrasts"][0]["against"] == "bottom"
+    assert found["matched"][0]["fraction"] == 1.0
+    assert found["manifest"]["settings"]["fraction"] == 0.1
+    assert found["manifest"]["command"] is None or "ablate" in found["manifest"]["command"]
+
+
+def test_scores_and_a_list_of_neurons(
+    run: Run, base: tuple[object, ...], tiny_folder: Folder, text_file: Path, tmp_path: Path
+) -> None:
+    scores, listed = tmp_path / "scores", tmp_path / "mine.csv"
+    status, _, err = run(
+        "score", tiny_folder("llama"), "--layer", "all", "--proj", "mlp",
+        "--calibration", text_file, "--n-seq", "6", "--seq-len", "32", "--out", scores,
+    )  # fmt: skip
+    assert status == 0, err
+    layer = "model.layers.0.mlp.gate_proj"
+    pd.DataFrame({"layer": [layer] * 2, "neuron": [3, 1]}).to_csv(listed, index=False)
+    edit = ("--intervention", "zero", "--scores", scores)
+    status, _, err = run(*base, *edit, "--select", f"{listed},top", "--out", tmp_path / "out")
+    assert status == 0, err
+    chosen = load_ablation(tmp_path / "out").selections
+    mine = chosen[chosen["selection"] == "listed"]
+    assert mine[["layer", "neuron"]].to_numpy().tolist() == [[layer, 1], [layer, 3]]
+    status, _, err = run(*base, "--select", listed)
+    assert status == 2
+    assert "give --scores DIR" in err
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (("--select", "best"), "selection"),
+        (("--by", "beauty"), "column"),
+        (("--intervention", "snip"), "intervention"),
+        (("--strength", "2"), r"must lie in [0, 1]; got 2.0"),
+        (("--strength", "much"), "a list must look like 0.5,0.7; got 'much'"),
+        (("--edit-strength", "-1"), "`edit_strengths` must lie in [0, 1]"),
+        (("--experts", "0"), "at least 1; got 0"),
+        (("--experts", "1.5"), "a list must look like 1,16"),
+        (("--fraction", "0"), "(0, 1]"),
+        (("--fraction", "0.1", "--count", "3"), "exactly one of"),
+        (("--count", "99999"), "99999"),
+        (("--seeds", "0"), "`seeds` must be at least 1"),
+        (("--measure", "taste"), "measure"),
+        (("--measure", "blimp", "--pairs", "nowhere.jsonl"), "nowhere.jsonl"),
+        (("--scores", "nowhere"), "nowhere"),
+        (("--memory", "lots"), "512M or 2G"),
+        (("--data", "nowhere.txt"), "nowhere.txt"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    run: Run, base: tuple[object, ...], tmp_path: Path, wrong: tuple[str, ...], message: str
+) -> None:
+    arguments = [a for a in base if not ("--count" in wrong and a in ("--fraction", "0.1"))]
+    status, printed, err = run(*arguments, *wrong, "--out", tmp_path / "out", "--quiet")
+    assert (status, printed) == (2, "")
+    assert err.count("\n") == 1
+    assert err.startswith("entangle: error: ")
+    assert message in err
+    assert not list(tmp_path.glob("*out*"))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"sentence_good": "a b"}', "sentence_bad"),
+        ('{"sentence_good": "a b", "sentence_bad": 7}', "sentence_bad"),
+        ('{"sentence_good": "a', "line 1"),
+    ],
+)
+def test_bad_pairs(
+    run: Run, base: tuple[object, ...], tmp_path: Path, line: str, message: str
+) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(line + "\n")
+    status, _, err = run(*base, "--measure", "blimp", "--pairs", path, "--quiet")
+    assert status == 2
+    assert err.count("\n") == 1
+    assert message in err
+
+
+def test_scores_of_another_model(
+    run: Run, base: tuple[object, ...], tiny_folder: Folder, text_file: Path, tmp_path: Path
+) -> None:
+    scores = tmp_path / "scores"
+    status, _, err = run(
+        "score", tiny_folder("gpt2"), "--calibration", text_file, "--n-seq", "6", "--seq-len", "32",
+        "--out", scores,
+    )  # fmt: skip
+    assert status == 0, err
+    status, _, err = run(*base, "--scores", scores, "--quiet")
+    assert status == 2
+    assert "digest" in err
+
+
+def test_an_existing_result_is_kept(run: Run, base: tuple[object, ...], tmp_path: Path) -> None:
+    edit = ("--intervention", "zero", "--select", "top", "--out", tmp_path / "out")
+    assert run(*base, *edit)[0] == 0
+    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()}
+    status, _, err = run(*base, *edit)
+    assert status == 2
+    assert "exists; name another one or use --force" in err
+    assert before == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()}
+    assert run(*base, *edit, "--force")[0] == 0
