@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from entangle.calibration import CalibrationSet, load_calibration, windows
+from entangle.calibration.texts import load_texts
 from entangle.errors import InvalidInput, Unavailable
 from tests.tiny_models import tiny_tokenizer
 
@@ -172,6 +173,19 @@ def test_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, demo.__name__, demo)
     got = _load("demo", n_seq=1, seq_len=20, sampling="contiguous")
     assert got.ids[0].tolist() == _ids("first article\n\nsecond article")[:20]
+
+
+def test_splits_of_the_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    articles = [(f"title {i}", f"text {i}") for i in range(7)]
+    demo = ModuleType("entangle.models.demo")
+    vars(demo)["demo_articles"] = lambda: articles
+    monkeypatch.setitem(sys.modules, demo.__name__, demo)
+    test, train = (list(load_texts("demo", split=split)) for split in ("test", "train"))
+    assert test == ["text 2", "text 5"]
+    assert train == ["text 0", "text 1", "text 3", "text 4", "text 6"]
+    assert list(load_texts("demo")) == [text for _, text in articles]
+    with pytest.raises(InvalidInput, match="must be train or test; got 'dev'"):
+        load_texts("demo", split="dev")
 
 
 def test_path_object_is_never_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

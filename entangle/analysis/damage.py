@@ -32,7 +32,7 @@ from entangle.stats.intervals import window_difference_interval
 DEFAULT_MEMORY = 2 * 2**30
 
 Losses = NDArray[np.float64]
-Chosen = tuple[Layer, Int64[Tensor, " rows"]]
+Chosen = tuple[Layer, Int64[Tensor, " _"]]
 
 _DENSE = ("", -1)  # stands for the unchanged model among (layer, neuron)
 
@@ -65,9 +65,9 @@ def single_neuron_damage(
     rows: Mapping[str, RowIndices],
     *,
     intervention: str = "zero",
-    strength: float = 1.0,
+    strength: float | int = 1.0,
     grams: Mapping[str, GramResult] | None = None,
-    means: Mapping[str, Float[Tensor, " out_features"]] | None = None,
+    means: Mapping[str, Float[Tensor, " _"]] | None = None,
     damping: float = 0.01,
     n_boot: int = 1000,
     seed: int = 0,
@@ -158,7 +158,7 @@ def single_neuron_damage(
 
 def _losses(
     model: LanguageModel,
-    batches: Sequence[Int64[Tensor, "windows tokens"]],
+    batches: Sequence[Int64[Tensor, "_ tokens"]],
     chosen: Sequence[Chosen],
     change: _Change,
     memory: int,
@@ -196,10 +196,10 @@ def _pruned(
     chosen: Sequence[Chosen],
     grams: Mapping[str, GramResult],
     intervention: str,
-    strength: float,
+    strength: float | int,
     damping: float,
     seed: int,
-) -> dict[tuple[str, int], Float[Tensor, "1 in_features"]]:
+) -> dict[tuple[str, int], Float[Tensor, "1 _"]]:
     """Return the new weights of all neurons, or none where outputs are edited."""
     if intervention not in INTERVENTIONS:
         raise unknown_name("intervention", intervention, INTERVENTIONS)

@@ -118,7 +118,7 @@ def mapping_difficulty(
     distinct = input_distance > 0
     n_identical = int((~distinct).sum())
     dx = input_distance[distinct].to(wide)
-    first, second = pairs[:, distinct].to(outputs.device)
+    first, second = pairs[:, distinct.to(pairs.device)].to(outputs.device)
     dy = (outputs[:, first].float() - outputs[:, second].float()).abs_()
     if dx.numel() == 0:
         nothing = torch.full_like(dy[:, :1].sum(1, dtype=wide), math.nan)

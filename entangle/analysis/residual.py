@@ -1,0 +1,127 @@
+"""Which layers write to the residual stream, and how much each of its dimensions varies."""
+
+from contextlib import closing
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from entangle.calibration import CalibrationSet
+from entangle.expansion.build import HiddenStates
+from entangle.models.blocks import BlockRunner
+from entangle.models.layers import Layer, list_layers
+from entangle.models.loading import LanguageModel, as_language_model
+from entangle.progress import ProgressBar
+from entangle.recording.hooks import edit
+from entangle.seeding import torch_rng
+
+DEFAULT_MEMORY = 2 * 2**30
+
+_BATCH_TOKENS = 4096
+_PROBE = 4, 16  # sequences and tokens
+_AGREEMENT = 0.55  # share of equal signs, which is ½ ± 0.01 by chance at 2,048 values
+
+
+def residual_variance(
+    model: LanguageModel | nn.Module,
+    calibration: CalibrationSet,
+    *,
+    seed: int = 0,
+    memory: int = DEFAULT_MEMORY,
+    progress: bool | None = None,
+) -> dict[str, Float[Tensor, " _"]]:
+    """Measure how much every dimension of the residual stream varies after each block.
+
+    Parameters
+    ----------
+    model
+        A causal language model that can be run block by block (`entangle.models.blocks`).
+    calibration
+        Token ids; all tokens count, first ones of a sequence too.
+    seed
+        Of the noise that finds the layers (`residual_writers`).
+    memory
+        Bytes of hidden states in memory; what is beyond goes to a temporary file.
+    progress
+        Show a progress bar on standard error; by default if that is a terminal.
+
+    Returns
+    -------
+    dict
+        By the name of each layer whose rows are dimensions of the residual stream, in module order:
+        population variance over tokens of what leaves the layer's block, float64 of shape
+        (dimensions,), on the CPU. Layers of a block share the tensor.
+    """
+    dense = as_language_model(model)
+    runner = BlockRunner(dense.module)
+    writers = residual_writers(dense, calibration.ids, seed=seed)
+    found: dict[int, Tensor] = {}
+    batches = calibration.ids.split(max(1, _BATCH_TOKENS // calibration.seq_len))
+    with (
+        ProgressBar("residual stream", enabled=progress) as bar,
+        closing(HiddenStates(batches, memory=memory)) as states,
+    ):
+        bar.start(runner.n_blocks, "blocks")
+        states.enter(runner)
+        for block in range(runner.n_blocks):
+            states.advance(runner, block)
+            found[block] = _variance(states)
+            bar.advance()
+    return {layer.name: found[layer.block] for layer in writers if layer.block is not None}
+
+
+def residual_writers(
+    model: LanguageModel | nn.Module, ids: Int64[Tensor, "sequences tokens"], *, seed: int = 0
+) -> list[Layer]:
+    """Find the layers whose outputs are added to the residual stream, row by dimension.
+
+    Noise is added to a layer's outputs, and the signs of what it does to the output of the layer's
+    block are compared with its own, dimension by dimension. They agree more often than not where
+    the output is added (after a norm, if need be), and half of the time elsewhere. No names are
+    looked at.
+
+    Parameters
+    ----------
+    model
+        As in `residual_variance`.
+    ids
+        Token ids, of which the first 16 of the first 4 sequences are run.
+    seed
+        Of the noise.
+
+    Returns
+    -------
+    list of Layer
+        In module order.
+    """
+    dense = as_language_model(model)
+    runner = BlockRunner(dense.module)
+    probe = ids[: _PROBE[0], : _PROBE[1]]
+    hidden, inputs = runner.enter(probe)
+    layers = [x for x in list_layers(dense.module) if x.out_features == hidden.shape[-1]]
+    rng, writers = torch_rng(seed, "residual writers"), []
+    noise = torch.randn(hidden.shape, generator=rng).to(hidden)
+    for block in range(runner.n_blocks):
+        after = runner.run(block, hidden, inputs)
+        for layer in layers:
+            if layer.block == block:
+                with edit([(layer, lambda y: y + y.square().mean().sqrt() * noise.view_as(y))]):
+                    moved = runner.run(block, hidden, inputs) - after
+                signs = (moved.sign() * noise.sign())[moved != 0]
+                if signs.numel() and float((signs > 0).float().mean()) > _AGREEMENT:
+                    writers.append(layer)
+        hidden = after
+    order = [layer.name for layer in layers]
+    return sorted(writers, key=lambda layer: order.index(layer.name))
+
+
+def _variance(states: HiddenStates) -> Float[Tensor, " _"]:
+    """Return every dimension's population variance, summed around a first guess of the mean."""
+    count, guess, total, squares = 0, torch.zeros(()), torch.zeros(()), torch.zeros(())
+    for _, hidden in states:
+        rows = hidden.flatten(0, -2).cpu().double()
+        if count == 0:
+            guess = rows.mean(0)
+        count, rows = count + len(rows), rows - guess
+        total, squares = total + rows.sum(0), squares + rows.square().sum(0)
+    return squares / count - (total / count).square()
