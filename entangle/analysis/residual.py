@@ -116,12 +116,10 @@ def residual_writers(
 
 
 def _variance(states: HiddenStates) -> Float[Tensor, " _"]:
-    """Return every dimension's population variance, summed around a first guess of the mean."""
-    count, guess, total, squares = 0, torch.zeros(()), torch.zeros(()), torch.zeros(())
+    """Return the population variance of every dimension over all tokens, summed in float64."""
+    count, total, squares = 0, torch.zeros(()), torch.zeros(())
     for _, hidden in states:
         rows = hidden.flatten(0, -2).cpu().double()
-        if count == 0:
-            guess = rows.mean(0)
-        count, rows = count + len(rows), rows - guess
+        count += len(rows)
         total, squares = total + rows.sum(0), squares + rows.square().sum(0)
     return squares / count - (total / count).square()

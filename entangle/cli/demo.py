@@ -77,6 +77,7 @@ def _ablate(arguments: argparse.Namespace, model: "LanguageModel", out: str) -> 
         proj=None,
         strengths=STRENGTHS,
         seeds=SEEDS,
+        md=False,
         out=out,
         progress=not arguments.quiet,
     )

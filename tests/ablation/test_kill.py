@@ -1,0 +1,60 @@
+"""A sweep that is killed goes on to the same tables."""
+
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from entangle.cli.main import main
+
+COMMAND = (
+    "ablate", "model", "--layer", "all", "--calibration", "text.txt", "--data", "text.txt",
+    "--n-seq", "6", "--seq-len", "32", "--eval-seq-len", "32", "--eval-windows", "4",
+    "--fraction", "0.1", "--strength", "0.5,0.9", "--seeds", "2", "--device", "cpu", "--quiet",
+    "--out",
+)  # fmt: skip
+DRIVER = """
+import os, signal, sys
+from entangle.ablation import folder
+from entangle.cli.main import main
+
+replace, arms = folder.os.replace, []
+
+def killed(source, target):
+    arms.append(target)
+    if len(arms) == 4:  # the plan and two arms have their names
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+
+folder.os.replace = killed
+main(sys.argv[1:])
+"""
+
+
+def test_a_sweep_that_was_killed_resumes_to_the_same_tables(
+    tmp_path: Path,
+    tiny_folder: Callable[[str], Path],
+    text_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_folder("llama"), "model")
+    shutil.copy(text_file, "text.txt")
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER, *COMMAND, "cut"],
+        capture_output=True, text=True, check=False, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not Path("cut").exists()
+    assert len(list(Path(".cut.ablating").glob("arm-*.safetensors"))) == 2
+    assert main([*COMMAND, "cut"]) == 2  # not without --resume
+    assert main([*COMMAND, "cut", "--resume"]) == 0
+    assert main([*COMMAND, "whole"]) == 0
+    for name in ("ablation", "windows", "selections"):
+        one, other = (Path(run) / f"{name}.parquet" for run in ("cut", "whole"))
+        assert one.read_bytes() == other.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "model", "text.txt", "whole"]
