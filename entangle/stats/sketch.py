@@ -213,9 +213,15 @@ class OutputSketch:
 
     def _close_group(self) -> None:
         """Credit what was counted since the last call to the open group."""
-        now = bins.fold_counts(self._counts, GROUP_FOLD)
-        self._group_counts[self._open_group] += now - self._closed_counts
-        self._closed_counts = now
+        if self.n_tokens == 0:
+            return
+        extremes = torch.stack([self._low.min(), self._high.max()])
+        first, last = (int(i) // GROUP_FOLD for i in bins.signed_index(extremes))
+        used = slice(first, last + 1)  # bins beyond the extremes are empty
+        counts = self._counts[:, first * GROUP_FOLD : (last + 1) * GROUP_FOLD]
+        now = counts.unflatten(1, (-1, GROUP_FOLD)).sum(-1, dtype=counts.dtype)
+        self._group_counts[self._open_group, :, used] += now - self._closed_counts[:, used]
+        self._closed_counts[:, used] = now
 
     def _distances(
         self, counts: Tensor, shift: Tensor, spread: Tensor, *, fold: int
