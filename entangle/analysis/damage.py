@@ -1,9 +1,10 @@
 """What a model loses when a single neuron is changed, for many neurons one after the other."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -27,7 +28,7 @@ from entangle.models.loading import LanguageModel
 from entangle.progress import Progress, ProgressBar
 from entangle.seeding import check_seed
 from entangle.stats.gram import GramResult
-from entangle.stats.intervals import window_difference_interval
+from entangle.stats.intervals import Interval, window_difference_interval
 
 DEFAULT_MEMORY = 2 * 2**30
 
@@ -78,10 +79,10 @@ def single_neuron_damage(
 ) -> pd.DataFrame:
     """Measure how much the mean loss rises when one neuron alone is changed, for many neurons.
 
-    The dense hidden states go through the model once, block by block. Every neuron of a block
-    starts from those that enter it, so that only this block, the later ones and the head run again:
-    half of a forward pass for an average neuron. The losses are bit for bit those of the whole
-    model in batches of the same size, and the model is left bit-identical.
+    The dense hidden states go through the model once, block by block. A neuron starts from those
+    that enter its block, so that this block, later ones and the head run again: half a forward pass
+    on average. Losses are bit for bit those of the whole model in batches of the same size, and the
+    model is left bit-identical.
 
     Parameters
     ----------
@@ -126,10 +127,8 @@ def single_neuron_damage(
     UnknownName, InvalidInput
         If a name, index or setting does not fit, a layer lies outside the blocks, or grams or means
         are missing.
-    NumericalError
-        If a gram cannot be factorised.
-    MemoryLimit
-        If memory runs out.
+    NumericalError, MemoryLimit
+        If a gram cannot be factorised, or memory runs out.
     """
     dense = as_causal_model(model)
     check_fits(dense, text)
@@ -139,21 +138,28 @@ def single_neuron_damage(
     per_pass = windows_in_a_pass(batch_size, dense, text)
     with ProgressBar("single neurons", enabled=progress) as bar, window_memory(per_pass):
         losses = _losses(dense, text.windows.split(per_pass), chosen, change, memory, bar)
-    counts = np.full(text.n_windows, text.seq_len - 1)
-    table = []
+    boot = partial(window_difference_interval, n_boot=n_boot, seed=seed, level=level)
+    return _table(chosen, change, losses, text, boot)
+
+
+def _table(
+    chosen: Sequence[Chosen],
+    change: _Change,
+    losses: Mapping[tuple[str, int], Losses],
+    text: EvaluationText,
+    interval: Callable[..., Interval],
+) -> pd.DataFrame:
+    counts, rows = np.full(text.n_windows, text.seq_len - 1), []
     for layer, neuron in _neurons(chosen):
-        gap = window_difference_interval(
-            losses[layer.name, neuron], losses[_DENSE], counts,
-            n_boot=n_boot, seed=seed, level=level,
-        )  # fmt: skip
-        table.append(
+        gap = interval(losses[layer.name, neuron], losses[_DENSE], counts)
+        rows.append(
             {
                 "layer": layer.name, "block": layer.block, "projection": layer.projection,
-                "neuron": neuron, "intervention": intervention, "strength": float(strength),
+                "neuron": neuron, "intervention": change.intervention, "strength": change.strength,
                 "damage": gap.value, "damage_low": gap.low, "damage_high": gap.high,
             }
         )  # fmt: skip
-    return pd.DataFrame(table).astype({"block": "Int64"})
+    return pd.DataFrame(rows).astype({"block": "Int64"})
 
 
 def _losses(

@@ -36,6 +36,11 @@ class CalibrationSet:
                 "`ids` must hold at least one token and lie on the CPU; "
                 f"got shape {tuple(self.ids.shape)} on {self.ids.device}."
             )
+        if self.ids.ndim != 2 or self.ids.dtype != torch.int64:
+            raise InvalidInput(
+                "`ids` must be int64 of shape (n_seq, seq_len); "
+                f"got {self.ids.dtype} of shape {tuple(self.ids.shape)}."
+            )
         copied = json.loads(json.dumps(dict(self.settings)))
         object.__setattr__(self, "settings", MappingProxyType(copied))
 

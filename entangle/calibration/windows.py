@@ -22,6 +22,7 @@ DEFAULT_N_SEQ = 128
 DEFAULT_SEQ_LEN = 2048
 _POOL_CHARACTERS = 2**24
 _POOL_PER_TOKEN = 16
+_MOST_TOKENS = 2**36
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +119,11 @@ def cut_windows(
             f"got {draw.window}."
         )
     _check_enough(len(tokens), length, draw, where)
+    if draw.sequences * draw.window > _MOST_TOKENS:
+        raise InvalidInput(
+            f"`n_seq` × `seq_len` must be at most {_MOST_TOKENS:,} tokens; "
+            f"got {draw.sequences:,} × {draw.window:,}."
+        )
     if draw.sampling == "random":
         starts = numpy_rng(draw.seed, "calibration").integers(
             0, len(tokens) - length, size=draw.sequences

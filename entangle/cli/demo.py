@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from entangle.cli.options import Subparsers
@@ -37,11 +38,12 @@ def add_parser(subparsers: Subparsers) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Fetch, score, ablate, print and draw."""
     from entangle.cli.score import print_scores
-    from entangle.provenance import check_output
+    from entangle.provenance import check_output, output_folder
 
     check_output(arguments.out, force=arguments.force)
     from entangle.calibration import load_calibration
     from entangle.models.loading import load_model
+    from entangle.plotting import save_figure
     from entangle.scoring.score import score
 
     _say(arguments, "loading the demo model")
@@ -49,17 +51,18 @@ def run(arguments: argparse.Namespace) -> None:
     _say(arguments, "reading the demo text")
     calibration = load_calibration("demo", model.tokenizer, n_seq=N_SEQ, seq_len=SEQ_LEN)
     scores = score(model, calibration, layers=LAYER, method="exact", progress=not arguments.quiet)
-    out = scores.save(arguments.out, force=arguments.force)
-    print_scores(scores, top=TOP, out=str(out), seed=0)
-    for name, figure in first_figures(scores).items():
-        from entangle.plotting import save_figure
+    print_scores(scores, top=TOP, out=None, seed=0)
+    with output_folder(arguments.out, force=arguments.force) as folder:
+        scores.write(folder)
+        for name, figure in first_figures(scores).items():
+            save_figure(figure, folder / "figures" / name)
+        _ablate(arguments, model, folder / "ablation")
+    for file in sorted(Path(arguments.out).rglob("*.png")):
+        print(f"Figure: {file} (also .pdf, .csv)")
+    print(f"Saved to {arguments.out}.")
 
-        files = save_figure(figure, out / "figures" / name)
-        print(f"Figure: {', '.join(str(path) for path in files)}")
-    _ablate(arguments, model, str(out / "ablation"))
 
-
-def _ablate(arguments: argparse.Namespace, model: "LanguageModel", out: str) -> None:
+def _ablate(arguments: argparse.Namespace, model: "LanguageModel", out: Path) -> None:
     """Prune the top 3 % of all gate and up rows against controls, on articles of their own."""
     from entangle.ablation import ablate
     from entangle.calibration import load_calibration
@@ -82,8 +85,7 @@ def _ablate(arguments: argparse.Namespace, model: "LanguageModel", out: str) -> 
         progress=not arguments.quiet,
     )
     print_result(result)
-    for path in save_figures(result, out):
-        print(f"Figure: {path}")
+    save_figures(result, str(out))
 
 
 def first_figures(scores: "NeuronScores") -> dict[str, "Figure"]:

@@ -115,7 +115,7 @@ def load_calibration(arguments: argparse.Namespace, model: "LanguageModel") -> "
     from entangle.calibration import interpret_escapes, load_calibration
 
     n_seq, seq_len, limit = arguments.n_seq, arguments.seq_len, model.context_length
-    if not arguments.calibration.lower().endswith(".safetensors"):
+    if not _is_table(arguments.calibration):
         n_seq = arguments.default_n_seq if n_seq is None else n_seq
         longest = min(arguments.default_seq_len, limit or arguments.default_seq_len)
         seq_len = longest if seq_len is None else seq_len
@@ -134,6 +134,18 @@ def load_calibration(arguments: argparse.Namespace, model: "LanguageModel") -> "
         context_length=limit,
         vocab_size=model.vocab_size,
     )
+
+
+def _is_table(source: str) -> bool:
+    """Tell whether a source is a table of token ids, which has sizes of its own."""
+    if not source.lower().endswith(".safetensors"):
+        return False
+    from pathlib import Path
+
+    from entangle.calibration.token_files import read_token_file
+
+    path = Path(source).expanduser()
+    return not path.is_file() or read_token_file(path).ids.ndim == 2
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:

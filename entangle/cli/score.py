@@ -168,5 +168,9 @@ def print_scores(scores: "NeuronScores", *, top: int, out: str | None, seed: int
     flagged = scores.frame[scores.frame["flag"] != ""]
     for flag, count in flagged["flag"].value_counts().items():
         print(f"{count} neuron(s) with {flag} outputs have no score.")
+    if (flagged["flag"] == "coarse").any():
+        print(
+            "The sketch cannot resolve coarse ones (see wd_bound): score them with --method exact."
+        )
     if out is not None:
         print(f"Saved to {out}.")

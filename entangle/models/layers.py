@@ -93,8 +93,14 @@ def list_layers(module: nn.Module) -> tuple[Layer, ...]:
             transposed=isinstance(child, Conv1D),
         )
         for name, child in module.named_modules()
-        if isinstance(child, nn.Linear | Conv1D)
+        if isinstance(child, nn.Linear | Conv1D) and _is_plain(child)
     )
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Tell a linear layer from a part that only inherits from one, such as a router."""
+    own = type(module).forward
+    return own in (nn.Linear.forward, Conv1D.forward) or "linear" in type(module).__name__.lower()
 
 
 def list_fused_experts(module: nn.Module) -> tuple[FusedExperts, ...]:
@@ -159,6 +165,8 @@ def find_layers(
     InvalidInput
         When a block index is out of range, ``spec`` is empty, or fused experts are asked for.
     """
+    if not isinstance(spec, int | str | Sequence):
+        raise InvalidInput(f"`layers` must be block indices or names; got {spec!r}.")
     specs = [spec] if isinstance(spec, int | str) else list(spec)
     if not specs:
         raise InvalidInput(f"`layers` must name at least one layer or block; got {spec!r}.")
@@ -201,7 +209,7 @@ def _block_index(name: str, blocks: str | None) -> int | None:
 
 def _resolve(module: nn.Module, layers: Sequence[Layer], spec: int | str) -> list[str]:
     """Return the names of the layers that ``spec`` asks for, at least one."""
-    if isinstance(spec, bool):
+    if isinstance(spec, bool) or not isinstance(spec, int | str):
         raise InvalidInput(f"a layer must be a block index or a name; got {spec!r}.")
     if isinstance(spec, int) or re.fullmatch(r"-?[0-9]+", spec):
         index = _check_index(module, int(spec))

@@ -17,6 +17,8 @@ from entangle.models import demo, pretrained
 from entangle.precision import resolve_device, resolve_dtype
 from entangle.provenance import expanded
 
+_LONGEST_NAME = 2000  # characters; no path or hub id is longer
+
 CHUNK = 1 << 24  # elements hashed at a time; bounds what is copied from a GPU
 
 
@@ -192,9 +194,11 @@ def _source(name: str) -> str:
         raise InvalidInput(
             f"`model` must be demo, a hub id, a folder or a .gguf file; got {name!r}."
         )
-    path = expanded(name)
     if name == "demo":
         return "demo"
+    if len(name) > _LONGEST_NAME:
+        raise UnknownName(f"unknown model {name[:40]!r}…: a name of {len(name)} characters.")
+    path = expanded(name)
     if path.is_dir():
         return "folder"
     if path.suffix == ".gguf" and path.is_file():

@@ -51,6 +51,7 @@ class TokenStore:
         self._chunks: list[Tensor] = []
         self._file: IO[bytes] | None = None
         self._features, self._dtype, self._in_memory = 0, torch.float32, 0
+        self._device = torch.device("cpu")
 
     def __enter__(self) -> "TokenStore":
         return self
@@ -80,7 +81,7 @@ class TokenStore:
                 f"a chunk must have {self._features} features of {self._dtype}; "
                 f"got {chunk.shape[1]} of {chunk.dtype}."
             )
-        self._features, self._dtype = chunk.shape[1], chunk.dtype
+        self._features, self._dtype, self._device = chunk.shape[1], chunk.dtype, chunk.device
         n_bytes = chunk.numel() * chunk.element_size()
         if self._file is None and self._budget.take(n_bytes):
             self._chunks.append(chunk.clone())
@@ -116,7 +117,7 @@ class TokenStore:
             first += chunk.shape[0]
         if end > max(start, first):
             stored = self._read(max(start, first), end - max(start, first))
-            parts.append(stored.to(parts[0].device) if parts else stored)
+            parts.append(stored.to(self._device))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def take(self, index: Int[Tensor, " rows"]) -> Float[Tensor, "rows features"]:

@@ -51,6 +51,7 @@ def score_exact(
     memory: int,
     report: Callable[[int], None],
     watch: Callback | None = None,
+    may_be_silent: bool = False,
 ) -> list[MeasuredLayer]:
     """Score layers from all their outputs; arguments as in `entangle.scoring.score.score`.
 
@@ -60,8 +61,10 @@ def score_exact(
     measured = []
     with ExitStack() as stack, full_precision():
         told, budget = _told(batches, report), ByteBudget(memory // 2)
-        recorded = _record(module, layers, told, budget, stack, watch)
+        recorded = _record(module, layers, told, budget, stack, watch, may_be_silent)
         for layer in layers:
+            if layer.name not in recorded:
+                continue
             measured.append(
                 _score_layer(
                     layer, recorded[layer.name], n_groups=n_groups, md=md, seed=seed,
@@ -86,6 +89,7 @@ def _record(
     budget: ByteBudget,
     stack: ExitStack,
     watch: Callback | None,
+    may_be_silent: bool,
 ) -> dict[str, RecordedInputs]:
     """Record the inputs of each layer; neighbours with the same input tensor share a record.
 
@@ -117,7 +121,7 @@ def _record(
             n_tokens[layer.name] += rows.shape[0]
         last = layer, SeenTensor.of(inputs)
 
-    run_observed(module, layers, batches, keep)
+    run_observed(module, layers, batches, keep, may_be_silent=may_be_silent)
     for name, inputs in recorded.items():
         if n_tokens[name] != inputs.store.n_tokens:
             raise InvalidInput(

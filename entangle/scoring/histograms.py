@@ -58,7 +58,8 @@ class LayerHistograms:
         -------
         pandas.DataFrame
             Columns ``left``, ``right`` (bin edges in the neuron's own units, between its smallest
-            and largest output) and ``count`` (tokens); empty bins at the ends are left out. A
+            and largest output) and ``count`` (tokens); empty bins at the ends are left out, and an
+            end bin of which less than half lies inside the outputs' range is joined to the next. A
             constant neuron has one bin around its value.
         """
         if not 0 <= index < len(self.counts):
@@ -72,15 +73,28 @@ class LayerHistograms:
         edges = bins.signed_edges(FOLD)[first : first + len(counts) + 1]
         edges = self.location[index] + self.scale[index] * edges
         if low < high:
-            edges, counts = _trimmed(edges.clip(low, high), counts)
+            widths = np.diff(edges)
+            if first == 0:  # the outermost bins are open
+                edges[0] = min(edges[0], low)
+            if first + len(counts) == bins.N_BINS // FOLD:
+                edges[-1] = max(edges[-1], high)
+            edges, counts = _trimmed(edges.clip(low, high), counts, widths)
         return pd.DataFrame({"left": edges[:-1], "right": edges[1:], "count": counts})
 
 
-def _trimmed(edges: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Add what lies in an end bin without width, on its edge, to the bin beside it."""
-    inner = np.flatnonzero(np.diff(edges) > 0)
-    first, last = inner[0], inner[-1]
+def _trimmed(
+    edges: np.ndarray, counts: np.ndarray, widths: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Join an end bin that was clipped below half its width to the bin beside it.
+
+    A single token in what is left of its bin would otherwise be drawn as a spike.
+    """
+    wide = np.flatnonzero(np.diff(edges) >= widths / 2)
+    if len(wide) == 0:
+        return edges[[0, -1]], counts.sum(keepdims=True)
+    first, last = wide[0], wide[-1]
+    kept = np.concatenate([edges[:1], edges[first + 1 : last + 1], edges[-1:]])
     joined = counts[first : last + 1].copy()
     joined[0] += counts[:first].sum()
     joined[-1] += counts[last + 1 :].sum()
-    return edges[first : last + 2], joined
+    return kept, joined

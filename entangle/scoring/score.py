@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -32,7 +33,7 @@ _BATCH_TOKENS = 4096
 
 def score(
     model: LanguageModel | nn.Module | str = "demo",
-    calibration: CalibrationSet | str = "demo",
+    calibration: CalibrationSet | str | Path = "demo",
     *,
     layers: int | str | Sequence[int | str] = "all",
     proj: str | None = None,
@@ -54,7 +55,8 @@ def score(
         A calibration set, or the name or path of one that `entangle.load_calibration` accepts with
         its default settings.
     layers, proj
-        Layers to score, as in `entangle.models.layers.find_layers`.
+        Layers to score, as in `entangle.models.layers.find_layers`. Those that see no token in a
+        forward pass are left out, and named in the manifest, unless they were asked for by name.
     method
         ``exact`` records the layers' inputs and sorts every neuron's outputs; ``sketch`` measures
         all layers in one forward pass, in memory that does not grow with the tokens; ``auto`` is
@@ -104,21 +106,25 @@ def score(
             measured = _measure(
                 resolved, language_model, chosen, calibration,
                 n_groups=groups, per_pass=per_pass, md=md, seed=seed, memory=memory, bar=bar,
-                watch=watch,
+                watch=watch, may_be_silent=not _is_named(layers, chosen),
             )  # fmt: skip
         except (RuntimeError, MemoryError) as error:
             if not _out_of_memory(error):
                 raise
             raise MemoryLimit(
-                f"memory ran out while scoring {len(chosen)} layer(s) by the {resolved} method; "
-                "lower --memory (memory), --batch-size (batch_size) or the number of layers."
+                f"memory ran out while scoring {len(chosen)} layer(s) by the {resolved} method on "
+                f"{per_pass} × {calibration.seq_len} tokens at a time; lower --seq-len (seq_len), "
+                "--batch-size (batch_size), --memory (memory) or the number of layers."
             ) from error
     manifest = make_manifest(
         KIND,
         model=language_model.describe(),
         calibration=calibration.describe(),
         settings={
-            "layers": [layer.name for layer in chosen],
+            "layers": [one.layer.name for one in measured],
+            "layers_without_tokens": sorted(
+                {layer.name for layer in chosen} - {one.layer.name for one in measured}
+            ),
             "method": resolved,
             "n_groups": groups,
             "batch_size": per_pass,
@@ -141,6 +147,12 @@ def _out_of_memory(error: Exception) -> bool:
     return named or "you tried to allocate" in str(error)
 
 
+def _is_named(layers: int | str | Sequence[int | str], chosen: Sequence[Layer]) -> bool:
+    """Tell whether one of the layers was asked for by its full name."""
+    asked = {layers} if isinstance(layers, int | str) else set(layers)
+    return any(layer.name in asked for layer in chosen)
+
+
 def _check_readable(layers: Sequence[Layer]) -> None:
     for layer in layers:
         if layer.weight.is_meta:
@@ -150,8 +162,8 @@ def _check_readable(layers: Sequence[Layer]) -> None:
             )
 
 
-def _calibration(calibration: CalibrationSet | str, model: LanguageModel) -> CalibrationSet:
-    if isinstance(calibration, str):
+def _calibration(calibration: CalibrationSet | str | Path, model: LanguageModel) -> CalibrationSet:
+    if not isinstance(calibration, CalibrationSet):
         return load_calibration(
             calibration,
             model.tokenizer,
@@ -188,13 +200,13 @@ def _resolve_method(
 def _n_groups(method: str, n_seq: int) -> int:
     if method == "exact":
         return min(EXACT_GROUPS, n_seq)
-    return max(1, min(SKETCH_GROUPS, n_seq // 2))
+    return n_seq if n_seq < SKETCH_GROUPS else min(SKETCH_GROUPS, n_seq // 2)
 
 
 def _batch_size(asked: int | None, calibration: CalibrationSet) -> int:
     if asked is None:
         return max(1, _BATCH_TOKENS // calibration.seq_len)
-    if isinstance(asked, bool) or asked < 1:
+    if isinstance(asked, bool) or not isinstance(asked, int) or asked < 1:
         raise InvalidInput(f"`batch_size` must be at least 1; got {asked!r}.")
     return asked
 
@@ -220,6 +232,7 @@ def _measure(
     memory: int,
     bar: Progress,
     watch: Callback | None,
+    may_be_silent: bool,
 ) -> list[MeasuredLayer]:
     batches = _batches(calibration, n_groups, per_pass)
     if method == "exact":
@@ -227,11 +240,12 @@ def _measure(
         return score_exact(
             model.module, layers, batches,
             n_groups=n_groups, md=md, seed=seed, memory=memory, report=bar.advance, watch=watch,
+            may_be_silent=may_be_silent,
         )  # fmt: skip
     bar.start(calibration.n_seq, "sequences")
     paired = min(MAX_PAIRS, calibration.n_tokens // 2) if md else 0
     return score_sketched(
         model.module, layers, batches,
         n_groups=n_groups, pair_share=2 * paired / calibration.n_tokens, seed=seed,
-        report=bar.advance, watch=watch,
+        report=bar.advance, watch=watch, may_be_silent=may_be_silent,
     )  # fmt: skip

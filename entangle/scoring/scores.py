@@ -35,7 +35,8 @@ class NeuronScores:
 
     frame: pd.DataFrame
     """One row a neuron: model, layer, block, projection, neuron, wd, wd_se, wd_bound, ks, mean,
-    std, skewness, excess_kurtosis, weight_norm, md, n_tokens, flag ("" or constant, nan, inf)."""
+    std, skewness, excess_kurtosis, weight_norm, md, n_tokens, flag ("", constant, nan,
+    inf, or coarse where a sketch's histogram cannot resolve the WD)."""
     layers: pd.DataFrame
     """One row a layer: layer, block, projection, n_neurons, n_tokens, method, null_floor,
     null_floor_high, split_half, n_pairs, n_identical_pairs and the rank agreement of MD with its
@@ -82,24 +83,28 @@ class NeuronScores:
         ``manifest.json``. An existing result is replaced only with ``force``.
         """
         with output_folder(path, force=force) as folder:
-            self.frame.to_parquet(folder / "scores.parquet", index=False)
-            self.layers.to_parquet(folder / "layers.parquet", index=False)
-            vectors = {
-                str(name): np.ascontiguousarray(part["wd"].to_numpy(np.float64))
-                for name, part in self.frame.groupby("layer", sort=False)
-            }
-            content = to_safetensors(vectors, {"column": "wd"})
-            (folder / "scores.safetensors").write_bytes(content)
-            arrays = {
-                f"{name}:{key}": np.ascontiguousarray(getattr(histograms, key))
-                for name, histograms in self.histograms.items()
-                for key in _ARRAYS
-            }
-            first = {name: h.first_bin for name, h in self.histograms.items()}
-            content = to_safetensors(arrays, {"first_bin": json.dumps(first)})
-            (folder / "histograms.safetensors").write_bytes(content)
-            write_json(folder / "manifest.json", self.manifest)
+            self.write(folder)
         return Path(path)
+
+    def write(self, folder: Path) -> None:
+        """Write the files of `save` into a folder that exists."""
+        self.frame.to_parquet(folder / "scores.parquet", index=False)
+        self.layers.to_parquet(folder / "layers.parquet", index=False)
+        vectors = {
+            str(name): np.ascontiguousarray(part["wd"].to_numpy(np.float64))
+            for name, part in self.frame.groupby("layer", sort=False)
+        }
+        content = to_safetensors(vectors, {"column": "wd"})
+        (folder / "scores.safetensors").write_bytes(content)
+        arrays = {
+            f"{name}:{key}": np.ascontiguousarray(getattr(histograms, key))
+            for name, histograms in self.histograms.items()
+            for key in _ARRAYS
+        }
+        first = {name: h.first_bin for name, h in self.histograms.items()}
+        content = to_safetensors(arrays, {"first_bin": json.dumps(first)})
+        (folder / "histograms.safetensors").write_bytes(content)
+        write_json(folder / "manifest.json", self.manifest)
 
     def _repr_html_(self) -> str:
         counts = f"{len(self.frame):,} neurons in {len(self.layers)} layer(s)"

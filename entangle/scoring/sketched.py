@@ -74,6 +74,7 @@ def score_sketched(
     seed: int,
     report: Callable[[int], None],
     watch: Callback | None = None,
+    may_be_silent: bool = False,
 ) -> list[MeasuredLayer]:
     """Score layers in one pass over the batches.
 
@@ -88,6 +89,8 @@ def score_sketched(
         Called with the number of sequences after each batch.
     watch
         Called with every layer, its inputs and its outputs.
+    may_be_silent
+        Leave out layers that see no token instead of refusing them.
     """
     work = Scratch()
     outputs = {
@@ -113,8 +116,8 @@ def score_sketched(
                 differences[layer.name].update(rows[first], rows[second], distance)
 
     with full_precision(), torch.no_grad():
-        run_observed(module, layers, reported(), update)
-        results = {name: sketch.result() for name, sketch in outputs.items()}
+        run_observed(module, layers, reported(), update, may_be_silent=may_be_silent)
+        results = {name: sketch.result() for name, sketch in outputs.items() if sketch.n_tokens}
     return [
         MeasuredLayer(
             layer=layer,
@@ -125,4 +128,5 @@ def score_sketched(
             method="sketch",
         )
         for layer in layers
+        if layer.name in results
     ]

@@ -13,6 +13,9 @@ from entangle.stats.mapping_difficulty import OutputNorm
 from entangle.stats.wasserstein import null_floor
 
 Vector = npt.NDArray[np.float64]
+COARSE = 0.05
+"""Largest possible error of a WD, in σ, above which a sketch's histogram counts as too coarse."""
+
 _OTHER_NORMS: tuple[OutputNorm, ...] = ("mean", "max")
 
 
@@ -41,6 +44,9 @@ def _neuron_rows(measured: MeasuredLayer, model: str) -> pd.DataFrame:
         ["nan", "inf", "constant"],
         default="",
     )
+    coarse = (flags == "") & (measured.wd_bound.numpy() > COARSE)
+    flags = np.where(coarse, "coarse", flags)
+    hidden = np.where(coarse, np.nan, 1.0)
     if measured.pairs is not None:
         md = np.where(flags == "", measured.pairs.md().numpy(), np.nan)
     return pd.DataFrame(
@@ -50,10 +56,10 @@ def _neuron_rows(measured: MeasuredLayer, model: str) -> pd.DataFrame:
             "block": pd.array([layer.block] * count, dtype="Int64"),
             "projection": pd.Series([layer.projection] * count, dtype="str"),
             "neuron": np.arange(count),
-            "wd": shape.wd.numpy(),
-            "wd_se": measured.sketch.wd_se.numpy(),
+            "wd": shape.wd.numpy() * hidden,
+            "wd_se": measured.sketch.wd_se.numpy() * hidden,
             "wd_bound": measured.wd_bound.numpy(),
-            "ks": shape.ks.numpy(),
+            "ks": shape.ks.numpy() * hidden,
             "mean": shape.mean.numpy(),
             "std": shape.std.numpy(),
             "skewness": shape.skewness.numpy(),

@@ -200,7 +200,12 @@ def test_memory_that_runs_out(run: Run, place: Path, monkeypatch: pytest.MonkeyP
         raise MemoryError
 
     monkeypatch.setattr(score_module, "score_exact", fail)
-    check(run, place, ["model", *TEXT.split(), "--out", "run"], "; lower --memory (memory), ")
+    check(
+        run,
+        place,
+        ["model", *TEXT.split(), "--out", "run"],
+        "at a time; lower --seq-len (seq_len), ",
+    )
 
 
 def test_output_is_checked_before_the_model_is_loaded(

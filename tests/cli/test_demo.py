@@ -8,6 +8,7 @@ import entangle
 from entangle.calibration import CalibrationSet
 from entangle.cli import demo
 from entangle.errors import Unavailable
+from entangle.evaluation import EvaluationText
 from entangle.models.loading import LanguageModel
 from tests.cli.runs import Run
 
@@ -24,6 +25,8 @@ def tiny_demo(
     """A tiny model and random ids in the place of the demo's."""
     monkeypatch.setattr("entangle.models.loading.load_model", lambda _name: tiny("llama"))
     monkeypatch.setattr("entangle.calibration.load_calibration", lambda *_, **__: calibration)
+    text = EvaluationText(calibration.ids[:4], "ids", {})
+    monkeypatch.setattr("entangle.evaluation.load_evaluation", lambda *_, **__: text)
 
 
 def check_result(folder: Path, out: str) -> None:
@@ -33,7 +36,12 @@ def check_result(folder: Path, out: str) -> None:
     assert all((folder / "figures" / name).stat().st_size > 0 for name in FILES)
     assert "The 10 largest WD" in out
     assert f"Saved to {folder}." in out
-    assert out.count("Figure: ") == 4
+    assert out.count("Figure: ") == 5
+    result = entangle.load_ablation(folder / "ablation")
+    arms = result.frame[["selection", "seed", "strength"]].drop_duplicates()
+    assert len(arms) == 1 + len(demo.STRENGTHS) * (2 + demo.SEEDS)
+    figures = sorted(path.name for path in (folder / "ablation" / "figures").iterdir())
+    assert figures == [f"ablation_perplexity_ratio.{e}" for e in ("csv", "pdf", "png")]
 
 
 @pytest.mark.usefixtures("tiny_demo")
@@ -51,6 +59,18 @@ def test_the_demo_from_model_to_figures(run: Run, tmp_path: Path) -> None:
     assert "exists; name another one or use --force" in err
 
 
+@pytest.mark.usefixtures("tiny_demo")
+def test_an_interrupted_demo_leaves_nothing(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("entangle.ablation.ablate", interrupt)
+    assert run("demo", "--out", tmp_path / "demo").status == 130
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.fixture
 def real_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     """The demo's own model and text, fewer tokens of it."""
@@ -62,6 +82,10 @@ def real_demo(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip(f"the demo files cannot be had: {error}")
     monkeypatch.setattr(demo, "N_SEQ", 2)
     monkeypatch.setattr(demo, "SEQ_LEN", 256)
+    monkeypatch.setattr(demo, "EVAL_SEQ_LEN", 64)
+    monkeypatch.setattr(demo, "EVAL_WINDOWS", 2)
+    monkeypatch.setattr(demo, "SEEDS", 1)
+    monkeypatch.setattr(demo, "ABLATED", "model.layers.1.mlp.up_proj")
 
 
 @pytest.mark.demo

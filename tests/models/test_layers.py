@@ -305,3 +305,23 @@ def test_blocks_of_a_multimodal_model_are_the_texts() -> None:
     )
     module = LlavaForConditionalGeneration(config)
     assert find_blocks(module)[0] == "model.language_model.layers"
+
+
+class _Router(nn.Linear):
+    """Inherits from a linear layer, but returns no single tensor, as Llama 4's router does."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        scores = super().forward(x)
+        return scores, scores.softmax(-1)
+
+
+class _QuantisedLinear(nn.Linear):
+    """A linear layer with a way of its own to compute the same output."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x)
+
+
+def test_a_router_that_inherits_from_linear_is_no_layer() -> None:
+    module = nn.ModuleDict({"router": _Router(4, 2), "own": _QuantisedLinear(4, 2)})
+    assert [layer.name for layer in list_layers(module)] == ["own"]

@@ -100,3 +100,22 @@ def test_neurons_that_do_not_exist(neuron: int) -> None:
     y = np.arange(16, dtype=np.float32).reshape(8, 2)
     with pytest.raises(InvalidInput, match=rf"`neuron` must be in 0\.\.1; got {neuron}"):
         histograms(y).neuron(neuron)
+
+
+def test_a_clipped_end_bin_is_no_spike() -> None:
+    """One token just inside its bin must not be as dense as thousands in a bin of full width."""
+    y = np.random.default_rng(0).standard_normal(4000).astype(np.float32)
+    for neuron in range(20):
+        outputs = np.append(y, np.float32(5 + neuron / 100))
+        frame = histograms(outputs[:, None]).neuron(0)
+        density = (frame["count"] / (frame["right"] - frame["left"])).to_numpy()
+        assert density[[0, -1]].max() < density.max() / 4
+        check(frame, outputs.astype(np.float64))
+
+
+def test_outliers_beyond_the_open_bins_are_inside_the_last_one() -> None:
+    y = np.append(0.01 * np.random.default_rng(0).standard_normal(4000), [100.0, -300.0])
+    frame = histograms(y.astype(np.float32)[:, None]).neuron(0)
+    assert frame["right"].iloc[-1] == pytest.approx(100.0)
+    assert frame["left"].iloc[0] == pytest.approx(-300.0)
+    assert frame["count"].sum() == len(y)

@@ -183,6 +183,7 @@ def test_the_manifest_tells_what_was_done(
     assert manifest["calibration"] == calibration.describe()
     assert manifest["settings"] == {
         "layers": [layer.name for layer in find_layers(tiny("gpt2").module, 1)],
+        "layers_without_tokens": [],
         "method": "sketch", "n_groups": 6, "batch_size": 256, "md": True, "seed": 0,
     }  # fmt: skip
     assert isinstance(manifest["seconds"], float)
@@ -264,7 +265,7 @@ def test_running_out_of_memory_names_the_settings(
         raise error
 
     monkeypatch.setattr(score_module, "score_exact", fail)
-    message = r"by the exact method; lower --memory \(memory\), --batch-size \(batch_size\) or the"
+    message = r"by the exact method on 256 × 16 tokens at a time; lower --seq-len"
     with pytest.raises(MemoryLimit, match=message):
         score(tiny("llama"), calibration, layers=1, method="exact")
 

@@ -1,15 +1,16 @@
 """Broken weights, hardly any token, ids that do not fit."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from entangle.calibration import CalibrationSet
+from entangle.calibration import CalibrationSet, load_calibration
 from entangle.errors import InvalidInput
-from entangle.models.loading import LanguageModel, as_language_model
+from entangle.models.loading import LanguageModel, as_language_model, load_model
 from entangle.scoring.score import Method, score
 from entangle.scoring.scores import NeuronScores
 from tests.tiny_models import TINY
@@ -115,3 +116,65 @@ def test_an_offloaded_layer_is_refused(calibration: CalibrationSet) -> None:
     module.get_submodule("model.layers.1.mlp.gate_proj").to("meta")
     with pytest.raises(InvalidInput, match=r"layers\.1\.mlp\.gate_proj' are offloaded"):
         score(as_language_model(module), calibration, layers=1, proj="gate_proj")
+
+
+class _SpareHead(nn.Module):
+    """A causal model with one linear in its blocks that never runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = TINY["llama"]()
+        self.config = self.inner.config
+        self.inner.model.layers[0].spare = nn.Linear(8, 8)  # type: ignore[union-attr, index]
+
+    def forward(self, ids: torch.Tensor, **options: object) -> object:
+        return self.inner(ids, **options)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_layers_that_see_no_token_are_left_out_unless_named(
+    method: Method, calibration: CalibrationSet
+) -> None:
+    module = _SpareHead()
+    scores = score(module, calibration, layers="all", method=method)
+    spare = "inner.model.layers.0.spare"
+    assert spare not in set(scores.frame["layer"])
+    settings = scores.manifest["settings"]
+    assert isinstance(settings, dict)
+    assert settings["layers_without_tokens"] == [spare]
+    with pytest.raises(InvalidInput, match="sees no token"):
+        score(module, calibration, layers=[0, spare], method=method)
+
+
+def test_a_pilot_without_spread_is_flagged_and_not_scored(tiny: Tiny) -> None:
+    ids = torch.randint(4, 112, (12, 64), generator=torch.Generator().manual_seed(0))
+    ids[:4] = 7  # the bins are placed where all tokens are one
+    calibration = CalibrationSet(ids, "padded", {})
+    layer = "model.layers.1.mlp.gate_proj"
+    exact = score(tiny("llama"), calibration, layers=layer, method="exact").frame
+    sketch = score(tiny("llama"), calibration, layers=layer, method="sketch", batch_size=4).frame
+    assert (exact["flag"] == "").all()
+    scored = sketch["flag"] == ""
+    assert (sketch.loc[~scored, "flag"] == "coarse").all()
+    assert sketch.loc[~scored, ["wd", "wd_se", "ks"]].isna().all(axis=None)
+    error = (sketch["wd"] - exact["wd"]).abs()[scored]
+    assert (error <= sketch["wd_bound"][scored]).all()
+    assert not scored.all()
+
+
+def test_a_path_is_a_calibration_source(
+    tiny_folder: Callable[[str], Path], text_file: Path
+) -> None:
+    model = load_model(str(tiny_folder("llama")))
+    calibration = load_calibration(
+        text_file, model.tokenizer, context_length=model.context_length, vocab_size=model.vocab_size
+    )
+    expected = score(model, calibration, layers=1, proj="up_proj").frame
+    assert score(model, text_file, layers=1, proj="up_proj").frame.equals(expected)
+
+
+def test_few_sequences_have_a_group_each(tiny: Tiny, calibration: CalibrationSet) -> None:
+    few = CalibrationSet(calibration.ids[:3], "few", {})
+    scores = score(tiny("llama"), few, layers=1, method="sketch")
+    assert scores.manifest["settings"]["n_groups"] == 3  # type: ignore[index]
+    assert scores.frame["wd_se"].notna().all()
