@@ -18,6 +18,8 @@ from entangle.scoring.scores import NeuronScores, load_scores
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from entangle.plotting.style import Column
+
 KIND = "ablation"
 ARM = ["intervention", "strength", "experts", "selection", "by", "seed"]
 """Columns that name an arm."""
@@ -115,9 +117,12 @@ class AblationResult:
 
     def plot(self, measure: str = "perplexity_ratio") -> "Figure":
         """Draw a measure against strength, one line a selection; see `figure_ablation`."""
-        from entangle.plotting import figure_ablation  # drawing is on a floor above
+        from entangle.plotting import figure_ablation  # matplotlib is slow to import
 
-        return figure_ablation(self.frame, measure=measure)
+        arms = self.frame[self.frame["selection"] != "dense"]
+        panels = len(arms[["intervention", "experts"]].drop_duplicates())
+        column: Column = "single" if panels == 1 else "double"
+        return figure_ablation(self.frame, measure=measure, column=column)
 
     def save(self, path: str | os.PathLike[str], *, force: bool = False) -> Path:
         """Write tables, scores and manifest to a folder, complete or not at all."""
