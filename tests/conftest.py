@@ -1,5 +1,6 @@
 """Fixtures that several rooms share; heavy imports happen when a fixture is first used."""
 
+import signal
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -29,6 +30,12 @@ def _has_cuda() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interruptible() -> None:
+    """Make Ctrl-C a KeyboardInterrupt also where the tests run in the background of a shell."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
