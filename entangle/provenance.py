@@ -13,12 +13,16 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from entangle.errors import EntangleError, InvalidInput, Unavailable
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SCHEMA_VERSION = 1
 PACKAGES = (
@@ -223,3 +227,28 @@ def _umask() -> int:
     current = os.umask(0)
     os.umask(current)
     return current
+
+
+def read_table(path: Path, columns: Sequence[str] = ()) -> "pd.DataFrame":
+    """Read a Parquet table of a result folder.
+
+    Raises
+    ------
+    InvalidInput
+        If the file is missing or corrupt, or lacks one of ``columns``.
+    """
+    import pandas as pd
+    from pyarrow import ArrowException
+
+    try:
+        table = pd.read_parquet(path)
+    except (OSError, ArrowException) as error:
+        raise InvalidInput(
+            f"{str(path)!r} cannot be read ({error}); make the result anew."
+        ) from error
+    missing = [name for name in columns if name not in table.columns]
+    if missing:
+        raise InvalidInput(
+            f"{str(path)!r} must have the column {missing[0]!r}; make the result anew."
+        )
+    return table

@@ -11,15 +11,16 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "entangle"
 FLOORS = (
     {"errors"},
-    {"seeding", "precision", "provenance", "progress"},
+    {"seeding", "precision", "provenance", "progress", "html_tables"},
+    {"unfinished"},
     {"stats", "pruning", "routing"},
     {"models", "calibration", "plotting"},
     {"recording"},
     {"evaluation", "scoring", "allocation"},
-    {"expansion"},
+    {"expansion", "modes"},
     {"ablation"},
-    {"analysis"},
-    {"explore", "cli"},
+    {"analysis", "decomposition"},
+    {"explorer", "cli"},
 )
 SIBLINGS = {("routing", "stats"), ("calibration", "models")}
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -1,6 +1,5 @@
 """Where a sweep keeps its finished arms, so that a killed sweep goes on where it was."""
 
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -13,9 +12,9 @@ from safetensors.numpy import load_file
 from safetensors.numpy import save as to_safetensors
 
 from entangle.errors import InvalidInput
-from entangle.provenance import check_output, disk_errors
+from entangle.provenance import disk_errors
+from entangle.unfinished import Unfinished
 
-_PLAN = "plan.json"
 _REMEDY = "name another folder; --resume goes on with what is written"
 
 
@@ -26,8 +25,8 @@ class ArmFolder:
     ----------
     final
         Name of the finished result.
-    plan
-        What is measured; a sweep is resumed only by one of the same plan.
+    manifest
+        What is measured; a sweep is resumed only by one of the same model, texts and settings.
     resume
         Go on with an unfinished sweep, if there is one.
     force
@@ -42,23 +41,15 @@ class ArmFolder:
     def __init__(
         self,
         final: str | os.PathLike[str],
-        plan: Mapping[str, object],
+        manifest: Mapping[str, object],
         *,
         resume: bool,
         force: bool,
     ) -> None:
-        self.final = check_output(final, force=force)
-        self.path = self.final.with_name(f".{self.final.name}.ablating")
-        if self.path.exists() and not resume:
-            if not force:
-                raise InvalidInput(
-                    f"an unfinished ablation of {str(final)!r} lies beside it; go on with --resume "
-                    "(resume=True) or start anew with --force (force=True)."
-                )
-            shutil.rmtree(self.path)
-        self._plan = plan
-        if (self.path / _PLAN).exists():
-            self._check_same(plan)
+        self._unfinished = Unfinished(
+            final, manifest, what="ablation", ending="ablating", resume=resume, force=force
+        )
+        self.path = self._unfinished.path
 
     def read(self, key: str) -> dict[str, NDArray[np.float64]] | None:
         """Return the raw numbers of a finished arm, or None."""
@@ -74,11 +65,12 @@ class ArmFolder:
 
     def write(self, key: str, found: Mapping[str, NDArray[np.float64]]) -> None:
         """Keep the raw numbers of an arm; the file appears when it is complete."""
-        with disk_errors(self.final, remedy=_REMEDY):
-            self.path.mkdir(parents=True, exist_ok=True)
-            if not (self.path / _PLAN).exists():
-                self._replace(self.path / _PLAN, (json.dumps(self._plan, indent=2) + "\n").encode())
-            self._replace(self._file(key), to_safetensors(dict(found)))
+        self._unfinished.begin()
+        path = self._file(key)
+        with disk_errors(self._unfinished.final, remedy=_REMEDY):
+            temporary = path.with_suffix(".writing")
+            temporary.write_bytes(to_safetensors(dict(found)))
+            os.replace(temporary, path)  # noqa: PTH105  (the atomic one)
 
     def remove(self) -> None:
         """Remove the arms' files, once the result is saved."""
@@ -86,22 +78,3 @@ class ArmFolder:
 
     def _file(self, key: str) -> Path:
         return self.path / f"arm-{key}.safetensors"
-
-    @staticmethod
-    def _replace(path: Path, content: bytes) -> None:
-        temporary = path.with_suffix(".writing")
-        temporary.write_bytes(content)
-        os.replace(temporary, path)  # noqa: PTH105  (the atomic one)
-
-    def _check_same(self, plan: Mapping[str, object]) -> None:
-        try:
-            found = json.loads((self.path / _PLAN).read_text(encoding="utf-8"))
-        except ValueError:
-            found = {}
-        wanted = json.loads(json.dumps(plan))
-        differing = [name for name in wanted if found.get(name) != wanted[name]]
-        if differing:
-            raise InvalidInput(
-                f"the unfinished ablation of {str(self.final)!r} has another {differing[0]}; "
-                "start anew with --force (force=True) without --resume."
-            )

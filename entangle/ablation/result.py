@@ -1,6 +1,5 @@
 """The result of an ablation: a tidy table, the raw numbers behind it, and what they say."""
 
-import html
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,7 +11,8 @@ import pandas as pd
 
 from entangle.errors import InvalidInput, unknown_name
 from entangle.evaluation import Perplexity, perplexity_ratio
-from entangle.provenance import expanded, output_folder, read_manifest, write_json
+from entangle.html_tables import described, html_result
+from entangle.provenance import expanded, output_folder, read_manifest, read_table, write_json
 from entangle.scoring.scores import NeuronScores, load_scores
 
 if TYPE_CHECKING:
@@ -143,11 +143,17 @@ class AblationResult:
         return Perplexity(mean, described, int(described["n_tokens"]), None, None)
 
     def _repr_html_(self) -> str:
-        model = self.manifest.get("model")
-        name = html.escape(str(model.get("name") if isinstance(model, dict) else "?"))
-        measure = str(self.frame["measure"].iloc[0])
-        table = self.summary(measure).to_html(index=False, float_format="{:.4g}".format, border=0)
-        return f"<p>Ablation of {name}: {html.escape(measure)}</p>{table}"
+        measures = [str(name) for name in self.frame["measure"].unique()]
+        shown = "perplexity" if "perplexity" in measures else measures[0]
+        changed = self.selections["layer"].nunique()
+        text = described(self.manifest, "evaluation", "text", "source", default="minimal pairs")
+        lines = [
+            f"{len(self.frame.drop_duplicates(ARM)) - 1:,} arms and the dense model, neurons of "
+            f"{changed:,} layer(s), measured on {text}",
+            f"{shown}; measured: {', '.join(measures)}",
+        ]
+        title = f"Ablation of {described(self.manifest, 'model', 'name')}"
+        return html_result(title, lines, self.summary(shown), rows=20)
 
 
 def load_ablation(path: str | os.PathLike[str]) -> AblationResult:
@@ -160,19 +166,8 @@ def load_ablation(path: str | os.PathLike[str]) -> AblationResult:
     """
     manifest = read_manifest(path, KIND)
     folder = expanded(path)
-    frame, *others = (_read(folder / f"{name}.parquet") for name in _TABLES)
+    frame, *others = (read_table(folder / f"{name}.parquet") for name in _TABLES)
     tables = dict(zip(_TABLES[1:], others, strict=True))
     return AblationResult(
         frame=frame, **tables, scores=load_scores(folder / "scores"), manifest=manifest
     )
-
-
-def _read(path: Path) -> pd.DataFrame:
-    from pyarrow import ArrowException
-
-    try:
-        return pd.read_parquet(path)
-    except (OSError, ArrowException) as error:
-        raise InvalidInput(
-            f"{str(path)!r} cannot be read ({error}); make the result anew."
-        ) from error

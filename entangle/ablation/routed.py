@@ -6,17 +6,16 @@ from functools import partial
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Int64
 from torch import Tensor, nn
 
-from entangle.ablation.routed_rows import FittedRows, RoutedRows, RowIndices, row_indices
+from entangle.ablation.routed_rows import FittedRows, RoutedRows, RowIndices, chosen_rows
 from entangle.ablation.row_solve import RowGroup, RowSettings, fit_group, measure_group
 from entangle.calibration import CalibrationSet
 from entangle.errors import InvalidInput, NumericalError, unknown_name
 from entangle.expansion.build import HiddenStates, record_inputs
 from entangle.expansion.packing import pack
 from entangle.models.blocks import BlockRunner
-from entangle.models.layers import LISTING, Layer, list_layers
+from entangle.models.layers import Layer
 from entangle.models.loading import LanguageModel, as_language_model
 from entangle.progress import Progress, ProgressBar
 from entangle.pruning.methods import METHODS
@@ -27,7 +26,6 @@ from entangle.seeding import check_seed
 __all__ = ["RoutedRows", "fit_rows"]
 
 DEFAULT_MEMORY = 2 * 2**30
-_BATCH_TOKENS = 4096  # as in `entangle.expand`: the same batches give the same bits
 
 
 def fit_rows(
@@ -99,7 +97,7 @@ def fit_rows(
         seed=seed, md=md,
     )  # fmt: skip
     dense = as_language_model(model)
-    chosen = _check_rows(dense.module, rows)
+    chosen = chosen_rows(dense.module, rows)
     with ProgressBar("solving rows", enabled=progress) as bar:
         parts = _fit_blocks(dense.module, calibration, chosen, settings, memory, bar)
     order = {layer.name: i for i, (layer, _) in enumerate(chosen)}
@@ -122,9 +120,10 @@ def _fit_blocks(
     rows = {layer.name: index for layer, index in chosen}
     blocks = max(layer.block for layer, _ in chosen if layer.block is not None) + 1
     runner, parts = BlockRunner(module), []
-    batch = max(1, _BATCH_TOKENS // calibration.seq_len)
     bar.start(blocks, "blocks")
-    with closing(HiddenStates(calibration.ids.split(batch), memory=memory // 4)) as states:
+    with closing(
+        HiddenStates(calibration.ids.split(calibration.per_pass), memory=memory // 4)
+    ) as states:
         states.enter(runner)
         for block in range(blocks):
             layers = [layer for layer, _ in chosen if layer.block == block]
@@ -208,29 +207,3 @@ def _settings(
     if router not in KINDS:
         raise unknown_name("router", router, KINDS)
     return RowSettings(shares, numbers, pruner, router, damping, restarts, check_seed(seed), md)
-
-
-def _check_rows(
-    module: nn.Module, rows: Mapping[str, RowIndices]
-) -> list[tuple[Layer, Int64[Tensor, " chosen"]]]:
-    """Return the layers that have rows, in module order, with their indices in ascending order."""
-    layers = {layer.name: layer for layer in list_layers(module)}
-    for name in rows:
-        if name not in layers:
-            raise unknown_name("layer", name, layers, LISTING)
-    chosen = []
-    for name, layer in layers.items():
-        index = row_indices(name, rows.get(name, ())).unique()
-        if not index.numel():
-            continue
-        if layer.block is None:
-            raise InvalidInput(f"layer {name!r} lies outside the blocks; leave it out.")
-        if int(index[0]) < 0 or int(index[-1]) >= layer.out_features:
-            raise InvalidInput(
-                f"`rows` of layer {name!r} must lie in [0, {layer.out_features}); "
-                f"got {int(index[0])} to {int(index[-1])}."
-            )
-        chosen.append((layer, index))
-    if not chosen:
-        raise InvalidInput("`rows` must name at least one neuron; got none.")
-    return chosen

@@ -13,7 +13,7 @@ from entangle.ablation.row_experts import RowExperts
 from entangle.errors import InvalidInput, unknown_name
 from entangle.expansion.linear import SharedRouting
 from entangle.expansion.packing import Packed, unpack
-from entangle.models.layers import find_layers
+from entangle.models.layers import LISTING, Layer, find_layers, list_layers
 from entangle.models.loading import LanguageModel
 from entangle.routing import Router
 
@@ -172,3 +172,36 @@ def row_indices(layer: str, rows: RowIndices) -> Int64[Tensor, " rows"]:
             f"got shape {values.shape} of {values.dtype}."
         )
     return torch.from_numpy(values.astype(np.int64))
+
+
+def chosen_rows(
+    module: nn.Module, rows: Mapping[str, RowIndices]
+) -> list[tuple[Layer, Int64[Tensor, " chosen"]]]:
+    """Return the layers that have rows, in module order, with their indices in ascending order.
+
+    Raises
+    ------
+    UnknownName, InvalidInput
+        If there is no such layer, it lies outside the blocks, an index is outside it, or there is
+        no row at all.
+    """
+    layers = {layer.name: layer for layer in list_layers(module)}
+    for name in rows:
+        if name not in layers:
+            raise unknown_name("layer", name, layers, LISTING)
+    chosen = []
+    for name, layer in layers.items():
+        index = row_indices(name, rows.get(name, ())).unique()
+        if not index.numel():
+            continue
+        if layer.block is None:
+            raise InvalidInput(f"layer {name!r} lies outside the blocks; leave it out.")
+        if int(index[0]) < 0 or int(index[-1]) >= layer.out_features:
+            raise InvalidInput(
+                f"`rows` of layer {name!r} must lie in [0, {layer.out_features}); "
+                f"got {int(index[0])} to {int(index[-1])}."
+            )
+        chosen.append((layer, index))
+    if not chosen:
+        raise InvalidInput("`rows` must name at least one neuron; got none.")
+    return chosen

@@ -15,8 +15,6 @@ from entangle.scoring.score import score
 from entangle.scoring.scores import NeuronScores
 from entangle.stats.gram import Gram, GramResult
 
-_BATCH_TOKENS = 4096
-
 
 @dataclass(frozen=True, eq=False)
 class LayerStatistics:
@@ -100,7 +98,7 @@ def _run(
     watch: Callable[[Layer, Tensor, Tensor], None],
     progress: bool | None,
 ) -> None:
-    per_pass = max(1, _BATCH_TOKENS // calibration.seq_len)
+    per_pass = calibration.per_pass
     with ProgressBar("calibrating", enabled=progress) as bar:
         bar.start(calibration.n_seq, "sequences")
 

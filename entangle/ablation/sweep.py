@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 
 import numpy as np
 import pandas as pd
@@ -175,8 +176,7 @@ def ablate(
     )
     folder = None
     if out is not None:
-        plan = {key: manifest[key] for key in ("model", "calibration", "evaluation", "settings")}
-        folder = ArmFolder(out, plan, resume=resume, force=force)
+        folder = ArmFolder(out, manifest, resume=resume, force=force)
     if scores is not None:
         check_scores_fit(scores, dense)
         scores = _only(scores, chosen)
@@ -224,9 +224,9 @@ def _run(
 ) -> tuple[list[dict[str, NDArray[np.float64]]], pd.DataFrame, dict[str, NDArray[np.float64]]]:
     """Measure every arm that is not finished yet."""
     results = []
-    with ProgressBar("ablating", enabled=progress) as bar:
+    with ProgressBar("ablating", enabled=progress) as bar, ExitStack() as stack:
         bar.start(len(arms) + 1, "arms")
-        meter = Meter(model, protocol, memory=memory)
+        meter = stack.enter_context(closing(Meter(model, protocol, memory=memory)))
         bar.advance()
         for arm in arms:
             found = None if folder is None else folder.read(arm.key)
@@ -240,7 +240,6 @@ def _run(
         steps = pd.DataFrame({"intervention": []})
         if match is not None:
             steps = search_matched(bench, arms, results, meter, by=match)
-        meter.close()
     return results, steps, meter.dense
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from entangle.ablation.arms import INTERVENTIONS, PRUNERS
 from entangle.ablation.interventions import RowEdit, edited_outputs, pruned_rows, swapped_rows
-from entangle.ablation.routed_rows import RowIndices, row_indices
+from entangle.ablation.routed_rows import RowIndices, chosen_rows
 from entangle.ablation.selection import Selection
 from entangle.errors import InvalidInput, unknown_name
 from entangle.evaluation import EvaluationText, window_losses
@@ -23,7 +23,7 @@ from entangle.evaluation.forward import as_causal_model, check_fits
 from entangle.evaluation.perplexity import window_memory, windows_in_a_pass
 from entangle.expansion.build import HiddenStates
 from entangle.models.blocks import BlockRunner
-from entangle.models.layers import LISTING, Layer, list_layers
+from entangle.models.layers import Layer
 from entangle.models.loading import LanguageModel
 from entangle.progress import Progress, ProgressBar
 from entangle.seeding import check_seed
@@ -132,7 +132,7 @@ def single_neuron_damage(
     """
     dense = as_causal_model(model)
     check_fits(dense, text)
-    chosen = _chosen(dense.module, rows)
+    chosen = chosen_rows(dense.module, rows)
     pruned = _pruned(chosen, grams or {}, intervention, strength, damping, check_seed(seed))
     change = _Change(intervention, float(strength), means, pruned)
     per_pass = windows_in_a_pass(batch_size, dense, text)
@@ -221,27 +221,3 @@ def _pruned(
         for neuron, row in zip(index.tolist(), weight.split(1), strict=True):
             found[layer.name, neuron] = row
     return found
-
-
-def _chosen(module: nn.Module, rows: Mapping[str, RowIndices]) -> list[Chosen]:
-    """Return the layers that have rows, in module order, with their indices in ascending order."""
-    layers = {layer.name: layer for layer in list_layers(module)}
-    for name in rows:
-        if name not in layers:
-            raise unknown_name("layer", name, layers, LISTING)
-    chosen = []
-    for name, layer in layers.items():
-        index = row_indices(name, rows.get(name, ())).unique()
-        if not index.numel():
-            continue
-        if layer.block is None:
-            raise InvalidInput(f"layer {name!r} lies outside the blocks; leave it out.")
-        if int(index[0]) < 0 or int(index[-1]) >= layer.out_features:
-            raise InvalidInput(
-                f"`rows` of layer {name!r} must lie in [0, {layer.out_features}); "
-                f"got {int(index[0])} to {int(index[-1])}."
-            )
-        chosen.append((layer, index))
-    if not chosen:
-        raise InvalidInput("`rows` must name at least one neuron; got none.")
-    return chosen

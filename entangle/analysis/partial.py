@@ -6,7 +6,7 @@ from scipy.stats import rankdata
 
 from entangle.errors import InvalidInput
 from entangle.seeding import numpy_rng
-from entangle.stats.intervals import Interval
+from entangle.stats.intervals import Interval, percentiles
 
 Floats = NDArray[np.float64]
 
@@ -73,9 +73,7 @@ def partial_interval(
         return Interval(value, np.nan, np.nan)
     rng, n = numpy_rng(seed, "partial bootstrap"), len(x)
     draws = [_coefficient(table[rng.integers(n, size=n)]) for _ in range(n_boot)]
-    tail = 50.0 * (1.0 - level)
-    low, high = np.nanpercentile([value] if np.isnan(draws).all() else draws, [tail, 100.0 - tail])
-    return Interval(value, float(low), float(high))
+    return Interval(value, *percentiles(draws, level, otherwise=value))
 
 
 def _coefficient(table: Floats) -> float:

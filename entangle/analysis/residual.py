@@ -17,7 +17,6 @@ from entangle.seeding import torch_rng
 
 DEFAULT_MEMORY = 2 * 2**30
 
-_BATCH_TOKENS = 4096
 _PROBE = 4, 16  # sequences and tokens
 _AGREEMENT = 0.55  # share of equal signs, which is ½ ± 0.01 by chance at 2,048 values
 
@@ -56,7 +55,7 @@ def residual_variance(
     runner = BlockRunner(dense.module)
     writers = residual_writers(dense, calibration.ids, seed=seed)
     found: dict[int, Tensor] = {}
-    batches = calibration.ids.split(max(1, _BATCH_TOKENS // calibration.seq_len))
+    batches = calibration.ids.split(calibration.per_pass)
     with (
         ProgressBar("residual stream", enabled=progress) as bar,
         closing(HiddenStates(batches, memory=memory)) as states,

@@ -18,6 +18,8 @@ from torch import Tensor
 from entangle.calibration.token_files import METADATA_KEY, read_token_file
 from entangle.errors import InvalidInput, Unavailable
 
+_TOKENS_IN_A_PASS = 4096
+
 
 @dataclass(frozen=True, eq=False)
 class CalibrationSet:
@@ -58,6 +60,11 @@ class CalibrationSet:
     def n_tokens(self) -> int:
         """Tokens in all sequences."""
         return self.ids.numel()
+
+    @property
+    def per_pass(self) -> int:
+        """Sequences in one forward pass by default: as many as make 4,096 tokens."""
+        return max(1, _TOKENS_IN_A_PASS // self.seq_len)
 
     @cached_property
     def digest(self) -> str:

@@ -3,7 +3,7 @@
 import argparse
 import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from entangle.cli import options
 from entangle.cli.expand import N_SEQ, SEQ_LEN
@@ -13,7 +13,6 @@ from entangle.errors import InvalidInput
 if TYPE_CHECKING:
     from entangle.expansion.compare import Comparison
 
-Number = TypeVar("Number", int, float)
 FORMATS = {
     "sparsity": ".2f", "perplexity": ",.3f", "ratio": ".3f", "ratio_low": ".3f",
     "ratio_high": ".3f", "flops": ".3f", "nonzeros": ".3f", "bytes": ".3f",
@@ -58,7 +57,9 @@ def run(arguments: argparse.Namespace) -> None:
 
     clock = RunClock()
     methods = arguments.methods.split(",")
-    chosen = arms(methods, _numbers(arguments.sparsity, float), _numbers(arguments.experts, int))
+    chosen = arms(
+        methods, options.numbers(arguments.sparsity, float), options.numbers(arguments.experts, int)
+    )
     if arguments.out is not None:
         check_output(arguments.out, force=arguments.force)
     memory = options.parse_bytes(arguments.memory)
@@ -118,13 +119,6 @@ def save(
             _say(f"no figure: {error}")
         else:
             save_figure(figure, folder / "figures" / "perplexity")
-
-
-def _numbers(text: str, kind: type[Number]) -> list[Number]:
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError:
-        raise InvalidInput(f"a list must look like 0.5,0.6 or 1,16; got {text!r}.") from None
 
 
 def _say(line: str) -> None:

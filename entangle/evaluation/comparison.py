@@ -11,9 +11,7 @@ from entangle.evaluation.perplexity import Perplexity, perplexity
 from entangle.evaluation.text import EvaluationText
 from entangle.models.loading import LanguageModel
 from entangle.seeding import numpy_rng
-from entangle.stats.intervals import Interval
-
-_AT_ONCE = 2**20  # numbers drawn at a time
+from entangle.stats.intervals import Interval, percentiles, resampled_means
 
 
 def evaluate_models(
@@ -146,14 +144,12 @@ def perplexity_ratio(
         )
     n = len(result.window_losses)
     with np.errstate(invalid="ignore", over="ignore"):
-        gaps = (result.window_losses - baseline.window_losses) * (n / result.n_tokens)
-        value = float(np.exp(gaps.mean()))
+        gaps = result.window_losses - baseline.window_losses
+        value = float(np.exp(gaps.sum() / result.n_tokens))
         if n < 2 or not np.isfinite(gaps).all():
             return Interval(value, np.nan, np.nan)
         rng = numpy_rng(seed, "perplexity ratio")
-        per_draw = max(1, _AT_ONCE // n)
-        sizes = [min(per_draw, n_boot - done) for done in range(0, n_boot, per_draw)]
-        means = np.concatenate([gaps[rng.integers(n, size=(m, n))].mean(axis=1) for m in sizes])
-        tail = 50.0 * (1.0 - level)
-        low, high = np.exp(np.percentile(means, [tail, 100.0 - tail]))
+        tokens = np.full(n, result.n_tokens / n)
+        means = resampled_means(gaps, tokens, n_boot=n_boot, rng=rng)
+        low, high = np.exp(percentiles(means, level))
     return Interval(value, float(low), float(high))

@@ -12,7 +12,7 @@ from scipy import stats
 from entangle.errors import InvalidInput
 from entangle.evaluation.pairs import MinimalPairs
 from entangle.seeding import numpy_rng
-from entangle.stats.intervals import Interval
+from entangle.stats.intervals import Interval, percentiles
 
 Floats = NDArray[np.float64]
 
@@ -120,7 +120,7 @@ class PairScores:
         strata = _strata(self.pairs, self.correct.astype(np.int64))
         rng = numpy_rng(seed, "macro accuracy")
         draws = [rng.binomial(len(p), p.mean(), size=n_boot) / len(p) for p in strata]
-        low, high = _percentiles(np.mean(draws, axis=0), level)
+        low, high = percentiles(np.mean(draws, axis=0), level)
         return {"accuracy": float(np.mean([p.mean() for p in strata])), "low": low, "high": high}
 
 
@@ -166,7 +166,7 @@ def accuracy_difference(
         shares = [np.mean(part == value) for value in (-1, 0, 1)]
         drawn = rng.multinomial(len(part), shares, size=n_boot)
         total += drawn[:, 2] - drawn[:, 0]
-    low, high = _percentiles(total / len(gaps), level)
+    low, high = percentiles(total / len(gaps), level)
     return Interval(float(gaps.mean()), low, high)
 
 
@@ -188,12 +188,6 @@ def _strata(pairs: MinimalPairs, values: NDArray[np.int64]) -> list[NDArray[np.i
     """Return the values of each paradigm's pairs."""
     paradigms = np.array(pairs.paradigms)
     return [values[paradigms == name] for name in pairs.counts]
-
-
-def _percentiles(draws: Floats, level: float) -> tuple[float, float]:
-    tail = 50.0 * (1.0 - level)
-    low, high = np.percentile(draws, [tail, 100.0 - tail])
-    return float(low), float(high)
 
 
 def _check(n_boot: int, level: float) -> None:

@@ -13,7 +13,8 @@ from entangle.expansion.linear import ExpandedLinear, SharedRouting
 from entangle.expansion.solve import Experts, SolverSettings, Sparsity, solve_experts
 from entangle.models.blocks import BlockRunner
 from entangle.models.layers import Layer
-from entangle.recording.hooks import SeenTensor, observe
+from entangle.recording.groups import InputGroups
+from entangle.recording.hooks import observe
 from entangle.recording.stream import ByteBudget, TokenStore
 from entangle.routing import fit_router
 from entangle.routing.router import Kind
@@ -28,8 +29,10 @@ class Plan:
     """Layers to expand, by block."""
     sparsity: Mapping[str, Sparsity]
     """Sparsity of each layer, by its full name."""
-    experts: int = 16
+    experts: Mapping[str, int]
+    """Number of experts of each layer, equal where layers read one input."""
     router: Kind = "kmeans"
+    """Of the layers with several experts."""
     restarts: int = 10
     seed: int = 0
     solver: SolverSettings = field(default_factory=SolverSettings)
@@ -193,36 +196,28 @@ def record_inputs(
         which they ran. A layer that did not run is in none.
     """
     budget = ByteBudget(memory)
-    groups: list[tuple[list[Layer], TokenStore]] = []
-    group_of: dict[str, int] = {}
-    last: tuple[str, SeenTensor] | None = None
+    groups, stores = InputGroups(), list[TokenStore]()
 
     def keep(layer: Layer, inputs: Tensor, _outputs: Tensor) -> None:
-        nonlocal last
-        if layer.name not in group_of:
-            if last is not None and last[1].same_as(inputs):
-                group_of[layer.name] = group_of[last[0]]
-                groups[group_of[layer.name]][0].append(layer)
-            else:
-                group_of[layer.name] = len(groups)
-                groups.append(([layer], stack.enter_context(TokenStore(budget))))
-        members, store = groups[group_of[layer.name]]
-        if members[0] is layer:
-            store.append(inputs.flatten(0, -2))
-        last = layer.name, SeenTensor.of(inputs)
+        number = groups.see(layer, inputs)
+        if number == len(stores):
+            stores.append(stack.enter_context(TokenStore(budget)))
+        if groups.members[number][0] is layer:
+            stores[number].append(inputs.flatten(0, -2))
 
     with observe(layers, keep):
         run()
-    return groups
+    return list(zip(groups.members, stores, strict=True))
 
 
 def _expand_group(layers: Sequence[Layer], store: TokenStore, plan: Plan) -> list[ExpandedLayer]:
     """Fit one router on the common input of some layers, then solve every layer's experts."""
-    device = layers[0].weight.device
+    device, k = layers[0].weight.device, plan.experts[layers[0].name]
     router = fit_router(
-        store, plan.experts, seed=plan.seed, kind=plan.router, restarts=plan.restarts, device=device
-    )
-    grams = ClusterGrams(plan.experts, layers[0].in_features, device=device)
+        store, k, seed=plan.seed, kind="single" if k == 1 else plan.router,
+        restarts=plan.restarts, device=device,
+    )  # fmt: skip
+    grams = ClusterGrams(k, layers[0].in_features, device=device)
     for rows in store:
         rows = rows.to(device)
         grams.update(rows, router.route(rows))

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -14,7 +13,7 @@ from entangle.evaluation import EvaluationText, Perplexity, perplexity, perplexi
 from entangle.expansion.expand import Expansion, expand
 from entangle.models.loading import LanguageModel
 from entangle.provenance import expanded as expanded_path
-from entangle.provenance import read_manifest
+from entangle.provenance import read_manifest, read_table
 
 KIND = "comparison"
 DENSE = "dense"
@@ -257,23 +256,6 @@ def load_comparison(path: str | os.PathLike[str]) -> Comparison:
     read_manifest(path, KIND)
     folder = expanded_path(path)
     return Comparison(
-        _read_table(folder / "comparison.parquet", _COLUMNS),
-        _read_table(folder / "windows.parquet", _WINDOW_COLUMNS),
+        read_table(folder / "comparison.parquet", _COLUMNS),
+        read_table(folder / "windows.parquet", _WINDOW_COLUMNS),
     )
-
-
-def _read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
-    from pyarrow import ArrowException
-
-    try:
-        table = pd.read_parquet(path)
-    except (OSError, ArrowException) as error:
-        raise InvalidInput(
-            f"{str(path)!r} cannot be read ({error}); make the result anew."
-        ) from error
-    missing = [name for name in columns if name not in table.columns]
-    if missing:
-        raise InvalidInput(
-            f"{str(path)!r} must have the column {missing[0]!r}; make the result anew."
-        )
-    return table

@@ -24,6 +24,7 @@ from entangle.expansion.build import (
 from entangle.expansion.folder import BuildFolder
 from entangle.expansion.report import layer_row, model_costs
 from entangle.expansion.solve import SolverSettings, Sparsity, check_solvable
+from entangle.html_tables import described, html_result, number
 from entangle.models.layers import Layer, find_blocks, find_layers
 from entangle.models.loading import LanguageModel, as_language_model
 from entangle.progress import Progress, ProgressBar
@@ -33,8 +34,11 @@ from entangle.seeding import check_seed
 
 KIND = "expansion"
 DEFAULT_MEMORY = 2 * 2**30
-_BATCH_TOKENS = 4096
 _LOGITS = 2**27
+_SHOWN = (
+    "layer", "experts", "sparsity", "relative_error", "smallest_cluster", "largest_cluster",
+    "effective_clusters", "damping",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +57,19 @@ class Expansion:
     """Model, calibration set, settings, versions."""
     run: Mapping[str, object]
     """Seconds and peak memory of this process."""
+
+    def _repr_html_(self) -> str:
+        costs = ", ".join(f"{number(value)} × {name}" for name, value in self.costs.items())
+        lines = [
+            f"{len(self.layers):,} layer(s) of {described(self.manifest, 'settings', 'experts')} "
+            f"expert(s), router {described(self.manifest, 'settings', 'router')}",
+            f"the dense model's cost times: {costs}",
+        ]
+        if self.perplexity is not None:
+            lines.append(f"perplexity {number(self.perplexity.value)}")
+        title = f"Expansion of {described(self.manifest, 'model', 'name')}"
+        shown = [name for name in _SHOWN if name in self.layers.columns]
+        return html_result(title, lines, self.layers[shown])
 
 
 def expand(
@@ -156,7 +173,7 @@ def expand(
     if out is not None:
         folder = BuildFolder(Path(out), manifest, resume=resume, force=force)
     sink = _Sink(plan, folder, copied, keep=keep)
-    streams = [HiddenStates(_batches(calibration.ids), memory=memory // 4)]
+    streams = [HiddenStates(calibration.ids.split(calibration.per_pass), memory=memory // 4)]
     if evaluation is not None:
         batch = max(1, _LOGITS // (evaluation.seq_len * dense.vocab_size))
         streams.append(HiddenStates(evaluation.windows.split(batch), memory=memory // 4))
@@ -274,11 +291,6 @@ def _describe_sparsity(share: Sparsity) -> object:
     values = share.detach().cpu().double().contiguous()
     digest = hashlib.sha256(values.numpy().tobytes()).hexdigest()
     return {"mean": float(values.mean()), "rows": values.numel(), "sha256": digest}
-
-
-def _batches(ids: Tensor) -> Sequence[Tensor]:
-    batches: Sequence[Tensor] = ids.split(max(1, _BATCH_TOKENS // ids.shape[1]))
-    return batches
 
 
 @contextmanager

@@ -1,20 +1,16 @@
 """The folder of a build: blocks appear as they are made, the final name when all is there."""
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
 
-from entangle.errors import InvalidInput
 from entangle.expansion.build import ExpandedLayer
 from entangle.expansion.checkpoint import block_file, file_digest, read_block, write_block
 from entangle.models.layers import Layer
-from entangle.provenance import check_output, disk_errors, write_json
-
-_PLAN = "plan.json"
-_SAME = ("model", "calibration", "evaluation", "settings")
+from entangle.provenance import disk_errors, write_json
+from entangle.unfinished import PLAN, Unfinished
 
 
 class BuildFolder:
@@ -40,28 +36,16 @@ class BuildFolder:
     def __init__(
         self, final: Path, manifest: Mapping[str, object], *, resume: bool, force: bool
     ) -> None:
-        self.final = check_output(final, force=force)
-        self.path = self.final.with_name(f".{self.final.name}.building")
-        self._wanted = {key: manifest[key] for key in _SAME}
-        with disk_errors(self.path):
-            found = self.path.exists()
-            if found and not resume and not force:
-                raise InvalidInput(
-                    f"an unfinished build of {str(final)!r} lies beside it; go on with --resume "
-                    "(resume=True) or start anew with --force (force=True)."
-                )
-            if found and not resume:
-                shutil.rmtree(self.path)
-        self._begun = found and resume
-        if self._begun:
-            self._check_same()
+        self._unfinished = Unfinished(
+            final, manifest, what="build", ending="building", resume=resume, force=force
+        )
+        self.final, self.path = self._unfinished.final, self._unfinished.path
 
     def write(
         self, index: int, expanded: Sequence[ExpandedLayer], rows: Sequence[Mapping[str, object]]
     ) -> None:
         """Write one block, unless an earlier run has written it; the first makes the folder."""
-        if not self._begun:
-            self._begin()
+        self._unfinished.begin()
         if not block_file(self.path, index).exists():
             write_block(self.path, index, expanded, rows)
 
@@ -92,31 +76,5 @@ class BuildFolder:
             if self.final.exists():
                 self.final.rename(retired)
             self.path.rename(self.final)
-            (self.final / _PLAN).unlink()
+            (self.final / PLAN).unlink()
             shutil.rmtree(retired, ignore_errors=True)
-
-    def _begin(self) -> None:
-        with disk_errors(self.path):
-            self.path.mkdir(parents=True)
-            try:
-                write_json(self.path / _PLAN, self._wanted)
-            except OSError:
-                shutil.rmtree(self.path)
-                raise
-        self._begun = True
-
-    def _check_same(self) -> None:
-        try:
-            found = json.loads((self.path / _PLAN).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InvalidInput(
-                f"the unfinished build of {str(self.final)!r} has no readable {_PLAN} ({error}); "
-                "start anew with --force (force=True) without --resume."
-            ) from error
-        wanted = json.loads(json.dumps(self._wanted))
-        differing = [key for key in _SAME if found.get(key) != wanted[key]]
-        if differing:
-            raise InvalidInput(
-                f"the unfinished build of {str(self.final)!r} has another {differing[0]}; "
-                "start anew with --force (force=True) without --resume."
-            )

@@ -20,7 +20,7 @@ _SMALL = 256
 
 def inverse_factor(
     gram: Float[Tensor, "experts cols cols"], *, damping: float | int
-) -> tuple[Float[Tensor, "experts cols cols"], Float[Tensor, "experts"]]:
+) -> tuple[Float[Tensor, "experts cols cols"], Float[Tensor, " experts"]]:
     """Factorise the inverse of each damped gram: ``inv(H) = U^T U`` with ``U`` upper triangular.
 
     ``H`` is the gram plus ``damping`` times its mean diagonal; a dead input (zero diagonal) gets a
@@ -66,8 +66,8 @@ def inverse_factor(
 
 def _factorise(
     flipped: Float[Tensor, "experts cols cols"],
-    step: Float[Tensor, "experts"],
-    used: Float[Tensor, "experts"],
+    step: Float[Tensor, " experts"],
+    used: Float[Tensor, " experts"],
 ) -> Float[Tensor, "experts cols cols"]:
     """Return the lower Cholesky factors, and raise the damping in `used` where it takes more."""
     lower, left = _cholesky(flipped, used * step)
@@ -86,8 +86,8 @@ def _factorise(
 
 
 def _cholesky(
-    gram: Float[Tensor, "experts cols cols"], shift: Float[Tensor, "experts"]
-) -> tuple[Float[Tensor, "experts cols cols"], Int[Tensor, "failed"]]:
+    gram: Float[Tensor, "experts cols cols"], shift: Float[Tensor, " experts"]
+) -> tuple[Float[Tensor, "experts cols cols"], Int[Tensor, " failed"]]:
     """Factorise ``gram + shift * I``; the indices of those where that fails come second."""
     damped = gram.clone()
     damped.diagonal(dim1=-2, dim2=-1).add_(shift[:, None])

@@ -14,7 +14,7 @@ def prune_magnitude(
     *,
     sparsity: float | int | Float[Tensor, "..."] | None = None,
     pattern: str = "row",
-    rows: Bool[Tensor, "rows"] | Int[Tensor, "chosen"] | None = None,
+    rows: Bool[Tensor, " rows"] | Int[Tensor, " chosen"] | None = None,
     bits: int | None = None,
 ) -> PruneResult:
     """Prune the weights of smallest absolute value.

@@ -19,7 +19,7 @@ def prune(
     method: str = "sparsegpt",
     sparsity: float | int | Float[Tensor, "..."] | None = None,
     pattern: str = "row",
-    rows: Bool[Tensor, "rows"] | Int[Tensor, "chosen"] | None = None,
+    rows: Bool[Tensor, " rows"] | Int[Tensor, " chosen"] | None = None,
     bits: int | None = None,
     damping: float | int = 0.01,
     seed: int = 0,

@@ -24,9 +24,9 @@ class Problem:
     pattern: Pattern
     sparsity: float
     """The share of zeros of the ``layer`` and ``block`` patterns; NaN for the others."""
-    budget: Int[Tensor, "experts *rows"]
+    budget: Int[Tensor, " experts *rows"]
     """Zeros of every row (``row`` and ``n:m``) or of every expert (``layer`` and ``block``)."""
-    rows: Int[Tensor, "rows"] | None
+    rows: Int[Tensor, " rows"] | None
     """Indices of the rows to prune; None means all."""
     bits: int | None
     """Width of the quantisation grid; None keeps full precision."""
@@ -108,7 +108,7 @@ def _check_gram(gram: Tensor, weight: Tensor) -> Float[Tensor, "experts cols col
     return gram
 
 
-def _check_rows(rows: Tensor, n_rows: int) -> Int[Tensor, "rows"]:
+def _check_rows(rows: Tensor, n_rows: int) -> Int[Tensor, " rows"]:
     if rows.dtype == torch.bool and rows.shape == (n_rows,):
         return rows.nonzero()[:, 0]
     valid = rows.dtype in (torch.int32, torch.int64) and rows.ndim == 1
@@ -156,8 +156,8 @@ def _budget(
     share: Float[Tensor, "..."],
     pattern: Pattern,
     selected: Float[Tensor, "experts rows cols"],
-    chosen: Int[Tensor, "rows"] | None,
-) -> Int[Tensor, "experts *rows"]:
+    chosen: Int[Tensor, " rows"] | None,
+) -> Int[Tensor, " experts *rows"]:
     experts, rows, cols = selected.shape
     if pattern.kind in ("layer", "block"):
         return count_zeros(share, rows * cols).expand(experts)

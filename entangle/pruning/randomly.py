@@ -17,7 +17,7 @@ def prune_random(
     seed: int,
     sparsity: float | int | Float[Tensor, "..."] | None = None,
     pattern: str = "row",
-    rows: Bool[Tensor, "rows"] | Int[Tensor, "chosen"] | None = None,
+    rows: Bool[Tensor, " rows"] | Int[Tensor, " chosen"] | None = None,
     bits: int | None = None,
 ) -> PruneResult:
     """Prune weights at random.

@@ -40,7 +40,7 @@ def finish(
     problem: Problem,
     solved: Float[Tensor, "experts rows cols"],
     pruned: Bool[Tensor, "experts rows cols"],
-    damping: Float[Tensor, "experts"],
+    damping: Float[Tensor, " experts"],
 ) -> PruneResult:
     """Assemble the result: exact zeros, untouched rows bit-identical, losses in the end dtype."""
     chosen = slice(None) if problem.rows is None else problem.rows

@@ -22,7 +22,7 @@ def prune_sparsegpt(
     *,
     sparsity: float | int | Float[Tensor, "..."] | None = None,
     pattern: str = "row",
-    rows: Bool[Tensor, "rows"] | Int[Tensor, "chosen"] | None = None,
+    rows: Bool[Tensor, " rows"] | Int[Tensor, " chosen"] | None = None,
     bits: int | None = None,
     damping: float | int = 0.01,
     block_size: int = BLOCK,

@@ -15,7 +15,7 @@ def prune_wanda(
     *,
     sparsity: float | int | Float[Tensor, "..."] | None = None,
     pattern: str = "row",
-    rows: Bool[Tensor, "rows"] | Int[Tensor, "chosen"] | None = None,
+    rows: Bool[Tensor, " rows"] | Int[Tensor, " chosen"] | None = None,
     bits: int | None = None,
 ) -> PruneResult:
     """Prune the weights of smallest ``|w_j| * ||X_j||``; the others stay as they are.

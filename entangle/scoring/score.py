@@ -28,7 +28,6 @@ Method = Literal["auto", "exact", "sketch"]
 
 DEFAULT_MEMORY = 2 * 2**30
 EXACT_GROUPS, SKETCH_GROUPS = 16, 8
-_BATCH_TOKENS = 4096
 
 
 def score(
@@ -205,7 +204,7 @@ def _n_groups(method: str, n_seq: int) -> int:
 
 def _batch_size(asked: int | None, calibration: CalibrationSet) -> int:
     if asked is None:
-        return max(1, _BATCH_TOKENS // calibration.seq_len)
+        return calibration.per_pass
     if isinstance(asked, bool) or not isinstance(asked, int) or asked < 1:
         raise InvalidInput(f"`batch_size` must be at least 1; got {asked!r}.")
     return asked

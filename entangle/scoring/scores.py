@@ -1,9 +1,8 @@
 """Scores of neurons: a table with its provenance, saved and loaded."""
 
-import html
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_safetensors
 
 from entangle.errors import InvalidInput, unknown_name
-from entangle.provenance import expanded, output_folder, read_manifest, write_json
+from entangle.html_tables import described, html_result, number
+from entangle.provenance import expanded, output_folder, read_manifest, read_table, write_json
 from entangle.scoring.histograms import LayerHistograms
 
 KIND = "scores"
@@ -107,13 +107,22 @@ class NeuronScores:
         write_json(folder / "manifest.json", self.manifest)
 
     def _repr_html_(self) -> str:
-        counts = f"{len(self.frame):,} neurons in {len(self.layers)} layer(s)"
-        model = self.manifest.get("model")
-        name = model.get("name") if isinstance(model, dict) else "?"
-        title = html.escape(f"NeuronScores of {name}: {counts}; the ten largest WD")
+        flags = self.frame["flag"].value_counts()
+        flagged = [f"{count:,} {name}" for name, count in flags.items() if name]
+        text = described(self.manifest, "calibration", "source")
+        lines = [
+            f"{len(self.frame):,} neurons in {len(self.layers):,} layer(s), "
+            f"{described(self.manifest, 'calibration', 'n_tokens')} tokens of {text}",
+            f"WD: median {number(float(self.frame['wd'].median()))} σ, "
+            f"largest {number(float(self.frame['wd'].max()))} σ",
+            *([f"no score: {', '.join(flagged)}"] if flagged else []),
+        ]
+        order = self.frame.sort_values("wd", ascending=False, kind="stable", na_position="last")
         columns = ["layer", "neuron", "wd", "wd_se", "ks", "skewness", "excess_kurtosis", "md"]
-        table = self.top(10)[columns].to_html(index=False, float_format="{:.4f}".format, border=0)
-        return f"<p>{title}</p>{table}"
+        if flagged:
+            columns.append("flag")
+        title = f"Scores of {described(self.manifest, 'model', 'name')}"
+        return html_result(title, lines, order[columns])
 
 
 def load_scores(path: str | os.PathLike[str]) -> NeuronScores:
@@ -126,31 +135,14 @@ def load_scores(path: str | os.PathLike[str]) -> NeuronScores:
     """
     manifest = read_manifest(path, KIND)
     folder = expanded(path)
-    frame = _read_table(folder / "scores.parquet", _COLUMNS)
-    layers = _read_table(folder / "layers.parquet", _LAYER_COLUMNS)
+    frame = read_table(folder / "scores.parquet", _COLUMNS)
+    layers = read_table(folder / "layers.parquet", _LAYER_COLUMNS)
     histograms = _read_histograms(folder / "histograms.safetensors")
     if not set(frame["layer"]) == set(layers["layer"]) == set(histograms):
         raise InvalidInput(
             f"the files in {str(folder)!r} do not hold the same layers; make the result anew."
         )
     return NeuronScores(frame=frame, layers=layers, histograms=histograms, manifest=manifest)
-
-
-def _read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
-    from pyarrow import ArrowException
-
-    try:
-        table = pd.read_parquet(path)
-    except (OSError, ArrowException) as error:
-        raise InvalidInput(
-            f"{str(path)!r} cannot be read ({error}); make the result anew."
-        ) from error
-    missing = [name for name in columns if name not in table.columns]
-    if missing:
-        raise InvalidInput(
-            f"{str(path)!r} must have the column {missing[0]!r}; make the result anew."
-        )
-    return table
 
 
 def _read_histograms(path: Path) -> dict[str, LayerHistograms]:

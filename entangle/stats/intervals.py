@@ -66,9 +66,38 @@ def spearman_interval(
         _weighted_spearman(groups, np.bincount(rng.integers(n, size=n), minlength=n))
         for _ in range(n_boot)
     ]
+    return Interval(rho, *percentiles(draws, level, otherwise=rho))
+
+
+def percentiles(
+    draws: Floats | Sequence[float], level: float, *, otherwise: float = np.nan
+) -> tuple[float, float]:
+    """Return the ends of the percentile interval of bootstrap draws.
+
+    NaN draws are passed over; if there is no other, both ends are ``otherwise``.
+    """
+    if np.isnan(draws).all():
+        return otherwise, otherwise
     tail = 50.0 * (1.0 - level)
-    low, high = np.nanpercentile([rho] if np.isnan(draws).all() else draws, [tail, 100.0 - tail])
-    return Interval(rho, float(low), float(high))
+    low, high = np.nanpercentile(draws, [tail, 100.0 - tail])
+    return float(low), float(high)
+
+
+def resampled_means(
+    values: Floats, counts: NDArray[np.generic], *, n_boot: int, rng: np.random.Generator
+) -> Floats:
+    """Return ``n_boot`` ratios of sums, Σ values / Σ counts, over windows drawn with replacement.
+
+    ``values`` and ``counts`` have shape (windows,). A bounded number of draws is held at a time,
+    and one generator gives the same draws however many that is.
+    """
+    n = len(values)
+    per_draw = max(1, _AT_ONCE // n)
+    draws = np.empty(n_boot)
+    for start in range(0, n_boot, per_draw):
+        chosen = rng.integers(n, size=(min(per_draw, n_boot - start), n))
+        draws[start : start + per_draw] = values[chosen].sum(1) / counts[chosen].sum(1)
+    return draws
 
 
 def _check_bootstrap(x: Floats, y: Floats, *, n_boot: int, level: float) -> None:
@@ -152,14 +181,8 @@ def window_mean_interval(
     if n < 2 or not np.isfinite(values).all():
         return Interval(mean, np.nan, np.nan)
     rng = numpy_rng(seed, "window bootstrap")
-    per_draw = max(1, _AT_ONCE // n)
-    draws = np.empty(n_boot)
-    for start in range(0, n_boot, per_draw):
-        chosen = rng.integers(n, size=(min(per_draw, n_boot - start), n))
-        draws[start : start + per_draw] = values[chosen].sum(1) / counts[chosen].sum(1)
-    tail = 50.0 * (1.0 - level)
-    low, high = np.percentile(draws, [tail, 100.0 - tail])
-    return Interval(mean, float(low), float(high))
+    draws = resampled_means(values, counts, n_boot=n_boot, rng=rng)
+    return Interval(mean, *percentiles(draws, level))
 
 
 def window_difference_interval(

@@ -26,7 +26,7 @@ replace, arms = folder.os.replace, []
 
 def killed(source, target):
     arms.append(target)
-    if len(arms) == 4:  # the plan and two arms have their names
+    if len(arms) == 3:  # two arms have their names
         os.kill(os.getpid(), signal.SIGKILL)
     replace(source, target)
 

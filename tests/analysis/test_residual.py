@@ -68,7 +68,7 @@ def test_batches_do_not_matter(
     tiny: Tiny, calibration: CalibrationSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = residual_variance(tiny("llama"), calibration)
-    monkeypatch.setattr("entangle.analysis.residual._BATCH_TOKENS", 64)
+    monkeypatch.setattr("entangle.calibration.calibration_set._TOKENS_IN_A_PASS", 64)
     parts = residual_variance(tiny("llama"), calibration)
     assert whole.keys() == parts.keys()
     for name, variance in whole.items():

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from entangle.expansion import folder as folder_module
+from entangle import unfinished
 from tests.cli.expansions import (
     BLOCKS,
     SMALL,
@@ -120,7 +120,7 @@ def test_a_disk_that_refuses_the_plan_keeps_nothing(
         path.write_text("{")
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(folder_module, "write_json", refuse)
+    monkeypatch.setattr(unfinished, "write_json", refuse)
     before = listing()
     check_one_line(run(*SMALL, "--out", "x"), f".x.building' cannot be written: {reason}")
     assert listing() == before
