@@ -1,14 +1,17 @@
-"""Progress of long work: a bar on a terminal, plain lines otherwise, nothing when switched off."""
+"""Progress of long work: a bar on a terminal or in a notebook, plain lines or nothing elsewhere."""
 
+import html
 import sys
 import time
+from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
 
 _SECONDS_BETWEEN_LINES = 15.0
+_SECONDS_BETWEEN_UPDATES = 0.2
 
 
 class Progress:
@@ -21,30 +24,67 @@ class Progress:
         """Count ``count`` more pieces as done."""
 
 
+@dataclass
+class _Tally:
+    """How far the work is."""
+
+    title: str
+    unit: str = ""
+    total: int = 0
+    done: int = 0
+    began: float = 0.0
+    ended: bool = False
+
+    @property
+    def elapsed(self) -> float:
+        return time.monotonic() - self.began
+
+    def __str__(self) -> str:
+        return f"{self.title}: {self.done}/{self.total} {self.unit}{self._time()}"
+
+    def _time(self) -> str:
+        elapsed = self.elapsed
+        if self.ended and self.done < self.total:
+            return f", stopped after {elapsed:.0f} s"
+        if not self.done:
+            return ""
+        return f", {elapsed:.0f} s, {elapsed / self.done * (self.total - self.done):.0f} s left"
+
+
+class _View:
+    """Shows nothing; the base of the ways to show a tally."""
+
+    def open(self) -> None:
+        pass
+
+    def start(self, tally: _Tally) -> None:
+        pass
+
+    def advance(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 class ProgressBar(Progress):
-    """Show progress on standard error.
+    """Show progress on standard error, or in the output of the notebook cell that runs.
 
     Parameters
     ----------
     title
         What is going on.
     enabled
-        None shows a bar on a terminal and nothing otherwise; True shows plain lines where there
-        is no terminal; False shows nothing.
+        None shows a bar on a terminal or in a notebook and nothing otherwise; True shows plain
+        lines where there is neither; False shows nothing.
     """
 
     def __init__(self, title: str, *, enabled: bool | None = None) -> None:
-        self._title, self._done, self._total, self._unit = title, 0, 0, ""
-        terminal = sys.stderr.isatty()
-        self._bar: RichProgress | None = (
-            self._make_bar() if terminal and enabled is not False else None
-        )
-        self._lines = bool(enabled) and not terminal
-        self._began = self._said = time.monotonic()
+        self._tally = _Tally(title)
+        self._view = _choose_view(enabled)
 
     def __enter__(self) -> "ProgressBar":
-        if self._bar is not None:
-            self._bar.start()
+        self._view.open()
         return self
 
     def __exit__(
@@ -53,57 +93,129 @@ class ProgressBar(Progress):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self._tally.ended = True
+        self._view.close()
 
     def start(self, total: int, unit: str) -> None:
         """Begin to count ``total`` pieces of work, called ``unit``."""
-        self._total, self._unit, self._done = total, unit, 0
-        self._began = self._said = time.monotonic()
-        if self._bar is not None:
-            self._task = self._bar.add_task(self._title, total=total, unit=unit, rate="")
-        elif self._lines:
-            self._say()
+        self._tally = _Tally(self._tally.title, unit, total, began=time.monotonic())
+        self._view.start(self._tally)
 
     def advance(self, count: int = 1) -> None:
         """Count ``count`` more pieces as done."""
-        self._done += count
-        if self._bar is not None:
-            rate = self._done / max(time.monotonic() - self._began, 1e-3)
-            self._bar.update(self._task, advance=count, rate=f"{rate:.3g}/s")
-        elif self._lines and (self._done >= self._total or self._due()):
-            self._say()
+        self._tally.done += count
+        self._view.advance()
 
-    def _due(self) -> bool:
-        return time.monotonic() - self._said > _SECONDS_BETWEEN_LINES
+
+def _choose_view(enabled: bool | None) -> _View:
+    if enabled is False:
+        return _View()
+    if _in_notebook():
+        return _Cell()
+    if sys.stderr.isatty():
+        return _Terminal()
+    return _Lines() if enabled else _View()
+
+
+def _in_notebook() -> bool:
+    """Tell whether this process is a Jupyter kernel, without importing IPython."""
+    ipython = sys.modules.get("IPython")
+    shell = None if ipython is None else ipython.get_ipython()
+    return getattr(shell, "kernel", None) is not None
+
+
+class _Lines(_View):
+    """A line now and then on standard error."""
+
+    def start(self, tally: _Tally) -> None:
+        self._tally = tally
+        self._say()
+
+    def advance(self) -> None:
+        due = time.monotonic() - self._said > _SECONDS_BETWEEN_LINES
+        if due or self._tally.done >= self._tally.total:
+            self._say()
 
     def _say(self) -> None:
         self._said = time.monotonic()
-        elapsed = self._said - self._began
-        left = elapsed / self._done * (self._total - self._done) if self._done else None
-        tail = "" if left is None else f", {elapsed:.0f} s, {left:.0f} s left"
-        line = f"{self._title}: {self._done}/{self._total} {self._unit}{tail}"
-        print(line, file=sys.stderr, flush=True)
+        print(self._tally, file=sys.stderr, flush=True)
 
-    @staticmethod
-    def _make_bar() -> "RichProgress":
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            TaskProgressColumn,
-            TextColumn,
-            TimeRemainingColumn,
-        )
-        from rich.progress import Progress as RichProgress
 
-        return RichProgress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[unit]}"),
-            TaskProgressColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(elapsed_when_finished=True),
-            console=Console(stderr=True),
-        )
+class _Cell(_View):
+    """One output of a notebook's cell, which is replaced as the work goes on."""
+
+    _tally: _Tally | None = None
+
+    def start(self, tally: _Tally) -> None:
+        from IPython.display import display
+
+        self._tally, self._said = tally, time.monotonic()
+        self._handle: Any = display(_bundle(tally), raw=True, display_id=True)
+
+    def advance(self) -> None:
+        due = time.monotonic() - self._said > _SECONDS_BETWEEN_UPDATES
+        if self._tally is not None and (due or self._tally.done >= self._tally.total):
+            self._update(self._tally)
+
+    def close(self) -> None:
+        if self._tally is not None and self._tally.done < self._tally.total:
+            self._update(self._tally)
+
+    def _update(self, tally: _Tally) -> None:
+        self._said = time.monotonic()
+        self._handle.update(_bundle(tally), raw=True)
+
+
+def _bundle(tally: _Tally) -> dict[str, str]:
+    """Return the picture of a tally for front ends with and without HTML."""
+    text = str(tally)
+    meter = (
+        f'<progress value="{tally.done}" max="{max(tally.total, 1)}" '
+        'style="width: 16em; vertical-align: middle"></progress>'
+    )
+    return {"text/plain": text, "text/html": f"<span>{meter} {html.escape(text)}</span>"}
+
+
+class _Terminal(_View):
+    """A bar by rich."""
+
+    def __init__(self) -> None:
+        self.bar = _make_bar()
+
+    def open(self) -> None:
+        self.bar.start()
+
+    def start(self, tally: _Tally) -> None:
+        self._tally = tally
+        self._task = self.bar.add_task(tally.title, total=tally.total, unit=tally.unit, rate="")
+
+    def advance(self) -> None:
+        done = self._tally.done
+        rate = done / max(self._tally.elapsed, 1e-3)
+        self.bar.update(self._task, completed=done, rate=f"{rate:.3g}/s")
+
+    def close(self) -> None:
+        self.bar.stop()
+
+
+def _make_bar() -> "RichProgress":
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        TaskProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+    from rich.progress import Progress as RichProgress
+
+    return RichProgress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[unit]}"),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        console=Console(stderr=True),
+    )

@@ -1,7 +1,10 @@
 import sys
 from types import SimpleNamespace
+from typing import Any
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
 
 from entangle import progress
 from entangle.progress import Progress, ProgressBar
@@ -86,8 +89,8 @@ def test_an_error_stops_the_bar() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
-    assert bar._bar is not None
-    assert bar._bar.live.is_started is False
+    assert isinstance(bar._view, progress._Terminal)
+    assert bar._view.bar.live.is_started is False
 
 
 def test_a_second_start_counts_anew(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,3 +108,94 @@ def test_a_second_start_counts_anew(clock: list[float], capsys: pytest.CaptureFi
 def test_the_base_is_silent(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
     work(Progress(), clock, seconds=20)
     assert capsys.readouterr() == ("", "")
+
+
+class Handle:
+    """Stands for IPython's display handle; keeps what was shown."""
+
+    def __init__(self) -> None:
+        self.shown: list[dict[str, str]] = []
+
+    def display(self, bundle: dict[str, str], **settings: object) -> "Handle":
+        assert settings == {"raw": True, "display_id": True}
+        self.shown.append(bundle)
+        return self
+
+    def update(self, bundle: dict[str, str], *, raw: bool) -> None:
+        assert raw
+        self.shown.append(bundle)
+
+
+@pytest.fixture
+def notebook(monkeypatch: pytest.MonkeyPatch) -> Handle:
+    handle = Handle()
+    shell = SimpleNamespace(kernel=object())
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    shown = SimpleNamespace(display=handle.display)
+    monkeypatch.setitem(sys.modules, "IPython.display", shown)
+    return handle
+
+
+def test_a_notebook_replaces_one_output(
+    notebook: Handle, clock: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with ProgressBar("a < b") as bar:
+        work(bar, clock, seconds=10)
+    assert capsys.readouterr() == ("", "")
+    assert [one["text/plain"] for one in notebook.shown] == [
+        "a < b: 0/4 sequences",
+        "a < b: 1/4 sequences, 10 s, 30 s left",
+        "a < b: 2/4 sequences, 20 s, 20 s left",
+        "a < b: 3/4 sequences, 30 s, 10 s left",
+        "a < b: 4/4 sequences, 40 s, 0 s left",
+    ]
+    last = notebook.shown[-1]["text/html"]
+    assert '<progress value="4" max="4"' in last
+    assert "a &lt; b: 4/4" in last
+    assert "a < b" not in last
+
+
+def test_a_notebook_is_not_flooded(notebook: Handle, clock: list[float]) -> None:
+    with ProgressBar("scoring") as bar:
+        bar.start(10_000, "layers")
+        for _ in range(10_000):
+            clock[0] += 1e-4
+            bar.advance()
+    assert 4 <= len(notebook.shown) <= 7
+    assert notebook.shown[-1]["text/plain"].startswith("scoring: 10000/10000 layers, 1 s")
+
+
+def test_a_notebook_says_that_the_work_was_stopped(notebook: Handle, clock: list[float]) -> None:
+    def interrupted() -> None:
+        with ProgressBar("scoring") as bar:
+            bar.start(2, "layers")
+            clock[0] += 3
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert notebook.shown[-1]["text/plain"] == "scoring: 0/2 layers, stopped after 3 s"
+
+
+def test_a_notebook_shows_nothing_when_switched_off(notebook: Handle, clock: list[float]) -> None:
+    with ProgressBar("scoring", enabled=False) as bar:
+        work(bar, clock, seconds=2)
+    assert notebook.shown == []
+
+
+def test_a_kernel_keeps_one_output_a_bar() -> None:
+    code = """
+from entangle.progress import ProgressBar
+for title in ("first", "second"):
+    with ProgressBar(title) as bar:
+        bar.start(500, "steps")
+        for _ in range(500):
+            bar.advance()
+"""
+    document = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+    executed: Any = NotebookClient(document, timeout=60, kernel_name="python3").execute()
+    outputs = executed.cells[0].outputs
+    assert [output.output_type for output in outputs] == ["display_data", "display_data"]
+    plain = [output.data["text/plain"] for output in outputs]
+    assert plain[0].startswith("first: 500/500 steps, ")
+    assert plain[1].startswith("second: 500/500 steps, ")
