@@ -1,6 +1,7 @@
 """The factor of the inverse gram that SparseGPT eliminates weights with."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, Int
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from entangle.errors import InvalidInput, NumericalError
 from entangle.precision import full_precision
+from entangle.pruning.blocked import factorise_
 
 MAX_TRIES = 7
 """Values of the damping tried before giving up: from 0.01, the last one is 10 000."""
@@ -19,7 +21,7 @@ _SMALL = 256
 
 
 def inverse_factor(
-    gram: Float[Tensor, "experts cols cols"], *, damping: float | int
+    gram: Float[Tensor, "experts cols cols"], *, damping: float | int, first: int = 0
 ) -> tuple[Float[Tensor, "experts cols cols"], Float[Tensor, " experts"]]:
     """Factorise the inverse of each damped gram: ``inv(H) = U^T U`` with ``U`` upper triangular.
 
@@ -33,6 +35,8 @@ def inverse_factor(
         ``X^T X`` per expert; only its lower triangle is read.
     damping
         Multiple of the mean diagonal, at least 0.
+    first
+        Index of the first expert, for messages.
 
     Returns
     -------
@@ -51,46 +55,60 @@ def inverse_factor(
     Notes
     -----
     With ``J`` the reversal of rows and columns and ``J H J = L L^T``, ``U = J inv(L) J``: a single
-    Cholesky factorisation, of the damped gram itself and not of its inverse.
+    Cholesky factorisation, of the damped gram itself and not of its inverse. On a GPU it is done
+    by `entangle.pruning.blocked`.
     """
     if not 0 <= damping < math.inf:
         raise InvalidInput(f"`damping` must be finite and at least 0; got {damping:g}.")
-    flipped = gram.flip(-2, -1)
-    diagonal = flipped.diagonal(dim1=-2, dim2=-1)
-    step = diagonal.mean(-1)
-    diagonal.masked_fill_(diagonal == 0, 1)
     used = gram.new_full(gram.shape[:1], damping)
     with full_precision():
-        return _invert_lower(_factorise(flipped, step, used)).flip(-2, -1), used
+        if gram.device.type != "cpu":
+            return _escalate(gram, used, first, _factor), used
+        flipped = gram.flip(-2, -1)
+        return _invert_lower(_escalate(flipped, used, first, _cholesky)).flip(-2, -1), used
 
 
-def _factorise(
-    flipped: Float[Tensor, "experts cols cols"],
-    step: Float[Tensor, " experts"],
+def _escalate(
+    gram: Float[Tensor, "experts cols cols"],
     used: Float[Tensor, " experts"],
+    first: int,
+    factorise: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
 ) -> Float[Tensor, "experts cols cols"]:
-    """Return the lower Cholesky factors, and raise the damping in `used` where it takes more."""
-    lower, left = _cholesky(flipped, used * step)
+    """Factorise the damped grams, and raise the damping in `used` where it takes more."""
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    step = diagonal.mean(-1)
+    dead = diagonal == 0
+    found, left = factorise(gram, dead + (used * step)[:, None])
     for _ in range(MAX_TRIES - 1):
         if not len(left):
             break
         used[left] = (used[left] * 10).clamp(min=FIRST_AFTER_ZERO)
-        lower[left], failed = _cholesky(flipped[left], used[left] * step[left])
+        shift = dead[left] + (used[left] * step[left])[:, None]
+        found[left], failed = factorise(gram[left], shift)
         left = left[failed]
     for expert in left.tolist():
         raise NumericalError(
-            f"the gram of expert {expert} is not positive definite, not even with damping "
+            f"the gram of expert {first + expert} is not positive definite, not even with damping "
             f"{float(used[expert]):g} times its mean diagonal: check that it is X^T X."
         )
-    return lower
+    return found
+
+
+def _factor(
+    gram: Float[Tensor, "experts cols cols"], shift: Float[Tensor, "experts cols"]
+) -> tuple[Float[Tensor, "experts cols cols"], Int[Tensor, " failed"]]:
+    """Factorise the inverse of ``gram + diag(shift)``; the indices where that fails come second."""
+    damped = gram.clone(memory_format=torch.contiguous_format)
+    damped.diagonal(dim1=-2, dim2=-1).add_(shift)
+    return damped, factorise_(damped).nonzero()[:, 0]
 
 
 def _cholesky(
-    gram: Float[Tensor, "experts cols cols"], shift: Float[Tensor, " experts"]
+    gram: Float[Tensor, "experts cols cols"], shift: Float[Tensor, "experts cols"]
 ) -> tuple[Float[Tensor, "experts cols cols"], Int[Tensor, " failed"]]:
-    """Factorise ``gram + shift * I``; the indices of those where that fails come second."""
+    """Factorise ``gram + diag(shift)``; the indices of those where that fails come second."""
     damped = gram.clone()
-    damped.diagonal(dim1=-2, dim2=-1).add_(shift[:, None])
+    damped.diagonal(dim1=-2, dim2=-1).add_(shift)
     lower, info = torch.linalg.cholesky_ex(damped)
     return lower, info.nonzero()[:, 0]
 

@@ -118,7 +118,7 @@ def prune_groups(
     saliency: Float[Tensor, "*lead cols"], pattern: Pattern
 ) -> Bool[Tensor, "*lead cols"]:
     """Mark the ``m - n`` smallest of every group of ``m`` neighbours (pattern ``n:m``)."""
-    groups = saliency.reshape(*saliency.shape[:-1], -1, pattern.group)
+    groups = saliency.unflatten(-1, (saliency.shape[-1] // pattern.group, pattern.group))
     budget = torch.full(groups.shape[:-1], pattern.group - pattern.kept, device=saliency.device)
     return prune_smallest(groups, budget).flatten(-2)
 

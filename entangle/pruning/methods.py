@@ -23,6 +23,7 @@ def prune(
     bits: int | None = None,
     damping: float | int = 0.01,
     seed: int = 0,
+    loss: bool = True,
 ) -> PruneResult:
     """Prune one layer, or a stack of layers of one shape, without changing the inputs.
 
@@ -65,6 +66,8 @@ def prune(
         For ``"sparsegpt"``: multiple of the gram's mean diagonal added to the diagonal.
     seed
         For ``"random"``.
+    loss
+        Whether to compute the losses, which costs about as many operations as a solve.
 
     Returns
     -------
@@ -82,7 +85,9 @@ def prune(
     """
     if method not in METHODS:
         raise unknown_name("pruning method", method, METHODS)
-    problem = prepare(weight, gram, sparsity=sparsity, pattern=pattern, rows=rows, bits=bits)
+    problem = prepare(
+        weight, gram, sparsity=sparsity, pattern=pattern, rows=rows, bits=bits, loss=loss
+    )
     if method == "random":
         return randomly.solve(problem, seed=seed)
     if method == "magnitude":

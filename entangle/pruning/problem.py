@@ -32,6 +32,10 @@ class Problem:
     """Width of the quantisation grid; None keeps full precision."""
     batched: bool
     """Whether the caller's weight had an axis of experts."""
+    first: int = 0
+    """Index of the first expert among the caller's."""
+    wants_loss: bool = True
+    """Whether the result is to hold the losses."""
 
     def need_gram(self) -> Float[Tensor, "experts cols cols"]:
         """Return the gram, or raise `InvalidInput` if none was given."""
@@ -48,6 +52,7 @@ def prepare(
     pattern: str,
     rows: Tensor | None,
     bits: int | None,
+    loss: bool = True,
 ) -> Problem:
     """Check the arguments that all pruners share (documented in `entangle.pruning.prune`)."""
     parsed = parse_pattern(pattern)
@@ -63,7 +68,7 @@ def prepare(
     solver_dtype = torch.float64 if dense.dtype == torch.float64 else torch.float32
     return Problem(
         dense=dense,
-        weight=selected.to(solver_dtype),
+        weight=_cast(selected, solver_dtype),
         gram=None if gram is None else _check_gram(gram, weight).to(solver_dtype),
         pattern=parsed,
         sparsity=float(share) if parsed.kind in ("layer", "block") else torch.nan,
@@ -71,7 +76,15 @@ def prepare(
         rows=chosen,
         bits=check_bits(bits),
         batched=weight.ndim == 3,
+        wants_loss=loss,
     )
+
+
+def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Convert a stack of weights; one that all experts share is converted once."""
+    if weight.stride(0) == 0:
+        return weight[:1].to(dtype).expand_as(weight)
+    return weight.to(dtype)
 
 
 def _check_weight(weight: Tensor) -> Float[Tensor, "experts rows cols"]:

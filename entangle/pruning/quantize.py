@@ -30,9 +30,10 @@ class Grid:
 
 def check_bits(bits: int | None) -> int | None:
     """Return ``bits`` if it is None or an integer in [1, 16], raise `InvalidInput` otherwise."""
-    if bits is not None and not 1 <= bits <= MAX_BITS:
+    whole = isinstance(bits, int) and not isinstance(bits, bool)
+    if bits is not None and not (whole and 1 <= bits <= MAX_BITS):
         raise InvalidInput(
-            f"`bits` must be in [1, {MAX_BITS}], or None to keep them all; got {bits}."
+            f"`bits` must be an integer in [1, {MAX_BITS}], or None to keep them all; got {bits!r}."
         )
     return bits
 

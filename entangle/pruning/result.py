@@ -9,6 +9,7 @@ from torch import Tensor
 from entangle.errors import NumericalError
 from entangle.precision import full_precision
 from entangle.pruning.problem import Problem
+from entangle.pruning.quadratic import quadratic
 from entangle.pruning.quantize import quantize
 
 
@@ -22,7 +23,8 @@ class PruneResult:
     """True where the weight was kept. A kept weight may still have the value zero."""
     loss_per_neuron: Float[Tensor, "*experts rows"]
     """Squared error of each neuron's output, summed over the tokens of the gram: ``d H d^T`` with
-    ``d`` the change of the row and ``H`` the undamped gram; NaN if no gram was given."""
+    ``d`` the change of the row and ``H`` the undamped gram; NaN if no gram was given, or no loss
+    asked for."""
     damping: Float[Tensor, "*experts"]
     """Damping used for each expert, as a multiple of its gram's mean diagonal; 0 if none was."""
     realised_sparsity: Float[Tensor, "*experts rows"]
@@ -52,22 +54,20 @@ def finish(
         raise NumericalError(
             f"the pruned weight overflows {sparse.dtype}: raise `damping`, or use a wider dtype."
         )
-    weight = problem.dense.clone(memory_format=torch.contiguous_format)
-    weight[:, chosen] = sparse
-    mask = torch.ones_like(weight, dtype=torch.bool)
-    mask[:, chosen] = ~pruned
-    loss = problem.weight.new_zeros(weight.shape[:2])
-    loss[:, chosen] = _loss(problem, sparse)
-    fields = weight, mask, loss, damping, (~mask).to(loss.dtype).mean(-1)
+    weight, kept, loss = sparse.contiguous(), ~pruned, _loss(problem, sparse)
+    if problem.rows is not None:
+        weight = problem.dense.clone(memory_format=torch.contiguous_format)
+        weight[:, chosen] = sparse
+        kept = torch.ones_like(weight, dtype=torch.bool).index_copy_(1, problem.rows, kept)
+        loss = loss.new_zeros(weight.shape[:2]).index_copy_(1, problem.rows, loss)
+    fields = weight, kept, loss, damping, (~kept).to(loss.dtype).mean(-1)
     return PruneResult(*(fields if problem.batched else (field[0] for field in fields)))
 
 
 def _loss(
     problem: Problem, sparse: Float[Tensor, "experts rows cols"]
 ) -> Float[Tensor, "experts rows"]:
-    if problem.gram is None:
+    if problem.gram is None or not problem.wants_loss:
         return problem.weight.new_full(sparse.shape[:2], torch.nan)
-    change = problem.weight - sparse
     with full_precision():
-        loss = torch.einsum("erc,erc->er", change @ problem.gram, change)
-    return loss.clamp_(min=0)
+        return quadratic(problem.weight - sparse, problem.gram).clamp_(min=0)

@@ -10,6 +10,7 @@ from entangle.errors import InvalidInput
 
 BLOCK_BYTES = 2**26
 """Size of a block of float32 tokens."""
+_BLOCK_BYTES_GPU = 2**28
 
 
 def fixed_blocks(
@@ -17,7 +18,8 @@ def fixed_blocks(
 ) -> Iterator[Float[Tensor, "tokens features"]]:
     """Yield the tokens of ``stream`` in order, in float32 blocks of one size (the last is shorter).
 
-    Sums over the blocks are then the same to the bit for any chunking of the same tokens.
+    Sums over the blocks are then the same to the bit for any chunking of the same tokens. On a GPU
+    16-bit tokens stay as they are.
 
     Parameters
     ----------
@@ -35,12 +37,13 @@ def fixed_blocks(
     held, features, empty = 0, None, True
     for chunk in stream:
         features = _width(chunk, features)
-        size = rows_per_block(features)
+        target = torch.device(device or chunk.device)
+        size = rows_per_block(features, on_gpu=target.type == "cuda")
         rest = chunk
         while rest.shape[0]:
             empty = False
             piece, rest = rest[: size - held], rest[size - held :]
-            pending.append(piece.detach().to(device or piece.device, torch.float32))
+            pending.append(piece.detach().to(target, _dtype(chunk, target)))
             held += piece.shape[0]
             if held == size:
                 yield torch.cat(pending)
@@ -51,9 +54,15 @@ def fixed_blocks(
         yield torch.cat(pending)
 
 
-def rows_per_block(features: int, *, item_bytes: int = 4) -> int:
-    """Return how many tokens of this width fit in `BLOCK_BYTES`, at least one."""
-    return max(1, BLOCK_BYTES // (item_bytes * max(features, 1)))
+def rows_per_block(features: int, *, item_bytes: int = 4, on_gpu: bool = False) -> int:
+    """Return how many tokens of this width fit in a block, at least one."""
+    size = _BLOCK_BYTES_GPU if on_gpu else BLOCK_BYTES
+    return max(1, size // (item_bytes * max(features, 1)))
+
+
+def _dtype(chunk: Tensor, device: torch.device) -> torch.dtype:
+    half = chunk.dtype in (torch.float16, torch.bfloat16)
+    return chunk.dtype if half and device.type == "cuda" else torch.float32
 
 
 def _width(chunk: Tensor, expected: int | None) -> int:

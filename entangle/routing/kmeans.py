@@ -18,7 +18,9 @@ from jaxtyping import Float32, Float64, Int64
 from torch import Tensor
 
 from entangle.errors import InvalidInput
+from entangle.kernels import lloyd
 from entangle.precision import accumulator_dtype, full_precision
+from entangle.routing import side_by_side
 from entangle.seeding import numpy_rng
 
 MAX_ITERATIONS = 300
@@ -27,6 +29,7 @@ TOLERANCE = 1e-4
 """A restart ends when the summed squared move of its centroids is below this × mean variance."""
 _BLOCK_SCORES = 2**20
 """Scores (tokens × restarts × k) held at a time."""
+_BLOCK_SCORES_GPU = 2**24
 _SAME = 8 * torch.finfo(torch.float32).eps
 """Squared distances below this share of the squared norms are rounding: the points are equal."""
 
@@ -65,7 +68,7 @@ def kmeans(points: Float32[Tensor, "tokens dims"], k: int, *, restarts: int, see
     InvalidInput
         If fewer than k points differ.
     """
-    centroids = torch.stack([_plus_plus(points, k, seed, restart) for restart in range(restarts)])
+    centroids = _seeds(points, k, restarts, seed)
     centroids, inertias, iterations = _lloyd(points, centroids)
     best = centroids[int(inertias.argmin())]
     labels, distances = _nearest(points, best)
@@ -76,6 +79,15 @@ def kmeans(points: Float32[Tensor, "tokens dims"], k: int, *, restarts: int, see
         restart_inertias=inertias.cpu().double(),
         iterations=iterations.cpu(),
     )
+
+
+def _seeds(points: Tensor, k: int, restarts: int, seed: int) -> Tensor:
+    """Seed all restarts, (restarts, k, dims)."""
+    if points.device.type == "cuda":
+        found = side_by_side.seeds(points, k, restarts=restarts, seed=seed)
+        if found is not None:
+            return found
+    return torch.stack([_plus_plus(points, k, seed, restart) for restart in range(restarts)])
 
 
 def _plus_plus(points: Tensor, k: int, seed: int, restart: int) -> Tensor:
@@ -120,23 +132,33 @@ def _lloyd(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     restarts = centroids.shape[0]
     squares = points.square().sum(dtype=wide)
     enough = TOLERANCE * points.var(0, correction=0).mean()
+    if lloyd.fits(points, centroids.shape[1]):
+        return side_by_side.iterate(
+            points, centroids, lambda before: _step(points, before, squares)[:2],
+            squares=squares, enough=float(enough), most=MAX_ITERATIONS,
+        )  # fmt: skip
     inertias = torch.zeros(restarts, dtype=wide, device=points.device)
     iterations = torch.zeros(restarts, dtype=torch.int64, device=points.device)
     active = torch.arange(restarts, device=points.device)
     for _ in range(MAX_ITERATIONS):
         before = centroids[active]
-        sums, counts = _cluster_sums(points, before)
-        means = sums / counts.clamp_min(1)[:, :, None]
-        inertias[active] = (squares - (means * sums).sum((1, 2))).clamp_min(0.0)
+        after, inertias[active], emptied = _step(points, before, squares)
         iterations[active] += 1
-        empty = counts == 0
-        after = _fill_empty(points, before, means.float(), empty)
         centroids[active] = after
-        moving = ((after - before).square().sum((1, 2)) > enough) | empty.any(1)
+        moving = ((after - before).square().sum((1, 2)) > enough) | emptied
         active = active[moving]
         if active.shape[0] == 0:
             break
     return centroids, inertias, iterations
+
+
+def _step(points: Tensor, before: Tensor, squares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Move centroids to the means once; the inertias, and where clusters were empty, follow."""
+    sums, counts = _cluster_sums(points, before)
+    means = sums / counts.clamp_min(1)[:, :, None]
+    inertias = (squares - (means * sums).sum((1, 2))).clamp_min(0.0)
+    empty = counts == 0
+    return _fill_empty(points, before, means.float(), empty), inertias, empty.any(1)
 
 
 def _cluster_sums(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,7 +179,8 @@ def _scored(points: Tensor, centroids: Tensor) -> Iterator[tuple[Tensor, Tensor]
     """Yield blocks of points with ``‖c‖² − 2 x·c``, (tokens, restarts, k): lowest is nearest."""
     flat = centroids.flatten(0, 1)
     norms = flat.square().sum(1)
-    for block in points.split(max(1, _BLOCK_SCORES // flat.shape[0])):
+    at_once = _BLOCK_SCORES if points.device.type == "cpu" else _BLOCK_SCORES_GPU
+    for block in points.split(max(1, at_once // flat.shape[0])):
         with full_precision():
             scores = torch.addmm(norms, block, flat.mT, alpha=-2.0)
         yield block, scores.view(-1, *centroids.shape[:2])

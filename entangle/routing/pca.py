@@ -11,7 +11,10 @@ from torch import Tensor
 
 from entangle.errors import InvalidInput
 from entangle.precision import accumulator_dtype, full_precision
+from entangle.routing.subspace import leading_pairs
 from entangle.stats.gram import Gram, require_finite
+
+_ALL_AT_ONCE = 512
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +33,7 @@ class Pca:
     def project(self, x: Float32[Tensor, "tokens features"]) -> Float32[Tensor, "tokens _"]:
         """Return the coordinates of the tokens along the components."""
         with full_precision():
-            return (x - self.mean) @ self.components.mT
+            return (x.float() - self.mean) @ self.components.mT
 
 
 def fit_pca(blocks: Iterable[Float32[Tensor, "_ _"]], n_components: int | None = None) -> Pca:
@@ -38,7 +41,8 @@ def fit_pca(blocks: Iterable[Float32[Tensor, "_ _"]], n_components: int | None =
 
     There must be at least one block; by default ``features // 32`` components, at least 1. The
     covariance is summed about the mean of the first block, so that a mean far from zero costs no
-    digits, and decomposed by LAPACK (float64 where the device has it).
+    digits (16-bit tokens, whose own rounding is coarser, are summed as they are), and decomposed by
+    LAPACK (float64 where the device has it), on a GPU by `entangle.routing.subspace`.
     """
     rest = iter(blocks)
     first = next(rest)
@@ -50,9 +54,11 @@ def fit_pca(blocks: Iterable[Float32[Tensor, "_ _"]], n_components: int | None =
             f"`n_components` must be at most the {features} features of a token; got {wanted}."
         )
     shift = first.mean(0, dtype=accumulator_dtype(first.device)).float()
+    if first.dtype != torch.float32:
+        shift.zero_()
     gram = Gram(features, device=first.device)
     for block in chain([first], rest):
-        gram.update(block - shift)
+        gram.update(block if block.dtype != torch.float32 else block - shift)
     moments = gram.result()
     covariance = moments.gram / moments.count - torch.outer(moments.mean, moments.mean)
     variances, components = _leading(covariance, wanted)
@@ -73,7 +79,9 @@ def _leading(covariance: Tensor, n_components: int) -> tuple[Tensor, Tensor]:
         found = scipy.linalg.eigh(covariance.numpy(), subset_by_index=wanted, driver="evr")
         values, vectors = (torch.from_numpy(array) for array in found)
     else:
-        values, vectors = torch.linalg.eigh(covariance)
+        pairs = leading_pairs(covariance, n_components) if size > _ALL_AT_ONCE else None
+        values, vectors = pairs or torch.linalg.eigh(covariance)
+        values, vectors = (values.flip(0), vectors.flip(1)) if pairs else (values, vectors)
     values = values.flip(0)[:n_components].clamp_min(0.0)
     rows = vectors.mT.flip(0)[:n_components]
     peak = rows.gather(1, rows.abs().argmax(1, keepdim=True))

@@ -18,6 +18,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from entangle.errors import InvalidInput
+from entangle.kernels import exact
+from entangle.kernels import sketch as kernels
 from entangle.precision import accumulator_dtype
 from entangle.seeding import torch_rng
 from entangle.stats import bins
@@ -118,22 +120,31 @@ def mapping_difficulty(
     distinct = input_distance > 0
     n_identical = int((~distinct).sum())
     dx = input_distance[distinct].to(wide)
-    first, second = pairs[:, distinct.to(pairs.device)].to(outputs.device)
-    dy = (outputs[:, first].float() - outputs[:, second].float()).abs_()
+    chosen = pairs[:, distinct.to(pairs.device)].to(outputs.device)
     if dx.numel() == 0:
-        nothing = torch.full_like(dy[:, :1].sum(1, dtype=wide), math.nan)
+        nothing = torch.full((outputs.shape[0],), math.nan, dtype=wide, device=outputs.device)
         return _no_pairs(nothing, n_identical)
-    slope = dy.to(wide) @ (1 / dx).to(dy.device) / dx.numel()
+    slope, median, mean, most = _pair_statistics(outputs, chosen, (1 / dx).to(outputs.device))
     return MappingDifficulty(
         slope=slope,
-        dy_median=_median(dy).to(wide),
-        dy_mean=dy.mean(1, dtype=wide),
-        dy_max=dy.amax(1).to(wide),
+        dy_median=median,
+        dy_mean=mean,
+        dy_max=most,
         dx_max=float(dx.max()),
         dx_mean=float(dx.mean()),
         n_pairs=dx.numel(),
         n_identical=n_identical,
     )
+
+
+def _pair_statistics(outputs: Tensor, pairs: Tensor, slant: Tensor) -> tuple[Tensor, ...]:
+    """Return slope, and median, mean and maximum of |y_a − y_b|, of every neuron."""
+    if exact.fits_pairs(outputs, pairs.shape[1]):
+        return tuple(exact.pair_statistics(outputs, pairs, slant))
+    wide = slant.dtype
+    dy = (outputs[:, pairs[0]].float() - outputs[:, pairs[1]].float()).abs_()
+    slope = dy.to(wide) @ slant / slant.numel()
+    return slope, _median(dy).to(wide), dy.mean(1, dtype=wide), dy.amax(1).to(wide)
 
 
 def _no_pairs(nothing: Tensor, n_identical: int) -> MappingDifficulty:
@@ -178,6 +189,7 @@ class PairSketch:
         self._scratch = scratch or Scratch()
         self._dx_max = self._dx_sum = 0.0
         self._placed = False
+        self._uncounted: list[Tensor] = []
 
     def fork(self) -> "PairSketch":
         """Return an empty sketch with the same bins, to be merged later."""
@@ -195,6 +207,9 @@ class PairSketch:
     ) -> None:
         """Add the outputs at both tokens of some pairs, each of shape (pairs, neurons)."""
         dx = input_distance.to(first.device)
+        if self._placed and kernels.fits(first, _BINS) and first.stride() == second.stride():
+            self._update_on_gpu(first, second, dx)
+            return
         distinct = dx > 0
         if not bool(distinct.all()):
             self.n_identical += int((~distinct).sum())
@@ -213,17 +228,16 @@ class PairSketch:
             dy = self._scratch.take("x", tuple(left.shape), torch.float32, left.device)
             torch.sub(left, right, out=dy).abs_()
             self._update_block(dy, (1 / dx).to(dy.dtype), part)
-        self.n_pairs += dx.numel()
-        self._dx_max = max(self._dx_max, float(dx.max()))
-        self._dx_sum += float(dx.sum(dtype=accumulator_dtype(dx.device)))
+        self._count(dx)
 
     def merge(self, other: "PairSketch") -> None:
         """Add another sketch of the same neurons with the same bins."""
         if not (self._placed and other._placed and torch.equal(self._scale, other._scale)):
             raise InvalidInput("only sketches made from one another with `fork` can be merged.")
+        self._settle()
+        other._settle()
         self._counts += other._counts
-        self._slope += other._slope
-        self._dy_sum += other._dy_sum
+        self._sums += other._sums
         torch.maximum(self._dy_max, other._dy_max, out=self._dy_max)
         self._dx_max = max(self._dx_max, other._dx_max)
         self._dx_sum += other._dx_sum
@@ -232,14 +246,15 @@ class PairSketch:
 
     def result(self) -> MappingDifficulty:
         """Return the pair statistics of all pairs seen so far, on the CPU."""
+        self._settle()
         if self.n_pairs == 0:
             nothing = torch.full((self.n_neurons,), torch.nan, dtype=torch.float64)
             return _no_pairs(nothing, self.n_identical)
         return MappingDifficulty(
-            slope=(self._slope / self.n_pairs).cpu(),
+            slope=(self._sums[0] / self.n_pairs).cpu(),
             dy_median=(self._median() * self._scale).cpu(),
-            dy_mean=(self._dy_sum / self.n_pairs).cpu(),
-            dy_max=self._dy_max.to(self._slope.dtype).cpu(),
+            dy_mean=(self._sums[1] / self.n_pairs).cpu(),
+            dy_max=self._dy_max.to(self._sums.dtype).cpu(),
             dx_max=self._dx_max,
             dx_mean=self._dx_sum / self.n_pairs,
             n_pairs=self.n_pairs,
@@ -250,16 +265,44 @@ class PairSketch:
         wide = accumulator_dtype(scale.device)
         self._scale, self._placed = scale, True
         self._counts = torch.zeros(self.n_neurons, _BINS, dtype=torch.int32, device=scale.device)
-        self._slope = torch.zeros(self.n_neurons, dtype=wide, device=scale.device)
-        self._dy_sum = torch.zeros_like(self._slope)
+        self._sums = torch.zeros(2, self.n_neurons, dtype=wide, device=scale.device)
         self._dy_max = torch.zeros(self.n_neurons, device=scale.device)
+
+    def _count(self, dx: Tensor) -> None:
+        """Count pairs of distinct inputs at these distances."""
+        self.n_pairs += dx.numel()
+        self._dx_max = max(self._dx_max, float(dx.max()))
+        self._dx_sum += float(dx.sum(dtype=accumulator_dtype(dx.device)))
+
+    def _update_on_gpu(self, first: Tensor, second: Tensor, dx: Tensor) -> None:
+        """Do what `update` does, in one kernel and without waiting for the GPU."""
+        kernels.add_pairs(
+            first,
+            second,
+            dx.float(),
+            self._scale,
+            counts=self._counts,
+            sums=self._sums,
+            highest=self._dy_max,
+        )
+        self._uncounted.append(dx)
+
+    def _settle(self) -> None:
+        """Count the pairs that went to the GPU."""
+        if self._uncounted:
+            dx = torch.cat(self._uncounted)
+            self._uncounted.clear()
+            distinct = dx[dx > 0]
+            self.n_identical += dx.numel() - distinct.numel()
+            if distinct.numel():
+                self._count(distinct)
 
     def _update_block(self, dy: Tensor, weight: Tensor, part: slice) -> None:
         """Add |y_a − y_b| of shape (pairs, block neurons)."""
         work = self._scratch.take("work", tuple(dy.shape), dy.dtype, dy.device)
         torch.mul(dy, weight[:, None], out=work)
-        self._slope[part] += work.sum(0)  # by halves: a matrix product is less exact
-        self._dy_sum[part] += dy.sum(0)
+        self._sums[0, part] += work.sum(0)  # by halves: a matrix product is less exact
+        self._sums[1, part] += dy.sum(0)
         torch.maximum(self._dy_max[part], dy.amax(0), out=self._dy_max[part])
         index = bins.magnitude_index_(dy.div_(self._scale[part]), _BINS)
         bins.add_counts(self._counts[part], index, self._scratch)
@@ -269,7 +312,7 @@ class PairSketch:
 
         NaN in the open last bin and in the first, where most pairs have next to equal outputs.
         """
-        edges = torch.from_numpy(bins.magnitude_edges(_BINS)).to(self._slope)
+        edges = torch.from_numpy(bins.magnitude_edges(_BINS)).to(self._sums)
         cumulative = self._counts.cumsum(1).to(edges)
         half = self.n_pairs / 2
         bin_ = (cumulative < half).sum(1).clamp_max(_BINS - 1)
@@ -278,4 +321,4 @@ class PairSketch:
         inside = (half - before) / count.clamp_min(1)
         median = edges[bin_] + inside * (edges[bin_ + 1] - edges[bin_])
         unresolved = (bin_ == 0) | (bin_ == _BINS - 1)
-        return median.masked_fill(unresolved | self._slope.isnan(), math.nan)
+        return median.masked_fill(unresolved | self._sums[0].isnan(), math.nan)

@@ -15,6 +15,9 @@ from jaxtyping import Float, Int32
 from torch import Tensor
 
 from entangle.errors import InvalidInput
+from entangle.kernels import sketch as kernels
+from entangle.kernels.binned import binned_distances as distances_on_gpu
+from entangle.kernels.compiled import usable
 from entangle.precision import accumulator_dtype
 from entangle.stats import bins
 from entangle.stats.histogram import BinnedDistances, binned_distances
@@ -40,7 +43,8 @@ class SketchResult:
     wd_halves: Float[Tensor, "halves=2 neurons"]
     """WD in the even and in the odd groups; NaN below two groups."""
     counts: Int32[Tensor, "neurons bins"]
-    """The histogram over `entangle.stats.bins.signed_edges` in units of ``scale``."""
+    """The histogram over `entangle.stats.bins.signed_edges` in units of ``scale``, where the sketch
+    lives."""
     location: Float[Tensor, " neurons"]
     """Where the bins are centred, in the neuron's own units."""
     scale: Float[Tensor, " neurons"]
@@ -107,9 +111,12 @@ class OutputSketch:
         if group != self._open_group:
             self._close_group()
             self._open_group = group
-        columns = _block_columns(outputs)
-        for start in range(0, self.n_neurons, columns):
-            self._update_block(outputs, slice(start, start + columns), group)
+        if kernels.fits(outputs, bins.N_BINS):
+            self._update_on_gpu(outputs, group)
+        else:
+            columns = _block_columns(outputs)
+            for start in range(0, self.n_neurons, columns):
+                self._update_block(outputs, slice(start, start + columns), group)
         self.n_tokens += outputs.shape[0]
         self._group_tokens[group] += outputs.shape[0]
 
@@ -160,7 +167,7 @@ class OutputSketch:
             wd_bound=distances.wd_bound.masked_fill(bad, math.nan).cpu(),
             wd_se=se.masked_fill(bad, math.nan).cpu(),
             wd_halves=halves.masked_fill(bad, math.nan).cpu(),
-            counts=self._counts.cpu(),
+            counts=self._counts,
             location=location.cpu(),
             scale=scale.cpu(),
             low=(location + scale * self._low).cpu(),
@@ -184,6 +191,21 @@ class OutputSketch:
         self._high = torch.full((n,), -math.inf, device=device)
         self._nan = torch.zeros(n, dtype=torch.bool, device=device)
         self._inf = torch.zeros(n, dtype=torch.bool, device=device)
+
+    def _update_on_gpu(self, outputs: Tensor, group: int) -> None:
+        """Do what `_update_block` does, for all neurons in one kernel."""
+        kernels.add_outputs(
+            outputs,
+            self._location,
+            self._scale,
+            counts=self._counts,
+            powers=self._powers,
+            group_powers=self._group_powers[group],
+            low=self._low,
+            high=self._high,
+            nan=self._nan,
+            inf=self._inf,
+        )
 
     def _update_block(self, outputs: Tensor, part: slice, group: int) -> None:
         values = outputs[:, part].float()
@@ -215,18 +237,32 @@ class OutputSketch:
         """Credit what was counted since the last call to the open group."""
         if self.n_tokens == 0:
             return
-        extremes = torch.stack([self._low.min(), self._high.max()])
-        first, last = (int(i) // GROUP_FOLD for i in bins.signed_index(extremes))
-        used = slice(first, last + 1)  # bins beyond the extremes are empty
+        first, last = self._used_groups()
+        used = slice(first, last + 1)
         counts = self._counts[:, first * GROUP_FOLD : (last + 1) * GROUP_FOLD]
         now = counts.unflatten(1, (-1, GROUP_FOLD)).sum(-1, dtype=counts.dtype)
         self._group_counts[self._open_group, :, used] += now - self._closed_counts[:, used]
         self._closed_counts[:, used] = now
 
+    def _used_groups(self) -> tuple[int, int]:
+        """Return the first and the last joined bin that may hold counts.
+
+        All of them on a GPU, which would have to be waited for.
+        """
+        if self._counts.device.type != "cpu":
+            return 0, bins.N_BINS // GROUP_FOLD - 1
+        extremes = torch.stack([self._low.min(), self._high.max()])
+        first, last = (int(i) // GROUP_FOLD for i in bins.signed_index(extremes))
+        return first, last
+
     def _distances(
         self, counts: Tensor, shift: Tensor, spread: Tensor, *, fold: int
     ) -> BinnedDistances:
-        rows = max(1, (2**17 if shift.device.type == "cpu" else 2**24) // counts.shape[1])
+        if usable(counts):
+            one = torch.ones(1, 1, dtype=torch.int32, device=counts.device)
+            found = self._on_gpu(counts[None], one, shift[None], spread[None], fold)
+            return BinnedDistances(*found[:, 0])
+        rows = max(1, (2**17 if shift.device.type == "cpu" else 2**25) // counts.shape[1])
         edges = torch.from_numpy(np.ascontiguousarray(bins.signed_edges(fold))).to(shift)
         parts = []
         for i in range(0, self.n_neurons, rows):
@@ -244,6 +280,28 @@ class OutputSketch:
             *(torch.cat([getattr(p, name) for p in parts]) for name in ("wd", "wd_bound", "ks"))
         )
 
+    def _on_gpu(
+        self, counts: Tensor, weights: Tensor, shift: Tensor, spread: Tensor, fold: int
+    ) -> Tensor:
+        """Return WD, its bound and KS of sets of groups, (3, sets, neurons), in one kernel."""
+        edges = torch.from_numpy(np.ascontiguousarray(bins.signed_edges(fold))).to(shift)
+        return distances_on_gpu(
+            counts, weights, shift=shift.contiguous(), spread=spread.contiguous(),
+            low=self._low, high=self._high, edges=edges,
+        )  # fmt: skip
+
+    def _subsets_on_gpu(self, members: list[list[int]]) -> Tensor:
+        """Return the WD of sets of groups, (sets, neurons); NaN as in `_subset_wd`."""
+        chosen = torch.zeros(len(members), self.n_groups, dtype=torch.int32)
+        for row, groups in zip(chosen, members, strict=True):
+            row[groups] = 1
+        tokens = (chosen.long() * self._group_tokens).sum(1).to(self._powers.device)
+        chosen = chosen.to(self._powers.device)
+        powers = torch.einsum("sg,gpn->psn", chosen.to(self._powers), self._group_powers)
+        shift, spread = _mean_and_std(powers / tokens[:, None])
+        wd = self._on_gpu(self._group_counts, chosen, shift, spread, GROUP_FOLD)[0]
+        return wd.masked_fill(spread <= _LEAST_SPREAD * shift.abs(), math.nan)
+
     def _subset_wd(self, counts: Tensor, powers: Tensor, tokens: int) -> Tensor:
         """Return the WD of some of the groups; NaN where rounding hides their spread."""
         shift, spread = _mean_and_std(powers / tokens)
@@ -256,6 +314,12 @@ class OutputSketch:
         if len(used) < 2:
             nothing = torch.full_like(self._powers[:2], math.nan)
             return nothing[0], nothing
+        if usable(self._counts):
+            rest = [[g for g in used if g != left_out] for left_out in used]
+            wd = self._subsets_on_gpu([*rest, used[::2], used[1::2]])
+            without = wd[: len(used)]
+            se = ((len(used) - 1) * without.var(0, correction=0)).sqrt()
+            return se, wd[len(used) :]
         total = int(self._group_tokens.sum())
         powers = self._group_powers.sum(0)
         without = torch.stack(

@@ -21,10 +21,13 @@ from scipy.special import ndtri
 from torch import Tensor
 
 from entangle.errors import InvalidInput
+from entangle.kernels import distance, exact
 from entangle.precision import accumulator_dtype
 from entangle.seeding import numpy_rng
 
 _SORT_BYTES = 64 * 2**20
+_SORT_BYTES_GPU = 2**30
+_SAMPLE = 512
 _CACHE_BYTES = 4 * 2**20
 
 
@@ -81,28 +84,63 @@ def shape_statistics(outputs: Float[Tensor, "neurons tokens"]) -> ShapeStatistic
     neurons, tokens = outputs.shape
     if tokens == 0:
         raise InvalidInput("`outputs` must hold at least one token; got shape with 0 tokens.")
-    rows = max(1, _SORT_BYTES // (4 * tokens))
+    at_once = _SORT_BYTES if outputs.device.type == "cpu" else _SORT_BYTES_GPU
+    rows = max(1, at_once // (4 * tokens))
     parts = [_statistics(outputs[i : i + rows]) for i in range(0, max(neurons, 1), rows)]
     return ShapeStatistics(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 def _statistics(outputs: Tensor) -> tuple[Tensor, ...]:
-    ordered = sort_rows(outputs.detach())
+    work = outputs.detach()
+    if work.is_cuda:
+        work = work.float() if work.element_size() == 2 else work
+        if exact.fits(work):
+            return _masked(*_by_buckets(work), outputs.dtype)
+    ordered = sort_rows(work)
     first, last = ordered[:, 0], ordered[:, -1]
     nan = last.isnan()
     inf = (first.isinf() | last.isinf()) & ~nan
-    on_cpu = ordered.device.type == "cpu"
-    rows = max(1, (_CACHE_BYTES if on_cpu else _SORT_BYTES) // (8 * ordered.shape[1]))
-    parts = [_sorted_statistics(part) for part in ordered.split(rows)]
-    columns = [torch.cat(column) for column in zip(*parts, strict=True)]
-    within_rounding = is_constant(columns[3], columns[2], outputs.dtype)
-    constant = (within_rounding | (first == last)) & ~nan & ~inf
+    return _masked(_columns(ordered), nan, inf, first == last, outputs.dtype)
+
+
+def _masked(
+    columns: list[Tensor], nan: Tensor, inf: Tensor, equal: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    """Add the flags, and NaN where one of them is set."""
+    constant = (is_constant(columns[3], columns[2], dtype) | equal) & ~nan & ~inf
     bad = nan | inf | constant
     return (*(column.masked_fill(bad, math.nan) for column in columns), constant, nan, inf)
 
 
-def _sorted_statistics(ordered: Tensor) -> tuple[Tensor, ...]:
+def _by_buckets(outputs: Tensor) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """Return WD, KS and moments, and which rows hold NaN, infinities, equal values, on a GPU."""
+    density = torch.from_numpy(_normal_cells(outputs.shape[1])[0]).to(outputs.device)
+    stride = max(1, outputs.shape[1] // _SAMPLE)
+    sample = sort_rows(outputs[:, ::stride][:, :_SAMPLE].nan_to_num(0.0, 0.0, 0.0))
+    low, middle, high = (sample[:, i * sample.shape[1] // 4] for i in (1, 2, 3))
+    width = (high - low).clamp_min(torch.finfo(torch.float32).tiny * 2**10)
+    scale = torch.where(high > low, width, sample.std(1, correction=0).clamp_min(1e-30))
+    found, what = exact.row_statistics(outputs, middle.contiguous(), scale, density)
+    crowded = (what == exact.CROWDED).nonzero()[:, 0]
+    if len(crowded):
+        found[:, crowded] = torch.stack(_columns(sort_rows(outputs[crowded])))
+    flags = (what == flag for flag in (exact.NAN, exact.INFINITE, exact.EQUAL))
+    return (list(found), *flags)
+
+
+def _columns(ordered: Tensor) -> list[Tensor]:
     """Return WD, KS, mean, std, skewness and excess kurtosis of sorted rows."""
+    if distance.fits(ordered) and ordered.numel():
+        density = torch.from_numpy(_normal_cells(ordered.shape[1])[0]).to(ordered.device)
+        return list(distance.sorted_statistics(ordered, density))
+    on_cpu = ordered.device.type == "cpu"
+    rows = max(1, (_CACHE_BYTES if on_cpu else _SORT_BYTES) // (8 * ordered.shape[1]))
+    parts = [_sorted_statistics(part) for part in ordered.split(rows)]
+    return [torch.cat(column) for column in zip(*parts, strict=True)]
+
+
+def _sorted_statistics(ordered: Tensor) -> tuple[Tensor, ...]:
+    """Return the same of few rows, by plain torch."""
     ordered = ordered.to(accumulator_dtype(ordered.device))
     mean = ordered.mean(1)
     centred = ordered - mean[:, None]
@@ -185,6 +223,12 @@ def null_floor(n_tokens: int, *, seed: int = 0, n_draws: int = 200) -> tuple[flo
         are correlated, so the floor of a real neuron lies higher.
     """
     simulated = min(n_tokens, 8192)
-    draws = numpy_rng(seed, "null floor").standard_normal((n_draws, simulated))
-    wd = shape_statistics(torch.from_numpy(draws)).wd.numpy() * math.sqrt(simulated / n_tokens)
+    wd = _gaussian_wd(simulated, seed, n_draws) * math.sqrt(simulated / n_tokens)
     return float(wd.mean()), float(np.quantile(wd, 0.975))
+
+
+@lru_cache(maxsize=32)
+def _gaussian_wd(n_tokens: int, seed: int, n_draws: int) -> np.ndarray:
+    """Return the WD of simulated Gaussian neurons."""
+    draws = numpy_rng(seed, "null floor").standard_normal((n_draws, n_tokens))
+    return shape_statistics(torch.from_numpy(draws)).wd.numpy()

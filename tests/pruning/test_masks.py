@@ -92,3 +92,7 @@ def test_dead_inputs_come_first_by_magnitude() -> None:
     ranked = dead_first(torch.tensor([[[5.0, 6, 7, 0]]]), weight, dead)
     assert ranked.argsort().tolist() == [[[2, 1, 0, 3]]]
     assert torch.equal(dead_first(ranked, weight, ~dead & dead), ranked)
+
+
+def test_groups_of_no_rows() -> None:
+    assert prune_groups(torch.ones(2, 0, 8), parse_pattern("2:4")).shape == (2, 0, 8)

@@ -1,0 +1,108 @@
+"""Compiles and launches the kernels of this folder.
+
+The sources are CUDA C. NVRTC, which every CUDA build of torch brings along, compiles them for the
+device at their first use (a few tenths of a second each), so that no compiler need be installed.
+"""
+
+import ctypes
+import logging
+from collections.abc import Callable, Sequence
+from functools import cache
+from importlib import resources
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_LOG = logging.getLogger(__name__)
+
+
+def usable(tensor: Tensor) -> bool:
+    """Tell whether kernels can work on this tensor: it is on an NVIDIA GPU, and NVRTC is there."""
+    return tensor.is_cuda and _found()
+
+
+def launch(
+    source: str,
+    function: str,
+    *,
+    grid: Sequence[int],
+    threads: int,
+    arguments: Sequence[Tensor | int],
+    shared_bytes: int = 0,
+    number: str = "float",
+) -> None:
+    """Run a kernel on the current stream of its first argument's device.
+
+    Parameters
+    ----------
+    source
+        Name of the file in this folder, without its ending.
+    function
+        Name of an ``extern "C"`` kernel in it.
+    grid
+        Up to three numbers of thread blocks.
+    threads
+        Threads per block.
+    arguments
+        Tensors, passed as pointers to their first element, and 32-bit integers.
+    shared_bytes
+        Dynamic shared memory of a block.
+    number
+        What ``NUMBER`` stands for in the source.
+    """
+    device = next(a.device for a in arguments if isinstance(a, Tensor))
+    with torch.cuda.device(device):
+        kernel = _kernel(source, function, number, torch.cuda.current_device())
+        if shared_bytes > kernel._max_shared_mem_bytes:
+            kernel.set_shared_memory_config(shared_bytes)
+        values = [
+            ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_int(a)
+            for a in arguments
+        ]
+        pointers = (ctypes.c_void_p * len(values))(*[ctypes.addressof(v) for v in values])
+        stream = torch.cuda.current_stream()._as_parameter_
+        blocks, none = (*grid, 1, 1)[:3], None
+        torch.cuda._utils._check_cuda(
+            _driver().cuLaunchKernel(
+                kernel.func, *blocks, threads, 1, 1, shared_bytes, stream, pointers, none
+            )
+        )
+
+
+def shared_limit(device: torch.device) -> int:
+    """Return how many bytes of shared memory a thread block may have."""
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+
+
+@cache
+def _found() -> bool:
+    """Tell whether this torch can compile kernels at run time."""
+    if torch.version.cuda is None or not hasattr(torch.cuda, "_compile_kernel"):
+        return False
+    try:
+        torch.cuda._utils._get_gpu_rtc_library()
+    except OSError as error:
+        _LOG.warning("kernels are not used, as NVRTC is missing: %s", error)
+        return False
+    return True
+
+
+@cache
+def _driver() -> ctypes.CDLL:
+    return torch.cuda._utils._get_gpu_runtime_library()
+
+
+@cache
+def _kernel(source: str, function: str, number: str, device: int) -> Any:
+    """Return one kernel for the current device; all of a file are compiled together."""
+    key = source, number, device
+    if key not in _MODULES:
+        text = resources.files(__package__).joinpath(f"{source}.cu").read_text("utf-8")
+        compile_kernel: Callable[..., Any] = torch.cuda._compile_kernel
+        compiled = compile_kernel(f"#define NUMBER {number}\n{text}", function)
+        _MODULES[key] = torch.cuda._utils._CudaModule(compiled.module)
+    return getattr(_MODULES[key], function)
+
+
+_MODULES: dict[tuple[str, str, int], Any] = {}
