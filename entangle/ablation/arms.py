@@ -5,8 +5,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from entangle.ablation.interventions import OUTPUT_EDITS
 from entangle.ablation.selection import Selection
+from entangle.ablation.solved import Level
+from entangle.allocation.allocation import Allocation
+from entangle.allocation.even import even
+from entangle.allocation.labels import nominal_sparsity, rule_label, zeros_digest
 from entangle.errors import InvalidInput, unknown_name
 
 PRUNERS = {
@@ -30,23 +36,34 @@ class Arm:
     intervention: str
     """From `INTERVENTIONS`."""
     strength: float
-    """Sparsity of a pruned row, or share in [0, 1] of an edit of outputs."""
+    """Sparsity of a pruned row (of all rows together with an allocation), or share in [0, 1] of an
+    edit of outputs."""
     experts: int = 1
     """Routed experts that hold the pruned rows; 1 without a router."""
+    allocation: Allocation | None = None
+    """Zeros of every row, in place of one sparsity for all."""
 
     @property
     def prunes(self) -> bool:
         """Whether rows are pruned; otherwise outputs are edited."""
         return self.intervention in PRUNERS
 
+    @property
+    def level(self) -> Level:
+        """How sparse its rows are."""
+        return self.strength if self.allocation is None else self.allocation
+
     def describe(self) -> dict[str, object]:
         """Return what makes the arm, JSON-serialisable."""
-        return {
+        described: dict[str, object] = {
             "selection": self.selection.describe(),
             "intervention": self.intervention,
             "strength": self.strength,
             "experts": self.experts,
         }
+        if self.allocation is not None:
+            described["allocation"] = zeros_digest(self.allocation)
+        return described
 
     @property
     def key(self) -> str:
@@ -112,4 +129,49 @@ def plan_arms(
         for strength in dict.fromkeys(strengths if intervention in PRUNERS else edit_strengths)
         for count in (dict.fromkeys(experts) if intervention in PRUNERS else (1,))
         for selection in selections
+    ]
+
+
+def plan_allocated(
+    allocation: Allocation, interventions: Sequence[str], *, experts: Sequence[int]
+) -> list[Arm]:
+    """Return two arms an intervention: every row as the allocation says, and the same zeros evenly.
+
+    Parameters
+    ----------
+    allocation
+        Zeros of every row of its layers, all of which are pruned.
+    interventions
+        Pruners, from `PRUNERS`.
+    experts
+        Must be 1 alone.
+
+    Raises
+    ------
+    UnknownName, InvalidInput
+        If an intervention does not exist or prunes nothing, or experts are asked for.
+    """
+    check_settings(interventions, strengths=(0.0,), edit_strengths=(0.0,), experts=experts)
+    for name in interventions:
+        if name not in PRUNERS:
+            raise InvalidInput(
+                f"an allocation says how rows are pruned; the intervention {name!r} prunes none: "
+                "leave it out."
+            )
+    if set(experts) != {1}:
+        raise InvalidInput(
+            f"with an allocation `experts` must be 1; got {list(experts)}: `entangle.expand` "
+            "(`entangle expand --allocation`) builds experts from it."
+        )
+    rows = {name: np.arange(len(zeros)) for name, zeros in allocation.zeros.items()}
+    for index in rows.values():
+        index.flags.writeable = False
+    selections = (
+        Selection("all", None, None, rows),
+        Selection("allocation", rule_label(allocation), None, rows),
+    )
+    return [
+        Arm(selection, intervention, nominal_sparsity(allocation), 1, level)
+        for intervention in dict.fromkeys(interventions)
+        for selection, level in zip(selections, (even(allocation), allocation), strict=True)
     ]

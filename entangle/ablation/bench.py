@@ -15,7 +15,7 @@ from entangle.ablation.routed import fit_rows
 from entangle.ablation.routed_rows import RoutedRows
 from entangle.ablation.row_experts import installed
 from entangle.ablation.selection import select
-from entangle.ablation.solved import SolvedRows, solve_rows
+from entangle.ablation.solved import Level, SolvedRows, solve_rows
 from entangle.ablation.statistics import LayerStatistics
 from entangle.ablation.tables import realised_sparsity
 from entangle.calibration import CalibrationSet
@@ -54,7 +54,7 @@ class Bench:
         self._model, self._calibration, self._arms = model, calibration, arms
         self._layers = {layer.name: layer for layer in layers}
         self._statistics, self._damping, self._seed = statistics, damping, seed
-        self._solved: dict[tuple[str, float], dict[str, SolvedRows]] = {}
+        self._solved: dict[tuple[str, Level], dict[str, SolvedRows]] = {}
         self._routed: dict[str, RoutedRows] = {}
         for pruner in {PRUNERS[arm.intervention] for arm in arms if arm.prunes}:
             plain = [a for a in arms if PRUNERS.get(a.intervention) == pruner and a.experts == 1]
@@ -95,12 +95,12 @@ class Bench:
             routed = self._routed[PRUNERS[arm.intervention]]
             made = routed.modules(self._model, rows, arm.experts, arm.strength)
             return installed(self._model.module, made)
-        solved = self._solved[PRUNERS[arm.intervention], arm.strength]
+        solved = self._solved[PRUNERS[arm.intervention], arm.level]
         edits = [
             RowEdit(
                 self._layers[name],
                 torch.from_numpy(chosen.copy()),
-                solved[name].take(chosen, arm.strength)[0],
+                solved[name].take(chosen, arm.level)[0],
             )
             for name, chosen in rows.items()
         ]
@@ -113,8 +113,8 @@ class Bench:
         name = PRUNERS[arm.intervention]
         if arm.experts > 1:
             return realised_sparsity(self._routed[name].neurons, arm)
-        solved, rows = self._solved[name, arm.strength], arm.selection.rows.items()
-        parts = [solved[layer].take(own, arm.strength)[1] for layer, own in rows]
+        solved, rows = self._solved[name, arm.level], arm.selection.rows.items()
+        parts = [solved[layer].take(own, arm.level)[1] for layer, own in rows]
         return np.concatenate([part.double().numpy() for part in parts])
 
     def nested(self, arm: Arm) -> None:
@@ -137,15 +137,17 @@ class Bench:
         return len(self._statistics.scores.frame)
 
     def _solve(self, pruner: str, arms: Sequence[Arm]) -> None:
-        strengths = sorted({arm.strength for arm in arms})
-        if not strengths:
+        strengths = sorted({arm.strength for arm in arms if arm.allocation is None})
+        allocations = dict.fromkeys(arm.allocation for arm in arms if arm.allocation is not None)
+        levels: list[Level] = [*strengths, *allocations]
+        if not levels:
             return
         solved = solve_rows(
             list(self._layers.values()), union_rows(arm.selection.rows for arm in arms),
-            self._statistics.grams, sparsities=strengths, pruner=pruner, damping=self._damping,
+            self._statistics.grams, sparsities=levels, pruner=pruner, damping=self._damping,
             seed=self._seed,
         )  # fmt: skip
-        self._solved |= {(pruner, strength): solved for strength in strengths}
+        self._solved |= {(pruner, level): solved for level in levels}
 
 
 def union_rows(several: Iterable[Rows]) -> dict[str, NDArray[np.int64]]:

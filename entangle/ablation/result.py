@@ -87,13 +87,16 @@ class AblationResult:
     def contrasts(self, *, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
         """Compare every top selection with every other one of the same intervention and strength.
 
+        An allocation is compared with the same zeros spread evenly, in the same way.
+
         Returns
         -------
         pandas.DataFrame
-            One row a comparison: intervention, strength, experts, by (of the top selection),
-            ``against`` (the other's selection), ``against_by``, ``ratio`` of the perplexities with
-            ``low`` and ``high`` (paired bootstrap over windows; losses of several seeds are
-            averaged, which compares with the geometric mean of their perplexities), and ``seeds``.
+            One row a comparison: intervention, strength, experts, by (of the top selection, or the
+            allocation's rule), ``against`` (the other's selection), ``against_by``, ``ratio`` of
+            the perplexities with ``low`` and ``high`` (paired bootstrap over windows; losses of
+            several seeds are averaged, which compares with the geometric mean of their
+            perplexities), and ``seeds``.
         """
         columns = [*SETTING, "by", "against", "against_by", "ratio", "low", "high", "seeds"]
         rows = []
@@ -104,7 +107,7 @@ class AblationResult:
             }
             for (rule, by), top in losses.items():
                 for (other, other_by), control in losses.items():
-                    if rule != "top" or (other, other_by) == (rule, by):
+                    if rule not in ("top", "allocation") or (other, other_by) == (rule, by):
                         continue
                     ratio = perplexity_ratio(
                         self._perplexity(top), self._perplexity(control), level=level, seed=seed

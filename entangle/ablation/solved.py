@@ -9,31 +9,34 @@ from jaxtyping import Float, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
+from entangle.allocation.allocation import Allocation
 from entangle.errors import NumericalError
 from entangle.models.layers import Layer
 from entangle.pruning import prune
 from entangle.stats.gram import GramResult
 
 Rows = Mapping[str, NDArray[np.int64]]
+Level = float | Allocation
+"""How sparse rows are: a share of zeros in [0, 1] for all, or each as an allocation says."""
 
 
 @dataclass(frozen=True, eq=False)
 class SolvedRows:
-    """Sparse weights of some rows of a layer at several sparsities."""
+    """Sparse weights of some rows of a layer at several levels."""
 
     rows: Int64[Tensor, " rows"]
     """Indices in ascending order."""
-    weight: Mapping[float, Float[Tensor, "rows in_features"]]
-    """By sparsity, in the layer's dtype, on the CPU."""
-    realised: Mapping[float, Float[Tensor, " rows"]]
-    """Share of zeros of every row, by sparsity."""
+    weight: Mapping[Level, Float[Tensor, "rows in_features"]]
+    """By level, in the layer's dtype, on the CPU."""
+    realised: Mapping[Level, Float[Tensor, " rows"]]
+    """Share of zeros of every row, by level."""
 
     def take(
-        self, wanted: NDArray[np.int64], sparsity: float
+        self, wanted: NDArray[np.int64], level: Level
     ) -> tuple[Float[Tensor, "chosen in_features"], Float[Tensor, " chosen"]]:
         """Return the weights and realised sparsities of some of the rows."""
         place = torch.searchsorted(self.rows, torch.tensor(wanted))
-        return self.weight[sparsity][place], self.realised[sparsity][place]
+        return self.weight[level][place], self.realised[level][place]
 
 
 def solve_rows(
@@ -41,7 +44,7 @@ def solve_rows(
     rows: Rows,
     grams: Mapping[str, GramResult],
     *,
-    sparsities: Sequence[float],
+    sparsities: Sequence[Level],
     pruner: str = "sparsegpt",
     damping: float = 0.01,
     seed: int = 0,
@@ -60,7 +63,7 @@ def solve_rows(
     grams
         ``XᵀX`` of each layer's inputs, by layer name.
     sparsities
-        Shares of zeros in [0, 1].
+        Shares of zeros in [0, 1], or allocations that hold all of the layers.
     pruner, damping, seed
         As in `entangle.pruning.prune` (``pruner`` is its ``method``). The zeros of ``"random"``
         also depend on which rows and sparsities are solved together.
@@ -83,12 +86,12 @@ def solve_rows(
                 for layer, i in zip(members, chosen, strict=True)
             ]
         )
-        levels = torch.tensor(sparsities, dtype=torch.float64).repeat_interleave(len(dense))
+        shares = torch.cat([_shares(level, members, chosen) for level in sparsities])
         try:
             result = prune(
                 dense.repeat(len(sparsities), 1),
                 grams[members[0].name].gram.to(dense.device),
-                method=pruner, sparsity=levels.to(dense.device), damping=damping, seed=seed,
+                method=pruner, sparsity=shares.to(dense.device), damping=damping, seed=seed,
             )  # fmt: skip
         except NumericalError as error:
             names = ", ".join(layer.name for layer in members)
@@ -100,8 +103,18 @@ def solve_rows(
             own = slice(start, start + len(index))
             solved[layer.name] = SolvedRows(
                 index,
-                {s: weight[i, own] for i, s in enumerate(sparsities)},
-                {s: zeros[i, own] for i, s in enumerate(sparsities)},
+                {level: weight[i, own] for i, level in enumerate(sparsities)},
+                {level: zeros[i, own] for i, level in enumerate(sparsities)},
             )
             start = own.stop
     return solved
+
+
+def _shares(
+    level: Level, layers: Sequence[Layer], rows: Sequence[Int64[Tensor, " _"]]
+) -> Float[Tensor, " all_rows"]:
+    """Return the share of zeros of every chosen row of some layers, float64."""
+    if not isinstance(level, Allocation):
+        return torch.full((sum(map(len, rows)),), float(level), dtype=torch.float64)
+    pairs = zip(layers, rows, strict=True)
+    return torch.cat([level.sparsity[layer.name][index] for layer, index in pairs])

@@ -9,7 +9,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from torch import nn
 
-from entangle.ablation.arms import PRUNERS, Arm, check_settings, plan_arms
+from entangle.ablation.arms import PRUNERS, Arm, check_settings, plan_allocated, plan_arms
 from entangle.ablation.bench import Bench
 from entangle.ablation.folder import ArmFolder
 from entangle.ablation.matched import search_matched
@@ -19,6 +19,8 @@ from entangle.ablation.result import KIND, AblationResult
 from entangle.ablation.selection import Selection, check_scores_fit
 from entangle.ablation.statistics import layer_statistics
 from entangle.ablation.tables import result_tables
+from entangle.allocation.allocation import Allocation
+from entangle.allocation.labels import zeros_digest
 from entangle.calibration import CalibrationSet
 from entangle.errors import InvalidInput, unknown_name
 from entangle.evaluation import EvaluationText, MinimalPairs
@@ -51,6 +53,7 @@ def ablate(
     seeds: int = 5,
     interventions: Sequence[str] = ("prune",),
     strengths: Sequence[float] = (0.9, 0.95, 0.99),
+    allocation: Allocation | None = None,
     edit_strengths: Sequence[float] = (1.0,),
     experts: Sequence[int] = (1,),
     router: Kind = "kmeans",
@@ -101,6 +104,11 @@ def ablate(
         ``flip-negative``: edits of the selected neurons' outputs.
     strengths
         Sparsities of pruned rows, in [0, 1].
+    allocation
+        In place of ``selections`` and ``strengths``: all rows of its layers, which must be the
+        chosen ones, are pruned to its zeros (selection ``allocation``, ``by`` its rule), and to the
+        same number of zeros spread evenly (selection ``all``); ``strength`` is its overall
+        sparsity.
     edit_strengths
         Shares in [0, 1] of an edit that are mixed into the outputs.
     experts
@@ -155,6 +163,11 @@ def ablate(
     )
     if match and evaluation is None:
         raise InvalidInput("`match` compares perplexities; give `evaluation`.")
+    allocated: list[Arm] | None = None
+    if allocation is not None:
+        _check_alone(selections, match=match)
+        allocation.check(chosen, dense.digest)
+        allocated = plan_allocated(allocation, interventions, experts=experts)
     settings = {
         "layers": [layer.name for layer in chosen],
         **request.describe(),
@@ -167,6 +180,10 @@ def ablate(
         "match": match,
         "seed": seed,
     }
+    if allocation is not None:
+        zeros = {"zeros_sha256": zeros_digest(allocation), "overall": allocation.overall}
+        settings["allocation"] = dict(allocation.manifest) | zeros
+        settings |= {"selections": ["all", "allocation"], "strengths": [allocation.overall]}
     manifest = make_manifest(
         KIND,
         model=dense.describe(),
@@ -185,10 +202,15 @@ def ablate(
         dense, calibration, chosen, scores=scores, md=md, seed=seed, progress=progress,
         grams=bool(prunes) and (1 in experts or match),
     )  # fmt: skip
-    picked = request.selections(known.scores.frame)
-    arms = plan_arms(
-        picked, interventions, strengths=strengths, edit_strengths=edit_strengths, experts=experts
-    )
+    if allocated is None:
+        picked = request.selections(known.scores.frame)
+        arms = plan_arms(
+            picked, interventions, strengths=strengths, edit_strengths=edit_strengths,
+            experts=experts,
+        )  # fmt: skip
+    else:
+        arms = allocated
+        picked = list(dict.fromkeys(arm.selection for arm in arms))
     bench = Bench(dense, chosen, known, calibration, arms, damping=damping, seed=seed)
     routed = [k for k in experts if k > 1]
     if prunes and routed:
@@ -209,6 +231,16 @@ def ablate(
         result.save(out, force=force)
         folder.remove()
     return result
+
+
+def _check_alone(selections: Sequence[str | Selection], *, match: bool) -> None:
+    """Refuse what has no meaning beside an allocation, which says how sparse each row is."""
+    if tuple(selections) not in (DEFAULT, ("all",)):
+        raise InvalidInput(
+            "with `allocation` all rows of its layers are pruned; leave `selections` out."
+        )
+    if match:
+        raise InvalidInput("`match` needs a top selection, which `allocation` has not; drop one.")
 
 
 def _run(

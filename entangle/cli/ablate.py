@@ -13,11 +13,13 @@ if TYPE_CHECKING:
 
     from entangle.ablation import AblationResult
     from entangle.ablation.selection import Selection
+    from entangle.allocation import Allocation
     from entangle.evaluation import EvaluationText, MinimalPairs
     from entangle.models.loading import LanguageModel
     from entangle.scoring import NeuronScores
 
 N_SEQ, SEQ_LEN, EVAL_SEQ_LEN = 32, 1024, 1024
+SELECTIONS, STRENGTHS = "top,bottom,random", "0.9,0.95,0.99"
 MEASURES = ("perplexity", "divergence", "blimp")
 FORMATS = {
     "strength": ".3g", "experts": "d", "seeds": "d", "value": ",.5g", "95 % low": ",.5g",
@@ -36,7 +38,6 @@ def add_parser(subparsers: options.Subparsers) -> None:
     )
     options.add_model_options(parser)
     options.add_layer_options(parser)
-    parser.set_defaults(proj="mlp")
     options.add_calibration_options(parser, n_seq=N_SEQ, seq_len=SEQ_LEN)
     _add_selection_options(parser)
     _add_arm_options(parser)
@@ -53,9 +54,9 @@ def _add_selection_options(parser: argparse.ArgumentParser) -> None:
         "layers are scored on the calibration text"
     )  # fmt: skip
     group.add_argument(
-        "--select", default="top,bottom,random",
+        "--select",
         help="comma-separated: top, bottom, random, random-norm, random-variance, all, or a .csv "
-        "or .parquet file with columns layer and neuron (default: %(default)s)",
+        f"or .parquet file with columns layer and neuron (default: {SELECTIONS})",
     )  # fmt: skip
     group.add_argument(
         "--by", default="wd",
@@ -78,10 +79,12 @@ def _add_arm_options(parser: argparse.ArgumentParser) -> None:
         help="comma-separated: prune (SparseGPT), prune-wanda, prune-magnitude, prune-random, "
         "zero, mean, clamp-negative, clamp-positive, flip-negative (default: prune)",
     )  # fmt: skip
-    group.add_argument(
-        "--strength", default="0.9,0.95,0.99", help="sparsities of pruned rows (default: "
-        "%(default)s)"
-    )  # fmt: skip
+    group.add_argument("--strength", help=f"sparsities of pruned rows (default: {STRENGTHS})")
+    options.add_allocation_option(
+        group,
+        text="in place of --select and --strength: prune all rows of its layers as it says, and "
+        "beside that to the same number of zeros spread evenly",
+    )
     group.add_argument(
         "--edit-strength", default="1", help="shares of an edit of outputs, 0 to 1 (default: 1)"
     )
@@ -136,7 +139,7 @@ def run(arguments: argparse.Namespace) -> None:
     measures = _measures(arguments)
     settings = {
         "interventions": arguments.intervention.split(","),
-        "strengths": options.numbers(arguments.strength, float),
+        "strengths": options.numbers(arguments.strength or STRENGTHS, float),
         "edit_strengths": options.numbers(arguments.edit_strength, float),
         "experts": options.numbers(arguments.experts, int),
     }
@@ -146,6 +149,7 @@ def run(arguments: argparse.Namespace) -> None:
     from entangle.ablation.arms import check_settings
 
     check_settings(**settings)
+    allocation = _allocation(arguments)
     scores = _scores(arguments)
     selections = _selections(arguments, scores)
     _split_demo(arguments)
@@ -158,8 +162,7 @@ def run(arguments: argparse.Namespace) -> None:
         pairs=pairs,
         measures=["pairs" if name == "blimp" else name for name in measures],
         scores=scores,
-        layers=arguments.layer or "all",
-        proj=arguments.proj,
+        **options.chosen_layers(arguments, allocation),
         selections=selections,
         by=arguments.by.split(","),
         fraction=arguments.fraction,
@@ -167,6 +170,7 @@ def run(arguments: argparse.Namespace) -> None:
         scope=arguments.scope,
         seeds=arguments.seeds,
         **settings,
+        allocation=allocation,
         router=arguments.router,
         damping=arguments.damping,
         match=arguments.match,
@@ -207,7 +211,9 @@ def print_result(result: "AblationResult") -> None:
         print_table(table, title=title, formats=FORMATS, optional=("rows", "by", "experts"))
     contrasts = _contrasts(result)
     if len(contrasts):
-        title = "Perplexity after the top neurons ÷ after the others (paired bootstrap, 95 %)"
+        allocated = result.frame["selection"].eq("allocation").any()
+        first = "the allocation" if allocated else "the top neurons"
+        title = f"Perplexity after {first} ÷ after the others (paired bootstrap, 95 %)"
         print_table(contrasts, title=title, formats=FORMATS, optional=("seeds", "experts"))
     if len(result.matched):
         columns = ["intervention", "strength", "by", "matched", "low", "high"]
@@ -252,6 +258,13 @@ def _split_demo(arguments: argparse.Namespace) -> None:
         arguments.data, arguments.data_split = "demo", arguments.data_split or "test"
 
 
+def _allocation(arguments: argparse.Namespace) -> "Allocation | None":
+    for name in ("select", "strength"):
+        if arguments.allocation is not None and getattr(arguments, name) is not None:
+            raise InvalidInput(f"--{name} has no meaning beside --allocation; drop one of them.")
+    return options.load_allocation(arguments)
+
+
 def _scores(arguments: argparse.Namespace) -> "NeuronScores | None":
     if arguments.scores is None:
         return None
@@ -265,7 +278,7 @@ def _selections(
 ) -> "list[str | Selection]":
     """Return the rules by name and the lists of neurons that files hold."""
     found: list[str | Selection] = []
-    for name in arguments.select.split(","):
+    for name in (arguments.select or SELECTIONS).split(","):
         if not name.lower().endswith((".csv", ".parquet")):
             found.append(name)
             continue

@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from entangle.cli import options
@@ -11,12 +11,14 @@ from entangle.cli.tables import print_json, print_table, records
 from entangle.errors import InvalidInput
 
 if TYPE_CHECKING:
-    from entangle.expansion.compare import Comparison
+    from entangle.expansion.compare import Comparison, Named
 
+SPARSITIES = "0.5,0.6,0.7,0.8"
 FORMATS = {
     "sparsity": ".2f", "perplexity": ",.3f", "ratio": ".3f", "ratio_low": ".3f",
     "ratio_high": ".3f", "flops": ".3f", "nonzeros": ".3f", "bytes": ".3f",
     "relative_error": ".4f", "seconds": ".0f", "competitor_perplexity": ",.3f",
+    "uniform_ratio": ".3f", "uniform_low": ".3f", "uniform_high": ".3f",
 }  # fmt: skip
 
 
@@ -35,7 +37,12 @@ def add_parser(subparsers: options.Subparsers) -> None:
         "--methods", default="magnitude,wanda,sparsegpt,expansion,expansion-random",
         help="comma-separated (default: %(default)s)",
     )  # fmt: skip
-    group.add_argument("--sparsity", default="0.5,0.6,0.7,0.8", help="(default: %(default)s)")
+    group.add_argument("--sparsity", help=f"(default: {SPARSITIES}, or those of the allocations)")
+    options.add_allocation_option(
+        group,
+        text="comma-separated files from `entangle allocate`, or NAME=FILE: every method is also "
+        "built with each of them, on their layers",
+    )
     group.add_argument(
         "--experts",
         default="16",
@@ -57,8 +64,12 @@ def run(arguments: argparse.Namespace) -> None:
 
     clock = RunClock()
     methods = arguments.methods.split(",")
+    allocations = options.load_allocations(arguments)
     chosen = arms(
-        methods, options.numbers(arguments.sparsity, float), options.numbers(arguments.experts, int)
+        methods,
+        _sparsities(arguments, allocations),
+        options.numbers(arguments.experts, int),
+        allocations=allocations,
     )
     if arguments.out is not None:
         check_output(arguments.out, force=arguments.force)
@@ -75,6 +86,7 @@ def run(arguments: argparse.Namespace) -> None:
     )
     found = compare(
         model, calibration, text, chosen, seed=arguments.seed, memory=memory,
+        allocations=allocations,
         told=_say if not arguments.quiet else lambda _line: None,
     )  # fmt: skip
     manifest = make_manifest(
@@ -82,7 +94,7 @@ def run(arguments: argparse.Namespace) -> None:
         model=model.describe(),
         calibration=calibration.describe(),
         evaluation=text.describe(),
-        settings={"methods": methods, "seed": arguments.seed},
+        settings={"methods": methods, "seed": arguments.seed, **_described(allocations)},
         **clock.read(),
     )
     equal = at_equal_nonzeros(found.frame)
@@ -97,6 +109,22 @@ def run(arguments: argparse.Namespace) -> None:
     if not equal.empty:
         title = "At equal stored non-zeros (from 1 × dense on, dense itself is the competitor)"
         print_table(equal, title=title, formats=FORMATS)
+
+
+def _sparsities(arguments: argparse.Namespace, allocations: "Sequence[Named]") -> list[float]:
+    """Return the sparsities asked for, or those of the allocations."""
+    if arguments.sparsity is None and allocations:
+        from entangle.allocation.labels import nominal_sparsity
+
+        return list(dict.fromkeys(nominal_sparsity(one) for _, one in allocations))
+    asked = SPARSITIES if arguments.sparsity is None else arguments.sparsity
+    return options.numbers(asked, float)
+
+
+def _described(allocations: "Sequence[Named]") -> dict[str, object]:
+    """Return what the manifest records of the allocations; nothing without any."""
+    described = [{"name": name, **one.manifest} for name, one in allocations]
+    return {"allocations": described} if described else {}
 
 
 def save(

@@ -1,14 +1,17 @@
 """``entangle expand``: routed sparse experts in place of a model's MLP linears."""
 
 import argparse
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from entangle.cli import options
 from entangle.cli.tables import print_json, print_table, records
+from entangle.errors import InvalidInput
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from entangle.allocation import Allocation
     from entangle.evaluation import EvaluationText, Perplexity
     from entangle.expansion import Expansion
     from entangle.models.loading import LanguageModel
@@ -33,11 +36,15 @@ def add_parser(subparsers: options.Subparsers) -> None:
     )
     options.add_model_options(parser)
     options.add_layer_options(parser)
-    parser.set_defaults(proj="mlp")
     options.add_calibration_options(parser, n_seq=N_SEQ, seq_len=SEQ_LEN)
     group = parser.add_argument_group("expansion")
     group.add_argument("--experts", type=int, default=16, help="experts a layer (default: 16)")
     group.add_argument("--sparsity", type=float, help="share of zeros (default: 0.7)")
+    options.add_allocation_option(
+        group,
+        text="in place of --sparsity: zeros of every row from `entangle allocate`, and experts of "
+        "every layer if it has them; the layers are the allocation's",
+    )
     group.add_argument(
         "--pattern", default="row", help="row, layer, block, or n:m such as 2:4 (default: row)"
     )
@@ -74,24 +81,25 @@ def run(arguments: argparse.Namespace) -> None:
     from entangle.provenance import check_output
 
     memory = options.parse_bytes(arguments.memory)
-    if arguments.out is not None:
+    if arguments.out is not None and not arguments.resume:  # a finished build can be resumed too
         check_output(arguments.out, force=arguments.force)
+    allocation = _allocation(arguments)
     model = options.load_model(arguments)
     calibration = options.load_calibration(arguments, model)
     text = _evaluation_text(arguments, model)
     progress = False if arguments.quiet else None
     settings = {
-        "sparsity": _sparsity(arguments),
+        "sparsity": None if allocation is not None else _sparsity(arguments),
         "pattern": arguments.pattern,
         "pruner": arguments.pruner,
-        "layers": arguments.layer or ["all"],
-        "proj": arguments.proj,
+        **options.chosen_layers(arguments, allocation),
         "router": arguments.router,
         "bits": arguments.bits,
         "damping": arguments.damping,
         "seed": arguments.seed,
         "memory": memory,
         "evaluation": text,
+        "keep": False,
         "progress": progress,
     }
     from entangle.expansion import expand
@@ -100,17 +108,21 @@ def run(arguments: argparse.Namespace) -> None:
         model,
         calibration,
         experts=arguments.experts,
+        allocation=allocation,
         out=arguments.out,
-        keep=arguments.out is None,
         resume=arguments.resume,
         force=arguments.force,
         **settings,
     )
     dense = None if text is None else perplexity(model, text, progress=progress)
     plain = None
-    if text is not None and arguments.experts > 1 and not arguments.no_baseline:
-        plain = expand(model, calibration, experts=1, **settings)
-    summary = summarise(dense, plain, expanded, experts=arguments.experts)
+    k = _experts(arguments, allocation)
+    if text is not None and k != "1" and not arguments.no_baseline:
+        one = None if allocation is None else replace(allocation, experts=None)
+        plain = expand(model, calibration, experts=1, allocation=one, **settings)
+    summary = summarise(dense, plain, expanded, experts=k)
+    if arguments.out is not None and text is not None:
+        _keep(summary.drop(columns=["seconds", "peak MiB"]), arguments.out)
     if arguments.json:
         print_json(
             {
@@ -130,7 +142,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def summarise(
-    dense: "Perplexity | None", plain: "Expansion | None", expanded: "Expansion", *, experts: int
+    dense: "Perplexity | None", plain: "Expansion | None", expanded: "Expansion", *, experts: str
 ) -> "pd.DataFrame":
     """Return one row for the dense model, for plain pruning and for the expansion."""
     import pandas as pd
@@ -142,7 +154,8 @@ def summarise(
     for name, one in (("plain pruning (k = 1)", plain), (f"expansion (k = {experts})", expanded)):
         if one is not None:
             value = float("nan") if one.perplexity is None else one.perplexity.value
-            peak = one.run["peak_memory_bytes"]
+            # of the whole process, so it says nothing about what ran after the expansion
+            peak = None if one is plain else one.run["peak_memory_bytes"]
             rows.append(
                 {
                     "model": name,
@@ -153,6 +166,32 @@ def summarise(
                 }
             )
     return pd.DataFrame(rows)
+
+
+def _keep(summary: "pd.DataFrame", folder: str) -> None:
+    """Write the closing table beside the checkpoint: dense and plain pruning belong to it."""
+    from entangle.provenance import disk_errors, expanded
+
+    path = expanded(folder) / "model.parquet"
+    with disk_errors(path):
+        partial = path.with_name(f".{path.name}.part")
+        summary.to_parquet(partial, index=False)
+        partial.replace(path)
+
+
+def _allocation(arguments: argparse.Namespace) -> "Allocation | None":
+    if arguments.allocation is not None and arguments.sparsity is not None:
+        raise InvalidInput("give --sparsity or --allocation, which has its own; got both.")
+    return options.load_allocation(arguments)
+
+
+def _experts(arguments: argparse.Namespace, allocation: "Allocation | None") -> str:
+    """Return the number of experts, or the range of an allocation's own."""
+    if allocation is None or allocation.experts is None:
+        return str(arguments.experts)
+    numbers = allocation.experts.values()
+    low, high = min(numbers), max(numbers)
+    return str(low) if low == high else f"{low} to {high}"
 
 
 def _sparsity(arguments: argparse.Namespace) -> float | None:

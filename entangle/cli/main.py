@@ -7,10 +7,21 @@ import sys
 from collections.abc import Sequence
 
 from entangle import __version__
-from entangle.cli import ablate, compare, demo, evaluate, expand, layers, score
+from entangle.cli import (
+    ablate,
+    allocate,
+    compare,
+    decompose,
+    demo,
+    evaluate,
+    expand,
+    figures,
+    layers,
+    score,
+)
 from entangle.errors import EntangleError
 
-COMMANDS = (ablate, compare, demo, evaluate, expand, layers, score)
+COMMANDS = (ablate, allocate, compare, decompose, demo, evaluate, expand, figures, layers, score)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from entangle.errors import InvalidInput
 
 if TYPE_CHECKING:
+    from entangle.allocation import Allocation
     from entangle.calibration import CalibrationSet
     from entangle.models.loading import LanguageModel
 
@@ -27,7 +28,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="hub id, local folder, local .gguf file, or demo (default: demo)",
     )
-    group = parser.add_argument_group("model")
+    add_loading_options(parser.add_argument_group("model"))
+
+
+def add_loading_options(group: argparse._ArgumentGroup) -> None:
+    """Add how to load the model."""
     group.add_argument("--revision", help="branch, tag or commit of a hub model")
     group.add_argument(
         "--dtype",
@@ -67,6 +72,49 @@ def add_layer_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="take only these projections: gate_proj, mlp.c_fc, or mlp for the feed-forward part",
     )
+
+
+def add_allocation_option(group: argparse._ActionsContainer, *, text: str) -> None:
+    """Add the file of an allocation."""
+    group.add_argument("--allocation", metavar="FILE", help=text)
+
+
+def load_allocations(arguments: argparse.Namespace) -> "list[tuple[str, Allocation]]":
+    """Load the allocations of a comma-separated option, each ``FILE`` or ``NAME=FILE``.
+
+    Without a name they are called as their files.
+    """
+    if arguments.allocation is None:
+        return []
+    from pathlib import Path
+
+    from entangle.allocation import load_allocation
+
+    found = []
+    for part in arguments.allocation.split(","):
+        name, separator, path = part.partition("=")
+        if not separator:
+            name, path = Path(part).stem, part
+        found.append((name, load_allocation(path)))
+    return found
+
+
+def load_allocation(arguments: argparse.Namespace) -> "Allocation | None":
+    """Load the one allocation that the option names, None without it."""
+    found = load_allocations(arguments)
+    if len(found) > 1:
+        raise InvalidInput(f"--allocation must name one file here; got {arguments.allocation!r}.")
+    return found[0][1] if found else None
+
+
+def chosen_layers(arguments: argparse.Namespace, allocation: "Allocation | None") -> dict[str, Any]:
+    """Return ``layers`` and ``proj``: by default the allocation's, or without one all of the MLP.
+
+    An allocation's layers are narrowed by neither option alone.
+    """
+    if allocation is not None and arguments.layer is None and arguments.proj is None:
+        return {"layers": list(allocation.zeros), "proj": None}
+    return {"layers": arguments.layer or "all", "proj": arguments.proj or "mlp"}
 
 
 def add_calibration_options(parser: argparse.ArgumentParser, *, n_seq: int, seq_len: int) -> None:

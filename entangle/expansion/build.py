@@ -5,10 +5,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
+import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from entangle.errors import NumericalError
+from entangle.errors import InvalidInput, NumericalError
 from entangle.expansion.linear import ExpandedLinear, SharedRouting
 from entangle.expansion.solve import Experts, SolverSettings, Sparsity, solve_experts
 from entangle.models.blocks import BlockRunner
@@ -19,6 +20,9 @@ from entangle.recording.stream import ByteBudget, TokenStore
 from entangle.routing import fit_router
 from entangle.routing.router import Kind
 from entangle.stats.gram import ClusterGrams
+
+_PASS_TOKENS_GPU = 2**15
+_GRAM_TOKENS = 2**13
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,17 +73,27 @@ class HiddenStates:
 
     def __init__(self, batches: Sequence[Int[Tensor, "_ tokens"]], *, memory: int) -> None:
         self._batches, self._memory = batches, memory
+        self._passes = batches
         self._store = TokenStore(ByteBudget(memory))
 
     def enter(self, runner: BlockRunner) -> None:
         """Fill with what enters the first block."""
-        for ids in self._batches:
+        if self._batches and runner.enter(self._batches[0])[0].is_cuda:
+            self._passes = _joined(self._batches, _PASS_TOKENS_GPU)
+        for ids in self._passes:
             self._store.append(runner.enter(ids)[0].flatten(0, -2))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (token ids, hidden states of shape (sequences, tokens, features)), in order."""
+        return self._split(self._batches)
+
+    def passes(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """As iterating, in batches to run a block on: larger ones on a GPU."""
+        return self._split(self._passes)
+
+    def _split(self, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         start = 0
-        for ids in self._batches:
+        for ids in batches:
             rows = self._store.span(start, start + ids.numel())
             yield ids, rows.unflatten(0, tuple(ids.shape))
             start += ids.numel()
@@ -87,7 +101,7 @@ class HiddenStates:
     def advance(self, runner: BlockRunner, index: int) -> None:
         """Replace the states of every batch by what block ``index`` makes of them."""
         following = TokenStore(ByteBudget(self._memory))
-        for ids, hidden in self:
+        for ids, hidden in self.passes():
             following.append(runner.run(index, hidden, runner.enter(ids)[1]).flatten(0, -2))
         self._store.close()
         self._store = following
@@ -95,6 +109,19 @@ class HiddenStates:
     def close(self) -> None:
         """Give the memory and the temporary file back."""
         self._store.close()
+
+
+def _joined(batches: Sequence[Tensor], most: int) -> list[Tensor]:
+    """Join neighbouring batches of sequences of one length, up to so many tokens."""
+    joined: list[Tensor] = []
+    for ids in batches:
+        last = joined[-1] if joined else None
+        fits = last is not None and last.numel() + ids.numel() <= most
+        if fits and last is not None and last.shape[1] == ids.shape[1]:
+            joined[-1] = torch.cat([last, ids])
+        else:
+            joined.append(ids)
+    return joined
 
 
 def build_blocks(
@@ -158,11 +185,17 @@ def _expand_block(
     expanded: list[ExpandedLayer] = []
 
     def replay() -> None:
-        for ids, hidden in calibration:
+        for ids, hidden in calibration.passes():
             runner.run(index, hidden, runner.enter(ids)[1])
 
     with ExitStack() as stack:
         groups = record_inputs(layers, replay, memory=memory, stack=stack)
+        ran = {layer.name for members, _ in groups for layer in members}
+        for layer in layers:
+            if layer.name not in ran:
+                raise InvalidInput(
+                    f"layer {layer.name!r} sees no token of the calibration text; leave it out."
+                )
         for members, store in groups:
             names = ", ".join(layer.name for layer in members)
             try:
@@ -218,9 +251,11 @@ def _expand_group(layers: Sequence[Layer], store: TokenStore, plan: Plan) -> lis
         restarts=plan.restarts, device=device,
     )  # fmt: skip
     grams = ClusterGrams(k, layers[0].in_features, device=device)
-    for rows in store:
+    at_once = _PASS_TOKENS_GPU if device.type == "cuda" else _GRAM_TOKENS
+    for _, rows in store.blocks(at_once):
         rows = rows.to(device)
         grams.update(rows, router.route(rows))
+    store.close()
     routing, found = SharedRouting(router), grams.result()
     expanded = []
     for layer in layers:

@@ -1,6 +1,7 @@
 """`expand`: replace the MLP linears of a model by routed sparse experts."""
 
 import hashlib
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,8 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from entangle.calibration import CalibrationSet
-from entangle.errors import InvalidInput, MemoryLimit
+from entangle.calibration.calibration_set import check_ids
+from entangle.errors import InvalidInput, MemoryLimit, unknown_name
 from entangle.evaluation import EvaluationText, Perplexity, window_losses
+from entangle.evaluation.forward import check_fits
+from entangle.expansion.allocated import (
+    Allocated,
+    check_shared,
+    describe_allocation,
+    planned_experts,
+    planned_sparsity,
+)
 from entangle.expansion.build import (
     ExpandedLayer,
     HiddenStates,
@@ -25,16 +35,19 @@ from entangle.expansion.folder import BuildFolder
 from entangle.expansion.report import layer_row, model_costs
 from entangle.expansion.solve import SolverSettings, Sparsity, check_solvable
 from entangle.html_tables import described, html_result, number
-from entangle.models.layers import Layer, find_blocks, find_layers
+from entangle.models.layers import Layer, find_blocks, find_layers, list_fused_experts
 from entangle.models.loading import LanguageModel, as_language_model
 from entangle.progress import Progress, ProgressBar
 from entangle.provenance import RunClock, make_manifest
-from entangle.routing.router import Kind
+from entangle.provenance import expanded as expanded_path
+from entangle.recording.groups import shared_inputs
+from entangle.routing.router import KINDS, Kind
 from entangle.seeding import check_seed
 
 KIND = "expansion"
 DEFAULT_MEMORY = 2 * 2**30
 _LOGITS = 2**27
+_PROBE = 4  # tokens that show which layers read one input
 _SHOWN = (
     "layer", "experts", "sparsity", "relative_error", "smallest_cluster", "largest_cluster",
     "effective_clusters", "damping",
@@ -82,7 +95,7 @@ def expand(
     pruner: str = "sparsegpt",
     layers: int | str | Sequence[int | str] = "all",
     proj: str | None = "mlp",
-    allocation: Mapping[str, float | Tensor] | None = None,
+    allocation: Allocated | None = None,
     router: Kind = "kmeans",
     restarts: int = 10,
     bits: int | None = None,
@@ -118,7 +131,10 @@ def expand(
     layers, proj
         Layers to expand, as in `entangle.models.layers.find_layers`; the MLP linears by default.
     allocation
-        Sparsity by layer name, for all rows or one value a row, in place of ``sparsity``.
+        In place of ``sparsity``: an `entangle.allocation.Allocation` for these layers of this
+        model, whose number of zeros every row of every expert gets exactly, and whose numbers of
+        experts, if it has any, replace ``experts``; or sparsities by layer name, for all rows or
+        one value a row.
     router
         ``kmeans``, or the controls ``random`` (clusters without meaning) and ``single``.
     restarts
@@ -154,19 +170,29 @@ def expand(
     """
     clock = RunClock()
     dense = as_language_model(model)
+    check_ids(calibration.ids, dense.vocab_size)
+    if evaluation is not None:
+        check_fits(dense, evaluation)
     copied = structural_copy(dense.module)
     chosen = find_layers(copied, layers, proj)
+    if proj == "mlp":
+        _refuse_fused(copied, chosen)
+    counts = planned_experts(chosen, allocation, experts, tokens=calibration.ids.numel())
     plan = _plan(
-        chosen, experts=experts, sparsity=sparsity, allocation=allocation,
-        router=router, restarts=restarts, seed=seed,
-        solver=SolverSettings(pruner, pattern, bits, damping, seed), tokens=calibration.ids.numel(),
+        chosen, experts=counts, router=router, restarts=restarts, seed=seed,
+        sparsity=planned_sparsity(
+            chosen, allocation, sparsity=sparsity, pattern=pattern, digest=dense.digest
+        ),
+        solver=SolverSettings(pruner, pattern, bits, damping, seed),
     )  # fmt: skip
+    if len(set(counts.values())) > 1:
+        check_shared(shared_inputs(copied, chosen, calibration.ids[:1, :_PROBE]), counts)
     manifest = make_manifest(
         KIND,
-        model=dense.describe(),
+        model=_describe_model(dense),
         calibration=calibration.describe(),
         evaluation=None if evaluation is None else evaluation.describe(),
-        settings=_settings(plan),
+        settings=_settings(plan) | describe_allocation(allocation),
     )
     command = manifest.pop("command")
     folder = None
@@ -189,8 +215,7 @@ def expand(
             perplexity = Perplexity.of(torch.cat(losses), evaluation)
     costs = model_costs(dense.module, sink.rows)
     table = pd.DataFrame(sink.rows)
-    value = None if perplexity is None else perplexity.value
-    manifest |= {"costs": costs, "perplexity": value}
+    manifest |= {"costs": costs, **_describe_perplexity(perplexity)}
     if folder is not None:
         folder.finish(table, manifest, {"command": command, **clock.read()})
     expanded = LanguageModel(copied, dense.tokenizer, dense.name, "expansion", dense.revision)
@@ -235,54 +260,74 @@ class _Sink:
 def _plan(
     layers: Sequence[Layer],
     *,
-    experts: int,
-    sparsity: float | None,
-    allocation: Mapping[str, float | Tensor] | None,
+    experts: Mapping[str, int],
+    sparsity: Mapping[str, Sparsity],
     router: Kind,
     restarts: int,
     seed: int,
     solver: SolverSettings,
-    tokens: int,
 ) -> Plan:
-    if isinstance(experts, bool) or not isinstance(experts, int) or experts < 1:
-        raise InvalidInput(f"`experts` must be an integer of at least 1; got {experts!r}.")
-    if experts > tokens:
-        raise InvalidInput(
-            f"`experts` must be at most the number of tokens to calibrate on, {tokens}; got "
-            f"{experts}."
-        )
     check_seed(seed)
+    if router not in KINDS:
+        raise unknown_name("router", router, KINDS)
+    if restarts < 1:
+        raise InvalidInput(f"`restarts` must be at least 1; got {restarts}.")
+    if not 0 <= solver.damping < math.inf:
+        raise InvalidInput(f"`damping` must be finite and at least 0; got {solver.damping:g}.")
     by_block: dict[int, list[Layer]] = {}
-    shares: dict[str, Sparsity] = {}
     for layer in layers:
         if layer.block is None:
             raise InvalidInput(f"layer {layer.name!r} lies outside the blocks; leave it out.")
         by_block.setdefault(layer.block, []).append(layer)
-        shares[layer.name] = sparsity if allocation is None else allocation.get(layer.name)
-        if allocation is not None and shares[layer.name] is None:
-            raise InvalidInput(f"`allocation` must name every layer; {layer.name!r} is missing.")
-        check_solvable(layer, shares[layer.name], solver)
+        check_solvable(layer, sparsity[layer.name], solver)
     return Plan(
         layers=by_block,
-        sparsity=shares,
+        sparsity=sparsity,
         experts=experts,
-        router="single" if experts == 1 else router,
+        router="single" if set(experts.values()) == {1} else router,
         restarts=restarts,
         seed=seed,
         solver=solver,
     )
 
 
+def _refuse_fused(module: nn.Module, chosen: Sequence[Layer]) -> None:
+    """Raise where the feed-forward part of a chosen block is a mixture held in one parameter."""
+    blocks = {layer.block for layer in chosen}
+    for fused in list_fused_experts(module):
+        if fused.block in blocks and "experts" in fused.name.split("."):
+            raise InvalidInput(
+                f"the mixture {fused.name!r} holds its experts in one parameter, which cannot be "
+                "expanded; name the linear layers to expand (layers=…, proj=None)."
+            )
+
+
 def _settings(plan: Plan) -> dict[str, object]:
     """Describe a plan for the manifest; vectors of sparsities by their digest."""
+    counts = set(plan.experts.values())
     return {
         "sparsity": {name: _describe_sparsity(share) for name, share in plan.sparsity.items()},
-        "experts": plan.experts,
+        "experts": counts.pop() if len(counts) == 1 else dict(plan.experts),
         "router": plan.router,
         "restarts": plan.restarts,
         "seed": plan.seed,
         **asdict(plan.solver),
     }
+
+
+def _describe_perplexity(perplexity: Perplexity | None) -> dict[str, object]:
+    """Describe a perplexity for the manifest: NaN and infinity, which JSON lacks, by their flag."""
+    if perplexity is None:
+        return {"perplexity": None}
+    finite = None if perplexity.flag else perplexity.value
+    return {"perplexity": finite, "perplexity_flag": perplexity.flag}
+
+
+def _describe_model(model: LanguageModel) -> dict[str, object]:
+    """Describe a model for the manifest, with the place of one that is not known by its name."""
+    if model.source not in ("folder", "gguf"):
+        return model.describe()
+    return model.describe() | {"path": os.path.realpath(expanded_path(model.name))}
 
 
 def _describe_sparsity(share: Sparsity) -> object:

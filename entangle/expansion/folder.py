@@ -1,5 +1,6 @@
 """The folder of a build: blocks appear as they are made, the final name when all is there."""
 
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,8 +10,8 @@ import pandas as pd
 from entangle.expansion.build import ExpandedLayer
 from entangle.expansion.checkpoint import block_file, file_digest, read_block, write_block
 from entangle.models.layers import Layer
-from entangle.provenance import disk_errors, write_json
-from entangle.unfinished import PLAN, Unfinished
+from entangle.provenance import disk_errors, expanded, write_json
+from entangle.unfinished import PLAN, Unfinished, is_made
 
 
 class BuildFolder:
@@ -23,7 +24,8 @@ class BuildFolder:
     manifest
         What is built; a build is resumed only by one of the same model, text and settings.
     resume
-        Go on with an unfinished build, if there is one.
+        Go on with an unfinished build, if there is one; a finished one of the same model, texts
+        and settings is read, and stays as it is.
     force
         Replace a finished checkpoint, and an unfinished build unless it is resumed.
 
@@ -36,6 +38,11 @@ class BuildFolder:
     def __init__(
         self, final: Path, manifest: Mapping[str, object], *, resume: bool, force: bool
     ) -> None:
+        self._finished = resume and is_made(final, str(manifest["kind"]), manifest)
+        if self._finished:  # killed after the last block, for example while it was evaluated
+            self.final = self.path = Path(os.path.realpath(expanded(final)))
+            (self.path / PLAN).unlink(missing_ok=True)
+            return
         self._unfinished = Unfinished(
             final, manifest, what="build", ending="building", resume=resume, force=force
         )
@@ -45,6 +52,8 @@ class BuildFolder:
         self, index: int, expanded: Sequence[ExpandedLayer], rows: Sequence[Mapping[str, object]]
     ) -> None:
         """Write one block, unless an earlier run has written it; the first makes the folder."""
+        if self._finished:
+            return
         self._unfinished.begin()
         if not block_file(self.path, index).exists():
             write_block(self.path, index, expanded, rows)
@@ -66,6 +75,8 @@ class BuildFolder:
         Seconds and memory of the run go to ``run.json``, so that all other files are the same for
         every build of the same settings.
         """
+        if self._finished:
+            return
         with disk_errors(self.path):
             table.to_parquet(self.path / "layers.parquet", index=False)
             files = {p.name: file_digest(p) for p in sorted(self.path.glob("block-*.safetensors"))}

@@ -1,11 +1,12 @@
 """A linear layer whose weight depends on the cluster that its input belongs to."""
 
+import weakref
+
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from entangle.errors import InvalidInput
-from entangle.recording.hooks import SeenTensor
 from entangle.routing import Router
 
 
@@ -20,19 +21,28 @@ class SharedRouting:
 
     def __init__(self, router: Router) -> None:
         self.router = router
-        self._last: tuple[SeenTensor, Tensor] | None = None
+        self._last: tuple[weakref.ref[Tensor], int, Tensor] | None = None
 
     def __call__(self, x: Float[Tensor, "*batch features"]) -> Int64[Tensor, " tokens"]:
         """Return the cluster of every token, in reading order, shape (tokens,)."""
-        if self._last is None or not self._last[0].same_as(x):
-            if self.router.centroids.device != x.device:
-                self.router = self.router.to(x.device)
-            self._last = SeenTensor.of(x), self.router.route(x).flatten()
-        return self._last[1]
+        if x.is_inference():  # it does not count its writes, so it could have been changed
+            return self._route(x)
+        if self._last is None or self._last[0]() is not x or self._last[1] != x._version:
+            self._last = weakref.ref(x), x._version, self._route(x)
+        return self._last[2]
+
+    def __getstate__(self) -> dict[str, object]:
+        """Leave the last input out of copies."""
+        return {"router": self.router, "_last": None}
 
     def forget(self) -> None:
         """Let go of the last input."""
         self._last = None
+
+    def _route(self, x: Tensor) -> Tensor:
+        if self.router.centroids.device != x.device:
+            self.router = self.router.to(x.device)
+        return self.router.route(x).flatten()
 
 
 class ExpandedLinear(nn.Module):
@@ -72,7 +82,8 @@ class ExpandedLinear(nn.Module):
         clusters = self.routing(x)
         order = clusters.argsort(stable=True)
         counts = torch.bincount(clusters, minlength=self.weight.shape[0]).tolist()
-        outputs = tokens.new_empty(tokens.shape[0], self.weight.shape[1])
+        outputs = nn.functional.linear(tokens[:0], self.weight[0], self.bias)  # autocast's dtype
+        outputs = outputs.new_empty(tokens.shape[0], self.weight.shape[1])
         for expert, index in enumerate(order.split(counts)):
             if index.numel():
                 chosen = nn.functional.linear(tokens[index], self.weight[expert], self.bias)

@@ -54,10 +54,18 @@ def load_expanded(
     _check_digest(dense, manifest, path)
     module = structural_copy(dense.module)
     layers = {layer.name: layer for layer in list_layers(module)}
+    missing = set(manifest["settings"]["sparsity"])
     for name, digest in manifest["files"].items():
         file = expanded(path) / name
         _check_file(file, digest)
-        install(module, read_block(file, layers)[0])
+        found = read_block(file, layers)[0]
+        install(module, found)
+        missing -= {one.layer.name for one in found}
+    if missing:
+        raise InvalidInput(
+            f"{str(path)!r} has no experts for {min(missing)!r}: its manifest.json or a file was "
+            "altered; build it anew."
+        )
     return LanguageModel(module, dense.tokenizer, str(path), "expansion", dense.revision)
 
 
@@ -89,8 +97,12 @@ def load_base(
     made_from = manifest["model"]
     if base is None:
         base, revision = str(made_from["name"]), made_from["revision"]
-        if made_from["source"] in ("folder", "gguf") and not expanded(base).exists():
-            raise _no_base(path, made_from, "is no longer there")
+        if made_from["source"] in ("folder", "gguf"):
+            places = (str(made_from.get("path")), str(expanded(base)))
+            there = [place for place in places if os.path.exists(place)]  # noqa: PTH110
+            if not there:
+                raise _no_base(path, made_from, "is no longer there")
+            base = there[0]
         if made_from["source"] == "memory":
             raise _no_base(path, made_from, "was in memory only")
     try:
@@ -104,7 +116,9 @@ def load_base(
 def _manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
     manifest: dict[str, Any] = read_manifest(path, KIND)
     made_from, files = manifest.get("model"), manifest.get("files")
+    settings = manifest.get("settings")
     complete = isinstance(made_from, dict) and made_from.keys() >= _MODEL
+    complete &= isinstance(settings, dict) and isinstance(settings.get("sparsity"), dict)
     if not complete or not isinstance(files, dict):
         raise InvalidInput(f"{str(path)!r} has a damaged manifest.json; build it anew.")
     return manifest

@@ -12,11 +12,13 @@ from entangle.models.layers import Layer
 from entangle.precision import full_precision
 from entangle.pruning import METHODS, prune
 from entangle.pruning.problem import prepare
+from entangle.pruning.quadratic import quadratic
 from entangle.stats.gram import ClusterGramsResult
 
 Sparsity = float | Float[Tensor, " out_features"] | None
 
 _WORK_BYTES = 2 * 2**30
+_GPU_SHARE = 4
 _COPIES = 6  # of the gram and of the rows, at most, inside a solver
 
 
@@ -94,7 +96,8 @@ def solve_experts(
     """
     weight = layer.weight
     solved, errors, dampings, zeros = [], [], [], 0
-    for part, gram in shrunk_grams(grams):
+    beside = 0 if weight.device.type == "cpu" else layer.out_features
+    for part, gram in shrunk_grams(grams, rows=beside):
         result = prune(
             weight.expand(gram.shape[0], -1, -1),
             gram,
@@ -104,6 +107,7 @@ def solve_experts(
             bits=settings.bits,
             damping=settings.damping,
             seed=settings.seed,
+            loss=False,
         )
         solved.append(result.weight)
         errors.append(_quadratic(result.weight.float() - weight.float(), grams.gram[part]))
@@ -142,13 +146,22 @@ def shrunk_grams(
         The clusters, and their grams.
     """
     k, features = grams.gram.shape[:2]
-    per_batch = max(1, _WORK_BYTES // (_COPIES * 4 * features * (features + rows)))
+    work = _work_bytes(grams.gram.device)
+    per_batch = max(1, work // (_COPIES * 4 * features * (features + rows)))
     average = grams.gram.sum(0) / max(1, int(grams.count.sum()))
     for start in range(0, k, per_batch):
         part = slice(start, start + per_batch)
         own = grams.gram[part]
         missing = (features - grams.count[part]).clamp_min(0).to(own)
         yield part, own + missing[:, None, None] * average
+
+
+def _work_bytes(device: torch.device) -> int:
+    """Return the work memory: fixed on the CPU, a share of what is free on a GPU."""
+    if device.type != "cuda":
+        return _WORK_BYTES
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return max(_WORK_BYTES, (torch.cuda.mem_get_info(device)[0] + unused) // _GPU_SHARE)
 
 
 def count_shrunk(grams: ClusterGramsResult) -> int:
@@ -159,4 +172,6 @@ def count_shrunk(grams: ClusterGramsResult) -> int:
 def _quadratic(rows: Tensor, gram: Tensor) -> Tensor:
     """Return the sum over rows of ``row · gram · rowᵀ``, shape (experts,), float64."""
     with full_precision():
+        if rows.device.type != "cpu":
+            return quadratic(rows, gram.to(rows.dtype)).sum(1, dtype=torch.float64)
         return (rows @ gram.to(rows.dtype) * rows).sum((1, 2), dtype=torch.float64)

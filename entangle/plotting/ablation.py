@@ -15,6 +15,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from entangle.plotting.arms import LOG_MEASURES, Arms, Panel, read_arms, split_panels
 from entangle.plotting.save import record
+from entangle.plotting.signature import sign
 from entangle.plotting.style import (
     PALETTE,
     Column,
@@ -163,6 +164,7 @@ def figure_ablation(
     measure: str = "perplexity_ratio",
     text: str | None = None,
     column: Column = "double",
+    digest: str | None = None,
 ) -> Figure:
     """Draw what every intervention costs: panels with one y axis and one legend.
 
@@ -175,6 +177,8 @@ def figure_ablation(
         As in `plot_ablation`.
     column
         Width: ``"single"`` or ``"double"``.
+    digest
+        Of the run, for the small print; see `entangle.plotting.signature.sign`.
 
     Returns
     -------
@@ -200,7 +204,7 @@ def figure_ablation(
         else:
             key = _join(figure, axes, panels, column=column, notes=arms.notes(text))
         make_room(key)
-    return figure
+        return sign(figure, digest)
 
 
 def _join(

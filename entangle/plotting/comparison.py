@@ -13,6 +13,7 @@ from matplotlib.ticker import FuncFormatter, Locator, LogLocator, MaxNLocator, N
 
 from entangle.errors import InvalidInput, unknown_name
 from entangle.plotting.save import record
+from entangle.plotting.signature import sign
 from entangle.plotting.style import (
     METHOD_PALETTE,
     PALETTE,
@@ -48,6 +49,7 @@ _NAMES = {
 }
 _CONTROLS = ("expansion-random",)
 _MARKERS = "o^sDvP"
+_STYLES = ("-", "-.", ":")
 _INTERVAL = "bars: 95 % paired bootstrap over windows"
 _DENSE_COST = 1.0
 _WRITER = "the command `entangle compare` writes such tables."
@@ -127,6 +129,8 @@ class _Curve:
     """Whether it has one expert, so that sparsity 0 is the dense model."""
     control: bool
     """Whether it is a control, drawn dashed and hollow."""
+    style: str = "-"
+    """Line style, which tells allocations apart."""
 
 
 def plot_perplexity(
@@ -185,7 +189,11 @@ def plot_perplexity(
 
 
 def figure_comparison(
-    comparison: pd.DataFrame, *, text: str | None = None, column: Column = "double"
+    comparison: pd.DataFrame,
+    *,
+    text: str | None = None,
+    column: Column = "double",
+    digest: str | None = None,
 ) -> Figure:
     """Draw the perplexity of every model at equal FLOPs per token and at equal memory.
 
@@ -198,6 +206,8 @@ def figure_comparison(
         As in `plot_perplexity`, with the columns ``flops`` and ``nonzeros``.
     column
         Width: ``"single"`` or ``"double"``.
+    digest
+        Of the run, for the small print; see `entangle.plotting.signature.sign`.
 
     Returns
     -------
@@ -225,7 +235,7 @@ def figure_comparison(
         (key,) = figure.legends
         key.get_title().set(multialignment="center", parse_math=False)
         make_room(key)
-    return figure
+        return sign(figure, digest)
 
 
 def _draw(ax: Axes, models: _Models, x: str) -> list[Line2D]:
@@ -244,14 +254,28 @@ def _curves(pruned: pd.DataFrame) -> Iterator[_Curve]:
         name, color = str(method), METHOD_PALETTE.get(str(method)) or next(spare)
         numbers = sorted(set(rows["experts"].astype(int)))
         for share, k in zip(np.linspace(1.0, 0.5, len(numbers))[::-1], numbers, strict=True):
-            yield _Curve(
-                rows=rows[rows["experts"] == k],
-                label=_NAMES.get(name, name) + (f", k = {k}" if k > 1 else ""),
-                color=_shade(color, float(share)),
-                marker=_MARKERS[counts.index(k) % len(_MARKERS)],
-                plain=k == 1,
-                control=name in _CONTROLS,
-            )
+            for style, (allocation, own) in enumerate(_allocations(rows[rows["experts"] == k])):
+                yield _Curve(
+                    rows=own,
+                    label=_NAMES.get(name, name) + (f", k = {k}" if k > 1 else "") + allocation,
+                    color=_shade(color, float(share)),
+                    marker=_MARKERS[counts.index(k) % len(_MARKERS)],
+                    plain=k == 1,
+                    control=name in _CONTROLS,
+                    style=_STYLES[style % len(_STYLES)],
+                )
+
+
+def _allocations(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Yield (ending of the label, rows) of every allocation, the uniform one first."""
+    if "allocation" not in rows.columns:
+        yield "", rows
+        return
+    even = rows["allocation"] == "uniform"
+    if even.any():
+        yield "", rows[even]
+    for name, own in rows[~even].groupby("allocation", sort=False, observed=True):
+        yield f", {name}", own
 
 
 def _shade(color: str, share: float) -> str:
@@ -281,7 +305,7 @@ def _draw_curve(ax: Axes, curve: _Curve, x: str) -> Line2D:
         markersize=3.5,
         markeredgewidth=0.8,
         markerfacecolor="white" if curve.control else curve.color,
-        linestyle="--" if curve.control else "-",
+        linestyle="--" if curve.control else curve.style,
         zorder=2.2 if curve.control else 2.1,
     )
     known = np.isfinite(low) & np.isfinite(high)

@@ -21,6 +21,7 @@ from entangle.plotting.axes import (
     plot_wd_distribution,
     wd_edges,
 )
+from entangle.plotting.signature import sign
 from entangle.plotting.style import (
     Column,
     Role,
@@ -39,6 +40,7 @@ from entangle.plotting.summaries import (
 )
 
 MAX_PANELS = 40
+_MOST_UNEQUAL = 4.0
 
 _ROLES: tuple[Role, Role] = ("top", "typical")
 
@@ -91,7 +93,12 @@ def layer_label(row: pd.Series) -> str:
 
 
 def figure_wd_distribution(
-    scores: pd.DataFrame, layers: pd.DataFrame, *, top: float = 0.03, column: Column = "double"
+    scores: pd.DataFrame,
+    layers: pd.DataFrame,
+    *,
+    top: float = 0.03,
+    column: Column = "double",
+    digest: str | None = None,
 ) -> Figure:
     """Draw the WD distribution of every layer in ``scores``, one panel a layer.
 
@@ -106,6 +113,8 @@ def figure_wd_distribution(
         Share in (0, 1] of each layer's neurons to mark as the top.
     column
         Width: ``"single"`` or ``"double"``.
+    digest
+        Of the run, for the small print; see `entangle.plotting.signature.sign`.
 
     Returns
     -------
@@ -132,11 +141,15 @@ def figure_wd_distribution(
             add_title(ax, layer_label(rows.iloc[0]))
         share_axes(figure, axes, column=column)
         shared_legend(figure, axes, column=column)
-    return figure
+        return sign(figure, digest)
 
 
 def figure_output_distributions(
-    items: Sequence[NeuronOutput], *, standardized: bool = True, column: Column = "double"
+    items: Sequence[NeuronOutput],
+    *,
+    standardized: bool = True,
+    column: Column = "double",
+    digest: str | None = None,
 ) -> Figure:
     """Draw the outputs of chosen neurons with the fitted Gaussian, one panel a neuron.
 
@@ -149,6 +162,8 @@ def figure_output_distributions(
         own units.
     column
         Width: ``"single"`` or ``"double"``.
+    digest
+        Of the run, for the small print; see `entangle.plotting.signature.sign`.
 
     Returns
     -------
@@ -160,11 +175,15 @@ def figure_output_distributions(
     InvalidInput
         No or too many neurons, or one that `plot_output_distribution` refuses.
     """
-    return _draw_outputs(items, standardized=standardized, column=column)
+    return _draw_outputs(items, standardized=standardized, column=column, digest=digest)
 
 
 def figure_top_and_typical(
-    scores: pd.DataFrame, histogram_of: HistogramOf, *, column: Column = "single"
+    scores: pd.DataFrame,
+    histogram_of: HistogramOf,
+    *,
+    column: Column = "single",
+    digest: str | None = None,
 ) -> Figure:
     """Draw the outputs of the neuron with the largest WD beside those of a typical one.
 
@@ -181,6 +200,8 @@ def figure_top_and_typical(
         Gives the histogram (``left``, ``right``, ``count``) of a layer's neuron.
     column
         Width: ``"single"`` or ``"double"``.
+    digest
+        Of the run, for the small print; see `entangle.plotting.signature.sign`.
 
     Returns
     -------
@@ -205,7 +226,7 @@ def figure_top_and_typical(
     ]
     kept = f"{layer_label(rows[0])}: largest and median WD of {len(split.frame):,} neurons"
     title = "\n".join(filter(None, (kept, split.dropped)))
-    return _draw_outputs(items, column=column, title=title)
+    return _draw_outputs(items, column=column, title=title, digest=digest)
 
 
 def top_and_typical(scores: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
@@ -231,6 +252,7 @@ def figure_wd_against_md(
     seed: int = 0,
     n_boot: int = 1000,
     column: Column = "double",
+    digest: str | None = None,
 ) -> Figure:
     """Draw WD against mapping difficulty for every layer in ``scores``, one panel a layer.
 
@@ -245,11 +267,14 @@ def figure_wd_against_md(
         Of the bootstrap interval of Spearman's coefficient.
     column
         Width: ``"single"`` or ``"double"``.
+    digest
+        Of the run, for the small print; see `entangle.plotting.signature.sign`.
 
     Returns
     -------
     matplotlib.figure.Figure
-        Panels with common axes. A single layer gets the full legend.
+        Panels with common axes; with x axes of their own where MD differs widely between layers. A
+        single layer gets the full legend.
 
     Raises
     ------
@@ -264,14 +289,19 @@ def figure_wd_against_md(
         for ax, rows in zip(axes, panels, strict=True):
             plot_wd_against_md(rows, top=top, seed=seed, n_boot=n_boot, legend=alone, ax=ax)
             add_title(ax, layer_label(rows.iloc[0]))
-        share_axes(figure, axes, column=column)
+        share_axes(figure, axes, column=column, most_unequal=_MOST_UNEQUAL)
         text = f"ρ: Spearman, {bootstrap_text(n_boot=n_boot, seed=seed)}"
         shared_legend(figure, axes, column=column, extra=text)
-    return figure
+        return sign(figure, digest)
 
 
 def _draw_outputs(
-    items: Sequence[NeuronOutput], *, standardized: bool = True, column: Column, title: str = ""
+    items: Sequence[NeuronOutput],
+    *,
+    standardized: bool = True,
+    column: Column,
+    title: str = "",
+    digest: str | None,
 ) -> Figure:
     _check_panels(len(items), name="items", kind="neuron")
     xlim = _common_limits(items) if standardized else None
@@ -296,7 +326,7 @@ def _draw_outputs(
         if standardized:
             share_axes(figure, axes, column=column)
         shared_legend(figure, axes, column=column, title=title)
-    return figure
+        return sign(figure, digest)
 
 
 def _by_layer(scores: pd.DataFrame, *, needed: Sequence[str]) -> list[pd.DataFrame]:

@@ -36,7 +36,8 @@ def record(artist: Artist, *, panel: str, series: str, **columns: Any) -> None:
     columns
         Scalars or one-dimensional arrays of one length, for example ``x``, ``y`` and ``neuron``.
     """
-    index = range(max((len(c) for c in columns.values() if hasattr(c, "__len__")), default=1))
+    arrays = (c for c in columns.values() if hasattr(c, "__len__") and not isinstance(c, str))
+    index = range(max(map(len, arrays), default=1))
     _DRAWN[artist] = pd.DataFrame({"panel": panel, "series": series, **columns}, index=index)
 
 
@@ -106,7 +107,7 @@ def save_figure(
     Unavailable
         The disk refuses.
     """
-    endings = (*_check_formats(formats), "csv")
+    endings = (*check_formats(formats), "csv")
     stem = Path(path_stem)
     targets = tuple(stem.with_name(f"{stem.name}.{ending}") for ending in endings)
     existing = [str(path) for path in targets if path.exists()]
@@ -126,7 +127,8 @@ def save_figure(
     return targets
 
 
-def _check_formats(formats: Sequence[str]) -> tuple[str, ...]:
+def check_formats(formats: Sequence[str]) -> tuple[str, ...]:
+    """Return the formats, each once, or raise `InvalidInput` or `UnknownName`."""
     if isinstance(formats, str) or not formats:
         raise InvalidInput(f"`formats` must list {' and/or '.join(FORMATS)}; got {formats!r}.")
     for name in formats:

@@ -23,6 +23,7 @@ from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from entangle.errors import InvalidInput
+from entangle.plotting.text import text_families
 
 Column = Literal["single", "double"]
 Role = Literal["output", "top", "typical"]
@@ -42,6 +43,9 @@ PALETTE: Mapping[str, str] = MappingProxyType(
     }
 )
 """Colours by meaning (hexadecimal), from seaborn's colour-blind-safe palette."""
+
+KIND_PALETTE: Mapping[str, str] = MappingProxyType({"dense": _HEX[0], "sparse": _HEX[1]})
+"""Colours of a neuron's dense outputs and of those of its sparse form."""
 
 METHOD_PALETTE: Mapping[str, str] = MappingProxyType(
     {
@@ -109,7 +113,7 @@ def paper_style(*, column: Column = "single") -> Iterator[None]:
     settings = {
         **sns.axes_style("ticks"),
         **_SIZES,
-        "font.family": ["DejaVu Sans"],  # comes with matplotlib: the same on every machine
+        "font.family": text_families(),
         "mathtext.fontset": "dejavusans",
         "axes.spines.top": False,
         "axes.spines.right": False,
@@ -279,14 +283,21 @@ def _inches(ax: Axes) -> tuple[float, float]:
     return ax.bbox.width / figure.dpi, ax.bbox.height / figure.dpi
 
 
-def _across(n: int, column: Column) -> int:
+def _across(n: int, column: Column, across: int | None = None) -> int:
+    if across is not None:
+        return across
     down = -(-n // _PANELS_ACROSS[column])
     return -(-n // down)  # as even as possible: 4 panels make 2 x 2
 
 
-def panel_grid(n: int, *, column: Column, longest_title: int = 0) -> tuple[Figure, list[Axes]]:
-    """Make a figure of ``n`` panels, tall enough for titles of so many characters."""
-    across = _across(n, column)
+def panel_grid(
+    n: int, *, column: Column, longest_title: int = 0, across: int | None = None
+) -> tuple[Figure, list[Axes]]:
+    """Make a figure of ``n`` panels, tall enough for titles of so many characters.
+
+    ``across`` is the number of panels in a row; chosen from the width if None.
+    """
+    across = _across(n, column, across)
     down = -(-n // across)
     width = column_width(column)
     title_lines = -(-longest_title // int(0.75 * width / across * CHARACTERS_PER_INCH))
@@ -299,18 +310,32 @@ def panel_grid(n: int, *, column: Column, longest_title: int = 0) -> tuple[Figur
     return figure, axes[:n]
 
 
-def share_axes(figure: Figure, axes: Sequence[Axes], *, column: Column) -> None:
-    """Give all panels the widest limits; tick labels at the outer ones, axis labels once."""
+def share_axes(
+    figure: Figure,
+    axes: Sequence[Axes],
+    *,
+    column: Column,
+    across: int | None = None,
+    most_unequal: float = np.inf,
+) -> None:
+    """Give all panels the widest limits; tick labels at the outer ones, axis labels once.
+
+    Where the right ends of the x axes differ by a larger factor than ``most_unequal``, every panel
+    keeps its own x axis.
+    """
     if len(axes) == 1:
         return
-    across = _across(len(axes), column)
+    across = _across(len(axes), column, across)
+    ends = [ax.get_xlim()[1] for ax in axes]
+    one_x = max(ends) <= most_unequal * min(ends)
     xlim = _widest([ax.get_xlim() for ax in axes])
     ylim = _widest([ax.get_ylim() for ax in axes])
     figure.supxlabel(axes[0].get_xlabel())
     figure.supylabel(axes[0].get_ylabel())
     for number, ax in enumerate(axes):
-        ax.set(xlim=xlim, ylim=ylim, xlabel="", ylabel="")
-        ax.tick_params(labelleft=number % across == 0, labelbottom=number + across >= len(axes))
+        ax.set(xlim=xlim if one_x else ax.get_xlim(), ylim=ylim, xlabel="", ylabel="")
+        lowest = not one_x or number + across >= len(axes)
+        ax.tick_params(labelleft=number % across == 0, labelbottom=lowest)
 
 
 def _widest(limits: Sequence[tuple[float, float]]) -> tuple[float, float]:
@@ -337,6 +362,25 @@ def shared_legend(
         columnspacing=1.2,
         title=title or None,
     )
+
+
+def header_legend(
+    figure: Figure, axes: Sequence[Axes], *, column: Column, clauses: Sequence[str]
+) -> None:
+    """Write clauses, centred and taken literally, and below them one legend of all panels."""
+    entries: dict[str, Artist] = {}
+    for ax in axes:
+        entries |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+    key = figure.legend(
+        list(entries.values()),
+        list(entries),
+        loc="outside upper center",
+        ncols=_fitting_columns(list(entries), inches=column_width(column)),
+        columnspacing=1.2,
+        title=join_clauses(clauses, inches=column_width(column)),
+    )
+    key.get_title().set(multialignment="center", parse_math=False)
+    make_room(key)
 
 
 def _fitting_columns(labels: Sequence[str], *, inches: float) -> int:

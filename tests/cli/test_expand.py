@@ -121,6 +121,13 @@ def test_the_checkpoint_is_the_expansion_made_in_memory(run: Run) -> None:
     pd.testing.assert_frame_equal(pd.read_parquet("runs/x/layers.parquet"), expected.layers)
 
 
+def test_the_closing_table_is_kept_beside_the_checkpoint(run: Run) -> None:
+    content = json.loads(run(*SMALL, *EVALUATE, "--out", "x", "--json").out)
+    kept = pd.read_parquet("x/model.parquet")
+    assert kept["perplexity"].tolist() == [row["perplexity"] for row in content["model"]]
+    assert kept["model"].tolist() == ["dense", "plain pruning (k = 1)", "expansion (k = 3)"]
+
+
 def test_the_control_router(run: Run) -> None:
     content = json.loads(run(*SMALL, "--router", "random", "--json").out)
     layers = pd.DataFrame(content["layers"])

@@ -1,5 +1,6 @@
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
+from entangle.allocation.labels import nominal_sparsity
 from entangle.calibration import CalibrationSet
 from entangle.errors import InvalidInput, UnknownName
 from entangle.evaluation import EvaluationText, perplexity
@@ -26,6 +28,7 @@ from entangle.plotting import figure_comparison
 from entangle.plotting.style import METHOD_PALETTE
 from entangle.provenance import make_manifest, write_json
 from entangle.seeding import torch_rng
+from tests.allocation.samples import random_allocation
 
 Tiny = Callable[[str], LanguageModel]
 MEMORY = 1 << 28
@@ -232,3 +235,77 @@ def test_folders_that_hold_no_comparison_are_refused(found: Comparison, tmp_path
     (folder / "comparison.parquet").write_bytes(b"no table")
     with pytest.raises(InvalidInput, match=r"comparison\.parquet' cannot be read"):
         load_comparison(folder)
+
+
+def test_every_method_is_built_with_every_allocation_beside_uniform(
+    tiny: Tiny, calibration: CalibrationSet, text: EvaluationText
+) -> None:
+    model = tiny("llama")
+    first, second = random_allocation(model), random_allocation(model, seed=1)
+    named = [("a", first), ("b", second)]
+    shares = [nominal_sparsity(one) for one in (first, second)]
+    chosen = arms(["sparsegpt", "expansion"], shares, [2], allocations=named)
+    found = compare(model, calibration, text, chosen, allocations=named, memory=MEMORY)
+    keys = found.frame[["method", "sparsity", "experts", "allocation"]].to_numpy().tolist()
+    assert keys == [
+        ["dense", 0.0, 1, "uniform"],
+        *[[m, s, k, "uniform"] for s in shares for m, k in (("sparsegpt", 1), ("expansion", 2))],
+        *[[m, s, k, name] for s, name in zip(shares, "ab", strict=True)
+          for m, k in (("sparsegpt", 1), ("expansion", 2))],
+    ]  # fmt: skip
+    index = found.frame.set_index(["method", "allocation", "sparsity"]).to_dict("index")
+    for (name, allocation), share in zip(named, shares, strict=True):
+        for method, k in (("sparsegpt", 1), ("expansion", 2)):
+            alone = expand(
+                model, calibration, experts=k, allocation=allocation, evaluation=text,
+                progress=False,
+            )  # fmt: skip
+            assert alone.perplexity is not None
+            row, even = index[method, name, share], index[method, "uniform", share]
+            assert row["perplexity"] == pytest.approx(alone.perplexity.value, rel=1e-6)
+            assert row["nonzeros"] == pytest.approx(even["nonzeros"], rel=1e-12)
+            assert row["uniform_ratio"] == pytest.approx(row["perplexity"] / even["perplexity"])
+            assert row["uniform_low"] <= row["uniform_ratio"] <= row["uniform_high"]
+    assert found.frame["uniform_ratio"].isna().tolist() == [True] * 5 + [False] * 4
+    assert set(found.windows["allocation"]) == {"uniform", "a", "b"}
+    equal = at_equal_nonzeros(found.frame)
+    assert equal["allocation"].tolist() == ["uniform", "uniform", "a", "b"]
+
+
+def test_an_allocation_with_experts_is_built_with_them(
+    tiny: Tiny, calibration: CalibrationSet, text: EvaluationText
+) -> None:
+    model = tiny("llama")
+    plain = random_allocation(model)
+    numbers = [3 if ".layers.0." in name else 1 for name in plain.zeros]
+    routed = replace(plain, experts=dict(zip(plain.zeros, numbers, strict=True)))
+    named = [("routed", routed)]
+    chosen = arms(["sparsegpt", "expansion"], [], [4, 8], allocations=named)
+    assert [(arm.method, arm.experts) for arm in chosen] == [("sparsegpt", 1), ("expansion", 2)]
+    found = compare(model, calibration, text, chosen, allocations=named, memory=MEMORY)
+    sizes = found.frame.set_index("method")["nonzeros"]
+    assert sizes["dense"] > sizes["sparsegpt"] < sizes["expansion"]
+
+
+def test_allocations_that_cannot_be_told_apart_or_compared_are_refused(
+    tiny: Tiny, calibration: CalibrationSet, text: EvaluationText
+) -> None:
+    one = random_allocation(tiny("llama"))
+    with pytest.raises(InvalidInput, match="must not be called 'uniform'"):
+        arms(["wanda"], [0.5], [1], allocations=[("uniform", one)])
+    with pytest.raises(InvalidInput, match="are called 'a' and could not be told apart"):
+        arms(["wanda"], [0.5], [1], allocations=[("a", one), ("a", one)])
+    others = [("a", one), ("b", random_allocation(tiny("llama"), proj="up_proj"))]
+    chosen = arms(["magnitude"], [0.5], [1], allocations=others)
+    with pytest.raises(InvalidInput, match="must be for the same layers; 'a' has 9 and 'b' has 3"):
+        compare(tiny("llama"), calibration, text, chosen, allocations=others, memory=MEMORY)
+
+
+def test_tables_without_allocations_are_uniform(found: Comparison, tmp_path: Path) -> None:
+    folder = tmp_path / "old"
+    folder.mkdir()
+    found.frame.drop(columns="allocation").to_parquet(folder / "comparison.parquet")
+    found.windows.drop(columns="allocation").to_parquet(folder / "windows.parquet")
+    write_json(folder / "manifest.json", make_manifest(KIND))
+    loaded = load_comparison(folder)
+    assert set(loaded.frame["allocation"]) == set(loaded.windows["allocation"]) == {"uniform"}

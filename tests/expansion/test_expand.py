@@ -1,9 +1,11 @@
 import json
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from entangle.calibration import CalibrationSet
 from entangle.errors import EntangleError, InvalidInput, NumericalError
@@ -145,6 +147,46 @@ def test_dropped_experts_leave_the_dense_model_behind(
     assert _bytes(tmp_path / "kept") == _bytes(tmp_path / "dropped")
 
 
+def test_resume_of_a_finished_build_reads_it(
+    tiny: Tiny, calibration: CalibrationSet, tmp_path: Path, text: EvaluationText,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    first = run(tiny("llama"), calibration, out=tmp_path / "x", evaluation=text)
+    before = _bytes(tmp_path / "x")
+    (tmp_path / "x" / "plan.json").write_text("{}")  # killed before its removal
+    from entangle.expansion import build
+
+    monkeypatch.delattr(build, "_expand_block")  # nothing is built
+    again = run(tiny("llama"), calibration, out=tmp_path / "x", evaluation=text, resume=True)
+    assert _bytes(tmp_path / "x") == before
+    assert again.layers.equals(first.layers)
+    assert first.perplexity is not None
+    assert again.perplexity is not None
+    assert again.perplexity.value == first.perplexity.value
+    with pytest.raises(InvalidInput, match="exists"):
+        run(tiny("llama"), calibration, out=tmp_path / "x", resume=True, sparsity=0.25)
+
+
+def test_a_build_killed_before_its_plan_is_written_begins_anew(
+    tiny: Tiny, calibration: CalibrationSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        """As kill -9: nothing is tidied up."""
+
+    def killed(*_args: object, **_kwargs: object) -> None:
+        raise Killed
+
+    from entangle import unfinished
+
+    with monkeypatch.context() as patch:
+        patch.setattr(unfinished, "write_json", killed)
+        patch.setattr("entangle.unfinished.shutil.rmtree", lambda *_args, **_kwargs: None)
+        with pytest.raises(Killed):
+            run(tiny("llama"), calibration, out=tmp_path / "x")
+    run(tiny("llama"), calibration, out=tmp_path / "x", resume=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
 def test_a_killed_build_resumes_to_the_same_bytes(
     tiny: Tiny, calibration: CalibrationSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     text: EvaluationText,
@@ -204,6 +246,38 @@ def test_a_damaged_checkpoint_is_refused(
         load_expanded(tmp_path / "x", base=tiny("llama"))
 
 
+def test_a_manifest_that_lost_a_file_is_refused(
+    tiny: Tiny, calibration: CalibrationSet, tmp_path: Path
+) -> None:
+    run(tiny("llama"), calibration, out=tmp_path / "x", keep=False)
+    path = tmp_path / "x" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["files"]["block-0001.safetensors"]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(InvalidInput, match=r"no experts for 'model\.layers\.1\.mlp"):
+        load_expanded(tmp_path / "x", base=tiny("llama"))
+
+
+def test_a_base_named_by_a_relative_path_is_found_from_anywhere(
+    tiny_folder: Callable[[str], Path], calibration: CalibrationSet, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from entangle.models.loading import load_model
+
+    monkeypatch.chdir(tiny_folder("llama").parent)
+    run(load_model("llama", device="cpu"), calibration, out=tmp_path / "x", keep=False)
+    monkeypatch.chdir(tmp_path)
+    assert experts_of(load_expanded(tmp_path / "x", device="cpu"))
+
+
+def test_a_layer_that_sees_no_token_is_refused(calibration: CalibrationSet) -> None:
+    model = as_language_model(TINY["llama"]())
+    block = model.module.get_submodule("model.layers.1.mlp")
+    block.add_module("unused", torch.nn.Linear(32, 48))
+    with pytest.raises(InvalidInput, match=r"1\.mlp\.unused' sees no token"):
+        run(model, calibration)
+
+
 def test_another_base_model_is_refused(
     tiny: Tiny, calibration: CalibrationSet, tmp_path: Path
 ) -> None:
@@ -257,3 +331,65 @@ def test_the_manifest_says_what_was_done(
     assert manifest["model"]["digest"] == tiny("llama").digest
     assert manifest["settings"]["experts"] == 3
     assert set(manifest["files"]) == {f"block-{i:04d}.safetensors" for i in range(3)}
+
+
+@pytest.mark.parametrize("scale", [torch.nan, 1e6])
+def test_a_perplexity_that_is_not_finite_is_kept_by_its_flag(
+    scale: float, calibration: CalibrationSet, tmp_path: Path, text: EvaluationText
+) -> None:
+    model = as_language_model(TINY["llama"]())
+    with torch.no_grad():
+        model.module.get_parameter("lm_head.weight").mul_(scale)
+    found = run(model, calibration, out=tmp_path / "x", evaluation=text)
+    assert found.perplexity is not None
+    manifest = json.loads((tmp_path / "x" / "manifest.json").read_text())
+    assert manifest["perplexity"] is None
+    assert manifest["perplexity_flag"] == found.perplexity.flag != ""
+
+
+def test_texts_of_another_vocabulary_or_too_long_are_refused(
+    tiny: Tiny, calibration: CalibrationSet
+) -> None:
+    foreign = CalibrationSet(torch.full((4, 16), 112), "ids", {})
+    with pytest.raises(InvalidInput, match="token id 112 is outside"):
+        run(tiny("llama"), foreign)
+    with pytest.raises(InvalidInput, match="token id 112 is outside"):
+        run(tiny("llama"), calibration, evaluation=EvaluationText(foreign.ids, "ids", {}))
+    long = EvaluationText(torch.full((1, 129), 5), "ids", {})
+    with pytest.raises(InvalidInput, match="context, 128; got 129"):
+        run(tiny("llama"), calibration, evaluation=long)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"restarts": 0}, "`restarts` must be at least 1; got 0"),
+        ({"damping": -1.0}, "`damping` must be finite and at least 0; got -1"),
+        ({"bits": True}, "`bits` must be an integer in"),
+    ],
+)
+def test_settings_are_checked_before_anything_is_recorded(
+    settings: dict[str, object], message: str, tiny: Tiny, calibration: CalibrationSet,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def never(*_arguments: object, **_named: object) -> None:
+        raise AssertionError("the build began")
+
+    monkeypatch.setattr(import_module("entangle.expansion.expand"), "build_blocks", never)
+    with pytest.raises(EntangleError, match=message):
+        run(tiny("llama"), calibration, **settings)
+
+
+def test_a_mixture_in_one_parameter_is_refused(calibration: CalibrationSet) -> None:
+    config = Qwen2MoeConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, moe_intermediate_size=16,
+        shared_expert_intermediate_size=24, num_experts=4, max_position_embeddings=128,
+    )  # fmt: skip
+    model = as_language_model(Qwen2MoeForCausalLM(config).eval())  # type: ignore[no-untyped-call]
+    with pytest.raises(InvalidInput, match=r"'model\.layers\.0\.mlp\.experts\.\w+' holds its exp"):
+        run(model, calibration)
+    found = run(model, calibration, layers="*.shared_expert.up_proj", proj=None)
+    assert list(found.layers["layer"]) == [
+        f"model.layers.{i}.mlp.shared_expert.up_proj" for i in range(2)
+    ]

@@ -1,3 +1,6 @@
+import copy
+import weakref
+
 import pytest
 import torch
 from torch import Tensor
@@ -93,3 +96,39 @@ def test_half_precision_stays_half() -> None:
 def test_experts_must_fit_the_router() -> None:
     with pytest.raises(InvalidInput, match="one expert a cluster"):
         ExpandedLinear(torch.randn(2, 5, 6), None, SharedRouting(fitted(6, 3)))
+
+
+def test_inference_mode_gives_the_same_outputs() -> None:
+    layer = make()
+    x = torch.randn(9, 6, generator=torch.Generator().manual_seed(2))
+    expected = layer(x)
+    with torch.inference_mode():
+        assert torch.equal(layer(x.clone()), expected)
+        inside = x.clone()
+        first = layer(inside)
+        inside.mul_(-1)
+        assert torch.equal(layer(inside), layer(-x))
+        assert torch.equal(first, expected)
+
+
+def test_autocast_gives_the_dtype_of_a_dense_layer() -> None:
+    layer = make()
+    x = torch.randn(9, 6, generator=torch.Generator().manual_seed(2))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = layer(x)
+        assert layer(x[:0]).dtype == torch.bfloat16
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), layer(x), rtol=0.05, atol=0.05)
+
+
+def test_the_input_is_not_kept_and_copies_do_not_hold_it() -> None:
+    layer = make()
+    x = torch.randn(9, 6, generator=torch.Generator().manual_seed(2))
+    held = weakref.ref(x)
+    layer(x)
+    del x
+    assert held() is None
+    start = torch.randn(9, 6, requires_grad=True)
+    product = start * 2
+    expected = layer(product)
+    assert torch.equal(copy.deepcopy(layer)(product), expected)

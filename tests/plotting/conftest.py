@@ -9,6 +9,8 @@ from matplotlib import pyplot as plt
 from matplotlib import rcParams
 from numpy.typing import NDArray
 
+from tests.plotting.decomposition_frames import Decomposed, decompose_made_up
+
 
 def histogram_of(outputs: NDArray[np.float64], *, bins: int = 60) -> pd.DataFrame:
     counts, edges = np.histogram(outputs, bins)
@@ -123,6 +125,13 @@ def many_experts(comparison: pd.DataFrame) -> pd.DataFrame:
     ]
     plain = comparison[comparison["experts"] == 1]
     return pd.concat([plain, pd.DataFrame(rows)], ignore_index=True)
+
+
+@pytest.fixture
+def decomposed() -> Decomposed:
+    """Tables of a decomposition of one layer, two of whose neurons were looked at closely."""
+    made = decompose_made_up()
+    return Decomposed(**{name: table.copy() for name, table in vars(made).items()})
 
 
 @pytest.fixture(autouse=True)

@@ -170,6 +170,19 @@ def test_each_method_has_its_colour_and_each_count_its_marker(many_experts: pd.D
     assert to_hex(control.get_markerfacecolor()) == "#ffffff"
 
 
+def test_allocations_are_curves_of_their_own(comparison: pd.DataFrame) -> None:
+    other = comparison[comparison["method"] != "dense"].assign(allocation="owl")
+    both = pd.concat([comparison.assign(allocation="uniform"), other], ignore_index=True)
+    found = lines(plot_perplexity(both))
+    assert list(found)[-3:] == ["expansion, k = 16", "expansion, k = 16, owl", "dense"]
+    for name in ("SparseGPT", "expansion, k = 16"):
+        even, own = found[name], found[f"{name}, owl"]
+        assert even.get_color() == own.get_color()
+        assert (even.get_linestyle(), own.get_linestyle()) == ("-", "-.")
+        np.testing.assert_allclose(points(even), points(own))
+    assert list(lines(plot_perplexity(both[both["allocation"] == "owl"])))[-1] == "dense"
+
+
 def test_unknown_methods_get_colours_of_their_own(comparison: pd.DataFrame) -> None:
     names = {"wanda": "mine", "magnitude": "yours"}
     found = lines(plot_perplexity(comparison.replace({"method": names})))

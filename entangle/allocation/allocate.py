@@ -1,0 +1,206 @@
+"""`allocate`: from scores to zeros per neuron under one budget."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+
+import pandas as pd
+from torch import nn
+
+from entangle.allocation.allocation import Allocation
+from entangle.allocation.columns import Columns, gather
+from entangle.allocation.files import KIND
+from entangle.allocation.measurements import Measurements
+from entangle.allocation.meet import meet_budget
+from entangle.allocation.registry import MODEL, RULES
+from entangle.allocation.request import Request, Settings
+from entangle.allocation.subject import Subject, find_subject
+from entangle.calibration import CalibrationSet
+from entangle.errors import InvalidInput, unknown_name
+from entangle.models.loading import LanguageModel
+from entangle.progress import Progress, ProgressBar
+from entangle.provenance import RunClock, make_manifest
+from entangle.scoring.scores import NeuronScores
+
+DEFAULT_MEMORY = 8 * 2**30
+
+
+def allocate(
+    scores: NeuronScores | pd.DataFrame,
+    *,
+    sparsity: float | int,
+    rule: str = "protect",
+    by: str | Sequence[str] = "wd",
+    combine: str = "zscore",
+    protect: float | int = 0.03,
+    protect_sparsity: float | int = 0.0,
+    strength: float | int | None = None,
+    across: str | None = None,
+    lowest: float | int = 0.0,
+    highest: float | int = 1.0,
+    pattern: str = "row",
+    model: LanguageModel | nn.Module | str | None = None,
+    calibration: CalibrationSet | None = None,
+    layers: int | str | Sequence[int | str] | None = None,
+    proj: str | None = None,
+    in_features: Mapping[str, int] | None = None,
+    measured: Measurements | None = None,
+    memory: int = DEFAULT_MEMORY,
+    progress: bool | None = None,
+) -> Allocation:
+    """Decide how many weights of every neuron are to be zero.
+
+    The total over all layers is exactly ``round(sparsity * weights)``, to the single weight.
+
+    Parameters
+    ----------
+    scores
+        Scores of the neurons, all neurons of each layer; or their frame, with columns layer, neuron
+        and those named in ``by``.
+    sparsity
+        Share of zeros over all layers together, in [0, 1].
+    rule
+        One of `RULES`.
+    by
+        Column of the scores, or several (a sequence, or one string joined by ``+``), that rules
+        read: the larger, the more is kept. A neuron without a value (flagged) gets the mean of its
+        layer; how many there were is noted in the manifest.
+    combine
+        ``zscore`` or ``rank``: how several columns become one.
+    protect, protect_sparsity
+        For rule ``protect``: the share of the neurons that is protected, and the sparsity that they
+        get.
+    strength
+        How far a rule departs from uniform; every rule has its own default and unit.
+    across
+        For rules of neurons: a rule of layers that gives each layer its sparsity, within which its
+        neurons compete (``uniform`` leaves every layer at ``sparsity``), or ``model``, where
+        neurons of all layers compete. Each rule has its own default.
+    lowest, highest
+        Clips of a neuron's sparsity; what a clipped neuron cannot take goes to the others.
+    pattern
+        ``row``: any number of zeros. ``n:m`` with a number for m, such as ``n:4``: a neuron's
+        zeros are a multiple of ``in_features / m``, so that each group of m neighbouring weights
+        can lose equally many, 0 to m. The total is then met to within half of the smallest such
+        step, and the rest noted in the manifest as ``remainder``.
+    model
+        The model that was scored. Rules that measure need it, and it tells ``in_features``.
+    calibration
+        Tokens for rules that measure on text.
+    layers, proj
+        Layers to allocate to, as in `entangle.models.layers.find_layers`; by default all that the
+        scores hold.
+    in_features
+        Weights of a neuron, by layer name, where no ``model`` is given.
+    measured
+        Measurements of the same model and layers to use again, in place of ``calibration``.
+    memory
+        Bytes of Gram matrices held at a time; with less, more passes over the text are made.
+    progress
+        Show a progress bar on standard error; by default if that is a terminal.
+
+    Raises
+    ------
+    InfeasibleBudget
+        If no choice within the clips meets the budget; the message says what can be met.
+    UnknownName
+        For a rule, column or layer that does not exist.
+    InvalidInput
+        If a setting is out of range, or scores, model and layers do not belong together.
+    """
+    clock = RunClock()
+    _check_names(rule, across)
+    settings = Settings(
+        rule=rule, sparsity=float(sparsity), by=_names(by), combine=combine,
+        protect=float(protect), protect_sparsity=float(protect_sparsity),
+        strength=float(RULES[rule].strength if strength is None else strength),
+        across=None if RULES[rule].of_layers else across or RULES[rule].across,
+        lowest=float(lowest), highest=float(highest), pattern=pattern,
+    )  # fmt: skip
+    subject = find_subject(scores, model=model, layers=layers, proj=proj, in_features=in_features)
+    frame = scores.frame if isinstance(scores, NeuronScores) else scores
+    columns = gather(frame, subject.rows)
+    with ProgressBar(f"allocating ({rule})", enabled=progress) as bar:
+        source = measured or _measurements(subject, calibration, memory, bar)
+        _check_measurable(settings, subject, source)
+        request = Request(settings, columns, source)
+        zeros, remainder = meet_budget(request)
+    manifest = make_manifest(
+        KIND,
+        model=subject.described,
+        calibration=None if source is None else source.described,
+        scores=_provenance(scores),
+        settings={**asdict(settings), "filled": _filled(columns, settings)},
+        budget={
+            "sparsity": sparsity,
+            "zeros": int(zeros.sum()),
+            "weights": subject.rows.n_weights,
+            "remainder": remainder,
+        },
+        **clock.read(),
+    )
+    rows = subject.rows
+    return Allocation(
+        zeros=rows.split(zeros),
+        in_features=dict(zip(rows.names, rows.widths.tolist(), strict=True)),
+        experts=None,
+        manifest=manifest,
+        blocks={n: b for n, b in zip(rows.names, rows.blocks, strict=True) if b is not None},
+    )
+
+
+def _names(by: str | Sequence[str]) -> tuple[str, ...]:
+    return tuple(part.strip() for part in by.split("+")) if isinstance(by, str) else tuple(by)
+
+
+def _check_names(rule: str, across: str | None) -> None:
+    if rule not in RULES:
+        raise unknown_name("allocation rule", rule, RULES)
+    if across is None:
+        return
+    known = [name for name, one in RULES.items() if one.of_layers]
+    if RULES[rule].of_layers:
+        raise InvalidInput(
+            f"`across` must be left out with rule {rule!r}, which is itself a rule of layers; got "
+            f"{across!r}."
+        )
+    if across not in (*known, MODEL):
+        raise unknown_name("rule of layers (`across`)", across, [*known, MODEL])
+
+
+def _measurements(
+    subject: Subject, calibration: CalibrationSet | None, memory: int, progress: Progress
+) -> Measurements | None:
+    if subject.model is None:
+        return None
+    return Measurements(
+        subject.model, subject.layers, calibration, memory=memory, progress=progress
+    )
+
+
+def _check_measurable(settings: Settings, subject: Subject, measured: Measurements | None) -> None:
+    """Refuse before any work what a rule would have to measure and cannot."""
+    used = [settings.rule, *([settings.across] if settings.across not in (None, MODEL) else [])]
+    for name in used:
+        rule = RULES[str(name)]
+        if measured is None and (rule.calibrated or rule.weighed):
+            raise InvalidInput(f"rule {name!r} measures the model: give `model`.")
+        if measured is not None and rule.calibrated and measured.described is None:
+            raise InvalidInput(f"rule {name!r} measures on text: give `calibration`.")
+    if measured is not None and measured.names != subject.rows.names:
+        raise InvalidInput(
+            f"`measured` must be of the {len(subject.rows.names)} layer(s) to allocate to; got "
+            f"{len(measured.names)} layer(s), or others: measure these layers."
+        )
+
+
+def _provenance(scores: NeuronScores | pd.DataFrame) -> object:
+    if not isinstance(scores, NeuronScores):
+        return None
+    return {key: scores.manifest.get(key) for key in ("calibration", "settings", "packages")}
+
+
+def _filled(columns: Columns, settings: Settings) -> dict[str, int]:
+    """Count the neurons whose missing score was replaced by their layer's mean."""
+    if not any(RULES[n].scored for n in (settings.rule, settings.across) if n in RULES):
+        return {}
+    return {name: columns.missing(name) for name in settings.by}

@@ -1,0 +1,257 @@
+"""The value that a rule makes: how many weights of every neuron are zero."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from entangle.allocation.files import read_zeros, write_zeros
+from entangle.errors import InvalidInput, unknown_name
+from entangle.html_tables import described, html_result
+from entangle.models.layers import Layer
+
+
+@dataclass(frozen=True, eq=False)
+class Allocation:
+    """Zeros of every neuron of some layers of one model."""
+
+    zeros: Mapping[str, Int64[Tensor, " _"]]
+    """Zeros per neuron, (rows,), by full layer name in module order, int64 on the CPU."""
+    in_features: Mapping[str, int]
+    """Weights of one neuron, by layer name."""
+    experts: Mapping[str, int] | None
+    """Experts by layer name; None leaves their number to the consumer."""
+    manifest: Mapping[str, object] = field(repr=False)
+    """Rule, settings, budget, model, scores, versions; JSON-serialisable."""
+    blocks: Mapping[str, int] = field(default_factory=dict, repr=False)
+    """Transformer block by layer name; a layer outside the blocks is absent."""
+
+    def __post_init__(self) -> None:
+        names = list(self.zeros)
+        if not names or list(self.in_features) != names:
+            raise InvalidInput(
+                "`zeros` and `in_features` must name the same layers in one order, at least one; "
+                f"got {len(names)} and {len(self.in_features)} layer(s)."
+            )
+        for name, zeros in self.zeros.items():
+            check_zeros(name, zeros, self.in_features[name])
+        if self.experts is not None:
+            _check_experts(self.experts, names)
+        object.__setattr__(self, "manifest", json.loads(json.dumps(dict(self.manifest))))
+        for key in ("zeros", "in_features", "manifest", "blocks"):
+            object.__setattr__(self, key, MappingProxyType(dict(getattr(self, key))))
+
+    def rows(self, layer: str) -> int:
+        """Return the number of neurons of a layer, by its full name.
+
+        Raises
+        ------
+        UnknownName
+            If the allocation does not hold the layer.
+        """
+        if layer not in self.zeros:
+            raise unknown_name("layer", layer, self.zeros, "The allocation holds no other layers.")
+        return self.zeros[layer].shape[0]
+
+    @cached_property
+    def sparsity(self) -> dict[str, Float[Tensor, " _"]]:
+        """Share of zeros of every neuron, (rows,) float64, by layer name.
+
+        Times ``in_features`` and rounded it is ``zeros`` again, which is what
+        `entangle.pruning.prune` makes of it.
+        """
+        return {name: zeros / self.in_features[name] for name, zeros in self._doubles()}
+
+    @property
+    def n_zeros(self) -> int:
+        """Zeros of all layers together."""
+        return sum(int(zeros.sum()) for zeros in self.zeros.values())
+
+    @property
+    def n_weights(self) -> int:
+        """Weights of all layers together."""
+        return sum(self.rows(name) * width for name, width in self.in_features.items())
+
+    @property
+    def overall(self) -> float:
+        """Share of zeros of all layers together."""
+        return self.n_zeros / self.n_weights
+
+    @cached_property
+    def layers(self) -> pd.DataFrame:
+        """One row a layer: its sparsity and the range of its rows' sparsities.
+
+        Columns layer, block, projection, rows, in_features, zeros, sparsity, lowest, highest; and
+        experts where the allocation gives them.
+        """
+        rows = []
+        for name, zeros in self._doubles():
+            width = self.in_features[name]
+            rows.append(
+                {
+                    "layer": name,
+                    "block": self.blocks.get(name),
+                    "projection": name.rpartition(".")[2],
+                    "rows": zeros.shape[0],
+                    "in_features": width,
+                    "zeros": int(zeros.sum()),
+                    "sparsity": float(zeros.mean()) / width,
+                    "lowest": float(zeros.min()) / width,
+                    "highest": float(zeros.max()) / width,
+                }
+            )
+        frame = pd.DataFrame(rows).astype({"block": "Int64"})
+        if self.experts is not None:
+            frame["experts"] = [self.experts[name] for name in self.zeros]
+        return frame
+
+    @property
+    def neurons(self) -> pd.DataFrame:
+        """One row a neuron: layer, neuron, zeros, sparsity."""
+        counts = [self.rows(name) for name in self.zeros]
+        return pd.DataFrame(
+            {
+                "layer": np.repeat(np.array(list(self.zeros), dtype=object), counts),
+                "neuron": np.concatenate([np.arange(count) for count in counts]),
+                "zeros": torch.cat(list(self.zeros.values())).numpy(),
+                "sparsity": torch.cat(list(self.sparsity.values())).numpy(),
+            }
+        ).astype({"layer": "str"})
+
+    def check(self, layers: Sequence[Layer], digest: str | None = None) -> None:
+        """Check that the allocation is for these layers of this model.
+
+        Parameters
+        ----------
+        layers
+            The layers that are to be pruned. The budget holds over all layers of the allocation,
+            so that it must cover each of them and no others.
+        digest
+            `entangle.models.loading.LanguageModel.digest`; None is not compared.
+
+        Raises
+        ------
+        InvalidInput
+            Naming what does not fit: another model, a layer too few or too many, another shape.
+        """
+        model = self.manifest.get("model")
+        made_for = model.get("digest") if isinstance(model, Mapping) else None
+        if digest is not None and made_for is not None and digest != made_for:
+            raise InvalidInput(
+                f"the allocation was made for a model of digest {str(made_for)[:12]}…; this one "
+                f"has {digest[:12]}…: allocate from scores of this model."
+            )
+        for layer in layers:
+            self._check_layer(layer)
+        found = {layer.name for layer in layers}
+        for name in self.zeros:
+            if name not in found:
+                raise InvalidInput(
+                    f"the allocation's budget includes layer {name!r}, which is not among the "
+                    f"{len(found)} layer(s) to prune: choose the layers that it was made for."
+                )
+
+    def save(self, path: str | os.PathLike[str], *, force: bool = False) -> Path:
+        """Write the allocation to one ``.safetensors`` file, which appears when it is complete.
+
+        One int64 vector of zeros a layer, named after it; the rest is JSON in the file's metadata.
+        `load_allocation` reads it.
+
+        Raises
+        ------
+        InvalidInput
+            If the name has another ending or is a folder, or the file exists without ``force``.
+        Unavailable
+            If the file cannot be written.
+        """
+        described = {
+            "in_features": dict(self.in_features),
+            "experts": None if self.experts is None else dict(self.experts),
+            "blocks": dict(self.blocks),
+            "manifest": dict(self.manifest),
+        }
+        return write_zeros(path, self.zeros, described, force=force)
+
+    def _repr_html_(self) -> str:
+        lines = [
+            f"{100 * self.overall:.4g} % zeros: {self.n_zeros:,} of {self.n_weights:,} weights in "
+            f"{len(self.zeros):,} layer(s)",
+            f"rule {described(self.manifest, 'settings', 'rule')}, "
+            f"by {described(self.manifest, 'settings', 'by')}",
+        ]
+        title = f"Allocation for {described(self.manifest, 'model', 'name')}"
+        return html_result(title, lines, self.layers.drop(columns=["block", "projection"]))
+
+    def _check_layer(self, layer: Layer) -> None:
+        if layer.name not in self.zeros:
+            raise InvalidInput(
+                f"the allocation has no layer {layer.name!r}: choose the layers that it was made "
+                "for, or score that layer too."
+            )
+        shape = (self.rows(layer.name), self.in_features[layer.name])
+        if layer.shape != shape:
+            raise InvalidInput(
+                f"layer {layer.name!r} has shape {layer.shape}, the allocation is for {shape}: "
+                "allocate from scores of this model."
+            )
+
+    def _doubles(self) -> list[tuple[str, Tensor]]:
+        return [(name, zeros.double()) for name, zeros in self.zeros.items()]
+
+
+def load_allocation(path: str | os.PathLike[str]) -> Allocation:
+    """Load an allocation that `Allocation.save` wrote.
+
+    Raises
+    ------
+    InvalidInput
+        If the file is missing, truncated, altered, or something else.
+    """
+    zeros, described = read_zeros(path)
+    keys = ("in_features", "experts", "manifest", "blocks")
+    fields: dict[str, Any] = {key: described.get(key) for key in keys}
+    for key, value in fields.items():
+        if not isinstance(value, dict) and not (key == "experts" and value is None):
+            raise InvalidInput(f"{str(path)!r} was altered (no {key}); allocate anew.")
+    try:
+        return Allocation(zeros=zeros, **fields)
+    except InvalidInput as error:
+        raise InvalidInput(f"{str(path)!r} was altered ({error}); allocate anew.") from error
+
+
+def check_zeros(name: str, zeros: Tensor, width: int) -> None:
+    """Raise `InvalidInput` unless ``zeros`` counts the zeros of neurons of so many weights."""
+    if zeros.ndim != 1 or zeros.dtype != torch.int64 or not len(zeros) or zeros.is_cuda:
+        raise InvalidInput(
+            f"`zeros` of {name!r} must be a CPU vector of int64, one a neuron; got "
+            f"{tuple(zeros.shape)} of {zeros.dtype} on {zeros.device}."
+        )
+    low, high = int(zeros.min()), int(zeros.max())
+    if low < 0 or high > width:
+        raise InvalidInput(
+            f"`zeros` of {name!r} must be in [0, {width}], the neuron's weights; got values from "
+            f"{low} to {high}."
+        )
+
+
+def _check_experts(experts: Mapping[str, int], names: Sequence[str]) -> None:
+    if list(experts) != list(names):
+        raise InvalidInput(
+            f"`experts` must name the {len(names)} layer(s) of the allocation in their order; got "
+            f"{len(experts)} layer(s)."
+        )
+    for name, count in experts.items():
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise InvalidInput(
+                f"`experts` of {name!r} must be an integer of at least 1; got {count!r}."
+            )

@@ -1,0 +1,245 @@
+"""Allocations as the files that other pruning tools read, and back."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+
+from entangle.allocation.allocation import Allocation
+from entangle.allocation.by_layer import (
+    alphapruning_usage,
+    evopress_usage,
+    read_alphapruning,
+    read_evopress,
+    write_alphapruning,
+    write_evopress,
+)
+from entangle.allocation.by_row import read_csv, read_rows, write_csv, write_rows
+from entangle.allocation.files import KIND
+from entangle.allocation.recipe import read_recipe, recipe_losses, write_recipe
+from entangle.errors import InvalidInput, Unavailable, unknown_name
+from entangle.models.layers import Layer
+from entangle.provenance import disk_errors, expanded, make_manifest
+
+FORMATS: Mapping[str, str] = {
+    "llmcompressor": ".yaml",
+    "alphapruning": ".npy",
+    "evopress": ".txt",
+    "csv": ".csv",
+    "safetensors": ".safetensors",
+}
+"""Name of each format → ending of its files. The first three hold one sparsity a layer, the other
+two every neuron's."""
+
+_ROWS_LOST = "lost: the sparsity of single rows; the file holds one number a layer."
+_EXPERTS_LOST = "lost: the number of experts of each layer."
+
+
+def export(
+    allocation: Allocation,
+    path: str | os.PathLike[str],
+    format: str,  # noqa: A002 - the word that pandas and matplotlib use
+    *,
+    layers: Sequence[Layer] | None = None,
+    force: bool = False,
+) -> list[str]:
+    """Write an allocation for another tool.
+
+    Parameters
+    ----------
+    allocation
+        What to write.
+    path
+        File to write; its name must have the ending that `FORMATS` says.
+    format
+        ``llmcompressor`` (recipe of `SparseGPTModifier`), ``alphapruning`` (array of one float a
+        linear), ``evopress`` (lines ``module: level``), ``csv`` (one line a neuron),
+        ``safetensors`` (one float64 vector of sparsities a layer).
+    layers
+        For ``alphapruning``: all linears of the model's blocks, as ``find_layers(module, "all")``
+        gives them; those that the allocation does not hold get 0. By default its own layers.
+    force
+        Replace a file that exists.
+
+    Returns
+    -------
+    list of str
+        What the format cannot hold, and how the other tool is to be called.
+
+    Raises
+    ------
+    UnknownName, InvalidInput
+        If there is no such format, the ending is another, or the file exists without ``force``.
+    Unavailable
+        If the file cannot be written.
+
+    References
+    ----------
+    github.com/vllm-project/llm-compressor (`Recipe`, `SparseGPTModifier`),
+    github.com/haiquanlu/AlphaPruning (`ww_sparsity`), github.com/IST-DASLab/EvoPress
+    (`load_sparse_weights`, `prune.py`).
+    """
+    target = check_export(path, format, force=force)
+    order = _order(allocation, layers)
+    writers: Mapping[str, Callable[[], bytes]] = {
+        "llmcompressor": lambda: write_recipe(allocation),
+        "alphapruning": lambda: write_alphapruning(allocation, order),
+        "evopress": lambda: write_evopress(allocation),
+        "csv": lambda: write_csv(allocation),
+        "safetensors": lambda: write_rows(allocation),
+    }
+    _write(target, writers[format]())
+    return _notes(allocation, format, order)
+
+
+def import_allocation(
+    path: str | os.PathLike[str],
+    format: str,  # noqa: A002
+    *,
+    layers: Sequence[Layer] | None = None,
+    sparsity: float | None = None,
+    step: int | None = None,
+) -> Allocation:
+    """Read what `export`, or another tool, wrote.
+
+    Parameters
+    ----------
+    path, format
+        As in `export`.
+    layers
+        For the formats that hold one sparsity a layer: the layers of the model, in module order.
+        The array of AlphaPruning has one number for each of them; the others name theirs. Zeros are
+        spread evenly over the rows of a layer, the first rows taking what is left.
+    sparsity, step
+        For EvoPress: the sparsity of level 0 and the weights between two levels, which are
+        ``--sparsity`` and ``--weights_diff`` of its ``prune.py``.
+
+    Raises
+    ------
+    UnknownName, InvalidInput
+        If there is no such format, an argument is missing, or the file is missing, damaged or does
+        not fit the layers.
+    """
+    if format not in FORMATS:
+        raise unknown_name("format", format, FORMATS)
+    source = expanded(path)
+    if not source.is_file():
+        raise InvalidInput(f"{str(path)!r} is no file; name one in format {format}.")
+    try:
+        fields = _read(source, format, layers, sparsity, step)
+    except OSError as error:
+        raise Unavailable(
+            f"{str(path)!r} cannot be read ({error.strerror or error}); check the path."
+        ) from error
+    settings = {"rule": "imported", "format": format, "file": source.name}
+    manifest = make_manifest(KIND, model=None, scores=None, settings=settings)
+    try:
+        return Allocation(**fields, manifest=manifest)
+    except InvalidInput as error:
+        raise InvalidInput(f"{str(path)!r}: {error}") from error
+
+
+def check_export(
+    path: str | os.PathLike[str],
+    format: str,  # noqa: A002
+    *,
+    force: bool = False,
+) -> Path:
+    """Check that `export` can write a file, before any work is done; errors as there."""
+    if format not in FORMATS:
+        raise unknown_name("format", format, FORMATS)
+    target = expanded(path)
+    if target.suffix != FORMATS[format]:
+        raise InvalidInput(
+            f"a file in format {format} must end in {FORMATS[format]}; got {str(path)!r}."
+        )
+    if target.is_dir():
+        raise InvalidInput(f"the output {str(path)!r} is a folder; name a file.")
+    if target.exists() and not force:
+        raise InvalidInput(
+            f"{str(path)!r} exists; name another file or use --force (force=True) to replace it."
+        )
+    return target
+
+
+def _read(
+    source: Path,
+    name: str,
+    layers: Sequence[Layer] | None,
+    sparsity: float | None,
+    step: int | None,
+) -> dict[str, Any]:
+    if name == "csv":
+        return read_csv(source)
+    if name == "safetensors":
+        return read_rows(source)
+    if layers is None:
+        raise InvalidInput(f"`layers` must be given to read format {name}; got None.")
+    sizes = {layer.name: layer.weight.numel() for layer in layers}
+    if name == "alphapruning":
+        return _spread(read_alphapruning(source, list(sizes.items())), layers)
+    if name == "llmcompressor":
+        return _spread(read_recipe(source), layers)
+    if sparsity is None or step is None:
+        raise InvalidInput("`sparsity` and `step` must be given to read format evopress.")
+    return _spread(read_evopress(source, sizes, sparsity=sparsity, step=step), layers)
+
+
+def _spread(shares: Mapping[str, float], layers: Sequence[Layer]) -> dict[str, Any]:
+    """Spread the zeros of every layer evenly over its rows; layers that are not named are left."""
+    known = {layer.name: layer for layer in layers}
+    for name in shares:
+        if name not in known:
+            raise unknown_name("layer", name, known, "The file does not fit the layers given.")
+    chosen = [layer for layer in layers if layer.name in shares]
+    zeros = {}
+    for layer in chosen:
+        rows, width = layer.shape
+        total = round(shares[layer.name] * rows * width)
+        zeros[layer.name] = total // rows + (torch.arange(rows) < total % rows).long()
+    return {
+        "zeros": zeros,
+        "in_features": {layer.name: layer.in_features for layer in chosen},
+        "experts": None,
+        "blocks": {layer.name: layer.block for layer in chosen if layer.block is not None},
+    }
+
+
+def _order(allocation: Allocation, layers: Sequence[Layer] | None) -> list[tuple[str, int]]:
+    if layers is None:
+        return [
+            (name, zeros.numel() * allocation.in_features[name])
+            for name, zeros in allocation.zeros.items()
+        ]
+    names = {layer.name for layer in layers}
+    for name in allocation.zeros:
+        if name not in names:
+            raise unknown_name("layer", name, names, "`layers` must hold all of the allocation's.")
+    return [(layer.name, layer.weight.numel()) for layer in layers]
+
+
+def _notes(allocation: Allocation, name: str, order: Sequence[tuple[str, int]]) -> list[str]:
+    if name == "llmcompressor":
+        return recipe_losses(allocation)
+    usage = {"alphapruning": lambda: alphapruning_usage(allocation, order),
+             "evopress": lambda: evopress_usage(allocation)}  # fmt: skip
+    if name not in usage:
+        return []
+    frame = allocation.layers
+    uneven = bool((frame["lowest"] != frame["highest"]).any())
+    lost = [_ROWS_LOST] * uneven + [_EXPERTS_LOST] * (allocation.experts is not None)
+    return [*lost, usage[name]()]
+
+
+def _write(target: Path, content: bytes) -> None:
+    temporary = target.with_name(f".{target.name[:40]}.{uuid4().hex}")
+    with disk_errors(target, remedy="name another file"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_bytes(content)
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)

@@ -1,0 +1,171 @@
+"""What rules measure on a model: each quantity once, in one pass over the calibration set."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from entangle.allocation.rows import Reals
+from entangle.calibration import CalibrationSet
+from entangle.calibration.calibration_set import check_ids
+from entangle.errors import InvalidInput, NumericalError
+from entangle.models.layers import Layer
+from entangle.models.loading import LanguageModel
+from entangle.precision import accumulator_dtype
+from entangle.progress import Progress
+from entangle.recording.hooks import Batch, SeenTensor, forward, observe, run_observed
+from entangle.stats.gram import Gram, GramResult
+
+_PROBE_TOKENS = 4
+
+
+class Measurements:
+    """Quantities of some layers of a model over a calibration set, measured when first asked for.
+
+    Parameters
+    ----------
+    model
+        Left unchanged.
+    layers
+        Layers to measure.
+    calibration
+        Tokens to measure on; None for quantities of the weights alone.
+    memory
+        Bytes of Gram matrices held at a time. Where all layers' do not fit, several passes are
+        made, each over the layers that do.
+    progress
+        Told of every sequence.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        layers: Sequence[Layer],
+        calibration: CalibrationSet | None,
+        *,
+        memory: int,
+        progress: Progress | None = None,
+    ) -> None:
+        self.model, self.layers, self.memory = model, tuple(layers), memory
+        self._calibration = calibration
+        self.progress = Progress() if progress is None else progress
+        self.names = tuple(layer.name for layer in self.layers)
+        """Full names of the layers."""
+        self._kept: dict[object, Reals] = {}
+        if calibration is not None:
+            check_ids(calibration.ids, model.vocab_size)
+
+    @property
+    def calibration(self) -> CalibrationSet:
+        """The calibration set; `InvalidInput` without one."""
+        if self._calibration is None:
+            raise InvalidInput("this rule needs a calibration set: give `calibration`.")
+        return self._calibration
+
+    @property
+    def described(self) -> dict[str, object] | None:
+        """What a manifest says about the calibration set; None without one."""
+        return None if self._calibration is None else self._calibration.describe()
+
+    @cached_property
+    def groups(self) -> tuple[tuple[Layer, ...], ...]:
+        """Layers that read the same input, together, in the order in which they run."""
+        groups: list[list[Layer]] = []
+        place: dict[str, int] = {}
+        last: tuple[str, SeenTensor] | None = None
+
+        def note(layer: Layer, inputs: Tensor, _outputs: Tensor) -> None:
+            nonlocal last
+            if layer.name not in place:
+                shared = last is not None and last[1].same_as(inputs)
+                place[layer.name] = place[last[0]] if shared and last else len(groups)
+                if not shared:
+                    groups.append([])
+                groups[place[layer.name]].append(layer)
+            last = layer.name, SeenTensor.of(inputs)
+
+        with observe(self.layers, note):
+            forward(self.model.module, self.calibration.ids[:1, :_PROBE_TOKENS])
+        for layer in self.layers:
+            if layer.name not in place:
+                raise InvalidInput(
+                    f"layer {layer.name!r} sees no token in a forward pass; leave it out."
+                )
+        return tuple(map(tuple, groups))
+
+    def grams(self) -> Iterator[tuple[tuple[Layer, ...], GramResult]]:
+        """Yield layers that share an input, and its ``XᵀX`` in float32 on the layers' device.
+
+        One pass over the calibration set for as many inputs as the memory holds.
+
+        Raises
+        ------
+        NumericalError
+            If an input is not finite; the message names the layer.
+        """
+        for part in self._parts():
+            grams = {
+                group[0].name: Gram(
+                    group[0].in_features, device=group[0].weight.device, dtype=torch.float32
+                )
+                for group in part
+            }
+            self._pass([group[0] for group in part], lambda name, rows: grams[name].update(rows))  # noqa: B023
+            for group in part:
+                yield group, grams.pop(group[0].name).result()
+
+    def _parts(self) -> Iterator[list[tuple[Layer, ...]]]:
+        """Cut the inputs into runs whose Gram matrices fit into the memory."""
+        part: list[tuple[Layer, ...]] = []
+        left = self.memory
+        for group in self.groups:
+            needed = 4 * group[0].in_features ** 2
+            if part and needed > left:
+                yield part
+                part, left = [], self.memory
+            part.append(group)
+            left -= needed
+        yield part
+
+    def _pass(self, layers: Sequence[Layer], update: Callable[[str, Tensor], None]) -> None:
+        def take(_group: int, layer: Layer, inputs: Tensor, _outputs: Tensor) -> None:
+            try:
+                update(layer.name, inputs.flatten(0, -2))
+            except NumericalError as error:
+                raise NumericalError(f"{layer.name}: {error}") from error
+
+        run_observed(self.model.module, layers, self._batches(), take)
+
+    def _batches(self) -> Iterator[Batch]:
+        self.progress.start(self.calibration.n_seq, "sequences")
+        for _, ids in self.calibration.batches(self.calibration.per_pass):
+            yield 0, ids
+            self.progress.advance(len(ids))
+
+    @cached_property
+    def input_norms(self) -> Mapping[str, Float[Tensor, " _"]]:
+        """Norm ``‖X_j‖₂`` of each input over the calibration tokens, by layer name, float64.
+
+        float32 where the device has no float64.
+        """
+        sums: dict[str, Tensor] = {}
+
+        def add(name: str, rows: Tensor) -> None:
+            square = square_sum(rows)
+            sums[name] = sums[name] + square if name in sums else square
+
+        self._pass([group[0] for group in self.groups], add)
+        return {layer.name: sums[group[0].name].sqrt() for group in self.groups for layer in group}
+
+    def once(self, key: object, measure: Callable[[], Reals]) -> Reals:
+        """Return what was measured under this key before, or measure it."""
+        if key not in self._kept:
+            self._kept[key] = measure()
+        return self._kept[key]
+
+
+def square_sum(rows: Float[Tensor, "tokens features"]) -> Float[Tensor, " features"]:
+    """Return the sum of squares over tokens, in float64 where the device has it."""
+    return rows.float().square().sum(0, dtype=accumulator_dtype(rows.device))

@@ -1,0 +1,256 @@
+"""Tune the strength of a rule on held-out calibration text."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import nn
+
+from entangle.allocation.allocate import DEFAULT_MEMORY, allocate
+from entangle.allocation.allocation import Allocation
+from entangle.allocation.budget import InfeasibleBudget
+from entangle.allocation.golden import Tried, minimise
+from entangle.allocation.measurements import Measurements
+from entangle.allocation.registry import RULES
+from entangle.allocation.subject import find_subject
+from entangle.calibration import CalibrationSet
+from entangle.errors import InvalidInput, NumericalError, unknown_name
+from entangle.evaluation import EvaluationText, perplexity
+from entangle.models.layers import Layer
+from entangle.models.loading import LanguageModel, as_language_model
+from entangle.progress import ProgressBar
+from entangle.provenance import RunClock
+from entangle.pruning import prune
+from entangle.scoring.scores import NeuronScores
+from entangle.stats.gram import GramResult
+
+STAND_IN = "all layers pruned at once by one expert, on the inputs that the dense model gives them"
+"""What is built of every candidate in place of an expansion."""
+
+_WIDEST = 4.0  # times the rule's own strength
+_MOST_PROTECTED = 0.2
+_SHARED = ("layers", "proj")
+
+Grams = list[tuple[tuple[Layer, ...], GramResult]]
+
+
+def search(
+    scores: NeuronScores | pd.DataFrame,
+    *,
+    model: LanguageModel | nn.Module | str,
+    calibration: CalibrationSet,
+    sparsity: float,
+    tune: str = "linear",
+    high: float | None = None,
+    evaluations: int = 8,
+    held_out: float = 0.25,
+    pruner: str = "sparsegpt",
+    damping: float = 0.01,
+    memory: int = DEFAULT_MEMORY,
+    progress: bool | None = None,
+    **settings: Any,
+) -> Allocation:
+    """Allocate by the strength of a rule that costs least on held-out calibration text.
+
+    Every candidate is built in a cheap form: all layers are pruned at once, by one expert, with the
+    Gram matrices of the dense model's inputs on the first sequences of the calibration set, and its
+    loss is measured on the last ones. An expansion, in which each block sees what the pruned blocks
+    before it put out and tokens are routed among experts, loses less; the search takes the order of
+    the candidates to be the same. The model is left bit-identical.
+
+    Parameters
+    ----------
+    scores, model, sparsity
+        As in `entangle.allocation.allocate`.
+    calibration
+        Its last share of sequences is held out; rules and pruning see the others only. (Sequences
+        drawn at random from a text may overlap; contiguous ones do not.)
+    tune
+        The rule; for ``protect`` the share ``protect`` is tuned, for all others ``strength``.
+    high
+        Largest value tried, the smallest being 0; by default four times the rule's own strength,
+        or 0.2 of the neurons.
+    evaluations
+        Candidates to build, at least 2: five evenly spaced ones, then by golden section.
+    held_out
+        Share of the sequences in (0, 1) that the candidates are scored on, at least one.
+    pruner, damping
+        As in `entangle.pruning.prune` (``pruner`` is its ``method``).
+    memory
+        Bytes of Gram matrices that are kept; with more, they are made anew for every candidate.
+    progress
+        Show a progress bar on standard error; by default if that is a terminal.
+    **settings
+        The other arguments of `entangle.allocation.allocate`.
+
+    Returns
+    -------
+    Allocation
+        Of the best candidate. ``manifest["search"]`` has what was tuned, every value tried with its
+        held-out perplexity, the number of evaluations, the seconds, and how candidates were built.
+
+    Raises
+    ------
+    InvalidInput, UnknownName
+        If a setting is out of range, or the rule has nothing to tune.
+    NumericalError
+        If no candidate has a finite loss.
+    """
+    clock = RunClock()
+    parameter, high = _range(tune, high)
+    _check(evaluations, held_out, calibration)
+    dense = as_language_model(model)
+    first, last = split(calibration, held_out)
+    shared = {name: settings.pop(name, None) for name in _SHARED}
+    subject = find_subject(scores, model=dense, **shared, in_features=None)
+    measured = Measurements(dense, subject.layers, first, memory=memory)
+    stand_in = _StandIn(measured, last, pruner=pruner, damping=damping)
+    made: dict[float, Allocation] = {}
+    with ProgressBar(f"searching ({tune})", enabled=progress) as bar:
+        bar.start(evaluations, "candidates")
+
+        def loss(value: float) -> float:
+            try:
+                made[value] = allocate(
+                    scores, sparsity=sparsity, rule=tune, model=dense, measured=measured,
+                    progress=False, **shared, **{**settings, parameter: value},
+                )  # fmt: skip
+            except InfeasibleBudget:
+                found = math.inf
+            else:
+                found = stand_in.loss(made[value])
+            bar.advance()
+            return found
+
+        tried = minimise(loss, 0.0, high, evaluations=evaluations)
+    best, value = min(tried, key=lambda one: one[1])
+    if not math.isfinite(value):
+        raise NumericalError(
+            f"none of {len(tried)} candidates of rule {tune!r} has a finite loss; lower the "
+            "sparsity, or `high`."
+        )
+    cost = {"evaluations": len(tried), **clock.read()}
+    described = _describe(tried, best, tune=tune, parameter=parameter, pruner=pruner, text=last)
+    return replace(made[best], manifest={**made[best].manifest, "search": described | cost})
+
+
+def split(calibration: CalibrationSet, held_out: float) -> tuple[CalibrationSet, EvaluationText]:
+    """Cut off the last share of a calibration set's sequences, at least one, to evaluate on."""
+    count = max(1, round(held_out * calibration.n_seq))
+    if calibration.n_seq < 2 or count >= calibration.n_seq:
+        raise InvalidInput(
+            f"`held_out` must leave sequences to calibrate on; got {held_out} of "
+            f"{calibration.n_seq} sequence(s): give more sequences (--n-seq)."
+        )
+    origin = dict(calibration.settings)
+    first = CalibrationSet(
+        calibration.ids[:-count].clone(), calibration.source, origin | {"sequences": "first"}
+    )
+    settings = origin | {"sequences": f"last {count}"}
+    return first, EvaluationText(calibration.ids[-count:].clone(), calibration.source, settings)
+
+
+class _StandIn:
+    """Builds candidates in a cheap form, and measures them on held-out text."""
+
+    def __init__(
+        self, measured: Measurements, text: EvaluationText, *, pruner: str, damping: float
+    ) -> None:
+        self._measured, self._text = measured, text
+        self._pruner, self._damping = pruner, damping
+        self._kept: Grams | None = None
+
+    def loss(self, allocation: Allocation) -> float:
+        """Return the mean loss of a predicted token in nats; infinite where it is not finite."""
+        with self._pruned(allocation):
+            found = perplexity(self._measured.model, self._text, progress=False)
+        mean = float(found.window_losses.sum()) / found.n_tokens
+        return mean if math.isfinite(mean) else math.inf
+
+    @contextmanager
+    def _pruned(self, allocation: Allocation) -> Iterator[None]:
+        layers = self._measured.layers
+        kept = {layer.name: layer.weight.clone() for layer in layers}
+        try:
+            # all grams come from the dense model, so that none is made after the first write
+            solved = [
+                (group, self._solve(group, gram, allocation)) for group, gram in self._grams()
+            ]
+            for group, weight in solved:
+                _write(group, weight)
+            yield
+        finally:
+            for layer in layers:
+                _write([layer], kept[layer.name])
+
+    def _solve(
+        self, group: Sequence[Layer], gram: GramResult, allocation: Allocation
+    ) -> torch.Tensor:
+        names = [layer.name for layer in group]
+        shares = torch.cat([allocation.sparsity[name] for name in names])
+        weight = torch.cat([layer.weight for layer in group])
+        try:
+            return prune(
+                weight, gram.gram, method=self._pruner, sparsity=shares, damping=self._damping
+            ).weight
+        except NumericalError as error:
+            raise NumericalError(f"{', '.join(names)}: {error}") from error
+
+    def _grams(self) -> Iterator[tuple[tuple[Layer, ...], GramResult]]:
+        """Yield the grams of all groups, kept if the memory holds them."""
+        needed = sum(4 * group[0].in_features ** 2 for group in self._measured.groups)
+        if self._kept is None and needed <= self._measured.memory:
+            self._kept = list(self._measured.grams())
+        yield from self._measured.grams() if self._kept is None else self._kept
+
+
+def _write(group: Sequence[Layer], weight: torch.Tensor) -> None:
+    """Write rows into the layers of a group, one after the other."""
+    parts = weight.split([layer.out_features for layer in group])
+    with torch.no_grad():
+        for layer, part in zip(group, parts, strict=True):
+            layer.weight.copy_(part)
+
+
+def _range(tune: str, high: float | None) -> tuple[str, float]:
+    """Return the parameter of a rule that is tuned, and the largest value to try."""
+    if tune not in RULES:
+        raise unknown_name("allocation rule", tune, RULES)
+    parameter, widest = "strength", _WIDEST * RULES[tune].strength
+    if tune == "protect":
+        parameter, widest = "protect", _MOST_PROTECTED
+    if widest == 0:
+        raise InvalidInput(f"rule {tune!r} has no strength to tune; choose another (`tune`).")
+    if high is not None and not high > 0:
+        raise InvalidInput(f"`high` must be above 0; got {high}.")
+    return parameter, widest if high is None else float(high)
+
+
+def _check(evaluations: int, held_out: float, calibration: CalibrationSet) -> None:
+    if isinstance(evaluations, bool) or not isinstance(evaluations, int) or evaluations < 2:
+        raise InvalidInput(f"`evaluations` must be an integer of at least 2; got {evaluations!r}.")
+    if not 0.0 < held_out < 1.0:
+        raise InvalidInput(f"`held_out` must be in (0, 1); got {held_out}.")
+    if calibration.seq_len < 2:
+        raise InvalidInput(
+            "`calibration` must have sequences of at least 2 tokens, to predict one; got 1."
+        )
+
+
+def _describe(
+    tried: Tried, best: float, *, tune: str, parameter: str, pruner: str, text: EvaluationText
+) -> dict[str, object]:
+    return {
+        "rule": tune,
+        "parameter": parameter,
+        "chosen": best,
+        "tried": [
+            {parameter: x, "perplexity": math.exp(y) if y < 700.0 else None} for x, y in tried
+        ],
+        "stand_in": f"{pruner}: {STAND_IN}",
+        "held_out": text.describe(),
+    }

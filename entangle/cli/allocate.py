@@ -1,0 +1,310 @@
+"""``entangle allocate``: from scores to zeros per neuron."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from entangle.cli import options
+from entangle.cli.tables import print_json, print_table, records
+from entangle.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from entangle.allocation import Allocation
+    from entangle.models.loading import LanguageModel
+    from entangle.scoring import NeuronScores
+
+N_SEQ, SEQ_LEN = 32, 1024
+SEARCH = "search"
+_FORMATS = {
+    "rows": ",d", "zeros": ",d", "sparsity": ".4f", "lowest": ".4f", "highest": ".4f",
+    "weights": ",d", "experts": ".4g", "perplexity": ",.4g", "strength": ".4g", "protect": ".4g",
+}  # fmt: skip
+
+
+def add_parser(subparsers: options.Subparsers) -> None:
+    """Add the command to the parser."""
+    parser = subparsers.add_parser(
+        "allocate",
+        help="turn scores into a sparsity for every neuron",
+        description="Decide how many weights of every neuron are to be zero, under one budget that "
+        "is met to the single weight.",
+    )
+    parser.add_argument("scores", metavar="SCORES", help="folder that `entangle score` wrote")
+    _add_rule_options(parser)
+    _add_search_options(parser)
+    _add_expert_options(parser)
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model", help="the model that was scored, where it is elsewhere than it was then"
+    )
+    options.add_loading_options(group)
+    options.add_layer_options(parser)
+    options.add_calibration_options(parser, n_seq=N_SEQ, seq_len=SEQ_LEN)
+    group = parser.add_argument_group("output")
+    group.add_argument("--out", metavar="FILE", help="write the allocation (.safetensors)")
+    group.add_argument(
+        "--export", action="append", default=[], metavar="FORMAT:FILE",
+        help="also write it for another tool: llmcompressor:x.yaml, alphapruning:x.npy, "
+        "evopress:x.txt, csv:x.csv or safetensors:x.safetensors; may be given several times",
+    )  # fmt: skip
+    group.add_argument(
+        "--plot", metavar="FILE", help="draw it; FILE.pdf, FILE.png and FILE.csv are written"
+    )
+    group.add_argument("--force", action="store_true", help="replace existing files")
+    group.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    group.add_argument("--quiet", action="store_true", help="show no progress")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the calibration set")
+    parser.set_defaults(run=run)
+
+
+def _add_rule_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("rule")
+    group.add_argument("--sparsity", type=float, required=True, help="share of zeros, over all")
+    group.add_argument(
+        "--rule", default="protect",
+        help="uniform, layer, protect, linear, rank, loss, sensitivity, depth, owl, alphapruning, "
+        "trim, neuroal, neuroal-blocks, or search, which tunes another one (default: protect)",
+    )  # fmt: skip
+    group.add_argument(
+        "--by", default="wd", help="column of the scores, or several joined by + (default: wd)"
+    )
+    group.add_argument(
+        "--combine", default="zscore", choices=("zscore", "rank"),
+        help="how several columns become one (default: zscore)",
+    )  # fmt: skip
+    group.add_argument(
+        "--protect", type=float, default=0.03, help="share of the neurons that rule protect "
+        "protects (default: 0.03)"
+    )  # fmt: skip
+    group.add_argument(
+        "--protect-sparsity", type=float, default=0.0, help="their sparsity (default: 0)"
+    )
+    group.add_argument("--strength", type=float, help="how far from uniform (default: the rule's)")
+    group.add_argument(
+        "--across",
+        help="rule of layers that a rule of neurons keeps to, or model: neurons of all layers "
+        "compete (default: the rule's)",
+    )
+    group.add_argument(
+        "--lowest", type=float, default=0.0, help="least sparsity of a neuron (default: 0)"
+    )
+    group.add_argument(
+        "--highest", type=float, default=1.0, help="greatest sparsity of a neuron (default: 1)"
+    )
+    group.add_argument(
+        "--pattern", default="row",
+        help="row, or for example n:4: zeros in multiples of a quarter of the row (default: row)",
+    )  # fmt: skip
+    group.add_argument("--memory", default="8G", help="for gram matrices (default: 8G)")
+
+
+def _add_search_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("search (--rule search)")
+    group.add_argument("--tune", default="linear", help="the rule to tune (default: linear)")
+    group.add_argument(
+        "--evaluations", type=int, default=8, help="candidates to build (default: 8)"
+    )
+    group.add_argument(
+        "--held-out", type=float, default=0.25,
+        help="share of the calibration set's sequences, the last ones, that candidates are scored "
+        "on (default: 0.25)",
+    )  # fmt: skip
+
+
+def _add_expert_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("experts")
+    group.add_argument(
+        "--experts", type=int, metavar="K",
+        help="also share out experts by entangled neurons; equal stored non-zeros as K a layer",
+    )  # fmt: skip
+    group.add_argument(
+        "--entangled", type=float, default=0.03,
+        help="share of all neurons that count as entangled (default: 0.03)",
+    )  # fmt: skip
+    group.add_argument("--fewest", type=int, default=1, help="least number (default: 1)")
+    group.add_argument("--most", type=int, help="greatest number (default: twice K)")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Allocate, write, print."""
+    exports = [_format_and_file(text) for text in arguments.export]
+    _check_outputs(arguments, exports)
+    memory = options.parse_bytes(arguments.memory)
+    from entangle.allocation import export
+    from entangle.models.layers import find_layers
+    from entangle.scoring import load_scores
+
+    scores = load_scores(arguments.scores)
+    model = _load_model(arguments, scores)
+    allocation = _allocate(arguments, scores, model, memory)
+    if arguments.experts is not None:
+        allocation = _with_experts(arguments, allocation, scores, model)
+    if arguments.out is not None:
+        allocation.save(arguments.out, force=arguments.force)
+    notes = {}
+    for name, path in exports:
+        layers = find_layers(model.module, "all") if name == "alphapruning" else None
+        notes[path] = export(allocation, path, name, layers=layers, force=arguments.force)
+    figures = [] if arguments.plot is None else save_plot(allocation, arguments)
+    if arguments.json:
+        print_json(
+            {
+                "out": arguments.out,
+                "overall": allocation.overall,
+                "layers": records(allocation.layers),
+                "exports": notes,
+                "figures": figures,
+                "manifest": dict(allocation.manifest),
+            }
+        )
+        return
+    print_allocation(allocation)
+    for path, lines in notes.items():
+        print(f"Exported to {path}." + "".join(f"\n  {line}" for line in lines))
+    for path in figures:
+        print(f"Figure: {path}")
+    if arguments.out is not None:
+        print(f"Saved to {arguments.out}.")
+
+
+def print_allocation(allocation: "Allocation") -> None:
+    """Print one row a layer, the total, and what a search tried."""
+    import pandas as pd
+
+    table = allocation.layers.drop(columns=["in_features"])
+    print_table(
+        table, title="Zeros of every layer, and the range of its rows", formats=_FORMATS,
+        optional=("projection", "block", "zeros"),
+    )  # fmt: skip
+    total = {
+        "layers": len(table), "rows": int(table["rows"].sum()), "zeros": allocation.n_zeros,
+        "weights": allocation.n_weights, "sparsity": allocation.overall,
+    }  # fmt: skip
+    print_table(pd.DataFrame([total]), title="Total", formats=_FORMATS)
+    tried: Any = allocation.manifest.get(SEARCH)
+    if tried is not None:
+        title = (
+            f"Held-out perplexity by {tried['parameter']} of rule {tried['rule']} "
+            f"({tried['evaluations']} candidates, {tried['seconds']:.0f} s)"
+        )
+        frame = pd.DataFrame(tried["tried"]).sort_values(str(tried["parameter"]))
+        print_table(frame, title=title, formats=_FORMATS)
+
+
+def save_plot(allocation: "Allocation", arguments: argparse.Namespace) -> list[str]:
+    """Draw the allocation; return the files."""
+    from entangle.allocation.labels import rule_label
+    from entangle.plotting import figure_allocation, save_figure
+
+    title = f"{rule_label(allocation)}, {100 * allocation.overall:.4g} % zeros"
+    figure = figure_allocation(allocation.layers, allocation.neurons, title=title)
+    files = save_figure(figure, _stem(arguments.plot), force=arguments.force)
+    return [str(path) for path in files]
+
+
+def _stem(plot: str) -> Path:
+    """Return the path of a figure without its ending, if it was given with one."""
+    path = Path(plot)
+    return path.with_suffix("") if path.suffix in (".png", ".pdf", ".csv") else path
+
+
+def _format_and_file(text: str) -> tuple[str, str]:
+    name, separator, path = text.partition(":")
+    if not separator or not path:
+        raise InvalidInput(f"--export must look like llmcompressor:recipe.yaml; got {text!r}.")
+    return name, path
+
+
+def _check_outputs(arguments: argparse.Namespace, exports: list[tuple[str, str]]) -> None:
+    """Check that everything can be written, before any work is done."""
+    from entangle.allocation.export import check_export
+    from entangle.allocation.files import check_file
+
+    paths = [path for _, path in exports]
+    for name, path in exports:
+        check_export(path, name, force=arguments.force)
+        if paths.count(path) > 1 or path == arguments.out:
+            raise InvalidInput(f"{path!r} is to be written twice; name another file.")
+    if arguments.out is not None:
+        check_file(arguments.out, force=arguments.force)
+    if arguments.plot is not None and not arguments.force:
+        stem = _stem(arguments.plot)
+        for ending in ("pdf", "png", "csv"):
+            target = stem.with_name(f"{stem.name}.{ending}")
+            if target.exists():
+                raise InvalidInput(
+                    f"{str(target)!r} exists; name another --plot or use --force to replace it."
+                )
+
+
+def _load_model(arguments: argparse.Namespace, scores: "NeuronScores") -> "LanguageModel":
+    """Load the model that the scores were made from."""
+    made_from = scores.manifest.get("model")
+    if arguments.model is None:
+        if not isinstance(made_from, dict) or made_from.get("source") == "memory":
+            raise InvalidInput("the scores do not say where their model is; name it with --model.")
+        arguments.model = made_from["name"]
+        if arguments.revision is None:
+            arguments.revision = made_from.get("revision")
+    if arguments.dtype == "auto" and isinstance(made_from, dict):
+        arguments.dtype = str(made_from.get("dtype") or "auto")
+    return options.load_model(arguments)
+
+
+def _allocate(
+    arguments: argparse.Namespace, scores: "NeuronScores", model: "LanguageModel", memory: int
+) -> "Allocation":
+    from entangle.allocation import RULES, allocate, search
+    from entangle.errors import unknown_name
+
+    if arguments.rule not in (*RULES, SEARCH):
+        raise unknown_name("allocation rule", arguments.rule, (*RULES, SEARCH))
+    settings: dict[str, Any] = {
+        "sparsity": arguments.sparsity,
+        "by": arguments.by,
+        "combine": arguments.combine,
+        "protect": arguments.protect,
+        "protect_sparsity": arguments.protect_sparsity,
+        "strength": arguments.strength,
+        "across": arguments.across,
+        "lowest": arguments.lowest,
+        "highest": arguments.highest,
+        "pattern": arguments.pattern,
+        "layers": arguments.layer,
+        "proj": arguments.proj,
+        "model": model,
+        "memory": memory,
+        "progress": False if arguments.quiet else None,
+    }
+    if arguments.rule == SEARCH:
+        text = options.load_calibration(arguments, model)
+        return search(
+            scores, calibration=text, tune=arguments.tune, evaluations=arguments.evaluations,
+            held_out=arguments.held_out, **settings,
+        )  # fmt: skip
+    calibrated = any(
+        name in RULES and RULES[name].calibrated for name in (arguments.rule, arguments.across)
+    )
+    calibration = options.load_calibration(arguments, model) if calibrated else None
+    return allocate(scores, rule=arguments.rule, calibration=calibration, **settings)
+
+
+def _with_experts(
+    arguments: argparse.Namespace,
+    allocation: "Allocation",
+    scores: "NeuronScores",
+    model: "LanguageModel",
+) -> "Allocation":
+    import torch
+
+    from entangle.allocation import expert_budget
+    from entangle.models.layers import find_layers
+    from entangle.recording.groups import shared_inputs
+
+    layers = find_layers(model.module, list(allocation.zeros))
+    groups = shared_inputs(model.module, layers, torch.zeros(1, 4, dtype=torch.int64))
+    return expert_budget(
+        allocation, scores, experts=arguments.experts, by=arguments.by.split("+")[0],
+        fraction=arguments.entangled, lowest=arguments.fewest, highest=arguments.most,
+        groups=[[layer.name for layer in members] for members in groups],
+    )  # fmt: skip

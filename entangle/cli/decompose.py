@@ -1,0 +1,137 @@
+"""``entangle decompose``: what sparse experts make of a layer's neurons."""
+
+import argparse
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from entangle.cli import options
+from entangle.cli.tables import print_json, print_table, records
+from entangle.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from entangle.decomposition import Decomposition
+
+N_SEQ, SEQ_LEN = 32, 1024
+
+
+def add_parser(subparsers: options.Subparsers) -> None:
+    """Add the command to the parser."""
+    parser = subparsers.add_parser(
+        "decompose",
+        help="decompose neurons into sparse experts; modes and separated tokens",
+        description="Prune all neurons of a layer inside 1, 2, 4, ... routed experts, compare "
+        "their outputs with the dense ones, and tell which tokens make up the modes of some.",
+    )
+    options.add_model_options(parser)
+    options.add_layer_options(parser)
+    options.add_calibration_options(parser, n_seq=N_SEQ, seq_len=SEQ_LEN)
+    group = parser.add_argument_group("decomposition")
+    group.add_argument(
+        "--neurons",
+        metavar="LIST",
+        help="neurons to look at closely, for example 3,17 (default: the 3 of largest WD and the "
+        "typical one of every layer)",
+    )
+    group.add_argument("--experts", default="1,2,4,8,16", help="(default: %(default)s)")
+    group.add_argument("--sparsity", type=float, default=0.9, help="(default: %(default)s)")
+    group.add_argument(
+        "--pruner",
+        default="sparsegpt",
+        choices=("sparsegpt", "wanda", "magnitude", "random"),
+        help="how experts are pruned (default: %(default)s)",
+    )
+    group.add_argument(
+        "--router", default="kmeans", choices=("kmeans", "random"),
+        help="kmeans, or the control: clusters without meaning (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--contexts", type=int, default=8, help="examples of a mode (default: %(default)s)"
+    )
+    group.add_argument(
+        "--pairs", type=int, default=2000, help="random pairs of tokens kept (default: %(default)s)"
+    )
+    group.add_argument(
+        "--separated", type=int, default=20,
+        help="pairs of tokens that a neuron separates most (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument("--memory", default="2G", help="work memory (default: %(default)s)")
+    options.add_run_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Decompose, save and print."""
+    from entangle.provenance import check_output
+    from entangle.seeding import check_seed
+
+    check_seed(arguments.seed)
+    if arguments.layer is None:
+        raise InvalidInput(
+            "`--layer` must name what to decompose, such as a block index with --proj; got none."
+        )
+    experts = options.numbers(arguments.experts, int)
+    neurons = None if arguments.neurons is None else options.numbers(arguments.neurons, int)
+    memory = options.parse_bytes(arguments.memory)
+    if not 0 <= arguments.sparsity <= 1:
+        raise InvalidInput(f"`--sparsity` must be in [0, 1]; got {arguments.sparsity}.")
+    if min(experts) < 1:
+        raise InvalidInput(f"`--experts` must be at least 1 each; got {arguments.experts!r}.")
+    if arguments.out is not None:
+        check_output(arguments.out, force=arguments.force)
+    from entangle.decomposition import decompose
+    from entangle.models.layers import find_layers
+
+    model = options.load_model(arguments)
+    find_layers(model.module, arguments.layer, arguments.proj)
+    found = decompose(
+        model,
+        options.load_calibration(arguments, model),
+        layer=arguments.layer,
+        proj=arguments.proj,
+        neurons=neurons,
+        experts=experts,
+        sparsity=arguments.sparsity,
+        pruner=arguments.pruner,
+        router=arguments.router,
+        contexts=arguments.contexts,
+        pairs=arguments.pairs,
+        separated=arguments.separated,
+        seed=arguments.seed,
+        memory=memory,
+        progress=not arguments.quiet,
+    )
+    if arguments.out is not None:
+        found.save(arguments.out, force=arguments.force)
+    if arguments.json:
+        print_json(as_json(found, out=arguments.out))
+    else:
+        print_decomposition(found, out=arguments.out)
+
+
+def as_json(found: "Decomposition", *, out: str | None) -> Mapping[str, object]:
+    """Return what ``--json`` prints."""
+    return {
+        "out": out,
+        "manifest": dict(found.manifest),
+        "neurons": records(found.summary()),
+        "modes": records(found.modes),
+        "separated": records(found.separated),
+    }
+
+
+def print_decomposition(found: "Decomposition", *, out: str | None) -> None:
+    """Print the chosen neurons, and where the result went."""
+    table = found.summary()
+    improvements = {f"ri_{k}": f"RI k={k}" for k in found.neurons["experts"].unique().tolist()}
+    most = max(found.neurons["experts"])
+    change = f"weighted WD, k={most}"
+    table = table.rename(columns={**improvements, "weighted_wd_change": change})
+    sparsity = found.neurons["sparsity"].iloc[0]
+    print_table(
+        table,
+        title=f"Neurons pruned to {sparsity:.0%} inside k experts (RI: RMSE of one expert / of k)",
+        formats={"wd": ".4f", change: "+.0%", **dict.fromkeys(improvements.values(), ".3f")},
+        optional=[change, *improvements.values()],
+    )
+    if out is not None:
+        print(f"Saved to {out}.")

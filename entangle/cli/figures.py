@@ -1,0 +1,396 @@
+"""``entangle figures``: the paper's figures from the folders that other commands wrote."""
+
+import argparse
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from entangle.cli.options import Subparsers
+from entangle.errors import InvalidInput
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    from entangle.decomposition import Decomposition
+    from entangle.plotting.figures import HistogramOf
+
+Column = Literal["single", "double"]
+Draw = Callable[[], "Figure"]
+"""Raises `InvalidInput` where the result lacks something."""
+
+MAKERS: dict[str, str] = {
+    "scores": "entangle score",
+    "ablation": "entangle ablate",
+    "comparison": "entangle compare",
+    "decomposition": "entangle decompose",
+    "allocation": "entangle allocate",
+}
+"""Command that makes a result, by its kind."""
+
+ABLATION_MEASURES: dict[str, str] = {
+    "perplexity_ratio": "perplexity",
+    "kl": "divergence",
+    "top1_agreement": "divergence",
+    "accuracy": "blimp",
+}
+"""Measures that are drawn, and what ``entangle ablate --measure`` calls them."""
+
+DECOMPOSED: dict[str, tuple[str, ...]] = {
+    "sparse_outputs": ("outputs", "neurons"),
+    "experts": ("outputs", "neurons"),
+    "distances": ("pairs", "neurons"),
+    "disentanglement": ("neurons",),
+    "recovery": ("outputs", "neurons"),
+    "predictors": ("neurons",),
+    "components": ("components",),
+    "router_map": ("router_map",),
+}
+"""Figures of a layer, and the tables of its decomposition that each takes."""
+
+ONE_NEURON: dict[str, tuple[str, ...]] = {
+    "separated_pairs": ("separated",),
+    "modes": ("modes", "contexts"),
+}
+"""Figures of one neuron, likewise."""
+
+FIGURES: dict[str, tuple[str, ...]] = {
+    "scores": (
+        "wd_distribution", "wd_by_layer", "top_and_typical", "top_outputs", "wd_against_md",
+    ),
+    "ablation": tuple(f"ablation_{name}" for name in ABLATION_MEASURES),
+    "comparison": ("comparison",),
+    "decomposition": (*DECOMPOSED, *ONE_NEURON),
+    "allocation": ("allocation",),
+}  # fmt: skip
+"""What is drawn of a result, by its kind."""
+
+MOST_LAYERS, BLOCK, TOP_OUTPUTS = 12, 1, 6
+"""Scores of more layers than these show those of one block (the second, as in arXiv 2405.15756) in
+figures with a panel a layer; neurons whose outputs are drawn."""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure that can be drawn."""
+
+    name: str
+    """Of its files."""
+    draw: Draw
+
+
+@dataclass(frozen=True)
+class Run:
+    """One result on the disk."""
+
+    path: Path
+    kind: str
+    digest: str
+    """SHA-256 of its manifest."""
+    manifest: Mapping[str, object]
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add the command to the parser."""
+    parser = subparsers.add_parser(
+        "figures",
+        help="draw every figure that results hold",
+        description="Recognise results of entangle score, ablate, compare, decompose and allocate, "
+        "and draw all figures that they hold, each with its CSV of what it shows. No model is "
+        "needed.",
+    )
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="result folder, or file of entangle allocate"
+    )
+    parser.add_argument(
+        "--out", default="figures", metavar="DIR", help="where to write (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--format", default="pdf,png", help="comma-separated: pdf, png (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--column", default="double", choices=("single", "double"),
+        help="width: one column of a paper (3.3 inches) or two (6.9) (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--force", action="store_true", help="replace existing figures")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Open the results, draw what can be drawn, and say what cannot."""
+    from entangle.plotting.save import check_formats, save_figure
+
+    formats = check_formats(arguments.format.split(","))
+    found = [open_run(path) for path in arguments.runs]
+    folders = _folders(Path(arguments.out), found)
+    drawings = [
+        (folders[number] / drawing.name, drawing)
+        for number, one in enumerate(found)
+        for drawing in drawings_of(one, arguments.column)
+    ]
+    if not arguments.force:
+        _check_new([stem for stem, _ in drawings], (*formats, "csv"))
+    skipped: dict[str, str] = {}
+    for stem, drawing in drawings:
+        try:
+            figure = drawing.draw()
+        except InvalidInput as error:
+            skipped[drawing.name] = str(error)
+            continue
+        files = save_figure(figure, stem, formats=formats, force=arguments.force)
+        print(f"Figure: {stem} ({', '.join(path.suffix[1:] for path in files)})")
+    for name, reason in skipped.items():
+        print(f"Skipped: {name}: {reason}")
+    for line in missing_lines({one.kind for one in found}):
+        print(line)
+    if len(skipped) == len(drawings):
+        raise InvalidInput(
+            f"nothing could be drawn of {', '.join(map(repr, arguments.runs))}; name results of "
+            f"{', '.join(MAKERS.values())}."
+        )
+
+
+def open_run(path: str) -> Run:
+    """Recognise a result by its manifest.
+
+    Raises
+    ------
+    InvalidInput
+        If it is none of ours, or of a kind without figures.
+    """
+    from entangle.provenance import expanded, read_manifest
+
+    place = expanded(path)
+    if place.is_file():
+        from entangle.allocation import load_allocation
+
+        manifest: Mapping[str, object] = load_allocation(place).manifest
+        return Run(place, "allocation", manifest_digest(manifest), manifest)
+    kind = _kind(place / "manifest.json")
+    manifest = read_manifest(path, kind)
+    if kind not in FIGURES:
+        raise InvalidInput(
+            f"{path!r} holds a result of kind {kind!r}, which has no figures; name results of "
+            f"{', '.join(MAKERS.values())}."
+        )
+    return Run(place, kind, manifest_digest(manifest), manifest)
+
+
+def _kind(path: Path) -> str:
+    """Return what a manifest says; where it says nothing, a kind whose reading fails clearly."""
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["kind"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "scores"
+
+
+def manifest_digest(manifest: Mapping[str, object]) -> str:
+    """Return the SHA-256 of a manifest, which is that of its file ``manifest.json``."""
+    text = json.dumps(dict(manifest), indent=2, ensure_ascii=False, default=dict) + "\n"
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _folders(out: Path, runs: Sequence[Run]) -> list[Path]:
+    """Return a folder a run: ``out``, or one of its own where several runs are of one kind."""
+    kinds = [one.kind for one in runs]
+    own = [one.path.resolve().name if kinds.count(one.kind) > 1 else "" for one in runs]
+    named = [(one.kind, name) for one, name in zip(runs, own, strict=True)]
+    for kind, name in named:
+        if named.count((kind, name)) > 1:
+            raise InvalidInput(
+                f"results of one kind must have names of their own; got two {kind} called {name!r}."
+            )
+    return [out / name for name in own]
+
+
+def _check_new(stems: Sequence[Path], endings: Sequence[str]) -> None:
+    files = [stem.with_name(f"{stem.name}.{ending}") for stem in stems for ending in endings]
+    existing = [str(path) for path in files if path.exists()]
+    if existing:
+        raise InvalidInput(
+            f"the figure {existing[0]!r} exists; use --force to replace figures, or another --out."
+        )
+
+
+def missing_lines(kinds: set[str]) -> Iterator[str]:
+    """Say which figures need a result that was not given, and what makes it."""
+    for kind, names in FIGURES.items():
+        if kind not in kinds:
+            an = "an" if kind[0] == "a" else "a"
+            made = f"{an} {kind}" if kind != "scores" else "scores"
+            print_names = ", ".join(names)
+            yield f"Skipped: {print_names}: name {made}, which `{MAKERS[kind]}` makes."
+
+
+def drawings_of(one: Run, column: Column) -> Iterator[Drawing]:
+    """Load a result and yield its figures, each signed with the run's digest."""
+    makers = {
+        "scores": _of_scores,
+        "ablation": _of_ablation,
+        "comparison": _of_comparison,
+        "decomposition": _of_decomposition,
+        "allocation": _of_allocation,
+    }
+    yield from makers[one.kind](one, column)
+
+
+def _of_scores(one: Run, column: Column) -> Iterator[Drawing]:
+    from entangle import plotting
+    from entangle.scoring import load_scores
+
+    scores = load_scores(one.path)
+    layers, histogram, sign = scores.layers, scores.histogram, one.digest
+    few = _block_rows(scores.frame)
+    draw: dict[str, Draw] = {
+        "wd_distribution": lambda: plotting.figure_wd_distribution(
+            few, layers, column=column, digest=sign
+        ),
+        "wd_by_layer": lambda: _wd_by_layer(scores.frame, column, sign),
+        "top_and_typical": lambda: plotting.figure_top_and_typical(
+            _first_layer(few), histogram, column=column, digest=sign
+        ),
+        "top_outputs": lambda: _top_outputs(few, histogram, column, sign),
+        "wd_against_md": lambda: plotting.figure_wd_against_md(few, column=column, digest=sign),
+    }
+    yield from (Drawing(name, draw[name]) for name in FIGURES["scores"])
+
+
+def _block_rows(frame: "pd.DataFrame") -> "pd.DataFrame":
+    """Return all layers if they are few, else those of block 1, or else the first layer."""
+    if frame["layer"].nunique() <= MOST_LAYERS:
+        return frame
+    rows: pd.DataFrame = frame[(frame["block"] == BLOCK).fillna(value=False)]
+    return rows if 1 <= rows["layer"].nunique() <= MOST_LAYERS else _first_layer(frame)
+
+
+def _first_layer(frame: "pd.DataFrame") -> "pd.DataFrame":
+    rows: pd.DataFrame = frame[frame["layer"] == frame["layer"].iloc[0]]
+    return rows
+
+
+def _wd_by_layer(frame: "pd.DataFrame", column: Column, digest: str) -> "Figure":
+    from entangle.plotting import figure_wd_by_layer
+
+    if frame["layer"].nunique() < 2:
+        raise InvalidInput("these scores hold one layer; `entangle score --layer all` scores all.")
+    return figure_wd_by_layer(frame, column=column, digest=digest)
+
+
+def _top_outputs(
+    frame: "pd.DataFrame", histogram_of: "HistogramOf", column: Column, digest: str
+) -> "Figure":
+    from entangle.plotting import NeuronOutput, figure_output_distributions
+
+    several = frame["layer"].nunique() > 1
+    best = frame[frame["wd"].notna()].nlargest(TOP_OUTPUTS, "wd")
+    items = [
+        NeuronOutput.of(
+            row,
+            histogram_of(str(row["layer"]), int(row["neuron"])),
+            label="" if several else f"neuron {row['neuron']}",
+            role="top",
+        )
+        for _, row in best.iterrows()
+    ]
+    return figure_output_distributions(items, column=column, digest=digest)
+
+
+def _of_ablation(one: Run, column: Column) -> Iterator[Drawing]:
+    from entangle.ablation import load_ablation
+
+    frame, text = load_ablation(one.path).frame, _text(one.manifest)
+    for measure in ABLATION_MEASURES:
+        draw = partial(_ablation, frame, measure, text, column, one.digest)
+        yield Drawing(f"ablation_{measure}", draw)
+
+
+def _ablation(
+    frame: "pd.DataFrame", measure: str, text: str | None, column: Column, digest: str
+) -> "Figure":
+    from entangle.plotting import figure_ablation
+
+    if measure not in set(frame["measure"]):
+        wanted = ABLATION_MEASURES[measure]
+        raise InvalidInput(
+            f"this ablation holds no {measure}; `entangle ablate --measure {wanted}` measures it."
+        )
+    return figure_ablation(frame, measure=measure, text=text, column=column, digest=digest)
+
+
+def _of_comparison(one: Run, column: Column) -> Iterator[Drawing]:
+    from entangle.expansion.compare import load_comparison
+    from entangle.plotting import figure_comparison
+
+    frame, text = load_comparison(one.path).frame, _text(one.manifest)
+    yield Drawing(
+        "comparison",
+        lambda: figure_comparison(frame, text=text, column=column, digest=one.digest),
+    )
+
+
+def _text(manifest: Mapping[str, object]) -> str | None:
+    """Return what a result was evaluated on: source, number and length of the windows."""
+    said = manifest.get("evaluation")
+    if isinstance(said, dict) and isinstance(said.get("text"), dict):
+        said = said["text"]
+    if not isinstance(said, dict) or "n_windows" not in said:
+        return None
+    return f"{said.get('source')}, {said['n_windows']} windows of {said.get('seq_len')} tokens"
+
+
+def _of_decomposition(one: Run, column: Column) -> Iterator[Drawing]:
+    from entangle.decomposition import load_decomposition
+
+    found = load_decomposition(one.path)
+    layers = found.neurons["layer"].unique().tolist()
+    for layer in layers:
+        ending = f"_{layer}" if len(layers) > 1 else ""
+        for name in FIGURES["decomposition"]:
+            make = _of_one_neuron if name in ONE_NEURON else _of_layer
+            yield Drawing(name + ending, partial(make, name, found, layer, column, one.digest))
+
+
+def _of_layer(
+    name: str, found: "Decomposition", layer: str, column: Column, digest: str
+) -> "Figure":
+    from entangle import plotting
+
+    draw: Callable[..., Figure] = getattr(plotting, f"figure_{name}")
+    frames = [getattr(found, table) for table in DECOMPOSED[name]]
+    return draw(*frames, layer=layer, column=column, digest=digest)
+
+
+def _of_one_neuron(
+    name: str, found: "Decomposition", layer: str, column: Column, digest: str
+) -> "Figure":
+    """Draw the neuron with the largest WD, whose outputs are needed too."""
+    from entangle import plotting
+
+    histogram, item = plotting.dense_output(found.outputs, found.neurons, layer=layer)
+    draw: Callable[..., Figure] = getattr(plotting, f"figure_{name}")
+    frames = [getattr(found, table) for table in ONE_NEURON[name]]
+    return draw(
+        *frames, histogram, mean=item.mean, std=item.std, wd=item.wd, layer=layer,
+        neuron=item.neuron, column=column, digest=digest,
+    )  # fmt: skip
+
+
+def _of_allocation(one: Run, column: Column) -> Iterator[Drawing]:
+    from entangle.allocation import load_allocation
+    from entangle.plotting import figure_allocation, paper_style, sign
+
+    allocation = load_allocation(one.path)
+
+    def draw() -> "Figure":
+        title = str(one.manifest.get("rule", ""))
+        figure = figure_allocation(
+            allocation.layers, allocation.neurons, title=title, column=column
+        )
+        with paper_style(column=column):
+            return sign(figure, one.digest)
+
+    yield Drawing("allocation", draw)

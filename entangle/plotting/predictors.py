@@ -1,0 +1,247 @@
+"""What predicts the relative improvement of a neuron: scatters with fitted lines."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from entangle.errors import InvalidInput, unknown_name
+from entangle.plotting.axes import OTHERS, Entry, bootstrap_text
+from entangle.plotting.choices import DECOMPOSE, choose
+from entangle.plotting.fits import LineFit, fit_line
+from entangle.plotting.save import record
+from entangle.plotting.signature import sign
+from entangle.plotting.style import (
+    PALETTE,
+    Column,
+    add_legend,
+    add_title,
+    axes_or_new,
+    header_legend,
+    panel_grid,
+    paper_style,
+    text_handle,
+)
+from entangle.plotting.summaries import Floats, check_columns, check_top
+
+RI_LABEL = "relative improvement, RI (ratio)"
+_Column = Callable[[pd.DataFrame], pd.Series]
+
+PREDICTORS: dict[str, tuple[str, str, _Column]] = {
+    "wd": ("WD (σ)", "wd", lambda f: f["wd"]),
+    "md": ("MD (ratio)", "md", lambda f: f["md"]),
+    "abs_skewness": ("|skewness|", "skewness", lambda f: f["skewness"].abs()),
+    "excess_kurtosis": ("excess kurtosis", "excess_kurtosis", lambda f: f["excess_kurtosis"]),
+    "ks": ("KS distance", "ks", lambda f: f["ks"]),
+    "abs_mean": ("|mean output| (model units)", "mean", lambda f: f["mean"].abs()),
+    "variance": ("output variance (model units²)", "std", lambda f: f["std"] ** 2),
+    "weight_norm": ("weight norm (model units)", "weight_norm", lambda f: f["weight_norm"]),
+}
+"""Predictors by name: axis label, the column it is made from, and how."""
+
+
+def plot_predictor(
+    neurons: pd.DataFrame,
+    *,
+    predictor: str = "wd",
+    layer: str | None = None,
+    experts: int | None = None,
+    sparsity: float | None = None,
+    top: float = 0.03,
+    seed: int = 0,
+    n_boot: int = 1000,
+    legend: bool = True,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw the relative improvement of every neuron against one predictor, with a fitted line.
+
+    Parameters
+    ----------
+    neurons
+        ``neurons`` of a decomposition: ``layer``, ``neuron``, ``experts``, ``sparsity``, ``wd``,
+        ``ri`` and the predictor's column.
+    predictor
+        A key of `PREDICTORS`.
+    layer, experts, sparsity
+        Which; may be left out where the table holds only one.
+    top
+        Share in (0, 1] of the neurons, by WD, to draw in another colour.
+    seed, n_boot
+        Of the bootstrap over neurons.
+    legend
+        Write a legend; otherwise only the coefficients, above the panel.
+    ax
+        Where to draw; None makes a new figure.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+        ``ax``, or that of the new figure: the points, the least-squares line with the pointwise
+        95 % bootstrap interval of its height, R² and Spearman's ρ with theirs.
+
+    Raises
+    ------
+    InvalidInput, UnknownName
+        Missing columns, something that the table does not hold, fewer than 3 neurons with finite
+        values, a predictor or RI that is the same for all.
+
+    References
+    ----------
+    arXiv 2405.15756, figure 7.
+    """
+    rows = choose(neurons, name="neurons", layer=layer, experts=experts, sparsity=sparsity)
+    check_top(top)
+    points, lost = _points(rows, predictor)
+    fit = fit_line(points["x"].to_numpy(), points["y"].to_numpy(), n_boot=n_boot, seed=seed)
+    ax = axes_or_new(ax)
+    entries = _draw(ax, points, fit, predictor, top)
+    left_out = f"{lost:,} left out: not finite" if lost else ""
+    if legend:
+        boot = bootstrap_text(n_boot=n_boot, seed=seed)
+        note = "\n".join(filter(None, (*_coefficients(fit), boot, left_out)))
+        x, y = points["x"].to_numpy(), points["y"].to_numpy()
+        add_legend(ax, [*entries, (text_handle(), note)], side="left", skyline=(x, y))
+    else:
+        said = (*_coefficients(fit), f"n = {fit.n:,}", left_out)
+        add_title(ax, "\n".join(filter(None, said)))
+    return ax
+
+
+def figure_predictors(
+    neurons: pd.DataFrame,
+    *,
+    layer: str | None = None,
+    experts: int | None = None,
+    sparsity: float | None = None,
+    top: float = 0.03,
+    seed: int = 0,
+    n_boot: int = 1000,
+    column: Column = "double",
+    digest: str | None = None,
+) -> Figure:
+    """Draw RI against every predictor that the table holds, one panel each.
+
+    Parameters
+    ----------
+    neurons, layer, sparsity, top, seed, n_boot
+        As in `plot_predictor`.
+    experts
+        Number of experts; None takes the largest.
+    column
+        Width: ``"single"`` or ``"double"``.
+    digest
+        Of the run, for the small print; see `entangle.plotting.signature.sign`.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        Panels with a common y axis. Predictors without 3 finite, different values are left out.
+
+    Raises
+    ------
+    InvalidInput, UnknownName
+        What `plot_predictor` refuses for WD.
+
+    References
+    ----------
+    arXiv 2405.15756, figure 7.
+    """
+    rows = choose(neurons, name="neurons", layer=layer, sparsity=sparsity)
+    check_columns(rows, ("experts", "wd", "ri"), name="neurons", writer=DECOMPOSE)
+    k = int(rows["experts"].max()) if experts is None else experts
+    rows = choose(rows, name="neurons", experts=k)
+    names = [name for name in PREDICTORS if name == "wd" or _usable(rows, name)]
+    across = 2 if column == "single" else min(4, len(names))
+    with paper_style(column=column):
+        figure, axes = panel_grid(len(names), column=column, across=across)
+        figure.set_figheight(-(-len(names) // across) * (1.6 if column == "single" else 1.7))
+        for number, (ax, name) in enumerate(zip(axes, names, strict=True)):
+            plot_predictor(
+                rows, predictor=name, top=top, seed=seed, n_boot=n_boot, legend=False, ax=ax
+            )
+            ax.set_ylabel("")
+            ax.sharey(axes[0])
+            ax.tick_params(labelleft=number % across == 0)
+        figure.supylabel(RI_LABEL, fontsize=7.0)
+        first = rows.iloc[0]
+        clauses = [
+            f"{first['layer']}, {k} experts, {100 * first['sparsity']:.4g}\u00a0%\u00a0zeros",
+            f"lines: least squares; band and brackets: {bootstrap_text(n_boot=n_boot, seed=seed)}",
+        ]
+        header_legend(figure, axes, column=column, clauses=clauses)
+        return sign(figure, digest)
+
+
+def _usable(rows: pd.DataFrame, predictor: str) -> bool:
+    _, source, _ = PREDICTORS[predictor]
+    if source not in rows.columns:
+        return False
+    x, y = _finite(rows, predictor)[["x", "y"]].to_numpy().T
+    return len(x) >= 3 and bool(np.ptp(x) > 0.0) and bool(np.ptp(y) > 0.0)
+
+
+def _points(rows: pd.DataFrame, predictor: str) -> tuple[pd.DataFrame, int]:
+    """Return ``neuron``, ``wd``, ``x`` and ``y`` of what can be drawn, and how many cannot."""
+    if predictor not in PREDICTORS:
+        raise unknown_name("predictor", predictor, PREDICTORS)
+    needed = ("neuron", "wd", "ri", PREDICTORS[predictor][1])
+    check_columns(rows, tuple(dict.fromkeys(needed)), name="neurons", writer=DECOMPOSE)
+    points = _finite(rows, predictor)
+    if len(points) < 3:
+        raise InvalidInput(
+            f"`neurons` must hold at least 3 neurons with finite RI and {predictor}; got "
+            f"{len(points)} of {len(rows)}; {DECOMPOSE}"
+        )
+    return points, len(rows) - len(points)
+
+
+def _finite(rows: pd.DataFrame, predictor: str) -> pd.DataFrame:
+    values = {"wd": rows["wd"], "x": PREDICTORS[predictor][2](rows), "y": rows["ri"]}
+    table: pd.DataFrame = pd.DataFrame(values).astype(np.float64)
+    kept = np.isfinite(table[["x", "y"]].to_numpy()).all(axis=1)
+    chosen: pd.DataFrame = table.assign(neuron=rows["neuron"])[kept]
+    return chosen
+
+
+def _coefficients(fit: LineFit) -> list[str]:
+    ends = (("R²", fit.r2, ".2f"), ("ρ", fit.spearman, ".2f"))
+    return [
+        f"{name}\u00a0{i.value:{spec}} [{i.low:{spec}},\u00a0{i.high:{spec}}]".replace("-", "−")
+        for name, i, spec in ends
+    ]
+
+
+def _draw(ax: Axes, points: pd.DataFrame, fit: LineFit, name: str, top: float) -> list[Entry]:
+    wd = points["wd"].fillna(-np.inf).to_numpy()
+    is_top = np.zeros(len(wd), dtype=np.bool_)
+    is_top[np.argsort(-wd, kind="stable")[: max(1, round(top * len(wd)))]] = True
+    entries: list[Entry] = []
+    top_name = f"top {100 * top:.3g} % by WD"
+    for mask, role, series, size in (
+        (~is_top, "typical", OTHERS, 3.0),
+        (is_top, "top", top_name, 6.0),
+    ):
+        part = points[mask]
+        dots = ax.scatter(
+            part["x"], part["y"], s=size, color=PALETTE[role], alpha=0.6, linewidths=0,
+            label=series, rasterized=len(points) > 1000,
+        )  # fmt: skip
+        record(
+            dots, panel=name, series=series, x=part["x"].to_numpy(), y=part["y"].to_numpy(),
+            neuron=part["neuron"].to_numpy(),
+        )  # fmt: skip
+        entries.append((dots, f"{series} (n = {mask.sum():,})"))
+    entries.append(_draw_line(ax, fit, name))
+    ax.set(xlabel=PREDICTORS[name][0], ylabel=RI_LABEL)
+    return entries
+
+
+def _draw_line(ax: Axes, fit: LineFit, name: str) -> Entry:
+    color: str = PALETTE["gaussian"]
+    ax.fill_between(fit.x, fit.low, fit.high, color=color, alpha=0.2, lw=0, zorder=2.1)
+    (line,) = ax.plot(fit.x, fit.y, color=color, lw=1.0, zorder=2.2, label="fitted line, 95 %")
+    drawn: dict[str, Floats] = {"x": fit.x, "y": fit.y, "y_low": fit.low, "y_high": fit.high}
+    record(line, panel=name, series="fitted line", **drawn)
+    return line, "fitted line, 95 %"

@@ -1,0 +1,345 @@
+"""A neuron's outputs before and after its weights are made sparse, by number of experts."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from scipy import stats
+
+from entangle.errors import InvalidInput
+from entangle.plotting.axes import Entry, output_limits, wd_text
+from entangle.plotting.choices import (
+    DECOMPOSE,
+    SparseNeuron,
+    choose,
+    sparse_neuron,
+    usual_neurons,
+)
+from entangle.plotting.save import record
+from entangle.plotting.signature import sign
+from entangle.plotting.style import (
+    KIND_PALETTE,
+    PALETTE,
+    Column,
+    Role,
+    Skyline,
+    add_legend,
+    add_note,
+    add_title,
+    axes_or_new,
+    header_legend,
+    panel_grid,
+    paper_style,
+    share_axes,
+)
+from entangle.plotting.summaries import OutputDensity, check_columns, output_density
+
+MAX_EXPERTS = 8
+ALL_TOKENS = -1
+"""What stands for all clusters together in the column ``cluster``."""
+X_LABEL, Y_LABEL = "standardised output (σ of dense)", "density (per σ)"
+
+Shapes = Mapping[str, OutputDensity]
+"""By kind: ``"dense"`` and ``"sparse"``, in standard deviations of the dense outputs."""
+
+
+def plot_sparse_output(
+    outputs: pd.DataFrame,
+    *,
+    neurons: pd.DataFrame,
+    layer: str | None = None,
+    neuron: int | None = None,
+    experts: int | None = None,
+    sparsity: float | None = None,
+    role: Role = "output",
+    xlim: tuple[float, float] | None = None,
+    legend: bool = True,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw the sparse outputs of one neuron over its dense ones.
+
+    Parameters
+    ----------
+    outputs
+        ``outputs`` of a decomposition: histograms with ``layer``, ``neuron``, ``experts``,
+        ``sparsity``, ``kind``, ``cluster`` (-1: all tokens), ``left``, ``right`` and ``count``.
+    neurons
+        ``neurons`` of the decomposition: ``mean``, ``std`` and ``wd`` of the dense outputs,
+        ``output_wd`` (W1 between sparse and dense, in dense standard deviations) and ``ri``.
+    layer, neuron, experts, sparsity
+        Which; may be left out where ``outputs`` holds only one.
+    role
+        What the neuron stands for, for the title.
+    xlim
+        Limits of the x axis in σ; chosen from the outputs if None.
+    legend
+        Write a legend; otherwise only the number of tokens.
+    ax
+        Where to draw; None makes a new figure.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+        ``ax``, or that of the new figure.
+
+    Raises
+    ------
+    InvalidInput, UnknownName
+        Missing columns, something that the tables do not hold, a constant neuron.
+    """
+    rows = choose(
+        outputs, name="outputs", layer=layer, neuron=neuron, experts=experts, sparsity=sparsity
+    )
+    first = rows.iloc[0]
+    chosen = sparse_neuron(
+        neurons,
+        layer=str(first["layer"]),
+        neuron=int(first["neuron"]),
+        sparsity=float(first["sparsity"]),
+        role=role,
+    )
+    k = int(first["experts"])
+    shapes = _shapes(rows, chosen, k)
+    ax = axes_or_new(ax)
+    entries, skyline = _draw(ax, shapes, chosen, k, xlim=xlim or _limits([shapes]))
+    add_title(ax, "\n".join((f"{chosen.label}, {experts_text(k)}", _measures(chosen, k))))
+    note = f"n = {shapes['dense'].n:,} tokens"
+    if legend:
+        (dense, name), *others = entries
+        add_legend(ax, [(dense, f"{name} ({note})"), *others], side="left", skyline=skyline)
+    else:
+        add_note(ax, [note], side="left", skyline=skyline)
+    return ax
+
+
+def figure_sparse_outputs(
+    outputs: pd.DataFrame,
+    neurons: pd.DataFrame,
+    *,
+    layer: str | None = None,
+    chosen: Sequence[int] | None = None,
+    experts: Sequence[int] | None = None,
+    sparsity: float | None = None,
+    column: Column = "double",
+    digest: str | None = None,
+) -> Figure:
+    """Draw dense and sparse outputs: a row of panels a neuron, a panel a number of experts.
+
+    Parameters
+    ----------
+    outputs, neurons, layer, sparsity
+        As in `plot_sparse_output`.
+    chosen
+        Numbers of neurons; None takes the one with the largest WD and one near the layer's median.
+    experts
+        Numbers of experts; None takes the smallest and the largest.
+    column
+        Width: ``"single"`` or ``"double"``.
+    digest
+        Of the run, for the small print; see `entangle.plotting.signature.sign`.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        Panels with common axes; each states W1 between the sparse and dense outputs, and RI.
+
+    Raises
+    ------
+    InvalidInput, UnknownName
+        What `plot_sparse_output` refuses, or nothing to draw.
+
+    References
+    ----------
+    arXiv 2405.15756, figure 1 a-e.
+    """
+    rows = choose(outputs, name="outputs", layer=layer, sparsity=sparsity)
+    items = _items(rows, neurons, chosen)
+    common = set.intersection(*(set(item.experts) for item in items))
+    numbers = sorted({min(common), max(common)}) if experts is None else list(experts)
+    return _figure(rows, items, numbers, column=column, digest=digest)
+
+
+def figure_recovery(
+    outputs: pd.DataFrame,
+    neurons: pd.DataFrame,
+    *,
+    layer: str | None = None,
+    neuron: int | None = None,
+    experts: Sequence[int] | None = None,
+    sparsity: float | None = None,
+    column: Column = "double",
+    digest: str | None = None,
+) -> Figure:
+    """Draw how more experts recover one neuron's outputs, one panel a number of experts.
+
+    Parameters
+    ----------
+    outputs, neurons, layer, sparsity, column, digest
+        As in `figure_sparse_outputs`.
+    neuron
+        None takes the one with the largest WD.
+    experts
+        Numbers of experts, in the order of the panels; None takes all.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        Panels with common axes; each states W1 between the sparse and dense outputs, and RI.
+
+    Raises
+    ------
+    InvalidInput, UnknownName
+        What `plot_sparse_output` refuses, or nothing to draw.
+
+    References
+    ----------
+    arXiv 2405.15756, figure 6.
+    """
+    rows = choose(outputs, name="outputs", layer=layer, sparsity=sparsity)
+    items = _items(rows, neurons, None if neuron is None else [neuron])[:1]
+    numbers = items[0].experts if experts is None else list(experts)
+    return _figure(rows, items, numbers, column=column, digest=digest)
+
+
+def dense_output(
+    outputs: pd.DataFrame,
+    neurons: pd.DataFrame,
+    *,
+    layer: str | None = None,
+    neuron: int | None = None,
+) -> tuple[pd.DataFrame, SparseNeuron]:
+    """Return the histogram of one neuron's dense outputs, and its mean, standard deviation and WD.
+
+    Parameters
+    ----------
+    outputs, neurons, layer
+        As in `plot_sparse_output`, of any sparsity.
+    neuron
+        None takes the one with the largest WD.
+
+    Raises
+    ------
+    InvalidInput, UnknownName
+        Missing columns, or something that the tables do not hold.
+    """
+    rows = choose(outputs, name="outputs", layer=layer)
+    check_columns(rows, ("sparsity", "experts"), name="outputs", writer=DECOMPOSE)
+    rows = choose(rows, name="outputs", sparsity=float(rows["sparsity"].iloc[0]))
+    item = _items(rows, neurons, None if neuron is None else [neuron])[0]
+    return choose(
+        rows, name="outputs", neuron=item.neuron, experts=int(rows["experts"].min()), kind="dense",
+        cluster=ALL_TOKENS,
+    ), item  # fmt: skip
+
+
+def experts_text(k: int) -> str:
+    """Return ``"1 expert"`` or ``"16 experts"``, not to be broken."""
+    return "1\u00a0expert" if k == 1 else f"{k}\u00a0experts"
+
+
+def _items(
+    outputs: pd.DataFrame, neurons: pd.DataFrame, chosen: Sequence[int] | None
+) -> list[SparseNeuron]:
+    """Return the neurons to draw, from rows of one layer and sparsity."""
+    layer, sparsity = str(outputs["layer"].iloc[0]), float(outputs["sparsity"].iloc[0])
+    rows = choose(neurons, name="neurons", layer=layer, sparsity=sparsity)
+    known = [int(number) for number in outputs["neuron"].unique()]
+    if chosen is None:
+        wanted: list[tuple[int, Role]] = usual_neurons(rows, known)
+    else:
+        usual = dict(usual_neurons(rows, known))
+        wanted = [(number, usual.get(number, "output")) for number in chosen]
+    if not wanted:
+        raise InvalidInput("`chosen` must name at least one neuron; got none.")
+    return [
+        sparse_neuron(neurons, layer=layer, neuron=number, sparsity=sparsity, role=role)
+        for number, role in wanted
+    ]
+
+
+def _figure(
+    outputs: pd.DataFrame,
+    items: Sequence[SparseNeuron],
+    experts: Sequence[int],
+    *,
+    column: Column,
+    digest: str | None,
+) -> Figure:
+    if not 1 <= len(experts) <= MAX_EXPERTS:
+        raise InvalidInput(
+            f"`experts` must list 1 to {MAX_EXPERTS} numbers of experts; got {len(experts)}."
+        )
+    panels = [(item, k, _shapes(outputs, item, k)) for item in items for k in experts]
+    xlim = _limits([shapes for *_, shapes in panels])
+    across = None if len(items) == 1 else len(experts)
+    tokens = panels[0][2]["dense"].n
+    with paper_style(column=column):
+        across = min(len(experts), 5 if column == "double" else 2) if across is None else across
+        figure, axes = panel_grid(len(panels), column=column, longest_title=30, across=across)
+        for ax, (item, k, shapes) in zip(axes, panels, strict=True):
+            _draw(ax, shapes, item, k, xlim=xlim)
+            name = f"{item.label}, " if len(items) > 1 else ""
+            add_title(ax, "\n".join((f"{name}{experts_text(k)}", _measures(item, k))))
+        share_axes(figure, axes, column=column, across=across)
+        header_legend(figure, axes, column=column, clauses=_header(items, tokens))
+        return sign(figure, digest)
+
+
+def _header(items: Sequence[SparseNeuron], tokens: int) -> list[str]:
+    first = items[0]
+    dense = [f"{item.label}: {wd_text(item.wd, None)}\u00a0σ from N(0,\u00a01)" for item in items]
+    return [
+        f"{first.layer}, {100 * first.sparsity:.4g}\u00a0%\u00a0zeros, n = {tokens:,}\u00a0tokens",
+        ", ".join(dense),
+        "in the panels: WD of the sparse from the dense outputs",
+    ]
+
+
+def _measures(item: SparseNeuron, k: int) -> str:
+    row = item.rows[item.rows.index == k]
+    wd, ri = row[["output_wd", "ri"]].to_numpy(np.float64, na_value=np.nan)[0]
+    said = [f"WD\u00a0{wd:.3f}\u00a0σ"] if np.isfinite(wd) else []
+    return ", ".join([*said, f"RI\u00a0{ri:.2f}"] if np.isfinite(ri) else said)
+
+
+def _shapes(outputs: pd.DataFrame, item: SparseNeuron, k: int) -> dict[str, OutputDensity]:
+    """Return the densities of all tokens by kind."""
+    found = {}
+    for kind in KIND_PALETTE:
+        rows = choose(
+            outputs, name="outputs", layer=item.layer, neuron=item.neuron, experts=k,
+            sparsity=item.sparsity, kind=kind, cluster=ALL_TOKENS,
+        )  # fmt: skip
+        found[kind] = output_density(rows, mean=item.mean, std=item.std, label=item.label)
+    return found
+
+
+def _limits(shapes: Sequence[Shapes]) -> tuple[float, float]:
+    limits = [output_limits(s, center=0.0, scale=1.0) for by in shapes for s in by.values()]
+    return min(low for low, _ in limits), max(high for _, high in limits)
+
+
+def _draw(
+    ax: Axes, shapes: Shapes, item: SparseNeuron, k: int, *, xlim: tuple[float, float]
+) -> tuple[list[Entry], Skyline]:
+    entries: list[Entry] = []
+    panel = f"{item.label}, {experts_text(k)}"
+    for kind, shape in shapes.items():
+        filled = kind == "dense"
+        bars = ax.stairs(
+            shape.density, shape.edges, fill=filled, color=KIND_PALETTE[kind], label=kind,
+            lw=0.0 if filled else 1.0, alpha=0.5 if filled else 1.0,
+        )  # fmt: skip
+        left, right = shape.edges[:-1], shape.edges[1:]
+        record(bars, panel=panel, series=kind, x=left, y=shape.density, x_right=right)
+        entries.append((bars, kind))
+    x = np.linspace(*xlim, 401)
+    bell = stats.norm.pdf(x)
+    (line,) = ax.plot(x, bell, color=PALETTE["gaussian"], lw=0.7, ls="--", label="Gaussian")
+    record(line, panel=panel, series="Gaussian", x=x, y=bell)
+    entries.append((line, "Gaussian"))
+    ax.set(xlabel=X_LABEL, ylabel=Y_LABEL, xlim=xlim)
+    heights = [bell, *(shape.at(x) for shape in shapes.values())]
+    return entries, (x, np.max(heights, axis=0))

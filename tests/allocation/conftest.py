@@ -1,0 +1,19 @@
+"""Scores of tiny models, made once."""
+
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+
+from entangle.calibration import CalibrationSet
+from entangle.models.loading import LanguageModel
+from entangle.scoring.score import score
+from entangle.scoring.scores import NeuronScores
+
+
+@pytest.fixture(scope="session")
+def scored(
+    tiny: Callable[[str], LanguageModel], calibration: CalibrationSet
+) -> Callable[[str], NeuronScores]:
+    """Return the scores of all layers of a tiny model, by its name."""
+    return cache(lambda name: score(tiny(name), calibration, method="sketch", md=False))

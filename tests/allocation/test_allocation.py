@@ -1,0 +1,209 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import safetensors.torch
+import torch
+from safetensors import safe_open
+
+from entangle.allocation import Allocation, load_allocation
+from entangle.allocation.allocation import check_zeros
+from entangle.errors import InvalidInput, UnknownName
+from entangle.models.layers import find_layers
+from entangle.models.loading import LanguageModel
+
+
+def make(**changes: Any) -> Allocation:
+    fields: dict[str, Any] = {
+        "zeros": {"blocks.1.up": torch.tensor([1, 2, 3]), "head": torch.tensor([8])},
+        "in_features": {"blocks.1.up": 4, "head": 8},
+        "experts": None,
+        "manifest": {"kind": "allocation", "model": {"digest": "abc"}, "pair": (1, 2)},
+        "blocks": {"blocks.1.up": 1},
+    }
+    return Allocation(**fields | changes)
+
+
+def same(a: Allocation, b: Allocation) -> bool:
+    equal = all(torch.equal(a.zeros[name], b.zeros[name]) for name in a.zeros)
+    others = ("in_features", "experts", "manifest", "blocks")
+    return (
+        equal
+        and list(a.zeros) == list(b.zeros)
+        and all(getattr(a, key) == getattr(b, key) for key in others)
+    )
+
+
+def test_tables_by_hand() -> None:
+    allocation = make(experts={"blocks.1.up": 16, "head": 4})
+    assert allocation.rows("blocks.1.up") == 3
+    assert allocation.n_zeros == 14
+    assert allocation.n_weights == 20
+    assert allocation.overall == 0.7
+    assert allocation.sparsity["blocks.1.up"].tolist() == [0.25, 0.5, 0.75]
+    expected = pd.DataFrame(
+        {
+            "layer": ["blocks.1.up", "head"],
+            "block": pd.array([1, None], dtype="Int64"),
+            "projection": ["up", "head"],
+            "rows": [3, 1],
+            "in_features": [4, 8],
+            "zeros": [6, 8],
+            "sparsity": [0.5, 1.0],
+            "lowest": [0.25, 1.0],
+            "highest": [0.75, 1.0],
+            "experts": [16, 4],
+        }
+    )
+    pd.testing.assert_frame_equal(allocation.layers, expected)
+    assert "experts" not in make().layers
+    neurons = allocation.neurons
+    assert neurons["layer"].tolist() == ["blocks.1.up"] * 3 + ["head"]
+    assert neurons["neuron"].tolist() == [0, 1, 2, 0]
+    assert neurons["zeros"].tolist() == [1, 2, 3, 8]
+    assert neurons["sparsity"].tolist() == [0.25, 0.5, 0.75, 1.0]
+
+
+def test_rows_of_another_layer() -> None:
+    with pytest.raises(UnknownName, match=r"unknown layer 'up'\. Closest: blocks\.1\.up"):
+        make().rows("up")
+
+
+def test_sparsity_times_width_is_the_count_again() -> None:
+    """As `entangle.pruning.prune` counts: for any width, no count is off by one."""
+    for width in (3, 49, 576, 1536, 11008):
+        zeros = torch.arange(width + 1)
+        allocation = make(zeros={"a": zeros}, in_features={"a": width}, blocks={})
+        assert torch.equal((allocation.sparsity["a"] * width).round().long(), zeros)
+
+
+@pytest.mark.parametrize("experts", [None, {"blocks.1.up": 2, "head": 1}])
+def test_round_trip(tmp_path: Path, experts: dict[str, int] | None) -> None:
+    allocation = make(experts=experts)
+    path = allocation.save(tmp_path / "new" / "a.safetensors")
+    loaded = load_allocation(path)
+    assert same(loaded, allocation)
+    assert loaded.manifest["pair"] == [1, 2]
+    assert [file.name for file in path.parent.iterdir()] == ["a.safetensors"]
+    again = allocation.save(tmp_path / "b.safetensors")
+    assert again.read_bytes() == path.read_bytes()
+    with safe_open(path, framework="pt") as file:
+        assert file.get_tensor("head").tolist() == [8]
+
+
+def test_an_allocation_does_not_change() -> None:
+    given: dict[str, Any] = {"model": {"digest": "abc"}}
+    allocation = make(manifest=given)
+    given["model"] = None
+    assert allocation.manifest["model"] == {"digest": "abc"}
+    with pytest.raises(TypeError, match="item assignment"):
+        allocation.zeros["other"] = torch.tensor([1])  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"zeros": {}, "in_features": {}}, "at least one; got 0 and 0"),
+        ({"in_features": {"head": 8}}, "same layers in one order"),
+        ({"zeros": {"a": torch.tensor([5])}, "in_features": {"a": 4}}, r"in \[0, 4\].* 5 to 5"),
+        ({"zeros": {"a": torch.tensor([-1, 2])}, "in_features": {"a": 4}}, "from -1 to 2"),
+        ({"zeros": {"a": torch.zeros(0).long()}, "in_features": {"a": 4}}, r"got \(0,\)"),
+        ({"experts": {"head": 1}}, "name the 2 layer"),
+        ({"experts": {"blocks.1.up": 0, "head": 1}}, "at least 1; got 0"),
+        ({"experts": {"blocks.1.up": True, "head": 1}}, "at least 1; got True"),
+    ],
+)
+def test_what_is_no_allocation(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        make(**changes)
+
+
+@pytest.mark.parametrize("wrong", [torch.tensor([0.5]), torch.zeros(1, 1).long()])
+def test_counts_are_vectors_of_integers(wrong: torch.Tensor) -> None:
+    with pytest.raises(InvalidInput, match="must be a CPU vector of int64"):
+        check_zeros("a", wrong, 4)
+
+
+def test_check_names_what_does_not_fit(tiny: Callable[[str], LanguageModel]) -> None:
+    model = tiny("llama")
+    layers = find_layers(model.module, 1, "mlp")
+    fields = {"in_features": {layer.name: layer.in_features for layer in layers}, "blocks": {}}
+    zeros = {layer.name: torch.zeros(layer.out_features).long() for layer in layers}
+    digest = {"model": {"digest": model.digest}}
+    fitting = make(zeros=zeros, manifest=digest, **fields)
+    fitting.check(layers, model.digest)
+    make(zeros=zeros, manifest={}, **fields).check(layers, model.digest)
+    fitting.check(layers, None)
+    with pytest.raises(InvalidInput, match=r"made for a model of digest .*; this one has 000"):
+        fitting.check(layers, "000")
+    with pytest.raises(InvalidInput, match=r"has no layer 'model\.layers\.0\.mlp\.gate_proj'"):
+        fitting.check(find_layers(model.module, [0, 1], "mlp"), model.digest)
+    with pytest.raises(InvalidInput, match=r"budget includes layer 'model\.layers\.1\.mlp\.down"):
+        fitting.check(layers[:2], model.digest)
+    fewer = zeros | {layers[0].name: torch.zeros(3).long()}
+    with pytest.raises(InvalidInput, match=r"gate_proj' has shape \(48, 32\), .* for \(3, 32\)"):
+        make(zeros=fewer, manifest=digest, **fields).check(layers, model.digest)
+
+
+def test_what_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match=r"must end in \.safetensors"):
+        make().save(tmp_path / "a.npy")
+    (tmp_path / "d.safetensors").mkdir()
+    with pytest.raises(InvalidInput, match="is a folder"):
+        make().save(tmp_path / "d.safetensors", force=True)
+    path = make().save(tmp_path / "a.safetensors")
+    with pytest.raises(InvalidInput, match="exists; name another file or use --force"):
+        make().save(path)
+    make(experts={"blocks.1.up": 2, "head": 1}).save(path, force=True)
+    assert load_allocation(path).experts == {"blocks.1.up": 2, "head": 1}
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Any], dict[str, torch.Tensor]], None]) -> None:
+    with safe_open(path, framework="pt") as file:
+        described = json.loads(file.metadata()["entangle"])
+    tensors = safetensors.torch.load_file(path)
+    change(described, tensors)
+    safetensors.torch.save_file(tensors, path, {"entangle": json.dumps(described)})
+
+
+CHANGES: list[tuple[Any, str]] = [
+    (lambda d, t: d.update(kind="scores"), "of kind 'allocation'; got 'scores'"),
+    (lambda d, t: d.update(schema_version=99), "schema version 99"),
+    (lambda d, t: t["head"].fill_(7), "do not match its digest"),
+    (lambda d, t: t.pop("head"), "its layers differ"),
+    (lambda d, t: t.update(head=t["head"].float()), "its layers differ"),
+    (lambda d, t: d.pop("layers"), "was altered"),
+    (lambda d, t: d.pop("in_features"), "was altered"),
+    (lambda d, t: d.update(in_features={"blocks.1.up": 2, "head": 8}), r"altered \(`zeros`"),
+    (lambda d, t: d.update(in_features=[1]), "was altered"),
+    (lambda d, t: d.update(manifest=None), "was altered"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), CHANGES)
+def test_altered_files(tmp_path: Path, change: Any, message: str) -> None:
+    path = make().save(tmp_path / "a.safetensors")
+    rewrite(path, change)
+    with pytest.raises(InvalidInput, match=message) as caught:
+        load_allocation(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_files(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="is no file"):
+        load_allocation(tmp_path)
+    path = make().save(tmp_path / "a.safetensors")
+    content = path.read_bytes()
+    for size in (0, 5, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:size])
+        with pytest.raises(InvalidInput, match="cannot be read"):
+            load_allocation(path)
+    safetensors.torch.save_file({"a": torch.zeros(2)}, path)
+    with pytest.raises(InvalidInput, match="is not an allocation"):
+        load_allocation(path)
+    safetensors.torch.save_file({"a": torch.zeros(2)}, path, {"entangle": "{"})
+    with pytest.raises(InvalidInput, match="was altered"):
+        load_allocation(path)

@@ -1,0 +1,191 @@
+"""Figures of the results that a tiny model's commands leave behind."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from entangle.cli.figures import (
+    FIGURES,
+    MAKERS,
+    drawings_of,
+    manifest_digest,
+    missing_lines,
+    open_run,
+)
+from entangle.cli.main import main
+from tests.cli.runs import Run
+
+KINDS = ("scores", "ablation", "comparison", "decomposition", "allocation")
+
+
+@pytest.fixture(scope="module")
+def made(
+    tmp_path_factory: pytest.TempPathFactory, tiny_folder: Callable[[str], Path], text_file: Path
+) -> Path:
+    """A folder with a result of every kind, of two layers and few tokens; only read."""
+    folder, model = tmp_path_factory.mktemp("runs"), tiny_folder("llama")
+    text = ("--calibration", text_file, "--n-seq", 4, "--seq-len", 32, "--quiet")
+    mlp = ("--layer", 1, "--proj", "mlp")
+    evaluated = ("--data", text_file, "--eval-seq-len", 32, "--eval-windows", 2)
+    commands: dict[str, tuple[object, ...]] = {
+        "scores": ("score", model, *mlp, *text),
+        "ablation": (
+            "ablate", model, *mlp, *text, *evaluated, "--seeds", 1, "--strength", "0.5",
+            "--count", 2, "--measure", "perplexity,divergence",
+        ),
+        "comparison": (
+            "compare", model, *text, *evaluated, "--methods", "wanda", "--sparsity", "0.5",
+        ),
+        "decomposition": (
+            "decompose", model, "--layer", 1, "--proj", "mlp.gate_proj", *text, "--experts", "1,2",
+        ),
+    }  # fmt: skip
+    for name, command in commands.items():
+        assert main([*map(str, command), "--out", str(folder / name)]) == 0
+    allocate = ("allocate", folder / "scores", "--sparsity", 0.5, "--quiet")
+    assert main([*map(str, allocate), "--out", str(folder / "allocation.safetensors")]) == 0
+    return folder
+
+
+def path_of(made: Path, kind: str) -> Path:
+    return made / ("allocation.safetensors" if kind == "allocation" else kind)
+
+
+def test_everything_is_drawn_and_the_rest_named_with_its_command(
+    run: Run, made: Path, tmp_path: Path
+) -> None:
+    done = run(
+        "figures", *(path_of(made, kind) for kind in KINDS), "--out", tmp_path, "--format", "png"
+    )
+    assert (done.status, done.err) == (0, "")
+    drawn = {path.stem for path in tmp_path.glob("*.png")}
+    assert {path.stem for path in tmp_path.glob("*.csv")} == drawn
+    names = {name for several in FIGURES.values() for name in several}
+    skipped = {"ablation_accuracy", "wd_by_layer"}
+    assert names - drawn <= skipped | {"separated_pairs"}  # pairs that few tokens may lack
+    assert (
+        "ablation_accuracy: this ablation holds no accuracy; `entangle ablate --measure blimp`"
+        in (done.out)
+    )
+    assert not list(tmp_path.glob("*.pdf"))
+
+
+def test_each_figure_states_the_digest_of_its_manifest(made: Path) -> None:
+    file = made / "scores" / "manifest.json"
+    digest = manifest_digest(json.loads(file.read_text("utf-8")))
+    assert digest == hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def test_vector_text_and_width(run: Run, made: Path, tmp_path: Path) -> None:
+    done = run(
+        "figures", made / "comparison", "--out", tmp_path, "--column", "single", "--format", "pdf"
+    )
+    assert done.status == 0
+    pdf = (tmp_path / "comparison.pdf").read_bytes()
+    assert b"/FontFile2" in pdf  # TrueType: font type 42
+    assert b"/Type3" not in pdf
+    assert b"/MediaBox [ 0 0 237.6 " in pdf  # 3.3 inches
+
+
+def test_missing_results_are_named_with_the_command_that_makes_them(
+    run: Run, made: Path, tmp_path: Path
+) -> None:
+    done = run("figures", made / "comparison", "--out", tmp_path, "--format", "png")
+    for kind in set(KINDS) - {"comparison"}:
+        line = next(line for line in done.out.splitlines() if f"`{MAKERS[kind]}`" in line)
+        assert all(name in line for name in FIGURES[kind])
+    assert not list(missing_lines(set(KINDS)))
+
+
+def test_results_of_one_kind_go_to_folders_of_their_own(
+    run: Run, made: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(made / "comparison", tmp_path / "other")
+    runs = made / "comparison", tmp_path / "other"
+    assert run("figures", *runs, "--out", tmp_path / "f", "--format", "png").status == 0
+    assert sorted(str(p.relative_to(tmp_path / "f")) for p in tmp_path.glob("f/*/*.png")) == [
+        "comparison/comparison.png",
+        "other/comparison.png",
+    ]
+    same = run("figures", made / "comparison", made / "comparison", "--out", tmp_path / "g")
+    assert same.status == 2
+    assert "names of their own; got two comparison called 'comparison'" in same.err
+
+
+def test_figures_are_replaced_only_by_force(run: Run, made: Path, tmp_path: Path) -> None:
+    command = ("figures", made / "comparison", "--out", tmp_path, "--format", "png")
+    assert run(*command).status == 0
+    again = run(*command)
+    assert again.status == 2
+    assert "comparison.png' exists; use --force" in again.err
+    assert run(*command, "--force").status == 0
+
+
+def test_a_layer_each_where_there_are_several(made: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "two"
+    shutil.copytree(made / "decomposition", folder)
+    for file in folder.glob("*.parquet"):
+        table = pd.read_parquet(file)
+        pd.concat([table, table.assign(layer="other")]).to_parquet(file, index=False)
+    drawings = {one.name: one.draw for one in drawings_of(open_run(str(folder)), "single")}
+    assert list(drawings) == [
+        f"{name}_{layer}"
+        for layer in ("model.layers.1.mlp.gate_proj", "other")
+        for name in FIGURES["decomposition"]
+    ]
+    (key,) = drawings["recovery_other"]().legends
+    assert key.get_title().get_text().startswith("other, 90")
+
+
+def test_a_result_that_lacks_something_is_drawn_as_far_as_it_goes(
+    made: Path, run: Run, tmp_path: Path
+) -> None:
+    folder = tmp_path / "scores"
+    shutil.copytree(made / "scores", folder)
+    frame = pd.read_parquet(folder / "scores.parquet")
+    frame.assign(md=float("nan")).to_parquet(folder / "scores.parquet", index=False)
+    done = run("figures", folder, "--out", tmp_path / "f", "--format", "png")
+    assert done.status == 0
+    assert "Skipped: wd_against_md: `scores` must hold" in done.out
+    assert "without --no-md" in done.out
+    frame.assign(md=float("nan"), wd=float("nan")).to_parquet(
+        folder / "scores.parquet", index=False
+    )
+    nothing = run("figures", folder, "--out", tmp_path / "g", "--format", "png")
+    assert nothing.status == 2
+    assert "nothing could be drawn of" in nothing.err
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "is no result folder"),
+        ("{", "is not valid JSON"),
+        ("[]", "got 'list'"),
+        ('{"kind": "scores", "schema_version": 99}', "has schema version 99"),
+        ('{"kind": "expansion", "schema_version": 1}', "'expansion', which has no figures"),
+    ],
+)
+def test_what_is_no_result_is_one_line(
+    run: Run, tmp_path: Path, content: str | None, said: str
+) -> None:
+    if content is not None:
+        (tmp_path / "manifest.json").write_text(content)
+    done = run("figures", tmp_path, "--out", tmp_path / "f")
+    assert (done.status, done.out) == (2, "")
+    assert said in done.err
+    assert len(done.err.splitlines()) == 1
+    assert not (tmp_path / "f").exists()
+
+
+def test_bad_options_are_refused_before_anything_is_read(run: Run, tmp_path: Path) -> None:
+    assert "unknown figure format 'svg'" in run("figures", tmp_path, "--format", "svg").err
+    assert run("figures", tmp_path, "--column", "triple").status == 2
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(b"nothing")
+    assert run("figures", file).status == 2

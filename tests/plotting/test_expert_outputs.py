@@ -1,0 +1,86 @@
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.patches import StepPatch
+from numpy.typing import NDArray
+
+from entangle.errors import InvalidInput, UnknownName
+from entangle.plotting import drawn, figure_experts, plot_experts
+from tests.plotting.decomposition_frames import TOP, Decomposed
+
+Steps = list[tuple[str, NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]]
+
+
+def steps(ax: Axes) -> Steps:
+    """Label, heights, edges and baselines of all layers of the stack, from below."""
+    found = [p for p in ax.patches if isinstance(p, StepPatch)]
+    return [(str(p.get_label()), *(np.asarray(part) for part in p.get_data())) for p in found]  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+def test_experts_lie_on_one_another_and_add_up(decomposed: Decomposed, kind: str) -> None:
+    ax = plot_experts(
+        decomposed.outputs, neurons=decomposed.neurons, kind=kind, neuron=TOP, experts=8
+    )
+    stack = steps(ax)
+    assert sorted(label for label, *_ in stack) == sorted(f"expert {i}" for i in range(8))
+    base = np.zeros(len(stack[0][1]))
+    for _, heights, _, baseline in stack:
+        np.testing.assert_allclose(baseline, base)
+        base = heights
+    rows = decomposed.outputs.query(
+        f"neuron == {TOP} and experts == 8 and kind == '{kind}' and cluster == -1"
+    )
+    share = rows["count"].to_numpy() / rows["count"].sum()
+    np.testing.assert_allclose(base * np.diff(stack[0][2]), share)
+
+
+def test_order_is_that_of_the_dense_means_in_both_panels(decomposed: Decomposed) -> None:
+    rows = decomposed.outputs.query(
+        f"neuron == {TOP} and experts == 4 and kind == 'dense' and cluster >= 0"
+    )
+    centers = (rows["left"] + rows["right"]) / 2
+    sums = (rows["count"] * centers).groupby(rows["cluster"]).sum()
+    means = sums / rows["count"].groupby(rows["cluster"]).sum()
+    expected = [f"expert {i}" for i in means.sort_values().index]
+    figure = figure_experts(decomposed.outputs, decomposed.neurons, experts=4)
+    dense, sparse, bar = figure.axes
+    assert [label for label, *_ in steps(dense)] == expected
+    assert [label for label, *_ in steps(sparse)] == expected
+    ticks = [f"expert {text.get_text()}" for text in bar.get_yticklabels()]
+    assert ticks == expected
+
+
+def test_the_largest_number_of_experts_is_the_default(decomposed: Decomposed) -> None:
+    figure = figure_experts(decomposed.outputs, decomposed.neurons)
+    assert drawn(figure)["series"].nunique() == 16
+    said = figure.get_suptitle().replace("\u00a0", " ")
+    assert "16 experts of 250 to 250 tokens" in said
+    assert f"neuron {TOP} of" in said
+
+
+def test_an_empty_cluster_is_no_expert(decomposed: Decomposed) -> None:
+    outputs = decomposed.outputs
+    empty = outputs["experts"].eq(4) & outputs["cluster"].eq(2)
+    figure = figure_experts(outputs[~empty], decomposed.neurons, experts=4)
+    assert drawn(figure)["series"].nunique() == 3
+
+
+def test_legend_names_all_experts_or_the_extremes(decomposed: Decomposed) -> None:
+    for k, named in ((4, 4), (16, 2)):
+        ax = plot_experts(decomposed.outputs, neurons=decomposed.neurons, neuron=TOP, experts=k)
+        legend = ax.get_legend()
+        assert legend is not None
+        assert len(legend.get_texts()) == named
+
+
+def test_what_cannot_be_decomposed_is_refused(decomposed: Decomposed) -> None:
+    outputs, neurons = decomposed.outputs, decomposed.neurons
+    with pytest.raises(InvalidInput, match=r"`experts` must be at least 2 .* got 1"):
+        figure_experts(outputs, neurons, experts=1)
+    with pytest.raises(UnknownName, match="unknown kind 'denser'"):
+        plot_experts(outputs, neurons=neurons, neuron=TOP, experts=2, kind="denser")
+    moved = outputs["cluster"].eq(0) & outputs["experts"].eq(2)
+    other = outputs.assign(left=outputs["left"] + 0.01 * moved)
+    with pytest.raises(InvalidInput, match=f"same bins for every cluster of neuron {TOP}"):
+        figure_experts(other, neurons, experts=2, neuron=TOP)

@@ -1,0 +1,80 @@
+"""Every figure at both widths: nothing covers anything, and the small print is there."""
+
+from collections.abc import Callable
+
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+
+from entangle import plotting
+from entangle.plotting.style import Column
+from tests.plotting.ablation_frames import ablation_frame
+from tests.plotting.decomposition_frames import TOP, Decomposed
+from tests.plotting.layout import outside, overlapping, texts
+
+Draw = Callable[[Column, str], Figure]
+DIGEST = "0123456789abcdef"
+
+
+@pytest.fixture(
+    params=[
+        "sparse_outputs", "experts", "distances", "disentanglement", "recovery", "predictors",
+        "components", "router_map", "separated_pairs", "modes", "wd_by_layer", "wd_distribution",
+        "top_and_typical", "wd_against_md", "ablation", "comparison",
+    ]
+)  # fmt: skip
+def draw(
+    request: pytest.FixtureRequest,
+    decomposed: Decomposed,
+    many_scores: pd.DataFrame,
+    layers: pd.DataFrame,
+    histogram: pd.DataFrame,
+    comparison: pd.DataFrame,
+) -> Draw:
+    """Draw one of the figures."""
+    d = decomposed
+    own, item = plotting.dense_output(d.outputs, d.neurons, neuron=TOP)
+    frames: dict[str, tuple[object, ...]] = {
+        "sparse_outputs": (d.outputs, d.neurons),
+        "experts": (d.outputs, d.neurons),
+        "distances": (d.pairs, d.neurons),
+        "disentanglement": (d.neurons,),
+        "recovery": (d.outputs, d.neurons),
+        "predictors": (d.neurons,),
+        "components": (d.components,),
+        "router_map": (d.router_map,),
+        "separated_pairs": (d.separated, own),
+        "modes": (d.modes, d.contexts, own),
+        "wd_by_layer": (many_scores,),
+        "wd_distribution": (many_scores, layers),
+        "top_and_typical": (
+            many_scores[many_scores["block"] == 1], lambda _layer, _neuron: histogram,
+        ),
+        "wd_against_md": (many_scores,),
+        "ablation": (ablation_frame(),),
+        "comparison": (comparison,),
+    }  # fmt: skip
+    name: str = request.param
+    function: Callable[..., Figure] = getattr(plotting, f"figure_{name}")
+    options: dict[str, float] = {"n_boot": 20} if name in ("predictors", "wd_against_md") else {}
+    if name in ("separated_pairs", "modes"):
+        options = {"mean": item.mean, "std": item.std, "wd": item.wd}
+    return lambda column, digest: function(*frames[name], column=column, digest=digest, **options)
+
+
+@pytest.mark.parametrize("column", ["single", "double"])
+def test_nothing_covers_anything_or_leaves_the_paper(draw: Draw, column: Column) -> None:
+    figure = draw(column, DIGEST)
+    assert figure.get_figwidth() == plotting.COLUMN_INCHES[column]
+    assert overlapping(figure) == []
+    assert outside(figure) == []
+    assert texts(figure).count("run 0123456789ab") == 1
+    assert len(plotting.drawn(figure)) > 0
+
+
+def test_the_helpers_see_what_is_wrong() -> None:
+    figure = plotting.style.PaperFigure(figsize=(2.0, 1.0))
+    for x, y, text in ((0.1, 0.5, "one one"), (0.2, 0.5, "two two"), (0.95, 0.9, "long text")):
+        figure.text(x, y, text)
+    assert overlapping(figure) == [("one one", "two two")]
+    assert outside(figure) == ["long text"]

@@ -1,0 +1,77 @@
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.collections import PathCollection
+from scipy import stats
+
+from entangle.errors import InvalidInput, UnknownName
+from entangle.plotting import drawn, figure_predictors, plot_predictor
+from entangle.plotting.predictors import PREDICTORS
+from tests.plotting.decomposition_frames import N_NEURONS, Decomposed
+
+
+def said(ax: Axes) -> str:
+    key = ax.get_legend()
+    texts = [text.get_text() for text in key.get_texts()] if key else []
+    return "; ".join([*texts, ax.get_title(loc="left") + ax.get_title()]).replace("\u00a0", " ")
+
+
+def test_points_line_and_coefficients(decomposed: Decomposed) -> None:
+    ax = plot_predictor(decomposed.neurons, predictor="md", experts=16, n_boot=50, top=0.05)
+    rows = decomposed.neurons[decomposed.neurons["experts"] == 16]
+    points = [c for c in ax.collections if isinstance(c, PathCollection)]
+    assert [len(np.asarray(c.get_offsets())) for c in points] == [N_NEURONS - 3, 3]
+    found = stats.linregress(rows["md"], rows["ri"])
+    (line,) = ax.get_lines()
+    x, y = np.asarray(line.get_xdata()), np.asarray(line.get_ydata())
+    np.testing.assert_allclose(y, found.intercept + found.slope * x)
+    text = said(ax)
+    assert f"R² {found.rvalue**2:.2f} [" in text
+    assert f"ρ {stats.spearmanr(rows['md'], rows['ri']).statistic:.2f} [" in text
+    assert "95 % bootstrap, 50 resamples, seed 0" in text
+
+
+def test_derived_predictors_are_made_from_their_columns(decomposed: Decomposed) -> None:
+    rows = decomposed.neurons[decomposed.neurons["experts"] == 16]
+    expected = {
+        "abs_skewness": rows["skewness"].abs(),
+        "abs_mean": rows["mean"].abs(),
+        "variance": rows["std"] ** 2,
+    }
+    for name, values in expected.items():
+        figure = plot_predictor(rows, predictor=name, n_boot=5).get_figure(root=True)
+        assert figure is not None
+        shown = drawn(figure).dropna(subset="neuron").sort_values("neuron")
+        np.testing.assert_allclose(shown["x"], values)
+
+
+def test_figure_has_a_panel_a_predictor_that_is_there(decomposed: Decomposed) -> None:
+    figure = figure_predictors(decomposed.neurons, n_boot=5)
+    assert [ax.get_xlabel() for ax in figure.axes] == [label for label, *_ in PREDICTORS.values()]
+    fewer = decomposed.neurons.drop(columns=["md", "skewness"]).assign(ks=0.1, mean=np.nan)
+    figure = figure_predictors(fewer, n_boot=5)
+    assert [ax.get_xlabel() for ax in figure.axes] == [
+        PREDICTORS[name][0] for name in ("wd", "excess_kurtosis", "variance", "weight_norm")
+    ]
+    assert len({ax.get_ylim() for ax in figure.axes}) == 1
+
+
+def test_what_is_not_finite_is_counted(decomposed: Decomposed) -> None:
+    rows = decomposed.neurons[decomposed.neurons["experts"] == 16].copy()
+    rows.loc[rows.index[:2], "ri"] = np.nan
+    rows.loc[rows.index[2], "wd"] = np.inf
+    assert "3 left out: not finite" in said(plot_predictor(rows, n_boot=5))
+
+
+def test_too_little_is_refused_in_one_line(decomposed: Decomposed) -> None:
+    rows = decomposed.neurons[decomposed.neurons["experts"] == 16]
+    with pytest.raises(InvalidInput, match="at least 3 neurons with finite RI and wd; got 2 of 2"):
+        figure_predictors(rows.head(2))
+    with pytest.raises(InvalidInput, match="at least 3 neurons with finite RI"):
+        figure_predictors(rows.assign(ri=np.nan))
+    with pytest.raises(InvalidInput, match="two different values"):
+        figure_predictors(rows.assign(ri=1.0))
+    with pytest.raises(UnknownName, match="unknown predictor 'luck'"):
+        plot_predictor(rows, predictor="luck")
+    with pytest.raises(InvalidInput, match="without ri; the command `entangle decompose`"):
+        figure_predictors(rows.drop(columns="ri"))

@@ -1,0 +1,42 @@
+import pytest
+from matplotlib.figure import Figure
+
+from entangle.errors import InvalidInput
+from entangle.plotting import sign
+from entangle.plotting.style import panel_grid, paper_style
+from tests.plotting.layout import outside, overlapping, texts
+
+DIGEST = "0123456789abcdef" * 4
+
+
+def figure_with_label(label: str) -> Figure:
+    with paper_style():
+        figure, (ax,) = panel_grid(1, column="single")
+        ax.set_xlabel("" if label == "sup" else "x" * 50)
+        if label == "sup":
+            figure.supxlabel("x" * 50)
+    return figure
+
+
+@pytest.mark.parametrize("label", ["axes", "sup"])
+def test_the_digest_stands_below_all_else(label: str) -> None:
+    figure = figure_with_label(label)
+    height = figure.get_figheight()
+    assert sign(figure, DIGEST) is figure
+    assert figure.get_figheight() == pytest.approx(height + 0.1)
+    assert "run 0123456789ab" in texts(figure)
+    assert overlapping(figure) == []
+    assert outside(figure) == []
+
+
+def test_no_digest_changes_nothing() -> None:
+    figure = figure_with_label("axes")
+    height = figure.get_figheight()
+    assert sign(figure, None).get_figheight() == height
+    assert not figure.texts
+
+
+@pytest.mark.parametrize("digest", ["", "0123456789a", "0123456789xyz", "ABCDEF0123456789"])
+def test_what_is_no_digest_is_refused(digest: str) -> None:
+    with pytest.raises(InvalidInput, match=f"`digest` must be .* got {digest!r}"):
+        sign(Figure(), digest)
