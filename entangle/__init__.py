@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from entangle.ablation import AblationResult, ablate, load_ablation
     from entangle.calibration import CalibrationSet, load_calibration
+    from entangle.decomposition import Decomposition, decompose, load_decomposition
     from entangle.evaluation import load_evaluation, load_minimal_pairs, perplexity
     from entangle.expansion import expand, load_expanded
+    from entangle.explorer import explore
     from entangle.models.loading import LanguageModel, load_model
+    from entangle.modes import neuron_modes
     from entangle.scoring.score import score
     from entangle.scoring.scores import NeuronScores, load_scores
 
@@ -25,17 +28,22 @@ except PackageNotFoundError:  # a source tree that is not installed
 _HOMES = {
     "AblationResult": "entangle.ablation",
     "CalibrationSet": "entangle.calibration",
+    "Decomposition": "entangle.decomposition",
     "LanguageModel": "entangle.models.loading",
     "NeuronScores": "entangle.scoring.scores",
     "ablate": "entangle.ablation",
+    "decompose": "entangle.decomposition",
     "expand": "entangle.expansion",
+    "explore": "entangle.explorer",
     "load_ablation": "entangle.ablation",
     "load_calibration": "entangle.calibration",
+    "load_decomposition": "entangle.decomposition",
     "load_evaluation": "entangle.evaluation",
     "load_expanded": "entangle.expansion",
     "load_minimal_pairs": "entangle.evaluation",
     "load_model": "entangle.models.loading",
     "load_scores": "entangle.scoring.scores",
+    "neuron_modes": "entangle.modes",
     "perplexity": "entangle.evaluation",
     "score": "entangle.scoring.score",
 }
@@ -43,18 +51,23 @@ _HOMES = {
 __all__ = [
     "AblationResult",
     "CalibrationSet",
+    "Decomposition",
     "LanguageModel",
     "NeuronScores",
     "__version__",
     "ablate",
+    "decompose",
     "expand",
+    "explore",
     "load_ablation",
     "load_calibration",
+    "load_decomposition",
     "load_evaluation",
     "load_expanded",
     "load_minimal_pairs",
     "load_model",
     "load_scores",
+    "neuron_modes",
     "perplexity",
     "score",
 ]

@@ -5,7 +5,7 @@ Everything is escaped: names come from models and files, tokens may hold anythin
 
 import html
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -87,9 +87,11 @@ def html_result(
 def described(manifest: Any, *path: str, default: str = "?") -> str:
     """Return an entry of a manifest as a text, by its keys, or ``default`` if it is not there."""
     for key in path:
-        if not isinstance(manifest, dict) or manifest.get(key) is None:
+        if not isinstance(manifest, Mapping) or manifest.get(key) is None:
             return default
         manifest = manifest[key]
+    if isinstance(manifest, list | tuple):
+        return ", ".join(map(str, manifest))
     return f"{manifest:,}" if isinstance(manifest, int) else str(manifest)
 
 

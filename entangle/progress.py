@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from entangle.jupyter import in_kernel
+
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
 
@@ -110,18 +112,11 @@ class ProgressBar(Progress):
 def _choose_view(enabled: bool | None) -> _View:
     if enabled is False:
         return _View()
-    if _in_notebook():
+    if in_kernel():
         return _Cell()
     if sys.stderr.isatty():
         return _Terminal()
     return _Lines() if enabled else _View()
-
-
-def _in_notebook() -> bool:
-    """Tell whether this process is a Jupyter kernel, without importing IPython."""
-    ipython = sys.modules.get("IPython")
-    shell = None if ipython is None else ipython.get_ipython()
-    return getattr(shell, "kernel", None) is not None
 
 
 class _Lines(_View):

@@ -6,10 +6,19 @@ import shutil
 from collections.abc import Mapping
 
 from entangle.errors import InvalidInput
-from entangle.provenance import check_output, disk_errors, write_json
+from entangle.provenance import check_output, disk_errors, expanded, read_manifest, write_json
 
 PLAN = "plan.json"
 _SAME = ("model", "calibration", "evaluation", "settings")
+
+
+def is_made(final: str | os.PathLike[str], kind: str, manifest: Mapping[str, object]) -> bool:
+    """Tell whether ``final`` is the finished result of the same model, texts and settings."""
+    if not (expanded(final) / "manifest.json").is_file():
+        return False
+    found = read_manifest(final, kind)
+    wanted = json.loads(json.dumps({key: manifest[key] for key in _SAME}))
+    return all(found.get(key) == wanted[key] for key in _SAME)
 
 
 class Unfinished:
@@ -69,11 +78,14 @@ class Unfinished:
         if self._begun:
             return
         with disk_errors(self.path):
-            self.path.mkdir(parents=True)
+            fresh = self.path.with_name(f"{self.path.name}.new")
+            shutil.rmtree(fresh, ignore_errors=True)
+            fresh.mkdir(parents=True)
             try:
-                write_json(self.path / PLAN, self._plan)
-            except OSError:
-                shutil.rmtree(self.path)
+                write_json(fresh / PLAN, self._plan)
+                os.replace(fresh, self.path)  # noqa: PTH105  (from here on it can be resumed)
+            except BaseException:
+                shutil.rmtree(fresh)
                 raise
         self._begun = True
 

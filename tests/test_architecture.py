@@ -10,13 +10,14 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "entangle"
 FLOORS = (
-    {"errors"},
+    {"errors", "jupyter"},
     {"seeding", "precision", "provenance", "progress", "html_tables"},
     {"unfinished"},
     {"stats", "pruning", "routing"},
     {"models", "calibration", "plotting"},
     {"recording"},
-    {"evaluation", "scoring", "allocation"},
+    {"evaluation", "scoring"},
+    {"allocation"},
     {"expansion", "modes"},
     {"ablation"},
     {"analysis", "decomposition"},

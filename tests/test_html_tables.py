@@ -1,5 +1,6 @@
 import html
 from html.parser import HTMLParser
+from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
@@ -106,3 +107,4 @@ def test_described() -> None:
     assert described(manifest, "model", "revision") == "?"
     assert described(manifest, "text", "name", default="none") == "none"
     assert described({}, "model") == "?"
+    assert described(MappingProxyType({"by": ["wd", "md"]}), "by") == "wd, md"

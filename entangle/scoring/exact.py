@@ -7,10 +7,11 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TypeVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from entangle.errors import InvalidInput
+from entangle.kernels.sketch import fits, row_distances
 from entangle.models.layers import Layer
 from entangle.precision import full_precision
 from entangle.recording.hooks import Batch, Callback, SeenTensor, run_observed
@@ -21,6 +22,8 @@ from entangle.stats.sketch import OutputSketch, SketchResult
 from entangle.stats.wasserstein import ShapeStatistics, shape_statistics
 
 _BLOCK_TOKENS = 8192
+_BLOCK_TOKENS_GPU = 2**15
+_GPU_BYTES = 2**35  # 16 bytes an output, of which the outputs themselves take 8
 
 
 @dataclass(eq=False)
@@ -30,6 +33,14 @@ class RecordedInputs:
     store: TokenStore
     spans: list[tuple[int, int, int]] = field(default_factory=list)
     """(group, first token, token after the last), in order."""
+
+    _distances: Tensor | None = field(default=None, init=False)
+
+    def distances(self, pairs: Int[Tensor, "two=2 pairs"]) -> Float[Tensor, " pairs"]:
+        """Return ‖x_a − x_b‖₂ of every pair, float32; the same pairs every time."""
+        if self._distances is None:
+            self._distances = _input_distance(self.store, pairs)
+        return self._distances
 
     def add(self, group: int, rows: Float[Tensor, "tokens features"]) -> None:
         """Append one batch's rows."""
@@ -136,20 +147,28 @@ def _score_layer(
 ) -> MeasuredLayer:
     store = inputs.store
     pairs = draw_pairs(store.n_tokens, seed=seed) if md else None
-    distance = None if pairs is None else _input_distance(store, pairs)
+    distance = None if pairs is None else inputs.distances(pairs)
     shapes: list[ShapeStatistics] = []
     sketches: list[SketchResult] = []
     differences: list[MappingDifficulty] = []
-    neurons = max(1, memory // (16 * store.n_tokens))
+    on_gpu = layer.weight.is_cuda
+    at_once = min(memory, _GPU_BYTES) if on_gpu else memory
+    neurons = max(1, at_once // (16 * store.n_tokens))
     for start in range(0, layer.out_features, neurons):
-        outputs = _outputs(layer, store, slice(start, start + neurons))
+        part = slice(start, start + neurons)
+        if on_gpu:
+            by_token = _outputs_by_token(layer, store, part)
+            outputs = by_token.t().contiguous()
+        else:
+            outputs = _outputs(layer, store, part)
+            by_token = outputs.t()
         sketch = OutputSketch(outputs.shape[0], n_groups=n_groups)
         for group, first, end in inputs.spans:
-            sketch.update(outputs[:, first:end].t(), group=group)
+            sketch.update(by_token[first:end], group=group)
         sketches.append(sketch.result())
         shapes.append(_on_cpu(shape_statistics(outputs)))
         if pairs is not None and distance is not None:
-            differences.append(mapping_difficulty(outputs, pairs, distance))
+            differences.append(_on_cpu(mapping_difficulty(outputs, pairs, distance)))
     shape = _joined(shapes)
     return MeasuredLayer(
         layer=layer,
@@ -174,19 +193,43 @@ def _outputs(layer: Layer, store: TokenStore, part: slice) -> Tensor:
     return outputs
 
 
+def _outputs_by_token(layer: Layer, store: TokenStore, part: slice) -> Tensor:
+    """Compute the outputs of some neurons on a GPU, float32, shape (tokens, neurons).
+
+    Products of 16-bit numbers are exact in float32, so those of 16-bit weights and inputs are
+    multiplied as they are.
+    """
+    weight = layer.weight[part]
+    outputs = torch.empty(store.n_tokens, weight.shape[0], device=weight.device)
+    for start, rows in store.blocks(_BLOCK_TOKENS_GPU):
+        rows, target = rows.to(weight.device), outputs[start : start + rows.shape[0]]
+        if weight.element_size() == 2 and rows.dtype == weight.dtype:
+            torch.mm(rows, weight.T, out_dtype=torch.float32, out=target)
+        else:
+            torch.mm(rows.float(), weight.float().T, out=target)
+    return outputs if layer.bias is None else outputs.add_(layer.bias[part].float())
+
+
 def _input_distance(store: TokenStore, pairs: Tensor) -> Tensor:
     """Return ‖x_a − x_b‖₂ of every pair, float32, shape (pairs,)."""
+    token = store.span(0, 1)
+    if fits(token, 1) and token.nbytes * store.n_tokens <= _GPU_BYTES // 4:
+        tokens = store.span(0, store.n_tokens)
+        if tokens.is_contiguous():
+            first, second = pairs.to(tokens.device)
+            return row_distances(tokens[first], tokens[second]).cpu()
     parts = pairs.split(_BLOCK_TOKENS, dim=1)
     return torch.cat(
         [(store.take(a).float() - store.take(b).float()).norm(dim=1).cpu() for a, b in parts]
     )
 
 
-def _on_cpu(shape: ShapeStatistics) -> ShapeStatistics:
-    return ShapeStatistics(*(getattr(shape, f.name).cpu() for f in fields(shape)))
-
-
 Part = TypeVar("Part", ShapeStatistics, SketchResult, MappingDifficulty)
+
+
+def _on_cpu(part: Part) -> Part:
+    held = {f.name: getattr(part, f.name) for f in fields(part)}
+    return replace(part, **{k: v.cpu() for k, v in held.items() if isinstance(v, Tensor)})
 
 
 def _joined(parts: Sequence[Part]) -> Part:
@@ -199,7 +242,7 @@ def _joined(parts: Sequence[Part]) -> Part:
             joined[f.name] = _joined(values)
         elif isinstance(values[0], Tensor):
             axis = 1 if f.name == "wd_halves" else 0
-            joined[f.name] = torch.cat([value.cpu() for value in values], dim=axis)
+            joined[f.name] = torch.cat(values, dim=axis)
         else:
             joined[f.name] = values[0]
     return replace(first, **joined)

@@ -34,12 +34,12 @@ class LayerHistograms:
     @classmethod
     def from_sketch(cls, sketch: SketchResult) -> "LayerHistograms":
         """Fold the bins of a sketch four by four and leave out the empty ends."""
-        counts = bins.fold_counts(sketch.counts, FOLD).numpy()
-        used = np.flatnonzero(counts.any(axis=0))
-        first, last = (used[0], used[-1]) if len(used) else (0, 0)
+        counts = bins.fold_counts(sketch.counts, FOLD)
+        used = counts.any(0).nonzero().flatten().tolist()
+        first, last = (used[0], used[-1]) if used else (0, 0)
         return cls(
-            counts=counts[:, first : last + 1].copy(),
-            first_bin=int(first),
+            counts=counts[:, first : last + 1].cpu().numpy().copy(),
+            first_bin=first,
             location=sketch.location.numpy(),
             scale=sketch.scale.numpy(),
             low=sketch.low.numpy(),

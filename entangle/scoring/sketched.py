@@ -6,6 +6,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from entangle.kernels import sketch as kernels
 from entangle.models.layers import Layer
 from entangle.precision import full_precision
 from entangle.recording.hooks import Batch, Callback, SeenTensor, run_observed
@@ -42,7 +43,7 @@ class _Pairing:
         if self._last is None or not self._last.same_as(inputs):
             rows = inputs.flatten(0, -2)
             self._found = [
-                (first, second, (rows[first].float() - rows[second].float()).norm(dim=1))
+                (first, second, _distances(rows[first], rows[second]))
                 for first, second in self._runs(rows.shape[0])
             ]
             self._last = SeenTensor.of(inputs)
@@ -62,6 +63,13 @@ class _Pairing:
             first, second = (start + low) % half, half + (start + shift + low) % half
             runs.append((slice(first, first + high - low), slice(second, second + high - low)))
         return runs
+
+
+def _distances(first: Tensor, second: Tensor) -> Tensor:
+    """Return the Euclidean distances of rows, float32."""
+    if kernels.fits(first, 1) and first.stride() == second.stride():
+        return kernels.row_distances(first, second)
+    return (first.float() - second.float()).norm(dim=1)
 
 
 def score_sketched(

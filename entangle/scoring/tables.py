@@ -1,6 +1,7 @@
 """From measured layers to tables: one row a neuron, one row a layer."""
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ Vector = npt.NDArray[np.float64]
 COARSE = 0.05
 """Largest possible error of a WD, in σ, above which a sketch's histogram counts as too coarse."""
 
+_FLAGS = ("", "nan", "inf", "constant", "coarse")
 _OTHER_NORMS: tuple[OutputNorm, ...] = ("mean", "max")
 
 
@@ -26,7 +28,8 @@ def neuron_table(measured: Sequence[MeasuredLayer], model: str) -> pd.DataFrame:
 
 def layer_table(measured: Sequence[MeasuredLayer]) -> pd.DataFrame:
     """Return the table of layers, one row a layer."""
-    table = pd.DataFrame([_layer_row(one) for one in measured])
+    with ThreadPoolExecutor() as pool:  # sorting, most of the work, lets threads run beside it
+        table = pd.DataFrame(list(pool.map(_layer_row, measured)))
     return table.astype({"block": "Int64", "layer": "str", "projection": "str", "method": "str"})
 
 
@@ -39,22 +42,19 @@ def _neuron_rows(measured: MeasuredLayer, model: str) -> pd.DataFrame:
     layer, shape = measured.layer, measured.shape
     count = layer.out_features
     md = np.full(count, np.nan)
-    flags = np.select(
-        [shape.nan.numpy(), shape.inf.numpy(), shape.constant.numpy()],
-        ["nan", "inf", "constant"],
-        default="",
-    )
-    coarse = (flags == "") & (measured.wd_bound.numpy() > COARSE)
-    flags = np.where(coarse, "coarse", flags)
+    flags = np.select([shape.nan.numpy(), shape.inf.numpy(), shape.constant.numpy()], [1, 2, 3], 0)
+    coarse = (flags == 0) & (measured.wd_bound.numpy() > COARSE)
+    flags[coarse] = 4
     hidden = np.where(coarse, np.nan, 1.0)
     if measured.pairs is not None:
-        md = np.where(flags == "", measured.pairs.md().numpy(), np.nan)
+        md = np.where(flags == 0, measured.pairs.md().numpy(), np.nan)
+    same = np.zeros(count, dtype=np.int64)
     return pd.DataFrame(
         {
-            "model": pd.Series([model] * count, dtype="str"),
-            "layer": pd.Series([layer.name] * count, dtype="str"),
+            "model": _strings([model], same),
+            "layer": _strings([layer.name], same),
             "block": pd.array([layer.block] * count, dtype="Int64"),
-            "projection": pd.Series([layer.projection] * count, dtype="str"),
+            "projection": _strings([layer.projection], same),
             "neuron": np.arange(count),
             "wd": shape.wd.numpy() * hidden,
             "wd_se": measured.sketch.wd_se.numpy() * hidden,
@@ -67,9 +67,14 @@ def _neuron_rows(measured: MeasuredLayer, model: str) -> pd.DataFrame:
             "weight_norm": layer.weight.float().norm(dim=1).double().cpu().numpy(),
             "md": md,
             "n_tokens": measured.sketch.n_tokens,
-            "flag": pd.Series(flags, dtype="str"),
+            "flag": _strings(_FLAGS, flags),
         }
     )
+
+
+def _strings(values: Sequence[str], index: npt.NDArray[np.int64]) -> pd.Series:
+    """Return ``values[index]`` as a column of strings."""
+    return pd.Series(pd.array(list(values), dtype="str").take(index))
 
 
 def _layer_row(measured: MeasuredLayer) -> dict[str, object]:

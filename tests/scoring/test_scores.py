@@ -217,9 +217,22 @@ def test_one_layer(scores: NeuronScores) -> None:
 
 def test_html_for_notebooks(scores: NeuronScores) -> None:
     html = scores._repr_html_()
-    assert html.startswith("<p>NeuronScores of LlamaForCausalLM: 224 neurons in 7 layer(s); ")
+    assert "<b>Scores of LlamaForCausalLM</b><br>224 neurons in 7 layer(s), 192 tokens of " in html
     assert html.count("<tr") == 11
-    assert f"{scores.frame['wd'].max():.4f}" in html
+    assert f"largest {scores.frame['wd'].max():.4g} σ" in html
+    assert html.endswith("<p>… and 214 more rows</p></div>")
+
+
+def test_html_lists_neurons_without_a_score_last(scores: NeuronScores) -> None:
+    constant = scores.frame.index >= 3
+    frame = scores.frame.assign(
+        wd=scores.frame["wd"].mask(constant), flag=np.where(constant, "constant", "")
+    )
+    html = replace(scores, frame=frame)._repr_html_()
+    assert "no score: 221 constant" in html
+    assert html.count(">constant<") == 7
+    html = replace(scores, frame=frame.assign(wd=np.nan, flag="nan"))._repr_html_()
+    assert "WD: median – σ, largest – σ" in html
 
 
 def test_html_escapes_names(scores: NeuronScores) -> None:
@@ -229,7 +242,7 @@ def test_html_escapes_names(scores: NeuronScores) -> None:
     html = changed._repr_html_()
     assert "<script" not in html
     assert html.count("&lt;script&gt;alert(1)&lt;/script&gt;") == 11
-    assert "of ?: " in replace(scores, manifest={})._repr_html_()
+    assert "<b>Scores of ?</b>" in replace(scores, manifest={})._repr_html_()
 
 
 def test_scores_are_frozen(scores: NeuronScores) -> None:

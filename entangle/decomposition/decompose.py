@@ -1,0 +1,245 @@
+"""`decompose`: everything that the figures about neurons and experts need, from one pass."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+
+import numpy as np
+import pandas as pd
+from torch import nn
+
+from entangle.ablation.row_solve import RowSettings
+from entangle.calibration import CalibrationSet
+from entangle.decomposition.group import Parts, Request, decompose_group
+from entangle.decomposition.recorded import record_groups
+from entangle.decomposition.result import KIND, Decomposition
+from entangle.decomposition.tables import COLUMNS, joined
+from entangle.errors import InvalidInput, NumericalError, unknown_name
+from entangle.models.layers import Layer, find_layers
+from entangle.models.loading import LanguageModel, as_language_model
+from entangle.modes.neuron import Neurons, check_fits, check_neurons
+from entangle.precision import full_precision
+from entangle.progress import Progress, ProgressBar
+from entangle.provenance import RunClock, make_manifest
+from entangle.pruning.methods import METHODS
+from entangle.routing.router import KINDS, Kind
+from entangle.seeding import check_seed
+
+DEFAULT_MEMORY = 2 * 2**30
+
+
+def decompose(
+    model: LanguageModel | nn.Module | str,
+    calibration: CalibrationSet,
+    *,
+    layer: int | str | Sequence[int | str],
+    proj: str | None = None,
+    neurons: Neurons | None = None,
+    experts: Sequence[int] = (1, 2, 4, 8, 16),
+    sparsity: float = 0.9,
+    pruner: str = "sparsegpt",
+    router: Kind = "kmeans",
+    contexts: int = 8,
+    pairs: int = 2000,
+    separated: int = 20,
+    near: float = 0.01,
+    damping: float = 0.01,
+    restarts: int = 10,
+    seed: int = 0,
+    memory: int = DEFAULT_MEMORY,
+    progress: bool | None = None,
+) -> Decomposition:
+    """Decompose the neurons of some layers into routed sparse experts, and describe both.
+
+    One pass over the text records what the layers of the *dense* model receive. Each is then
+    treated by itself, as by `entangle.ablation.routed.fit_rows`: routers with k clusters, all rows
+    pruned for each cluster, outputs compared with the dense ones on the same tokens.
+
+    Parameters
+    ----------
+    model, calibration
+        The model, left unchanged, and the token ids that everything is fitted and measured on.
+    layer, proj
+        One or several layers, as in `entangle.models.layers.find_layers`.
+    neurons
+        Neurons to look at closely (histograms, pairs, modes), the same of every layer; by default
+        the 3 of largest WD and the one nearest to the median WD.
+    experts
+        Numbers of experts; 1 is plain pruning, and the reference of the relative improvement.
+    sparsity, pruner, damping
+        Share of zeros in [0, 1], exact in every row; the others as in `entangle.pruning.prune`.
+    router, restarts
+        ``"kmeans"`` or the control ``"random"``; k-means seedings, of which the best is kept.
+    contexts, pairs
+        Examples of each mode; random pairs of tokens whose distances are kept.
+    separated, near
+        Pairs of tokens that a neuron separates most, among the nearest share of all pairs.
+    seed
+        Of routers, pairs, samples and random pruning. One seed gives the same bytes.
+    memory
+        Bytes: a half for recorded inputs (beyond that, a temporary file holds them), a half for
+        outputs. The solved rows of the largest number of experts and the solver come on top.
+    progress
+        Show a progress bar on standard error; by default if that is a terminal.
+
+    Raises
+    ------
+    InvalidInput, UnknownName, MemoryLimit
+        If a setting is out of range or does not fit the model, the text or the memory.
+    NumericalError
+        If outputs are not finite or a gram cannot be factorised; the message names the layers.
+
+    References
+    ----------
+    arXiv 2405.15756, algorithm A1, figures 1, 2, 5 to 8; arXiv 2509.24198 (separated tokens).
+    """
+    clock = RunClock()
+    rows = _settings(experts, sparsity, pruner, router, damping, restarts, seed)
+    _check_limits(near, memory, contexts=contexts, pairs=pairs, separated=separated)
+    dense = as_language_model(model)
+    layers = find_layers(dense.module, layer, proj)
+    _check_fit(dense, layers, neurons, calibration, rows)
+    request = Request(rows, _plain(neurons), contexts, pairs, separated, near, memory // 2)
+    with ProgressBar("decomposing", enabled=progress) as bar:
+        tables = _tables(dense, calibration, layers, request, memory // 2, bar)
+    manifest = _manifest(dense, calibration, layers, request, clock)
+    return Decomposition(**tables, manifest=manifest)
+
+
+def _manifest(
+    model: LanguageModel,
+    calibration: CalibrationSet,
+    layers: Sequence[Layer],
+    request: Request,
+    clock: RunClock,
+) -> dict[str, object]:
+    rows = request.rows
+    settings = {
+        "layers": [one.name for one in layers], "neurons": request.neurons,
+        "experts": list(rows.experts), "sparsity": rows.sparsities[0], "pruner": rows.pruner,
+        "router": rows.router, "damping": rows.damping, "restarts": rows.restarts,
+        "contexts": request.contexts, "pairs": request.pairs, "separated": request.separated,
+        "near": request.near, "seed": rows.seed,
+    }  # fmt: skip
+    return make_manifest(
+        KIND,
+        model=model.describe(),
+        calibration=calibration.describe(),
+        settings=settings,
+        **clock.read(),
+    )
+
+
+def _tables(
+    model: LanguageModel,
+    calibration: CalibrationSet,
+    layers: Sequence[Layer],
+    request: Request,
+    memory: int,
+    bar: Progress,
+) -> dict[str, pd.DataFrame]:
+    parts: Parts = {name: [] for name in COLUMNS}
+    with ExitStack() as stack, full_precision():
+        steps = len(layers) * len(request.rows.experts)
+        bar.start(calibration.n_seq + steps, "sequences and routers")
+        groups = record_groups(
+            model.module, layers, calibration, memory=memory, stack=stack, report=bar.advance
+        )
+        for members, inputs in groups:
+            try:
+                found = decompose_group(
+                    members, inputs, calibration, model.tokenizer, request,
+                    report=bar.advance,
+                )  # fmt: skip
+            except NumericalError as error:
+                names = ", ".join(one.name for one in members)
+                raise NumericalError(f"{names}: {error}") from error
+            inputs.close()
+            for name, own in found.items():
+                parts[name] += own
+    order = [one.name for one in layers]
+    tables = {name: joined(name, own, order) for name, own in parts.items()}
+    tables["neurons"] = _with_ri(tables["neurons"], order, request.rows.experts)
+    return tables
+
+
+def _with_ri(neurons: pd.DataFrame, layers: Sequence[str], experts: Sequence[int]) -> pd.DataFrame:
+    """Sort by layer, neuron and number of experts, and fill in the relative improvement."""
+    place: dict[object, Mapping[object, int]] = {
+        "layer": {name: i for i, name in enumerate(layers)},
+        "experts": {k: i for i, k in enumerate(experts)},
+    }
+    neurons = neurons.sort_values(
+        ["layer", "neuron", "experts"],
+        key=lambda column: column.map(place[column.name]) if column.name in place else column,
+        ignore_index=True,
+    )
+    key = ["layer", "neuron"]
+    single = neurons.loc[neurons["experts"] == 1].set_index(key)["rmse"]
+    before = single.reindex(pd.MultiIndex.from_frame(neurons[key])).to_numpy()
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ri = np.where(neurons["experts"] == 1, 1.0, before / neurons["rmse"].to_numpy())
+    return neurons.assign(ri=ri)
+
+
+def _settings(
+    experts: Sequence[int],
+    sparsity: float,
+    pruner: str,
+    router: Kind,
+    damping: float,
+    restarts: int,
+    seed: int,
+) -> RowSettings:
+    numbers = tuple(experts)
+    whole = all(isinstance(k, int | np.integer) and not isinstance(k, bool) for k in numbers)
+    if not numbers or not whole or len(set(numbers)) < len(numbers) or min(numbers) < 1:
+        raise InvalidInput(f"`experts` must be different integers of at least 1; got {experts!r}.")
+    if (
+        isinstance(sparsity, bool)
+        or not isinstance(sparsity, int | float)
+        or not 0 <= sparsity <= 1
+    ):
+        raise InvalidInput(f"`sparsity` must be in [0, 1]; got {sparsity!r}.")
+    if pruner not in METHODS:
+        raise unknown_name("pruning method", pruner, METHODS)
+    if router not in KINDS:
+        raise unknown_name("router", router, KINDS)
+    shares, counts = (float(sparsity),), tuple(int(k) for k in numbers)
+    return RowSettings(shares, counts, pruner, router, damping, restarts, check_seed(seed), md=True)
+
+
+def _check_limits(near: float, memory: int, **counts: int) -> None:
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise InvalidInput(f"`{name}` must be an integer of at least 0; got {value!r}.")
+    if not 0 < near <= 1:
+        raise InvalidInput(f"`near` must be in (0, 1]; got {near!r}.")
+    if isinstance(memory, bool) or not isinstance(memory, int) or memory < 2**20:
+        raise InvalidInput(f"`memory` must be at least 1 MiB in bytes; got {memory!r}.")
+
+
+def _check_fit(
+    model: LanguageModel,
+    layers: Sequence[Layer],
+    neurons: Neurons | None,
+    calibration: CalibrationSet,
+    rows: RowSettings,
+) -> None:
+    for layer in layers:
+        if layer.weight.is_meta:
+            raise InvalidInput(
+                f"the weights of layer {layer.name!r} are offloaded, so it cannot be decomposed; "
+                "choose a device map that keeps it on a device."
+            )
+        if neurons is not None:
+            check_neurons(layer, neurons)
+    check_fits(calibration, model)
+    if max(rows.experts) > calibration.n_tokens:
+        raise InvalidInput(
+            f"`experts` must be at most the number of tokens to calibrate on, "
+            f"{calibration.n_tokens}; got {max(rows.experts)}."
+        )
+
+
+def _plain(neurons: Neurons | None) -> list[int] | None:
+    return None if neurons is None else [int(neuron) for neuron in neurons]

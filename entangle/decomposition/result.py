@@ -1,0 +1,118 @@
+"""The result of a decomposition: its tables, saved and loaded."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+
+from entangle.decomposition.tables import COLUMNS
+from entangle.html_tables import described, html_result
+from entangle.provenance import expanded, output_folder, read_manifest, read_table, write_json
+
+KIND = "decomposition"
+
+
+@dataclass(frozen=True, eq=False)
+class Decomposition:
+    """What experts make of one or several layers; every figure is drawn from these tables alone.
+
+    A ``position`` is the index of a token in the calibration set, sequence by sequence. The
+    *chosen* neurons are those asked for, or the 3 of largest WD and the typical one of a layer.
+    """
+
+    neurons: pd.DataFrame
+    """One row a (neuron, experts), of all neurons: the columns of
+    `entangle.ablation.routed_rows.RoutedRows.neurons`, and ``mean``, ``std``, ``skewness``,
+    ``excess_kurtosis``, ``ks``, ``weight_norm`` and ``flag`` as in `entangle.scoring.NeuronScores`
+    (outputs in their own units)."""
+    outputs: pd.DataFrame = field(repr=False)
+    """Histograms of the chosen neurons' outputs: layer, neuron, experts, sparsity, ``kind``
+    (``dense`` or ``sparse``), ``cluster`` (−1: all tokens), ``left``, ``right`` (in output units),
+    ``count`` (tokens). Bins of different width; a neuron has the same edges in all its histograms.
+    Bins outside a histogram's first and last token are left out."""
+    pairs: pd.DataFrame = field(repr=False)
+    """Random pairs of tokens with different inputs, the same for all chosen neurons of a layer:
+    ``input_distance`` (‖x_a − x_b‖₂), ``output_distance`` (|y_a − y_b|), both as such and divided
+    by the normalisers of mapping difficulty (maximum and median over the pairs that it is measured
+    on), ``token_a``, ``token_b`` (positions)."""
+    separated: pd.DataFrame = field(repr=False)
+    """Pairs of tokens whose inputs are near one another and whose outputs are farthest apart, no
+    token twice for a neuron: ``rank`` from 0, positions, tokens, contexts (the token is
+    ``context_a[start_a:end_a]``), outputs (``output_a`` is the lower), ``input_distance``,
+    ``cosine`` of the inputs, ``output_distance`` in standard deviations of the dense outputs."""
+    router_map: pd.DataFrame = field(repr=False)
+    """At most 5,000 tokens of a layer on their first two principal components: ``position``, ``x``,
+    ``y`` (in input units), and the ``cluster`` by number of experts."""
+    components: pd.DataFrame = field(repr=False)
+    """One row a cluster: ``tokens``, ``components_90`` (principal components of its inputs that
+    hold 90 % of their variance), ``error``: ‖sparse − dense‖² / ‖dense − mean‖², summed over its
+    tokens and all neurons of the layer, the mean being that of the cluster; NaN without tokens."""
+    modes: pd.DataFrame = field(repr=False)
+    """Modes of the chosen neurons, as `entangle.modes.NeuronModes.modes`."""
+    contexts: pd.DataFrame = field(repr=False)
+    """Examples of each mode, as `entangle.modes.NeuronModes.contexts`."""
+    manifest: Mapping[str, object] = field(repr=False)
+    """Model, calibration set, settings, versions, seconds and peak memory."""
+
+    def summary(self) -> pd.DataFrame:
+        """Return one row a chosen neuron.
+
+        Returns
+        -------
+        pandas.DataFrame
+            ``layer``, ``neuron``, ``wd``, ``modes`` (their number), ``ri_K`` for every number of
+            experts K, and ``weighted_wd_change``: by what share the largest number of experts
+            changes the WD (negative where it disentangles).
+        """
+        modes = self.modes.groupby(["layer", "neuron"], sort=False).size().rename("modes")
+        rows = modes.reset_index().merge(self.neurons, on=["layer", "neuron"])
+        key = ["layer", "neuron", "wd", "modes"]
+        most: pd.DataFrame = rows.loc[rows["experts"] == rows["experts"].max(), key].reset_index(
+            drop=True
+        )
+        for k in rows["experts"].drop_duplicates().tolist():
+            most[f"ri_{k}"] = rows.loc[rows["experts"] == k, "ri"].to_numpy()
+        weighted = rows.loc[rows["experts"] == rows["experts"].max(), "weighted_wd"].to_numpy()
+        most["weighted_wd_change"] = weighted / most["wd"] - 1
+        return most
+
+    def _repr_html_(self) -> str:
+        numbers = ", ".join(map(str, self.neurons["experts"].drop_duplicates().tolist()))
+        lines = [
+            f"{self.neurons['layer'].nunique():,} layer(s), {numbers} experts, "
+            f"{described(self.manifest, 'settings', 'sparsity')} of the weights zero, "
+            f"{described(self.manifest, 'calibration', 'n_tokens')} tokens of "
+            f"{described(self.manifest, 'calibration', 'source')}",
+            "the neurons looked at closely:",
+        ]
+        title = f"Decomposition of {described(self.manifest, 'model', 'name')}"
+        return html_result(title, lines, self.summary())
+
+    def save(self, path: str | os.PathLike[str], *, force: bool = False) -> Path:
+        """Write tables and manifest to a folder, complete or not at all.
+
+        An existing result is replaced only with ``force``.
+        """
+        with output_folder(path, force=force) as folder:
+            for name in COLUMNS:
+                getattr(self, name).to_parquet(folder / f"{name}.parquet", index=False)
+            write_json(folder / "manifest.json", self.manifest)
+        return Path(path)
+
+
+def load_decomposition(path: str | os.PathLike[str]) -> Decomposition:
+    """Load a result that `Decomposition.save` wrote.
+
+    Raises
+    ------
+    InvalidInput
+        If the folder is missing, of another kind or schema, incomplete or corrupt.
+    """
+    manifest = read_manifest(path, KIND)
+    folder = expanded(path)
+    tables = {
+        name: read_table(folder / f"{name}.parquet", list(types)) for name, types in COLUMNS.items()
+    }
+    return Decomposition(**tables, manifest=manifest)

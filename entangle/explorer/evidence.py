@@ -1,0 +1,195 @@
+"""What scores do not hold: modes and experts, from a decomposition or from the model itself."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from entangle.calibration import CalibrationSet
+from entangle.decomposition import Decomposition, decompose
+from entangle.models.layers import Layer, find_layers
+from entangle.models.loading import LanguageModel
+from entangle.modes import describe_modes
+from entangle.precision import full_precision
+from entangle.recording.hooks import run_observed
+from entangle.recording.stream import ByteBudget, TokenStore
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A model, and the text that it is looked at on."""
+
+    model: LanguageModel
+    """The model of the scores."""
+    calibration: CalibrationSet
+    """The text of the scores, or another one."""
+
+    @property
+    def size(self) -> str:
+        """How much a pass over the text is."""
+        text = self.calibration
+        return f"{text.n_seq:,} × {text.seq_len:,} tokens of {text.source}"
+
+
+@dataclass(frozen=True, eq=False)
+class Modes:
+    """The modes of one neuron."""
+
+    modes: pd.DataFrame
+    """As in `entangle.modes.NeuronModes`."""
+    contexts: pd.DataFrame
+    """As in `entangle.modes.NeuronModes`."""
+
+
+class ModeFinder:
+    """Finds modes of neurons, with one pass over the text for all neurons of a layer.
+
+    Parameters
+    ----------
+    known
+        Whose modes are taken as they are.
+    subject
+        For all other neurons; None if there is none.
+    memory
+        Bytes for the inputs of the layer looked at last; what is beyond goes to a temporary file.
+    seed
+        Of the contexts that are drawn.
+    """
+
+    def __init__(
+        self, known: Decomposition | None, subject: Subject | None, *, memory: int, seed: int
+    ) -> None:
+        self.subject = subject
+        self._known, self._memory, self._seed = known, memory, seed
+        self._layer: Layer | None = None
+        self._inputs: TokenStore | None = None
+        self._found: dict[tuple[str, int], Modes] = {}
+
+    def known(self, layer: str, neuron: int) -> Modes | None:
+        """Return the modes of a neuron if they take no pass over the text."""
+        if (layer, neuron) in self._found:
+            return self._found[layer, neuron]
+        if self._layer is not None and self._layer.name == layer:
+            return self.find(layer, neuron)
+        if self._known is None:
+            return None
+        modes, contexts = (
+            frame[(frame["layer"] == layer) & (frame["neuron"] == neuron)]
+            for frame in (self._known.modes, self._known.contexts)
+        )
+        return None if modes.empty else Modes(modes, contexts)
+
+    def find(self, layer: str, neuron: int) -> Modes:
+        """Find the modes of a neuron; the first one of a layer takes a pass over the text.
+
+        Raises
+        ------
+        InvalidInput, UnknownName
+            As `entangle.modes.neuron_modes`.
+        """
+        subject = self.subject
+        assert subject is not None  # noqa: S101
+        outputs = self._outputs(self._recorded(subject, layer), neuron)
+        modes, contexts = describe_modes(
+            {neuron: outputs}, subject.calibration, subject.model.tokenizer, layer, seed=self._seed
+        )
+        self._found[layer, neuron] = Modes(modes, contexts)
+        return self._found[layer, neuron]
+
+    def _recorded(self, subject: Subject, name: str) -> Layer:
+        """Record the inputs of a layer unless they were the last ones recorded."""
+        if self._layer is not None and self._layer.name == name:
+            return self._layer
+        self._layer = None
+        if self._inputs is not None:
+            self._inputs.close()
+        (layer,) = find_layers(subject.model.module, name)
+        store = self._inputs = TokenStore(ByteBudget(self._memory))
+
+        def keep(_group: int, _layer: Layer, inputs: Tensor, _outputs: Tensor) -> None:
+            store.append(inputs.flatten(0, -2))
+
+        text = subject.calibration
+        batches = ((0, ids) for ids in text.ids.split(text.per_pass))
+        run_observed(subject.model.module, [layer], batches, keep)
+        self._layer = layer
+        return layer
+
+    def _outputs(self, layer: Layer, neuron: int) -> np.ndarray:
+        assert self._inputs is not None  # noqa: S101
+        weight = layer.weight[[neuron]].float()
+        bias = None if layer.bias is None else layer.bias[[neuron]].float()
+        with full_precision():
+            parts = [
+                nn.functional.linear(rows.to(weight.device).float(), weight, bias).cpu()
+                for rows in self._inputs
+            ]
+        return torch.cat(parts)[:, 0].numpy()
+
+
+class ExpertFinder:
+    """Finds what experts make of neurons, a whole layer at a time.
+
+    Parameters
+    ----------
+    known
+        A decomposition made before.
+    subject
+        Decomposed on demand; None if there is none.
+    experts, sparsity, seed
+        Of decompositions on demand.
+    """
+
+    def __init__(
+        self,
+        known: Decomposition | None,
+        subject: Subject | None,
+        *,
+        experts: Sequence[int],
+        sparsity: float,
+        seed: int,
+    ) -> None:
+        self.subject, self.experts, self.sparsity = subject, tuple(experts), sparsity
+        self._seed = seed
+        self._known = [] if known is None else [known]
+
+    def known(self, layer: str, neuron: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Return the rows of ``neurons`` and ``outputs`` of a neuron; empty where unknown."""
+        nothing = pd.DataFrame(), pd.DataFrame()
+        best = nothing
+        for one in self._known:
+            rows, outputs = (
+                frame[(frame["layer"] == layer) & (frame["neuron"] == neuron)]
+                for frame in (one.neurons, one.outputs)
+            )
+            if not outputs.empty:
+                return rows, outputs
+            best = best if rows.empty else (rows, outputs)
+        return best
+
+    def find(self, layer: str, neurons: Sequence[int]) -> None:
+        """Decompose a layer, and keep the outputs of some of its neurons.
+
+        Raises
+        ------
+        EntangleError
+            As `entangle.decompose`.
+        """
+        assert self.subject is not None  # noqa: S101
+        found = decompose(
+            self.subject.model,
+            self.subject.calibration,
+            layer=layer,
+            neurons=neurons,
+            experts=self.experts,
+            sparsity=self.sparsity,
+            contexts=0,
+            pairs=0,
+            separated=0,
+            seed=self._seed,
+            progress=False,
+        )
+        self._known.append(found)

@@ -1,0 +1,86 @@
+"""The view of a neuron's modes: what the tokens of each have in common."""
+
+import json
+
+import numpy as np
+import pandas as pd
+
+from entangle.errors import EntangleError, InvalidInput
+from entangle.explorer.content import Content, picture
+from entangle.explorer.evidence import ModeFinder, Modes
+from entangle.explorer.views import PANEL_INCHES
+from entangle.html_tables import escaped, number
+from entangle.plotting import paper_style, plot_modes
+from entangle.plotting.style import PaperFigure
+from entangle.scoring.scores import NeuronScores
+
+_NEEDS = (
+    "<p>Modes need a decomposition that holds them, or the model and a text: "
+    "<code>entangle.explore(scores, text, model=model)</code>.</p>"
+)
+
+
+def modes_view(finder: ModeFinder, scores: NeuronScores, row: pd.Series, *, asked: bool) -> Content:
+    """Show the modes of a neuron; offer the pass over the text that the first one takes."""
+    layer, neuron = str(row["layer"]), int(row["neuron"])
+    try:
+        found = finder.known(layer, neuron)
+        if found is None and asked and finder.subject is not None:
+            found = finder.find(layer, neuron)
+    except EntangleError as error:
+        return Content(html=f"<p>{escaped(error)}</p>")
+    if found is not None:
+        spread = row["std"] if 0.0 < row["std"] < np.inf else 1.0
+        decimals = int(np.clip(2 - np.floor(np.log10(spread)), 0, 6))
+        modes = (_mode(one, found.contexts, decimals) for _, one in found.modes.iterrows())
+        return Content(_picture(found, scores, row), "".join(modes))
+    if finder.subject is None:
+        return Content(html=_NEEDS)
+    return Content(offer=f"Find modes: run the model over {finder.subject.size}, up to this layer")
+
+
+def _picture(found: Modes, scores: NeuronScores, row: pd.Series) -> tuple[bytes, ...]:
+    with paper_style(column="single"):
+        figure = PaperFigure(figsize=PANEL_INCHES, layout="constrained")
+        try:
+            plot_modes(
+                found.modes,
+                histogram=scores.histogram(str(row["layer"]), int(row["neuron"])),
+                mean=float(row["mean"]),
+                std=float(row["std"]),
+                ax=figure.subplots(),
+            )
+        except InvalidInput:  # a constant neuron has one mode and no distribution to draw
+            return ()
+        return (picture(figure),)
+
+
+def _mode(row: pd.Series, contexts: pd.DataFrame, decimals: int) -> str:
+    examples = contexts[contexts["mode"] == row["mode"]]
+    lines = "".join(_context(one, decimals) for _, one in examples.iterrows())
+    tokens = " ".join(
+        f'<span class="entangle-token">{_piece(token)}<small> {count:,}</small></span>'
+        for token, count, _share in json.loads(row["top_tokens"])
+    )
+    title = (
+        f"<b>Mode {int(row['mode']) + 1}</b> around {number(float(row['center']), 3)}: "
+        f"{100 * row['share']:.3g} % of the tokens ({int(row['tokens']):,})"
+    )
+    return (
+        f'<div class="entangle-mode"><p>{title}<br>{tokens}</p>'
+        f'<table class="entangle-contexts">{lines}</table></div>'
+    )
+
+
+def _context(one: pd.Series, decimals: int) -> str:
+    before, token, after = (_piece(str(one[name])) for name in ("before", "token", "after"))
+    output = f"{one['output']:.{decimals}f}".replace("-", "−")
+    return (
+        f'<tr><td class="entangle-output">{output}</td><td class="entangle-before">{before}</td>'
+        f'<td class="entangle-after"><mark>{token}</mark>{after}</td></tr>'
+    )
+
+
+def _piece(text: str) -> str:
+    """Return a piece of text whose direction cannot disturb its neighbours."""
+    return f"<bdi>{escaped(text)}</bdi>"

@@ -1,0 +1,114 @@
+"""The explorer as a person meets it: JupyterLab in a browser, a cell that runs, clicks."""
+
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.explorer.lab import chromium_page, find_browser, jupyter_lab, write_notebook
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Locator, Page
+
+    from entangle.scoring import NeuronScores
+
+GATE, DOWN = "model.layers.1.mlp.gate_proj", "model.layers.1.mlp.down_proj"
+CELL = "import entangle\nentangle.explore('scores')"
+SECONDS = 1000.0  # of playwright's milliseconds
+PATIENCE = 120 * SECONDS
+
+pytestmark = pytest.mark.browser
+
+
+@pytest.fixture(scope="module")
+def browser() -> str:
+    for package in ("playwright", "jupyterlab", "ipywidgets"):
+        if find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    found = find_browser()
+    if found is None:
+        pytest.skip("no Chromium is installed (Debian: apt-get install chromium)")
+    return found
+
+
+@pytest.fixture
+def page(browser: str, scores: "NeuronScores", tmp_path: Path) -> Iterator["Page"]:
+    """A page that shows a notebook whose only cell has not run yet."""
+    scores.save(tmp_path / "scores")
+    write_notebook(tmp_path / "explore.ipynb", CELL)
+    with jupyter_lab(tmp_path) as (address, token), chromium_page(browser) as opened:
+        opened.set_default_timeout(PATIENCE)
+        opened.goto(f"{address}doc/tree/explore.ipynb?token={token}")
+        opened.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for()
+        yield opened
+
+
+def run_cell(page: "Page") -> None:
+    """Run the first cell; a page that is still connecting to its kernel drops the first tries."""
+    prompt = page.locator(".jp-CodeCell .jp-InputArea-prompt").first
+    end = time.monotonic() + PATIENCE / SECONDS
+    while not re.search(r"[\d*]", prompt.inner_text()):
+        assert time.monotonic() < end, "the cell did not run"
+        page.locator(".jp-CodeCell .cm-content").first.click()
+        page.keyboard.press("Shift+Enter")
+        page.wait_for_timeout(2 * SECONDS)
+
+
+def wait_for_text(locator: "Locator", text: str) -> None:
+    locator.filter(has_text=text).wait_for()
+
+
+def keep_screenshot(page: "Page", tmp_path: Path) -> None:
+    """Keep a picture of the page, also where ENTANGLE_SCREENSHOT says."""
+    path = tmp_path / "explorer.png"
+    page.screenshot(path=path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+    wanted = os.environ.get("ENTANGLE_SCREENSHOT")
+    if wanted:
+        shutil.copyfile(path, wanted)
+
+
+def test_a_click_on_another_neuron_changes_the_plot(
+    page: "Page", scores: "NeuronScores", tmp_path: Path
+) -> None:
+    run_cell(page)
+    plot = page.locator(".entangle-pane img:visible").first
+    plot.wait_for()
+    heading = page.locator(".entangle-heading")
+    lines = page.locator(".entangle-neurons select")
+    by_wd = [int(neuron) for neuron in scores.layer(GATE).top(48)["neuron"]]
+    wait_for_text(heading, f"{GATE} · neuron {by_wd[0]}")
+    before, source = plot.screenshot(), plot.get_attribute("src")
+
+    lines.locator("option").nth(3).click()
+    wait_for_text(heading, f"{GATE} · neuron {by_wd[3]}")
+    page.wait_for_function(
+        "source => [...document.querySelectorAll('.entangle-pane img')]"
+        ".every(image => image.src !== source)",
+        arg=source,
+    )
+    assert plot.screenshot() != before
+    keep_screenshot(page, tmp_path)
+
+    page.get_by_label("row", exact=True).press("ArrowUp")
+    wait_for_text(heading, f"{GATE} · neuron {by_wd[4]}")
+
+    page.get_by_role("button", name="md", exact=True).click()
+    by_md = scores.layer(GATE).top(1, by="md")["neuron"].iloc[0]
+    wait_for_text(heading, f"{GATE} · neuron {by_md}")
+    assert lines.locator("option").count() == 48
+
+    page.get_by_label("layer", exact=True).select_option("down_proj")
+    wait_for_text(heading, f"{DOWN} · neuron {scores.layer(DOWN).top(1)['neuron'].iloc[0]}")
+    assert lines.locator("option").count() == 32
+
+    page.get_by_role("tab", name="Layer").click()
+    page.locator(".entangle-pane img:visible").wait_for()
+    page.get_by_role("tab", name="Modes").click()
+    page.get_by_text("Modes need a decomposition").wait_for()
