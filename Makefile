@@ -4,11 +4,37 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/demo
+GALLERY := runs/gallery
+# What the gallery is evaluated on; a path serves where there is no network.
+DATA := wikitext2
+PAIRS := blimp
+PAIRS_PER_PARADIGM := 5
 
-.PHONY: demo test install lint types unit bench clean
+.PHONY: demo figures test install lint types unit bench clean
 
 demo: install
 	$(BIN)/entangle demo --out $(RUN) --force
+
+# The gallery in figures/, all of it from the demo model: about half an hour on 2 cores.
+figures: install
+	$(BIN)/entangle score --layer all --proj mlp --n-seq 16 --seq-len 1024 \
+	    --out $(GALLERY)/scores --force
+	$(BIN)/entangle allocate $(GALLERY)/scores --sparsity 0.7 --rule linear --across model --experts 4 \
+	    --out $(GALLERY)/allocation.safetensors --force
+	$(BIN)/entangle decompose --layer 1 --proj gate_proj --n-seq 32 --seq-len 1024 \
+	    --out $(GALLERY)/decomposition --force
+	$(BIN)/entangle ablate --layer all --proj gate_proj --select top,bottom,random --seeds 3 \
+	    --strength 0.9,0.95,0.99 --measure perplexity,divergence,blimp --n-seq 16 --seq-len 1024 \
+	    --eval-seq-len 512 --eval-windows 8 --pairs $(PAIRS) \
+	    --pairs-per-paradigm $(PAIRS_PER_PARADIGM) --no-md --out $(GALLERY)/ablation --force
+	$(BIN)/entangle compare --methods wanda,sparsegpt,expansion,expansion-random \
+	    --sparsity 0.5,0.7 --experts 4 --n-seq 16 --seq-len 512 --data $(DATA) \
+	    --eval-seq-len 512 --eval-windows 8 --out $(GALLERY)/comparison --force
+	$(BIN)/entangle figures $(GALLERY)/scores $(GALLERY)/allocation.safetensors \
+	    $(GALLERY)/decomposition $(GALLERY)/ablation $(GALLERY)/comparison \
+	    --out $(GALLERY)/figures --format png --force
+	mkdir -p figures
+	cp $(GALLERY)/figures/*.png figures/
 
 test: install lint types unit
 

@@ -386,7 +386,9 @@ def _of_allocation(one: Run, column: Column) -> Iterator[Drawing]:
     allocation = load_allocation(one.path)
 
     def draw() -> "Figure":
-        title = str(one.manifest.get("rule", ""))
+        settings = one.manifest.get("settings")
+        rule = settings.get("rule") if isinstance(settings, Mapping) else None
+        title = f"rule {rule}" if rule else ""
         figure = figure_allocation(
             allocation.layers, allocation.neurons, title=title, column=column
         )

@@ -18,15 +18,18 @@ _NEEDS = (
 )
 _COLUMNS = {
     "experts": "experts",
-    "sparsity": "zeros",
-    "ri": "relative improvement",
-    "output_wd": "WD from dense (σ)",
-    "wd": "WD of all tokens (σ)",
-    "weighted_wd": "WD in the clusters (σ)",
-    "md": "MD of all tokens",
-    "weighted_md": "MD in the clusters",
-    "smallest_cluster": "smallest cluster (tokens)",
+    "ri": "RI",
+    "output_wd": "WD from dense",
+    "wd": "WD",
+    "weighted_wd": "WD in clusters",
+    "md": "MD",
+    "weighted_md": "MD in clusters",
+    "smallest_cluster": "smallest cluster",
 }
+_LEGEND = (
+    "RI: how many times smaller the error is than with one expert. WD in σ, MD as such: of all "
+    "tokens, and the mean inside the clusters. Smallest cluster in tokens."
+)
 
 
 def experts_view(
@@ -45,7 +48,8 @@ def experts_view(
     if rows.empty:
         return Content(html="" if finder.subject else _NEEDS, offer=offer)
     shown = rows[[name for name in _COLUMNS if name in rows.columns]].rename(columns=_COLUMNS)
-    html = html_table(shown, rows=20)
+    zeros = f"{100 * float(rows['sparsity'].iloc[0]):g} % of the weights are zero."
+    html = f"{html_table(shown, rows=20)}<p><small>{zeros} {_LEGEND}</small></p>"
     if outputs.empty:
         return Content(html=html, offer=offer)
     try:
@@ -55,8 +59,8 @@ def experts_view(
 
 
 def _pictures(rows: pd.DataFrame, outputs: pd.DataFrame) -> tuple[bytes, bytes]:
-    recovery = figure_recovery(outputs, rows)
-    return picture(recovery), picture(figure_experts(outputs, rows))
+    recovery = figure_recovery(outputs, rows, column="single")
+    return picture(recovery), picture(figure_experts(outputs, rows, column="single"))
 
 
 def _offer(finder: ExpertFinder) -> str:

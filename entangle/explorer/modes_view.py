@@ -1,6 +1,7 @@
 """The view of a neuron's modes: what the tokens of each have in common."""
 
 import json
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -30,9 +31,8 @@ def modes_view(finder: ModeFinder, scores: NeuronScores, row: pd.Series, *, aske
     except EntangleError as error:
         return Content(html=f"<p>{escaped(error)}</p>")
     if found is not None:
-        spread = row["std"] if 0.0 < row["std"] < np.inf else 1.0
-        decimals = int(np.clip(2 - np.floor(np.log10(spread)), 0, 6))
-        modes = (_mode(one, found.contexts, decimals) for _, one in found.modes.iterrows())
+        unit = _Unit(float(row["mean"]), float(row["std"]))
+        modes = (_mode(one, found.contexts, unit) for _, one in found.modes.iterrows())
         return Content(_picture(found, scores, row), "".join(modes))
     if finder.subject is None:
         return Content(html=_NEEDS)
@@ -55,15 +55,32 @@ def _picture(found: Modes, scores: NeuronScores, row: pd.Series) -> tuple[bytes,
         return (picture(figure),)
 
 
-def _mode(row: pd.Series, contexts: pd.DataFrame, decimals: int) -> str:
+@dataclass(frozen=True)
+class _Unit:
+    """How outputs are written: in σ from the mean where there is a σ."""
+
+    mean: float
+    std: float
+
+    def text(self, output: float) -> str:
+        if 0.0 < self.std < np.inf:
+            return f"{(output - self.mean) / self.std:+.2f}".replace("-", "−")
+        return number(output, 3)
+
+    @property
+    def name(self) -> str:
+        return " σ" if 0.0 < self.std < np.inf else ""
+
+
+def _mode(row: pd.Series, contexts: pd.DataFrame, unit: _Unit) -> str:
     examples = contexts[contexts["mode"] == row["mode"]]
-    lines = "".join(_context(one, decimals) for _, one in examples.iterrows())
+    lines = "".join(_context(one, unit) for _, one in examples.iterrows())
     tokens = " ".join(
         f'<span class="entangle-token">{_piece(token)}<small> {count:,}</small></span>'
         for token, count, _share in json.loads(row["top_tokens"])
     )
     title = (
-        f"<b>Mode {int(row['mode']) + 1}</b> around {number(float(row['center']), 3)}: "
+        f"<b>Mode {int(row['mode'])}</b> around {unit.text(float(row['center']))}{unit.name}: "
         f"{100 * row['share']:.3g} % of the tokens ({int(row['tokens']):,})"
     )
     return (
@@ -72,9 +89,9 @@ def _mode(row: pd.Series, contexts: pd.DataFrame, decimals: int) -> str:
     )
 
 
-def _context(one: pd.Series, decimals: int) -> str:
+def _context(one: pd.Series, unit: _Unit) -> str:
     before, token, after = (_piece(str(one[name])) for name in ("before", "token", "after"))
-    output = f"{one['output']:.{decimals}f}".replace("-", "−")
+    output = unit.text(float(one["output"]))
     return (
         f'<tr><td class="entangle-output">{output}</td><td class="entangle-before">{before}</td>'
         f'<td class="entangle-after"><mark>{token}</mark>{after}</td></tr>'

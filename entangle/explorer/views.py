@@ -74,10 +74,10 @@ def layer_view(scores: NeuronScores, row: pd.Series) -> Content:
     if np.isfinite(wd):
         with paper_style(column="single"):
             ax = figure.axes[0]
-            ax.axvline(wd, color=PALETTE["gaussian"], lw=1.0, ls="--")
+            ax.axvline(wd, ymax=0.7, color=PALETTE["gaussian"], lw=1.0, ls="--")
             ax.annotate(
                 f"neuron {row['neuron']}",
-                (wd, 0.5),
+                (wd, 0.4),
                 xycoords=("data", "axes fraction"),
                 textcoords="offset points",
                 xytext=(-2, 0),

@@ -46,11 +46,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) binned_distances(
     const double n = all, lowest = low[row], highest = high[row];
     const double mean = shift[(size_t)set * rows + row], std = spread[(size_t)set * rows + row];
     const double begin = (lowest - mean) / std, end = (highest - mean) / std;
-    double inside = 0.0, bound = 0.0, ks = 0.0, z = 0.0, normal = 0.0, density = 0.0;
+    double inside = 0.0, bound = 0.0, ks = 0.0, z = 0.0, normal = 0.0, density = 0.0, raw = 0.0;
     for (int edge = first; edge <= last && first < last; ++edge) {
         double next = fmin(fmax(edges[edge], lowest), highest);
         if (edge == 0) next = lowest;
         if (edge == bins) next = highest;
+        if (edge > first && next == raw) {  // beyond the extremes: no width
+            count += mass[edge - 1];
+            if (mass[edge - 1]) ks = fmax(ks, fabs(count / n - normal));
+            continue;
+        }
+        raw = next;
         next = (next - mean) / std;
         const double next_normal = normal_at(next), next_density = density_at(next);
         if (edge > first) {

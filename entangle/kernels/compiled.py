@@ -72,7 +72,8 @@ def launch(
 
 def shared_limit(device: torch.device) -> int:
     """Return how many bytes of shared memory a thread block may have."""
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)
 
 
 @cache

@@ -138,3 +138,27 @@ extern "C" __global__ void __launch_bounds__(THREADS) move(
     iterations[restart] += 1;
     if (!(moved > limits[1]) || iterations[restart] == most) active[restart] = 0;
 }
+
+// Turn scores (pairs, k), a row for every token and restart, into 1 at the lowest (the first of
+// equals) and 0 elsewhere, and count in counts (restarts, k). Shared memory: 4 * restarts * k bytes.
+extern "C" __global__ void __launch_bounds__(THREADS) mark_members(
+    float* scores, int* counts, int pairs, int restarts, int k) {
+    extern __shared__ __align__(16) int found[];
+    for (int i = threadIdx.x; i < restarts * k; i += THREADS) found[i] = 0;
+    __syncthreads();
+    for (int pair = blockIdx.x * THREADS + threadIdx.x; pair < pairs; pair += gridDim.x * THREADS) {
+        float* row = scores + (size_t)pair * k;
+        float lowest = row[0];
+        int label = 0;
+        for (int i = 1; i < k; ++i)
+            if (row[i] < lowest) {
+                lowest = row[i];
+                label = i;
+            }
+        for (int i = 0; i < k; ++i) row[i] = i == label ? 1.0f : 0.0f;
+        atomicAdd(&found[pair % restarts * k + label], 1);
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < restarts * k; i += THREADS)
+        if (found[i]) atomicAdd(&counts[i], found[i]);
+}

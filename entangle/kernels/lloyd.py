@@ -12,7 +12,8 @@ RUNNING, STALLED = 1, 2
 """States of a restart; 0 is finished."""
 
 _THREADS, _MOST_CLUSTERS = 256, 256
-_BLOCKS = 512
+_BLOCKS, _MARKING_BLOCKS = 512, 1024
+_MOST_COUNTS = 8192
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +69,16 @@ def iterate(
     parts = max(1, min(_BLOCKS // count, -(-tokens // _THREADS)))
     sums = points.new_empty(parts, count, k, dims)
     counts = torch.empty(parts, count, k, dtype=torch.int32, device=points.device)
-    first = [points, restarts.centroids, restarts.active, sums, counts, tokens, dims, k]
+    first: list[Tensor | int] = [
+        points,
+        restarts.centroids,
+        restarts.active,
+        sums,
+        counts,
+        tokens,
+        dims,
+        k,
+    ]
     then = [sums, counts, limits, restarts.centroids, restarts.inertias, restarts.iterations]
     for _ in range(times):
         launch(
@@ -86,6 +96,31 @@ def iterate(
             threads=_THREADS,
             arguments=[*then, restarts.active, parts, count, k, dims, most],
         )
+
+
+def can_mark(scores: Float[Tensor, "tokens restarts k"]) -> bool:
+    """Tell whether `mark_members` takes these scores."""
+    right = usable(scores) and scores.dtype == torch.float32 and scores.is_contiguous()
+    return right and scores[0].numel() <= _MOST_COUNTS and scores.numel() < 2**31
+
+
+def mark_members(scores: Float32[Tensor, "tokens restarts k"]) -> Int32[Tensor, "restarts k"]:
+    """Overwrite scores by 1 at the lowest of each k and 0 elsewhere; return the sums of the ones.
+
+    The first of equal scores counts.
+    """
+    tokens, restarts, k = scores.shape
+    counts = torch.zeros(restarts, k, dtype=torch.int32, device=scores.device)
+    pairs = tokens * restarts
+    launch(
+        "lloyd",
+        "mark_members",
+        grid=(max(1, min(_MARKING_BLOCKS, -(-pairs // _THREADS))),),
+        threads=_THREADS,
+        arguments=[scores, counts, pairs, restarts, k],
+        shared_bytes=4 * restarts * k,
+    )
+    return counts
 
 
 def _groups(dims: int) -> int:

@@ -286,16 +286,29 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) add_pairs(
 
 // Distances of rows of two matrices (pairs, features), one warp a pair.
 extern "C" __global__ void __launch_bounds__(256) distances(
-    const NUMBER* __restrict__ one, const NUMBER* __restrict__ two, float* out, int pairs, int features,
-    int stride) {
-    const int lane = threadIdx.x & 31;
+    const NUMBER* __restrict__ one, const NUMBER* __restrict__ two, float* out, int pairs,
+    int features, int stride) {
+    const int lane = threadIdx.x & 31, each = 16 / sizeof(NUMBER);  // numbers in 16 bytes
     const int pair = blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5);
     if (pair >= pairs) return;
-    const size_t row = (size_t)pair * stride;
+    one += (size_t)pair * stride;
+    two += (size_t)pair * stride;
     float total = 0.0f;
-    #pragma unroll 4
-    for (int i = lane; i < features; i += 32) {
-        const float gap = as_float(one[row + i]) - as_float(two[row + i]);
+    int done = 0;
+    if ((((size_t)one | (size_t)two) & 15) == 0) {
+        for (int i = lane; i < features / each; i += 32) {
+            const uint4 first = ((const uint4*)one)[i], second = ((const uint4*)two)[i];
+            const NUMBER *a = (const NUMBER*)&first, *b = (const NUMBER*)&second;
+            #pragma unroll
+            for (int j = 0; j < each; ++j) {
+                const float gap = as_float(a[j]) - as_float(b[j]);
+                total += gap * gap;
+            }
+        }
+        done = features / each * each;
+    }
+    for (int i = done + lane; i < features; i += 32) {
+        const float gap = as_float(one[i]) - as_float(two[i]);
         total += gap * gap;
     }
     for (int step = 16; step; step >>= 1) total += __shfl_xor_sync(ALL, total, step);

@@ -33,6 +33,7 @@ _WRITER = "an `Allocation`, from `entangle allocate`, has such tables."
 _COLORS = (PALETTE["output"], PALETTE["top"], *SPARE_COLORS, PALETTE["typical"])
 _MARKERS = "o^sDvPX<>"
 _BINS, _PANEL_INCHES = 50, 2.2
+_LEAST_SPAN = 2.0  # percentage points
 
 
 def plot_row_sparsity(
@@ -137,7 +138,7 @@ def plot_layer_profile(
             numbers,
             color=_COLORS[number % len(_COLORS)],
             marker=_MARKERS[number % len(_MARKERS)],
-            markersize=2.5,
+            markersize=max(2.0, 4.5 - number),  # equal values of two projections are both seen
             label=str(name),
         )
         record(
@@ -148,7 +149,9 @@ def plot_layer_profile(
     if overall is not None and value == "sparsity":
         entries.append(_draw_overall(ax, overall, panel="layers: sparsity", vertical=False))
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    if value == "experts":
+    if value == "sparsity":
+        _widen(ax)
+    else:
         ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
         ax.set_ylim(bottom=0.0)
     ax.set(xlabel="block", ylabel=VALUE_LABELS[value])
@@ -227,6 +230,13 @@ def _draw_overall(ax: Axes, overall: float, *, panel: str, vertical: bool) -> tu
     place = {"x": 100.0 * overall, "y": np.nan} if vertical else {"x": np.nan, "y": 100.0 * overall}
     record(line, panel=panel, series=label, **place)
     return line, label
+
+
+def _widen(ax: Axes) -> None:
+    """Make the y axis span at least `_LEAST_SPAN`, so that rounding looks like what it is."""
+    low, high = ax.get_ylim()
+    missing = max(0.0, _LEAST_SPAN - (high - low))
+    ax.set_ylim(low - missing / 2, high + missing / 2)
 
 
 def _legend_inches(ax: Axes) -> float:

@@ -16,6 +16,12 @@ def quadratic(
     """
     if rows.device.type == "cpu":
         return torch.einsum("erc,erc->er", rows @ gram, rows)
+    return _by_panels(rows, gram)
+
+
+def _by_panels(
+    rows: Float[Tensor, "experts rows cols"], gram: Float[Tensor, "experts cols cols"]
+) -> Float[Tensor, "experts rows"]:
     total = rows.new_zeros(rows.shape[:2])
     for start in range(0, rows.shape[2], _PANEL):
         stop = min(start + _PANEL, rows.shape[2])

@@ -168,8 +168,12 @@ def _cluster_sums(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     sums = torch.zeros(centroids.shape, dtype=wide, device=points.device)
     counts = torch.zeros(shape, dtype=wide, device=points.device)
     for block, scores in _scored(points, centroids):
-        member = torch.zeros_like(scores).scatter_(2, scores.argmin(2, keepdim=True), 1.0)
-        counts += member.sum(0)
+        if lloyd.can_mark(scores):
+            member, here = scores, lloyd.mark_members(scores)
+        else:
+            member = torch.zeros_like(scores).scatter_(2, scores.argmin(2, keepdim=True), 1.0)
+            here = member.sum(0)
+        counts += here
         with full_precision():
             sums += (member.flatten(1).mT @ block).view_as(sums)
     return sums, counts

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -229,7 +229,8 @@ Part = TypeVar("Part", ShapeStatistics, SketchResult, MappingDifficulty)
 
 def _on_cpu(part: Part) -> Part:
     held = {f.name: getattr(part, f.name) for f in fields(part)}
-    return replace(part, **{k: v.cpu() for k, v in held.items() if isinstance(v, Tensor)})
+    moved: dict[str, Any] = {k: v.cpu() for k, v in held.items() if isinstance(v, Tensor)}
+    return replace(part, **moved)
 
 
 def _joined(parts: Sequence[Part]) -> Part:

@@ -38,7 +38,7 @@ class LayerHistograms:
         used = counts.any(0).nonzero().flatten().tolist()
         first, last = (used[0], used[-1]) if used else (0, 0)
         return cls(
-            counts=counts[:, first : last + 1].cpu().numpy().copy(),
+            counts=counts[:, first : last + 1].contiguous().cpu().numpy(),
             first_bin=first,
             location=sketch.location.numpy(),
             scale=sketch.scale.numpy(),

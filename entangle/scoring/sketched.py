@@ -69,7 +69,8 @@ def _distances(first: Tensor, second: Tensor) -> Tensor:
     """Return the Euclidean distances of rows, float32."""
     if kernels.fits(first, 1) and first.stride() == second.stride():
         return kernels.row_distances(first, second)
-    return (first.float() - second.float()).norm(dim=1)
+    distances: Tensor = (first.float() - second.float()).norm(dim=1)
+    return distances
 
 
 def score_sketched(

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from scipy.stats import spearmanr
+from scipy.stats import rankdata
 
 from entangle.scoring.histograms import LayerHistograms
 from entangle.scoring.measured import MeasuredLayer
@@ -18,7 +18,7 @@ COARSE = 0.05
 """Largest possible error of a WD, in σ, above which a sketch's histogram counts as too coarse."""
 
 _FLAGS = ("", "nan", "inf", "constant", "coarse")
-_OTHER_NORMS: tuple[OutputNorm, ...] = ("mean", "max")
+_NORMS: tuple[OutputNorm, ...] = ("median", "mean", "max")
 
 
 def neuron_table(measured: Sequence[MeasuredLayer], model: str) -> pd.DataFrame:
@@ -93,11 +93,9 @@ def _layer_row(measured: MeasuredLayer) -> dict[str, object]:
         "n_pairs": 0 if pairs is None else pairs.n_pairs,
         "n_identical_pairs": 0 if pairs is None else pairs.n_identical,
     }
-    for norm in _OTHER_NORMS:
-        agreement = float("nan")
-        if pairs is not None:
-            other = pairs.md(output_norm=norm).numpy()
-            agreement = rank_correlation(pairs.md().numpy(), other)
+    found = {} if pairs is None else {norm: pairs.md(output_norm=norm).numpy() for norm in _NORMS}
+    for norm in _NORMS[1:]:
+        agreement = rank_correlation(found["median"], found[norm]) if found else float("nan")
         row[f"md_rank_agreement_{norm}"] = agreement
     return row
 
@@ -108,4 +106,5 @@ def rank_correlation(first: Vector, second: Vector) -> float:
     first, second = first[good], second[good]
     if len(first) < 3 or np.ptp(first) == 0 or np.ptp(second) == 0:
         return float("nan")
-    return float(spearmanr(first, second).statistic)
+    ranks = np.column_stack([rankdata(first), rankdata(second)])
+    return float(np.corrcoef(ranks, rowvar=False)[1, 0])

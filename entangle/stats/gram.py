@@ -223,9 +223,9 @@ def require_finite(batch: Float[Tensor, "tokens features"]) -> None:
 
 
 def _norm(batch: Tensor) -> Tensor:
-    if _exact_in_half(batch):
-        return torch.linalg.vector_norm(batch, dtype=torch.float32)
-    return torch.linalg.vector_norm(batch.float())
+    work = batch if _exact_in_half(batch) else batch.float()
+    norm: Tensor = torch.linalg.vector_norm(work, dtype=torch.float32)
+    return norm
 
 
 def _exact_in_half(batch: Tensor) -> bool:

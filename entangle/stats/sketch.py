@@ -154,24 +154,23 @@ class OutputSketch:
         bad = nan | inf | constant
         distances = self._distances(self._counts, shift, spread, fold=1)
         skewness, kurtosis = _higher_moments(moments, shift, spread)
-        columns = [distances.wd, distances.ks, mean, std, skewness, kurtosis]
-        wd, ks, mean, std, skewness, kurtosis = (
-            column.masked_fill(bad, math.nan).cpu() for column in columns
-        )
         se, halves = self._resample()
         self._lent = True
+        found = [distances.wd, distances.ks, mean, std, skewness, kurtosis, distances.wd_bound, se]
+        columns = torch.stack([*found, *halves]).masked_fill(bad, math.nan).cpu()
+        ends = location + scale * self._low, location + scale * self._high
+        places = torch.stack([location, scale, *ends]).cpu()
+        flags = torch.stack([constant, nan, inf]).cpu()
         return SketchResult(
-            shape=ShapeStatistics(
-                wd, ks, mean, std, skewness, kurtosis, constant.cpu(), nan.cpu(), inf.cpu()
-            ),
-            wd_bound=distances.wd_bound.masked_fill(bad, math.nan).cpu(),
-            wd_se=se.masked_fill(bad, math.nan).cpu(),
-            wd_halves=halves.masked_fill(bad, math.nan).cpu(),
+            shape=ShapeStatistics(*columns[:6], *flags),
+            wd_bound=columns[6],
+            wd_se=columns[7],
+            wd_halves=columns[8:],
             counts=self._counts,
-            location=location.cpu(),
-            scale=scale.cpu(),
-            low=(location + scale * self._low).cpu(),
-            high=(location + scale * self._high).cpu(),
+            location=places[0],
+            scale=places[1],
+            low=places[2],
+            high=places[3],
             n_tokens=self.n_tokens,
         )
 

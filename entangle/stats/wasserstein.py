@@ -124,8 +124,7 @@ def _by_buckets(outputs: Tensor) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
     crowded = (what == exact.CROWDED).nonzero()[:, 0]
     if len(crowded):
         found[:, crowded] = torch.stack(_columns(sort_rows(outputs[crowded])))
-    flags = (what == flag for flag in (exact.NAN, exact.INFINITE, exact.EQUAL))
-    return (list(found), *flags)
+    return list(found), what == exact.NAN, what == exact.INFINITE, what == exact.EQUAL
 
 
 def _columns(ordered: Tensor) -> list[Tensor]:

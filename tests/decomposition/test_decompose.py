@@ -122,7 +122,7 @@ def test_histograms_show_the_output_distance(found: Decomposition) -> None:
             ((part["left"] + part["right"]) / 2, part["count"])
             for part in (own[own["kind"] == kind] for kind in ("dense", "sparse"))
         )
-        row = neurons.loc[[key]]  # type: ignore[list-item]
+        row = neurons.loc[[key]]
         moved = wasserstein_distance(dense, sparse, weights, others) / row["std"].iloc[0]
         assert moved == pytest.approx(row["output_wd"].iloc[0], abs=0.05)
 

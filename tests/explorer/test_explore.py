@@ -87,10 +87,10 @@ def test_modes_and_experts_on_demand(
     modes = pane(explorer, "Modes")
     assert modes.button.description.startswith("Find modes: run the model over 12 × 16 tokens")
     modes.button.click()
-    assert "<b>Mode 1</b>" in modes.html.value
+    assert "<b>Mode 0</b>" in modes.html.value
     assert len(shown(modes)) == 1
     explorer._board.neurons.lines.index = 3  # no second pass over the text
-    assert "<b>Mode 1</b>" in modes.html.value
+    assert "<b>Mode 0</b>" in modes.html.value
     assert modes.button.layout.display == "none"
 
     experts = pane(explorer, "Experts")
@@ -128,7 +128,7 @@ def test_a_decomposition_is_shown_at_once(
         explorer.open(GATE, 3)
         assert len(shown(pane(explorer, "Experts"))) == 2
         modes = pane(explorer, "Modes")
-        assert "<b>Mode 1</b>" in modes.html.value
+        assert "<b>Mode 0</b>" in modes.html.value
         explorer.open(GATE, 7)
         assert "Modes need" in modes.html.value
         experts = pane(explorer, "Experts")
@@ -153,7 +153,7 @@ def test_constant_and_nan_neurons(
         modes = pane(explorer, "Modes")
         if modes.button.layout.display is None:
             modes.button.click()
-        assert "<b>Mode 1</b>" in modes.html.value
+        assert "<b>Mode 0</b>" in modes.html.value
 
 
 def test_scores_that_are_all_nan(scores: NeuronScores) -> None:
@@ -177,13 +177,13 @@ def test_one_neuron(scores: NeuronScores) -> None:
 
 def test_names_are_escaped(scores: NeuronScores) -> None:
     evil = "model.layers.1.<script>alert(1)</script>\n"
-    renamed = {
-        "frame": scores.layer(GATE).frame.assign(layer=evil),
-        "layers": scores.layer(GATE).layers.assign(layer=evil),
-        "histograms": {evil: scores.histograms[GATE]},
-        "manifest": {"model": {"name": evil}},
-    }
-    explorer = explore(NeuronScores(**renamed))
+    renamed = NeuronScores(
+        frame=scores.layer(GATE).frame.assign(layer=evil),
+        layers=scores.layer(GATE).layers.assign(layer=evil),
+        histograms={evil: scores.histograms[GATE]},
+        manifest={"model": {"name": evil}},
+    )
+    explorer = explore(renamed)
     explorer.widget()
     board = explorer._board
     assert explorer.layer == evil

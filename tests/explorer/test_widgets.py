@@ -1,13 +1,13 @@
 """The widgets without a front end: a click is a change of a widget's value in Python."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from entangle.explorer.content import Content
 from entangle.explorer.layers import LayerMenu
 from entangle.explorer.table import PAGE, NeuronTable
-from entangle.explorer.widgets import Board, NeuronList, Pane
+from entangle.explorer.widgets import Board, NeuronList, Pane, Render
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,7 +41,7 @@ class Watched:
         )
         self.board.open("b.0.up")
 
-    def view(self, name: str):  # type: ignore[no-untyped-def]
+    def view(self, name: str) -> Render:
         def render(layer: str, neuron: int, asked: bool) -> Content:
             self.rendered.append((name, layer, neuron, asked))
             if name == "Second" and not asked:
@@ -63,6 +63,10 @@ def titles(neurons: NeuronList) -> list[str]:
     return [button.description for button in neurons.titles.children]
 
 
+def is_shown(widget: Any) -> bool:
+    return bool(widget.layout.display != "none")
+
+
 def click(neurons: NeuronList, title: str) -> None:
     (button,) = [one for one in neurons.titles.children if one.description.startswith(title)]
     button.click()
@@ -70,7 +74,7 @@ def click(neurons: NeuronList, title: str) -> None:
 
 def test_opens_the_top_neuron(watched: Watched) -> None:
     board = watched.board
-    top = int(watched.frames["b.0.up"]["wd"].idxmax())
+    top = int(watched.frames["b.0.up"]["wd"].to_numpy().argmax())
     assert watched.last() == ("First", "b.0.up", top, False)
     assert board.name.value == f"b.0.up {top} of 250"
     assert titles(board.neurons) == ["neuron", "wd ▼", "md"]
@@ -181,24 +185,26 @@ def test_only_the_open_view_is_rendered(watched: Watched) -> None:
     assert watched.rendered[count:] == [("Second", "b.0.up", neuron, False)]
     pane = board.panes[1]
     assert pane.button.description == "do it"
-    assert pane.button.layout.display is None
-    assert pane.pictures[0].layout.display == "none"
+    assert is_shown(pane.button)
+    assert not is_shown(pane.pictures[0])
     pane.button.click()
     assert watched.last() == ("Second", "b.0.up", neuron, True)
-    assert pane.button.layout.display == "none"
-    assert pane.pictures[0].layout.display is None
-    assert pane.pictures[1].layout.display == "none"
+    assert not is_shown(pane.button)
+    assert is_shown(pane.pictures[0])
+    assert not is_shown(pane.pictures[1])
 
 
 def test_a_failure_is_shown_and_raised() -> None:
     watched = Watched()
 
-    def fails(_layer: str, _neuron: int, _asked: bool) -> Content:
-        raise ZeroDivisionError
+    def fails(_layer: str, _neuron: int, asked: bool) -> Content:
+        if not asked:
+            raise ZeroDivisionError
+        return Content()
 
     watched.board.panes[0] = Pane(fails)
     with pytest.raises(ZeroDivisionError):
-        watched.board.neurons.lines.index = 3
+        watched.board.neurons.row.value = 3
     assert watched.board.panes[0].html.value == "<p>This view failed: ZeroDivisionError.</p>"
     watched.board.tabs.selected_index = 1
     assert watched.last()[0] == "Second"

@@ -77,6 +77,14 @@ def test_a_line_for_every_projection(layers: pd.DataFrame) -> None:
     assert ax.get_ylabel() == "zeros of the layer (%)"
 
 
+def test_differences_of_rounding_look_small(layers: pd.DataFrame) -> None:
+    nearly = 0.7 + 1e-7 * np.arange(12)
+    ax = plot_layer_profile(layers.assign(sparsity=nearly), overall=0.7)
+    low, high = ax.get_ylim()
+    assert high - low >= 2.0
+    assert low < 70.0 < high
+
+
 def test_blocks_are_drawn_in_order(layers: pd.DataFrame) -> None:
     ax = plot_layer_profile(layers.sample(frac=1.0, random_state=1))
     for name in PROJECTIONS:

@@ -1,0 +1,123 @@
+"""The published ways, written from their descriptions, to compare with.
+
+SparseGPT (Frantar and Alistarh, ICML 2023, algorithm 1): one matrix at a time, one column after
+another, one threshold over a block of 128 columns of all rows. Wasserstein distance (arXiv
+2405.15756, eq. 1): against one normal sample of the same length. Sparse Expansion (algorithms A1
+and A2): all activations of a layer in one float32 tensor, a factorisation and a solve for each
+expert.
+"""
+
+import numpy as np
+import torch
+from scipy.stats import wasserstein_distance
+from torch import Tensor
+
+from entangle.routing.kmeans import kmeans
+
+BLOCK = 128
+
+
+def solve(weight: Tensor, gram: Tensor, sparsity: float, *, damping: float = 0.01) -> Tensor:
+    """Prune one float32 matrix (rows, cols) by SparseGPT with the block rule."""
+    weight, hessian = weight.clone(), gram.clone()
+    cols = weight.shape[1]
+    dead = hessian.diagonal() == 0
+    hessian.diagonal()[dead] = 1
+    weight[:, dead] = 0
+    hessian.diagonal().add_(damping * hessian.diagonal().mean())
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    factor = torch.linalg.cholesky(inverse, upper=True)
+    losses = weight.new_zeros(weight.shape[0])
+    for start in range(0, cols, BLOCK):
+        stop = min(start + BLOCK, cols)
+        block, corner = weight[:, start:stop].clone(), factor[start:stop, start:stop]
+        saliency = block**2 / corner.diagonal() ** 2
+        threshold = saliency.flatten().sort().values[int(saliency.numel() * sparsity)]
+        pruned = saliency <= threshold
+        errors = torch.zeros_like(block)
+        for j in range(stop - start):
+            column = block[:, j]
+            final = column.clone()
+            final[pruned[:, j]] = 0
+            error = (column - final) / corner[j, j]
+            losses += error**2 / 2
+            block[:, j:] -= error[:, None] @ corner[j : j + 1, j:]
+            block[:, j], errors[:, j] = final, error
+        weight[:, start:stop] = block
+        weight[:, stop:] -= errors @ factor[start:stop, stop:]
+    return weight
+
+
+def wd(outputs: np.ndarray) -> float:
+    """Score one neuron."""
+    standardised = (outputs - outputs.mean()) / outputs.std()
+    sample = np.random.default_rng().standard_normal(len(outputs))
+    return float(wasserstein_distance(standardised, sample))
+
+
+class Experts(torch.nn.Module):
+    """A linear layer of several weights; every token goes through that of its cluster."""
+
+    def __init__(self, weights: list[Tensor], labels: Tensor) -> None:
+        super().__init__()
+        self.weights, self.labels, self.first = weights, labels, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, -2)
+        labels = self.labels[self.first : self.first + len(tokens)]
+        self.first += len(tokens)
+        outputs = tokens.new_empty(len(tokens), self.weights[0].shape[0])
+        for cluster, weight in enumerate(self.weights):
+            chosen = labels == cluster
+            outputs[chosen] = tokens[chosen] @ weight.T
+        return outputs.view(*x.shape[:-1], -1)
+
+
+def expand_block(
+    body: torch.nn.Module, mlp: torch.nn.Module, ids: Tensor, *, experts: int, sparsity: float
+) -> list[float]:
+    """Expand the MLP of a model's only block in place; return each layer's relative error.
+
+    ``body`` maps token ids (sequences, tokens) to hidden states. Principal components come from
+    torch (randomised), k-means from `entangle.routing.kmeans` with 10 restarts (published: 100).
+    """
+    names = (("gate_proj", "up_proj"), ("down_proj",))
+    inputs = [
+        torch.empty(ids.numel(), getattr(mlp, group[0]).in_features, device=ids.device)
+        for group in names
+    ]
+    filled = [0, 0]
+
+    def keep(index: int, x: Tensor) -> None:
+        rows = x.flatten(0, -2)
+        inputs[index][filled[index] : filled[index] + len(rows)] = rows
+        filled[index] += len(rows)
+
+    hooks = [
+        getattr(mlp, group[0]).register_forward_pre_hook(lambda _m, a, i=i: keep(i, a[0]))
+        for i, group in enumerate(names)
+    ]
+    for sequence in ids.split(1):
+        body(sequence)
+    for hook in hooks:
+        hook.remove()
+    errors = []
+    for x, group in zip(inputs, names, strict=True):
+        _, _, components = torch.pca_lowrank(x, q=x.shape[1] // 32)
+        labels = kmeans((x - x.mean(0)) @ components, experts, restarts=10, seed=0).labels
+        for name in group:
+            layer = getattr(mlp, name)
+            weight, weights, lost, energy = layer.weight.float(), [], 0.0, 0.0
+            for cluster in range(experts):
+                tokens = x[labels == cluster]
+                gram = tokens.T @ tokens
+                solved = solve(weight, gram, sparsity)
+                change = solved - weight
+                lost += float(((change @ gram) * change).sum())
+                energy += float(((weight @ gram) * weight).sum())
+                weights.append(solved.to(layer.weight.dtype))
+            errors.append(lost / energy)
+            setattr(mlp, name, Experts(weights, labels))
+    for sequence in ids.split(1):
+        body(sequence)
+    return errors

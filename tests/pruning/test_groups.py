@@ -1,0 +1,62 @@
+"""Experts in groups; a GPU whose memory runs out is played by tensors on the meta device."""
+
+import logging
+
+import pytest
+import torch
+from torch import Tensor
+
+from entangle.pruning.groups import in_groups
+from entangle.pruning.problem import Problem, prepare
+from entangle.pruning.result import PruneResult
+
+
+class Solver:
+    """Solves at most so many experts at a time, and notes the groups."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.seen = most, list[tuple[int, int]]()
+
+    def __call__(self, problem: Problem) -> PruneResult:
+        count = len(problem.weight)
+        self.seen.append((problem.first, count))
+        if count > self.most:
+            raise torch.OutOfMemoryError("no room")
+        which = torch.arange(problem.first, problem.first + count).float()
+        weight = which[:, None, None].expand(-1, 2, 3)
+        return PruneResult(weight, weight > 0, weight[..., 0], which, weight[..., 0])
+
+
+def _problem(experts: int, device: str) -> Problem:
+    weight: Tensor = torch.ones(experts, 2, 3)
+    problem = prepare(weight, None, sparsity=0.5, pattern="row", rows=None, bits=None)
+    moved = {name: getattr(problem, name).to(device) for name in ("dense", "weight", "budget")}
+    return Problem(
+        **moved, gram=None, pattern=problem.pattern, sparsity=0.5, rows=None, bits=None,
+        batched=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("experts", [1, 2, 5, 16, 64])
+@pytest.mark.parametrize("most", [1, 3, 100])
+def test_smaller_groups_until_they_fit(
+    experts: int, most: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    solver = Solver(most)
+    with caplog.at_level(logging.WARNING):
+        result = in_groups(_problem(experts, "meta"), solver)
+    assert result.damping.tolist() == list(range(experts))
+    assert result.weight.shape == (experts, 2, 3)
+    assert max(count for _, count in solver.seen[-1:]) <= most
+    assert ("GPU memory ran out" in caplog.text) == (experts > most)
+
+
+def test_one_expert_that_does_not_fit_is_an_error() -> None:
+    with pytest.raises(torch.OutOfMemoryError):
+        in_groups(_problem(4, "meta"), Solver(0))
+
+
+def test_all_at_once_on_the_cpu() -> None:
+    solver = Solver(100)
+    in_groups(_problem(5, "cpu"), solver)
+    assert solver.seen == [(0, 5)]
