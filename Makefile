@@ -10,7 +10,7 @@ DATA := wikitext2
 PAIRS := blimp
 PAIRS_PER_PARADIGM := 5
 
-.PHONY: demo figures test install lint types unit bench clean
+.PHONY: demo figures test install lint types unit bench notebooks clean
 
 demo: install
 	$(BIN)/entangle demo --out $(RUN) --force
@@ -62,6 +62,10 @@ unit: install
 
 bench: install
 	$(BIN)/python -m benchmarks.scoring
+
+# Every notebook with its outputs, as a page to read: some minutes each.
+notebooks: install
+	$(BIN)/jupyter nbconvert --execute --to html --output-dir runs/notebooks notebooks/*.ipynb
 
 clean:
 	rm -rf $(VENV) runs .mypy_cache .pytest_cache .ruff_cache

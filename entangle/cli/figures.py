@@ -3,25 +3,12 @@
 import argparse
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
 
+from entangle.cli.drawings import FIGURES, Drawing, Run, drawings_of
 from entangle.cli.options import Subparsers
 from entangle.errors import InvalidInput
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.figure import Figure
-
-    from entangle.decomposition import Decomposition
-    from entangle.plotting.figures import HistogramOf
-
-Column = Literal["single", "double"]
-Draw = Callable[[], "Figure"]
-"""Raises `InvalidInput` where the result lacks something."""
 
 MAKERS: dict[str, str] = {
     "scores": "entangle score",
@@ -31,67 +18,6 @@ MAKERS: dict[str, str] = {
     "allocation": "entangle allocate",
 }
 """Command that makes a result, by its kind."""
-
-ABLATION_MEASURES: dict[str, str] = {
-    "perplexity_ratio": "perplexity",
-    "kl": "divergence",
-    "top1_agreement": "divergence",
-    "accuracy": "blimp",
-}
-"""Measures that are drawn, and what ``entangle ablate --measure`` calls them."""
-
-DECOMPOSED: dict[str, tuple[str, ...]] = {
-    "sparse_outputs": ("outputs", "neurons"),
-    "experts": ("outputs", "neurons"),
-    "distances": ("pairs", "neurons"),
-    "disentanglement": ("neurons",),
-    "recovery": ("outputs", "neurons"),
-    "predictors": ("neurons",),
-    "components": ("components",),
-    "router_map": ("router_map",),
-}
-"""Figures of a layer, and the tables of its decomposition that each takes."""
-
-ONE_NEURON: dict[str, tuple[str, ...]] = {
-    "separated_pairs": ("separated",),
-    "modes": ("modes", "contexts"),
-}
-"""Figures of one neuron, likewise."""
-
-FIGURES: dict[str, tuple[str, ...]] = {
-    "scores": (
-        "wd_distribution", "wd_by_layer", "top_and_typical", "top_outputs", "wd_against_md",
-    ),
-    "ablation": tuple(f"ablation_{name}" for name in ABLATION_MEASURES),
-    "comparison": ("comparison",),
-    "decomposition": (*DECOMPOSED, *ONE_NEURON),
-    "allocation": ("allocation",),
-}  # fmt: skip
-"""What is drawn of a result, by its kind."""
-
-MOST_LAYERS, BLOCK, TOP_OUTPUTS = 12, 1, 6
-"""Scores of more layers than these show those of one block (the second, as in arXiv 2405.15756) in
-figures with a panel a layer; neurons whose outputs are drawn."""
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """A figure that can be drawn."""
-
-    name: str
-    """Of its files."""
-    draw: Draw
-
-
-@dataclass(frozen=True)
-class Run:
-    """One result on the disk."""
-
-    path: Path
-    kind: str
-    digest: str
-    """SHA-256 of its manifest."""
-    manifest: Mapping[str, object]
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -122,7 +48,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Open the results, draw what can be drawn, and say what cannot."""
-    from entangle.plotting.save import check_formats, save_figure
+    from entangle.plotting.save import check_formats
 
     formats = check_formats(arguments.format.split(","))
     found = [open_run(path) for path in arguments.runs]
@@ -134,24 +60,32 @@ def run(arguments: argparse.Namespace) -> None:
     ]
     if not arguments.force:
         _check_new([stem for stem, _ in drawings], (*formats, "csv"))
-    skipped: dict[str, str] = {}
-    for stem, drawing in drawings:
-        try:
-            figure = drawing.draw()
-        except InvalidInput as error:
-            skipped[drawing.name] = str(error)
-            continue
-        files = save_figure(figure, stem, formats=formats, force=arguments.force)
-        print(f"Figure: {stem} ({', '.join(path.suffix[1:] for path in files)})")
-    for name, reason in skipped.items():
-        print(f"Skipped: {name}: {reason}")
-    for line in missing_lines({one.kind for one in found}):
-        print(line)
-    if len(skipped) == len(drawings):
+    skipped = [f"{one.path}: no figures of a result of kind {one.kind!r}" for one in found
+               if one.kind not in FIGURES]  # fmt: skip
+    failed = list(_draw(drawings, formats, force=arguments.force))
+    for line in (*skipped, *failed, *missing_lines({one.kind for one in found})):
+        print(f"Skipped: {line}")
+    if len(failed) == len(drawings):
         raise InvalidInput(
             f"nothing could be drawn of {', '.join(map(repr, arguments.runs))}; name results of "
             f"{', '.join(MAKERS.values())}."
         )
+
+
+def _draw(
+    drawings: Sequence[tuple[Path, Drawing]], formats: Sequence[str], *, force: bool
+) -> Iterator[str]:
+    """Draw and save what can be drawn; yield what cannot, and why."""
+    from entangle.plotting import save_figure
+
+    for stem, drawing in drawings:
+        try:
+            figure = drawing.draw()
+        except InvalidInput as error:
+            yield f"{drawing.name}: {error}"
+            continue
+        files = save_figure(figure, stem, formats=formats, force=force)
+        print(f"Figure: {stem} ({', '.join(path.suffix[1:] for path in files)})")
 
 
 def open_run(path: str) -> Run:
@@ -160,7 +94,7 @@ def open_run(path: str) -> Run:
     Raises
     ------
     InvalidInput
-        If it is none of ours, or of a kind without figures.
+        If it is none of ours.
     """
     from entangle.provenance import expanded, read_manifest
 
@@ -172,11 +106,6 @@ def open_run(path: str) -> Run:
         return Run(place, "allocation", manifest_digest(manifest), manifest)
     kind = _kind(place / "manifest.json")
     manifest = read_manifest(path, kind)
-    if kind not in FIGURES:
-        raise InvalidInput(
-            f"{path!r} holds a result of kind {kind!r}, which has no figures; name results of "
-            f"{', '.join(MAKERS.values())}."
-        )
     return Run(place, kind, manifest_digest(manifest), manifest)
 
 
@@ -220,179 +149,5 @@ def missing_lines(kinds: set[str]) -> Iterator[str]:
     """Say which figures need a result that was not given, and what makes it."""
     for kind, names in FIGURES.items():
         if kind not in kinds:
-            an = "an" if kind[0] == "a" else "a"
-            made = f"{an} {kind}" if kind != "scores" else "scores"
-            print_names = ", ".join(names)
-            yield f"Skipped: {print_names}: name {made}, which `{MAKERS[kind]}` makes."
-
-
-def drawings_of(one: Run, column: Column) -> Iterator[Drawing]:
-    """Load a result and yield its figures, each signed with the run's digest."""
-    makers = {
-        "scores": _of_scores,
-        "ablation": _of_ablation,
-        "comparison": _of_comparison,
-        "decomposition": _of_decomposition,
-        "allocation": _of_allocation,
-    }
-    yield from makers[one.kind](one, column)
-
-
-def _of_scores(one: Run, column: Column) -> Iterator[Drawing]:
-    from entangle import plotting
-    from entangle.scoring import load_scores
-
-    scores = load_scores(one.path)
-    layers, histogram, sign = scores.layers, scores.histogram, one.digest
-    few = _block_rows(scores.frame)
-    draw: dict[str, Draw] = {
-        "wd_distribution": lambda: plotting.figure_wd_distribution(
-            few, layers, column=column, digest=sign
-        ),
-        "wd_by_layer": lambda: _wd_by_layer(scores.frame, column, sign),
-        "top_and_typical": lambda: plotting.figure_top_and_typical(
-            _first_layer(few), histogram, column=column, digest=sign
-        ),
-        "top_outputs": lambda: _top_outputs(few, histogram, column, sign),
-        "wd_against_md": lambda: plotting.figure_wd_against_md(few, column=column, digest=sign),
-    }
-    yield from (Drawing(name, draw[name]) for name in FIGURES["scores"])
-
-
-def _block_rows(frame: "pd.DataFrame") -> "pd.DataFrame":
-    """Return all layers if they are few, else those of block 1, or else the first layer."""
-    if frame["layer"].nunique() <= MOST_LAYERS:
-        return frame
-    rows: pd.DataFrame = frame[(frame["block"] == BLOCK).fillna(value=False)]
-    return rows if 1 <= rows["layer"].nunique() <= MOST_LAYERS else _first_layer(frame)
-
-
-def _first_layer(frame: "pd.DataFrame") -> "pd.DataFrame":
-    rows: pd.DataFrame = frame[frame["layer"] == frame["layer"].iloc[0]]
-    return rows
-
-
-def _wd_by_layer(frame: "pd.DataFrame", column: Column, digest: str) -> "Figure":
-    from entangle.plotting import figure_wd_by_layer
-
-    if frame["layer"].nunique() < 2:
-        raise InvalidInput("these scores hold one layer; `entangle score --layer all` scores all.")
-    return figure_wd_by_layer(frame, column=column, digest=digest)
-
-
-def _top_outputs(
-    frame: "pd.DataFrame", histogram_of: "HistogramOf", column: Column, digest: str
-) -> "Figure":
-    from entangle.plotting import NeuronOutput, figure_output_distributions
-
-    several = frame["layer"].nunique() > 1
-    best = frame[frame["wd"].notna()].nlargest(TOP_OUTPUTS, "wd")
-    items = [
-        NeuronOutput.of(
-            row,
-            histogram_of(str(row["layer"]), int(row["neuron"])),
-            label="" if several else f"neuron {row['neuron']}",
-            role="top",
-        )
-        for _, row in best.iterrows()
-    ]
-    return figure_output_distributions(items, column=column, digest=digest)
-
-
-def _of_ablation(one: Run, column: Column) -> Iterator[Drawing]:
-    from entangle.ablation import load_ablation
-
-    frame, text = load_ablation(one.path).frame, _text(one.manifest)
-    for measure in ABLATION_MEASURES:
-        draw = partial(_ablation, frame, measure, text, column, one.digest)
-        yield Drawing(f"ablation_{measure}", draw)
-
-
-def _ablation(
-    frame: "pd.DataFrame", measure: str, text: str | None, column: Column, digest: str
-) -> "Figure":
-    from entangle.plotting import figure_ablation
-
-    if measure not in set(frame["measure"]):
-        wanted = ABLATION_MEASURES[measure]
-        raise InvalidInput(
-            f"this ablation holds no {measure}; `entangle ablate --measure {wanted}` measures it."
-        )
-    return figure_ablation(frame, measure=measure, text=text, column=column, digest=digest)
-
-
-def _of_comparison(one: Run, column: Column) -> Iterator[Drawing]:
-    from entangle.expansion.compare import load_comparison
-    from entangle.plotting import figure_comparison
-
-    frame, text = load_comparison(one.path).frame, _text(one.manifest)
-    yield Drawing(
-        "comparison",
-        lambda: figure_comparison(frame, text=text, column=column, digest=one.digest),
-    )
-
-
-def _text(manifest: Mapping[str, object]) -> str | None:
-    """Return what a result was evaluated on: source, number and length of the windows."""
-    said = manifest.get("evaluation")
-    if isinstance(said, dict) and isinstance(said.get("text"), dict):
-        said = said["text"]
-    if not isinstance(said, dict) or "n_windows" not in said:
-        return None
-    return f"{said.get('source')}, {said['n_windows']} windows of {said.get('seq_len')} tokens"
-
-
-def _of_decomposition(one: Run, column: Column) -> Iterator[Drawing]:
-    from entangle.decomposition import load_decomposition
-
-    found = load_decomposition(one.path)
-    layers = found.neurons["layer"].unique().tolist()
-    for layer in layers:
-        ending = f"_{layer}" if len(layers) > 1 else ""
-        for name in FIGURES["decomposition"]:
-            make = _of_one_neuron if name in ONE_NEURON else _of_layer
-            yield Drawing(name + ending, partial(make, name, found, layer, column, one.digest))
-
-
-def _of_layer(
-    name: str, found: "Decomposition", layer: str, column: Column, digest: str
-) -> "Figure":
-    from entangle import plotting
-
-    draw: Callable[..., Figure] = getattr(plotting, f"figure_{name}")
-    frames = [getattr(found, table) for table in DECOMPOSED[name]]
-    return draw(*frames, layer=layer, column=column, digest=digest)
-
-
-def _of_one_neuron(
-    name: str, found: "Decomposition", layer: str, column: Column, digest: str
-) -> "Figure":
-    """Draw the neuron with the largest WD, whose outputs are needed too."""
-    from entangle import plotting
-
-    histogram, item = plotting.dense_output(found.outputs, found.neurons, layer=layer)
-    draw: Callable[..., Figure] = getattr(plotting, f"figure_{name}")
-    frames = [getattr(found, table) for table in ONE_NEURON[name]]
-    return draw(
-        *frames, histogram, mean=item.mean, std=item.std, wd=item.wd, layer=layer,
-        neuron=item.neuron, column=column, digest=digest,
-    )  # fmt: skip
-
-
-def _of_allocation(one: Run, column: Column) -> Iterator[Drawing]:
-    from entangle.allocation import load_allocation
-    from entangle.plotting import figure_allocation, paper_style, sign
-
-    allocation = load_allocation(one.path)
-
-    def draw() -> "Figure":
-        settings = one.manifest.get("settings")
-        rule = settings.get("rule") if isinstance(settings, Mapping) else None
-        title = f"rule {rule}" if rule else ""
-        figure = figure_allocation(
-            allocation.layers, allocation.neurons, title=title, column=column
-        )
-        with paper_style(column=column):
-            return sign(figure, one.digest)
-
-    yield Drawing("allocation", draw)
+            article = "" if kind == "scores" else "an " if kind[0] == "a" else "a "
+            yield f"{', '.join(names)}: name {article}{kind}, which `{MAKERS[kind]}` makes."

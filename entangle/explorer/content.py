@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from matplotlib.figure import Figure
 
 _DPI = 200.0
+_SHOWN_DPI = 115.0
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,13 @@ def picture(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def image(png: bytes, *, width: str = "34em") -> str:
+def shown_width(png: bytes) -> int:
+    """Return how wide a PNG of `picture` is shown, in pixels, so that its text can be read."""
+    return round(int.from_bytes(png[16:20], "big") / _DPI * _SHOWN_DPI)
+
+
+def image(png: bytes) -> str:
     """Return an HTML element that shows a PNG without a file beside it."""
     data = base64.b64encode(png).decode("ascii")
-    style = f"width: {width}; max-width: 100%"
+    style = f"width: {shown_width(png)}px; max-width: 100%"
     return f'<img alt="" style="{style}" src="data:image/png;base64,{data}">'

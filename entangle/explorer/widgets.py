@@ -8,7 +8,7 @@ from typing import Any
 
 import ipywidgets as w
 
-from entangle.explorer.content import Content
+from entangle.explorer.content import Content, shown_width
 from entangle.explorer.layers import LayerMenu
 from entangle.explorer.table import PAGE, NeuronTable
 
@@ -48,8 +48,9 @@ class Pane:
     def show(self, content: Content) -> None:
         """Show what a view has rendered."""
         for widget, png in zip_longest(self.pictures, content.pictures):
-            widget.value = png or widget.value
             widget.layout.display = "none" if png is None else None
+            if png is not None:
+                widget.value, widget.width = png, str(shown_width(png))
         self.html.value = content.html
         self.button.description = content.offer
         self.button.layout.display = None if content.offer else "none"

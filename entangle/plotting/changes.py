@@ -30,7 +30,7 @@ from entangle.plotting.summaries import Floats, check_columns, check_top
 
 CHANGES = {"wd": "weighted WD", "md": "weighted MD"}
 _SHOWN = 0.005, 0.985
-"""Quantiles of the change at the ends of the x axis; WD rises far where clusters are small."""
+"""Quantiles of each group at the ends of the x axis; WD rises far where clusters are small."""
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ def _groups(
 
 
 def _draw(ax: Axes, groups: Sequence[_Group], measure: str) -> list[Entry]:
-    low, high = _limits(np.concatenate([group.change for group in groups]))
+    low, high = _limits(groups)
     entries: list[Entry] = []
     for group in groups:
         n, is_top = max(1, len(group.change)), group is groups[-1]
@@ -250,14 +250,15 @@ def _draw(ax: Axes, groups: Sequence[_Group], measure: str) -> list[Entry]:
     return entries
 
 
-def _limits(change: Floats) -> tuple[float, float]:
+def _limits(groups: Sequence[_Group]) -> tuple[float, float]:
     """Return the ends of the bins; changes beyond them are counted in the outermost bins."""
-    low, high = np.quantile(change, _SHOWN, method="nearest")
-    return (low - 1.0, high + 1.0) if low == high else (float(low), float(high))
+    known = [group.change for group in groups if len(group.change)]
+    ends = [np.quantile(change, _SHOWN, method="nearest") for change in known]
+    low, high = min(float(a) for a, _ in ends), max(float(b) for _, b in ends)
+    return (low - 1.0, high + 1.0) if low == high else (low, high)
 
 
 def _beyond(groups: Sequence[_Group]) -> list[str]:
-    change = np.concatenate([group.change for group in groups])
-    low, high = _limits(change)
-    n = int(((change < low) | (change > high)).sum())
+    low, high = _limits(groups)
+    n = sum(int(((g.change < low) | (g.change > high)).sum()) for g in groups)
     return [f"{n:,} beyond the axis are in its end bins"] if n else []

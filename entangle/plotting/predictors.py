@@ -51,7 +51,7 @@ def plot_predictor(
     sparsity: float | None = None,
     top: float = 0.03,
     seed: int = 0,
-    n_boot: int = 1000,
+    n_boot: int = 200,
     legend: bool = True,
     ax: Axes | None = None,
 ) -> Axes:
@@ -117,7 +117,7 @@ def figure_predictors(
     sparsity: float | None = None,
     top: float = 0.03,
     seed: int = 0,
-    n_boot: int = 1000,
+    n_boot: int = 200,
     column: Column = "double",
     digest: str | None = None,
 ) -> Figure:

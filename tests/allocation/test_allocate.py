@@ -88,6 +88,32 @@ def test_protect_across_layers_by_hand() -> None:
     assert found.zeros["b"].tolist() == [18, 19]
 
 
+def test_what_a_layer_cannot_hold_goes_to_the_others_by_their_size() -> None:
+    """Half of layer b is protected, so that it holds 30 of 60; a and c share the rest as 1 : 10."""
+    scores = pd.DataFrame(
+        {
+            "layer": ["a"] * 4 + ["b"] * 2 + ["c"] * 4,
+            "neuron": [0, 1, 2, 3, 0, 1, 0, 1, 2, 3],
+            "wd": [5.0] * 4 + [1.0] * 2 + [5.0] * 4,
+        }
+    )
+    found = allocate(
+        scores, sparsity=0.2, protect=0.5, rule="protect", across="layer",
+        in_features={"a": 10, "b": 30, "c": 100},
+    )  # fmt: skip
+    without = allocate(
+        scores, sparsity=0.2, protect=0.0, rule="protect", across="layer",
+        in_features={"a": 10, "b": 30, "c": 100},
+    )  # fmt: skip
+    assert found.n_zeros == without.n_zeros == 100
+    assert found.layers["zeros"].tolist() == without.layers["zeros"].tolist()
+    tight = allocate(
+        scores, sparsity=0.46, protect=0.5, rule="protect", across="layer",
+        in_features={"a": 10, "b": 30, "c": 100},
+    )  # fmt: skip
+    assert tight.layers["zeros"].tolist() == pytest.approx([18.2, 30, 181.8], abs=1.01)
+
+
 def test_blocks_come_from_the_scores_without_a_model() -> None:
     scores = table(wd=[1.0] * 6, block=pd.array([0] * 4 + [None] * 2, dtype="Int64"))
     found = allocate(scores, sparsity=0.5, in_features=WIDTHS)

@@ -82,6 +82,23 @@ def test_sensitivity_against_bisection_across_layers(
     assert np.ptp(flat) > 0.2
 
 
+def test_losses_of_layers_are_compared_by_their_energy(
+    calibration: CalibrationSet, scored: Scored
+) -> None:
+    """A layer's outputs in other units (nothing that is measured comes after it) change nothing."""
+    names = ["model.layers.2.mlp.gate_proj", "model.layers.2.mlp.down_proj"]
+    found = []
+    for scale in (1.0, 1000.0):
+        model = as_language_model(TINY["llama"]())
+        find_layers(model.module, names[1])[0].weight.mul_(scale)
+        settings: dict[str, Any] = {"model": model, "calibration": calibration, "layers": names}
+        frame = scored("llama").frame
+        found.append(allocate(frame, sparsity=0.5, rule="loss", across="model", **settings))
+    first, last = (one.layers["sparsity"].to_numpy() for one in found)
+    assert first == pytest.approx(last, abs=2e-3)
+    assert abs(first[0] - first[1]) > 0.01
+
+
 def test_rows_that_cost_nothing_go_first(calibration: CalibrationSet) -> None:
     model = as_language_model(TINY["llama"]())
     up = find_layers(model.module, "model.layers.1.mlp.up_proj")[0]

@@ -54,6 +54,7 @@ def test_protect_marks_the_top() -> None:
 def test_protect_at_least_one_but_none_if_so_asked() -> None:
     scores = [[3.0, 1, 2, 0]]
     assert (rules.protect(request_of(scores, target=[0.5], protect=0.01)).high == 0).sum() == 1
+    assert (rules.protect(request_of(scores, target=[0.5], protect=0.4)).high == 0).sum() == 2
     assert (rules.protect(request_of(scores, target=[0.5], protect=0.0)).high == 0).sum() == 0
     assert (rules.protect(request_of(scores, target=[0.5], protect=1.0)).high == 0).sum() == 4
 

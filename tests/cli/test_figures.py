@@ -9,14 +9,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from entangle.cli.figures import (
-    FIGURES,
-    MAKERS,
-    drawings_of,
-    manifest_digest,
-    missing_lines,
-    open_run,
-)
+from entangle.cli.drawings import FIGURES, drawings_of
+from entangle.cli.figures import MAKERS, manifest_digest, missing_lines, open_run
 from entangle.cli.main import main
 from tests.cli.runs import Run
 
@@ -60,7 +54,14 @@ def test_everything_is_drawn_and_the_rest_named_with_its_command(
     run: Run, made: Path, tmp_path: Path
 ) -> None:
     done = run(
-        "figures", *(path_of(made, kind) for kind in KINDS), "--out", tmp_path, "--format", "png"
+        "figures",
+        *(path_of(made, kind) for kind in KINDS),
+        "--out",
+        tmp_path,
+        "--format",
+        "png",
+        "--column",
+        "single",
     )
     assert (done.status, done.err) == (0, "")
     drawn = {path.stem for path in tmp_path.glob("*.png")}
@@ -168,7 +169,6 @@ def test_a_result_that_lacks_something_is_drawn_as_far_as_it_goes(
         ("{", "is not valid JSON"),
         ("[]", "got 'list'"),
         ('{"kind": "scores", "schema_version": 99}', "has schema version 99"),
-        ('{"kind": "expansion", "schema_version": 1}', "'expansion', which has no figures"),
     ],
 )
 def test_what_is_no_result_is_one_line(
@@ -181,6 +181,22 @@ def test_what_is_no_result_is_one_line(
     assert said in done.err
     assert len(done.err.splitlines()) == 1
     assert not (tmp_path / "f").exists()
+
+
+def test_results_without_figures_are_named_and_passed_over(
+    run: Run, made: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "x16"
+    other.mkdir()
+    (other / "manifest.json").write_text('{"kind": "expansion", "schema_version": 1}')
+    said = f"Skipped: {other}: no figures of a result of kind 'expansion'"
+    both = run("figures", other, made / "comparison", "--out", tmp_path / "f", "--format", "png")
+    assert both.status == 0
+    assert said in both.out
+    alone = run("figures", other, "--out", tmp_path / "g")
+    assert alone.status == 2
+    assert said in alone.out
+    assert "nothing could be drawn of" in alone.err
 
 
 def test_bad_options_are_refused_before_anything_is_read(run: Run, tmp_path: Path) -> None:

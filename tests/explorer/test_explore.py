@@ -249,6 +249,16 @@ def test_a_model_is_scored(llama: LanguageModel, calibration: CalibrationSet) ->
     assert explorer._modes.subject is not None
 
 
+def test_pictures_are_shown_at_one_size_of_text() -> None:
+    from matplotlib.figure import Figure
+
+    from entangle.explorer.content import image, picture, shown_width
+
+    narrow, wide = (picture(Figure(figsize=(inches, 1.0))) for inches in (2.0, 4.0))
+    assert (shown_width(narrow), shown_width(wide)) == (230, 460)
+    assert 'style="width: 230px; max-width: 100%"' in image(narrow)
+
+
 def kernel(monkeypatch: pytest.MonkeyPatch, message: str) -> None:
     parent = {"header": {"msg_id": message}}
     shell = SimpleNamespace(kernel=SimpleNamespace(get_parent=lambda _channel: parent))

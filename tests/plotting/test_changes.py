@@ -66,7 +66,7 @@ def test_neurons_without_a_change_are_counted(decomposed: Decomposed) -> None:
 
 
 def test_neurons_far_out_are_in_the_end_bins_and_counted() -> None:
-    title = legend(plot_change(table([-10.0] * 50 + [900.0])))[0]
+    title = legend(plot_change(table([900.0, *[-10.0] * 50])))[0]
     assert "1 beyond the axis are in its end bins" in title
 
 
