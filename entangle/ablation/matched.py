@@ -39,7 +39,8 @@ def search_matched(
     by
         Column that is ranked.
     steps
-        Evaluations for each, the first of them with all neurons.
+        Evaluations for each, the first of them with all neurons; one more where all of them cost
+        as much as the top ones.
 
     Returns
     -------
@@ -47,7 +48,8 @@ def search_matched(
         One row an evaluation: ``fraction`` of each layer's neurons and the mean ``loss`` (nats a
         window) that it gave, next to the ``target``; ``matched`` is the fraction at which the loss
         reaches the target, interpolated in the logarithm of the fraction between ``low`` and
-        ``high``, which bracket it. NaN where all neurons together cost less than the top ones.
+        ``high``, which bracket it. NaN where all neurons together cost less than the top ones, and
+        where as many neurons as the top ones cost no less than these (``low`` is 0 then).
 
     References
     ----------
@@ -86,7 +88,8 @@ def bisect_fraction(
     """Return where a rising loss reaches ``target`` on [low, 1], and the bracket around it.
 
     The bracket is halved on a log scale. ``tried`` takes every (fraction, loss) in order. All is
-    NaN if the loss at 1 stays below the target.
+    NaN if the loss at 1 stays below the target. Where no loss below the target was seen, that at
+    ``low`` is measured too; if it reaches the target, the answer is NaN and the bracket (0, low).
     """
 
     def at(fraction: float) -> float:
@@ -103,6 +106,10 @@ def bisect_fraction(
             top = middle, value
         else:
             bottom = middle, value
+    if bottom[1] == -math.inf and low < 1.0:
+        bottom = low, at(low)
+        if bottom[1] >= target:
+            return math.nan, 0.0, low
     share = 0.5
     if math.isfinite(bottom[1]) and math.isfinite(top[1]) and top[1] > bottom[1]:
         share = (target - bottom[1]) / (top[1] - bottom[1])

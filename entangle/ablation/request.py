@@ -1,6 +1,6 @@
 """Which selections a sweep is asked for, and the selections themselves."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +8,7 @@ import pandas as pd
 
 from entangle.ablation.selection import MATCHED, Selection, select
 from entangle.errors import InvalidInput, unknown_name
+from entangle.models.layers import Layer
 
 DEFAULT = ("top", "bottom", "random")
 """Selections of an ablation, unless others are asked for."""
@@ -25,18 +26,30 @@ class Request:
     seeds: int
     seed: int
 
-    def check(self) -> None:
-        """Raise `UnknownName` or `InvalidInput` for what can be seen without scores."""
+    def check(self, layers: Sequence[Layer]) -> None:
+        """Raise `UnknownName` or `InvalidInput` for what can be seen without scores.
+
+        Parameters
+        ----------
+        layers
+            Those whose neurons are changed.
+        """
         known = (*DEFAULT, *MATCHED, "all")
         for one in self.wanted:
             if not isinstance(one, Selection) and one not in known:
                 raise unknown_name("selection", one, known)
         if not self.wanted or not self.columns:
             raise InvalidInput("`selections` and `by` must name at least one; got none.")
-        if isinstance(self.seeds, bool) or self.seeds < 1:
-            raise InvalidInput(f"`seeds` must be at least 1; got {self.seeds}.")
+        for name, value in (("seeds", self.seeds), ("count", self.count)):
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if value is not None and not (whole and value >= 1):
+                raise InvalidInput(f"`{name}` must be an integer of at least 1; got {value!r}.")
         if self.fraction is not None and not 0.0 < self.fraction <= 1.0:
             raise InvalidInput(f"`fraction` must be in (0, 1]; got {self.fraction}.")
+        sizes = {layer.name: layer.out_features for layer in layers}
+        for one in self.wanted:
+            if isinstance(one, Selection):
+                _check_rows(one, sizes)
 
     def describe(self) -> dict[str, object]:
         """Return the request, JSON-serialisable."""
@@ -75,3 +88,22 @@ class Request:
                 for draw in range(self.seed, self.seed + self.seeds):
                     options: dict[str, Any] = size if like is None else {"like": like}
                     yield select(frame, one, seed=draw, **options)
+
+
+def _check_rows(selection: Selection, sizes: Mapping[str, int]) -> None:
+    """Check that the rows of a selection are neurons of the chosen layers, given by their sizes."""
+    if not selection.n_rows:
+        raise InvalidInput(f"the selection {selection.name!r} must hold a neuron; got none.")
+    for name, rows in selection.rows.items():
+        if name not in sizes:
+            raise unknown_name(
+                f"layer of the selection {selection.name!r} among the chosen ones:", name, sizes,
+                "Choose its layer too (`layers`, --layer).",
+            )  # fmt: skip
+        outside = [int(row) for row in rows if not 0 <= row < sizes[name]]
+        if outside or len(set(rows.tolist())) < len(rows):
+            raise InvalidInput(
+                f"rows of layer {name!r} in the selection {selection.name!r} must be different "
+                f"and in 0..{sizes[name] - 1}; got {outside[:1] or 'one twice'}: select from the "
+                "scores of this model."
+            )

@@ -97,7 +97,16 @@ class AblationResult:
             the perplexities with ``low`` and ``high`` (paired bootstrap over windows; losses of
             several seeds are averaged, which compares with the geometric mean of their
             perplexities), and ``seeds``.
+
+        Raises
+        ------
+        InvalidInput
+            If no perplexity was measured.
         """
+        if "loss" not in self.windows:
+            raise InvalidInput(
+                "this ablation measured no perplexity, which contrasts compare; measure it too."
+            )
         columns = [*SETTING, "by", "against", "against_by", "ratio", "low", "high", "seeds"]
         rows = []
         for setting, part in self.windows.groupby(SETTING, sort=False, dropna=False):

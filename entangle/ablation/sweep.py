@@ -152,17 +152,23 @@ def ablate(
     dense = as_language_model(model)
     chosen = find_layers(dense.module, layers, proj)
     protocol = Protocol.of(evaluation, pairs, measures)
-    columns = [by] if isinstance(by, str) else list(by)
+    columns = [by] if isinstance(by, str) else list(dict.fromkeys(by))
     request = Request(
         selections, columns, 0.03 if fraction is None and count is None else fraction, count,
         scope, seeds, seed,
     )  # fmt: skip
-    request.check()
+    request.check(chosen)
     check_settings(
         interventions, strengths=strengths, edit_strengths=edit_strengths, experts=experts
     )
-    if match and evaluation is None:
-        raise InvalidInput("`match` compares perplexities; give `evaluation`.")
+    outside = [layer.name for layer in chosen if layer.block is None]
+    if "divergence" in protocol.measures and outside:
+        raise InvalidInput(
+            f"divergence must be measured with layers inside the blocks only; got {outside[0]!r}, "
+            "which the dense model's own logits pass too: leave it out, or measure perplexity."
+        )
+    if match:
+        _check_match(protocol, request, interventions, experts)
     allocated: list[Arm] | None = None
     if allocation is not None:
         _check_alone(selections, match=match)
@@ -180,6 +186,9 @@ def ablate(
         "match": match,
         "seed": seed,
     }
+    if scores is not None:
+        known_by = ("calibration", "settings")
+        settings["scores"] = {name: scores.manifest.get(name) for name in known_by}
     if allocation is not None:
         zeros = {"zeros_sha256": zeros_digest(allocation), "overall": allocation.overall}
         settings["allocation"] = dict(allocation.manifest) | zeros
@@ -231,6 +240,22 @@ def ablate(
         result.save(out, force=force)
         folder.remove()
     return result
+
+
+def _check_match(
+    protocol: Protocol, request: Request, interventions: Sequence[str], experts: Sequence[int]
+) -> None:
+    """Refuse a search for matched controls that would have nothing to match."""
+    if not {"perplexity", "divergence"} & set(protocol.measures):
+        raise InvalidInput(
+            "`match` compares perplexities; give `evaluation`, and measure perplexity."
+        )
+    first = request.columns[0]
+    tops = [one for one in request.wanted if isinstance(one, Selection) and one.rule == "top"]
+    if "top" not in request.wanted and first not in [one.by for one in tops]:
+        raise InvalidInput(f"`match` needs the selection top {first}; add top to `selections`.")
+    if 1 not in experts and set(interventions) <= set(PRUNERS):
+        raise InvalidInput(f"`match` needs arms with 1 expert; got `experts` {list(experts)}.")
 
 
 def _check_alone(selections: Sequence[str | Selection], *, match: bool) -> None:

@@ -139,10 +139,14 @@ def run(arguments: argparse.Namespace) -> None:
     measures = _measures(arguments)
     settings = {
         "interventions": arguments.intervention.split(","),
-        "strengths": options.numbers(arguments.strength or STRENGTHS, float),
+        "strengths": options.numbers(
+            STRENGTHS if arguments.strength is None else arguments.strength, float
+        ),
         "edit_strengths": options.numbers(arguments.edit_strength, float),
         "experts": options.numbers(arguments.experts, int),
     }
+    if arguments.resume and arguments.out is None:
+        raise InvalidInput("--resume goes on with an unfinished folder; name it with --out.")
     if arguments.out is not None:
         check_output(arguments.out, force=arguments.force)
     from entangle.ablation import ablate
@@ -278,7 +282,7 @@ def _selections(
 ) -> "list[str | Selection]":
     """Return the rules by name and the lists of neurons that files hold."""
     found: list[str | Selection] = []
-    for name in (arguments.select or SELECTIONS).split(","):
+    for name in (SELECTIONS if arguments.select is None else arguments.select).split(","):
         if not name.lower().endswith((".csv", ".parquet")):
             found.append(name)
             continue

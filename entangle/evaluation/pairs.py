@@ -10,6 +10,9 @@ from types import MappingProxyType
 
 from entangle.errors import InvalidInput
 
+RESERVED = ("overall", "macro")
+"""Names of rows over all paradigms in tables of accuracies."""
+
 
 @dataclass(frozen=True, eq=False)
 class MinimalPairs:
@@ -35,6 +38,11 @@ class MinimalPairs:
             )
         for number, (good, bad) in enumerate(zip(self.good, self.bad, strict=True)):
             check_pair(good, bad, f"pair {number}")
+        for name in set(self.paradigms) & set(RESERVED):
+            raise InvalidInput(
+                f"a paradigm must not be called {name!r}, which names a row over all paradigms; "
+                "rename it."
+            )
         copied = json.loads(json.dumps(dict(self.settings)))
         object.__setattr__(self, "settings", MappingProxyType(copied))
 
@@ -67,8 +75,13 @@ class MinimalPairs:
 
 
 def check_pair(good: str, bad: str, where: str) -> None:
-    """Raise `InvalidInput` if a sentence is empty or both are the same."""
+    """Raise `InvalidInput` if a sentence is empty or no Unicode text, or both are the same."""
     if not good.strip() or not bad.strip():
         raise InvalidInput(f"both sentences of a pair must hold text; one of {where} is empty.")
+    if any("\ud800" <= character <= "\udfff" for character in good + bad):
+        raise InvalidInput(
+            f"both sentences of a pair must be Unicode text; one of {where} has half a surrogate "
+            "pair: mend it."
+        )
     if good == bad:
         raise InvalidInput(f"the sentences of a pair must differ; both of {where} are {good!r}.")

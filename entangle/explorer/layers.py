@@ -1,5 +1,6 @@
 """The layers of a result as two menus: blocks, and what each block holds."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -37,11 +38,14 @@ class LayerMenu:
 
 def _labelled(names: Sequence[str]) -> dict[str, str]:
     """Give every name the shortest ending, cut at dots, that no other name has."""
-    labels: dict[str, str] = {}
-    for name in names:
-        parts = name.split(".")
-        endings = (".".join(parts[-n:]) for n in range(1, len(parts) + 1))
-        others = [f".{other}" for other in names if other != name]
-        label = next((e for e in endings if not any(o.endswith(f".{e}") for o in others)), name)
-        labels[visible(label)] = name
-    return labels
+    endings = {name: _endings(name) for name in names}
+    counts = Counter(ending for name in names for ending in endings[name])
+    labels = {
+        name: next((one for one in endings[name] if counts[one] == 1), name) for name in names
+    }
+    return {visible(label): name for name, label in labels.items()}
+
+
+def _endings(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[-n:]) for n in range(1, len(parts) + 1)]

@@ -48,6 +48,7 @@ def _picture(found: Modes, scores: NeuronScores, row: pd.Series) -> tuple[bytes,
                 histogram=scores.histogram(str(row["layer"]), int(row["neuron"])),
                 mean=float(row["mean"]),
                 std=float(row["std"]),
+                legend=False,
                 ax=figure.subplots(),
             )
         except InvalidInput:  # a constant neuron has one mode and no distribution to draw

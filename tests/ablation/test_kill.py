@@ -26,7 +26,7 @@ replace, arms = folder.os.replace, []
 
 def killed(source, target):
     arms.append(target)
-    if len(arms) == 3:  # two arms have their names
+    if sum("arm-" in str(path) for path in arms) == 3:  # two arms have their names
         os.kill(os.getpid(), signal.SIGKILL)
     replace(source, target)
 

@@ -23,6 +23,20 @@ def test_all_neurons_cost_too_little() -> None:
     assert tried == [(1.0, 1.0)]
 
 
+def test_the_smallest_share_costs_too_much() -> None:
+    tried: list[tuple[float, float]] = []
+    value, low, high = bisect_fraction(lambda f: 1.0 + f, 0.5, low=0.25, steps=3, tried=tried)
+    assert math.isnan(value)
+    assert (low, high) == (0.0, 0.25)
+    assert [fraction for fraction, _ in tried] == pytest.approx([1.0, 0.5, 0.25 * 2**0.5, 0.25])
+
+
+def test_an_answer_just_above_the_smallest_share_is_interpolated() -> None:
+    found = bisect_fraction(lambda f: f, 0.26, low=0.25, steps=2, tried=[])
+    share = (0.26 - 0.25) / (0.5 - 0.25)
+    assert found == pytest.approx((0.25 * 2**share, 0.25, 0.5))
+
+
 @given(st.floats(0.02, 0.98), st.integers(2, 9))
 def test_the_bracket_holds_the_answer_and_halves(wanted: float, steps: int) -> None:
     tried: list[tuple[float, float]] = []
@@ -30,7 +44,7 @@ def test_the_bracket_holds_the_answer_and_halves(wanted: float, steps: int) -> N
     assert low <= value <= high
     assert low <= wanted <= high
     assert math.log(high / low) == pytest.approx(math.log(100) / 2 ** (steps - 1))
-    assert len(tried) == steps
+    assert len(tried) == steps + (low == 0.01)
 
 
 def test_infinite_losses_are_above_everything() -> None:

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +8,11 @@ import pandas as pd
 import pytest
 import torch
 
-from entangle.ablation import AblationResult, ablate, load_ablation, select
+from entangle.ablation import AblationResult, Selection, ablate, load_ablation, select
 from entangle.ablation.measures import Meter
 from entangle.calibration import CalibrationSet
 from entangle.errors import InvalidInput, NumericalError, UnknownName
-from entangle.evaluation import EvaluationText, load_evaluation, perplexity
+from entangle.evaluation import EvaluationText, MinimalPairs, load_evaluation, perplexity
 from entangle.models.layers import find_layers
 from entangle.models.loading import LanguageModel, as_language_model
 from entangle.pruning import prune
@@ -27,6 +28,11 @@ QUICK: dict[str, Any] = {"fraction": 0.1, "strengths": (0.5,), "seeds": 2}
 def text() -> EvaluationText:
     ids = torch.randint(4, 112, (5, 12), generator=torch_rng(1, "evaluation tokens"))
     return load_evaluation(ids)
+
+
+def _listed(block: int, rows: list[int]) -> Selection:
+    name = f"model.layers.{block}.mlp.up_proj"
+    return Selection("listed", None, None, {name: np.array(rows)})
 
 
 def _state(model: LanguageModel) -> dict[str, torch.Tensor]:
@@ -274,6 +280,28 @@ def test_scores_made_before_are_used(
         ({"evaluation": None, "measures": ("perplexity",)}, InvalidInput, "give `evaluation`"),
         ({"proj": "nose"}, UnknownName, "projection"),
         ({"seed": -1}, InvalidInput, "`seed`"),
+        ({"match": True, "selections": ("random",)}, InvalidInput, "add top"),
+        ({"match": True, "experts": (2,)}, InvalidInput, "1 expert"),
+        (
+            {
+                "match": True,
+                "measures": ("pairs",),
+                "pairs": MinimalPairs(("a b",), ("a c",), ("x",), "here", {}),
+            },
+            InvalidInput,
+            "measure perplexity",
+        ),
+        ({"seeds": True}, InvalidInput, "`seeds`"),
+        ({"fraction": None, "count": True}, InvalidInput, "`count`"),
+        ({"layers": 0, "selections": [_listed(1, [3])]}, UnknownName, "Choose its layer too"),
+        ({"selections": [_listed(0, [1000])]}, InvalidInput, r"in 0\.\.47; got \[1000\]"),
+        ({"selections": [_listed(0, [3, 3])]}, InvalidInput, "one twice"),
+        ({"selections": [Selection("listed", None, None, {})]}, InvalidInput, "got none"),
+        (
+            {"layers": ["lm_head"], "proj": None, "measures": ("divergence",)},
+            InvalidInput,
+            "inside the blocks only",
+        ),
     ],
 )
 def test_bad_input(
@@ -308,3 +336,38 @@ def test_unequal_sparsity_is_refused(
     monkeypatch.setattr(Bench, "realised", skewed)
     with pytest.raises(NumericalError, match="equally sparse"):
         ablate(tiny("llama"), calibration, evaluation=text, **QUICK)
+
+
+def test_without_perplexity_there_are_no_contrasts(
+    everything: AblationResult,
+) -> None:
+    bare = replace(everything, windows=pd.DataFrame({"window": pd.Series(dtype="int64")}))
+    with pytest.raises(InvalidInput, match="no perplexity"):
+        bare.contrasts()
+
+
+def test_resume_refuses_other_scores(
+    tiny: Tiny,
+    calibration: CalibrationSet,
+    text: EvaluationText,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny("llama")
+    one, other = (score(model, calibration, proj="mlp", method="sketch", seed=s) for s in (0, 1))
+    edits: dict[str, Any] = {**QUICK, "interventions": ("mean",), "resume": True}
+    measure, calls = Meter.measure, []
+
+    def stop(meter: Meter) -> object:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return measure(meter)
+
+    monkeypatch.setattr(Meter, "measure", stop)
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        ablate(model, calibration, evaluation=text, scores=one, out=out, **edits)
+    with pytest.raises(InvalidInput, match="another settings"):
+        ablate(model, calibration, evaluation=text, scores=other, out=out, **edits)
+    assert ablate(model, calibration, evaluation=text, scores=one, out=out, **edits)

@@ -81,6 +81,10 @@ def test_scores_and_a_list_of_neurons(
     chosen = load_ablation(tmp_path / "out").selections
     mine = chosen[chosen["selection"] == "listed"]
     assert mine[["layer", "neuron"]].to_numpy().tolist() == [[layer, 1], [layer, 3]]
+    block_2 = ["2" if a == "all" else a for a in base] + [*edit, "--select", listed, "--quiet"]
+    status, _, err = run(*block_2)
+    assert (status, err.count("\n")) == (2, 1)
+    assert "Choose its layer too" in err
     status, _, err = run(*base, "--select", listed)
     assert status == 2
     assert "give --scores DIR" in err
@@ -93,6 +97,8 @@ def test_scores_and_a_list_of_neurons(
         (("--by", "beauty"), "column"),
         (("--intervention", "snip"), "intervention"),
         (("--strength", "2"), r"must lie in [0, 1]; got 2.0"),
+        (("--strength", ""), "a list must look like 0.5,0.7; got ''"),
+        (("--select", ""), "selection"),
         (("--strength", "much"), "a list must look like 0.5,0.7; got 'much'"),
         (("--edit-strength", "-1"), "`edit_strengths` must lie in [0, 1]"),
         (("--experts", "0"), "at least 1; got 0"),
@@ -100,7 +106,7 @@ def test_scores_and_a_list_of_neurons(
         (("--fraction", "0"), "(0, 1]"),
         (("--fraction", "0.1", "--count", "3"), "exactly one of"),
         (("--count", "99999"), "99999"),
-        (("--seeds", "0"), "`seeds` must be at least 1"),
+        (("--seeds", "0"), "`seeds` must be an integer of at least 1"),
         (("--measure", "taste"), "measure"),
         (("--measure", "blimp", "--pairs", "nowhere.jsonl"), "nowhere.jsonl"),
         (("--scores", "nowhere"), "nowhere"),
@@ -118,6 +124,12 @@ def test_a_mistake_is_one_line(
     assert err.startswith("entangle: error: ")
     assert message in err
     assert not list(tmp_path.glob("*out*"))
+
+
+def test_resume_needs_a_folder(run: Run, base: tuple[object, ...]) -> None:
+    status, printed, err = run(*base, "--resume", "--quiet")
+    assert (status, printed, err.count("\n")) == (2, "", 1)
+    assert "name it with --out" in err
 
 
 @pytest.mark.parametrize(

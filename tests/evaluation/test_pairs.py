@@ -64,3 +64,14 @@ def test_settings_are_fixed() -> None:
     assert pairs.settings["n"] == 1
     with pytest.raises(TypeError):
         pairs.settings["n"] = 2  # type: ignore[index]
+
+
+@pytest.mark.parametrize("name", ["overall", "macro"])
+def test_names_of_summary_rows_are_no_paradigms(name: str) -> None:
+    with pytest.raises(InvalidInput, match=f"must not be called '{name}'"):
+        MinimalPairs(("a",), ("b",), (name,), "here", {})
+
+
+def test_half_a_surrogate_pair_is_no_text() -> None:
+    with pytest.raises(InvalidInput, match="pair 0 has half a surrogate pair"):
+        MinimalPairs(("a \ud800",), ("b",), ("x",), "here", {})
