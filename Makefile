@@ -57,8 +57,9 @@ lint: install
 types: install
 	$(BIN)/mypy
 
+# Two processes of one thread each.
 unit: install
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal
 
 bench: install
 	$(BIN)/python -m benchmarks.scoring
