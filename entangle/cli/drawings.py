@@ -158,8 +158,9 @@ def _top_outputs(
 def _of_ablation(one: Run, column: Column) -> Iterator[Drawing]:
     from entangle.ablation import load_ablation
 
-    frame, text = load_ablation(one.path).frame, _text(one.manifest)
+    frame = load_ablation(one.path).frame
     for measure in ABLATION_MEASURES:
+        text = text_of(one.manifest, pairs=measure == "accuracy")
         draw = partial(_ablation, frame, measure, text, column, one.digest)
         yield Drawing(f"ablation_{measure}", draw)
 
@@ -181,21 +182,27 @@ def _of_comparison(one: Run, column: Column) -> Iterator[Drawing]:
     from entangle.expansion.compare import load_comparison
     from entangle.plotting import figure_comparison
 
-    frame, text = load_comparison(one.path).frame, _text(one.manifest)
+    frame, text = load_comparison(one.path).frame, text_of(one.manifest)
     yield Drawing(
         "comparison",
         lambda: figure_comparison(frame, text=text, column=column, digest=one.digest),
     )
 
 
-def _text(manifest: Mapping[str, object]) -> str | None:
-    """Return what a result was evaluated on: source, number and length of the windows."""
+def text_of(manifest: Mapping[str, object], *, pairs: bool = False) -> str | None:
+    """Return what a result was evaluated on: a text and its windows, or minimal pairs."""
     said = manifest.get("evaluation")
-    if isinstance(said, dict) and isinstance(said.get("text"), dict):
-        said = said["text"]
-    if not isinstance(said, dict) or "n_windows" not in said:
+    if isinstance(said, Mapping) and "n_windows" not in said:
+        said = said.get("pairs" if pairs else "text")
+    if not isinstance(said, Mapping):
         return None
-    return f"{said.get('source')}, {said['n_windows']} windows of {said.get('seq_len')} tokens"
+    source = str(said.get("source"))
+    source = Path(source).name if Path(source).is_absolute() else source
+    if "n_pairs" in said:
+        kinds = said.get("paradigms")
+        n = len(kinds) if isinstance(kinds, Mapping) else 0
+        return f"{source}, {said['n_pairs']:,} pairs of {n} paradigms"
+    return f"{source}, {said.get('n_windows')} windows of {said.get('seq_len')} tokens"
 
 
 def _of_decomposition(one: Run, column: Column) -> Iterator[Drawing]:

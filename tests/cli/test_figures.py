@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from entangle.cli.drawings import FIGURES, drawings_of
+from entangle.cli.drawings import FIGURES, drawings_of, text_of
 from entangle.cli.figures import MAKERS, manifest_digest, missing_lines, open_run
 from entangle.cli.main import main
 from tests.cli.runs import Run
@@ -160,6 +160,18 @@ def test_a_result_that_lacks_something_is_drawn_as_far_as_it_goes(
     nothing = run("figures", folder, "--out", tmp_path / "g", "--format", "png")
     assert nothing.status == 2
     assert "nothing could be drawn of" in nothing.err
+
+
+def test_figures_say_what_was_measured_on() -> None:
+    text = {"source": "wikitext2", "n_windows": 8, "seq_len": 512}
+    pairs = {"source": "/data/blimp", "n_pairs": 1200, "paradigms": {"a": 600, "b": 600}}
+    said = "wikitext2, 8 windows of 512 tokens"
+    assert text_of({"evaluation": text}) == said
+    assert text_of({"evaluation": {"text": text, "pairs": pairs}}) == said
+    both = {"evaluation": {"text": text, "pairs": pairs}}
+    assert text_of(both, pairs=True) == "blimp, 1,200 pairs of 2 paradigms"
+    assert text_of({"evaluation": {"pairs": pairs}}) is None
+    assert text_of({}) is None
 
 
 @pytest.mark.parametrize(
