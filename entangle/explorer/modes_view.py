@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from entangle.errors import EntangleError, InvalidInput
 from entangle.explorer.content import Content, picture
@@ -43,17 +45,28 @@ def _picture(found: Modes, scores: NeuronScores, row: pd.Series) -> tuple[bytes,
     with paper_style(column="single"):
         figure = PaperFigure(figsize=PANEL_INCHES, layout="constrained")
         try:
-            plot_modes(
+            ax = plot_modes(
                 found.modes,
                 histogram=scores.histogram(str(row["layer"]), int(row["neuron"])),
                 mean=float(row["mean"]),
                 std=float(row["std"]),
-                legend=False,
                 ax=figure.subplots(),
             )
         except InvalidInput:  # a constant neuron has one mode and no distribution to draw
             return ()
+        _legend_outside(figure, ax)
         return (picture(figure),)
+
+
+def _legend_outside(figure: Figure, ax: Axes) -> None:
+    """Move the legend above the panel, where it covers no mode's number."""
+    inside = ax.get_legend()
+    assert inside is not None  # noqa: S101 - drawn by `plot_modes`
+    labels = [text.get_text() for text in inside.get_texts()]
+    handles = [handle for handle in inside.legend_handles if handle is not None]
+    inside.remove()
+    ax.set_title("")
+    figure.legend(handles, labels, loc="outside upper left", ncols=3)
 
 
 @dataclass(frozen=True)
