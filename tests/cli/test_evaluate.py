@@ -198,7 +198,8 @@ def test_an_expansion_beside_its_dense_model(
     found = [content["results"][1][name] for name in ("ratio", "ratio_low", "ratio_high")]
     assert found == pytest.approx([ratio.value, ratio.low, ratio.high])
     described = content["manifest"]["models"]
-    assert described["dense"] == json.loads(json.dumps(model.describe()))
+    dense = json.loads(json.dumps(model.describe()))
+    assert described["dense"] == dense | {"name": str(Path("model").absolute())}
     assert (described["expansion"]["name"], described["expansion"]["source"]) == ("x", "expansion")
     assert described["expansion"]["digest"] == built.model.digest
 
