@@ -22,6 +22,7 @@ FLOORS = (
     {"ablation"},
     {"analysis", "decomposition"},
     {"explorer", "cli"},
+    {"__main__"},
 )
 SIBLINGS = {("routing", "stats"), ("calibration", "models")}
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
