@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -112,7 +113,7 @@ def forward_pass(n_seq: int, seq_len: int, repeats: int) -> list[dict[str, objec
     model = load_model("demo")
     calibration = load_calibration("demo", model.tokenizer, n_seq=n_seq, seq_len=seq_len)
     batch = max(1, 4096 // seq_len)
-    body = model.module.get_decoder()
+    body = model.module.get_submodule("model")
 
     def bare(module: torch.nn.Module) -> None:
         with torch.no_grad():
@@ -171,6 +172,7 @@ def peak_memory(seq_len: int) -> list[dict[str, object]]:
 def print_peak(method: str, layers: str, n_seq: str, seq_len: str) -> None:
     """Score once and print the process's peak memory in bytes."""
     import entangle
+    from entangle.scoring.score import Method
 
     model = entangle.load_model("demo")
     calibration = entangle.load_calibration(
@@ -178,8 +180,8 @@ def print_peak(method: str, layers: str, n_seq: str, seq_len: str) -> None:
     )
     memory = 256 * 2**20
     entangle.score(
-        model, calibration, layers=layers, proj="mlp", method=method, memory=memory
-    )  # fmt: skip
+        model, calibration, layers=layers, proj="mlp", method=cast(Method, method), memory=memory
+    )
     print(json.dumps(peak_memory_bytes()))
 
 
