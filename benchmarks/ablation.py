@@ -1,7 +1,7 @@
 """What the ablation engine adds to the forward passes that a sweep contains.
 
-``python -m benchmarks.ablation`` runs the demo's sweep on the demo model (dense, top, bottom and five
-random selections at two strengths: 15 evaluations) beside its bare parts, and prints one table.
+``python -m benchmarks.ablation`` runs the demo's sweep on the demo model (dense, top, bottom and
+five random selections at two strengths: 15 evaluations) beside its bare parts, and prints a table.
 """
 
 import argparse

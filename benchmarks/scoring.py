@@ -180,7 +180,7 @@ def print_peak(method: str, layers: str, n_seq: str, seq_len: str) -> None:
     )
     memory = 256 * 2**20
     entangle.score(
-        model, calibration, layers=layers, proj="mlp", method=cast(Method, method), memory=memory
+        model, calibration, layers=layers, proj="mlp", method=cast("Method", method), memory=memory
     )
     print(json.dumps(peak_memory_bytes()))
 
