@@ -50,6 +50,8 @@ class _Tally:
             return f", stopped after {elapsed:.0f} s"
         if not self.done:
             return ""
+        if self.done >= self.total:
+            return f", {elapsed:.0f} s"
         return f", {elapsed:.0f} s, {elapsed / self.done * (self.total - self.done):.0f} s left"
 
 

@@ -1,15 +1,25 @@
 """Work that takes long and is kept piece by piece, under a hidden name until it is complete."""
 
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from entangle.errors import InvalidInput
 from entangle.provenance import check_output, disk_errors, expanded, read_manifest, write_json
 
 PLAN = "plan.json"
+DIGESTS = "digests.json"
 _SAME = ("model", "calibration", "evaluation", "settings")
+_REMEDY = "name another folder; --resume goes on with what is written"
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_made(final: str | os.PathLike[str], kind: str, manifest: Mapping[str, object]) -> bool:
@@ -89,14 +99,70 @@ class Unfinished:
                 raise
         self._begun = True
 
-    def _check_same(self) -> None:
-        try:
-            found = json.loads((self.path / PLAN).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+    def keep(self, name: str, write: Callable[[Path], None]) -> None:
+        """Keep a piece, unless it is there; the file appears when it is complete.
+
+        Its digest is written first, so that no piece is ever without one.
+
+        Parameters
+        ----------
+        name
+            Of the file.
+        write
+            Called with the path to write it to.
+        """
+        self.begin()
+        path = self.path / name
+        if path.exists():
+            return
+        with disk_errors(path, remedy=_REMEDY):
+            partial = path.with_suffix(".writing")
+            write(partial)
+            digests = self.path / DIGESTS
+            changed = digests.with_suffix(".writing")
+            write_json(changed, self.digests() | {name: file_digest(partial)})
+            os.replace(changed, digests)  # noqa: PTH105  (the atomic one)
+            os.replace(partial, path)  # noqa: PTH105
+
+    def find(self, name: str) -> Path | None:
+        """Return the file of a piece that was kept, None if there is none.
+
+        Raises
+        ------
+        InvalidInput
+            If it is not what was written.
+        """
+        path = self.path / name
+        if not path.exists():
+            return None
+        if self.digests().get(name) != file_digest(path):
             raise InvalidInput(
-                f"the unfinished {self._what} of {str(self.final)!r} has no readable {PLAN} "
+                f"{str(path)!r} was truncated or altered; remove it and go on with --resume "
+                "(resume=True), which makes it anew."
+            )
+        return path
+
+    def digests(self) -> dict[str, str]:
+        """Return the SHA-256 of every piece as it was written, by name."""
+        if not (self.path / DIGESTS).exists():
+            return {}
+        return {name: str(digest) for name, digest in self._read(DIGESTS).items()}
+
+    def remove(self) -> None:
+        """Remove all pieces, once the result is saved."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def _read(self, name: str) -> dict[str, object]:
+        try:
+            return dict(json.loads((self.path / name).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise InvalidInput(
+                f"the unfinished {self._what} of {str(self.final)!r} has no readable {name} "
                 f"({error}); start anew with --force (force=True) without --resume."
             ) from error
+
+    def _check_same(self) -> None:
+        found = self._read(PLAN)
         wanted = json.loads(json.dumps(self._plan))
         differing = [key for key in _SAME if found.get(key) != wanted[key]]
         if differing:

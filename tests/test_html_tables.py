@@ -34,7 +34,7 @@ class Text(HTMLParser):
     [
         ("plain", "plain"),
         ("日本語 مرحبا नमस्ते é", "日本語 مرحبا नमस्ते é"),
-        ("a\nb\tc\rd", "a⏎b⇥c␍d"),
+        ("a\nb\tc\rd", r"a\nb\tc\rd"),
         ("\x1b[31m\x00\x7f", r"\x1b[31m\x00\x7f"),
         ("\u202eabc\u2066", r"\u202eabc\u2066"),
         ("\ud800", r"\ud800"),

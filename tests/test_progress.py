@@ -43,7 +43,7 @@ def test_off_a_terminal_plain_lines_tell_the_time_left(
     assert err.splitlines() == [
         "scoring: 0/4 sequences",
         "scoring: 2/4 sequences, 20 s, 20 s left",
-        "scoring: 4/4 sequences, 40 s, 0 s left",
+        "scoring: 4/4 sequences, 40 s",
     ]
 
 
@@ -101,7 +101,7 @@ def test_a_second_start_counts_anew(clock: list[float], capsys: pytest.CaptureFi
         bar.advance(3)
     assert capsys.readouterr().err.splitlines() == [
         "scoring: 0/3 layers",
-        "scoring: 3/3 layers, 0 s, 0 s left",
+        "scoring: 3/3 layers, 0 s",
     ]
 
 
@@ -147,7 +147,7 @@ def test_a_notebook_replaces_one_output(
         "a < b: 1/4 sequences, 10 s, 30 s left",
         "a < b: 2/4 sequences, 20 s, 20 s left",
         "a < b: 3/4 sequences, 30 s, 10 s left",
-        "a < b: 4/4 sequences, 40 s, 0 s left",
+        "a < b: 4/4 sequences, 40 s",
     ]
     last = notebook.shown[-1]["text/html"]
     assert '<progress value="4" max="4"' in last

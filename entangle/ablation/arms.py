@@ -15,6 +15,9 @@ from entangle.allocation.even import even
 from entangle.allocation.labels import nominal_sparsity, rule_label, zeros_digest
 from entangle.errors import InvalidInput, unknown_name
 
+ROUTERS = ("kmeans", "random")
+"""Routers of several experts; ``random`` is the control, whose clusters mean nothing."""
+
 PRUNERS = {
     "prune": "sparsegpt",
     "prune-wanda": "wanda",
@@ -42,6 +45,8 @@ class Arm:
     """Routed experts that hold the pruned rows; 1 without a router."""
     allocation: Allocation | None = None
     """Zeros of every row, in place of one sparsity for all."""
+    router: str = ""
+    """From `ROUTERS` where there are several experts, else empty."""
 
     @property
     def prunes(self) -> bool:
@@ -63,6 +68,8 @@ class Arm:
         }
         if self.allocation is not None:
             described["allocation"] = zeros_digest(self.allocation)
+        if self.router:
+            described["router"] = self.router
         return described
 
     @property
@@ -76,6 +83,7 @@ class Arm:
         """A short line for progress bars."""
         seed = "" if self.selection.seed is None else f" (seed {self.selection.seed})"
         routed = "" if self.experts == 1 else f", {self.experts} experts"
+        routed += " of random clusters" if self.router == "random" else ""
         return f"{self.intervention} {self.selection.name}{seed} at {self.strength:g}{routed}"
 
 
@@ -85,18 +93,22 @@ def check_settings(
     strengths: Sequence[float],
     edit_strengths: Sequence[float],
     experts: Sequence[int],
+    routers: Sequence[str] = ROUTERS[:1],
 ) -> None:
     """Check the settings of arms, before any work is done.
 
     Raises
     ------
     UnknownName, InvalidInput
-        If an intervention does not exist, a strength lies outside [0, 1], a number of experts is
-        below 1, or one of the lists is empty.
+        If an intervention or a router does not exist, a strength lies outside [0, 1], a number of
+        experts is below 1, or one of the lists is empty.
     """
     for name in interventions:
         if name not in INTERVENTIONS:
             raise unknown_name("intervention", name, INTERVENTIONS)
+    for name in routers:
+        if name not in ROUTERS:
+            raise unknown_name("router", name, ROUTERS)
     for name, values in (("strengths", strengths), ("edit_strengths", edit_strengths)):
         for value in values:
             if not 0.0 <= value <= 1.0:
@@ -104,10 +116,10 @@ def check_settings(
     for count in experts:
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise InvalidInput(f"`experts` must be integers of at least 1; got {count!r}.")
-    if not (interventions and strengths and edit_strengths and experts):
+    if not (interventions and strengths and edit_strengths and experts and routers):
         raise InvalidInput(
-            "there is no arm to run: give at least one intervention, strength and number of "
-            "experts."
+            "there is no arm to run: give at least one intervention, strength, number of experts "
+            "and router."
         )
 
 
@@ -118,16 +130,22 @@ def plan_arms(
     strengths: Sequence[float],
     edit_strengths: Sequence[float],
     experts: Sequence[int],
+    routers: Sequence[str] = ROUTERS[:1],
 ) -> list[Arm]:
-    """Return every combination that makes sense: several experts only where rows are pruned."""
+    """Return every combination that makes sense, once.
+
+    Several experts only where rows are pruned, and routers only where there are several experts.
+    """
     check_settings(
-        interventions, strengths=strengths, edit_strengths=edit_strengths, experts=experts
-    )
+        interventions, strengths=strengths, edit_strengths=edit_strengths, experts=experts,
+        routers=routers,
+    )  # fmt: skip
     return [
-        Arm(selection, intervention, float(strength), count)
+        Arm(selection, intervention, float(strength), count, router=router)
         for intervention in dict.fromkeys(interventions)
         for strength in dict.fromkeys(strengths if intervention in PRUNERS else edit_strengths)
         for count in (dict.fromkeys(experts) if intervention in PRUNERS else (1,))
+        for router in (dict.fromkeys(routers) if count > 1 else ("",))
         for selection in selections
     ]
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
+from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -21,6 +22,7 @@ from entangle.ablation.tables import realised_sparsity
 from entangle.calibration import CalibrationSet
 from entangle.models.layers import Layer
 from entangle.models.loading import LanguageModel
+from entangle.pruning.masks import count_zeros
 from entangle.routing.router import Kind
 
 Rows = Mapping[str, NDArray[np.int64]]
@@ -55,32 +57,42 @@ class Bench:
         self._layers = {layer.name: layer for layer in layers}
         self._statistics, self._damping, self._seed = statistics, damping, seed
         self._solved: dict[tuple[str, Level], dict[str, SolvedRows]] = {}
-        self._routed: dict[str, RoutedRows] = {}
-        for pruner in {PRUNERS[arm.intervention] for arm in arms if arm.prunes}:
+        self._routed: dict[tuple[str, str], RoutedRows] = {}
+        for pruner in dict.fromkeys(PRUNERS[arm.intervention] for arm in arms if arm.prunes):
             plain = [a for a in arms if PRUNERS.get(a.intervention) == pruner and a.experts == 1]
             self._solve(pruner, plain)
 
     @cached_property
     def _means(self) -> dict[str, torch.Tensor]:
-        return mean_outputs(self._statistics.scores.frame)
+        return mean_outputs(self._statistics.scores)
 
     @property
     def neurons(self) -> pd.DataFrame:
         """One row a routed neuron; see `RoutedRows.neurons`."""
-        tables = [routed.neurons.assign(pruner=name) for name, routed in self._routed.items()]
-        return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame({"layer": []})
+        tables = [
+            routed.neurons.assign(pruner=pruner, router=router)
+            for (pruner, router), routed in self._routed.items()
+        ]
+        if not tables:
+            return pd.DataFrame({"layer": []})
+        joined = pd.concat(tables, ignore_index=True)
+        joined.loc[joined["experts"] == 1, "router"] = ""
+        key = ["layer", "neuron", "experts", "sparsity", "pruner", "router"]
+        names = [name for name in joined.columns if name != "router"]
+        names.insert(names.index("experts") + 1, "router")
+        return joined[names].drop_duplicates(key, ignore_index=True)
 
-    def fit(
-        self, experts: Sequence[int], *, router: Kind, memory: int, md: bool, progress: bool | None
-    ) -> None:
+    def fit(self, *, memory: int, md: bool, progress: bool | None) -> None:
         """Fit routers and solve experts for the rows of all arms that have several."""
-        for name in {arm.intervention for arm in self._arms if arm.prunes and arm.experts > 1}:
-            own = [arm for arm in self._arms if arm.intervention == name and arm.experts > 1]
-            self._routed[PRUNERS[name]] = fit_rows(
+        routed = [arm for arm in self._arms if arm.prunes and arm.experts > 1]
+        for pruner, router in dict.fromkeys((PRUNERS[a.intervention], a.router) for a in routed):
+            own = [a for a in routed if (PRUNERS[a.intervention], a.router) == (pruner, router)]
+            self._routed[pruner, router] = fit_rows(
                 self._model, self._calibration, union_rows(arm.selection.rows for arm in own),
-                sparsities=sorted({arm.strength for arm in own}), experts=[1, *experts],
-                pruner=PRUNERS[name], router=router, damping=self._damping, seed=self._seed,
-                memory=memory, md=md, progress=progress,
+                sparsities=sorted({arm.strength for arm in own}),
+                experts=[1, *dict.fromkeys(arm.experts for arm in own)],
+                pruner=pruner, router=cast("Kind", router), damping=self._damping,
+                seed=self._seed, memory=memory, md=md, progress=progress,
             )  # fmt: skip
 
     def applied(self, arm: Arm) -> AbstractContextManager[object]:
@@ -92,7 +104,7 @@ class Bench:
                 layers, arm.selection, arm.intervention, strength=arm.strength, means=self._means
             )
         if arm.experts > 1:
-            routed = self._routed[PRUNERS[arm.intervention]]
+            routed = self._routed[PRUNERS[arm.intervention], arm.router]
             made = routed.modules(self._model, rows, arm.experts, arm.strength)
             return installed(self._model.module, made)
         solved = self._solved[PRUNERS[arm.intervention], arm.level]
@@ -112,10 +124,26 @@ class Bench:
             return np.zeros(0)
         name = PRUNERS[arm.intervention]
         if arm.experts > 1:
-            return realised_sparsity(self._routed[name].neurons, arm)
+            return realised_sparsity(self._routed[name, arm.router].neurons, arm)
         solved, rows = self._solved[name, arm.level], arm.selection.rows.items()
         parts = [solved[layer].take(own, arm.level)[1] for layer, own in rows]
         return np.concatenate([part.double().numpy() for part in parts])
+
+    def planned(self, arm: Arm) -> NDArray[np.float64]:
+        """Return the share of zeros that every selected row is to have, to whole weights.
+
+        In the order of `realised`; empty where outputs are edited.
+        """
+        shares = [np.zeros(0)]
+        for name, own in arm.selection.rows.items() if arm.prunes else ():
+            width = self._layers[name].in_features
+            if arm.allocation is None:
+                share = torch.full((len(own),), arm.strength, dtype=torch.float64)
+                zeros = count_zeros(share, width)
+            else:
+                zeros = arm.allocation.zeros[name][torch.tensor(own)]
+            shares.append(zeros.double().numpy() / width)
+        return np.concatenate(shares)
 
     def nested(self, arm: Arm) -> None:
         """Solve all rows for the pruner and strength of an arm, so that any part can be pruned."""

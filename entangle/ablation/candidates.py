@@ -19,6 +19,13 @@ DERIVED: dict[str, tuple[str, Callable[..., "pd.Series[float]"]]] = {
 """Column that is computed from the scores → the column it comes from, and how."""
 
 
+SCORED = (
+    "block", "neuron", "wd", "wd_se", "wd_bound", "ks", "mean", "std", "skewness",
+    "excess_kurtosis", "weight_norm", "md", "n_tokens",
+)  # fmt: skip
+"""Numeric columns that scores have."""
+
+
 def neuron_table(scores: pd.DataFrame) -> pd.DataFrame:
     """Return the scores sorted by block, layer and neuron, whatever the order of the rows.
 

@@ -12,10 +12,32 @@ from safetensors.numpy import load_file
 from safetensors.numpy import save as to_safetensors
 
 from entangle.errors import InvalidInput
-from entangle.provenance import disk_errors
-from entangle.unfinished import Unfinished
+from entangle.provenance import disk_errors, expanded
+from entangle.unfinished import Unfinished, is_made
 
 _REMEDY = "name another folder; --resume goes on with what is written"
+
+
+def is_finished(
+    final: str | os.PathLike[str], kind: str, manifest: Mapping[str, object], *, force: bool
+) -> bool:
+    """Tell whether a sweep to be resumed is finished: its result is there, of these settings.
+
+    With ``force`` it never is, since results are replaced then.
+
+    Raises
+    ------
+    InvalidInput
+        If a result is there that is of another model, texts or settings, or no ablation.
+    """
+    if force or not (expanded(final) / "manifest.json").is_file():
+        return False
+    if not is_made(final, kind, manifest):
+        raise InvalidInput(
+            f"{str(final)!r} holds a finished ablation of another model, text or settings, which "
+            "cannot be resumed; name another folder or use --force (force=True) to replace it."
+        )
+    return True
 
 
 class ArmFolder:

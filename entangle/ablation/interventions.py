@@ -26,6 +26,7 @@ from entangle.errors import InvalidInput, unknown_name
 from entangle.models.layers import Layer
 from entangle.pruning import PruneResult, prune
 from entangle.recording.hooks import edit
+from entangle.scoring.scores import NeuronScores
 from entangle.seeding import numpy_rng
 
 OUTPUT_EDITS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -159,7 +160,7 @@ def edited_outputs(
         s in [0, 1]: y becomes (1 − s) · y + s · edit(y), in the layer's dtype. An output that the
         edit leaves as it is keeps its bits; 0 changes nothing.
     means
-        For ``"mean"``: the neurons' mean outputs by layer name, from `mean_outputs`.
+        For ``"mean"``: the neurons' mean outputs by layer name, from `mean_outputs` of the scores.
 
     Raises
     ------
@@ -186,20 +187,34 @@ def edited_outputs(
         yield
 
 
-def mean_outputs(scores: pd.DataFrame) -> dict[str, Float[Tensor, " out_features"]]:
-    """Return every neuron's mean output by layer name, from the ``frame`` of the scores.
+def mean_outputs(
+    scores: NeuronScores | pd.DataFrame,
+) -> dict[str, Float[Tensor, " out_features"]]:
+    """Return every neuron's mean output by layer name.
 
-    Each tensor is float64, one value a neuron up to the largest index; NaN where the scores have
-    none.
+    Parameters
+    ----------
+    scores
+        Scores, or their ``frame`` alone, which has no mean of constant neurons: that is the value
+        their histograms lie at.
+
+    Returns
+    -------
+    dict
+        Each tensor is float64, one value a neuron up to the largest index; NaN where the scores
+        have none.
     """
-    return {
-        str(name): torch.tensor(
-            part.set_index("neuron")["mean"]
-            .reindex(range(part["neuron"].max() + 1))
-            .to_numpy(np.float64)
-        )
-        for name, part in neuron_table(scores).groupby("layer", sort=False)
-    }
+    frame = scores.frame if isinstance(scores, NeuronScores) else scores
+    found = {}
+    for name, part in neuron_table(frame).groupby("layer", sort=False):
+        known = part.set_index("neuron")["mean"]
+        means = known.reindex(range(int(known.index.max()) + 1)).to_numpy(np.float64, copy=True)
+        if isinstance(scores, NeuronScores):
+            constant = part.loc[part["flag"] == "constant", "neuron"].to_numpy(np.int64)
+            saved = scores.histograms[str(name)]
+            means[constant] = (saved.low[constant] + saved.high[constant]) / 2.0
+        found[str(name)] = torch.from_numpy(means)
+    return found
 
 
 def _edited(output: Tensor, *, rows: Tensor, kind: str, strength: float, mean: Tensor) -> Tensor:

@@ -2,40 +2,65 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
 from entangle.ablation.arms import Arm
-from entangle.ablation.measures import Arrays, Meter
-
-if TYPE_CHECKING:
-    from entangle.ablation.bench import Bench
+from entangle.ablation.measures import Arrays
+from entangle.ablation.runner import ArmRunner
 
 STEPS = 6
+MOST_STEPS = STEPS + 1
+"""Evaluations of one search, at most."""
 COLUMNS = ["intervention", "strength", "by", "fraction", "loss", "target", "matched", "low", "high"]
 
 
+class _Step(NamedTuple):
+    """An evaluation of a search."""
+
+    arm: Arm
+    found: Arrays
+    loss: float
+
+
+@dataclass(frozen=True, eq=False)
+class Matched:
+    """What the searches for matched controls found."""
+
+    steps: pd.DataFrame
+    """One row an evaluation; see `search_matched`."""
+    arms: tuple[Arm, ...]
+    """Of every search that reached the target, the arm that came closest; rule ``matched``."""
+    found: tuple[Arrays, ...]
+    """Their raw numbers."""
+
+
+def to_match(arms: Sequence[Arm], by: str) -> list[int]:
+    """Return the places of the arms that are matched: top neurons by a column, one expert."""
+    chosen = [(arm.selection.rule, arm.selection.by, arm.experts) for arm in arms]
+    return [place for place, one in enumerate(chosen) if one == ("top", by, 1)]
+
+
 def search_matched(
-    bench: "Bench",
+    runner: ArmRunner,
     arms: Sequence[Arm],
     results: Sequence[Arrays],
-    meter: Meter,
     *,
     by: str,
     steps: int = STEPS,
-) -> pd.DataFrame:
+) -> Matched:
     """Find the share of neurons, lowest in ``by`` first, that costs as much as the top selection.
 
     Parameters
     ----------
-    bench, meter
-        Apply and measure arms.
+    runner
+        Measures arms, or reads those that are kept; counts `MOST_STEPS` a search.
     arms, results
-        Arms that were measured and their raw numbers; those of the top selection by ``by``, one
-        expert, are matched.
+        Arms that were measured and their raw numbers; those of `to_match` are matched.
     by
         Column that is ranked.
     steps
@@ -44,37 +69,51 @@ def search_matched(
 
     Returns
     -------
-    pandas.DataFrame
-        One row an evaluation: ``fraction`` of each layer's neurons and the mean ``loss`` (nats a
-        window) that it gave, next to the ``target``; ``matched`` is the fraction at which the loss
-        reaches the target, interpolated in the logarithm of the fraction between ``low`` and
-        ``high``, which bracket it. NaN where all neurons together cost less than the top ones, and
-        where as many neurons as the top ones cost no less than these (``low`` is 0 then).
+    Matched
+        ``steps`` has one row an evaluation: ``fraction`` of each layer's neurons and the mean
+        ``loss`` (nats a window) that it gave, next to the ``target``; ``matched`` is the fraction
+        at which the loss reaches the target, interpolated in the logarithm of the fraction between
+        ``low`` and ``high``, which bracket it. NaN where all neurons together cost less than the
+        top ones, and where as many neurons as the top ones cost no less than these (``low`` is 0
+        then).
 
     References
     ----------
     arXiv 2509.24198: 35 to 50 % of the neurons with a low WD cost as much as 2 % with a high one.
     """
     rows: list[tuple[object, ...]] = []
-    for arm, found in zip(arms, results, strict=True):
-        chosen = arm.selection
-        if arm.experts > 1 or chosen.rule != "top" or chosen.by != by:
-            continue
-        bench.nested(arm)
+    closest: list[_Step] = []
+    for place in to_match(arms, by):
+        arm, target = arms[place], mean_loss(results[place]["loss"])
+        runner.bench.nested(arm)
+        seen: list[_Step] = []
         tried: list[tuple[float, float]] = []
 
-        def loss(fraction: float, arm: Arm = arm) -> float:
-            with bench.applied(bench.bottom(arm, by=by, fraction=fraction)):
-                return mean_loss(meter.measure()["loss"])
+        def loss(fraction: float, arm: Arm = arm, seen: list[_Step] = seen) -> float:
+            nested = runner.bench.bottom(arm, by=by, fraction=fraction)
+            found = runner.run(nested, step=True)
+            seen.append(_Step(nested, found, mean_loss(found["loss"])))
+            return seen[-1].loss
 
-        target = mean_loss(found["loss"])
-        share = chosen.n_rows / bench.n_neurons
+        share = arm.selection.n_rows / runner.bench.n_neurons
         matched, low, high = bisect_fraction(loss, target, low=share, steps=steps, tried=tried)
+        runner.skip(steps + 1 - len(tried))
         rows += [
             (arm.intervention, arm.strength, by, fraction, value, target, matched, low, high)
             for fraction, value in tried
         ]
-    return pd.DataFrame(rows, columns=COLUMNS)
+        if math.isfinite(matched) and math.isfinite(target):
+            gaps = [abs(one.loss - target) for one in seen]
+            closest.append(seen[int(np.argmin(gaps))])
+    return Matched(
+        pd.DataFrame(rows, columns=COLUMNS),
+        tuple(_named(one.arm) for one in closest),
+        tuple(one.found for one in closest),
+    )
+
+
+def _named(arm: Arm) -> Arm:
+    return replace(arm, selection=replace(arm.selection, rule="matched"))
 
 
 def bisect_fraction(

@@ -81,28 +81,39 @@ class Meter:
         What to measure, and on what.
     memory
         Bytes for the dense hidden states that divergence needs.
+    progress
+        Show progress bars of the dense model's measurement.
     """
 
-    def __init__(self, model: LanguageModel, protocol: Protocol, *, memory: int) -> None:
-        self._model, self._protocol = model, protocol
+    def __init__(
+        self,
+        model: LanguageModel,
+        protocol: Protocol,
+        *,
+        memory: int,
+        progress: bool | None = False,
+    ) -> None:
+        self._model, self._protocol, self._progress = model, protocol, progress
         self._reference: DenseReference | None = None
         if "divergence" in protocol.measures and protocol.text is not None:
-            self._reference = DenseReference(model, protocol.text, memory=memory, progress=False)
+            self._reference = DenseReference(model, protocol.text, memory=memory, progress=progress)
         self.dense = self.measure()
         """Raw numbers of the dense model."""
+        self._progress = False
 
     def measure(self) -> dict[str, NDArray[np.float64]]:
         """Return the raw numbers of the model as it is."""
         text, pairs, found = self._protocol.text, self._protocol.pairs, {}
+        progress = self._progress
         if self._reference is not None:
-            seen = compare_with_dense(self._model, self._reference, progress=False)
+            seen = compare_with_dense(self._model, self._reference, progress=progress)
             found["loss"] = seen.perplexity.window_losses
             found["kl"] = seen.window_kl
             found["agreement"] = seen.window_agreements.astype(np.float64)
         elif text is not None and "perplexity" in self._protocol.measures:
-            found["loss"] = perplexity(self._model, text, progress=False).window_losses
+            found["loss"] = perplexity(self._model, text, progress=progress).window_losses
         if pairs is not None and "pairs" in self._protocol.measures:
-            scores = minimal_pair_scores(self._model, pairs, progress=False)
+            scores = minimal_pair_scores(self._model, pairs, progress=progress)
             found["good"], found["bad"] = scores.good, scores.bad
         return {name: np.ascontiguousarray(values) for name, values in found.items()}
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 
+from entangle.ablation.candidates import DERIVED, SCORED, column
 from entangle.ablation.selection import MATCHED, Selection, select
 from entangle.errors import InvalidInput, unknown_name
 from entangle.models.layers import Layer
@@ -26,13 +27,19 @@ class Request:
     seeds: int
     seed: int
 
-    def check(self, layers: Sequence[Layer]) -> None:
-        """Raise `UnknownName` or `InvalidInput` for what can be seen without scores.
+    def check(
+        self, layers: Sequence[Layer], *, md: bool = True, scores: pd.DataFrame | None = None
+    ) -> None:
+        """Raise `UnknownName` or `InvalidInput` for what can be seen before neurons are scored.
 
         Parameters
         ----------
         layers
             Those whose neurons are changed.
+        md
+            Whether mapping difficulty will be computed.
+        scores
+            Table of scores made before, if there are some.
         """
         known = (*DEFAULT, *MATCHED, "all")
         for one in self.wanted:
@@ -46,10 +53,52 @@ class Request:
                 raise InvalidInput(f"`{name}` must be an integer of at least 1; got {value!r}.")
         if self.fraction is not None and not 0.0 < self.fraction <= 1.0:
             raise InvalidInput(f"`fraction` must be in (0, 1]; got {self.fraction}.")
+        if (self.fraction is None) == (self.count is None):
+            raise InvalidInput(
+                "a selection takes exactly one of `fraction` and `count`; got "
+                f"{self.fraction} and {self.count}: drop one of them."
+            )
+        if self.scope not in ("layer", "model"):
+            raise InvalidInput(f"`scope` must be layer or model; got {self.scope!r}.")
+        self._check_columns(md=md, scores=scores)
         sizes = {layer.name: layer.out_features for layer in layers}
+        self._check_sizes(sizes)
         for one in self.wanted:
             if isinstance(one, Selection):
                 _check_rows(one, sizes)
+
+    def _check_columns(self, *, md: bool, scores: pd.DataFrame | None) -> None:
+        known = (*SCORED, *(name for name, (source, _) in DERIVED.items() if source in SCORED))
+        for name in self.columns:
+            if scores is None and name not in known:
+                raise unknown_name("column", name, known, "Choose a column of the scores.")
+            missing = not md if scores is None else column(scores, name).isna().all()
+            if missing and (scores is not None or name == "md"):
+                raise InvalidInput(
+                    f"`by` {name} needs scores that hold it; compute it (for md: md=True, without "
+                    "--no-md), or rank by another column."
+                )
+
+    def _check_sizes(self, sizes: Mapping[str, int]) -> None:
+        """Refuse more neurons than there are, with as many again for matched controls."""
+        pools = {f"layer {name!r}": size for name, size in sizes.items()}
+        if self.scope == "model":
+            pools = {"the model": sum(sizes.values())}
+        matched = any(isinstance(one, str) and one in MATCHED for one in self.wanted)
+        if not matched and not {*DEFAULT} & {one for one in self.wanted if isinstance(one, str)}:
+            return
+        for name, size in pools.items():
+            count = self.count or max(1, round((self.fraction or 0.0) * size))
+            if count > size:
+                raise InvalidInput(
+                    f"a selection of {count} neurons does not fit {name}, which has {size}; lower "
+                    "`fraction` or `count`."
+                )
+            if matched and self.scope == "layer" and 2 * count > size:
+                raise InvalidInput(
+                    f"matched controls of {count} neurons do not fit {name} beside the top ones, "
+                    f"as it has {size}; lower `fraction` or `count`."
+                )
 
     def describe(self) -> dict[str, object]:
         """Return the request, JSON-serialisable."""

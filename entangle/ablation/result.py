@@ -1,7 +1,7 @@
 """The result of an ablation: a tidy table, the raw numbers behind it, and what they say."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from entangle.errors import InvalidInput, unknown_name
-from entangle.evaluation import Perplexity, perplexity_ratio
+from entangle.ablation.comparisons import ARM, RATIOS, SETTING, Compared
+from entangle.ablation.layer_sets import layer_set
+from entangle.errors import unknown_name
 from entangle.html_tables import described, html_result
 from entangle.provenance import expanded, output_folder, read_manifest, read_table, write_json
 from entangle.scoring.scores import NeuronScores, load_scores
+from entangle.stats.intervals import Interval
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,10 +23,6 @@ if TYPE_CHECKING:
     from entangle.plotting.style import Column
 
 KIND = "ablation"
-ARM = ["intervention", "strength", "experts", "selection", "by", "seed"]
-"""Columns that name an arm."""
-SETTING = ["intervention", "strength", "experts"]
-"""Columns that arms to be compared have in common."""
 _TABLES = ("ablation", "windows", "pairs", "selections", "neurons", "matched")
 
 
@@ -33,13 +31,15 @@ class AblationResult:
     """What happened to a model when some of its neurons were changed."""
 
     frame: pd.DataFrame
-    """One row an arm and measure: model, layers, selection, by, seed, intervention, strength,
-    experts, measure, value, low, high (95 %), n_rows, realised_sparsity (mean over the pruned
-    rows), realised_low, realised_high (its extremes). The dense model comes first."""
+    """One row an arm and measure: model, layers (how many), layer_set (which;
+    `entangle.ablation.layer_sets.layer_names` lists them), selection, by, seed, intervention,
+    strength, experts, router (``kmeans`` or ``random``, empty with 1 expert), measure, value, low,
+    high (95 %), n_rows, realised_sparsity (mean over the pruned rows), realised_low, realised_high
+    (of the row with the fewest and the most zeros). The dense model comes first."""
     windows: pd.DataFrame = field(repr=False)
     """One row an arm and window: loss (nats), and kl and agreement where asked for."""
     pairs: pd.DataFrame = field(repr=False)
-    """One row an arm and minimal pair: good, bad (log-probabilities in nats)."""
+    """One row an arm and minimal pair: good, bad (log-probabilities in nats), paradigm."""
     selections: pd.DataFrame = field(repr=False)
     """One row a selected neuron: selection, by, seed, layer, neuron."""
     neurons: pd.DataFrame = field(repr=False)
@@ -47,33 +47,38 @@ class AblationResult:
     `entangle.ablation.routed_rows.RoutedRows.neurons`; empty without experts."""
     matched: pd.DataFrame = field(repr=False)
     """One row a step of the search for the share of low-WD neurons that costs as much perplexity
-    as the top ones; empty if that was not asked for."""
+    as the top ones, as in `entangle.ablation.matched.search_matched`; empty if that was not asked
+    for. The step that comes closest is an arm of ``frame`` too, with selection ``matched``."""
     scores: NeuronScores = field(repr=False)
     """Scores that the selections were made from."""
     manifest: Mapping[str, object] = field(repr=False)
     """Model, texts, settings, versions, seconds and peak memory."""
 
-    def summary(self, measure: str = "perplexity") -> pd.DataFrame:
+    def summary(self, measure: str = "perplexity", *, seed: int = 0) -> pd.DataFrame:
         """Return one row an arm of one measure, seeds joined.
 
         Parameters
         ----------
         measure
             A value of column ``measure``.
+        seed
+            Of the resampling behind ``top_gap``.
 
         Returns
         -------
         pandas.DataFrame
             The arm, ``seeds``, ``value`` (median over seeds), ``low`` and ``high`` (the interval of
             the only seed, else the lowest and highest end over seeds), ``smallest`` and ``largest``
-            value over seeds, ``n_rows``, ``realised_sparsity``.
+            value over seeds, ``n_rows``, ``realised_sparsity``, and ``top_gap`` with its interval
+            ``top_gap_low`` to ``top_gap_high``: the first top selection (or the allocation) of the
+            same setting against this arm, as in `contrasts`; NaN where there is none.
         """
         known = self.frame["measure"].unique()
         if measure not in known:
             raise unknown_name("measure", measure, known)
         part = self.frame[self.frame["measure"] == measure]
         joined = part.groupby([*SETTING, "selection", "by"], sort=False, dropna=False)
-        return joined.agg(
+        table = joined.agg(
             seeds=("value", "size"),
             value=("value", "median"),
             low=("low", "min"),
@@ -83,49 +88,95 @@ class AblationResult:
             n_rows=("n_rows", "first"),
             realised_sparsity=("realised_sparsity", "mean"),
         ).reset_index()
+        return table.merge(
+            self._top_gaps(measure, seed), on=[*SETTING, "selection", "by"], how="left"
+        )
 
-    def contrasts(self, *, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
-        """Compare every top selection with every other one of the same intervention and strength.
+    def contrasts(
+        self, measure: str = "perplexity", *, level: float = 0.95, seed: int = 0
+    ) -> pd.DataFrame:
+        """Compare every top selection with every other one of the same setting.
 
         An allocation is compared with the same zeros spread evenly, in the same way.
+
+        Parameters
+        ----------
+        measure
+            ``perplexity``, ``kl``, ``top1_agreement``, ``accuracy`` or ``accuracy:PARADIGM``.
+        level, seed
+            Of the intervals.
 
         Returns
         -------
         pandas.DataFrame
-            One row a comparison: intervention, strength, experts, by (of the top selection, or the
-            allocation's rule), ``against`` (the other's selection), ``against_by``, ``ratio`` of
-            the perplexities with ``low`` and ``high`` (paired bootstrap over windows; losses of
-            several seeds are averaged, which compares with the geometric mean of their
-            perplexities), and ``seeds``.
+            One row a comparison: intervention, strength, experts, router, by (of the top selection,
+            or the allocation's rule), ``against`` (the other's selection), ``against_by``,
+            ``ratio`` of the perplexities, or ``difference`` (top minus other) of another measure,
+            with ``low`` and ``high``, and ``seeds``. Intervals are paired bootstraps over windows,
+            or over pairs within each paradigm. Values of several seeds are averaged for each window
+            or pair (losses for the perplexity, which compares with the geometric mean).
 
         Raises
         ------
-        InvalidInput
-            If no perplexity was measured.
+        UnknownName, InvalidInput
+            If there is no such measure, or the ablation did not take it.
         """
-        if "loss" not in self.windows:
-            raise InvalidInput(
-                "this ablation measured no perplexity, which contrasts compare; measure it too."
-            )
-        columns = [*SETTING, "by", "against", "against_by", "ratio", "low", "high", "seeds"]
+        compared = self._compared(measure)
+        value = "ratio" if measure in RATIOS else "difference"
+        columns = [*SETTING, "by", "against", "against_by", value, "low", "high", "seeds"]
         rows = []
-        for setting, part in self.windows.groupby(SETTING, sort=False, dropna=False):
-            losses = {
-                key: one.pivot(index="window", columns="seed", values="loss")
-                for key, one in part.fillna({"seed": -1}).groupby(["selection", "by"], sort=False)
-            }
-            for (rule, by), top in losses.items():
-                for (other, other_by), control in losses.items():
+        for setting, part in compared.table.groupby(SETTING, sort=False, dropna=False):
+            arms = dict(iter(part.groupby(["selection", "by"], sort=False)))
+            for (rule, by), top in arms.items():
+                for (other, other_by), control in arms.items():
                     if rule not in ("top", "allocation") or (other, other_by) == (rule, by):
                         continue
-                    ratio = perplexity_ratio(
-                        self._perplexity(top), self._perplexity(control), level=level, seed=seed
-                    )
-                    rows.append(
-                        (*setting, by, other, other_by, ratio.value, ratio.low, ratio.high,
-                         control.shape[1])
-                    )  # fmt: skip
+                    found = compared.interval(top, control, level=level, seed=seed)
+                    seeds = control["seed"].nunique(dropna=False)
+                    ends = found.value, found.low, found.high
+                    rows.append((*setting, by, other, other_by, *ends, seeds))
         return pd.DataFrame(rows, columns=columns)
+
+    def compare(
+        self,
+        a: str | Mapping[str, object],
+        b: str | Mapping[str, object],
+        *,
+        measure: str = "perplexity",
+        level: float = 0.95,
+        n_boot: int = 1000,
+        seed: int = 0,
+    ) -> Interval:
+        """Compare any two arms by what was measured on the same windows or pairs.
+
+        Parameters
+        ----------
+        a, b
+            An arm: the name of its selection (``"top"``, ``"dense"``), or as many columns of
+            ``frame`` as tell it from the others, such as ``{"selection": "top", "strength":
+            0.95}``. Several seeds are averaged, unless ``seed`` names one.
+        measure
+            As in `contrasts`; ``accuracy`` is over all pairs, ``accuracy:macro`` the mean over
+            paradigms.
+        level, n_boot, seed
+            Of the paired percentile bootstrap.
+
+        Returns
+        -------
+        Interval
+            a / b for the perplexity, a − b for the others (nats a token for ``kl``, shares for
+            ``top1_agreement`` and accuracies).
+
+        Raises
+        ------
+        UnknownName, InvalidInput
+            If there is no such measure or column, no arm or several are meant, or an option is out
+            of range.
+        """
+        compared = self._compared(measure)
+        return compared.interval(
+            compared.arm(a), compared.arm(b), n_boot=n_boot, level=level, seed=seed
+        )
 
     def plot(self, measure: str = "perplexity_ratio") -> "Figure":
         """Draw a measure against strength, one line a selection; see `figure_ablation`."""
@@ -146,13 +197,24 @@ class AblationResult:
             write_json(folder / "manifest.json", self.manifest)
         return Path(path)
 
-    def _perplexity(self, losses: pd.DataFrame) -> Perplexity:
-        text = self.manifest["evaluation"]
-        described = text["text"] if isinstance(text, dict) else None
-        if not isinstance(described, dict):
-            raise InvalidInput("this ablation measured no perplexity.")
-        mean = np.ascontiguousarray(losses.mean(axis=1).to_numpy(np.float64))
-        return Perplexity(mean, described, int(described["n_tokens"]), None, None)
+    def _compared(self, measure: str) -> Compared:
+        said = self.manifest.get("evaluation")
+        text = said.get("text") if isinstance(said, Mapping) else None
+        return Compared.of(measure, self.windows, self.pairs, text)
+
+    def _top_gaps(self, measure: str, seed: int) -> pd.DataFrame:
+        """Return the first top selection against each other one, as `summary` shows it."""
+        ends = ["top_gap", "top_gap_low", "top_gap_high"]
+        key = [*SETTING, "selection", "by"]
+        if not Compared.can(measure, self.windows, self.pairs):
+            empty = self.frame.iloc[:0].reindex(columns=[*key, *ends])
+            return empty.astype(dict.fromkeys(ends, "float64"))
+        table = self.contrasts(measure, seed=seed)
+        names = {"against": "selection", "against_by": "by", "low": ends[1], "high": ends[2]}
+        table = table.drop(columns="by").rename(
+            columns=names | {"ratio": ends[0], "difference": ends[0]}
+        )
+        return table.drop_duplicates(key)[[*key, *ends]]
 
     def _repr_html_(self) -> str:
         measures = [str(name) for name in self.frame["measure"].unique()]
@@ -180,6 +242,41 @@ def load_ablation(path: str | os.PathLike[str]) -> AblationResult:
     folder = expanded(path)
     frame, *others = (read_table(folder / f"{name}.parquet") for name in _TABLES)
     tables = dict(zip(_TABLES[1:], others, strict=True))
+    frame = _completed(frame, tables, manifest)
     return AblationResult(
         frame=frame, **tables, scores=load_scores(folder / "scores"), manifest=manifest
     )
+
+
+def _completed(
+    frame: pd.DataFrame, tables: dict[str, pd.DataFrame], manifest: Mapping[str, object]
+) -> pd.DataFrame:
+    """Add the columns that tables of earlier versions lack, and return the frame."""
+    settings = manifest.get("settings")
+    router = settings.get("router") if isinstance(settings, Mapping) else None
+    for name in ("windows", "pairs", "neurons"):
+        tables[name] = _with_router(tables[name], router)
+    frame = _with_router(frame, router)
+    if "layer_set" in frame:
+        return frame
+    chosen = tables["selections"].fillna({"seed": -1})
+    sets: dict[tuple[object, ...], str] = {}
+    for key, part in chosen.groupby(["selection", "by", "seed"]):
+        sets[tuple(key)] = layer_set(dict.fromkeys(part["layer"]))
+    keys = frame.fillna({"seed": -1})[["selection", "by", "seed"]].to_numpy().tolist()
+    return _after(frame, "layers", "layer_set", [sets.get(tuple(key), "") for key in keys])
+
+
+def _with_router(table: pd.DataFrame, router: object) -> pd.DataFrame:
+    if "experts" not in table or "router" in table:
+        return table
+    names = np.where(table["experts"] > 1, str(router or "kmeans"), "")
+    return _after(table, "experts", "router", names.tolist())
+
+
+def _after(table: pd.DataFrame, column: str, name: str, values: Sequence[str]) -> pd.DataFrame:
+    """Return a table with a column of strings after another one."""
+    place = table.columns.tolist().index(column) + 1
+    copied = table.copy()
+    copied.insert(place, name, pd.Series(values, table.index, dtype="str"))
+    return copied

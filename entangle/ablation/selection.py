@@ -29,7 +29,7 @@ class Selection:
     """Some neurons of some layers, and the rule that chose them."""
 
     rule: str
-    """One of `RULES`."""
+    """One of `RULES`; ``matched`` for the neurons that a search for equal perplexity ended with."""
     by: str | None
     """Column that was ranked or matched; None where the rule looks at none."""
     seed: int | None
@@ -52,6 +52,8 @@ class Selection:
         column = (self.by or "").replace("_", " ")
         if self.rule in MATCHED:
             return f"random matched in {column}"
+        if self.rule == "matched":
+            return f"bottom {column} matched in perplexity"
         return f"{self.rule} {column}".strip()
 
     @property
@@ -215,10 +217,10 @@ def read_selection(path: str | os.PathLike[str], scores: pd.DataFrame) -> Select
         ".parquet": pd.read_parquet,
     }
     file = expanded(path)
-    if file.suffix not in readers:
+    if file.suffix.lower() not in readers:
         raise InvalidInput(f"a list of neurons must end in .csv or .parquet; got {str(path)!r}.")
     try:
-        table = readers[file.suffix](file)
+        table = readers[file.suffix.lower()](file)
     except (OSError, ValueError, ArrowException) as error:
         raise InvalidInput(
             f"{str(path)!r} cannot be read ({error}); give a table with columns layer and neuron."

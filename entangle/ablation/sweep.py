@@ -2,33 +2,23 @@
 
 import os
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
 
-import numpy as np
-import pandas as pd
-from numpy.typing import NDArray
 from torch import nn
 
-from entangle.ablation.arms import PRUNERS, Arm, check_settings, plan_allocated, plan_arms
-from entangle.ablation.bench import Bench
-from entangle.ablation.folder import ArmFolder
-from entangle.ablation.matched import search_matched
-from entangle.ablation.measures import Meter, Protocol
+from entangle.ablation.checks import scores_of
+from entangle.ablation.engine import Sweep
+from entangle.ablation.folder import ArmFolder, is_finished
+from entangle.ablation.measures import Protocol
 from entangle.ablation.request import DEFAULT, Request
-from entangle.ablation.result import KIND, AblationResult
-from entangle.ablation.selection import Selection, check_scores_fit
-from entangle.ablation.statistics import layer_statistics
-from entangle.ablation.tables import result_tables
+from entangle.ablation.result import KIND, AblationResult, load_ablation
+from entangle.ablation.selection import Selection
 from entangle.allocation.allocation import Allocation
-from entangle.allocation.labels import zeros_digest
 from entangle.calibration import CalibrationSet
-from entangle.errors import InvalidInput, unknown_name
 from entangle.evaluation import EvaluationText, MinimalPairs
-from entangle.models.layers import Layer, find_layers
+from entangle.evaluation.forward import as_causal_model
+from entangle.models.layers import find_layers
 from entangle.models.loading import LanguageModel, as_language_model
-from entangle.progress import ProgressBar
 from entangle.provenance import RunClock, make_manifest
-from entangle.routing.router import Kind
 from entangle.scoring.scores import NeuronScores
 from entangle.seeding import check_seed
 
@@ -56,7 +46,7 @@ def ablate(
     allocation: Allocation | None = None,
     edit_strengths: Sequence[float] = (1.0,),
     experts: Sequence[int] = (1,),
-    router: Kind = "kmeans",
+    router: str | Sequence[str] = "kmeans",
     damping: float = 0.01,
     match: bool = False,
     md: bool = True,
@@ -114,12 +104,13 @@ def ablate(
     experts
         Numbers of experts that hold pruned rows, as in `fit_rows`; 1 is plain pruning.
     router
-        ``kmeans``, or the control ``random``, whose clusters mean nothing.
+        ``kmeans``, the control ``random``, whose clusters mean nothing, or both.
     damping
         As in `entangle.pruning.prune`.
     match
         Also search, for each intervention and strength without experts, the share of neurons with
-        the lowest values of the first ``by`` that costs as much perplexity as the top ones.
+        the lowest values of the first ``by`` that costs as much perplexity as the top ones; the
+        share that comes closest is an arm too (selection ``matched``).
     md
         Whether to compute mapping difficulty.
     seed
@@ -129,7 +120,8 @@ def ablate(
     out
         Folder of the result. Arms are kept beside it as they finish.
     resume
-        Skip the arms that an unfinished run of the same settings has finished.
+        Skip the arms that an unfinished run of the same settings has finished; if all is finished,
+        return the result.
     force
         Replace an existing result, or an unfinished run.
     progress
@@ -140,8 +132,8 @@ def ablate(
     InvalidInput, UnknownName
         If a setting is out of range or does not fit the model, or scores are of another model.
     NumericalError
-        If arms that are compared differ in their realised sparsity, activations are not finite, or
-        a gram cannot be factorised.
+        If a pruned row holds another number of zeros than its arm's strength means for rows of its
+        width, activations are not finite, or a gram cannot be factorised.
 
     References
     ----------
@@ -149,169 +141,42 @@ def ablate(
     """
     clock = RunClock()
     check_seed(seed)
-    dense = as_language_model(model)
+    dense = as_causal_model(as_language_model(model))
     chosen = find_layers(dense.module, layers, proj)
-    protocol = Protocol.of(evaluation, pairs, measures)
     columns = [by] if isinstance(by, str) else list(dict.fromkeys(by))
-    request = Request(
-        selections, columns, 0.03 if fraction is None and count is None else fraction, count,
-        scope, seeds, seed,
-    )  # fmt: skip
-    request.check(chosen)
-    check_settings(
-        interventions, strengths=strengths, edit_strengths=edit_strengths, experts=experts
+    size = 0.03 if fraction is None and count is None else fraction
+    sweep = Sweep(
+        model=dense,
+        layers=chosen,
+        calibration=calibration,
+        protocol=Protocol.of(evaluation, pairs, measures),
+        request=Request(selections, columns, size, count, scope, seeds, seed),
+        interventions=interventions,
+        strengths=strengths,
+        edit_strengths=edit_strengths,
+        experts=experts,
+        routers=[router] if isinstance(router, str) else list(dict.fromkeys(router)),
+        allocation=allocation,
+        scores=None if scores is None else scores_of(scores, chosen, dense),
+        damping=damping,
+        match=match,
+        md=md,
+        seed=seed,
+        memory=memory,
     )
-    outside = [layer.name for layer in chosen if layer.block is None]
-    if "divergence" in protocol.measures and outside:
-        raise InvalidInput(
-            f"divergence must be measured with layers inside the blocks only; got {outside[0]!r}, "
-            "which the dense model's own logits pass too: leave it out, or measure perplexity."
-        )
-    if match:
-        _check_match(protocol, request, interventions, experts)
-    allocated: list[Arm] | None = None
-    if allocation is not None:
-        _check_alone(selections, match=match)
-        allocation.check(chosen, dense.digest)
-        allocated = plan_allocated(allocation, interventions, experts=experts)
-    settings = {
-        "layers": [layer.name for layer in chosen],
-        **request.describe(),
-        "interventions": list(interventions),
-        "strengths": list(strengths),
-        "edit_strengths": list(edit_strengths),
-        "experts": list(experts),
-        "router": router,
-        "damping": damping,
-        "match": match,
-        "seed": seed,
-    }
-    if scores is not None:
-        known_by = ("calibration", "settings")
-        settings["scores"] = {name: scores.manifest.get(name) for name in known_by}
-    if allocation is not None:
-        zeros = {"zeros_sha256": zeros_digest(allocation), "overall": allocation.overall}
-        settings["allocation"] = dict(allocation.manifest) | zeros
-        settings |= {"selections": ["all", "allocation"], "strengths": [allocation.overall]}
+    sweep.check()
     manifest = make_manifest(
-        KIND,
-        model=dense.describe(),
-        calibration=calibration.describe(),
-        evaluation=protocol.describe(),
-        settings=settings,
-    )
+        KIND, model=dense.describe(), calibration=calibration.describe(),
+        evaluation=sweep.protocol.describe(), settings=sweep.settings(),
+    )  # fmt: skip
     folder = None
     if out is not None:
+        if resume and is_finished(out, KIND, manifest, force=force):
+            return load_ablation(out)
         folder = ArmFolder(out, manifest, resume=resume, force=force)
-    if scores is not None:
-        check_scores_fit(scores, dense)
-        scores = _only(scores, chosen)
-    prunes = [name for name in interventions if name in PRUNERS]
-    known = layer_statistics(
-        dense, calibration, chosen, scores=scores, md=md, seed=seed, progress=progress,
-        grams=bool(prunes) and (1 in experts or match),
-    )  # fmt: skip
-    if allocated is None:
-        picked = request.selections(known.scores.frame)
-        arms = plan_arms(
-            picked, interventions, strengths=strengths, edit_strengths=edit_strengths,
-            experts=experts,
-        )  # fmt: skip
-    else:
-        arms = allocated
-        picked = list(dict.fromkeys(arm.selection for arm in arms))
-    bench = Bench(dense, chosen, known, calibration, arms, damping=damping, seed=seed)
-    routed = [k for k in experts if k > 1]
-    if prunes and routed:
-        bench.fit(routed, router=router, memory=memory, md=md, progress=progress)
-    found, steps, dense_found = _run(
-        dense, bench, arms, protocol, folder, match=columns[0] if match else None,
-        memory=memory, progress=progress,
-    )  # fmt: skip
-    tables = result_tables(
-        dense.name, arms, found, dense_found, protocol, picked,
-        realised={id(arm): bench.realised(arm) for arm in arms}, seed=seed,
-    )  # fmt: skip
-    result = AblationResult(
-        **tables, neurons=bench.neurons, matched=steps, scores=known.scores,
-        manifest=manifest | clock.read(),
-    )  # fmt: skip
+    fields = sweep.run(folder, progress=progress)
+    result = AblationResult(**fields, manifest=manifest | clock.read())
     if folder is not None and out is not None:
         result.save(out, force=force)
         folder.remove()
     return result
-
-
-def _check_match(
-    protocol: Protocol, request: Request, interventions: Sequence[str], experts: Sequence[int]
-) -> None:
-    """Refuse a search for matched controls that would have nothing to match."""
-    if not {"perplexity", "divergence"} & set(protocol.measures):
-        raise InvalidInput(
-            "`match` compares perplexities; give `evaluation`, and measure perplexity."
-        )
-    first = request.columns[0]
-    tops = [one for one in request.wanted if isinstance(one, Selection) and one.rule == "top"]
-    if "top" not in request.wanted and first not in [one.by for one in tops]:
-        raise InvalidInput(f"`match` needs the selection top {first}; add top to `selections`.")
-    if 1 not in experts and set(interventions) <= set(PRUNERS):
-        raise InvalidInput(f"`match` needs arms with 1 expert; got `experts` {list(experts)}.")
-
-
-def _check_alone(selections: Sequence[str | Selection], *, match: bool) -> None:
-    """Refuse what has no meaning beside an allocation, which says how sparse each row is."""
-    if tuple(selections) not in (DEFAULT, ("all",)):
-        raise InvalidInput(
-            "with `allocation` all rows of its layers are pruned; leave `selections` out."
-        )
-    if match:
-        raise InvalidInput("`match` needs a top selection, which `allocation` has not; drop one.")
-
-
-def _run(
-    model: LanguageModel,
-    bench: Bench,
-    arms: Sequence[Arm],
-    protocol: Protocol,
-    folder: ArmFolder | None,
-    *,
-    match: str | None,
-    memory: int,
-    progress: bool | None,
-) -> tuple[list[dict[str, NDArray[np.float64]]], pd.DataFrame, dict[str, NDArray[np.float64]]]:
-    """Measure every arm that is not finished yet."""
-    results = []
-    with ProgressBar("ablating", enabled=progress) as bar, ExitStack() as stack:
-        bar.start(len(arms) + 1, "arms")
-        meter = stack.enter_context(closing(Meter(model, protocol, memory=memory)))
-        bar.advance()
-        for arm in arms:
-            found = None if folder is None else folder.read(arm.key)
-            if found is None:
-                with bench.applied(arm):
-                    found = meter.measure()
-                if folder is not None:
-                    folder.write(arm.key, found)
-            results.append(found)
-            bar.advance()
-        steps = pd.DataFrame({"intervention": []})
-        if match is not None:
-            steps = search_matched(bench, arms, results, meter, by=match)
-    return results, steps, meter.dense
-
-
-def _only(scores: NeuronScores, layers: Sequence[Layer]) -> NeuronScores:
-    """Return the scores of some layers."""
-    names = [layer.name for layer in layers]
-    for name in names:
-        if name not in scores.histograms:
-            raise unknown_name(
-                "scored layer", name, scores.histograms,
-                "Score it too, or ablate only the layers that were scored.",
-            )  # fmt: skip
-    return NeuronScores(
-        frame=scores.frame[scores.frame["layer"].isin(names)].reset_index(drop=True),
-        layers=scores.layers[scores.layers["layer"].isin(names)].reset_index(drop=True),
-        histograms={name: scores.histograms[name] for name in names},
-        manifest=scores.manifest,
-    )

@@ -8,17 +8,19 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from entangle.ablation.arms import Arm
+from entangle.ablation.layer_sets import layer_set
 from entangle.ablation.measures import Arrays, Protocol, measure_rows
 from entangle.ablation.selection import Selection
 from entangle.errors import NumericalError
 
 FRAME = [
-    "model", "layers", "selection", "by", "seed", "intervention", "strength", "experts", "measure",
-    "value", "low", "high", "n_rows", "realised_sparsity", "realised_low", "realised_high",
+    "model", "layers", "layer_set", "selection", "by", "seed", "intervention", "strength",
+    "experts", "router", "measure", "value", "low", "high", "n_rows", "realised_sparsity",
+    "realised_low", "realised_high",
 ]  # fmt: skip
 DENSE = {"selection": "dense", "by": "", "seed": None, "intervention": "dense", "strength": 0.0,
-         "experts": 1}  # fmt: skip
-_TOLERANCE = 1e-9
+         "experts": 1, "router": ""}  # fmt: skip
+_TOLERANCE = 1e-6  # of a share of zeros, a float32: less than one weight of any row
 
 
 def arm_key(arm: Arm) -> dict[str, object]:
@@ -31,6 +33,7 @@ def arm_key(arm: Arm) -> dict[str, object]:
         "intervention": arm.intervention,
         "strength": arm.strength,
         "experts": arm.experts,
+        "router": arm.router,
     }
 
 
@@ -43,6 +46,7 @@ def result_tables(
     selections: Sequence[Selection],
     *,
     realised: Mapping[int, NDArray[np.float64]],
+    planned: Mapping[int, NDArray[np.float64]],
     seed: int,
 ) -> dict[str, Any]:
     """Return the tables ``frame``, ``windows``, ``pairs`` and ``selections`` of a sweep.
@@ -56,18 +60,18 @@ def result_tables(
     dense
         Raw numbers of the dense model.
     protocol, selections
-        What was measured, and all selections.
-    realised
-        Share of zeros of every selected row, by ``id`` of the arm.
+        What was measured, and the selections to list.
+    realised, planned
+        Share of zeros of every selected row, and what it is to be, by ``id`` of the arm.
     seed
         Of the bootstraps.
 
     Raises
     ------
     NumericalError
-        If arms of one intervention, strength and number of experts differ in realised sparsity.
+        If a row holds another number of zeros than planned.
     """
-    check_equal_sparsity(arms, realised)
+    check_sparsity(arms, realised, planned)
     rows, windows, pairs = [], [], []
     for arm, arrays in [(None, dense), *zip(arms, found, strict=True)]:
         key = DENSE if arm is None else arm_key(arm)
@@ -81,13 +85,18 @@ def result_tables(
         count = 0 if arm is None else len(arm.selection.rows)
         layers = "none" if arm is None else f"{count} layer{'s' if count > 1 else ''}"
         measured = measure_rows(arrays, dense, protocol, seed=seed)
-        rows += [{"model": model, "layers": layers, **key, **row, **extra} for row in measured]
+        where = {
+            "layers": layers,
+            "layer_set": layer_set(() if arm is None else arm.selection.rows),
+        }
+        rows += [{"model": model, **where, **key, **row, **extra} for row in measured]
         per_window = {k: v for k, v in arrays.items() if k in ("loss", "kl", "agreement")}
         if per_window:
             windows.append(_numbered("window", key, per_window))
         per_pair = {k: v for k, v in arrays.items() if k in ("good", "bad")}
-        if per_pair:
-            pairs.append(_numbered("pair", key, per_pair))
+        if per_pair and protocol.pairs is not None:
+            table = _numbered("pair", key, per_pair)
+            pairs.append(table.assign(paradigm=list(protocol.pairs.paradigms)))
     picked = [
         one.frame.assign(selection=one.rule, by=one.by or "", seed=one.seed) for one in selections
     ]
@@ -99,29 +108,29 @@ def result_tables(
     }
 
 
-def check_equal_sparsity(arms: Sequence[Arm], realised: Mapping[int, NDArray[np.float64]]) -> None:
-    """Raise `NumericalError` unless arms to be compared have equally sparse rows.
+def check_sparsity(
+    arms: Sequence[Arm],
+    realised: Mapping[int, NDArray[np.float64]],
+    planned: Mapping[int, NDArray[np.float64]],
+) -> None:
+    """Raise `NumericalError` unless every row of every arm holds the zeros planned for its width.
 
-    Rows of layers with different numbers of inputs may differ by the rounding to whole weights.
-    Rows of an allocation are meant to be unequal; its own sum, which is exact, is what counts.
+    A strength is a share of a row's weights, rounded to whole ones. So arms of one strength are
+    equally sparse wherever their rows are equally wide, and differ by that rounding elsewhere.
     """
-    seen: dict[tuple[object, ...], tuple[Arm, float]] = {}
     for arm in arms:
-        zeros = realised[id(arm)]
-        if not len(zeros) or arm.allocation is not None:
-            continue
-        setting = arm.intervention, arm.strength, arm.experts, _shape(arm)
-        mean = float(zeros.mean())
-        first = seen.setdefault(setting, (arm, mean))
-        if abs(first[1] - mean) > _TOLERANCE:
+        zeros, wanted = realised[id(arm)], planned[id(arm)]
+        if zeros.shape != wanted.shape:
             raise NumericalError(
-                f"{first[0].label} and {arm.label} must be equally sparse, but their rows hold "
-                f"{first[1]:.6f} and {mean:.6f} of zeros."
+                f"{arm.label} must have {len(wanted)} pruned rows; got {len(zeros)}."
             )
-
-
-def _shape(arm: Arm) -> tuple[tuple[str, int], ...]:
-    return tuple((name, len(rows)) for name, rows in sorted(arm.selection.rows.items()))
+        wrong = np.flatnonzero(~(np.abs(zeros - wanted) <= _TOLERANCE))
+        if len(wrong):
+            layer, row = arm.selection.frame.iloc[wrong[0]]
+            raise NumericalError(
+                f"row {row} of layer {layer!r} must hold a share of {wanted[wrong[0]]:.6f} zeros "
+                f"in the arm {arm.label}; got {zeros[wrong[0]]:.6f} ({len(wrong)} such rows)."
+            )
 
 
 def realised_sparsity(neurons: pd.DataFrame, arm: Arm) -> NDArray[np.float64]:

@@ -70,7 +70,7 @@ def allocate(
         For rule ``protect``: the share of the neurons that is protected, and the sparsity that they
         get.
     strength
-        How far a rule departs from uniform; every rule has its own default and unit.
+        How far a rule departs from uniform; every rule that has one has its own default and unit.
     across
         For rules of neurons: a rule of layers that gives each layer its sparsity, within which its
         neurons compete (``uniform`` leaves every layer at ``sparsity``), or ``model``, where
@@ -109,6 +109,8 @@ def allocate(
     """
     clock = RunClock()
     _check_names(rule, across)
+    if strength is not None and RULES[rule].strength == 0:
+        raise InvalidInput(f"rule {rule!r} has no strength; leave it out (got {strength!r}).")
     settings = Settings(
         rule=rule, sparsity=float(sparsity), by=_names(by), combine=combine,
         protect=float(protect), protect_sparsity=float(protect_sparsity),

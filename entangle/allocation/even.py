@@ -20,7 +20,6 @@ def even(allocation: Allocation) -> Allocation:
     counts = [allocation.rows(name) for name in allocation.zeros]
     widths = np.repeat(list(allocation.in_features.values()), counts).astype(np.float64)
     upto = np.rint(np.cumsum(widths) * (allocation.n_zeros / widths.sum())).astype(np.int64)
-    upto[-1] = allocation.n_zeros
     zeros = torch.from_numpy(np.diff(upto, prepend=0)).split(counts)
     return Allocation(
         zeros=dict(zip(allocation.zeros, zeros, strict=True)),

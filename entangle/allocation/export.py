@@ -182,7 +182,7 @@ def _read(
     if name == "alphapruning":
         return _spread(read_alphapruning(source, list(sizes.items())), layers)
     if name == "llmcompressor":
-        return _spread(read_recipe(source), layers)
+        return _spread(read_recipe(source, list(sizes)), layers)
     if sparsity is None or step is None:
         raise InvalidInput("`sparsity` and `step` must be given to read format evopress.")
     return _spread(read_evopress(source, sizes, sparsity=sparsity, step=step), layers)

@@ -4,20 +4,24 @@ import hashlib
 from collections.abc import Mapping
 
 from entangle.allocation.allocation import Allocation
+from entangle.allocation.registry import RULES
 
 
 def rule_label(allocation: Allocation) -> str:
-    """Return the rule and the columns that it read, for example ``protect wd``.
+    """Return the rule and the columns that it read, if any, for example ``protect wd`` or ``owl``.
 
     A rule whose strength was searched for is ``search: linear wd``.
     """
     settings = allocation.manifest.get("settings")
     if not isinstance(settings, Mapping):
         return "given"
-    by = settings.get("by")
+    by, rule = settings.get("by"), settings.get("rule", "given")
     columns = "+".join(map(str, by)) if isinstance(by, list) else str(by or "")
+    used = [str(name) for name in (rule, settings.get("across")) if str(name) in RULES]
+    if used and not any(RULES[name].scored for name in used):
+        columns = ""
     searched = "search: " if "search" in allocation.manifest else ""
-    return f"{searched}{settings.get('rule', 'given')} {columns}".strip()
+    return f"{searched}{rule} {columns}".strip()
 
 
 def nominal_sparsity(allocation: Allocation) -> float:

@@ -101,7 +101,8 @@ def _losses(request: Request, low: Reals, high: Reals) -> tuple[Reals, Reals, Re
     """Return each layer's output energy, and each neuron's loss at two sparsities, all positive."""
     rows, measured = request.rows, request.measurements()
     ends = np.stack([low[rows.starts], high[rows.starts]], axis=1)
-    key = ("losses", *ends.flatten().tolist())
+    whole = np.rint(ends * rows.widths[:, None])  # zeros of a row, which is all that is solved for
+    key = ("losses", *whole.flatten().tolist())
     found = measured.once(key, lambda: _measure(measured, ends))
     energy, first, last = found[: len(rows.names)], *np.split(found[len(rows.names) :], 2)
     floors = rows.spread(_FAINT * np.maximum(rows.mean(last), np.finfo(np.float64).tiny / _FAINT))

@@ -20,6 +20,9 @@ from entangle.stats.gram import Gram, GramResult
 
 _PROBE_TOKENS = 4
 
+Shared = tuple[tuple[Layer, ...], GramResult]
+"""Layers that share an input, and its ``XᵀX``."""
+
 
 class Measurements:
     """Quantities of some layers of a model over a calibration set, measured when first asked for.
@@ -33,8 +36,9 @@ class Measurements:
     calibration
         Tokens to measure on; None for quantities of the weights alone.
     memory
-        Bytes of Gram matrices held at a time. Where all layers' do not fit, several passes are
-        made, each over the layers that do.
+        Bytes of Gram matrices held at a time. Where all layers' fit they are kept, so that the text
+        is read once for all rules and candidates; where they do not, several passes are made every
+        time, each over the layers that do.
     progress
         Told of every sequence.
     """
@@ -54,6 +58,7 @@ class Measurements:
         self.names = tuple(layer.name for layer in self.layers)
         """Full names of the layers."""
         self._kept: dict[object, Reals] = {}
+        self._grams: list[Shared] | None = None
         if calibration is not None:
             check_ids(calibration.ids, model.vocab_size)
 
@@ -95,26 +100,34 @@ class Measurements:
                 )
         return tuple(map(tuple, groups))
 
-    def grams(self) -> Iterator[tuple[tuple[Layer, ...], GramResult]]:
+    def grams(self) -> Iterator[Shared]:
         """Yield layers that share an input, and its ``XᵀX`` in float32 on the layers' device.
-
-        One pass over the calibration set for as many inputs as the memory holds.
 
         Raises
         ------
         NumericalError
             If an input is not finite; the message names the layer.
         """
-        for part in self._parts():
-            grams = {
-                group[0].name: Gram(
-                    group[0].in_features, device=group[0].weight.device, dtype=torch.float32
-                )
-                for group in part
-            }
-            self._pass([group[0] for group in part], lambda name, rows: grams[name].update(rows))  # noqa: B023
-            for group in part:
-                yield group, grams.pop(group[0].name).result()
+        parts = list(self._parts())
+        if len(parts) > 1:
+            for part in parts:
+                yield from self._grams_of(part)
+            return
+        if self._grams is None:
+            self._grams = list(self._grams_of(parts[0]))
+        yield from self._grams
+
+    def _grams_of(self, part: Sequence[tuple[Layer, ...]]) -> Iterator[Shared]:
+        """Make one pass over the calibration set for some of the inputs."""
+        grams = {
+            group[0].name: Gram(
+                group[0].in_features, device=group[0].weight.device, dtype=torch.float32
+            )
+            for group in part
+        }
+        self._pass([group[0] for group in part], lambda name, rows: grams[name].update(rows))
+        for group in part:
+            yield group, grams.pop(group[0].name).result()
 
     def _parts(self) -> Iterator[list[tuple[Layer, ...]]]:
         """Cut the inputs into runs whose Gram matrices fit into the memory."""

@@ -58,8 +58,18 @@ def recipe_losses(allocation: Allocation) -> list[str]:
     return losses
 
 
-def read_recipe(path: Path) -> dict[str, float]:
+def read_recipe(path: Path, order: Sequence[str]) -> dict[str, float]:
     """Return the sparsity of every layer that a recipe names.
+
+    A list of sparsities is for the targets in the order in which the model has them, not in that of
+    the recipe's own list, since that is how the modifier finds them.
+
+    Parameters
+    ----------
+    path
+        The file.
+    order
+        Full names of the model's layers, in module order.
 
     Raises
     ------
@@ -76,7 +86,7 @@ def read_recipe(path: Path) -> dict[str, float]:
             if name.endswith(_GROUP)
         ]
         found = [group[MODIFIER] for group in groups if MODIFIER in group]
-        pairs = [pair for modifier in found for pair in _sparsities(modifier)]
+        pairs = [pair for modifier in found for pair in _sparsities(modifier, order)]
     except (yaml.YAMLError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
         text = " ".join(str(error).split())
         raise InvalidInput(
@@ -94,9 +104,11 @@ def read_recipe(path: Path) -> dict[str, float]:
     return dict(pairs)
 
 
-def _sparsities(modifier: dict[str, Any]) -> list[tuple[str, float]]:
+def _sparsities(modifier: dict[str, Any], order: Sequence[str]) -> list[tuple[str, float]]:
     targets, share = modifier["targets"], modifier["sparsity"]
-    names: Sequence[str] = [targets] if isinstance(targets, str) else targets
+    place = {name: i for i, name in enumerate(order)}
+    listed: Sequence[str] = [targets] if isinstance(targets, str) else targets
+    names = sorted(listed, key=lambda name: place.get(name, len(place)))
     shares = share if isinstance(share, list) else [share] * len(names)
     if len(shares) != len(names):
         raise TypeError(f"{len(shares)} sparsities for {len(names)} targets")

@@ -35,8 +35,6 @@ _WIDEST = 4.0  # times the rule's own strength
 _MOST_PROTECTED = 0.2
 _SHARED = ("layers", "proj")
 
-Grams = list[tuple[tuple[Layer, ...], GramResult]]
-
 
 def search(
     scores: NeuronScores | pd.DataFrame,
@@ -102,6 +100,11 @@ def search(
     """
     clock = RunClock()
     parameter, high = _range(tune, high)
+    if settings.get(parameter) is not None:
+        raise InvalidInput(
+            f"`{parameter}` is what a search of rule {tune!r} tunes, up to `high`; got "
+            f"{settings[parameter]!r}: leave it out."
+        )
     _check(evaluations, held_out, calibration)
     dense = as_language_model(model)
     first, last = split(calibration, held_out)
@@ -162,7 +165,6 @@ class _StandIn:
     ) -> None:
         self._measured, self._text = measured, text
         self._pruner, self._damping = pruner, damping
-        self._kept: Grams | None = None
 
     def loss(self, allocation: Allocation) -> float:
         """Return the mean loss of a predicted token in nats; infinite where it is not finite."""
@@ -178,7 +180,8 @@ class _StandIn:
         try:
             # all grams come from the dense model, so that none is made after the first write
             solved = [
-                (group, self._solve(group, gram, allocation)) for group, gram in self._grams()
+                (group, self._solve(group, gram, allocation))
+                for group, gram in self._measured.grams()
             ]
             for group, weight in solved:
                 _write(group, weight)
@@ -199,13 +202,6 @@ class _StandIn:
             ).weight
         except NumericalError as error:
             raise NumericalError(f"{', '.join(names)}: {error}") from error
-
-    def _grams(self) -> Iterator[tuple[tuple[Layer, ...], GramResult]]:
-        """Yield the grams of all groups, kept if the memory holds them."""
-        needed = sum(4 * group[0].in_features ** 2 for group in self._measured.groups)
-        if self._kept is None and needed <= self._measured.memory:
-            self._kept = list(self._measured.grams())
-        yield from self._measured.grams() if self._kept is None else self._kept
 
 
 def _write(group: Sequence[Layer], weight: torch.Tensor) -> None:

@@ -10,6 +10,7 @@ from scipy.stats import t as student
 
 from entangle.ablation.candidates import column
 from entangle.analysis.partial import partial_interval
+from entangle.analysis.pearson import pearson_interval
 from entangle.errors import InvalidInput
 from entangle.seeding import check_seed
 from entangle.stats.intervals import Interval, spearman_interval
@@ -75,8 +76,9 @@ def predictor_table(
     pandas.DataFrame
         One row a (scope, layer, predictor) with columns ``scope`` (one of `SCOPES`), ``layer``
         ("" over all layers), ``predictor``, ``target``, ``n`` (neurons), ``n_layers``,
-        ``spearman``, ``spearman_low``, ``spearman_high``, ``r2`` (Pearson's coefficient squared)
-        and, if something is ``given``, ``partial``, ``partial_low``, ``partial_high``:
+        ``spearman``, ``spearman_low``, ``spearman_high``, ``pearson``, ``pearson_low``,
+        ``pearson_high``, ``r2`` (Pearson's coefficient squared) and, if something is ``given``,
+        ``partial``, ``partial_low``, ``partial_high``:
 
         ``layer``
             The neurons of one layer, with bootstrap intervals over neurons. NaN where there are
@@ -86,8 +88,8 @@ def predictor_table(
             NaN ends with one layer.
         ``pooled ranks``
             All neurons, each value replaced by its rank (less ½) inside its layer divided by the
-            number of neurons there, with bootstrap intervals over neurons; r2 is of values
-            standardised inside each layer, without layers in which a side is constant.
+            number of neurons there, with bootstrap intervals over neurons; pearson and r2 are of
+            values standardised inside each layer, without layers in which a side is constant.
 
         Partial coefficients are NaN for predictors that are given.
 
@@ -175,7 +177,10 @@ def _correlate(
     x, y = ranked[[name, question.target]].dropna().to_numpy().T
     columns: dict[str, object] = {"n": len(x), "n_layers": n_layers}
     columns |= _ends("spearman", _spearman(x, y, question))
-    columns["r2"] = _r2(*linear[[name, question.target]].dropna().to_numpy().T)
+    x, y = linear[[name, question.target]].dropna().to_numpy().T
+    pearson = _pearson(x, y, question)
+    columns |= _ends("pearson", pearson)
+    columns["r2"] = pearson.value**2
     if question.given:
         columns |= _ends("partial", _partial(ranked, name, question))
     return columns
@@ -204,10 +209,8 @@ def _partial(ranked: pd.DataFrame, name: str, question: _Question) -> Interval:
     )  # fmt: skip
 
 
-def _r2(x: Floats, y: Floats) -> float:
-    if len(x) < 3 or np.ptp(x) == 0.0 or np.ptp(y) == 0.0:
-        return np.nan
-    return float(np.corrcoef(x, y)[0, 1] ** 2)
+def _pearson(x: Floats, y: Floats, question: _Question) -> Interval:
+    return pearson_interval(x, y, n_boot=question.n_boot, seed=question.seed, level=question.level)
 
 
 def _mean_of_layers(found: pd.DataFrame, name: str, question: _Question) -> dict[str, object]:
@@ -216,6 +219,7 @@ def _mean_of_layers(found: pd.DataFrame, name: str, question: _Question) -> dict
     row = _row("mean of layers", "", name, question)
     row |= {"n": int(used["n"].sum()), "n_layers": len(used)}
     row |= _ends("spearman", _mean(used["spearman"].to_numpy(), question.level))
+    row |= _ends("pearson", _mean(found["pearson"].dropna().to_numpy(), question.level))
     row["r2"] = float(used["r2"].mean())
     if question.given:
         partial = found["partial"].dropna().to_numpy()

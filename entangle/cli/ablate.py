@@ -21,10 +21,12 @@ if TYPE_CHECKING:
 N_SEQ, SEQ_LEN, EVAL_SEQ_LEN = 32, 1024, 1024
 SELECTIONS, STRENGTHS = "top,bottom,random", "0.9,0.95,0.99"
 MEASURES = ("perplexity", "divergence", "blimp")
+DIFFERENCES = {"kl": "KL", "top1_agreement": "Top-1 agreement", "accuracy": "Accuracy"}
+"""Measures whose arms are compared by their difference, and their names."""
 FORMATS = {
     "strength": ".3g", "experts": "d", "seeds": "d", "value": ",.5g", "95 % low": ",.5g",
-    "95 % high": ",.5g", "zeros": ".4f", "rows": ",d", "ratio": ",.4g", "low": ",.4g",
-    "high": ",.4g", "matched": ".3f",
+    "95 % high": ",.5g", "zeros": ".4f", "rows": ",d", "ratio": ",.4g", "difference": "+.4g",
+    "low": ",.4g", "high": ",.4g", "matched": ".3f",
 }  # fmt: skip
 
 
@@ -42,7 +44,10 @@ def add_parser(subparsers: options.Subparsers) -> None:
     _add_selection_options(parser)
     _add_arm_options(parser)
     _add_measure_options(parser)
-    parser.add_argument("--resume", action="store_true", help="go on with an unfinished ablation")
+    parser.add_argument(
+        "--resume", action="store_true",
+        help="go on with an unfinished ablation; print a finished one again",
+    )  # fmt: skip
     options.add_run_options(parser)
     parser.set_defaults(run=run)
 
@@ -94,8 +99,9 @@ def _add_arm_options(parser: argparse.ArgumentParser) -> None:
         help="numbers of experts that hold pruned rows, for example 1,16 (default: 1)",
     )
     group.add_argument(
-        "--router", default="kmeans", choices=("kmeans", "random"),
-        help="kmeans, or the control: clusters without meaning (default: kmeans)",
+        "--router", default="kmeans",
+        help="kmeans, the control random (clusters without meaning), or both: kmeans,random "
+        "(default: kmeans)",
     )  # fmt: skip
     group.add_argument(
         "--match", action="store_true",
@@ -147,12 +153,13 @@ def run(arguments: argparse.Namespace) -> None:
     }
     if arguments.resume and arguments.out is None:
         raise InvalidInput("--resume goes on with an unfinished folder; name it with --out.")
-    if arguments.out is not None:
+    if arguments.out is not None and not (arguments.resume and _is_result(arguments.out)):
         check_output(arguments.out, force=arguments.force)
     from entangle.ablation import ablate
     from entangle.ablation.arms import check_settings
 
-    check_settings(**settings)
+    routers = arguments.router.split(",")
+    check_settings(**settings, routers=routers)
     allocation = _allocation(arguments)
     scores = _scores(arguments)
     selections = _selections(arguments, scores)
@@ -175,7 +182,7 @@ def run(arguments: argparse.Namespace) -> None:
         seeds=arguments.seeds,
         **settings,
         allocation=allocation,
-        router=arguments.router,
+        router=routers,
         damping=arguments.damping,
         match=arguments.match,
         md=not arguments.no_md,
@@ -186,6 +193,7 @@ def run(arguments: argparse.Namespace) -> None:
         force=arguments.force,
         progress=False if arguments.quiet else None,
     )
+    figures = [] if arguments.out is None else save_figures(result, arguments.out)
     if arguments.json:
         print_json(
             {
@@ -193,32 +201,45 @@ def run(arguments: argparse.Namespace) -> None:
                 "manifest": dict(result.manifest),
                 "results": records(result.frame),
                 "contrasts": records(_contrasts(result)),
+                "differences": _differences(result),
                 "matched": records(result.matched),
+                "figures": figures,
             }
         )
         return
     print_result(result)
     if arguments.out is not None:
-        for path in save_figures(result, arguments.out):
+        for path in figures:
             print(f"Figure: {path}")
         print(f"Saved to {arguments.out}.")
+
+
+def _is_result(out: str) -> bool:
+    """Tell whether a folder holds a finished result, which may be the one that is asked for."""
+    from entangle.provenance import expanded
+
+    return (expanded(out) / "manifest.json").is_file()
 
 
 def print_result(result: "AblationResult") -> None:
     """Print a table for every measure over all pairs or windows, and the comparisons."""
     names = {"selection": "neurons", "value": "value", "low": "95 % low", "high": "95 % high",
              "n_rows": "rows", "realised_sparsity": "zeros"}  # fmt: skip
+    gaps = ["top_gap", "top_gap_low", "top_gap_high"]
     shown = [name for name in result.frame["measure"].unique() if ":" not in name]
     for measure in shown:
-        table = result.summary(measure).drop(columns=["smallest", "largest"]).rename(columns=names)
+        table = result.summary(measure).drop(columns=["smallest", "largest", *gaps])
         title = measure.replace("_", " ")
+        table = _without_router(table).rename(columns=names)
         print_table(table, title=title, formats=FORMATS, optional=("rows", "by", "experts"))
-    contrasts = _contrasts(result)
-    if len(contrasts):
-        allocated = result.frame["selection"].eq("allocation").any()
-        first = "the allocation" if allocated else "the top neurons"
-        title = f"Perplexity after {first} ÷ after the others (paired bootstrap, 95 %)"
-        print_table(contrasts, title=title, formats=FORMATS, optional=("seeds", "experts"))
+    allocated = result.frame["selection"].eq("allocation").any()
+    first = "the allocation" if allocated else "the top neurons"
+    for measure in ("perplexity", *DIFFERENCES):
+        table = _without_router(_contrasts(result, measure))
+        if measure in shown and len(table):
+            name, sign = DIFFERENCES.get(measure, "Perplexity"), "÷" if "ratio" in table else "−"
+            title = f"{name} after {first} {sign} after the others (paired bootstrap, 95 %)"
+            print_table(table, title=title, formats=FORMATS, optional=("seeds", "experts"))
     if len(result.matched):
         columns = ["intervention", "strength", "by", "matched", "low", "high"]
         table = result.matched[columns].drop_duplicates()
@@ -235,13 +256,32 @@ def save_figures(result: "AblationResult", out: str) -> list[str]:
     wanted = ("perplexity_ratio", "kl", "accuracy")
     found = [name for name in wanted if name in set(result.frame["measure"])]
     files = [
-        save_figure(result.plot(name), Path(out) / "figures" / f"ablation_{name}") for name in found
+        save_figure(result.plot(name), Path(out) / "figures" / f"ablation_{name}", force=True)
+        for name in found
     ]
     return [str(path) for several in files for path in several]
 
 
-def _contrasts(result: "AblationResult") -> "pd.DataFrame":
-    return result.contrasts() if "loss" in result.windows else result.windows.iloc[:0]
+def _contrasts(result: "AblationResult", measure: str = "perplexity") -> "pd.DataFrame":
+    if measure not in set(result.frame["measure"]):
+        return result.frame.iloc[:0]
+    return result.contrasts(measure)
+
+
+def _differences(result: "AblationResult") -> list[dict[str, object]]:
+    """Return the comparisons of all measures but perplexity, paradigms included."""
+    found = [
+        name
+        for name in result.frame["measure"].unique()
+        if name in DIFFERENCES or name.startswith("accuracy:")
+    ]
+    return [row | {"measure": m} for m in found for row in records(_contrasts(result, m))]
+
+
+def _without_router(table: "pd.DataFrame") -> "pd.DataFrame":
+    """Leave out a column that says nothing."""
+    silent = "router" in table and table["router"].eq("").all()
+    return table.drop(columns="router") if silent else table
 
 
 def _measures(arguments: argparse.Namespace) -> list[str]:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from entangle.scoring import NeuronScores
 
 N_SEQ, SEQ_LEN = 32, 1024
-SEARCH = "search"
+SEARCH, PROTECT = "search", "protect"
 _FORMATS = {
     "rows": ",d", "zeros": ",d", "sparsity": ".4f", "lowest": ".4f", "highest": ".4f",
     "weights": ",d", "experts": ".4g", "perplexity": ",.4g", "strength": ".4g", "protect": ".4g",
@@ -61,7 +61,7 @@ def _add_rule_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("rule")
     group.add_argument("--sparsity", type=float, required=True, help="share of zeros, over all")
     group.add_argument(
-        "--rule", default="protect",
+        "--rule", default=PROTECT,
         help="uniform, layer, protect, linear, rank, loss, sensitivity, depth, owl, alphapruning, "
         "trim, neuroal, neuroal-blocks, or search, which tunes another one (default: protect)",
     )  # fmt: skip
@@ -73,12 +73,10 @@ def _add_rule_options(parser: argparse.ArgumentParser) -> None:
         help="how several columns become one (default: zscore)",
     )  # fmt: skip
     group.add_argument(
-        "--protect", type=float, default=0.03, help="share of the neurons that rule protect "
-        "protects (default: 0.03)"
+        "--protect", type=float, help="share of the neurons that rule protect protects "
+        "(default: 0.03)"
     )  # fmt: skip
-    group.add_argument(
-        "--protect-sparsity", type=float, default=0.0, help="their sparsity (default: 0)"
-    )
+    group.add_argument("--protect-sparsity", type=float, help="their sparsity (default: 0)")
     group.add_argument("--strength", type=float, help="how far from uniform (default: the rule's)")
     group.add_argument(
         "--across",
@@ -100,12 +98,10 @@ def _add_rule_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_search_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("search (--rule search)")
-    group.add_argument("--tune", default="linear", help="the rule to tune (default: linear)")
+    group.add_argument("--tune", help="the rule to tune (default: linear)")
+    group.add_argument("--evaluations", type=int, help="candidates to build (default: 8)")
     group.add_argument(
-        "--evaluations", type=int, default=8, help="candidates to build (default: 8)"
-    )
-    group.add_argument(
-        "--held-out", type=float, default=0.25,
+        "--held-out", type=float,
         help="share of the calibration set's sequences, the last ones, that candidates are scored "
         "on (default: 0.25)",
     )  # fmt: skip
@@ -118,16 +114,17 @@ def _add_expert_options(parser: argparse.ArgumentParser) -> None:
         help="also share out experts by entangled neurons; equal stored non-zeros as K a layer",
     )  # fmt: skip
     group.add_argument(
-        "--entangled", type=float, default=0.03,
+        "--entangled", type=float,
         help="share of all neurons that count as entangled (default: 0.03)",
     )  # fmt: skip
-    group.add_argument("--fewest", type=int, default=1, help="least number (default: 1)")
+    group.add_argument("--fewest", type=int, help="least number (default: 1)")
     group.add_argument("--most", type=int, help="greatest number (default: twice K)")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Allocate, write, print."""
     exports = [_format_and_file(text) for text in arguments.export]
+    _check_meaning(arguments)
     _check_outputs(arguments, exports)
     memory = options.parse_bytes(arguments.memory)
     from entangle.allocation import export
@@ -181,6 +178,9 @@ def print_allocation(allocation: "Allocation") -> None:
         "weights": allocation.n_weights, "sparsity": allocation.overall,
     }  # fmt: skip
     print_table(pd.DataFrame([total]), title="Total", formats=_FORMATS)
+    budget: Any = allocation.manifest.get("budget")
+    if isinstance(budget, dict) and budget.get("remainder"):
+        print(f"{budget['remainder']:+,d} zeros to the budget, which the pattern leaves over.")
     tried: Any = allocation.manifest.get(SEARCH)
     if tried is not None:
         title = (
@@ -194,10 +194,12 @@ def print_allocation(allocation: "Allocation") -> None:
 def save_plot(allocation: "Allocation", arguments: argparse.Namespace) -> list[str]:
     """Draw the allocation; return the files."""
     from entangle.allocation.labels import rule_label
+    from entangle.cli.figures import manifest_digest
     from entangle.plotting import figure_allocation, save_figure
 
     title = f"{rule_label(allocation)}, {100 * allocation.overall:.4g} % zeros"
-    figure = figure_allocation(allocation.layers, allocation.neurons, title=title)
+    digest = manifest_digest(allocation.manifest)
+    figure = figure_allocation(allocation.layers, allocation.neurons, title=title, digest=digest)
     files = save_figure(figure, _stem(arguments.plot), force=arguments.force)
     return [str(path) for path in files]
 
@@ -215,26 +217,49 @@ def _format_and_file(text: str) -> tuple[str, str]:
     return name, path
 
 
+def _check_meaning(arguments: argparse.Namespace) -> None:
+    """Refuse options that the rule, or the lack of another option, leaves without a meaning."""
+    searching = arguments.rule == SEARCH
+    protecting = PROTECT in (arguments.rule, arguments.tune if searching else None)
+    for needed, met, names in (
+        (f"--rule {SEARCH}", searching, ("tune", "evaluations", "held_out")),
+        (f"rule {PROTECT}", protecting, ("protect", "protect_sparsity")),
+        ("--experts", arguments.experts is not None, ("entangled", "fewest", "most")),
+    ):
+        for name in names:
+            if not met and getattr(arguments, name) is not None:
+                option = name.replace("_", "-")
+                raise InvalidInput(f"--{option} has no meaning without {needed}; drop it.")
+
+
 def _check_outputs(arguments: argparse.Namespace, exports: list[tuple[str, str]]) -> None:
-    """Check that everything can be written, before any work is done."""
+    """Check that everything can be written, each to a file of its own, before any work is done."""
     from entangle.allocation.export import check_export
     from entangle.allocation.files import check_file
+    from entangle.provenance import expanded
 
-    paths = [path for _, path in exports]
     for name, path in exports:
         check_export(path, name, force=arguments.force)
-        if paths.count(path) > 1 or path == arguments.out:
-            raise InvalidInput(f"{path!r} is to be written twice; name another file.")
     if arguments.out is not None:
         check_file(arguments.out, force=arguments.force)
-    if arguments.plot is not None and not arguments.force:
-        stem = _stem(arguments.plot)
-        for ending in ("pdf", "png", "csv"):
-            target = stem.with_name(f"{stem.name}.{ending}")
-            if target.exists():
-                raise InvalidInput(
-                    f"{str(target)!r} exists; name another --plot or use --force to replace it."
-                )
+    figures = [] if arguments.plot is None else _figure_files(arguments.plot)
+    for target in figures:
+        if target.exists() and not arguments.force:
+            raise InvalidInput(
+                f"{str(target)!r} exists; name another --plot or use --force to replace it."
+            )
+    out = [] if arguments.out is None else [arguments.out]
+    written = set()
+    for path in (*out, *(path for _, path in exports), *figures):
+        place = expanded(path).resolve()
+        if place in written:
+            raise InvalidInput(f"{str(path)!r} is to be written twice; name another file.")
+        written.add(place)
+
+
+def _figure_files(plot: str) -> list[Path]:
+    stem = _stem(plot)
+    return [stem.with_name(f"{stem.name}.{ending}") for ending in ("pdf", "png", "csv")]
 
 
 def _load_model(arguments: argparse.Namespace, scores: "NeuronScores") -> "LanguageModel":
@@ -263,9 +288,7 @@ def _allocate(
         "sparsity": arguments.sparsity,
         "by": arguments.by,
         "combine": arguments.combine,
-        "protect": arguments.protect,
-        "protect_sparsity": arguments.protect_sparsity,
-        "strength": arguments.strength,
+        **_given(arguments, "protect", "protect_sparsity", "strength"),
         "across": arguments.across,
         "lowest": arguments.lowest,
         "highest": arguments.highest,
@@ -278,15 +301,18 @@ def _allocate(
     }
     if arguments.rule == SEARCH:
         text = options.load_calibration(arguments, model)
-        return search(
-            scores, calibration=text, tune=arguments.tune, evaluations=arguments.evaluations,
-            held_out=arguments.held_out, **settings,
-        )  # fmt: skip
+        own = _given(arguments, "tune", "evaluations", "held_out")
+        return search(scores, calibration=text, **own, **settings)
     calibrated = any(
         name in RULES and RULES[name].calibrated for name in (arguments.rule, arguments.across)
     )
     calibration = options.load_calibration(arguments, model) if calibrated else None
     return allocate(scores, rule=arguments.rule, calibration=calibration, **settings)
+
+
+def _given(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Return the options that were given; the others keep the function's own defaults."""
+    return {name: value for name in names if (value := getattr(arguments, name)) is not None}
 
 
 def _with_experts(
@@ -303,8 +329,9 @@ def _with_experts(
 
     layers = find_layers(model.module, list(allocation.zeros))
     groups = shared_inputs(model.module, layers, torch.zeros(1, 4, dtype=torch.int64))
+    renamed = {"entangled": "fraction", "fewest": "lowest", "most": "highest"}
+    own = {renamed[name]: value for name, value in _given(arguments, *renamed).items()}
     return expert_budget(
         allocation, scores, experts=arguments.experts, by=arguments.by.split("+")[0],
-        fraction=arguments.entangled, lowest=arguments.fewest, highest=arguments.most,
-        groups=[[layer.name for layer in members] for members in groups],
+        groups=[[layer.name for layer in members] for members in groups], **own,
     )  # fmt: skip

@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from entangle.cli import options
@@ -48,67 +48,55 @@ def add_parser(subparsers: options.Subparsers) -> None:
         default="16",
         help="for example 1,2,4,8,16,32; one expert is plain pruning (default: 16)",
     )
-    group.add_argument("--data", required=True, metavar="SOURCE", help="text to evaluate on")
-    group.add_argument("--eval-seq-len", type=int, help="tokens in a window")
-    group.add_argument("--eval-windows", type=int, help="take only the first windows")
+    group.add_argument(
+        "--data", required=True, metavar="SOURCE",
+        help="text to evaluate on: a name, an id or a path, as for --calibration",
+    )  # fmt: skip
+    options.add_evaluation_options(group)
     group.add_argument("--memory", default="2G", help="work memory (default: 2G)")
+    group.add_argument("--resume", action="store_true", help="go on with an unfinished comparison")
     options.add_run_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Compare, print and save."""
-    from entangle.evaluation import load_evaluation
-    from entangle.expansion.compare import KIND, arms, at_equal_nonzeros, compare
-    from entangle.provenance import RunClock, check_output, make_manifest
+    from entangle.expansion.arms import arms
 
-    clock = RunClock()
-    methods = arguments.methods.split(",")
+    options.check_run(arguments)
     allocations = options.load_allocations(arguments)
     chosen = arms(
-        methods,
+        options.names(arguments.methods),
         _sparsities(arguments, allocations),
         options.numbers(arguments.experts, int),
         allocations=allocations,
     )
-    if arguments.out is not None:
-        check_output(arguments.out, force=arguments.force)
     memory = options.parse_bytes(arguments.memory)
     model = options.load_model(arguments)
     calibration = options.load_calibration(arguments, model)
-    text = load_evaluation(
-        arguments.data,
-        model.tokenizer,
-        seq_len=arguments.eval_seq_len,
-        n_windows=arguments.eval_windows,
-        context_length=model.context_length,
-        vocab_size=model.vocab_size,
-    )
+    text = options.load_evaluation(arguments, model, arguments.data)
+    from entangle.expansion.compare import compare
+    from entangle.expansion.comparison import at_equal_nonzeros
+
     found = compare(
         model, calibration, text, chosen, seed=arguments.seed, memory=memory,
-        allocations=allocations,
+        allocations=allocations, out=arguments.out, resume=arguments.resume, force=arguments.force,
         told=_say if not arguments.quiet else lambda _line: None,
     )  # fmt: skip
-    manifest = make_manifest(
-        KIND,
-        model=model.describe(),
-        calibration=calibration.describe(),
-        evaluation=text.describe(),
-        settings={"methods": methods, "seed": arguments.seed, **_described(allocations)},
-        **clock.read(),
-    )
-    equal = at_equal_nonzeros(found.frame)
     if arguments.out is not None:
         evaluated = f"{text.source}, n = {text.n_windows} windows of {text.seq_len} tokens"
-        save(arguments.out, found, manifest, evaluated=evaluated, force=arguments.force)
+        draw(found, arguments.out, evaluated=evaluated)
+    equal = at_equal_nonzeros(found.frame)
     if arguments.json:
         tables = {"results": records(found.frame), "equal_nonzeros": records(equal)}
-        print_json({"out": arguments.out, "manifest": manifest, **tables})
+        print_json({"out": arguments.out, "manifest": dict(found.manifest), **tables})
         return
     print_table(found.frame, title="Perplexity by method", formats=FORMATS)
     if not equal.empty:
         title = "At equal stored non-zeros (from 1 × dense on, dense itself is the competitor)"
         print_table(equal, title=title, formats=FORMATS)
+    if arguments.out is not None:
+        print(f"Saved to {arguments.out}.")
 
 
 def _sparsities(arguments: argparse.Namespace, allocations: "Sequence[Named]") -> list[float]:
@@ -121,32 +109,20 @@ def _sparsities(arguments: argparse.Namespace, allocations: "Sequence[Named]") -
     return options.numbers(asked, float)
 
 
-def _described(allocations: "Sequence[Named]") -> dict[str, object]:
-    """Return what the manifest records of the allocations; nothing without any."""
-    described = [{"name": name, **one.manifest} for name, one in allocations]
-    return {"allocations": described} if described else {}
-
-
-def save(
-    out: str, found: "Comparison", manifest: Mapping[str, object], *, evaluated: str, force: bool
-) -> None:
-    """Write the tables, the manifest and the figure, which names the text ``evaluated``."""
-    from entangle.expansion.compare import at_equal_nonzeros
+def draw(found: "Comparison", out: str, *, evaluated: str) -> None:
+    """Draw the figure, which names the text ``evaluated``, into the result's folder, if missing."""
     from entangle.plotting import figure_comparison, save_figure
-    from entangle.provenance import output_folder, write_json
+    from entangle.provenance import expanded
 
-    with output_folder(out, force=force) as folder:
-        found.frame.to_parquet(folder / "comparison.parquet", index=False)
-        found.windows.to_parquet(folder / "windows.parquet", index=False)
-        equal = at_equal_nonzeros(found.frame)
-        equal.to_parquet(folder / "equal_nonzeros.parquet", index=False)
-        write_json(folder / "manifest.json", manifest)
-        try:
-            figure = figure_comparison(found.frame, text=evaluated)
-        except InvalidInput as error:  # no arm has a finite perplexity: the tables say so
-            _say(f"no figure: {error}")
-        else:
-            save_figure(figure, folder / "figures" / "perplexity")
+    stem = expanded(out) / "figures" / "perplexity"
+    if stem.with_suffix(".csv").exists():  # written last
+        return
+    try:
+        figure = figure_comparison(found.frame, text=evaluated)
+    except InvalidInput as error:  # no arm has a finite perplexity: the tables say so
+        _say(f"no figure: {error}")
+        return
+    save_figure(figure, stem, force=True)
 
 
 def _say(line: str) -> None:

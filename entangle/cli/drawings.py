@@ -1,6 +1,6 @@
 """Which figures ``entangle figures`` draws of each kind of result, and how."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,14 @@ DECOMPOSED: dict[str, tuple[str, ...]] = {
     "router_map": ("router_map",),
 }
 """Figures of a layer, and the tables of its decomposition that each takes."""
+
+EMPTY: dict[str, str] = {
+    "pairs": "--pairs 2000",
+    "separated": "--separated 20 and more tokens",
+    "contexts": "--contexts 8",
+    "router_map": "--experts 1,4,16",
+}
+"""Options of ``entangle decompose`` that fill a table which may be empty."""
 
 ONE_NEURON: dict[str, tuple[str, ...]] = {
     "separated_pairs": ("separated",),
@@ -82,7 +90,7 @@ class Run:
 
 
 def drawings_of(one: Run, column: Column) -> Iterator[Drawing]:
-    """Load a result and yield its figures, if its kind has any, signed with the run's digest."""
+    """Load a result and yield its figures, if any, signed with the run's digest and seed."""
     makers = {
         "scores": _of_scores,
         "ablation": _of_ablation,
@@ -90,8 +98,17 @@ def drawings_of(one: Run, column: Column) -> Iterator[Drawing]:
         "decomposition": _of_decomposition,
         "allocation": _of_allocation,
     }
-    if one.kind in makers:
-        yield from makers[one.kind](one, column)
+    settings = one.manifest.get("settings")
+    seed = settings.get("seed") if isinstance(settings, Mapping) else None
+    for drawing in makers[one.kind](one, column) if one.kind in makers else ():
+        draw = partial(_with_seed, drawing.draw, seed) if isinstance(seed, int) else drawing.draw
+        yield Drawing(drawing.name, draw)
+
+
+def _with_seed(draw: Draw, seed: int) -> "Figure":
+    from entangle.plotting.signature import add_seed
+
+    return add_seed(draw(), seed)
 
 
 def _of_scores(one: Run, column: Column) -> Iterator[Drawing]:
@@ -223,8 +240,18 @@ def _of_layer(
     from entangle import plotting
 
     draw: Callable[..., Figure] = getattr(plotting, f"figure_{name}")
-    frames = [getattr(found, table) for table in DECOMPOSED[name]]
+    frames = _tables(found, DECOMPOSED[name], layer)
     return draw(*frames, layer=layer, column=column, digest=digest)
+
+
+def _tables(found: "Decomposition", names: Sequence[str], layer: str) -> "list[pd.DataFrame]":
+    for name in names:
+        if name in EMPTY and not (getattr(found, name)["layer"] == layer).any():
+            raise InvalidInput(
+                f"this decomposition holds no {name.replace('_', ' ')} of layer {layer!r}; "
+                f"`entangle decompose {EMPTY[name]}` makes them."
+            )
+    return [getattr(found, name) for name in names]
 
 
 def _of_one_neuron(
@@ -235,7 +262,7 @@ def _of_one_neuron(
 
     histogram, item = plotting.dense_output(found.outputs, found.neurons, layer=layer)
     draw: Callable[..., Figure] = getattr(plotting, f"figure_{name}")
-    frames = [getattr(found, table) for table in ONE_NEURON[name]]
+    frames = _tables(found, ONE_NEURON[name], layer)
     return draw(
         *frames, histogram, mean=item.mean, std=item.std, wd=item.wd, layer=layer,
         neuron=item.neuron, column=column, digest=digest,
@@ -244,7 +271,7 @@ def _of_one_neuron(
 
 def _of_allocation(one: Run, column: Column) -> Iterator[Drawing]:
     from entangle.allocation import load_allocation
-    from entangle.plotting import figure_allocation, paper_style, sign
+    from entangle.plotting import figure_allocation
 
     allocation = load_allocation(one.path)
 
@@ -252,10 +279,8 @@ def _of_allocation(one: Run, column: Column) -> Iterator[Drawing]:
         settings = one.manifest.get("settings")
         rule = settings.get("rule") if isinstance(settings, Mapping) else None
         title = f"rule {rule}" if rule else ""
-        figure = figure_allocation(
-            allocation.layers, allocation.neurons, title=title, column=column
+        return figure_allocation(
+            allocation.layers, allocation.neurons, title=title, column=column, digest=one.digest
         )
-        with paper_style(column=column):
-            return sign(figure, one.digest)
 
     yield Drawing("allocation", draw)

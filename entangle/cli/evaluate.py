@@ -51,11 +51,12 @@ def add_parser(subparsers: options.Subparsers) -> None:
         help="demo, wikitext2, c4, a data set's hub id, or a path: .txt, .jsonl, .parquet, a "
         "folder of them, or token ids in .safetensors (default: demo)",
     )
-    group.add_argument("--config", help="configuration of a hub data set")
+    group.add_argument("--config", "--data-config", help="configuration of a hub data set")
     group.add_argument(
-        "--split", help="split of a hub data set (default: test; c4 has only validation)"
-    )
-    group.add_argument("--column", help="column that holds the text")
+        "--split", "--data-split",
+        help="split of a hub data set (default: test; c4 has only validation)",
+    )  # fmt: skip
+    group.add_argument("--column", "--data-column", help="column that holds the text")
     group.add_argument(
         "--seq-len",
         type=int,

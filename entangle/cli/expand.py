@@ -65,8 +65,7 @@ def add_parser(subparsers: options.Subparsers) -> None:
         "--evaluate", metavar="SOURCE",
         help="measure perplexity on this text: a name, an id or a path, as for --calibration",
     )  # fmt: skip
-    group.add_argument("--eval-seq-len", type=int, help="tokens in a window (default: as evaluate)")
-    group.add_argument("--eval-windows", type=int, help="take only the first windows")
+    options.add_evaluation_options(group)
     group.add_argument(
         "--no-baseline", action="store_true", help="skip the plain pruning (one expert) beside it"
     )
@@ -78,11 +77,10 @@ def add_parser(subparsers: options.Subparsers) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Expand, evaluate, print."""
     from entangle.evaluation import perplexity
-    from entangle.provenance import check_output
 
     memory = options.parse_bytes(arguments.memory)
-    if arguments.out is not None and not arguments.resume:  # a finished build can be resumed too
-        check_output(arguments.out, force=arguments.force)
+    options.check_run(arguments)
+    _check_evaluated(arguments)
     allocation = _allocation(arguments)
     model = options.load_model(arguments)
     calibration = options.load_calibration(arguments, model)
@@ -134,9 +132,8 @@ def run(arguments: argparse.Namespace) -> None:
         )
         return
     print_table(expanded.layers[list(LAYER_COLUMNS)], title="Expanded layers", formats=FORMATS)
-    print_table(
-        summary, title="Model (multiples of dense: flops, nonzeros, bytes)", formats=FORMATS
-    )
+    title = f"Model, pruned by {arguments.pruner} (multiples of dense: flops, nonzeros, bytes)"
+    print_table(summary, title=title, formats=FORMATS)
     if arguments.out is not None:
         print(f"Saved to {arguments.out}.")
 
@@ -200,18 +197,18 @@ def _sparsity(arguments: argparse.Namespace) -> float | None:
     return 0.7 if arguments.sparsity is None else float(arguments.sparsity)
 
 
+def _check_evaluated(arguments: argparse.Namespace) -> None:
+    """Refuse options of the text to evaluate on where none is named."""
+    given = ("data_config", "data_split", "data_column", "eval_seq_len", "eval_windows")
+    for name in given if arguments.evaluate is None else ():
+        if getattr(arguments, name) is not None:
+            option = name.replace("_", "-")
+            raise InvalidInput(f"--{option} needs --evaluate SOURCE; give it, or drop --{option}.")
+
+
 def _evaluation_text(
     arguments: argparse.Namespace, model: "LanguageModel"
 ) -> "EvaluationText | None":
     if arguments.evaluate is None:
         return None
-    from entangle.evaluation import load_evaluation
-
-    return load_evaluation(
-        arguments.evaluate,
-        model.tokenizer,
-        seq_len=arguments.eval_seq_len,
-        n_windows=arguments.eval_windows,
-        context_length=model.context_length,
-        vocab_size=model.vocab_size,
-    )
+    return options.load_evaluation(arguments, model, arguments.evaluate)

@@ -21,6 +21,9 @@ from entangle.cli import (
 )
 from entangle.errors import EntangleError
 
+CLOSED_PIPE = 128 + 13
+"""As a shell reports a program that the signal SIGPIPE (13) has ended."""
+
 COMMANDS = (ablate, allocate, compare, decompose, demo, evaluate, expand, figures, layers, score)
 
 
@@ -49,11 +52,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        0 on success, 2 for a user's mistake, 1 for a failure of the program, 130 if interrupted.
+        0 on success, 2 for a user's mistake, 1 for a failure of the program, 130 if interrupted,
+        141 if the reader of a pipe, such as head, had seen enough.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal of another encoding gets a "?"
             stream.reconfigure(errors="replace")
+    try:
+        try:
+            return _run(argv)
+        finally:
+            print(end="", flush=True)  # what is still buffered meets a closed pipe here
+    except BrokenPipeError:
+        return _leave_pipe()
+    except SystemExit as error:  # rich ends so where it meets a closed pipe
+        if isinstance(error.__context__, BrokenPipeError):
+            return _leave_pipe()
+        raise
+
+
+def _run(argv: Sequence[str] | None) -> int:
     arguments = build_parser().parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
@@ -61,13 +79,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except EntangleError as error:
         print(f"entangle: error: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
-    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except KeyboardInterrupt:
         print("entangle: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _leave_pipe() -> int:
+    """Send what is still to be written to nowhere; return the status of such an end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            os.dup2(nowhere, stream.fileno())
+    return CLOSED_PIPE
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from entangle.errors import InvalidInput
 if TYPE_CHECKING:
     from entangle.allocation import Allocation
     from entangle.calibration import CalibrationSet
+    from entangle.evaluation import EvaluationText
     from entangle.models.loading import LanguageModel
 
 Number = TypeVar("Number", int, float)
@@ -91,8 +92,8 @@ def load_allocations(arguments: argparse.Namespace) -> "list[tuple[str, Allocati
     from entangle.allocation import load_allocation
 
     found = []
-    for part in arguments.allocation.split(","):
-        name, separator, path = part.partition("=")
+    for part in names(arguments.allocation):
+        name, separator, path = (piece.strip() for piece in part.partition("="))
         if not separator:
             name, path = Path(part).stem, part
         found.append((name, load_allocation(path)))
@@ -184,6 +185,39 @@ def load_calibration(arguments: argparse.Namespace, model: "LanguageModel") -> "
     )
 
 
+def add_evaluation_options(group: argparse._ActionsContainer) -> None:
+    """Add how to read and cut the text to evaluate on, beside the option that names it."""
+    group.add_argument("--data-config", help="configuration of a hub data set to evaluate on")
+    group.add_argument(
+        "--data-split",
+        help="split of a hub data set to evaluate on (default: test; c4 has only validation)",
+    )
+    group.add_argument("--data-column", help="column that holds the text to evaluate on")
+    group.add_argument(
+        "--eval-seq-len", type=int, help="tokens in a window (default: as entangle evaluate)"
+    )
+    group.add_argument("--eval-windows", type=int, help="take only the first windows")
+
+
+def load_evaluation(
+    arguments: argparse.Namespace, model: "LanguageModel", source: str
+) -> "EvaluationText":
+    """Load the text ``source`` as the evaluation options say, fitted to the model."""
+    from entangle.evaluation import load_evaluation
+
+    return load_evaluation(
+        source,
+        model.tokenizer,
+        seq_len=arguments.eval_seq_len,
+        n_windows=arguments.eval_windows,
+        split=arguments.data_split,
+        config=arguments.data_config,
+        column=arguments.data_column,
+        context_length=model.context_length,
+        vocab_size=model.vocab_size,
+    )
+
+
 def _is_table(source: str) -> bool:
     """Tell whether a source is a table of token ids, which has sizes of its own."""
     if not source.lower().endswith(".safetensors"):
@@ -205,6 +239,21 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="show no progress")
 
 
+def check_run(arguments: argparse.Namespace) -> None:
+    """Check seed, ``--out``, ``--resume`` and ``--force`` before anything is loaded.
+
+    A finished result can be resumed too: whether it is the same is known later.
+    """
+    from entangle.provenance import check_output
+    from entangle.seeding import check_seed
+
+    check_seed(arguments.seed)
+    if arguments.resume and arguments.out is None:
+        raise InvalidInput("--resume goes on with an unfinished folder; name it with --out.")
+    if arguments.out is not None and not arguments.resume:
+        check_output(arguments.out, force=arguments.force)
+
+
 def parse_bytes(text: str) -> int:
     """Read a size such as ``2G``, ``512M`` or ``1048576``."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", text.strip().lower())
@@ -213,10 +262,15 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
+def names(text: str) -> list[str]:
+    """Read a comma-separated list; blanks around a name do not belong to it."""
+    return [part.strip() for part in text.split(",")]
+
+
 def numbers(text: str, kind: type[Number]) -> list[Number]:
     """Read a comma-separated list of numbers, each once."""
     try:
-        found = [kind(part) for part in text.split(",")]
+        found = [kind(part) for part in names(text)]
     except ValueError:
         example = "1,16" if kind is int else "0.5,0.7"
         raise InvalidInput(f"a list must look like {example}; got {text!r}.") from None

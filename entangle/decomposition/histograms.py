@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from entangle.ablation.row_measures import Clusters
@@ -78,3 +78,11 @@ def histogram_rows(
                 span = slice(used[0], used[-1] + 1)
                 columns = {"left": edges[:-1][span], "right": edges[1:][span], "count": own[span]}
                 yield pd.DataFrame({"neuron": neurons[place], "cluster": cluster, **columns})
+
+
+def output_histogram(outputs: Float32[np.ndarray, " tokens"]) -> pd.DataFrame:
+    """Return the histogram of one neuron's outputs: left, right, count."""
+    dense = torch.from_numpy(outputs)[None]
+    alone = Clusters.of(torch.zeros(len(outputs), dtype=torch.int64), 1)
+    whole = next(histogram_rows(CommonBins(dense), [0], dense, alone))
+    return whole[["left", "right", "count"]]

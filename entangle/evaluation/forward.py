@@ -34,6 +34,11 @@ def as_causal_model(
 
 def check_fits(model: LanguageModel, text: EvaluationText) -> None:
     """Raise `InvalidInput` if windows are longer than the context or ids no tokens of the model."""
+    if not isinstance(text, EvaluationText):
+        raise InvalidInput(
+            "the text to evaluate on must be an EvaluationText, from entangle.load_evaluation; got "
+            f"{type(text).__name__}."
+        )
     limit = model.context_length
     if limit is not None and text.seq_len > limit:
         raise InvalidInput(

@@ -19,6 +19,7 @@ from entangle.evaluation.forward import (
 )
 from entangle.evaluation.losses import window_losses
 from entangle.evaluation.text import EvaluationText
+from entangle.evaluation.windows import check_count
 from entangle.models.loading import LanguageModel
 from entangle.progress import ProgressBar
 
@@ -142,9 +143,7 @@ def windows_in_a_pass(asked: int | None, model: LanguageModel, text: EvaluationT
     """Return the batch size asked for, or as many windows as give `LOGITS_IN_A_PASS` logits."""
     if asked is None:
         return max(1, LOGITS_IN_A_PASS // (text.seq_len * model.vocab_size))
-    if isinstance(asked, bool) or not isinstance(asked, int) or asked < 1:
-        raise InvalidInput(f"`batch_size` must be an integer of at least 1; got {asked!r}.")
-    return asked
+    return check_count("batch_size", asked, 1)
 
 
 def window_memory(per_pass: int) -> AbstractContextManager[None]:

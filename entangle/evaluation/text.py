@@ -169,6 +169,11 @@ def load_evaluation(
 def _label(source: Source) -> str:
     if isinstance(source, str | Path):
         return str(source)
+    if not isinstance(source, Tensor | np.ndarray):
+        raise InvalidInput(
+            "`source` must be a name, a path, or an array of token ids; got "
+            f"{type(source).__name__}."
+        )
     return f"{type(source).__name__} of shape {tuple(source.shape)}"
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from jaxtyping import Int64
@@ -24,8 +25,10 @@ class Cut:
     """Longest sequence that the model accepts."""
 
     def __post_init__(self) -> None:
-        _check_count("seq_len", self.seq_len, 2)
-        _check_count("n_windows", self.n_windows, 1)
+        for name, least in (("seq_len", 2), ("n_windows", 1)):
+            value = getattr(self, name)
+            counted = None if value is None else check_count(name, value, least)
+            object.__setattr__(self, name, counted)
         self._check_context(self.seq_len or 2)
 
     @property
@@ -73,7 +76,7 @@ class Cut:
         """
         rows, columns = table.shape
         length = self.seq_len or columns
-        _check_count("seq_len", length, 2)
+        check_count("seq_len", length, 2)
         self._check_context(length)
         if length > columns:
             raise InvalidInput(
@@ -97,8 +100,14 @@ class Cut:
             )
 
 
-def _check_count(name: str, value: object, least: int) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+def check_count(name: str, value: object, least: int) -> int:
+    """Return a count as an int; NumPy's integers are integers too.
+
+    Raises
+    ------
+    InvalidInput
+        If it is no integer, or below ``least``.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise InvalidInput(f"`{name}` must be an integer of at least {least}; got {value!r}.")
+    return int(value)

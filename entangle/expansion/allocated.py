@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 
-from torch import Tensor
+from numpy import ndarray
+from torch import Tensor, float64
 
 from entangle.allocation.allocation import Allocation
 from entangle.errors import InvalidInput
 from entangle.expansion.solve import Sparsity
 from entangle.models.layers import Layer
+from entangle.pruning.scalars import real, tensor_of, whole
 
 Allocated = Allocation | Mapping[str, float | Tensor]
 """An allocation, or sparsities by layer name: for all rows, or one value a row."""
@@ -43,7 +45,8 @@ def planned_sparsity(
         Naming what does not fit.
     """
     if allocation is None:
-        return {layer.name: sparsity for layer in layers}
+        share = _share(sparsity)
+        return {layer.name: share for layer in layers}
     if isinstance(allocation, Allocation):
         if pattern != "row":
             raise InvalidInput(
@@ -52,10 +55,24 @@ def planned_sparsity(
             )
         allocation.check(layers, digest)
         return {layer.name: allocation.sparsity[layer.name] for layer in layers}
+    if not isinstance(allocation, Mapping):
+        raise InvalidInput(
+            "`allocation` must be an Allocation, from entangle.allocation.load_allocation, or "
+            f"sparsities by layer name; got {type(allocation).__name__}."
+        )
     for layer in layers:
         if allocation.get(layer.name) is None:
             raise InvalidInput(f"`allocation` must name every layer; {layer.name!r} is missing.")
-    return {layer.name: allocation[layer.name] for layer in layers}
+    return {layer.name: _share(allocation[layer.name]) for layer in layers}
+
+
+def _share(sparsity: object) -> Sparsity:
+    """Return one sparsity as a float, several as a tensor."""
+    if sparsity is None or isinstance(sparsity, Tensor):
+        return sparsity
+    if isinstance(sparsity, Sequence | ndarray) and not isinstance(sparsity, str):
+        return tensor_of("sparsity", sparsity, float64)
+    return real("sparsity", sparsity)
 
 
 def planned_experts(
@@ -68,18 +85,22 @@ def planned_experts(
     InvalidInput
         If a number is below 1 or above the number of ``tokens`` to calibrate on.
     """
+    experts = whole("experts", experts, least=1)
     counts = {layer.name: experts for layer in layers}
     if isinstance(allocation, Allocation) and allocation.experts is not None:
         counts = {name: allocation.experts[name] for name in counts}
     for count in dict.fromkeys(counts.values()):
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise InvalidInput(f"`experts` must be an integer of at least 1; got {count!r}.")
-        if count > tokens:
-            raise InvalidInput(
-                f"`experts` must be at most the number of tokens to calibrate on, {tokens}; got "
-                f"{count}."
-            )
+        check_experts(count, tokens=tokens)
     return counts
+
+
+def check_experts(count: int, *, tokens: int) -> None:
+    """Raise `InvalidInput` unless so many experts can be fitted on so many tokens."""
+    if whole("experts", count, least=1) > tokens:
+        raise InvalidInput(
+            f"`experts` must be at most the number of tokens to calibrate on, {tokens}; got "
+            f"{count}."
+        )
 
 
 def describe_allocation(allocation: Allocated | None) -> dict[str, object]:

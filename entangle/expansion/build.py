@@ -200,8 +200,8 @@ def _expand_block(
             names = ", ".join(layer.name for layer in members)
             try:
                 expanded += _expand_group(members, store, plan)
-            except NumericalError as error:
-                raise NumericalError(f"{names}: {error}") from error
+            except (InvalidInput, NumericalError) as error:
+                raise type(error)(f"{names}: {error}") from error
     order = {layer.name: i for i, layer in enumerate(layers)}
     return sorted(expanded, key=lambda one: order[one.layer.name])
 

@@ -1,6 +1,5 @@
 """Expanded layers on disk: one safetensors file a block, packed, and a manifest for them all."""
 
-import hashlib
 import json
 import os
 import re
@@ -16,35 +15,29 @@ from entangle.expansion.build import ExpandedLayer
 from entangle.expansion.linear import ExpandedLinear, SharedRouting
 from entangle.expansion.packing import pack, unpack
 from entangle.models.layers import Layer
-from entangle.provenance import disk_errors
 from entangle.routing import Router
 
 _METADATA = "entangle"
 
 
-def block_file(folder: Path, index: int) -> Path:
-    """Return the file of a block's experts."""
-    return folder / f"block-{index:04d}.safetensors"
+def block_file(index: int) -> str:
+    """Return the name of the file of a block's experts."""
+    return f"block-{index:04d}.safetensors"
 
 
 def write_block(
-    folder: Path,
-    index: int,
-    expanded: Sequence[ExpandedLayer],
-    report: Sequence[Mapping[str, object]],
-) -> Path:
-    """Write the experts and routers of one block; the file appears when it is complete.
+    path: Path, expanded: Sequence[ExpandedLayer], report: Sequence[Mapping[str, object]]
+) -> None:
+    """Write the experts and routers of one block.
 
     Experts are stored as a bitmap (one bit a weight) and the non-zeros in the layer's dtype;
     routers as they are, once for all the layers that share one; the rows of the report beside them.
     """
     tensors: dict[str, Tensor] = {}
-    routers: list[SharedRouting] = []
     layers: dict[str, dict[str, object]] = {}
+    routers = distinct_routers(expanded)
     for one in expanded:
-        if not any(one.module.routing is routing for routing in routers):
-            routers.append(one.module.routing)
-        number = next(i for i, routing in enumerate(routers) if routing is one.module.routing)
+        number = routers.index(one.module.routing)
         tensors[f"{one.layer.name}:bitmap"], tensors[f"{one.layer.name}:values"] = pack(
             one.module.weight.detach()
         )
@@ -52,13 +45,12 @@ def write_block(
     for number, routing in enumerate(routers):
         for name, value in routing.router.state().items():
             tensors[f"router {number}:{name}"] = value.cpu().contiguous()
-    path = block_file(folder, index)
-    temporary = path.with_suffix(".writing")
-    with disk_errors(path, remedy="name another folder; --resume goes on with what is written"):
-        described = json.dumps({"layers": layers, "report": list(report)})
-        _save(tensors, temporary, described)
-        os.replace(temporary, path)  # noqa: PTH105  (the atomic one)
-    return path
+    _save(tensors, path, json.dumps({"layers": layers, "report": list(report)}))
+
+
+def distinct_routers(expanded: Sequence[ExpandedLayer]) -> list[SharedRouting]:
+    """Return the routers of some layers, each once, in the order of the layers."""
+    return list(dict.fromkeys(one.module.routing for one in expanded))
 
 
 def _save(tensors: dict[str, Tensor], path: Path, described: str) -> None:
@@ -120,9 +112,3 @@ def install(module: nn.Module, expanded: Sequence[ExpandedLayer]) -> None:
     """Put expanded layers into a model, in place of the dense ones."""
     for one in expanded:
         module.set_submodule(one.layer.name, one.module)
-
-
-def file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

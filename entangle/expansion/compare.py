@@ -1,173 +1,99 @@
 """Compare pruning methods and expansions at several sparsities, on one text."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+from safetensors.numpy import save as to_safetensors
+from torch import nn, tensor
 
 from entangle.allocation.allocation import Allocation
 from entangle.allocation.even import even
-from entangle.allocation.experts import mean_experts
-from entangle.allocation.labels import nominal_sparsity
+from entangle.allocation.labels import zeros_digest
 from entangle.calibration import CalibrationSet
-from entangle.errors import InvalidInput, unknown_name
+from entangle.errors import EntangleError, InvalidInput
 from entangle.evaluation import EvaluationText, Perplexity, perplexity, perplexity_ratio
-from entangle.expansion.expand import Expansion, expand
-from entangle.models.loading import LanguageModel
-from entangle.provenance import expanded as expanded_path
-from entangle.provenance import read_manifest, read_table
-from entangle.stats.intervals import Interval
+from entangle.expansion.allocated import check_experts
+from entangle.expansion.arms import (
+    DENSE,
+    METHODS,
+    UNIFORM,
+    Arm,
+    Named,
+    arms,
+    by_name,
+    common_layers,
+)
+from entangle.expansion.comparison import (
+    KEY,
+    KIND,
+    Comparison,
+    at_equal_nonzeros,
+    load_comparison,
+)
+from entangle.expansion.expand import DEFAULT_MEMORY, expand
+from entangle.models.loading import LanguageModel, as_language_model
+from entangle.provenance import RunClock, make_manifest
+from entangle.pruning.scalars import whole
+from entangle.seeding import check_seed
+from entangle.unfinished import Unfinished, is_made
 
-KIND = "comparison"
-DENSE = "dense"
-UNIFORM = "uniform"
-OUTSIDE = "outside the range"
-METHODS = {
-    "magnitude": ("magnitude", "single"),
-    "wanda": ("wanda", "single"),
-    "sparsegpt": ("sparsegpt", "single"),
-    "expansion": ("sparsegpt", "kmeans"),
-    "expansion-random": ("sparsegpt", "random"),
-}
-"""Pruner and router of each method; those with a router are built for every number of experts."""
+__all__ = [
+    "KIND", "METHODS", "Arm", "Comparison", "Named", "arms", "at_equal_nonzeros", "compare",
+    "load_comparison",
+]  # fmt: skip
 
-_COLUMNS = (
-    "method", "sparsity", "experts", "perplexity", "ratio", "ratio_low", "ratio_high", "flops",
-    "nonzeros", "bytes", "relative_error", "seconds",
-)  # fmt: skip
-_WINDOW_COLUMNS = ("method", "sparsity", "experts", "window", "loss")
-_EQUAL_COLUMNS = {
-    "method": "str", "sparsity": "float64", "experts": "int64", "nonzeros": "float64",
-    "perplexity": "float64", "competitor": "str", "competitor_perplexity": "float64",
-    "ratio": "float64", "allocation": "str",
-}  # fmt: skip
 _EVEN = ("uniform_ratio", "uniform_low", "uniform_high")
-_KEY = ("method", "sparsity", "experts", "allocation")
-
-Named = tuple[str, Allocation]
-"""What an allocation is called in the tables, and the allocation. Those of several sparsities may
-have one name."""
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One model to build."""
-
-    method: str
-    """A key of `METHODS`."""
-    sparsity: float
-    """Share of zeros: in every row, or of all layers together with an allocation."""
-    experts: int
-    """Experts a layer (on average with an allocation that has its own); 1 without a router."""
-    allocation: str = UNIFORM
-    """Name of the allocation, or ``uniform``: ``sparsity`` in every row."""
+_COSTS = ("flops", "nonzeros", "bytes")
+_NUMBERS = (*_COSTS, "relative_error", "seconds")
 
 
 @dataclass(frozen=True, eq=False)
-class Comparison:
-    """A tidy table, and every window's loss for later tests."""
+class _Measured:
+    """What one arm came to."""
 
-    frame: pd.DataFrame
-    """One row an arm: method, sparsity, experts, allocation, perplexity, ratio to dense with its
-    95 % interval, flops, nonzeros, bytes (multiples of dense), relative_error (mean over layers),
-    seconds. With allocations also uniform_ratio with uniform_low and uniform_high: the ratio to the
-    perplexity of the same method, sparsity and experts without the allocation, with its paired
-    interval."""
-    windows: pd.DataFrame
-    """One row an arm and window: method, sparsity, experts, allocation, window, loss (nats, summed
-    over the window's predicted tokens)."""
+    losses: NDArray[np.float64]
+    """Of every window, (n_windows,), nats."""
+    numbers: Mapping[str, float]
+    """Values of `_NUMBERS`."""
 
+    def perplexity(self, text: EvaluationText) -> Perplexity:
+        return Perplexity.of(tensor(self.losses), text)
 
-def arms(
-    methods: Sequence[str],
-    sparsities: Sequence[float],
-    experts: Sequence[int],
-    *,
-    allocations: Sequence[Named] = (),
-) -> list[Arm]:
-    """Return the models to build: methods without a router once, others for every count above 1.
+    def write(self, path: Path) -> None:
+        arrays = {name: np.array(self.numbers[name], np.float64) for name in _NUMBERS}
+        path.write_bytes(to_safetensors({"losses": self.losses, **arrays}))
 
-    What is listed twice is built once. One expert of a method with a router is the plain method.
-
-    Parameters
-    ----------
-    methods
-        Keys of `METHODS`.
-    sparsities
-        Shares of zeros in [0, 1], the same in every row.
-    experts
-        Numbers of experts a layer.
-    allocations
-        Every method is built with each of them too. One that has numbers of experts of its own is
-        built with those, in place of ``experts``.
-
-    Raises
-    ------
-    InvalidInput, UnknownName
-        A method that does not exist, a number out of range, or nothing to build.
-    """
-    for method in methods:
-        if method not in METHODS:
-            raise unknown_name("method", method, METHODS)
-    for sparsity in sparsities:
-        if not 0.0 <= sparsity <= 1.0:
-            raise InvalidInput(f"`sparsity` must be in [0, 1]; got {sparsity}.")
-    for k in experts:
-        if k < 1:
-            raise InvalidInput(f"`experts` must be at least 1; got {k}.")
-    routed = {method for method in methods if METHODS[method][1] != "single"}
-    levels: list[tuple[float, str, Allocation | None]]
-    levels = [(sparsity, UNIFORM, None) for sparsity in sparsities]
-    levels += [(sparsity, name, one) for (name, sparsity), one in _by_name(allocations).items()]
-    found = [
-        Arm(method, sparsity, k, name)
-        for sparsity, name, allocation in levels
-        for method in methods
-        for k in (_counts(allocation, experts) if method in routed else [1])
-    ]
-    if not found:
-        raise InvalidInput(
-            "there is nothing to build: name at least one method, one `sparsity` and, for methods "
-            f"with a router, a number of `experts` above 1; got methods {list(methods)}, "
-            f"sparsity {list(sparsities)} and experts {list(experts)}."
-        )
-    return list(dict.fromkeys(found))
-
-
-def _by_name(allocations: Sequence[Named]) -> dict[tuple[str, float], Allocation]:
-    """Return allocations by name and sparsity, which must tell them apart."""
-    found: dict[tuple[str, float], Allocation] = {}
-    for name, allocation in allocations:
-        key = name, nominal_sparsity(allocation)
-        if name == UNIFORM:
-            raise InvalidInput(f"an allocation must not be called {UNIFORM!r}; rename it.")
-        if key in found:
+    @classmethod
+    def read(cls, path: Path) -> "_Measured":
+        try:
+            found = load_file(path)
+            return cls(found["losses"], {name: float(found[name]) for name in _NUMBERS})
+        except (SafetensorError, KeyError, ValueError) as error:
             raise InvalidInput(
-                f"two allocations of sparsity {key[1]:g} are called {name!r} and could not be told "
-                "apart; rename one."
-            )
-        found[key] = allocation
-    return found
-
-
-def _counts(allocation: Allocation | None, experts: Sequence[int]) -> list[int]:
-    if allocation is None or allocation.experts is None:
-        return [k for k in experts if k > 1]
-    return [round(mean_experts(allocation))]
+                f"{str(path)!r} is damaged ({error}); remove it and go on with --resume "
+                "(resume=True)."
+            ) from error
 
 
 def compare(
-    model: LanguageModel,
+    model: LanguageModel | nn.Module | str,
     calibration: CalibrationSet,
     text: EvaluationText,
     chosen: Sequence[Arm],
     *,
     allocations: Sequence[Named] = (),
     seed: int = 0,
-    memory: int,
+    memory: int = DEFAULT_MEMORY,
+    out: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    force: bool = False,
     told: Callable[[str], None] = lambda _line: None,
 ) -> Comparison:
     """Build every arm from the dense weights and measure its perplexity; experts are not kept.
@@ -190,192 +116,159 @@ def compare(
         Seed of the routers and of the bootstrap.
     memory
         As in `entangle.expand`.
+    out
+        Folder of the result. Arms are kept beside it as they finish.
+    resume
+        Skip the arms that an unfinished comparison of the same settings has finished; a finished
+        one of the same settings is read.
+    force
+        Replace an existing result, or an unfinished comparison.
     told
         Called with one line after each arm.
+
+    Raises
+    ------
+    InvalidInput
+        If a setting breaks a rule, or the result exists, or is unfinished and not to be resumed.
+    EntangleError
+        What the building of an arm raises; the message begins with the arm. With ``out``, the arms
+        before it are kept.
     """
-    dense = perplexity(model, text)
-    built = _built(
-        model, calibration, text, chosen, seed=seed, memory=memory, allocations=allocations
-    )
-    rows, losses, known = [], [], dict[Arm, Perplexity]()
-    for arm, expanded, result in chain([(Arm(DENSE, 0.0, 1), None, dense)], built):
-        row = _row(arm, expanded, result, perplexity_ratio(result, dense, seed=seed))
-        known[arm] = result
-        even = known.get(replace(arm, allocation=UNIFORM))
-        if arm.allocation != UNIFORM and even is not None:
-            ratio = perplexity_ratio(result, even, seed=seed)
-            row |= dict(zip(_EVEN, (ratio.value, ratio.low, ratio.high), strict=True))
-        rows.append(row)
-        key = {name: row[name] for name in _KEY}
-        window = pd.DataFrame({**key, "loss": result.window_losses})
-        losses.append(window.rename_axis("window").reset_index())
-        told(f"{_label(arm)}: perplexity {result.value:.3f}")
-    return Comparison(pd.DataFrame(rows), pd.concat(losses, ignore_index=True))
-
-
-def _row(
-    arm: Arm, expanded: Expansion | None, result: Perplexity, ratio: Interval
-) -> dict[str, object]:
-    row: dict[str, object] = {
-        "method": arm.method,
-        "sparsity": arm.sparsity,
-        "experts": arm.experts,
-        "allocation": arm.allocation,
-        "perplexity": result.value,
-        "ratio": ratio.value,
-        "ratio_low": ratio.low,
-        "ratio_high": ratio.high,
-        "flops": 1.0,
-        "nonzeros": 1.0,
-        "bytes": 1.0,
-    }
-    if expanded is not None:
-        row |= dict(expanded.costs)
-        row["relative_error"] = float(expanded.layers["relative_error"].mean())
-        row["seconds"] = expanded.run["seconds"]
-    return row
-
-
-def _label(arm: Arm) -> str:
-    allocated = "" if arm.allocation == UNIFORM else f" {arm.allocation}"
-    return f"{arm.method} {arm.sparsity:g} k={arm.experts}{allocated}"
-
-
-Built = tuple[Arm, Expansion | None, Perplexity]
-"""An arm, what was built for it, and its perplexity."""
-
-
-def _built(
-    model: LanguageModel,
-    calibration: CalibrationSet,
-    text: EvaluationText,
-    chosen: Sequence[Arm],
-    *,
-    seed: int,
-    memory: int,
-    allocations: Sequence[Named],
-) -> Iterator[Built]:
-    layers, by_name = _layers(allocations), _by_name(allocations)
-    evenly = {sparsity: even(one) for (_, sparsity), one in by_name.items()}
+    clock, seed = RunClock(), whole("seed", seed, least=0)
+    dense = as_language_model(model)
     for arm in chosen:
+        check_experts(arm.experts, tokens=calibration.ids.numel())
+    bench = _Bench(dense, calibration, text, allocations, seed=check_seed(seed), memory=memory)
+    manifest = make_manifest(
+        KIND,
+        model=dense.describe(),
+        calibration=calibration.describe(),
+        evaluation=text.describe(),
+        settings=_settings(chosen, allocations, seed),
+    )
+    kept = None
+    if out is not None:
+        if resume and not force and is_made(out, KIND, manifest):
+            return load_comparison(out)
+        kept = Unfinished(
+            out, manifest, what="comparison", ending="comparing", resume=resume, force=force
+        )
+    results: dict[Arm, _Measured] = {}
+    for arm in (Arm(DENSE, 0.0, 1), *chosen):
+        results[arm], before = _measured(bench, arm, kept)
+        value = f"perplexity {results[arm].perplexity(text).value:.3f}"
+        told(f"{arm.label}: {value}{' (finished before)' if before else ''}")
+    frame, windows = _tables(results, text, seed=seed)
+    found = Comparison(frame, windows, manifest | clock.read())
+    if kept is not None and out is not None:
+        found.save(out, force=force)
+        kept.remove()
+    return found
+
+
+def _settings(chosen: Sequence[Arm], allocations: Sequence[Named], seed: int) -> dict[str, object]:
+    settings: dict[str, object] = {
+        "methods": list(dict.fromkeys(arm.method for arm in chosen)),
+        "arms": [[arm.method, arm.sparsity, arm.experts, arm.allocation] for arm in chosen],
+        "seed": seed,
+    }
+    if allocations:
+        settings["allocations"] = [
+            {"name": name, **one.manifest, "zeros_sha256": zeros_digest(one)}
+            for name, one in allocations
+        ]
+    return settings
+
+
+class _Bench:
+    """Builds and measures arms, each from the dense weights."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        calibration: CalibrationSet,
+        text: EvaluationText,
+        allocations: Sequence[Named],
+        *,
+        seed: int,
+        memory: int,
+    ) -> None:
+        self._model, self._calibration, self._text = model, calibration, text
+        self._seed, self._memory = seed, memory
+        self._layers, self._by_name = common_layers(allocations), by_name(allocations)
+        self._evenly = {sparsity: even(one) for (_, sparsity), one in self._by_name.items()}
+
+    def measure(self, arm: Arm) -> _Measured:
+        """Build an arm, unless it is the dense model, and measure it."""
+        if arm.method == DENSE:
+            losses = perplexity(self._model, self._text, progress=False).window_losses
+            costs = dict.fromkeys(_COSTS, 1.0)
+            return _Measured(losses, costs | dict.fromkeys(_NUMBERS[3:], float("nan")))
         pruner, router = METHODS[arm.method]
-        allocation = by_name.get((arm.allocation, arm.sparsity), evenly.get(arm.sparsity))
-        if allocation is not None and router == "single":
-            allocation = replace(allocation, experts=None)
+        everywhere = self._layers is None
         expanded = expand(
-            model,
-            calibration,
+            self._model,
+            self._calibration,
             experts=arm.experts,
             sparsity=arm.sparsity,
             pruner=pruner,
-            layers="all" if layers is None else layers,
-            proj="mlp" if layers is None else None,
-            allocation=allocation,
-            router=router,  # type: ignore[arg-type]
-            seed=seed,
-            memory=memory,
-            evaluation=text,
+            layers="all" if self._layers is None else self._layers,
+            proj="mlp" if everywhere else None,
+            allocation=self._allocation(arm),
+            router=router,
+            seed=self._seed,
+            memory=self._memory,
+            evaluation=self._text,
             keep=False,
             progress=False,
         )
-        if expanded.perplexity is not None:
-            yield arm, expanded, expanded.perplexity
+        assert expanded.perplexity is not None  # noqa: S101
+        error = float(expanded.layers["relative_error"].mean())
+        seconds = float(str(expanded.run["seconds"]))
+        numbers = {**expanded.costs, "relative_error": error, "seconds": seconds}
+        return _Measured(expanded.perplexity.window_losses, numbers)
+
+    def _allocation(self, arm: Arm) -> Allocation | None:
+        key = arm.allocation, arm.sparsity
+        allocation = self._by_name.get(key, self._evenly.get(arm.sparsity))
+        if allocation is not None and METHODS[arm.method][1] == "single":
+            return replace(allocation, experts=None)
+        return allocation
 
 
-def _layers(allocations: Sequence[Named]) -> list[str] | None:
-    """Return the layers of all allocations, None without any."""
-    first: tuple[str, list[str]] | None = None
-    for name, allocation in allocations:
-        layers = list(allocation.zeros)
-        first = first or (name, layers)
-        if layers != first[1]:
-            raise InvalidInput(
-                f"allocations that are compared must be for the same layers; {first[0]!r} has "
-                f"{len(first[1])} and {name!r} has {len(layers)}, or others."
-            )
-    return None if first is None else first[1]
+def _measured(bench: _Bench, arm: Arm, kept: Unfinished | None) -> tuple[_Measured, bool]:
+    """Return what an arm came to, and whether an earlier run had finished it."""
+    name = f"arm-{arm.key}.safetensors"
+    path = None if kept is None else kept.find(name)
+    if path is not None:
+        return _Measured.read(path), True
+    try:
+        found = bench.measure(arm)
+    except EntangleError as error:
+        raise type(error)(f"{arm.label}: {error}") from error
+    if kept is not None:
+        kept.keep(name, found.write)
+    return found, False
 
 
-def at_equal_nonzeros(frame: pd.DataFrame) -> pd.DataFrame:
-    """Compare every expansion with the plain method that stores as many non-zeros.
-
-    The plain method (the same pruner, one expert) is known at some sparsities, and at sparsity 0 it
-    is the dense model. In between, the logarithm of its perplexity is interpolated linearly in the
-    stored non-zeros. An expansion that stores as many as the dense model, or more, is compared with
-    the dense model. Plain models made with an allocation are not on the curve.
-
-    Parameters
-    ----------
-    frame
-        `Comparison.frame`; without a column ``allocation``, all its rows are uniform.
-
-    Returns
-    -------
-    pandas.DataFrame
-        One row an expansion: method, sparsity, experts, nonzeros (multiple of dense), perplexity,
-        competitor (the plain method, ``dense``, or ``outside the range`` where the expansion stores
-        fewer non-zeros than the sparsest plain model), competitor_perplexity (NaN outside the
-        range), ratio (perplexity / competitor_perplexity), allocation (of the expansion).
-
-    Raises
-    ------
-    InvalidInput
-        Missing columns, or not exactly one row of the dense model.
-    """
-    missing = [name for name in (*_COLUMNS[:4], "nonzeros") if name not in frame.columns]
-    if missing:
-        raise InvalidInput(f"`frame` must be a table of `compare`; got one without {missing[0]!r}.")
-    frame = _with_allocation(frame)
-    dense = frame[frame["method"] == DENSE]
-    if len(dense) != 1:
-        raise InvalidInput(f"`frame` must have one row of the dense model; got {len(dense)}.")
-    rows = [_competition(row, frame) for _, row in frame[frame["experts"] > 1].iterrows()]
-    return pd.DataFrame(rows, columns=list(_EQUAL_COLUMNS)).astype(_EQUAL_COLUMNS)
-
-
-def _competition(row: pd.Series, frame: pd.DataFrame) -> dict[str, object]:
-    plain = _plain_method(str(row["method"]))
-    known = (frame["experts"] == 1) & np.isfinite(frame["perplexity"])
-    known &= frame["allocation"] == UNIFORM
-    curve = frame[known & frame["method"].isin([plain, DENSE])].sort_values("nonzeros")
-    dense = frame[frame["method"] == DENSE].iloc[0]
-    if row["nonzeros"] >= dense["nonzeros"]:
-        competitor, value = DENSE, float(dense["perplexity"])
-    elif curve.empty or row["nonzeros"] < curve["nonzeros"].iloc[0]:
-        competitor, value = OUTSIDE, float("nan")
-    else:
-        logs = np.log(curve["perplexity"].to_numpy(np.float64))
-        interpolated = np.interp(row["nonzeros"], curve["nonzeros"].to_numpy(np.float64), logs)
-        competitor, value = plain, float(np.exp(interpolated))
-    kept = {name: row[name] for name in ("method", "sparsity", "experts", "nonzeros", "perplexity")}
-    ratio = float(row["perplexity"]) / value
-    found = {"competitor": competitor, "competitor_perplexity": value, "ratio": ratio}
-    return {**kept, **found, "allocation": row["allocation"]}
-
-
-def _plain_method(method: str) -> str:
-    if method not in METHODS:
-        raise unknown_name("method", method, METHODS)
-    wanted = (METHODS[method][0], "single")
-    return next(name for name, made in METHODS.items() if made == wanted)
-
-
-def load_comparison(path: str | os.PathLike[str]) -> Comparison:
-    """Load what ``entangle compare --out`` wrote.
-
-    Raises
-    ------
-    InvalidInput
-        If the folder is missing, of another kind or schema, incomplete or corrupt.
-    """
-    read_manifest(path, KIND)
-    folder = expanded_path(path)
-    return Comparison(
-        _with_allocation(read_table(folder / "comparison.parquet", _COLUMNS)),
-        _with_allocation(read_table(folder / "windows.parquet", _WINDOW_COLUMNS)),
-    )
-
-
-def _with_allocation(frame: pd.DataFrame) -> pd.DataFrame:
-    """Add the column that tables made without allocations may lack."""
-    return frame if "allocation" in frame.columns else frame.assign(allocation=UNIFORM)
+def _tables(
+    measured: Mapping[Arm, _Measured], text: EvaluationText, *, seed: int
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return one row an arm, and one an arm and window."""
+    rows, losses = [], []
+    known = {arm: one.perplexity(text) for arm, one in measured.items()}
+    dense = next(iter(known.values()))
+    for arm, one in measured.items():
+        result = known[arm]
+        ratio = perplexity_ratio(result, dense, seed=seed)
+        key = dict(zip(KEY, (arm.method, arm.sparsity, arm.experts, arm.allocation), strict=True))
+        row: dict[str, object] = {**key, "perplexity": result.value, "ratio": ratio.value}
+        row |= {"ratio_low": ratio.low, "ratio_high": ratio.high, **one.numbers}
+        uniform = known.get(replace(arm, allocation=UNIFORM))
+        if arm.allocation != UNIFORM and uniform is not None:
+            ratio = perplexity_ratio(result, uniform, seed=seed)
+            row |= dict(zip(_EVEN, (ratio.value, ratio.low, ratio.high), strict=True))
+        rows.append(row)
+        window = pd.DataFrame({**key, "loss": result.window_losses})
+        losses.append(window.rename_axis("window").reset_index())
+    return pd.DataFrame(rows), pd.concat(losses, ignore_index=True)

@@ -32,7 +32,8 @@ from entangle.expansion.build import (
     structural_copy,
 )
 from entangle.expansion.folder import BuildFolder
-from entangle.expansion.report import layer_row, model_costs
+from entangle.expansion.report import block_rows, model_costs
+from entangle.expansion.saving import refuse_saving
 from entangle.expansion.solve import SolverSettings, Sparsity, check_solvable
 from entangle.html_tables import described, html_result, number
 from entangle.models.layers import Layer, find_blocks, find_layers, list_fused_experts
@@ -40,6 +41,8 @@ from entangle.models.loading import LanguageModel, as_language_model
 from entangle.progress import Progress, ProgressBar
 from entangle.provenance import RunClock, make_manifest
 from entangle.provenance import expanded as expanded_path
+from entangle.pruning.quantize import check_bits
+from entangle.pruning.scalars import real, whole
 from entangle.recording.groups import shared_inputs
 from entangle.routing.router import KINDS, Kind
 from entangle.seeding import check_seed
@@ -59,9 +62,10 @@ class Expansion:
     """An expanded model and what it cost."""
 
     model: LanguageModel | None
-    """The expanded model; None if its experts were dropped after they were written."""
+    """The expanded model; None if its experts were dropped after they were written. Its module
+    cannot ``save_pretrained``, which knows no routers: checkpoints are written with ``out``."""
     layers: pd.DataFrame
-    """One row a layer, from `entangle.expansion.report.layer_row`."""
+    """One row a layer, from `entangle.expansion.report.block_rows`."""
     costs: Mapping[str, float]
     """Multiples of the dense model: flops, nonzeros, bytes."""
     perplexity: Perplexity | None
@@ -69,7 +73,7 @@ class Expansion:
     manifest: Mapping[str, object]
     """Model, calibration set, settings, versions."""
     run: Mapping[str, object]
-    """Seconds and peak memory of this process."""
+    """Seconds and peak memory of the process that built it."""
 
     def _repr_html_(self) -> str:
         costs = ", ".join(f"{number(value)} × {name}" for name, value in self.costs.items())
@@ -170,6 +174,10 @@ def expand(
     """
     clock = RunClock()
     dense = as_language_model(model)
+    _check_texts(calibration, evaluation)
+    memory = int(min(2**62, real("memory", memory)))
+    restarts = whole("restarts", restarts, least=1)
+    seed, damping, bits = whole("seed", seed, least=0), real("damping", damping), check_bits(bits)
     check_ids(calibration.ids, dense.vocab_size)
     if evaluation is not None:
         check_fits(dense, evaluation)
@@ -199,10 +207,7 @@ def expand(
     if out is not None:
         folder = BuildFolder(Path(out), manifest, resume=resume, force=force)
     sink = _Sink(plan, folder, copied, keep=keep)
-    streams = [HiddenStates(calibration.ids.split(calibration.per_pass), memory=memory // 4)]
-    if evaluation is not None:
-        batch = max(1, _LOGITS // (evaluation.seq_len * dense.vocab_size))
-        streams.append(HiddenStates(evaluation.windows.split(batch), memory=memory // 4))
+    streams = _streams(calibration, evaluation, dense.vocab_size, memory=memory // 4)
     with ProgressBar("expanding", enabled=progress) as bar, _memory_limit():
         bar.start(len(find_blocks(copied)[1]), "blocks")
         runner = build_blocks(
@@ -216,12 +221,23 @@ def expand(
     costs = model_costs(dense.module, sink.rows)
     table = pd.DataFrame(sink.rows)
     manifest |= {"costs": costs, **_describe_perplexity(perplexity)}
+    spent: Mapping[str, object] = clock.read()
     if folder is not None:
-        folder.finish(table, manifest, {"command": command, **clock.read()})
+        spent = folder.finish(table, manifest, {"command": command, **spent})
+    refuse_saving(copied)
     expanded = LanguageModel(copied, dense.tokenizer, dense.name, "expansion", dense.revision)
-    return Expansion(
-        expanded if sink.keep else None, table, costs, perplexity, manifest, clock.read()
-    )
+    return Expansion(expanded if sink.keep else None, table, costs, perplexity, manifest, spent)
+
+
+def _streams(
+    calibration: CalibrationSet, evaluation: EvaluationText | None, vocab_size: int, *, memory: int
+) -> list[HiddenStates]:
+    """Return the hidden states that follow the build, ``memory`` bytes each in memory."""
+    streams = [HiddenStates(calibration.ids.split(calibration.per_pass), memory=memory)]
+    if evaluation is not None:
+        batch = max(1, _LOGITS // (evaluation.seq_len * vocab_size))
+        streams.append(HiddenStates(evaluation.windows.split(batch), memory=memory))
+    return streams
 
 
 class _Sink:
@@ -248,13 +264,27 @@ class _Sink:
     def done(self, index: int, expanded: Sequence[ExpandedLayer], bar: Progress) -> None:
         """Take over the layers of a block."""
         made = [one for one in expanded if one.experts is not None]
-        rows = [layer_row(one) for one in made] if made else self._read if expanded else []
+        rows = block_rows(made) if made else self._read if expanded else []
         self.rows += rows
         if self._folder is not None and made:
             self._folder.write(index, made, rows)
         for one in () if self.keep else expanded:
             self._module.set_submodule(one.layer.name, one.layer.module)
         bar.advance()
+
+
+def _check_texts(calibration: CalibrationSet, evaluation: EvaluationText | None) -> None:
+    """Refuse anything but texts that were loaded."""
+    if not isinstance(calibration, CalibrationSet):
+        raise InvalidInput(
+            "`calibration` must be a CalibrationSet, from entangle.load_calibration; got "
+            f"{type(calibration).__name__}."
+        )
+    if evaluation is not None and not isinstance(evaluation, EvaluationText):
+        raise InvalidInput(
+            "`evaluation` must be an EvaluationText, from entangle.load_evaluation; got "
+            f"{type(evaluation).__name__}."
+        )
 
 
 def _plan(
@@ -269,9 +299,7 @@ def _plan(
 ) -> Plan:
     check_seed(seed)
     if router not in KINDS:
-        raise unknown_name("router", router, KINDS)
-    if restarts < 1:
-        raise InvalidInput(f"`restarts` must be at least 1; got {restarts}.")
+        raise unknown_name("router", str(router), KINDS)
     if not 0 <= solver.damping < math.inf:
         raise InvalidInput(f"`damping` must be finite and at least 0; got {solver.damping:g}.")
     by_block: dict[int, list[Layer]] = {}

@@ -1,17 +1,22 @@
 """The folder of a build: blocks appear as they are made, the final name when all is there."""
 
+import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 
+from entangle.errors import InvalidInput
 from entangle.expansion.build import ExpandedLayer
-from entangle.expansion.checkpoint import block_file, file_digest, read_block, write_block
+from entangle.expansion.checkpoint import block_file, read_block, write_block
 from entangle.models.layers import Layer
-from entangle.provenance import disk_errors, expanded, write_json
-from entangle.unfinished import PLAN, Unfinished, is_made
+from entangle.provenance import disk_errors, expanded, read_manifest, write_json
+from entangle.unfinished import DIGESTS, PLAN, Unfinished, file_digest, is_made
+
+_RUN = "run.json"
 
 
 class BuildFolder:
@@ -41,7 +46,8 @@ class BuildFolder:
         self._finished = resume and is_made(final, str(manifest["kind"]), manifest)
         if self._finished:  # killed after the last block, for example while it was evaluated
             self.final = self.path = Path(os.path.realpath(expanded(final)))
-            (self.path / PLAN).unlink(missing_ok=True)
+            self._files = read_manifest(final, str(manifest["kind"])).get("files")
+            _tidy(self.path)
             return
         self._unfinished = Unfinished(
             final, manifest, what="build", ending="building", resume=resume, force=force
@@ -54,38 +60,71 @@ class BuildFolder:
         """Write one block, unless an earlier run has written it; the first makes the folder."""
         if self._finished:
             return
-        self._unfinished.begin()
-        if not block_file(self.path, index).exists():
-            write_block(self.path, index, expanded, rows)
+        self._unfinished.keep(
+            block_file(index), partial(write_block, expanded=expanded, report=rows)
+        )
 
     def read(
         self, index: int, layers: Sequence[Layer]
     ) -> tuple[list[ExpandedLayer], list[dict[str, object]]] | None:
-        """Read a block that an earlier run has written, or None."""
-        path = block_file(self.path, index)
-        if not path.exists():
-            return None
-        return read_block(path, {layer.name: layer for layer in layers})
+        """Read a block that an earlier run has written, or None.
+
+        Raises
+        ------
+        InvalidInput
+            If its file was truncated or altered, or is missing from a finished build.
+        """
+        name = block_file(index)
+        path = self._made(name) if self._finished else self._unfinished.find(name)
+        return None if path is None else read_block(path, {one.name: one for one in layers})
+
+    def _made(self, name: str) -> Path:
+        """Return the file of a block of a finished build."""
+        path = self.path / name
+        known = self._files if isinstance(self._files, dict) else {}
+        if not path.exists() or known.get(name) != file_digest(path):
+            raise InvalidInput(
+                f"{str(path)!r} is missing, truncated or altered; build it anew with --force "
+                "(force=True) without --resume."
+            )
+        return path
 
     def finish(
         self, table: pd.DataFrame, manifest: Mapping[str, object], run: Mapping[str, object]
-    ) -> None:
+    ) -> Mapping[str, object]:
         """Write the table and the manifest with every file's digest, and take the final name.
 
         Seconds and memory of the run go to ``run.json``, so that all other files are the same for
-        every build of the same settings.
+        every build of the same settings. Returned are those of the build, which was another run
+        where a finished one is read.
         """
         if self._finished:
-            return
+            return self._recorded() or run
         with disk_errors(self.path):
             table.to_parquet(self.path / "layers.parquet", index=False)
-            files = {p.name: file_digest(p) for p in sorted(self.path.glob("block-*.safetensors"))}
+            files = dict(sorted(self._unfinished.digests().items()))
             write_json(self.path / "manifest.json", {**manifest, "files": files})
-            write_json(self.path / "run.json", run)
+            write_json(self.path / _RUN, run)
             retired = self.path.with_name(f"{self.path.name}.old")
             shutil.rmtree(retired, ignore_errors=True)
             if self.final.exists():
                 self.final.rename(retired)
             self.path.rename(self.final)
-            (self.final / PLAN).unlink()
+            _tidy(self.final)
             shutil.rmtree(retired, ignore_errors=True)
+        return run
+
+    def _recorded(self) -> Mapping[str, object]:
+        """Return what ``run.json`` of a finished build says; nothing where it was removed."""
+        try:
+            found = json.loads((self.path / _RUN).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        complete = isinstance(found, dict) and found.keys() >= {"seconds", "peak_memory_bytes"}
+        return found if complete else {}
+
+
+def _tidy(folder: Path) -> None:
+    """Remove what only an unfinished build needs."""
+    for name in (PLAN, DIGESTS):
+        (folder / name).unlink(missing_ok=True)

@@ -9,11 +9,13 @@ import torch
 
 from entangle.errors import InvalidInput, Unavailable
 from entangle.expansion.build import structural_copy
-from entangle.expansion.checkpoint import file_digest, install, read_block
+from entangle.expansion.checkpoint import install, read_block
 from entangle.expansion.expand import KIND
+from entangle.expansion.saving import refuse_saving
 from entangle.models.layers import list_layers
 from entangle.models.loading import LanguageModel, load_model
 from entangle.provenance import expanded, read_manifest
+from entangle.unfinished import file_digest
 
 _MODEL = {"name", "source", "revision", "digest", "dtype", "class"}
 
@@ -66,6 +68,7 @@ def load_expanded(
             f"{str(path)!r} has no experts for {min(missing)!r}: its manifest.json or a file was "
             "altered; build it anew."
         )
+    refuse_saving(module)
     return LanguageModel(module, dense.tokenizer, str(path), "expansion", dense.revision)
 
 

@@ -64,7 +64,7 @@ def check_solvable(layer: Layer, sparsity: Sparsity, settings: SolverSettings) -
         If the sparsity, the pattern or the weight breaks a rule; the message names the layer.
     """
     if settings.pruner not in METHODS:
-        raise unknown_name("pruning method", settings.pruner, METHODS)
+        raise unknown_name("pruning method", str(settings.pruner), METHODS)
     try:
         prepare(
             layer.weight, None, sparsity=sparsity, pattern=settings.pattern, rows=None,

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from entangle.calibration import CalibrationSet
 from entangle.decomposition import Decomposition, decompose
+from entangle.decomposition.histograms import output_histogram
 from entangle.models.layers import Layer, find_layers
 from entangle.models.loading import LanguageModel
 from entangle.modes import describe_modes
+from entangle.plotting import dense_output
 from entangle.precision import full_precision
 from entangle.recording.hooks import run_observed
 from entangle.recording.stream import ByteBudget, TokenStore
@@ -42,6 +44,12 @@ class Modes:
     """As in `entangle.modes.NeuronModes`."""
     contexts: pd.DataFrame
     """As in `entangle.modes.NeuronModes`."""
+    histogram: pd.DataFrame
+    """``left``, ``right`` and ``count`` of the outputs that the modes are of."""
+    mean: float
+    """Of these outputs, in output units."""
+    std: float
+    """Of these outputs, in output units."""
 
 
 class ModeFinder:
@@ -80,7 +88,11 @@ class ModeFinder:
             frame[(frame["layer"] == layer) & (frame["neuron"] == neuron)]
             for frame in (self._known.modes, self._known.contexts)
         )
-        return None if modes.empty else Modes(modes, contexts)
+        if modes.empty:
+            return None
+        outputs, neurons = self._known.outputs, self._known.neurons
+        histogram, item = dense_output(outputs, neurons, layer=layer, neuron=neuron)
+        return Modes(modes, contexts, histogram, item.mean, item.std)
 
     def find(self, layer: str, neuron: int) -> Modes:
         """Find the modes of a neuron; the first one of a layer takes a pass over the text.
@@ -96,8 +108,10 @@ class ModeFinder:
         modes, contexts = describe_modes(
             {neuron: outputs}, subject.calibration, subject.model.tokenizer, layer, seed=self._seed
         )
-        self._found[layer, neuron] = Modes(modes, contexts)
-        return self._found[layer, neuron]
+        mean, std = float(outputs.mean(dtype=np.float64)), float(outputs.std(dtype=np.float64))
+        found = Modes(modes, contexts, output_histogram(outputs), mean, std)
+        self._found[layer, neuron] = found
+        return found
 
     def _recorded(self, subject: Subject, name: str) -> Layer:
         """Record the inputs of a layer unless they were the last ones recorded."""

@@ -131,7 +131,7 @@ class Explorer:
             return experts_view(self._experts, table, layer, neuron, asked=asked)
 
         def modes(layer: str, neuron: int, asked: bool) -> Content:
-            return modes_view(self._modes, self.scores, row(layer, neuron), asked=asked)
+            return modes_view(self._modes, layer, neuron, asked=asked)
 
         def place(layer: str, neuron: int, _asked: bool) -> Content:
             return layer_view(self.scores, row(layer, neuron))

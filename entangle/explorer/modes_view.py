@@ -15,7 +15,6 @@ from entangle.explorer.views import PANEL_INCHES
 from entangle.html_tables import escaped, number
 from entangle.plotting import paper_style, plot_modes
 from entangle.plotting.style import PaperFigure
-from entangle.scoring.scores import NeuronScores
 
 _NEEDS = (
     "<p>Modes need a decomposition that holds them, or the model and a text: "
@@ -23,9 +22,8 @@ _NEEDS = (
 )
 
 
-def modes_view(finder: ModeFinder, scores: NeuronScores, row: pd.Series, *, asked: bool) -> Content:
+def modes_view(finder: ModeFinder, layer: str, neuron: int, *, asked: bool) -> Content:
     """Show the modes of a neuron; offer the pass over the text that the first one takes."""
-    layer, neuron = str(row["layer"]), int(row["neuron"])
     try:
         found = finder.known(layer, neuron)
         if found is None and asked and finder.subject is not None:
@@ -33,23 +31,23 @@ def modes_view(finder: ModeFinder, scores: NeuronScores, row: pd.Series, *, aske
     except EntangleError as error:
         return Content(html=f"<p>{escaped(error)}</p>")
     if found is not None:
-        unit = _Unit(float(row["mean"]), float(row["std"]))
+        unit = _Unit(found.mean, found.std)
         modes = (_mode(one, found.contexts, unit) for _, one in found.modes.iterrows())
-        return Content(_picture(found, scores, row), "".join(modes))
+        return Content(_picture(found), "".join(modes))
     if finder.subject is None:
         return Content(html=_NEEDS)
     return Content(offer=f"Find modes: run the model over {finder.subject.size}, up to this layer")
 
 
-def _picture(found: Modes, scores: NeuronScores, row: pd.Series) -> tuple[bytes, ...]:
+def _picture(found: Modes) -> tuple[bytes, ...]:
     with paper_style(column="single"):
         figure = PaperFigure(figsize=PANEL_INCHES, layout="constrained")
         try:
             ax = plot_modes(
                 found.modes,
-                histogram=scores.histogram(str(row["layer"]), int(row["neuron"])),
-                mean=float(row["mean"]),
-                std=float(row["std"]),
+                histogram=found.histogram,
+                mean=found.mean,
+                std=found.std,
                 ax=figure.subplots(),
             )
         except InvalidInput:  # a constant neuron has one mode and no distribution to draw

@@ -2,15 +2,12 @@
 
 import json
 import re
-import unicodedata
 from collections.abc import Sequence
 from functools import cache, lru_cache
 
 from transformers import PreTrainedTokenizerBase
 
-_INVISIBLE = frozenset({"Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp"})
-_JOINERS = "\u200c\u200d"  # part of the spelling of some scripts and of emoji
-_NAMED = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
+from entangle.html_tables import visible
 
 
 class TokenText:
@@ -26,8 +23,8 @@ class TokenText:
     A token is taken apart into bytes, by the kind of its tokenizer: byte-level pieces (GPT-2,
     Llama 3), SentencePiece pieces with ``<0x..>`` for single bytes (Llama 2, Gemma), WordPiece
     pieces (BERT). A run is decoded as a whole, so that characters spread over several tokens come
-    out right. A byte that is no part of a character is written as ``<0xE2>``; a control character,
-    a direction mark or an unassigned character as ``\n`` or ``\u200b``.
+    out right. A byte that is no part of a character is written as ``<0xE2>``; what cannot be seen
+    as ``\n`` or ``\u200b`` (`entangle.html_tables.visible`).
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
@@ -43,14 +40,14 @@ class TokenText:
         """Return the text of one token, a leading space included; a lone space is written "␣"."""
         if self._tokenizer is None:
             return str(token_id)
-        text = visible(self._bytes(token_id))
+        text = decoded(self._bytes(token_id))
         return text.replace(" ", "␣") if text.isspace() else text
 
     def run(self, token_ids: Sequence[int]) -> str:
         """Return the text of tokens that follow one another."""
         if self._tokenizer is None:
             return "".join(f"{one} " for one in token_ids)
-        return visible(b"".join(map(self._bytes, token_ids)))
+        return decoded(b"".join(map(self._bytes, token_ids)))
 
     def context(self, token_ids: Sequence[int], place: int, window: int) -> tuple[str, str, str]:
         """Return the text before, of, and after the token at ``place`` of a sequence.
@@ -92,30 +89,18 @@ class TokenText:
         return piece.encode("utf-8", errors="surrogatepass")
 
 
-def visible(text: bytes) -> str:
-    """Decode UTF-8; write broken bytes, control characters and the like as escapes."""
+def decoded(text: bytes) -> str:
+    """Decode UTF-8; write broken bytes as ``<0xE2>``, and what cannot be seen as escapes."""
     parts, rest = [], text
     while rest:
         try:
-            parts.append(_escaped(rest.decode()))
+            parts.append(visible(rest.decode()))
             break
         except UnicodeDecodeError as error:
-            parts.append(_escaped(rest[: error.start].decode()))
+            parts.append(visible(rest[: error.start].decode()))
             parts.extend(f"<0x{byte:02X}>" for byte in rest[error.start : error.end])
             rest = rest[error.end :]
     return "".join(parts)
-
-
-def _escaped(text: str) -> str:
-    return text if text.isascii() and text.isprintable() else "".join(map(_escape, text))
-
-
-@cache
-def _escape(character: str) -> str:
-    if unicodedata.category(character) not in _INVISIBLE or character in _JOINERS:
-        return character
-    code = ord(character)
-    return _NAMED.get(character) or (f"\\u{code:04x}" if code < 2**16 else f"\\U{code:08x}")
 
 
 def _decoder_parts(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:

@@ -13,7 +13,14 @@ from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from entangle.plotting.arms import LOG_MEASURES, Arms, Panel, read_arms, split_panels
+from entangle.plotting.arms import (
+    LOG_MEASURES,
+    Arms,
+    Panel,
+    has_random_clusters,
+    read_arms,
+    split_panels,
+)
 from entangle.plotting.save import record
 from entangle.plotting.signature import sign
 from entangle.plotting.style import (
@@ -37,8 +44,8 @@ MAX_PANELS = 12
 LOG_SPAN = 5.0
 """Largest over smallest value above which perplexity, its ratio and KL get a log scale."""
 
-_RULES = ("top", "bottom", "random", "random-norm", "random-variance", "all", "listed")
-_HOLLOW = ("bottom", "random-norm", "random-variance")
+_RULES = ("top", "bottom", "matched", "random", "random-norm", "random-variance", "all", "listed")
+_HOLLOW = ("bottom", "matched", "random-norm", "random-variance")
 _COLUMNS = (
     "variance", "weight_norm", "mean", "md", "excess_kurtosis", "skewness", "abs_mean",
     "abs_skewness", "ks",
@@ -46,7 +53,7 @@ _COLUMNS = (
 _HEX: list[str] = sns.color_palette("colorblind").as_hex()
 _COLUMN_COLORS, _COLUMN_MARKERS = [_HEX[i] for i in (0, 2, 4, 1, 9, 5, 6, 8)], "sDPvX<>hp"
 _RULE_COLORS = {"random": PALETTE["typical"], "all": PALETTE["gaussian"], "listed": _HEX[5]}
-_RULE_MARKERS = {"all": "*", "listed": "d"}
+_RULE_MARKERS = {"all": "*", "listed": "d", "matched": "8"}
 _RULE_MARKERS |= dict.fromkeys(("random", "random-norm", "random-variance"), "o")
 _STEP_INCHES, _WIDEST, _MOST_TICKS = 0.08, 0.7, 8
 
@@ -59,7 +66,9 @@ class _Look:
     color: str
     marker: str
     hollow: bool
-    """Whether it is a control of the column with its colour, drawn dashed and hollow."""
+    """Whether it is a control of the column with its colour, drawn hollow."""
+    style: str
+    """Of its line: solid, dashed if hollow, dotted for experts of random clusters."""
     place: float
     """Of its points beside those of other series: whole steps, 0 in the middle."""
 
@@ -106,8 +115,9 @@ def plot_ablation(
     frame
         One row an arm and measure, as `entangle.ablation.AblationResult.frame`: ``model``,
         ``layers``, ``selection``, ``by``, ``seed``, ``intervention``, ``strength``, ``experts``,
-        ``measure``, ``value`` with its 95 % interval ``low`` and ``high``, and ``n_rows``. Rows of
-        intervention ``dense`` are the dense model, a thin line.
+        ``measure``, ``value`` with its 95 % interval ``low`` and ``high``, and ``n_rows``; it may
+        have ``router``, of which ``random`` is drawn apart, dotted. Rows of intervention ``dense``
+        are the dense model, a thin line.
     measure
         A key of `entangle.plotting.arms.MEASURE_LABELS`, or ``"accuracy:PARADIGM"``. Agreement and
         accuracy are drawn in %; perplexity, its ratio and KL on a log scale if they span more than
@@ -251,11 +261,18 @@ def _looks(arms: Arms) -> dict[str, _Look]:
             label=labels[name],
             color=_color(*keys[name], columns),
             marker=_marker(*keys[name], columns),
-            hollow=keys[name][0] in _HOLLOW,
+            hollow=keys[name][0] in _HOLLOW or has_random_clusters(name),
+            style=_style(keys[name][0], name),
             place=number - middle,
         )
         for number, name in enumerate(names)
     }
+
+
+def _style(rule: str, name: str) -> str:
+    if has_random_clusters(name):
+        return ":"
+    return "--" if rule in _HOLLOW else "-"
 
 
 def _color(rule: str, by: str, columns: Sequence[str]) -> str:
@@ -297,13 +314,12 @@ def _draw_series(
         y=("value", "median"), y_low=("low", "min"), y_high=("high", "max"),
         seeds=("seed", "nunique"), **{name: (name, "first") for name in names},
     )  # fmt: skip
-    style = "--" if look.hollow else "-"
     (line,) = ax.plot(
         list(place.values()),
         joined["y"].reindex(list(place)),  # a gap where the selection was not measured
         color=look.color,
         label=look.label,
-        linestyle=style,
+        linestyle=look.style,
         lw=0.8,
         marker=look.marker,
         markersize=3.5,

@@ -10,6 +10,7 @@ from matplotlib.ticker import MaxNLocator
 
 from entangle.errors import InvalidInput, unknown_name
 from entangle.plotting.save import record
+from entangle.plotting.signature import sign
 from entangle.plotting.style import (
     PALETTE,
     SPARE_COLORS,
@@ -170,6 +171,7 @@ def figure_allocation(
     *,
     title: str = "",
     column: Column = "double",
+    digest: str | None = None,
 ) -> Figure:
     """Draw an allocation: sparsities of its rows, its layers, and their experts if it has them.
 
@@ -181,6 +183,8 @@ def figure_allocation(
         What made the allocation, written on top, for example ``"protect, top 3 % by wd"``.
     column
         Width: ``"single"`` or ``"double"``.
+    digest
+        Of the run, for the small print; see `entangle.plotting.signature.sign`.
 
     Returns
     -------
@@ -190,7 +194,7 @@ def figure_allocation(
     Raises
     ------
     InvalidInput
-        What the panels refuse, or an unknown ``column``.
+        What the panels refuse, or an unknown ``column`` or ``digest``.
     """
     check_columns(
         layers, ("rows", "in_features", "zeros", "sparsity"), name="layers", writer=_WRITER
@@ -210,7 +214,7 @@ def figure_allocation(
         figure.set_figheight(down * (_PANEL_INCHES + max(heights)))
         if title:
             figure.suptitle(join_clauses([title], inches=column_width(column)), parse_math=False)
-    return figure
+        return sign(figure, digest)
 
 
 def _shares(table: pd.DataFrame, name: str) -> Floats:

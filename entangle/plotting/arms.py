@@ -43,6 +43,7 @@ _INTERVALS = {
     "accuracy_difference": "95 % paired bootstrap over pairs",
 }
 _MATCHED = ("random-norm", "random-variance")
+_RANDOM_CLUSTERS = ", random clusters"
 _COLUMN_NAMES = {"wd": "WD", "md": "MD", "ks": "KS", "abs_mean": "|mean|"}
 _COLUMN_NAMES |= {"abs_skewness": "|skewness|"}
 _ARM = ("intervention", "strength", "experts", "selection", "by", "seed")
@@ -88,8 +89,8 @@ class Arms:
 
     def series(self) -> dict[str, tuple[str, str]]:
         """Return the rule and column of every series by its name, in the table's order."""
-        keys = self.rows[["selection", "by"]].drop_duplicates()
-        return {series_name(rule, by): (rule, by) for rule, by in keys.to_numpy().tolist()}
+        keys = self.rows[["series", "selection", "by"]].drop_duplicates("series")
+        return {series: (rule, by) for series, rule, by in keys.to_numpy().tolist()}
 
     def labels(self) -> dict[str, str]:
         """Return what a legend calls each series: name, seeds, and n if it is not the usual one."""
@@ -214,8 +215,9 @@ def read_arms(frame: pd.DataFrame, measure: str) -> Arms:
         by=arms["by"].fillna(""),
         **{name: unit * arms[name].astype("float64") for name in ("value", "low", "high")},
     )
-    names = [series_name(rule, by) for rule, by in arms[["selection", "by"]].to_numpy().tolist()]
-    arms = arms.assign(series=names)
+    arms = arms.assign(router=arms["router"].fillna("") if "router" in arms else "")
+    keys = arms[["selection", "by", "router"]].to_numpy().tolist()
+    arms = arms.assign(series=[series_name(*key) for key in keys])
     _check_distinct(frame["model"], arms)
     dense = frame[is_dense].drop_duplicates("measure").set_index("measure")["value"]
     finite = np.isfinite(arms["value"].to_numpy())
@@ -249,12 +251,20 @@ def split_panels(arms: Arms, *, most: int) -> list[Panel]:
     return panels
 
 
-def series_name(rule: str, by: str) -> str:
-    """Return what a selection is called, for example ``"top WD"``."""
+def series_name(rule: str, by: str, router: str = "") -> str:
+    """Return what a selection is called, for example ``"top WD"``; and its random clusters."""
     column = _COLUMN_NAMES.get(by, by.replace("_", " "))
+    clusters = _RANDOM_CLUSTERS if router == "random" else ""
     if rule in _MATCHED:
-        return f"random, matched {column}"
-    return f"{rule} {column}".strip()
+        return f"random, matched {column}{clusters}"
+    if rule == "matched":
+        return f"bottom {column}, matched perplexity"
+    return f"{rule} {column}".strip() + clusters
+
+
+def has_random_clusters(series: str) -> bool:
+    """Tell whether a series is the control whose experts serve random clusters."""
+    return series.endswith(_RANDOM_CLUSTERS)
 
 
 def _checked(arms: Arms) -> Arms:
@@ -284,7 +294,7 @@ def _check_distinct(models: pd.Series, arms: pd.DataFrame) -> None:
             f"`frame` must hold one model; got {len(names)}; pick one with "
             "frame[frame.model == name]."
         )
-    twice = arms[arms.duplicated(list(_ARM))]
+    twice = arms[arms.duplicated([*_ARM, "router"])]
     if len(twice):
         name = twice["series"].iloc[0]
         raise InvalidInput(

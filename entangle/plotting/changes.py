@@ -11,7 +11,7 @@ from scipy import stats
 
 from entangle.errors import InvalidInput, unknown_name
 from entangle.plotting.axes import OTHERS, Entry, bin_count
-from entangle.plotting.choices import DECOMPOSE, choose
+from entangle.plotting.choices import DECOMPOSE, TWO_EXPERTS, choose
 from entangle.plotting.save import record
 from entangle.plotting.signature import sign
 from entangle.plotting.style import (
@@ -162,6 +162,8 @@ def figure_disentanglement(
     check_columns(rows, ("experts",), name="neurons", writer=DECOMPOSE)
     k = int(rows["experts"].max()) if experts is None else experts
     rows = choose(rows, name="neurons", experts=k)
+    if k == 1:
+        raise InvalidInput(f"the change inside clusters {TWO_EXPERTS}")
     measures = [name for name in CHANGES if name == "wd" or f"weighted_{name}" in rows.columns]
     across = 1 if column == "single" else len(measures)
     with paper_style(column=column):

@@ -11,6 +11,8 @@ from entangle.plotting.style import Role
 from entangle.plotting.summaries import check_columns
 
 DECOMPOSE = "the command `entangle decompose` writes such tables."
+TWO_EXPERTS = "needs 2 experts or more; got 1; `entangle decompose --experts 1,4,16` fits several."
+"""Closing words of errors about tables that hold one expert only."""
 _NEURON_COLUMNS = ("layer", "neuron", "experts", "sparsity", "mean", "std", "wd", "ri", "output_wd")
 
 

@@ -233,7 +233,6 @@ def figure_comparison(
         shared_legend(figure, (left, right), column=column, title=notes)
         figure.set_figheight(_PANEL_INCHES)
         (key,) = figure.legends
-        key.get_title().set(multialignment="center", parse_math=False)
         make_room(key)
         return sign(figure, digest)
 

@@ -170,7 +170,7 @@ def _draw(ax: Axes, rows: pd.DataFrame) -> list[Entry]:
         x, y = part[["components_90", "error"]].to_numpy(np.float64).T
         name = "1 cluster" if k == 1 else f"{k} clusters"
         dots = ax.scatter(
-            x, y, s=12.0, color=_VIRIDIS(0.95 * place / max(1, len(numbers) - 1)),
+            x, y, s=12.0, color=_VIRIDIS(0.85 * place / max(1, len(numbers) - 1)),
             marker=_MARKERS[place % len(_MARKERS)], linewidths=0.3, edgecolors="white", label=name,
         )  # fmt: skip
         record(

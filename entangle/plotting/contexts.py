@@ -21,12 +21,13 @@ from entangle.plotting.text import (
     width,
 )
 
-LINE_INCHES = 0.112
+LINE_INCHES = 0.124
 """Height of a line of a table."""
-_POINTS = 5.5
+_POINTS = 6.4  # a cell is a whole number of pixels at 150 and at 300 dots an inch
 _CELL = _POINTS * MONO_ADVANCE  # points
 _SLACK = 0.95
 _NOTE_CELLS, _TOKEN_CELLS = 8, 18
+_MOST = 500  # characters: more than any line holds, and few enough to measure
 _COLUMNS = ("token", "before", "after", "output")
 _WRITER = "the command `entangle decompose` writes such tables."
 
@@ -172,6 +173,7 @@ def _write(
     and ``room`` are in points. Glyphs of fallback fonts, and of small screens, are not as wide as
     the font says: what is written is measured.
     """
+    text = text[:_MOST] if ha == "left" else text[-_MOST:]
     written = ax.annotate(
         text, (0.0, 1.0), xycoords="axes fraction", textcoords="offset points",
         xytext=(at, -72.0 * LINE_INCHES * (number + 0.5)), ha=ha, va="center_baseline",

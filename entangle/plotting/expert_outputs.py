@@ -15,6 +15,7 @@ from entangle.errors import InvalidInput
 from entangle.plotting.axes import Entry, output_limits, wd_text
 from entangle.plotting.choices import (
     DECOMPOSE,
+    TWO_EXPERTS,
     SparseNeuron,
     choose,
     sparse_neuron,
@@ -201,7 +202,7 @@ def _header(stack: _Stack) -> list[str]:
 def _neuron(rows: pd.DataFrame, neurons: pd.DataFrame) -> SparseNeuron:
     first = rows.iloc[0]
     if int(first["experts"]) < 2:
-        raise InvalidInput("`experts` must be at least 2 for a decomposition by expert; got 1.")
+        raise InvalidInput(f"a figure by expert {TWO_EXPERTS}")
     return sparse_neuron(
         neurons,
         layer=str(first["layer"]),
@@ -278,6 +279,6 @@ def _add_bar(figure: Figure, axes: Sequence[Axes], stack: _Stack) -> None:
     bar.set_ticks(
         [e + 0.5 for e in range(0, n, every)], labels=[str(e) for e in stack.experts[::every]]
     )
-    bar.ax.tick_params(size=0, labelsize=5.5 if n > MOST_NAMED else 6.5)
+    bar.ax.tick_params(size=0, labelsize=6.0 if n > MOST_NAMED else 6.5)
     bar.ax.minorticks_off()
-    bar.set_label("expert, from lowest to highest mean")
+    bar.set_label("expert, by mean output")

@@ -26,6 +26,8 @@ from entangle.plotting.style import (
     Column,
     Role,
     add_title,
+    column_width,
+    join_clauses,
     panel_grid,
     paper_style,
     share_axes,
@@ -79,7 +81,7 @@ class NeuronOutput:
             std=float(row["std"]),
             wd=float(row["wd"]),
             wd_se=float(row.get("wd_se", np.nan)),
-            label=label or f"{layer_label(row)}, neuron {row['neuron']}",
+            label=label or f"{layer_label(row)}, neuron\u00a0{row['neuron']}",
             role=role,
         )
 
@@ -225,7 +227,8 @@ def figure_top_and_typical(
         for row, role in zip(rows, _ROLES, strict=True)
     ]
     kept = f"{layer_label(rows[0])}: largest and median WD of {len(split.frame):,} neurons"
-    title = "\n".join(filter(None, (kept, split.dropped)))
+    clauses = [kept, split.dropped] if split.dropped else [kept]
+    title = join_clauses(clauses, inches=column_width(column), size=6.5)
     return _draw_outputs(items, column=column, title=title, digest=digest)
 
 

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from entangle.errors import InvalidInput, unknown_name
 from entangle.plotting.axes import OTHERS, Entry, bootstrap_text
-from entangle.plotting.choices import DECOMPOSE, choose
+from entangle.plotting.choices import DECOMPOSE, TWO_EXPERTS, choose
 from entangle.plotting.fits import LineFit, fit_line
 from entangle.plotting.save import record
 from entangle.plotting.signature import sign
@@ -152,6 +152,8 @@ def figure_predictors(
     check_columns(rows, ("experts", "wd", "ri"), name="neurons", writer=DECOMPOSE)
     k = int(rows["experts"].max()) if experts is None else experts
     rows = choose(rows, name="neurons", experts=k)
+    if k == 1:
+        raise InvalidInput(f"relative improvement over one expert {TWO_EXPERTS}")
     names = [name for name in PREDICTORS if name == "wd" or _usable(rows, name)]
     across = 2 if column == "single" else min(4, len(names))
     with paper_style(column=column):

@@ -7,9 +7,10 @@ from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from matplotlib.ticker import MaxNLocator
 
 from entangle.errors import InvalidInput
-from entangle.plotting.choices import DECOMPOSE, choose
+from entangle.plotting.choices import DECOMPOSE, TWO_EXPERTS, choose
 from entangle.plotting.save import record
 from entangle.plotting.signature import sign
 from entangle.plotting.style import (
@@ -29,7 +30,7 @@ X_LABEL, Y_LABEL = "first component (input units)", "second component (input uni
 _COLUMNS = ("layer", "experts", "position", "x", "y", "cluster")
 _COLORS: list[str] = sns.color_palette("colorblind").as_hex()
 _MARKERS = "os^DvP"
-_LABEL_INCHES = 0.14
+_LABEL_INCHES, _TICK_INCHES = 0.14, 0.45
 
 
 def plot_router_map(
@@ -104,9 +105,11 @@ def figure_router_map(
     """
     rows, lost = _finite(choose(router_map, name="router_map", layer=layer))
     numbers = sorted({int(k) for k in rows["experts"] if k > 1}) if experts is None else [experts]
-    if not 1 <= len(numbers) <= MAX_PANELS:
+    if not numbers:
+        raise InvalidInput(f"a map of the router {TWO_EXPERTS}")
+    if len(numbers) > MAX_PANELS:
         raise InvalidInput(
-            f"`router_map` must hold 1 to {MAX_PANELS} numbers of experts above 1; got "
+            f"`router_map` must hold at most {MAX_PANELS} numbers of experts above 1; got "
             f"{len(numbers)}; choose one with `experts`."
         )
     with paper_style(column=column):
@@ -116,11 +119,13 @@ def figure_router_map(
         figure.set_figheight(
             0.5 + -(-len(numbers) // across) * 0.85 * figure.get_figwidth() / across
         )
+        inches = figure.get_figwidth() / across
         parts = [choose(rows, name="router_map", experts=k) for k in numbers]
         for ax in axes:
             ax.set(xlabel=X_LABEL, ylabel=Y_LABEL)
             ax.update_datalim(rows[["x", "y"]].to_numpy(np.float64))
             ax.autoscale_view()
+            ax.xaxis.set_major_locator(MaxNLocator(max(2, int(inches / _TICK_INCHES))))
         share_axes(figure, axes, column=column, across=across)
         title = join_clauses(
             [str(rows["layer"].iloc[0]), "numbers: clusters, at the mean of their tokens"],

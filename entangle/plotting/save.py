@@ -6,7 +6,8 @@ as long as the artist is part of the figure: clearing an axes or removing a line
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -142,11 +143,27 @@ def _write(figure: Figure, table: pd.DataFrame, targets: Sequence[Path]) -> None
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".figure-", dir=folder) as temporary:
         written = [Path(temporary) / path.name for path in targets]
-        for path in written[:-1]:
-            _write_picture(figure, path)
+        with _laid_out(figure):
+            for path in written[:-1]:
+                _write_picture(figure, path)
         table.to_csv(written[-1], index=False, lineterminator="\n")
         for source, target in zip(written, targets, strict=True):
             os.replace(source, target)  # noqa: PTH105 - the atomic one
+
+
+@contextmanager
+def _laid_out(figure: Figure) -> Iterator[None]:
+    """Lay a figure out once for all formats; matplotlib does it again for each."""
+    engine = figure.get_layout_engine()
+    if engine is None:
+        yield
+        return
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    try:
+        yield
+    finally:
+        figure.set_layout_engine(engine)
 
 
 def _write_picture(figure: Figure, path: Path) -> None:

@@ -157,7 +157,7 @@ def _draw(
         )  # fmt: skip
         ax.annotate(
             str(row["rank"]), (max(a, b), y), xytext=(4.0, 0.0), textcoords="offset points",
-            ha="left", va="center", fontsize=5.5, color=color, annotation_clip=True,
+            ha="left", va="center", fontsize=6.0, color=color, annotation_clip=True,
         )  # fmt: skip
         entries.append((line, f"pair {row['rank']}"))
     pad = 0.06 * (high - low)

@@ -8,7 +8,8 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from entangle.errors import InvalidInput
 
 DIGITS = 12
-_POINTS, _INCHES = 5.0, 0.1
+_POINTS, _INCHES = 6.0, 0.11
+_NAME = "entangle-run"
 
 
 def sign(figure: Figure, digest: str | None) -> Figure:
@@ -48,6 +49,14 @@ def sign(figure: Figure, digest: str | None) -> Figure:
         engine.set(rect=rect)
     figure.text(
         0.995, 0.02 / height, f"run {digest[:DIGITS]}",
-        ha="right", va="bottom", fontsize=_POINTS, color="0.35",
+        ha="right", va="bottom", fontsize=_POINTS, color="0.35", gid=_NAME,
     )  # fmt: skip
+    return figure
+
+
+def add_seed(figure: Figure, seed: int) -> Figure:
+    """Write the seed of a run behind its digest, where `sign` wrote one; return the figure."""
+    for text in figure.texts:
+        if text.get_gid() == _NAME:
+            text.set_text(f"{text.get_text()}, seed {seed}")
     return figure

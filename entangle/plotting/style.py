@@ -23,7 +23,7 @@ from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from entangle.errors import InvalidInput
-from entangle.plotting.text import text_families
+from entangle.plotting.text import printable, text_families
 
 Column = Literal["single", "double"]
 Role = Literal["output", "top", "typical"]
@@ -177,11 +177,18 @@ def text_handle() -> Line2D:
 
 
 def wrap(ax: Axes, text: str, *, size: float) -> str:
-    """Break every line of ``text`` where it would be wider than ``ax`` at ``size`` points."""
+    """Break every line of ``text`` where it would be wider than ``ax`` at ``size`` points.
+
+    What cannot be seen, and what no font has, is spelled out (`entangle.plotting.text.printable`).
+    """
     characters = max(12, int(_inches(ax)[0] * CHARACTERS_PER_INCH * 7.0 / size))
-    return "\n".join(
-        textwrap.fill(line, characters, break_on_hyphens=False) for line in text.splitlines()
-    )
+    return "\n".join(_fill(line, characters) for line in text.split("\n"))
+
+
+def _fill(line: str, characters: int) -> str:
+    """Break a line into some lines of so many characters, and cut what is beyond."""
+    text = printable(line)
+    return textwrap.fill(text, characters, break_on_hyphens=False, max_lines=4, placeholder="…")
 
 
 def add_title(ax: Axes, text: str) -> None:
@@ -202,7 +209,7 @@ def add_legend(
 
 
 def join_clauses(clauses: Sequence[str], *, inches: float, size: float = 7.0) -> str:
-    """Join clauses by semicolons, with as many on a line as fit at ``size`` points."""
+    """Join clauses by semicolons, with as many on a line as fit at ``size`` points, as `wrap`."""
     characters = max(12, int(inches * CHARACTERS_PER_INCH * 7.0 / size))
     lines: list[str] = []
     for clause in clauses:
@@ -210,7 +217,7 @@ def join_clauses(clauses: Sequence[str], *, inches: float, size: float = 7.0) ->
             lines[-1] += f"; {clause}"
         else:
             lines.append(clause)
-    return "\n".join(textwrap.fill(line, characters) for line in lines)
+    return "\n".join(_fill(line, characters) for line in lines)
 
 
 def legend_above(
@@ -354,7 +361,7 @@ def shared_legend(
     if extra:
         entries[extra] = text_handle()
     labels = list(entries)
-    figure.legend(
+    key = figure.legend(
         [entries[label] for label in labels],
         labels,
         loc="outside upper center",
@@ -362,6 +369,7 @@ def shared_legend(
         columnspacing=1.2,
         title=title or None,
     )
+    key.get_title().set(multialignment="center", parse_math=False)
 
 
 def header_legend(

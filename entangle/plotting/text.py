@@ -2,15 +2,17 @@
 
 import unicodedata
 from functools import lru_cache
+from itertools import accumulate, takewhile
 
 import matplotlib as mpl
 from matplotlib import font_manager
 from matplotlib.ft2font import FT2Font
 
+from entangle.html_tables import is_unseen, spelled
+
 MONO_FAMILY = "DejaVu Sans Mono"
 """Comes with matplotlib; every character is 0.602 of the font size wide."""
 MONO_ADVANCE = 1233.0 / 2048.0
-_INVISIBLE = ("C", "Zl", "Zp")
 _ELLIPSIS = "…"
 
 
@@ -33,21 +35,21 @@ def mono_families() -> list[str]:
 def printable(text: str) -> str:
     r"""Return text with every character visible.
 
-    Control and format characters, line ends and characters that none of `text_families` has are
-    written as Python escapes (``\n``, ``\u4e2d``); accents are joined to their letters.
+    What `entangle.html_tables.visible` spells out, and characters that none of `text_families` has,
+    are written as Python escapes (``\n``, ``\u4e2d``); accents are joined to their letters.
     """
     families = tuple(text_families())
     joined = unicodedata.normalize("NFC", text)
-    return "".join(c if _visible(c, families) else _escape(c) for c in joined)
+    return "".join(c if _visible(c, families) else spelled(c) for c in joined)
 
 
 def shorten(text: str, cells: int, *, keep: str = "start") -> str:
     """Cut text to so many cells of a fixed-width font; ``keep`` its ``"start"`` or ``"end"``."""
     if width(text) <= cells:
         return text
-    kept = text if keep == "start" else text[::-1]
-    while kept and width(kept) > cells - 1:
-        kept = kept[:-1]
+    ordered = text if keep == "start" else text[::-1]
+    ends = accumulate(map(_cells, ordered))
+    kept = ordered[: sum(1 for _ in takewhile(lambda end: end < cells, ends))]
     return kept + _ELLIPSIS if keep == "start" else _ELLIPSIS + kept[::-1]
 
 
@@ -62,15 +64,11 @@ def _cells(character: str) -> int:
     return 2 if unicodedata.east_asian_width(character) in "WF" else 1
 
 
-def _escape(character: str) -> str:
-    return character.encode("unicode_escape").decode("ascii")
-
-
 @lru_cache(maxsize=65_536)
 def _visible(character: str, families: tuple[str, ...]) -> bool:
-    if unicodedata.category(character).startswith(_INVISIBLE):
-        return False
-    return any(_font(family).get_char_index(ord(character)) for family in families)
+    return not is_unseen(character) and any(
+        _font(family).get_char_index(ord(character)) for family in families
+    )
 
 
 @lru_cache(maxsize=32)

@@ -18,6 +18,7 @@ FIRST_AFTER_ZERO = 1e-4
 """The damping that follows 0."""
 
 _SMALL = 256
+_HEADROOM = 2**20
 
 
 def inverse_factor(
@@ -41,7 +42,8 @@ def inverse_factor(
     Returns
     -------
     factor : Tensor
-        ``U``, with a positive diagonal.
+        ``U``, with a positive diagonal; of a gram near the smallest numbers of its dtype, ``U``
+        divided by a power of two.
     damping : Tensor
         The multiple used for each expert.
 
@@ -61,11 +63,22 @@ def inverse_factor(
     if not 0 <= damping < math.inf:
         raise InvalidInput(f"`damping` must be finite and at least 0; got {damping:g}.")
     used = gram.new_full(gram.shape[:1], damping)
+    gram = _raised(gram)
     with full_precision():
         if gram.device.type != "cpu":
             return _escalate(gram, used, first, _factor), used
         flipped = gram.flip(-2, -1)
         return _invert_lower(_escalate(flipped, used, first, _cholesky)).flip(-2, -1), used
+
+
+def _raised(gram: Float[Tensor, "experts cols cols"]) -> Float[Tensor, "experts cols cols"]:
+    """Multiply grams whose inverse would overflow by a power of two."""
+    top = gram.diagonal(dim1=-2, dim2=-1).amax(-1)
+    small = (top > 0) & (top < torch.finfo(gram.dtype).tiny * _HEADROOM)
+    if not small.any():
+        return gram
+    factor = torch.where(small, torch.finfo(gram.dtype).eps ** -2, 1.0)
+    return gram * factor.to(gram.dtype)[:, None, None]
 
 
 def _escalate(

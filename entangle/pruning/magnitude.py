@@ -1,9 +1,9 @@
 """Magnitude pruning: the smallest weights go."""
 
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from entangle.pruning.problem import Problem, prepare
+from entangle.pruning.problem import Problem, Rows, prepare
 from entangle.pruning.result import PruneResult, mask_only
 from entangle.pruning.select import select
 
@@ -14,7 +14,7 @@ def prune_magnitude(
     *,
     sparsity: float | int | Float[Tensor, "..."] | None = None,
     pattern: str = "row",
-    rows: Bool[Tensor, " rows"] | Int[Tensor, " chosen"] | None = None,
+    rows: Rows = None,
     bits: int | None = None,
 ) -> PruneResult:
     """Prune the weights of smallest absolute value.

@@ -46,7 +46,7 @@ def parse_pattern(pattern: str) -> Pattern:
     for kind in ("row", "layer", "block"):
         if pattern == kind:
             return Pattern(kind)
-    match = re.fullmatch(r"(\d+):(\d+)", pattern)
+    match = re.fullmatch(r"(\d+):(\d+)", pattern) if isinstance(pattern, str) else None
     if match is None or not int(match[1]) <= int(match[2]) or int(match[2]) == 0:
         raise InvalidInput(
             f"`pattern` must be row, layer, block, or n:m (keep n <= m of every m); "

@@ -1,12 +1,13 @@
 """One entrance to all pruning methods."""
 
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from entangle.errors import unknown_name
 from entangle.pruning import magnitude, randomly, sparsegpt, wanda
-from entangle.pruning.problem import prepare
+from entangle.pruning.problem import Rows, prepare
 from entangle.pruning.result import PruneResult
+from entangle.pruning.scalars import real, whole
 
 METHODS = ("random", "magnitude", "wanda", "sparsegpt")
 """Names of the pruning methods, the weakest first."""
@@ -19,7 +20,7 @@ def prune(
     method: str = "sparsegpt",
     sparsity: float | int | Float[Tensor, "..."] | None = None,
     pattern: str = "row",
-    rows: Bool[Tensor, " rows"] | Int[Tensor, " chosen"] | None = None,
+    rows: Rows = None,
     bits: int | None = None,
     damping: float | int = 0.01,
     seed: int = 0,
@@ -56,8 +57,9 @@ def prune(
         Counts are exact (save for ``"block"``), rounded to the nearest integer, halves to the even
         one. Sparsity 0 gives the dense weight, bit for bit, and 1 gives zeros.
     rows
-        Boolean mask or indices of the rows to prune; the others come back bit-identical and do not
-        count in the sparsity of a ``"layer"`` or ``"block"``. None prunes all.
+        Boolean mask or indices of the rows to prune, a tensor or a list; the others come back
+        bit-identical and do not count in the sparsity of a ``"layer"`` or ``"block"``. None prunes
+        all.
     bits
         Also round the kept weights of the pruned rows to ``2**bits`` evenly spaced values from each
         dense row's minimum to its maximum; zero is one of them. ``"sparsegpt"`` makes up for the
@@ -84,7 +86,8 @@ def prune(
         For a gram that is not finite or cannot be factorised, or a result that overflows.
     """
     if method not in METHODS:
-        raise unknown_name("pruning method", method, METHODS)
+        raise unknown_name("pruning method", str(method), METHODS)
+    damping, seed = real("damping", damping), whole("seed", seed, least=0)
     problem = prepare(
         weight, gram, sparsity=sparsity, pattern=pattern, rows=rows, bits=bits, loss=loss
     )

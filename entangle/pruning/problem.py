@@ -1,14 +1,19 @@
 """The common entrance of all pruners: arguments checked, shapes and dtypes made uniform."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from entangle.errors import InvalidInput, NumericalError
 from entangle.pruning.masks import Pattern, count_zeros, parse_pattern
 from entangle.pruning.quantize import check_bits
+from entangle.pruning.scalars import tensor_of
+
+Rows = Bool[Tensor, " rows"] | Int[Tensor, " chosen"] | Sequence[int] | Sequence[bool] | None
+"""Rows to prune: a mask or indices; None for all."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +55,7 @@ def prepare(
     *,
     sparsity: float | int | Tensor | None,
     pattern: str,
-    rows: Tensor | None,
+    rows: Tensor | Sequence[int] | Sequence[bool] | None,
     bits: int | None,
     loss: bool = True,
 ) -> Problem:
@@ -69,7 +74,7 @@ def prepare(
     return Problem(
         dense=dense,
         weight=_cast(selected, solver_dtype),
-        gram=None if gram is None else _check_gram(gram, weight).to(solver_dtype),
+        gram=None if gram is None else _check_gram(gram, weight, solver_dtype),
         pattern=parsed,
         sparsity=float(share) if parsed.kind in ("layer", "block") else torch.nan,
         budget=_budget(share, parsed, selected, chosen).to(dense.device),
@@ -88,6 +93,8 @@ def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _check_weight(weight: Tensor) -> Float[Tensor, "experts rows cols"]:
+    if not isinstance(weight, Tensor):
+        raise InvalidInput(f"`weight` must be a tensor; got {type(weight).__name__}.")
     if weight.ndim not in (2, 3) or not weight.is_floating_point() or not weight.numel():
         raise InvalidInput(
             "`weight` must be a non-empty floating-point tensor of shape (rows, cols) or "
@@ -98,21 +105,34 @@ def _check_weight(weight: Tensor) -> Float[Tensor, "experts rows cols"]:
     return weight.detach().reshape(-1, *weight.shape[-2:])
 
 
-def _check_gram(gram: Tensor, weight: Tensor) -> Float[Tensor, "experts cols cols"]:
+def _check_gram(
+    gram: Tensor, weight: Tensor, dtype: torch.dtype
+) -> Float[Tensor, "experts cols cols"]:
+    """Return the grams in the solver's dtype, which must hold them."""
+    if not isinstance(gram, Tensor):
+        raise InvalidInput(f"`gram` must be a tensor; got {type(gram).__name__}.")
     shape = (*weight.shape[:-2], weight.shape[-1], weight.shape[-1])
     if gram.shape != shape or not gram.is_floating_point() or gram.device != weight.device:
         raise InvalidInput(
             f"`gram` must be a floating-point tensor of shape {shape} on {weight.device}; "
             f"got {tuple(gram.shape)} of {gram.dtype} on {gram.device}."
         )
-    gram = gram.detach().reshape(-1, *shape[-2:])
+    received = gram.detach().reshape(-1, *shape[-2:])
+    gram = received.to(dtype)
     finite = gram.isfinite().all(-1).all(-1)
     if not finite.all():
         raise NumericalError(
             f"`gram` of expert {int(finite.int().argmin())} holds NaN or infinity: "
             "look for overflow in the layer's inputs."
         )
-    lowest = gram.diagonal(dim1=-2, dim2=-1).amin(-1)
+    diagonal = received.diagonal(dim1=-2, dim2=-1)
+    lost = (diagonal.amax(-1) > 0) & (gram.diagonal(dim1=-2, dim2=-1).amax(-1) == 0)
+    if lost.any():
+        raise NumericalError(
+            f"`gram` of expert {int(lost.int().argmax())} is too small for {dtype}: its largest "
+            f"element is {float(diagonal[lost].max()):g}; scale the inputs up."
+        )
+    lowest = diagonal.amin(-1)
     if (lowest < 0).any():
         raise InvalidInput(
             f"`gram` must have a diagonal of sums of squares; expert {int(lowest.argmin())} "
@@ -121,7 +141,12 @@ def _check_gram(gram: Tensor, weight: Tensor) -> Float[Tensor, "experts cols col
     return gram
 
 
-def _check_rows(rows: Tensor, n_rows: int) -> Int[Tensor, " rows"]:
+def _check_rows(
+    given: Tensor | Sequence[int] | Sequence[bool], n_rows: int
+) -> Int[Tensor, " chosen"]:
+    rows = tensor_of("rows", given)
+    if not rows.numel() and rows.ndim == 1 and not isinstance(given, Tensor):
+        return rows.long()  # an empty list has no type of its own
     if rows.dtype == torch.bool and rows.shape == (n_rows,):
         return rows.nonzero()[:, 0]
     valid = rows.dtype in (torch.int32, torch.int64) and rows.ndim == 1
@@ -144,7 +169,7 @@ def _check_sparsity(
         return torch.tensor(fixed, dtype=torch.float64)
     if sparsity is None:
         raise InvalidInput(f"`sparsity` is None; pattern {pattern.kind!r} needs one in [0, 1].")
-    share = torch.as_tensor(sparsity).detach().cpu().double()
+    share = tensor_of("sparsity", sparsity, torch.float64).detach().cpu().double()
     for value in share[~((share >= 0) & (share <= 1))].tolist()[:1]:
         raise InvalidInput(f"`sparsity` must be in [0, 1]; got {value:g}.")
     if pattern.kind == "n:m" and not (share.ndim == 0 and abs(float(share) - fixed) < 1e-6):

@@ -1,6 +1,7 @@
 """Round-to-nearest quantisation on a per-row asymmetric min-max grid."""
 
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from jaxtyping import Float
@@ -28,14 +29,15 @@ class Grid:
         return index.sub_(self.zero).mul_(self.scale)
 
 
-def check_bits(bits: int | None) -> int | None:
+def check_bits(bits: object) -> int | None:
     """Return ``bits`` if it is None or an integer in [1, 16], raise `InvalidInput` otherwise."""
-    whole = isinstance(bits, int) and not isinstance(bits, bool)
-    if bits is not None and not (whole and 1 <= bits <= MAX_BITS):
+    if bits is None:
+        return None
+    if isinstance(bits, bool) or not isinstance(bits, Integral) or not 1 <= int(bits) <= MAX_BITS:
         raise InvalidInput(
             f"`bits` must be an integer in [1, {MAX_BITS}], or None to keep them all; got {bits!r}."
         )
-    return bits
+    return int(bits)
 
 
 def fit_grid(weight: Float[Tensor, "experts rows cols"], bits: int) -> Grid:

@@ -1,10 +1,10 @@
 """Random pruning: the honest floor."""
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from entangle.pruning.problem import Problem, prepare
+from entangle.pruning.problem import Problem, Rows, prepare
 from entangle.pruning.result import PruneResult, mask_only
 from entangle.pruning.select import select
 from entangle.seeding import torch_rng
@@ -17,7 +17,7 @@ def prune_random(
     seed: int,
     sparsity: float | int | Float[Tensor, "..."] | None = None,
     pattern: str = "row",
-    rows: Bool[Tensor, " rows"] | Int[Tensor, " chosen"] | None = None,
+    rows: Rows = None,
     bits: int | None = None,
 ) -> PruneResult:
     """Prune weights at random.

@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from entangle.errors import InvalidInput
@@ -11,7 +11,7 @@ from entangle.pruning.factor import inverse_factor
 from entangle.pruning.fused import FusedSolver, can_fuse
 from entangle.pruning.groups import in_groups
 from entangle.pruning.masks import BLOCK
-from entangle.pruning.problem import Problem, prepare
+from entangle.pruning.problem import Problem, Rows, prepare
 from entangle.pruning.result import PruneResult, finish
 from entangle.pruning.solver import Solver
 
@@ -22,7 +22,7 @@ def prune_sparsegpt(
     *,
     sparsity: float | int | Float[Tensor, "..."] | None = None,
     pattern: str = "row",
-    rows: Bool[Tensor, " rows"] | Int[Tensor, " chosen"] | None = None,
+    rows: Rows = None,
     bits: int | None = None,
     damping: float | int = 0.01,
     block_size: int = BLOCK,
@@ -51,7 +51,8 @@ def prune_sparsegpt(
     Parameters
     ----------
     weight, gram, sparsity, pattern, rows, bits
-        As in `entangle.pruning.prune`. The gram is not normalised; its scale does not matter.
+        As in `entangle.pruning.prune`. The gram is not normalised: its scale does not matter as
+        long as the solver's dtype holds it (in float32, elements below 1e-38 lose digits).
     damping
         Multiple of the gram's mean diagonal (over all inputs, dead ones included) added to the
         diagonal; grows by factors of 10 for an expert whose gram is not positive definite.

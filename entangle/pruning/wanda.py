@@ -1,10 +1,10 @@
 """Wanda: the smallest products of a weight and the norm of its input go."""
 
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from entangle.pruning.masks import dead_first
-from entangle.pruning.problem import Problem, prepare
+from entangle.pruning.problem import Problem, Rows, prepare
 from entangle.pruning.result import PruneResult, mask_only
 from entangle.pruning.select import select
 
@@ -15,7 +15,7 @@ def prune_wanda(
     *,
     sparsity: float | int | Float[Tensor, "..."] | None = None,
     pattern: str = "row",
-    rows: Bool[Tensor, " rows"] | Int[Tensor, " chosen"] | None = None,
+    rows: Rows = None,
     bits: int | None = None,
 ) -> PruneResult:
     """Prune the weights of smallest ``|w_j| * ||X_j||``; the others stay as they are.

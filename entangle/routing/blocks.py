@@ -66,6 +66,8 @@ def _dtype(chunk: Tensor, device: torch.device) -> torch.dtype:
 
 
 def _width(chunk: Tensor, expected: int | None) -> int:
+    if not isinstance(chunk, Tensor):
+        raise InvalidInput(f"`stream` must give tensors; got {type(chunk).__name__}.")
     if chunk.ndim != 2 or chunk.shape[1] < 1 or not chunk.dtype.is_floating_point:
         raise InvalidInput(
             f"`stream` must give floating-point chunks of shape (tokens, features); "

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import chain
+from numbers import Integral
 
 import torch
 from jaxtyping import Float32
@@ -74,7 +75,9 @@ def fit_router(
     NumericalError
         If a token holds NaN or infinity.
     """
-    _check_parameters(k, n_components, restarts, max_tokens, kind)
+    k, restarts = _whole("k", k), _whole("restarts", restarts)
+    n_components = None if n_components is None else _whole("n_components", n_components)
+    _check_parameters(k, max_tokens, kind)
     if isinstance(stream, Iterator):
         raise InvalidInput(
             "`stream` must be readable more than once; got an iterator: pass a list of chunks."
@@ -159,17 +162,19 @@ def _control(features: int, k: int, seed: int, kind: Kind) -> Router:
     )
 
 
-def _check_parameters(
-    k: int, n_components: int | None, restarts: int, max_tokens: int, kind: str
-) -> None:
+def _whole(name: str, value: object) -> int:
+    """Return a count as an int; NumPy's integers are integers too."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise InvalidInput(f"`{name}` must be an integer; got {value!r}.")
+    if value < 1:
+        raise InvalidInput(f"`{name}` must be at least 1; got {value}.")
+    return int(value)
+
+
+def _check_parameters(k: int, max_tokens: int, kind: str) -> None:
     if kind not in KINDS:
         raise InvalidInput(f"`kind` must be {', '.join(KINDS)}; got {kind!r}.")
-    if k < 1 or (kind == "single" and k != 1):
-        rule = "1 for the single cluster" if kind == "single" else "at least 1"
-        raise InvalidInput(f"`k` must be {rule}; got {k}.")
-    if n_components is not None and n_components < 1:
-        raise InvalidInput(f"`n_components` must be at least 1; got {n_components}.")
-    if restarts < 1:
-        raise InvalidInput(f"`restarts` must be at least 1; got {restarts}.")
+    if kind == "single" and k != 1:
+        raise InvalidInput(f"`k` must be 1 for the single cluster; got {k}.")
     if max_tokens < k:
         raise InvalidInput(f"`max_tokens` must be at least k={k}; got {max_tokens}.")

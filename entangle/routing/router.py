@@ -70,6 +70,14 @@ class Router:
         """Width of a token."""
         return self.mean.shape[0]
 
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the tensors that route a token, as `state` stores them; 0 for one cluster."""
+        if self.kind == "single":
+            return 0
+        tensors: list[Tensor] = [getattr(self, name) for name in _TENSORS]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
     @torch.no_grad()
     def route(self, x: Float[Tensor, "*batch features"]) -> Int64[Tensor, "*batch"]:
         """Return the cluster of every token.

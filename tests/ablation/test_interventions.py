@@ -1,6 +1,7 @@
 import signal
 from collections.abc import Callable
 from contextlib import ExitStack
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -346,6 +347,28 @@ def test_means_come_from_the_scores(calibration: CalibrationSet) -> None:
     mean = outputs[0].double().flatten(0, -2).mean(0)
     torch.testing.assert_close(means[layer.name], mean, rtol=1e-5, atol=1e-6)
     assert mean_outputs(frame[frame["neuron"] != 3])[layer.name].isnan().nonzero().tolist() == [[3]]
+
+
+@pytest.mark.parametrize("method", ["exact", "sketch"])
+def test_a_constant_neuron_is_set_to_its_constant(
+    calibration: CalibrationSet, method: Literal["exact", "sketch"]
+) -> None:
+    module = TINY["gpt_neox"]()
+    layer = find_layers(module, 1, "dense_h_to_4h")[0]
+    layer.weight[3] = 0.0  # its bias is left
+    scores = score(module, calibration, layers=1, proj="mlp", method=method)
+    assert scores.frame.query("flag == 'constant'")["neuron"].tolist() == [3]
+    means = mean_outputs(scores)
+    assert layer.bias is not None
+    assert means[layer.name][3].item() == pytest.approx(layer.bias[3].item(), rel=1e-6)
+    others = torch.arange(layer.out_features) != 3
+    plain = mean_outputs(scores.frame)[layer.name]
+    assert torch.equal(means[layer.name][others], plain[others])
+    logits = module(calibration.ids).logits
+    with edited_outputs([layer], chosen([3], layer.name), "mean", means=means):
+        torch.testing.assert_close(module(calibration.ids).logits, logits, rtol=1e-4, atol=1e-5)
+    with edited_outputs([layer], chosen([2, 3], layer.name), "mean", means=means):
+        assert not torch.allclose(module(calibration.ids).logits, logits, rtol=1e-3, atol=1e-3)
 
 
 def test_every_edit_has_a_formula_in_these_tests() -> None:

@@ -1,5 +1,7 @@
 from dataclasses import replace
 
+import pytest
+
 from entangle.allocation.labels import nominal_sparsity, rule_label, zeros_digest
 from tests.allocation.samples import made
 
@@ -12,6 +14,22 @@ def test_the_rule_and_its_columns() -> None:
     assert rule_label(several) == "linear wd+md"
     assert rule_label(replace(ONE, manifest={"settings": {"rule": "imported"}})) == "imported"
     assert rule_label(replace(ONE, manifest={})) == "given"
+
+
+@pytest.mark.parametrize(
+    ("rule", "across", "label"),
+    [
+        ("uniform", None, "uniform"),
+        ("owl", None, "owl"),
+        ("trim", "uniform", "trim"),
+        ("trim", "layer", "trim wd"),
+        ("loss", "owl", "loss wd"),
+        ("rank", "model", "rank wd"),
+    ],
+)
+def test_columns_that_are_not_read_are_not_named(rule: str, across: str | None, label: str) -> None:
+    settings = {"rule": rule, "by": ["wd"], "across": across}
+    assert rule_label(replace(ONE, manifest={"settings": settings})) == label
 
 
 def test_a_searched_rule_says_so() -> None:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from entangle.allocation import allocate
+from entangle.allocation import allocate, losses
 from entangle.allocation.measurements import Measurements
 from entangle.allocation.sensitivity import output_sensitivity
 from entangle.calibration import CalibrationSet
@@ -80,6 +80,27 @@ def test_sensitivity_against_bisection_across_layers(
     expected = np.array(reference.marginal(losses, ends, 1, weights, float(flat.sum())))
     assert np.abs((flat - expected) * sizes).max() < 2
     assert np.ptp(flat) > 0.2
+
+
+def test_losses_at_the_same_zeros_are_measured_once(
+    tiny: Tiny, scored: Scored, calibration: CalibrationSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both rules start from one sparsity everywhere, as near as floats are to each other."""
+    model = tiny("llama")
+    solved: list[str] = []
+    layers = find_layers(model.module, 1, "mlp")
+    measured = Measurements(model, layers, calibration, memory=2**20)
+    solve = losses._solve
+
+    def counted(layer: Layer, *given: Any) -> torch.Tensor:
+        solved.append(layer.name)
+        return solve(layer, *given)
+
+    monkeypatch.setattr(losses, "_solve", counted)
+    for rule, sparsity, count in (("loss", 0.617, 3), ("sensitivity", 0.617, 3), ("loss", 0.66, 6)):
+        settings: dict[str, Any] = {"model": model, "measured": measured, "layers": 1}
+        allocate(scored("llama"), sparsity=sparsity, rule=rule, proj="mlp", **settings)
+        assert len(solved) == count
 
 
 def test_losses_of_layers_are_compared_by_their_energy(

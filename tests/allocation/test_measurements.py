@@ -77,6 +77,20 @@ def test_one_pass_if_the_memory_holds_all(
         assert progress.done == 12 * passes
 
 
+@pytest.mark.parametrize(("memory", "passes"), [(2**30, 1), (4 * (32**2 + 48**2), 6)])
+def test_grams_are_kept_where_the_memory_holds_all(
+    tiny: Callable[[str], LanguageModel], calibration: CalibrationSet, memory: int, passes: int
+) -> None:
+    layers = find_layers(tiny("llama").module, "all", "mlp")
+    progress = Counter()
+    measured = Measurements(tiny("llama"), layers, calibration, memory=memory, progress=progress)
+    first, again = list(measured.grams()), list(measured.grams())
+    assert len(progress.totals) == passes
+    for (layers_first, gram), (layers_again, same) in zip(first, again, strict=True):
+        assert layers_first == layers_again
+        assert torch.equal(gram.gram, same.gram)
+
+
 def test_a_quantity_is_measured_once(
     tiny: Callable[[str], LanguageModel], calibration: CalibrationSet
 ) -> None:

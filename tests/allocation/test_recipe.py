@@ -7,10 +7,10 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 
-from entangle.allocation import Allocation
+from entangle.allocation import Allocation, import_allocation
 from entangle.allocation.recipe import read_recipe, recipe_losses, write_recipe
 from entangle.errors import InvalidInput
-from tests.allocation.samples import allocations, made
+from tests.allocation.samples import allocations, layers_of, made
 
 BY_HAND = made({"b.0.up": [0, 2], "b.0.down": [2], "b.1.up": [4, 4], "b.1.down": [0]},
                {"b.0.up": 4, "b.0.down": 8, "b.1.up": 4, "b.1.down": 3})  # fmt: skip
@@ -57,7 +57,8 @@ def test_documented_schema_and_round_trip(allocation: Allocation, tmp_path: Path
     assert all(set(modifier) <= ALLOWED for modifier in found)
     assert len({modifier["sparsity"] for modifier in found}) == len(found)
     (tmp_path / "x.yaml").write_bytes(content)
-    assert read_recipe(tmp_path / "x.yaml") == pytest.approx(shares_of(allocation), abs=1e-15)
+    found_shares = read_recipe(tmp_path / "x.yaml", list(allocation.zeros))
+    assert found_shares == pytest.approx(shares_of(allocation), abs=1e-15)
 
 
 def test_losses_are_told() -> None:
@@ -78,11 +79,20 @@ def test_llmcompressor_reads_it(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_one_list_of_sparsities_is_read_too(tmp_path: Path) -> None:
-    modifier = {"sparsity": [0.5, 0.25], "targets": ["b.0.up", "b.1.up"]}
+@pytest.mark.parametrize("targets", [["b.0.up", "b.1.up"], ["b.1.up", "b.0.up"]])
+def test_a_list_of_sparsities_runs_through_the_model(targets: list[str], tmp_path: Path) -> None:
+    """The modifier pairs it with the targets as it meets them among the model's modules."""
+    modifier = {"sparsity": [0.5, 0.25], "targets": targets}
     recipe = {"x_stage": {"y_modifiers": {"SparseGPTModifier": modifier}}}
     (tmp_path / "x.yaml").write_text(yaml.safe_dump(recipe))
-    assert read_recipe(tmp_path / "x.yaml") == {"b.0.up": 0.5, "b.1.up": 0.25}
+    found = read_recipe(tmp_path / "x.yaml", ["b.0.up", "b.0.down", "b.1.up"])
+    assert found == {"b.0.up": 0.5, "b.1.up": 0.25}
+    single = made({"b.0.up": [1] * 4, "b.0.down": [1], "b.1.up": [1] * 4},
+                  {"b.0.up": 4, "b.0.down": 8, "b.1.up": 4})  # fmt: skip
+    read = import_allocation(tmp_path / "x.yaml", "llmcompressor", layers=layers_of(single))
+    assert {name: int(zeros.sum()) for name, zeros in read.zeros.items()} == {
+        "b.0.up": 8, "b.1.up": 4,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -99,12 +109,12 @@ def test_other_recipes_are_refused(modifier: object, message: str, tmp_path: Pat
     recipe = {"x_stage": {"y_modifiers": {"SparseGPTModifier": modifier}}}
     (tmp_path / "x.yaml").write_text(yaml.safe_dump(recipe))
     with pytest.raises(InvalidInput, match=message):
-        read_recipe(tmp_path / "x.yaml")
+        read_recipe(tmp_path / "x.yaml", ["b.0.up", "b.1.up"])
 
 
 @pytest.mark.parametrize("content", [b"{", b"- a\n- b\n", b"\xff\xfe", b"x_stage: 3\n"])
 def test_what_is_no_recipe_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_bytes(content)
     with pytest.raises(InvalidInput, match="is no llm-compressor recipe") as caught:
-        read_recipe(tmp_path / "x.yaml")
+        read_recipe(tmp_path / "x.yaml", ["b.0.up", "b.1.up"])
     assert "\n" not in str(caught.value)

@@ -48,13 +48,23 @@ def test_every_layer_agrees_with_scipy() -> None:
         assert row.spearman == pytest.approx(stats.spearmanr(x, y).statistic)
         assert (row.spearman_low, row.spearman_high) == (interval.low, interval.high)
         assert row.r2 == pytest.approx(stats.linregress(x, y).rvalue ** 2)
+        assert row.pearson == pytest.approx(stats.linregress(x, y).rvalue)
+
+
+def test_pearson_lies_in_its_interval() -> None:
+    found = predictor_table(frame_of({"a": 40, "b": 50}), "ri", n_boot=100)
+    low, value, high = (found[f"pearson{end}"].dropna() for end in ("_low", "", "_high"))
+    assert len(value) == len(low) == len(high)
+    assert (low <= value).all()
+    assert (value <= high).all()
+    assert (found["r2"].dropna().to_numpy() >= 0.0).all()
 
 
 def test_the_mean_of_layers_has_students_interval() -> None:
     found = predictor_table(frame_of({"a": 20, "b": 30, "c": 40}), "ri", level=0.9, n_boot=5)
     assert found.columns.tolist() == [
         "scope", "layer", "predictor", "target", "n", "n_layers", "spearman", "spearman_low",
-        "spearman_high", "r2",
+        "spearman_high", "pearson", "pearson_low", "pearson_high", "r2",
     ]  # fmt: skip
     for name in ("wd", "md", "abs_skewness", "variance", "weight_norm"):
         own = found[found["predictor"] == name].set_index("scope")
@@ -67,6 +77,7 @@ def test_the_mean_of_layers_has_students_interval() -> None:
         )
         assert (mean["n"], mean["n_layers"], mean["layer"]) == (90, 3, "")
         assert mean["r2"] == pytest.approx(single["r2"].mean())
+        assert mean["pearson"] == pytest.approx(single["pearson"].mean())
 
 
 def test_pooled_ranks_by_hand() -> None:

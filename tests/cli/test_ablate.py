@@ -44,7 +44,13 @@ def test_tables_figures_and_folder(
     arms = result.frame[["selection", "seed", "strength"]].drop_duplicates()
     assert len(arms) == 1 + 2 * 4  # dense; two strengths of top, bottom and two random draws
     assert {"perplexity", "kl", "top1_agreement", "accuracy"} <= set(result.frame["measure"])
-    for title in ("perplexity", "perplexity ratio", "kl", "accuracy", "÷ after the others"):
+    titles = (
+        "perplexity", "perplexity ratio", "kl", "accuracy",
+        "Perplexity after the top neurons ÷ after the others (paired bootstrap, 95 %)",
+        "KL after the top neurons − after the others", "Accuracy after the top neurons − after",
+        "Top-1 agreement after the top neurons − after",
+    )  # fmt: skip
+    for title in titles:
         assert title in printed
     figures = sorted(path.name for path in (out / "figures").iterdir())
     names = ("ablation_accuracy", "ablation_kl", "ablation_perplexity_ratio")
@@ -52,10 +58,17 @@ def test_tables_figures_and_folder(
     assert f"Saved to {out}." in printed
 
 
-def test_json_holds_everything(run: Run, base: tuple[object, ...]) -> None:
-    status, printed, err = run(*base, "--strength", "0.5", "--match", "--experts", "1,2", "--json")
+def test_json_holds_everything(run: Run, base: tuple[object, ...], tmp_path: Path) -> None:
+    out = tmp_path / "result"
+    status, printed, err = run(
+        *base, "--strength", "0.5", "--match", "--experts", "1,2", "--router", "kmeans,random",
+        "--json", "--out", out,
+    )  # fmt: skip
     assert status == 0, err
     found = json.loads(printed)
+    assert sorted(found["figures"]) == sorted(map(str, (out / "figures").iterdir()))
+    assert len(found["figures"]) == 3
+    assert {row["router"] for row in found["results"]} == {"", "kmeans", "random"}
     assert {row["measure"] for row in found["results"]} == {"perplexity", "perplexity_ratio"}
     assert {row["experts"] for row in found["results"]} == {1, 2}
     assert found["contrasts"][0]["against"] == "bottom"
@@ -67,7 +80,7 @@ def test_json_holds_everything(run: Run, base: tuple[object, ...]) -> None:
 def test_scores_and_a_list_of_neurons(
     run: Run, base: tuple[object, ...], tiny_folder: Folder, text_file: Path, tmp_path: Path
 ) -> None:
-    scores, listed = tmp_path / "scores", tmp_path / "mine.csv"
+    scores, listed = tmp_path / "scores", tmp_path / "mine.CSV"
     status, _, err = run(
         "score", tiny_folder("llama"), "--layer", "all", "--proj", "mlp",
         "--calibration", text_file, "--n-seq", "6", "--seq-len", "32", "--out", scores,
@@ -106,6 +119,13 @@ def test_scores_and_a_list_of_neurons(
         (("--fraction", "0"), "(0, 1]"),
         (("--fraction", "0.1", "--count", "3"), "exactly one of"),
         (("--count", "99999"), "99999"),
+        (("--by", "md", "--no-md"), "without --no-md"),
+        (("--router", "nearest"), "unknown router 'nearest'"),
+        (("--experts", "999"), "number of calibration tokens, 192; got 999"),
+        (("--eval-seq-len", "999"), "the model's context, 128; got 999"),
+        (("--seq-len", "999"), "the model's context, 128; got 999"),
+        (("--select", "random-norm", "--fraction", "0.6"), "matched controls of 29"),
+        (("--damping", "-1"), "`damping` must be finite and at least 0"),
         (("--seeds", "0"), "`seeds` must be an integer of at least 1"),
         (("--measure", "taste"), "measure"),
         (("--measure", "blimp", "--pairs", "nowhere.jsonl"), "nowhere.jsonl"),
@@ -124,6 +144,49 @@ def test_a_mistake_is_one_line(
     assert err.startswith("entangle: error: ")
     assert message in err
     assert not list(tmp_path.glob("*out*"))
+
+
+def test_an_encoder_is_one_line(
+    run: Run, base: tuple[object, ...], tiny_folder: Folder, tmp_path: Path
+) -> None:
+    status, printed, err = run("ablate", tiny_folder("bert"), *base[2:], "--out", tmp_path / "out")
+    assert (status, printed) == (2, "")
+    assert "is an encoder: give a causal language model" in err
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_differences_of_paradigms_are_in_the_json(
+    run: Run, base: tuple[object, ...], pairs_file: Path
+) -> None:
+    status, printed, err = run(
+        *base, "--measure", "blimp", "--pairs", pairs_file, "--intervention", "zero", "--json"
+    )
+    assert status == 0, err
+    found = json.loads(printed)
+    assert (found["contrasts"], found["figures"]) == ([], [])
+    seen = {(row["measure"], row["against"]) for row in found["differences"]}
+    measures = ("accuracy", "accuracy:agreement", "accuracy:macro")
+    assert seen == {(m, other) for m in measures for other in ("bottom", "random")}
+    assert all(row["low"] <= row["difference"] <= row["high"] for row in found["differences"])
+
+
+def test_resume_prints_a_finished_result_again(
+    run: Run, base: tuple[object, ...], tmp_path: Path
+) -> None:
+    edit = (*base, "--intervention", "zero", "--out", tmp_path / "out", "--resume", "--quiet")
+    first = run(*edit)
+    assert first.status == 0, first.err
+    manifest = (tmp_path / "out" / "manifest.json").read_bytes()
+    assert run(*edit)[:2] == first[:2]
+    status, printed, err = run(*edit, "--seed", "1")
+    assert (status, printed, err.count("\n")) == (2, "", 1)
+    assert "holds a finished ablation of another model, text or settings" in err
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "manifest.json").write_text('{"kind": "scores"}')
+    status, printed, err = run(*edit[:-4], "--out", tmp_path / "other", "--resume", "--quiet")
+    assert (status, printed, err.count("\n")) == (2, "", 1)
+    assert "must hold a result of kind 'ablation'; got 'scores'" in err
+    assert (tmp_path / "out" / "manifest.json").read_bytes() == manifest
 
 
 def test_resume_needs_a_folder(run: Run, base: tuple[object, ...]) -> None:

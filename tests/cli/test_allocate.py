@@ -9,9 +9,12 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from entangle.ablation import load_ablation
 from entangle.allocation import FORMATS, RULES, import_allocation, load_allocation
+from entangle.allocation.even import even
+from entangle.cli.figures import manifest_digest
 from entangle.cli.main import main
 from entangle.expansion import ExpandedLinear, load_expanded
 from entangle.expansion.compare import load_comparison
@@ -112,6 +115,26 @@ def test_json_exports_and_figure(run: Run) -> None:
         assert all(torch.equal(found.zeros[n], zeros) for n, zeros in allocation.zeros.items())
 
 
+def test_the_figure_names_the_file(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+
+    def keep(figure: Figure, *_given: object, **_options: object) -> list[Path]:
+        drawn.append(figure)
+        return []
+
+    monkeypatch.setattr("entangle.plotting.save_figure", keep)
+    assert run(*ALLOCATE, "--out", "a.safetensors", "--plot", "figure").status == 0
+    digest = manifest_digest(load_allocation("a.safetensors").manifest)
+    assert f"run {digest[:12]}" in [text.get_text() for text in drawn[0].texts]
+
+
+def test_what_a_pattern_leaves_over_is_told(run: Run) -> None:
+    status, out, err = run(*ALLOCATE, "--rule", "linear", "--pattern", "n:4")
+    assert (status, err) == (0, "")
+    assert "+1 zeros to the budget, which the pattern leaves over." in out
+    assert "budget" not in run(*ALLOCATE, "--rule", "linear").out
+
+
 def test_the_model_is_the_one_that_was_scored(run: Run) -> None:
     Path("model").rename("moved")
     check_one_line(run(*ALLOCATE), "'model'")
@@ -183,23 +206,27 @@ def test_an_expansion_is_built_from_it(run: Run, allocated: Path, experts: bool)
 
 
 def test_a_comparison_has_every_allocation_beside_uniform(run: Run, allocated: Path) -> None:
-    assert run(*ALLOCATE, "--rule", "rank", "--out", "b.safetensors").status == 0
+    """The uniform arm is the allocation's own zeros spread evenly, so that it costs what b does."""
+    even(load_allocation("a.safetensors")).save("b.safetensors")
     status, out, err = run(
         "compare", "model", *TEXT, "--methods", "magnitude", "--data", "text.txt", *EVALUATE,
-        "--allocation", "top=a.safetensors,b.safetensors", "--out", "c",
+        "--allocation", "b.safetensors,top=a.safetensors", "--out", "c",
     )  # fmt: skip
     assert (status, err) == (0, "")
     found = load_comparison("c")
     keys = found.frame[["method", "sparsity", "allocation"]].to_numpy().tolist()
     assert keys == [["dense", 0.0, "uniform"]] + [
-        ["magnitude", 0.7, name] for name in ("uniform", "top", "b")
+        ["magnitude", 0.7, name] for name in ("uniform", "b", "top")
     ]
     assert found.frame["nonzeros"].nunique() == 2  # dense, and all others alike
+    _, uniform, b, top = found.frame["perplexity"]
+    assert b == uniform != top
+    assert found.frame["uniform_ratio"].tolist()[2:] == [1.0, pytest.approx(top / uniform)]
     assert Path("c/figures/perplexity.png").exists()
     assert "uniform_ratio" in out
     manifest = json.loads(Path("c/manifest.json").read_text())
     rules = [one["settings"]["rule"] for one in manifest["settings"]["allocations"]]
-    assert rules == ["protect", "rank"]
+    assert rules == ["uniform", "protect"]
 
 
 def test_an_ablation_by_allocation(run: Run, allocated: Path) -> None:
@@ -231,6 +258,16 @@ MISTAKES = {
     "--out a.npz": "must end in .safetensors; got 'a.npz'",
     "--out scores": "must end in .safetensors",
     "--plot figure": "'figure.png' exists; name another --plot or use --force",
+    "--out ./a.safetensors --export safetensors:a.safetensors": "is to be written twice",
+    "--plot out/x --export csv:out/x.csv": "'out/x.csv' is to be written twice",
+    "--tune rank": "--tune has no meaning without --rule search; drop it.",
+    "--evaluations 3 --rule rank": "--evaluations has no meaning without --rule search",
+    "--protect-sparsity 0.1 --rule rank": "--protect-sparsity has no meaning without rule protect",
+    "--protect 0.1 --rule search": "--protect has no meaning without rule protect",
+    "--entangled 0.1": "--entangled has no meaning without --experts",
+    "--strength 0.1": "rule 'protect' has no strength; leave it out (got 0.1)",
+    "--strength 0.1 --rule search": "`strength` is what a search of rule 'linear' tunes",
+    "--protect 0.1 --rule search --tune protect": "`protect` is what a search of rule 'protect'",
     "--memory lots": "a size must look like 512M or 2G; got 'lots'.",
     "--layer 7": "a block index must be in 0..2",
     "--experts 0": "`experts` must be an integer of at least 1; got 0.",

@@ -1,10 +1,13 @@
 """`entangle compare`: mistakes end in one clear line, before any model is loaded where possible."""
 
 import json
+from importlib import import_module
+from pathlib import Path
 
 import pandas as pd
 import pytest
 
+from entangle.errors import NumericalError
 from entangle.provenance import read_manifest
 from tests.cli.expansions import check_one_line, listing
 from tests.cli.runs import Run
@@ -42,13 +45,17 @@ MISTAKES = {
     "--sparsity 1.5": "`sparsity` must be in [0, 1]; got 1.5.",
     "--experts 2.5": "a list must look like 1,16; got '2.5'.",
     "--experts 4,": "a list must look like 1,16; got '4,'.",
-    "--experts 0": "`experts` must be at least 1; got 0.",
+    "--experts 0": "`experts` must be an integer of at least 1; got 0.",
     "--experts 129": "`experts` must be at most the number of tokens to calibrate on, 128; got",
     "--memory lots": "a size must look like 512M or 2G; got 'lots'.",
     "--data nowhere.txt": "'nowhere.txt' does not exist",
     "--calibration nowhere.txt": "'nowhere.txt' does not exist",
     "--eval-seq-len 129": "`seq_len` must be at most the model's context, 128; got 129.",
     "--eval-windows 0": "`n_windows` must be an integer of at least 1; got 0.",
+    "--data-split test": "`split` 'test' was given, but has no meaning for 'text.txt'",
+    "--data-config raw": "`config` 'raw' was given, but has no meaning for 'text.txt'",
+    "--data-column body": "`column` 'body' was given, but 'text.txt' is",
+    "--seed -1": "`seed` must be an integer in [0, 2**63)",
     "--out text.txt": "the output 'text.txt' is a file; name a folder.",
     "--out model": "the output folder 'model' exists; name another one or use --force",
     "--out model --force": "holds no manifest.json, so it is not a result of entangle",
@@ -65,13 +72,65 @@ def test_one_clear_line(run: Run, case: str) -> None:
     assert listing() == before
 
 
+def test_blanks_in_lists_do_not_matter(run: Run) -> None:
+    blanks = ("--methods", "magnitude, expansion", "--sparsity", " 0.5 , 0.8", "--experts", "1, 2")
+    content = json.loads(run(*SMALL, *DATA, *blanks, "--json").out)
+    assert [row["method"] for row in content["results"]] == [
+        "dense",
+        *["magnitude", "expansion"] * 2,
+    ]
+    assert content["manifest"]["settings"]["methods"] == ["magnitude", "expansion"]
+
+
+def test_a_finished_comparison_is_printed_again(run: Run) -> None:
+    first = run(*SMALL, *DATA, "--out", "out")
+    before = {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
+    again = run(*SMALL, *DATA, "--out", "out", "--resume")
+    assert (again.status, again.out, again.err) == (0, first.out, "")
+    assert {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()} == before
+    other = ("--sparsity", "0.6", "--out", "out", "--resume")
+    check_one_line(run(*SMALL, *DATA, *other), "the output folder 'out' exists; name another one")
+    check_one_line(run(*SMALL, *DATA, "--resume"), "--resume goes on with an unfinished folder")
+
+
+def test_an_arm_that_fails_is_named_and_the_finished_ones_stay(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = import_module("entangle.expansion.build")
+    fit = module.fit_router
+
+    def fail(*arguments: object, kind: str, **settings: object) -> object:
+        if kind == "single":
+            return fit(*arguments, kind=kind, **settings)
+        raise NumericalError("7 of 128 tokens hold NaN.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "fit_router", fail)
+        ran = run(*SMALL, *DATA, "--out", "out")
+    check_one_line(ran, "expansion 0.5 k=2: model.layers.0.mlp.gate_proj, ", status=1)
+    assert "7 of 128 tokens hold NaN" in ran.err
+    assert not Path("out").exists()
+    assert len(list(Path(".out.comparing").glob("arm-*.safetensors"))) == 2
+    check_one_line(run(*SMALL, *DATA, "--out", "out"), "an unfinished comparison of 'out' lies")
+    message = "has another evaluation; start anew with --force"
+    check_one_line(run(*SMALL, *DATA, "--eval-windows", 3, "--out", "out", "--resume"), message)
+    assert run(*SMALL, *DATA, "--out", "out", "--resume").status == 0
+    assert not Path(".out.comparing").exists()
+
+
+def test_force_begins_an_unfinished_comparison_anew(run: Run) -> None:
+    Path(".out.comparing").mkdir()
+    assert run(*SMALL, *DATA, "--out", "out", "--force").status == 0
+    assert not Path(".out.comparing").exists()
+
+
 def test_the_text_to_evaluate_on_must_be_named(run: Run) -> None:
     status, out, err = run(*SMALL)
     assert (status, out) == (2, "")
     assert err.splitlines()[-1].endswith("the following arguments are required: --data")
 
 
-@pytest.mark.parametrize("mistake", ["--out model", "--methods wandb", "--sparsity x"])
+@pytest.mark.parametrize("mistake", ["--out model", "--methods wandb", "--sparsity x", "--resume"])
 def test_options_are_checked_before_the_model_is_loaded(
     run: Run, monkeypatch: pytest.MonkeyPatch, mistake: str
 ) -> None:

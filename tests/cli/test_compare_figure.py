@@ -1,5 +1,6 @@
 """What `entangle compare --out` draws and writes beside its first table."""
 
+import errno
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,7 +32,7 @@ def test_the_folder_holds_the_figure_and_both_tables(
     assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()) == [
         "c/comparison.parquet", "c/equal_nonzeros.parquet", "c/figures/perplexity.csv",
         "c/figures/perplexity.pdf", "c/figures/perplexity.png", "c/manifest.json",
-        "c/windows.parquet",
+        "c/seconds.parquet", "c/windows.parquet",
     ]  # fmt: skip
     frame = load_comparison(tmp_path / "c").frame
     assert frame["experts"].tolist() == [1, 1, 2, 1, 2]
@@ -63,17 +64,37 @@ def test_json_holds_both_tables(run: Run, command: Sequence[object]) -> None:
     assert len(content["results"]) == 5
 
 
-def test_a_figure_that_cannot_be_written_leaves_nothing(
+def test_a_figure_that_cannot_be_written_is_drawn_by_resume(
     run: Run, command: Sequence[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object, **__: object) -> None:
         raise Unavailable("the figure cannot be written: the disk is full.")
 
-    monkeypatch.setattr("entangle.plotting.save_figure", full)
-    done = run(*command, "--out", tmp_path / "c")
+    with monkeypatch.context() as patch:
+        patch.setattr("entangle.plotting.save_figure", full)
+        done = run(*command, "--out", tmp_path / "c")
     assert done.status == 2
     assert "disk is full" in done.err
-    assert list(tmp_path.iterdir()) == []
+    assert len(load_comparison(tmp_path / "c").frame) == 5
+    assert not (tmp_path / "c" / "figures").exists()
+    assert run(*command, "--out", tmp_path / "c", "--resume").status == 0
+    assert len(list((tmp_path / "c" / "figures").iterdir())) == 3
+
+
+def test_a_disk_that_refuses_the_tables_keeps_the_arms(
+    run: Run, command: Sequence[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pd.DataFrame, "to_parquet", full)
+        done = run(*command, "--out", tmp_path / "c")
+    assert done.status == 2
+    assert "the disk is full; free some space or" in done.err
+    assert [path.name for path in tmp_path.iterdir()] == [".c.comparing"]
+    assert run(*command, "--out", tmp_path / "c", "--resume").status == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
 
 
 def test_tables_are_kept_where_nothing_can_be_drawn(
@@ -87,7 +108,7 @@ def test_tables_are_kept_where_nothing_can_be_drawn(
         found = whole(*arguments, **settings)  # type: ignore[arg-type]
         worse = found.frame["method"] != "dense"
         frame = found.frame.assign(ratio=found.frame["ratio"].mask(worse, float("inf")))
-        return compare.Comparison(frame, found.windows)
+        return compare.Comparison(frame, found.windows, found.manifest)
 
     monkeypatch.setattr(compare, "compare", hopeless)
     done = run(*command, "--out", tmp_path / "c")

@@ -54,6 +54,9 @@ MISTAKES = {
     "--evaluate nowhere.txt": "'nowhere.txt' does not exist",
     "--evaluate text.txt --eval-seq-len 129": "`seq_len` must be at most the model's context, 128",
     "--evaluate text.txt --eval-windows 0": "`n_windows` must be an integer of at least 1; got 0",
+    "--evaluate text.txt --data-split test": "`split` 'test' was given, but has no meaning for",
+    "--data-split test": "--data-split needs --evaluate SOURCE; give it, or drop --data-split.",
+    "--eval-windows 2": "--eval-windows needs --evaluate SOURCE; give it, or drop --eval-windows.",
     "--out text.txt": "the output 'text.txt' is a file; name a folder.",
     "--out text.txt/x": "is no folder that you may write to; name another folder.",
     f"--out {'x' * 250}": "cannot be written: File name too long; name another folder.",
@@ -68,6 +71,17 @@ def test_one_clear_line(run: Run, case: str) -> None:
     before = listing()
     check_one_line(run(*WIDE, *options), MISTAKES[case])
     assert listing() == before
+
+
+def test_tokens_that_do_not_differ_name_their_layers(run: Run) -> None:
+    save_file({"ids": torch.full((2, 16), 7)}, "same.safetensors")
+    options = ("--calibration", "same.safetensors", "--n-seq", 2, "--seq-len", 16)
+    ran = run(*WIDE, *options, "--experts", 32)
+    check_one_line(ran, "model.layers.0.mlp.gate_proj, model.layers.0.mlp.up_proj: `k` must be at")
+
+
+def test_resume_without_a_folder(run: Run) -> None:
+    check_one_line(run(*WIDE, "--resume"), "--resume goes on with an unfinished folder; name it")
 
 
 @pytest.mark.parametrize("pruner", ["sparsegpt", "wanda", "magnitude", "random"])

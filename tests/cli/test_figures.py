@@ -162,6 +162,37 @@ def test_a_result_that_lacks_something_is_drawn_as_far_as_it_goes(
     assert "nothing could be drawn of" in nothing.err
 
 
+def test_a_table_that_was_not_asked_for_is_named_with_its_option(
+    made: Path, run: Run, tmp_path: Path
+) -> None:
+    folder = tmp_path / "decomposition"
+    shutil.copytree(made / "decomposition", folder)
+    for name in ("pairs", "separated", "contexts", "router_map"):
+        file = folder / f"{name}.parquet"
+        pd.read_parquet(file).head(0).to_parquet(file, index=False)
+    file = folder / "neurons.parquet"
+    neurons = pd.read_parquet(file)
+    neurons[neurons["experts"] == 1].to_parquet(file, index=False)
+    done = run("figures", folder, "--out", tmp_path / "f", "--format", "png")
+    assert (done.status, done.err) == (0, "")
+    said = {line.split(":")[1].strip(): line for line in done.out.splitlines() if "Skipped" in line}
+    assert "holds no pairs of layer" in said["distances"]
+    assert "`entangle decompose --pairs 2000` makes them." in said["distances"]
+    assert "--separated 20" in said["separated_pairs"]
+    assert "--contexts 8" in said["modes"]
+    assert "--experts 1,4,16" in said["router_map"]
+    for name in ("predictors", "disentanglement"):
+        assert "2 experts or more; got 1; `entangle decompose --experts 1,4,16`" in said[name]
+
+
+def test_a_figure_names_the_seed_of_its_run(made: Path) -> None:
+    for kind, seed in (("decomposition", ", seed 0"), ("scores", ", seed 0"), ("allocation", "")):
+        one = open_run(str(path_of(made, kind)))
+        drawing = next(iter(drawings_of(one, "single")))
+        texts = [text.get_text() for text in drawing.draw().texts]
+        assert f"run {one.digest[:12]}{seed}" in texts
+
+
 def test_figures_say_what_was_measured_on() -> None:
     text = {"source": "wikitext2", "n_windows": 8, "seq_len": 512}
     pairs = {"source": "/data/blimp", "n_pairs": 1200, "paradigms": {"a": 600, "b": 600}}

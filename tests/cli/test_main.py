@@ -1,4 +1,7 @@
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -69,14 +72,40 @@ def test_a_mistake_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> Non
         main(["layers"])
 
 
-def test_a_reader_that_has_seen_enough(
-    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+CLOSED = 128 + signal.SIGPIPE
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["layers", "model"]])
+def test_a_reader_that_has_seen_enough(arguments: list[str], place: Path) -> None:
+    command = [sys.executable, "-m", "entangle", *arguments]
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(
+            command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False, env=buffered
+        )
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (CLOSED, "")
+
+
+def test_a_pipe_that_closes_while_a_table_is_printed(
+    run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(_arguments: object) -> None:
-        raise BrokenPipeError
+        try:
+            raise BrokenPipeError
+        except BrokenPipeError:  # as rich does
+            raise SystemExit(1)  # noqa: B904
 
-    replaced: list[int] = []
     monkeypatch.setattr(layers, "run", fail)
-    monkeypatch.setattr(os, "dup2", lambda _old, new: replaced.append(new))
-    assert run("layers") == (0, "", "")
-    assert len(replaced) == 1
+    assert run("layers") == (CLOSED, "", "")
+
+
+def test_another_exit_keeps_its_status(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def leave(_arguments: object) -> None:
+        raise SystemExit(3)
+
+    monkeypatch.setattr(layers, "run", leave)
+    assert run("layers").status == 3

@@ -2,7 +2,13 @@ import argparse
 
 import pytest
 
-from entangle.cli.options import add_calibration_options, add_layer_options, parse_bytes
+from entangle.cli.options import (
+    add_calibration_options,
+    add_layer_options,
+    names,
+    numbers,
+    parse_bytes,
+)
 from entangle.errors import InvalidInput
 
 
@@ -34,3 +40,11 @@ def test_defaults_are_told_and_filled_in_later() -> None:
     text = " ".join(parser.format_help().split())
     assert "number of sequences (default: 32, or all of a table of token ids)" in text
     assert "tokens in a sequence (default: 1024, or" in text
+
+
+def test_blanks_around_the_parts_of_a_list_do_not_matter() -> None:
+    assert names(" a,b ,\tc d") == ["a", "b", "c d"]
+    assert numbers("0.5, 0.7 ,0.5", float) == [0.5, 0.7]
+    assert numbers(" 1, 16", int) == [1, 16]
+    with pytest.raises(InvalidInput, match=r"a list must look like 1,16; got '1, , 2'\."):
+        numbers("1, , 2", int)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from entangle.ablation.row_measures import Clusters
-from entangle.decomposition.histograms import CommonBins, histogram_rows
+from entangle.decomposition.histograms import CommonBins, histogram_rows, output_histogram
 from tests.decomposition.stores import normal
 from tests.reference.decomposition import count_between
 
@@ -74,3 +74,20 @@ def test_outputs_that_hardly_vary(values: torch.Tensor) -> None:
     assert np.isfinite(rows[["left", "right"]]).all().all()
     first = rows.iloc[0]
     assert first["left"] <= float(values.min()) < first["right"]
+
+
+def test_the_histogram_of_one_neuron_is_that_of_all_its_tokens() -> None:
+    outputs = (3.0 * normal(1, 500) - 2.0).to(torch.float32)
+    alone = output_histogram(outputs[0].numpy())
+    assert list(alone.columns) == ["left", "right", "count"]
+    assert alone["count"].sum() == 500
+    assert np.array_equal(alone["right"][:-1], alone["left"][1:])
+    values = outputs[0].double().tolist()
+    inside = [count_between(values, a, b) for a, b in zip(alone.left, alone.right, strict=True)]
+    assert np.abs(alone["count"] - inside).max() <= 1  # a token on a border
+
+
+@pytest.mark.parametrize("n", [1, 7])
+def test_the_histogram_of_a_constant_neuron_is_one_bin(n: int) -> None:
+    alone = output_histogram(np.full(n, 0.25, dtype=np.float32))
+    assert alone["count"].tolist() == [n]

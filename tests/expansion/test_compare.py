@@ -1,109 +1,21 @@
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
-import torch
 
 from entangle.allocation.labels import nominal_sparsity
 from entangle.calibration import CalibrationSet
-from entangle.errors import InvalidInput, UnknownName
+from entangle.errors import InvalidInput, NumericalError
 from entangle.evaluation import EvaluationText, perplexity
-from entangle.expansion import expand
-from entangle.expansion.compare import (
-    KIND,
-    METHODS,
-    Arm,
-    Comparison,
-    arms,
-    at_equal_nonzeros,
-    compare,
-    load_comparison,
-)
+from entangle.expansion import Expansion, expand
+from entangle.expansion.compare import Comparison, arms, at_equal_nonzeros, compare
 from entangle.models.loading import LanguageModel
-from entangle.plotting import figure_comparison
-from entangle.plotting.style import METHOD_PALETTE
-from entangle.provenance import make_manifest, write_json
-from entangle.seeding import torch_rng
 from tests.allocation.samples import random_allocation
 
 Tiny = Callable[[str], LanguageModel]
-MEMORY = 1 << 28
-
-
-@pytest.fixture(scope="module")
-def text() -> EvaluationText:
-    ids = torch.randint(4, 90, (5, 16), generator=torch_rng(1, "evaluation"))
-    return EvaluationText(ids, "random ids", {})
-
-
-@pytest.fixture(scope="module")
-def found(tiny: Tiny, calibration: CalibrationSet, text: EvaluationText) -> Comparison:
-    """Magnitude, SparseGPT and both routers at two sparsities, on a tiny model."""
-    chosen = arms(["magnitude", "sparsegpt", "expansion", "expansion-random"], [0.5, 0.8], [1, 3])
-    return compare(tiny("llama"), calibration, text, chosen, memory=MEMORY)
-
-
-def table(*rows: tuple[str, int, float, float]) -> pd.DataFrame:
-    """Method, experts, non-zeros and perplexity of some models, at made-up sparsities."""
-    frame = pd.DataFrame(list(rows), columns=["method", "experts", "nonzeros", "perplexity"])
-    return frame.assign(sparsity=np.arange(len(frame)) / 10)
-
-
-PLAIN = (
-    ("dense", 1, 1.0, 10.0),
-    ("sparsegpt", 1, 0.7, 20.0),
-    ("sparsegpt", 1, 0.52, 80.0),
-    ("magnitude", 1, 0.7, 1000.0),
-)
-
-
-def test_plain_methods_are_built_once_and_routed_ones_for_every_count() -> None:
-    found = arms(["wanda", "expansion", "expansion-random"], [0.5, 0.7], [1, 2, 4, 8, 16, 32])
-    counts = [2, 4, 8, 16, 32]
-    expected: list[Arm] = []
-    for sparsity in (0.5, 0.7):
-        expected.append(Arm("wanda", sparsity, 1))
-        expected += [Arm("expansion", sparsity, k) for k in counts]
-        expected += [Arm("expansion-random", sparsity, k) for k in counts]
-    assert found == expected
-
-
-def test_what_is_listed_twice_is_built_once() -> None:
-    found = arms(["wanda", "expansion", "wanda"], [0.5, 0.5], [4, 4])
-    assert found == [Arm("wanda", 0.5, 1), Arm("expansion", 0.5, 4)]
-
-
-@pytest.mark.parametrize(
-    ("methods", "sparsities", "experts", "message"),
-    [
-        (["wanda"], [], [16], "nothing to build"),
-        ([], [0.5], [16], "nothing to build"),
-        (["expansion"], [0.5], [], "nothing to build"),
-        (["expansion"], [0.5], [1], r"a number of `experts` above 1; got .* experts \[1\]"),
-        (["wanda"], [0.5, 1.5], [1], r"`sparsity` must be in \[0, 1\]; got 1.5"),
-        (["wanda"], [-0.1], [1], r"`sparsity` must be in \[0, 1\]"),
-        (["wanda"], [math.nan], [1], r"`sparsity` must be in \[0, 1\]"),
-        (["expansion"], [0.5], [4, 0], "`experts` must be at least 1; got 0"),
-    ],
-)
-def test_arms_are_checked_before_any_work(
-    methods: Sequence[str], sparsities: Sequence[float], experts: Sequence[int], message: str
-) -> None:
-    with pytest.raises(InvalidInput, match=message):
-        arms(methods, sparsities, experts)
-
-
-def test_an_unknown_method_is_named() -> None:
-    with pytest.raises(UnknownName, match=r"unknown method 'wnda'\. Closest: wanda"):
-        arms(["wnda"], [0.5], [16])
-
-
-def test_every_method_has_a_colour() -> None:
-    assert set(METHOD_PALETTE) == set(METHODS)
 
 
 def test_every_arm_is_a_row_and_the_first_is_dense(found: Comparison) -> None:
@@ -140,101 +52,9 @@ def test_progress_is_told_after_each_arm(
 ) -> None:
     lines: list[str] = []
     chosen = arms(["magnitude"], [0.0], [1])
-    found = compare(tiny("gpt2"), calibration, text, chosen, memory=MEMORY, told=lines.append)
+    found = compare(tiny("gpt2"), calibration, text, chosen, told=lines.append)
     assert [line.split(":")[0] for line in lines] == ["dense 0 k=1", "magnitude 0 k=1"]
     assert found.frame["ratio"].tolist() == pytest.approx([1.0, 1.0], abs=1e-5)
-
-
-def test_equal_nonzeros_by_hand() -> None:
-    frame = table(
-        *PLAIN,
-        ("expansion", 2, 0.61, 50.0),
-        ("expansion", 4, 0.85, 60.0),
-        ("expansion-random", 2, 0.7, 30.0),
-    )
-    equal = at_equal_nonzeros(frame)
-    assert equal["competitor"].tolist() == ["sparsegpt"] * 3
-    expected = [math.sqrt(20 * 80), math.sqrt(10 * 20), 20.0]
-    assert equal["competitor_perplexity"].tolist() == pytest.approx(expected)
-    assert equal["ratio"].tolist() == pytest.approx([50 / 40, 60 / math.sqrt(200), 1.5])
-    kept = ["method", "sparsity", "experts", "nonzeros", "perplexity"]
-    pd.testing.assert_frame_equal(
-        equal[kept], frame.loc[4:, kept].reset_index(drop=True), check_dtype=False
-    )
-
-
-@pytest.mark.parametrize("nonzeros", [1.0, 1.4, 3.25])
-def test_an_expansion_as_large_as_dense_competes_with_dense(nonzeros: float) -> None:
-    row = at_equal_nonzeros(table(*PLAIN, ("expansion", 16, nonzeros, 25.0))).iloc[0]
-    assert row[["competitor", "competitor_perplexity", "ratio"]].tolist() == ["dense", 10.0, 2.5]
-
-
-def test_nothing_is_extrapolated() -> None:
-    rows = at_equal_nonzeros(table(*PLAIN, ("expansion", 2, 0.5199, 90.0), PLAIN[1]))
-    assert rows["competitor"].tolist() == ["outside the range"]
-    assert rows[["competitor_perplexity", "ratio"]].isna().all(axis=None)
-
-
-def test_infinite_perplexities_end_the_range_of_the_plain_method() -> None:
-    rows = [*PLAIN[:2], ("sparsegpt", 1, 0.52, math.inf), ("expansion", 2, 0.6, 30.0)]
-    assert at_equal_nonzeros(table(*rows))["competitor"].tolist() == ["outside the range"]
-
-
-def test_without_its_plain_method_an_expansion_has_only_dense_to_compete_with() -> None:
-    rows = [PLAIN[0], PLAIN[3], ("expansion", 2, 0.8, 30.0), ("expansion", 4, 1.1, 30.0)]
-    equal = at_equal_nonzeros(table(*rows))
-    assert equal["competitor"].tolist() == ["outside the range", "dense"]
-
-
-def test_the_order_of_the_rows_does_not_matter() -> None:
-    frame = table(*PLAIN, ("expansion", 2, 0.61, 50.0))
-    pd.testing.assert_frame_equal(at_equal_nonzeros(frame[::-1]), at_equal_nonzeros(frame))
-
-
-def test_no_expansion_makes_an_empty_table_of_the_same_columns() -> None:
-    empty = at_equal_nonzeros(table(*PLAIN))
-    full = at_equal_nonzeros(table(*PLAIN, ("expansion", 2, 0.61, 50.0)))
-    assert empty.empty
-    assert empty.dtypes.equals(full.dtypes)
-
-
-def test_tables_that_are_no_comparison_are_refused() -> None:
-    frame = table(*PLAIN)
-    with pytest.raises(InvalidInput, match="without 'nonzeros'"):
-        at_equal_nonzeros(frame.drop(columns="nonzeros"))
-    with pytest.raises(InvalidInput, match="one row of the dense model; got 0"):
-        at_equal_nonzeros(frame[1:])
-    with pytest.raises(UnknownName, match="unknown method 'mine'"):
-        at_equal_nonzeros(table(*PLAIN, ("mine", 2, 0.61, 50.0)))
-
-
-def save(found: Comparison, folder: Path, *, kind: str = KIND) -> Path:
-    folder.mkdir()
-    found.frame.to_parquet(folder / "comparison.parquet", index=False)
-    found.windows.to_parquet(folder / "windows.parquet", index=False)
-    write_json(folder / "manifest.json", make_manifest(kind))
-    return folder
-
-
-def test_a_loaded_comparison_is_the_saved_one_and_draws(found: Comparison, tmp_path: Path) -> None:
-    loaded = load_comparison(save(found, tmp_path / "c"))
-    pd.testing.assert_frame_equal(loaded.frame, found.frame, check_dtype=False)
-    pd.testing.assert_frame_equal(loaded.windows, found.windows, check_dtype=False)
-    assert len(figure_comparison(loaded.frame).axes) == 2
-
-
-def test_folders_that_hold_no_comparison_are_refused(found: Comparison, tmp_path: Path) -> None:
-    with pytest.raises(InvalidInput, match="no result folder"):
-        load_comparison(tmp_path / "missing")
-    with pytest.raises(InvalidInput, match="of kind 'comparison'; got 'scores'"):
-        load_comparison(save(found, tmp_path / "other", kind="scores"))
-    folder = save(found, tmp_path / "c")
-    found.frame.drop(columns="ratio").to_parquet(folder / "comparison.parquet")
-    with pytest.raises(InvalidInput, match="must have the column 'ratio'"):
-        load_comparison(folder)
-    (folder / "comparison.parquet").write_bytes(b"no table")
-    with pytest.raises(InvalidInput, match=r"comparison\.parquet' cannot be read"):
-        load_comparison(folder)
 
 
 def test_every_method_is_built_with_every_allocation_beside_uniform(
@@ -245,7 +65,7 @@ def test_every_method_is_built_with_every_allocation_beside_uniform(
     named = [("a", first), ("b", second)]
     shares = [nominal_sparsity(one) for one in (first, second)]
     chosen = arms(["sparsegpt", "expansion"], shares, [2], allocations=named)
-    found = compare(model, calibration, text, chosen, allocations=named, memory=MEMORY)
+    found = compare(model, calibration, text, chosen, allocations=named)
     keys = found.frame[["method", "sparsity", "experts", "allocation"]].to_numpy().tolist()
     assert keys == [
         ["dense", 0.0, 1, "uniform"],
@@ -282,30 +102,121 @@ def test_an_allocation_with_experts_is_built_with_them(
     named = [("routed", routed)]
     chosen = arms(["sparsegpt", "expansion"], [], [4, 8], allocations=named)
     assert [(arm.method, arm.experts) for arm in chosen] == [("sparsegpt", 1), ("expansion", 2)]
-    found = compare(model, calibration, text, chosen, allocations=named, memory=MEMORY)
+    found = compare(model, calibration, text, chosen, allocations=named)
     sizes = found.frame.set_index("method")["nonzeros"]
     assert sizes["dense"] > sizes["sparsegpt"] < sizes["expansion"]
 
 
-def test_allocations_that_cannot_be_told_apart_or_compared_are_refused(
-    tiny: Tiny, calibration: CalibrationSet, text: EvaluationText
+def tables(folder: Path) -> dict[str, bytes]:
+    """Return the bytes of every table that does not hold seconds."""
+    files = folder.glob("*.parquet")
+    return {path.name: path.read_bytes() for path in files if path.name != "seconds.parquet"}
+
+
+class Counted:
+    """Stands in for `expand`: counts the arms, and fails at one of them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.module = import_module("entangle.expansion.compare")
+        self.arms: list[object] = []
+        self.fail_at, self.error = -1, KeyboardInterrupt("stopped")
+        monkeypatch.setattr(self.module, "expand", self)
+
+    def __call__(self, *texts: object, **settings: object) -> Expansion:
+        if len(self.arms) == self.fail_at:
+            raise self.error
+        self.arms.append(settings["pruner"])
+        return expand(*texts, **settings)  # type: ignore[arg-type]
+
+
+CHOSEN = arms(["magnitude", "wanda", "sparsegpt", "expansion"], [0.5], [2])
+
+
+def test_an_interrupted_comparison_goes_on_to_the_same_tables(
+    tiny: Tiny, calibration: CalibrationSet, text: EvaluationText, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    model, counted = tiny("llama"), Counted(monkeypatch)
+    compare(model, calibration, text, CHOSEN, out=tmp_path / "whole")
+    counted.arms, counted.fail_at = [], 2
+    with pytest.raises(KeyboardInterrupt):
+        compare(model, calibration, text, CHOSEN, out=tmp_path / "cut")
+    kept = sorted(path.name for path in (tmp_path / ".cut.comparing").glob("arm-*"))
+    assert len(kept) == 3  # the dense model and two arms
+    assert not (tmp_path / "cut").exists()
+    with pytest.raises(InvalidInput, match=r"an unfinished comparison of .* lies beside it"):
+        compare(model, calibration, text, CHOSEN, out=tmp_path / "cut")
+    for other in ({"seed": 1}, {"chosen": CHOSEN[:3]}):
+        settings = {"chosen": CHOSEN, **other}
+        with pytest.raises(InvalidInput, match="has another settings; start anew with --force"):
+            compare(model, calibration, text, out=tmp_path / "cut", resume=True, **settings)  # type: ignore[arg-type]
+    counted.arms, counted.fail_at = [], -1
+    lines: list[str] = []
+    compare(model, calibration, text, CHOSEN, out=tmp_path / "cut", resume=True, told=lines.append)
+    assert counted.arms == ["sparsegpt", "sparsegpt"]
+    assert [line.endswith("(finished before)") for line in lines] == [True] * 3 + [False] * 2
+    assert tables(tmp_path / "cut") == tables(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "whole"]
+
+
+def test_a_finished_comparison_is_read_again(
+    tiny: Tiny, calibration: CalibrationSet, text: EvaluationText, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    model, counted = tiny("llama"), Counted(monkeypatch)
+    first = compare(model, calibration, text, CHOSEN[:1], out=tmp_path / "c")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "c").iterdir()}
+    again = compare(model, calibration, text, CHOSEN[:1], out=tmp_path / "c", resume=True)
+    assert counted.arms == ["magnitude"]
+    assert again.frame.equals(first.frame)
+    assert again.manifest == first.manifest
+    assert {path.name: path.read_bytes() for path in (tmp_path / "c").iterdir()} == before
+    for resume in (True, False):
+        with pytest.raises(InvalidInput, match="exists; name another one or use --force"):
+            compare(model, calibration, text, CHOSEN[1:2], out=tmp_path / "c", resume=resume)
+    compare(model, calibration, text, CHOSEN[1:2], out=tmp_path / "c", force=True)
+    assert counted.arms == ["magnitude", "wanda"]
+
+
+def test_an_arm_that_fails_is_named_and_the_others_stay(
+    tiny: Tiny, calibration: CalibrationSet, text: EvaluationText, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    counted = Counted(monkeypatch)
+    counted.fail_at, counted.error = 1, NumericalError("12 tokens hold NaN.")  # type: ignore[assignment]
+    with pytest.raises(NumericalError, match=r"^wanda 0\.5 k=1: 12 tokens hold NaN\.$"):
+        compare(tiny("llama"), calibration, text, CHOSEN, out=tmp_path / "c")
+    assert len(list((tmp_path / ".c.comparing").glob("arm-*"))) == 2
+    counted.fail_at = -1
+    compare(tiny("llama"), calibration, text, CHOSEN, out=tmp_path / "c", resume=True)
+    assert counted.arms == ["magnitude", "wanda", "sparsegpt", "sparsegpt"]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "altered"])
+def test_an_arm_whose_file_was_damaged_is_refused(
+    damage: str, tiny: Tiny, calibration: CalibrationSet, text: EvaluationText, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    model, counted = tiny("llama"), Counted(monkeypatch)
+    counted.fail_at = 1
+    with pytest.raises(KeyboardInterrupt):
+        compare(model, calibration, text, CHOSEN[:2], out=tmp_path / "c")
+    counted.fail_at = -1
+    file = tmp_path / ".c.comparing" / f"arm-{CHOSEN[0].key}.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content[:-8] if damage == "truncated" else content)
+    with pytest.raises(InvalidInput, match="was truncated or altered; remove it and go on with"):
+        compare(model, calibration, text, CHOSEN[:2], out=tmp_path / "c", resume=True)
+    file.unlink()
+    compare(model, calibration, text, CHOSEN[:2], out=tmp_path / "c", resume=True)
+    assert counted.arms == ["magnitude", "magnitude", "wanda"]
+
+
+def test_too_many_experts_are_refused_before_any_work(
+    tiny: Tiny, calibration: CalibrationSet, text: EvaluationText, tmp_path: Path
 ) -> None:
-    one = random_allocation(tiny("llama"))
-    with pytest.raises(InvalidInput, match="must not be called 'uniform'"):
-        arms(["wanda"], [0.5], [1], allocations=[("uniform", one)])
-    with pytest.raises(InvalidInput, match="are called 'a' and could not be told apart"):
-        arms(["wanda"], [0.5], [1], allocations=[("a", one), ("a", one)])
-    others = [("a", one), ("b", random_allocation(tiny("llama"), proj="up_proj"))]
-    chosen = arms(["magnitude"], [0.5], [1], allocations=others)
-    with pytest.raises(InvalidInput, match="must be for the same layers; 'a' has 9 and 'b' has 3"):
-        compare(tiny("llama"), calibration, text, chosen, allocations=others, memory=MEMORY)
-
-
-def test_tables_without_allocations_are_uniform(found: Comparison, tmp_path: Path) -> None:
-    folder = tmp_path / "old"
-    folder.mkdir()
-    found.frame.drop(columns="allocation").to_parquet(folder / "comparison.parquet")
-    found.windows.drop(columns="allocation").to_parquet(folder / "windows.parquet")
-    write_json(folder / "manifest.json", make_manifest(KIND))
-    loaded = load_comparison(folder)
-    assert set(loaded.frame["allocation"]) == set(loaded.windows["allocation"]) == {"uniform"}
+    chosen = arms(["wanda", "expansion"], [0.5], [193])
+    with pytest.raises(InvalidInput, match="at most the number of tokens to calibrate on, 192"):
+        compare(tiny("llama"), calibration, text, chosen, out=tmp_path / "c")
+    assert list(tmp_path.iterdir()) == []

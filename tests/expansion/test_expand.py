@@ -97,6 +97,8 @@ def test_costs_by_hand(tiny: Tiny, calibration: CalibrationSet) -> None:
     router = sum(2 * width for width in (32, _down_width(model)) for _ in range(3))
     assert found.costs["flops"] == pytest.approx((others + mlp / 4 + router) / (others + mlp))
     packed = 4 * (others + mlp / 2) + 2 * mlp / 8
+    for width in (32, _down_width(model)):  # mean, one component, 2 centroids, in 3 blocks
+        packed += 3 * 4 * (width + width + 2)
     assert found.costs["bytes"] == pytest.approx(packed / (4 * (others + mlp)))
 
 
@@ -363,7 +365,7 @@ def test_texts_of_another_vocabulary_or_too_long_are_refused(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"restarts": 0}, "`restarts` must be at least 1; got 0"),
+        ({"restarts": 0}, "`restarts` must be an integer of at least 1; got 0"),
         ({"damping": -1.0}, "`damping` must be finite and at least 0; got -1"),
         ({"bits": True}, "`bits` must be an integer in"),
     ],

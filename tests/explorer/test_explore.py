@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 import entangle
 from entangle.calibration import CalibrationSet
-from entangle.decomposition import Decomposition
+from entangle.decomposition import Decomposition, decompose
 from entangle.errors import InvalidInput, Unavailable, UnknownName
 from entangle.explorer import Explorer, explore
 from entangle.models.loading import LanguageModel
@@ -118,6 +118,25 @@ def test_modes_are_those_of_neuron_modes(
         expected = neuron_modes(llama, calibration, layer, [neuron], seed=3, progress=False)
         assert found.modes.equals(expected.modes)
         assert found.contexts.equals(expected.contexts)
+        outputs = expected.outputs[neuron].astype(np.float64)
+        assert found.mean == pytest.approx(outputs.mean())
+        assert found.std == pytest.approx(outputs.std())
+        assert found.histogram["count"].sum() == len(outputs)
+
+
+def test_modes_come_with_the_outputs_that_they_are_of(
+    scores: NeuronScores, llama: LanguageModel, calibration: CalibrationSet
+) -> None:
+    """Not with those of the scores, which may be of another text."""
+    half = CalibrationSet(calibration.ids[:6], "half of it", {})
+    mine = decompose(llama, half, layer=GATE, neurons=[3], experts=(1,), contexts=1, separated=0)
+    of_table = explore(scores, decomposition=mine)._modes.known(GATE, 3)
+    of_model = explore(scores, half, model=llama)._modes.find(GATE, 3)
+    assert of_table is not None
+    for found in (of_table, of_model):
+        assert found.histogram["count"].sum() == found.modes["tokens"].sum() == 6 * 16
+    assert of_table.mean == pytest.approx(of_model.mean)
+    assert of_table.std == pytest.approx(of_model.std)
 
 
 def test_a_decomposition_is_shown_at_once(
@@ -190,7 +209,7 @@ def test_names_are_escaped(scores: NeuronScores) -> None:
     for source in (board.name.value, explorer._repr_html_()):
         assert "<script" not in source
         assert "&lt;script&gt;" in source
-    assert board.projection.options == ("<script>alert(1)</script>⏎",)
+    assert board.projection.options == (r"<script>alert(1)</script>\n",)
 
 
 def odd_tokenizer() -> PreTrainedTokenizerFast:

@@ -37,7 +37,16 @@ def texts(figure: Figure) -> list[str]:
     return [text for text, _ in _boxes(figure)]
 
 
+def smallest_text(figure: Figure) -> float:
+    """Return the size in points of the smallest text that can be seen."""
+    return min(float(text.get_fontsize()) for text in _shown(figure))
+
+
 def _boxes(figure: Figure) -> list[tuple[str, Bbox]]:
+    return [(text.get_text(), _ink(text)) for text in _shown(figure)]
+
+
+def _shown(figure: Figure) -> list[Text]:
     figure.draw_without_rendering()
     ticks = {id(text) for ax in figure.axes for text in _all_tick_labels(ax)}
     shown = [text for ax in figure.axes for text in _shown_tick_labels(ax)]
@@ -46,11 +55,7 @@ def _boxes(figure: Figure) -> list[tuple[str, Bbox]]:
         hidden = text.axes is not None and not text.axes.axison and _is_label(text, text.axes)
         if id(text) not in ticks and not hidden:
             shown.append(text)
-    return [
-        (text.get_text(), _ink(text))
-        for text in shown
-        if text.get_visible() and text.get_text().strip()
-    ]
+    return [text for text in shown if text.get_visible() and text.get_text().strip()]
 
 
 def _ink(text: Text) -> Bbox:

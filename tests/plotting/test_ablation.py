@@ -236,6 +236,23 @@ def test_experts_are_along_x_at_one_strength() -> None:
     assert legend_words(ax).startswith("SparseGPT, 16 experts; tiny")
 
 
+def test_random_clusters_and_matched_controls_are_drawn_apart() -> None:
+    parts = [ablation_frame(strengths=(0.9,), experts=(1,)).assign(router="")]
+    routed_frame = ablation_frame(strengths=(0.9,), experts=(4, 16))
+    parts += [routed_frame.assign(router=name) for name in ("kmeans", "random")]
+    top = parts[0][parts[0]["selection"].eq("top") & parts[0]["by"].eq("wd")]
+    parts.append(top.assign(selection="matched", n_rows=700))
+    found = lines(plot_ablation(pd.concat(parts, ignore_index=True)))
+    routed, control = found["top WD"], found["top WD, random clusters"]
+    matched = found["bottom WD, matched perplexity (n = 700)"]
+    assert (routed.get_linestyle(), control.get_linestyle()) == ("-", ":")
+    assert to_hex(control.get_color()) == to_hex(routed.get_color())
+    assert control.get_markerfacecolor() == matched.get_markerfacecolor() == "white"
+    assert np.isfinite(numbers(routed.get_ydata())).tolist() == [True, True, True]
+    assert np.isfinite(numbers(control.get_ydata())).tolist() == [False, True, True]
+    assert np.isfinite(numbers(matched.get_ydata())).tolist() == [True, False, False]
+
+
 def test_what_one_panel_cannot_hold_is_refused() -> None:
     with pytest.raises(InvalidInput, match="`experts` must be one of 1, 4, or `strength` one of"):
         plot_ablation(ablation_frame(experts=(1, 4)))

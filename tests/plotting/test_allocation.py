@@ -9,6 +9,7 @@ from matplotlib.patches import StepPatch
 
 from entangle.errors import InvalidInput, UnknownName
 from entangle.plotting import drawn, figure_allocation, plot_layer_profile, plot_row_sparsity
+from tests.plotting.layout import outside, overlapping, texts
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
@@ -121,6 +122,28 @@ def test_the_figure_has_a_panel_for_experts_where_there_are_any(
     assert set(table["panel"]) == {"rows", "layers: sparsity", "layers: experts"}
     overall = table.loc[table["series"].str.startswith("all layers"), "series"].unique()
     assert list(overall) == ["all layers: 64 %"]
+
+
+def test_the_run_is_named_below_the_figure(layers: pd.DataFrame, neurons: pd.DataFrame) -> None:
+    for table in (layers, layers.assign(experts=3)):
+        figure = figure_allocation(table, neurons, title="rank wd", digest="0123456789ab" * 5)
+        assert "run 0123456789ab" in texts(figure)
+        assert overlapping(figure) == []
+        assert outside(figure) == []
+    assert not [text for text in texts(figure_allocation(layers, neurons)) if "run " in text]
+    with pytest.raises(InvalidInput, match="`digest` must be at least"):
+        figure_allocation(layers, neurons, digest="no digest")
+
+
+def test_a_uniform_allocation_looks_even(layers: pd.DataFrame, neurons: pd.DataFrame) -> None:
+    """Rows take turns in rounding: layers differ by less than a thousandth, lines by nothing."""
+    nearly = 0.7 + 1e-3 * np.resize([0.0, 0.2, -0.3, 0.4], 12)
+    figure = figure_allocation(layers.assign(sparsity=nearly), neurons)
+    ax = figure.axes[1]
+    low, high = ax.get_ylim()
+    for name in PROJECTIONS:
+        drawn_values = np.asarray(lines(ax)[name].get_ydata(), dtype=np.float64)
+        assert np.ptp(drawn_values) < 0.05 * (high - low)
 
 
 def test_the_overall_sparsity_is_weighted(layers: pd.DataFrame, neurons: pd.DataFrame) -> None:

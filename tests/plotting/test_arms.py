@@ -62,10 +62,27 @@ def test_measures_have_units(frame: pd.DataFrame, measure: str, label: str, unit
         ("random-variance", "variance", "random, matched variance"),
         ("listed", "", "listed"),
         ("top", "mine", "top mine"),
+        ("matched", "wd", "bottom WD, matched perplexity"),
     ],
 )
 def test_names_of_selections(rule: str, by: str, name: str) -> None:
     assert series_name(rule, by) == name
+    assert series_name(rule, by, "kmeans") == name
+    if rule != "matched":
+        assert series_name(rule, by, "random") == f"{name}, random clusters"
+
+
+def test_routers_tell_arms_apart() -> None:
+    both = [
+        ablation_frame(experts=(1,)).assign(router=""),
+        *(ablation_frame(experts=(4,)).assign(router=name) for name in ("kmeans", "random")),
+    ]
+    table = pd.concat(both, ignore_index=True)
+    series = read_arms(table, RATIO).series()
+    assert series["top WD, random clusters"] == ("top", "wd")
+    assert len(series) == 2 * len(read_arms(both[0], RATIO).series())
+    with pytest.raises(InvalidInput, match="got several of"):
+        read_arms(table.drop(columns="router"), RATIO)
 
 
 def test_labels_count_seeds_and_unusual_numbers_of_neurons(frame: pd.DataFrame) -> None:

@@ -79,6 +79,8 @@ def test_bad_requests_are_one_clear_line(decomposed: Decomposed) -> None:
     frame = decomposed.neurons
     with pytest.raises(UnknownName, match="unknown measure 'ks'"):
         plot_change(frame, measure="ks", experts=4)
+    with pytest.raises(InvalidInput, match=r"needs 2 experts or more; got 1; `entangle decompose"):
+        figure_disentanglement(frame, experts=1)
     with pytest.raises(InvalidInput, match="`top` must be in"):
         plot_change(frame, top=0.0, experts=4)
     with pytest.raises(InvalidInput, match="without weighted_wd; the command `entangle decompose`"):

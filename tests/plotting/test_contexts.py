@@ -69,3 +69,15 @@ def test_other_tables_are_refused() -> None:
         plot_contexts(frame(("a", "b", "c", 0.0)).drop(columns="after"))
     with pytest.raises(InvalidInput, match="at least one row"):
         plot_contexts(frame())
+
+
+def test_no_more_is_measured_of_a_text_than_a_line_can_hold() -> None:
+    """Laying out thousands of characters to cut all but a hundred of them takes minutes."""
+    figure = figure_of(frame(("word " * 4000, "token" * 4000, "after " * 4000, 0.5)), inches=3.3)
+    before, token, after = (drawn(figure)[name][0] for name in ("before", "token", "after"))
+    assert (len(before), len(token), len(after)) == (20_000, 20_000, 24_000)
+    written = texts(figure)
+    assert outside(figure) == []
+    assert sum(map(len, written)) < 300
+    assert any(text.endswith("word ") for text in written)
+    assert any(text.startswith("aft") for text in written)

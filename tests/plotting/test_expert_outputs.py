@@ -76,7 +76,7 @@ def test_legend_names_all_experts_or_the_extremes(decomposed: Decomposed) -> Non
 
 def test_what_cannot_be_decomposed_is_refused(decomposed: Decomposed) -> None:
     outputs, neurons = decomposed.outputs, decomposed.neurons
-    with pytest.raises(InvalidInput, match=r"`experts` must be at least 2 .* got 1"):
+    with pytest.raises(InvalidInput, match=r"needs 2 experts or more; got 1; `entangle decompose"):
         figure_experts(outputs, neurons, experts=1)
     with pytest.raises(UnknownName, match="unknown kind 'denser'"):
         plot_experts(outputs, neurons=neurons, neuron=TOP, experts=2, kind="denser")

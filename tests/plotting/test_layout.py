@@ -10,7 +10,7 @@ from entangle import plotting
 from entangle.plotting.style import Column
 from tests.plotting.ablation_frames import ablation_frame
 from tests.plotting.decomposition_frames import TOP, Decomposed
-from tests.plotting.layout import outside, overlapping, texts
+from tests.plotting.layout import outside, overlapping, smallest_text, texts
 
 Draw = Callable[[Column, str], Figure]
 DIGEST = "0123456789abcdef"
@@ -69,6 +69,7 @@ def test_nothing_covers_anything_or_leaves_the_paper(draw: Draw, column: Column)
     assert overlapping(figure) == []
     assert outside(figure) == []
     assert texts(figure).count("run 0123456789ab") == 1
+    assert smallest_text(figure) >= 6.0
     assert len(plotting.drawn(figure)) > 0
 
 

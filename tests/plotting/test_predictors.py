@@ -71,6 +71,8 @@ def test_too_little_is_refused_in_one_line(decomposed: Decomposed) -> None:
         figure_predictors(rows.assign(ri=np.nan))
     with pytest.raises(InvalidInput, match="two different values"):
         figure_predictors(rows.assign(ri=1.0))
+    with pytest.raises(InvalidInput, match=r"needs 2 experts or more; got 1; `entangle decompose"):
+        figure_predictors(decomposed.neurons, experts=1)
     with pytest.raises(UnknownName, match="unknown predictor 'luck'"):
         plot_predictor(rows, predictor="luck")
     with pytest.raises(InvalidInput, match="without ri; the command `entangle decompose`"):

@@ -55,7 +55,7 @@ def test_bad_tables_are_one_clear_line(decomposed: Decomposed) -> None:
     )
     with pytest.raises(InvalidInput, match="at least one token with finite x and y"):
         plot_router_map(frame.assign(x=np.nan), experts=2)
-    with pytest.raises(InvalidInput, match="1 to 12 numbers of experts above 1; got 0"):
+    with pytest.raises(InvalidInput, match="needs 2 experts or more; got 1; `entangle decompose"):
         figure_router_map(frame.assign(experts=1))
     with pytest.raises(InvalidInput, match="without cluster; the command `entangle decompose`"):
         figure_router_map(frame.drop(columns="cluster"))

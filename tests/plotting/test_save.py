@@ -55,6 +55,37 @@ def test_the_size_is_the_figures_own_whatever_the_settings(figure: Figure, tmp_p
     assert b"/FontFile2" in other[0].read_bytes()
 
 
+def test_saving_leaves_the_figure_as_it_was(
+    figure: Figure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, shown = figure.get_layout_engine(), drawn(figure)
+    assert engine is not None
+    save_figure(figure, tmp_path / "a")
+    assert figure.get_layout_engine() is engine
+    pd.testing.assert_frame_equal(drawn(figure), shown)
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", full)
+    with pytest.raises(Unavailable):
+        save_figure(figure, tmp_path / "b")
+    assert figure.get_layout_engine() is engine
+
+
+@pytest.mark.parametrize("formats", [("pdf", "png"), ("png", "pdf"), ("png",)])
+def test_a_picture_is_the_same_whatever_else_is_written(
+    scores: pd.DataFrame, tmp_path: Path, formats: tuple[str, ...]
+) -> None:
+    pictures = []
+    for name, wanted in (("alone", ("png",)), ("both", formats)):
+        found = plot_wd_distribution(scores).get_figure(root=True)
+        assert found is not None
+        paths = save_figure(found, tmp_path / name, formats=wanted)
+        pictures += [path.read_bytes() for path in paths if path.suffix == ".png"]
+    assert pictures[0] == pictures[1]
+
+
 def test_existing_files_are_kept_unless_forced(figure: Figure, tmp_path: Path) -> None:
     old = tmp_path / "a.csv"
     old.write_text("precious")

@@ -3,6 +3,7 @@ from matplotlib.figure import Figure
 
 from entangle.errors import InvalidInput
 from entangle.plotting import sign
+from entangle.plotting.signature import add_seed
 from entangle.plotting.style import panel_grid, paper_style
 from tests.plotting.layout import outside, overlapping, texts
 
@@ -23,10 +24,23 @@ def test_the_digest_stands_below_all_else(label: str) -> None:
     figure = figure_with_label(label)
     height = figure.get_figheight()
     assert sign(figure, DIGEST) is figure
-    assert figure.get_figheight() == pytest.approx(height + 0.1)
+    assert figure.get_figheight() == pytest.approx(height + 0.11)
     assert "run 0123456789ab" in texts(figure)
     assert overlapping(figure) == []
     assert outside(figure) == []
+
+
+def test_the_seed_follows_the_digest() -> None:
+    figure = sign(figure_with_label("axes"), DIGEST)
+    figure.text(0.1, 0.9, "another text")
+    assert add_seed(figure, 7) is figure
+    assert {"run 0123456789ab, seed 7", "another text"} <= set(texts(figure))
+    assert overlapping(figure) == []
+    assert outside(figure) == []
+
+
+def test_a_seed_alone_is_not_written() -> None:
+    assert not add_seed(figure_with_label("axes"), 7).texts
 
 
 def test_no_digest_changes_nothing() -> None:

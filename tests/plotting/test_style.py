@@ -19,12 +19,15 @@ from entangle.plotting.style import (
     add_title,
     axes_or_new,
     column_width,
+    header_legend,
     join_clauses,
     legend_above,
     make_room,
+    panel_grid,
     shared_legend,
     wrap,
 )
+from entangle.plotting.text import printable
 
 
 @pytest.mark.parametrize(("column", "width"), [("single", 3.3), ("double", 6.9)])
@@ -93,6 +96,29 @@ def test_titles_are_broken_to_the_panel_and_taken_literally() -> None:
 
 def test_wrap_keeps_short_text() -> None:
     assert wrap(Figure().subplots(), "short\nlines", size=7.0) == "short\nlines"
+
+
+@pytest.mark.parametrize("name", ["模型\x00.gate", "層🙂\u202e", "$x_1$ \x85\u2028"])
+def test_names_from_elsewhere_are_spelled_out_where_no_font_has_them(name: str) -> None:
+    with paper_style():
+        figure, (ax, other) = panel_grid(2, column="single")
+        add_title(ax, name)
+        ax.plot([0, 1], [0, 1], label="line")
+        add_title(other, wrap(other, name, size=7.0))  # what is spelled out stays as it is
+        header_legend(figure, [ax], column="single", clauses=[name, name])
+        figure.draw_without_rendering()  # a missing glyph is a warning, which is an error
+    assert ax.get_title(loc="left") == other.get_title(loc="left") == printable(name)
+    assert printable(name) in figure.legends[0].get_title().get_text()
+
+
+def test_names_without_end_take_four_lines() -> None:
+    ax = axes_or_new(None)
+    lines = wrap(ax, "word " * 3000, size=7.0).split("\n")
+    assert len(lines) == 4
+    assert lines[-1].endswith("…")
+    clauses = join_clauses(["short", "x" * 9000], inches=3.3).split("\n")
+    assert len(clauses) == 5
+    assert clauses[0] == "short"
 
 
 def test_legend_raises_the_limit_only_where_it_would_cover_data() -> None:

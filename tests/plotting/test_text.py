@@ -1,4 +1,5 @@
 import re
+import unicodedata
 import warnings
 
 import matplotlib as mpl
@@ -6,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from entangle.html_tables import visible
 from entangle.plotting import paper_style
 from entangle.plotting.style import PaperFigure
 from entangle.plotting.text import printable, shorten, text_families, width
@@ -24,11 +26,19 @@ from entangle.plotting.text import printable, shorten, text_families, width
         ("\u2028", r"\u2028"),
         ("naïve Привет γειά שלום ▁Ġ", "naïve Привет γειά שלום ▁Ġ"),
         ("e\u0301", "é"),
+        ("می\u200cخواهم", "می\u200cخواهم"),
         ("", ""),
     ],
 )
 def test_every_character_can_be_seen(text: str, shown: str) -> None:
     assert printable(text) == shown
+
+
+@given(st.text(alphabet=st.characters(exclude_categories=[])))
+def test_a_figure_spells_out_what_a_page_does_and_missing_glyphs(text: str) -> None:
+    normal = unicodedata.normalize("NFC", text)
+    assert printable(visible(normal)) == printable(text)
+    assert printable(text).isascii() or visible(printable(text)) == printable(text)
 
 
 @given(st.text(alphabet=st.characters(exclude_categories=[])))

@@ -115,6 +115,14 @@ def test_bad_rows(rows: torch.Tensor) -> None:
         _prepare(rows=rows)
 
 
+@pytest.mark.parametrize(("sparsity", "zeros"), [(0.7, 4), (0.3, 2), (0.1, 0), (0.9, 4)])
+def test_halves_are_those_of_the_number_that_was_given(sparsity: float, zeros: int) -> None:
+    weight = torch.ones(1, 2, 5)  # 3.5, 1.5, 0.5 and 4.5 zeros a row, to the even integer
+    for share in (sparsity, torch.full((2,), sparsity, dtype=torch.float64)):
+        problem = _prepare(weight=weight, gram=None, sparsity=share)
+        assert problem.budget.tolist() == [[zeros, zeros]]
+
+
 def test_solver_dtype_follows_the_weight() -> None:
     for dtype, expected in [
         (torch.bfloat16, torch.float32),
@@ -123,3 +131,32 @@ def test_solver_dtype_follows_the_weight() -> None:
     ]:
         problem = _prepare(weight=torch.ones(2, 3, 8, dtype=dtype))
         assert problem.weight.dtype == problem.need_gram().dtype == expected
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [([0, 2], [0, 2]), ([True, False, True], [0, 2]), (range(1, 3), [1, 2]), ([], [])],
+)
+def test_rows_may_be_a_list(rows: list[int], expected: list[int]) -> None:
+    found = _prepare(rows=rows).rows
+    assert found is not None
+    assert found.dtype == torch.int64
+    assert found.tolist() == expected
+
+
+@pytest.mark.parametrize("rows", [[3], [0, 0], [-1], [True, False]])
+def test_bad_lists_of_rows(rows: list[int]) -> None:
+    with pytest.raises(InvalidInput, match="`rows` must be a boolean mask of 3 entries or"):
+        _prepare(rows=rows)
+
+
+def test_a_gram_that_the_solver_cannot_hold_names_the_expert() -> None:
+    gram = make(2, 3, 8)[1]
+    gram[1] *= 1e-48
+    weight = torch.ones(2, 3, 8, dtype=torch.float32)
+    with pytest.raises(NumericalError, match=r"expert 1 is too small for torch\.float32.*e-4\d"):
+        _prepare(weight=weight, gram=gram)
+    assert _prepare(gram=gram).gram is not None  # in float64
+    gram[1] *= 1e96
+    with pytest.raises(NumericalError, match="`gram` of expert 1 holds NaN or infinity"):
+        _prepare(weight=weight, gram=gram)

@@ -104,6 +104,20 @@ def test_scale_and_order_of_rows() -> None:
     torch.testing.assert_close(moved.loss_per_neuron, 16_000 * base.loss_per_neuron[:, order])
 
 
+@pytest.mark.parametrize("power", [2.0**-140, 2.0**-120, 2.0**-60, 2.0**100])
+@pytest.mark.parametrize("pattern", ["row", "block", "1:2"])
+def test_grams_at_the_ends_of_float32(power: float, pattern: str) -> None:
+    weight, gram = make(2, 8, 40, dtype=torch.float32)
+    gram[0, 5] = gram[0, :, 5] = 0
+    base = prune_sparsegpt(weight, gram, sparsity=0.5, pattern=pattern)
+    scale = torch.tensor([1.0, power])  # one expert keeps its scale
+    found = prune_sparsegpt(weight, gram * scale[:, None, None], sparsity=0.5, pattern=pattern)
+    assert torch.equal(found.mask, base.mask)
+    assert torch.equal(found.weight[0], base.weight[0])
+    torch.testing.assert_close(found.weight[1], base.weight[1], rtol=0, atol=2e-4)
+    assert torch.equal(found.damping, base.damping)
+
+
 def test_dead_weights_go_first_and_the_spared_stay() -> None:
     weight, gram = make(1, 1, 10)
     weight[0, 0, 2], weight[0, 0, 8] = 5, -4

@@ -1,0 +1,78 @@
+import math
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from entangle.errors import InvalidInput, UnknownName
+from entangle.expansion.arms import METHODS, Arm, arms, common_layers
+from entangle.models.loading import LanguageModel
+from entangle.plotting.style import METHOD_PALETTE
+from tests.allocation.samples import random_allocation
+
+
+def test_plain_methods_are_built_once_and_routed_ones_for_every_count() -> None:
+    found = arms(["wanda", "expansion", "expansion-random"], [0.5, 0.7], [1, 2, 4, 8, 16, 32])
+    counts = [2, 4, 8, 16, 32]
+    expected: list[Arm] = []
+    for sparsity in (0.5, 0.7):
+        expected.append(Arm("wanda", sparsity, 1))
+        expected += [Arm("expansion", sparsity, k) for k in counts]
+        expected += [Arm("expansion-random", sparsity, k) for k in counts]
+    assert found == expected
+
+
+def test_what_is_listed_twice_is_built_once() -> None:
+    found = arms(["wanda", "expansion", "wanda"], [0.5, 0.5], [4, 4])
+    assert found == [Arm("wanda", 0.5, 1), Arm("expansion", 0.5, 4)]
+
+
+@pytest.mark.parametrize(
+    ("methods", "sparsities", "experts", "message"),
+    [
+        (["wanda"], [], [16], "nothing to build"),
+        ([], [0.5], [16], "nothing to build"),
+        (["expansion"], [0.5], [], "nothing to build"),
+        (["expansion"], [0.5], [1], r"a number of `experts` above 1; got .* experts \[1\]"),
+        (["wanda"], [0.5, 1.5], [1], r"`sparsity` must be in \[0, 1\]; got 1.5"),
+        (["wanda"], [-0.1], [1], r"`sparsity` must be in \[0, 1\]"),
+        (["wanda"], [math.nan], [1], r"`sparsity` must be in \[0, 1\]"),
+        (["expansion"], [0.5], [4, 0], "`experts` must be an integer of at least 1; got 0"),
+    ],
+)
+def test_arms_are_checked_before_any_work(
+    methods: Sequence[str], sparsities: Sequence[float], experts: Sequence[int], message: str
+) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        arms(methods, sparsities, experts)
+
+
+def test_an_unknown_method_is_named() -> None:
+    with pytest.raises(UnknownName, match=r"unknown method 'wnda'\. Closest: wanda"):
+        arms(["wnda"], [0.5], [16])
+
+
+def test_every_method_has_a_colour() -> None:
+    assert set(METHOD_PALETTE) == set(METHODS)
+
+
+def test_keys_tell_arms_apart_and_labels_name_them() -> None:
+    made = [Arm("wanda", 0.5, 1), Arm("wanda", 0.7, 1), Arm("expansion", 0.5, 4)]
+    made += [Arm("expansion", 0.5, 8), Arm("expansion", 0.5, 8, "owl")]
+    assert len({arm.key for arm in made}) == 5
+    assert made[0].key == Arm("wanda", 0.5, 1).key
+    assert [arm.label for arm in made[2:]] == [
+        "expansion 0.5 k=4", "expansion 0.5 k=8", "expansion 0.5 k=8 owl",
+    ]  # fmt: skip
+
+
+def test_allocations_that_cannot_be_told_apart_or_compared_are_refused(
+    tiny: Callable[[str], LanguageModel],
+) -> None:
+    one = random_allocation(tiny("llama"))
+    with pytest.raises(InvalidInput, match="must not be called 'uniform'"):
+        arms(["wanda"], [0.5], [1], allocations=[("uniform", one)])
+    with pytest.raises(InvalidInput, match="are called 'a' and could not be told apart"):
+        arms(["wanda"], [0.5], [1], allocations=[("a", one), ("a", one)])
+    others = [("a", one), ("b", random_allocation(tiny("llama"), proj="up_proj"))]
+    with pytest.raises(InvalidInput, match="must be for the same layers; 'a' has 9 and 'b' has 3"):
+        common_layers(others)

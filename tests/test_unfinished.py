@@ -1,0 +1,96 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from entangle.errors import InvalidInput
+from entangle.unfinished import DIGESTS, PLAN, Unfinished, file_digest
+
+MANIFEST = {"model": "m", "calibration": "c", "evaluation": None, "settings": {"k": 2}}
+
+
+def begin(final: Path, *, resume: bool = False, **changes: object) -> Unfinished:
+    return Unfinished(
+        final, MANIFEST | changes, what="job", ending="working", resume=resume, force=False
+    )
+
+
+def piece(content: bytes) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        path.write_bytes(content)
+
+    return write
+
+
+def test_a_digest_by_hand(tmp_path: Path) -> None:
+    (tmp_path / "abc").write_bytes(b"abc")
+    assert file_digest(tmp_path / "abc").startswith("ba7816bf8f01cfea414140de5dae2223b00361a3")
+
+
+def test_pieces_are_found_by_a_later_run(tmp_path: Path) -> None:
+    work = begin(tmp_path / "x")
+    assert work.find("a.bin") is None
+    assert not work.path.exists()  # it appears with the first piece
+    work.keep("a.bin", piece(b"first"))
+    work.keep("b.bin", piece(b"second"))
+    work.keep("a.bin", piece(b"other"))
+    names = sorted(path.name for path in work.path.iterdir())
+    assert names == ["a.bin", "b.bin", DIGESTS, PLAN]
+    later = begin(tmp_path / "x", resume=True)
+    found = later.find("a.bin")
+    assert found == tmp_path / ".x.working" / "a.bin"
+    assert found.read_bytes() == b"first"
+    assert later.digests() == {name: file_digest(work.path / name) for name in ("a.bin", "b.bin")}
+    later.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_work_with_other_settings_is_refused(tmp_path: Path) -> None:
+    begin(tmp_path / "x").begin()
+    with pytest.raises(InvalidInput, match="has another settings"):
+        begin(tmp_path / "x", resume=True, settings={"k": 3})
+    with pytest.raises(InvalidInput, match="has another calibration"):
+        begin(tmp_path / "x", resume=True, calibration="d")
+
+
+@pytest.mark.parametrize("content", [b"", b"firs", b"firsT", b"first "])
+def test_a_piece_that_was_changed_is_refused(tmp_path: Path, content: bytes) -> None:
+    work = begin(tmp_path / "x")
+    work.keep("a.bin", piece(b"first"))
+    (work.path / "a.bin").write_bytes(content)
+    with pytest.raises(InvalidInput, match=r"a\.bin' was truncated or altered; remove it"):
+        begin(tmp_path / "x", resume=True).find("a.bin")
+
+
+def test_a_piece_without_its_digest_is_refused(tmp_path: Path) -> None:
+    work = begin(tmp_path / "x")
+    work.keep("a.bin", piece(b"first"))
+    (work.path / DIGESTS).unlink()
+    with pytest.raises(InvalidInput, match="was truncated or altered"):
+        work.find("a.bin")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1, 2]", "3"])
+@pytest.mark.parametrize("name", [DIGESTS, PLAN])
+def test_files_that_are_unreadable_are_named(tmp_path: Path, name: str, content: str) -> None:
+    work = begin(tmp_path / "x")
+    work.keep("a.bin", piece(b"first"))
+    (work.path / name).write_text(content)
+    with pytest.raises(InvalidInput, match=f"has no readable {name} .*start anew with --force"):
+        begin(tmp_path / "x", resume=True).find("a.bin")
+
+
+def test_a_piece_that_fails_leaves_the_others(tmp_path: Path) -> None:
+    def fail(path: Path) -> None:
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    work = begin(tmp_path / "x")
+    work.keep("a.bin", piece(b"first"))
+    with pytest.raises(KeyboardInterrupt):
+        work.keep("b.bin", fail)
+    later = begin(tmp_path / "x", resume=True)
+    assert later.find("a.bin") is not None
+    assert later.find("b.bin") is None
+    assert json.loads((work.path / PLAN).read_text()) == MANIFEST
