@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from entangle.ablation import AblationResult, ablate, load_ablation
+    from entangle.allocation import allocate, load_allocation
     from entangle.calibration import CalibrationSet, load_calibration
     from entangle.decomposition import Decomposition, decompose, load_decomposition
     from entangle.evaluation import load_evaluation, load_minimal_pairs, perplexity
     from entangle.expansion import expand, load_expanded
+    from entangle.expansion.compare import compare, load_comparison
     from entangle.explorer import explore
     from entangle.models.loading import LanguageModel, load_model
     from entangle.modes import neuron_modes
@@ -32,11 +34,15 @@ _HOMES = {
     "LanguageModel": "entangle.models.loading",
     "NeuronScores": "entangle.scoring.scores",
     "ablate": "entangle.ablation",
+    "allocate": "entangle.allocation",
+    "compare": "entangle.expansion.compare",
     "decompose": "entangle.decomposition",
     "expand": "entangle.expansion",
     "explore": "entangle.explorer",
     "load_ablation": "entangle.ablation",
+    "load_allocation": "entangle.allocation",
     "load_calibration": "entangle.calibration",
+    "load_comparison": "entangle.expansion.compare",
     "load_decomposition": "entangle.decomposition",
     "load_evaluation": "entangle.evaluation",
     "load_expanded": "entangle.expansion",
@@ -56,11 +62,15 @@ __all__ = [
     "NeuronScores",
     "__version__",
     "ablate",
+    "allocate",
+    "compare",
     "decompose",
     "expand",
     "explore",
     "load_ablation",
+    "load_allocation",
     "load_calibration",
+    "load_comparison",
     "load_decomposition",
     "load_evaluation",
     "load_expanded",

@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,13 +33,17 @@ PACKAGES = (
 
 def package_versions() -> dict[str, str]:
     """Return the installed version of every package that results depend on."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    installed = {name: _installed(name) for name in PACKAGES}
+    found = {name: one for name, one in installed.items() if one is not None}
+    return {"python": platform.python_version(), **found}
+
+
+@cache
+def _installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def peak_memory_bytes() -> int:

@@ -40,7 +40,7 @@ def add_parser(subparsers: options.Subparsers) -> None:
     )
     options.add_model_options(parser)
     options.add_layer_options(parser)
-    options.add_calibration_options(parser, n_seq=N_SEQ, seq_len=SEQ_LEN)
+    options.add_calibration_options(parser, n_seq=N_SEQ, seq_len=SEQ_LEN, holds_back=True)
     _add_selection_options(parser)
     _add_arm_options(parser)
     _add_measure_options(parser)
@@ -163,7 +163,7 @@ def run(arguments: argparse.Namespace) -> None:
     allocation = _allocation(arguments)
     scores = _scores(arguments)
     selections = _selections(arguments, scores)
-    _split_demo(arguments)
+    _default_data(arguments)
     model = options.load_model(arguments)
     text, pairs = _text(arguments, model, measures), _pairs(arguments, measures)
     result = ablate(
@@ -294,10 +294,8 @@ def _measures(arguments: argparse.Namespace) -> list[str]:
     return list(measures)
 
 
-def _split_demo(arguments: argparse.Namespace) -> None:
-    """Calibrate on some of the demo's articles and evaluate on others, unless told otherwise."""
-    if arguments.data is None and arguments.calibration == "demo" and arguments.split is None:
-        arguments.split = "train"
+def _default_data(arguments: argparse.Namespace) -> None:
+    """Evaluate on the demo's articles that are not calibrated on, unless told otherwise."""
     if arguments.data is None:
         arguments.data, arguments.data_split = "demo", arguments.data_split or "test"
 

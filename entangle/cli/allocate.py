@@ -39,7 +39,7 @@ def add_parser(subparsers: options.Subparsers) -> None:
     )
     options.add_loading_options(group)
     options.add_layer_options(parser)
-    options.add_calibration_options(parser, n_seq=N_SEQ, seq_len=SEQ_LEN)
+    options.add_calibration_options(parser, n_seq=N_SEQ, seq_len=SEQ_LEN, holds_back=True)
     group = parser.add_argument_group("output")
     group.add_argument("--out", metavar="FILE", help="write the allocation (.safetensors)")
     group.add_argument(

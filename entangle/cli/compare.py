@@ -31,7 +31,7 @@ def add_parser(subparsers: options.Subparsers) -> None:
         "perplexity on another text than they were calibrated on.",
     )
     options.add_model_options(parser)
-    options.add_calibration_options(parser, n_seq=N_SEQ, seq_len=SEQ_LEN)
+    options.add_calibration_options(parser, n_seq=N_SEQ, seq_len=SEQ_LEN, holds_back=True)
     group = parser.add_argument_group("comparison")
     group.add_argument(
         "--methods", default="magnitude,wanda,sparsegpt,expansion,expansion-random",

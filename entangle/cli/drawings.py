@@ -271,14 +271,13 @@ def _of_one_neuron(
 
 def _of_allocation(one: Run, column: Column) -> Iterator[Drawing]:
     from entangle.allocation import load_allocation
+    from entangle.allocation.labels import rule_label
     from entangle.plotting import figure_allocation
 
     allocation = load_allocation(one.path)
 
     def draw() -> "Figure":
-        settings = one.manifest.get("settings")
-        rule = settings.get("rule") if isinstance(settings, Mapping) else None
-        title = f"rule {rule}" if rule else ""
+        title = f"{rule_label(allocation)}, {100 * allocation.overall:.4g} % zeros"
         return figure_allocation(
             allocation.layers, allocation.neurons, title=title, column=column, digest=one.digest
         )

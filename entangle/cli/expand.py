@@ -36,7 +36,7 @@ def add_parser(subparsers: options.Subparsers) -> None:
     )
     options.add_model_options(parser)
     options.add_layer_options(parser)
-    options.add_calibration_options(parser, n_seq=N_SEQ, seq_len=SEQ_LEN)
+    options.add_calibration_options(parser, n_seq=N_SEQ, seq_len=SEQ_LEN, holds_back=True)
     group = parser.add_argument_group("expansion")
     group.add_argument("--experts", type=int, default=16, help="experts a layer (default: 16)")
     group.add_argument("--sparsity", type=float, help="share of zeros (default: 0.7)")

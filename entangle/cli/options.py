@@ -118,8 +118,13 @@ def chosen_layers(arguments: argparse.Namespace, allocation: "Allocation | None"
     return {"layers": arguments.layer or "all", "proj": arguments.proj or "mlp"}
 
 
-def add_calibration_options(parser: argparse.ArgumentParser, *, n_seq: int, seq_len: int) -> None:
-    """Add where the text comes from and how it is cut."""
+def add_calibration_options(
+    parser: argparse.ArgumentParser, *, n_seq: int, seq_len: int, holds_back: bool = False
+) -> None:
+    """Add where the text comes from and how it is cut.
+
+    A command that fits weights ``holds_back`` the demo's ``test`` articles for evaluation.
+    """
     group = parser.add_argument_group("calibration")
     group.add_argument(
         "--calibration",
@@ -129,7 +134,11 @@ def add_calibration_options(parser: argparse.ArgumentParser, *, n_seq: int, seq_
         "folder of them, or token ids in .safetensors (default: demo)",
     )
     group.add_argument("--config", help="configuration of a hub data set")
-    group.add_argument("--split", help="split of a hub data set")
+    articles = "train, which leaves the test articles out," if holds_back else "all articles"
+    group.add_argument(
+        "--split", help=f"split of a hub data set, or of demo: train or test (default: {articles} "
+        "of demo)"
+    )  # fmt: skip
     group.add_argument("--column", help="column that holds the text")
     group.add_argument(
         "--n-seq",
@@ -156,7 +165,8 @@ def add_calibration_options(parser: argparse.ArgumentParser, *, n_seq: int, seq_
     group.add_argument(
         "--special-tokens", action="store_true", help="add the tokenizer's special tokens"
     )
-    parser.set_defaults(default_n_seq=n_seq, default_seq_len=seq_len)
+    split = "train" if holds_back else None
+    parser.set_defaults(default_n_seq=n_seq, default_seq_len=seq_len, demo_split=split)
 
 
 def load_calibration(arguments: argparse.Namespace, model: "LanguageModel") -> "CalibrationSet":
@@ -168,6 +178,7 @@ def load_calibration(arguments: argparse.Namespace, model: "LanguageModel") -> "
         n_seq = arguments.default_n_seq if n_seq is None else n_seq
         longest = min(arguments.default_seq_len, limit or arguments.default_seq_len)
         seq_len = longest if seq_len is None else seq_len
+    unnamed = arguments.calibration == "demo" and arguments.split is None
     return load_calibration(
         arguments.calibration,
         model.tokenizer,
@@ -176,7 +187,7 @@ def load_calibration(arguments: argparse.Namespace, model: "LanguageModel") -> "
         seed=arguments.seed,
         sampling=arguments.sampling,
         join=interpret_escapes(arguments.join),
-        split=arguments.split,
+        split=arguments.demo_split if unnamed else arguments.split,
         config=arguments.config,
         column=arguments.column,
         add_special_tokens=arguments.special_tokens,

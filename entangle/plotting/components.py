@@ -179,9 +179,10 @@ def _draw(ax: Axes, rows: pd.DataFrame) -> list[Entry]:
         )  # fmt: skip
         entries.append((dots, name))
     x, y = rows[["components_90", "error"]].to_numpy(np.float64).T
+    entries += _draw_front(ax, x, y)
     ax.set(xlabel=X_LABEL, ylabel=Y_LABEL)
     ax.set_ylim(bottom=0.0)
-    return entries + _draw_front(ax, x, y)
+    return entries
 
 
 def _draw_front(ax: Axes, x: Floats, y: Floats) -> list[Entry]:

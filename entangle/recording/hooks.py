@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Int
@@ -48,21 +49,22 @@ def observe(layers: Sequence[Layer], callback: Callback) -> Iterator[None]:
     """
     with ExitStack() as stack:
         for layer in layers:
-            handle = layer.module.register_forward_hook(_hook(layer, callback), with_kwargs=True)
+            notify = partial(_notify, layer, callback)
+            handle = layer.module.register_forward_hook(notify, with_kwargs=True)
             stack.callback(handle.remove)
         yield
 
 
-def _hook(
-    layer: Layer, callback: Callback
-) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor], Tensor], None]:
-    def notify(
-        _module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor
-    ) -> None:
-        inputs = args[0] if args else next(iter(kwargs.values()))
-        callback(layer, inputs.detach(), output.detach())
-
-    return notify
+def _notify(
+    layer: Layer,
+    callback: Callback,
+    _module: nn.Module,
+    args: tuple[Tensor, ...],
+    kwargs: dict[str, Tensor],
+    output: Tensor,
+) -> None:
+    inputs = args[0] if args else next(iter(kwargs.values()))
+    callback(layer, inputs.detach(), output.detach())
 
 
 @contextmanager
@@ -91,26 +93,27 @@ def edit(edits: Sequence[Edit]) -> Iterator[None]:
     """
     with ExitStack() as stack:
         for layer, function in edits:
-            handle = layer.module.register_forward_hook(_editing_hook(layer, function))
+            handle = layer.module.register_forward_hook(partial(_replace, layer, function))
             stack.callback(handle.remove)
         yield
 
 
-def _editing_hook(
-    layer: Layer, function: Callable[[Tensor], Tensor]
-) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-    def replace(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        edited: object = function(output)
-        wanted = _looks(output)
-        if not isinstance(edited, Tensor) or _looks(edited) != wanted:
-            found = _looks(edited) if isinstance(edited, Tensor) else type(edited).__name__
-            raise InvalidInput(
-                f"an edit must keep the shape, dtype and device of the output of {layer.name!r}, "
-                f"{wanted}; got {found}."
-            )
-        return edited
-
-    return replace
+def _replace(
+    layer: Layer,
+    function: Callable[[Tensor], Tensor],
+    _module: nn.Module,
+    _args: tuple[Tensor, ...],
+    output: Tensor,
+) -> Tensor:
+    edited: object = function(output)
+    wanted = _looks(output)
+    if not isinstance(edited, Tensor) or _looks(edited) != wanted:
+        found = _looks(edited) if isinstance(edited, Tensor) else type(edited).__name__
+        raise InvalidInput(
+            f"an edit must keep the shape, dtype and device of the output of {layer.name!r}, "
+            f"{wanted}; got {found}."
+        )
+    return edited
 
 
 def _looks(tensor: Tensor) -> str:

@@ -1,15 +1,23 @@
 import argparse
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, cast
 
 import pytest
 
+from entangle import calibration
+from entangle.cli.main import build_parser
 from entangle.cli.options import (
     add_calibration_options,
     add_layer_options,
+    load_calibration,
     names,
     numbers,
     parse_bytes,
 )
 from entangle.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from entangle.models.loading import LanguageModel
 
 
 @pytest.mark.parametrize(
@@ -48,3 +56,28 @@ def test_blanks_around_the_parts_of_a_list_do_not_matter() -> None:
     assert numbers(" 1, 16", int) == [1, 16]
     with pytest.raises(InvalidInput, match=r"a list must look like 1,16; got '1, , 2'\."):
         numbers("1, , 2", int)
+
+
+@pytest.mark.parametrize(
+    ("command", "split"),
+    [
+        ("score", None),
+        ("decompose --layer 1 --proj up_proj", None),
+        ("expand --out x", "train"),
+        ("compare --data wikitext2", "train"),
+        ("ablate", "train"),
+        ("allocate scores --sparsity 0.7 --out x", "train"),
+        ("expand --out x --split test", "test"),
+        ("expand --out x --calibration wikitext2", None),
+    ],
+)
+def test_what_fits_weights_leaves_the_demo_s_test_articles_out(
+    monkeypatch: pytest.MonkeyPatch, command: str, split: str | None
+) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(
+        calibration, "load_calibration", lambda *_names, **settings: asked.append(settings["split"])
+    )
+    model = SimpleNamespace(context_length=None, tokenizer=None, vocab_size=None)
+    load_calibration(build_parser().parse_args(command.split()), cast("LanguageModel", model))
+    assert asked == [split]

@@ -129,14 +129,15 @@ def test_modes_come_with_the_outputs_that_they_are_of(
 ) -> None:
     """Not with those of the scores, which may be of another text."""
     half = CalibrationSet(calibration.ids[:6], "half of it", {})
-    mine = decompose(llama, half, layer=GATE, neurons=[3], experts=(1,), contexts=1, separated=0)
-    of_table = explore(scores, decomposition=mine)._modes.known(GATE, 3)
-    of_model = explore(scores, half, model=llama)._modes.find(GATE, 3)
-    assert of_table is not None
-    for found in (of_table, of_model):
-        assert found.histogram["count"].sum() == found.modes["tokens"].sum() == 6 * 16
-    assert of_table.mean == pytest.approx(of_model.mean)
-    assert of_table.std == pytest.approx(of_model.std)
+    mine = decompose(llama, half, layer=GATE, neurons=[3, 5], experts=(1,), contexts=1, separated=0)
+    for neuron in (3, 5):
+        of_table = explore(scores, decomposition=mine)._modes.known(GATE, neuron)
+        of_model = explore(scores, half, model=llama)._modes.find(GATE, neuron)
+        assert of_table is not None
+        for found in (of_table, of_model):
+            assert found.histogram["count"].sum() == found.modes["tokens"].sum() == 6 * 16
+        assert of_table.mean == pytest.approx(of_model.mean)
+        assert of_table.std == pytest.approx(of_model.std)
 
 
 def test_a_decomposition_is_shown_at_once(

@@ -47,6 +47,15 @@ def test_front_is_fitted_to_the_clusters_that_none_beats() -> None:
     assert "front: error ∝ components^0.50 fitted to the ringed 3" in words(ax)
 
 
+def test_the_whole_front_is_on_the_axes() -> None:
+    points = [(40.0, 0.08), (42.0, 0.23), (150.0, 0.29), (200.0, 0.35), (360.0, 0.44)]
+    ax = plot_components(table(points), n_boot=5)
+    line = shown(ax).query("series == 'fitted front'")
+    assert line["y"].max() > 0.44  # the line ends above its last point
+    assert ax.get_ylim()[0] == 0.0
+    assert ax.get_ylim()[1] > line["y"].max()
+
+
 @pytest.mark.parametrize("points", [[(5.0, 0.2)], [(5.0, 0.2), (5.0, 0.3)], [(0.0, 0.1)] * 2])
 def test_without_two_places_there_is_no_front(points: list[tuple[float, float]]) -> None:
     assert "front" not in words(plot_components(table(points), n_boot=5))

@@ -141,7 +141,7 @@ def test_neuron_output_takes_the_row(scores: pd.DataFrame, histogram: pd.DataFra
     row = scores.iloc[17]
     item = NeuronOutput.of(row, histogram)
     assert (item.mean, item.std, item.wd, item.wd_se) == tuple(row[["mean", "std", "wd", "wd_se"]])
-    assert item.label == "block 1 · gate_proj, neuron 17"
+    assert item.label == "block 1 · gate_proj, neuron\u00a017"
     with pytest.raises(InvalidInput, match="without std;"):
         NeuronOutput.of(row.drop("std"), histogram)
 
