@@ -143,7 +143,7 @@ def build_blocks(
         Which layers, and how.
     streams
         Hidden states that follow the build. The first is the calibration set, whose inputs to the
-        block's dense layers the experts are fitted on.
+        block's dense layers the experts are fitted on; it goes no further than the last of them.
     memory
         Bytes for the recorded inputs of one block; what is beyond goes to a temporary file.
     finished
@@ -159,6 +159,7 @@ def build_blocks(
     runner = BlockRunner(module)
     for stream in streams:
         stream.enter(runner)
+    last = max(plan.layers, default=-1)
     for index in range(runner.n_blocks):
         layers = plan.layers.get(index, ())
         expanded = finished(index) if layers else ()
@@ -166,7 +167,7 @@ def build_blocks(
             expanded = _expand_block(runner, streams[0], index, layers, plan, memory)
         for one in expanded:
             module.set_submodule(one.layer.name, one.module)
-        for stream in streams:
+        for stream in streams if index < last else streams[1:]:
             stream.advance(runner, index)
         for one in expanded:
             one.module.routing.forget()
