@@ -109,8 +109,8 @@ class Arms:
         listed = ", ".join(f"{count} of {series}" for series, count in lost.items())
         bare = int((~np.isfinite(self.rows[["low", "high"]].to_numpy())).any(axis=1).sum())
         clauses = (
-            str(self.rows["model"].iloc[0]),
-            text,
+            f"model {self.rows['model'].iloc[0]}",
+            f"evaluated on {text}" if text else "",
             self._neurons(),
             self._dense_perplexity(),
             f"bars: {self._interval()}",

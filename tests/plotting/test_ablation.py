@@ -102,7 +102,7 @@ def legend_words(ax: Axes) -> str:
 def test_the_legend_says_in_words_what_is_shown(frame: pd.DataFrame) -> None:
     assert legend_words(plot_ablation(frame, text=TEXT)) == "; ".join(
         [
-            "SparseGPT", "tiny", TEXT, "n = 39 neurons in 9 layers", "dense perplexity 20",
+            "SparseGPT", "model tiny", f"evaluated on {TEXT}", "n = 39 neurons in 9 layers", "dense perplexity 20",
             "bars: 95 % paired bootstrap over windows",
             "seeds: dots, their median, bar over all intervals",
         ]
@@ -233,7 +233,7 @@ def test_experts_are_along_x_at_one_strength() -> None:
     ax = plot_ablation(frame, experts=16)
     expected = [1.0 + (ratio - 1.0) / 16 for ratio in RATIOS["top", "wd"]]
     np.testing.assert_allclose(numbers(lines(ax)["top WD"].get_ydata()), expected)
-    assert legend_words(ax).startswith("SparseGPT, 16 experts; tiny")
+    assert legend_words(ax).startswith("SparseGPT, 16 experts; model tiny")
 
 
 def test_random_clusters_and_matched_controls_are_drawn_apart() -> None:

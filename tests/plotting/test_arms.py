@@ -98,8 +98,8 @@ def test_labels_count_seeds_and_unusual_numbers_of_neurons(frame: pd.DataFrame) 
 
 def test_notes_say_what_the_arms_are(frame: pd.DataFrame) -> None:
     assert read_arms(frame, RATIO).notes("WikiText-2") == [
-        "tiny",
-        "WikiText-2",
+        "model tiny",
+        "evaluated on WikiText-2",
         "n = 39 neurons in 9 layers",
         "dense perplexity 20",
         "bars: 95 % paired bootstrap over windows",
@@ -110,7 +110,7 @@ def test_notes_say_what_the_arms_are(frame: pd.DataFrame) -> None:
 def test_notes_say_no_more_than_they_know(frame: pd.DataFrame) -> None:
     rows = frame[of_top(frame)].assign(n_rows=1, layers="1 layers", measure="accuracy")
     rows = rows.drop_duplicates("strength")
-    notes = ["tiny", "n = 1 neuron in 1 layer", "bars: 95 % Wilson"]
+    notes = ["model tiny", "n = 1 neuron in 1 layer", "bars: 95 % Wilson"]
     assert read_arms(rows, "accuracy").notes(None) == notes
     rows["layers"] = ["1 layers", "2 layers", "3 layers"]
     assert read_arms(rows, "accuracy").notes(None)[1] == "n = 1 neuron"
