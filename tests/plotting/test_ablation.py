@@ -102,7 +102,8 @@ def legend_words(ax: Axes) -> str:
 def test_the_legend_says_in_words_what_is_shown(frame: pd.DataFrame) -> None:
     assert legend_words(plot_ablation(frame, text=TEXT)) == "; ".join(
         [
-            "SparseGPT", "model tiny", f"evaluated on {TEXT}", "n = 39 neurons in 9 layers", "dense perplexity 20",
+            "SparseGPT", "model tiny", f"evaluated on {TEXT}", "n = 39 neurons in 9 layers",
+            "dense perplexity 20",
             "bars: 95 % paired bootstrap over windows",
             "seeds: dots, their median, bar over all intervals",
         ]
