@@ -1,21 +1,17 @@
 """Where a sweep keeps its finished arms, so that a killed sweep goes on where it was."""
 
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from safetensors.numpy import save as to_safetensors
 
 from entangle.errors import InvalidInput
-from entangle.provenance import disk_errors, expanded
+from entangle.provenance import expanded
 from entangle.unfinished import Unfinished, is_made
-
-_REMEDY = "name another folder; --resume goes on with what is written"
 
 
 def is_finished(
@@ -71,32 +67,25 @@ class ArmFolder:
         self._unfinished = Unfinished(
             final, manifest, what="ablation", ending="ablating", resume=resume, force=force
         )
-        self.path = self._unfinished.path
 
     def read(self, key: str) -> dict[str, NDArray[np.float64]] | None:
         """Return the raw numbers of a finished arm, or None."""
-        path = self._file(key)
-        if not path.exists():
-            return None
-        try:
-            return dict(load_file(path))
-        except (OSError, SafetensorError, ValueError) as error:
-            raise InvalidInput(
-                f"{str(path)!r} is damaged ({error}); remove it and go on with --resume."
-            ) from error
+        path = self._unfinished.find(_file(key))
+        return None if path is None else dict(load_file(path))
 
     def write(self, key: str, found: Mapping[str, NDArray[np.float64]]) -> None:
         """Keep the raw numbers of an arm; the file appears when it is complete."""
-        self._unfinished.begin()
-        path = self._file(key)
-        with disk_errors(self._unfinished.final, remedy=_REMEDY):
-            temporary = path.with_suffix(".writing")
-            temporary.write_bytes(to_safetensors(dict(found)))
-            os.replace(temporary, path)  # noqa: PTH105  (the atomic one)
+        content = to_safetensors(dict(found))
+
+        def write(path: Path) -> None:
+            path.write_bytes(content)
+
+        self._unfinished.keep(_file(key), write)
 
     def remove(self) -> None:
         """Remove the arms' files, once the result is saved."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        self._unfinished.remove()
 
-    def _file(self, key: str) -> Path:
-        return self.path / f"arm-{key}.safetensors"
+
+def _file(key: str) -> str:
+    return f"arm-{key}.safetensors"

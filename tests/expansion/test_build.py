@@ -1,6 +1,14 @@
+from collections.abc import Callable
+
+import pytest
 import torch
 
+from entangle.calibration import CalibrationSet
+from entangle.evaluation import EvaluationText, perplexity
+from entangle.expansion import expand
 from entangle.expansion.build import _joined
+from entangle.models.blocks import BlockRunner
+from entangle.models.loading import LanguageModel
 
 
 def test_batches_are_joined_in_order_and_within_the_limit() -> None:
@@ -13,3 +21,35 @@ def test_batches_are_joined_in_order_and_within_the_limit() -> None:
 def test_other_lengths_are_not_joined() -> None:
     batches = [torch.zeros(1, 4), torch.zeros(1, 5), torch.zeros(2, 5), torch.zeros(9, 5)]
     assert [tuple(part.shape) for part in _joined(batches, 20)] == [(1, 4), (3, 5), (9, 5)]
+
+
+def test_calibration_tokens_go_no_further_than_the_last_expanded_block(
+    tiny: Callable[[str], LanguageModel],
+    calibration: CalibrationSet,
+    text: EvaluationText,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    passed: list[tuple[int, int]] = []
+    whole = BlockRunner.run
+
+    def noted(self: BlockRunner, index: int, hidden: torch.Tensor, *rest: object) -> torch.Tensor:
+        passed.append((index, hidden.shape[0] * hidden.shape[1]))
+        return whole(self, index, hidden, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(BlockRunner, "run", noted)
+    model = tiny("llama")
+    one = expand(
+        model, calibration, experts=3, sparsity=0.5, restarts=2, layers=[0], evaluation=text,
+        keep=False, progress=False,
+    )  # fmt: skip
+    probe = 4  # tokens, to see which layers run
+    tokens = [sum(n for i, n in passed if i == block and n > probe) for block in range(3)]
+    assert tokens == [calibration.ids.numel() + text.windows.numel()] + 2 * [text.windows.numel()]
+    monkeypatch.undo()
+    same = expand(
+        model, calibration, experts=3, sparsity=0.5, restarts=2, layers=[0], evaluation=text,
+        progress=False,
+    )  # fmt: skip
+    assert same.model is not None
+    assert one.perplexity is not None
+    assert one.perplexity.value == pytest.approx(perplexity(same.model, text).value, rel=1e-5)

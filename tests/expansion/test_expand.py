@@ -11,7 +11,6 @@ from entangle.calibration import CalibrationSet
 from entangle.errors import EntangleError, InvalidInput, NumericalError
 from entangle.evaluation import EvaluationText, perplexity
 from entangle.expansion import ExpandedLinear, Expansion, expand, load_expanded
-from entangle.models.blocks import BlockRunner
 from entangle.models.layers import find_layers
 from entangle.models.loading import LanguageModel, as_language_model
 from entangle.seeding import torch_rng
@@ -76,29 +75,6 @@ def test_perplexity_of_the_build_is_that_of_the_built_model(
     assert found.model is not None
     again = perplexity(found.model, text).value
     assert found.perplexity.value == pytest.approx(again, rel=1e-5)
-
-
-def test_calibration_tokens_go_no_further_than_the_last_expanded_block(
-    tiny: Tiny, calibration: CalibrationSet, text: EvaluationText, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    passed: list[tuple[int, int]] = []
-    whole = BlockRunner.run
-
-    def noted(self: BlockRunner, index: int, hidden: torch.Tensor, *rest: object) -> torch.Tensor:
-        passed.append((index, hidden.shape[0] * hidden.shape[1]))
-        return whole(self, index, hidden, *rest)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(BlockRunner, "run", noted)
-    model = tiny("llama")
-    one = run(model, calibration, layers=[0], evaluation=text, keep=False)
-    probe = 4  # tokens, to see which layers run
-    tokens = [sum(n for i, n in passed if i == block and n > probe) for block in range(3)]
-    assert tokens == [calibration.ids.numel() + text.windows.numel()] + 2 * [text.windows.numel()]
-    monkeypatch.undo()
-    same = run(model, calibration, layers=[0], evaluation=text)
-    assert same.model is not None
-    assert one.perplexity is not None
-    assert one.perplexity.value == pytest.approx(perplexity(same.model, text).value, rel=1e-5)
 
 
 def test_more_clusters_fit_better_than_random_ones(tiny: Tiny, calibration: CalibrationSet) -> None:
