@@ -152,7 +152,8 @@ def bisect_fraction(
     share = 0.5
     if math.isfinite(bottom[1]) and math.isfinite(top[1]) and top[1] > bottom[1]:
         share = (target - bottom[1]) / (top[1] - bottom[1])
-    return bottom[0] * (top[0] / bottom[0]) ** share, bottom[0], top[0]
+    found = bottom[0] * (top[0] / bottom[0]) ** share
+    return min(max(found, bottom[0]), top[0]), bottom[0], top[0]
 
 
 def mean_loss(losses: NDArray[np.float64]) -> float:

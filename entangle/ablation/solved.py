@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from entangle.allocation.allocation import Allocation
-from entangle.errors import NumericalError
+from entangle.allocation.steps import ROW
+from entangle.errors import InvalidInput, NumericalError
 from entangle.models.layers import Layer
 from entangle.pruning import prune
 from entangle.stats.gram import GramResult
@@ -63,16 +64,19 @@ def solve_rows(
     grams
         ``XᵀX`` of each layer's inputs, by layer name.
     sparsities
-        Shares of zeros in [0, 1], or allocations that hold all of the layers.
+        Shares of zeros in [0, 1], or allocations that hold all of the layers, all of one pattern.
     pruner, damping, seed
         As in `entangle.pruning.prune` (``pruner`` is its ``method``). The zeros of ``"random"``
         also depend on which rows and sparsities are solved together.
 
     Raises
     ------
+    InvalidInput
+        If the allocations' patterns differ.
     NumericalError
         If a gram cannot be factorised; the message names the layers.
     """
+    pattern = _pattern(sparsities)
     solved: dict[str, SolvedRows] = {}
     groups: dict[int, list[Layer]] = {}
     for layer in layers:
@@ -91,7 +95,8 @@ def solve_rows(
             result = prune(
                 dense.repeat(len(sparsities), 1),
                 grams[members[0].name].gram.to(dense.device),
-                method=pruner, sparsity=shares.to(dense.device), damping=damping, seed=seed,
+                method=pruner, sparsity=shares.to(dense.device), pattern=pattern,
+                damping=damping, seed=seed,
             )  # fmt: skip
         except NumericalError as error:
             names = ", ".join(layer.name for layer in members)
@@ -108,6 +113,17 @@ def solve_rows(
             )
             start = own.stop
     return solved
+
+
+def _pattern(levels: Sequence[Level]) -> str:
+    """Return the pattern of all levels; that of a share of zeros is ``row``."""
+    patterns = {one.pattern if isinstance(one, Allocation) else ROW for one in levels} or {ROW}
+    if len(patterns) > 1:
+        raise InvalidInput(
+            f"`sparsities` must have one pattern; got {' and '.join(sorted(patterns))}: solve them "
+            "one after the other."
+        )
+    return patterns.pop()
 
 
 def _shares(

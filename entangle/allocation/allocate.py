@@ -147,6 +147,7 @@ def allocate(
         experts=None,
         manifest=manifest,
         blocks={n: b for n, b in zip(rows.names, rows.blocks, strict=True) if b is not None},
+        pattern=pattern,
     )
 
 

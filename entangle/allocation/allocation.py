@@ -16,6 +16,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from entangle.allocation.files import read_zeros, write_zeros
+from entangle.allocation.steps import ROW, step_size
 from entangle.errors import InvalidInput, unknown_name
 from entangle.html_tables import described, html_result
 from entangle.models.layers import Layer
@@ -35,6 +36,9 @@ class Allocation:
     """Rule, settings, budget, model, scores, versions; JSON-serialisable."""
     blocks: Mapping[str, int] = field(default_factory=dict, repr=False)
     """Transformer block by layer name; a layer outside the blocks is absent."""
+    pattern: str = ROW
+    """Where a row's zeros lie, as in `entangle.pruning.prune`: ``row``, or ``n:m`` with a number
+    for m, such as ``n:4``: equally many in each group of m neighbouring weights."""
 
     def __post_init__(self) -> None:
         names = list(self.zeros)
@@ -44,7 +48,7 @@ class Allocation:
                 f"got {len(names)} and {len(self.in_features)} layer(s)."
             )
         for name, zeros in self.zeros.items():
-            check_zeros(name, zeros, self.in_features[name])
+            check_zeros(name, zeros, self.in_features[name], self.pattern)
         if self.experts is not None:
             _check_experts(self.experts, names)
         object.__setattr__(self, "manifest", json.loads(json.dumps(dict(self.manifest))))
@@ -178,6 +182,7 @@ class Allocation:
             "in_features": dict(self.in_features),
             "experts": None if self.experts is None else dict(self.experts),
             "blocks": dict(self.blocks),
+            "pattern": self.pattern,
             "manifest": dict(self.manifest),
         }
         return write_zeros(path, self.zeros, described, force=force)
@@ -223,14 +228,17 @@ def load_allocation(path: str | os.PathLike[str]) -> Allocation:
     for key, value in fields.items():
         if not isinstance(value, dict) and not (key == "experts" and value is None):
             raise InvalidInput(f"{str(path)!r} was altered (no {key}); allocate anew.")
+    settings = fields["manifest"].get("settings")
+    noted = settings.get("pattern", ROW) if isinstance(settings, dict) else ROW
     try:
-        return Allocation(zeros=zeros, **fields)
+        return Allocation(zeros=zeros, **fields, pattern=str(described.get("pattern", noted)))
     except InvalidInput as error:
         raise InvalidInput(f"{str(path)!r} was altered ({error}); allocate anew.") from error
 
 
-def check_zeros(name: str, zeros: Tensor, width: int) -> None:
+def check_zeros(name: str, zeros: Tensor, width: int, pattern: str = ROW) -> None:
     """Raise `InvalidInput` unless ``zeros`` counts the zeros of neurons of so many weights."""
+    step = step_size(name, width, pattern)
     if zeros.ndim != 1 or zeros.dtype != torch.int64 or not len(zeros) or zeros.is_cuda:
         raise InvalidInput(
             f"`zeros` of {name!r} must be a CPU vector of int64, one a neuron; got "
@@ -241,6 +249,11 @@ def check_zeros(name: str, zeros: Tensor, width: int) -> None:
         raise InvalidInput(
             f"`zeros` of {name!r} must be in [0, {width}], the neuron's weights; got values from "
             f"{low} to {high}."
+        )
+    for count in zeros[zeros % step != 0].tolist()[:1]:
+        raise InvalidInput(
+            f"`zeros` of {name!r} must be multiples of {step}, equally many in each of {step} "
+            f"groups (`pattern` {pattern!r}); got {count}."
         )
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from entangle.allocation.allocation import Allocation
+from entangle.allocation.steps import ROW
 from entangle.errors import InvalidInput
 
 _COLUMNS = ("layer", "block", "neuron", "in_features", "zeros", "sparsity")
@@ -22,7 +23,8 @@ _METADATA = "entangle rows"
 def write_csv(allocation: Allocation) -> bytes:
     """Return a table with one line a neuron: layer, block, neuron, in_features, zeros, sparsity.
 
-    Column ``block`` is empty outside the blocks; ``experts`` follows where the allocation has them.
+    Column ``block`` is empty outside the blocks; ``experts`` follows where the allocation has
+    them, and ``pattern`` where it is n:m.
     """
     table = allocation.neurons
     per_layer = allocation.layers.set_index("layer")
@@ -30,6 +32,9 @@ def write_csv(allocation: Allocation) -> bytes:
         if name in per_layer.columns:
             table[name] = per_layer[name].reindex(table["layer"]).array
     extra = ["experts"] if allocation.experts is not None else []
+    if allocation.pattern != ROW:
+        table["pattern"] = allocation.pattern
+        extra.append("pattern")
     text = table[[*_COLUMNS, *extra]].to_csv(index=False, lineterminator="\n")
     return text.encode()
 
@@ -47,6 +52,11 @@ def read_csv(path: Path) -> dict[str, Any]:
         if table[name].dtype.kind not in "iu":
             raise _damaged(path, f"column {name!r} must hold whole numbers")
     fields: dict[str, Any] = {"zeros": {}, "in_features": {}, "blocks": {}, "experts": None}
+    if "pattern" in table.columns:
+        patterns = table["pattern"].unique().tolist()
+        if len(patterns) != 1:
+            raise _damaged(path, f"column 'pattern' must be the same throughout; got {patterns}")
+        fields["pattern"] = str(patterns[0])
     for key, part in table.groupby("layer", sort=False):
         name, part = str(key), part.sort_values("neuron")
         if part["neuron"].tolist() != list(range(len(part))):
@@ -70,6 +80,7 @@ def write_rows(allocation: Allocation) -> bytes:
         "in_features": dict(allocation.in_features),
         "blocks": dict(allocation.blocks),
         "experts": None if allocation.experts is None else dict(allocation.experts),
+        "pattern": allocation.pattern,
     }
     return to_safetensors(dict(allocation.sparsity), {_METADATA: json.dumps(described)})
 

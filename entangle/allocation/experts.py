@@ -9,6 +9,7 @@ import pandas as pd
 from entangle.allocation.allocation import Allocation
 from entangle.allocation.rows import Reals
 from entangle.errors import InvalidInput, unknown_name
+from entangle.scalars import whole
 from entangle.scoring.scores import NeuronScores
 
 _HALVINGS = 100
@@ -78,10 +79,8 @@ def expert_budget(
     InvalidInput, UnknownName
         If a setting is out of range, or scores or groups do not fit the allocation.
     """
-    highest = 2 * experts if highest is None else highest
-    for name, value in (("experts", experts), ("lowest", lowest), ("highest", highest)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InvalidInput(f"`{name}` must be an integer of at least 1; got {value!r}.")
+    experts, lowest = whole("experts", experts, least=1), whole("lowest", lowest, least=1)
+    highest = whole("highest", 2 * experts if highest is None else highest, least=1)
     if not lowest <= experts <= highest:
         raise InvalidInput(
             f"`experts` must lie between `lowest` and `highest`; got {experts}, which is not in "

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from entangle.allocation.allocation import Allocation
 from entangle.allocation.registry import RULES
+from entangle.allocation.steps import ROW
 
 
 def rule_label(allocation: Allocation) -> str:
@@ -32,8 +33,10 @@ def nominal_sparsity(allocation: Allocation) -> float:
 
 
 def zeros_digest(allocation: Allocation) -> str:
-    """Return the SHA-256 of all layers' names and zeros, in hexadecimal."""
+    """Return the SHA-256 of all layers' names and zeros, and of an n:m pattern, in hexadecimal."""
     digest = hashlib.sha256()
+    if allocation.pattern != ROW:
+        digest.update(f"{allocation.pattern}\n".encode())
     for name, zeros in allocation.zeros.items():
         digest.update(f"{name}\t{len(zeros)}\n".encode())
         digest.update(zeros.numpy().astype("<i8").tobytes())

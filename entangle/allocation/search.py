@@ -25,6 +25,7 @@ from entangle.models.loading import LanguageModel, as_language_model
 from entangle.progress import ProgressBar
 from entangle.provenance import RunClock
 from entangle.pruning import prune
+from entangle.scalars import whole
 from entangle.scoring.scores import NeuronScores
 from entangle.stats.gram import GramResult
 
@@ -105,7 +106,8 @@ def search(
             f"`{parameter}` is what a search of rule {tune!r} tunes, up to `high`; got "
             f"{settings[parameter]!r}: leave it out."
         )
-    _check(evaluations, held_out, calibration)
+    evaluations = whole("evaluations", evaluations, least=2)
+    _check(held_out, calibration)
     dense = as_language_model(model)
     first, last = split(calibration, held_out)
     shared = {name: settings.pop(name, None) for name in _SHARED}
@@ -198,8 +200,9 @@ class _StandIn:
         weight = torch.cat([layer.weight for layer in group])
         try:
             return prune(
-                weight, gram.gram, method=self._pruner, sparsity=shares, damping=self._damping
-            ).weight
+                weight, gram.gram, method=self._pruner, sparsity=shares,
+                pattern=allocation.pattern, damping=self._damping,
+            ).weight  # fmt: skip
         except NumericalError as error:
             raise NumericalError(f"{', '.join(names)}: {error}") from error
 
@@ -226,9 +229,7 @@ def _range(tune: str, high: float | None) -> tuple[str, float]:
     return parameter, widest if high is None else float(high)
 
 
-def _check(evaluations: int, held_out: float, calibration: CalibrationSet) -> None:
-    if isinstance(evaluations, bool) or not isinstance(evaluations, int) or evaluations < 2:
-        raise InvalidInput(f"`evaluations` must be an integer of at least 2; got {evaluations!r}.")
+def _check(held_out: float, calibration: CalibrationSet) -> None:
     if not 0.0 < held_out < 1.0:
         raise InvalidInput(f"`held_out` must be in (0, 1); got {held_out}.")
     if calibration.seq_len < 2:

@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from entangle.cli import options
 from entangle.cli.tables import print_json, print_table, records
@@ -124,10 +124,7 @@ def _add_measure_options(parser: argparse.ArgumentParser) -> None:
         help="text to evaluate on, as --calibration (default: demo, the articles that are not "
         "calibrated on)",
     )  # fmt: skip
-    group.add_argument("--data-split", help="split of a hub data set to evaluate on")
-    group.add_argument("--eval-seq-len", type=int, help=f"tokens in a window (default: "
-                       f"{EVAL_SEQ_LEN}, or the model's context if shorter)")  # fmt: skip
-    group.add_argument("--eval-windows", type=int, help="take only the first windows")
+    options.add_evaluation_options(group, seq_len=EVAL_SEQ_LEN)
     group.add_argument(
         "--pairs", default="blimp", metavar="SOURCE",
         help="minimal pairs: blimp, or a .jsonl file or a folder of them (default: blimp)",
@@ -143,8 +140,8 @@ def run(arguments: argparse.Namespace) -> None:
     check_seed(arguments.seed)
     memory = options.parse_bytes(arguments.memory)
     measures = _measures(arguments)
-    settings = {
-        "interventions": arguments.intervention.split(","),
+    settings: dict[str, Any] = {
+        "interventions": options.names(arguments.intervention),
         "strengths": options.numbers(
             STRENGTHS if arguments.strength is None else arguments.strength, float
         ),
@@ -158,7 +155,7 @@ def run(arguments: argparse.Namespace) -> None:
     from entangle.ablation import ablate
     from entangle.ablation.arms import check_settings
 
-    routers = arguments.router.split(",")
+    routers = options.names(arguments.router)
     check_settings(**settings, routers=routers)
     allocation = _allocation(arguments)
     scores = _scores(arguments)
@@ -175,7 +172,7 @@ def run(arguments: argparse.Namespace) -> None:
         scores=scores,
         **options.chosen_layers(arguments, allocation),
         selections=selections,
-        by=arguments.by.split(","),
+        by=options.names(arguments.by),
         fraction=arguments.fraction,
         count=arguments.count,
         scope=arguments.scope,
@@ -287,11 +284,11 @@ def _without_router(table: "pd.DataFrame") -> "pd.DataFrame":
 def _measures(arguments: argparse.Namespace) -> list[str]:
     from entangle.errors import unknown_name
 
-    measures = arguments.measure.split(",")
+    measures = options.names(arguments.measure)
     for name in measures:
         if name not in MEASURES:
             raise unknown_name("measure", name, MEASURES)
-    return list(measures)
+    return measures
 
 
 def _default_data(arguments: argparse.Namespace) -> None:
@@ -320,7 +317,7 @@ def _selections(
 ) -> "list[str | Selection]":
     """Return the rules by name and the lists of neurons that files hold."""
     found: list[str | Selection] = []
-    for name in (SELECTIONS if arguments.select is None else arguments.select).split(","):
+    for name in options.names(SELECTIONS if arguments.select is None else arguments.select):
         if not name.lower().endswith((".csv", ".parquet")):
             found.append(name)
             continue
@@ -339,20 +336,7 @@ def _text(
 ) -> "EvaluationText | None":
     if not {"perplexity", "divergence"} & set(measures):
         return None
-    from entangle.evaluation import load_evaluation
-
-    tokens = arguments.data.lower().endswith(".safetensors")
-    longest = min(EVAL_SEQ_LEN, model.context_length or EVAL_SEQ_LEN)
-    length = arguments.eval_seq_len
-    return load_evaluation(
-        arguments.data,
-        model.tokenizer,
-        seq_len=longest if length is None and not tokens else length,
-        n_windows=arguments.eval_windows,
-        split=arguments.data_split,
-        context_length=model.context_length,
-        vocab_size=model.vocab_size,
-    )
+    return options.load_evaluation(arguments, model, arguments.data)
 
 
 def _pairs(arguments: argparse.Namespace, measures: Sequence[str]) -> "MinimalPairs | None":

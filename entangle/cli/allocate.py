@@ -91,7 +91,8 @@ def _add_rule_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--pattern", default="row",
-        help="row, or for example n:4: zeros in multiples of a quarter of the row (default: row)",
+        help="row, or for example n:4: zeros in multiples of a quarter of the row, of which those "
+        "who prune by the file put equally many into every 4 neighbours (default: row)",
     )  # fmt: skip
     group.add_argument("--memory", default="8G", help="for gram matrices (default: 8G)")
 

@@ -196,18 +196,23 @@ def load_calibration(arguments: argparse.Namespace, model: "LanguageModel") -> "
     )
 
 
-def add_evaluation_options(group: argparse._ActionsContainer) -> None:
-    """Add how to read and cut the text to evaluate on, beside the option that names it."""
+def add_evaluation_options(
+    group: argparse._ActionsContainer, *, seq_len: int | None = None
+) -> None:
+    """Add how to read and cut the text to evaluate on, beside the option that names it.
+
+    A command may have a default ``seq_len`` of its own, cut to the model's context.
+    """
+    default = f"{seq_len}, or the model's context if shorter" if seq_len else "as entangle evaluate"
     group.add_argument("--data-config", help="configuration of a hub data set to evaluate on")
     group.add_argument(
         "--data-split",
         help="split of a hub data set to evaluate on (default: test; c4 has only validation)",
     )
     group.add_argument("--data-column", help="column that holds the text to evaluate on")
-    group.add_argument(
-        "--eval-seq-len", type=int, help="tokens in a window (default: as entangle evaluate)"
-    )
+    group.add_argument("--eval-seq-len", type=int, help=f"tokens in a window (default: {default})")
     group.add_argument("--eval-windows", type=int, help="take only the first windows")
+    group.set_defaults(default_eval_seq_len=seq_len)
 
 
 def load_evaluation(
@@ -216,10 +221,13 @@ def load_evaluation(
     """Load the text ``source`` as the evaluation options say, fitted to the model."""
     from entangle.evaluation import load_evaluation
 
+    seq_len, default = arguments.eval_seq_len, arguments.default_eval_seq_len
+    if seq_len is None and default is not None and not _is_table(source):
+        seq_len = min(default, model.context_length or default)
     return load_evaluation(
         source,
         model.tokenizer,
-        seq_len=arguments.eval_seq_len,
+        seq_len=seq_len,
         n_windows=arguments.eval_windows,
         split=arguments.data_split,
         config=arguments.data_config,

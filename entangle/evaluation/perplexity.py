@@ -19,9 +19,9 @@ from entangle.evaluation.forward import (
 )
 from entangle.evaluation.losses import window_losses
 from entangle.evaluation.text import EvaluationText
-from entangle.evaluation.windows import check_count
 from entangle.models.loading import LanguageModel
 from entangle.progress import ProgressBar
+from entangle.scalars import whole
 
 LOGITS_IN_A_PASS = 2**27
 """By default as many windows run in one forward pass as give this many logits."""
@@ -143,7 +143,7 @@ def windows_in_a_pass(asked: int | None, model: LanguageModel, text: EvaluationT
     """Return the batch size asked for, or as many windows as give `LOGITS_IN_A_PASS` logits."""
     if asked is None:
         return max(1, LOGITS_IN_A_PASS // (text.seq_len * model.vocab_size))
-    return check_count("batch_size", asked, 1)
+    return whole("batch_size", asked, least=1)
 
 
 def window_memory(per_pass: int) -> AbstractContextManager[None]:

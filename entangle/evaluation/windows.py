@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor
 
 from entangle.errors import InvalidInput
+from entangle.scalars import whole
 
 DEFAULT_SEQ_LEN = 2048
 
@@ -27,7 +27,7 @@ class Cut:
     def __post_init__(self) -> None:
         for name, least in (("seq_len", 2), ("n_windows", 1)):
             value = getattr(self, name)
-            counted = None if value is None else check_count(name, value, least)
+            counted = None if value is None else whole(name, value, least=least)
             object.__setattr__(self, name, counted)
         self._check_context(self.seq_len or 2)
 
@@ -76,7 +76,7 @@ class Cut:
         """
         rows, columns = table.shape
         length = self.seq_len or columns
-        check_count("seq_len", length, 2)
+        whole("seq_len", length, least=2)
         self._check_context(length)
         if length > columns:
             raise InvalidInput(
@@ -98,16 +98,3 @@ class Cut:
                 f"`seq_len` must be at most the model's context, {self.context_length}; "
                 f"got {seq_len}."
             )
-
-
-def check_count(name: str, value: object, least: int) -> int:
-    """Return a count as an int; NumPy's integers are integers too.
-
-    Raises
-    ------
-    InvalidInput
-        If it is no integer, or below ``least``.
-    """
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-        raise InvalidInput(f"`{name}` must be an integer of at least {least}; got {value!r}.")
-    return int(value)

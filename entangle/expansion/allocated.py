@@ -9,7 +9,7 @@ from entangle.allocation.allocation import Allocation
 from entangle.errors import InvalidInput
 from entangle.expansion.solve import Sparsity
 from entangle.models.layers import Layer
-from entangle.pruning.scalars import real, tensor_of, whole
+from entangle.scalars import real, tensor_of, whole
 
 Allocated = Allocation | Mapping[str, float | Tensor]
 """An allocation, or sparsities by layer name: for all rows, or one value a row."""
@@ -35,7 +35,7 @@ def planned_sparsity(
     sparsity
         Of all layers without an allocation.
     pattern
-        As in `entangle.pruning.prune`.
+        As in `entangle.pruning.prune`; with an allocation ``row``, or the allocation's own.
     digest
         Of the model.
 
@@ -48,10 +48,11 @@ def planned_sparsity(
         share = _share(sparsity)
         return {layer.name: share for layer in layers}
     if isinstance(allocation, Allocation):
-        if pattern != "row":
+        if pattern not in ("row", allocation.pattern):
+            own = "" if allocation.pattern == "row" else f" or its own, {allocation.pattern!r}"
             raise InvalidInput(
-                "an allocation gives every row a number of zeros, which needs `pattern` 'row'; got "
-                f"{pattern!r}."
+                "an allocation gives every row a number of zeros, which needs `pattern` 'row'"
+                f"{own}; got {pattern!r}."
             )
         allocation.check(layers, digest)
         return {layer.name: allocation.sparsity[layer.name] for layer in layers}
@@ -73,6 +74,11 @@ def _share(sparsity: object) -> Sparsity:
     if isinstance(sparsity, Sequence | ndarray) and not isinstance(sparsity, str):
         return tensor_of("sparsity", sparsity, float64)
     return real("sparsity", sparsity)
+
+
+def planned_pattern(allocation: Allocated | None, pattern: str) -> str:
+    """Return the pattern to prune in: that of an allocation that was made for n:m is its own."""
+    return allocation.pattern if isinstance(allocation, Allocation) else pattern
 
 
 def planned_experts(

@@ -9,8 +9,8 @@ from entangle.allocation.allocation import Allocation
 from entangle.allocation.experts import mean_experts
 from entangle.allocation.labels import nominal_sparsity
 from entangle.errors import InvalidInput, unknown_name
-from entangle.pruning.scalars import real, whole
 from entangle.routing.router import Kind
+from entangle.scalars import real, whole
 
 DENSE = "dense"
 UNIFORM = "uniform"
@@ -132,8 +132,13 @@ def _counts(allocation: Allocation | None, experts: Sequence[int]) -> list[int]:
 
 
 def common_layers(allocations: Sequence[Named]) -> list[str] | None:
-    """Return the layers of all allocations, None without any."""
+    """Return the layers of all allocations, None without any; they must have one pattern too."""
     first: tuple[str, list[str]] | None = None
+    patterns = sorted({allocation.pattern for _, allocation in allocations})
+    if len(patterns) > 1:
+        raise InvalidInput(
+            f"allocations that are compared must have one pattern; got {' and '.join(patterns)}."
+        )
     for name, allocation in allocations:
         layers = list(allocation.zeros)
         first = first or (name, layers)

@@ -22,6 +22,7 @@ from entangle.expansion.allocated import (
     check_shared,
     describe_allocation,
     planned_experts,
+    planned_pattern,
     planned_sparsity,
 )
 from entangle.expansion.build import (
@@ -42,9 +43,9 @@ from entangle.progress import Progress, ProgressBar
 from entangle.provenance import RunClock, make_manifest
 from entangle.provenance import expanded as expanded_path
 from entangle.pruning.quantize import check_bits
-from entangle.pruning.scalars import real, whole
 from entangle.recording.groups import shared_inputs
 from entangle.routing.router import KINDS, Kind
+from entangle.scalars import real, whole
 from entangle.seeding import check_seed
 
 KIND = "expansion"
@@ -136,9 +137,9 @@ def expand(
         Layers to expand, as in `entangle.models.layers.find_layers`; the MLP linears by default.
     allocation
         In place of ``sparsity``: an `entangle.allocation.Allocation` for these layers of this
-        model, whose number of zeros every row of every expert gets exactly, and whose numbers of
-        experts, if it has any, replace ``experts``; or sparsities by layer name, for all rows or
-        one value a row.
+        model, whose number of zeros every row of every expert gets exactly, in groups if it was
+        made for n:m, and whose numbers of experts, if it has any, replace ``experts``; or
+        sparsities by layer name, for all rows or one value a row.
     router
         ``kmeans``, or the controls ``random`` (clusters without meaning) and ``single``.
     restarts
@@ -191,7 +192,9 @@ def expand(
         sparsity=planned_sparsity(
             chosen, allocation, sparsity=sparsity, pattern=pattern, digest=dense.digest
         ),
-        solver=SolverSettings(pruner, pattern, bits, damping, seed),
+        solver=SolverSettings(
+            pruner, planned_pattern(allocation, pattern), bits, damping, seed
+        ),
     )  # fmt: skip
     if len(set(counts.values())) > 1:
         check_shared(shared_inputs(copied, chosen, calibration.ids[:1, :_PROBE]), counts)

@@ -86,7 +86,7 @@ def solve_experts(
     grams
         ``XᵀX`` and token count of every cluster, over the layer's inputs.
     sparsity
-        For all rows, or one value a row; None with an n:m pattern.
+        For all rows, or one value a row; None with an n:m pattern of numbers, such as ``2:4``.
     settings
         Pruner, pattern and the like.
 

@@ -23,8 +23,8 @@ class Pattern:
     """How the zeros of a layer are distributed (see `parse_pattern`)."""
 
     kind: Literal["row", "layer", "block", "n:m"]
-    kept: int = 0
-    """Weights kept of every group (n), for ``n:m``."""
+    kept: int | None = 0
+    """Weights kept of every group (n), for ``n:m``; None where each row has a number of its own."""
     group: int = 1
     """Neighbouring columns per group (m), for ``n:m``."""
 
@@ -36,7 +36,8 @@ def parse_pattern(pattern: str) -> Pattern:
     ----------
     pattern
         ``"row"``, ``"layer"``, ``"block"``, or ``"n:m"`` with two integers, which keeps ``n`` of
-        every ``m`` neighbouring columns of a row: ``"1:4"`` prunes three quarters.
+        every ``m`` neighbouring columns of a row: ``"1:4"`` prunes three quarters. With the letter
+        n and a number for m, such as ``"n:4"``, every row has an ``n`` of its own.
 
     Raises
     ------
@@ -46,13 +47,14 @@ def parse_pattern(pattern: str) -> Pattern:
     for kind in ("row", "layer", "block"):
         if pattern == kind:
             return Pattern(kind)
-    match = re.fullmatch(r"(\d+):(\d+)", pattern) if isinstance(pattern, str) else None
-    if match is None or not int(match[1]) <= int(match[2]) or int(match[2]) == 0:
+    match = re.fullmatch(r"(n|\d+):(\d+)", pattern) if isinstance(pattern, str) else None
+    kept, group = (None, 0) if match is None else (match[1], int(match[2]))
+    if kept is None or group == 0 or (kept != "n" and int(kept) > group):
         raise InvalidInput(
             f"`pattern` must be row, layer, block, or n:m (keep n <= m of every m); "
             f"got {pattern!r}."
         )
-    return Pattern("n:m", int(match[1]), int(match[2]))
+    return Pattern("n:m", None if kept == "n" else int(kept), group)
 
 
 def count_zeros(sparsity: Float[Tensor, "..."], weights: int) -> Int[Tensor, "..."]:
@@ -115,12 +117,21 @@ def prune_smallest(
 
 
 def prune_groups(
-    saliency: Float[Tensor, "*lead cols"], pattern: Pattern
+    saliency: Float[Tensor, "*lead cols"], zeros: Int[Tensor, "*lead"], group: int
 ) -> Bool[Tensor, "*lead cols"]:
-    """Mark the ``m - n`` smallest of every group of ``m`` neighbours (pattern ``n:m``)."""
-    groups = saliency.unflatten(-1, (saliency.shape[-1] // pattern.group, pattern.group))
-    budget = torch.full(groups.shape[:-1], pattern.group - pattern.kept, device=saliency.device)
-    return prune_smallest(groups, budget).flatten(-2)
+    """Mark the smallest of every ``group`` of neighbours (pattern ``n:m``).
+
+    Parameters
+    ----------
+    saliency
+        Scores, in whole groups.
+    zeros
+        How many to prune in each group of a line, ``m - n``, in [0, group].
+    group
+        Neighbouring columns per group (m).
+    """
+    groups = saliency.unflatten(-1, (saliency.shape[-1] // group, group))
+    return prune_smallest(groups, zeros[..., None].expand(groups.shape[:-1])).flatten(-2)
 
 
 def prune_block(

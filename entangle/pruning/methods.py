@@ -7,7 +7,7 @@ from entangle.errors import unknown_name
 from entangle.pruning import magnitude, randomly, sparsegpt, wanda
 from entangle.pruning.problem import Rows, prepare
 from entangle.pruning.result import PruneResult
-from entangle.pruning.scalars import real, whole
+from entangle.scalars import real, whole
 
 METHODS = ("random", "magnitude", "wanda", "sparsegpt")
 """Names of the pruning methods, the weakest first."""
@@ -39,8 +39,8 @@ def prune(
     method
         One of `METHODS`.
     sparsity
-        Share of zeros in [0, 1]: one value, or with pattern ``"row"`` one per row, of shape (rows,)
-        or (experts, rows).
+        Share of zeros in [0, 1]: one value, or with pattern ``"row"`` or ``"n:4"`` one per row, of
+        shape (rows,) or (experts, rows).
     pattern
         Where the zeros lie, for each expert by itself:
 
@@ -52,7 +52,10 @@ def prune(
             the published rule, one threshold over 128 columns of all rows: about ``sparsity`` of
             the weights, rows unequal (see `entangle.pruning.masks.prune_block`);
         ``"n:m"``, such as ``"2:4"``
-            ``n`` weights kept of every ``m`` neighbours of a row; `sparsity` None or ``1 - n/m``.
+            ``n`` weights kept of every ``m`` neighbours of a row; `sparsity` None or ``1 - n/m``;
+        ``"n:4"`` with the letter n and any number for m
+            ``sparsity * m`` zeros in every group of ``m`` neighbours of a row: every row has an n
+            of its own. ``sparsity * cols`` must be a multiple of ``cols / m``.
 
         Counts are exact (save for ``"block"``), rounded to the nearest integer, halves to the even
         one. Sparsity 0 gives the dense weight, bit for bit, and 1 gives zeros.

@@ -10,7 +10,7 @@ from torch import Tensor
 from entangle.errors import InvalidInput, NumericalError
 from entangle.pruning.masks import Pattern, count_zeros, parse_pattern
 from entangle.pruning.quantize import check_bits
-from entangle.pruning.scalars import tensor_of
+from entangle.scalars import tensor_of
 
 Rows = Bool[Tensor, " rows"] | Int[Tensor, " chosen"] | Sequence[int] | Sequence[bool] | None
 """Rows to prune: a mask or indices; None for all."""
@@ -41,6 +41,11 @@ class Problem:
     """Index of the first expert among the caller's."""
     wants_loss: bool = True
     """Whether the result is to hold the losses."""
+
+    @property
+    def zeros_a_group(self) -> Int[Tensor, " experts *rows"]:
+        """Zeros of every group of a row (``n:m``; meaningless for the other patterns)."""
+        return self.budget // (self.weight.shape[2] // self.pattern.group)
 
     def need_gram(self) -> Float[Tensor, "experts cols cols"]:
         """Return the gram, or raise `InvalidInput` if none was given."""
@@ -164,20 +169,25 @@ def _check_sparsity(
     dense: Float[Tensor, "experts rows cols"],
 ) -> Float[Tensor, "..."]:
     """Return the sparsity in float64 on the CPU: one value, or one per row of every expert."""
-    fixed = 1 - pattern.kept / pattern.group
-    if sparsity is None and pattern.kind == "n:m":
+    fixed = None if pattern.kept is None else 1 - pattern.kept / pattern.group
+    if sparsity is None and pattern.kind == "n:m" and fixed is not None:
         return torch.tensor(fixed, dtype=torch.float64)
     if sparsity is None:
-        raise InvalidInput(f"`sparsity` is None; pattern {pattern.kind!r} needs one in [0, 1].")
+        name = pattern.kind if fixed is not None else f"n:{pattern.group}"
+        raise InvalidInput(f"`sparsity` is None; pattern {name!r} needs one in [0, 1].")
     share = tensor_of("sparsity", sparsity, torch.float64).detach().cpu().double()
     for value in share[~((share >= 0) & (share <= 1))].tolist()[:1]:
         raise InvalidInput(f"`sparsity` must be in [0, 1]; got {value:g}.")
-    if pattern.kind == "n:m" and not (share.ndim == 0 and abs(float(share) - fixed) < 1e-6):
+    if (
+        pattern.kind == "n:m"
+        and fixed is not None
+        and not (share.ndim == 0 and abs(float(share) - fixed) < 1e-6)
+    ):
         raise InvalidInput(
             f"`sparsity` must be None or {fixed:g} with pattern "
             f"'{pattern.kept}:{pattern.group}'; got {sparsity}."
         )
-    if share.ndim and pattern.kind != "row":
+    if share.ndim and pattern.kind not in ("row", "n:m"):
         raise InvalidInput(
             f"`sparsity` must be one value with pattern {pattern.kind!r}; got "
             f"{tuple(share.shape)} values: use pattern 'row' for one per row."
@@ -201,4 +211,11 @@ def _budget(
         return count_zeros(share, rows * cols).expand(experts)
     if share.ndim and chosen is not None:
         share = share[..., chosen.cpu()]
-    return count_zeros(share, cols).expand(experts, rows)
+    zeros = count_zeros(share, cols).expand(experts, rows)
+    step = cols // pattern.group
+    for count in zeros[zeros % step != 0].tolist()[:1] if pattern.kind == "n:m" else ():
+        raise InvalidInput(
+            f"`sparsity` must give every row a multiple of {step} zeros, equally many for each of "
+            f"its {step} groups of {pattern.group} columns; got {count}: use pattern 'row'."
+        )
+    return zeros

@@ -26,4 +26,4 @@ def select(
     if pattern.kind == "block":
         blocks = torch.split(saliency, BLOCK, dim=-1)
         return torch.cat([prune_block(block, problem.sparsity) for block in blocks], -1)
-    return prune_groups(saliency, pattern)
+    return prune_groups(saliency, problem.zeros_a_group, pattern.group)

@@ -24,6 +24,7 @@ class Solver:
         self.weight = problem.weight.clone(memory_format=torch.contiguous_format)
         self.pruned = torch.zeros_like(self.weight, dtype=torch.bool)
         self.left = problem.budget
+        self.zeros_a_group = problem.zeros_a_group
 
     def run(self, block_size: int) -> None:
         """Visit all columns."""
@@ -47,7 +48,7 @@ class Solver:
             panel.baddbmm_(above.mT, errors[:, : first - start], alpha=-1)
             if self.pattern.kind == "n:m":
                 saliency = self._saliency(panel.mT, first, last)
-                self.pruned[..., first:last] = prune_groups(saliency, self.pattern)
+                self.pruned[..., first:last] = prune_groups(saliency, self.zeros_a_group, step)
             pruned = self.pruned[..., first:last].mT.contiguous()
             corner = self.factor[:, first:last, first:last]
             errors[:, first - start : last - start] = eliminate(

@@ -42,7 +42,7 @@ def prune_sparsegpt(
         `entangle.pruning.masks.prune_block` on every block (published rule, total not exact).
     ``n:m``
         The ``n`` most salient of every group of ``m`` columns stay, chosen when the group is
-        reached. Blocks are cut to whole groups.
+        reached. Blocks are cut to whole groups. With the letter n, every row has its own ``n``.
 
     Weights of dead inputs are pruned first, the smallest before the larger, and the others of them
     stay as they are. Equal saliencies fall from left to right (``layer``: block by block, in

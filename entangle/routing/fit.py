@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import chain
-from numbers import Integral
 
 import torch
 from jaxtyping import Float32
@@ -20,6 +19,7 @@ from entangle.routing.hashing import hash_key
 from entangle.routing.kmeans import kmeans
 from entangle.routing.pca import Pca, fit_pca
 from entangle.routing.router import KINDS, Kind, Router, RouterStatistics
+from entangle.scalars import whole
 from entangle.seeding import check_seed, numpy_rng
 from entangle.stats.gram import require_finite
 
@@ -75,8 +75,8 @@ def fit_router(
     NumericalError
         If a token holds NaN or infinity.
     """
-    k, restarts = _whole("k", k), _whole("restarts", restarts)
-    n_components = None if n_components is None else _whole("n_components", n_components)
+    k, restarts = _count("k", k), _count("restarts", restarts)
+    n_components = None if n_components is None else _count("n_components", n_components)
     _check_parameters(k, max_tokens, kind)
     if isinstance(stream, Iterator):
         raise InvalidInput(
@@ -162,13 +162,12 @@ def _control(features: int, k: int, seed: int, kind: Kind) -> Router:
     )
 
 
-def _whole(name: str, value: object) -> int:
-    """Return a count as an int; NumPy's integers are integers too."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise InvalidInput(f"`{name}` must be an integer; got {value!r}.")
-    if value < 1:
-        raise InvalidInput(f"`{name}` must be at least 1; got {value}.")
-    return int(value)
+def _count(name: str, value: object) -> int:
+    """Return a count as an int."""
+    count = whole(name, value)
+    if count < 1:
+        raise InvalidInput(f"`{name}` must be at least 1; got {count}.")
+    return count
 
 
 def _check_parameters(k: int, max_tokens: int, kind: str) -> None:

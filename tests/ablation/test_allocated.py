@@ -34,13 +34,18 @@ def run(model: LanguageModel, calibration: CalibrationSet, **settings: Any) -> A
     return ablate(model, calibration, **{**chosen, **settings})
 
 
+@pytest.mark.parametrize("group", [None, 4])
 def test_both_arms_are_pruned_row_by_row(
-    tiny: Tiny, calibration: CalibrationSet, text: EvaluationText
+    group: int | None, tiny: Tiny, calibration: CalibrationSet, text: EvaluationText
 ) -> None:
+    """And with an allocation for n:m, each row in groups."""
     model = tiny("llama")
-    allocation = random_allocation(model)
+    allocation = random_allocation(model, group=group)
     before = {key: value.clone() for key, value in model.module.state_dict().items()}
-    found = run(model, calibration, evaluation=text, interventions=("prune", "prune-magnitude"))
+    found = run(
+        model, calibration, evaluation=text, interventions=("prune", "prune-magnitude"),
+        allocation=allocation,
+    )  # fmt: skip
     frame = found.frame[found.frame["measure"] == "perplexity"]
     keys = frame[["intervention", "selection", "by"]].to_numpy().tolist()
     assert keys == [
@@ -57,10 +62,13 @@ def test_both_arms_are_pruned_row_by_row(
         copied = as_language_model(TINY["llama"]())
         for layer in find_layers(copied.module, "all", "mlp"):
             share = level.zeros[layer.name] / layer.in_features
-            solved = prune(layer.weight, method="magnitude", sparsity=share)
+            solved = prune(layer.weight, method="magnitude", sparsity=share, pattern=level.pattern)
             with torch.no_grad():
                 layer.weight.copy_(solved.weight)
-            assert torch.equal((layer.weight == 0).sum(1), level.zeros[layer.name])
+            groups = (layer.weight == 0).unflatten(1, (-1, group or layer.in_features)).sum(2)
+            each = level.zeros[layer.name] // groups.shape[1]
+            assert torch.equal(groups, each[:, None].expand_as(groups))
+            assert torch.equal(groups.sum(1), level.zeros[layer.name])
         value = own.set_index("intervention").loc["prune-magnitude", "value"]
         assert value == pytest.approx(perplexity(copied, text).value, rel=1e-5)
     assert all(torch.equal(v, before[k]) for k, v in model.module.state_dict().items())

@@ -1,15 +1,13 @@
 """A sweep that is killed goes on to the same tables."""
 
 import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from entangle.cli.main import main
+from tests.killed import killed_before
 
 COMMAND = (
     "ablate", "model", "--layer", "all", "--calibration", "text.txt", "--data", "text.txt",
@@ -17,22 +15,6 @@ COMMAND = (
     "--fraction", "0.1", "--strength", "0.5,0.9", "--seeds", "2", "--device", "cpu", "--quiet",
     "--out",
 )  # fmt: skip
-DRIVER = """
-import os, signal, sys
-from entangle.ablation import folder
-from entangle.cli.main import main
-
-replace, arms = folder.os.replace, []
-
-def killed(source, target):
-    arms.append(target)
-    if sum("arm-" in str(path) for path in arms) == 3:  # two arms have their names
-        os.kill(os.getpid(), signal.SIGKILL)
-    replace(source, target)
-
-folder.os.replace = killed
-main(sys.argv[1:])
-"""
 
 
 def test_a_sweep_that_was_killed_resumes_to_the_same_tables(
@@ -44,11 +26,7 @@ def test_a_sweep_that_was_killed_resumes_to_the_same_tables(
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny_folder("llama"), "model")
     shutil.copy(text_file, "text.txt")
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER, *COMMAND, "cut"],
-        capture_output=True, text=True, check=False, timeout=600,
-    )  # fmt: skip
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    killed_before("arm-", 3, [*COMMAND, "cut"])  # two arms have their names
     assert not Path("cut").exists()
     assert len(list(Path(".cut.ablating").glob("arm-*.safetensors"))) == 2
     assert main([*COMMAND, "cut"]) == 2  # not without --resume

@@ -5,11 +5,12 @@ import pytest
 import torch
 
 from entangle.ablation.solved import solve_rows
-from entangle.errors import NumericalError
+from entangle.errors import InvalidInput, NumericalError
 from entangle.models.layers import find_layers
 from entangle.models.loading import LanguageModel
 from entangle.pruning import prune
 from entangle.stats.gram import GramResult
+from tests.allocation.samples import random_allocation
 
 Tiny = Callable[[str], LanguageModel]
 
@@ -36,6 +37,26 @@ def test_rows_equal_those_of_a_layer_pruned_alone(tiny: Tiny, name: str, pruner:
             torch.testing.assert_close(weight, alone.weight[[1, 7]], rtol=1e-4, atol=1e-5)
             assert zeros.tolist() == alone.realised_sparsity[[1, 7]].tolist()
             assert (weight == 0).sum(1).tolist() == [round(sparsity * layer.in_features)] * 2
+
+
+@pytest.mark.parametrize("pruner", ["sparsegpt", "wanda", "magnitude", "random"])
+def test_groups_hold_the_zeros_of_their_row(tiny: Tiny, pruner: str) -> None:
+    model = tiny("gpt2")
+    layers = find_layers(model.module, "all", "mlp")
+    by_width = {w: _gram(w) for w in {layer.in_features for layer in layers}}
+    grams = {layer.name: by_width[layer.in_features] for layer in layers}
+    first, second = (random_allocation(model, seed=seed, group=8) for seed in (0, 1))
+    rows = {layer.name: np.array([0, 3, 5, 6]) for layer in layers}
+    solved = solve_rows(layers, rows, grams, sparsities=(first, second), pruner=pruner)
+    for layer in layers:
+        for level in (first, second):
+            weight, zeros = solved[layer.name].take(rows[layer.name], level)
+            groups = (weight == 0).unflatten(1, (-1, 8)).sum(2)
+            each = level.zeros[layer.name][[0, 3, 5, 6]] // groups.shape[1]
+            assert torch.equal(groups, each[:, None].expand_as(groups))
+            torch.testing.assert_close(zeros, (each / 8).to(zeros.dtype))
+    with pytest.raises(InvalidInput, match="`sparsities` must have one pattern; got n:8 and row"):
+        solve_rows(layers, rows, grams, sparsities=(first, 0.5))
 
 
 def test_layers_without_rows_are_left_out(tiny: Tiny) -> None:

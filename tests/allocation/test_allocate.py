@@ -183,6 +183,8 @@ def test_pattern_gives_every_group_its_zeros(tiny: Tiny, scored: Scored) -> None
     assert isinstance(budget, dict)
     assert found.n_zeros + budget["remainder"] == round(0.6 * found.n_weights)
     assert abs(budget["remainder"]) <= 32 // 8 // 2
+    assert found.pattern == "n:8"
+    assert allocate(scored("llama"), sparsity=0.6, rule="linear", model=model).pattern == "row"
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def make(**changes: Any) -> Allocation:
 
 def same(a: Allocation, b: Allocation) -> bool:
     equal = all(torch.equal(a.zeros[name], b.zeros[name]) for name in a.zeros)
-    others = ("in_features", "experts", "manifest", "blocks")
+    others = ("in_features", "experts", "manifest", "blocks", "pattern")
     return (
         equal
         and list(a.zeros) == list(b.zeros)
@@ -94,6 +94,39 @@ def test_round_trip(tmp_path: Path, experts: dict[str, int] | None) -> None:
         assert file.get_tensor("head").tolist() == [8]
 
 
+IN_GROUPS: dict[str, Any] = {
+    "zeros": {"blocks.1.up": torch.tensor([2, 0, 4]), "head": torch.tensor([8])},
+    "pattern": "n:2",
+}
+
+
+def test_groups_of_a_file(tmp_path: Path) -> None:
+    allocation = make(**IN_GROUPS)
+    assert make().pattern == "row"
+    loaded = load_allocation(allocation.save(tmp_path / "a.safetensors"))
+    assert same(loaded, allocation)
+    assert loaded.pattern == "n:2"
+
+
+@pytest.mark.parametrize(
+    ("settings", "pattern"),
+    [
+        ({"rule": "linear", "pattern": "n:2"}, "n:2"),
+        ({"rule": "linear", "pattern": "row"}, "row"),
+        ({"rule": "imported"}, "row"),
+        (None, "row"),
+    ],
+)
+def test_an_older_file_has_the_pattern_of_its_rule(
+    tmp_path: Path, settings: object, pattern: str
+) -> None:
+    path = make(**IN_GROUPS | {"manifest": {"settings": settings}}).save(tmp_path / "a.safetensors")
+    rewrite(path, lambda described, _tensors: described.pop("pattern"))
+    found = load_allocation(path)
+    assert found.pattern == pattern
+    assert found.zeros["blocks.1.up"].tolist() == [2, 0, 4]
+
+
 def test_an_allocation_does_not_change() -> None:
     given: dict[str, Any] = {"model": {"digest": "abc"}}
     allocation = make(manifest=given)
@@ -112,6 +145,10 @@ def test_an_allocation_does_not_change() -> None:
         ({"zeros": {"a": torch.tensor([-1, 2])}, "in_features": {"a": 4}}, "from -1 to 2"),
         ({"zeros": {"a": torch.zeros(0).long()}, "in_features": {"a": 4}}, r"got \(0,\)"),
         ({"experts": {"head": 1}}, "name the 2 layer"),
+        ({"pattern": "n:2"}, "multiples of 2, .* 2 groups .*'n:2'.*; got 1"),
+        (IN_GROUPS | {"pattern": "n:3"}, "multiple of 3 inputs; layer 'blocks.1.up' has 4"),
+        (IN_GROUPS | {"pattern": "n:16"}, "multiple of 16 inputs; layer 'blocks.1.up' has 4"),
+        (IN_GROUPS | {"pattern": "2:4"}, "`pattern` must be row, or n:m .*; got '2:4'"),
         ({"experts": {"blocks.1.up": 0, "head": 1}}, "at least 1; got 0"),
         ({"experts": {"blocks.1.up": True, "head": 1}}, "at least 1; got True"),
     ],
@@ -161,7 +198,9 @@ def test_what_is_not_written(tmp_path: Path) -> None:
     assert load_allocation(path).experts == {"blocks.1.up": 2, "head": 1}
 
 
-def rewrite(path: Path, change: Callable[[dict[str, Any], dict[str, torch.Tensor]], None]) -> None:
+def rewrite(
+    path: Path, change: Callable[[dict[str, Any], dict[str, torch.Tensor]], object]
+) -> None:
     with safe_open(path, framework="pt") as file:
         described = json.loads(file.metadata()["entangle"])
     tensors = safetensors.torch.load_file(path)
@@ -180,6 +219,8 @@ CHANGES: list[tuple[Any, str]] = [
     (lambda d, t: d.update(in_features={"blocks.1.up": 2, "head": 8}), r"altered \(`zeros`"),
     (lambda d, t: d.update(in_features=[1]), "was altered"),
     (lambda d, t: d.update(manifest=None), "was altered"),
+    (lambda d, t: d.update(pattern="n:2"), r"altered \(`zeros` of .* must be multiples of 2"),
+    (lambda d, t: d.update(pattern=4), r"altered \(`pattern` must be row, or n:m .*; got '4'"),
 ]
 
 

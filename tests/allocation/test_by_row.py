@@ -56,6 +56,25 @@ def test_vectors_are_plain_sparsities() -> None:
 
 
 @pytest.mark.parametrize("name", FORMATS)
+def test_groups_come_back(name: str, tmp_path: Path) -> None:
+    write, read = FORMATS[name]
+    grouped = made({"b.0.up": [0, 4], "head": [6]}, {"b.0.up": 8, "head": 6}, pattern="n:2")
+    (tmp_path / "x").write_bytes(write(grouped))
+    found = Allocation(**read(tmp_path / "x"), manifest={})
+    assert found.pattern == "n:2"
+    assert same_zeros(found, grouped)
+
+
+def test_a_table_with_two_patterns(tmp_path: Path) -> None:
+    grouped = made({"b.0.up": [0, 4], "head": [6]}, {"b.0.up": 8, "head": 6}, pattern="n:2")
+    text = write_csv(grouped).decode().splitlines()
+    assert text[0].endswith(",sparsity,pattern")
+    (tmp_path / "x").write_text("\n".join([*text[:3], text[3].replace("n:2", "n:3")]))
+    with pytest.raises(InvalidInput, match=r"'pattern' must be the same throughout; got \['n:2'"):
+        read_csv(tmp_path / "x")
+
+
+@pytest.mark.parametrize("name", FORMATS)
 def test_experts_and_layers_outside_the_blocks_come_back(name: str, tmp_path: Path) -> None:
     write, read = FORMATS[name]
     (tmp_path / "x").write_bytes(write(BY_HAND))

@@ -54,3 +54,4 @@ def test_the_digest_is_of_names_and_zeros() -> None:
     digests = {zeros_digest(one) for one in [ONE, *others]}
     assert len(digests) == 4
     assert zeros_digest(replace(ONE, manifest={})) == zeros_digest(ONE)
+    assert zeros_digest(replace(ONE, pattern="n:4")) not in digests

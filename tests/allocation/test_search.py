@@ -72,7 +72,7 @@ def by_hand(
     for layer in find_layers(copied.module, "all", "mlp"):
         x = inputs[layer.name].double()
         share = allocation.zeros[layer.name] / layer.in_features
-        solved = prune(layer.weight, (x.T @ x).float(), sparsity=share)
+        solved = prune(layer.weight, (x.T @ x).float(), sparsity=share, pattern=allocation.pattern)
         with torch.no_grad():
             layer.weight.copy_(solved.weight)
         zeros = (layer.weight == 0).sum(1)
@@ -80,16 +80,19 @@ def by_hand(
     return perplexity(copied, text).value
 
 
+@pytest.mark.parametrize("pattern", ["row", "n:4"])
 def test_candidates_are_pruned_on_the_first_and_scored_on_the_last_sequences(
-    tiny: Tiny, scored: Scored, calibration: CalibrationSet
+    pattern: str, tiny: Tiny, scored: Scored, calibration: CalibrationSet
 ) -> None:
     model, scores = tiny("llama"), scored("llama")
-    found = run(model, scores, calibration, tune="rank", evaluations=2)
+    found = run(model, scores, calibration, tune="rank", evaluations=2, pattern=pattern)
+    assert found.pattern == pattern
     first, text = split(calibration, 0.25)
     for one in found.manifest["search"]["tried"]:
         allocation = allocate(
-            scores, sparsity=0.6, rule="rank", strength=one["strength"], model=model, proj="mlp"
-        )
+            scores, sparsity=0.6, rule="rank", strength=one["strength"], model=model, proj="mlp",
+            pattern=pattern,
+        )  # fmt: skip
         expected = by_hand(model, allocation, first.ids, text)
         assert one["perplexity"] == pytest.approx(expected, rel=1e-3)
 

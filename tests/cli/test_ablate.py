@@ -5,7 +5,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from entangle import evaluation
 from entangle.ablation import load_ablation
+from entangle.errors import InvalidInput
 from tests.cli.runs import Run
 
 Folder = Callable[[str], Path]
@@ -77,6 +79,56 @@ def test_json_holds_everything(run: Run, base: tuple[object, ...], tmp_path: Pat
     assert found["manifest"]["command"] is None or "ablate" in found["manifest"]["command"]
 
 
+def test_blanks_in_lists_do_not_matter(
+    run: Run, base: tuple[object, ...], pairs_file: Path
+) -> None:
+    blanks = (
+        "--select", "top, bottom", "--by", " wd , md", "--intervention", "prune , zero",
+        "--strength", "0.5, 0.9", "--edit-strength", "1 ,0.5", "--experts", "1, 2",
+        "--router", "kmeans , random", "--measure", "perplexity, blimp", "--pairs", pairs_file,
+    )  # fmt: skip
+    status, printed, err = run(*base, *blanks, "--json")
+    assert status == 0, err
+    found = json.loads(printed)
+    settings = found["manifest"]["settings"]
+    asked = {
+        "by": ["wd", "md"], "interventions": ["prune", "zero"], "strengths": [0.5, 0.9],
+        "edit_strengths": [1.0, 0.5], "experts": [1, 2], "router": ["kmeans", "random"],
+    }  # fmt: skip
+    assert {name: settings[name] for name in asked} == asked
+    rows = found["results"]
+    assert {row["selection"] for row in rows} == {"dense", "top", "bottom"}
+    assert {"perplexity", "accuracy"} <= {row["measure"] for row in rows}
+
+
+@pytest.mark.parametrize(
+    ("given", "asked"),
+    [
+        ((), ("demo", "test", 128)),
+        (("--data-split", "train"), ("demo", "train", 128)),
+        (("--data", "wikitext2"), ("wikitext2", None, 128)),
+        (("--data", "wikitext2", "--eval-seq-len", "64"), ("wikitext2", None, 64)),
+    ],
+)
+def test_the_text_to_evaluate_on(
+    run: Run,
+    base: tuple[object, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    given: tuple[str, ...],
+    asked: tuple[object, ...],
+) -> None:
+    """By default the demo's held-back articles, in windows of the tiny model's context of 128."""
+    seen: list[tuple[object, ...]] = []
+
+    def load(source: object, _tokenizer: object, **settings: object) -> None:
+        seen.append((source, settings["split"], settings["seq_len"]))
+        raise InvalidInput("enough.")
+
+    monkeypatch.setattr(evaluation, "load_evaluation", load)
+    assert run(*base[:4], *given, "--layer", "1", "--quiet").err == "entangle: error: enough.\n"
+    assert seen == [asked]
+
+
 def test_scores_and_a_list_of_neurons(
     run: Run, base: tuple[object, ...], tiny_folder: Folder, text_file: Path, tmp_path: Path
 ) -> None:
@@ -112,6 +164,9 @@ def test_scores_and_a_list_of_neurons(
         (("--strength", "2"), r"must lie in [0, 1]; got 2.0"),
         (("--strength", ""), "a list must look like 0.5,0.7; got ''"),
         (("--select", ""), "selection"),
+        (("--select", "top, best"), "unknown selection 'best'"),
+        (("--data-config", "raw"), "`config` 'raw' was given, but has no meaning for"),
+        (("--data-column", "body"), "`column` 'body' was given, but"),
         (("--strength", "much"), "a list must look like 0.5,0.7; got 'much'"),
         (("--edit-strength", "-1"), "`edit_strengths` must lie in [0, 1]"),
         (("--experts", "0"), "at least 1; got 0"),

@@ -205,6 +205,28 @@ def test_an_expansion_is_built_from_it(run: Run, allocated: Path, experts: bool)
     assert run("evaluate", "x", "--data", "text.txt", "--seq-len", 64, "--quiet").status == 0
 
 
+def test_what_prunes_by_a_pattern_needs_no_option_for_it(run: Run, scored: Path) -> None:
+    assert (
+        run(*ALLOCATE, "--rule", "linear", "--pattern", "n:8", "--out", "n.safetensors").status == 0
+    )
+    allocation = load_allocation("n.safetensors")
+    given = ("--allocation", "n.safetensors", "--out")
+    assert run("expand", "model", *TEXT, "--experts", 2, *given, "x").status == 0
+    for name, module in load_expanded("x", device="cpu").module.named_modules():
+        if isinstance(module, ExpandedLinear):
+            groups = (module.weight == 0).unflatten(2, (-1, 8)).sum(3)
+            each = allocation.zeros[name] // groups.shape[2]
+            assert torch.equal(groups, each[:, None].expand_as(groups))
+    data = ("--data", "text.txt", *EVALUATE)
+    arms = ("--methods", "magnitude", *data)
+    assert run("compare", "model", *TEXT, *arms, *given, "c").status == 0
+    prune = ("--intervention", "prune-magnitude", "--scores", "scores", *data)
+    assert run("ablate", "model", *TEXT, *prune, *given, "r").status == 0
+    compared = load_comparison("c").frame["perplexity"]
+    ablated = load_ablation("r").frame.query("measure == 'perplexity'")["value"]
+    assert ablated.tolist() == pytest.approx(compared.tolist(), rel=1e-5)  # dense, even, allocated
+
+
 def test_a_comparison_has_every_allocation_beside_uniform(run: Run, allocated: Path) -> None:
     """The uniform arm is the allocation's own zeros spread evenly, so that it costs what b does."""
     even(load_allocation("a.safetensors")).save("b.safetensors")

@@ -21,6 +21,10 @@ BEGIN: dict[str, tuple[object, ...]] = {
         "compare", "model", *CALIBRATION, *WINDOWS, "--methods", "magnitude", "--sparsity", 0.5,
         "--data",
     ),
+    "ablate": (
+        "ablate", "model", *CALIBRATION, *WINDOWS, "--layer", 1, "--intervention", "zero",
+        "--select", "top", "--no-md", "--data",
+    ),
     "evaluate": ("evaluate", "model", "--seq-len", 32, "--n-windows", 3, "--data"),
 }  # fmt: skip
 NAMES = ("--data-config", "raw", "--data-split", "dev", "--data-column", "body")
@@ -49,6 +53,7 @@ def test_configuration_split_and_column(
     assert (status, err) == (0, "")
     assert calls == [("some/data", "raw", "dev")]
     found = json.loads(out)["manifest"]["evaluation"]
+    found = found.get("text", found)
     tokenizer = tiny_tokenizer()
     expected = load_evaluation(
         "some/data", tokenizer, config="raw", split="dev", column="body", seq_len=32, n_windows=3

@@ -1,15 +1,19 @@
 import argparse
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from entangle import calibration
+from entangle import calibration, evaluation
 from entangle.cli.main import build_parser
 from entangle.cli.options import (
     add_calibration_options,
     add_layer_options,
     load_calibration,
+    load_evaluation,
     names,
     numbers,
     parse_bytes,
@@ -81,3 +85,36 @@ def test_what_fits_weights_leaves_the_demo_s_test_articles_out(
     model = SimpleNamespace(context_length=None, tokenizer=None, vocab_size=None)
     load_calibration(build_parser().parse_args(command.split()), cast("LanguageModel", model))
     assert asked == [split]
+
+
+@pytest.mark.parametrize(
+    ("command", "context", "seq_len"),
+    [
+        ("ablate", 4096, 1024),
+        ("ablate", None, 1024),
+        ("ablate", 128, 128),
+        ("ablate --eval-seq-len 999", 128, 999),  # refused further in, with the context's size
+        ("compare --data x", 128, None),
+        ("expand --out x --evaluate x", 4096, None),
+    ],
+)
+def test_the_windows_of_an_evaluation(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    command: str,
+    context: int | None,
+    seq_len: int | None,
+) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(
+        evaluation, "load_evaluation", lambda *_names, **settings: asked.append(settings["seq_len"])
+    )
+    model = cast(
+        "LanguageModel", SimpleNamespace(context_length=context, tokenizer=None, vocab_size=None)
+    )
+    arguments = build_parser().parse_args(command.split())
+    load_evaluation(arguments, model, "text.txt")
+    ids = torch.ones(4, 6, dtype=torch.int64)
+    save_file({"ids": ids}, tmp_path / "table.safetensors")
+    load_evaluation(arguments, model, str(tmp_path / "table.safetensors"))
+    assert asked == [seq_len, arguments.eval_seq_len]  # a table of ids has a length of its own

@@ -54,6 +54,27 @@ def test_the_zeros_of_every_row_are_the_allocations(
         assert torch.equal((weight == 0).sum(2), allocation.zeros[layer].expand(3, -1))
 
 
+@pytest.mark.parametrize("group", [4, 8])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_groups_hold_the_zeros_of_their_row(
+    name: str, group: int, tiny: Tiny, calibration: CalibrationSet, tmp_path: Path
+) -> None:
+    model = tiny(name)
+    allocation = random_allocation(model, group=group)
+    made = run(model, calibration, allocation, out=tmp_path / "x")
+    for layer, weight in experts_of(made.model).items():
+        groups = (weight == 0).unflatten(2, (-1, group)).sum(3)
+        each = allocation.zeros[layer] // groups.shape[2]
+        assert torch.equal(groups, each[:, None].expand_as(groups))
+    stored = sum(int((w == 0).sum()) for w in experts_of(made.model).values())
+    assert stored == 3 * allocation.n_zeros
+    loaded = experts_of(load_expanded(tmp_path / "x", base=tiny(name)))
+    for layer, weight in experts_of(made.model).items():
+        assert torch.equal(weight, loaded[layer])
+    assert isinstance(made.manifest["settings"], dict)
+    assert made.manifest["settings"]["pattern"] == f"n:{group}"
+
+
 @pytest.mark.parametrize("pruner", ["wanda", "magnitude", "random"])
 def test_for_every_pruner(pruner: str, tiny: Tiny, calibration: CalibrationSet) -> None:
     allocation = random_allocation(tiny("llama"))

@@ -76,3 +76,6 @@ def test_allocations_that_cannot_be_told_apart_or_compared_are_refused(
     others = [("a", one), ("b", random_allocation(tiny("llama"), proj="up_proj"))]
     with pytest.raises(InvalidInput, match="must be for the same layers; 'a' has 9 and 'b' has 3"):
         common_layers(others)
+    grouped = [("a", one), ("b", random_allocation(tiny("llama"), group=4))]
+    with pytest.raises(InvalidInput, match="must have one pattern; got n:4 and row"):
+        common_layers(grouped)

@@ -57,11 +57,12 @@ def test_progress_is_told_after_each_arm(
     assert found.frame["ratio"].tolist() == pytest.approx([1.0, 1.0], abs=1e-5)
 
 
+@pytest.mark.parametrize("group", [None, 4])
 def test_every_method_is_built_with_every_allocation_beside_uniform(
-    tiny: Tiny, calibration: CalibrationSet, text: EvaluationText
+    group: int | None, tiny: Tiny, calibration: CalibrationSet, text: EvaluationText
 ) -> None:
     model = tiny("llama")
-    first, second = random_allocation(model), random_allocation(model, seed=1)
+    first, second = (random_allocation(model, seed=seed, group=group) for seed in (0, 1))
     named = [("a", first), ("b", second)]
     shares = [nominal_sparsity(one) for one in (first, second)]
     chosen = arms(["sparsegpt", "expansion"], shares, [2], allocations=named)

@@ -25,13 +25,17 @@ from entangle.pruning.masks import (
         ("2:4", Pattern("n:m", 2, 4)),
         ("0:3", Pattern("n:m", 0, 3)),
         ("16:16", Pattern("n:m", 16, 16)),
+        ("n:8", Pattern("n:m", None, 8)),
     ],
 )
 def test_parse_pattern(text: str, pattern: Pattern) -> None:
     assert parse_pattern(text) == pattern
 
 
-@pytest.mark.parametrize("text", ["", "rows", "4:2", "0:0", "-1:2", "2:4 ", "2/4", "a:b"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "rows", "4:2", "0:0", "-1:2", "2:4 ", "2/4", "a:b", "n:0", "n:", "n:m", "n:-4", "N:4"],
+)
 def test_unknown_pattern(text: str) -> None:
     with pytest.raises(InvalidInput, match="`pattern` must be row, layer, block"):
         parse_pattern(text)
@@ -65,10 +69,17 @@ def test_prune_smallest_without_lines() -> None:
 
 def test_prune_groups_keeps_the_best_of_each() -> None:
     saliency = torch.tensor([[4.0, 1, 3, 2, 1, 1, 1, 9]])
-    pruned = prune_groups(saliency, Pattern("n:m", 1, 4))
+    pruned = prune_groups(saliency, torch.tensor([3]), 4)
     assert pruned.tolist() == [[False, True, True, True, True, True, True, False]]
-    pruned = prune_groups(saliency, Pattern("n:m", 3, 4))
+    pruned = prune_groups(saliency, torch.tensor([1]), 4)
     assert pruned.nonzero().tolist() == [[0, 1], [0, 4]]
+
+
+def test_lines_lose_numbers_of_their_own_in_every_group() -> None:
+    saliency = torch.tensor([[4.0, 1, 3, 2, 1, 1, 1, 9]]).expand(4, -1)
+    pruned = prune_groups(saliency, torch.tensor([0, 1, 2, 4]), 4)
+    marks = ["........", ".x..x...", ".x.xxx..", "xxxxxxxx"]
+    assert ["".join("x" if one else "." for one in line) for line in pruned.tolist()] == marks
 
 
 def test_block_rule_prunes_one_more_than_asked_and_all_ties() -> None:
@@ -95,4 +106,8 @@ def test_dead_inputs_come_first_by_magnitude() -> None:
 
 
 def test_groups_of_no_rows() -> None:
-    assert prune_groups(torch.ones(2, 0, 8), parse_pattern("2:4")).shape == (2, 0, 8)
+    assert prune_groups(torch.ones(2, 0, 8), torch.ones(2, 0, dtype=torch.int64), 4).shape == (
+        2,
+        0,
+        8,
+    )

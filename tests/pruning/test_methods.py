@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from entangle.errors import NumericalError, UnknownName
 from entangle.pruning import METHODS, PruneResult, prune
 from tests.pruning.problems import make
+from tests.reference.groups import kept as reference
 
 EVERY = pytest.mark.parametrize("method", METHODS)
-PATTERNS = pytest.mark.parametrize("pattern", ["row", "layer", "block", "2:4"])
+PATTERNS = pytest.mark.parametrize("pattern", ["row", "layer", "block", "2:4", "n:4"])
 
 
 @settings(deadline=None, max_examples=60)
@@ -62,6 +63,57 @@ def test_groups_hold_exactly_the_zeros_asked_for(method: str, kept: int, of: int
     result = prune(weight, gram, method=method, pattern=f"{kept}:{of}", sparsity=1 - kept / of)
     groups = (result.weight != 0).reshape(2, 5, -1, of).sum(-1)
     assert (groups == kept).all()
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    data=st.data(),
+    method=st.sampled_from(METHODS),
+    rows=st.integers(1, 6),
+    groups=st.integers(1, 6),
+    group=st.integers(1, 7),
+    seed=st.integers(0, 99),
+)
+def test_rows_hold_numbers_of_their_own_in_every_group(
+    data: st.DataObject, method: str, rows: int, groups: int, group: int, seed: int
+) -> None:
+    weight, gram = make(2, rows, groups * group, seed=seed)
+    shape = data.draw(st.sampled_from([(), (rows,), (2, rows)]))
+    count = int(torch.Size(shape).numel())
+    drawn = data.draw(st.lists(st.integers(0, group), min_size=count, max_size=count))
+    zeros = torch.tensor(drawn).reshape(shape)
+    result = prune(
+        weight, gram, method=method, sparsity=zeros / group, pattern=f"n:{group}", seed=seed
+    )
+    expected = zeros.expand(2, rows)[..., None].expand(2, rows, groups)
+    found = (result.weight == 0).reshape(2, rows, groups, group).sum(-1)
+    assert torch.equal(found, expected)
+    assert torch.equal((~result.mask).reshape(2, rows, groups, group).sum(-1), expected)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda"])
+@pytest.mark.parametrize("group", [1, 3, 4, 24])
+def test_groups_match_a_loop_over_rows_and_groups(method: str, group: int) -> None:
+    weight, gram = make(2, 5, 24)
+    weight[0, :, 2:5] = weight[0, :, 2:3]  # equal ones fall from left to right
+    zeros = [0, group, group // 2, group - 1, 1]
+    share = torch.tensor(zeros, dtype=torch.float64) / group
+    result = prune(weight, gram, method=method, sparsity=share, pattern=f"n:{group}")
+    for e in range(2):
+        norms = gram[e].diagonal().sqrt() if method == "wanda" else torch.ones(24)
+        stays = reference((weight[e].abs() * norms).tolist(), zeros, group)
+        assert result.mask[e].tolist() == stays
+        assert torch.equal(result.weight[e], weight[e] * torch.tensor(stays))
+
+
+@EVERY
+def test_one_number_for_all_rows_is_the_plain_pattern(method: str) -> None:
+    weight, gram = make(2, 5, 24)
+    plain = prune(weight, gram, method=method, pattern="3:8")
+    for share in (0.625, torch.full((5,), 0.625), torch.full((2, 5), 0.625)):
+        found = prune(weight, gram, method=method, sparsity=share, pattern="n:8")
+        assert torch.equal(found.weight, plain.weight)
+        assert torch.equal(found.mask, plain.mask)
 
 
 @pytest.mark.parametrize("method", METHODS[1:])  # one random stream runs through all experts
@@ -121,6 +173,11 @@ def test_a_sparsity_per_row_belongs_to_the_whole_layer(method: str) -> None:
     share = torch.tensor([0.1, 0.2, 0.3, 0.4])
     result = prune(weight, gram, method=method, sparsity=share, rows=torch.tensor([3, 1]))
     assert (~result.mask).sum(-1).tolist() == [[0, 2, 0, 4]] * 2
+    share = torch.tensor([0.3, 0.2, 0.5, 0.8])  # the first row, which stays, may have any number
+    result = prune(
+        weight, gram, method=method, sparsity=share, rows=torch.tensor([3, 1]), pattern="n:5"
+    )
+    assert (~result.mask).sum(-1).tolist() == [[0, 2, 0, 8]] * 2
     nobody = prune(
         weight, gram, method=method, sparsity=share, rows=torch.zeros(4, dtype=torch.bool)
     )

@@ -22,7 +22,7 @@ def _prepare(**changes: object) -> Problem:
 
 
 @pytest.mark.parametrize("sparsity", [1.3, -0.1, math.nan, math.inf, torch.tensor([0.5, 2, 0.5])])
-@pytest.mark.parametrize("pattern", ["row", "layer", "block", "2:4"])
+@pytest.mark.parametrize("pattern", ["row", "layer", "block", "2:4", "n:4"])
 def test_sparsity_out_of_range(sparsity: float, pattern: str) -> None:
     with pytest.raises(
         InvalidInput, match=r"`sparsity` must be in \[0, 1\]; got (1.3|-0.1|nan|inf|2)\."
@@ -40,6 +40,31 @@ def test_sparsity_must_fit_the_groups() -> None:
     assert (_prepare(sparsity=0.75, pattern="1:4").budget == 6).all()
     with pytest.raises(InvalidInput, match=r"must be None or 0\.75 with pattern '1:4'; got 0\.25"):
         _prepare(sparsity=0.25, pattern="1:4")
+
+
+def test_rows_may_have_groups_of_their_own() -> None:
+    share = torch.tensor([0, 0.25, 1])
+    assert _prepare(sparsity=share, pattern="n:4").budget.tolist() == [[0, 2, 8]] * 2
+    assert _prepare(sparsity=share, pattern="n:4").zeros_a_group.tolist() == [[0, 1, 4]] * 2
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "pattern", "message"),
+    [
+        (torch.tensor([0.5, 0.375, 0.5]), "n:4", r"multiple of 2 zeros, .* 2 groups of 4 .*got 3"),
+        (0.9, "n:4", "multiple of 2 zeros, .*; got 7: use pattern 'row'"),
+        (None, "n:4", "`sparsity` is None; pattern 'n:4' needs one"),
+        (0.5, "n:3", "'n:3' needs a multiple of 3 columns; got 8"),
+        (0.5, "n:16", "'n:16' needs a multiple of 16 columns; got 8"),
+        (torch.full((8,), 0.5), "n:4", r"of shape \(3,\) or \(2, 3\); got \(8,\)"),
+        (torch.full((3,), 0.5), "2:4", "`sparsity` must be None or 0.5 with pattern '2:4'; got"),
+    ],
+)
+def test_what_does_not_fit_the_groups(
+    sparsity: float | torch.Tensor | None, pattern: str, message: str
+) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        _prepare(sparsity=sparsity, pattern=pattern)
 
 
 @pytest.mark.parametrize("pattern", ["layer", "block"])

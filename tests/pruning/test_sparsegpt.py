@@ -42,6 +42,23 @@ def test_matches_the_reference_in_groups(kept: int, of: int) -> None:
     _assert_same(result, weight, gram, group=(kept, of))
 
 
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("block", [1, 16, 128])
+def test_matches_the_reference_in_groups_with_a_number_for_every_row(
+    block: int, bits: int | None
+) -> None:
+    weight, gram = (part[0] for part in make(1, 6, 60))
+    dead = [0, 17, 18, 19, 59]
+    gram[dead] = 0
+    gram[:, dead] = 0
+    kept = [0, 1, 2, 3, 4, 2]
+    share = 1 - torch.tensor(kept, dtype=torch.float64) / 4
+    result = prune_sparsegpt(
+        weight, gram, sparsity=share, pattern="n:4", block_size=block, bits=bits
+    )
+    _assert_same(result, weight, gram, group=(kept, 4), bits=bits)
+
+
 @pytest.mark.parametrize("bits", [2, 4])
 @pytest.mark.parametrize("sparsity", [0.0, 0.5])
 def test_matches_the_reference_quantised(bits: int, sparsity: float) -> None:
@@ -73,7 +90,18 @@ def test_by_hand() -> None:
     assert result.damping.item() == 0
 
 
-@pytest.mark.parametrize("pattern", ["row", "layer", "block", "2:5"])
+def test_groups_of_their_own_by_hand() -> None:
+    # H = I undamped: no weight makes up for another, and saliency is magnitude. The rows lose 0,
+    # 1 and 2 of each of two neighbours.
+    weight = torch.tensor([[1.0, 2, 4, 3]]).repeat(3, 1)
+    share = torch.tensor([0, 0.5, 1])
+    result = prune_sparsegpt(weight, torch.eye(4), sparsity=share, pattern="n:2", damping=0)
+    assert result.weight.tolist() == [[1, 2, 4, 3], [0, 2, 4, 0], [0, 0, 0, 0]]
+    assert result.loss_per_neuron.tolist() == [0, 1 + 9, 1 + 4 + 16 + 9]
+    assert result.realised_sparsity.tolist() == [0, 0.5, 1]
+
+
+@pytest.mark.parametrize("pattern", ["row", "layer", "block", "2:5", "n:5"])
 def test_identity_gram_is_magnitude(pattern: str) -> None:
     weight, _ = make(2, 6, 300)
     gram = 3 * torch.eye(300, dtype=weight.dtype).expand(2, 300, 300)

@@ -63,12 +63,15 @@ def sparsegpt(
     *,
     rule: str = "row",
     sparsity: float | list[float] = 0.5,
-    group: tuple[int, int] | None = None,
+    group: tuple[int | list[int], int] | None = None,
     damping: float = 0.01,
     block: int = 128,
     bits: int | None = None,
 ) -> tuple[Array, NDArray[np.bool_]]:
-    """Return the sparse weight and the mask (True where kept); ``group`` is (kept, of)."""
+    """Return the sparse weight and the mask (True where kept); ``group`` is (kept, of).
+
+    ``kept`` may be a list, one number a row.
+    """
     rows, cols = weight.shape
     inverse, grids, w = _inverses(gram, damping), _grids(weight, bits), weight.copy()
 
@@ -88,7 +91,8 @@ def sparsegpt(
         if group is not None and j % group[1] == 0:
             for r in range(rows):
                 order = sorted(range(j, j + group[1]), key=lambda c: cost((r, c)))
-                pruned |= {(r, c) for c in order[: group[1] - group[0]]}
+                stay = group[0][r] if isinstance(group[0], list) else group[0]
+                pruned |= {(r, c) for c in order[: group[1] - stay]}
         for r in range(rows):
             final = 0.0 if (r, j) in pruned else float(w[r, j])
             if grids is not None and (r, j) not in pruned:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from entangle.errors import InvalidInput
-from entangle.pruning.scalars import real, tensor_of, whole
+from entangle.scalars import real, tensor_of, whole
 
 
 @pytest.mark.parametrize("value", [3, np.int64(3), np.uint8(3), np.int32(3)])
@@ -19,6 +19,18 @@ def test_integers_of_any_kind(value: object) -> None:
 def test_what_is_no_count(value: object) -> None:
     with pytest.raises(InvalidInput, match=r"^`k` must be an integer of at least 1; got .*\.$"):
         whole("k", value, least=1)
+
+
+@pytest.mark.parametrize("value", [2.0, np.float64(2), True, np.True_, "2", None, [2]])
+def test_what_is_no_integer(value: object) -> None:
+    with pytest.raises(InvalidInput, match=r"^`k` must be an integer; got .*\.$"):
+        whole("k", value)
+
+
+@pytest.mark.parametrize("value", [-3, 0, np.int8(-3)])
+def test_integers_without_a_least_one(value: int) -> None:
+    found = whole("k", value)
+    assert (found, type(found)) == (int(value), int)
 
 
 @pytest.mark.parametrize("value", [0.5, np.float32(0.5), np.float64(0.5), Fraction(1, 2)])
