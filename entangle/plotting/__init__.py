@@ -43,6 +43,7 @@ from entangle.plotting.sparse_outputs import (
     figure_sparse_outputs,
     plot_sparse_output,
 )
+from entangle.plotting.sparsities import figure_sparsities
 from entangle.plotting.style import COLUMN_INCHES, PALETTE, paper_style
 
 __all__ = [
@@ -65,6 +66,7 @@ __all__ = [
     "figure_router_map",
     "figure_separated_pairs",
     "figure_sparse_outputs",
+    "figure_sparsities",
     "figure_top_and_typical",
     "figure_wd_against_md",
     "figure_wd_by_layer",

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from entangle.plotting.arms import (
     LOG_MEASURES,
@@ -39,6 +39,7 @@ from entangle.plotting.style import (
     wrap,
 )
 from entangle.plotting.summaries import Floats
+from entangle.plotting.ticks import log_locator, plain_number
 
 MAX_PANELS = 12
 LOG_SPAN = 5.0
@@ -373,17 +374,8 @@ def _set_y(ax: Axes, scale: _Scale) -> None:
     ax.set_ylim(scale.low, scale.high)
     ax.yaxis.set_minor_locator(NullLocator())
     if scale.log:
-        steps = (1.0, 2.0, 5.0) if scale.high < 50.0 * scale.low else (1.0,)
-        ax.yaxis.set_major_locator(LogLocator(subs=steps))
-        ax.yaxis.set_major_formatter(FuncFormatter(_log_tick))
+        ax.yaxis.set_major_locator(log_locator(scale.high / scale.low))
+        ax.yaxis.set_major_formatter(FuncFormatter(plain_number))
     else:
-        ax.yaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 5, 10)))
+        ax.yaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 2.5, 5, 10)))
         ax.ticklabel_format(axis="y", style="plain", useOffset=False)
-
-
-def _log_tick(value: float, _position: int | None) -> str:
-    if 1e-3 <= value < 1e5:
-        return f"{value:g}"
-    exponent = int(np.floor(np.log10(value) + 1e-9))
-    mantissa = round(value / 10.0**exponent)
-    return (f"{mantissa} × " if mantissa > 1 else "") + f"$10^{{{exponent}}}$"

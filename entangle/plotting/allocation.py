@@ -6,7 +6,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from entangle.errors import InvalidInput, unknown_name
 from entangle.plotting.save import record
@@ -24,6 +24,7 @@ from entangle.plotting.style import (
     paper_style,
 )
 from entangle.plotting.summaries import Floats, check_columns
+from entangle.plotting.ticks import plain_number
 
 VALUE_LABELS: dict[str, str] = {
     "sparsity": "zeros of the layer (%)",
@@ -78,6 +79,7 @@ def plot_row_sparsity(
     if overall is not None:
         entries.append(_draw_overall(ax, overall, panel="rows", vertical=True))
     ax.set_yscale("log")
+    ax.yaxis.set_major_formatter(FuncFormatter(plain_number))
     ax.set_ylim(bottom=0.7)
     ax.set(xlim=(-1.0, 101.0), xlabel="zeros of the row (%)", ylabel="rows")
     if legend:
@@ -139,7 +141,9 @@ def plot_layer_profile(
             numbers,
             color=_COLORS[number % len(_COLORS)],
             marker=_MARKERS[number % len(_MARKERS)],
-            markersize=max(2.0, 4.5 - number),  # equal values of two projections are both seen
+            lw=0.8,
+            markersize=max(2.0, 4.0 - 0.8 * number),  # equal values of two are both seen
+            markeredgewidth=0.0,
             label=str(name),
         )
         record(

@@ -40,6 +40,7 @@ Entry = tuple[Artist, str]
 WD_LABEL = "Wasserstein distance to N(0, 1) (σ)"
 MD_LABEL = "mapping difficulty (ratio)"
 OTHERS = "other neurons"
+SE_TEXT = "±: standard error"
 _MANY_POINTS = 5_000
 
 
@@ -94,8 +95,8 @@ def plot_wd_distribution(
     right = 1.02 * float(edges[-1])
     ax.set(xlabel=WD_LABEL, ylabel="neurons per bin", xlim=(0.0, right))
     add_title(ax, split.layer)
-    notes = [f"n = {len(wd):,}", f"{split.is_top.sum():,} with WD ≥ {split.threshold:.3f}"]
-    notes += [f"floor {floor[0]:.4f}"] if floor else []
+    notes = [f"n = {len(wd):,}", f"{split.is_top.sum():,} with WD ≥ {split.threshold:.3f} σ"]
+    notes += [f"floor {floor[0]:.4f} σ"] if floor else []
     _explain(ax, entries, notes, split.dropped, legend=legend, side="right", skyline=skyline)
     return ax
 
@@ -129,7 +130,7 @@ def _draw_wd_bars(ax: Axes, split: TopSplit, edges: Floats) -> tuple[list[Entry]
     wd, base = split.values("wd"), np.zeros(len(edges) - 1)
     for mask, color, name, bound in (
         (~split.is_top, PALETTE["typical"], OTHERS, ""),
-        (split.is_top, PALETTE["top"], split.top_name, f", WD ≥ {split.threshold:.3f}"),
+        (split.is_top, PALETTE["top"], split.top_name, f", WD ≥ {split.threshold:.3f} σ"),
     ):
         counts = np.histogram(wd[mask], edges)[0]
         bars = ax.stairs(base + counts, edges, baseline=base, fill=True, lw=0, color=color)
@@ -155,7 +156,7 @@ def _draw_floor(ax: Axes, floor: tuple[float, float], *, panel: str) -> Entry:
     record(band, panel=panel, series="Gaussian floor, mean to 97.5 %", x=mean, x_right=high)
     line = ax.axvline(mean, color=PALETTE["floor"], label="Gaussian floor (mean to 97.5 %)")
     record(line, panel=panel, series="Gaussian floor, mean", x=mean)
-    return line, f"Gaussian floor {mean:.4f} (97.5 %: {high:.4f})"
+    return line, f"Gaussian floor {mean:.4f} σ (97.5 %: {high:.4f} σ)"
 
 
 def _explain(
@@ -237,10 +238,12 @@ def plot_output_distribution(
     ax.set(xlabel=unit[0], ylabel=f"density (per {unit[1]})", xlim=(low, high))
     add_title(ax, "\n".join(filter(None, (label, wd_text(wd, wd_se)))))
     tokens = f"n = {shape.n:,} tokens"
-    entries = [
+    entries: list[Entry] = [
         (bars, f"{bars.get_label()} ({tokens})"),
         (line, f"fitted Gaussian (mean {mean:.3g}, std {std:.3g})".replace("-", "−")),
     ]
+    if "±" in wd_text(wd, wd_se):
+        entries.append((text_handle(), SE_TEXT))
     beyond = 1.0 - shape.share_between(low, high)
     outside = f"{100 * beyond:.2g} % off axis" if beyond > 1e-9 else ""
     side: Side = "right" if shape.quantile(0.5) <= 0.5 * (low + high) else "left"
@@ -267,13 +270,13 @@ def output_limits(shape: OutputDensity, *, center: float, scale: float) -> tuple
 
 
 def wd_text(wd: float | None, se: float | None) -> str:
-    """Return ``"WD = 0.412 ± 0.010"``: two digits of the error, three decimals at least."""
+    """Return ``"WD = 0.412 ± 0.010 σ"``: two digits of the error, three decimals at least."""
     if wd is None or not np.isfinite(wd):
         return ""
     if se is None or not np.isfinite(se):
-        return f"WD = {wd:.3f}"
+        return f"WD = {wd:.3f}\u00a0σ"
     decimals = 3 if se <= 0.0 else int(np.clip(1 - np.floor(np.log10(se)), 3, 6))
-    return f"WD = {wd:.{decimals}f} ± {se:.{decimals}f}"
+    return f"WD = {wd:.{decimals}f} ± {se:.{decimals}f}\u00a0σ"
 
 
 def plot_wd_against_md(

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, Locator, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, NullLocator
 
 from entangle.errors import InvalidInput, unknown_name
 from entangle.plotting.save import record
@@ -31,6 +31,7 @@ from entangle.plotting.style import (
     shared_legend,
 )
 from entangle.plotting.summaries import Floats, check_columns
+from entangle.plotting.ticks import log_locator, plain_number
 
 COST_LABELS: dict[str, str] = {
     "sparsity": "zeros in the pruned layers (%)",
@@ -339,15 +340,9 @@ def _set_y(ax: Axes, models: _Models) -> None:
     top = min(float(values.max(initial=1.0)) * 1.15, models.ceiling)
     ax.set_yscale("log")
     ax.set_ylim(bottom, top)
-    ax.yaxis.set_major_locator(_y_ticks(top / bottom))
-    ax.yaxis.set_major_formatter(FuncFormatter(_plain_number))
+    ax.yaxis.set_major_locator(log_locator(top / bottom))
+    ax.yaxis.set_major_formatter(FuncFormatter(plain_number))
     ax.yaxis.set_minor_locator(NullLocator())
-
-
-def _y_ticks(span: float) -> Locator:
-    if span < 4.0:
-        return MaxNLocator(5, steps=(1, 2, 5, 10))
-    return LogLocator(subs=(1.0, 2.0, 5.0) if span < 2e3 else (1.0,))
 
 
 def _set_x(ax: Axes, values: Floats, x: str) -> None:
@@ -358,9 +353,5 @@ def _set_x(ax: Axes, values: Floats, x: str) -> None:
         return
     if max(values.max(), 1.0) / min(values.min(), 1.0) > _LOG_SPAN:
         ax.set_xscale("log", base=2)
-        ax.xaxis.set_major_formatter(FuncFormatter(_plain_number))
+        ax.xaxis.set_major_formatter(FuncFormatter(plain_number))
         ax.xaxis.set_minor_locator(NullLocator())
-
-
-def _plain_number(value: float, _position: int | None) -> str:
-    return f"{value:g}"

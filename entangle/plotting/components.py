@@ -5,6 +5,7 @@ import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator
 
 from entangle.errors import InvalidInput
 from entangle.plotting.axes import Entry, bootstrap_text
@@ -23,10 +24,13 @@ from entangle.plotting.style import (
     paper_style,
 )
 from entangle.plotting.summaries import Floats, check_columns
+from entangle.plotting.ticks import log_locator, plain_number
 from entangle.stats.intervals import spearman_interval
 
 X_LABEL = "components for 90 % of the inputs' variance"
 Y_LABEL = "reconstruction error (share of the variance)"
+LOG_SPAN = 5.0
+"""Largest over smallest number of components above which both axes are logarithmic."""
 _COLUMNS = ("layer", "experts", "cluster", "tokens", "components_90", "error")
 _VIRIDIS, _MARKERS = colormaps["viridis"], "os^DvP*X"
 
@@ -61,8 +65,8 @@ def plot_components(
     Returns
     -------
     matplotlib.axes.Axes
-        ``ax``, or that of the new figure. Clusters whose numbers are not finite are left out and
-        counted.
+        ``ax``, or that of the new figure, its axes logarithmic where the numbers of components span
+        more than `LOG_SPAN`. Clusters whose numbers are not finite are left out and counted.
 
     Raises
     ------
@@ -181,8 +185,21 @@ def _draw(ax: Axes, rows: pd.DataFrame) -> list[Entry]:
     x, y = rows[["components_90", "error"]].to_numpy(np.float64).T
     entries += _draw_front(ax, x, y)
     ax.set(xlabel=X_LABEL, ylabel=Y_LABEL)
-    ax.set_ylim(bottom=0.0)
+    if min(x.min(), y.min()) > 0.0 and LOG_SPAN * x.min() < x.max():
+        _set_log(ax)
+    else:
+        ax.set_ylim(bottom=0.0)
     return entries
+
+
+def _set_log(ax: Axes) -> None:
+    """Make both axes logarithmic, on which a power law is a straight line."""
+    ax.set(xscale="log", yscale="log")
+    for axis in (ax.xaxis, ax.yaxis):
+        low, high = axis.get_view_interval()
+        axis.set_major_locator(log_locator(high / low))
+        axis.set_major_formatter(FuncFormatter(plain_number))
+        axis.set_minor_locator(NullLocator())
 
 
 def _draw_front(ax: Axes, x: Floats, y: Floats) -> list[Entry]:

@@ -30,6 +30,7 @@ from entangle.plotting.summaries import Floats, check_columns
 
 X_LABEL = "input distance (÷ largest)"
 Y_LABEL = "output distance (÷ median)"
+TREND = "median of each tenth; band: quartiles"
 MOST_POINTS = 3000
 """Largest number of pairs that are drawn one by one; more are counted in hexagons."""
 _COLUMNS = ("layer", "neuron", "input_normalised", "output_normalised")
@@ -208,10 +209,10 @@ def _draw_trend(ax: Axes, x: Floats, y: Floats, *, panel: str) -> list[Entry]:
     parts = np.array_split(np.argsort(x, kind="stable"), _BINS)
     place = np.array([np.median(x[part]) for part in parts])
     low, middle, high = np.transpose([np.percentile(y[part], [25, 50, 75]) for part in parts])
-    ax.fill_between(place, low, high, color=PALETTE["gaussian"], alpha=0.2, lw=0, zorder=2.1)
+    ink = PALETTE["gaussian"]
+    ax.fill_between(place, low, high, fc=(ink, 0.2), ec=(ink, 0.8), lw=0.5, zorder=2.1)
     (line,) = ax.plot(
-        place, middle, "o-", color=PALETTE["gaussian"], ms=2.0, lw=0.9, zorder=2.2,
-        label="median of a tenth, quartiles",
+        place, middle, "o-", color=ink, ms=2.0, lw=0.9, zorder=2.2, label=TREND
     )  # fmt: skip
     record(line, panel=panel, series="median", x=place, y=middle, y_low=low, y_high=high)
-    return [(line, "median of a tenth, quartiles")]
+    return [(line, TREND)]

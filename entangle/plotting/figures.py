@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from entangle.errors import InvalidInput
 from entangle.plotting.axes import (
+    SE_TEXT,
     bin_count,
     bootstrap_text,
     output_limits,
@@ -20,6 +21,7 @@ from entangle.plotting.axes import (
     plot_wd_against_md,
     plot_wd_distribution,
     wd_edges,
+    wd_text,
 )
 from entangle.plotting.signature import sign
 from entangle.plotting.style import (
@@ -328,7 +330,9 @@ def _draw_outputs(
             )
         if standardized:
             share_axes(figure, axes, column=column)
-        shared_legend(figure, axes, column=column, title=title)
+        known = any("±" in wd_text(item.wd, item.wd_se) for item in items)
+        extra = SE_TEXT if known else ""
+        shared_legend(figure, axes, column=column, title=title, extra=extra)
         return sign(figure, digest)
 
 

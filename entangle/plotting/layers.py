@@ -28,6 +28,7 @@ from entangle.plotting.style import (
     settle_ticks,
 )
 from entangle.plotting.summaries import Floats, check_columns, check_top
+from entangle.plotting.ticks import plain_number
 
 MOST_RIDGES = 32
 """Largest number of layers in a ridge plot; of more, evenly spaced ones are drawn."""
@@ -170,7 +171,7 @@ def figure_wd_by_layer(
             ax.set_xlabel("")
         bar = figure.colorbar(ScalarMappable(norm, _COLORS), ax=list(axes.flat), aspect=40)
         bar.set_label("neurons of the layer (%)")
-        bar.ax.yaxis.set_major_formatter(FuncFormatter(_plain))
+        bar.ax.yaxis.set_major_formatter(FuncFormatter(plain_number))
         bar.ax.yaxis.set_minor_formatter(NullFormatter())
         figure.supxlabel(WD_LABEL, fontsize=7.0)
         clauses = [f"n = {sum(group.n for group in groups):,} neurons", *dropped]
@@ -281,10 +282,11 @@ def _draw_ridge(ax: Axes, group: _Group) -> str:
         tops = group.tops[place]
         rug = ax.vlines(
             tops, place, place + 0.45 * step, color=PALETTE["top"], lw=0.4, alpha=0.8,
-            zorder=2.0 + (order + 0.5) / n, rasterized=len(tops) * len(places) > 2000,
+            zorder=3.5, rasterized=len(tops) * len(places) > 2000,
         )  # fmt: skip
         record(rug, panel=layer, series="top neurons", x=tops)
     _set_axes(ax, group)
+    ax.spines[:].set_zorder(4.0)  # over the ridges' white edges
     ax.set_ylim(-0.5, n - 1 + max(0.5, scale * float(group.share[places[-1]].max()) + 0.1 * step))
     return f"{len(places)} drawn" if len(places) < n else ""
 
@@ -328,14 +330,12 @@ def _set_axes(ax: Axes, group: _Group) -> None:
     ax.set(xlabel=WD_LABEL, ylabel=group.depth_label)
     ax.set_xlim(group.edges[0], group.edges[-1])
     ax.xaxis.set_major_locator(FixedLocator(_ticks(ax, group.edges[0], group.edges[-1])))
-    ax.xaxis.set_major_formatter(FuncFormatter(_plain))
+    ax.xaxis.set_major_formatter(FuncFormatter(plain_number))
     ax.xaxis.set_minor_locator(NullLocator())
-    ax.yaxis.set_major_locator(MaxNLocator(6, integer=True))
+    last = len(group.depth) - 1
+    ticks: Floats = np.asarray(MaxNLocator(6, integer=True).tick_values(0, last))
+    ax.yaxis.set_major_locator(FixedLocator([t for t in ticks.tolist() if 0 <= t <= last]))
     ax.yaxis.set_major_formatter(FuncFormatter(depth))
-
-
-def _plain(value: float, _position: int | None) -> str:
-    return f"{value:g}"
 
 
 def _ticks(ax: Axes, low: float, high: float) -> list[float]:

@@ -175,8 +175,7 @@ def beside_table(lines: int, *, column: Column) -> tuple[Figure, Axes, Axes]:
 
 def neuron_title(neuron: int, layer: str, wd: float | None, tokens: int) -> str:
     """Return three lines: the neuron with its WD, its layer, and n."""
-    unit = "\u00a0σ" if wd_text(wd, None) else ""
-    first = ", ".join(filter(None, (f"neuron {neuron}", wd_text(wd, None) + unit)))
+    first = ", ".join(filter(None, (f"neuron {neuron}", wd_text(wd, None))))
     return f"{first}\n{layer}\nn = {tokens:,} tokens"
 
 

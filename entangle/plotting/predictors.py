@@ -23,6 +23,7 @@ from entangle.plotting.style import (
     panel_grid,
     paper_style,
     text_handle,
+    wrap,
 )
 from entangle.plotting.summaries import Floats, check_columns, check_top
 
@@ -35,11 +36,13 @@ PREDICTORS: dict[str, tuple[str, str, _Column]] = {
     "abs_skewness": ("|skewness|", "skewness", lambda f: f["skewness"].abs()),
     "excess_kurtosis": ("excess kurtosis", "excess_kurtosis", lambda f: f["excess_kurtosis"]),
     "ks": ("KS distance", "ks", lambda f: f["ks"]),
-    "abs_mean": ("|mean output| (model units)", "mean", lambda f: f["mean"].abs()),
-    "variance": ("output variance (model units²)", "std", lambda f: f["std"] ** 2),
-    "weight_norm": ("weight norm (model units)", "weight_norm", lambda f: f["weight_norm"]),
+    "abs_mean": ("|mean output| (model\u00a0units)", "mean", lambda f: f["mean"].abs()),
+    "variance": ("output variance (model\u00a0units²)", "std", lambda f: f["std"] ** 2),
+    "weight_norm": ("weight norm (model\u00a0units)", "weight_norm", lambda f: f["weight_norm"]),
+    "gmm_components": ("components of a mixture", "gmm_components", lambda f: f["gmm_components"]),
 }
-"""Predictors by name: axis label, the column it is made from, and how."""
+"""Predictors by name: axis label, the column it is made from, and how. The column
+``gmm_components`` comes from `entangle.analysis.gmm_components`."""
 
 
 def plot_predictor(
@@ -97,15 +100,15 @@ def plot_predictor(
     fit = fit_line(points["x"].to_numpy(), points["y"].to_numpy(), n_boot=n_boot, seed=seed)
     ax = axes_or_new(ax)
     entries = _draw(ax, points, fit, predictor, top)
-    left_out = f"{lost:,} left out: not finite" if lost else ""
     if legend:
+        finite = f"{lost:,} left out: not finite" if lost else ""
         boot = bootstrap_text(n_boot=n_boot, seed=seed)
-        note = "\n".join(filter(None, (*_coefficients(fit), boot, left_out)))
+        note = "\n".join(filter(None, (*_coefficients(fit), boot, finite)))
         x, y = points["x"].to_numpy(), points["y"].to_numpy()
         add_legend(ax, [*entries, (text_handle(), note)], side="left", skyline=(x, y))
     else:
-        said = (*_coefficients(fit), f"n = {fit.n:,}", left_out)
-        add_title(ax, "\n".join(filter(None, said)))
+        left_out = [f"{lost:,}\u00a0not\u00a0finite"] if lost else []
+        add_title(ax, "\n".join((*_coefficients(fit), f"n = {fit.n:,}", *left_out)))
     return ax
 
 
@@ -163,7 +166,7 @@ def figure_predictors(
             plot_predictor(
                 rows, predictor=name, top=top, seed=seed, n_boot=n_boot, legend=False, ax=ax
             )
-            ax.set_ylabel("")
+            ax.set(xlabel=wrap(ax, ax.get_xlabel(), size=7.0), ylabel="")
             ax.sharey(axes[0])
             ax.tick_params(labelleft=number % across == 0)
         figure.supylabel(RI_LABEL, fontsize=7.0)

@@ -186,7 +186,7 @@ def _context(row: pd.Series, side: str, color: str, mean: float, std: float) -> 
         before=text[:start],
         token=text[start:end],
         after=text[end:],
-        note=f"{mark}{signed((output - mean) / std)}",
+        note=f"{mark}{signed((output - mean) / std):>6}",
         color=color,
         series=f"pair {row['rank']}, {side}",
         output=output,

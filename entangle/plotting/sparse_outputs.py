@@ -41,8 +41,12 @@ ALL_TOKENS = -1
 """What stands for all clusters together in the column ``cluster``."""
 X_LABEL, Y_LABEL = "standardised output (σ of dense)", "density (per σ)"
 
+MOST_ACROSS: Mapping[str, int] = {"single": 2, "double": 5}
+"""Panels of one neuron in a row."""
 Shapes = Mapping[str, OutputDensity]
 """By kind: ``"dense"`` and ``"sparse"``, in standard deviations of the dense outputs."""
+Panel = tuple[SparseNeuron, int, str]
+"""A neuron at one sparsity, its number of experts, and the panel's title."""
 
 
 def plot_sparse_output(
@@ -271,37 +275,55 @@ def _figure(
         raise InvalidInput(
             f"`experts` must list 1 to {MAX_EXPERTS} numbers of experts; got {len(experts)}."
         )
-    panels = [(item, k, _shapes(outputs, item, k)) for item in items for k in experts]
-    xlim = _limits([shapes for *_, shapes in panels])
-    across = None if len(items) == 1 else len(experts)
-    tokens = panels[0][2]["dense"].n
+    several = len(items) > 1
+    panels = [
+        (item, k, f"{item.label}, {experts_text(k)}" if several else experts_text(k))
+        for item in items
+        for k in experts
+    ]
+    across = len(experts) if several else min(len(experts), MOST_ACROSS[column])
+    zeros = f"{100 * items[0].sparsity:.4g}\u00a0%\u00a0zeros"
+    return draw_panels(outputs, panels, said=zeros, across=across, column=column, digest=digest)
+
+
+def draw_panels(
+    outputs: pd.DataFrame,
+    panels: Sequence[Panel],
+    *,
+    said: str,
+    across: int,
+    column: Column,
+    digest: str | None,
+) -> Figure:
+    """Draw panels of one layer with common axes; ``said`` is what holds for all of them.
+
+    RI is stated where any of them has several experts.
+    """
+    improved = any(k > 1 for _, k, _ in panels)
+    shapes = [_shapes(outputs, item, k) for item, k, _ in panels]
+    xlim = _limits(shapes)
+    first, tokens = panels[0][0], shapes[0]["dense"].n
+    wd = {item.label: f"{wd_text(item.wd, None)} from N(0,\u00a01)" for item, *_ in panels}
+    clauses = [
+        f"{first.layer}, {said}, n = {tokens:,}\u00a0tokens",
+        ", ".join(f"{name}: {text}" for name, text in wd.items()),
+        "in the panels: WD of the sparse from the dense outputs",
+    ]
     with paper_style(column=column):
-        across = min(len(experts), 5 if column == "double" else 2) if across is None else across
         figure, axes = panel_grid(len(panels), column=column, longest_title=30, across=across)
-        for ax, (item, k, shapes) in zip(axes, panels, strict=True):
-            _draw(ax, shapes, item, k, xlim=xlim)
-            name = f"{item.label}, " if len(items) > 1 else ""
-            add_title(ax, "\n".join((f"{name}{experts_text(k)}", _measures(item, k))))
+        for ax, (item, k, title), shape in zip(axes, panels, shapes, strict=True):
+            _draw(ax, shape, item, k, xlim=xlim)
+            add_title(ax, f"{title}\n{_measures(item, k, improved=improved)}")
         share_axes(figure, axes, column=column, across=across)
-        header_legend(figure, axes, column=column, clauses=_header(items, tokens))
+        header_legend(figure, axes, column=column, clauses=clauses)
         return sign(figure, digest)
 
 
-def _header(items: Sequence[SparseNeuron], tokens: int) -> list[str]:
-    first = items[0]
-    dense = [f"{item.label}: {wd_text(item.wd, None)}\u00a0σ from N(0,\u00a01)" for item in items]
-    return [
-        f"{first.layer}, {100 * first.sparsity:.4g}\u00a0%\u00a0zeros, n = {tokens:,}\u00a0tokens",
-        ", ".join(dense),
-        "in the panels: WD of the sparse from the dense outputs",
-    ]
-
-
-def _measures(item: SparseNeuron, k: int) -> str:
+def _measures(item: SparseNeuron, k: int, *, improved: bool = True) -> str:
     row = item.rows[item.rows.index == k]
     wd, ri = row[["output_wd", "ri"]].to_numpy(np.float64, na_value=np.nan)[0]
     said = [f"WD\u00a0{wd:.3f}\u00a0σ"] if np.isfinite(wd) else []
-    return ", ".join([*said, f"RI\u00a0{ri:.2f}"] if np.isfinite(ri) else said)
+    return ", ".join([*said, f"RI\u00a0{ri:.2f}"] if improved and np.isfinite(ri) else said)
 
 
 def _shapes(outputs: pd.DataFrame, item: SparseNeuron, k: int) -> dict[str, OutputDensity]:

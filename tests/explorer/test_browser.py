@@ -1,4 +1,4 @@
-"""The explorer as a person meets it: JupyterLab in a browser, a cell that runs, clicks."""
+"""The explorer as a person meets it: Jupyter in a browser, a cell that runs, clicks."""
 
 import os
 import re
@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.explorer.lab import chromium_page, find_browser, jupyter_lab, write_notebook
+from tests.explorer.servers import (
+    FRONT_ENDS,
+    FrontEnd,
+    chromium_page,
+    find_browser,
+    jupyter_server,
+    write_notebook,
+)
 
 if TYPE_CHECKING:
     from playwright.sync_api import Locator, Page
@@ -28,7 +35,7 @@ pytestmark = pytest.mark.browser
 
 @pytest.fixture(scope="module")
 def browser() -> str:
-    for package in ("playwright", "jupyterlab", "ipywidgets"):
+    for package in ("playwright", "ipywidgets"):
         if find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
     found = find_browser()
@@ -37,25 +44,33 @@ def browser() -> str:
     return found
 
 
+@pytest.fixture(params=FRONT_ENDS)
+def front(request: pytest.FixtureRequest) -> FrontEnd:
+    found = FRONT_ENDS[request.param]
+    if find_spec(found.module) is None:
+        pytest.skip(f"{found.module} is not installed (pip install {found.module})")
+    return found
+
+
 @pytest.fixture
-def page(browser: str, scores: "NeuronScores", tmp_path: Path) -> Iterator["Page"]:
+def page(browser: str, front: FrontEnd, scores: "NeuronScores", tmp_path: Path) -> Iterator["Page"]:
     """A page that shows a notebook whose only cell has not run yet."""
     scores.save(tmp_path / "scores")
     write_notebook(tmp_path / "explore.ipynb", CELL)
-    with jupyter_lab(tmp_path) as (address, token), chromium_page(browser) as opened:
+    with jupyter_server(front, tmp_path) as (address, token), chromium_page(browser) as opened:
         opened.set_default_timeout(PATIENCE)
-        opened.goto(f"{address}doc/tree/explore.ipynb?token={token}")
-        opened.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for()
+        opened.goto(f"{address}{front.place}explore.ipynb?token={token}")
+        opened.locator(front.ready).wait_for()
         yield opened
 
 
-def run_cell(page: "Page") -> None:
+def run_cell(page: "Page", front: FrontEnd) -> None:
     """Run the first cell; a page that is still connecting to its kernel drops the first tries."""
-    prompt = page.locator(".jp-CodeCell .jp-InputArea-prompt").first
+    prompt = page.locator(front.prompt).first
     end = time.monotonic() + PATIENCE / SECONDS
     while not re.search(r"[\d*]", prompt.inner_text()):
         assert time.monotonic() < end, "the cell did not run"
-        page.locator(".jp-CodeCell .cm-content").first.click()
+        page.locator(front.editor).first.click()
         page.keyboard.press("Shift+Enter")
         page.wait_for_timeout(2 * SECONDS)
 
@@ -75,9 +90,9 @@ def keep_screenshot(page: "Page", tmp_path: Path) -> None:
 
 
 def test_a_click_on_another_neuron_changes_the_plot(
-    page: "Page", scores: "NeuronScores", tmp_path: Path
+    page: "Page", front: FrontEnd, scores: "NeuronScores", tmp_path: Path
 ) -> None:
-    run_cell(page)
+    run_cell(page, front)
     plot = page.locator(".entangle-pane img:visible").first
     plot.wait_for()
     heading = page.locator(".entangle-heading")

@@ -1,5 +1,6 @@
 """What lies where on a drawn figure: which texts cover one another or leave the paper."""
 
+import re
 from collections.abc import Iterator
 from itertools import combinations
 
@@ -39,7 +40,13 @@ def texts(figure: Figure) -> list[str]:
 
 def smallest_text(figure: Figure) -> float:
     """Return the size in points of the smallest text that can be seen."""
-    return min(float(text.get_fontsize()) for text in _shown(figure))
+    return min(float(text.get_fontsize()) * _script(text) for text in _shown(figure))
+
+
+def _script(text: Text) -> float:
+    """Return how much smaller superscripts and subscripts of TeX are than the text around them."""
+    raised = text.get_parse_math() and re.search(r"\$[^$]*[\^_][^$]*\$", text.get_text())
+    return 0.7 if raised else 1.0
 
 
 def _boxes(figure: Figure) -> list[tuple[str, Bbox]]:

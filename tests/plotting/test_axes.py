@@ -200,8 +200,8 @@ def test_wd_legend_states_counts_threshold_floor_and_what_was_left_out(
     threshold = flagged["wd"].nlargest(10).min()
     assert texts == [
         "other neurons (n = 187)",
-        f"top 5 % by WD (n = 10, WD ≥ {threshold:.3f})",
-        "Gaussian floor 0.0130 (97.5 %: 0.0190)",
+        f"top 5 % by WD (n = 10, WD ≥ {threshold:.3f} σ)",
+        "Gaussian floor 0.0130 σ (97.5 %: 0.0190 σ)",
         "3 left out: 2 constant, 1 nan",
     ]
 
@@ -268,10 +268,11 @@ def test_output_title_and_legend_state_the_numbers(histogram: pd.DataFrame) -> N
         histogram, mean=-0.5, std=2.4, wd=0.412, wd_se=0.0101, label="neuron 7"
     )
     title = ax.get_title() + ax.get_title(loc="left")
-    assert title == "neuron 7\nWD = 0.412 ± 0.010"
+    assert title == "neuron 7\nWD = 0.412 ± 0.010\u00a0σ"
     assert legend_texts(ax) == [
         "output (n = 4,000 tokens)",
         "fitted Gaussian (mean −0.5, std 2.4)",
+        "±: standard error",
     ]
 
 
@@ -301,12 +302,12 @@ def test_output_roles_have_their_colours(histogram: pd.DataFrame) -> None:
 @pytest.mark.parametrize(
     ("wd", "se", "text"),
     [
-        (0.412, 0.0101, "WD = 0.412 ± 0.010"),
-        (0.412, 0.3, "WD = 0.412 ± 0.300"),
-        (0.00421, 0.00031, "WD = 0.00421 ± 0.00031"),
-        (0.412, 0.0, "WD = 0.412 ± 0.000"),
-        (0.412, float("nan"), "WD = 0.412"),
-        (0.412, None, "WD = 0.412"),
+        (0.412, 0.0101, "WD = 0.412 ± 0.010\u00a0σ"),
+        (0.412, 0.3, "WD = 0.412 ± 0.300\u00a0σ"),
+        (0.00421, 0.00031, "WD = 0.00421 ± 0.00031\u00a0σ"),
+        (0.412, 0.0, "WD = 0.412 ± 0.000\u00a0σ"),
+        (0.412, float("nan"), "WD = 0.412\u00a0σ"),
+        (0.412, None, "WD = 0.412\u00a0σ"),
         (None, None, ""),
         (float("nan"), 0.1, ""),
     ],

@@ -48,12 +48,21 @@ def test_front_is_fitted_to_the_clusters_that_none_beats() -> None:
 
 
 def test_the_whole_front_is_on_the_axes() -> None:
-    points = [(40.0, 0.08), (42.0, 0.23), (150.0, 0.29), (200.0, 0.35), (360.0, 0.44)]
+    points = [(80.0, 0.08), (84.0, 0.23), (150.0, 0.29), (200.0, 0.35), (360.0, 0.44)]
     ax = plot_components(table(points), n_boot=5)
     line = shown(ax).query("series == 'fitted front'")
     assert line["y"].max() > 0.44  # the line ends above its last point
     assert ax.get_ylim()[0] == 0.0
     assert ax.get_ylim()[1] > line["y"].max()
+
+
+def test_a_power_law_is_straight_where_components_span_much() -> None:
+    law = [(float(x), 0.01 * x**0.5) for x in (4, 16, 64)]
+    wide, narrow = (plot_components(table(part), n_boot=5) for part in (law, law[:2]))
+    assert (wide.get_xscale(), wide.get_yscale()) == ("log", "log")
+    assert (narrow.get_xscale(), narrow.get_yscale()) == ("linear", "linear")
+    zero = plot_components(table([*law, (8.0, 0.0)]), n_boot=5)
+    assert (zero.get_xscale(), zero.get_ylim()[0]) == ("linear", 0.0)
 
 
 @pytest.mark.parametrize("points", [[(5.0, 0.2)], [(5.0, 0.2), (5.0, 0.3)], [(0.0, 0.1)] * 2])

@@ -24,9 +24,15 @@ def test_experts_lie_on_one_another_and_add_up(decomposed: Decomposed, kind: str
     )
     stack = steps(ax)
     assert sorted(label for label, *_ in stack) == sorted(f"expert {i}" for i in range(8))
+    orders = [patch.get_zorder() for patch in ax.patches if isinstance(patch, StepPatch)]
+    assert orders == sorted(orders, reverse=True)  # the lower band in front: no gap between two
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    table = drawn(figure)
     base = np.zeros(len(stack[0][1]))
-    for _, heights, _, baseline in stack:
-        np.testing.assert_allclose(baseline, base)
+    for label, heights, _, baseline in stack:
+        assert not baseline.any()
+        np.testing.assert_allclose(heights - base, table.query(f"series == '{label}'")["y"])
         base = heights
     rows = decomposed.outputs.query(
         f"neuron == {TOP} and experts == 8 and kind == '{kind}' and cluster == -1"

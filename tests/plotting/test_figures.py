@@ -114,8 +114,8 @@ def test_outputs_share_a_standardised_axis(items: list[NeuronOutput]) -> None:
     figure = figure_output_distributions(items)
     assert len(figure.axes) == 3
     assert len({(ax.get_xlim(), ax.get_ylim()) for ax in figure.axes}) == 1
-    assert titles(figure)[:2] == ["WD = 0.400 ± 0.010", "second"]
-    assert key(figure) == ["output", "fitted Gaussian"]
+    assert titles(figure)[:2] == ["WD = 0.400 ± 0.010\u00a0σ", "second"]
+    assert key(figure) == ["output", "fitted Gaussian", "±: standard error"]
 
 
 def test_outputs_in_their_own_units_keep_their_axes(items: list[NeuronOutput]) -> None:

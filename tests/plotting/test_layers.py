@@ -51,6 +51,17 @@ def test_ridges_have_one_scale_and_mark_the_top(many_scores: pd.DataFrame) -> No
     np.testing.assert_allclose(sums, sums[0])
     marks = [c for c in ax.collections if isinstance(c, LineCollection)]
     assert [len(c.get_segments()) for c in marks] == [10] * 4
+    ridge = max(p.get_zorder() for p in ax.patches if isinstance(p, StepPatch))
+    assert ridge < min(c.get_zorder() for c in marks)  # no ridge hides a top neuron
+    assert ridge < min(spine.get_zorder() for spine in ax.spines.values())
+
+
+@pytest.mark.parametrize("blocks", [2, 7, 30])
+def test_every_tick_of_the_depth_has_a_number(blocks: int) -> None:
+    for ax in (plot_wd_ridge(model(blocks, 20)), plot_wd_heatmap(model(blocks, 20))):
+        numbers = [text.get_text() for text in ax.get_yticklabels()]
+        assert len(numbers) > 1
+        assert all(number.isdigit() for number in numbers)
 
 
 def test_blocks_are_in_order_whatever_the_table(many_scores: pd.DataFrame) -> None:

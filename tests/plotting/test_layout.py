@@ -16,11 +16,23 @@ Draw = Callable[[Column, str], Figure]
 DIGEST = "0123456789abcdef"
 
 
+def allocated() -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Layers and rows of an allocation, with experts."""
+    layers = [
+        {"layer": f"{block}.{name}", "block": block, "projection": name, "rows": 40,
+         "in_features": 10, "zeros": 4 * (50 + 3 * block), "sparsity": 0.5 + 0.03 * block,
+         "experts": 1 + block}
+        for block in range(12)
+        for name in ("gate_proj", "down_proj")
+    ]  # fmt: skip
+    return pd.DataFrame(layers), pd.DataFrame({"sparsity": [0.1, *[0.5] * 40, *[0.7] * 3000]})
+
+
 @pytest.fixture(
     params=[
         "sparse_outputs", "experts", "distances", "disentanglement", "recovery", "predictors",
         "components", "router_map", "separated_pairs", "modes", "wd_by_layer", "wd_distribution",
-        "top_and_typical", "wd_against_md", "ablation", "comparison",
+        "top_and_typical", "wd_against_md", "ablation", "comparison", "allocation", "sparsities",
     ]
 )  # fmt: skip
 def draw(
@@ -53,6 +65,11 @@ def draw(
         "wd_against_md": (many_scores,),
         "ablation": (ablation_frame(),),
         "comparison": (comparison,),
+        "allocation": allocated(),
+        "sparsities": tuple(
+            pd.concat([table.assign(sparsity=s) for s in (0.5, 0.9, 0.99)])
+            for table in (d.outputs, d.neurons)
+        ),
     }  # fmt: skip
     name: str = request.param
     function: Callable[..., Figure] = getattr(plotting, f"figure_{name}")

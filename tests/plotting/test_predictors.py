@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.collections import PathCollection
+from matplotlib.figure import Figure
 from scipy import stats
 
 from entangle.errors import InvalidInput, UnknownName
@@ -14,6 +15,11 @@ def said(ax: Axes) -> str:
     key = ax.get_legend()
     texts = [text.get_text() for text in key.get_texts()] if key else []
     return "; ".join([*texts, ax.get_title(loc="left") + ax.get_title()]).replace("\u00a0", " ")
+
+
+def labels(figure: Figure) -> list[str]:
+    """Labels of the x axes, which may be broken to the panels' width."""
+    return [ax.get_xlabel().replace("\n", " ") for ax in figure.axes]
 
 
 def test_points_line_and_coefficients(decomposed: Decomposed) -> None:
@@ -46,11 +52,12 @@ def test_derived_predictors_are_made_from_their_columns(decomposed: Decomposed) 
 
 
 def test_figure_has_a_panel_a_predictor_that_is_there(decomposed: Decomposed) -> None:
-    figure = figure_predictors(decomposed.neurons, n_boot=5)
-    assert [ax.get_xlabel() for ax in figure.axes] == [label for label, *_ in PREDICTORS.values()]
+    counted = decomposed.neurons.assign(gmm_components=decomposed.neurons["neuron"] % 3 + 1.0)
+    figure = figure_predictors(counted, n_boot=5)
+    assert labels(figure) == [label for label, *_ in PREDICTORS.values()]
     fewer = decomposed.neurons.drop(columns=["md", "skewness"]).assign(ks=0.1, mean=np.nan)
     figure = figure_predictors(fewer, n_boot=5)
-    assert [ax.get_xlabel() for ax in figure.axes] == [
+    assert labels(figure) == [
         PREDICTORS[name][0] for name in ("wd", "excess_kurtosis", "variance", "weight_norm")
     ]
     assert len({ax.get_ylim() for ax in figure.axes}) == 1
@@ -61,6 +68,14 @@ def test_what_is_not_finite_is_counted(decomposed: Decomposed) -> None:
     rows.loc[rows.index[:2], "ri"] = np.nan
     rows.loc[rows.index[2], "wd"] = np.inf
     assert "3 left out: not finite" in said(plot_predictor(rows, n_boot=5))
+
+
+def test_panels_say_how_many_have_no_number(decomposed: Decomposed) -> None:
+    rows = decomposed.neurons[decomposed.neurons["experts"] == 16]
+    counted = rows.assign(gmm_components=np.where(np.arange(len(rows)) < 5, np.nan, rows["neuron"]))
+    figure = figure_predictors(counted, n_boot=5)
+    assert labels(figure)[-1] == "components of a mixture"
+    assert said(figure.axes[-1]).endswith(f"\nn = {len(rows) - 5}\n5 not finite")
 
 
 def test_too_little_is_refused_in_one_line(decomposed: Decomposed) -> None:

@@ -51,7 +51,7 @@ def test_texts_show_both_contexts_with_their_outputs(
     assert table["token"].iloc[0] == first["context_a"][first["start_a"] : first["end_a"]]
     assert table["x"].iloc[0] == pytest.approx(first["output_a"])
     _, item = output
-    wanted = f"●{(first['output_a'] - item.mean) / item.std:+.2f}".replace("-", "−")
+    wanted = f"● {(first['output_a'] - item.mean) / item.std:+.2f}".replace("-", "−")
     assert wanted in texts(figure)
     assert any("cosine 0.980, distance 3" in text for text in texts(figure))
 

@@ -1,4 +1,4 @@
-"""A private JupyterLab server, and a page of it in headless Chromium."""
+"""A private Jupyter server with one of its front ends, and a page of headless Chromium."""
 
 import json
 import os
@@ -9,6 +9,8 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +30,38 @@ QUIET = {
 _START_SECONDS = 60.0
 
 
+@dataclass(frozen=True)
+class FrontEnd:
+    """What shows a notebook: how it is started, and what its page is made of (CSS selectors)."""
+
+    module: str
+    """Run as ``python -m``."""
+    place: str
+    """Path of the page of a notebook, before the notebook's name."""
+    ready: str
+    """There when the page can take a click."""
+    prompt: str
+    """The brackets beside a cell."""
+    editor: str
+    """Where a cell's code is typed."""
+
+
+_LAB_CELL = ".jp-CodeCell .jp-InputArea-prompt", ".jp-CodeCell .cm-content"
+FRONT_ENDS = {
+    "lab": FrontEnd(
+        "jupyterlab", "doc/tree/", ".jp-Notebook-ExecutionIndicator[data-status=idle]", *_LAB_CELL
+    ),
+    "notebook": FrontEnd("notebook", "notebooks/", ".jp-CodeCell .cm-content", *_LAB_CELL),
+    "nbclassic": FrontEnd(
+        "nbclassic",
+        "nbclassic/notebooks/" if find_spec("notebook") else "notebooks/",  # beside notebook 7
+        "#kernel_indicator_icon.kernel_idle_icon",
+        ".code_cell .input_prompt",
+        ".code_cell .CodeMirror",
+    ),
+}
+
+
 def find_browser() -> str | None:
     """Return the path of a Chromium, None if there is none."""
     return next(filter(None, map(shutil.which, BROWSERS)), None)
@@ -42,8 +76,8 @@ def write_notebook(path: Path, *cells: str) -> Path:
 
 
 @contextmanager
-def jupyter_lab(folder: Path) -> Iterator[tuple[str, str]]:
-    """Run JupyterLab on a free port, its files below ``folder``; yield its address and token."""
+def jupyter_server(front: FrontEnd, folder: Path) -> Iterator[tuple[str, str]]:
+    """Run a server on a free port, its files below ``folder``; yield its address and token."""
     token, runtime = secrets.token_hex(16), folder / "runtime"
     overrides = folder / "config" / "labconfig" / "default_setting_overrides.json"
     overrides.parent.mkdir(parents=True)
@@ -56,10 +90,10 @@ def jupyter_lab(folder: Path) -> Iterator[tuple[str, str]]:
         "JUPYTER_RUNTIME_DIR": runtime,
         "MPLCONFIGDIR": folder / "matplotlib",
     }
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"]
+    command = [sys.executable, "-m", front.module, "--no-browser", "--allow-root"]
     options = {"port": "0", "ip": "127.0.0.1", "root_dir": str(folder), "open_browser": "False"}
     command += [f"--ServerApp.{name}={value}" for name, value in options.items()]
-    command += [f"--IdentityProvider.token={token}", "--LabApp.collaborative=False"]
+    command += [f"--IdentityProvider.token={token}"]
     with (folder / "server.log").open("w") as log:
         server = subprocess.Popen(
             command,
@@ -84,7 +118,7 @@ def _address(server: "subprocess.Popen[bytes]", runtime: Path, log: Path) -> str
             if text.endswith("}"):
                 return str(json.loads(text)["url"])
         time.sleep(0.1)
-    raise RuntimeError(f"JupyterLab did not start:\n{log.read_text()}")
+    raise RuntimeError(f"the Jupyter server did not start:\n{log.read_text()}")
 
 
 @contextmanager
