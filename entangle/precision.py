@@ -59,3 +59,17 @@ def full_precision() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def tensor_cores() -> Iterator[None]:
+    """Let float32 matrix products round their factors to TF32 inside the ``with`` block, on a GPU.
+
+    For steps whose result is worked out again in full precision.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -73,7 +73,9 @@ def _check_finite(shape: ShapeStatistics) -> None:
 
 
 def choose(scored: pd.DataFrame) -> list[int]:
-    """Return the neurons of one layer with the largest WD, then the one nearest to the median.
+    """Return the neurons of one layer with the largest WD, then the median one.
+
+    Of an even number, that is the lower of the two in the middle.
 
     Raises
     ------
@@ -86,9 +88,8 @@ def choose(scored: pd.DataFrame) -> list[int]:
             f"layer {scored['layer'].iloc[0]!r} has no neuron whose outputs vary; name neurons or "
             "choose another layer."
         )
-    top = known.sort_values("wd", ascending=False, kind="stable")["neuron"].head(TOP)
-    typical = (known["wd"] - known["wd"].median()).abs().to_numpy().argmin()
-    return list(dict.fromkeys([*top.tolist(), int(known["neuron"].iloc[typical])]))
+    ordered = known.sort_values("wd", ascending=False, kind="stable")["neuron"].tolist()
+    return list(dict.fromkeys([*ordered[:TOP], ordered[len(ordered) // 2]]))
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,6 +23,7 @@ from entangle.stats.gram import ClusterGrams
 
 _PASS_TOKENS_GPU = 2**15
 _GRAM_TOKENS = 2**13
+_GRAM_NUMBERS_GPU = 2**26
 
 
 @dataclass(frozen=True, eq=False)
@@ -252,7 +253,9 @@ def _expand_group(layers: Sequence[Layer], store: TokenStore, plan: Plan) -> lis
         restarts=plan.restarts, device=device,
     )  # fmt: skip
     grams = ClusterGrams(k, layers[0].in_features, device=device)
-    at_once = _PASS_TOKENS_GPU if device.type == "cuda" else _GRAM_TOKENS
+    at_once = _GRAM_TOKENS
+    if device.type == "cuda":
+        at_once = min(_PASS_TOKENS_GPU, max(1, _GRAM_NUMBERS_GPU // layers[0].in_features))
     for _, rows in store.blocks(at_once):
         rows = rows.to(device)
         grams.update(rows, router.route(rows))

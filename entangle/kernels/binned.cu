@@ -70,8 +70,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) binned_distances(
             inside += left * right < 0.0 ? fmax(crossing, area) : area;
             const double steep = width * width * width * (0.24197072451914337 / 12.0);
             bound += part * width * 0.5 + 2.0 * fmin(steep, width * (next_normal - normal) * 0.5);
-            ks = fmax(ks, fabs(right));
-            if (edge == 1) ks = fmax(ks, fabs(left));
+            ks = fmax(ks, fmax(fabs(left), fabs(right)));
         }
         z = next;
         normal = next_normal;

@@ -7,6 +7,7 @@ device at their first use (a few tenths of a second each), so that no compiler n
 import ctypes
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -52,22 +53,34 @@ def launch(
         What ``NUMBER`` stands for in the source.
     """
     device = next(a.device for a in arguments if isinstance(a, Tensor))
-    with torch.cuda.device(device):
+    there = device.index == torch.cuda.current_device()
+    with nullcontext() if there else torch.cuda.device(device):
         kernel = _kernel(source, function, number, torch.cuda.current_device())
         if shared_bytes > kernel._max_shared_mem_bytes:
             kernel.set_shared_memory_config(shared_bytes)
-        values = [
-            ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_int(a)
-            for a in arguments
-        ]
-        pointers = (ctypes.c_void_p * len(values))(*[ctypes.addressof(v) for v in values])
+        blocks = (*grid, 1, 1)[:3]
         stream = torch.cuda.current_stream()._as_parameter_
-        blocks, none = (*grid, 1, 1)[:3], None
+        _held, pointers = packed(arguments)
         torch.cuda._utils._check_cuda(
             _driver().cuLaunchKernel(
-                kernel.func, *blocks, threads, 1, 1, shared_bytes, stream, pointers, none
+                kernel.func, *blocks, threads, 1, 1, shared_bytes, stream, pointers, None
             )
         )
+
+
+def packed(
+    arguments: Sequence[Tensor | int],
+) -> tuple["ctypes.Array[ctypes.c_int64]", "ctypes.Array[ctypes.c_void_p]"]:
+    """Return a kernel's arguments, each in 8 bytes, and a pointer to each of them.
+
+    A 32-bit integer lies in the first half of its 8 bytes: CUDA's hosts are little-endian.
+    """
+    n = len(arguments)
+    values = (ctypes.c_int64 * n)(
+        *[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+    )
+    first = ctypes.addressof(values)
+    return values, (ctypes.c_void_p * n)(*range(first, first + 8 * n, 8))
 
 
 def shared_limit(device: torch.device) -> int:

@@ -33,6 +33,14 @@ __device__ __forceinline__ double block_max(double value, double* shared) {
     return most;
 }
 
+// The bits that any thread has, in `seen`, which is zero or has been returned before. A barrier that
+// counts (__syncthreads_or and its like) fails where the threads of a warp have diverged.
+__device__ __forceinline__ u32 block_or(u32 bits, u32* seen) {
+    if (bits) atomicOr(seen, bits);
+    __syncthreads();
+    return *seen;
+}
+
 // Inclusive sum over the threads; `sums` holds 32 numbers.
 __device__ __forceinline__ u32 block_scan(u32 value, u32* sums) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
@@ -70,15 +78,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) row_statistics(
     int rows, int n) {
     extern __shared__ u32 ends[];  // of each bucket, two in a word
     __shared__ double shared[THREADS / 32];
-    __shared__ u32 sums[THREADS / 32];
+    __shared__ u32 sums[THREADS / 32], seen;
     float* ordered = (float*)(ends + BUCKETS / 2);
     const int thread = threadIdx.x;
     const float* row = values + (size_t)blockIdx.x * n;
     const float centre = location[blockIdx.x], unit = inverse[blockIdx.x];
     for (int i = thread; i < BUCKETS / 2; i += THREADS) ends[i] = 0;
+    if (thread == 0) seen = 0;
     __syncthreads();
     double sum = 0.0;
-    int odd = 0;
+    u32 odd = 0;
     for (int i = thread; i < n; i += THREADS) {
         const float value = row[i];
         if (!(fabsf(value) < __int_as_float(0x7f800000))) odd |= value != value ? 1 : 2;
@@ -86,9 +95,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) row_statistics(
         const int bucket = bucket_of(value, centre, unit);
         atomicAdd(ends + (bucket >> 1), bucket & 1 ? 65536u : 1u);
     }
-    const bool nan = __syncthreads_count(odd & 1), inf = __syncthreads_count(odd & 2);
-    if (nan || inf) {
-        if (thread == 0) what[blockIdx.x] = nan ? 1 : 2;
+    odd = block_or(odd, &seen);
+    if (odd) {
+        if (thread == 0) what[blockIdx.x] = odd & 1 ? 1 : 2;
         return;
     }
     const double mean = block_sum(sum, shared) / n;
@@ -133,7 +142,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) row_statistics(
             ordered[at] = value;
         }
     }
-    const bool failed = __syncthreads_count(crowded);
+    const bool failed = block_or(crowded, &seen);
     const bool same = !failed && ordered[0] == ordered[n - 1];
     if (failed || same) {
         if (thread == 0) {
@@ -206,11 +215,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) pair_statistics(
     const double* __restrict__ slant, double* __restrict__ found, int rows, int n, int count) {
     extern __shared__ u32 ends[];
     __shared__ double shared[THREADS / 32];
-    __shared__ u32 counts[256], sums[THREADS / 32], slot[2];
+    __shared__ u32 counts[256], sums[THREADS / 32], slot[2], seen;
     const float* row = values + (size_t)blockIdx.x * n;
     double slope = 0.0, total = 0.0;
     float most = 0.0f;
     bool nan = false;
+    if (threadIdx.x == 0) seen = 0;
     for (int i = threadIdx.x; i < count; i += THREADS) {
         const float dy = fabsf(row[pairs[i]] - row[pairs[count + i]]);
         slope += dy * slant[i];
@@ -222,7 +232,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) pair_statistics(
     slope = block_sum(slope, shared) / count;
     total = block_sum(total, shared) / count;
     double peak = block_max(most, shared);
-    const bool bad = __syncthreads_count(nan);
+    const bool bad = block_or(nan, &seen);
     const u32 upper = smallest(ends, count, count / 2, counts, sums, slot);
     const u32 lower = count & 1 ? upper : smallest(ends, count, count / 2 - 1, counts, sums, slot);
     if (threadIdx.x) return;

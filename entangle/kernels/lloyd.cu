@@ -100,16 +100,19 @@ extern "C" __global__ void __launch_bounds__(THREADS) move(
     const double* __restrict__ limits, float* centroids, double* inertias, int* iterations,
     int* active, int parts, int restarts, int k, int dims, int most) {
     __shared__ double shared[2][THREADS];
-    __shared__ int members[256];
+    __shared__ int members[256], empty;  // no counting barrier: see exact.cu
     const int thread = threadIdx.x, restart = blockIdx.x;
     if (active[restart] != 1) return;
-    int total = 1;
+    if (thread == 0) empty = 0;
+    __syncthreads();
     if (thread < k) {
-        total = 0;
+        int total = 0;
         for (int p = 0; p < parts; ++p) total += counts[((size_t)p * restarts + restart) * k + thread];
         members[thread] = total;
+        if (total == 0) atomicOr(&empty, 1);
     }
-    if (__syncthreads_count(total == 0)) {
+    __syncthreads();
+    if (empty) {
         if (thread == 0) active[restart] = 2;
         return;
     }

@@ -12,6 +12,7 @@ typedef unsigned char u8;
 #define PER_OCTAVE_SHIFT 17  // 64 bins an octave: the six leading bits of the fraction
 #define ONE (0x3F800000 >> PER_OCTAVE_SHIFT)
 #define ALL 0xffffffffu
+#define INFINITE __int_as_float(0x7f800000)
 #define AHEAD 4  // tokens whose loads are under way at the same time
 
 __device__ __forceinline__ float as_float(float value) { return value; }
@@ -29,18 +30,49 @@ __device__ __forceinline__ float as_float(bfloat16 value) {
     return __uint_as_float((u32)value.bits << 16);
 }
 
+// value / unit, to the last bit, given 1 / unit.
+__device__ __forceinline__ float divided(float value, float unit, float inverse) {
+    const float x = value * inverse;
+    return fabsf(x) < INFINITE ? fmaf(fmaf(-x, unit, value), inverse, x) : value / unit;
+}
+
 // The bin of a value that is not negative; NaN goes to the last one.
 __device__ __forceinline__ int magnitude_bin(float magnitude, int bins) {
     return min((__float_as_int(magnitude + 1.0f) >> PER_OCTAVE_SHIFT) - ONE, bins - 1);
 }
 
+// The bin of any finite value; it rises with the value.
+__device__ __forceinline__ int signed_bin(float x, int half) {
+    const int sign = __float_as_int(x + 0.0f) >> 31;  // -1 where negative, not for -0.0
+    return half + (magnitude_bin(fabsf(x), half) ^ sign);
+}
+
+// Clear a thread block's counts, and the span of the bins that it counts in.
+__device__ __forceinline__ void clear_counts(u32* counted, int words, int (*span)[NEURONS]) {
+    uint4* quads = (uint4*)counted;
+    for (int i = threadIdx.x; i < NEURONS / 4 * (words + 1); i += 32 * WARPS)
+        quads[i] = make_uint4(0, 0, 0, 0);
+    if (threadIdx.x < NEURONS) {
+        span[0][threadIdx.x] = 2 * words - 1;
+        span[1][threadIdx.x] = 0;
+    }
+    __syncthreads();
+}
+
+// Widen the span of one neuron's bins; all have to before the counts are flushed.
+__device__ __forceinline__ void widen(int (*span)[NEURONS], int neuron, int low, int high) {
+    atomicMin(&span[0][neuron], low);
+    atomicMax(&span[1][neuron], high);
+}
+
 // Add what a thread block counted, (NEURONS, words + 1), to counts (neurons, 2 * words).
 __device__ __forceinline__ void flush_counts(
-    const u32* counted, int words, int* counts, int first, int neurons) {
+    const u32* counted, int words, int (*span)[NEURONS], int* counts, int first, int neurons) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    __syncthreads();
     for (int i = warp; i < NEURONS && first + i < neurons; i += WARPS) {
         int* own = counts + (size_t)(first + i) * 2 * words;
-        for (int word = lane; word < words; word += 32) {
+        for (int word = (span[0][i] >> 1) + lane; word <= span[1][i] >> 1; word += 32) {
             const u32 two = counted[i * (words + 1) + word];
             if (two & 0xffffu) atomicAdd(own + 2 * word, (int)(two & 0xffffu));
             if (two >> 16) atomicAdd(own + 2 * word + 1, (int)(two >> 16));
@@ -69,7 +101,7 @@ struct Moments {
     __device__ __forceinline__ void clear() {
         first = second = third = fourth = 0.0f;
         rare[0] = rare[1] = rare[2] = rare[3] = 0.0;
-        low = __int_as_float(0x7f800000);
+        low = INFINITE;
         high = -low;
         flags = 0;
     }
@@ -77,10 +109,8 @@ struct Moments {
     // Take one value, given its distance from the centre of the bins, their unit and its inverse;
     // return its bin.
     __device__ __forceinline__ int add(float gap, float unit, float inverse, int half) {
-        float x = gap * inverse;
-        if (fabsf(x) < __int_as_float(0x7f800000)) {
-            x = fmaf(fmaf(-x, unit, gap), inverse, x);  // gap / unit, to the last bit
-        } else {
+        float x = divided(gap, unit, inverse);
+        if (!(fabsf(x) < INFINITE)) {
             flags |= x != x ? 1 : 2;
             x = 0.0f;
         }
@@ -99,8 +129,7 @@ struct Moments {
             rare[2] += twice * wide;
             rare[3] += twice * twice;
         }
-        const int sign = __float_as_int(x + 0.0f) >> 31;  // -1 where negative, not for -0.0
-        return half + (magnitude_bin(fabsf(x), half) ^ sign);
+        return signed_bin(x, half);
     }
 };
 
@@ -149,10 +178,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) add_outputs(
     extern __shared__ u32 counted[];
     __shared__ double shared[WARPS][NEURONS];
     __shared__ u32 slot;
+    __shared__ int span[2][NEURONS];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const int first = blockIdx.x * NEURONS, a = first + lane, b = a + 32;
-    for (int i = threadIdx.x; i < NEURONS * (words + 1); i += 32 * WARPS) counted[i] = 0;
-    __syncthreads();
+    clear_counts(counted, words, span);
     // Columns beyond the last neuron repeat it; what they count is left.
     const int column[2] = {min(a, neurons - 1), min(b, neurons - 1)};
     const float centre[2] = {location[column[0]], location[column[1]]};
@@ -185,8 +214,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) add_outputs(
             const float y = as_float(outputs[(size_t)token * stride + column[side]]);
             count(own[side], sums[side].add(y - centre[side], unit[side], inverse[side], words));
         }
-    __syncthreads();
-    flush_counts(counted, words, counts, first, neurons);
+    for (int side = 0; side < 2; ++side)
+        if (sums[side].low <= sums[side].high)
+            widen(span, lane + 32 * side, signed_bin(sums[side].low, words),
+                  signed_bin(sums[side].high, words));
+    flush_counts(counted, words, span, counts, first, neurons);
     const int me = first + threadIdx.x, parts = gridDim.y;
     const bool mine = threadIdx.x < NEURONS && me < neurons;
     double* out = partial + (size_t)blockIdx.y * neurons + me;
@@ -235,14 +267,16 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) add_pairs(
     extern __shared__ u32 counted[];
     __shared__ double shared[WARPS][NEURONS];
     __shared__ u32 slot;
+    __shared__ int span[2][NEURONS];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const int first = blockIdx.x * NEURONS, a = first + lane, b = a + 32;
-    for (int i = threadIdx.x; i < NEURONS * (words + 1); i += 32 * WARPS) counted[i] = 0;
-    __syncthreads();
+    clear_counts(counted, words, span);
     const int column[2] = {min(a, neurons - 1), min(b, neurons - 1)};
     const float unit[2] = {scale[column[0]], scale[column[1]]};
+    const float inverse[2] = {1.0f / unit[0], 1.0f / unit[1]};
     u32* own[2] = {counted + lane * (words + 1), counted + (lane + 32) * (words + 1)};
     float slope[2] = {0.0f, 0.0f}, total[2] = {0.0f, 0.0f}, peak[2] = {0.0f, 0.0f};
+    int most[2] = {0, 0};
     const int step = WARPS * gridDim.y;
     #pragma unroll 4
     for (int pair = warp * gridDim.y + blockIdx.y; pair < pairs; pair += step) {
@@ -257,11 +291,13 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) add_pairs(
             slope[side] += dy * weight;
             total[side] += dy;
             peak[side] = fmaxf(peak[side], dy);
-            count(own[side], magnitude_bin(dy / unit[side], 2 * words));
+            const int bin = magnitude_bin(divided(dy, unit[side], inverse[side]), 2 * words);
+            most[side] = max(most[side], bin);
+            count(own[side], bin);
         }
     }
-    __syncthreads();
-    flush_counts(counted, words, counts, first, neurons);
+    for (int side = 0; side < 2; ++side) widen(span, lane + 32 * side, 0, most[side]);
+    flush_counts(counted, words, span, counts, first, neurons);
     const int me = first + threadIdx.x, parts = gridDim.y;
     const bool mine = threadIdx.x < NEURONS && me < neurons;
     double* out = partial + (size_t)blockIdx.y * neurons + me;

@@ -153,6 +153,12 @@ def _processors(device: torch.device) -> int:
 def _work(
     sums: int, parts: int, neurons: int, tiles: int, device: torch.device
 ) -> tuple[Shaped[Tensor, "..."], Shaped[Tensor, "..."]]:
-    """Return work space for partial sums, and a ticket of each tile."""
+    """Return work space for partial sums, and a ticket of each tile, which is zero."""
     partial = torch.empty(sums, parts, neurons, dtype=torch.float64, device=device)
-    return partial, torch.zeros(tiles, dtype=torch.int32, device=device)
+    return partial, _tickets(tiles, device)
+
+
+@cache
+def _tickets(tiles: int, device: torch.device) -> Shaped[Tensor, " tiles"]:
+    """Return zeros, which every kernel leaves as it found them."""
+    return torch.zeros(tiles, dtype=torch.int32, device=device)

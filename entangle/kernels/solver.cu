@@ -74,8 +74,8 @@ extern "C" __global__ void __launch_bounds__(256) choose_rows(
     const u32 place = scan_256(tied, sums);
     const bool gone = thread < width && (key < threshold || (tied && place <= rank));
     if (thread < width) pruned[thread] = gone;
-    const int total = __syncthreads_count(gone);
-    if (thread == 0) left[line] = budget - total;
+    const u32 total = scan_256(gone, sums);
+    if (thread == 255) left[line] = budget - total;
 }
 
 // One digit of the rank-th smallest saliency of a block, of all rows of an expert together.

@@ -2,12 +2,13 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from entangle.errors import InvalidInput
@@ -17,12 +18,14 @@ from entangle.precision import full_precision
 from entangle.recording.hooks import Batch, Callback, SeenTensor, run_observed
 from entangle.recording.stream import ByteBudget, TokenStore
 from entangle.scoring.measured import MeasuredLayer
-from entangle.stats.mapping_difficulty import MappingDifficulty, draw_pairs, mapping_difficulty
+from entangle.stats.mapping_difficulty import MappingDifficulty, TokenPairs, draw_pairs
 from entangle.stats.sketch import OutputSketch, SketchResult
 from entangle.stats.wasserstein import ShapeStatistics, shape_statistics
 
 _BLOCK_TOKENS = 8192
 _BLOCK_TOKENS_GPU = 2**15
+_GPU_LAYERS = 3
+"""Layers under way at the same time on a GPU."""
 _GPU_BYTES = 2**35  # 16 bytes an output, of which the outputs themselves take 8
 
 
@@ -34,13 +37,15 @@ class RecordedInputs:
     spans: list[tuple[int, int, int]] = field(default_factory=list)
     """(group, first token, token after the last), in order."""
 
-    _distances: Tensor | None = field(default=None, init=False)
+    _pairs: TokenPairs | None = field(default=None, init=False)
 
-    def distances(self, pairs: Int[Tensor, "two=2 pairs"]) -> Float[Tensor, " pairs"]:
-        """Return ‖x_a − x_b‖₂ of every pair, float32; the same pairs every time."""
-        if self._distances is None:
-            self._distances = _input_distance(self.store, pairs)
-        return self._distances
+    def pairs(self, *, seed: int, device: torch.device) -> TokenPairs:
+        """Return pairs of the tokens, for outputs on a device; the same ones every time."""
+        if self._pairs is None:
+            drawn = draw_pairs(self.store.n_tokens, seed=seed)
+            distance = _input_distance(self.store, drawn)
+            self._pairs = TokenPairs.of(drawn, distance, device=device)
+        return self._pairs
 
     def add(self, group: int, rows: Float[Tensor, "tokens features"]) -> None:
         """Append one batch's rows."""
@@ -73,17 +78,40 @@ def score_exact(
     with ExitStack() as stack, full_precision():
         told, budget = _told(batches, report), ByteBudget(memory // 2)
         recorded = _record(module, layers, told, budget, stack, watch, may_be_silent)
-        for layer in layers:
-            if layer.name not in recorded:
-                continue
-            measured.append(
-                _score_layer(
-                    layer, recorded[layer.name], n_groups=n_groups, md=md, seed=seed,
-                    memory=memory // 2,
-                )
+        heard = [layer for layer in layers if layer.name in recorded]
+        at_once = _GPU_LAYERS if all(layer.weight.is_cuda for layer in heard) else 1
+
+        def work(layer: Layer) -> MeasuredLayer:
+            return _score_layer(
+                layer, recorded[layer.name],
+                n_groups=n_groups, md=md, seed=seed, memory=memory // 2 // at_once,
             )  # fmt: skip
+
+        for one in _mapped(work, heard, at_once):
+            measured.append(one)
             report(1)
     return measured
+
+
+def _mapped(
+    work: Callable[[Layer], MeasuredLayer], layers: Sequence[Layer], at_once: int
+) -> Iterator[MeasuredLayer]:
+    """Yield the results in order; some layers are under way together, to keep a GPU busy."""
+    if at_once == 1:
+        yield from map(work, layers)
+        return
+    streams = {one.weight.device: torch.cuda.current_stream(one.weight.device) for one in layers}
+
+    def on_stream(layer: Layer) -> MeasuredLayer:
+        with torch.cuda.stream(streams[layer.weight.device]):
+            return work(layer)
+
+    with ThreadPoolExecutor(at_once) as pool:
+        tasks = [pool.submit(on_stream, layer) for layer in layers]
+        try:
+            yield from (task.result() for task in tasks)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _told(batches: Iterable[Batch], report: Callable[[int], None]) -> Iterator[Batch]:
@@ -146,13 +174,12 @@ def _score_layer(
     layer: Layer, inputs: RecordedInputs, *, n_groups: int, md: bool, seed: int, memory: int
 ) -> MeasuredLayer:
     store = inputs.store
-    pairs = draw_pairs(store.n_tokens, seed=seed) if md else None
-    distance = None if pairs is None else inputs.distances(pairs)
+    pairs = inputs.pairs(seed=seed, device=layer.weight.device) if md else None
     shapes: list[ShapeStatistics] = []
     sketches: list[SketchResult] = []
     differences: list[MappingDifficulty] = []
     on_gpu = layer.weight.is_cuda
-    at_once = min(memory, _GPU_BYTES) if on_gpu else memory
+    at_once = min(memory, _GPU_BYTES // _GPU_LAYERS) if on_gpu else memory
     neurons = max(1, at_once // (16 * store.n_tokens))
     for start in range(0, layer.out_features, neurons):
         part = slice(start, start + neurons)
@@ -167,8 +194,8 @@ def _score_layer(
             sketch.update(by_token[first:end], group=group)
         sketches.append(sketch.result())
         shapes.append(_on_cpu(shape_statistics(outputs)))
-        if pairs is not None and distance is not None:
-            differences.append(_on_cpu(mapping_difficulty(outputs, pairs, distance)))
+        if pairs is not None:
+            differences.append(_on_cpu(pairs.difficulty(outputs)))
     shape = _joined(shapes)
     return MeasuredLayer(
         layer=layer,
@@ -217,7 +244,7 @@ def _input_distance(store: TokenStore, pairs: Tensor) -> Tensor:
         tokens = store.span(0, store.n_tokens)
         if tokens.is_contiguous():
             first, second = pairs.to(tokens.device)
-            return row_distances(tokens[first], tokens[second]).cpu()
+            return row_distances(tokens[first], tokens[second])
     parts = pairs.split(_BLOCK_TOKENS, dim=1)
     return torch.cat(
         [(store.take(a).float() - store.take(b).float()).norm(dim=1).cpu() for a, b in parts]

@@ -1,6 +1,7 @@
 """Score the neurons of a model's layers."""
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -132,12 +133,12 @@ def score(
         },
         **clock.read(),
     )
-    return NeuronScores(
-        frame=neuron_table(measured, language_model.name),
-        layers=layer_table(measured),
-        histograms=histograms_of(measured),
-        manifest=manifest,
-    )
+    with ThreadPoolExecutor() as pool:
+        histograms, table = pool.submit(histograms_of, measured), pool.submit(layer_table, measured)
+        frame = neuron_table(measured, language_model.name)
+        return NeuronScores(
+            frame=frame, layers=table.result(), histograms=histograms.result(), manifest=manifest
+        )
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -17,59 +17,71 @@ Vector = npt.NDArray[np.float64]
 COARSE = 0.05
 """Largest possible error of a WD, in σ, above which a sketch's histogram counts as too coarse."""
 
+_THREADS = 4
 _FLAGS = ("", "nan", "inf", "constant", "coarse")
 _NORMS: tuple[OutputNorm, ...] = ("median", "mean", "max")
 
 
 def neuron_table(measured: Sequence[MeasuredLayer], model: str) -> pd.DataFrame:
     """Return the table of scores, one row a neuron; ``model`` is the model's name."""
-    return pd.concat([_neuron_rows(one, model) for one in measured], ignore_index=True)
+    layers = [one.layer for one in measured]
+    sizes = [layer.out_features for layer in layers]
+    number = np.repeat(np.arange(len(layers)), sizes)
+    parts = [_numbers(one) for one in measured]
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    flags = columns.pop("flag").astype(np.int64)
+    block = pd.array([layer.block for layer in layers], dtype="Int64")
+    return pd.DataFrame(
+        {
+            "model": _strings([model], np.zeros_like(number)),
+            "layer": _strings([layer.name for layer in layers], number),
+            "block": block.take(number),
+            "projection": _strings([layer.projection for layer in layers], number),
+            "neuron": np.concatenate([np.arange(size) for size in sizes]),
+            **columns,
+            "n_tokens": np.repeat([one.sketch.n_tokens for one in measured], sizes),
+            "flag": _strings(_FLAGS, flags),
+        }
+    )
 
 
 def layer_table(measured: Sequence[MeasuredLayer]) -> pd.DataFrame:
     """Return the table of layers, one row a layer."""
-    with ThreadPoolExecutor() as pool:  # sorting, most of the work, lets threads run beside it
+    with ThreadPoolExecutor(_THREADS) as pool:  # sorting, most of the work, lets threads run
         table = pd.DataFrame(list(pool.map(_layer_row, measured)))
     return table.astype({"block": "Int64", "layer": "str", "projection": "str", "method": "str"})
 
 
 def histograms_of(measured: Sequence[MeasuredLayer]) -> dict[str, LayerHistograms]:
     """Return the output distributions by layer name, in the form that is saved."""
-    return {one.layer.name: LayerHistograms.from_sketch(one.sketch) for one in measured}
+    with ThreadPoolExecutor(_THREADS) as pool:  # what waits for a GPU waits together
+        found = pool.map(lambda one: LayerHistograms.from_sketch(one.sketch), measured)
+        return {one.layer.name: histograms for one, histograms in zip(measured, found, strict=True)}
 
 
-def _neuron_rows(measured: MeasuredLayer, model: str) -> pd.DataFrame:
+def _numbers(measured: MeasuredLayer) -> dict[str, npt.NDArray[np.generic]]:
+    """Return the columns of one layer's neurons that are numbers, and the index of the flag."""
     layer, shape = measured.layer, measured.shape
-    count = layer.out_features
-    md = np.full(count, np.nan)
+    md = np.full(layer.out_features, np.nan)
     flags = np.select([shape.nan.numpy(), shape.inf.numpy(), shape.constant.numpy()], [1, 2, 3], 0)
     coarse = (flags == 0) & (measured.wd_bound.numpy() > COARSE)
     flags[coarse] = 4
     hidden = np.where(coarse, np.nan, 1.0)
     if measured.pairs is not None:
         md = np.where(flags == 0, measured.pairs.md().numpy(), np.nan)
-    same = np.zeros(count, dtype=np.int64)
-    return pd.DataFrame(
-        {
-            "model": _strings([model], same),
-            "layer": _strings([layer.name], same),
-            "block": pd.array([layer.block] * count, dtype="Int64"),
-            "projection": _strings([layer.projection], same),
-            "neuron": np.arange(count),
-            "wd": shape.wd.numpy() * hidden,
-            "wd_se": measured.sketch.wd_se.numpy() * hidden,
-            "wd_bound": measured.wd_bound.numpy(),
-            "ks": shape.ks.numpy() * hidden,
-            "mean": shape.mean.numpy(),
-            "std": shape.std.numpy(),
-            "skewness": shape.skewness.numpy(),
-            "excess_kurtosis": shape.excess_kurtosis.numpy(),
-            "weight_norm": layer.weight.float().norm(dim=1).double().cpu().numpy(),
-            "md": md,
-            "n_tokens": measured.sketch.n_tokens,
-            "flag": _strings(_FLAGS, flags),
-        }
-    )
+    return {
+        "wd": shape.wd.numpy() * hidden,
+        "wd_se": measured.sketch.wd_se.numpy() * hidden,
+        "wd_bound": measured.wd_bound.numpy(),
+        "ks": shape.ks.numpy() * hidden,
+        "mean": shape.mean.numpy(),
+        "std": shape.std.numpy(),
+        "skewness": shape.skewness.numpy(),
+        "excess_kurtosis": shape.excess_kurtosis.numpy(),
+        "weight_norm": layer.weight.float().norm(dim=1).double().cpu().numpy(),
+        "md": md,
+        "flag": flags,
+    }
 
 
 def _strings(values: Sequence[str], index: npt.NDArray[np.int64]) -> pd.Series:
@@ -106,5 +118,16 @@ def rank_correlation(first: Vector, second: Vector) -> float:
     first, second = first[good], second[good]
     if len(first) < 3 or np.ptp(first) == 0 or np.ptp(second) == 0:
         return float("nan")
-    ranks = np.column_stack([rankdata(first), rankdata(second)])
-    return float(np.corrcoef(ranks, rowvar=False)[1, 0])
+    ranks = np.column_stack([_ranks(first), _ranks(second)])
+    return float(np.asarray(np.corrcoef(ranks, rowvar=False))[1, 0])
+
+
+def _ranks(values: Vector) -> Vector:
+    """Return the ranks from 1, ties sharing their mean (11,008 values: 0.6 ms, SciPy 1.2 ms)."""
+    order = np.argsort(values)
+    ordered = values[order]
+    if (ordered[1:] == ordered[:-1]).any():
+        return np.asarray(rankdata(values))
+    ranks = np.empty(len(values))
+    ranks[order] = np.arange(1, len(values) + 1)
+    return ranks

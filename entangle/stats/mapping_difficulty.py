@@ -95,6 +95,59 @@ def draw_pairs(
     return order[: 2 * pairs].view(2, pairs)
 
 
+@dataclass(frozen=True, eq=False)
+class TokenPairs:
+    """Pairs of tokens with distinct inputs, for all layers that have these inputs."""
+
+    tokens: Int[Tensor, "two=2 pairs"]
+    """Token indices, where the outputs are."""
+    slant: Float[Tensor, " pairs"]
+    """1 / ‖x_a − x_b‖₂, per input unit."""
+    dx_max: float
+    """Maximum of ‖x_a − x_b‖₂, in input units; NaN without a pair."""
+    dx_mean: float
+    """Mean of ‖x_a − x_b‖₂, in input units; NaN without a pair."""
+    n_identical: int
+    """Pairs left out because their inputs are identical."""
+
+    @classmethod
+    def of(
+        cls,
+        pairs: Int[Tensor, "two=2 drawn"],
+        input_distance: Float[Tensor, " drawn"],
+        *,
+        device: torch.device,
+    ) -> "TokenPairs":
+        """Leave out the pairs at distance 0, and move the rest to where the outputs are."""
+        distinct = input_distance > 0
+        dx = input_distance[distinct].to(accumulator_dtype(device))
+        some = dx.numel() > 0
+        return cls(
+            tokens=pairs[:, distinct.to(pairs.device)].to(device),
+            slant=(1 / dx).to(device),
+            dx_max=float(dx.max()) if some else math.nan,
+            dx_mean=float(dx.mean()) if some else math.nan,
+            n_identical=int((~distinct).sum()),
+        )
+
+    def difficulty(self, outputs: Float[Tensor, "neurons tokens"]) -> MappingDifficulty:
+        """Compute the pair statistics of neurons; see `mapping_difficulty`."""
+        if self.slant.numel() == 0:
+            nothing = self.slant.new_full((outputs.shape[0],), math.nan)
+            return _no_pairs(nothing, self.n_identical)
+        slope, median, mean, most = _pair_statistics(outputs, self.tokens, self.slant)
+        return MappingDifficulty(
+            slope=slope,
+            dy_median=median,
+            dy_mean=mean,
+            dy_max=most,
+            dx_max=self.dx_max,
+            dx_mean=self.dx_mean,
+            n_pairs=self.slant.numel(),
+            n_identical=self.n_identical,
+        )
+
+
 def mapping_difficulty(
     outputs: Float[Tensor, "neurons tokens"],
     pairs: Int[Tensor, "two=2 pairs"],
@@ -116,25 +169,7 @@ def mapping_difficulty(
     MappingDifficulty
         With NaN in every statistic where no pair has distinct inputs.
     """
-    wide = accumulator_dtype(outputs.device)
-    distinct = input_distance > 0
-    n_identical = int((~distinct).sum())
-    dx = input_distance[distinct].to(wide)
-    chosen = pairs[:, distinct.to(pairs.device)].to(outputs.device)
-    if dx.numel() == 0:
-        nothing = torch.full((outputs.shape[0],), math.nan, dtype=wide, device=outputs.device)
-        return _no_pairs(nothing, n_identical)
-    slope, median, mean, most = _pair_statistics(outputs, chosen, (1 / dx).to(outputs.device))
-    return MappingDifficulty(
-        slope=slope,
-        dy_median=median,
-        dy_mean=mean,
-        dy_max=most,
-        dx_max=float(dx.max()),
-        dx_mean=float(dx.mean()),
-        n_pairs=dx.numel(),
-        n_identical=n_identical,
-    )
+    return TokenPairs.of(pairs, input_distance, device=outputs.device).difficulty(outputs)
 
 
 def _pair_statistics(outputs: Tensor, pairs: Tensor, slant: Tensor) -> tuple[Tensor, ...]:
@@ -190,6 +225,11 @@ class PairSketch:
         self._dx_max = self._dx_sum = 0.0
         self._placed = False
         self._uncounted: list[Tensor] = []
+
+    @property
+    def is_placed(self) -> bool:
+        """Whether a first update has placed the bins."""
+        return self._placed
 
     def fork(self) -> "PairSketch":
         """Return an empty sketch with the same bins, to be merged later."""

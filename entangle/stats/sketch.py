@@ -8,6 +8,7 @@ the text merge into the sketch of the whole.
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -157,12 +158,17 @@ class OutputSketch:
         se, halves = self._resample()
         self._lent = True
         found = [distances.wd, distances.ks, mean, std, skewness, kurtosis, distances.wd_bound, se]
-        columns = torch.stack([*found, *halves]).masked_fill(bad, math.nan).cpu()
+        columns = torch.stack([*found, *halves]).masked_fill(bad, math.nan)
         ends = location + scale * self._low, location + scale * self._high
-        places = torch.stack([location, scale, *ends]).cpu()
-        flags = torch.stack([constant, nan, inf]).cpu()
+        places = torch.stack([location, scale, *ends])
+        flags = torch.stack([constant, nan, inf])
+        columns, places, flags = (
+            torch.cat([columns, places, flags.to(places)])
+            .cpu()
+            .split([len(columns), len(places), len(flags)])
+        )
         return SketchResult(
-            shape=ShapeStatistics(*columns[:6], *flags),
+            shape=ShapeStatistics(*columns[:6], *flags.bool()),
             wd_bound=columns[6],
             wd_se=columns[7],
             wd_halves=columns[8:],
@@ -262,7 +268,7 @@ class OutputSketch:
             found = self._on_gpu(counts[None], one, shift[None], spread[None], fold)
             return BinnedDistances(*found[:, 0])
         rows = max(1, (2**17 if shift.device.type == "cpu" else 2**25) // counts.shape[1])
-        edges = torch.from_numpy(np.ascontiguousarray(bins.signed_edges(fold))).to(shift)
+        edges = _edges(fold, shift.dtype, shift.device)
         parts = []
         for i in range(0, self.n_neurons, rows):
             part = slice(i, i + rows)
@@ -283,7 +289,7 @@ class OutputSketch:
         self, counts: Tensor, weights: Tensor, shift: Tensor, spread: Tensor, fold: int
     ) -> Tensor:
         """Return WD, its bound and KS of sets of groups, (3, sets, neurons), in one kernel."""
-        edges = torch.from_numpy(np.ascontiguousarray(bins.signed_edges(fold))).to(shift)
+        edges = _edges(fold, shift.dtype, shift.device)
         return distances_on_gpu(
             counts, weights, shift=shift.contiguous(), spread=spread.contiguous(),
             low=self._low, high=self._high, edges=edges,
@@ -294,8 +300,9 @@ class OutputSketch:
         chosen = torch.zeros(len(members), self.n_groups, dtype=torch.int32)
         for row, groups in zip(chosen, members, strict=True):
             row[groups] = 1
-        tokens = (chosen.long() * self._group_tokens).sum(1).to(self._powers.device)
-        chosen = chosen.to(self._powers.device)
+        device = self._powers.device
+        tokens = (chosen.long() * self._group_tokens).sum(1).to(device, non_blocking=True)
+        chosen = chosen.to(device, non_blocking=True)
         powers = torch.einsum("sg,gpn->psn", chosen.to(self._powers), self._group_powers)
         shift, spread = _mean_and_std(powers / tokens[:, None])
         wd = self._on_gpu(self._group_counts, chosen, shift, spread, GROUP_FOLD)[0]
@@ -343,6 +350,12 @@ class OutputSketch:
             ]
         )
         return se, halves
+
+
+@lru_cache(maxsize=16)
+def _edges(fold: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the edges of the bins, every ``fold`` bins joined."""
+    return torch.from_numpy(np.ascontiguousarray(bins.signed_edges(fold))).to(device, dtype)
 
 
 def _occupied(counts: Tensor) -> tuple[int, int]:

@@ -114,7 +114,7 @@ def _masked(
 
 def _by_buckets(outputs: Tensor) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
     """Return WD, KS and moments, and which rows hold NaN, infinities, equal values, on a GPU."""
-    density = torch.from_numpy(_normal_cells(outputs.shape[1])[0]).to(outputs.device)
+    density = _density(outputs.shape[1], outputs.device)
     stride = max(1, outputs.shape[1] // _SAMPLE)
     sample = sort_rows(outputs[:, ::stride][:, :_SAMPLE].nan_to_num(0.0, 0.0, 0.0))
     low, middle, high = (sample[:, i * sample.shape[1] // 4] for i in (1, 2, 3))
@@ -130,7 +130,7 @@ def _by_buckets(outputs: Tensor) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
 def _columns(ordered: Tensor) -> list[Tensor]:
     """Return WD, KS, mean, std, skewness and excess kurtosis of sorted rows."""
     if distance.fits(ordered) and ordered.numel():
-        density = torch.from_numpy(_normal_cells(ordered.shape[1])[0]).to(ordered.device)
+        density = _density(ordered.shape[1], ordered.device)
         return list(distance.sorted_statistics(ordered, density))
     on_cpu = ordered.device.type == "cpu"
     rows = max(1, (_CACHE_BYTES if on_cpu else _SORT_BYTES) // (8 * ordered.shape[1]))
@@ -182,6 +182,12 @@ def _normal_cells(n: int) -> tuple[np.ndarray, np.ndarray]:
     quantiles = ndtri(np.arange(n + 1) / n)
     density = np.exp(-0.5 * quantiles**2) / math.sqrt(2 * math.pi)
     return density, density[:-1] - density[1:]
+
+
+@lru_cache(maxsize=8)
+def _density(n: int, device: torch.device) -> Tensor:
+    """Return φ(Φ⁻¹(i/n)) for i = 0…n, float64, on a GPU."""
+    return torch.from_numpy(_normal_cells(n)[0]).to(device)
 
 
 def _sorted_distances(z: Tensor) -> tuple[Tensor, Tensor]:

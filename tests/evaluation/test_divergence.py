@@ -290,8 +290,8 @@ def test_running_out_of_memory_names_the_setting(tiny: Tiny, windows: Evaluation
 @pytest.mark.gpu
 def test_on_a_gpu_it_is_the_same(tiny: Tiny, windows: EvaluationText) -> None:
     expected = compare_with_dense(_changed("llama"), DenseReference(tiny("llama"), windows))
-    dense = DenseReference(TINY["llama"]().cuda(), windows, memory=0)
-    got = compare_with_dense(_changed("llama").cuda(), dense)
+    with DenseReference(TINY["llama"]().cuda(), windows, memory=0) as dense:
+        got = compare_with_dense(_changed("llama").cuda(), dense)
+        same = compare_with_dense(TINY["llama"]().cuda(), dense)
     assert got.kl == pytest.approx(expected.kl, rel=1e-3)
-    same = compare_with_dense(TINY["llama"]().cuda(), dense)
     assert same.kl < 1e-9

@@ -1,10 +1,11 @@
+import ctypes
 import subprocess
 import sys
 from importlib import resources
 
 import torch
 
-from entangle.kernels.compiled import usable
+from entangle.kernels.compiled import packed, usable
 
 SOURCES = ("binned", "distance", "exact", "lloyd", "sketch", "solver")
 
@@ -26,3 +27,12 @@ def test_importing_asks_for_neither_a_gpu_nor_a_compiler() -> None:
     code = f"import sys, torch, {modules}; {check}"
     done = subprocess.run([sys.executable, "-c", code], check=False)
     assert done.returncode == 0
+
+
+def test_arguments_lie_where_their_pointers_say() -> None:
+    tensor = torch.arange(3)
+    held, pointers = packed([tensor, 7, -1, 2**31 - 1])
+    places = [place for place in pointers if place is not None]
+    assert ctypes.c_void_p.from_address(places[0]).value == tensor.data_ptr()
+    assert [ctypes.c_int.from_address(place).value for place in places[1:]] == [7, -1, 2**31 - 1]
+    assert len(held) == len(places) == 4
