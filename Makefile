@@ -24,7 +24,8 @@ figures: install
 	$(BIN)/entangle decompose --layer 1 --proj gate_proj --n-seq 32 --seq-len 1024 \
 	    --out $(GALLERY)/decomposition --force
 	$(BIN)/entangle ablate --layer '*.mlp.gate_proj' --layer '*.mlp.up_proj' \
-	    --select top,bottom,random --seeds 3 --strength 0.9,0.95,0.99 \
+	    --select top,random --by wd,variance,weight_norm,abs_mean --seeds 3 \
+	    --strength 0.9,0.95,0.99 \
 	    --measure perplexity,divergence,blimp --n-seq 16 --seq-len 1024 \
 	    --eval-seq-len 512 --eval-windows 8 --pairs $(PAIRS) \
 	    --pairs-per-paradigm $(PAIRS_PER_PARADIGM) --no-md --out $(GALLERY)/ablation --force
