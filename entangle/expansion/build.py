@@ -23,7 +23,7 @@ from entangle.stats.gram import ClusterGrams
 
 _PASS_TOKENS_GPU = 2**15
 _GRAM_TOKENS = 2**13
-_GRAM_NUMBERS_GPU = 2**26
+_GRAM_NUMBERS_GPU = 2**28
 
 
 @dataclass(frozen=True, eq=False)

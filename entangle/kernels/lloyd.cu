@@ -142,6 +142,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) move(
     if (!(moved > limits[1]) || iterations[restart] == most) active[restart] = 0;
 }
 
+__device__ __forceinline__ void keep_lower(float value, int place, float& lowest, int& label) {
+    if (value < lowest) {
+        lowest = value;
+        label = place;
+    }
+}
+
 // Turn scores (pairs, k), a row for every token and restart, into 1 at the lowest (the first of
 // equals) and 0 elsewhere, and count in counts (restarts, k). Shared memory: 4 * restarts * k bytes.
 extern "C" __global__ void __launch_bounds__(THREADS) mark_members(
@@ -153,12 +160,23 @@ extern "C" __global__ void __launch_bounds__(THREADS) mark_members(
         float* row = scores + (size_t)pair * k;
         float lowest = row[0];
         int label = 0;
-        for (int i = 1; i < k; ++i)
-            if (row[i] < lowest) {
-                lowest = row[i];
-                label = i;
+        if (k % 4 == 0) {  // 16 bytes at a time
+            float4* quads = (float4*)row;
+            for (int i = 0; i < k / 4; ++i) {
+                const float4 four = quads[i];
+                keep_lower(four.x, 4 * i, lowest, label);
+                keep_lower(four.y, 4 * i + 1, lowest, label);
+                keep_lower(four.z, 4 * i + 2, lowest, label);
+                keep_lower(four.w, 4 * i + 3, lowest, label);
             }
-        for (int i = 0; i < k; ++i) row[i] = i == label ? 1.0f : 0.0f;
+            for (int i = 0; i < k / 4; ++i) {
+                const int at = label - 4 * i;
+                quads[i] = make_float4(at == 0, at == 1, at == 2, at == 3);
+            }
+        } else {
+            for (int i = 1; i < k; ++i) keep_lower(row[i], i, lowest, label);
+            for (int i = 0; i < k; ++i) row[i] = i == label ? 1.0f : 0.0f;
+        }
         atomicAdd(&found[pair % restarts * k + label], 1);
     }
     __syncthreads();

@@ -5,6 +5,8 @@ and waits for every iteration.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
 from math import log
 
 import torch
@@ -12,13 +14,21 @@ from jaxtyping import Float32, Float64, Int64
 from torch import Tensor
 
 from entangle.kernels import lloyd
-from entangle.precision import full_precision
+from entangle.precision import full_precision, tensor_cores
 from entangle.seeding import numpy_rng
 
 _CHECK_EVERY = 8
+_LAST = 10
+_SETTLED = 1e-6
 _SAME = 8 * torch.finfo(torch.float32).eps
 _SCORES = 2**26
 
+Product = Callable[[], AbstractContextManager[None]]
+"""Sets the precision of matrix products."""
+Advance = Callable[..., None]
+"""Iterates the running ones of some restarts so many ``times``, each ``most`` times in all."""
+ClusterSums = Callable[[Tensor, Tensor, Product], tuple[Tensor, Tensor]]
+"""From points and centroids to the sums (restarts, k, dims) and the numbers of their points."""
 Step = Callable[[Tensor], tuple[Tensor, Tensor]]
 """From the centroids of some restarts to their next ones and the inertias; a plain iteration."""
 
@@ -56,6 +66,7 @@ def iterate(
     points: Float32[Tensor, "tokens dims"],
     centroids: Float32[Tensor, "restarts k dims"],
     step: Step,
+    cluster_sums: ClusterSums,
     *,
     squares: Float64[Tensor, ""],
     enough: float,
@@ -63,12 +74,18 @@ def iterate(
 ) -> tuple[Tensor, Float64[Tensor, " restarts"], Int64[Tensor, " restarts"]]:
     """Iterate all restarts until each stands still; iterations with empty clusters go to `step`.
 
+    Points of few dimensions go to `entangle.kernels.lloyd`. Others are iterated by matrix products:
+    by those of TF32 while a restart's inertia falls by more than one part in a million, or up to
+    the last ten iterations, and from there in full precision.
+
     Parameters
     ----------
     points, centroids
-        What `entangle.kernels.lloyd.fits`.
+        On one device.
     step
         One plain iteration, which fills empty clusters.
+    cluster_sums
+        Assigns points to centroids, by products of some precision.
     squares
         Sum of the points' squared norms.
     enough
@@ -84,19 +101,66 @@ def iterate(
     count, device = centroids.shape[0], points.device
     found = lloyd.Restarts(
         centroids.contiguous(),
-        torch.zeros(count, dtype=torch.float64, device=device),
+        torch.full((count,), torch.inf, dtype=torch.float64, device=device),
         torch.zeros(count, dtype=torch.int32, device=device),
         torch.ones(count, dtype=torch.int32, device=device),
     )
     limits = torch.stack([squares, squares.new_tensor(enough)])
-    while True:
-        lloyd.iterate(points, found, limits, times=_CHECK_EVERY, most=most)
-        state = found.active.tolist()
-        for restart, now in enumerate(state):
-            if now == lloyd.STALLED:
-                _take_step(found, slice(restart, restart + 1), step, most=most)
-        if not any(state):
-            return found.centroids, found.inertias, found.iterations.long()
+    if lloyd.fits(points, centroids.shape[1]):
+        _run(found, partial(lloyd.iterate, points, limits=limits), step, most=most)
+    else:
+        advance = partial(_advance, points, cluster_sums, limits)
+        rough = partial(advance, product=tensor_cores, settled=_SETTLED)
+        _run(found, rough, step, most=max(1, most - _LAST))
+        found.active.copy_(found.iterations < most)
+        _run(found, partial(advance, product=full_precision, settled=-1.0), step, most=most)
+    return found.centroids, found.inertias, found.iterations.long()
+
+
+def _run(found: lloyd.Restarts, advance: Advance, step: Step, *, most: int) -> None:
+    """Advance all restarts until none is running."""
+    while any(found.active.tolist()):
+        advance(found, times=_CHECK_EVERY, most=most)
+        for restart in (found.active == lloyd.STALLED).nonzero()[:, 0].tolist():
+            _take_step(found, slice(restart, restart + 1), step, most=most)
+
+
+def _advance(
+    points: Float32[Tensor, "tokens dims"],
+    cluster_sums: ClusterSums,
+    limits: Float64[Tensor, "two=2"],
+    restarts: lloyd.Restarts,
+    *,
+    product: Product,
+    settled: float,
+    times: int,
+    most: int,
+) -> None:
+    """Do what `entangle.kernels.lloyd.iterate` does, by matrix products.
+
+    A restart also ends when its inertia falls by no more than ``settled`` times itself.
+    """
+    chosen = (restarts.active == lloyd.RUNNING).nonzero()[:, 0]
+    fields = [restarts.centroids, restarts.inertias, restarts.iterations, restarts.active]
+    own = lloyd.Restarts(*(field[chosen] for field in fields))
+    for _ in range(times):
+        sums, counts = cluster_sums(points, own.centroids, product)
+        means = sums / counts.clamp_min(1)[:, :, None]
+        inertias = (limits[0] - (means * sums).sum((1, 2))).clamp_min(0.0)
+        after = means.float()
+        moved = (after.double() - own.centroids).square().sum((1, 2))
+        running, whole = own.active == lloyd.RUNNING, (counts > 0).all(1)
+        goes = running & whole
+        own.iterations.add_(goes)
+        ends = (moved <= limits[1]) | (own.iterations >= most)
+        ends |= own.inertias - inertias <= settled * inertias
+        own.centroids.copy_(torch.where(goes[:, None, None], after, own.centroids))
+        own.inertias.copy_(torch.where(goes, inertias, own.inertias))
+        own.active.masked_fill_(goes & ends, 0).masked_fill_(running & ~whole, lloyd.STALLED)
+    for field, part in zip(
+        fields, [own.centroids, own.inertias, own.iterations, own.active], strict=True
+    ):
+        field[chosen] = part
 
 
 def _take_step(found: lloyd.Restarts, own: slice, step: Step, *, most: int) -> None:

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
@@ -18,14 +17,14 @@ from entangle.precision import full_precision
 from entangle.recording.hooks import Batch, Callback, SeenTensor, run_observed
 from entangle.recording.stream import ByteBudget, TokenStore
 from entangle.scoring.measured import MeasuredLayer
+from entangle.scoring.side_by_side import ON_GPU, how_many, mapped
+from entangle.scoring.tables import LayerSummary, summarise
 from entangle.stats.mapping_difficulty import MappingDifficulty, TokenPairs, draw_pairs
 from entangle.stats.sketch import OutputSketch, SketchResult
 from entangle.stats.wasserstein import ShapeStatistics, shape_statistics
 
 _BLOCK_TOKENS = 8192
 _BLOCK_TOKENS_GPU = 2**15
-_GPU_LAYERS = 3
-"""Layers under way at the same time on a GPU."""
 _GPU_BYTES = 2**35  # 16 bytes an output, of which the outputs themselves take 8
 
 
@@ -68,50 +67,30 @@ def score_exact(
     report: Callable[[int], None],
     watch: Callback | None = None,
     may_be_silent: bool = False,
-) -> list[MeasuredLayer]:
+) -> list[LayerSummary]:
     """Score layers from all their outputs; arguments as in `entangle.scoring.score.score`.
 
     Half of ``memory`` (bytes) holds recorded inputs, which spill to a temporary file beyond it;
     the other half is for the outputs of the neurons that are worked on.
     """
-    measured = []
+    summaries = []
     with ExitStack() as stack, full_precision():
         told, budget = _told(batches, report), ByteBudget(memory // 2)
         recorded = _record(module, layers, told, budget, stack, watch, may_be_silent)
         heard = [layer for layer in layers if layer.name in recorded]
-        at_once = _GPU_LAYERS if all(layer.weight.is_cuda for layer in heard) else 1
+        at_once = how_many(heard)
 
-        def work(layer: Layer) -> MeasuredLayer:
-            return _score_layer(
-                layer, recorded[layer.name],
-                n_groups=n_groups, md=md, seed=seed, memory=memory // 2 // at_once,
-            )  # fmt: skip
+        def work(layer: Layer) -> LayerSummary:
+            share = memory // 2 // at_once
+            one = recorded[layer.name]
+            return summarise(
+                _score_layer(layer, one, n_groups=n_groups, md=md, seed=seed, memory=share)
+            )
 
-        for one in _mapped(work, heard, at_once):
-            measured.append(one)
+        for found in mapped(work, heard, at_once=at_once):
+            summaries.append(found)
             report(1)
-    return measured
-
-
-def _mapped(
-    work: Callable[[Layer], MeasuredLayer], layers: Sequence[Layer], at_once: int
-) -> Iterator[MeasuredLayer]:
-    """Yield the results in order; some layers are under way together, to keep a GPU busy."""
-    if at_once == 1:
-        yield from map(work, layers)
-        return
-    streams = {one.weight.device: torch.cuda.current_stream(one.weight.device) for one in layers}
-
-    def on_stream(layer: Layer) -> MeasuredLayer:
-        with torch.cuda.stream(streams[layer.weight.device]):
-            return work(layer)
-
-    with ThreadPoolExecutor(at_once) as pool:
-        tasks = [pool.submit(on_stream, layer) for layer in layers]
-        try:
-            yield from (task.result() for task in tasks)
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    return summaries
 
 
 def _told(batches: Iterable[Batch], report: Callable[[int], None]) -> Iterator[Batch]:
@@ -179,7 +158,7 @@ def _score_layer(
     sketches: list[SketchResult] = []
     differences: list[MappingDifficulty] = []
     on_gpu = layer.weight.is_cuda
-    at_once = min(memory, _GPU_BYTES // _GPU_LAYERS) if on_gpu else memory
+    at_once = min(memory, _GPU_BYTES // ON_GPU) if on_gpu else memory
     neurons = max(1, at_once // (16 * store.n_tokens))
     for start in range(0, layer.out_features, neurons):
         part = slice(start, start + neurons)
@@ -192,7 +171,7 @@ def _score_layer(
         sketch = OutputSketch(outputs.shape[0], n_groups=n_groups)
         for group, first, end in inputs.spans:
             sketch.update(by_token[first:end], group=group)
-        sketches.append(sketch.result())
+        sketches.append(sketch.result(distances=False))
         shapes.append(_on_cpu(shape_statistics(outputs)))
         if pairs is not None:
             differences.append(_on_cpu(pairs.difficulty(outputs)))

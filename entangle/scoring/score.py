@@ -1,7 +1,6 @@
 """Score the neurons of a model's layers."""
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -18,10 +17,9 @@ from entangle.progress import Progress, ProgressBar
 from entangle.provenance import RunClock, make_manifest
 from entangle.recording.hooks import Batch, Callback
 from entangle.scoring.exact import score_exact
-from entangle.scoring.measured import MeasuredLayer
 from entangle.scoring.scores import KIND, NeuronScores
 from entangle.scoring.sketched import score_sketched
-from entangle.scoring.tables import histograms_of, layer_table, neuron_table
+from entangle.scoring.tables import LayerSummary, layer_table, neuron_table
 from entangle.seeding import check_seed
 from entangle.stats.mapping_difficulty import MAX_PAIRS
 
@@ -133,12 +131,12 @@ def score(
         },
         **clock.read(),
     )
-    with ThreadPoolExecutor() as pool:
-        histograms, table = pool.submit(histograms_of, measured), pool.submit(layer_table, measured)
-        frame = neuron_table(measured, language_model.name)
-        return NeuronScores(
-            frame=frame, layers=table.result(), histograms=histograms.result(), manifest=manifest
-        )
+    return NeuronScores(
+        frame=neuron_table(measured, language_model.name),
+        layers=layer_table(measured),
+        histograms={one.layer.name: one.histograms for one in measured},
+        manifest=manifest,
+    )
 
 
 def _out_of_memory(error: Exception) -> bool:
@@ -233,7 +231,7 @@ def _measure(
     bar: Progress,
     watch: Callback | None,
     may_be_silent: bool,
-) -> list[MeasuredLayer]:
+) -> list[LayerSummary]:
     batches = _batches(calibration, n_groups, per_pass)
     if method == "exact":
         bar.start(calibration.n_seq + len(layers), "sequences and layers")

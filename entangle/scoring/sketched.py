@@ -1,6 +1,7 @@
 """Scoring by sketches: statistics of all layers from one pass, nothing recorded."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import torch
@@ -11,6 +12,8 @@ from entangle.models.layers import Layer
 from entangle.precision import full_precision
 from entangle.recording.hooks import Batch, Callback, SeenTensor, run_observed
 from entangle.scoring.measured import MeasuredLayer
+from entangle.scoring.side_by_side import how_many, mapped
+from entangle.scoring.tables import LayerSummary, summarise
 from entangle.seeding import numpy_rng
 from entangle.stats.mapping_difficulty import PairSketch
 from entangle.stats.scratch import Scratch
@@ -104,7 +107,7 @@ def score_sketched(
     report: Callable[[int], None],
     watch: Callback | None = None,
     may_be_silent: bool = False,
-) -> list[MeasuredLayer]:
+) -> list[LayerSummary]:
     """Score layers in one pass over the batches.
 
     Parameters
@@ -145,18 +148,23 @@ def score_sketched(
             for first, second, distance in _paired(rows, runs, together=sketch.is_placed):
                 sketch.update(first, second, distance)
 
-    with full_precision(), torch.no_grad():
-        run_observed(module, layers, reported(), update, may_be_silent=may_be_silent)
-        results = {name: sketch.result() for name, sketch in outputs.items() if sketch.n_tokens}
-    return [
-        MeasuredLayer(
+    def measure(layer: Layer) -> MeasuredLayer:
+        found = outputs[layer.name].result()
+        return MeasuredLayer(
             layer=layer,
-            shape=results[layer.name].shape,
-            sketch=results[layer.name],
+            shape=found.shape,
+            sketch=found,
             pairs=differences[layer.name].result() if pair_share > 0 else None,
-            wd_bound=results[layer.name].wd_bound,
+            wd_bound=found.wd_bound,
             method="sketch",
         )
-        for layer in layers
-        if layer.name in results
-    ]
+
+    with full_precision(), torch.no_grad():
+        run_observed(module, layers, reported(), update, may_be_silent=may_be_silent)
+        heard = [layer for layer in layers if outputs[layer.name].n_tokens]
+        at_once = how_many(heard)
+        if at_once > 1:
+            return list(mapped(lambda one: summarise(measure(one)), heard, at_once=at_once))
+        measured = [measure(layer) for layer in heard]
+    with ThreadPoolExecutor() as pool:  # sorting, most of the work, lets threads run beside it
+        return list(pool.map(summarise, measured))

@@ -1,13 +1,14 @@
 """From measured layers to tables: one row a neuron, one row a layer."""
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 from scipy.stats import rankdata
 
+from entangle.models.layers import Layer
 from entangle.scoring.histograms import LayerHistograms
 from entangle.scoring.measured import MeasuredLayer
 from entangle.stats.mapping_difficulty import OutputNorm
@@ -17,46 +18,65 @@ Vector = npt.NDArray[np.float64]
 COARSE = 0.05
 """Largest possible error of a WD, in σ, above which a sketch's histogram counts as too coarse."""
 
-_THREADS = 4
 _FLAGS = ("", "nan", "inf", "constant", "coarse")
+_NUMBERS = (
+    "wd", "wd_se", "wd_bound", "ks", "mean", "std", "skewness", "excess_kurtosis", "weight_norm",
+    "md",
+)  # fmt: skip
 _NORMS: tuple[OutputNorm, ...] = ("median", "mean", "max")
 
 
-def neuron_table(measured: Sequence[MeasuredLayer], model: str) -> pd.DataFrame:
+@dataclass(frozen=True, eq=False)
+class LayerSummary:
+    """What one layer adds to the tables."""
+
+    layer: Layer
+    """The layer measured."""
+    n_tokens: int
+    """Tokens it was measured on."""
+    numbers: dict[str, npt.NDArray[np.generic]]
+    """Columns of the scores that are numbers, (neurons,), and the index of the flag."""
+    row: dict[str, object]
+    """Its row of the table of layers."""
+    histograms: LayerHistograms
+    """Output distributions, in the form that is saved."""
+
+
+def summarise(measured: MeasuredLayer) -> LayerSummary:
+    """Summarise a layer; what lies on a GPU is left behind."""
+    return LayerSummary(
+        layer=measured.layer,
+        n_tokens=measured.sketch.n_tokens,
+        numbers=_numbers(measured),
+        row=_layer_row(measured),
+        histograms=LayerHistograms.from_sketch(measured.sketch),
+    )
+
+
+def neuron_table(layers: Sequence[LayerSummary], model: str) -> pd.DataFrame:
     """Return the table of scores, one row a neuron; ``model`` is the model's name."""
-    layers = [one.layer for one in measured]
-    sizes = [layer.out_features for layer in layers]
+    sizes = [one.layer.out_features for one in layers]
     number = np.repeat(np.arange(len(layers)), sizes)
-    parts = [_numbers(one) for one in measured]
-    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    flags = columns.pop("flag").astype(np.int64)
-    block = pd.array([layer.block for layer in layers], dtype="Int64")
+    columns = {name: np.concatenate([one.numbers[name] for one in layers]) for name in _NUMBERS}
+    block = pd.array([one.layer.block for one in layers], dtype="Int64")
     return pd.DataFrame(
         {
             "model": _strings([model], np.zeros_like(number)),
-            "layer": _strings([layer.name for layer in layers], number),
+            "layer": _strings([one.layer.name for one in layers], number),
             "block": block.take(number),
-            "projection": _strings([layer.projection for layer in layers], number),
+            "projection": _strings([one.layer.projection for one in layers], number),
             "neuron": np.concatenate([np.arange(size) for size in sizes]),
             **columns,
-            "n_tokens": np.repeat([one.sketch.n_tokens for one in measured], sizes),
-            "flag": _strings(_FLAGS, flags),
+            "n_tokens": np.repeat([one.n_tokens for one in layers], sizes),
+            "flag": _strings(_FLAGS, np.concatenate([one.numbers["flag"] for one in layers])),
         }
     )
 
 
-def layer_table(measured: Sequence[MeasuredLayer]) -> pd.DataFrame:
+def layer_table(layers: Sequence[LayerSummary]) -> pd.DataFrame:
     """Return the table of layers, one row a layer."""
-    with ThreadPoolExecutor(_THREADS) as pool:  # sorting, most of the work, lets threads run
-        table = pd.DataFrame(list(pool.map(_layer_row, measured)))
+    table = pd.DataFrame([one.row for one in layers])
     return table.astype({"block": "Int64", "layer": "str", "projection": "str", "method": "str"})
-
-
-def histograms_of(measured: Sequence[MeasuredLayer]) -> dict[str, LayerHistograms]:
-    """Return the output distributions by layer name, in the form that is saved."""
-    with ThreadPoolExecutor(_THREADS) as pool:  # what waits for a GPU waits together
-        found = pool.map(lambda one: LayerHistograms.from_sketch(one.sketch), measured)
-        return {one.layer.name: histograms for one, histograms in zip(measured, found, strict=True)}
 
 
 def _numbers(measured: MeasuredLayer) -> dict[str, npt.NDArray[np.generic]]:

@@ -141,8 +141,11 @@ class OutputSketch:
         self._closed_counts.add_(other._closed_counts)
         self.n_tokens += other.n_tokens
 
-    def result(self) -> SketchResult:
-        """Compute all statistics of the tokens seen so far."""
+    def result(self, *, distances: bool = True) -> SketchResult:
+        """Compute all statistics of the tokens seen so far.
+
+        Without ``distances``, WD, its bound and KS of the whole are left NaN, which is faster.
+        """
         if self.n_tokens == 0:
             raise InvalidInput("the sketch has seen no token.")
         self._close_group()
@@ -153,11 +156,14 @@ class OutputSketch:
         nan, inf = self._nan.clone(), self._inf & ~self._nan
         constant = is_constant(std, mean, torch.float32) & ~nan & ~inf
         bad = nan | inf | constant
-        distances = self._distances(self._counts, shift, spread, fold=1)
+        unknown = torch.full_like(shift, math.nan)
+        binned = BinnedDistances(unknown, unknown, unknown)
+        if distances:
+            binned = self._distances(self._counts, shift, spread, fold=1)
         skewness, kurtosis = _higher_moments(moments, shift, spread)
         se, halves = self._resample()
         self._lent = True
-        found = [distances.wd, distances.ks, mean, std, skewness, kurtosis, distances.wd_bound, se]
+        found = [binned.wd, binned.ks, mean, std, skewness, kurtosis, binned.wd_bound, se]
         columns = torch.stack([*found, *halves]).masked_fill(bad, math.nan)
         ends = location + scale * self._low, location + scale * self._high
         places = torch.stack([location, scale, *ends])

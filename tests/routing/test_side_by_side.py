@@ -19,3 +19,43 @@ def test_too_few_different_points() -> None:
     points[0] = 2
     assert side_by_side.seeds(points, 3, restarts=2, seed=0) is None
     assert side_by_side.seeds(points, 2, restarts=2, seed=0) is not None
+
+
+def _iterated(points: torch.Tensor, centroids: torch.Tensor, most: int) -> tuple[torch.Tensor, ...]:
+    squares = points.square().sum(dtype=torch.float64)
+    enough = float(kmeans.TOLERANCE * points.var(0, correction=0).mean())
+    return side_by_side.iterate(
+        points, centroids, lambda before: kmeans._step(points, before, squares)[:2],
+        kmeans._cluster_sums, squares=squares, enough=enough, most=most,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("tokens", "dims", "k"), [(600, 5, 4), (900, 70, 6), (257, 1, 3)])
+def test_iterations_come_to_rest_where_the_plain_ones_do(tokens: int, dims: int, k: int) -> None:
+    points = torch.randn(tokens, dims, generator=torch_rng(1, "side-by-side", tokens))
+    points[: tokens // 3] += 3
+    seeds = torch.stack([kmeans._plus_plus(points, k, 1, restart) for restart in range(3)])
+    plain, inertias, iterations = kmeans._lloyd(points, seeds.clone())
+    found, own_inertias, own_iterations = _iterated(points, seeds.clone(), 300)
+    torch.testing.assert_close(own_inertias, inertias, rtol=1e-3, atol=0)
+    torch.testing.assert_close(found, plain, rtol=0, atol=0.05)
+    assert ((own_iterations >= iterations) & (own_iterations <= iterations + 4)).all()
+
+
+def test_a_restart_with_an_empty_cluster_goes_on() -> None:
+    points = torch.randn(300, 3, generator=torch_rng(2, "side-by-side"))
+    points[:100] += 6
+    centroids = torch.stack([points[[0, 200, 250]], torch.full((3, 3), 1e3)])
+    centroids[1, 0] = 0
+    found, inertias, _ = _iterated(points, centroids, 300)
+    labels = torch.cdist(points[None], found).argmin(2)
+    assert [len(one.unique()) for one in labels] == [3, 3]
+    nearest = torch.cdist(points[None].double(), found.double()).amin(2).square().sum(1)
+    torch.testing.assert_close(inertias, nearest, rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize("most", [1, 5, 12])
+def test_no_more_iterations_than_allowed(most: int) -> None:
+    points = torch.randn(2000, 4, generator=torch_rng(3, "side-by-side"))
+    seeds = torch.stack([kmeans._plus_plus(points, 8, 1, restart) for restart in range(2)])
+    assert _iterated(points, seeds, most)[2].tolist() == [most, most]
