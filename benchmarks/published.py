@@ -7,12 +7,17 @@ and A2): all activations of a layer in one float32 tensor, a factorisation and a
 expert.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from scipy.stats import wasserstein_distance
 from torch import Tensor
 
 from entangle.routing.kmeans import kmeans
+
+Assign = Callable[[str, Tensor], Tensor]
+"""From a layer's name and its inputs (tokens, features) to the tokens' clusters."""
 
 BLOCK = 128
 
@@ -73,13 +78,25 @@ class Experts(torch.nn.Module):
         return outputs.view(*x.shape[:-1], -1)
 
 
+def _clusters(x: Tensor, experts: int) -> Tensor:
+    _, _, components = torch.pca_lowrank(x, q=x.shape[1] // 32)
+    return kmeans((x - x.mean(0)) @ components, experts, restarts=10, seed=0).labels
+
+
 def expand_block(
-    body: torch.nn.Module, mlp: torch.nn.Module, ids: Tensor, *, experts: int, sparsity: float
+    body: torch.nn.Module,
+    mlp: torch.nn.Module,
+    ids: Tensor,
+    *,
+    experts: int,
+    sparsity: float,
+    assign: Assign | None = None,
 ) -> list[float]:
     """Expand the MLP of a model's only block in place; return each layer's relative error.
 
     ``body`` maps token ids (sequences, tokens) to hidden states. Principal components come from
-    torch (randomised), k-means from `entangle.routing.kmeans` with 10 restarts (published: 100).
+    torch (randomised), k-means from `entangle.routing.kmeans` with 10 restarts (published: 100),
+    unless ``assign`` gives the clusters of the tokens (of the inputs of the layer that it names).
     """
     names = (("gate_proj", "up_proj"), ("down_proj",))
     inputs = [
@@ -103,8 +120,7 @@ def expand_block(
         hook.remove()
     errors = []
     for x, group in zip(inputs, names, strict=True):
-        _, _, components = torch.pca_lowrank(x, q=x.shape[1] // 32)
-        labels = kmeans((x - x.mean(0)) @ components, experts, restarts=10, seed=0).labels
+        labels = _clusters(x, experts) if assign is None else assign(group[0], x)
         for name in group:
             layer = getattr(mlp, name)
             weight, weights, lost, energy = layer.weight.float(), [], 0.0, 0.0
