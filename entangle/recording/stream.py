@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 from typing import IO
 
@@ -42,7 +43,8 @@ class TokenStore:
 
     Notes
     -----
-    Chunks stay on the device and in the dtype in which they come.
+    Chunks stay on the device and in the dtype in which they come. Several threads may read at the
+    same time.
     """
 
     def __init__(self, budget: ByteBudget) -> None:
@@ -50,6 +52,7 @@ class TokenStore:
         self._budget, self._held = budget, 0
         self._chunks: list[Tensor] = []
         self._file: IO[bytes] | None = None
+        self._reading = Lock()
         self._features, self._dtype, self._in_memory = 0, torch.float32, 0
         self._device = torch.device("cpu")
 
@@ -147,7 +150,8 @@ class TokenStore:
     def _read(self, start: int, count: int) -> Tensor:
         assert self._file is not None  # noqa: S101
         row = self._features * self._dtype.itemsize
-        self._file.seek((start - self._in_memory) * row)
         buffer = torch.empty(count, self._features, dtype=self._dtype)
-        self._file.readinto(buffer.view(torch.uint8).numpy())  # type: ignore[attr-defined]
+        with self._reading:
+            self._file.seek((start - self._in_memory) * row)
+            self._file.readinto(buffer.view(torch.uint8).numpy())  # type: ignore[attr-defined]
         return buffer

@@ -36,15 +36,15 @@ class RecordedInputs:
     spans: list[tuple[int, int, int]] = field(default_factory=list)
     """(group, first token, token after the last), in order."""
 
-    _pairs: TokenPairs | None = field(default=None, init=False)
+    _pairs: dict[torch.device, TokenPairs] = field(default_factory=dict, init=False)
 
     def pairs(self, *, seed: int, device: torch.device) -> TokenPairs:
         """Return pairs of the tokens, for outputs on a device; the same ones every time."""
-        if self._pairs is None:
+        if device not in self._pairs:
             drawn = draw_pairs(self.store.n_tokens, seed=seed)
             distance = _input_distance(self.store, drawn)
-            self._pairs = TokenPairs.of(drawn, distance, device=device)
-        return self._pairs
+            self._pairs[device] = TokenPairs.of(drawn, distance, device=device)
+        return self._pairs[device]
 
     def add(self, group: int, rows: Float[Tensor, "tokens features"]) -> None:
         """Append one batch's rows."""

@@ -22,6 +22,7 @@ from entangle.kernels.compiled import usable
 from entangle.precision import accumulator_dtype
 from entangle.stats import bins
 from entangle.stats.histogram import BinnedDistances, binned_distances
+from entangle.stats.moments import higher_moments, mean_and_std, power_sums
 from entangle.stats.scratch import Scratch
 from entangle.stats.wasserstein import ShapeStatistics, is_constant, sort_rows
 
@@ -150,7 +151,7 @@ class OutputSketch:
             raise InvalidInput("the sketch has seen no token.")
         self._close_group()
         moments = self._powers / self.n_tokens
-        shift, spread = _mean_and_std(moments)
+        shift, spread = mean_and_std(moments)
         location, scale = self._location.double(), self._scale.double()
         mean, std = location + scale * shift, scale * spread
         nan, inf = self._nan.clone(), self._inf & ~self._nan
@@ -160,7 +161,7 @@ class OutputSketch:
         binned = BinnedDistances(unknown, unknown, unknown)
         if distances:
             binned = self._distances(self._counts, shift, spread, fold=1)
-        skewness, kurtosis = _higher_moments(moments, shift, spread)
+        skewness, kurtosis = higher_moments(moments, shift, spread)
         se, halves = self._resample()
         self._lent = True
         found = [binned.wd, binned.ks, mean, std, skewness, kurtosis, binned.wd_bound, se]
@@ -225,12 +226,12 @@ class OutputSketch:
             for name in ("x", "square", "work")
         )
         torch.sub(values, self._location[part], out=x).div_(self._scale[part])
-        powers = _power_sums(x, square, work)
+        powers = power_sums(x, square, work)
         if not bool(powers[-1].isfinite().all()):
             self._nan[part] |= x.isnan().any(0)
             self._inf[part] |= x.isinf().any(0)
             exact = x.nan_to_num_(0.0, 0.0, 0.0).to(self._powers.dtype)  # x⁴ may overflow float32
-            powers = _power_sums(exact, torch.empty_like(exact), torch.empty_like(exact))
+            powers = power_sums(exact, torch.empty_like(exact), torch.empty_like(exact))
         for i, power in enumerate(powers):
             self._powers[i, part] += power
         self._group_powers[group, 0, part] += powers[0]
@@ -310,13 +311,13 @@ class OutputSketch:
         tokens = (chosen.long() * self._group_tokens).sum(1).to(device, non_blocking=True)
         chosen = chosen.to(device, non_blocking=True)
         powers = torch.einsum("sg,gpn->psn", chosen.to(self._powers), self._group_powers)
-        shift, spread = _mean_and_std(powers / tokens[:, None])
+        shift, spread = mean_and_std(powers / tokens[:, None])
         wd = self._on_gpu(self._group_counts, chosen, shift, spread, GROUP_FOLD)[0]
         return wd.masked_fill(spread <= _LEAST_SPREAD * shift.abs(), math.nan)
 
     def _subset_wd(self, counts: Tensor, powers: Tensor, tokens: int) -> Tensor:
         """Return the WD of some of the groups; NaN where rounding hides their spread."""
-        shift, spread = _mean_and_std(powers / tokens)
+        shift, spread = mean_and_std(powers / tokens)
         wd = self._distances(counts, shift, spread, fold=GROUP_FOLD).wd
         return wd.masked_fill(spread <= _LEAST_SPREAD * shift.abs(), math.nan)
 
@@ -376,14 +377,6 @@ def _block_columns(outputs: Tensor) -> int:
     return max(4, values // outputs.shape[0] // 4 * 4)
 
 
-def _power_sums(x: Tensor, square: Tensor, cube: Tensor) -> tuple[Tensor, ...]:
-    """Return the sums over tokens of the first four powers of x; the others are work space."""
-    torch.mul(x, x, out=square)
-    torch.mul(square, x, out=cube)
-    first, second, third = x.sum(0), square.sum(0), cube.sum(0)
-    return first, second, third, square.mul_(square).sum(0)
-
-
 def _pilot(outputs: Tensor) -> tuple[Tensor, Tensor]:
     """Return the median and the core width of each neuron over a sample of the tokens."""
     stride = max(1, outputs.shape[0] // _PILOT_TOKENS)
@@ -398,17 +391,3 @@ def _pilot(outputs: Tensor) -> tuple[Tensor, Tensor]:
     floor = location.abs() * torch.finfo(torch.float32).eps
     scale = torch.where(scale > floor, scale, floor)
     return location, torch.where(scale > torch.finfo(torch.float32).tiny, scale, 1.0)
-
-
-def _mean_and_std(moments: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and population standard deviation from the first two raw moments."""
-    shift = moments[0]
-    return shift, (moments[1] - shift.square()).clamp_min(0).sqrt()
-
-
-def _higher_moments(moments: Tensor, shift: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
-    """Return skewness and excess kurtosis from four raw moments."""
-    _, second, third, fourth = moments
-    central3 = third - 3 * shift * second + 2 * shift**3
-    central4 = fourth - 4 * shift * third + 6 * shift.square() * second - 3 * shift**4
-    return central3 / spread**3, central4 / spread**4 - 3

@@ -2,6 +2,7 @@ import errno
 import io
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
@@ -202,3 +203,14 @@ def test_no_rows_at_all() -> None:
 def test_a_budget_is_not_negative() -> None:
     with pytest.raises(InvalidInput, match="must be at least 0; got -1"):
         ByteBudget(-1)
+
+
+def test_threads_read_a_spilled_store_at_the_same_time() -> None:
+    rows = torch.arange(40_000.0).view(4000, 10)
+    with TokenStore(ByteBudget(4 * 10 * 500)) as store:
+        for chunk in rows.split(250):
+            store.append(chunk)
+        spans = [(start, start + 700) for start in range(0, 3300, 11)]
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda span: store.span(*span), spans))
+        assert all(torch.equal(part, rows[a:b]) for part, (a, b) in zip(found, spans, strict=True))
