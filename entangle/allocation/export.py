@@ -19,7 +19,7 @@ from entangle.allocation.by_layer import (
 )
 from entangle.allocation.by_row import read_csv, read_rows, write_csv, write_rows
 from entangle.allocation.files import KIND
-from entangle.allocation.recipe import read_recipe, recipe_losses, write_recipe
+from entangle.allocation.recipe import read_recipe, recipe_losses, rest_lost, write_recipe
 from entangle.errors import InvalidInput, Unavailable, unknown_name
 from entangle.models.layers import Layer
 from entangle.provenance import disk_errors, expanded, make_manifest
@@ -35,7 +35,6 @@ FORMATS: Mapping[str, str] = {
 two every neuron's."""
 
 _ROWS_LOST = "lost: the sparsity of single rows; the file holds one number a layer."
-_EXPERTS_LOST = "lost: the number of experts of each layer."
 
 
 def export(
@@ -230,8 +229,7 @@ def _notes(allocation: Allocation, name: str, order: Sequence[tuple[str, int]]) 
         return []
     frame = allocation.layers
     uneven = bool((frame["lowest"] != frame["highest"]).any())
-    lost = [_ROWS_LOST] * uneven + [_EXPERTS_LOST] * (allocation.experts is not None)
-    return [*lost, usage[name]()]
+    return [*[_ROWS_LOST] * uneven, *rest_lost(allocation), usage[name]()]
 
 
 def _write(target: Path, content: bytes) -> None:

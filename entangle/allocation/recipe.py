@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from entangle.allocation.allocation import Allocation
+from entangle.allocation.steps import ROW
 from entangle.errors import InvalidInput
 
 MODIFIER = "SparseGPTModifier"
@@ -50,12 +51,21 @@ def recipe_losses(allocation: Allocation) -> list[str]:
             f"lost: the sparsity of single rows ({uneven} of {len(frame)} layers have unequal "
             "rows); the modifier takes one sparsity a layer and spreads the zeros by its own rule."
         )
-    if allocation.experts is not None:
-        losses.append("lost: the number of experts of each layer.")
+    losses += rest_lost(allocation)
     dense = int((frame["zeros"] == 0).sum())
     if dense:
         losses.append(f"{dense} layer(s) without zeros are named in no modifier and stay dense.")
     return losses
+
+
+def rest_lost(allocation: Allocation) -> list[str]:
+    """Say what, besides the sparsity of rows, a format of one number a layer cannot hold."""
+    lost = []
+    if allocation.pattern != ROW:
+        lost.append(f"lost: the pattern, {allocation.pattern}; the other tool has one of its own.")
+    if allocation.experts is not None:
+        lost.append("lost: the number of experts of each layer.")
+    return lost
 
 
 def read_recipe(path: Path, order: Sequence[str]) -> dict[str, float]:

@@ -130,7 +130,7 @@ def expand(
     experts
         Experts (clusters) a layer; 1 is plain pruning.
     sparsity
-        Share of zeros in [0, 1]; None with an n:m pattern.
+        Share of zeros in [0, 1]; None with an n:m pattern of numbers, such as ``2:4``.
     pattern, pruner, bits, damping
         As in `entangle.pruning.prune` (``pruner`` is its ``method``).
     layers, proj

@@ -1,7 +1,8 @@
 """k-means on the CPU and on CUDA by one code path: k-means++ seeds, batched Lloyd iterations.
 
-All restarts share one matrix product per block of tokens. On CUDA, points of more than 64
-dimensions are iterated with TF32 products first, and then in full precision until they stand still.
+All restarts share one matrix product per block of tokens. On CUDA, what
+`entangle.kernels.lloyd.fits` refuses (more than 64 dimensions, or 256 clusters) is iterated with
+TF32 products first, and then in full precision until it stands still.
 Everything drawn comes from the seed, one stream per restart, and no operation depends on the order
 of atomic additions, so a seed gives the same bytes on one machine, and more restarts extend fewer.
 

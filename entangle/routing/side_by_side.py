@@ -21,7 +21,6 @@ _CHECK_EVERY = 8
 _LAST = 10
 _SETTLED = 1e-6
 _SAME = 8 * torch.finfo(torch.float32).eps
-_SCORES = 2**26
 
 Product = Callable[[], AbstractContextManager[None]]
 """Sets the precision of matrix products."""

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
+from threading import Lock
 from typing import Any, TypeVar
 
 import torch
@@ -37,14 +38,16 @@ class RecordedInputs:
     """(group, first token, token after the last), in order."""
 
     _pairs: dict[torch.device, TokenPairs] = field(default_factory=dict, init=False)
+    _drawing: Lock = field(default_factory=Lock, init=False)
 
     def pairs(self, *, seed: int, device: torch.device) -> TokenPairs:
         """Return pairs of the tokens, for outputs on a device; the same ones every time."""
-        if device not in self._pairs:
-            drawn = draw_pairs(self.store.n_tokens, seed=seed)
-            distance = _input_distance(self.store, drawn)
-            self._pairs[device] = TokenPairs.of(drawn, distance, device=device)
-        return self._pairs[device]
+        with self._drawing:  # layers that share the inputs may ask at the same time
+            if device not in self._pairs:
+                drawn = draw_pairs(self.store.n_tokens, seed=seed)
+                distance = _input_distance(self.store, drawn)
+                self._pairs[device] = TokenPairs.of(drawn, distance, device=device)
+            return self._pairs[device]
 
     def add(self, group: int, rows: Float[Tensor, "tokens features"]) -> None:
         """Append one batch's rows."""

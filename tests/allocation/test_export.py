@@ -24,6 +24,14 @@ def test_the_formats() -> None:
     assert tuple(FORMATS) == (*BY_LAYER, *BY_ROW)
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_pattern_that_is_lost_is_told(name: str, tmp_path: Path) -> None:
+    grouped = made({"b.0.up": [2, 4]}, {"b.0.up": 8}, pattern="n:4")
+    notes = export(grouped, tmp_path / FILES[name], name)
+    told = [note for note in notes if note.startswith("lost: the pattern, n:4;")]
+    assert len(told) == (name in BY_LAYER)
+
+
 @pytest.mark.parametrize("name", BY_ROW)
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_every_row_comes_back(name: str, architecture: str, tiny: Tiny, tmp_path: Path) -> None:

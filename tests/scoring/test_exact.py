@@ -1,7 +1,9 @@
 """Recording once, working in pieces, and inputs that only look alike."""
 
 import tempfile
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from entangle.scoring.measured import MeasuredLayer
 from entangle.scoring.score import Method, score
 from entangle.scoring.scores import NeuronScores
 from entangle.scoring.tables import LayerSummary, layer_table, neuron_table, summarise
+from entangle.stats.mapping_difficulty import draw_pairs
 from tests.reference import scoring as reference
 
 Tiny = Callable[[str], LanguageModel]
@@ -69,6 +72,25 @@ def test_shared_inputs_are_recorded_once(
     score(tiny(name), calibration, layers=1, method="exact", md=False)
     assert sorted(stores.features) == features
     assert not any(stores.spilled)
+
+
+def test_layers_that_share_inputs_share_the_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both threads ask before the first has drawn."""
+    draws: list[int] = []
+
+    def slowly(n_tokens: int, *, seed: int) -> Tensor:
+        draws.append(n_tokens)
+        threading.Event().wait(0.1)
+        return draw_pairs(n_tokens, seed=seed)
+
+    monkeypatch.setattr(exact, "draw_pairs", slowly)
+    with TokenStore(ByteBudget(2**20)) as store, ThreadPoolExecutor(2) as pool:
+        inputs = exact.RecordedInputs(store)
+        inputs.add(0, torch.arange(60.0).view(20, 3))
+        here = torch.device("cpu")
+        first, second = pool.map(lambda _: inputs.pairs(seed=0, device=here), range(2))
+    assert first is second
+    assert draws == [20]
 
 
 def measure(
