@@ -64,12 +64,20 @@ def page(browser: str, front: FrontEnd, scores: "NeuronScores", tmp_path: Path) 
         yield opened
 
 
+def accept_dialogs(page: "Page") -> None:
+    """Close what covers the page, such as a question about the kernel on a slow machine."""
+    buttons = page.locator(".jp-Dialog button.jp-mod-accept, .modal.in button.btn-primary")
+    for _ in range(buttons.count()):
+        buttons.first.click()
+
+
 def run_cell(page: "Page", front: FrontEnd) -> None:
     """Run the first cell; a page that is still connecting to its kernel drops the first tries."""
     prompt = page.locator(front.prompt).first
     end = time.monotonic() + PATIENCE / SECONDS
     while not re.search(r"[\d*]", prompt.inner_text()):
         assert time.monotonic() < end, "the cell did not run"
+        accept_dialogs(page)
         page.locator(front.editor).first.click()
         page.keyboard.press("Shift+Enter")
         page.wait_for_timeout(2 * SECONDS)
