@@ -8,7 +8,7 @@ from torch import Tensor
 from entangle.errors import InvalidInput
 
 
-def whole(name: str, value: object, *, least: int | None = None) -> int:
+def whole(name: str, value: object, *, least: int) -> int:
     """Return an integer setting as an int.
 
     Raises
@@ -16,11 +16,8 @@ def whole(name: str, value: object, *, least: int | None = None) -> int:
     InvalidInput
         If it is no integer, or below ``least``.
     """
-    rule = "an integer" if least is None else f"an integer of at least {least}"
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise InvalidInput(f"`{name}` must be {rule}; got {value!r}.")
-    if least is not None and value < least:
-        raise InvalidInput(f"`{name}` must be {rule}; got {value!r}.")
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise InvalidInput(f"`{name}` must be an integer of at least {least}; got {value!r}.")
     return int(value)
 
 

@@ -16,6 +16,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from entangle.errors import InvalidInput
+from entangle.scalars import whole
 from entangle.seeding import check_seed, numpy_rng
 
 DEFAULT_N_SEQ = 128
@@ -44,8 +45,10 @@ class Draw:
         check_seed(self.seed)
         if self.sampling not in ("random", "contiguous"):
             raise InvalidInput(f"`sampling` must be random or contiguous; got {self.sampling!r}.")
-        _check_count("n_seq", self.n_seq)
-        _check_count("seq_len", self.seq_len)
+        for name in ("n_seq", "seq_len"):
+            value = getattr(self, name)
+            counted = None if value is None else whole(name, value, least=1)
+            object.__setattr__(self, name, counted)
         self.check_context(self.seq_len or 1)
 
     def check_context(self, seq_len: int) -> None:
@@ -74,11 +77,6 @@ class Draw:
     def settings(self) -> dict[str, object]:
         """Return the rule, and the seed if it has any effect."""
         return {"sampling": self.sampling, "seed": self.seed if self.sampling == "random" else None}
-
-
-def _check_count(name: str, value: object) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise InvalidInput(f"`{name}` must be an integer of at least 1; got {value!r}.")
 
 
 def cut_windows(

@@ -75,8 +75,9 @@ def fit_router(
     NumericalError
         If a token holds NaN or infinity.
     """
-    k, restarts = _count("k", k), _count("restarts", restarts)
-    n_components = None if n_components is None else _count("n_components", n_components)
+    k, restarts = whole("k", k, least=1), whole("restarts", restarts, least=1)
+    if n_components is not None:
+        n_components = whole("n_components", n_components, least=1)
     _check_parameters(k, max_tokens, kind)
     if isinstance(stream, Iterator):
         raise InvalidInput(
@@ -160,14 +161,6 @@ def _control(features: int, k: int, seed: int, kind: Kind) -> Router:
             iterations=none,
         ),
     )
-
-
-def _count(name: str, value: object) -> int:
-    """Return a count as an int."""
-    count = whole(name, value)
-    if count < 1:
-        raise InvalidInput(f"`{name}` must be at least 1; got {count}.")
-    return count
 
 
 def _check_parameters(k: int, max_tokens: int, kind: str) -> None:

@@ -158,11 +158,11 @@ def test_a_stream_that_changes_is_refused() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"k": 0}, "`k` must be at least 1; got 0"),
+        ({"k": 0}, "`k` must be an integer of at least 1; got 0"),
         ({"kind": "single"}, "`k` must be 1 for the single cluster; got 2"),
-        ({"n_components": 0}, "`n_components` must be at least 1; got 0"),
+        ({"n_components": 0}, "`n_components` must be an integer of at least 1; got 0"),
         ({"n_components": 65}, "at most the 64 features of a token; got 65"),
-        ({"restarts": 0}, "`restarts` must be at least 1; got 0"),
+        ({"restarts": 0}, "`restarts` must be an integer of at least 1; got 0"),
         ({"max_tokens": 1}, "`max_tokens` must be at least k=2; got 1"),
         ({"seed": -1}, "`seed` must be an integer"),
     ],
