@@ -1,6 +1,7 @@
 // Distances of binned distributions from N(0, 1) (see stats/histogram.py, stats/sketch.py).
 
-#define THREADS 128
+#define THREADS 256
+#define ALL 0xffffffffu
 #define ROOT_HALF 0.70710678118654752440
 #define ROOT_TAU 2.50662827463100050242
 
@@ -11,60 +12,69 @@ __device__ __forceinline__ double density_at(double z) { return exp(-0.5 * z * z
 // The integral of the normal distribution function from minus infinity to z.
 __device__ __forceinline__ double tail_at(double z) { return z * normal_at(z) + density_at(z); }
 
-// One row and one set of groups a block: grid (rows, sets). counts (groups, rows, bins), weights
-// (sets, groups), shift and spread (sets, rows), low and high (rows,), edges (bins + 1,). Writes
-// found (3, sets, rows): WD, its bound, KS. Dynamic shared memory: 4 * bins bytes.
+// One row and one set of groups a warp: counts (groups, rows, bins), weights (sets, groups), shift and
+// spread (sets, rows), low and high (rows,), edges (bins + 1,). Writes found (3, sets, rows): WD, its
+// bound, KS. Dynamic shared memory: THREADS / 8 * bins bytes.
 extern "C" __global__ void __launch_bounds__(THREADS) binned_distances(
     const int* __restrict__ counts, const int* __restrict__ weights,
     const double* __restrict__ shift, const double* __restrict__ spread,
     const float* __restrict__ low, const float* __restrict__ high,
-    const double* __restrict__ edges, double* __restrict__ found, int groups, int bins) {
-    extern __shared__ int mass[];
-    __shared__ double shared[3][THREADS];
-    __shared__ int before[THREADS];
-    const int thread = threadIdx.x, row = blockIdx.x, rows = gridDim.x, set = blockIdx.y;
-    for (int bin = thread; bin < bins; bin += THREADS) {
+    const double* __restrict__ edges, double* __restrict__ found, int rows, int sets, int groups,
+    int bins) {
+    extern __shared__ int masses[];
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const long long pair = (long long)blockIdx.x * (THREADS / 32) + warp;
+    if (pair >= (long long)rows * sets) return;
+    const int row = (int)(pair / sets), set = (int)(pair % sets);
+    const double lowest = low[row], highest = high[row];
+    const double mean = shift[(size_t)set * rows + row], std = spread[(size_t)set * rows + row];
+    int* mass = masses + warp * bins;
+    int all = 0, first = bins, last = -1;  // bins that hold a value or lie between the extremes
+    for (int bin = lane; bin < bins; bin += 32) {
         int total = 0;
         for (int g = 0; g < groups; ++g) {
             const int weight = weights[set * groups + g];
             if (weight) total += weight * counts[((size_t)g * rows + row) * bins + bin];
         }
         mass[bin] = total;
-    }
-    __syncthreads();
-    const int share = (bins + THREADS - 1) / THREADS;
-    const int first = min(thread * share, bins), last = min(first + share, bins);
-    int own = 0;
-    for (int bin = first; bin < last; ++bin) own += mass[bin];
-    before[thread] = own;
-    __syncthreads();
-    int count = 0, all = 0;
-    for (int i = 0; i < THREADS; ++i) {
-        if (i < thread) count += before[i];
-        all += before[i];
-    }
-    const double n = all, lowest = low[row], highest = high[row];
-    const double mean = shift[(size_t)set * rows + row], std = spread[(size_t)set * rows + row];
-    const double begin = (lowest - mean) / std, end = (highest - mean) / std;
-    double inside = 0.0, bound = 0.0, ks = 0.0, z = 0.0, normal = 0.0, density = 0.0, raw = 0.0;
-    for (int edge = first; edge <= last && first < last; ++edge) {
-        double next = fmin(fmax(edges[edge], lowest), highest);
-        if (edge == 0) next = lowest;
-        if (edge == bins) next = highest;
-        if (edge > first && next == raw) {  // beyond the extremes: no width
-            count += mass[edge - 1];
-            if (mass[edge - 1]) ks = fmax(ks, fabs(count / n - normal));
-            continue;
+        all += total;
+        if (total || (edges[bin + 1] > lowest && edges[bin] < highest)) {
+            first = min(first, bin);
+            last = bin;
         }
-        raw = next;
-        next = (next - mean) / std;
-        const double next_normal = normal_at(next), next_density = density_at(next);
-        if (edge > first) {
-            const double part = mass[edge - 1] / n, base = count / n, width = next - z;
-            count += mass[edge - 1];
-            const double left = base - normal, right = count / n - next_normal;
+    }
+    for (int step = 16; step; step >>= 1) {
+        all += __shfl_xor_sync(ALL, all, step);
+        first = min(first, __shfl_xor_sync(ALL, first, step));
+        last = max(last, __shfl_xor_sync(ALL, last, step));
+    }
+    __syncwarp();
+    const double n = all;
+    double inside = 0.0, bound = 0.0, ks = 0.0;
+    int counted = 0;
+    // A lane works on the bin right of its edge; the last lane only knows the edge.
+    for (int base = first; base <= last; base += 31) {
+        const int edge = min(base + lane, bins);
+        double z = fmin(fmax(edges[edge], lowest), highest);
+        if (edge == 0) z = lowest;
+        if (edge == bins) z = highest;
+        z = (z - mean) / std;
+        const double normal = normal_at(z), density = density_at(z);
+        const double next = __shfl_down_sync(ALL, z, 1);
+        const double next_normal = __shfl_down_sync(ALL, normal, 1);
+        const double next_density = __shfl_down_sync(ALL, density, 1);
+        const bool mine = lane < 31 && base + lane <= last;
+        const int own = mine ? mass[edge] : 0;
+        int up_to = own;
+        for (int step = 1; step < 32; step <<= 1) {
+            const int other = __shfl_up_sync(ALL, up_to, step);
+            if (lane >= step) up_to += other;
+        }
+        if (mine) {
+            const double part = own / n, begin = (counted + up_to - own) / n, width = next - z;
+            const double left = begin - normal, right = (counted + up_to) / n - next_normal;
             const double rise = next * next_normal + next_density - (z * normal + density);
-            const double area = fabs(width * (base + 0.5 * part) - rise);
+            const double area = fabs(width * (begin + 0.5 * part) - rise);
             const double change = fmax(fabs(right - left), 1e-300);
             const double crossing = width * (left * left + right * right) / (2.0 * change);
             inside += left * right < 0.0 ? fmax(crossing, area) : area;
@@ -72,23 +82,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) binned_distances(
             bound += part * width * 0.5 + 2.0 * fmin(steep, width * (next_normal - normal) * 0.5);
             ks = fmax(ks, fmax(fabs(left), fabs(right)));
         }
-        z = next;
-        normal = next_normal;
-        density = next_density;
+        counted += __shfl_sync(ALL, up_to, 31);
     }
-    shared[0][thread] = inside;
-    shared[1][thread] = bound;
-    shared[2][thread] = ks;
-    for (int half = THREADS / 2; half; half /= 2) {
-        __syncthreads();
-        if (thread >= half) continue;
-        shared[0][thread] += shared[0][thread + half];
-        shared[1][thread] += shared[1][thread + half];
-        shared[2][thread] = fmax(shared[2][thread], shared[2][thread + half]);
+    for (int step = 16; step; step >>= 1) {
+        inside += __shfl_xor_sync(ALL, inside, step);
+        bound += __shfl_xor_sync(ALL, bound, step);
+        ks = fmax(ks, __shfl_xor_sync(ALL, ks, step));
     }
-    if (thread) return;
-    const size_t place = (size_t)set * rows + row, next = (size_t)gridDim.y * rows;
-    found[place] = shared[0][0] + tail_at(begin) + tail_at(-end);
-    found[next + place] = shared[1][0];
-    found[2 * next + place] = shared[2][0];
+    if (lane) return;
+    const size_t place = (size_t)set * rows + row, step = (size_t)sets * rows;
+    found[place] = inside + tail_at((lowest - mean) / std) + tail_at(-(highest - mean) / std);
+    found[step + place] = bound;
+    found[2 * step + place] = ks;
 }

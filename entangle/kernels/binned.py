@@ -40,9 +40,11 @@ def binned_distances(
     launch(
         "binned",
         "binned_distances",
-        grid=(rows, sets),
-        threads=128,
-        arguments=[counts, weights, shift, spread, low, high, edges, found, groups, bins],
-        shared_bytes=4 * bins,
-    )
+        grid=(-(-rows * sets // 8),),
+        threads=256,
+        arguments=[
+            counts, weights, shift, spread, low, high, edges, found, rows, sets, groups, bins,
+        ],
+        shared_bytes=8 * 4 * bins,
+    )  # fmt: skip
     return found

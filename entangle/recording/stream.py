@@ -56,6 +56,21 @@ class TokenStore:
         self._features, self._dtype, self._in_memory = 0, torch.float32, 0
         self._device = torch.device("cpu")
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the rows' numbers."""
+        return self._dtype
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all rows."""
+        return self.n_tokens * self._features * self._dtype.itemsize
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether no row has gone to a file."""
+        return self._file is None
+
     def __enter__(self) -> "TokenStore":
         return self
 

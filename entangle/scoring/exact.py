@@ -21,6 +21,7 @@ from entangle.scoring.measured import MeasuredLayer
 from entangle.scoring.side_by_side import ON_GPU, how_many, mapped
 from entangle.scoring.tables import LayerSummary, summarise
 from entangle.stats.mapping_difficulty import MappingDifficulty, TokenPairs, draw_pairs
+from entangle.stats.rows import can_measure, measure_rows
 from entangle.stats.sketch import OutputSketch, SketchResult
 from entangle.stats.wasserstein import ShapeStatistics, shape_statistics
 
@@ -157,27 +158,16 @@ def _score_layer(
 ) -> MeasuredLayer:
     store = inputs.store
     pairs = inputs.pairs(seed=seed, device=layer.weight.device) if md else None
-    shapes: list[ShapeStatistics] = []
-    sketches: list[SketchResult] = []
+    parts: list[tuple[ShapeStatistics, SketchResult]] = []
     differences: list[MappingDifficulty] = []
-    on_gpu = layer.weight.is_cuda
-    at_once = min(memory, _GPU_BYTES // ON_GPU) if on_gpu else memory
+    at_once = min(memory, _GPU_BYTES // ON_GPU) if layer.weight.is_cuda else memory
     neurons = max(1, at_once // (16 * store.n_tokens))
     for start in range(0, layer.out_features, neurons):
-        part = slice(start, start + neurons)
-        if on_gpu:
-            by_token = _outputs_by_token(layer, store, part)
-            outputs = by_token.t().contiguous()
-        else:
-            outputs = _outputs(layer, store, part)
-            by_token = outputs.t()
-        sketch = OutputSketch(outputs.shape[0], n_groups=n_groups)
-        for group, first, end in inputs.spans:
-            sketch.update(by_token[first:end], group=group)
-        sketches.append(sketch.result(distances=False))
-        shapes.append(_on_cpu(shape_statistics(outputs)))
+        outputs = _outputs(layer, store, slice(start, start + neurons))
+        parts.append(_measured(outputs, inputs.spans, n_groups=n_groups))
         if pairs is not None:
             differences.append(_on_cpu(pairs.difficulty(outputs)))
+    shapes, sketches = zip(*parts, strict=True)
     shape = _joined(shapes)
     return MeasuredLayer(
         layer=layer,
@@ -189,40 +179,54 @@ def _score_layer(
     )
 
 
+def _measured(
+    outputs: Tensor, spans: Sequence[tuple[int, int, int]], *, n_groups: int
+) -> tuple[ShapeStatistics, SketchResult]:
+    """Measure outputs of shape (neurons, tokens), whose groups of sequences are ``spans``."""
+    if can_measure(outputs, groups=len(spans)):
+        return measure_rows(outputs, [0, *(end for _, _, end in spans)])
+    sketch = OutputSketch(outputs.shape[0], n_groups=n_groups)
+    by_token = outputs.t().contiguous() if outputs.is_cuda else outputs.t()
+    for group, first, end in spans:
+        sketch.update(by_token[first:end], group=group)
+    return _on_cpu(shape_statistics(outputs)), sketch.result(distances=False)
+
+
 def _outputs(layer: Layer, store: TokenStore, part: slice) -> Tensor:
-    """Compute the outputs of some neurons on all tokens, float32, shape (neurons, tokens)."""
-    weight = layer.weight[part].float()
+    """Compute the outputs of some neurons on all tokens, float32, shape (neurons, tokens).
+
+    Products of 16-bit numbers are exact in float32, so a GPU multiplies those of 16-bit weights
+    and inputs as they are.
+    """
+    weight = layer.weight[part]
+    as_is = weight.is_cuda and weight.element_size() == 2 and store.dtype == weight.dtype
+    factor = weight if as_is else weight.float()
     bias = None if layer.bias is None else layer.bias[part, None].float()
     outputs = torch.empty(weight.shape[0], store.n_tokens, device=weight.device)
-    for start, rows in store.blocks(_BLOCK_TOKENS):
-        target = outputs[:, start : start + rows.shape[0]]
-        torch.matmul(weight, rows.to(weight.device).float().T, out=target)
+    for start, rows in _inputs(store, on_gpu=weight.is_cuda):
+        rows, target = rows.to(weight.device), outputs[:, start : start + rows.shape[0]]
+        if not as_is:
+            torch.matmul(factor, rows.float().T, out=target)
+        elif target.is_contiguous():
+            torch.mm(factor, rows.T, out_dtype=torch.float32, out=target)
+        else:
+            target.copy_(torch.mm(factor, rows.T, out_dtype=torch.float32))
         if bias is not None:
             target += bias
     return outputs
 
 
-def _outputs_by_token(layer: Layer, store: TokenStore, part: slice) -> Tensor:
-    """Compute the outputs of some neurons on a GPU, float32, shape (tokens, neurons).
-
-    Products of 16-bit numbers are exact in float32, so those of 16-bit weights and inputs are
-    multiplied as they are.
-    """
-    weight = layer.weight[part]
-    outputs = torch.empty(store.n_tokens, weight.shape[0], device=weight.device)
-    for start, rows in store.blocks(_BLOCK_TOKENS_GPU):
-        rows, target = rows.to(weight.device), outputs[start : start + rows.shape[0]]
-        if weight.element_size() == 2 and rows.dtype == weight.dtype:
-            torch.mm(rows, weight.T, out_dtype=torch.float32, out=target)
-        else:
-            torch.mm(rows.float(), weight.float().T, out=target)
-    return outputs if layer.bias is None else outputs.add_(layer.bias[part].float())
+def _inputs(store: TokenStore, *, on_gpu: bool) -> Iterator[tuple[int, Tensor]]:
+    """Yield (index of the first token, inputs) in order: all at once where a GPU holds them."""
+    if on_gpu and store.in_memory and store.n_bytes <= _GPU_BYTES // 4:
+        yield 0, store.span(0, store.n_tokens)
+    else:
+        yield from store.blocks(_BLOCK_TOKENS_GPU if on_gpu else _BLOCK_TOKENS)
 
 
 def _input_distance(store: TokenStore, pairs: Tensor) -> Tensor:
     """Return ‖x_a − x_b‖₂ of every pair, float32, shape (pairs,)."""
-    token = store.span(0, 1)
-    if fits(token, 1) and token.nbytes * store.n_tokens <= _GPU_BYTES // 4:
+    if fits(store.span(0, 1), 1) and store.n_bytes <= _GPU_BYTES // 4:
         tokens = store.span(0, store.n_tokens)
         if tokens.is_contiguous():
             first, second = pairs.to(tokens.device)
@@ -237,8 +241,16 @@ Part = TypeVar("Part", ShapeStatistics, SketchResult, MappingDifficulty)
 
 
 def _on_cpu(part: Part) -> Part:
+    """Move what a GPU holds, all numbers by one copy."""
     held = {f.name: getattr(part, f.name) for f in fields(part)}
-    moved: dict[str, Any] = {k: v.cpu() for k, v in held.items() if isinstance(v, Tensor)}
+    tensors = {name: value for name, value in held.items() if isinstance(value, Tensor)}
+    if all(value.is_cuda for value in tensors.values()):
+        stacked = torch.stack([value.double() for value in tensors.values()]).cpu()
+        tensors = {
+            name: row.to(value.dtype)
+            for (name, value), row in zip(tensors.items(), stacked, strict=True)
+        }
+    moved: dict[str, Any] = {name: value.cpu() for name, value in tensors.items()}
     return replace(part, **moved)
 
 

@@ -30,7 +30,10 @@ def mapped(
     streams = {device: torch.cuda.current_stream(device) for device in devices}
 
     def on_stream(layer: Layer) -> Found:
-        with torch.no_grad(), torch.cuda.stream(streams.get(layer.weight.device)):
+        stream = streams.get(layer.weight.device)
+        with torch.no_grad(), torch.cuda.stream(stream):
+            if stream is not None:
+                stream.query()  # gives a thread the CUDA context that cuBLAS asks for
             return work(layer)
 
     with ThreadPoolExecutor(at_once) as pool:

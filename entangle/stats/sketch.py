@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int32
+from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 
 from entangle.errors import InvalidInput
@@ -108,7 +108,7 @@ class OutputSketch:
             return
         outputs = outputs.detach()
         if not self._placed:
-            self._place(*_pilot(outputs))
+            self._place(*place_bins(outputs))
         self._own_counts()
         if group != self._open_group:
             self._close_group()
@@ -272,7 +272,9 @@ class OutputSketch:
     ) -> BinnedDistances:
         if usable(counts):
             one = torch.ones(1, 1, dtype=torch.int32, device=counts.device)
-            found = self._on_gpu(counts[None], one, shift[None], spread[None], fold)
+            found = _binned_on_gpu(
+                counts[None], one, shift[None], spread[None], self._low, self._high, fold=fold
+            )
             return BinnedDistances(*found[:, 0])
         rows = max(1, (2**17 if shift.device.type == "cpu" else 2**25) // counts.shape[1])
         edges = _edges(fold, shift.dtype, shift.device)
@@ -292,29 +294,6 @@ class OutputSketch:
             *(torch.cat([getattr(p, name) for p in parts]) for name in ("wd", "wd_bound", "ks"))
         )
 
-    def _on_gpu(
-        self, counts: Tensor, weights: Tensor, shift: Tensor, spread: Tensor, fold: int
-    ) -> Tensor:
-        """Return WD, its bound and KS of sets of groups, (3, sets, neurons), in one kernel."""
-        edges = _edges(fold, shift.dtype, shift.device)
-        return distances_on_gpu(
-            counts, weights, shift=shift.contiguous(), spread=spread.contiguous(),
-            low=self._low, high=self._high, edges=edges,
-        )  # fmt: skip
-
-    def _subsets_on_gpu(self, members: list[list[int]]) -> Tensor:
-        """Return the WD of sets of groups, (sets, neurons); NaN as in `_subset_wd`."""
-        chosen = torch.zeros(len(members), self.n_groups, dtype=torch.int32)
-        for row, groups in zip(chosen, members, strict=True):
-            row[groups] = 1
-        device = self._powers.device
-        tokens = (chosen.long() * self._group_tokens).sum(1).to(device, non_blocking=True)
-        chosen = chosen.to(device, non_blocking=True)
-        powers = torch.einsum("sg,gpn->psn", chosen.to(self._powers), self._group_powers)
-        shift, spread = mean_and_std(powers / tokens[:, None])
-        wd = self._on_gpu(self._group_counts, chosen, shift, spread, GROUP_FOLD)[0]
-        return wd.masked_fill(spread <= _LEAST_SPREAD * shift.abs(), math.nan)
-
     def _subset_wd(self, counts: Tensor, powers: Tensor, tokens: int) -> Tensor:
         """Return the WD of some of the groups; NaN where rounding hides their spread."""
         shift, spread = mean_and_std(powers / tokens)
@@ -323,16 +302,14 @@ class OutputSketch:
 
     def _resample(self) -> tuple[Tensor, Tensor]:
         """Return the jackknife's standard error and the WD of the two halves."""
+        if usable(self._counts):
+            return resample_on_gpu(
+                self._group_counts, self._group_powers, self._group_tokens, self._low, self._high
+            )
         used = [g for g in range(self.n_groups) if self._group_tokens[g] > 0]
         if len(used) < 2:
             nothing = torch.full_like(self._powers[:2], math.nan)
             return nothing[0], nothing
-        if usable(self._counts):
-            rest = [[g for g in used if g != left_out] for left_out in used]
-            wd = self._subsets_on_gpu([*rest, used[::2], used[1::2]])
-            without = wd[: len(used)]
-            se = ((len(used) - 1) * without.var(0, correction=0)).sqrt()
-            return se, wd[len(used) :]
         total = int(self._group_tokens.sum())
         powers = self._group_powers.sum(0)
         without = torch.stack(
@@ -359,6 +336,62 @@ class OutputSketch:
         return se, halves
 
 
+def resample_on_gpu(
+    counts: Int32[Tensor, "groups neurons folded"],
+    powers: Float[Tensor, "groups two=2 neurons"],
+    tokens: Int64[Tensor, " groups"],
+    low: Float[Tensor, " neurons"],
+    high: Float[Tensor, " neurons"],
+) -> tuple[Float[Tensor, " neurons"], Float[Tensor, "halves=2 neurons"]]:
+    """Return the jackknife's standard error of WD and the WD of the even and the odd groups.
+
+    Parameters
+    ----------
+    counts
+        Histogram of each group, `GROUP_FOLD` bins joined.
+    powers
+        Sums of x and its square over each group, in units of the bins, float64.
+    tokens
+        Tokens of each group, on the CPU; empty groups are left out. NaN below two others.
+    low, high
+        Smallest and largest x.
+    """
+    used = tokens.nonzero()[:, 0].tolist()
+    if len(used) < 2:
+        nothing = torch.full_like(powers[0], math.nan)
+        return nothing[0], nothing
+    sets = [*([g for g in used if g != left_out] for left_out in used), used[::2], used[1::2]]
+    chosen = torch.zeros(len(sets), len(tokens), dtype=torch.int32)
+    for row, members in zip(chosen, sets, strict=True):
+        row[members] = 1
+    totals = (chosen.long() * tokens).sum(1).to(powers.device, non_blocking=True)
+    chosen = chosen.to(powers.device, non_blocking=True)
+    moments = torch.einsum("sg,gpn->psn", chosen.to(powers), powers) / totals[:, None]
+    shift, spread = mean_and_std(moments)
+    wd = _binned_on_gpu(counts, chosen, shift, spread, low, high, fold=GROUP_FOLD)[0]
+    wd = wd.masked_fill(spread <= _LEAST_SPREAD * shift.abs(), math.nan)
+    without = wd[: len(used)]
+    return ((len(used) - 1) * without.var(0, correction=0)).sqrt(), wd[len(used) :]
+
+
+def _binned_on_gpu(
+    counts: Tensor,
+    weights: Tensor,
+    shift: Tensor,
+    spread: Tensor,
+    low: Tensor,
+    high: Tensor,
+    *,
+    fold: int,
+) -> Tensor:
+    """Return WD, its bound and KS of sets of groups, (3, sets, neurons), in one kernel."""
+    return distances_on_gpu(
+        counts, weights, shift=shift.contiguous(), spread=spread.contiguous(),
+        low=low.contiguous(), high=high.contiguous(),
+        edges=_edges(fold, shift.dtype, shift.device),
+    )  # fmt: skip
+
+
 @lru_cache(maxsize=16)
 def _edges(fold: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return the edges of the bins, every ``fold`` bins joined."""
@@ -377,7 +410,9 @@ def _block_columns(outputs: Tensor) -> int:
     return max(4, values // outputs.shape[0] // 4 * 4)
 
 
-def _pilot(outputs: Tensor) -> tuple[Tensor, Tensor]:
+def place_bins(
+    outputs: Float[Tensor, "tokens neurons"],
+) -> tuple[Float[Tensor, " neurons"], Float[Tensor, " neurons"]]:
     """Return the median and the core width of each neuron over a sample of the tokens."""
     stride = max(1, outputs.shape[0] // _PILOT_TOKENS)
     sample = outputs[::stride][:_PILOT_TOKENS].t().float().nan_to_num(0.0, 0.0, 0.0)

@@ -10,8 +10,9 @@ and only the cells that contain Φ(z_(i)) need splitting.
 """
 
 import math
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 
 import numpy as np
@@ -87,50 +88,67 @@ def shape_statistics(outputs: Float[Tensor, "neurons tokens"]) -> ShapeStatistic
     at_once = _SORT_BYTES if outputs.device.type == "cpu" else _SORT_BYTES_GPU
     rows = max(1, at_once // (4 * tokens))
     parts = [_statistics(outputs[i : i + rows]) for i in range(0, max(neurons, 1), rows)]
-    return ShapeStatistics(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    columns = ([getattr(part, f.name) for part in parts] for f in fields(ShapeStatistics))
+    return ShapeStatistics(*(torch.cat(column) for column in columns))
 
 
-def _statistics(outputs: Tensor) -> tuple[Tensor, ...]:
+def _statistics(outputs: Tensor) -> ShapeStatistics:
     work = outputs.detach()
     if work.is_cuda:
         work = work.float() if work.element_size() == 2 else work
         if exact.fits(work):
-            return _masked(*_by_buckets(work), outputs.dtype)
+            return with_flags(*_by_buckets(work), outputs.dtype)
     ordered = sort_rows(work)
     first, last = ordered[:, 0], ordered[:, -1]
     nan = last.isnan()
     inf = (first.isinf() | last.isinf()) & ~nan
-    return _masked(_columns(ordered), nan, inf, first == last, outputs.dtype)
+    return with_flags(_columns(ordered), nan, inf, first == last, outputs.dtype)
 
 
-def _masked(
-    columns: list[Tensor], nan: Tensor, inf: Tensor, equal: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, ...]:
-    """Add the flags, and NaN where one of them is set."""
+def with_flags(
+    columns: Sequence[Tensor], nan: Tensor, inf: Tensor, equal: Tensor, dtype: torch.dtype
+) -> ShapeStatistics:
+    """Add the flags to WD, KS and moments, and NaN where one of them is set.
+
+    Parameters
+    ----------
+    columns
+        WD, KS, mean, std, skewness, excess kurtosis.
+    nan, inf, equal
+        Rows with a NaN, with an infinity, of equal values.
+    dtype
+        Of the outputs.
+    """
     constant = (is_constant(columns[3], columns[2], dtype) | equal) & ~nan & ~inf
     bad = nan | inf | constant
-    return (*(column.masked_fill(bad, math.nan) for column in columns), constant, nan, inf)
+    found = [column.masked_fill(bad, math.nan) for column in columns]
+    return ShapeStatistics(*[*found, constant, nan, inf])
+
+
+def sorted_columns(rows: Float[Tensor, "rows columns"]) -> Float[Tensor, "six=6 rows"]:
+    """Return WD, KS, mean, std, skewness and excess kurtosis of rows, by sorting them."""
+    return torch.stack(_columns(sort_rows(rows)))
 
 
 def _by_buckets(outputs: Tensor) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
     """Return WD, KS and moments, and which rows hold NaN, infinities, equal values, on a GPU."""
-    density = _density(outputs.shape[1], outputs.device)
+    density = normal_density(outputs.shape[1], outputs.device)
     stride = max(1, outputs.shape[1] // _SAMPLE)
     sample = sort_rows(outputs[:, ::stride][:, :_SAMPLE].nan_to_num(0.0, 0.0, 0.0))
     low, middle, high = (sample[:, i * sample.shape[1] // 4] for i in (1, 2, 3))
     width = (high - low).clamp_min(torch.finfo(torch.float32).tiny * 2**10)
     scale = torch.where(high > low, width, sample.std(1, correction=0).clamp_min(1e-30))
-    found, what = exact.row_statistics(outputs, middle.contiguous(), scale, density)
+    found, what, _ = exact.row_statistics(outputs, middle, scale, density=density)
     crowded = (what == exact.CROWDED).nonzero()[:, 0]
     if len(crowded):
-        found[:, crowded] = torch.stack(_columns(sort_rows(outputs[crowded])))
+        found[:, crowded] = sorted_columns(outputs[crowded])
     return list(found), what == exact.NAN, what == exact.INFINITE, what == exact.EQUAL
 
 
 def _columns(ordered: Tensor) -> list[Tensor]:
     """Return WD, KS, mean, std, skewness and excess kurtosis of sorted rows."""
     if distance.fits(ordered) and ordered.numel():
-        density = _density(ordered.shape[1], ordered.device)
+        density = normal_density(ordered.shape[1], ordered.device)
         return list(distance.sorted_statistics(ordered, density))
     on_cpu = ordered.device.type == "cpu"
     rows = max(1, (_CACHE_BYTES if on_cpu else _SORT_BYTES) // (8 * ordered.shape[1]))
@@ -185,8 +203,8 @@ def _normal_cells(n: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @lru_cache(maxsize=8)
-def _density(n: int, device: torch.device) -> Tensor:
-    """Return φ(Φ⁻¹(i/n)) for i = 0…n, float64, on a GPU."""
+def normal_density(n: int, device: torch.device) -> Float[Tensor, " edges"]:
+    """Return φ(Φ⁻¹(i/n)) for i = 0…n, float64."""
     return torch.from_numpy(_normal_cells(n)[0]).to(device)
 
 
