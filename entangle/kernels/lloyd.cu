@@ -93,8 +93,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) assign(
 }
 
 // Move the centroids of one restart to the means. Grid (restarts). Where a cluster is empty, active
-// becomes 2 and nothing else changes; it becomes 0 when the squared move is at most limits[1] or
-// after `most` iterations. limits[0] is the sum of the points' squared norms.
+// becomes 2 and nothing else changes; it becomes 0 when the squared move is at most limits[1], when
+// the inertia falls by no more than limits[2] of itself, or after `most` iterations. limits[0] is the
+// sum of the points' squared norms.
 extern "C" __global__ void __launch_bounds__(THREADS) move(
     const float* __restrict__ sums, const int* __restrict__ counts,
     const double* __restrict__ limits, float* centroids, double* inertias, int* iterations,
@@ -137,9 +138,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) move(
         explained += shared[0][i];
         moved += shared[1][i];
     }
-    inertias[restart] = fmax(limits[0] - explained, 0.0);
+    const double before = inertias[restart], after = fmax(limits[0] - explained, 0.0);
+    inertias[restart] = after;
     iterations[restart] += 1;
-    if (!(moved > limits[1]) || iterations[restart] == most) active[restart] = 0;
+    if (!(moved > limits[1]) || before - after <= limits[2] * after || iterations[restart] == most)
+        active[restart] = 0;
 }
 
 __device__ __forceinline__ void keep_lower(float value, int place, float& lowest, int& label) {
@@ -176,6 +179,52 @@ extern "C" __global__ void __launch_bounds__(THREADS) mark_members(
         } else {
             for (int i = 1; i < k; ++i) keep_lower(row[i], i, lowest, label);
             for (int i = 0; i < k; ++i) row[i] = i == label ? 1.0f : 0.0f;
+        }
+        atomicAdd(&found[pair % restarts * k + label], 1);
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < restarts * k; i += THREADS)
+        if (found[i]) atomicAdd(&counts[i], found[i]);
+}
+
+// Mark the nearest of every k centroids. products (pairs, k) of the points and the centroids, a row
+// for every token and restart; norms (restarts, k) of the centroids, squared. Writes marks (pairs, k)
+// in bfloat16, 1 at the lowest norm - 2 * product (the first of equals) and 0 elsewhere, and counts
+// them in counts (restarts, k). Shared memory: 8 * restarts * k bytes.
+extern "C" __global__ void __launch_bounds__(THREADS) mark_nearest(
+    const float* __restrict__ products, const float* __restrict__ norms,
+    unsigned short* __restrict__ marks, int* counts, int pairs, int restarts, int k) {
+    extern __shared__ __align__(16) float held[];
+    int* found = (int*)(held + restarts * k);
+    for (int i = threadIdx.x; i < restarts * k; i += THREADS) {
+        held[i] = norms[i];
+        found[i] = 0;
+    }
+    __syncthreads();
+    for (int pair = blockIdx.x * THREADS + threadIdx.x; pair < pairs; pair += gridDim.x * THREADS) {
+        const float* row = products + (size_t)pair * k;
+        const float* norm = held + pair % restarts * k;
+        unsigned short* out = marks + (size_t)pair * k;
+        float lowest = norm[0] - 2.0f * row[0];
+        int label = 0;
+        if (k % 8 == 0) {  // 16 bytes at a time
+            for (int i = 0; i < k / 4; ++i) {
+                const float4 four = ((const float4*)row)[i], own = ((const float4*)norm)[i];
+                keep_lower(own.x - 2.0f * four.x, 4 * i, lowest, label);
+                keep_lower(own.y - 2.0f * four.y, 4 * i + 1, lowest, label);
+                keep_lower(own.z - 2.0f * four.z, 4 * i + 2, lowest, label);
+                keep_lower(own.w - 2.0f * four.w, 4 * i + 3, lowest, label);
+            }
+            for (int i = 0; i < k / 8; ++i) {
+                const int at = label - 8 * i;
+                const unsigned one = at & 1 ? 0x3f800000u : 0x3f80u;  // two marks a word
+                ((uint4*)out)[i] = make_uint4(
+                    at >> 1 == 0 ? one : 0u, at >> 1 == 1 ? one : 0u, at >> 1 == 2 ? one : 0u,
+                    at >> 1 == 3 ? one : 0u);
+            }
+        } else {
+            for (int i = 1; i < k; ++i) keep_lower(norm[i] - 2.0f * row[i], i, lowest, label);
+            for (int i = 0; i < k; ++i) out[i] = i == label ? 0x3f80 : 0;
         }
         atomicAdd(&found[pair % restarts * k + label], 1);
     }

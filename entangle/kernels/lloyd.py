@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Float32, Float64, Int32
+from jaxtyping import BFloat16, Float, Float32, Float64, Int32
 from torch import Tensor
+from torch.nn import functional
 
 from entangle.kernels.compiled import launch, shared_limit, usable
 
@@ -14,6 +15,8 @@ RUNNING, STALLED = 1, 2
 _THREADS, _MOST_CLUSTERS = 256, 256
 _BLOCKS, _MARKING_BLOCKS = 512, 1024
 _MOST_COUNTS = 8192
+_PART = 4096
+_MOST_PRODUCTS = 2**26
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +46,7 @@ def fits(points: Float[Tensor, "tokens dims"], k: int) -> bool:
 def iterate(
     points: Float32[Tensor, "tokens dims"],
     restarts: Restarts,
-    limits: Float64[Tensor, "two=2"],
+    limits: Float64[Tensor, "three=3"],
     *,
     times: int,
     most: int,
@@ -57,8 +60,8 @@ def iterate(
     restarts
         Changed in place.
     limits
-        Sum of the points' squared norms, and the squared move of all centroids of a restart at
-        which it is finished.
+        Sum of the points' squared norms, the squared move of all centroids of a restart at which
+        it is finished, and the share of its inertia that an iteration must save for it to go on.
     times
         Iterations to run.
     most
@@ -96,6 +99,88 @@ def iterate(
             threads=_THREADS,
             arguments=[*then, restarts.active, parts, count, k, dims, most],
         )
+
+
+def fits_halves(points: Float[Tensor, "tokens dims"], restarts: int, k: int) -> bool:
+    """Tell whether `iterate_halves` can work on these points: not too many centroids."""
+    right = usable(points) and points.dtype == torch.float32 and k <= _MOST_CLUSTERS
+    return right and restarts * k <= _MOST_COUNTS
+
+
+def halves(points: Float32[Tensor, "tokens dims"]) -> BFloat16[Tensor, "padded_tokens padded_dims"]:
+    """Round points to bfloat16, and add zeros to whole parts of 4096 tokens and 8 dimensions."""
+    tokens, dims = points.shape
+    shape = -(-tokens // _PART) * _PART, -(-dims // 8) * 8
+    padded = torch.zeros(shape, dtype=torch.bfloat16, device=points.device)
+    padded[:tokens, :dims] = points
+    return padded
+
+
+def iterate_halves(
+    points: BFloat16[Tensor, "padded_tokens padded_dims"],
+    restarts: Restarts,
+    limits: Float64[Tensor, "three=3"],
+    *,
+    tokens: int,
+    times: int,
+    most: int,
+) -> None:
+    """Run some iterations of every restart that is running, on points of any width.
+
+    The nearest centroid is that of the centroids rounded to bfloat16; sums are kept in float32.
+
+    Parameters
+    ----------
+    points
+        From `halves`.
+    restarts, limits, times, most
+        As of `iterate`.
+    tokens
+        How many of the points there are; the others are padding.
+    """
+    count, k, dims = restarts.centroids.shape
+    centroids = functional.pad(restarts.centroids, (0, points.shape[1] - dims))
+    at_once = max(1, _MOST_PRODUCTS // (_PART * count * k)) * _PART
+    # Marks are only written of points that are there; padding is multiplied by what is left here.
+    marks = points.new_zeros(min(at_once, points.shape[0]), count * k)
+    state = [centroids, restarts.inertias, restarts.iterations, restarts.active]
+    for _ in range(times):
+        flat = centroids.flatten(0, 1).bfloat16()
+        norms = flat.float().square().sum(1)
+        counts = torch.zeros(count, k, dtype=torch.int32, device=points.device)
+        sums = torch.zeros_like(centroids)
+        for start in range(0, points.shape[0], at_once):
+            block = points[start : start + at_once]
+            here = min(tokens - start, block.shape[0])
+            sums += _marked_sums(block, here, flat, norms, marks, counts).view_as(sums)
+        launch(
+            "lloyd",
+            "move",
+            grid=(count,),
+            threads=_THREADS,
+            arguments=[sums, counts, limits, *state, 1, count, k, points.shape[1], most],
+        )
+    restarts.centroids.copy_(centroids[:, :, :dims])
+
+
+def _marked_sums(
+    block: Tensor, tokens: int, centroids: Tensor, norms: Tensor, marks: Tensor, counts: Tensor
+) -> Float32[Tensor, "centroids dims"]:
+    """Add up the points nearest to each centroid, and their numbers into ``counts``."""
+    restarts, k = counts.shape
+    pairs = tokens * restarts
+    products = torch.mm(block, centroids.mT, out_dtype=torch.float32)
+    launch(
+        "lloyd",
+        "mark_nearest",
+        grid=(max(1, min(_MARKING_BLOCKS, -(-pairs // _THREADS))),),
+        threads=_THREADS,
+        arguments=[products, norms, marks, counts, pairs, restarts, k],
+        shared_bytes=8 * restarts * k,
+    )
+    parts = block.view(-1, _PART, block.shape[1])
+    members = marks[: block.shape[0]].view(parts.shape[0], _PART, -1)
+    return torch.bmm(members.mT, parts, out_dtype=torch.float32).sum(0)
 
 
 def can_mark(scores: Float[Tensor, "tokens restarts k"]) -> bool:

@@ -10,7 +10,7 @@ from functools import partial
 from itertools import chain
 
 import torch
-from jaxtyping import Float32
+from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from entangle.errors import InvalidInput
@@ -24,6 +24,7 @@ from entangle.seeding import check_seed, numpy_rng
 from entangle.stats.gram import require_finite
 
 Blocks = Callable[[], Iterator[Float32[Tensor, "_ _"]]]
+_MAX_TOKENS = 2**19
 
 
 def fit_router(
@@ -34,7 +35,7 @@ def fit_router(
     kind: Kind = "kmeans",
     n_components: int | None = None,
     restarts: int = 10,
-    max_tokens: int = 2**19,
+    max_tokens: int = _MAX_TOKENS,
     device: torch.device | str | None = None,
 ) -> Router:
     """Fit a router to k clusters.
@@ -75,6 +76,45 @@ def fit_router(
     NumericalError
         If a token holds NaN or infinity.
     """
+    return _fit(stream, k, seed, kind, n_components, restarts, max_tokens, device)[0]
+
+
+def fit_router_and_labels(
+    stream: Iterable[Tensor],
+    k: int,
+    *,
+    seed: int,
+    kind: Kind = "kmeans",
+    restarts: int = 10,
+    device: torch.device | str | None = None,
+) -> tuple[Router, Int64[Tensor, " tokens"] | None]:
+    """Fit a router as `fit_router` does, and keep the clusters of the tokens it was fitted on.
+
+    Parameters and errors are those of `fit_router`.
+
+    Returns
+    -------
+    tuple
+        The router, and the cluster of every token in the order of the stream, on the device of the
+        fit. They are those of ``router.route``, except where two centroids are equally far to
+        float32's rounding. None where the fit saw only some of the tokens, for a control, and
+        where the fit did not run on a GPU: route the tokens then.
+    """
+    router, labels = _fit(stream, k, seed, kind, None, restarts, _MAX_TOKENS, device)
+    return router, labels if labels is not None and labels.is_cuda else None
+
+
+def _fit(
+    stream: Iterable[Tensor],
+    k: int,
+    seed: int,
+    kind: Kind,
+    n_components: int | None,
+    restarts: int,
+    max_tokens: int,
+    device: torch.device | str | None,
+) -> tuple[Router, Tensor | None]:
+    """Check what was asked for; fit, and give the clusters of all tokens where they are known."""
     k, restarts = whole("k", k, least=1), whole("restarts", restarts, least=1)
     if n_components is not None:
         n_components = whole("n_components", n_components, least=1)
@@ -88,17 +128,17 @@ def fit_router(
     with torch.no_grad():
         if kind == "kmeans":
             return _fit_kmeans(blocks, k, check_seed(seed), n_components, restarts, max_tokens)
-        return _fit_control(blocks, k, check_seed(seed), kind)
+        return _fit_control(blocks, k, check_seed(seed), kind), None
 
 
 def _fit_kmeans(
     blocks: Blocks, k: int, seed: int, n_components: int | None, restarts: int, max_tokens: int
-) -> Router:
+) -> tuple[Router, Tensor | None]:
     pca = fit_pca(blocks(), n_components)
     if k > pca.tokens:
         raise InvalidInput(f"`k` must be at most the number of tokens, {pca.tokens}; got {k}.")
     found = kmeans(_projected(blocks, pca, max_tokens, seed), k, restarts=restarts, seed=seed)
-    return Router(
+    router = Router(
         kind="kmeans",
         mean=pca.mean,
         components=pca.components,
@@ -112,19 +152,21 @@ def _fit_kmeans(
             iterations=found.iterations,
         ),
     )
+    return router, found.labels if pca.tokens <= max_tokens else None
 
 
 def _projected(blocks: Blocks, pca: Pca, max_tokens: int, seed: int) -> Float32[Tensor, "_ _"]:
     """Project all tokens, or a random subset in the order of the stream."""
-    keep = torch.ones(pca.tokens, dtype=torch.bool)
+    keep = None
     if pca.tokens > max_tokens:
         rng = numpy_rng(seed, "routing", "subsample")
-        keep.fill_(False)
+        keep = torch.zeros(pca.tokens, dtype=torch.bool)
         keep[torch.from_numpy(rng.choice(pca.tokens, size=max_tokens, replace=False))] = True
     projected, start = [], 0
     for block in blocks():
         stop = start + block.shape[0]
-        projected.append(pca.project(block)[keep[start:stop].to(block.device)])
+        rows = pca.project(block)
+        projected.append(rows if keep is None else rows[keep[start:stop].to(block.device)])
         start = stop
     if start != pca.tokens:
         raise InvalidInput(

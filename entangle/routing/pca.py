@@ -2,11 +2,12 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 
 import scipy.linalg
 import torch
-from jaxtyping import Float32, Float64
+from jaxtyping import BFloat16, Float32, Float64
 from torch import Tensor
 
 from entangle.errors import InvalidInput
@@ -31,9 +32,25 @@ class Pca:
     """Number of tokens seen."""
 
     def project(self, x: Float32[Tensor, "tokens features"]) -> Float32[Tensor, "tokens _"]:
-        """Return the coordinates of the tokens along the components."""
+        """Return the coordinates of the tokens along the components.
+
+        On a GPU bfloat16 tokens are multiplied as they are, by the components as sums of bfloat16
+        numbers: the products are exact and summed in float32.
+        """
         with full_precision():
-            return (x.float() - self.mean) @ self.components.mT
+            if not (x.is_cuda and x.dtype == torch.bfloat16):
+                return (x.float() - self.mean) @ self.components.mT
+            products = torch.mm(x, self._pieces.flatten(0, 1).mT, out_dtype=torch.float32)
+            return products.view(x.shape[0], 3, -1).sum(1) - self.components @ self.mean
+
+    @cached_property
+    def _pieces(self) -> BFloat16[Tensor, "three=3 n_components features"]:
+        """The components as the sum of three bfloat16 matrices, largest first."""
+        pieces, rest = [], self.components
+        for _ in range(3):
+            pieces.append(rest.bfloat16())
+            rest = rest - pieces[-1].float()
+        return torch.stack(pieces)
 
 
 def fit_pca(blocks: Iterable[Float32[Tensor, "_ _"]], n_components: int | None = None) -> Pca:

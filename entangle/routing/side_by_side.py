@@ -17,9 +17,12 @@ from entangle.kernels import lloyd
 from entangle.precision import full_precision, tensor_cores
 from entangle.seeding import numpy_rng
 
-_CHECK_EVERY = 8
+_CHECK_EVERY, _CHECK_EVERY_LAST = 8, 2
+"""Iterations after which finished restarts are left out, in the first and in the last phase."""
 _LAST = 10
-_SETTLED = 1e-6
+"""Iterations in full precision at most."""
+_SETTLED = 1e-5
+"""A restart leaves a phase when its inertia falls by no more than this share of itself."""
 _SAME = 8 * torch.finfo(torch.float32).eps
 
 Product = Callable[[], AbstractContextManager[None]]
@@ -73,9 +76,17 @@ def iterate(
 ) -> tuple[Tensor, Float64[Tensor, " restarts"], Int64[Tensor, " restarts"]]:
     """Iterate all restarts until each stands still; iterations with empty clusters go to `step`.
 
-    Points of few dimensions go to `entangle.kernels.lloyd`. Others are iterated by matrix products:
-    by those of TF32 while a restart's inertia falls by more than one part in a million, or up to
-    the last ten iterations, and from there in full precision.
+    Points of few dimensions go to `entangle.kernels.lloyd` until each restart stands still. Others
+    are iterated by matrix products, in two phases: rough ones, of bfloat16 (TF32 where that kernel
+    cannot be used), and then at most ten iterations in full precision, which also give the inertia.
+    A restart leaves a phase when it stands still, or when an iteration lowers its inertia by no
+    more than one part in 100 000.
+
+    That share is chosen on 12 288 points, k = 16, by the best of 10 restarts in comparison to all
+    of them run in full precision to the end. MLP inputs of blocks 2 and 15 of SmolLM2-135M in 96
+    and 128 dimensions lose at most 0.0015 % of the inertia, Gaussian noise of 128 dimensions
+    0.013 %, after 40 (noise) to 93 % of the iterations; at 3e-5 they lose 0.009 % and 0.039 %. The
+    best restart lies 0.2 to 1.5 % below the mean one, in noise 0.013 %.
 
     Parameters
     ----------
@@ -104,44 +115,69 @@ def iterate(
         torch.zeros(count, dtype=torch.int32, device=device),
         torch.ones(count, dtype=torch.int32, device=device),
     )
-    limits = torch.stack([squares, squares.new_tensor(enough)])
     if lloyd.fits(points, centroids.shape[1]):
+        limits = torch.cat([squares[None], squares.new_tensor([enough, -torch.inf])])
         _run(found, partial(lloyd.iterate, points, limits=limits), step, most=most)
-    else:
-        advance = partial(_advance, points, cluster_sums, limits)
-        rough = partial(advance, product=tensor_cores, settled=_SETTLED)
-        _run(found, rough, step, most=max(1, most - _LAST))
-        found.active.copy_(found.iterations < most)
-        _run(found, partial(advance, product=full_precision, settled=-1.0), step, most=most)
-    return found.centroids, found.inertias, found.iterations.long()
+        return found.centroids, found.inertias, found.iterations.long()
+    limits = torch.cat([squares[None], squares.new_tensor([enough, _SETTLED])])
+    first = max(1, most - _LAST)
+    rough = _rough(points, centroids, cluster_sums, limits)
+    _run(found, partial(_advance, rough), step, most=first)
+    before = found.iterations.clone()
+    if most > first:
+        found.inertias.fill_(torch.inf)
+        found.iterations.zero_()
+        found.active.fill_(lloyd.RUNNING)
+        exact = partial(_by_products, points, cluster_sums, full_precision, limits=limits)
+        _run(found, partial(_advance, exact), step, most=most - first, every=_CHECK_EVERY_LAST)
+        before += found.iterations
+    return found.centroids, found.inertias, before.long()
 
 
-def _run(found: lloyd.Restarts, advance: Advance, step: Step, *, most: int) -> None:
+def _rough(
+    points: Tensor, centroids: Tensor, cluster_sums: ClusterSums, limits: Tensor
+) -> Callable[..., None]:
+    """Choose what iterates the restarts at first: one that takes them, ``times`` and ``most``."""
+    if not lloyd.fits_halves(points, *centroids.shape[:2]):
+        return partial(_by_products, points, cluster_sums, tensor_cores, limits=limits)
+    halves = lloyd.halves(points)
+    squares = torch.linalg.vector_norm(halves, dtype=torch.float64).square()
+    limits = torch.cat([squares[None], limits[1:]])
+    return partial(lloyd.iterate_halves, halves, limits=limits, tokens=points.shape[0])
+
+
+def _run(
+    found: lloyd.Restarts, advance: Advance, step: Step, *, most: int, every: int = _CHECK_EVERY
+) -> None:
     """Advance all restarts until none is running."""
     while any(found.active.tolist()):
-        advance(found, times=_CHECK_EVERY, most=most)
+        advance(found, times=every, most=most)
         for restart in (found.active == lloyd.STALLED).nonzero()[:, 0].tolist():
             _take_step(found, slice(restart, restart + 1), step, most=most)
 
 
-def _advance(
+def _advance(iterate: Advance, restarts: lloyd.Restarts, *, times: int, most: int) -> None:
+    """Iterate the running restarts alone; products over the others would be for nothing."""
+    chosen = (restarts.active == lloyd.RUNNING).nonzero()[:, 0]
+    fields = [restarts.centroids, restarts.inertias, restarts.iterations, restarts.active]
+    own = [field[chosen] for field in fields]
+    iterate(restarts=lloyd.Restarts(*own), times=times, most=most)
+    for field, part in zip(fields, own, strict=True):
+        field[chosen] = part
+
+
+def _by_products(
     points: Float32[Tensor, "tokens dims"],
     cluster_sums: ClusterSums,
-    limits: Float64[Tensor, "two=2"],
-    restarts: lloyd.Restarts,
-    *,
     product: Product,
-    settled: float,
+    *,
+    restarts: lloyd.Restarts,
+    limits: Float64[Tensor, "three=3"],
     times: int,
     most: int,
 ) -> None:
-    """Do what `entangle.kernels.lloyd.iterate` does, by matrix products.
-
-    A restart also ends when its inertia falls by no more than ``settled`` times itself.
-    """
-    chosen = (restarts.active == lloyd.RUNNING).nonzero()[:, 0]
-    fields = [restarts.centroids, restarts.inertias, restarts.iterations, restarts.active]
-    own = lloyd.Restarts(*(field[chosen] for field in fields))
+    """Do what `entangle.kernels.lloyd.iterate` does, by matrix products."""
+    own = restarts
     for _ in range(times):
         sums, counts = cluster_sums(points, own.centroids, product)
         means = sums / counts.clamp_min(1)[:, :, None]
@@ -152,14 +188,10 @@ def _advance(
         goes = running & whole
         own.iterations.add_(goes)
         ends = (moved <= limits[1]) | (own.iterations >= most)
-        ends |= own.inertias - inertias <= settled * inertias
+        ends |= own.inertias - inertias <= limits[2] * inertias
         own.centroids.copy_(torch.where(goes[:, None, None], after, own.centroids))
         own.inertias.copy_(torch.where(goes, inertias, own.inertias))
         own.active.masked_fill_(goes & ends, 0).masked_fill_(running & ~whole, lloyd.STALLED)
-    for field, part in zip(
-        fields, [own.centroids, own.inertias, own.iterations, own.active], strict=True
-    ):
-        field[chosen] = part
 
 
 def _take_step(found: lloyd.Restarts, own: slice, step: Step, *, most: int) -> None:

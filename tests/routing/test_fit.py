@@ -10,6 +10,7 @@ from torch import Tensor
 
 from entangle.errors import InvalidInput, NumericalError
 from entangle.routing import Router, blocks, fit_router
+from entangle.routing.fit import _fit, fit_router_and_labels
 from entangle.routing.router import KINDS, Kind
 
 
@@ -170,6 +171,38 @@ def test_a_stream_that_changes_is_refused() -> None:
 def test_bad_parameters(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(InvalidInput, match=message):
         fit_router(stream=[tokens()], **({"k": 2, "seed": 0} | arguments))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_the_cpu_the_tokens_are_left_to_be_routed(kind: Kind) -> None:
+    x, k = tokens(), 1 if kind == "single" else 6
+    router, labels = fit_router_and_labels([x], k, seed=1, kind=kind, restarts=2, device="cpu")
+    assert labels is None
+    assert same_bytes(router, fit_router([x], k, seed=1, kind=kind, restarts=2))
+
+
+def test_the_fit_knows_the_clusters_of_all_its_tokens_or_of_none() -> None:
+    x = tokens()
+    router, labels = _fit(x.split(70), 6, 0, "kmeans", None, 2, 500, None)
+    assert labels is not None
+    assert torch.equal(labels, router.route(x))
+    assert _fit([x], 6, 0, "kmeans", None, 2, 499, None)[1] is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cuda_gives_the_clusters_of_its_tokens(dtype: torch.dtype) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    x = tokens(3000, 3200).to("cuda", dtype)
+    router, labels = fit_router_and_labels(x.split(700), 6, seed=0, restarts=3)
+    assert labels is not None
+    assert labels.is_cuda
+    assert int((labels != router.route(x)).sum()) <= 1
+    again, same = fit_router_and_labels(x.split(900), 6, seed=0, restarts=3)
+    assert same is not None
+    assert torch.equal(same, labels)
+    assert same_bytes(again.to("cpu"), router.to("cpu"))
 
 
 @pytest.mark.gpu

@@ -50,3 +50,18 @@ def test_constant_tokens_explain_nothing(count: int) -> None:
     pca = fit_pca([torch.full((count, 4), 2.5)], 2)
     assert pca.explained.tolist() == [0.0, 0.0]
     assert pca.project(torch.full((3, 4), 2.5)).tolist() == torch.zeros(3, 2).tolist()
+
+
+def test_the_components_are_the_sum_of_their_pieces() -> None:
+    pca = fit_pca([correlated(60, 40)], 7)
+    assert torch.equal(pca._pieces.double().sum(0), pca.components.double())
+
+
+@pytest.mark.gpu
+def test_bfloat16_tokens_are_projected_as_their_float32_values() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    tokens = correlated(500, 600).bfloat16().cuda()
+    pca = fit_pca([tokens], 18)
+    expected = (tokens.double() - pca.mean.double()) @ pca.components.double().mT
+    torch.testing.assert_close(pca.project(tokens).double(), expected, rtol=0, atol=1e-3)

@@ -1,7 +1,10 @@
 import pytest
 import torch
+from torch import Tensor
 
+from entangle.precision import full_precision, tensor_cores
 from entangle.routing import kmeans, side_by_side
+from entangle.routing.side_by_side import Product
 from entangle.seeding import torch_rng
 
 
@@ -52,6 +55,44 @@ def test_a_restart_with_an_empty_cluster_goes_on() -> None:
     assert [len(one.unique()) for one in labels] == [3, 3]
     nearest = torch.cdist(points[None].double(), found.double()).amin(2).square().sum(1)
     torch.testing.assert_close(inertias, nearest, rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize("most", [300, 30])
+def test_both_phases_end_when_the_inertia_hardly_falls(most: int) -> None:
+    points = torch.randn(3000, 70, generator=torch_rng(4, "side-by-side"))
+    seeds = torch.stack([kmeans._plus_plus(points, 6, 1, restart) for restart in range(3)])
+    squares = points.square().sum(dtype=torch.float64)
+    inertias, iterations = [], []
+    for one in seeds:
+        centroids, count = one[None], 0
+        for allowed in (most - 10, 10):
+            fall, before, here = 1.0, torch.inf, 0
+            while fall > 1e-5 and here < allowed:
+                centroids, now, _ = kmeans._step(points, centroids, squares)
+                fall, before, here = (before - float(now)) / float(now), float(now), here + 1
+            count += here
+        inertias.append(before)
+        iterations.append(count)
+    found = _iterated(points, seeds.clone(), most)
+    assert found[2].tolist() == iterations
+    torch.testing.assert_close(found[1].tolist(), inertias, rtol=1e-7, atol=0)
+    plain = kmeans._lloyd(points, seeds.clone())
+    assert int(plain[2].min()) > max(iterations)
+    assert float(found[1].min() / plain[1].min()) < 1.001
+
+
+def test_at_most_ten_iterations_in_full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = torch.randn(2000, 70, generator=torch_rng(5, "side-by-side"))
+    used, plain = [], kmeans._cluster_sums
+
+    def sums(x: Tensor, centroids: Tensor, product: Product) -> tuple[Tensor, Tensor]:
+        used.append(product)
+        return plain(x, centroids, product)
+
+    monkeypatch.setattr(kmeans, "_cluster_sums", sums)
+    found = _iterated(points, points[:12].view(2, 6, 70).clone(), 25)
+    assert found[2].tolist() == [25, 25]
+    assert used == [tensor_cores] * 16 + [full_precision] * 10
 
 
 @pytest.mark.parametrize("most", [1, 5, 12])

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from entangle.routing.subspace import leading_pairs
+from entangle.routing.subspace import _orthonormal, leading_pairs
 from entangle.seeding import torch_rng
 
 
@@ -40,3 +40,37 @@ def test_leaves_small_matrices_and_small_ranks_to_others() -> None:
     assert leading_pairs(matrix, 100) is None
     assert leading_pairs(torch.zeros_like(matrix), 5) is None
     assert leading_pairs(_covariance(300, torch.ones(300, dtype=torch.float64), 4), 9) is None
+
+
+@pytest.mark.parametrize("width", [1, 8, 120])
+@pytest.mark.parametrize("spread", [0, 6, 20])
+def test_columns_are_orthonormal_and_outside_the_basis(width: int, spread: int) -> None:
+    rng = torch_rng(1, "subspace-tests", width)
+    basis = torch.linalg.qr(torch.randn(300, 40, generator=rng, dtype=torch.float64)).Q
+    block = torch.randn(300, width, generator=rng, dtype=torch.float64)
+    block = block * torch.logspace(0, -spread, width, dtype=torch.float64) + basis[:, :1]
+    found = _orthonormal(basis, block)
+    both = torch.cat([basis, found], 1)
+    identity = torch.eye(40 + width, dtype=torch.float64)
+    torch.testing.assert_close(both.mT @ both, identity, rtol=0, atol=1e-12)
+    outside = block - both @ (both.mT @ block)
+    torch.testing.assert_close(outside, torch.zeros_like(block), rtol=0, atol=1e-12)
+
+
+def test_well_conditioned_columns_need_no_householder(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = torch.randn(300, 20, generator=torch_rng(3, "subspace-tests"), dtype=torch.float64)
+    monkeypatch.setattr(torch.linalg, "qr", None)
+    found = _orthonormal(block.new_zeros(300, 0), block)
+    identity = torch.eye(20, dtype=torch.float64)
+    torch.testing.assert_close(found.mT @ found, identity, rtol=0, atol=1e-12)
+
+
+def test_columns_that_lie_in_the_basis_are_replaced() -> None:
+    rng = torch_rng(2, "subspace-tests")
+    block = torch.randn(50, 6, generator=rng, dtype=torch.float64)
+    block[:, 4:] = 0
+    block[:, 3] = block[:, 2]
+    found = _orthonormal(block.new_zeros(50, 0), block)
+    identity = torch.eye(6, dtype=torch.float64)
+    torch.testing.assert_close(found.mT @ found, identity, rtol=0, atol=1e-12)
+    torch.testing.assert_close(found @ (found.mT @ block), block)
