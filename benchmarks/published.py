@@ -60,24 +60,6 @@ def wd(outputs: np.ndarray) -> float:
     return float(wasserstein_distance(standardised, sample))
 
 
-class Experts(torch.nn.Module):
-    """A linear layer of several weights; every token goes through that of its cluster."""
-
-    def __init__(self, weights: list[Tensor], labels: Tensor) -> None:
-        super().__init__()
-        self.weights, self.labels, self.first = weights, labels, 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = x.flatten(0, -2)
-        labels = self.labels[self.first : self.first + len(tokens)]
-        self.first += len(tokens)
-        outputs = tokens.new_empty(len(tokens), self.weights[0].shape[0])
-        for cluster, weight in enumerate(self.weights):
-            chosen = labels == cluster
-            outputs[chosen] = tokens[chosen] @ weight.T
-        return outputs.view(*x.shape[:-1], -1)
-
-
 def _clusters(x: Tensor, experts: int) -> Tensor:
     _, _, components = torch.pca_lowrank(x, q=x.shape[1] // 32)
     return kmeans((x - x.mean(0)) @ components, experts, restarts=10, seed=0).labels
@@ -91,12 +73,13 @@ def expand_block(
     experts: int,
     sparsity: float,
     assign: Assign | None = None,
-) -> list[float]:
-    """Expand the MLP of a model's only block in place; return each layer's relative error.
+) -> tuple[dict[str, list[Tensor]], list[float]]:
+    """Return the experts of each layer of a model's only block, and the layers' relative errors.
 
     ``body`` maps token ids (sequences, tokens) to hidden states. Principal components come from
     torch (randomised), k-means from `entangle.routing.kmeans` with 10 restarts (published: 100),
     unless ``assign`` gives the clusters of the tokens (of the inputs of the layer that it names).
+    The pass through the experts, which would feed a next block, is left out, as there is none.
     """
     names = (("gate_proj", "up_proj"), ("down_proj",))
     inputs = [
@@ -118,7 +101,7 @@ def expand_block(
         body(sequence)
     for hook in hooks:
         hook.remove()
-    errors = []
+    errors, found = [], dict[str, list[Tensor]]()
     for x, group in zip(inputs, names, strict=True):
         labels = _clusters(x, experts) if assign is None else assign(group[0], x)
         for name in group:
@@ -133,7 +116,5 @@ def expand_block(
                 energy += float(((weight @ gram) * weight).sum())
                 weights.append(solved.to(layer.weight.dtype))
             errors.append(lost / energy)
-            setattr(mlp, name, Experts(weights, labels))
-    for sequence in ids.split(1):
-        body(sequence)
-    return errors
+            found[name] = weights
+    return found, errors
