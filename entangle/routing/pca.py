@@ -7,7 +7,7 @@ from itertools import chain
 
 import scipy.linalg
 import torch
-from jaxtyping import BFloat16, Float32, Float64
+from jaxtyping import BFloat16, Float, Float32, Float64
 from torch import Tensor
 
 from entangle.errors import InvalidInput
@@ -31,7 +31,7 @@ class Pca:
     tokens: int
     """Number of tokens seen."""
 
-    def project(self, x: Float32[Tensor, "tokens features"]) -> Float32[Tensor, "tokens _"]:
+    def project(self, x: Float[Tensor, "tokens features"]) -> Float32[Tensor, "tokens _"]:
         """Return the coordinates of the tokens along the components.
 
         On a GPU bfloat16 tokens are multiplied as they are, by the components as sums of bfloat16

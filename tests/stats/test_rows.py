@@ -68,7 +68,8 @@ def test_is_the_plain_version(bounds: list[int]) -> None:
         here, there = getattr(sketch, name), getattr(found_sketch, name)
         torch.testing.assert_close(there, here, rtol=1e-3, atol=1e-5, equal_nan=True)
     for name in PLACES:
-        assert torch.equal(getattr(sketch, name), getattr(found_sketch, name)), name
+        here, there = getattr(sketch, name), getattr(found_sketch, name)
+        torch.testing.assert_close(there, here, rtol=1e-6, atol=0)
     moved = (sketch.counts - found_sketch.counts.cpu()).abs().sum()
     assert int(moved) <= 1e-5 * y.numel()
     assert found_sketch.n_tokens == y.shape[1]
