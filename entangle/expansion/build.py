@@ -11,13 +11,15 @@ from torch import Tensor, nn
 
 from entangle.errors import InvalidInput, NumericalError
 from entangle.expansion.linear import ExpandedLinear, SharedRouting
+from entangle.expansion.parts import solve_in_parts
 from entangle.expansion.solve import Experts, SolverSettings, Sparsity, solve_experts
 from entangle.models.blocks import BlockRunner
 from entangle.models.layers import Layer
 from entangle.recording.groups import InputGroups
 from entangle.recording.hooks import observe
 from entangle.recording.stream import ByteBudget, TokenStore
-from entangle.routing import fit_router
+from entangle.routing import Router
+from entangle.routing.fit import fit_router_and_labels
 from entangle.routing.router import Kind
 from entangle.stats.gram import ClusterGrams
 
@@ -144,7 +146,8 @@ def build_blocks(
         Which layers, and how.
     streams
         Hidden states that follow the build. The first is the calibration set, whose inputs to the
-        block's dense layers the experts are fitted on; it goes no further than the last of them.
+        block's dense layers the experts are fitted on; it goes no further than the last of them,
+        and is closed there.
     memory
         Bytes for the recorded inputs of one block; what is beyond goes to a temporary file.
     finished
@@ -184,6 +187,7 @@ def _expand_block(
     plan: Plan,
     memory: int,
 ) -> list[ExpandedLayer]:
+    """Expand the layers of one block; the last one closes the calibration stream."""
     expanded: list[ExpandedLayer] = []
 
     def replay() -> None:
@@ -192,6 +196,8 @@ def _expand_block(
 
     with ExitStack() as stack:
         groups = record_inputs(layers, replay, memory=memory, stack=stack)
+        if index == max(plan.layers):
+            calibration.close()
         ran = {layer.name for members, _ in groups for layer in members}
         for layer in layers:
             if layer.name not in ran:
@@ -248,10 +254,35 @@ def record_inputs(
 def _expand_group(layers: Sequence[Layer], store: TokenStore, plan: Plan) -> list[ExpandedLayer]:
     """Fit one router on the common input of some layers, then solve every layer's experts."""
     device, k = layers[0].weight.device, plan.experts[layers[0].name]
-    router = fit_router(
+    router, labels = fit_router_and_labels(
         store, k, seed=plan.seed, kind="single" if k == 1 else plan.router,
         restarts=plan.restarts, device=device,
     )  # fmt: skip
+    if _lies_on_gpu(store):
+        if labels is None:
+            labels = torch.cat([router.route(rows) for _, rows in store.blocks(_PASS_TOKENS_GPU)])
+        sparsity = [plan.sparsity[layer.name] for layer in layers]
+        solved = solve_in_parts(layers, store, labels, sparsity, plan.solver, k=k)
+        store.close()
+    else:
+        solved = _solve_streamed(layers, store, router, plan)
+    routing = SharedRouting(router)
+    return [
+        ExpandedLayer(layer, ExpandedLinear(experts.weight, layer.bias, routing), experts)
+        for layer, experts in zip(layers, solved, strict=True)
+    ]
+
+
+def _lies_on_gpu(store: TokenStore) -> bool:
+    """Tell whether all rows of a record are in the memory of a GPU."""
+    return store.in_memory and all(rows.is_cuda for _, rows in store.blocks(store.n_tokens))
+
+
+def _solve_streamed(
+    layers: Sequence[Layer], store: TokenStore, router: Router, plan: Plan
+) -> list[Experts]:
+    """Solve every layer's experts with the grams of all clusters, from one pass over the input."""
+    device, k = layers[0].weight.device, router.k
     grams = ClusterGrams(k, layers[0].in_features, device=device)
     at_once = _GRAM_TOKENS
     if device.type == "cuda":
@@ -260,10 +291,5 @@ def _expand_group(layers: Sequence[Layer], store: TokenStore, plan: Plan) -> lis
         rows = rows.to(device)
         grams.update(rows, router.route(rows))
     store.close()
-    routing, found = SharedRouting(router), grams.result()
-    expanded = []
-    for layer in layers:
-        experts = solve_experts(layer, found, plan.sparsity[layer.name], plan.solver)
-        module = ExpandedLinear(experts.weight, layer.bias, routing)
-        expanded.append(ExpandedLayer(layer, module, experts))
-    return expanded
+    found = grams.result()
+    return [solve_experts(layer, found, plan.sparsity[layer.name], plan.solver) for layer in layers]

@@ -1,7 +1,7 @@
 """Turn one dense layer into pruned experts, one a cluster."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int64
@@ -10,7 +10,9 @@ from torch import Tensor
 from entangle.errors import InvalidInput, unknown_name
 from entangle.models.layers import Layer
 from entangle.precision import full_precision
-from entangle.pruning import METHODS, prune
+from entangle.pruning import METHODS
+from entangle.pruning.factor import Factor
+from entangle.pruning.methods import solve
 from entangle.pruning.problem import prepare
 from entangle.pruning.quadratic import quadratic
 from entangle.stats.gram import ClusterGramsResult
@@ -20,6 +22,7 @@ Sparsity = float | Float[Tensor, " out_features"] | None
 _WORK_BYTES = 2 * 2**30
 _GPU_SHARE = 4
 _COPIES = 6  # of the gram and of the rows, at most, inside a solver
+_CHANGE_BYTES = 2**28
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,34 +97,109 @@ def solve_experts(
     -----
     Clusters are solved with `shrunk_grams`; errors are computed with their own grams.
     """
-    weight = layer.weight
-    solved, errors, dampings, zeros = [], [], [], 0
-    beside = 0 if weight.device.type == "cpu" else layer.out_features
+    parts = []
+    beside = 0 if layer.weight.device.type == "cpu" else layer.out_features
     for part, gram in shrunk_grams(grams, rows=beside):
-        result = prune(
-            weight.expand(gram.shape[0], -1, -1),
-            gram,
-            method=settings.pruner,
-            sparsity=sparsity,
-            pattern=settings.pattern,
-            bits=settings.bits,
-            damping=settings.damping,
-            seed=settings.seed,
-            loss=False,
-        )
-        solved.append(result.weight)
-        errors.append(_quadratic(result.weight.float() - weight.float(), grams.gram[part]))
-        dampings.append(result.damping.flatten())
-        zeros += int((~result.mask).sum())
-    experts = torch.cat(solved)
+        pruned = prune_part(layer, gram, sparsity, settings)
+        lost = squared_errors(layer, pruned.weight, grams.gram[part])
+        parts.append(SolvedPart(pruned, lost))
+    energy = dense_energy(layer, grams.gram.sum(0))
+    return join_parts(parts, energy=energy, tokens=grams.count, shrunk=count_shrunk(grams))
+
+
+@dataclass(frozen=True, eq=False)
+class PrunedPart:
+    """The experts of some neighbouring clusters; fields as in `Experts`."""
+
+    weight: Float[Tensor, "part out_features in_features"]
+    damping: Float[Tensor, " part"]
+    zeros: int
+
+
+@dataclass(frozen=True, eq=False)
+class SolvedPart:
+    """The experts of some neighbouring clusters, and what they lost (see `Experts`)."""
+
+    pruned: PrunedPart
+    squared_error: Float[Tensor, " part"]
+
+
+def prune_part(
+    layer: Layer,
+    gram: Float[Tensor, "part in_features in_features"],
+    sparsity: Sparsity,
+    settings: SolverSettings,
+    *,
+    first: int = 0,
+    factor: Factor | None = None,
+) -> PrunedPart:
+    """Prune a layer's dense weight once for every gram.
+
+    Parameters
+    ----------
+    layer, sparsity, settings
+        As in `solve_experts`.
+    gram
+        Of some neighbouring clusters, as `shrunk_grams` gives them.
+    first
+        Number of the first cluster.
+    factor
+        Of the grams' inverses, if it is known: layers with one input have the same.
+    """
+    problem = prepare(
+        layer.weight.expand(gram.shape[0], -1, -1), gram, sparsity=sparsity,
+        pattern=settings.pattern, rows=None, bits=settings.bits, loss=False,
+    )  # fmt: skip
+    result = solve(
+        replace(problem, first=first, factor=factor),
+        method=settings.pruner, damping=settings.damping, seed=settings.seed,
+    )  # fmt: skip
+    zeros = int((result.realised_sparsity.double() * layer.in_features).round().sum())
+    return PrunedPart(result.weight, result.damping.flatten(), zeros)
+
+
+def squared_errors(
+    layer: Layer,
+    sparse: Float[Tensor, "part out_features in_features"],
+    gram: Float[Tensor, "part in_features in_features"],
+) -> Float[Tensor, " part"]:
+    """Return the squared output error of experts, summed over tokens and neurons, in float64.
+
+    Parameters
+    ----------
+    layer
+        The dense layer.
+    sparse
+        Its experts.
+    gram
+        ``XᵀX`` of each expert's own tokens.
+    """
+    dense = layer.weight.float()
+    at_once = len(sparse)
+    if sparse.device.type != "cpu":
+        at_once = max(1, _CHANGE_BYTES // (4 * dense.numel()))
+    parts = zip(sparse.split(at_once), gram.split(at_once), strict=True)
+    return torch.cat([_quadratic(some.float() - dense, own) for some, own in parts])
+
+
+def dense_energy(layer: Layer, gram: Float[Tensor, "in_features in_features"]) -> float:
+    """Return the squared dense output (without bias), summed over tokens and neurons."""
+    return float(_quadratic(layer.weight.float()[None], gram[None]).sum())
+
+
+def join_parts(
+    parts: Sequence[SolvedPart], *, energy: float, tokens: Int64[Tensor, " experts"], shrunk: int
+) -> Experts:
+    """Put the experts of all clusters, in order, together; the other fields are given."""
+    weight = torch.cat([part.pruned.weight for part in parts])
     return Experts(
-        weight=experts,
-        squared_error=torch.cat(errors),
-        energy=float(_quadratic(weight.float()[None], grams.gram.sum(0)[None]).sum()),
-        damping=torch.cat(dampings),
-        tokens=grams.count,
-        realised_sparsity=zeros / experts.numel(),
-        shrunk=count_shrunk(grams),
+        weight=weight,
+        squared_error=torch.cat([part.squared_error for part in parts]),
+        energy=energy,
+        damping=torch.cat([part.pruned.damping for part in parts]),
+        tokens=tokens,
+        realised_sparsity=sum(part.pruned.zeros for part in parts) / weight.numel(),
+        shrunk=shrunk,
     )
 
 
@@ -148,9 +226,12 @@ def shrunk_grams(
     k, features = grams.gram.shape[:2]
     work = _work_bytes(grams.gram.device)
     per_batch = max(1, work // (_COPIES * 4 * features * (features + rows)))
+    parts = [slice(start, start + per_batch) for start in range(0, k, per_batch)]
+    if not count_shrunk(grams):
+        yield from ((part, grams.gram[part]) for part in parts)
+        return
     average = grams.gram.sum(0) / max(1, int(grams.count.sum()))
-    for start in range(0, k, per_batch):
-        part = slice(start, start + per_batch)
+    for part in parts:
         own = grams.gram[part]
         missing = (features - grams.count[part]).clamp_min(0).to(own)
         yield part, own + missing[:, None, None] * average

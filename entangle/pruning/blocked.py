@@ -79,4 +79,4 @@ def _join_(root: Float[Tensor, "experts cols cols"], bounds: list[int]) -> None:
     _join_(root, bounds[middle:])
     first, last = slice(bounds[0], bounds[middle]), slice(bounds[middle], bounds[-1])
     above = root[:, first, last] @ root[:, last, last]
-    root[:, first, last] = (root[:, first, first] @ above).neg_()
+    root[:, first, last].baddbmm_(root[:, first, first], above, beta=0, alpha=-1)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -21,9 +22,19 @@ _SMALL = 256
 _HEADROOM = 2**20
 
 
+class Factor(NamedTuple):
+    """Factors of the inverses of some damped grams, ``inv(H) = U^T U``."""
+
+    upper: Float[Tensor, "experts cols cols"]
+    """``U``, upper triangular with a positive diagonal; of a gram near the smallest numbers of its
+    dtype, ``U`` divided by a power of two."""
+    damping: Float[Tensor, " experts"]
+    """The multiple of the mean diagonal that was used for each expert."""
+
+
 def inverse_factor(
     gram: Float[Tensor, "experts cols cols"], *, damping: float | int, first: int = 0
-) -> tuple[Float[Tensor, "experts cols cols"], Float[Tensor, " experts"]]:
+) -> Factor:
     """Factorise the inverse of each damped gram: ``inv(H) = U^T U`` with ``U`` upper triangular.
 
     ``H`` is the gram plus ``damping`` times its mean diagonal; a dead input (zero diagonal) gets a
@@ -41,11 +52,7 @@ def inverse_factor(
 
     Returns
     -------
-    factor : Tensor
-        ``U``, with a positive diagonal; of a gram near the smallest numbers of its dtype, ``U``
-        divided by a power of two.
-    damping : Tensor
-        The multiple used for each expert.
+    Factor
 
     Raises
     ------
@@ -66,9 +73,10 @@ def inverse_factor(
     gram = _raised(gram)
     with full_precision():
         if gram.device.type != "cpu":
-            return _escalate(gram, used, first, _factor), used
+            return Factor(_escalate(gram, used, first, _factor), used)
         flipped = gram.flip(-2, -1)
-        return _invert_lower(_escalate(flipped, used, first, _cholesky)).flip(-2, -1), used
+        lower = _escalate(flipped, used, first, _cholesky)
+        return Factor(_invert_lower(lower).flip(-2, -1), used)
 
 
 def _raised(gram: Float[Tensor, "experts cols cols"]) -> Float[Tensor, "experts cols cols"]:

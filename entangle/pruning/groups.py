@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 
 import torch
 
+from entangle.pruning.factor import Factor
 from entangle.pruning.problem import Problem
 from entangle.pruning.result import PruneResult
 
@@ -49,6 +50,7 @@ def _try(problem: Problem, solve: Callable[[Problem], PruneResult]) -> PruneResu
 
 def _some_of(problem: Problem, start: int, stop: int) -> Problem:
     """Return the problem of the experts ``[start, stop)``."""
+    factor = problem.factor
     return replace(
         problem,
         dense=problem.dense[start:stop],
@@ -56,5 +58,6 @@ def _some_of(problem: Problem, start: int, stop: int) -> Problem:
         gram=None if problem.gram is None else problem.gram[start:stop],
         budget=problem.budget[start:stop],
         first=problem.first + start,
+        factor=None if factor is None else Factor(*(part[start:stop] for part in factor)),
         batched=True,
     )

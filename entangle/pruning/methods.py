@@ -5,7 +5,7 @@ from torch import Tensor
 
 from entangle.errors import unknown_name
 from entangle.pruning import magnitude, randomly, sparsegpt, wanda
-from entangle.pruning.problem import Rows, prepare
+from entangle.pruning.problem import Problem, Rows, prepare
 from entangle.pruning.result import PruneResult
 from entangle.scalars import real, whole
 
@@ -88,12 +88,17 @@ def prune(
     NumericalError
         For a gram that is not finite or cannot be factorised, or a result that overflows.
     """
-    if method not in METHODS:
-        raise unknown_name("pruning method", str(method), METHODS)
+    _check_method(method)
     damping, seed = real("damping", damping), whole("seed", seed, least=0)
     problem = prepare(
         weight, gram, sparsity=sparsity, pattern=pattern, rows=rows, bits=bits, loss=loss
     )
+    return solve(problem, method=method, damping=damping, seed=seed)
+
+
+def solve(problem: Problem, *, method: str, damping: float | int, seed: int) -> PruneResult:
+    """Prune a checked problem by one of `METHODS` (see `prune`)."""
+    _check_method(method)
     if method == "random":
         return randomly.solve(problem, seed=seed)
     if method == "magnitude":
@@ -101,3 +106,8 @@ def prune(
     if method == "wanda":
         return wanda.solve(problem)
     return sparsegpt.solve(problem, damping=damping)
+
+
+def _check_method(method: str) -> None:
+    if method not in METHODS:
+        raise unknown_name("pruning method", str(method), METHODS)

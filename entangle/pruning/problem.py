@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from entangle.errors import InvalidInput, NumericalError
+from entangle.pruning.factor import Factor
 from entangle.pruning.masks import Pattern, count_zeros, parse_pattern
 from entangle.pruning.quantize import check_bits
 from entangle.scalars import tensor_of
@@ -41,6 +42,8 @@ class Problem:
     """Index of the first expert among the caller's."""
     wants_loss: bool = True
     """Whether the result is to hold the losses."""
+    factor: Factor | None = None
+    """From `entangle.pruning.factor.inverse_factor` of the gram, if it is known already."""
 
     @property
     def zeros_a_group(self) -> Int[Tensor, " experts *rows"]:
@@ -90,6 +93,14 @@ def prepare(
     )
 
 
+def is_finite(values: Float[Tensor, "..."]) -> bool:
+    """Tell whether all values are finite, without a copy of them."""
+    if not values.numel():
+        return True
+    lowest, highest = values.aminmax()
+    return bool(lowest.isfinite() & highest.isfinite())
+
+
 def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Convert a stack of weights; one that all experts share is converted once."""
     if weight.stride(0) == 0:
@@ -105,7 +116,7 @@ def _check_weight(weight: Tensor) -> Float[Tensor, "experts rows cols"]:
             "`weight` must be a non-empty floating-point tensor of shape (rows, cols) or "
             f"(experts, rows, cols); got {tuple(weight.shape)} of {weight.dtype}."
         )
-    if not weight.isfinite().all():
+    if not is_finite(weight[:1] if weight.stride(0) == 0 else weight):
         raise InvalidInput("`weight` must be finite; got NaN or infinity: check the model's file.")
     return weight.detach().reshape(-1, *weight.shape[-2:])
 
@@ -124,8 +135,8 @@ def _check_gram(
         )
     received = gram.detach().reshape(-1, *shape[-2:])
     gram = received.to(dtype)
-    finite = gram.isfinite().all(-1).all(-1)
-    if not finite.all():
+    if not is_finite(gram):
+        finite = gram.isfinite().all(-1).all(-1)
         raise NumericalError(
             f"`gram` of expert {int(finite.int().argmin())} holds NaN or infinity: "
             "look for overflow in the layer's inputs."

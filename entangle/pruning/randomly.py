@@ -47,6 +47,9 @@ def prune_random(
 
 def solve(problem: Problem, *, seed: int) -> PruneResult:
     """Prune a checked problem at random (see `prune_random`)."""
-    draws = torch.rand(problem.dense.shape, generator=torch_rng(seed, "pruning", "random"))
+    rng, shape = torch_rng(seed, "pruning", "random"), problem.dense.shape
+    for _ in range(problem.first):
+        torch.rand(shape[1:], generator=rng)
+    draws = torch.rand(shape, generator=rng)
     chosen = draws if problem.rows is None else draws[:, problem.rows.cpu()]
     return mask_only(problem, select(chosen.to(problem.dense.device), problem))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from entangle.errors import NumericalError
 from entangle.precision import full_precision
-from entangle.pruning.problem import Problem
+from entangle.pruning.problem import Problem, is_finite
 from entangle.pruning.quadratic import quadratic
 from entangle.pruning.quantize import quantize
 
@@ -35,22 +35,25 @@ def mask_only(problem: Problem, pruned: Bool[Tensor, "experts rows cols"]) -> Pr
     """Zero the marked weights and leave the others alone, save for quantisation."""
     weight = problem.weight
     solved = weight if problem.bits is None else quantize(weight, problem.bits)
-    return finish(problem, solved, pruned, weight.new_zeros(len(weight)))
+    sparse = solved.to(problem.dense.dtype).masked_fill(pruned, 0)
+    return finish(problem, sparse, pruned, weight.new_zeros(len(weight)))
 
 
 def finish(
     problem: Problem,
-    solved: Float[Tensor, "experts rows cols"],
+    sparse: Float[Tensor, "experts rows cols"],
     pruned: Bool[Tensor, "experts rows cols"],
     damping: Float[Tensor, " experts"],
 ) -> PruneResult:
-    """Assemble the result: exact zeros, untouched rows bit-identical, losses in the end dtype."""
+    """Assemble the result: untouched rows bit-identical, losses in the end dtype.
+
+    `sparse` holds 0 where `pruned` and is of the end dtype; it becomes the result's weight.
+    """
     chosen = slice(None) if problem.rows is None else problem.rows
-    sparse = solved.masked_fill(pruned, 0).to(problem.dense.dtype)
-    if problem.bits is None:
-        untouched = ~pruned.any(-1, keepdim=True)
+    untouched = ~pruned.any(-1, keepdim=True)
+    if problem.bits is None and untouched.any():
         sparse = torch.where(untouched, problem.dense[:, chosen], sparse)
-    if not sparse.isfinite().all():
+    if not is_finite(sparse):
         raise NumericalError(
             f"the pruned weight overflows {sparse.dtype}: raise `damping`, or use a wider dtype."
         )
@@ -60,7 +63,8 @@ def finish(
         weight[:, chosen] = sparse
         kept = torch.ones_like(weight, dtype=torch.bool).index_copy_(1, problem.rows, kept)
         loss = loss.new_zeros(weight.shape[:2]).index_copy_(1, problem.rows, loss)
-    fields = weight, kept, loss, damping, (~kept).to(loss.dtype).mean(-1)
+    zeros = [(~own).mean(-1, dtype=loss.dtype) for own in kept]  # one by one: it makes a copy
+    fields = weight, kept, loss, damping, torch.stack(zeros)
     return PruneResult(*(fields if problem.batched else (field[0] for field in fields)))
 
 

@@ -87,10 +87,13 @@ def solve(problem: Problem, *, damping: float | int, block_size: int = BLOCK) ->
 
 
 def _solve(problem: Problem, *, damping: float | int, block_size: int) -> PruneResult:
-    factor, used = inverse_factor(problem.need_gram(), damping=damping, first=problem.first)
+    factor, used = problem.factor or inverse_factor(
+        problem.need_gram(), damping=damping, first=problem.first
+    )
     solver = (FusedSolver if can_fuse(problem, block_size) else Solver)(problem, factor)
     with full_precision():
         solver.run(block_size)
     solved, pruned = solver.weight, solver.pruned
     del solver, factor
+    solved = solved.to(problem.dense.dtype)
     return finish(problem, solved, pruned, used)

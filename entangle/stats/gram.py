@@ -15,6 +15,7 @@ per cluster (16 clusters, 576 features, batches of 1024 tokens on 2 cores: 0.15 
 0.51 s).
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +27,7 @@ from entangle.precision import accumulator_dtype, full_precision
 
 PANEL = 256
 """Columns of the Gram matrix computed at a time."""
-_PANEL_GPU = 1024
+_PANEL_GPU, _PANEL_STEP = 1024, 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,10 +156,7 @@ class ClusterGrams:
         _check_shapes(batch, assignment, features=features)
         if batch.shape[0] == 0:
             return
-        batch, labels = batch.to(self.device), assignment.to(self.device)
-        if not _exact_in_half(batch):
-            batch = batch.to(torch.float32)
-        require_finite(batch)
+        batch, labels = _checked(batch, self.device), assignment.to(self.device)
         if int(labels.min()) < 0 or int(labels.max()) >= k:
             raise InvalidInput(
                 f"`assignment` must lie in [0, {k}); "
@@ -205,6 +203,42 @@ class ClusterGrams:
                 _add_upper_(self._gram[cluster], tokens)
                 self._total[cluster] += tokens.sum(0, dtype=self._total.dtype)
         self._count += count
+
+
+def sum_grams(
+    sets: Sequence[Iterable[Float[Tensor, "_ features"]]], features: int, *, device: torch.device
+) -> Float[Tensor, "sets features features"]:
+    """Return ``XᵀX`` of some sets of tokens, in float32.
+
+    Parameters
+    ----------
+    sets
+        Batches of tokens, read one after the other.
+    features
+        Width of a token.
+    device
+        Where the sums live; batches are moved there.
+
+    Raises
+    ------
+    NumericalError
+        If a token holds NaN or infinity, or its squares overflow.
+    """
+    grams = torch.zeros(len(sets), features, features, device=device)
+    for gram, batches in zip(grams, sets, strict=True):
+        for batch in batches:
+            _add_upper_(gram, _checked(batch, device))
+    _mirror_(grams)
+    return grams
+
+
+def _checked(batch: Tensor, device: torch.device) -> Tensor:
+    """Return tokens where their sums live, in the dtype that they are multiplied in."""
+    batch = batch.to(device)
+    if not _exact_in_half(batch):
+        batch = batch.to(torch.float32)
+    require_finite(batch)
+    return batch
 
 
 def require_finite(batch: Float[Tensor, "tokens features"]) -> None:
@@ -254,7 +288,7 @@ def _check_shapes(batch: Tensor, assignment: Tensor, *, features: int) -> None:
 
 def _add_upper_(gram: Tensor, tokens: Tensor) -> None:
     """Add ``tokensᵀ tokens`` to the upper triangle of ``gram``, panel by panel."""
-    panel = PANEL if gram.device.type == "cpu" else max(_PANEL_GPU, gram.shape[0] // 6)
+    panel = PANEL if gram.device.type == "cpu" else _panel_on_gpu(gram.shape[0])
     with full_precision():
         for start in range(0, gram.shape[0], panel):
             stop = start + panel
@@ -265,6 +299,11 @@ def _add_upper_(gram: Tensor, tokens: Tensor) -> None:
                 gram[start:stop, start:] += torch.mm(left, right, out_dtype=torch.float32)
             else:
                 gram[start:stop, start:] += left @ right
+
+
+def _panel_on_gpu(features: int) -> int:
+    """Return a width of panels: about a sixth, and 16-byte pieces, which a GPU multiplies fastest."""
+    return max(_PANEL_GPU, -(-features // (6 * _PANEL_STEP)) * _PANEL_STEP)
 
 
 def _mirror_(gram: Tensor) -> None:

@@ -5,8 +5,8 @@ import torch
 
 from entangle.calibration import CalibrationSet
 from entangle.evaluation import EvaluationText, perplexity
-from entangle.expansion import expand
-from entangle.expansion.build import _joined
+from entangle.expansion import build, expand
+from entangle.expansion.build import HiddenStates, _joined
 from entangle.models.blocks import BlockRunner
 from entangle.models.loading import LanguageModel
 
@@ -53,3 +53,30 @@ def test_calibration_tokens_go_no_further_than_the_last_expanded_block(
     assert same.model is not None
     assert one.perplexity is not None
     assert one.perplexity.value == pytest.approx(perplexity(same.model, text).value, rel=1e-5)
+
+
+def test_calibration_states_are_let_go_before_the_last_blocks_experts_are_solved(
+    tiny: Callable[[str], LanguageModel],
+    calibration: CalibrationSet,
+    text: EvaluationText,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    events = list[str]()
+    close, solve = HiddenStates.close, build._expand_group
+
+    def closed(self: HiddenStates) -> None:
+        events.append("closed")
+        close(self)
+
+    def solved(*args: object) -> object:
+        events.append("solved")
+        return solve(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(HiddenStates, "close", closed)
+    monkeypatch.setattr(build, "_expand_group", solved)
+    expand(
+        tiny("llama"), calibration, experts=2, sparsity=0.5, restarts=1, layers=[0, 1],
+        evaluation=text, progress=False,
+    )  # fmt: skip
+    groups = 2  # of a block: gate and up, down
+    assert events == ["solved"] * groups + ["closed"] + ["solved"] * groups

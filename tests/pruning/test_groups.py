@@ -1,11 +1,13 @@
 """Experts in groups; a GPU whose memory runs out is played by tensors on the meta device."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
+from entangle.pruning.factor import Factor
 from entangle.pruning.groups import in_groups
 from entangle.pruning.problem import Problem, prepare
 from entangle.pruning.result import PruneResult
@@ -23,6 +25,9 @@ class Solver:
         if count > self.most:
             raise torch.OutOfMemoryError("no room")
         which = torch.arange(problem.first, problem.first + count).float()
+        if problem.factor is not None:
+            assert problem.factor.damping.tolist() == which.tolist()
+            assert len(problem.factor.upper) == count
         weight = which[:, None, None].expand(-1, 2, 3)
         return PruneResult(weight, weight > 0, weight[..., 0], which, weight[..., 0])
 
@@ -49,6 +54,12 @@ def test_smaller_groups_until_they_fit(
     assert result.weight.shape == (experts, 2, 3)
     assert max(count for _, count in solver.seen[-1:]) <= most
     assert ("GPU memory ran out" in caplog.text) == (experts > most)
+
+
+def test_a_known_factor_goes_with_its_experts() -> None:
+    factor = Factor(torch.zeros(5, 3, 3), torch.arange(5.0))
+    result = in_groups(replace(_problem(5, "meta"), factor=factor), Solver(2))
+    assert result.damping.tolist() == list(range(5))
 
 
 def test_one_expert_that_does_not_fit_is_an_error() -> None:

@@ -185,3 +185,16 @@ def test_a_gram_that_the_solver_cannot_hold_names_the_expert() -> None:
     gram[1] *= 1e96
     with pytest.raises(NumericalError, match="`gram` of expert 1 holds NaN or infinity"):
         _prepare(weight=weight, gram=gram)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_last_of_many_weights_and_grams_is_checked(dtype: torch.dtype, bad: float) -> None:
+    weight, gram = torch.ones(3, 2, 40, dtype=dtype), torch.eye(40).repeat(3, 1, 1)
+    weight[2, 1, 39] = bad
+    for broken in (weight, weight[2].expand(4, -1, -1)):
+        with pytest.raises(InvalidInput, match="`weight` must be finite"):
+            _prepare(weight=broken, gram=None)
+    gram[2, 39, 39] = bad
+    with pytest.raises(NumericalError, match="`gram` of expert 2 holds NaN or infinity"):
+        _prepare(weight=torch.ones(3, 2, 40, dtype=dtype), gram=gram)

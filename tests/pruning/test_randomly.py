@@ -1,6 +1,10 @@
+from dataclasses import replace
+
 import torch
 
 from entangle.pruning import prune_random
+from entangle.pruning.problem import prepare
+from entangle.pruning.randomly import solve
 
 
 def test_seed_decides() -> None:
@@ -31,3 +35,10 @@ def test_zeros_are_nested_and_independent_of_the_other_rows() -> None:
     some = prune_random(weight, sparsity=0.3, seed=0, rows=torch.tensor([4, 1]))
     assert torch.equal(some.mask[:, [1, 4]], less.mask[:, [1, 4]])
     assert some.mask[:, [0, 2, 3, 5]].all()
+
+
+def test_experts_solved_later_draw_as_among_all() -> None:
+    weight = torch.ones(5, 6, 32)
+    together = prune_random(weight, sparsity=0.5, seed=0)
+    rest = prepare(weight[2:], None, sparsity=0.5, pattern="row", rows=None, bits=None)
+    assert torch.equal(solve(replace(rest, first=2), seed=0).mask, together.mask[2:])

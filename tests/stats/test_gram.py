@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from entangle.errors import InvalidInput, NumericalError
-from entangle.stats.gram import PANEL, ClusterGrams, Gram, require_finite
+from entangle.stats.gram import PANEL, ClusterGrams, Gram, require_finite, sum_grams
 from tests.reference import routing as reference
 
 
@@ -53,6 +53,20 @@ def test_clusters_by_hand() -> None:
     assert result.count.tolist() == [1, 0, 2]
     assert result.overall().gram.tolist() == [[5.0, 2.0], [2.0, 10.0]]
     assert result.overall().count == 3
+
+
+def test_sets_of_tokens_are_summed_by_themselves() -> None:
+    x = torch.tensor([[1.0, 0.0], [2.0, 1.0], [0.0, 3.0]])
+    grams = sum_grams([[x[1:2]], [], iter([x[:1], x[2:]])], 2, device=torch.device("cpu"))
+    assert grams.tolist() == [[[4.0, 2.0], [2.0, 1.0]], [[0.0] * 2] * 2, [[1.0, 0.0], [0.0, 9.0]]]
+    wide = tokens(50, PANEL + 44)
+    (found,) = sum_grams([wide.split(17)], PANEL + 44, device=torch.device("cpu"))
+    np.testing.assert_allclose(found, reference.gram(wide.double().numpy()), rtol=1e-5, atol=1e-4)
+    assert torch.equal(found, found.mT)
+    with pytest.raises(NumericalError, match="1 of 50 tokens"):
+        sum_grams(
+            [[wide.index_fill(0, torch.tensor(3), torch.inf)]], PANEL + 44, device=wide.device
+        )
 
 
 @given(seed=st.integers(0, 1000), k=st.integers(1, 6), size=st.integers(1, 40))

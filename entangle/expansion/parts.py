@@ -1,0 +1,262 @@
+"""Experts of the layers that read one input, a few clusters at a time.
+
+The grams of 16 clusters of a 7B model's down projection are 7.8 GB. Where the recorded inputs lie
+on a GPU, the tokens of a cluster can be gathered from them, so that only the grams of a few
+clusters are held, until the experts of all layers are solved with them.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from itertools import chain
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from entangle.expansion.solve import (
+    Experts,
+    SolvedPart,
+    SolverSettings,
+    Sparsity,
+    dense_energy,
+    join_parts,
+    prune_part,
+    squared_errors,
+)
+from entangle.models.layers import Layer
+from entangle.pruning.factor import Factor, inverse_factor
+from entangle.recording.stream import TokenStore
+from entangle.stats.gram import sum_grams
+
+_LOG = logging.getLogger(__name__)
+
+_BATCH = 2**13
+_WORK_BYTES = 2 * 2**30
+_WORK_SHARE = 3 / 4
+_FACTOR_WORK = 1 / 3  # of a gram, beside the gram and its factor
+_COPIES_FUSED, _COPIES = 1.75, 6  # of an expert's rows in float32, at most, while it is solved
+
+Solved = tuple[SolvedPart, float]
+"""A layer's experts of some clusters, and its energy on their tokens."""
+
+
+class ClusterTokens:
+    """The tokens of a record, cluster by cluster.
+
+    Parameters
+    ----------
+    store
+        All of it in memory, on one device.
+    labels
+        Cluster of every token.
+    k
+        Number of clusters.
+    """
+
+    def __init__(self, store: TokenStore, labels: Int64[Tensor, " tokens"], k: int) -> None:
+        self._chunks = [rows for _, rows in store.blocks(max(1, store.n_tokens))]
+        self._features = self._chunks[0].shape[1]
+        self._order: list[tuple[Tensor, ...]] = []
+        sizes = []
+        for rows, own in zip(
+            self._chunks, labels.split([len(rows) for rows in self._chunks]), strict=True
+        ):
+            order = own.to(rows.device).argsort(stable=True)
+            sizes.append(torch.bincount(own, minlength=k))
+            self._order.append(order.split(sizes[-1].tolist()))
+        self.count: Int64[Tensor, " k"] = torch.stack(sizes).sum(0)
+        """Tokens of each cluster."""
+
+    def batches(self, cluster: int) -> Iterator[Float[Tensor, "tokens features"]]:
+        """Yield a cluster's tokens in order, 8,192 at a time, each time in the same memory."""
+        size = max(1, min(_BATCH, sum(len(order[cluster]) for order in self._order)))
+        rows, held = self._chunks[0].new_empty(size, self._features), 0
+        for chunk, order in zip(self._chunks, self._order, strict=True):
+            left = order[cluster]
+            while len(left):
+                some, left = left.tensor_split([size - held])
+                torch.index_select(chunk, 0, some, out=rows[held : held + len(some)])
+                held += len(some)
+                if held == size:
+                    yield rows
+                    held = 0
+        if held:
+            yield rows[:held]
+
+    def grams(self, clusters: Sequence[int], device: torch.device) -> Float[Tensor, "part _ _"]:
+        """Return ``XᵀX`` of some clusters."""
+        sets = [self.batches(cluster) for cluster in clusters]
+        return sum_grams(sets, self._features, device=device)
+
+    def average(self, device: torch.device) -> Float[Tensor, "_ _"]:
+        """Return ``XᵀX`` of all tokens, divided by their number."""
+        everything = chain.from_iterable(chunk.split(_BATCH) for chunk in self._chunks)
+        whole = sum_grams([everything], self._features, device=device)[0]
+        return whole.div_(int(self.count.sum()))
+
+
+def solve_in_parts(
+    layers: Sequence[Layer],
+    store: TokenStore,
+    labels: Int64[Tensor, " tokens"],
+    sparsity: Sequence[Sparsity],
+    settings: SolverSettings,
+    *,
+    k: int,
+) -> list[Experts]:
+    """Prune the dense weights of layers with one input once for every cluster.
+
+    As `entangle.expansion.solve.solve_experts` on the clusters' grams, to rounding.
+
+    Parameters
+    ----------
+    layers
+        They read one input.
+    store
+        That input, all of it in memory.
+    labels
+        Cluster of every token.
+    sparsity
+        Of each layer.
+    settings
+        Pruner, pattern and the like.
+    k
+        Number of clusters.
+
+    Raises
+    ------
+    torch.OutOfMemoryError
+        If memory runs out with one cluster. With more, half as many are tried.
+    """
+    size = _clusters_at_once(layers, store.n_bytes, settings, k)
+    return _solve_in_parts(layers, store, labels, sparsity, settings, k=k, size=size)
+
+
+def _clusters_at_once(
+    layers: Sequence[Layer], input_bytes: int, settings: SolverSettings, k: int
+) -> int:
+    """Return how many clusters to solve together, so that the parts are of about one size.
+
+    The work memory is 3/4 of what inputs and experts take, which is held anyway, and at least
+    2 GiB. It does not depend on what is free, so that one seed gives one result.
+    """
+    weights = [layer.weight for layer in layers]
+    held = input_bytes + k * sum(weight.numel() * weight.element_size() for weight in weights)
+    work = max(_WORK_BYTES, _WORK_SHARE * held)
+    most = max(1, int(work / _bytes_a_cluster(weights, settings)))
+    parts = -(-k // most)
+    return -(-k // parts)
+
+
+def _bytes_a_cluster(weights: Sequence[Tensor], settings: SolverSettings) -> int:
+    """Return the most that solving one cluster takes: gram, factor, and copies of the rows."""
+    width = max(4, *(weight.element_size() for weight in weights))
+    fused = settings.pruner == "sparsegpt" and settings.bits is None and width == 4
+    fused = fused and settings.pattern in ("row", "block")
+    gram = width * weights[0].shape[1] ** 2
+    rows = width * max(weight.numel() for weight in weights)
+    solving = (_COPIES_FUSED if fused else _COPIES) * rows
+    return int(2 * gram + max(_FACTOR_WORK * gram, solving))
+
+
+class _Group:
+    """Layers with one input, and how the experts of some of its clusters are solved."""
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        tokens: ClusterTokens,
+        sparsity: Sequence[Sparsity],
+        settings: SolverSettings,
+    ) -> None:
+        self.tokens = tokens
+        self.missing: list[int] = (layers[0].in_features - tokens.count).clamp_min(0).tolist()
+        self._layers, self._sparsity, self._settings = layers, sparsity, settings
+        self._device = layers[0].weight.device
+        self._average = tokens.average(self._device) if any(self.missing) else None
+
+    def solve(self, clusters: range) -> list[Solved]:
+        """Return each layer's experts of some clusters, and its energy on their tokens."""
+        grams = self.tokens.grams(clusters, self._device)
+        whole = grams.sum(0)
+        energies = [dense_energy(layer, whole) for layer in self._layers]
+        del whole
+        self._shrink_(grams, clusters)
+        factor = self._factor(grams, clusters.start)
+        pruned = [
+            prune_part(layer, grams, share, self._settings, first=clusters.start, factor=factor)
+            for layer, share in zip(self._layers, self._sparsity, strict=True)
+        ]
+        del factor
+        self._restore_(grams, clusters)
+        errors = [
+            squared_errors(layer, experts.weight, grams)
+            for layer, experts in zip(self._layers, pruned, strict=True)
+        ]
+        parts = map(SolvedPart, pruned, errors)
+        return list(zip(parts, energies, strict=True))
+
+    def _shrink_(self, grams: Tensor, clusters: range) -> None:
+        """Shrink the grams of short clusters as `entangle.expansion.solve.shrunk_grams` does."""
+        for gram, cluster in zip(grams, clusters, strict=True):
+            if self._average is not None and self.missing[cluster]:
+                gram.add_(self._average, alpha=self.missing[cluster])
+
+    def _restore_(self, grams: Tensor, clusters: range) -> None:
+        """Undo `_shrink_`, by summing again what few tokens such a cluster has."""
+        for gram, cluster in zip(grams, clusters, strict=True):
+            if self.missing[cluster]:
+                gram.copy_(self.tokens.grams([cluster], self._device)[0])
+
+    def _factor(self, grams: Tensor, first: int) -> Factor | None:
+        """Factorise the grams, where several layers are solved with them."""
+        wide = any(layer.weight.dtype == torch.float64 for layer in self._layers)
+        if len(self._layers) == 1 or wide or self._settings.pruner != "sparsegpt":
+            return None
+        return inverse_factor(grams, damping=self._settings.damping, first=first)
+
+
+def _solve_in_parts(
+    layers: Sequence[Layer],
+    store: TokenStore,
+    labels: Tensor,
+    sparsity: Sequence[Sparsity],
+    settings: SolverSettings,
+    *,
+    k: int,
+    size: int,
+) -> list[Experts]:
+    """Solve ``size`` clusters at a time, or fewer and fewer where a GPU's memory runs out."""
+    group = _Group(layers, ClusterTokens(store, labels, k), sparsity, settings)
+    found: list[list[Solved]] = []
+    start = 0
+    while start < k:
+        clusters = range(start, min(start + size, k))
+        solved = _try(group, clusters)
+        if solved is None:
+            size = (len(clusters) + 1) // 2
+            _LOG.warning("GPU memory ran out: solving %d of %d experts at a time", size, k)
+            torch.cuda.empty_cache()
+            continue
+        found.append(solved)
+        start = clusters.stop
+    experts = []
+    for _ in layers:
+        parts, energies = zip(*[solved.pop(0) for solved in found], strict=True)
+        experts.append(
+            join_parts(
+                parts, energy=sum(energies), tokens=group.tokens.count,
+                shrunk=sum(missing > 0 for missing in group.missing),
+            )
+        )  # fmt: skip
+    return experts
+
+
+def _try(group: _Group, clusters: range) -> list[Solved] | None:
+    """Solve a part; None if memory runs out with more than one cluster."""
+    try:
+        return group.solve(clusters)
+    except torch.OutOfMemoryError:
+        if len(clusters) == 1:
+            raise
+        return None
