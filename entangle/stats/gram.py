@@ -302,7 +302,7 @@ def _add_upper_(gram: Tensor, tokens: Tensor) -> None:
 
 
 def _panel_on_gpu(features: int) -> int:
-    """Return a width of panels: about a sixth, and 16-byte pieces, which a GPU multiplies fastest."""
+    """Return a width of panels: about a sixth, in 16-byte pieces, which multiply fastest."""
     return max(_PANEL_GPU, -(-features // (6 * _PANEL_STEP)) * _PANEL_STEP)
 
 
