@@ -53,7 +53,7 @@ class Pca:
         return torch.stack(pieces)
 
 
-def fit_pca(blocks: Iterable[Float32[Tensor, "_ _"]], n_components: int | None = None) -> Pca:
+def fit_pca(blocks: Iterable[Float[Tensor, "_ _"]], n_components: int | None = None) -> Pca:
     """Fit the leading principal components of the tokens in ``blocks``.
 
     There must be at least one block; by default ``features // 32`` components, at least 1. The
