@@ -6,6 +6,7 @@ device at their first use (a few tenths of a second each), so that no compiler n
 
 import ctypes
 import logging
+import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cache
@@ -107,12 +108,23 @@ def _driver() -> ctypes.CDLL:
     return torch.cuda._utils._get_gpu_runtime_library()
 
 
+def source_text(source: str) -> str:
+    """Return the text of a file of kernels, with the headers of this folder that it includes."""
+    folder = resources.files(__package__)
+
+    def header(line: re.Match[str]) -> str:
+        return folder.joinpath(line[1]).read_text("utf-8")
+
+    text = folder.joinpath(f"{source}.cu").read_text("utf-8")
+    return re.sub(r'^#include "(\w+\.cuh)"\n', header, text, flags=re.MULTILINE)
+
+
 @cache
 def _kernel(source: str, function: str, number: str, device: int) -> Any:
     """Return one kernel for the current device; all of a file are compiled together."""
     key = source, number, device
     if key not in _MODULES:
-        text = resources.files(__package__).joinpath(f"{source}.cu").read_text("utf-8")
+        text = source_text(source)
         compile_kernel: Callable[..., Any] = torch.cuda._compile_kernel
         compiled = compile_kernel(f"#define NUMBER {number}\n{text}", function)
         _MODULES[key] = torch.cuda._utils._CudaModule(compiled.module)

@@ -59,7 +59,7 @@ __device__ __forceinline__ u32 block_scan(u32 value, u32* sums) {
     return before + value;
 }
 
-// value / unit, to the last bit, given 1 / unit; as in sketch.cu.
+// value / unit, to the last bit, given 1 / unit.
 __device__ __forceinline__ float divided(float value, float unit, float inverse) {
     const float x = value * inverse;
     return fabsf(x) < INFINITE ? fmaf(fmaf(-x, unit, value), inverse, x) : value / unit;

@@ -1,352 +1,216 @@
-// Statistics of the outputs of a layer, one pass over them (see stats/sketch.py, stats/bins.py).
-// A thread block works on 64 neurons and on every gridDim.y-th part of the tokens: a warp reads one
-// token's outputs at a time, and counts go to histograms in shared memory, two bins in a word.
-// NUMBER, the type of the outputs, is defined before this file: float, half16 or bfloat16.
+#include "tile.cuh"
 
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef unsigned char u8;
+// Statistics of all outputs.
 
-#define NEURONS 64
-#define WARPS 32
-#define PER_OCTAVE_SHIFT 17  // 64 bins an octave: the six leading bits of the fraction
-#define ONE (0x3F800000 >> PER_OCTAVE_SHIFT)
-#define ALL 0xffffffffu
-#define INFINITE __int_as_float(0x7f800000)
-#define AHEAD 4  // tokens whose loads are under way at the same time
+struct Powers {
+    float first, second, third, fourth;
 
-__device__ __forceinline__ float as_float(float value) { return value; }
-
-struct half16 { u16 bits; };
-struct bfloat16 { u16 bits; };
-
-__device__ __forceinline__ float as_float(half16 value) {
-    float wide;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(value.bits));
-    return wide;
-}
-
-__device__ __forceinline__ float as_float(bfloat16 value) {
-    return __uint_as_float((u32)value.bits << 16);
-}
-
-// value / unit, to the last bit, given 1 / unit.
-__device__ __forceinline__ float divided(float value, float unit, float inverse) {
-    const float x = value * inverse;
-    return fabsf(x) < INFINITE ? fmaf(fmaf(-x, unit, value), inverse, x) : value / unit;
-}
-
-// The bin of a value that is not negative; NaN goes to the last one.
-__device__ __forceinline__ int magnitude_bin(float magnitude, int bins) {
-    return min((__float_as_int(magnitude + 1.0f) >> PER_OCTAVE_SHIFT) - ONE, bins - 1);
-}
-
-// The bin of any finite value; it rises with the value.
-__device__ __forceinline__ int signed_bin(float x, int half) {
-    const int sign = __float_as_int(x + 0.0f) >> 31;  // -1 where negative, not for -0.0
-    return half + (magnitude_bin(fabsf(x), half) ^ sign);
-}
-
-// Clear a thread block's counts, and the span of the bins that it counts in.
-__device__ __forceinline__ void clear_counts(u32* counted, int words, int (*span)[NEURONS]) {
-    uint4* quads = (uint4*)counted;
-    for (int i = threadIdx.x; i < NEURONS / 4 * (words + 1); i += 32 * WARPS)
-        quads[i] = make_uint4(0, 0, 0, 0);
-    if (threadIdx.x < NEURONS) {
-        span[0][threadIdx.x] = 2 * words - 1;
-        span[1][threadIdx.x] = 0;
-    }
-    __syncthreads();
-}
-
-// Widen the span of one neuron's bins; all have to before the counts are flushed.
-__device__ __forceinline__ void widen(int (*span)[NEURONS], int neuron, int low, int high) {
-    atomicMin(&span[0][neuron], low);
-    atomicMax(&span[1][neuron], high);
-}
-
-// Add what a thread block counted, (NEURONS, words + 1), to counts (neurons, 2 * words).
-__device__ __forceinline__ void flush_counts(
-    const u32* counted, int words, int (*span)[NEURONS], int* counts, int first, int neurons) {
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    __syncthreads();
-    for (int i = warp; i < NEURONS && first + i < neurons; i += WARPS) {
-        int* own = counts + (size_t)(first + i) * 2 * words;
-        for (int word = (span[0][i] >> 1) + lane; word <= span[1][i] >> 1; word += 32) {
-            const u32 two = counted[i * (words + 1) + word];
-            if (two & 0xffffu) atomicAdd(own + 2 * word, (int)(two & 0xffffu));
-            if (two >> 16) atomicAdd(own + 2 * word + 1, (int)(two >> 16));
-        }
-    }
-}
-
-// Tell the block that finishes last among those of one tile of neurons; all threads take part.
-__device__ __forceinline__ bool is_last(u32* tickets, u32* slot) {
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        *slot = atomicAdd(tickets + blockIdx.x, 1u) == gridDim.y - 1;
-        if (*slot) tickets[blockIdx.x] = 0;
-    }
-    __syncthreads();
-    __threadfence();
-    return *slot;
-}
-
-struct Moments {
-    float first, second, third, fourth, low, high;
-    double rare[4];
-    int flags;  // 1: a NaN was seen, 2: an infinity
-
-    __device__ __forceinline__ void clear() {
-        first = second = third = fourth = 0.0f;
-        rare[0] = rare[1] = rare[2] = rare[3] = 0.0;
-        low = INFINITE;
-        high = -low;
-        flags = 0;
-    }
-
-    // Take one value, given its distance from the centre of the bins, their unit and its inverse;
-    // return its bin.
-    __device__ __forceinline__ int add(float gap, float unit, float inverse, int half) {
-        float x = divided(gap, unit, inverse);
-        if (!(fabsf(x) < INFINITE)) {
-            flags |= x != x ? 1 : 2;
-            x = 0.0f;
-        }
-        low = fminf(low, x);
-        high = fmaxf(high, x);
+    // Take a value that is near, and count it.
+    __device__ __forceinline__ void add(float y, const Place& at, u32* own) {
+        const float gap = y - at.centre, ratio = gap * at.inverse, x = refined(gap, ratio, at);
         const float square = x * x;
-        if (fabsf(x) < 65536.0f) {
-            first += x;
-            second += square;
-            third += square * x;
-            fourth += square * square;
-        } else {  // the fourth power may overflow
-            const double wide = x, twice = wide * wide;
-            rare[0] += wide;
-            rare[1] += twice;
-            rare[2] += twice * wide;
-            rare[3] += twice * twice;
-        }
-        return signed_bin(x, half);
+        first += x;
+        second += square;
+        third = fmaf(square, x, third);
+        fourth = fmaf(square, square, fourth);
+        const int k = (__float_as_int(fabsf(x) + 1.0f) >> PER_OCTAVE_SHIFT) - ONE;
+        count(own, k, ratio < 0.0f ? 65536u : 1u);
     }
 };
 
-// Count one more in a bin.
-__device__ __forceinline__ void count(u32* own, int bin) {
-    atomicAdd(own + (bin >> 1), bin & 1 ? 65536u : 1u);
+// A thread's share of the outputs.
+struct Share {
+    const NUMBER* from;
+    size_t pitch;  // between its tokens, in numbers
+    int tokens, gap;  // between its columns
+    Place at[2];
+    float reach;  // values nearer than this, in units, lie below the last bin
+};
+
+// Load some outputs, and find both neurons' least and greatest distance from the centre; false
+// where one is NaN or beyond reach.
+template <bool PAIRED>
+__device__ __forceinline__ bool load_near(
+    const Share& my, const NUMBER* from, int here, Two<NUMBER>* y, float (*ends)[2]) {
+    #pragma unroll
+    for (int i = 0; i < AHEAD; ++i)
+        y[i] = two_at<PAIRED>(i < here ? from + i * my.pitch : from, my.gap);
+    Two<NUMBER> low = y[0], high = y[0];
+    #pragma unroll
+    for (int i = 1; i < AHEAD; ++i) widen(low, high, y[i]);
+    ends[0][0] = low.left() - my.at[0].centre;
+    ends[0][1] = high.left() - my.at[0].centre;
+    ends[1][0] = low.right() - my.at[1].centre;
+    ends[1][1] = high.right() - my.at[1].centre;
+    const float inverse[2] = {my.at[0].inverse, my.at[1].inverse};
+    return (fabsf(ends[0][0] * inverse[0]) < my.reach) & (fabsf(ends[0][1] * inverse[0]) < my.reach)
+        & (fabsf(ends[1][0] * inverse[1]) < my.reach) & (fabsf(ends[1][1] * inverse[1]) < my.reach);
 }
 
-// Sum one number of every thread over the warps, in a fixed order: totals[n] of neuron n.
-__device__ __forceinline__ void sum_over_warps(double (*shared)[NEURONS], double a, double b) {
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    __syncthreads();
-    shared[warp][lane] = a;
-    shared[warp][lane + 32] = b;
-    __syncthreads();
-    if (threadIdx.x < NEURONS) {
-        double total = 0.0;
-        for (int i = 0; i < WARPS; ++i) total += shared[i][threadIdx.x];
-        shared[0][threadIdx.x] = total;
+// Add some outputs, at most AHEAD; false if they are left, as one is not near.
+template <bool PAIRED>
+__device__ __forceinline__ bool add_some(
+    const Share& my, const NUMBER* from, int here, u32* own, Powers* sums, float (*span)[2]) {
+    Two<NUMBER> y[AHEAD];
+    float ends[2][2];
+    if (!load_near<PAIRED>(my, from, here, y, ends)) return false;
+    #pragma unroll
+    for (int side = 0; side < 2; ++side) {
+        span[side][0] = fminf(span[side][0], ends[side][0]);
+        span[side][1] = fmaxf(span[side][1], ends[side][1]);
+    }
+    #pragma unroll
+    for (int i = 0; i < AHEAD; ++i)
+        if (i < here) {
+            sums[0].add(y[i].left(), my.at[0], own);
+            sums[1].add(y[i].right(), my.at[1], own + 32);
+        }
+    return true;
+}
+
+// Add the outputs; false if some are left.
+template <bool PAIRED>
+__device__ __forceinline__ bool add_near(
+    const Share& my, u32* own, Powers* sums, float (*span)[2]) {
+    const NUMBER* from = my.from;
+    bool all = true;
+    int left = my.tokens;
+    #pragma unroll 1
+    for (; left >= AHEAD; left -= AHEAD, from += AHEAD * my.pitch)
+        all &= add_some<PAIRED>(my, from, AHEAD, own, sums, span);
+    return left ? add_some<PAIRED>(my, from, left, own, sums, span) && all : all;
+}
+
+// What is found of one neuron, in shared memory: extremes of x as ordered integers.
+struct Found { int low[NEURONS], high[NEURONS]; };
+
+__device__ __forceinline__ void widen(Found& found, int slot, float low, float high) {
+    atomicMin(&found.low[slot], ordered(low));
+    atomicMax(&found.high[slot], ordered(high));
+}
+
+// Add the outputs that add_near left. nan and inf: flags of the first of the thread's neurons.
+__device__ __forceinline__ void add_far(
+    const Share& my, u32* own, int rows, double (*sums)[4], Found& found, u8* nan, u8* inf) {
+    const NUMBER* from = my.from;
+    #pragma unroll 1
+    for (int left = my.tokens; left > 0; left -= AHEAD, from += AHEAD * my.pitch) {
+        Two<NUMBER> y[AHEAD];
+        float ends[2][2];
+        const int here = min(left, AHEAD);
+        if (load_near<false>(my, from, here, y, ends)) continue;
+        #pragma unroll 1
+        for (int i = 0; i < here; ++i)
+            #pragma unroll
+            for (int side = 0; side < 2; ++side) {
+                const float value = as_float(from[i * my.pitch + side * my.gap]);
+                float x = (value - my.at[side].centre) / my.at[side].unit;
+                if (!(fabsf(x) < INFINITE)) {
+                    (x != x ? nan : inf)[side * my.gap] = 1;
+                    x = 0.0f;
+                }
+                const double wide = x, square = wide * wide;
+                sums[side][0] += wide;
+                sums[side][1] += square;
+                sums[side][2] += square * wide;
+                sums[side][3] += square * square;
+                widen(found, (threadIdx.x & 31) + 32 * side, x, x);
+                const int k = magnitude_bin(fabsf(x), rows);
+                count(own + 32 * side, k, x < 0.0f ? 65536u : 1u);
+            }
     }
 }
 
-// As sum_over_warps: the smallest.
-__device__ __forceinline__ void least_over_warps(double (*shared)[NEURONS], double a, double b) {
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    __syncthreads();
-    shared[warp][lane] = a;
-    shared[warp][lane + 32] = b;
-    __syncthreads();
-    if (threadIdx.x < NEURONS) {
-        double least = shared[0][threadIdx.x];
-        for (int i = 1; i < WARPS; ++i) least = fmin(least, shared[i][threadIdx.x]);
-        shared[0][threadIdx.x] = least;
-    }
+// The least or greatest of two floats in memory; neither is NaN.
+__device__ __forceinline__ void lower(float* place, float x) {
+    if (__float_as_int(x) < 0) atomicMax((u32*)place, __float_as_uint(x));
+    else atomicMin((int*)place, __float_as_int(x));
 }
 
-// Outputs (tokens, neurons) with `stride` numbers between rows. counts (neurons, 2 * words), powers
+__device__ __forceinline__ void raise(float* place, float x) {
+    if (__float_as_int(x) < 0) atomicMin((u32*)place, __float_as_uint(x));
+    else atomicMax((int*)place, __float_as_int(x));
+}
+
+// Outputs (tokens, neurons) with `stride` numbers between rows. counts (neurons, 2 * rows), powers
 // (4, neurons), group_powers (2, neurons), low, high, nan, inf (neurons,) are added to. `partial`
-// (8, gridDim.y, neurons) is work space; `tickets` (gridDim.x,) is zero before and after.
-// Dynamic shared memory: 4 * NEURONS * (words + 1) bytes.
+// (4, gridDim.y, neurons) is work space; `tickets` (gridDim.x,) is zero before and after.
+// Dynamic shared memory: 4 * NEURONS * rows bytes, and at least 4 * 8 * NEURONS * WARPS.
 extern "C" __global__ void __launch_bounds__(32 * WARPS) add_outputs(
     const NUMBER* __restrict__ outputs, const float* __restrict__ location,
     const float* __restrict__ scale, int* counts, double* powers, double* group_powers, float* low,
     float* high, u8* nan, u8* inf, double* partial, u32* tickets, int tokens, int neurons,
-    int stride, int words) {
-    extern __shared__ u32 counted[];
-    __shared__ double shared[WARPS][NEURONS];
-    __shared__ u32 slot;
-    __shared__ int span[2][NEURONS];
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    const int first = blockIdx.x * NEURONS, a = first + lane, b = a + 32;
-    clear_counts(counted, words, span);
-    // Columns beyond the last neuron repeat it; what they count is left.
-    const int column[2] = {min(a, neurons - 1), min(b, neurons - 1)};
-    const float centre[2] = {location[column[0]], location[column[1]]};
-    const float unit[2] = {scale[column[0]], scale[column[1]]};
-    const float inverse[2] = {1.0f / unit[0], 1.0f / unit[1]};
-    u32* own[2] = {counted + lane * (words + 1), counted + (lane + 32) * (words + 1)};
-    Moments sums[2];
-    sums[0].clear();
-    sums[1].clear();
-    const int step = WARPS * gridDim.y;
-    int token = warp * gridDim.y + blockIdx.y;
-    for (; token + (AHEAD - 1) * step < tokens; token += AHEAD * step) {
-        NUMBER y[AHEAD][2];
-        #pragma unroll
-        for (int i = 0; i < AHEAD; ++i)
-            #pragma unroll
-            for (int side = 0; side < 2; ++side)
-                y[i][side] = outputs[(size_t)(token + i * step) * stride + column[side]];
-        #pragma unroll
-        for (int i = 0; i < AHEAD; ++i)
-            #pragma unroll
-            for (int side = 0; side < 2; ++side) {
-                const float gap = as_float(y[i][side]) - centre[side];
-                count(own[side], sums[side].add(gap, unit[side], inverse[side], words));
-            }
+    int stride, int rows) {
+    extern __shared__ __align__(16) u32 counted[];
+    __shared__ Found found;
+    const int lane = threadIdx.x & 31, step = WARPS * gridDim.y;
+    const int begin = (threadIdx.x >> 5) * gridDim.y + blockIdx.y;
+    const Columns columns = my_columns((size_t)outputs, neurons, stride);
+    clear(counted, rows);
+    if (threadIdx.x < NEURONS) {
+        found.low[threadIdx.x] = ordered(INFINITE);
+        found.high[threadIdx.x] = ordered(-INFINITE);
     }
-    for (; token < tokens; token += step)
-        #pragma unroll
-        for (int side = 0; side < 2; ++side) {
-            const float y = as_float(outputs[(size_t)token * stride + column[side]]);
-            count(own[side], sums[side].add(y - centre[side], unit[side], inverse[side], words));
-        }
-    for (int side = 0; side < 2; ++side)
-        if (sums[side].low <= sums[side].high)
-            widen(span, lane + 32 * side, signed_bin(sums[side].low, words),
-                  signed_bin(sums[side].high, words));
-    flush_counts(counted, words, span, counts, first, neurons);
-    const int me = first + threadIdx.x, parts = gridDim.y;
-    const bool mine = threadIdx.x < NEURONS && me < neurons;
-    double* out = partial + (size_t)blockIdx.y * neurons + me;
-    const size_t next = (size_t)parts * neurons;
-    const Moments &l = sums[0], &r = sums[1];
-    sum_over_warps(shared, l.first + l.rare[0], r.first + r.rare[0]);
-    if (mine) out[0] = shared[0][threadIdx.x];
-    sum_over_warps(shared, l.second + l.rare[1], r.second + r.rare[1]);
-    if (mine) out[next] = shared[0][threadIdx.x];
-    sum_over_warps(shared, l.third + l.rare[2], r.third + r.rare[2]);
-    if (mine) out[2 * next] = shared[0][threadIdx.x];
-    sum_over_warps(shared, l.fourth + l.rare[3], r.fourth + r.rare[3]);
-    if (mine) out[3 * next] = shared[0][threadIdx.x];
-    least_over_warps(shared, l.low, r.low);
-    if (mine) out[4 * next] = shared[0][threadIdx.x];
-    least_over_warps(shared, -l.high, -r.high);
-    if (mine) out[5 * next] = shared[0][threadIdx.x];
-    sum_over_warps(shared, l.flags & 1, r.flags & 1);
-    if (mine) out[6 * next] = shared[0][threadIdx.x];
-    sum_over_warps(shared, l.flags & 2, r.flags & 2);
-    if (mine) out[7 * next] = shared[0][threadIdx.x];
-    if (!is_last(tickets, &slot) || !mine) return;
-    double total[8] = {0, 0, 0, 0, 0, 0, 0, 0};
-    for (int q = 0; q < 8; ++q) {
-        const double* in = partial + q * next + me;
-        total[q] = __ldcg(in);
-        for (int part = 1; part < parts; ++part) {
-            const double other = __ldcg(in + (size_t)part * neurons);
-            total[q] = q == 4 || q == 5 ? fmin(total[q], other) : total[q] + other;
-        }
+    __syncthreads();
+    Share my;
+    my.from = outputs + (size_t)begin * stride + columns.a;
+    my.pitch = (size_t)step * stride;
+    my.tokens = begin < tokens ? (tokens - 1 - begin) / step + 1 : 0;
+    my.gap = columns.b - columns.a;
+    my.at[0] = place_at(location[columns.a], scale[columns.a]);
+    my.at[1] = place_at(location[columns.b], scale[columns.b]);
+    my.reach = 0.9f * ((1 << rows / 64) - 1);
+    Powers sums[2] = {};
+    float span[2][2] = {{INFINITE, -INFINITE}, {INFINITE, -INFINITE}};
+    const bool all = columns.paired ? add_near<true>(my, counted + lane, sums, span)
+                                    : add_near<false>(my, counted + lane, sums, span);
+    double own[2][4];
+    #pragma unroll
+    for (int side = 0; side < 2; ++side) {
+        own[side][0] = sums[side].first;
+        own[side][1] = sums[side].second;
+        own[side][2] = sums[side].third;
+        own[side][3] = sums[side].fourth;
+        if (span[side][0] > span[side][1]) continue;
+        const Place& at = my.at[side];
+        widen(found, lane + 32 * side, refined(span[side][0], span[side][0] * at.inverse, at),
+              refined(span[side][1], span[side][1] * at.inverse, at));
     }
-    for (int q = 0; q < 4; ++q) powers[(size_t)q * neurons + me] += total[q];
-    for (int q = 0; q < 2; ++q) group_powers[(size_t)q * neurons + me] += total[q];
-    low[me] = fminf(low[me], (float)total[4]);
-    high[me] = fmaxf(high[me], (float)-total[5]);
-    nan[me] |= total[6] > 0.0;
-    inf[me] |= total[7] > 0.0;
+    if (!all) add_far(my, counted + lane, rows, own, found, nan + columns.a, inf + columns.a);
+    __syncthreads();
+    int last = 0;  // row that has counts
+    for (int slot = lane; slot < NEURONS; slot += 32) {
+        const float low = unordered(found.low[slot]), high = unordered(found.high[slot]);
+        last = max(last, magnitude_bin(fmaxf(fabsf(low), fabsf(high)), rows));
+    }
+    for (int apart = 16; apart; apart >>= 1) last = max(last, __shfl_xor_sync(ALL, last, apart));
+    flush<true>(counted, (last / ROWS + 1) * ROWS, counts, 2 * rows, neurons);
+    const int slot = threadIdx.x % NEURONS, q = threadIdx.x / NEURONS, neuron = neuron_of(slot);
+    if (q == 0 && neuron < neurons) {
+        lower(low + neuron, unordered(found.low[slot]));
+        raise(high + neuron, unordered(found.high[slot]));
+    }
+    double sum;
+    if (!summed<4>(own, (double*)counted, partial, tickets, neurons, sum)) return;
+    powers[(size_t)q * neurons + neuron] += sum;
+    if (q < 2) group_powers[(size_t)q * neurons + neuron] += sum;
 }
 
-// Outputs at both tokens of some pairs, each (pairs, neurons); pairs at distance 0 are left out.
-// counts (neurons, 2 * words), sums (2, neurons): slope and |difference|, highest (neurons,).
-extern "C" __global__ void __launch_bounds__(32 * WARPS) add_pairs(
-    const NUMBER* __restrict__ one, const NUMBER* __restrict__ two, const float* __restrict__ distance,
-    const float* __restrict__ scale, int* counts, double* sums, float* highest, double* partial,
-    u32* tickets, int pairs, int neurons, int stride, int words) {
-    extern __shared__ u32 counted[];
-    __shared__ double shared[WARPS][NEURONS];
-    __shared__ u32 slot;
-    __shared__ int span[2][NEURONS];
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    const int first = blockIdx.x * NEURONS, a = first + lane, b = a + 32;
-    clear_counts(counted, words, span);
-    const int column[2] = {min(a, neurons - 1), min(b, neurons - 1)};
-    const float unit[2] = {scale[column[0]], scale[column[1]]};
-    const float inverse[2] = {1.0f / unit[0], 1.0f / unit[1]};
-    u32* own[2] = {counted + lane * (words + 1), counted + (lane + 32) * (words + 1)};
-    float slope[2] = {0.0f, 0.0f}, total[2] = {0.0f, 0.0f}, peak[2] = {0.0f, 0.0f};
-    int most[2] = {0, 0};
-    const int step = WARPS * gridDim.y;
-    #pragma unroll 4
-    for (int pair = warp * gridDim.y + blockIdx.y; pair < pairs; pair += step) {
-        const float apart = distance[pair];
-        if (!(apart > 0.0f)) continue;
-        const float weight = 1.0f / apart;
-        const size_t row = (size_t)pair * stride;
-        #pragma unroll
-        for (int side = 0; side < 2; ++side) {
-            const float dy = fabsf(
-                as_float(one[row + column[side]]) - as_float(two[row + column[side]]));
-            slope[side] += dy * weight;
-            total[side] += dy;
-            peak[side] = fmaxf(peak[side], dy);
-            const int bin = magnitude_bin(divided(dy, unit[side], inverse[side]), 2 * words);
-            most[side] = max(most[side], bin);
-            count(own[side], bin);
-        }
+// Credit counts (neurons, fold * joined), every `fold` bins joined, to a group, less what is
+// closed: group and closed (neurons, joined). One warp a neuron; low and high are its extremes.
+extern "C" __global__ void __launch_bounds__(256) close_group(
+    const int* __restrict__ counts, int* closed, int* group, const float* __restrict__ low,
+    const float* __restrict__ high, int neurons, int joined, int fold) {
+    const int neuron = blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5);
+    if (neuron >= neurons) return;
+    const int half = joined * fold / 2;
+    const int first = signed_bin(low[neuron], half) / fold;
+    const int last = signed_bin(high[neuron], half) / fold;
+    for (int bin = first + (threadIdx.x & 31); bin <= last; bin += 32) {
+        const size_t place = (size_t)neuron * joined + bin;
+        int sum = 0;
+        for (int i = 0; i < fold; ++i) sum += counts[place * fold + i];
+        group[place] += sum - closed[place];
+        closed[place] = sum;
     }
-    for (int side = 0; side < 2; ++side) widen(span, lane + 32 * side, 0, most[side]);
-    flush_counts(counted, words, span, counts, first, neurons);
-    const int me = first + threadIdx.x, parts = gridDim.y;
-    const bool mine = threadIdx.x < NEURONS && me < neurons;
-    double* out = partial + (size_t)blockIdx.y * neurons + me;
-    const size_t next = (size_t)parts * neurons;
-    sum_over_warps(shared, slope[0], slope[1]);
-    if (mine) out[0] = shared[0][threadIdx.x];
-    sum_over_warps(shared, total[0], total[1]);
-    if (mine) out[next] = shared[0][threadIdx.x];
-    least_over_warps(shared, -peak[0], -peak[1]);
-    if (mine) out[2 * next] = shared[0][threadIdx.x];
-    if (!is_last(tickets, &slot) || !mine) return;
-    double whole[3] = {0, 0, 0};
-    for (int part = 0; part < parts; ++part)
-        for (int q = 0; q < 3; ++q) {
-            const double value = __ldcg(partial + q * next + (size_t)part * neurons + me);
-            whole[q] = q == 2 ? fmin(whole[q], value) : whole[q] + value;
-        }
-    sums[me] += whole[0];
-    const double sum = sums[neurons + me] += whole[1];
-    highest[me] = sum != sum ? (float)sum : fmaxf(highest[me], (float)-whole[2]);
-}
-
-// Distances of rows of two matrices (pairs, features), one warp a pair.
-extern "C" __global__ void __launch_bounds__(256) distances(
-    const NUMBER* __restrict__ one, const NUMBER* __restrict__ two, float* out, int pairs,
-    int features, int stride) {
-    const int lane = threadIdx.x & 31, each = 16 / sizeof(NUMBER);  // numbers in 16 bytes
-    const int pair = blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5);
-    if (pair >= pairs) return;
-    one += (size_t)pair * stride;
-    two += (size_t)pair * stride;
-    float total = 0.0f;
-    int done = 0;
-    if ((((size_t)one | (size_t)two) & 15) == 0) {
-        for (int i = lane; i < features / each; i += 32) {
-            const uint4 first = ((const uint4*)one)[i], second = ((const uint4*)two)[i];
-            const NUMBER *a = (const NUMBER*)&first, *b = (const NUMBER*)&second;
-            #pragma unroll
-            for (int j = 0; j < each; ++j) {
-                const float gap = as_float(a[j]) - as_float(b[j]);
-                total += gap * gap;
-            }
-        }
-        done = features / each * each;
-    }
-    for (int i = done + lane; i < features; i += 32) {
-        const float gap = as_float(one[i]) - as_float(two[i]);
-        total += gap * gap;
-    }
-    for (int step = 16; step; step >>= 1) total += __shfl_xor_sync(ALL, total, step);
-    if (lane == 0) out[pair] = sqrtf(total);
 }

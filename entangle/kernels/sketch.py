@@ -1,6 +1,6 @@
 """Statistics of a layer's outputs in one pass over them, on a GPU."""
 
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -8,20 +8,24 @@ from torch import Tensor
 
 from entangle.kernels.compiled import launch, shared_limit, usable
 
-_NEURONS, _THREADS = 64, 1024
-_STATIC_BYTES = 17 * 1024
+Starts = tuple[int, int]
+"""Rows (a, b) of two matrices of as many rows: pair i joins row (a + i) % rows of the first with
+row (b + i) % rows of the second."""
+
+_NEURONS, _WARPS = 64, 32
+_STATIC_BYTES = 1024
 _NAMES = {torch.float32: "float", torch.float16: "half16", torch.bfloat16: "bfloat16"}
 _MOST_TOKENS = 60_000  # in 16 bits
-_FEWEST_TOKENS = 512
+_START_TOKENS = 512  # that take about as long as a thread block's start and end
 
 
-def fits(outputs: Float[Tensor, "tokens neurons"], n_bins: int) -> bool:
+def fits(outputs: Float[Tensor, "tokens neurons"], n_bins: int, *, bytes_a_count: int = 2) -> bool:
     """Tell whether the kernels can count these outputs in this many bins a neuron."""
     return (
         usable(outputs)
         and outputs.dtype in _NAMES
         and outputs.stride(1) == 1
-        and _shared_bytes(n_bins) + _STATIC_BYTES <= shared_limit(outputs.device)
+        and _NEURONS * n_bins * bytes_a_count + _STATIC_BYTES <= shared_limit(outputs.device)
     )
 
 
@@ -57,92 +61,165 @@ def add_outputs(
         Whether a value was NaN, or infinite.
     """
     tokens, neurons = outputs.shape
+    n_bins = counts.shape[1]
     tiles, parts = _grid(tokens, neurons, outputs.device)
     launch(
         "sketch",
         "add_outputs",
         number=_NAMES[outputs.dtype],
         grid=(tiles, parts),
-        threads=_THREADS,
+        threads=32 * _WARPS,
         arguments=[
             outputs, location, scale, counts, powers, group_powers, low, high, nan, inf,
-            *_work(8, parts, neurons, tiles, outputs.device),
-            tokens, neurons, outputs.stride(0), counts.shape[1] // 2,
+            *_work(4, parts, neurons, tiles, outputs.device),
+            tokens, neurons, outputs.stride(0), n_bins // 2,
         ],
-        shared_bytes=_shared_bytes(counts.shape[1]),
+        shared_bytes=_shared_bytes(n_bins // 2, sums=4),
     )  # fmt: skip
 
 
 def add_pairs(
-    first: Float[Tensor, "pairs neurons"],
-    second: Float[Tensor, "pairs neurons"],
+    first: Float[Tensor, "rows neurons"],
+    second: Float[Tensor, "rows neurons"],
     distance: Float[Tensor, " pairs"],
     scale: Float[Tensor, " neurons"],
     *,
+    starts: Starts,
     counts: Int[Tensor, "neurons bins"],
     sums: Float[Tensor, "two=2 neurons"],
     highest: Float[Tensor, " neurons"],
 ) -> None:
-    """Add ``d = |first - second|`` to the state of a pair sketch, which is changed in place.
+    """Add ``d = |y_a - y_b|`` of pairs to the state of a pair sketch, which is changed in place.
 
     Parameters
     ----------
     first, second
-        Outputs at both tokens of each pair, with equal strides.
+        Outputs at the pairs' tokens, with equal strides.
     distance
-        Distance of the inputs, float32; pairs at distance 0 are left out.
+        Distance of the inputs of every pair, float32; pairs at distance 0 are left out.
     scale
         Unit of the bins.
+    starts
+        Which rows make pair 0.
     counts
         Histogram over the bins of `entangle.stats.bins.magnitude_index`.
     sums
         Sums of d / distance and of d, float64.
     highest
-        Largest d.
+        Largest d; NaN where one is.
     """
-    pairs, neurons = first.shape
+    (rows, neurons), pairs = first.shape, distance.shape[0]
     tiles, parts = _grid(pairs, neurons, first.device)
     launch(
-        "sketch",
+        "pairs",
         "add_pairs",
         number=_NAMES[first.dtype],
         grid=(tiles, parts),
-        threads=_THREADS,
+        threads=32 * _WARPS,
         arguments=[
             first, second, distance, scale, counts, sums, highest,
-            *_work(3, parts, neurons, tiles, first.device),
-            pairs, neurons, first.stride(0), counts.shape[1] // 2,
+            *_work(2, parts, neurons, tiles, first.device),
+            pairs, rows, *starts, neurons, first.stride(0), counts.shape[1],
         ],
-        shared_bytes=_shared_bytes(counts.shape[1]),
+        shared_bytes=_shared_bytes(counts.shape[1], sums=2),
     )  # fmt: skip
 
 
 def row_distances(
-    first: Float[Tensor, "pairs features"], second: Float[Tensor, "pairs features"]
+    first: Float[Tensor, "rows features"],
+    second: Float[Tensor, "rows features"],
+    *,
+    starts: Starts = (0, 0),
+    n_pairs: int | None = None,
 ) -> Float[Tensor, " pairs"]:
-    """Return the Euclidean distances of rows, float32; both matrices have equal strides."""
-    pairs, features = first.shape
+    """Return the Euclidean distances of pairs of rows, float32; both matrices have equal strides.
+
+    Without ``n_pairs``, of as many pairs as there are rows.
+    """
+    rows, features = first.shape
+    pairs = rows if n_pairs is None else n_pairs
     found = torch.empty(pairs, dtype=torch.float32, device=first.device)
+    if pairs:
+        launch(
+            "pairs",
+            "distances",
+            number=_NAMES[first.dtype],
+            grid=(-(-pairs // 8),),
+            threads=256,
+            arguments=[first, second, found, pairs, rows, *starts, features, first.stride(0)],
+        )
+    return found
+
+
+def close_group(
+    counts: Int[Tensor, "neurons bins"],
+    *,
+    closed: Int[Tensor, "neurons joined"],
+    group: Int[Tensor, "neurons joined"],
+    low: Float[Tensor, " neurons"],
+    high: Float[Tensor, " neurons"],
+) -> None:
+    """Credit what ``counts`` has, bins joined, above ``closed`` to a group, and close it too.
+
+    Parameters
+    ----------
+    counts
+        Histogram over the bins of `entangle.stats.bins.signed_index`.
+    closed, group
+        Histograms over joined bins, changed in place.
+    low, high
+        Smallest and largest x counted.
+    """
+    neurons, joined = closed.shape
     launch(
         "sketch",
-        "distances",
-        number=_NAMES[first.dtype],
-        grid=(-(-pairs // 8),),
+        "close_group",
+        grid=(-(-neurons // 8),),
         threads=256,
-        arguments=[first, second, found, pairs, features, first.stride(0)],
+        arguments=[counts, closed, group, low, high, neurons, joined, counts.shape[1] // joined],
+    )
+
+
+def pair_statistics(
+    counts: Int[Tensor, "neurons bins"],
+    sums: Float[Tensor, "two=2 neurons"],
+    highest: Float[Tensor, " neurons"],
+    scale: Float[Tensor, " neurons"],
+    *,
+    n_pairs: int,
+) -> Float[Tensor, "four=4 neurons"]:
+    """Return mean slope, and median, mean and largest d, of what `add_pairs` added; float64.
+
+    The median is interpolated inside its bin, and NaN in the first and in the open last one.
+    """
+    neurons, n_bins = counts.shape
+    found = torch.empty(4, neurons, dtype=torch.float64, device=counts.device)
+    launch(
+        "pairs",
+        "pair_statistics",
+        grid=(-(-neurons // 8),),
+        threads=256,
+        arguments=[counts, sums, highest, scale, found, n_pairs, neurons, n_bins],
     )
     return found
 
 
-def _shared_bytes(n_bins: int) -> int:
-    return 4 * _NEURONS * (n_bins // 2 + 1)
+def _shared_bytes(rows: int, *, sums: int) -> int:
+    """Return what a thread block needs for rows of counts and, afterwards, for sums."""
+    return max(4 * _NEURONS * rows, 8 * _NEURONS * _WARPS * sums)
 
 
+@lru_cache(maxsize=1024)
 def _grid(tokens: int, neurons: int, device: torch.device) -> tuple[int, int]:
     """Return the numbers of tiles of neurons and of parts of the tokens."""
-    tiles = -(-neurons // _NEURONS)
-    wanted = min(4 * _processors(device) // tiles, tokens // _FEWEST_TOKENS)
-    return tiles, max(1, wanted, -(-tokens // _MOST_TOKENS))
+    tiles, processors = -(-neurons // _NEURONS), _processors(device)
+    fewest = max(1, -(-tokens // _MOST_TOKENS))
+    most = max(fewest, 4 * processors // tiles)
+
+    def duration(parts: int) -> float:
+        return -(-tiles * parts // processors) * (tokens / parts + _START_TOKENS)
+
+    return tiles, min(range(fewest, most + 1), key=duration)
 
 
 @cache

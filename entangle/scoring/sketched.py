@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -19,8 +20,25 @@ from entangle.stats.mapping_difficulty import PairSketch
 from entangle.stats.scratch import Scratch
 from entangle.stats.sketch import OutputSketch
 
-Segment = tuple[slice, slice, Tensor]
-"""Two runs of tokens, paired in order, and the distance between their inputs, (pairs,)."""
+
+@dataclass(frozen=True, eq=False)
+class _Pairs:
+    """Pairs that join the two halves of a batch, both read from one of their tokens on."""
+
+    starts: tuple[int, int]
+    """The tokens of pair 0, counted from the start of their half; round the end of each half, the
+    next pairs have the next ones."""
+    distance: Tensor
+    """Distance between the inputs of each pair, (pairs,)."""
+
+    def add_to(self, sketch: PairSketch, rows: Tensor) -> None:
+        """Add the rows (tokens, neurons) of both tokens of each pair."""
+        first, second = _halves(rows)
+        if rows.is_cuda:
+            sketch.update(first, second, self.distance, starts=self.starts)
+            return
+        for one, two, pairs in _runs(first.shape[0], self.starts, self.distance.shape[0]):
+            sketch.update(first[one], second[two], self.distance[pairs])
 
 
 class _Pairing:
@@ -34,66 +52,56 @@ class _Pairing:
     def __init__(self, *, seed: int, share: float) -> None:
         self._seed, self._share, self._batch = seed, share, -1
         self._last: SeenTensor | None = None
-        self._found: list[Segment] = []
+        self._found = _Pairs((0, 0), torch.empty(0))
 
     def next_batch(self) -> None:
         """Begin a batch."""
         self._batch += 1
         self._last = None
 
-    def of(self, inputs: Tensor) -> list[Segment]:
+    def of(self, inputs: Tensor) -> _Pairs:
         """Return the pairs of the tokens of ``inputs`` (..., in_features)."""
         if self._last is None or not self._last.same_as(inputs):
             rows = inputs.flatten(0, -2)
-            self._found = [
-                (first, second, _distances(rows[first], rows[second]))
-                for first, second in self._runs(rows.shape[0])
-            ]
+            starts, count = self._drawn(rows.shape[0])
+            self._found = _Pairs(starts, _distances(*_halves(rows), starts, count))
             self._last = SeenTensor.of(inputs)
         return self._found
 
-    def _runs(self, n_tokens: int) -> list[tuple[slice, slice]]:
+    def _drawn(self, n_tokens: int) -> tuple[tuple[int, int], int]:
+        """Draw which tokens make pair 0, and return how many pairs there are."""
         half = n_tokens // 2
         count = min(half, round(half * self._share))
         if count == 0:
-            return []
+            return (0, 0), 0
         rng = numpy_rng(self._seed, "pairs", self._batch, n_tokens)
         start, shift = (int(value) for value in rng.integers(half, size=2))
-        steps = {0, count, half - start, (-start - shift) % half, (-start - shift) % half + half}
-        cuts = sorted(step for step in steps if 0 <= step <= count)
-        runs = []
-        for low, high in pairwise(cuts):
-            first, second = (start + low) % half, half + (start + shift + low) % half
-            runs.append((slice(first, first + high - low), slice(second, second + high - low)))
-        return runs
+        return (start, (start + shift) % half), count
 
 
-def _distances(first: Tensor, second: Tensor) -> Tensor:
-    """Return the Euclidean distances of rows, float32."""
+def _halves(rows: Tensor) -> tuple[Tensor, Tensor]:
+    half = rows.shape[0] // 2
+    return rows[:half], rows[half : 2 * half]
+
+
+def _runs(half: int, starts: tuple[int, int], count: int) -> list[tuple[slice, slice, slice]]:
+    """Return runs of pairs in which neither half's end is passed: tokens of both, and pairs."""
+    cuts = sorted({0, count, *(half - start for start in starts if half - start < count)})
+    runs = []
+    for low, high in pairwise(cuts):
+        first, second = ((start + low) % half for start in starts)
+        n = high - low
+        runs.append((slice(first, first + n), slice(second, second + n), slice(low, high)))
+    return runs
+
+
+def _distances(first: Tensor, second: Tensor, starts: tuple[int, int], count: int) -> Tensor:
+    """Return the Euclidean distances of pairs of rows, float32."""
     if kernels.fits(first, 1) and first.stride() == second.stride():
-        return kernels.row_distances(first, second)
-    distances: Tensor = (first.float() - second.float()).norm(dim=1)
-    return distances
-
-
-def _paired(
-    rows: Tensor, runs: list[Segment], *, together: bool
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield the rows of both tokens of each run; on a GPU, if so asked, of all runs ``together``.
-
-    To gather rows costs a GPU less than several small kernels. Where bins are placed by the first
-    run, it must come alone.
-    """
-    if not (together and rows.is_cuda and len(runs) > 1):
-        for one, two, distance in runs:
-            yield rows[one], rows[two], distance
-        return
-    first, second, distances = zip(*runs, strict=True)
-    yield (
-        torch.cat([rows[run] for run in first]),
-        torch.cat([rows[run] for run in second]),
-        torch.cat(distances),
-    )
+        return kernels.row_distances(first, second, starts=starts, n_pairs=count)
+    runs = _runs(first.shape[0], starts, count)
+    parts = [(first[one].float() - second[two].float()).norm(dim=1) for one, two, _ in runs]
+    return torch.cat(parts) if parts else torch.empty(0, device=first.device)
 
 
 def score_sketched(
@@ -144,9 +152,7 @@ def score_sketched(
         rows = produced.flatten(0, -2)
         outputs[layer.name].update(rows, group=group)
         if pair_share > 0:
-            sketch, runs = differences[layer.name], pairing.of(inputs)
-            for first, second, distance in _paired(rows, runs, together=sketch.is_placed):
-                sketch.update(first, second, distance)
+            pairing.of(inputs).add_to(differences[layer.name], rows)
 
     def measure(layer: Layer) -> MeasuredLayer:
         found = outputs[layer.name].result()

@@ -20,13 +20,14 @@ from torch import Tensor
 from entangle.errors import InvalidInput
 from entangle.kernels import exact
 from entangle.kernels import sketch as kernels
+from entangle.kernels.compiled import usable
 from entangle.precision import accumulator_dtype
 from entangle.seeding import torch_rng
 from entangle.stats import bins
 from entangle.stats.scratch import Scratch
 
 MAX_PAIRS = 50_000
-_BINS = 3 * bins.PER_OCTAVE
+_BINS, _PILOT_PAIRS = 3 * bins.PER_OCTAVE, 512
 
 OutputNorm = Literal["median", "mean", "max"]
 InputNorm = Literal["max", "mean"]
@@ -226,11 +227,6 @@ class PairSketch:
         self._placed = False
         self._uncounted: list[Tensor] = []
 
-    @property
-    def is_placed(self) -> bool:
-        """Whether a first update has placed the bins."""
-        return self._placed
-
     def fork(self) -> "PairSketch":
         """Return an empty sketch with the same bins, to be merged later."""
         if not self._placed:
@@ -241,15 +237,35 @@ class PairSketch:
 
     def update(
         self,
-        first: Float[Tensor, "pairs neurons"],
-        second: Float[Tensor, "pairs neurons"],
+        first: Float[Tensor, "rows neurons"],
+        second: Float[Tensor, "rows neurons"],
         input_distance: Float[Tensor, " pairs"],
+        *,
+        starts: tuple[int, int] = (0, 0),
     ) -> None:
-        """Add the outputs at both tokens of some pairs, each of shape (pairs, neurons)."""
-        dx = input_distance.to(first.device)
-        if self._placed and kernels.fits(first, _BINS) and first.stride() == second.stride():
-            self._update_on_gpu(first, second, dx)
+        """Add the outputs at both tokens of some pairs.
+
+        Pair i joins row (a + i) % rows of ``first`` with row (b + i) % rows of ``second``, where
+        ``starts`` is (a, b). There are at most as many pairs as rows.
+        """
+        rows, pairs = first.shape[0], input_distance.shape[0]
+        if pairs == 0:
             return
+        if pairs > rows or not all(0 <= start < rows for start in starts):
+            raise InvalidInput(
+                f"there must be at most as many pairs as rows, {rows}, and `starts` be rows; "
+                f"got {pairs} pairs and {starts}."
+            )
+        dx = input_distance.to(first.device)
+        if self._on_gpu(first, second, dx, starts):
+            return
+        if pairs < rows or starts != (0, 0):
+            order = torch.arange(pairs, device=first.device)
+            first, second = first[(starts[0] + order) % rows], second[(starts[1] + order) % rows]
+        self._update(first, second, dx)
+
+    def _update(self, first: Tensor, second: Tensor, dx: Tensor) -> None:
+        """Add pairs of rows in their order."""
         distinct = dx > 0
         if not bool(distinct.all()):
             self.n_identical += int((~distinct).sum())
@@ -257,9 +273,7 @@ class PairSketch:
         if dx.numel() == 0:
             return
         if not self._placed:
-            sample = (first[:512].float() - second[:512].float()).abs_()
-            typical = sample.nan_to_num_(0.0, 0.0, 0.0).median(dim=0).values
-            self._place(torch.where(typical > 0, typical, 1.0))
+            self._place_by(first[:_PILOT_PAIRS], second[:_PILOT_PAIRS])
         at_once = 2**18 if first.device.type == "cpu" else 2**26
         columns = max(4, at_once // dx.numel() // 4 * 4)
         for start in range(0, self.n_neurons, columns):
@@ -290,16 +304,23 @@ class PairSketch:
         if self.n_pairs == 0:
             nothing = torch.full((self.n_neurons,), torch.nan, dtype=torch.float64)
             return _no_pairs(nothing, self.n_identical)
+        slope, median, mean, most = self._statistics().cpu()
         return MappingDifficulty(
-            slope=(self._sums[0] / self.n_pairs).cpu(),
-            dy_median=(self._median() * self._scale).cpu(),
-            dy_mean=(self._sums[1] / self.n_pairs).cpu(),
-            dy_max=self._dy_max.to(self._sums.dtype).cpu(),
+            slope=slope,
+            dy_median=median,
+            dy_mean=mean,
+            dy_max=most,
             dx_max=self._dx_max,
             dx_mean=self._dx_sum / self.n_pairs,
             n_pairs=self.n_pairs,
             n_identical=self.n_identical,
         )
+
+    def _place_by(self, first: Tensor, second: Tensor) -> None:
+        """Place the bins by the outputs of some pairs."""
+        sample = (first.float() - second.float()).abs_()
+        typical = sample.nan_to_num_(0.0, 0.0, 0.0).median(dim=0).values
+        self._place(torch.where(typical > 0, typical, 1.0))
 
     def _place(self, scale: Tensor) -> None:
         wide = accumulator_dtype(scale.device)
@@ -314,28 +335,34 @@ class PairSketch:
         self._dx_max = max(self._dx_max, float(dx.max()))
         self._dx_sum += float(dx.sum(dtype=accumulator_dtype(dx.device)))
 
-    def _update_on_gpu(self, first: Tensor, second: Tensor, dx: Tensor) -> None:
-        """Do what `update` does, in one kernel and without waiting for the GPU."""
-        kernels.add_pairs(
-            first,
-            second,
-            dx.float(),
-            self._scale,
-            counts=self._counts,
-            sums=self._sums,
-            highest=self._dy_max,
-        )
-        self._uncounted.append(dx)
+    def _on_gpu(self, first: Tensor, second: Tensor, dx: Tensor, starts: tuple[int, int]) -> bool:
+        """Do what `update` does in one kernel, without waiting for it; False where it cannot."""
+        if not kernels.fits(first, _BINS, bytes_a_count=4) or first.stride() != second.stride():
+            return False
+        if not self._placed:
+            run = (dx[: first.shape[0] - max(starts)] > 0).nonzero()[:_PILOT_PAIRS, 0]
+            if run.numel():
+                self._place_by(first[starts[0] + run], second[starts[1] + run])
+        if self._placed:
+            kernels.add_pairs(
+                first, second, dx.float(), self._scale,
+                starts=starts, counts=self._counts, sums=self._sums, highest=self._dy_max,
+            )  # fmt: skip
+            self._uncounted.append(dx)
+        return self._placed
 
     def _settle(self) -> None:
         """Count the pairs that went to the GPU."""
         if self._uncounted:
             dx = torch.cat(self._uncounted)
             self._uncounted.clear()
-            distinct = dx[dx > 0]
-            self.n_identical += dx.numel() - distinct.numel()
-            if distinct.numel():
-                self._count(distinct)
+            kept = dx.where(dx > 0, 0.0).double()
+            known = [(kept > 0).sum(dtype=kept.dtype), kept.max(), kept.sum()]
+            pairs, most, total = torch.stack(known).tolist()
+            self.n_pairs += int(pairs)
+            self.n_identical += dx.numel() - int(pairs)
+            self._dx_max = max(self._dx_max, most)
+            self._dx_sum += total
 
     def _update_block(self, dy: Tensor, weight: Tensor, part: slice) -> None:
         """Add |y_a − y_b| of shape (pairs, block neurons)."""
@@ -346,6 +373,15 @@ class PairSketch:
         torch.maximum(self._dy_max[part], dy.amax(0), out=self._dy_max[part])
         index = bins.magnitude_index_(dy.div_(self._scale[part]), _BINS)
         bins.add_counts(self._counts[part], index, self._scratch)
+
+    def _statistics(self) -> Tensor:
+        """Return slope, and median, mean and maximum of |y_a − y_b|, of every neuron."""
+        if usable(self._counts):
+            return kernels.pair_statistics(
+                self._counts, self._sums, self._dy_max, self._scale, n_pairs=self.n_pairs
+            )
+        slope, mean = self._sums / self.n_pairs
+        return torch.stack([slope, self._median() * self._scale, mean, self._dy_max.to(slope)])
 
     def _median(self) -> Tensor:
         """Interpolate the median inside its bin, in units of the scale.

@@ -12,7 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from entangle.kernels import exact
-from entangle.stats.sketch import SketchResult, place_bins, resample_on_gpu
+from entangle.stats.resampling import resample_on_gpu
+from entangle.stats.sketch import SketchResult, place_bins
 from entangle.stats.wasserstein import ShapeStatistics, normal_density, sorted_columns, with_flags
 
 

@@ -8,28 +8,30 @@ the text merge into the sketch of the whole.
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 
-import numpy as np
 import torch
-from jaxtyping import Float, Int32, Int64
+from jaxtyping import Float, Int32
 from torch import Tensor
 
 from entangle.errors import InvalidInput
 from entangle.kernels import sketch as kernels
-from entangle.kernels.binned import binned_distances as distances_on_gpu
 from entangle.kernels.compiled import usable
 from entangle.precision import accumulator_dtype
 from entangle.stats import bins
 from entangle.stats.histogram import BinnedDistances, binned_distances
 from entangle.stats.moments import higher_moments, mean_and_std, power_sums
+from entangle.stats.resampling import (
+    GROUP_FOLD,
+    LEAST_SPREAD,
+    binned_on_gpu,
+    joined_edges,
+    resample_on_gpu,
+)
 from entangle.stats.scratch import Scratch
 from entangle.stats.wasserstein import ShapeStatistics, is_constant, sort_rows
 
-GROUP_FOLD = 8
 _PILOT_TOKENS = 512
 _NORMAL_IQR = 1.3489795003921634
-_LEAST_SPREAD = 1e-3  # of |mean − location|: squares summed in float32 resolve no smaller spread
 
 
 @dataclass(frozen=True, eq=False)
@@ -249,6 +251,15 @@ class OutputSketch:
         """Credit what was counted since the last call to the open group."""
         if self.n_tokens == 0:
             return
+        if usable(self._counts):
+            kernels.close_group(
+                self._counts,
+                closed=self._closed_counts,
+                group=self._group_counts[self._open_group],
+                low=self._low,
+                high=self._high,
+            )
+            return
         first, last = self._used_groups()
         used = slice(first, last + 1)
         counts = self._counts[:, first * GROUP_FOLD : (last + 1) * GROUP_FOLD]
@@ -272,12 +283,12 @@ class OutputSketch:
     ) -> BinnedDistances:
         if usable(counts):
             one = torch.ones(1, 1, dtype=torch.int32, device=counts.device)
-            found = _binned_on_gpu(
+            found = binned_on_gpu(
                 counts[None], one, shift[None], spread[None], self._low, self._high, fold=fold
             )
             return BinnedDistances(*found[:, 0])
         rows = max(1, (2**17 if shift.device.type == "cpu" else 2**25) // counts.shape[1])
-        edges = _edges(fold, shift.dtype, shift.device)
+        edges = joined_edges(fold, shift.dtype, shift.device)
         parts = []
         for i in range(0, self.n_neurons, rows):
             part = slice(i, i + rows)
@@ -298,7 +309,7 @@ class OutputSketch:
         """Return the WD of some of the groups; NaN where rounding hides their spread."""
         shift, spread = mean_and_std(powers / tokens)
         wd = self._distances(counts, shift, spread, fold=GROUP_FOLD).wd
-        return wd.masked_fill(spread <= _LEAST_SPREAD * shift.abs(), math.nan)
+        return wd.masked_fill(spread <= LEAST_SPREAD * shift.abs(), math.nan)
 
     def _resample(self) -> tuple[Tensor, Tensor]:
         """Return the jackknife's standard error and the WD of the two halves."""
@@ -334,68 +345,6 @@ class OutputSketch:
             ]
         )
         return se, halves
-
-
-def resample_on_gpu(
-    counts: Int32[Tensor, "groups neurons folded"],
-    powers: Float[Tensor, "groups two=2 neurons"],
-    tokens: Int64[Tensor, " groups"],
-    low: Float[Tensor, " neurons"],
-    high: Float[Tensor, " neurons"],
-) -> tuple[Float[Tensor, " neurons"], Float[Tensor, "halves=2 neurons"]]:
-    """Return the jackknife's standard error of WD and the WD of the even and the odd groups.
-
-    Parameters
-    ----------
-    counts
-        Histogram of each group, `GROUP_FOLD` bins joined.
-    powers
-        Sums of x and its square over each group, in units of the bins, float64.
-    tokens
-        Tokens of each group, on the CPU; empty groups are left out. NaN below two others.
-    low, high
-        Smallest and largest x.
-    """
-    used = tokens.nonzero()[:, 0].tolist()
-    if len(used) < 2:
-        nothing = torch.full_like(powers[0], math.nan)
-        return nothing[0], nothing
-    sets = [*([g for g in used if g != left_out] for left_out in used), used[::2], used[1::2]]
-    chosen = torch.zeros(len(sets), len(tokens), dtype=torch.int32)
-    for row, members in zip(chosen, sets, strict=True):
-        row[members] = 1
-    totals = (chosen.long() * tokens).sum(1).to(powers.device, non_blocking=True)
-    chosen = chosen.to(powers.device, non_blocking=True)
-    moments = torch.einsum("sg,gpn->psn", chosen.to(powers), powers) / totals[:, None]
-    shift, spread = mean_and_std(moments)
-    wd = _binned_on_gpu(counts, chosen, shift, spread, low, high, fold=GROUP_FOLD)[0]
-    wd = wd.masked_fill(spread <= _LEAST_SPREAD * shift.abs(), math.nan)
-    without = wd[: len(used)]
-    return ((len(used) - 1) * without.var(0, correction=0)).sqrt(), wd[len(used) :]
-
-
-def _binned_on_gpu(
-    counts: Tensor,
-    weights: Tensor,
-    shift: Tensor,
-    spread: Tensor,
-    low: Tensor,
-    high: Tensor,
-    *,
-    fold: int,
-) -> Tensor:
-    """Return WD, its bound and KS of sets of groups, (3, sets, neurons), in one kernel."""
-    return distances_on_gpu(
-        counts, weights, shift=shift.contiguous(), spread=spread.contiguous(),
-        low=low.contiguous(), high=high.contiguous(),
-        edges=_edges(fold, shift.dtype, shift.device),
-    )  # fmt: skip
-
-
-@lru_cache(maxsize=16)
-def _edges(fold: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return the edges of the bins, every ``fold`` bins joined."""
-    return torch.from_numpy(np.ascontiguousarray(bins.signed_edges(fold))).to(device, dtype)
 
 
 def _occupied(counts: Tensor) -> tuple[int, int]:

@@ -5,9 +5,10 @@ from importlib import resources
 
 import torch
 
-from entangle.kernels.compiled import packed, usable
+from entangle.kernels.compiled import packed, source_text, usable
 
-SOURCES = ("binned", "distance", "exact", "lloyd", "sketch", "solver")
+MODULES = ("binned", "distance", "exact", "lloyd", "sketch", "solver")
+SOURCES = (*MODULES, "pairs")
 
 
 def test_a_tensor_on_the_cpu_goes_the_plain_way() -> None:
@@ -18,11 +19,18 @@ def test_every_source_comes_with_the_package() -> None:
     folder = resources.files("entangle.kernels")
     found = {file.name for file in folder.iterdir() if file.name.endswith(".cu")}
     assert found == {f"{name}.cu" for name in SOURCES}
-    assert all('extern "C"' in folder.joinpath(name).read_text("utf-8") for name in found)
+    assert all('extern "C"' in source_text(name) for name in SOURCES)
+
+
+def test_headers_are_put_in_their_place() -> None:
+    header = resources.files("entangle.kernels").joinpath("tile.cuh").read_text("utf-8")
+    for name in ("sketch", "pairs"):
+        assert source_text(name).startswith(header)
+        assert "#include" not in source_text(name)
 
 
 def test_importing_asks_for_neither_a_gpu_nor_a_compiler() -> None:
-    modules = ", ".join(f"entangle.kernels.{name}" for name in ("compiled", *SOURCES))
+    modules = ", ".join(f"entangle.kernels.{name}" for name in ("compiled", *MODULES))
     check = "assert not torch.cuda.is_initialized() and 'triton' not in sys.modules"
     code = f"import sys, torch, {modules}; {check}"
     done = subprocess.run([sys.executable, "-c", code], check=False)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from entangle.routing.kmeans import kmeans
-from entangle.scoring.sketched import _distances
+from entangle.scoring.sketched import _Pairing
 from entangle.seeding import torch_rng
 from entangle.stats.mapping_difficulty import PairSketch, draw_pairs, mapping_difficulty
 from entangle.stats.sketch import OutputSketch
@@ -59,33 +59,24 @@ def test_sketch(dtype: torch.dtype, tokens: int, neurons: int) -> None:
 
 
 @DTYPES
-def test_pairs(dtype: torch.dtype) -> None:
-    y = torch.randn(900, 300, generator=torch_rng(1, "kernels")).to(dtype)
-    distance = torch.rand(450, generator=torch_rng(2, "kernels"))
-    distance[::50] = 0
+@pytest.mark.parametrize("share", [1.0, 0.4])
+def test_pairs(dtype: torch.dtype, share: float) -> None:
+    x = torch.randn(901, 20, generator=torch_rng(1, "kernels"))
+    x[:300], x[450:700] = x[0], x[0]
+    y = torch.randn(901, 300, generator=torch_rng(2, "kernels")).to(dtype)
     results = []
     for device in ("cpu", "cuda"):
-        sketch = PairSketch(300)
-        for part in torch.arange(450).split(200):
-            rows = y.to(device)
-            span = slice(int(part[0]), int(part[-1]) + 1)
-            far = slice(span.start + 450, span.stop + 450)
-            sketch.update(rows[span], rows[far], distance[span].to(device))
+        sketch, pairing = PairSketch(300), _Pairing(seed=0, share=share)
+        for batch in range(4):
+            pairing.next_batch()
+            rows = y.roll(batch, 0) * (1 + batch)
+            pairing.of(x.to(device)).add_to(sketch, rows.to(device))
         results.append(sketch.result())
     _assert_close(results[0], results[1], 1e-4)
-    assert (results[0].n_pairs, results[0].n_identical) == (
-        results[1].n_pairs,
-        results[1].n_identical,
-    )
-
-
-@DTYPES
-@pytest.mark.parametrize("features", [64, 7, 515])
-def test_row_distances(dtype: torch.dtype, features: int) -> None:
-    x = torch.randn(33, features, generator=torch_rng(3, "kernels")).to(dtype)
-    for first, second in ((slice(16), slice(16, 32)), (slice(1, 16), slice(17, 32))):
-        found = _distances(x[first].cuda(), x[second].cuda()).cpu()
-        torch.testing.assert_close(found, _distances(x[first], x[second]))
+    for name in ("n_pairs", "n_identical"):
+        assert getattr(results[0], name) == getattr(results[1], name) > 0
+    for name in ("dx_max", "dx_mean"):
+        assert getattr(results[0], name) == pytest.approx(getattr(results[1], name), rel=1e-5)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3001, 32768, 60_000])

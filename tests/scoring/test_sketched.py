@@ -11,7 +11,7 @@ from entangle.calibration import CalibrationSet
 from entangle.models.loading import LanguageModel
 from entangle.scoring.score import Method, score
 from entangle.scoring.scores import NeuronScores
-from entangle.scoring.sketched import _Pairing
+from entangle.scoring.sketched import _Pairing, _runs
 from entangle.seeding import numpy_rng
 from tests.reference import scoring as reference
 from tests.tiny_models import CONFIGS
@@ -48,12 +48,15 @@ def test_pairs_are_disjoint_and_join_the_two_halves(n_tokens: int, share: float)
         pairing.next_batch()
         tokens = torch.arange(n_tokens)
         x = torch.randn(n_tokens, 3, generator=torch.Generator().manual_seed(seed))
+        pairs, half = pairing.of(x), n_tokens // 2
         first, second = [], []
-        for one, other, distance in pairing.of(x):
-            first += tokens[one].tolist()
-            second += tokens[other].tolist()
-            torch.testing.assert_close(distance, (x[one] - x[other]).norm(dim=1))
-        half = n_tokens // 2
+        for one, other, which in _runs(half, pairs.starts, pairs.distance.shape[0]):
+            left, right = tokens[:half][one], tokens[half:][other]
+            first += left.tolist()
+            second += right.tolist()
+            torch.testing.assert_close(pairs.distance[which], (x[left] - x[right]).norm(dim=1))
+        assert first == [(pairs.starts[0] + i) % half for i in range(len(first))]
+        assert second == [half + (pairs.starts[1] + i) % half for i in range(len(second))]
         assert len(first) == len(second) == min(half, round(half * share))
         assert len(set(first)) == len(first)
         assert len(set(second)) == len(second)

@@ -226,6 +226,34 @@ def test_sketch_agrees_with_the_exact_statistics() -> None:
     torch.testing.assert_close(approximate.md(), exact.md(), rtol=2e-3, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("starts", "n_pairs"), [((0, 0), 20), ((5, 0), 20), ((3, 19), 20), ((7, 18), 11), ((4, 4), 1)]
+)
+def test_pairs_from_some_rows_on(starts: tuple[int, int], n_pairs: int) -> None:
+    rng = np.random.default_rng(1)
+    first, second = (torch.from_numpy(rng.standard_normal((20, 3))).float() for _ in range(2))
+    distance = torch.from_numpy(rng.uniform(0.5, 2, n_pairs)).float()
+    sketch, gathered = PairSketch(3), PairSketch(3)
+    a, b = ([(start + i) % 20 for i in range(n_pairs)] for start in starts)
+    for _ in range(2):
+        sketch.update(first, second, distance, starts=starts)
+        gathered.update(first[a], second[b], distance)
+    _assert_same(sketch.result(), gathered.result(), rtol=0)
+
+
+@pytest.mark.parametrize(("n_pairs", "starts"), [(21, (0, 0)), (3, (20, 0)), (3, (0, -1))])
+def test_pairs_must_have_rows(n_pairs: int, starts: tuple[int, int]) -> None:
+    with pytest.raises(InvalidInput, match="at most as many pairs as rows, 20"):
+        PairSketch(3).update(torch.zeros(20, 3), torch.ones(20, 3), torch.ones(n_pairs),
+                             starts=starts)  # fmt: skip
+
+
+def test_no_pair_changes_nothing() -> None:
+    sketch = PairSketch(3)
+    sketch.update(torch.zeros(0, 3), torch.zeros(0, 3), torch.zeros(0))
+    assert sketch.result().n_pairs == 0
+
+
 def test_merge_is_both_at_once() -> None:
     x, y, pairs = _problem(2001)
     distance = _distance(x, pairs)
