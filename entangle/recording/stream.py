@@ -62,6 +62,11 @@ class TokenStore:
         return self._dtype
 
     @property
+    def device(self) -> torch.device:
+        """Where the rows in memory are."""
+        return self._device
+
+    @property
     def n_bytes(self) -> int:
         """Bytes of all rows."""
         return self.n_tokens * self._features * self._dtype.itemsize
@@ -137,6 +142,15 @@ class TokenStore:
             stored = self._read(max(start, first), end - max(start, first))
             parts.append(stored.to(self._device))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def joined(self) -> Float[Tensor, "tokens features"]:
+        """Return all rows, of which none has gone to a file, and keep them in one piece."""
+        if not self.in_memory:
+            raise InvalidInput("rows that are in a file cannot be joined; read them in blocks.")
+        with self._reading:
+            if len(self._chunks) != 1:
+                self._chunks = [torch.cat(self._chunks)]
+            return self._chunks[0]
 
     def take(self, index: Int[Tensor, " rows"]) -> Float[Tensor, "rows features"]:
         """Return the rows of these indices, in their order."""

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
 from threading import Lock
 from typing import Any, TypeVar
 
@@ -45,7 +46,7 @@ class RecordedInputs:
         """Return pairs of the tokens, for outputs on a device; the same ones every time."""
         with self._drawing:  # layers that share the inputs may ask at the same time
             if device not in self._pairs:
-                drawn = draw_pairs(self.store.n_tokens, seed=seed)
+                drawn = _drawn(self.store.n_tokens, seed, device)
                 distance = _input_distance(self.store, drawn)
                 self._pairs[device] = TokenPairs.of(drawn, distance, device=device)
             return self._pairs[device]
@@ -218,19 +219,30 @@ def _outputs(layer: Layer, store: TokenStore, part: slice) -> Tensor:
 
 def _inputs(store: TokenStore, *, on_gpu: bool) -> Iterator[tuple[int, Tensor]]:
     """Yield (index of the first token, inputs) in order: all at once where a GPU holds them."""
-    if on_gpu and store.in_memory and store.n_bytes <= _GPU_BYTES // 4:
-        yield 0, store.span(0, store.n_tokens)
+    if _whole(store):
+        yield 0, store.joined()
     else:
         yield from store.blocks(_BLOCK_TOKENS_GPU if on_gpu else _BLOCK_TOKENS)
 
 
+@lru_cache(maxsize=4)
+def _drawn(n_tokens: int, seed: int, device: torch.device) -> Tensor:
+    """Draw the pairs of all layers with so many tokens, where their outputs are."""
+    return draw_pairs(n_tokens, seed=seed).to(device)
+
+
+def _whole(store: TokenStore) -> bool:
+    """Tell whether a GPU holds a record that may be one tensor: it is held twice for a moment."""
+    on_gpu = store.device.type == "cuda" and store.in_memory
+    return on_gpu and store.n_bytes <= _GPU_BYTES // 4
+
+
 def _input_distance(store: TokenStore, pairs: Tensor) -> Tensor:
     """Return ‖x_a − x_b‖₂ of every pair, float32, shape (pairs,)."""
-    if fits(store.span(0, 1), 1) and store.n_bytes <= _GPU_BYTES // 4:
-        tokens = store.span(0, store.n_tokens)
-        if tokens.is_contiguous():
-            first, second = pairs.to(tokens.device)
-            return row_distances(tokens[first], tokens[second])
+    tokens = store.joined() if _whole(store) else None
+    if tokens is not None and tokens.is_contiguous() and fits(tokens, 1):
+        first, second = pairs.to(tokens.device)
+        return row_distances(tokens[first], tokens[second])
     parts = pairs.split(_BLOCK_TOKENS, dim=1)
     return torch.cat(
         [(store.take(a).float() - store.take(b).float()).norm(dim=1).cpu() for a, b in parts]

@@ -35,8 +35,8 @@ class LayerHistograms:
     def from_sketch(cls, sketch: SketchResult) -> "LayerHistograms":
         """Fold the bins of a sketch four by four and leave out the empty ends."""
         counts = bins.fold_counts(sketch.counts, FOLD)
-        used = counts.any(0).nonzero().flatten().tolist()
-        first, last = (used[0], used[-1]) if used else (0, 0)
+        used = np.flatnonzero(counts.any(0).cpu().numpy())
+        first, last = (int(used[0]), int(used[-1])) if len(used) else (0, 0)
         return cls(
             counts=counts[:, first : last + 1].contiguous().cpu().numpy(),
             first_bin=first,

@@ -120,16 +120,13 @@ class TokenPairs:
         device: torch.device,
     ) -> "TokenPairs":
         """Leave out the pairs at distance 0, and move the rest to where the outputs are."""
-        distinct = input_distance > 0
-        dx = input_distance[distinct].to(accumulator_dtype(device))
-        some = dx.numel() > 0
-        return cls(
-            tokens=pairs[:, distinct.to(pairs.device)].to(device),
-            slant=(1 / dx).to(device),
-            dx_max=float(dx.max()) if some else math.nan,
-            dx_mean=float(dx.mean()) if some else math.nan,
-            n_identical=int((~distinct).sum()),
-        )
+        drawn, distinct = pairs.shape[1], input_distance > 0
+        if not bool(distinct.all()):
+            pairs, input_distance = pairs[:, distinct.to(pairs.device)], input_distance[distinct]
+        dx = input_distance.to(accumulator_dtype(device))
+        some = torch.stack([dx.max(), dx.mean()]) if dx.numel() else dx.new_full((2,), math.nan)
+        most, mean = some.tolist()
+        return cls(pairs.to(device), (1 / dx).to(device), most, mean, drawn - dx.numel())
 
     def difficulty(self, outputs: Float[Tensor, "neurons tokens"]) -> MappingDifficulty:
         """Compute the pair statistics of neurons; see `mapping_difficulty`."""

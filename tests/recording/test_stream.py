@@ -214,3 +214,25 @@ def test_threads_read_a_spilled_store_at_the_same_time() -> None:
         with ThreadPoolExecutor(4) as pool:
             found = list(pool.map(lambda span: store.span(*span), spans))
         assert all(torch.equal(part, rows[a:b]) for part, (a, b) in zip(found, spans, strict=True))
+
+
+def test_all_rows_in_one_piece() -> None:
+    rows = torch.randn(50, 3, generator=torch_rng(9, "stream"))
+    with TokenStore(ByteBudget(10_000)) as store:
+        for chunk in rows.split(20):
+            store.append(chunk)
+        assert (store.dtype, store.device, store.n_bytes) == (torch.float32, rows.device, 600)
+        whole = store.joined()
+        assert torch.equal(whole, rows)
+        assert store.joined().data_ptr() == whole.data_ptr()
+        store.append(rows)
+        assert torch.equal(store.joined(), torch.cat([rows, rows]))
+        assert [len(part) for _, part in store.blocks(60)] == [60, 40]
+
+
+def test_rows_in_a_file_are_not_joined() -> None:
+    with TokenStore(ByteBudget(0)) as store:
+        store.append(torch.zeros(2, 3))
+        assert not store.in_memory
+        with pytest.raises(InvalidInput, match="blocks"):
+            store.joined()
