@@ -97,7 +97,7 @@ def test_an_arm_that_fails_is_named_and_the_finished_ones_stay(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = import_module("entangle.expansion.build")
-    fit = module.fit_router
+    fit = module.fit_router_and_labels
 
     def fail(*arguments: object, kind: str, **settings: object) -> object:
         if kind == "single":
@@ -105,7 +105,7 @@ def test_an_arm_that_fails_is_named_and_the_finished_ones_stay(
         raise NumericalError("7 of 128 tokens hold NaN.")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "fit_router", fail)
+        patch.setattr(module, "fit_router_and_labels", fail)
         ran = run(*SMALL, *DATA, "--out", "out")
     check_one_line(ran, "expansion 0.5 k=2: model.layers.0.mlp.gate_proj, ", status=1)
     assert "7 of 128 tokens hold NaN" in ran.err
