@@ -75,9 +75,23 @@ def add_layer_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+class _Joined(argparse.Action):
+    """Joins what an option is given several times by commas."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,
+    ) -> None:
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, values if before is None else f"{before},{values}")
+
+
 def add_allocation_option(group: argparse._ActionsContainer, *, text: str) -> None:
-    """Add the file of an allocation."""
-    group.add_argument("--allocation", metavar="FILE", help=text)
+    """Add the file of an allocation, or of several, joined by commas."""
+    group.add_argument("--allocation", action=_Joined, metavar="FILE", help=text)
 
 
 def load_allocations(arguments: argparse.Namespace) -> "list[tuple[str, Allocation]]":

@@ -317,6 +317,7 @@ def test_what_exists_is_not_replaced(run: Run, allocated: Path) -> None:
 CONSUMERS = {
     "expand --allocation a.safetensors --sparsity 0.5": "--sparsity or --allocation, which has its",
     "expand --allocation a.safetensors,a.safetensors": "--allocation must name one file here",
+    "expand --allocation a.safetensors --allocation a.safetensors": "'a.safetensors,a.safetensors'",
     "expand --allocation nowhere.safetensors": "'nowhere.safetensors' is no file",
     "expand --allocation text.txt": "'text.txt' cannot be read",
     "expand --allocation a.safetensors --proj up_proj": "the allocation's budget includes layer",
