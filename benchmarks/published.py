@@ -65,6 +65,24 @@ def _clusters(x: Tensor, experts: int) -> Tensor:
     return kmeans((x - x.mean(0)) @ components, experts, restarts=10, seed=0).labels
 
 
+def _recorded(body: torch.nn.Module, layer: torch.nn.Linear, ids: Tensor) -> Tensor:
+    """Return the inputs of a layer, (tokens, features), float32."""
+    inputs = torch.empty(ids.numel(), layer.in_features, device=ids.device)
+    filled = 0
+
+    def keep(_layer: torch.nn.Module, arguments: tuple[Tensor]) -> None:
+        nonlocal filled
+        rows = arguments[0].flatten(0, -2)
+        inputs[filled : filled + len(rows)] = rows
+        filled += len(rows)
+
+    hook = layer.register_forward_pre_hook(keep)
+    for sequence in ids.split(1):
+        body(sequence)
+    hook.remove()
+    return inputs
+
+
 def expand_block(
     body: torch.nn.Module,
     mlp: torch.nn.Module,
@@ -76,45 +94,35 @@ def expand_block(
 ) -> tuple[dict[str, list[Tensor]], list[float]]:
     """Return the experts of each layer of a model's only block, and the layers' relative errors.
 
-    ``body`` maps token ids (sequences, tokens) to hidden states. Principal components come from
-    torch (randomised), k-means from `entangle.routing.kmeans` with 10 restarts (published: 100),
-    unless ``assign`` gives the clusters of the tokens (of the inputs of the layer that it names).
-    The pass through the experts, which would feed a next block, is left out, as there is none.
+    ``body`` maps token ids (sequences, tokens) to hidden states. The inputs of gate and up are
+    given back before those of down are recorded. Principal components come from torch (randomised),
+    k-means from `entangle.routing.kmeans` with 10 restarts (published: 100), unless ``assign``
+    gives the clusters of the tokens (of the inputs of the layer that it names). The pass through
+    the experts, which would feed a next block, is left out, as there is none.
     """
-    names = (("gate_proj", "up_proj"), ("down_proj",))
-    inputs = [
-        torch.empty(ids.numel(), getattr(mlp, group[0]).in_features, device=ids.device)
-        for group in names
-    ]
-    filled = [0, 0]
-
-    def keep(index: int, x: Tensor) -> None:
-        rows = x.flatten(0, -2)
-        inputs[index][filled[index] : filled[index] + len(rows)] = rows
-        filled[index] += len(rows)
-
-    hooks = [
-        getattr(mlp, group[0]).register_forward_pre_hook(lambda _m, a, i=i: keep(i, a[0]))
-        for i, group in enumerate(names)
-    ]
-    for sequence in ids.split(1):
-        body(sequence)
-    for hook in hooks:
-        hook.remove()
     errors, found = [], dict[str, list[Tensor]]()
-    for x, group in zip(inputs, names, strict=True):
+    for group in (("gate_proj", "up_proj"), ("down_proj",)):
+        x = _recorded(body, getattr(mlp, group[0]), ids)
         labels = _clusters(x, experts) if assign is None else assign(group[0], x)
         for name in group:
-            layer = getattr(mlp, name)
-            weight, weights, lost, energy = layer.weight.float(), [], 0.0, 0.0
-            for cluster in range(experts):
-                tokens = x[labels == cluster]
-                gram = tokens.T @ tokens
-                solved = solve(weight, gram, sparsity)
-                change = solved - weight
-                lost += float(((change @ gram) * change).sum())
-                energy += float(((weight @ gram) * weight).sum())
-                weights.append(solved.to(layer.weight.dtype))
-            errors.append(lost / energy)
+            weights, error = _expand_layer(getattr(mlp, name), x, labels, experts, sparsity)
             found[name] = weights
+            errors.append(error)
+        del x
     return found, errors
+
+
+def _expand_layer(
+    layer: torch.nn.Linear, x: Tensor, labels: Tensor, experts: int, sparsity: float
+) -> tuple[list[Tensor], float]:
+    """Return a layer's experts and its relative error."""
+    weight, weights, lost, energy = layer.weight.float(), [], 0.0, 0.0
+    for cluster in range(experts):
+        tokens = x[labels == cluster]
+        gram = tokens.T @ tokens
+        solved = solve(weight, gram, sparsity)
+        change = solved - weight
+        lost += float(((change @ gram) * change).sum())
+        energy += float(((weight @ gram) * weight).sum())
+        weights.append(solved.to(layer.weight.dtype))
+    return weights, lost / energy

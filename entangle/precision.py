@@ -65,7 +65,8 @@ def full_precision() -> Iterator[None]:
 def tensor_cores() -> Iterator[None]:
     """Let float32 matrix products round their factors to TF32 inside the ``with`` block, on a GPU.
 
-    For steps whose result is worked out again in full precision.
+    For steps whose result is worked out again in full precision, or factors that are split so that
+    nothing is lost.
     """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")

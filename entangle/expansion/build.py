@@ -260,7 +260,8 @@ def _expand_group(layers: Sequence[Layer], store: TokenStore, plan: Plan) -> lis
     )  # fmt: skip
     if _lies_on_gpu(store):
         if labels is None:
-            labels = torch.cat([router.route(rows) for _, rows in store.blocks(_PASS_TOKENS_GPU)])
+            blocks = store.blocks(_PASS_TOKENS_GPU)
+            labels = torch.cat([router.route(rows.to(device)) for _, rows in blocks])
         sparsity = [plan.sparsity[layer.name] for layer in layers]
         solved = solve_in_parts(layers, store, labels, sparsity, plan.solver, k=k)
         store.close()
@@ -274,8 +275,11 @@ def _expand_group(layers: Sequence[Layer], store: TokenStore, plan: Plan) -> lis
 
 
 def _lies_on_gpu(store: TokenStore) -> bool:
-    """Tell whether all rows of a record are in the memory of a GPU."""
-    return store.in_memory and all(rows.is_cuda for _, rows in store.blocks(store.n_tokens))
+    """Tell whether all rows of a record are in the memory of one GPU."""
+    if not store.in_memory:
+        return False
+    devices = {rows.device for _, rows in store.blocks(store.n_tokens)}
+    return len(devices) == 1 and devices.pop().type == "cuda"
 
 
 def _solve_streamed(

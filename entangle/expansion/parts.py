@@ -32,7 +32,7 @@ _LOG = logging.getLogger(__name__)
 
 _BATCH = 2**13
 _WORK_BYTES = 2 * 2**30
-_WORK_SHARE = 3 / 4
+_WORK_SHARE = 2 / 5
 _FACTOR_WORK = 1 / 3  # of a gram, beside the gram and its factor
 _COPIES_FUSED, _COPIES = 1.75, 6  # of an expert's rows in float32, at most, while it is solved
 
@@ -137,7 +137,7 @@ def _clusters_at_once(
 ) -> int:
     """Return how many clusters to solve together, so that the parts are of about one size.
 
-    The work memory is 3/4 of what inputs and experts take, which is held anyway, and at least
+    The work memory is 2/5 of what inputs and experts take, which is held anyway, and at least
     2 GiB. It does not depend on what is free, so that one seed gives one result.
     """
     weights = [layer.weight for layer in layers]

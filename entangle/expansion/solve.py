@@ -100,7 +100,7 @@ def solve_experts(
     parts = []
     beside = 0 if layer.weight.device.type == "cpu" else layer.out_features
     for part, gram in shrunk_grams(grams, rows=beside):
-        pruned = prune_part(layer, gram, sparsity, settings)
+        pruned = prune_part(layer, gram, sparsity, settings, first=part.start)
         lost = squared_errors(layer, pruned.weight, grams.gram[part])
         parts.append(SolvedPart(pruned, lost))
     energy = dense_energy(layer, grams.gram.sum(0))

@@ -2,7 +2,6 @@
 // stats/mapping_difficulty.py): one row a thread block of 1024.
 
 typedef unsigned int u32;
-typedef unsigned short u16;
 typedef unsigned char u8;
 
 #define THREADS 1024
@@ -59,7 +58,7 @@ __device__ __forceinline__ u32 block_scan(u32 value, u32* sums) {
     return before + value;
 }
 
-// value / unit, to the last bit, given 1 / unit.
+// value / unit, to the last bit but for units near the ends of float32, given 1 / unit.
 __device__ __forceinline__ float divided(float value, float unit, float inverse) {
     const float x = value * inverse;
     return fabsf(x) < INFINITE ? fmaf(fmaf(-x, unit, value), inverse, x) : value / unit;
@@ -117,7 +116,7 @@ __device__ __forceinline__ void write_counts(const u32* words, int2* out, int n)
         out[i] = make_int2(words[i] & 0xffffu, words[i] >> 16);
 }
 
-// The bucket's place of every value; each thread takes 4 neighbours where they are aligned.
+// Put a value into its bucket.
 __device__ __forceinline__ void place(
     float value, const Counters& by, u32* ends, float* ordered) {
     const int bucket = bucket_of(divided(value - by.centre, by.unit, by.inverse));
@@ -130,10 +129,11 @@ __device__ __forceinline__ void place(
 // (n + 1,) is that of N(0, 1) at its quantiles i / n, cells (n,) its falls. Writes
 // found (6, rows): WD, KS, mean, std, skewness, excess kurtosis;
 // what (rows,): 1 a NaN, 2 an infinity, 4 not varying, 8 not sorted (too many different values in a
-// bucket): `found` then means nothing;
+// bucket): of `found` then only mean and std are written, for 4 and 8;
 // and if `counts` is not null: counts (rows, FINE) over the bins of stats/bins.py, group_counts
-// (groups, rows, FINE / 8), powers (groups, 2, rows): sums of x and its square, ends (2, rows): the
-// smallest and largest x = (value - location) / scale; a value that is not finite counts as 0.
+// (groups, rows, FINE / 8), powers (groups, 2, rows): sums of x and its square, extremes (2, rows):
+// the smallest and largest x = (value - location) / scale; a value that is not finite is counted as
+// 0. Rows begin at 16 bytes.
 // Dynamic shared memory: 2 * BUCKETS + 4 * (n rounded up to 4), with histograms
 // 2 * FINE + groups * FINE / 4 more bytes.
 extern "C" __global__ void __launch_bounds__(THREADS) row_statistics(

@@ -24,7 +24,7 @@ _MOST_GROUPS = 32
 class RowHistograms:
     """Histograms of rows over the bins of `entangle.stats.bins.signed_index`.
 
-    Of ``x = (value - location) / scale``, a value that is not finite counting as 0.
+    Of ``x = (value - location) / scale``, a value that is not finite counting as 0, but for powers.
     """
 
     counts: Int32[Tensor, "rows bins"]
@@ -39,6 +39,8 @@ class RowHistograms:
 def fits(values: Float[Tensor, "rows columns"], *, groups: int = 0) -> bool:
     """Tell whether `row_statistics` takes these rows and so many groups of columns."""
     if not (usable(values) and values.dtype == torch.float32 and values.is_contiguous()):
+        return False
+    if values.data_ptr() % 16:  # rows are read four numbers at a time
         return False
     needed = _shared_bytes(values.shape[1], groups) + _STATIC_BYTES
     return values.numel() > 0 and groups <= _MOST_GROUPS and needed <= shared_limit(values.device)
@@ -69,7 +71,7 @@ def row_statistics(
     Returns
     -------
     found : Tensor
-        Undefined, but for mean and std of equal values, where `what` is not 0.
+        Undefined where `what` is not 0, but for mean and std of what is `EQUAL` or `CROWDED`.
     what : Tensor
         `NAN`, `INFINITE`, `EQUAL`, or `CROWDED`: too many different values at nearly one place,
         which the kernel does not sort.

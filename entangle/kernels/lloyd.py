@@ -15,6 +15,7 @@ RUNNING, STALLED = 1, 2
 _THREADS, _MOST_CLUSTERS = 256, 256
 _BLOCKS, _MARKING_BLOCKS = 512, 1024
 _MOST_COUNTS = 8192
+_WITH_BFLOAT16 = 8  # compute capability
 _PART = 4096
 _MOST_PRODUCTS = 2**26
 
@@ -104,7 +105,9 @@ def iterate(
 def fits_halves(points: Float[Tensor, "tokens dims"], restarts: int, k: int) -> bool:
     """Tell whether `iterate_halves` can work on these points: not too many centroids."""
     right = usable(points) and points.dtype == torch.float32 and k <= _MOST_CLUSTERS
-    return right and restarts * k <= _MOST_COUNTS
+    if not right or torch.cuda.get_device_capability(points.device)[0] < _WITH_BFLOAT16:
+        return False
+    return restarts * k <= _MOST_COUNTS
 
 
 def halves(points: Float32[Tensor, "tokens dims"]) -> BFloat16[Tensor, "padded_tokens padded_dims"]:

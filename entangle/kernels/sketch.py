@@ -232,10 +232,10 @@ def _work(
 ) -> tuple[Shaped[Tensor, "..."], Shaped[Tensor, "..."]]:
     """Return work space for partial sums, and a ticket of each tile, which is zero."""
     partial = torch.empty(sums, parts, neurons, dtype=torch.float64, device=device)
-    return partial, _tickets(tiles, device)
+    return partial, _tickets(tiles, device, torch.cuda.current_stream(device).cuda_stream)
 
 
-@cache
-def _tickets(tiles: int, device: torch.device) -> Shaped[Tensor, " tiles"]:
-    """Return zeros, which every kernel leaves as it found them."""
+@lru_cache(maxsize=64)
+def _tickets(tiles: int, device: torch.device, stream: int) -> Shaped[Tensor, " tiles"]:  # noqa: ARG001
+    """Return zeros, which every kernel of one stream leaves as it found them."""
     return torch.zeros(tiles, dtype=torch.int32, device=device)

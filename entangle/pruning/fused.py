@@ -18,6 +18,7 @@ def can_fuse(problem: Problem, block_size: int) -> bool:
     weight = problem.weight
     return (
         usable(weight)
+        and weight.numel() > 0
         and weight.element_size() == 4
         and problem.bits is None
         and block_size <= kernels.WIDTH

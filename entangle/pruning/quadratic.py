@@ -4,7 +4,7 @@ A GPU's float32 products are slow. Its TensorFloat-32 units multiply numbers of 
 and cut off what they add instead of rounding it. Rows and grams are therefore split in two such
 numbers, and at most 1,024 products of them are summed before the sum is added in float32. Of
 SparseGPT's changes of bfloat16 weights (2048 and 4096 inputs, 50 % and 80 % zeros, sums that cancel
-to 1/300 to 1/1400), with such units imitated on a CPU, the largest relative errors beside float64
+to 1/300 to 1/1400), with such units imitated in float64, the largest relative errors beside float64
 are:
 
 ==========================================  ===========  ==================
@@ -47,7 +47,8 @@ def quadratic(
     if rows.device.type == "cpu":
         return torch.einsum("erc,erc->er", rows @ gram, rows)
     multiplier: Multiplier = _split if _has_tf32(rows) else _plain
-    at_once = max(1, _PART_BYTES // (rows[0].numel() * rows.element_size()))
+    bytes_each = rows.shape[1:].numel() * rows.element_size()
+    at_once = max(1, _PART_BYTES // max(1, bytes_each))
     parts = zip(rows.split(at_once), gram.split(at_once), strict=True)
     return torch.cat([_by_panels(some, own, multiplier(some)) for some, own in parts])
 

@@ -10,7 +10,7 @@ from functools import partial
 from itertools import chain
 
 import torch
-from jaxtyping import Float32, Int64
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from entangle.errors import InvalidInput
@@ -23,7 +23,7 @@ from entangle.scalars import whole
 from entangle.seeding import check_seed, numpy_rng
 from entangle.stats.gram import require_finite
 
-Blocks = Callable[[], Iterator[Float32[Tensor, "_ _"]]]
+Blocks = Callable[[], Iterator[Float[Tensor, "_ _"]]]
 _MAX_TOKENS = 2**19
 
 

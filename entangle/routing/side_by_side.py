@@ -134,9 +134,7 @@ def iterate(
     return found.centroids, found.inertias, before.long()
 
 
-def _rough(
-    points: Tensor, centroids: Tensor, cluster_sums: ClusterSums, limits: Tensor
-) -> Callable[..., None]:
+def _rough(points: Tensor, centroids: Tensor, cluster_sums: ClusterSums, limits: Tensor) -> Advance:
     """Choose what iterates the restarts at first: one that takes them, ``times`` and ``most``."""
     if not lloyd.fits_halves(points, *centroids.shape[:2]):
         return partial(_by_products, points, cluster_sums, tensor_cores, limits=limits)
@@ -177,21 +175,20 @@ def _by_products(
     most: int,
 ) -> None:
     """Do what `entangle.kernels.lloyd.iterate` does, by matrix products."""
-    own = restarts
     for _ in range(times):
-        sums, counts = cluster_sums(points, own.centroids, product)
+        sums, counts = cluster_sums(points, restarts.centroids, product)
         means = sums / counts.clamp_min(1)[:, :, None]
         inertias = (limits[0] - (means * sums).sum((1, 2))).clamp_min(0.0)
         after = means.float()
-        moved = (after.double() - own.centroids).square().sum((1, 2))
-        running, whole = own.active == lloyd.RUNNING, (counts > 0).all(1)
+        moved = (after.double() - restarts.centroids).square().sum((1, 2))
+        running, whole = restarts.active == lloyd.RUNNING, (counts > 0).all(1)
         goes = running & whole
-        own.iterations.add_(goes)
-        ends = (moved <= limits[1]) | (own.iterations >= most)
-        ends |= own.inertias - inertias <= limits[2] * inertias
-        own.centroids.copy_(torch.where(goes[:, None, None], after, own.centroids))
-        own.inertias.copy_(torch.where(goes, inertias, own.inertias))
-        own.active.masked_fill_(goes & ends, 0).masked_fill_(running & ~whole, lloyd.STALLED)
+        restarts.iterations.add_(goes)
+        ends = (moved <= limits[1]) | (restarts.iterations >= most)
+        ends |= restarts.inertias - inertias <= limits[2] * inertias
+        restarts.centroids.copy_(torch.where(goes[:, None, None], after, restarts.centroids))
+        restarts.inertias.copy_(torch.where(goes, inertias, restarts.inertias))
+        restarts.active.masked_fill_(goes & ends, 0).masked_fill_(running & ~whole, lloyd.STALLED)
 
 
 def _take_step(found: lloyd.Restarts, own: slice, step: Step, *, most: int) -> None:

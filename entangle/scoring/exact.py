@@ -1,5 +1,6 @@
 """Exact scoring: record a layer's inputs once, recompute its outputs some neurons at a time."""
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -25,6 +26,8 @@ from entangle.stats.mapping_difficulty import MappingDifficulty, TokenPairs, dra
 from entangle.stats.rows import can_measure, measure_rows
 from entangle.stats.sketch import OutputSketch, SketchResult
 from entangle.stats.wasserstein import ShapeStatistics, shape_statistics
+
+_LOG = logging.getLogger(__name__)
 
 _BLOCK_TOKENS = 8192
 _BLOCK_TOKENS_GPU = 2**15
@@ -204,7 +207,7 @@ def _outputs(layer: Layer, store: TokenStore, part: slice) -> Tensor:
     factor = weight if as_is else weight.float()
     bias = None if layer.bias is None else layer.bias[part, None].float()
     outputs = torch.empty(weight.shape[0], store.n_tokens, device=weight.device)
-    for start, rows in _inputs(store, on_gpu=weight.is_cuda):
+    for start, rows in _inputs(store, on_gpu=weight.is_cuda, whole=as_is):
         rows, target = rows.to(weight.device), outputs[:, start : start + rows.shape[0]]
         if not as_is:
             torch.matmul(factor, rows.float().T, out=target)
@@ -217,10 +220,11 @@ def _outputs(layer: Layer, store: TokenStore, part: slice) -> Tensor:
     return outputs
 
 
-def _inputs(store: TokenStore, *, on_gpu: bool) -> Iterator[tuple[int, Tensor]]:
-    """Yield (index of the first token, inputs) in order: all at once where a GPU holds them."""
-    if _whole(store):
-        yield 0, store.joined()
+def _inputs(store: TokenStore, *, on_gpu: bool, whole: bool) -> Iterator[tuple[int, Tensor]]:
+    """Yield (index of the first token, inputs) in order: if ``whole``, all at once on a GPU."""
+    tokens = _joined_rows(store) if whole else None
+    if tokens is not None:
+        yield 0, tokens
     else:
         yield from store.blocks(_BLOCK_TOKENS_GPU if on_gpu else _BLOCK_TOKENS)
 
@@ -231,15 +235,21 @@ def _drawn(n_tokens: int, seed: int, device: torch.device) -> Tensor:
     return draw_pairs(n_tokens, seed=seed).to(device)
 
 
-def _whole(store: TokenStore) -> bool:
-    """Tell whether a GPU holds a record that may be one tensor: it is held twice for a moment."""
+def _joined_rows(store: TokenStore) -> Tensor | None:
+    """Return a record as one tensor if a GPU holds it, and has room for it twice for a moment."""
     on_gpu = store.device.type == "cuda" and store.in_memory
-    return on_gpu and store.n_bytes <= _GPU_BYTES // 4
+    if not on_gpu or store.n_bytes > _GPU_BYTES // 4:
+        return None
+    try:
+        return store.joined()
+    except torch.OutOfMemoryError:
+        _LOG.warning("GPU memory ran out: inputs of %d tokens are read in blocks", store.n_tokens)
+        return None
 
 
 def _input_distance(store: TokenStore, pairs: Tensor) -> Tensor:
     """Return ‖x_a − x_b‖₂ of every pair, float32, shape (pairs,)."""
-    tokens = store.joined() if _whole(store) else None
+    tokens = _joined_rows(store)
     if tokens is not None and tokens.is_contiguous() and fits(tokens, 1):
         first, second = pairs.to(tokens.device)
         return row_distances(tokens[first], tokens[second])

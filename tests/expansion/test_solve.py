@@ -77,11 +77,14 @@ def test_an_empty_cluster_gets_the_layers_own_gram() -> None:
     torch.testing.assert_close(solved.weight[3], whole.weight, rtol=1e-4, atol=1e-5)
 
 
-def test_experts_in_smaller_batches_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("pruner", ["sparsegpt", "random"])
+def test_experts_in_smaller_batches_are_the_same(
+    monkeypatch: pytest.MonkeyPatch, pruner: str
+) -> None:
     layer, _, _, grams = problem()
-    whole = solve_experts(layer, grams, 0.5, SolverSettings())
+    whole = solve_experts(layer, grams, 0.5, SolverSettings(pruner))
     monkeypatch.setattr("entangle.expansion.solve._WORK_BYTES", 1)
-    single = solve_experts(layer, grams, 0.5, SolverSettings())
+    single = solve_experts(layer, grams, 0.5, SolverSettings(pruner))
     torch.testing.assert_close(single.weight, whole.weight)
     assert torch.equal(single.weight == 0, whole.weight == 0)
 

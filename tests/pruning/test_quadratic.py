@@ -114,3 +114,11 @@ def test_is_exact_on_a_gpu(monkeypatch: pytest.MonkeyPatch, precision: str) -> N
         torch.set_float32_matmul_precision(before)
     assert float((found.sum() / exact.sum() - 1).abs()) < 3e-6
     assert float((found / exact - 1).abs().max()) < 2e-5
+
+
+def test_no_rows_and_no_experts() -> None:
+    for experts, rows in ((3, 0), (0, 2)):
+        shape = quadratic(
+            torch.zeros(experts, rows, 8, device="meta"), torch.zeros(experts, 8, 8, device="meta")
+        ).shape
+        assert shape == (experts, rows)

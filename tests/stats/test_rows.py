@@ -93,5 +93,12 @@ def test_refuses_long_rows_many_groups_and_nothing(shape: tuple[int, int], group
     assert not can_measure(torch.zeros(shape, device="cuda"), groups=groups)
 
 
+@pytest.mark.parametrize("offset", [pytest.param(1, marks=on_gpu)])
+def test_leaves_rows_off_16_bytes_to_the_plain_version(offset: int) -> None:
+    y = torch.randn(4 * 64 + offset, generator=torch_rng(1, "rows")).cuda()[offset:].view(4, 64)
+    assert not can_measure(y, groups=1)
+    torch.testing.assert_close(shape_statistics(y).wd.cpu(), shape_statistics(y.cpu()).wd)
+
+
 def test_leaves_other_devices_to_the_plain_version() -> None:
     assert not can_measure(torch.zeros(2, 100), groups=1)
