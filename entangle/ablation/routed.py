@@ -129,7 +129,9 @@ def _fit_blocks(
             layers = [layer for layer, _ in chosen if layer.block == block]
             with ExitStack() as stack:
                 run = partial(states.advance, runner, block)
-                groups = record_inputs(layers, run, memory=memory // 4, stack=stack)
+                groups = record_inputs(
+                    layers, run, memory=memory // 4, stack=stack, n_passes=states.n_passes
+                )
                 _check_all_ran(layers, groups)
                 for members, inputs in groups:
                     group = RowGroup.of(members, rows)

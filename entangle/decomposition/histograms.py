@@ -10,7 +10,6 @@ from torch import Tensor
 
 from entangle.ablation.row_measures import Clusters
 from entangle.precision import accumulator_dtype
-from entangle.scoring.histograms import FOLD
 from entangle.stats import bins
 from entangle.stats.wasserstein import sort_rows
 
@@ -50,13 +49,13 @@ class CommonBins:
         for row in relative:
             cells = labels * bins.N_BINS + bins.signed_index(row)
             counts = torch.bincount(cells, minlength=k * bins.N_BINS).unflatten(0, (k, -1))
-            found.append(bins.fold_counts(counts, FOLD))
+            found.append(bins.fold_counts(counts, bins.SAVED_FOLD))
         return torch.stack(found).cpu().numpy()
 
     def edges(self, neuron: int) -> Float[np.ndarray, " edges"]:
         """Return the edges of the bins of a neuron (its place among them), in output units."""
         unit, location = float(self._unit[neuron]), float(self._location[neuron])
-        return location + unit * bins.signed_edges(FOLD)
+        return location + unit * bins.signed_edges(bins.SAVED_FOLD)
 
 
 def histogram_rows(

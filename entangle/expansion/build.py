@@ -23,7 +23,7 @@ from entangle.routing.fit import fit_router_and_labels
 from entangle.routing.router import Kind
 from entangle.stats.gram import ClusterGrams
 
-_PASS_TOKENS_GPU = 2**15
+_PASS_TOKENS_GPU, _PASS_NUMBERS_GPU = 2**15, 2**27
 _GRAM_TOKENS = 2**13
 _GRAM_NUMBERS_GPU = 2**28
 
@@ -82,13 +82,19 @@ class HiddenStates:
     def enter(self, runner: BlockRunner) -> None:
         """Fill with what enters the first block."""
         if self._batches and runner.enter(self._batches[0])[0].is_cuda:
-            self._passes = _joined(self._batches, _PASS_TOKENS_GPU)
+            most = min(_PASS_TOKENS_GPU, _PASS_NUMBERS_GPU // runner.widest)
+            self._passes = _joined(self._batches, most)
         for ids in self._passes:
             self._store.append(runner.enter(ids)[0].flatten(0, -2))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (token ids, hidden states of shape (sequences, tokens, features)), in order."""
         return self._split(self._batches)
+
+    @property
+    def n_passes(self) -> float:
+        """How many passes there are, if all had as many tokens as the first."""
+        return sum(ids.numel() for ids in self._passes) / self._passes[0].numel()
 
     def passes(self) -> Iterator[tuple[Tensor, Tensor]]:
         """As iterating, in batches to run a block on: larger ones on a GPU."""
@@ -195,7 +201,9 @@ def _expand_block(
             runner.run(index, hidden, runner.enter(ids)[1])
 
     with ExitStack() as stack:
-        groups = record_inputs(layers, replay, memory=memory, stack=stack)
+        groups = record_inputs(
+            layers, replay, memory=memory, stack=stack, n_passes=calibration.n_passes
+        )
         if index == max(plan.layers):
             calibration.close()
         ran = {layer.name for members, _ in groups for layer in members}
@@ -215,7 +223,12 @@ def _expand_block(
 
 
 def record_inputs(
-    layers: Sequence[Layer], run: Callable[[], None], *, memory: int, stack: ExitStack
+    layers: Sequence[Layer],
+    run: Callable[[], None],
+    *,
+    memory: int,
+    stack: ExitStack,
+    n_passes: float = 1,
 ) -> list[tuple[list[Layer], TokenStore]]:
     """Record what layers receive; neighbours with one input, such as gate and up, share a record.
 
@@ -229,6 +242,8 @@ def record_inputs(
         Bytes for the records; what is beyond goes to a temporary file.
     stack
         Closes the records when it is closed.
+    n_passes
+        How often a layer will see about as many tokens as at first.
 
     Returns
     -------
@@ -241,10 +256,13 @@ def record_inputs(
 
     def keep(layer: Layer, inputs: Tensor, _outputs: Tensor) -> None:
         number = groups.see(layer, inputs)
+        rows = inputs.flatten(0, -2)
         if number == len(stores):
             stores.append(stack.enter_context(TokenStore(budget)))
+            if rows.is_cuda:
+                stores[number].reserve(round(rows.shape[0] * n_passes), rows)
         if groups.members[number][0] is layer:
-            stores[number].append(inputs.flatten(0, -2))
+            stores[number].append(rows)
 
     with observe(layers, keep):
         run()

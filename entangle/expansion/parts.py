@@ -7,6 +7,7 @@ clusters are held, until the experts of all layers are solved with them.
 
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import chain
 
 import torch
@@ -25,19 +26,17 @@ from entangle.expansion.solve import (
 )
 from entangle.models.layers import Layer
 from entangle.pruning.factor import Factor, inverse_factor
+from entangle.pruning.problem import check_gram
 from entangle.recording.stream import TokenStore
 from entangle.stats.gram import sum_grams
 
 _LOG = logging.getLogger(__name__)
 
 _BATCH = 2**13
-_WORK_BYTES = 2 * 2**30
-_WORK_SHARE = 2 / 5
+_WORK_BYTES = 2**30
+_WORK_SHARE = 1 / 3
 _FACTOR_WORK = 1 / 3  # of a gram, beside the gram and its factor
 _COPIES_FUSED, _COPIES = 1.75, 6  # of an expert's rows in float32, at most, while it is solved
-
-Solved = tuple[SolvedPart, float]
-"""A layer's experts of some clusters, and its energy on their tokens."""
 
 
 class ClusterTokens:
@@ -88,11 +87,10 @@ class ClusterTokens:
         sets = [self.batches(cluster) for cluster in clusters]
         return sum_grams(sets, self._features, device=device)
 
-    def average(self, device: torch.device) -> Float[Tensor, "_ _"]:
-        """Return ``XᵀX`` of all tokens, divided by their number."""
+    def whole(self, device: torch.device) -> Float[Tensor, "_ _"]:
+        """Return ``XᵀX`` of all tokens."""
         everything = chain.from_iterable(chunk.split(_BATCH) for chunk in self._chunks)
-        whole = sum_grams([everything], self._features, device=device)[0]
-        return whole.div_(int(self.count.sum()))
+        return sum_grams([everything], self._features, device=device)[0]
 
 
 def solve_in_parts(
@@ -137,8 +135,8 @@ def _clusters_at_once(
 ) -> int:
     """Return how many clusters to solve together, so that the parts are of about one size.
 
-    The work memory is 2/5 of what inputs and experts take, which is held anyway, and at least
-    2 GiB. It does not depend on what is free, so that one seed gives one result.
+    The work memory is a third of what inputs and experts take, which is held anyway, and at least
+    1 GiB. It does not depend on what is free, so that one seed gives one result.
     """
     weights = [layer.weight for layer in layers]
     held = input_bytes + k * sum(weight.numel() * weight.element_size() for weight in weights)
@@ -151,12 +149,12 @@ def _clusters_at_once(
 def _bytes_a_cluster(weights: Sequence[Tensor], settings: SolverSettings) -> int:
     """Return the most that solving one cluster takes: gram, factor, and copies of the rows."""
     width = max(4, *(weight.element_size() for weight in weights))
-    fused = settings.pruner == "sparsegpt" and settings.bits is None and width == 4
-    fused = fused and settings.pattern in ("row", "block")
+    alone = settings.pruner == "sparsegpt" and width == 4  # the factor, without the gram
+    fused = alone and settings.bits is None and settings.pattern in ("row", "block")
     gram = width * weights[0].shape[1] ** 2
     rows = width * max(weight.numel() for weight in weights)
-    solving = (_COPIES_FUSED if fused else _COPIES) * rows
-    return int(2 * gram + max(_FACTOR_WORK * gram, solving))
+    solving = (1 if alone else 2) * gram + (_COPIES_FUSED if fused else _COPIES) * rows
+    return int(max((2 + _FACTOR_WORK) * gram, solving))
 
 
 class _Group:
@@ -173,28 +171,37 @@ class _Group:
         self.missing: list[int] = (layers[0].in_features - tokens.count).clamp_min(0).tolist()
         self._layers, self._sparsity, self._settings = layers, sparsity, settings
         self._device = layers[0].weight.device
-        self._average = tokens.average(self._device) if any(self.missing) else None
+        whole = tokens.whole(self._device)
+        self.energies = [dense_energy(layer, whole) for layer in layers]
+        """Of each layer, over all tokens."""
+        self._average = whole.div_(int(tokens.count.sum())) if any(self.missing) else None
 
-    def solve(self, clusters: range) -> list[Solved]:
-        """Return each layer's experts of some clusters, and its energy on their tokens."""
+    def solve(self, clusters: range, into: Sequence[Tensor]) -> list[SolvedPart]:
+        """Return each layer's experts of some clusters, their weights put into ``into``.
+
+        SparseGPT needs no grams but their factor, so that the two are held together only while it
+        is made: the grams are summed again for the errors.
+        """
         grams = self.tokens.grams(clusters, self._device)
-        whole = grams.sum(0)
-        energies = [dense_energy(layer, whole) for layer in self._layers]
-        del whole
         self._shrink_(grams, clusters)
         factor = self._factor(grams, clusters.start)
-        pruned = [
-            prune_part(layer, grams, share, self._settings, first=clusters.start, factor=factor)
-            for layer, share in zip(self._layers, self._sparsity, strict=True)
-        ]
-        del factor
-        self._restore_(grams, clusters)
+        held = grams if factor is None else None
+        del grams
+        pruned = []
+        for layer, share, place in zip(self._layers, self._sparsity, into, strict=True):
+            part = prune_part(
+                layer, held, share, self._settings, first=clusters.start, factor=factor,
+                experts=len(clusters),
+            )  # fmt: skip
+            pruned.append(replace(part, weight=place.copy_(part.weight)))
+            del part
+        del factor, held
+        grams = self.tokens.grams(clusters, self._device)
         errors = [
             squared_errors(layer, experts.weight, grams)
             for layer, experts in zip(self._layers, pruned, strict=True)
         ]
-        parts = map(SolvedPart, pruned, errors)
-        return list(zip(parts, energies, strict=True))
+        return list(map(SolvedPart, pruned, errors))
 
     def _shrink_(self, grams: Tensor, clusters: range) -> None:
         """Shrink the grams of short clusters as `entangle.expansion.solve.shrunk_grams` does."""
@@ -202,17 +209,13 @@ class _Group:
             if self._average is not None and self.missing[cluster]:
                 gram.add_(self._average, alpha=self.missing[cluster])
 
-    def _restore_(self, grams: Tensor, clusters: range) -> None:
-        """Undo `_shrink_`, by summing again what few tokens such a cluster has."""
-        for gram, cluster in zip(grams, clusters, strict=True):
-            if self.missing[cluster]:
-                gram.copy_(self.tokens.grams([cluster], self._device)[0])
-
     def _factor(self, grams: Tensor, first: int) -> Factor | None:
-        """Factorise the grams, where several layers are solved with them."""
-        wide = any(layer.weight.dtype == torch.float64 for layer in self._layers)
-        if len(self._layers) == 1 or wide or self._settings.pruner != "sparsegpt":
+        """Factorise the grams for all layers, where that is all that they are solved with."""
+        weights = [layer.weight for layer in self._layers]
+        wide = any(weight.dtype == torch.float64 for weight in weights)
+        if wide or self._settings.pruner != "sparsegpt":
             return None
+        grams = check_gram(grams, weights[0].expand(len(grams), -1, -1), grams.dtype)
         return inverse_factor(grams, damping=self._settings.damping, first=first)
 
 
@@ -228,11 +231,12 @@ def _solve_in_parts(
 ) -> list[Experts]:
     """Solve ``size`` clusters at a time, or fewer and fewer where a GPU's memory runs out."""
     group = _Group(layers, ClusterTokens(store, labels, k), sparsity, settings)
-    found: list[list[Solved]] = []
+    weights = [layer.weight.new_empty(k, *layer.weight.shape) for layer in layers]
+    found: list[list[SolvedPart]] = []
     start = 0
     while start < k:
         clusters = range(start, min(start + size, k))
-        solved = _try(group, clusters)
+        solved = _try(group, clusters, [weight[start : clusters.stop] for weight in weights])
         if solved is None:
             size = (len(clusters) + 1) // 2
             _LOG.warning("GPU memory ran out: solving %d of %d experts at a time", size, k)
@@ -240,22 +244,18 @@ def _solve_in_parts(
             continue
         found.append(solved)
         start = clusters.stop
-    experts = []
-    for _ in layers:
-        parts, energies = zip(*[solved.pop(0) for solved in found], strict=True)
-        experts.append(
-            join_parts(
-                parts, energy=sum(energies), tokens=group.tokens.count,
-                shrunk=sum(missing > 0 for missing in group.missing),
-            )
-        )  # fmt: skip
-    return experts
+    shrunk = sum(missing > 0 for missing in group.missing)
+    by_layer = zip(zip(*found, strict=True), group.energies, weights, strict=True)
+    return [
+        join_parts(parts, energy=energy, tokens=group.tokens.count, shrunk=shrunk, weight=weight)
+        for parts, energy, weight in by_layer
+    ]
 
 
-def _try(group: _Group, clusters: range) -> list[Solved] | None:
+def _try(group: _Group, clusters: range, into: Sequence[Tensor]) -> list[SolvedPart] | None:
     """Solve a part; None if memory runs out with more than one cluster."""
     try:
-        return group.solve(clusters)
+        return group.solve(clusters, into)
     except torch.OutOfMemoryError:
         if len(clusters) == 1:
             raise

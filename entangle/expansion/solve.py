@@ -100,7 +100,7 @@ def solve_experts(
     parts = []
     beside = 0 if layer.weight.device.type == "cpu" else layer.out_features
     for part, gram in shrunk_grams(grams, rows=beside):
-        pruned = prune_part(layer, gram, sparsity, settings, first=part.start)
+        pruned = prune_part(layer, gram, sparsity, settings, experts=len(gram), first=part.start)
         lost = squared_errors(layer, pruned.weight, grams.gram[part])
         parts.append(SolvedPart(pruned, lost))
     energy = dense_energy(layer, grams.gram.sum(0))
@@ -126,10 +126,11 @@ class SolvedPart:
 
 def prune_part(
     layer: Layer,
-    gram: Float[Tensor, "part in_features in_features"],
+    gram: Float[Tensor, "part in_features in_features"] | None,
     sparsity: Sparsity,
     settings: SolverSettings,
     *,
+    experts: int,
     first: int = 0,
     factor: Factor | None = None,
 ) -> PrunedPart:
@@ -140,14 +141,16 @@ def prune_part(
     layer, sparsity, settings
         As in `solve_experts`.
     gram
-        Of some neighbouring clusters, as `shrunk_grams` gives them.
+        Of some neighbouring clusters, as `shrunk_grams` gives them; None if the factor is enough.
+    experts
+        Number of these clusters.
     first
         Number of the first cluster.
     factor
         Of the grams' inverses, if it is known: layers with one input have the same.
     """
     problem = prepare(
-        layer.weight.expand(gram.shape[0], -1, -1), gram, sparsity=sparsity,
+        layer.weight.expand(experts, -1, -1), gram, sparsity=sparsity,
         pattern=settings.pattern, rows=None, bits=settings.bits, loss=False,
     )  # fmt: skip
     result = solve(
@@ -188,10 +191,19 @@ def dense_energy(layer: Layer, gram: Float[Tensor, "in_features in_features"]) -
 
 
 def join_parts(
-    parts: Sequence[SolvedPart], *, energy: float, tokens: Int64[Tensor, " experts"], shrunk: int
+    parts: Sequence[SolvedPart],
+    *,
+    energy: float,
+    tokens: Int64[Tensor, " experts"],
+    shrunk: int,
+    weight: Float[Tensor, "experts out_features in_features"] | None = None,
 ) -> Experts:
-    """Put the experts of all clusters, in order, together; the other fields are given."""
-    weight = torch.cat([part.pruned.weight for part in parts])
+    """Put the experts of all clusters, in order, together; the other fields are given.
+
+    ``weight`` is given where the parts' weights lie in one tensor already.
+    """
+    if weight is None:
+        weight = torch.cat([part.pruned.weight for part in parts])
     return Experts(
         weight=weight,
         squared_error=torch.cat([part.squared_error for part in parts]),

@@ -71,6 +71,11 @@ class BlockRunner:
         self._module, self._blocks = module, find_blocks(module)[1]
         self.n_blocks = len(self._blocks)
         """Number of transformer blocks."""
+        self.widest = max(
+            (max(p.shape[-2:]) for block in self._blocks for p in block.parameters() if p.ndim),
+            default=1,
+        )
+        """Most inputs or outputs of a layer in the blocks."""
         self._probe(torch.arange(4)[None])
 
     def enter(self, ids: Ids) -> tuple[Hidden, BlockInputs]:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from entangle.errors import InvalidInput, NumericalError
@@ -30,6 +30,8 @@ class Factor(NamedTuple):
     dtype, ``U`` divided by a power of two."""
     damping: Float[Tensor, " experts"]
     """The multiple of the mean diagonal that was used for each expert."""
+    dead: Bool[Tensor, "experts cols"]
+    """Inputs that are zero on all tokens."""
 
 
 def inverse_factor(
@@ -70,13 +72,14 @@ def inverse_factor(
     if not 0 <= damping < math.inf:
         raise InvalidInput(f"`damping` must be finite and at least 0; got {damping:g}.")
     used = gram.new_full(gram.shape[:1], damping)
+    dead = gram.diagonal(dim1=-2, dim2=-1) == 0
     gram = _raised(gram)
     with full_precision():
         if gram.device.type != "cpu":
-            return Factor(_escalate(gram, used, first, _factor), used)
+            return Factor(_escalate(gram, used, first, _factor), used, dead)
         flipped = gram.flip(-2, -1)
         lower = _escalate(flipped, used, first, _cholesky)
-        return Factor(_invert_lower(lower).flip(-2, -1), used)
+        return Factor(_invert_lower(lower).flip(-2, -1), used, dead)
 
 
 def _raised(gram: Float[Tensor, "experts cols cols"]) -> Float[Tensor, "experts cols cols"]:

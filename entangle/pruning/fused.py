@@ -1,10 +1,11 @@
 """The SparseGPT solver on an NVIDIA GPU: one kernel a step instead of one or more a column."""
 
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 
 from entangle.kernels import solver as kernels
 from entangle.kernels.compiled import usable
+from entangle.pruning.factor import Factor
 from entangle.pruning.problem import Problem
 from entangle.pruning.solver import Solver
 
@@ -30,9 +31,9 @@ def can_fuse(problem: Problem, block_size: int) -> bool:
 class FusedSolver(Solver):
     """Chooses and settles whole blocks of columns by kernels; what it does is in `Solver`."""
 
-    def __init__(self, problem: Problem, factor: Float[Tensor, "experts cols cols"]) -> None:
+    def __init__(self, problem: Problem, factor: Factor) -> None:
         super().__init__(problem, factor)
-        self.factor, self.power = factor.contiguous(), self.power.contiguous()
+        self.factor, self.power = self.factor.contiguous(), self.power.contiguous()
         self.left = self.left.clone()
 
     def choose(self, start: int, stop: int) -> Bool[Tensor, "experts rows width"]:

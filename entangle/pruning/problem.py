@@ -43,7 +43,8 @@ class Problem:
     wants_loss: bool = True
     """Whether the result is to hold the losses."""
     factor: Factor | None = None
-    """From `entangle.pruning.factor.inverse_factor` of the gram, if it is known already."""
+    """From `entangle.pruning.factor.inverse_factor` of the gram, if it is known already; SparseGPT
+    needs no gram then."""
 
     @property
     def zeros_a_group(self) -> Int[Tensor, " experts *rows"]:
@@ -82,7 +83,7 @@ def prepare(
     return Problem(
         dense=dense,
         weight=_cast(selected, solver_dtype),
-        gram=None if gram is None else _check_gram(gram, weight, solver_dtype),
+        gram=None if gram is None else check_gram(gram, weight, solver_dtype),
         pattern=parsed,
         sparsity=float(share) if parsed.kind in ("layer", "block") else torch.nan,
         budget=_budget(share, parsed, selected, chosen).to(dense.device),
@@ -121,10 +122,18 @@ def _check_weight(weight: Tensor) -> Float[Tensor, "experts rows cols"]:
     return weight.detach().reshape(-1, *weight.shape[-2:])
 
 
-def _check_gram(
+def check_gram(
     gram: Tensor, weight: Tensor, dtype: torch.dtype
 ) -> Float[Tensor, "experts cols cols"]:
-    """Return the grams in the solver's dtype, which must hold them."""
+    """Return the grams of weights in the solver's dtype, which must hold them.
+
+    Raises
+    ------
+    InvalidInput
+        If the gram is not one of the weight.
+    NumericalError
+        If it is not finite, or too small for the dtype.
+    """
     if not isinstance(gram, Tensor):
         raise InvalidInput(f"`gram` must be a tensor; got {type(gram).__name__}.")
     shape = (*weight.shape[:-2], weight.shape[-1], weight.shape[-1])

@@ -5,6 +5,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from entangle.pruning.eliminate import eliminate
+from entangle.pruning.factor import Factor
 from entangle.pruning.masks import dead_first, prune_block, prune_groups, prune_smallest
 from entangle.pruning.problem import Problem
 from entangle.pruning.quantize import fit_grid
@@ -15,11 +16,10 @@ _PANEL = 16
 class Solver:
     """The state of one solve: weights final left of the current block, up to date right of it."""
 
-    def __init__(self, problem: Problem, factor: Float[Tensor, "experts cols cols"]) -> None:
+    def __init__(self, problem: Problem, factor: Factor) -> None:
         self.pattern, self.sparsity = problem.pattern, problem.sparsity
-        self.factor = factor
-        self.power = factor.diagonal(dim1=-2, dim2=-1).square()
-        self.dead = problem.need_gram().diagonal(dim1=-2, dim2=-1) == 0
+        self.factor, self.dead = factor.upper, factor.dead
+        self.power = factor.upper.diagonal(dim1=-2, dim2=-1).square()
         self.grid = None if problem.bits is None else fit_grid(problem.weight, problem.bits)
         self.weight = problem.weight.clone(memory_format=torch.contiguous_format)
         self.pruned = torch.zeros_like(self.weight, dtype=torch.bool)

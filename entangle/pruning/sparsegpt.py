@@ -87,13 +87,14 @@ def solve(problem: Problem, *, damping: float | int, block_size: int = BLOCK) ->
 
 
 def _solve(problem: Problem, *, damping: float | int, block_size: int) -> PruneResult:
-    factor, used = problem.factor or inverse_factor(
+    factor = problem.factor or inverse_factor(
         problem.need_gram(), damping=damping, first=problem.first
     )
     solver = (FusedSolver if can_fuse(problem, block_size) else Solver)(problem, factor)
     with full_precision():
         solver.run(block_size)
     solved, pruned = solver.weight, solver.pruned
+    used = factor.damping
     del solver, factor
     solved = solved.to(problem.dense.dtype)
     return finish(problem, solved, pruned, used)

@@ -51,6 +51,7 @@ class TokenStore:
         self.n_tokens = 0
         self._budget, self._held = budget, 0
         self._chunks: list[Tensor] = []
+        self._room: Tensor | None = None
         self._file: IO[bytes] | None = None
         self._reading = Lock()
         self._features, self._dtype, self._in_memory = 0, torch.float32, 0
@@ -90,12 +91,35 @@ class TokenStore:
     def close(self) -> None:
         """Give the memory back to the budget and remove the file; again does nothing."""
         self._chunks.clear()
+        self._room = None
         self._budget.left += self._held
         self._held = 0
         if self._file is not None:
             with suppress(OSError):  # a full disk refuses the rest of the buffer
                 self._file.close()
             self._file = None
+
+    def reserve(self, n_tokens: int, like: Float[Tensor, "_ features"]) -> None:
+        """Take memory for the first rows in one piece, where the budget and the device have it.
+
+        A GPU takes longer to give memory for every chunk than to fill it. Rows beyond it are kept
+        as they would be without it.
+
+        Parameters
+        ----------
+        n_tokens
+            About how many rows will be appended.
+        like
+            Rows of their width, dtype and device.
+        """
+        n_bytes = n_tokens * like.shape[1] * like.element_size()
+        if self.n_tokens or self._room is not None or not self._budget.take(n_bytes):
+            return
+        try:
+            self._room = like.new_empty(n_tokens, like.shape[1])
+            self._held += n_bytes
+        except torch.OutOfMemoryError:
+            self._budget.left += n_bytes
 
     def append(self, chunk: Float[Tensor, "tokens features"]) -> None:
         """Add rows of shape (tokens, features)."""
@@ -106,7 +130,9 @@ class TokenStore:
             )
         self._features, self._dtype, self._device = chunk.shape[1], chunk.dtype, chunk.device
         n_bytes = chunk.numel() * chunk.element_size()
-        if self._file is None and self._budget.take(n_bytes):
+        if self._fill(chunk):
+            self._in_memory += chunk.shape[0]
+        elif self._file is None and self._budget.take(n_bytes):
             self._chunks.append(chunk.clone())
             self._held += n_bytes
             self._in_memory += chunk.shape[0]
@@ -166,6 +192,16 @@ class TokenStore:
                     (wanted[low:high] - start).to(rows.device)
                 ].to(device)
         return found
+
+    def _fill(self, chunk: Tensor) -> bool:
+        """Put rows into the reserved memory; False, from then on, where they do not fit."""
+        end = self.n_tokens + chunk.shape[0]
+        if self._room is None or end > len(self._room):
+            self._room = None
+            return False
+        self._room[self.n_tokens : end] = chunk
+        self._chunks = [self._room[:end]]
+        return True
 
     def _spill(self, chunk: Tensor) -> None:
         remedy = "set TMPDIR to another folder or raise --memory (memory)"

@@ -16,6 +16,7 @@ from entangle.routing.subspace import leading_pairs
 from entangle.stats.gram import Gram, require_finite
 
 _ALL_AT_ONCE = 512
+_ROWS = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +78,7 @@ def fit_pca(blocks: Iterable[Float[Tensor, "_ _"]], n_components: int | None = N
     for block in chain([first], rest):
         gram.update(block if block.dtype != torch.float32 else block - shift)
     moments = gram.result()
-    covariance = moments.gram / moments.count - torch.outer(moments.mean, moments.mean)
+    covariance = _centred_(moments.gram.div_(moments.count), moments.mean)
     variances, components = _leading(covariance, wanted)
     total = covariance.diagonal().sum().clamp_min(torch.finfo(covariance.dtype).tiny)
     return Pca(
@@ -86,6 +87,13 @@ def fit_pca(blocks: Iterable[Float[Tensor, "_ _"]], n_components: int | None = N
         explained=(variances / total).cpu().double(),
         tokens=moments.count,
     )
+
+
+def _centred_(products: Float[Tensor, "n n"], mean: Float[Tensor, " n"]) -> Tensor:
+    """Subtract the mean's products in place, some rows at a time."""
+    for rows, part in zip(products.split(_ROWS), mean.split(_ROWS), strict=True):
+        rows -= torch.outer(part, mean)
+    return products
 
 
 def _leading(covariance: Tensor, n_components: int) -> tuple[Tensor, Tensor]:

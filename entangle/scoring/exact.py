@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from threading import Lock
-from typing import Any, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -25,6 +25,7 @@ from entangle.scoring.tables import LayerSummary, summarise
 from entangle.stats.mapping_difficulty import MappingDifficulty, TokenPairs, draw_pairs
 from entangle.stats.rows import can_measure, measure_rows
 from entangle.stats.sketch import OutputSketch, SketchResult
+from entangle.stats.transfer import fetched
 from entangle.stats.wasserstein import ShapeStatistics, shape_statistics
 
 _LOG = logging.getLogger(__name__)
@@ -83,10 +84,15 @@ def score_exact(
     """
     summaries = []
     with ExitStack() as stack, full_precision():
-        told, budget = _told(batches, report), ByteBudget(memory // 2)
-        recorded = _record(module, layers, told, budget, stack, watch, may_be_silent)
+        batches, budget = list(batches), ByteBudget(memory // 2)
+        repeats = sum(ids.numel() for _, ids in batches) / batches[0][1].numel()
+        told = _told(batches, report)
+        recorded = _record(module, layers, told, budget, stack, watch, may_be_silent, repeats)
         heard = [layer for layer in layers if layer.name in recorded]
         at_once = how_many(heard)
+        if md and at_once > 1:  # here, as to wait for each of them would keep a thread from work
+            for layer in heard:
+                recorded[layer.name].pairs(seed=seed, device=layer.weight.device)
 
         def work(layer: Layer) -> LayerSummary:
             share = memory // 2 // at_once
@@ -116,8 +122,11 @@ def _record(
     stack: ExitStack,
     watch: Callback | None,
     may_be_silent: bool,
+    repeats: float,
 ) -> dict[str, RecordedInputs]:
     """Record the inputs of each layer; neighbours with the same input tensor share a record.
+
+    All batches have ``repeats`` times the tokens of the first.
 
     Raises
     ------
@@ -139,7 +148,10 @@ def _record(
             if last is not None and shared:
                 recorded[layer.name] = recorded[last[0].name]
             else:
-                recorded[layer.name] = RecordedInputs(stack.enter_context(TokenStore(budget)))
+                store = stack.enter_context(TokenStore(budget))
+                if rows.is_cuda:
+                    store.reserve(round(rows.shape[0] * repeats), rows)
+                recorded[layer.name] = RecordedInputs(store)
                 owners.add(layer.name)
         if layer.name in owners:
             recorded[layer.name].add(group, rows)
@@ -162,38 +174,54 @@ def _score_layer(
 ) -> MeasuredLayer:
     store = inputs.store
     pairs = inputs.pairs(seed=seed, device=layer.weight.device) if md else None
-    parts: list[tuple[ShapeStatistics, SketchResult]] = []
-    differences: list[MappingDifficulty] = []
+    parts: list[_Measured] = []
     at_once = min(memory, _GPU_BYTES // ON_GPU) if layer.weight.is_cuda else memory
     neurons = max(1, at_once // (16 * store.n_tokens))
     for start in range(0, layer.out_features, neurons):
         outputs = _outputs(layer, store, slice(start, start + neurons))
-        parts.append(_measured(outputs, inputs.spans, n_groups=n_groups))
-        if pairs is not None:
-            differences.append(_on_cpu(pairs.difficulty(outputs)))
-    shapes, sketches = zip(*parts, strict=True)
-    shape = _joined(shapes)
+        parts.append(_measured(outputs, inputs.spans, pairs, n_groups=n_groups))
+    shape = _joined([part.shape for part in parts])
+    differences = [part.pairs for part in parts if part.pairs is not None]
     return MeasuredLayer(
         layer=layer,
         shape=shape,
-        sketch=_joined(sketches),
+        sketch=_joined([part.sketch for part in parts]),
         pairs=_joined(differences) if differences else None,
         wd_bound=torch.zeros_like(shape.wd).masked_fill(shape.wd.isnan(), torch.nan),
         method="exact",
     )
 
 
+class _Measured(NamedTuple):
+    """What was measured of some neurons' outputs, on the CPU."""
+
+    shape: ShapeStatistics
+    sketch: SketchResult
+    pairs: MappingDifficulty | None
+
+
 def _measured(
-    outputs: Tensor, spans: Sequence[tuple[int, int, int]], *, n_groups: int
-) -> tuple[ShapeStatistics, SketchResult]:
-    """Measure outputs of shape (neurons, tokens), whose groups of sequences are ``spans``."""
+    outputs: Tensor,
+    spans: Sequence[tuple[int, int, int]],
+    pairs: TokenPairs | None,
+    *,
+    n_groups: int,
+) -> _Measured:
+    """Measure outputs of shape (neurons, tokens), whose groups of sequences are ``spans``.
+
+    A GPU is waited for once.
+    """
+    difference = None if pairs is None else pairs.difficulty(outputs)
     if can_measure(outputs, groups=len(spans)):
-        return measure_rows(outputs, [0, *(end for _, _, end in spans)])
+        rows = measure_rows(outputs, [0, *(end for _, _, end in spans)])
+        rows, difference = fetched(rows, difference)
+        return _Measured(*rows.results(outputs), difference)
     sketch = OutputSketch(outputs.shape[0], n_groups=n_groups)
     by_token = outputs.t().contiguous() if outputs.is_cuda else outputs.t()
     for group, first, end in spans:
         sketch.update(by_token[first:end], group=group)
-    return _on_cpu(shape_statistics(outputs)), sketch.result(distances=False)
+    shape, difference = fetched(shape_statistics(outputs), difference)
+    return _Measured(shape, sketch.result(distances=False), difference)
 
 
 def _outputs(layer: Layer, store: TokenStore, part: slice) -> Tensor:
@@ -260,20 +288,6 @@ def _input_distance(store: TokenStore, pairs: Tensor) -> Tensor:
 
 
 Part = TypeVar("Part", ShapeStatistics, SketchResult, MappingDifficulty)
-
-
-def _on_cpu(part: Part) -> Part:
-    """Move what a GPU holds, all numbers by one copy."""
-    held = {f.name: getattr(part, f.name) for f in fields(part)}
-    tensors = {name: value for name, value in held.items() if isinstance(value, Tensor)}
-    if all(value.is_cuda for value in tensors.values()):
-        stacked = torch.stack([value.double() for value in tensors.values()]).cpu()
-        tensors = {
-            name: row.to(value.dtype)
-            for (name, value), row in zip(tensors.items(), stacked, strict=True)
-        }
-    moved: dict[str, Any] = {name: value.cpu() for name, value in tensors.items()}
-    return replace(part, **moved)
 
 
 def _joined(parts: Sequence[Part]) -> Part:

@@ -9,8 +9,7 @@ from entangle.errors import InvalidInput
 from entangle.stats import bins
 from entangle.stats.sketch import SketchResult
 
-FOLD = 4
-N_SAVED = bins.N_BINS // FOLD
+N_SAVED = bins.N_BINS // bins.SAVED_FOLD
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,12 +32,12 @@ class LayerHistograms:
 
     @classmethod
     def from_sketch(cls, sketch: SketchResult) -> "LayerHistograms":
-        """Fold the bins of a sketch four by four and leave out the empty ends."""
-        counts = bins.fold_counts(sketch.counts, FOLD)
-        used = np.flatnonzero(counts.any(0).cpu().numpy())
+        """Leave out the bins of a sketch that are empty for all neurons, at both ends."""
+        counts = sketch.counts.numpy()
+        used = np.flatnonzero(sketch.counts.any(0).numpy())
         first, last = (int(used[0]), int(used[-1])) if len(used) else (0, 0)
         return cls(
-            counts=counts[:, first : last + 1].contiguous().cpu().numpy(),
+            counts=np.ascontiguousarray(counts[:, first : last + 1]),
             first_bin=first,
             location=sketch.location.numpy(),
             scale=sketch.scale.numpy(),
@@ -70,13 +69,13 @@ class LayerHistograms:
             return pd.DataFrame({"left": [low], "right": [high], "count": [0]})
         counts = self.counts[index, used[0] : used[-1] + 1]
         first = self.first_bin + used[0]
-        edges = bins.signed_edges(FOLD)[first : first + len(counts) + 1]
+        edges = bins.signed_edges(bins.SAVED_FOLD)[first : first + len(counts) + 1]
         edges = self.location[index] + self.scale[index] * edges
         if low < high:
             widths = np.diff(edges)
             if first == 0:  # the outermost bins are open
                 edges[0] = min(edges[0], low)
-            if first + len(counts) == bins.N_BINS // FOLD:
+            if first + len(counts) == N_SAVED:
                 edges[-1] = max(edges[-1], high)
             edges, counts = _trimmed(edges.clip(low, high), counts, widths)
         return pd.DataFrame({"left": edges[:-1], "right": edges[1:], "count": counts})

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+import torch
 from scipy.stats import rankdata
 
 from entangle.models.layers import Layer
 from entangle.scoring.histograms import LayerHistograms
 from entangle.scoring.measured import MeasuredLayer
 from entangle.stats.mapping_difficulty import OutputNorm
+from entangle.stats.transfer import to_host
 from entangle.stats.wasserstein import null_floor
 
 Vector = npt.NDArray[np.float64]
@@ -23,6 +25,7 @@ _NUMBERS = (
     "wd", "wd_se", "wd_bound", "ks", "mean", "std", "skewness", "excess_kurtosis", "weight_norm",
     "md",
 )  # fmt: skip
+_MEASURED = tuple(name for name in _NUMBERS if name != "weight_norm")
 _NORMS: tuple[OutputNorm, ...] = ("median", "mean", "max")
 
 
@@ -57,7 +60,9 @@ def neuron_table(layers: Sequence[LayerSummary], model: str) -> pd.DataFrame:
     """Return the table of scores, one row a neuron; ``model`` is the model's name."""
     sizes = [one.layer.out_features for one in layers]
     number = np.repeat(np.arange(len(layers)), sizes)
-    columns = {name: np.concatenate([one.numbers[name] for one in layers]) for name in _NUMBERS}
+    columns = {name: np.concatenate([one.numbers[name] for one in layers]) for name in _MEASURED}
+    norms = to_host([one.layer.weight.float().norm(dim=1).double() for one in layers])
+    columns["weight_norm"] = torch.cat(norms).numpy()
     block = pd.array([one.layer.block for one in layers], dtype="Int64")
     return pd.DataFrame(
         {
@@ -66,7 +71,7 @@ def neuron_table(layers: Sequence[LayerSummary], model: str) -> pd.DataFrame:
             "block": block.take(number),
             "projection": _strings([one.layer.projection for one in layers], number),
             "neuron": np.concatenate([np.arange(size) for size in sizes]),
-            **columns,
+            **{name: columns[name] for name in _NUMBERS},
             "n_tokens": np.repeat([one.n_tokens for one in layers], sizes),
             "flag": _strings(_FLAGS, np.concatenate([one.numbers["flag"] for one in layers])),
         }
@@ -98,7 +103,6 @@ def _numbers(measured: MeasuredLayer) -> dict[str, npt.NDArray[np.generic]]:
         "std": shape.std.numpy(),
         "skewness": shape.skewness.numpy(),
         "excess_kurtosis": shape.excess_kurtosis.numpy(),
-        "weight_norm": layer.weight.float().norm(dim=1).double().cpu().numpy(),
         "md": md,
         "flag": flags,
     }

@@ -19,6 +19,8 @@ PER_OCTAVE = 64
 OCTAVES = 12
 HALF = PER_OCTAVE * OCTAVES
 N_BINS = 2 * HALF
+SAVED_FOLD = 4
+"""Bins that are one in the histograms that are kept."""
 
 _SHIFT = 23 - PER_OCTAVE.bit_length() + 1
 _LANES = 4

@@ -121,12 +121,13 @@ class TokenPairs:
     ) -> "TokenPairs":
         """Leave out the pairs at distance 0, and move the rest to where the outputs are."""
         drawn, distinct = pairs.shape[1], input_distance > 0
-        if not bool(distinct.all()):
-            pairs, input_distance = pairs[:, distinct.to(pairs.device)], input_distance[distinct]
         dx = input_distance.to(accumulator_dtype(device))
-        some = torch.stack([dx.max(), dx.mean()]) if dx.numel() else dx.new_full((2,), math.nan)
-        most, mean = some.tolist()
-        return cls(pairs.to(device), (1 / dx).to(device), most, mean, drawn - dx.numel())
+        n_distinct, most, mean = _summary(dx, distinct)
+        if n_distinct < drawn:
+            pairs, dx = pairs[:, distinct.to(pairs.device)], dx[distinct]
+            _, most, mean = _summary(dx, distinct[distinct])
+        slant = (1 / dx).to(device)
+        return cls(pairs.to(device), slant, most, mean, drawn - int(n_distinct))
 
     def difficulty(self, outputs: Float[Tensor, "neurons tokens"]) -> MappingDifficulty:
         """Compute the pair statistics of neurons; see `mapping_difficulty`."""
@@ -144,6 +145,14 @@ class TokenPairs:
             n_pairs=self.slant.numel(),
             n_identical=self.n_identical,
         )
+
+
+def _summary(dx: Tensor, distinct: Tensor) -> list[float]:
+    """Return how many pairs are distinct, and the maximum and the mean of all; with one wait."""
+    if not dx.numel():
+        return [0.0, math.nan, math.nan]
+    found: list[float] = torch.stack([distinct.sum().to(dx), dx.max(), dx.mean()]).tolist()
+    return found
 
 
 def mapping_difficulty(

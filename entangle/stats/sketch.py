@@ -28,6 +28,7 @@ from entangle.stats.resampling import (
     resample_on_gpu,
 )
 from entangle.stats.scratch import Scratch
+from entangle.stats.transfer import to_host
 from entangle.stats.wasserstein import ShapeStatistics, is_constant, sort_rows
 
 _PILOT_TOKENS = 512
@@ -47,8 +48,7 @@ class SketchResult:
     wd_halves: Float[Tensor, "halves=2 neurons"]
     """WD in the even and in the odd groups; NaN below two groups."""
     counts: Int32[Tensor, "neurons bins"]
-    """The histogram over `entangle.stats.bins.signed_edges` in units of ``scale``, where the sketch
-    lives."""
+    """The histogram over ``entangle.stats.bins.signed_edges(SAVED_FOLD)`` in units of ``scale``."""
     location: Float[Tensor, " neurons"]
     """Where the bins are centred, in the neuron's own units."""
     scale: Float[Tensor, " neurons"]
@@ -88,7 +88,7 @@ class OutputSketch:
                 f"`n_neurons` and `n_groups` must be at least 1; got {n_neurons} and {n_groups}."
             )
         self.n_neurons, self.n_groups, self.n_tokens = n_neurons, n_groups, 0
-        self._placed, self._lent, self._open_group = False, False, 0
+        self._placed, self._open_group = False, 0
         self._scratch = scratch or Scratch()
 
     def fork(self) -> "OutputSketch":
@@ -111,7 +111,6 @@ class OutputSketch:
         outputs = outputs.detach()
         if not self._placed:
             self._place(*place_bins(outputs))
-        self._own_counts()
         if group != self._open_group:
             self._close_group()
             self._open_group = group
@@ -132,7 +131,6 @@ class OutputSketch:
             or self.n_groups != other.n_groups
         ):
             raise InvalidInput("only sketches made from one another with `fork` can be merged.")
-        self._own_counts()
         self._close_group()
         other._close_group()
         for name in ("_counts", "_group_counts", "_powers", "_group_powers", "_group_tokens"):
@@ -165,23 +163,25 @@ class OutputSketch:
             binned = self._distances(self._counts, shift, spread, fold=1)
         skewness, kurtosis = higher_moments(moments, shift, spread)
         se, halves = self._resample()
-        self._lent = True
         found = [binned.wd, binned.ks, mean, std, skewness, kurtosis, binned.wd_bound, se]
         columns = torch.stack([*found, *halves]).masked_fill(bad, math.nan)
         ends = location + scale * self._low, location + scale * self._high
         places = torch.stack([location, scale, *ends])
         flags = torch.stack([constant, nan, inf])
-        columns, places, flags = (
-            torch.cat([columns, places, flags.to(places)])
-            .cpu()
-            .split([len(columns), len(places), len(flags)])
+        sizes = [len(columns), len(places), len(flags)]
+        table, counts = to_host(
+            [
+                torch.cat([columns, places, flags.to(places)]),
+                bins.fold_counts(self._counts, bins.SAVED_FOLD),
+            ]
         )
+        columns, places, flags = table.split(sizes)
         return SketchResult(
             shape=ShapeStatistics(*columns[:6], *flags.bool()),
             wd_bound=columns[6],
             wd_se=columns[7],
             wd_halves=columns[8:],
-            counts=self._counts,
+            counts=counts,
             location=places[0],
             scale=places[1],
             low=places[2],
@@ -241,11 +241,6 @@ class OutputSketch:
         torch.minimum(self._low[part], x.amin(0), out=self._low[part])
         torch.maximum(self._high[part], x.amax(0), out=self._high[part])
         bins.add_counts(self._counts[part], bins.signed_index_(x, work), self._scratch)
-
-    def _own_counts(self) -> None:
-        """Leave the counts to the last result, if there is one, and go on with a copy."""
-        if self._lent:
-            self._counts, self._lent = self._counts.clone(), False
 
     def _close_group(self) -> None:
         """Credit what was counted since the last call to the open group."""

@@ -23,6 +23,11 @@ def test_other_lengths_are_not_joined() -> None:
     assert [tuple(part.shape) for part in _joined(batches, 20)] == [(1, 4), (3, 5), (9, 5)]
 
 
+def test_passes_are_counted_in_the_first_ones() -> None:
+    batches = torch.zeros(7, 5, dtype=torch.int64).split(2)
+    assert HiddenStates(batches, memory=0).n_passes == 3.5
+
+
 def test_calibration_tokens_go_no_further_than_the_last_expanded_block(
     tiny: Callable[[str], LanguageModel],
     calibration: CalibrationSet,

@@ -9,7 +9,7 @@ from tests.pruning.problems import make
 
 def test_errors_add_up_to_the_damped_loss() -> None:
     weight, gram = make(2, 5, 24)
-    factor, used = inverse_factor(gram, damping=0.1)
+    factor, used, _ = inverse_factor(gram, damping=0.1)
     mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)
     damped = gram + (used * mean)[:, None, None] * torch.eye(24)
     columns = weight.mT.contiguous()
@@ -24,7 +24,7 @@ def test_errors_add_up_to_the_damped_loss() -> None:
 def test_update_lowers_the_loss_of_wandas_mask() -> None:
     weight, gram = make(2, 16, 48)
     wanda = prune_wanda(weight, gram, sparsity=0.6)
-    factor, _ = inverse_factor(gram, damping=0.01)
+    factor, _, _ = inverse_factor(gram, damping=0.01)
     columns = weight.mT.contiguous()
     eliminate(columns, factor, ~wanda.mask.mT)
     change = weight - columns.mT
@@ -36,7 +36,7 @@ def test_update_lowers_the_loss_of_wandas_mask() -> None:
 
 def test_pruning_the_first_column_alone_is_least_squares() -> None:
     weight, gram = make(1, 3, 6)
-    factor, _ = inverse_factor(gram, damping=0)
+    factor, _, _ = inverse_factor(gram, damping=0)
     columns = weight.mT.contiguous()
     pruned = torch.zeros_like(columns, dtype=torch.bool)
     pruned[:, 0] = True

@@ -10,7 +10,7 @@ from tests.pruning.problems import make
 def test_is_the_upper_cholesky_factor_of_the_inverse(cols: int) -> None:
     _, gram = make(2, 1, cols)
     before = gram.clone()
-    factor, used = inverse_factor(gram, damping=0.01)
+    factor, used, _ = inverse_factor(gram, damping=0.01)
     mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)
     damped = gram + 0.01 * mean[:, None, None] * torch.eye(cols)
     expected = torch.linalg.cholesky(torch.linalg.inv(damped)).mT
@@ -23,21 +23,21 @@ def test_is_the_upper_cholesky_factor_of_the_inverse(cols: int) -> None:
 def test_by_hand() -> None:
     # H = [[2, 1], [1, 2]], inv(H) = [[2, -1], [-1, 2]] / 3. U_11**2 = 2/3, U_11 U_12 = -1/3, and
     # U_12**2 + U_22**2 = 2/3, so that U_12**2 = 1/6 and U_22**2 = 1/2.
-    factor, _ = inverse_factor(torch.tensor([[[2.0, 1], [1, 2]]]), damping=0)
+    factor, _, _ = inverse_factor(torch.tensor([[[2.0, 1], [1, 2]]]), damping=0)
     expected = torch.tensor([[[(2 / 3) ** 0.5, -((1 / 6) ** 0.5)], [0, 0.5**0.5]]])
     torch.testing.assert_close(factor, expected)
 
 
 def test_dead_inputs_get_a_unit_diagonal() -> None:
     # Mean diagonal (0 + 6) / 2 = 3, damped by 0.1 * 3: diagonal 1.3 and 6.3.
-    factor, _ = inverse_factor(torch.tensor([[[0.0, 0], [0, 6]]]), damping=0.1)
+    factor, _, _ = inverse_factor(torch.tensor([[[0.0, 0], [0, 6]]]), damping=0.1)
     torch.testing.assert_close(factor, torch.diag(torch.tensor([1.3, 6.3]).rsqrt())[None])
 
 
 def test_only_the_failing_experts_escalate() -> None:
     # Eigenvalues 1 +- 2 around a mean diagonal of 1: 0.05, 0.5 fail, 5 works.
     good, bad = torch.eye(2), torch.tensor([[1.0, 2], [2, 1]])
-    factor, used = inverse_factor(torch.stack([bad, good, bad * 4]), damping=0.05)
+    factor, used, _ = inverse_factor(torch.stack([bad, good, bad * 4]), damping=0.05)
     torch.testing.assert_close(used, torch.tensor([5, 0.05, 5]))
     torch.testing.assert_close(factor[1], torch.eye(2) * 1.05**-0.5)
     torch.testing.assert_close(factor[0].mT @ factor[0], torch.linalg.inv(bad + 5 * torch.eye(2)))

@@ -57,7 +57,7 @@ def test_smaller_groups_until_they_fit(
 
 
 def test_a_known_factor_goes_with_its_experts() -> None:
-    factor = Factor(torch.zeros(5, 3, 3), torch.arange(5.0))
+    factor = Factor(torch.zeros(5, 3, 3), torch.arange(5.0), torch.zeros(5, 3, dtype=torch.bool))
     result = in_groups(replace(_problem(5, "meta"), factor=factor), Solver(2))
     assert result.damping.tolist() == list(range(5))
 

@@ -64,6 +64,58 @@ def test_what_is_stored_comes_back(
         assert torch.equal(taken, matrix[index])
 
 
+@settings(deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=6),
+    reserved=st.integers(0, 40),
+    rows_in_memory=st.integers(0, 60),
+    block=st.integers(1, 30),
+)
+def test_reserved_memory_changes_no_row(
+    sizes: list[int], reserved: int, rows_in_memory: int, block: int
+) -> None:
+    matrix = rows(sum(sizes))
+    budget = ByteBudget(rows_in_memory * FEATURES * 4)
+    with TokenStore(budget) as store:
+        store.reserve(reserved, matrix)
+        granted = reserved <= rows_in_memory
+        assert budget.left == FEATURES * 4 * (rows_in_memory - reserved * granted)
+        for chunk in matrix.split(sizes):
+            store.append(chunk)
+        assert (store.n_tokens, store.n_bytes) == (len(matrix), 4 * FEATURES * len(matrix))
+        assert torch.equal(joined(store, block), matrix)
+        assert torch.equal(store.span(len(matrix) // 2, len(matrix)), matrix[len(matrix) // 2 :])
+        assert torch.equal(store.take(torch.arange(len(matrix)).flip(0)), matrix.flip(0))
+        if store.in_memory:
+            assert torch.equal(store.joined(), matrix)
+    assert budget.left == rows_in_memory * FEATURES * 4
+
+
+def test_what_fits_into_reserved_memory_is_one_piece() -> None:
+    matrix = rows(20)
+    with TokenStore(ByteBudget(2**20)) as store:
+        store.reserve(15, matrix)
+        for chunk in matrix.split([4, 6, 5, 1, 4]):
+            store.append(chunk)
+        assert [len(part) for _, part in store.blocks(100)] == [15, 1, 4]
+        store.reserve(100, matrix)  # too late
+        store.append(matrix)
+        assert [len(part) for _, part in store.blocks(100)] == [15, 1, 4, 20]
+
+
+def test_memory_that_the_device_does_not_have_is_not_reserved() -> None:
+    class Full(Tensor):
+        def new_empty(self, *_size: int) -> Tensor:  # type: ignore[override]
+            raise torch.OutOfMemoryError
+
+    budget = ByteBudget(10**6)
+    with TokenStore(budget) as store:
+        store.reserve(1000, rows(3).as_subclass(Full))
+        assert budget.left == 10**6
+        store.append(rows(3))
+        assert torch.equal(store.joined(), rows(3))
+
+
 def test_rows_of_a_long_store_are_found_in_every_block() -> None:
     matrix = rows(10_000)
     with filled(matrix, [3000, 6000, 1000], ByteBudget(40_000)) as store:

@@ -80,13 +80,13 @@ def test_wd_is_unchanged_by_an_affine_map(a: float, sign: int, b: float) -> None
 def test_hand_worked_counts() -> None:
     # Nine tokens 0…8: median 4, quartiles at positions 2 and 6, so the unit is 4/1.349 = 2.9652.
     # Token 8 is at x = 4/2.9652 = 1.349, in (1, 3): bin 64 + ⌊(2.349 / 2 − 1)·64⌋ = 75 from the
-    # centre; token 5 at 0.33724: bin ⌊0.33724·64⌋ = 21.
+    # centre; token 5 at 0.33724: bin ⌊0.33724·64⌋ = 21. Four neighbours are one in the result:
+    # 0, 21, 43, 64, 75 are in 0, 5, 10, 16, 18 and −76, −65, −44, −22 in −19, −17, −11, −6.
     found = sketched(torch.arange(9.0)[:, None])
     assert found.location.tolist() == [4.0]
     assert found.scale.tolist() == pytest.approx([4 / 1.3489795])
-    full = found.counts[0].nonzero()[:, 0] - bins.HALF
-    assert full.tolist()[4:] == [0, 21, 43, 64, 75]
-    assert full.tolist()[:4] == [-76, -65, -44, -22]
+    full = found.counts[0].nonzero()[:, 0] - bins.HALF // 4
+    assert full.tolist() == [-19, -17, -11, -6, 0, 5, 10, 16, 18]
     assert (found.low.item(), found.high.item()) == pytest.approx((0.0, 8.0), abs=1e-6)
     assert found.n_tokens == 9
     assert found.shape.mean.item() == pytest.approx(4.0)
