@@ -130,7 +130,7 @@ def _fit_blocks(
             with ExitStack() as stack:
                 run = partial(states.advance, runner, block)
                 groups = record_inputs(
-                    layers, run, memory=memory // 4, stack=stack, n_passes=states.n_passes
+                    layers, run, memory=memory // 4, stack=stack, passes=states.pass_tokens
                 )
                 _check_all_ran(layers, groups)
                 for members, inputs in groups:

@@ -23,7 +23,9 @@ from entangle.routing.fit import fit_router_and_labels
 from entangle.routing.router import Kind
 from entangle.stats.gram import ClusterGrams
 
-_PASS_TOKENS_GPU, _PASS_NUMBERS_GPU = 2**15, 2**27
+_PASS_TOKENS_GPU = 2**15
+_PASS_NUMBERS_GPU = 2**27
+"""Of the widest activation of a pass, so that what a block holds beside its records stays small."""
 _GRAM_TOKENS = 2**13
 _GRAM_NUMBERS_GPU = 2**28
 
@@ -82,8 +84,7 @@ class HiddenStates:
     def enter(self, runner: BlockRunner) -> None:
         """Fill with what enters the first block."""
         if self._batches and runner.enter(self._batches[0])[0].is_cuda:
-            most = min(_PASS_TOKENS_GPU, _PASS_NUMBERS_GPU // runner.widest)
-            self._passes = _joined(self._batches, most)
+            self._passes = _joined(self._batches, _most_tokens(runner.widest))
         for ids in self._passes:
             self._store.append(runner.enter(ids)[0].flatten(0, -2))
 
@@ -92,9 +93,9 @@ class HiddenStates:
         return self._split(self._batches)
 
     @property
-    def n_passes(self) -> float:
-        """How many passes there are, if all had as many tokens as the first."""
-        return sum(ids.numel() for ids in self._passes) / self._passes[0].numel()
+    def pass_tokens(self) -> list[int]:
+        """Tokens of each batch of `passes`."""
+        return [ids.numel() for ids in self._passes]
 
     def passes(self) -> Iterator[tuple[Tensor, Tensor]]:
         """As iterating, in batches to run a block on: larger ones on a GPU."""
@@ -118,6 +119,11 @@ class HiddenStates:
     def close(self) -> None:
         """Give the memory and the temporary file back."""
         self._store.close()
+
+
+def _most_tokens(widest: int) -> int:
+    """Return how many tokens to run a block on at once on a GPU, its widest layer so wide."""
+    return max(1, min(_PASS_TOKENS_GPU, _PASS_NUMBERS_GPU // widest))
 
 
 def _joined(batches: Sequence[Tensor], most: int) -> list[Tensor]:
@@ -202,7 +208,7 @@ def _expand_block(
 
     with ExitStack() as stack:
         groups = record_inputs(
-            layers, replay, memory=memory, stack=stack, n_passes=calibration.n_passes
+            layers, replay, memory=memory, stack=stack, passes=calibration.pass_tokens
         )
         if index == max(plan.layers):
             calibration.close()
@@ -228,7 +234,7 @@ def record_inputs(
     *,
     memory: int,
     stack: ExitStack,
-    n_passes: float = 1,
+    passes: Sequence[int] = (),
 ) -> list[tuple[list[Layer], TokenStore]]:
     """Record what layers receive; neighbours with one input, such as gate and up, share a record.
 
@@ -242,8 +248,8 @@ def record_inputs(
         Bytes for the records; what is beyond goes to a temporary file.
     stack
         Closes the records when it is closed.
-    n_passes
-        How often a layer will see about as many tokens as at first.
+    passes
+        Tokens of each pass of ``run``, for `TokenStore.reserve`.
 
     Returns
     -------
@@ -259,8 +265,7 @@ def record_inputs(
         rows = inputs.flatten(0, -2)
         if number == len(stores):
             stores.append(stack.enter_context(TokenStore(budget)))
-            if rows.is_cuda:
-                stores[number].reserve(round(rows.shape[0] * n_passes), rows)
+            stores[number].reserve(passes, rows)
         if groups.members[number][0] is layer:
             stores[number].append(rows)
 

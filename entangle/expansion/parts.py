@@ -180,7 +180,7 @@ class _Group:
         """Return each layer's experts of some clusters, their weights put into ``into``.
 
         SparseGPT needs no grams but their factor, so that the two are held together only while it
-        is made: the grams are summed again for the errors.
+        is made: the grams are then summed again for the errors.
         """
         grams = self.tokens.grams(clusters, self._device)
         self._shrink_(grams, clusters)
@@ -195,8 +195,11 @@ class _Group:
             )  # fmt: skip
             pruned.append(replace(part, weight=place.copy_(part.weight)))
             del part
-        del factor, held
-        grams = self.tokens.grams(clusters, self._device)
+        del factor
+        if held is None:
+            grams = self.tokens.grams(clusters, self._device)
+        else:
+            grams = self._restored_(held, clusters)
         errors = [
             squared_errors(layer, experts.weight, grams)
             for layer, experts in zip(self._layers, pruned, strict=True)
@@ -208,6 +211,13 @@ class _Group:
         for gram, cluster in zip(grams, clusters, strict=True):
             if self._average is not None and self.missing[cluster]:
                 gram.add_(self._average, alpha=self.missing[cluster])
+
+    def _restored_(self, grams: Tensor, clusters: range) -> Tensor:
+        """Undo `_shrink_`, by summing again what few tokens such a cluster has."""
+        for gram, cluster in zip(grams, clusters, strict=True):
+            if self.missing[cluster]:
+                gram.copy_(self.tokens.grams([cluster], self._device)[0])
+        return grams
 
     def _factor(self, grams: Tensor, first: int) -> Factor | None:
         """Factorise the grams for all layers, where that is all that they are solved with."""

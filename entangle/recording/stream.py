@@ -1,7 +1,7 @@
 """Rows of tokens kept within a byte budget: in memory first, then in a temporary file."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from threading import Lock
@@ -32,6 +32,11 @@ class ByteBudget:
         return True
 
 
+def _gains(rows: Tensor) -> bool:
+    """Tell whether memory in one piece is worth asking for where these rows are."""
+    return rows.is_cuda
+
+
 class TokenStore:
     """A (tokens, features) matrix that is appended to in chunks.
 
@@ -44,7 +49,7 @@ class TokenStore:
     Notes
     -----
     Chunks stay on the device and in the dtype in which they come. Several threads may read at the
-    same time.
+    same time. Memory taken by `reserve` counts as held whether rows are in it or not.
     """
 
     def __init__(self, budget: ByteBudget) -> None:
@@ -99,24 +104,27 @@ class TokenStore:
                 self._file.close()
             self._file = None
 
-    def reserve(self, n_tokens: int, like: Float[Tensor, "_ features"]) -> None:
-        """Take memory for the first rows in one piece, where the budget and the device have it.
+    def reserve(self, passes: Sequence[int], first: Float[Tensor, "tokens features"]) -> None:
+        """Take memory for all rows in one piece, if they will come from all tokens of some passes.
 
-        A GPU takes longer to give memory for every chunk than to fill it. Rows beyond it are kept
-        as they would be without it.
+        Only on a GPU, which takes longer to give memory for every chunk than to fill it, and where
+        budget and device have it. Rows beyond it are kept as they would be without it.
 
         Parameters
         ----------
-        n_tokens
-            About how many rows will be appended.
-        like
-            Rows of their width, dtype and device.
+        passes
+            Tokens of each pass of the model that is to come.
+        first
+            Rows that the first of them gives. If they are not all its tokens, as where a layer is
+            one of several experts, nothing is known of the others, and nothing is taken.
         """
-        n_bytes = n_tokens * like.shape[1] * like.element_size()
-        if self.n_tokens or self._room is not None or not self._budget.take(n_bytes):
+        if not (passes and first.shape[0] == passes[0] and _gains(first)) or self.n_tokens:
+            return
+        n_bytes = sum(passes) * first.shape[1] * first.element_size()
+        if self._room is not None or not self._budget.take(n_bytes):
             return
         try:
-            self._room = like.new_empty(n_tokens, like.shape[1])
+            self._room = first.new_empty(sum(passes), first.shape[1])
             self._held += n_bytes
         except torch.OutOfMemoryError:
             self._budget.left += n_bytes
@@ -195,12 +203,18 @@ class TokenStore:
 
     def _fill(self, chunk: Tensor) -> bool:
         """Put rows into the reserved memory; False, from then on, where they do not fit."""
-        end = self.n_tokens + chunk.shape[0]
-        if self._room is None or end > len(self._room):
-            self._room = None
+        room, end = self._room, self.n_tokens + chunk.shape[0]
+        if room is None:
             return False
-        self._room[self.n_tokens : end] = chunk
-        self._chunks = [self._room[:end]]
+        like = room.shape[1], room.dtype, room.device
+        if end > len(room) or like != (chunk.shape[1], chunk.dtype, chunk.device):
+            self._room = None
+            if not self._chunks:
+                self._budget.left += self._held
+                self._held = 0
+            return False
+        room[self.n_tokens : end] = chunk
+        self._chunks = [room[:end]]
         return True
 
     def _spill(self, chunk: Tensor) -> None:

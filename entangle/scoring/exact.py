@@ -85,9 +85,8 @@ def score_exact(
     summaries = []
     with ExitStack() as stack, full_precision():
         batches, budget = list(batches), ByteBudget(memory // 2)
-        repeats = sum(ids.numel() for _, ids in batches) / batches[0][1].numel()
-        told = _told(batches, report)
-        recorded = _record(module, layers, told, budget, stack, watch, may_be_silent, repeats)
+        passes, told = [ids.numel() for _, ids in batches], _told(batches, report)
+        recorded = _record(module, layers, told, budget, stack, watch, may_be_silent, passes)
         heard = [layer for layer in layers if layer.name in recorded]
         at_once = how_many(heard)
         if md and at_once > 1:  # here, as to wait for each of them would keep a thread from work
@@ -122,11 +121,11 @@ def _record(
     stack: ExitStack,
     watch: Callback | None,
     may_be_silent: bool,
-    repeats: float,
+    passes: Sequence[int],
 ) -> dict[str, RecordedInputs]:
     """Record the inputs of each layer; neighbours with the same input tensor share a record.
 
-    All batches have ``repeats`` times the tokens of the first.
+    ``passes`` gives the tokens of each batch.
 
     Raises
     ------
@@ -149,8 +148,7 @@ def _record(
                 recorded[layer.name] = recorded[last[0].name]
             else:
                 store = stack.enter_context(TokenStore(budget))
-                if rows.is_cuda:
-                    store.reserve(round(rows.shape[0] * repeats), rows)
+                store.reserve(passes, rows)
                 recorded[layer.name] = RecordedInputs(store)
                 owners.add(layer.name)
         if layer.name in owners:
@@ -209,7 +207,7 @@ def _measured(
 ) -> _Measured:
     """Measure outputs of shape (neurons, tokens), whose groups of sequences are ``spans``.
 
-    A GPU is waited for once.
+    A GPU is waited for once, where its kernel takes the rows.
     """
     difference = None if pairs is None else pairs.difficulty(outputs)
     if can_measure(outputs, groups=len(spans)):

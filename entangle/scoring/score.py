@@ -106,6 +106,7 @@ def score(
                 n_groups=groups, per_pass=per_pass, md=md, seed=seed, memory=memory, bar=bar,
                 watch=watch, may_be_silent=not _is_named(layers, chosen),
             )  # fmt: skip
+            frame = neuron_table(measured, language_model.name)
         except (RuntimeError, MemoryError) as error:
             if not _out_of_memory(error):
                 raise
@@ -132,7 +133,7 @@ def score(
         **clock.read(),
     )
     return NeuronScores(
-        frame=neuron_table(measured, language_model.name),
+        frame=frame,
         layers=layer_table(measured),
         histograms={one.layer.name: one.histograms for one in measured},
         manifest=manifest,

@@ -11,20 +11,28 @@ First = TypeVar("First")
 Second = TypeVar("Second")
 
 
+_LARGE = 2**26
+
+
 def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return tensors of any devices on the CPU; those that are there are not copied.
 
     What comes from a GPU goes through pinned memory and is waited for once, for all of it: until
     then other threads can give the GPU more work, which a copy to ordinary memory would not let
-    them.
+    them. That is how tensors of more than 64 MiB go, so that little memory is pinned.
     """
-    found = [_copied(tensor) if tensor.is_cuda else tensor.cpu() for tensor in tensors]
+    found = [_copied(tensor) if _is_pinned(tensor) else tensor.cpu() for tensor in tensors]
     for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(device))
         event.synchronize()
-    pinned = zip(tensors, found, strict=True)
-    return [here.clone() if there.is_cuda else here for there, here in pinned]
+    pairs = zip(tensors, found, strict=True)
+    return [here.clone() if _is_pinned(there) else here for there, here in pairs]
+
+
+def _is_pinned(tensor: Tensor) -> bool:
+    """Tell whether a tensor goes through pinned memory."""
+    return tensor.is_cuda and tensor.numel() * tensor.element_size() <= _LARGE
 
 
 def _copied(tensor: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from entangle.calibration import CalibrationSet
 from entangle.evaluation import EvaluationText, perplexity
 from entangle.expansion import build, expand
-from entangle.expansion.build import HiddenStates, _joined
+from entangle.expansion.build import HiddenStates, _joined, _most_tokens
 from entangle.models.blocks import BlockRunner
 from entangle.models.loading import LanguageModel
 
@@ -23,9 +23,12 @@ def test_other_lengths_are_not_joined() -> None:
     assert [tuple(part.shape) for part in _joined(batches, 20)] == [(1, 4), (3, 5), (9, 5)]
 
 
-def test_passes_are_counted_in_the_first_ones() -> None:
+def test_a_pass_is_smaller_where_layers_are_wide() -> None:
+    assert _most_tokens(576) == _most_tokens(4096) == 2**15
+    assert _most_tokens(11008) == 2**27 // 11008 == 12192
+    assert _most_tokens(2**30) == 1
     batches = torch.zeros(7, 5, dtype=torch.int64).split(2)
-    assert HiddenStates(batches, memory=0).n_passes == 3.5
+    assert HiddenStates(batches, memory=0).pass_tokens == [10, 10, 10, 5]
 
 
 def test_calibration_tokens_go_no_further_than_the_last_expanded_block(

@@ -173,6 +173,66 @@ def test_parts_are_halved_until_they_fit(
     assert "GPU memory ran out: solving 3 of 6 experts at a time" in caplog.text
 
 
+@pytest.mark.parametrize("where", ["prune_part", "squared_errors"])
+@pytest.mark.parametrize("pruner", ["sparsegpt", "wanda"])
+def test_parts_that_were_half_written_are_solved_again(
+    pruner: str, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory runs out with the second layer, when the first one's experts have been put away."""
+    calls, work = list[int](), getattr(parts, where)
+
+    def limited(*args: object, **kwargs: object) -> object:
+        calls.append(len(calls))
+        if len(calls) in (2, 6):
+            raise torch.OutOfMemoryError("no room")
+        return work(*args, **kwargs)
+
+    monkeypatch.setattr(parts, where, limited)
+    layers, (tokens, labels) = make_layers(), make_tokens()
+    settings = SolverSettings(pruner=pruner)
+    found = in_parts(layers, stored(tokens), labels, len(SIZES), 4, settings)
+    assert_same(found, at_once(layers, tokens, labels, settings, len(SIZES)))
+    assert len(calls) > 6
+
+
+@pytest.mark.parametrize(
+    ("settings", "dtype", "held"),
+    [
+        (SolverSettings(), torch.float32, False),
+        (SolverSettings(pattern="2:4"), torch.bfloat16, False),
+        (SolverSettings(), torch.float64, True),
+        (SolverSettings(pruner="wanda"), torch.float32, True),
+    ],
+    ids=str,
+)
+def test_grams_are_held_only_for_those_who_need_them(
+    settings: SolverSettings, dtype: torch.dtype, held: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = list[bool]()
+
+    def watched(layer: Layer, gram: Tensor | None, *args: object, **kwargs: object) -> object:
+        seen.append(gram is not None)
+        return prune_part(layer, gram, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(parts, "prune_part", watched)
+    layers, (tokens, labels) = make_layers(dtype), make_tokens()
+    in_parts(layers, stored(tokens), labels, len(SIZES), 4, settings)
+    assert seen == [held] * 4
+
+
+def test_grams_that_overflow_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sum of many batches may, each of which is finite."""
+    summed = ClusterTokens.grams
+
+    def overflowing(self: ClusterTokens, clusters: Sequence[int], device: torch.device) -> Tensor:
+        return summed(self, clusters, device).fill_(torch.inf)
+
+    monkeypatch.setattr(ClusterTokens, "grams", overflowing)
+    tokens, labels = make_tokens()
+    with pytest.raises(NumericalError, match="holds NaN or infinity"):
+        in_parts(make_layers(), stored(tokens), labels, len(SIZES), 2)
+
+
 def test_one_cluster_that_does_not_fit_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_args: object, **_kwargs: object) -> None:
         raise torch.OutOfMemoryError("no room")

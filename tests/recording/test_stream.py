@@ -1,6 +1,7 @@
 import errno
 import io
 import tempfile
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -8,11 +9,12 @@ from typing import IO
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from entangle.errors import InvalidInput, Unavailable
+from entangle.recording import stream
 from entangle.recording.stream import ByteBudget, TokenStore
 from entangle.seeding import torch_rng
 
@@ -64,22 +66,29 @@ def test_what_is_stored_comes_back(
         assert torch.equal(taken, matrix[index])
 
 
-@settings(deadline=None)
+@pytest.fixture
+def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reserve memory on the CPU too."""
+    monkeypatch.setattr(stream, "_gains", lambda _rows: True)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=6),
-    reserved=st.integers(0, 40),
+    sizes=st.lists(st.integers(1, 9), min_size=2, max_size=6),
+    more=st.integers(-8, 20),
     rows_in_memory=st.integers(0, 60),
     block=st.integers(1, 30),
 )
 def test_reserved_memory_changes_no_row(
-    sizes: list[int], reserved: int, rows_in_memory: int, block: int
+    everywhere: None, sizes: list[int], more: int, rows_in_memory: int, block: int
 ) -> None:
     matrix = rows(sum(sizes))
     budget = ByteBudget(rows_in_memory * FEATURES * 4)
+    passes = [sizes[0], max(0, sum(sizes[1:]) + more)]
     with TokenStore(budget) as store:
-        store.reserve(reserved, matrix)
-        granted = reserved <= rows_in_memory
-        assert budget.left == FEATURES * 4 * (rows_in_memory - reserved * granted)
+        store.reserve(passes, matrix[: sizes[0]])
+        granted = sum(passes) <= rows_in_memory
+        assert budget.left == FEATURES * 4 * (rows_in_memory - sum(passes) * granted)
         for chunk in matrix.split(sizes):
             store.append(chunk)
         assert (store.n_tokens, store.n_bytes) == (len(matrix), 4 * FEATURES * len(matrix))
@@ -91,26 +100,60 @@ def test_reserved_memory_changes_no_row(
     assert budget.left == rows_in_memory * FEATURES * 4
 
 
-def test_what_fits_into_reserved_memory_is_one_piece() -> None:
-    matrix = rows(20)
-    with TokenStore(ByteBudget(2**20)) as store:
-        store.reserve(15, matrix)
+def test_what_fits_into_reserved_memory_is_one_piece(everywhere: None) -> None:
+    matrix, budget = rows(20), ByteBudget(2**20)
+    with TokenStore(budget) as store:
+        store.reserve([4, 11], matrix[:4])
         for chunk in matrix.split([4, 6, 5, 1, 4]):
             store.append(chunk)
         assert [len(part) for _, part in store.blocks(100)] == [15, 1, 4]
-        store.reserve(100, matrix)  # too late
+        store.reserve([20, 100], matrix)  # too late
         store.append(matrix)
         assert [len(part) for _, part in store.blocks(100)] == [15, 1, 4, 20]
+        held = weakref.ref(next(part for _, part in store.blocks(100)).untyped_storage())
+    assert budget.left == 2**20
+    assert held() is None
+    assert store._room is None
 
 
-def test_memory_that_the_device_does_not_have_is_not_reserved() -> None:
+def test_rows_of_some_of_a_pass_tokens_tell_nothing(everywhere: None) -> None:
+    """As of an expert among several, which sees as many as the router happens to give it."""
+    budget = ByteBudget(2**20)
+    with TokenStore(budget) as store:
+        store.reserve([8, 8, 8], rows(3))
+        store.reserve([], rows(3))
+        assert budget.left == 2**20
+
+
+def test_nothing_is_reserved_where_memory_is_given_at_once() -> None:
+    budget = ByteBudget(2**20)
+    with TokenStore(budget) as store:
+        store.reserve([3, 3], rows(3))
+        assert budget.left == 2**20
+
+
+@pytest.mark.parametrize("other", [rows(3).double(), rows(5), torch.zeros(3, 1)])
+def test_reserved_memory_is_given_back_where_other_rows_come(
+    everywhere: None, other: Tensor
+) -> None:
+    budget = ByteBudget(4 * FEATURES * 4)
+    with TokenStore(budget) as store:
+        store.reserve([3, 1], rows(3))
+        assert budget.left == 0
+        store.append(other)
+        assert store.n_bytes == other.numel() * other.element_size()
+        assert torch.equal(joined(store, 100), other)
+        assert store.in_memory == (other.numel() * other.element_size() <= 48)
+
+
+def test_memory_that_the_device_does_not_have_is_not_reserved(everywhere: None) -> None:
     class Full(Tensor):
         def new_empty(self, *_size: int) -> Tensor:  # type: ignore[override]
             raise torch.OutOfMemoryError
 
     budget = ByteBudget(10**6)
     with TokenStore(budget) as store:
-        store.reserve(1000, rows(3).as_subclass(Full))
+        store.reserve([3, 1000], rows(3).as_subclass(Full))
         assert budget.left == 10**6
         store.append(rows(3))
         assert torch.equal(store.joined(), rows(3))

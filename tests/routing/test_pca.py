@@ -14,7 +14,11 @@ def correlated(count: int, features: int) -> Tensor:
 
 
 @pytest.mark.parametrize("far", [0.0, 1e4])
-def test_equals_scikit_learn_also_far_from_the_origin(far: float) -> None:
+@pytest.mark.parametrize("rows", [1024, 5])
+def test_equals_scikit_learn_also_far_from_the_origin(
+    far: float, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("entangle.routing.pca._ROWS", rows)
     tokens = correlated(400, 12) + far
     oracle = PCA(5, svd_solver="full").fit(tokens.double().numpy())
     pca = fit_pca(tokens.split(150), 5)

@@ -93,6 +93,27 @@ def test_layers_that_share_inputs_share_the_pairs(monkeypatch: pytest.MonkeyPatc
     assert draws == [20]
 
 
+def test_records_of_dense_layers_are_taken_in_one_piece(
+    tiny: Tiny, calibration: CalibrationSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU."""
+    pieces: dict[int, list[int]] = {}
+    close = TokenStore.close
+
+    def noted(self: TokenStore) -> None:
+        pieces.setdefault(id(self), [len(part) for _, part in self.blocks(10**6)])
+        close(self)
+
+    monkeypatch.setattr(TokenStore, "close", noted)
+    before = score(tiny("llama"), calibration, layers=1, method="exact")
+    assert max(map(len, pieces.values())) > 1
+    pieces.clear()
+    monkeypatch.setattr("entangle.recording.stream._gains", lambda _rows: True)
+    after = score(tiny("llama"), calibration, layers=1, method="exact")
+    assert_frame_equal(after.frame, before.frame)
+    assert list(pieces.values()) == [[calibration.n_tokens]] * 4
+
+
 def measure(
     module: nn.Module, layers: int | list[str], ids: Tensor, memory: int
 ) -> list[LayerSummary]:

@@ -250,6 +250,7 @@ def test_inside_inference_mode(
     assert_frame_equal(scores.frame, scored("llama", method).frame, check_exact=True)
 
 
+@pytest.mark.parametrize("where", ["score_exact", "neuron_table"])
 @pytest.mark.parametrize(
     "error",
     [
@@ -259,12 +260,16 @@ def test_inside_inference_mode(
     ],
 )
 def test_running_out_of_memory_names_the_settings(
-    error: Exception, tiny: Tiny, calibration: CalibrationSet, monkeypatch: pytest.MonkeyPatch
+    error: Exception,
+    where: str,
+    tiny: Tiny,
+    calibration: CalibrationSet,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def fail(*_args: object, **_kwargs: object) -> None:
         raise error
 
-    monkeypatch.setattr(score_module, "score_exact", fail)
+    monkeypatch.setattr(score_module, where, fail)
     message = r"by the exact method on 256 × 16 tokens at a time; lower --seq-len"
     with pytest.raises(MemoryLimit, match=message):
         score(tiny("llama"), calibration, layers=1, method="exact")
