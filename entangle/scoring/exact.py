@@ -291,6 +291,8 @@ Part = TypeVar("Part", ShapeStatistics, SketchResult, MappingDifficulty)
 def _joined(parts: Sequence[Part]) -> Part:
     """Join the results of chunks of neurons along the neurons."""
     first = parts[0]
+    if len(parts) == 1:
+        return first
     joined = {}
     for f in fields(first):
         values = [getattr(part, f.name) for part in parts]

@@ -34,10 +34,10 @@ class LayerHistograms:
     def from_sketch(cls, sketch: SketchResult) -> "LayerHistograms":
         """Leave out the bins of a sketch that are empty for all neurons, at both ends."""
         counts = sketch.counts.numpy()
-        used = np.flatnonzero(sketch.counts.any(0).numpy())
+        used = np.flatnonzero(counts.max(0))
         first, last = (int(used[0]), int(used[-1])) if len(used) else (0, 0)
         return cls(
-            counts=np.ascontiguousarray(counts[:, first : last + 1]),
+            counts=counts[:, first : last + 1].copy(),
             first_bin=first,
             location=sketch.location.numpy(),
             scale=sketch.scale.numpy(),

@@ -168,6 +168,7 @@ def score_sketched(
     with full_precision(), torch.no_grad():
         run_observed(module, layers, reported(), update, may_be_silent=may_be_silent)
         heard = [layer for layer in layers if outputs[layer.name].n_tokens]
+        PairSketch.settle(differences.values())
         at_once = how_many(heard)
         if at_once > 1:
             return list(mapped(lambda one: summarise(measure(one)), heard, at_once=at_once))

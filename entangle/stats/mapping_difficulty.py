@@ -9,6 +9,7 @@ median as N_y). Pairs with identical inputs are left out and counted.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,6 +26,7 @@ from entangle.precision import accumulator_dtype
 from entangle.seeding import torch_rng
 from entangle.stats import bins
 from entangle.stats.scratch import Scratch
+from entangle.stats.transfer import to_host
 
 MAX_PAIRS = 50_000
 _BINS, _PILOT_PAIRS = 3 * bins.PER_OCTAVE, 512
@@ -294,8 +296,8 @@ class PairSketch:
         """Add another sketch of the same neurons with the same bins."""
         if not (self._placed and other._placed and torch.equal(self._scale, other._scale)):
             raise InvalidInput("only sketches made from one another with `fork` can be merged.")
-        self._settle()
-        other._settle()
+        self.settle([self])
+        self.settle([other])
         self._counts += other._counts
         self._sums += other._sums
         torch.maximum(self._dy_max, other._dy_max, out=self._dy_max)
@@ -306,11 +308,12 @@ class PairSketch:
 
     def result(self) -> MappingDifficulty:
         """Return the pair statistics of all pairs seen so far, on the CPU."""
-        self._settle()
+        self.settle([self])
         if self.n_pairs == 0:
             nothing = torch.full((self.n_neurons,), torch.nan, dtype=torch.float64)
             return _no_pairs(nothing, self.n_identical)
-        slope, median, mean, most = self._statistics().cpu()
+        (found,) = to_host([self._statistics()])
+        slope, median, mean, most = found
         return MappingDifficulty(
             slope=slope,
             dy_median=median,
@@ -357,18 +360,25 @@ class PairSketch:
             self._uncounted.append(dx)
         return self._placed
 
-    def _settle(self) -> None:
-        """Count the pairs that went to the GPU."""
-        if self._uncounted:
-            dx = torch.cat(self._uncounted)
-            self._uncounted.clear()
-            kept = dx.where(dx > 0, 0.0).double()
-            known = [(kept > 0).sum(dtype=kept.dtype), kept.max(), kept.sum()]
-            pairs, most, total = torch.stack(known).tolist()
-            self.n_pairs += int(pairs)
-            self.n_identical += dx.numel() - int(pairs)
-            self._dx_max = max(self._dx_max, most)
-            self._dx_sum += total
+    @staticmethod
+    def settle(sketches: Iterable["PairSketch"]) -> None:
+        """Count the pairs that went to the GPU, of all sketches with one wait."""
+        waiting = [sketch for sketch in sketches if sketch._uncounted]
+        for sketch, known in zip(
+            waiting, to_host([sketch._known() for sketch in waiting]), strict=True
+        ):
+            pairs, most, total = known.tolist()
+            sketch.n_pairs += int(pairs)
+            sketch.n_identical += sum(map(len, sketch._uncounted)) - int(pairs)
+            sketch._dx_max = max(sketch._dx_max, most)
+            sketch._dx_sum += total
+            sketch._uncounted.clear()
+
+    def _known(self) -> Tensor:
+        """Return number, maximum and sum of the uncounted distances that are not 0."""
+        dx = torch.cat(self._uncounted)
+        kept = dx.where(dx > 0, 0.0).double()
+        return torch.stack([(kept > 0).sum(dtype=kept.dtype), kept.max(), kept.sum()])
 
     def _update_block(self, dy: Tensor, weight: Tensor, part: slice) -> None:
         """Add |y_a − y_b| of shape (pairs, block neurons)."""

@@ -1,5 +1,6 @@
 """Bringing results to the CPU."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pytest
@@ -45,6 +46,30 @@ def test_tensors_arrive_as_they_were(device: str) -> None:
         assert one.dtype == other.dtype
         assert torch.equal(one.cpu(), other)
     assert to_host([]) == []
+
+
+@pytest.mark.parametrize("numbers", [2**20, 2**20 + 1, 2**24, 2**24 + 1])
+@pytest.mark.parametrize("device", DEVICES)
+def test_large_tensors_arrive_too(device: str, numbers: int) -> None:
+    there = torch.arange(numbers, dtype=torch.int32, device=device)
+    (here,) = to_host([there])
+    assert here.is_pinned() == (device == "cuda" and 2**20 < numbers <= 2**24)
+    assert torch.equal(here, torch.arange(numbers, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_threads_get_their_own(device: str) -> None:
+    def worked(number: int) -> list[Tensor]:
+        x = torch.full((600, 600), float(number), device=device)
+        for _ in range(20):
+            x = x @ torch.eye(600, device=device)
+        return to_host([x, x.t()[::2], x.sum()])
+
+    with ThreadPoolExecutor(4) as pool:
+        for number, found in enumerate(pool.map(worked, range(40))):
+            assert torch.equal(found[0], torch.full((600, 600), float(number)))
+            assert torch.equal(found[1], torch.full((300, 600), float(number)))
+            assert found[2].item() == pytest.approx(number * 360_000, rel=1e-6)
 
 
 @pytest.mark.parametrize("device", DEVICES)
