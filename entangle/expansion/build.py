@@ -46,6 +46,11 @@ class Plan:
     seed: int = 0
     solver: SolverSettings = field(default_factory=SolverSettings)
 
+    @property
+    def last(self) -> int:
+        """Index of the last block with layers to expand; -1 if there is none."""
+        return max(self.layers, default=-1)
+
 
 @dataclass(frozen=True, eq=False)
 class ExpandedLayer:
@@ -175,7 +180,6 @@ def build_blocks(
     runner = BlockRunner(module)
     for stream in streams:
         stream.enter(runner)
-    last = max(plan.layers, default=-1)
     for index in range(runner.n_blocks):
         layers = plan.layers.get(index, ())
         expanded = finished(index) if layers else ()
@@ -183,7 +187,7 @@ def build_blocks(
             expanded = _expand_block(runner, streams[0], index, layers, plan, memory)
         for one in expanded:
             module.set_submodule(one.layer.name, one.module)
-        for stream in streams if index < last else streams[1:]:
+        for stream in streams if index < plan.last else streams[1:]:
             stream.advance(runner, index)
         for one in expanded:
             one.module.routing.forget()
@@ -210,7 +214,7 @@ def _expand_block(
         groups = record_inputs(
             layers, replay, memory=memory, stack=stack, passes=calibration.pass_tokens
         )
-        if index == max(plan.layers):
+        if index == plan.last:
             calibration.close()
         ran = {layer.name for members, _ in groups for layer in members}
         for layer in layers:

@@ -16,7 +16,7 @@ from entangle.scoring.measured import MeasuredLayer
 from entangle.scoring.side_by_side import how_many, mapped
 from entangle.scoring.tables import LayerSummary, summarise
 from entangle.seeding import numpy_rng
-from entangle.stats.mapping_difficulty import PairSketch
+from entangle.stats.pair_sketch import PairSketch
 from entangle.stats.scratch import Scratch
 from entangle.stats.sketch import OutputSketch
 

@@ -9,6 +9,7 @@ from entangle.expansion import build, expand
 from entangle.expansion.build import HiddenStates, _joined, _most_tokens
 from entangle.models.blocks import BlockRunner
 from entangle.models.loading import LanguageModel
+from tests.tiny_models import TINY
 
 
 def test_batches_are_joined_in_order_and_within_the_limit() -> None:
@@ -29,6 +30,14 @@ def test_a_pass_is_smaller_where_layers_are_wide() -> None:
     assert _most_tokens(2**30) == 1
     batches = torch.zeros(7, 5, dtype=torch.int64).split(2)
     assert HiddenStates(batches, memory=0).pass_tokens == [10, 10, 10, 5]
+
+
+@pytest.mark.parametrize(
+    ("name", "widest"), [("llama", 48), ("phi3", 96), ("gpt2", 96), ("gpt_neox", 96)]
+)
+def test_the_widest_layer_counts_its_inputs_and_outputs(name: str, widest: int) -> None:
+    """48 is the width of the MLPs; 96 that of fused gate and up, or of query, key and value."""
+    assert BlockRunner(TINY[name]()).widest == widest
 
 
 def test_calibration_tokens_go_no_further_than_the_last_expanded_block(

@@ -80,14 +80,6 @@ def test_blocks_one_at_a_time_are_the_model(name: str, dtype: torch.dtype, atten
         assert torch.equal(_run_all(runner, ids), _logits(model, ids))
 
 
-@pytest.mark.parametrize(
-    ("name", "widest"), [("llama", 48), ("phi3", 96), ("gpt2", 96), ("gpt_neox", 96)]
-)
-def test_the_widest_layer_counts_its_inputs_and_outputs(name: str, widest: int) -> None:
-    """48 is the width of the MLPs; 96 that of fused gate and up, or of query, key and value."""
-    assert BlockRunner(TINY[name]()).widest == widest
-
-
 @pytest.mark.parametrize("name", DECODERS)
 def test_each_block_gives_its_own_output(name: str) -> None:
     model, ids = TINY[name](), _ids(2, 24)
