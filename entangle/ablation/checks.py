@@ -37,10 +37,10 @@ def check_fit(
     """
     check_ids(calibration.ids, model.vocab_size)
     limit = model.context_length
-    if limit is not None and calibration.seq_len > limit:
+    if limit is not None and calibration.longest > limit:
         raise InvalidInput(
             f"calibration sequences must be at most the model's context, {limit} tokens; got "
-            f"{calibration.seq_len}."
+            f"{calibration.longest}."
         )
     if protocol.text is not None:
         check_fits(model, protocol.text)

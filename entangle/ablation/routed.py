@@ -122,7 +122,7 @@ def _fit_blocks(
     runner, parts = BlockRunner(module), []
     bar.start(blocks, "blocks")
     with closing(
-        HiddenStates(calibration.ids.split(calibration.per_pass), memory=memory // 4)
+        HiddenStates([ids for _, ids in calibration.batches()], memory=memory // 4)
     ) as states:
         states.enter(runner)
         for block in range(blocks):

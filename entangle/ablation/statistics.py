@@ -98,12 +98,11 @@ def _run(
     watch: Callable[[Layer, Tensor, Tensor], None],
     progress: bool | None,
 ) -> None:
-    per_pass = calibration.per_pass
     with ProgressBar("calibrating", enabled=progress) as bar:
         bar.start(calibration.n_seq, "sequences")
 
         def batches() -> object:
-            for ids in calibration.ids.split(per_pass):
+            for _, ids in calibration.batches():
                 yield 0, ids
                 bar.advance(len(ids))
 

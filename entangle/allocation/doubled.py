@@ -7,16 +7,17 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from entangle.allocation.measurements import Measurements, square_sum
+from entangle.calibration import CalibrationSet
 from entangle.models.layers import Layer, find_blocks
 from entangle.pruning.masks import prune_smallest
 from entangle.recording.hooks import forward, observe
 
 SEQUENCES = 8
-"""Calibration sequences that are run, all in one batch."""
+"""Calibration sequences that are run, all in one batch (without pads: cut to the shortest)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +58,7 @@ class _Doubled:
 
     def __init__(self, measured: Measurements) -> None:
         self.layers = tuple(layer for layer in measured.layers if layer.block is not None)
-        self._module, self._ids = measured.model.module, measured.calibration.ids[:SEQUENCES]
+        self._module, self._ids = measured.model.module, _first(measured.calibration)
         self._sparsity: Mapping[str, Tensor] = {}
         self._squares: dict[str, Tensor] = {}
 
@@ -92,6 +93,13 @@ class _Doubled:
         self._squares = self._sparse
         with _pruned(seen, self._dense, self._sparsity):
             return run()
+
+
+def _first(calibration: CalibrationSet) -> Int64[Tensor, "sequences tokens"]:
+    """Return the first sequences, cut to the shortest of them where they are padded."""
+    rows, count = calibration.rows, min(SEQUENCES, calibration.n_seq)
+    shortest = min(rows.lengths[:count])
+    return torch.stack([rows.sequence(i)[:shortest] for i in range(count)])
 
 
 @contextmanager

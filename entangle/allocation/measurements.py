@@ -92,7 +92,7 @@ class Measurements:
             last = layer.name, SeenTensor.of(inputs)
 
         with observe(self.layers, note):
-            forward(self.model.module, self.calibration.ids[:1, :_PROBE_TOKENS])
+            forward(self.model.module, self.calibration.rows.sequence(0)[None, :_PROBE_TOKENS])
         for layer in self.layers:
             if layer.name not in place:
                 raise InvalidInput(
@@ -153,7 +153,7 @@ class Measurements:
 
     def _batches(self) -> Iterator[Batch]:
         self.progress.start(self.calibration.n_seq, "sequences")
-        for _, ids in self.calibration.batches(self.calibration.per_pass):
+        for _, ids in self.calibration.batches():
             yield 0, ids
             self.progress.advance(len(ids))
 

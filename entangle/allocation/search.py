@@ -153,10 +153,16 @@ def split(calibration: CalibrationSet, held_out: float) -> tuple[CalibrationSet,
         )
     origin = dict(calibration.settings)
     first = CalibrationSet(
-        calibration.ids[:-count].clone(), calibration.source, origin | {"sequences": "first"}
+        calibration.ids[:-count].clone(),
+        calibration.source,
+        origin | {"sequences": "first"},
+        None if calibration.mask is None else calibration.mask[:-count],
     )
     settings = origin | {"sequences": f"last {count}"}
-    return first, EvaluationText(calibration.ids[-count:].clone(), calibration.source, settings)
+    pads = None if calibration.mask is None else calibration.mask[-count:]
+    return first, EvaluationText(
+        calibration.ids[-count:].clone(), calibration.source, settings, mask=pads
+    )
 
 
 class _StandIn:

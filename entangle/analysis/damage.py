@@ -137,7 +137,8 @@ def single_neuron_damage(
     change = _Change(intervention, float(strength), means, pruned)
     per_pass = windows_in_a_pass(batch_size, dense, text)
     with ProgressBar("single neurons", enabled=progress) as bar, window_memory(per_pass):
-        losses = _losses(dense, text.windows.split(per_pass), chosen, change, memory, bar)
+        batches = [ids for _, ids in text.rows.batches(per_pass)]
+        losses = _losses(dense, batches, chosen, change, memory, bar)
     boot = partial(window_difference_interval, n_boot=n_boot, seed=seed, level=level)
     return _table(chosen, change, losses, text, boot)
 

@@ -53,9 +53,9 @@ def residual_variance(
     """
     dense = as_language_model(model)
     runner = BlockRunner(dense.module)
-    writers = residual_writers(dense, calibration.ids, seed=seed)
+    writers = residual_writers(dense, next(calibration.batches(_PROBE[0]))[1], seed=seed)
     found: dict[int, Tensor] = {}
-    batches = calibration.ids.split(calibration.per_pass)
+    batches = [ids for _, ids in calibration.batches()]
     with (
         ProgressBar("residual stream", enabled=progress) as bar,
         closing(HiddenStates(batches, memory=memory)) as states,

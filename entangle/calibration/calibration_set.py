@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,9 +13,10 @@ from uuid import uuid4
 import numpy as np
 import safetensors.torch
 import torch
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
 from torch import Tensor
 
+from entangle.calibration.padding import Rows, checked_mask
 from entangle.calibration.token_files import METADATA_KEY, read_token_file
 from entangle.errors import InvalidInput, Unavailable
 
@@ -26,11 +28,14 @@ class CalibrationSet:
     """Sequences of token ids with their origin."""
 
     ids: Int64[Tensor, "n_seq seq_len"]
-    """Token ids, shape (n_seq, seq_len), int64, on the CPU, no padding."""
+    """Token ids, shape (n_seq, seq_len), int64, on the CPU."""
     source: str
     """What the user gave: a name, a data set's id, a path, or the kind of an array."""
     settings: Mapping[str, object]
     """Everything that decided the ids (sizes, seed, join, tokenizer, …); JSON-serialisable."""
+    mask: Bool[Tensor, "n_seq seq_len"] | None = None
+    """True where an id is a token of the text, False where it is a pad; None where all are tokens.
+    A row's tokens are one run. Pads never enter a model."""
 
     def __post_init__(self) -> None:
         if self.ids.numel() == 0 or self.ids.device.type != "cpu":
@@ -43,6 +48,7 @@ class CalibrationSet:
                 "`ids` must be int64 of shape (n_seq, seq_len); "
                 f"got {self.ids.dtype} of shape {tuple(self.ids.shape)}."
             )
+        object.__setattr__(self, "mask", checked_mask(self.mask, self.ids))
         copied = json.loads(json.dumps(dict(self.settings)))
         object.__setattr__(self, "settings", MappingProxyType(copied))
 
@@ -53,13 +59,28 @@ class CalibrationSet:
 
     @property
     def seq_len(self) -> int:
-        """Tokens in a sequence."""
+        """Tokens in a sequence, pads included."""
         return self.ids.shape[1]
 
     @property
     def n_tokens(self) -> int:
-        """Tokens in all sequences."""
-        return self.ids.numel()
+        """Tokens in all sequences, pads left out."""
+        return self.rows.ends[-1]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence, pads left out."""
+        return max(self.rows.lengths)
+
+    @cached_property
+    def rows(self) -> Rows:
+        """The sequences without their pads."""
+        return Rows(self.ids, self.mask)
+
+    def place(self, position: int) -> tuple[int, int]:
+        """Return the sequence and the place in it of a token, counted over all sequences."""
+        sequence = bisect_right(self.rows.ends, position) - 1
+        return sequence, position - self.rows.ends[sequence]
 
     @property
     def per_pass(self) -> int:
@@ -68,10 +89,14 @@ class CalibrationSet:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256, in hexadecimal, of n_seq, seq_len and then the ids, as little-endian int64."""
+        """SHA-256, in hexadecimal, of n_seq, seq_len and then the ids, as little-endian int64.
+
+        Where there are pads, a byte for every id follows: 1 for a token of the text, 0 for a pad.
+        """
         shape = np.array(self.ids.shape, dtype="<i8").tobytes()
         ids = np.ascontiguousarray(self.ids.numpy(), dtype="<i8").tobytes()
-        return hashlib.sha256(shape + ids).hexdigest()
+        mask = b"" if self.mask is None else self.mask.to(torch.uint8).numpy().tobytes()
+        return hashlib.sha256(shape + ids + mask).hexdigest()
 
     def describe(self) -> dict[str, object]:
         """Return source, sizes, digest and settings, JSON-serialisable, for a run's manifest."""
@@ -84,14 +109,16 @@ class CalibrationSet:
             "settings": dict(self.settings),
         }
 
-    def batches(self, n: int) -> Iterator[tuple[int, Int64[Tensor, "batch seq_len"]]]:
-        """Yield the index of the first sequence and the ids of ``n`` sequences at a time.
+    def batches(self, n: int | None = None) -> Iterator[tuple[int, Int64[Tensor, "batch tokens"]]]:
+        """Yield the index of the first sequence and the ids of ``n`` sequences at a time, unpadded.
 
-        The last batch may hold fewer. The ids are views, not copies.
+        A batch holds neighbours of one length, and may hold fewer; without ``n`` up to `per_pass`.
+        The ids are views, not copies.
         """
-        if isinstance(n, bool) or n < 1:
+        most = self.per_pass if n is None else n
+        if isinstance(most, bool) or most < 1:
             raise InvalidInput(f"the number of sequences in a batch must be at least 1; got {n!r}.")
-        return ((start, self.ids[start : start + n]) for start in range(0, self.n_seq, n))
+        return self.rows.batches(most)
 
     def save(self, path: str | Path, *, force: bool = False) -> Path:
         """Write the ids and their origin to a ``.safetensors`` file.
@@ -126,7 +153,10 @@ class CalibrationSet:
         if target.exists() and not force:
             raise InvalidInput(f"'{target}' exists; choose another name or pass `force=True`.")
         metadata = {METADATA_KEY: json.dumps(self.describe())}
-        content = safetensors.torch.save({"ids": self.ids.contiguous()}, metadata=metadata)
+        tensors = {"ids": self.ids.contiguous()}
+        if self.mask is not None:
+            tensors["attention_mask"] = self.mask.to(torch.int64)
+        content = safetensors.torch.save(tensors, metadata=metadata)
         _write(target, content)
         return target
 
@@ -147,7 +177,7 @@ class CalibrationSet:
                 f"'{path}' was not written by `CalibrationSet.save`; "
                 "read a file of bare token ids with `load_calibration`."
             )
-        loaded = cls(file.ids, file.origin["source"], file.origin["settings"])
+        loaded = cls(file.ids, file.origin["source"], file.origin["settings"], file.mask)
         if loaded.digest != file.origin["digest"]:
             raise InvalidInput(f"the ids in '{path}' do not match its digest; make the set again.")
         return loaded

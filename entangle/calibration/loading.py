@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -19,6 +19,7 @@ from entangle.errors import InvalidInput
 
 Source = str | Path | Tensor | NDArray[np.generic]
 Cut = tuple[Int64[Tensor, "n_seq seq_len"], dict[str, object]]
+Mask = Bool[Tensor, "n_seq seq_len"] | None
 
 
 def load_calibration(
@@ -89,13 +90,14 @@ def load_calibration(
     names = {"split": split, "config": config, "column": column}
     label = _label(source)
     found = _find(source, label)
+    mask: Mask = None
     if isinstance(found, TokenFile):
         refuse(label, **names, add_special_tokens=add_special_tokens or None)
-        ids, settings = _from_ids(found, draw, label)
+        ids, mask, settings = _from_ids(found, draw, label)
     else:
         ids, settings = _from_text(found, tokenizer, draw, join, add_special_tokens, names)
     sizes = {"n_seq": ids.shape[0], "seq_len": ids.shape[1]}
-    return CalibrationSet(check_ids(ids, vocab_size), label, {**sizes, **settings})
+    return CalibrationSet(check_ids(ids, vocab_size), label, {**sizes, **settings}, mask)
 
 
 def _label(source: Source) -> str:
@@ -114,12 +116,16 @@ def _find(source: Source, label: str) -> TokenFile | str | Path:
     return read_token_file(existing(path))
 
 
-def _from_ids(stored: TokenFile, draw: Draw, label: str) -> Cut:
+def _from_ids(
+    stored: TokenFile, draw: Draw, label: str
+) -> tuple[Int64[Tensor, "n_seq seq_len"], Mask, dict[str, object]]:
     settings: dict[str, object] = {} if stored.origin is None else {"origin": stored.origin}
     if stored.ids.ndim == 2:
-        return take_rows(stored.ids, draw, where=label), {**settings, "sampling": "rows"}
+        ids = take_rows(stored.ids, draw, where=label)
+        mask = None if stored.mask is None else stored.mask[: len(ids), : ids.shape[1]]
+        return ids, mask, {**settings, "sampling": "rows"}
     ids = cut_windows(stored.ids, draw, where=label)
-    return ids, {**settings, **draw.settings(), "n_text_tokens": len(stored.ids)}
+    return ids, None, {**settings, **draw.settings(), "n_text_tokens": len(stored.ids)}
 
 
 def _from_text(

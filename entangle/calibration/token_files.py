@@ -7,15 +7,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from entangle.calibration.padding import checked_mask
 from entangle.errors import InvalidInput, Unavailable
 
 METADATA_KEY = "entangle.calibration_set"
 _NAMES = ("ids", "input_ids")
+_MASK = "attention_mask"
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +28,8 @@ class TokenFile:
     """Token ids, shape (tokens,) for a running text or (n_seq, seq_len)."""
     origin: dict[str, Any] | None
     """`CalibrationSet.describe` of the set that was saved, None for any other file."""
+    mask: Bool[Tensor, "n_seq seq_len"] | None = None
+    """True where an id is a token of the text, False where it is a pad; None where all are."""
 
 
 def integer_ids(values: Tensor | NDArray[np.generic], *, name: str) -> Int64[Tensor, "..."]:
@@ -61,12 +65,13 @@ def read_token_file(path: Path) -> TokenFile:
     Unavailable
         If the file is missing or unreadable.
     InvalidInput
-        If it is corrupt or holds no such integer tensor.
+        If it is corrupt or holds no such integer tensor, or its ``attention_mask`` does not fit.
     """
     try:
         with path.open("rb"), safe_open(path, framework="pt") as file:
             name = _name(path, list(file.keys()))
             tensor, metadata = file.get_tensor(name), file.metadata() or {}
+            masked = file.get_tensor(_MASK) if _MASK in list(file.keys()) else None
     except OSError as error:
         raise Unavailable(
             f"'{path}' cannot be read ({error.strerror or error}); check the path."
@@ -74,7 +79,8 @@ def read_token_file(path: Path) -> TokenFile:
     except SafetensorError as error:
         raise InvalidInput(f"'{path}' is not a valid safetensors file ({error}).") from error
     ids = integer_ids(tensor, name=f"tensor `{name}` of '{path}'")
-    return TokenFile(ids, _origin(path, metadata))
+    mask = checked_mask(masked, ids, name=f"{_MASK} of '{path}'") if ids.ndim == 2 else None
+    return TokenFile(ids, _origin(path, metadata), mask)
 
 
 def _name(path: Path, names: list[str]) -> str:

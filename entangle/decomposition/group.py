@@ -149,12 +149,12 @@ def _add_tokens(
     seed = request.rows.seed
     drawn = draw_all(inputs, seed=seed)
     near = near_pairs(inputs, drawn, near=request.near, seed=seed, memory=request.memory)
-    text, ids = TokenText(tokenizer), calibration.ids.numpy()
+    text = TokenText(tokenizer)
     for one in chosen:
         found = {
             "pairs": pair_rows(one.outputs, one.neurons, drawn, most=request.pairs),
             "separated": separated_rows(
-                one.outputs, one.neurons, near, inputs, ids, text, most=request.separated
+                one.outputs, one.neurons, near, inputs, calibration, text, most=request.separated
             ),
         }
         outputs = dict(zip(one.neurons, one.outputs.cpu().numpy(), strict=True))

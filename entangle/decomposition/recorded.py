@@ -86,6 +86,6 @@ class _Recorder:
 
 def _told(calibration: CalibrationSet, report: Callable[[int], None]) -> Iterator[Batch]:
     """Pass batches on, and report the number of sequences of each when it is done with."""
-    for _, ids in calibration.batches(calibration.per_pass):
+    for _, ids in calibration.batches():
         yield 0, ids
         report(ids.shape[0])

@@ -11,6 +11,7 @@ from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
 from entangle.ablation.row_measures import ClusterPairs
+from entangle.calibration import CalibrationSet
 from entangle.modes import TokenText
 from entangle.recording.stream import TokenStore
 from entangle.seeding import numpy_rng
@@ -65,7 +66,7 @@ def separated_rows(
     neurons: tuple[int, ...],
     pairs: Int64[np.ndarray, "pairs two=2"],
     inputs: TokenStore,
-    ids: Int64[np.ndarray, "sequences seq_len"],
+    calibration: CalibrationSet,
     text: TokenText,
     *,
     most: int,
@@ -81,7 +82,7 @@ def separated_rows(
         From `near_pairs`.
     inputs
         The layer's inputs.
-    ids, text
+    calibration, text
         The tokens and what writes them.
     most
         Number of pairs, fewer where there are fewer.
@@ -100,8 +101,8 @@ def separated_rows(
                 {
                     "neuron": neuron,
                     "rank": rank,
-                    **dict(_described("a", a, own, ids, text, window)),
-                    **dict(_described("b", b, own, ids, text, window)),
+                    **dict(_described("a", a, own, calibration, text, window)),
+                    **dict(_described("b", b, own, calibration, text, window)),
                     "input_distance": float((x - y).norm()),
                     "cosine": float(torch.nn.functional.cosine_similarity(x, y, dim=0)),
                     "output_distance": float((own[b] - own[a]) / spread),
@@ -124,11 +125,12 @@ def _farthest(
 
 
 def _described(
-    side: str, position: int, outputs: NDArray[np.float64], ids: NDArray[np.int64],
+    side: str, position: int, outputs: NDArray[np.float64], calibration: CalibrationSet,
     text: TokenText, window: int,
 ) -> Iterator[tuple[str, object]]:  # fmt: skip
-    sequence, place = divmod(position, ids.shape[1])
-    before, token, after = text.context(ids[sequence].tolist(), place, window)
+    sequence, place = calibration.place(position)
+    ids = calibration.rows.sequence(sequence).tolist()
+    before, token, after = text.context(ids, place, window)
     yield f"position_{side}", position
     yield f"token_{side}", token
     yield f"context_{side}", before + token + after

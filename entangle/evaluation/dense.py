@@ -69,7 +69,7 @@ class DenseReference:
         losses = []
         with ProgressBar("dense model", enabled=progress) as bar, window_memory(self.batch_size):
             bar.start(text.n_windows, "windows")
-            for ids in text.windows.split(self.batch_size):
+            for _, ids in text.rows.batches(self.batch_size):
                 hidden = self._last_hidden(ids)
                 self._store.append(hidden.flatten(0, -2))
                 losses.append(window_losses(self._runner.leave(hidden, ids), ids))
@@ -95,11 +95,12 @@ class DenseReference:
     def logits(self, start: int, end: int) -> Float[Tensor, "windows tokens vocabulary"]:
         """Return the dense model's logits of the windows from ``start`` up to ``end``.
 
+        These must have one length, as in `EvaluationText.rows`.
         They are those of the dense model's own forward pass bit for bit, if these windows ran
         together then.
         """
-        ids, length = self.text.windows[start:end], self.text.seq_len
-        rows = self._store.span(start * length, end * length).to(self._model.device)
+        (_, ids), ends = next(self.text.rows.batches(end - start, start)), self.text.rows.ends
+        rows = self._store.span(ends[start], ends[end]).to(self._model.device)
         return self._runner.leave(rows.unflatten(0, tuple(ids.shape)), ids)
 
     def _last_hidden(self, ids: Int64[Tensor, "windows tokens"]) -> Tensor:

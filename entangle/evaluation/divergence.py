@@ -129,8 +129,7 @@ def compare_with_dense(
     losses, divergences, agreements = [], [], []
     with ProgressBar("divergence", enabled=progress) as bar, window_memory(per_pass):
         bar.start(text.n_windows, "windows")
-        for start in range(0, text.n_windows, per_pass):
-            ids = text.windows[start : start + per_pass]
+        for start, ids in text.rows.batches(per_pass):
             changed = next_token_logits(language_model, ids)
             losses.append(window_losses(changed, ids))
             dense = reference.logits(start, start + len(ids)).to(changed.device)
@@ -139,7 +138,7 @@ def compare_with_dense(
             divergences.append(kl)
             agreements.append(agreed)
             bar.advance(len(ids))
-    positions = np.full(text.n_windows, text.seq_len - 1, dtype=np.int64)
+    positions = np.array(text.rows.lengths, dtype=np.int64) - 1
     return Divergence(
         perplexity=Perplexity.of(torch.cat(losses), text),
         dense=reference.perplexity,

@@ -40,9 +40,9 @@ def check_fits(model: LanguageModel, text: EvaluationText) -> None:
             f"{type(text).__name__}."
         )
     limit = model.context_length
-    if limit is not None and text.seq_len > limit:
+    if limit is not None and text.longest > limit:
         raise InvalidInput(
-            f"`seq_len` must be at most the model's context, {limit}; got {text.seq_len}."
+            f"`seq_len` must be at most the model's context, {limit}; got {text.longest}."
         )
     check_ids(text.windows, model.vocab_size)
 

@@ -133,7 +133,7 @@ def perplexity(
     losses = []
     with ProgressBar("perplexity", enabled=progress) as bar, window_memory(per_pass):
         bar.start(text.n_windows, "windows")
-        for ids in text.windows.split(per_pass):
+        for _, ids in text.rows.batches(per_pass):
             losses.append(window_losses(next_token_logits(language_model, ids), ids))
             bar.advance(len(ids))
     return Perplexity.of(torch.cat(losses), text)

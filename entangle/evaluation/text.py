@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -16,9 +16,10 @@ from transformers import PreTrainedTokenizerBase
 from entangle.calibration import CalibrationSet
 from entangle.calibration.calibration_set import check_ids
 from entangle.calibration.joined_text import JoinedText
+from entangle.calibration.padding import Rows
 from entangle.calibration.special_tokens import describe_tokenizer, special_tokens
 from entangle.calibration.texts import as_path, existing, open_texts, refuse
-from entangle.calibration.token_files import integer_ids, read_token_file
+from entangle.calibration.token_files import TokenFile, integer_ids, read_token_file
 from entangle.calibration.tokens import first_tokens
 from entangle.errors import InvalidInput
 from entangle.evaluation.windows import Cut
@@ -45,6 +46,8 @@ class EvaluationText:
     """Words (between white space) that begin in predicted tokens; None where unknown."""
     n_bytes: int | None = None
     """Bytes of the predicted tokens' text in UTF-8; None where unknown."""
+    mask: Bool[Tensor, "n_windows seq_len"] | None = None
+    """As `CalibrationSet.mask`: False where an id is a pad, which is neither read nor predicted."""
 
     def __post_init__(self) -> None:
         if self.seq_len < 2:
@@ -52,8 +55,13 @@ class EvaluationText:
                 f"`windows` must have at least 2 tokens each; got shape {tuple(self.windows.shape)}"
                 ": nothing would be predicted."
             )
-        checked = CalibrationSet(self.windows, self.source, self.settings)
+        checked = CalibrationSet(self.windows, self.source, self.settings, self.mask)
         object.__setattr__(self, "settings", MappingProxyType(dict(checked.settings)))
+        object.__setattr__(self, "mask", checked.mask)
+        if (shortest := min(self.rows.lengths)) < 2:
+            raise InvalidInput(
+                f"every window must have at least 2 tokens beside its pads; got {shortest}."
+            )
 
     @property
     def n_windows(self) -> int:
@@ -62,18 +70,28 @@ class EvaluationText:
 
     @property
     def seq_len(self) -> int:
-        """Tokens in a window, special ones included."""
+        """Tokens in a window, special ones and pads included."""
         return self.windows.shape[1]
 
     @property
     def n_tokens(self) -> int:
-        """Tokens that are predicted and counted: n_windows · (seq_len − 1)."""
-        return self.n_windows * (self.seq_len - 1)
+        """Tokens that are predicted and counted: all but each window's first, pads left out."""
+        return self.rows.ends[-1] - self.n_windows
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest window, pads left out."""
+        return max(self.rows.lengths)
+
+    @cached_property
+    def rows(self) -> Rows:
+        """The windows without their pads."""
+        return Rows(self.windows, self.mask)
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the windows, in hexadecimal, as `CalibrationSet.digest`."""
-        return CalibrationSet(self.windows, self.source, {}).digest
+        return CalibrationSet(self.windows, self.source, {}, self.mask).digest
 
     def describe(self) -> dict[str, object]:
         """Return the protocol: source, sizes, counts, digest and settings, JSON-serialisable."""
@@ -157,7 +175,7 @@ def load_evaluation(
     label = _label(source)
     names = {"split": split, "config": config, "column": column}
     found = _find(source, label)
-    if isinstance(found, Tensor):
+    if isinstance(found, TokenFile):
         refuse(label, **names, add_special_tokens=add_special_tokens or None)
         text = _from_ids(found, cut, label)
     else:
@@ -177,19 +195,22 @@ def _label(source: Source) -> str:
     return f"{type(source).__name__} of shape {tuple(source.shape)}"
 
 
-def _find(source: Source, label: str) -> Tensor | str | Path:
+def _find(source: Source, label: str) -> TokenFile | str | Path:
     """Return the token ids if that is what the source holds, else the source of text."""
     if not isinstance(source, str | Path):
-        return integer_ids(source, name=label)
+        return TokenFile(integer_ids(source, name=label), None)
     path = as_path(source)
     if path is None or path.suffix.lower() != ".safetensors":
         return source
-    return read_token_file(existing(path)).ids
+    return read_token_file(existing(path))
 
 
-def _from_ids(ids: Int64[Tensor, "..."], cut: Cut, label: str) -> EvaluationText:
+def _from_ids(stored: TokenFile, cut: Cut, label: str) -> EvaluationText:
+    ids = stored.ids
     if ids.ndim == 2:
-        return EvaluationText(cut.rows(ids, where=label), label, {"cut": "rows"})
+        windows = cut.rows(ids, where=label)
+        mask = None if stored.mask is None else stored.mask[: len(windows), : windows.shape[1]]
+        return EvaluationText(windows, label, {"cut": "rows"}, mask=mask)
     windows = cut.running_text(ids, where=label)
     return EvaluationText(windows, label, {"cut": "contiguous", **_dropped(cut, ids, windows)})
 

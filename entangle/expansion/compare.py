@@ -137,7 +137,7 @@ def compare(
     clock, seed = RunClock(), whole("seed", seed, least=0)
     dense = as_language_model(model)
     for arm in chosen:
-        check_experts(arm.experts, tokens=calibration.ids.numel())
+        check_experts(arm.experts, tokens=calibration.n_tokens)
     bench = _Bench(dense, calibration, text, allocations, seed=check_seed(seed), memory=memory)
     manifest = make_manifest(
         KIND,

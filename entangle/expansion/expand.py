@@ -186,7 +186,7 @@ def expand(
     chosen = find_layers(copied, layers, proj)
     if proj == "mlp":
         _refuse_fused(copied, chosen)
-    counts = planned_experts(chosen, allocation, experts, tokens=calibration.ids.numel())
+    counts = planned_experts(chosen, allocation, experts, tokens=calibration.n_tokens)
     plan = _plan(
         chosen, experts=counts, router=router, restarts=restarts, seed=seed,
         sparsity=planned_sparsity(
@@ -197,7 +197,9 @@ def expand(
         ),
     )  # fmt: skip
     if len(set(counts.values())) > 1:
-        check_shared(shared_inputs(copied, chosen, calibration.ids[:1, :_PROBE]), counts)
+        check_shared(
+            shared_inputs(copied, chosen, calibration.rows.sequence(0)[None, :_PROBE]), counts
+        )
     manifest = make_manifest(
         KIND,
         model=_describe_model(dense),
@@ -236,10 +238,12 @@ def _streams(
     calibration: CalibrationSet, evaluation: EvaluationText | None, vocab_size: int, *, memory: int
 ) -> list[HiddenStates]:
     """Return the hidden states that follow the build, ``memory`` bytes each in memory."""
-    streams = [HiddenStates(calibration.ids.split(calibration.per_pass), memory=memory)]
+    streams = [HiddenStates([ids for _, ids in calibration.batches()], memory=memory)]
     if evaluation is not None:
         batch = max(1, _LOGITS // (evaluation.seq_len * vocab_size))
-        streams.append(HiddenStates(evaluation.windows.split(batch), memory=memory))
+        streams.append(
+            HiddenStates([ids for _, ids in evaluation.rows.batches(batch)], memory=memory)
+        )
     return streams
 
 

@@ -127,7 +127,7 @@ class ModeFinder:
             store.append(inputs.flatten(0, -2))
 
         text = subject.calibration
-        batches = ((0, ids) for ids in text.ids.split(text.per_pass))
+        batches = ((0, ids) for _, ids in text.batches())
         run_observed(subject.model.module, [layer], batches, keep)
         self._layer = layer
         return layer

@@ -136,13 +136,13 @@ def describe_modes(
         If a neuron has not one finite output for every token.
     """
     _check_counts(per_mode, window, seed)
-    text, ids = TokenText(tokenizer), calibration.ids.numpy()
+    text, ids = TokenText(tokenizer), calibration.rows.flat().numpy()
     modes, contexts = [], []
     for neuron, values in outputs.items():
         _check_outputs(values, neuron, layer, ids.size)
         found = find_modes(values)
         member = mode_of(values, found)
-        top = [_top_tokens(ids.ravel()[member == mode], text) for mode in found["mode"]]
+        top = [_top_tokens(ids[member == mode], text) for mode in found["mode"]]
         modes.append(found.assign(layer=layer, neuron=neuron, top_tokens=top))
         for mode, center in enumerate(found["center"].tolist()):
             rng = numpy_rng(seed, "modes", layer, neuron, mode)
@@ -151,7 +151,7 @@ def describe_modes(
             drawn = drawn[np.lexsort((drawn, np.abs(values[drawn] - center)))]
             contexts += [
                 (layer, neuron, mode, rank, position, float(values[position]),
-                 *_context(text, ids, position, window))
+                 *_context(text, calibration, position, window))
                 for rank, position in enumerate(drawn.tolist())
             ]  # fmt: skip
     table = pd.concat(modes) if modes else pd.DataFrame(columns=list(_MODE_TYPES))
@@ -193,9 +193,9 @@ def check_neurons(layer: Layer, neurons: Neurons) -> list[int]:
 def check_fits(calibration: CalibrationSet, model: LanguageModel) -> None:
     """Raise `InvalidInput` where sequences are too long for the model, or a token is unknown."""
     limit = model.context_length
-    if limit is not None and calibration.seq_len > limit:
+    if limit is not None and calibration.longest > limit:
         raise InvalidInput(
-            f"`seq_len` must be at most {limit}, the model's context; got {calibration.seq_len}."
+            f"`seq_len` must be at most {limit}, the model's context; got {calibration.longest}."
         )
     check_ids(calibration.ids, model.vocab_size)
 
@@ -235,7 +235,7 @@ def _outputs(
         with full_precision():
             parts.append(nn.functional.linear(tokens, weight, bias).cpu())
 
-    batches = calibration.ids.split(calibration.per_pass)
+    batches = [ids for _, ids in calibration.batches()]
     with ProgressBar("modes", enabled=progress) as bar:
         bar.start(calibration.n_seq, "sequences")
         run_observed(module, [layer], _told(batches, bar.advance), keep)
@@ -255,9 +255,12 @@ def _told(batches: Sequence[Tensor], report: Callable[[int], None]) -> Iterator[
         report(ids.shape[0])
 
 
-def _context(text: TokenText, ids: np.ndarray, position: int, window: int) -> tuple[str, str, str]:
-    sequence, place = divmod(position, ids.shape[1])
-    before, token, after = text.context(ids[sequence].tolist(), place, window)
+def _context(
+    text: TokenText, calibration: CalibrationSet, position: int, window: int
+) -> tuple[str, str, str]:
+    sequence, place = calibration.place(position)
+    ids = calibration.rows.sequence(sequence).tolist()
+    before, token, after = text.context(ids, place, window)
     return token, before, after
 
 

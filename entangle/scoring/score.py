@@ -170,9 +170,9 @@ def _calibration(calibration: CalibrationSet | str | Path, model: LanguageModel)
             vocab_size=model.vocab_size,
         )
     limit = model.context_length
-    if limit is not None and calibration.seq_len > limit:
+    if limit is not None and calibration.longest > limit:
         raise InvalidInput(
-            f"`seq_len` must be at most {limit}, the model's context; got {calibration.seq_len}."
+            f"`seq_len` must be at most {limit}, the model's context; got {calibration.longest}."
         )
     check_ids(calibration.ids, model.vocab_size)
     return calibration
@@ -214,8 +214,8 @@ def _batches(calibration: CalibrationSet, n_groups: int, per_pass: int) -> Itera
     """Yield batches whose sequences all belong to one group; groups are runs of sequences."""
     bounds = [group * calibration.n_seq // n_groups for group in range(n_groups + 1)]
     for group, (start, end) in enumerate(pairwise(bounds)):
-        for first in range(start, end, per_pass):
-            yield group, calibration.ids[first : min(first + per_pass, end)]
+        for _, ids in calibration.rows.batches(per_pass, start, end):
+            yield group, ids
 
 
 def _measure(

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from entangle.ablation.row_measures import ClusterPairs
+from entangle.calibration import CalibrationSet
 from entangle.decomposition.pairs import draw_all
 from entangle.decomposition.separated import near_pairs, separated_rows
 from entangle.modes import TokenText
@@ -50,7 +51,7 @@ def test_farthest_pairs_against_plain_loops() -> None:
     tokens, outputs = normal(60, 4), normal(2, 60, name="outputs")
     store = store_of(tokens)
     near = near_pairs(store, draw_all(store, seed=0), near=0.3, seed=0, memory=2**24)
-    ids = np.arange(60).reshape(6, 10)
+    ids = CalibrationSet(torch.arange(60).view(6, 10), "", {})
     rows = separated_rows(outputs, (5, 3), near, store, ids, TokenText(None), most=12, window=2)
     assert rows.columns.tolist() == COLUMNS
     x = tokens.double().numpy()
@@ -76,7 +77,7 @@ def test_by_hand() -> None:
     drawn = ClusterPairs(torch.tensor([[0], [1]]), torch.tensor([0.2]), (1,))
     near = near_pairs(store_of(tokens), drawn, near=1.0, seed=0, memory=2**20)
     assert near.tolist() == [[0, 1], [2, 3]]
-    ids = np.array([[10, 11, 12], [13, 14, 15]])
+    ids = CalibrationSet(torch.tensor([[10, 11, 12], [13, 14, 15]]), "", {})
     rows = separated_rows(
         outputs, (8,), near, store_of(tokens), ids, TokenText(None), most=5, window=2
     ).to_dict("records")
@@ -93,8 +94,9 @@ def test_by_hand() -> None:
 def test_equal_outputs_are_not_separated() -> None:
     tokens = normal(20, 3)
     near = np.array([[0, 1], [2, 3]])
+    ids = CalibrationSet(torch.arange(20)[None], "", {})
     rows = separated_rows(
-        torch.ones(1, 20), (0,), near, store_of(tokens), np.arange(20)[None], TokenText(None),
+        torch.ones(1, 20), (0,), near, store_of(tokens), ids, TokenText(None),
         most=5, window=1,
     )  # fmt: skip
     assert len(rows) == 0
