@@ -104,6 +104,13 @@ def allocated_settings(allocation: Allocation) -> dict[str, object]:
     }
 
 
+def silent_layers(scores: NeuronScores) -> set[str]:
+    """Return the layers that scores left out because they saw no token."""
+    settings = scores.manifest.get("settings")
+    found = settings.get("layers_without_tokens") if isinstance(settings, dict) else None
+    return {str(name) for name in found or ()}
+
+
 def scores_of(scores: NeuronScores, layers: Sequence[Layer], model: LanguageModel) -> NeuronScores:
     """Return the scores of some layers; refuse those of another model, or that lack a layer."""
     check_scores_fit(scores, model)

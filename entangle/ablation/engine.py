@@ -48,6 +48,8 @@ class Sweep:
     md: bool
     seed: int
     memory: int
+    named: bool = True
+    """Whether the layers were asked for by name. If not, those that see no token are left out."""
 
     def check(self) -> None:
         """Refuse what can be seen to fail before any model runs.
@@ -107,11 +109,12 @@ class Sweep:
             known = layer_statistics(
                 self.model, self.calibration, self.layers, scores=self.scores, md=self.md,
                 seed=self.seed, progress=progress,
-                grams=self._prunes and (1 in self.experts or self.match),
+                grams=self._prunes and (1 in self.experts or self.match), named=self.named,
             )  # fmt: skip
+            heard = [one for one in self.layers if one.name in known.scores.histograms]
             arms = self._planned or self._arms(self.request.selections(known.scores.frame))
             bench = Bench(
-                self.model, self.layers, known, self.calibration, arms,
+                self.model, heard, known, self.calibration, arms,
                 damping=self.damping, seed=self.seed,
             )  # fmt: skip
             bench.fit(memory=memory, md=self.md, progress=progress)

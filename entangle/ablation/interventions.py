@@ -10,7 +10,7 @@ number of them::
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -26,6 +26,7 @@ from entangle.errors import InvalidInput, unknown_name
 from entangle.models.layers import Layer
 from entangle.pruning import PruneResult, prune
 from entangle.recording.hooks import edit
+from entangle.recording.surgery import changed_rows
 from entangle.scoring.scores import NeuronScores
 from entangle.seeding import numpy_rng
 
@@ -70,18 +71,14 @@ def swapped_rows(edits: Sequence[RowEdit]) -> Iterator[None]:
     Notes
     -----
     The rows are copied aside and written back however the block ends, also if a write fails half
-    way. The model's parameters stay the same objects. A parameter that several modules share (a
-    head tied to the embedding, a block used twice) changes for all of them. Read
-    `LanguageModel.digest` before the block: it is kept from its first use.
+    way. The model's parameters stay the same objects. A weight that is computed, or that is also
+    another module's (a head tied to the embedding), is not written to; see
+    `entangle.recording.surgery.changed_rows`. Read `LanguageModel.digest` before the block: it is
+    kept from its first use.
     """
     for one in edits:
         _check_row_edit(one)
-    with ExitStack() as stack:
-        for one in edits:
-            weight = one.layer.weight
-            rows = one.rows.to(weight.device)
-            stack.callback(_write, weight, rows, weight[rows])
-            _write(weight, rows, one.weight.to(weight.device))
+    with changed_rows([(one.layer, one.rows, one.weight) for one in edits]):
         yield
 
 
@@ -241,7 +238,7 @@ def _means(means: Mapping[str, Tensor] | None, layer: Layer, rows: Tensor) -> Te
 
 
 def _check_present(layer: Layer) -> None:
-    if layer.weight.is_meta:
+    if layer.offloaded:
         raise InvalidInput(
             f"the weights of layer {layer.name!r} are offloaded, so its rows cannot be changed; "
             "choose a device map that keeps it on a device."
@@ -270,7 +267,3 @@ def _check_row_edit(one: RowEdit) -> None:
             f"new rows of layer {one.layer.name!r} must be {shape} of {dense.dtype}; got "
             f"{tuple(one.weight.shape)} of {one.weight.dtype}."
         )
-
-
-def _write(weight: Tensor, rows: Tensor, values: Tensor) -> None:
-    weight[rows] = values

@@ -12,13 +12,14 @@ from entangle.ablation.routed_rows import FittedRows, RoutedRows, RowIndices, ch
 from entangle.ablation.row_solve import RowGroup, RowSettings, fit_group, measure_group
 from entangle.calibration import CalibrationSet
 from entangle.errors import InvalidInput, NumericalError, unknown_name
-from entangle.expansion.build import HiddenStates, record_inputs
+from entangle.expansion.build import HiddenStates, check_own_modules, record_inputs
 from entangle.expansion.packing import pack
 from entangle.models.blocks import BlockRunner
 from entangle.models.layers import Layer
 from entangle.models.loading import LanguageModel, as_language_model
 from entangle.progress import Progress, ProgressBar
 from entangle.pruning.methods import METHODS
+from entangle.recording.order import look_at
 from entangle.recording.stream import TokenStore
 from entangle.routing.router import KINDS, Kind
 from entangle.seeding import check_seed
@@ -118,21 +119,22 @@ def _fit_blocks(
     bar: Progress,
 ) -> list[tuple[pd.DataFrame, dict[str, FittedRows]]]:
     rows = {layer.name: index for layer, index in chosen}
+    check_own_modules(layer for layer, _ in chosen)
     blocks = max(layer.block for layer, _ in chosen if layer.block is not None) + 1
     runner, parts = BlockRunner(module), []
     bar.start(blocks, "blocks")
     with closing(
         HiddenStates([ids for _, ids in calibration.batches()], memory=memory // 4)
     ) as states:
+        habits = look_at(module, [layer for layer, _ in chosen], states.first)
         states.enter(runner)
         for block in range(blocks):
             layers = [layer for layer, _ in chosen if layer.block == block]
             with ExitStack() as stack:
-                run = partial(states.advance, runner, block)
                 groups = record_inputs(
-                    layers, run, memory=memory // 4, stack=stack, passes=states.pass_tokens
-                )
-                _check_all_ran(layers, groups)
+                    layers, partial(states.advance, runner, block), memory=memory // 4,
+                    stack=stack, passes=states.pass_tokens, habits=habits,
+                )  # fmt: skip
                 for members, inputs in groups:
                     group = RowGroup.of(members, rows)
                     parts.append(_fit_one(group, inputs, settings, memory // 2))
@@ -161,17 +163,6 @@ def _fit_one(
         fitted[layer.name] = FittedRows(index.cpu(), layer.in_features, routers, packed)
         start = own.stop
     return table, fitted
-
-
-def _check_all_ran(
-    layers: Sequence[Layer], groups: Sequence[tuple[Sequence[Layer], TokenStore]]
-) -> None:
-    ran = {layer.name for members, _ in groups for layer in members}
-    for layer in layers:
-        if layer.name not in ran:
-            raise InvalidInput(
-                f"layer {layer.name!r} sees no token in a forward pass; leave it out."
-            )
 
 
 def _with_ri(neurons: pd.DataFrame) -> pd.DataFrame:

@@ -65,7 +65,7 @@ class RowGroup:
     @classmethod
     def of(cls, layers: Sequence[Layer], rows: Mapping[str, Int64[Tensor, " _"]]) -> "RowGroup":
         """Gather the rows of some layers, given by the layer's name."""
-        index = tuple(rows[layer.name].to(layer.weight.device) for layer in layers)
+        index = tuple(rows[layer.name].to(layer.device) for layer in layers)
         weights = [layer.weight[own] for layer, own in zip(layers, index, strict=True)]
         biases = [
             torch.zeros(own.numel(), device=own.device) if layer.bias is None

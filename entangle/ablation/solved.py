@@ -85,10 +85,7 @@ def solve_rows(
     for members in groups.values():
         chosen = [torch.tensor(rows[layer.name]) for layer in members]
         dense = torch.cat(
-            [
-                layer.weight[i.to(layer.weight.device)]
-                for layer, i in zip(members, chosen, strict=True)
-            ]
+            [layer.weight[i.to(layer.device)] for layer, i in zip(members, chosen, strict=True)]
         )
         shares = torch.cat([_shares(level, members, chosen) for level in sparsities])
         try:

@@ -4,14 +4,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from entangle.calibration import CalibrationSet
 from entangle.models.layers import Layer
 from entangle.models.loading import LanguageModel
 from entangle.progress import ProgressBar
-from entangle.recording.hooks import SeenTensor, run_observed
-from entangle.scoring.score import score
+from entangle.recording.recorder import Recorded, Recorder, told
+from entangle.scoring.score import score_layers
 from entangle.scoring.scores import NeuronScores
 from entangle.stats.gram import Gram, GramResult
 
@@ -30,29 +29,25 @@ class GramWatch:
     """Accumulates the grams of watched layers; layers with one input share an accumulator."""
 
     def __init__(self) -> None:
-        self._owner: dict[str, str] = {}
-        self._grams: dict[str, Gram] = {}
-        self._last: tuple[str, SeenTensor] | None = None
+        self._source: dict[str, int] = {}
+        self._grams: dict[int, Gram] = {}
 
-    def __call__(self, layer: Layer, inputs: Tensor, _outputs: Tensor) -> None:
-        """Add the inputs of one run of a layer, (..., in_features)."""
-        shared = self._last is not None and self._last[1].same_as(inputs)
-        if layer.name not in self._owner:
-            same = self._owner[self._last[0]] if self._last is not None and shared else layer.name
-            self._owner[layer.name] = same
-        if self._owner[layer.name] == layer.name:
-            rows = inputs.flatten(0, -2)
-            if layer.name not in self._grams:
-                self._grams[layer.name] = Gram(
-                    layer.in_features, device=rows.device, dtype=torch.float32
-                )
-            self._grams[layer.name].update(rows)
-        self._last = layer.name, SeenTensor.of(inputs)
+    def __call__(self, seen: Recorded) -> None:
+        """Add what one layer received in one pass."""
+        seen.check_affine("pruning")
+        self._source[seen.layer.name] = seen.source
+        if not seen.leads:
+            return
+        if seen.source not in self._grams:
+            self._grams[seen.source] = Gram(
+                seen.layer.in_features, device=seen.inputs.device, dtype=torch.float32
+            )
+        self._grams[seen.source].update(seen.inputs)
 
     def result(self) -> dict[str, GramResult]:
         """Return the gram of every layer."""
-        results = {name: gram.result() for name, gram in self._grams.items()}
-        return {name: results[owner] for name, owner in self._owner.items()}
+        results = {source: gram.result() for source, gram in self._grams.items()}
+        return {name: results[source] for name, source in self._source.items()}
 
 
 def layer_statistics(
@@ -65,6 +60,7 @@ def layer_statistics(
     md: bool = True,
     seed: int = 0,
     progress: bool | None = None,
+    named: bool = True,
 ) -> LayerStatistics:
     """Score layers and accumulate their grams in one pass over the calibration set.
 
@@ -78,13 +74,14 @@ def layer_statistics(
         Whether pruning needs the grams.
     md, seed, progress
         As in `entangle.score`.
+    named
+        Whether the layers were asked for by name. If not, those that see no token are left out.
     """
     watch = GramWatch()
     if scores is None:
-        names = [layer.name for layer in layers]
-        scores = score(
-            model, calibration, layers=names, method="sketch", md=md, seed=seed,
-            progress=progress, watch=watch if grams else None,
+        scores = score_layers(
+            model, calibration, layers, may_be_silent=not named, method="sketch", md=md,
+            seed=seed, progress=progress, watch=watch if grams else None,
         )  # fmt: skip
     elif grams:
         _run(model, calibration, layers, watch, progress)
@@ -95,18 +92,10 @@ def _run(
     model: LanguageModel,
     calibration: CalibrationSet,
     layers: Sequence[Layer],
-    watch: Callable[[Layer, Tensor, Tensor], None],
+    watch: Callable[[Recorded], None],
     progress: bool | None,
 ) -> None:
     with ProgressBar("calibrating", enabled=progress) as bar:
         bar.start(calibration.n_seq, "sequences")
 
-        def batches() -> object:
-            for _, ids in calibration.batches():
-                yield 0, ids
-                bar.advance(len(ids))
-
-        run_observed(
-            model.module, layers, batches(),  # type: ignore[arg-type]
-            lambda _group, layer, inputs, outputs: watch(layer, inputs, outputs),
-        )  # fmt: skip
+        Recorder(layers, watch).run(model.module, told(calibration, bar.advance))

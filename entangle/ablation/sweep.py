@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from entangle.ablation.checks import scores_of
+from entangle.ablation.checks import scores_of, silent_layers
 from entangle.ablation.engine import Sweep
 from entangle.ablation.folder import ArmFolder, is_finished
 from entangle.ablation.measures import Protocol
@@ -16,7 +16,7 @@ from entangle.allocation.allocation import Allocation
 from entangle.calibration import CalibrationSet
 from entangle.evaluation import EvaluationText, MinimalPairs
 from entangle.evaluation.forward import as_causal_model
-from entangle.models.layers import find_layers
+from entangle.models.layers import asked_by_name, find_layers
 from entangle.models.loading import LanguageModel, as_language_model
 from entangle.provenance import RunClock, make_manifest
 from entangle.scoring.scores import NeuronScores
@@ -143,6 +143,10 @@ def ablate(
     check_seed(seed)
     dense = as_causal_model(as_language_model(model))
     chosen = find_layers(dense.module, layers, proj)
+    named = asked_by_name(layers, chosen)
+    if scores is not None and not named:
+        silent = silent_layers(scores)
+        chosen = tuple(layer for layer in chosen if layer.name not in silent)
     columns = [by] if isinstance(by, str) else list(dict.fromkeys(by))
     size = 0.03 if fraction is None and count is None else fraction
     sweep = Sweep(
@@ -163,6 +167,7 @@ def ablate(
         md=md,
         seed=seed,
         memory=memory,
+        named=named,
     )
     sweep.check()
     manifest = make_manifest(

@@ -14,7 +14,10 @@ from entangle.allocation.measurements import Measurements, square_sum
 from entangle.calibration import CalibrationSet
 from entangle.models.layers import Layer, find_blocks
 from entangle.pruning.masks import prune_smallest
-from entangle.recording.hooks import forward, observe
+from entangle.recording.hooks import forward
+from entangle.recording.order import look_at
+from entangle.recording.recorder import Recorded, Recorder
+from entangle.recording.surgery import Change, changed_rows
 
 SEQUENCES = 8
 """Calibration sequences that are run, all in one batch (without pads: cut to the shortest)."""
@@ -49,7 +52,7 @@ def aligner(
     """
     doubled = _Doubled(measured)
     blocks = find_blocks(measured.model.module)[1]
-    with observe(doubled.layers, doubled.note), _replaced(blocks, doubled.run_twice):
+    with doubled.recorder.watching(), _replaced(blocks, doubled.run_twice):
         yield doubled.align
 
 
@@ -61,13 +64,17 @@ class _Doubled:
         self._module, self._ids = measured.model.module, _first(measured.calibration)
         self._sparsity: Mapping[str, Tensor] = {}
         self._squares: dict[str, Tensor] = {}
+        habits = look_at(self._module, self.layers, self._ids)
+        self.recorder = Recorder(self.layers, self._note, affine="pruning", habits=habits)
+        """Watches the layers."""
 
     def align(self, sparsity: Mapping[str, Float[Tensor, " _"]]) -> Alignment:
         """Run the model once, every block twice."""
         self._sparsity = sparsity
         self._dense: dict[str, Tensor] = {}
         self._sparse: dict[str, Tensor] = {}
-        forward(self._module, self._ids)
+        with self.recorder.one_pass(tuple(self._ids.shape)):
+            forward(self._module, self._ids)
         norms = {
             name: (self._dense[name].sqrt(), after.sqrt()) for name, after in self._sparse.items()
         }
@@ -77,10 +84,10 @@ class _Doubled:
         )
         return Alignment(error, {name: before - after for name, (before, after) in norms.items()})
 
-    def note(self, layer: Layer, inputs: Tensor, _outputs: Tensor) -> None:
+    def _note(self, seen: Recorded) -> None:
         """Add the squares of an input to the sums of the run that is on."""
-        square = square_sum(inputs.flatten(0, -2))
-        self._squares[layer.name] = self._squares.get(layer.name, 0) + square
+        name = seen.layer.name
+        self._squares[name] = self._squares.get(name, 0) + square_sum(seen.inputs)
 
     def run_twice(self, index: int, run: Callable[[], Any]) -> Any:
         """Run a block dense, then pruned; return what the pruned one gives."""
@@ -107,18 +114,15 @@ def _pruned(
     layers: Sequence[Layer], squares: Mapping[str, Tensor], sparsity: Mapping[str, Tensor]
 ) -> Iterator[None]:
     """Zero the weights of least ``|w| · ‖X_j‖₂`` of each row inside the ``with`` block."""
-    kept = [layer.weight.clone() for layer in layers]
-    try:
-        with torch.no_grad():
-            for layer, weight in zip(layers, kept, strict=True):
-                saliency = weight.abs().float() * squares[layer.name].sqrt().float()
-                budget = (sparsity[layer.name] * weight.shape[1]).long().to(weight.device)
-                layer.weight.copy_(weight.masked_fill(prune_smallest(saliency, budget), 0))
+    changes: list[Change] = []
+    for layer in layers:
+        weight = layer.weight
+        saliency = weight.abs().float() * squares[layer.name].sqrt().float()
+        budget = (sparsity[layer.name] * weight.shape[1]).long().to(weight.device)
+        pruned = weight.masked_fill(prune_smallest(saliency, budget), 0)
+        changes.append((layer, torch.arange(layer.out_features), pruned))
+    with changed_rows(changes):
         yield
-    finally:
-        with torch.no_grad():
-            for layer, weight in zip(layers, kept, strict=True):
-                layer.weight.copy_(weight)
 
 
 @contextmanager

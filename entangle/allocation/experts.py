@@ -66,7 +66,7 @@ def expert_budget(
     lowest, highest
         Least and greatest number of experts; by default 1 and twice ``experts``.
     groups
-        Names of layers that read one input, from `entangle.recording.groups.shared_inputs`; by
+        Names of layers that read one input, from `entangle.recording.recorder.shared_inputs`; by
         default the layers of a block together, which every model allows.
 
     Returns

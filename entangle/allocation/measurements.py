@@ -15,7 +15,7 @@ from entangle.models.layers import Layer
 from entangle.models.loading import LanguageModel
 from entangle.precision import accumulator_dtype
 from entangle.progress import Progress
-from entangle.recording.hooks import Batch, SeenTensor, forward, observe, run_observed
+from entangle.recording.recorder import Batch, Recorded, Recorder, shared_inputs
 from entangle.stats.gram import Gram, GramResult
 
 _PROBE_TOKENS = 4
@@ -77,27 +77,12 @@ class Measurements:
     @cached_property
     def groups(self) -> tuple[tuple[Layer, ...], ...]:
         """Layers that read the same input, together, in the order in which they run."""
-        groups: list[list[Layer]] = []
-        place: dict[str, int] = {}
-        last: tuple[str, SeenTensor] | None = None
-
-        def note(layer: Layer, inputs: Tensor, _outputs: Tensor) -> None:
-            nonlocal last
-            if layer.name not in place:
-                shared = last is not None and last[1].same_as(inputs)
-                place[layer.name] = place[last[0]] if shared and last else len(groups)
-                if not shared:
-                    groups.append([])
-                groups[place[layer.name]].append(layer)
-            last = layer.name, SeenTensor.of(inputs)
-
-        with observe(self.layers, note):
-            forward(self.model.module, self.calibration.rows.sequence(0)[None, :_PROBE_TOKENS])
-        for layer in self.layers:
-            if layer.name not in place:
-                raise InvalidInput(
-                    f"layer {layer.name!r} sees no token in a forward pass; leave it out."
-                )
+        probe = self.calibration.rows.sequence(0)[None, :_PROBE_TOKENS]
+        groups = shared_inputs(self.model.module, self.layers, probe)
+        ran = {layer.name for group in groups for layer in group}
+        for name in self.names:
+            if name not in ran:
+                raise InvalidInput(f"layer {name!r} sees no token in a forward pass; leave it out.")
         return tuple(map(tuple, groups))
 
     def grams(self) -> Iterator[Shared]:
@@ -120,9 +105,7 @@ class Measurements:
     def _grams_of(self, part: Sequence[tuple[Layer, ...]]) -> Iterator[Shared]:
         """Make one pass over the calibration set for some of the inputs."""
         grams = {
-            group[0].name: Gram(
-                group[0].in_features, device=group[0].weight.device, dtype=torch.float32
-            )
+            group[0].name: Gram(group[0].in_features, device=group[0].device, dtype=torch.float32)
             for group in part
         }
         self._pass([group[0] for group in part], lambda name, rows: grams[name].update(rows))
@@ -143,13 +126,13 @@ class Measurements:
         yield part
 
     def _pass(self, layers: Sequence[Layer], update: Callable[[str, Tensor], None]) -> None:
-        def take(_group: int, layer: Layer, inputs: Tensor, _outputs: Tensor) -> None:
+        def take(seen: Recorded) -> None:
             try:
-                update(layer.name, inputs.flatten(0, -2))
+                update(seen.layer.name, seen.inputs)
             except NumericalError as error:
-                raise NumericalError(f"{layer.name}: {error}") from error
+                raise NumericalError(f"{seen.layer.name}: {error}") from error
 
-        run_observed(self.model.module, layers, self._batches(), take)
+        Recorder(layers, take, affine="pruning").run(self.model.module, self._batches())
 
     def _batches(self) -> Iterator[Batch]:
         self.progress.start(self.calibration.n_seq, "sequences")

@@ -25,6 +25,7 @@ from entangle.models.loading import LanguageModel, as_language_model
 from entangle.progress import ProgressBar
 from entangle.provenance import RunClock
 from entangle.pruning import prune
+from entangle.recording.surgery import Change, changed_rows
 from entangle.scalars import whole
 from entangle.scoring.scores import NeuronScores
 from entangle.stats.gram import GramResult
@@ -183,20 +184,17 @@ class _StandIn:
 
     @contextmanager
     def _pruned(self, allocation: Allocation) -> Iterator[None]:
-        layers = self._measured.layers
-        kept = {layer.name: layer.weight.clone() for layer in layers}
-        try:
-            # all grams come from the dense model, so that none is made after the first write
-            solved = [
-                (group, self._solve(group, gram, allocation))
-                for group, gram in self._measured.grams()
+        # all grams come from the dense model, so that none is made after the first write
+        changes: list[Change] = []
+        for group, gram in self._measured.grams():
+            sizes = [layer.out_features for layer in group]
+            parts = self._solve(group, gram, allocation).split(sizes)
+            changes += [
+                (layer, torch.arange(size), part)
+                for layer, size, part in zip(group, sizes, parts, strict=True)
             ]
-            for group, weight in solved:
-                _write(group, weight)
+        with changed_rows(changes):
             yield
-        finally:
-            for layer in layers:
-                _write([layer], kept[layer.name])
 
     def _solve(
         self, group: Sequence[Layer], gram: GramResult, allocation: Allocation
@@ -211,14 +209,6 @@ class _StandIn:
             ).weight  # fmt: skip
         except NumericalError as error:
             raise NumericalError(f"{', '.join(names)}: {error}") from error
-
-
-def _write(group: Sequence[Layer], weight: torch.Tensor) -> None:
-    """Write rows into the layers of a group, one after the other."""
-    parts = weight.split([layer.out_features for layer in group])
-    with torch.no_grad():
-        for layer, part in zip(group, parts, strict=True):
-            layer.weight.copy_(part)
 
 
 def _range(tune: str, high: float | None) -> tuple[str, float]:

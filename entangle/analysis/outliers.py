@@ -185,7 +185,7 @@ def _row(known: _Known, kind: str, top: Members, outliers: Members) -> dict[str,
 
 def _check(known: _Known) -> None:
     layer = known.layer
-    if layer.weight.is_meta:
+    if layer.offloaded:
         raise InvalidInput(
             f"the weights of layer {layer.name!r} are offloaded, so its outliers cannot be found; "
             "choose a device map that keeps it on a device."

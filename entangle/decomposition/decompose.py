@@ -226,7 +226,7 @@ def _check_fit(
     rows: RowSettings,
 ) -> None:
     for layer in layers:
-        if layer.weight.is_meta:
+        if layer.offloaded:
             raise InvalidInput(
                 f"the weights of layer {layer.name!r} are offloaded, so it cannot be decomposed; "
                 "choose a device map that keeps it on a device."

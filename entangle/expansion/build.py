@@ -1,8 +1,8 @@
 """Expand a model block by block, on the hidden states of the blocks already expanded."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -15,8 +15,8 @@ from entangle.expansion.parts import solve_in_parts
 from entangle.expansion.solve import Experts, SolverSettings, Sparsity, solve_experts
 from entangle.models.blocks import BlockRunner
 from entangle.models.layers import Layer
-from entangle.recording.groups import InputGroups
-from entangle.recording.hooks import observe
+from entangle.recording.order import Habits, look_at
+from entangle.recording.recorder import Recorded, Recorder
 from entangle.recording.stream import ByteBudget, TokenStore
 from entangle.routing import Router
 from entangle.routing.fit import fit_router_and_labels
@@ -40,6 +40,9 @@ class Plan:
     """Sparsity of each layer, by its full name."""
     experts: Mapping[str, int]
     """Number of experts of each layer, equal where layers read one input."""
+    named: bool = True
+    """Whether the layers were asked for by name, so that one that sees no token is refused; else
+    it is left as it is."""
     router: Kind = "kmeans"
     """Of the layers with several experts."""
     restarts: int = 10
@@ -98,6 +101,11 @@ class HiddenStates:
         return self._split(self._batches)
 
     @property
+    def first(self) -> Int[Tensor, "sequences tokens"]:
+        """Token ids of the first batch."""
+        return self._batches[0]
+
+    @property
     def pass_tokens(self) -> list[int]:
         """Tokens of each batch of `passes`."""
         return [ids.numel() for ids in self._passes]
@@ -113,11 +121,21 @@ class HiddenStates:
             yield ids, rows.unflatten(0, tuple(ids.shape))
             start += ids.numel()
 
-    def advance(self, runner: BlockRunner, index: int) -> None:
+    def run(
+        self, runner: BlockRunner, index: int, recorder: Recorder | None = None
+    ) -> Iterator[Tensor]:
+        """Yield what block ``index`` makes of every pass, recorded if so asked."""
+        with nullcontext() if recorder is None else recorder.watching():
+            for ids, hidden in self.passes():
+                with nullcontext() if recorder is None else recorder.one_pass(tuple(ids.shape)):
+                    found = runner.run(index, hidden, runner.enter(ids)[1])
+                yield found
+
+    def advance(self, runner: BlockRunner, index: int, recorder: Recorder | None = None) -> None:
         """Replace the states of every batch by what block ``index`` makes of them."""
         following = TokenStore(ByteBudget(self._memory))
-        for ids, hidden in self.passes():
-            following.append(runner.run(index, hidden, runner.enter(ids)[1]).flatten(0, -2))
+        for found in self.run(runner, index, recorder):
+            following.append(found.flatten(0, -2))
         self._store.close()
         self._store = following
 
@@ -142,6 +160,19 @@ def _joined(batches: Sequence[Tensor], most: int) -> list[Tensor]:
         else:
             joined.append(ids)
     return joined
+
+
+def check_own_modules(layers: Iterable[Layer]) -> None:
+    """Raise `InvalidInput` for a layer whose module is also used elsewhere in the model.
+
+    Its experts would be fitted on what it receives at one of these places only.
+    """
+    for layer in layers:
+        if layer.aliases:
+            raise InvalidInput(
+                f"layer {layer.name!r} is also used as {layer.aliases[0]!r}, so that it cannot "
+                "have experts of its own; leave it out, or give both places modules of their own."
+            )
 
 
 def build_blocks(
@@ -178,13 +209,16 @@ def build_blocks(
         The model's blocks, to leave the last one with (`BlockRunner.leave`).
     """
     runner = BlockRunner(module)
+    planned = [layer for layers in plan.layers.values() for layer in layers]
+    check_own_modules(planned)
+    habits = look_at(module, planned, streams[0].first) if planned else {}
     for stream in streams:
         stream.enter(runner)
     for index in range(runner.n_blocks):
         layers = plan.layers.get(index, ())
         expanded = finished(index) if layers else ()
         if expanded is None:
-            expanded = _expand_block(runner, streams[0], index, layers, plan, memory)
+            expanded = _expand_block(runner, streams[0], index, layers, plan, memory, habits)
         for one in expanded:
             module.set_submodule(one.layer.name, one.module)
         for stream in streams if index < plan.last else streams[1:]:
@@ -202,26 +236,22 @@ def _expand_block(
     layers: Sequence[Layer],
     plan: Plan,
     memory: int,
+    habits: Mapping[str, Habits],
 ) -> list[ExpandedLayer]:
     """Expand the layers of one block; the last one closes the calibration stream."""
     expanded: list[ExpandedLayer] = []
 
-    def replay() -> None:
-        for ids, hidden in calibration.passes():
-            runner.run(index, hidden, runner.enter(ids)[1])
+    def replay(recorder: Recorder) -> None:
+        for _ in calibration.run(runner, index, recorder):
+            pass
 
     with ExitStack() as stack:
         groups = record_inputs(
-            layers, replay, memory=memory, stack=stack, passes=calibration.pass_tokens
-        )
+            layers, replay, memory=memory, stack=stack, passes=calibration.pass_tokens,
+            habits=habits, named=plan.named,
+        )  # fmt: skip
         if index == plan.last:
             calibration.close()
-        ran = {layer.name for members, _ in groups for layer in members}
-        for layer in layers:
-            if layer.name not in ran:
-                raise InvalidInput(
-                    f"layer {layer.name!r} sees no token of the calibration text; leave it out."
-                )
         for members, store in groups:
             names = ", ".join(layer.name for layer in members)
             try:
@@ -234,53 +264,63 @@ def _expand_block(
 
 def record_inputs(
     layers: Sequence[Layer],
-    run: Callable[[], None],
+    run: Callable[[Recorder], None],
     *,
     memory: int,
     stack: ExitStack,
-    passes: Sequence[int] = (),
+    passes: Sequence[int],
+    habits: Mapping[str, Habits],
+    named: bool = True,
 ) -> list[tuple[list[Layer], TokenStore]]:
-    """Record what layers receive; neighbours with one input, such as gate and up, share a record.
+    """Record what layers of a block receive; neighbours with one input share a record.
 
     Parameters
     ----------
     layers
         Layers to watch.
     run
-        Called once; runs the part of a model that the layers lie in.
+        Called once; runs the block with the recorder that it receives.
     memory
         Bytes for the records; what is beyond goes to a temporary file.
     stack
         Closes the records when it is closed.
     passes
-        Tokens of each pass of ``run``, for `TokenStore.reserve`.
+        Tokens of each pass, for `TokenStore.reserve`.
+    habits
+        From `entangle.recording.order.look_at`.
+    named
+        Whether the layers were asked for by name. If not, those that see no token are left out.
 
     Returns
     -------
     list of (layers, record)
         Every distinct input, (tokens, in_features), with the layers that read it, in the order in
-        which they ran. A layer that did not run is in none.
+        which they ran.
+
+    Raises
+    ------
+    InvalidInput
+        If a layer sees no token, or does something else than to multiply by its weight.
     """
-    budget = ByteBudget(memory)
-    groups, stores = InputGroups(), list[TokenStore]()
+    budget, stores = ByteBudget(memory), dict[int, TokenStore]()
 
-    def keep(layer: Layer, inputs: Tensor, _outputs: Tensor) -> None:
-        number = groups.see(layer, inputs)
-        rows = inputs.flatten(0, -2)
-        if number == len(stores):
-            stores.append(stack.enter_context(TokenStore(budget)))
-            stores[number].reserve(passes, rows)
-        if groups.members[number][0] is layer:
-            stores[number].append(rows)
+    def keep(found: Recorded) -> None:
+        if found.source not in stores:
+            stores[found.source] = stack.enter_context(TokenStore(budget))
+            stores[found.source].reserve(passes, found.inputs)
+        if found.leads:
+            stores[found.source].append(found.inputs)
 
-    with observe(layers, keep):
-        run()
-    return list(zip(groups.members, stores, strict=True))
+    recorder = Recorder(layers, keep, affine="pruning", lenient=not named, habits=habits)
+    run(recorder)
+    if named and layers:
+        recorder.check_all_seen()
+    return [(own, stores[source]) for source, own in enumerate(recorder.sources)]
 
 
 def _expand_group(layers: Sequence[Layer], store: TokenStore, plan: Plan) -> list[ExpandedLayer]:
     """Fit one router on the common input of some layers, then solve every layer's experts."""
-    device, k = layers[0].weight.device, plan.experts[layers[0].name]
+    device, k = layers[0].device, plan.experts[layers[0].name]
     router, labels = fit_router_and_labels(
         store, k, seed=plan.seed, kind="single" if k == 1 else plan.router,
         restarts=plan.restarts, device=device,
@@ -313,7 +353,7 @@ def _solve_streamed(
     layers: Sequence[Layer], store: TokenStore, router: Router, plan: Plan
 ) -> list[Experts]:
     """Solve every layer's experts with the grams of all clusters, from one pass over the input."""
-    device, k = layers[0].weight.device, router.k
+    device, k = layers[0].device, router.k
     grams = ClusterGrams(k, layers[0].in_features, device=device)
     at_once = _GRAM_TOKENS
     if device.type == "cuda":

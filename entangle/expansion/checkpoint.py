@@ -99,10 +99,10 @@ def _rebuild(
         if number not in routings:
             prefix = f"router {number}:"
             state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-            routings[number] = SharedRouting(Router.from_state(state).to(layer.weight.device))
+            routings[number] = SharedRouting(Router.from_state(state).to(layer.device))
         weight = unpack((tensors[f"{name}:bitmap"], tensors[f"{name}:values"]), tuple(shape))
         module = ExpandedLinear(
-            weight.to(layer.weight.device, layer.weight.dtype), layer.bias, routings[number]
+            weight.to(layer.device, layer.weight.dtype), layer.bias, routings[number]
         )
         rebuilt.append(ExpandedLayer(layer, module, None))
     return rebuilt

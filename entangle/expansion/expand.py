@@ -37,13 +37,19 @@ from entangle.expansion.report import block_rows, model_costs
 from entangle.expansion.saving import refuse_saving
 from entangle.expansion.solve import SolverSettings, Sparsity, check_solvable
 from entangle.html_tables import described, html_result, number
-from entangle.models.layers import Layer, find_blocks, find_layers, list_fused_experts
+from entangle.models.layers import (
+    Layer,
+    asked_by_name,
+    find_blocks,
+    find_layers,
+    list_fused_experts,
+)
 from entangle.models.loading import LanguageModel, as_language_model
 from entangle.progress import Progress, ProgressBar
 from entangle.provenance import RunClock, make_manifest
 from entangle.provenance import expanded as expanded_path
 from entangle.pruning.quantize import check_bits
-from entangle.recording.groups import shared_inputs
+from entangle.recording.recorder import shared_inputs
 from entangle.routing.router import KINDS, Kind
 from entangle.scalars import real, whole
 from entangle.seeding import check_seed
@@ -188,7 +194,8 @@ def expand(
         _refuse_fused(copied, chosen)
     counts = planned_experts(chosen, allocation, experts, tokens=calibration.n_tokens)
     plan = _plan(
-        chosen, experts=counts, router=router, restarts=restarts, seed=seed,
+        chosen, named=asked_by_name(layers, chosen), experts=counts, router=router,
+        restarts=restarts, seed=seed,
         sparsity=planned_sparsity(
             chosen, allocation, sparsity=sparsity, pattern=pattern, digest=dense.digest
         ),
@@ -225,7 +232,11 @@ def expand(
             perplexity = Perplexity.of(torch.cat(losses), evaluation)
     costs = model_costs(dense.module, sink.rows)
     table = pd.DataFrame(sink.rows)
-    manifest |= {"costs": costs, **_describe_perplexity(perplexity)}
+    made = {row["layer"] for row in sink.rows}
+    silent = [layer.name for layer in chosen if layer.name not in made]
+    manifest |= {
+        "costs": costs, **_describe_perplexity(perplexity), "layers_without_tokens": silent,
+    }  # fmt: skip
     spent: Mapping[str, object] = clock.read()
     if folder is not None:
         spent = folder.finish(table, manifest, {"command": command, **spent})
@@ -297,6 +308,7 @@ def _check_texts(calibration: CalibrationSet, evaluation: EvaluationText | None)
 def _plan(
     layers: Sequence[Layer],
     *,
+    named: bool,
     experts: Mapping[str, int],
     sparsity: Mapping[str, Sparsity],
     router: Kind,
@@ -317,6 +329,7 @@ def _plan(
         check_solvable(layer, sparsity[layer.name], solver)
     return Plan(
         layers=by_block,
+        named=named,
         sparsity=sparsity,
         experts=experts,
         router="single" if set(experts.values()) == {1} else router,

@@ -46,7 +46,10 @@ class BuildFolder:
         self._finished = resume and is_made(final, str(manifest["kind"]), manifest)
         if self._finished:  # killed after the last block, for example while it was evaluated
             self.final = self.path = Path(os.path.realpath(expanded(final)))
-            self._files = read_manifest(final, str(manifest["kind"])).get("files")
+            made = read_manifest(final, str(manifest["kind"]))
+            self._files = made.get("files")
+            silent = made.get("layers_without_tokens")
+            self._silent = set(silent) if isinstance(silent, list) else set()
             _tidy(self.path)
             return
         self._unfinished = Unfinished(
@@ -75,6 +78,8 @@ class BuildFolder:
             If its file was truncated or altered, or is missing from a finished build.
         """
         name = block_file(index)
+        if self._finished and {layer.name for layer in layers} <= self._silent:
+            return [], []
         path = self._made(name) if self._finished else self._unfinished.find(name)
         return None if path is None else read_block(path, {one.name: one for one in layers})
 

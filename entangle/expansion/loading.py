@@ -56,7 +56,7 @@ def load_expanded(
     _check_digest(dense, manifest, path)
     module = structural_copy(dense.module)
     layers = {layer.name: layer for layer in list_layers(module)}
-    missing = set(manifest["settings"]["sparsity"])
+    missing = set(manifest["settings"]["sparsity"]) - set(manifest.get("layers_without_tokens", ()))
     for name, digest in manifest["files"].items():
         file = expanded(path) / name
         _check_file(file, digest)

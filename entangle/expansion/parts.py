@@ -170,7 +170,7 @@ class _Group:
         self.tokens = tokens
         self.missing: list[int] = (layers[0].in_features - tokens.count).clamp_min(0).tolist()
         self._layers, self._sparsity, self._settings = layers, sparsity, settings
-        self._device = layers[0].weight.device
+        self._device = layers[0].device
         whole = tokens.whole(self._device)
         self.energies = [dense_energy(layer, whole) for layer in layers]
         """Of each layer, over all tokens."""

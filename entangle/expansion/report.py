@@ -1,5 +1,6 @@
 """What an expansion costs and loses: one row a layer, and sums over the model."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import pandas as pd
@@ -83,7 +84,7 @@ def model_costs(module: nn.Module, rows: Iterable[Mapping[str, object]]) -> dict
     """
     table = pd.DataFrame(list(rows))
     width = next(module.parameters()).element_size()
-    dense = sum(layer.weight.numel() for layer in list_layers(module))
+    dense = sum(math.prod(layer.shape) for layer in list_layers(module))
     if table.empty:
         return {"flops": 1.0, "nonzeros": 1.0, "bytes": 1.0}
     others = dense - int(table["dense_weights"].sum())

@@ -98,7 +98,7 @@ def solve_experts(
     Clusters are solved with `shrunk_grams`; errors are computed with their own grams.
     """
     parts = []
-    beside = 0 if layer.weight.device.type == "cpu" else layer.out_features
+    beside = 0 if layer.device.type == "cpu" else layer.out_features
     for part, gram in shrunk_grams(grams, rows=beside):
         pruned = prune_part(layer, gram, sparsity, settings, experts=len(gram), first=part.start)
         lost = squared_errors(layer, pruned.weight, grams.gram[part])

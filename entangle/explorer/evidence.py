@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from entangle.calibration import CalibrationSet
 from entangle.decomposition import Decomposition, decompose
@@ -16,7 +16,7 @@ from entangle.models.loading import LanguageModel
 from entangle.modes import describe_modes
 from entangle.plotting import dense_output
 from entangle.precision import full_precision
-from entangle.recording.hooks import run_observed
+from entangle.recording.recorder import Recorded, Recorder, told
 from entangle.recording.stream import ByteBudget, TokenStore
 
 
@@ -74,6 +74,7 @@ class ModeFinder:
         self._known, self._memory, self._seed = known, memory, seed
         self._layer: Layer | None = None
         self._inputs: TokenStore | None = None
+        self._given: TokenStore | None = None
         self._found: dict[tuple[str, int], Modes] = {}
 
     def known(self, layer: str, neuron: int) -> Modes | None:
@@ -118,22 +119,29 @@ class ModeFinder:
         if self._layer is not None and self._layer.name == name:
             return self._layer
         self._layer = None
-        if self._inputs is not None:
-            self._inputs.close()
+        for held in (self._inputs, self._given):
+            if held is not None:
+                held.close()
         (layer,) = find_layers(subject.model.module, name)
         store = self._inputs = TokenStore(ByteBudget(self._memory))
 
-        def keep(_group: int, _layer: Layer, inputs: Tensor, _outputs: Tensor) -> None:
-            store.append(inputs.flatten(0, -2))
+        outputs = self._given = TokenStore(ByteBudget(self._memory))
 
-        text = subject.calibration
-        batches = ((0, ids) for _, ids in text.batches())
-        run_observed(subject.model.module, [layer], batches, keep)
+        def keep(seen: Recorded) -> None:
+            if seen.affine:
+                store.append(seen.inputs)
+            else:
+                outputs.append(seen.outputs)
+
+        batches = told(subject.calibration, lambda _count: None)
+        Recorder([layer], keep, once=True).run(subject.model.module, batches)
         self._layer = layer
         return layer
 
     def _outputs(self, layer: Layer, neuron: int) -> np.ndarray:
         assert self._inputs is not None  # noqa: S101
+        if self._given is not None and self._given.n_tokens:
+            return torch.cat([rows[:, neuron].float().cpu() for rows in self._given]).numpy()
         weight = layer.weight[[neuron]].float()
         bias = None if layer.bias is None else layer.bias[[neuron]].float()
         with full_precision():

@@ -106,7 +106,7 @@ class BlockRunner:
         if not 0 <= index < self.n_blocks:
             raise InvalidInput(f"`index` must be in 0..{self.n_blocks - 1}; got {index}.")
         _check_shape(hidden, inputs.shape)
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), uncompiled():
             return inputs.calls[index](self._blocks[index], hidden)
 
     def leave(self, hidden: Hidden, ids: Ids) -> Float[Tensor, "sequences tokens vocabulary"]:
@@ -153,6 +153,16 @@ class BlockRunner:
 
 
 @contextmanager
+def uncompiled() -> Iterator[None]:
+    """Run compiled modules as they were before `torch.compile`.
+
+    A compiled module knows neither hooks nor a `forward` that is replaced for a while.
+    """
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@contextmanager
 def _replaced(blocks: nn.ModuleList, stand_in: Callable[..., object]) -> Iterator[None]:
     """Call ``stand_in(index, forward, *args, **kwargs)`` where a block's ``forward`` is called."""
     own = [block.__dict__.get("forward") for block in blocks]  # accelerate, for one, sets it
@@ -188,7 +198,7 @@ def _forward(module: nn.Module, ids: Tensor) -> object:
     accepted = inspect.signature(module.forward).parameters
     extra = {"use_cache": False} if "use_cache" in accepted else {}
     device = next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad(), uncompiled():
         return module(ids.to(device), **extra)
 
 

@@ -1,14 +1,18 @@
 """Finding and addressing the linear layers of a model by its structure.
 
 No list of model families: the transformer blocks are the longest ``ModuleList`` of like modules, a
-layer is an ``nn.Linear`` or a GPT-2 ``Conv1D``, whose transposed weight is handled here alone.
+layer is an ``nn.Linear``, a GPT-2 ``Conv1D``, whose transposed weight is handled here alone, or
+what stands in for one: a quantised linear, or an adapter (PEFT) around a linear, which is one layer
+with it.
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
@@ -17,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from entangle.errors import InvalidInput, unknown_name
 
 LISTING = "`entangle layers MODEL` lists them all."
+_INNER = ("base_layer", "original_module")  # what PEFT's wrappers call the layer they stand for
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,27 +35,44 @@ class Layer:
     projection: str
     """Last component of the name."""
     module: nn.Module
-    """The module itself; its output is ``x @ weight.T + bias``."""
+    """The module itself; its output is ``x @ weight.T + bias`` unless it is a kind of its own."""
     transposed: bool
     """Whether the module stores its weight as (in_features, out_features)."""
+    aliases: tuple[str, ...] = ()
+    """Other names of the same module, which then runs at several depths."""
+    shared: tuple[str, ...] = ()
+    """Names of other modules' parameters that are the same memory as this layer's weight."""
 
     @property
     def weight(self) -> Float[Tensor, "out_features in_features"]:
-        """Detached view of the module's weight, one row a neuron; a write changes the model."""
-        weight = self.module.get_parameter("weight").detach()
-        return weight.T if self.transposed else weight
+        """The module's weight, one row a neuron, detached.
+
+        A view that writes through to the model where the layer is `writable`. A parametrised weight
+        is the one in force; that of an adapter, or of a packed (quantised) module, is what the
+        module makes of the unit vectors.
+        """
+        stored = self._stored
+        if stored is None:
+            return self._probed()[0]
+        return stored.T if self.transposed else stored
 
     @property
     def bias(self) -> Float[Tensor, " out_features"] | None:
-        """Detached view of the module's bias, None without one."""
+        """The module's bias, detached; None without one."""
+        if self._stored is None:
+            return self._probed()[1]
         bias = getattr(self.module, "bias", None)
         return bias.detach() if isinstance(bias, Tensor) else None
 
     @property
     def shape(self) -> tuple[int, int]:
         """The pair (out_features, in_features)."""
-        out_features, in_features = self.weight.shape
-        return out_features, in_features
+        stored = self._stored
+        if stored is None:
+            inner = _inner(self.module)
+            return _size(inner, "out_features"), _size(inner, "in_features")
+        rows, columns = stored.shape
+        return (columns, rows) if self.transposed else (rows, columns)
 
     @property
     def out_features(self) -> int:
@@ -61,6 +83,79 @@ class Layer:
     def in_features(self) -> int:
         """Number of inputs of a neuron."""
         return self.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weight is."""
+        held = next(self.module.parameters(), None)
+        held = next(self.module.buffers(), None) if held is None else held
+        return torch.device("cpu") if held is None else held.device
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether the weight is brought from elsewhere only while the layer runs (accelerate)."""
+        return any(parameter.is_meta for parameter in self.module.parameters())
+
+    @property
+    def writable(self) -> bool:
+        """Whether writing to `weight` changes this layer and nothing else.
+
+        It does not where the weight is computed (a parametrisation, an adapter, a packed format)
+        or is the memory of another module's parameter, such as a head tied to the embedding.
+        """
+        own: object = self.module._parameters.get("weight")
+        return own is not None and self._stored is not None and not self.shared
+
+    def check_writable(self, what: str) -> None:
+        """Raise `InvalidInput` unless the layer is `writable`; ``what`` needs it."""
+        if self.writable:
+            return
+        reason = (
+            f"its memory is also {self.shared[0]!r}" if self.shared
+            else f"{type(self.module).__name__} computes it"
+        )  # fmt: skip
+        raise InvalidInput(
+            f"{what} writes to the weight of layer {self.name!r}, but {reason}; give it a plain "
+            "weight of its own first (merge the adapter, remove the parametrisation, untie it)."
+        )
+
+    @property
+    def _stored(self) -> Tensor | None:
+        """The weight as the module stores it or its parametrisation gives it; None if packed."""
+        if _inner(self.module) is not self.module:
+            return None
+        with torch.no_grad():
+            weight = getattr(self.module, "weight", None)
+        if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
+            return None
+        return weight.detach()
+
+    def _probed(self) -> tuple[Tensor, Tensor | None]:
+        """Return the weight and bias of the affine map that the module is."""
+        inner = _inner(self.module)
+        dtypes = (p.dtype for p in self.module.parameters() if p.is_floating_point())
+        dtype = next(dtypes, torch.float32)
+        size, device = _size(inner, "in_features"), self.device
+        units = torch.eye(size, dtype=dtype, device=device)
+        with torch.inference_mode(False), torch.no_grad():  # not through hooks, which count runs
+            bias = self.module.forward(torch.zeros_like(units[:1]))[0]
+            weight = (self.module.forward(units) - bias).T.contiguous()
+        return weight, bias if bool(bias.count_nonzero()) else None
+
+
+def _inner(module: nn.Module) -> nn.Module:
+    """Return the layer that an adapter wraps, or the module itself."""
+    for name in _INNER:
+        inner = getattr(module, name, None)
+        if isinstance(inner, nn.Module) and inner is not module:
+            return _inner(inner)
+    return module
+
+
+def _size(module: nn.Module, name: str) -> int:
+    if isinstance(module, Conv1D):
+        return int(module.weight.shape[name == "out_features"])
+    return int(getattr(module, name))
 
 
 @dataclass(frozen=True)
@@ -78,29 +173,82 @@ class FusedExperts:
 def list_layers(module: nn.Module) -> tuple[Layer, ...]:
     """Return every linear layer of ``module`` in module order; a shared module is listed once.
 
+    An adapter and the linear it wraps are one layer, of the wrapper's name.
+
     Parameters
     ----------
     module
         A model, usually from transformers.
     """
-    blocks = _block_name(module)
-    return tuple(
-        Layer(
-            name=name,
-            block=_block_index(name, blocks),
-            projection=name.rpartition(".")[2],
-            module=child,
-            transposed=isinstance(child, Conv1D),
+    blocks, owners, names = _block_name(module), _owners(module), _names(module)
+    found: list[Layer] = []
+    inside: tuple[str, ...] = ()  # of an adapter
+    for name, child in module.named_modules():
+        if inside and name.startswith(inside):
+            continue
+        inner = _inner(child)
+        if not _is_linear(inner):
+            continue
+        if inner is not child:
+            inside = (*inside, f"{name}.")
+        aliases = names[id(child)]
+        found.append(
+            Layer(
+                name=name,
+                block=_block_index(name, blocks),
+                projection=name.rpartition(".")[2],
+                module=child,
+                transposed=isinstance(inner, Conv1D),
+                aliases=tuple(other for other in aliases if other != name),
+                shared=_shared(inner, owners, aliases),
+            )
         )
-        for name, child in module.named_modules()
-        if isinstance(child, nn.Linear | Conv1D) and _is_plain(child)
-    )
+    return tuple(found)
 
 
-def _is_plain(module: nn.Module) -> bool:
+def _is_linear(module: nn.Module) -> bool:
     """Tell a linear layer from a part that only inherits from one, such as a router."""
-    own = type(module).forward
-    return own in (nn.Linear.forward, Conv1D.forward) or "linear" in type(module).__name__.lower()
+    if type(module).forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    sizes = (getattr(module, name, None) for name in ("in_features", "out_features"))
+    return "linear" in type(module).__name__.lower() and all(isinstance(n, int) for n in sizes)
+
+
+def _names(module: nn.Module) -> dict[int, list[str]]:
+    """Return all names of every module, by identity."""
+    names: dict[int, list[str]] = defaultdict(list)
+    for name, child in module.named_modules(remove_duplicate=False):
+        names[id(child)].append(name)
+    return names
+
+
+def _memory(parameter: Tensor) -> object:
+    """Return what two parameters have in common if they begin at the same place in memory."""
+    if parameter.is_meta or not parameter.numel():
+        return id(parameter)
+    try:
+        return parameter.device, parameter.data_ptr()
+    except (RuntimeError, NotImplementedError):  # a tensor subclass without storage of its own
+        return id(parameter)
+
+
+def _owners(module: nn.Module) -> dict[object, list[str]]:
+    """Return the names of the parameters at every place in memory."""
+    owners: dict[object, list[str]] = defaultdict(list)
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        owners[_memory(parameter)].append(name)
+    return owners
+
+
+def _shared(
+    module: nn.Module, owners: dict[object, list[str]], names: Sequence[str]
+) -> tuple[str, ...]:
+    """Return the parameters of other modules that are a layer's weight."""
+    weight: Tensor | None = module._parameters.get("weight")
+    if weight is None:
+        return ()
+    own = tuple(f"{name}." for name in names)
+    return tuple(name for name in owners[_memory(weight)] if not name.startswith(own))
 
 
 def list_fused_experts(module: nn.Module) -> tuple[FusedExperts, ...]:
@@ -174,6 +322,12 @@ def find_layers(
     chosen = {name for one in specs for name in _resolve(module, layers, one)}
     found = tuple(layer for layer in layers if layer.name in chosen)
     return found if proj is None else _narrow(module, found, proj)
+
+
+def asked_by_name(layers: object, chosen: Sequence[Layer]) -> bool:
+    """Tell whether one of the ``chosen`` layers was asked for by its full name."""
+    asked = {layers} if isinstance(layers, int | str) else set(layers)  # type: ignore[call-overload]
+    return any(layer.name in asked for layer in chosen)
 
 
 def _block_name(module: nn.Module) -> str | None:

@@ -185,8 +185,15 @@ def as_language_model(
         raise InvalidInput(
             f"`model` must be a name, a module or a LanguageModel; got {type(model).__name__}."
         )
+    model = uncompiled_module(model)
     name = getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__
     return LanguageModel(_frozen(model), tokenizer, name, "memory", None)
+
+
+def uncompiled_module(module: nn.Module) -> nn.Module:
+    """Return the module that `torch.compile` was given, or the module itself."""
+    inner = getattr(module, "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) else module
 
 
 def _source(name: str) -> str:

@@ -1,7 +1,7 @@
 """The modes of neurons, and the tokens and contexts that fall into each."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,7 +20,7 @@ from entangle.modes.find import find_modes, mode_of
 from entangle.modes.text import TokenText
 from entangle.precision import full_precision
 from entangle.progress import ProgressBar
-from entangle.recording.hooks import run_observed
+from entangle.recording.recorder import Recorded, Recorder, told
 from entangle.seeding import check_seed, numpy_rng
 
 Neurons = Sequence[int] | np.ndarray
@@ -225,20 +225,23 @@ def _outputs(
     neurons: Sequence[int],
     progress: bool | None,
 ) -> Float32[np.ndarray, "neurons tokens"]:
-    """Run the model once; compute the neurons' outputs in float32 from the layer's inputs."""
-    weight = layer.weight[list(neurons)].float()
-    bias = None if layer.bias is None else layer.bias[list(neurons)].float()
+    """Run the model once; compute the neurons' outputs in float32 from the layer's inputs.
+
+    Where the layer does not multiply by its weight, they are its own.
+    """
+    chosen = list(neurons)
+    weight = layer.weight[chosen].float()
+    bias = None if layer.bias is None else layer.bias[chosen].float()
     parts: list[Tensor] = []
 
-    def keep(_group: int, _layer: Layer, inputs: Tensor, _outputs: Tensor) -> None:
-        tokens = inputs.flatten(0, -2).float()
+    def keep(seen: Recorded) -> None:
         with full_precision():
-            parts.append(nn.functional.linear(tokens, weight, bias).cpu())
+            computed = nn.functional.linear(seen.inputs.float(), weight, bias)
+        parts.append((computed if seen.affine else seen.outputs[:, chosen].float()).cpu())
 
-    batches = [ids for _, ids in calibration.batches()]
     with ProgressBar("modes", enabled=progress) as bar:
         bar.start(calibration.n_seq, "sequences")
-        run_observed(module, [layer], _told(batches, bar.advance), keep)
+        Recorder([layer], keep, once=True).run(module, told(calibration, bar.advance))
     outputs = torch.cat(parts)
     if outputs.shape[0] != calibration.n_tokens:
         raise InvalidInput(
@@ -246,13 +249,6 @@ def _outputs(
             f"{calibration.n_tokens}, so its outputs have no place in it; choose another layer."
         )
     return np.ascontiguousarray(outputs.numpy().T)
-
-
-def _told(batches: Sequence[Tensor], report: Callable[[int], None]) -> Iterator[tuple[int, Tensor]]:
-    """Pass batches on, and report the number of sequences of each when it is done with."""
-    for ids in batches:
-        yield 0, ids
-        report(ids.shape[0])
 
 
 def _context(

@@ -1,9 +1,12 @@
-"""Observe the inputs and outputs of layers during forward passes, or replace the outputs."""
+"""Hooks on layers: see their inputs and outputs, or replace the outputs.
+
+The only place that registers hooks. Who observes a text goes through `entangle.recording.recorder`,
+which knows which rows are the text's tokens.
+"""
 
 import inspect
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,6 +15,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from entangle.errors import InvalidInput
+from entangle.models.blocks import uncompiled
 from entangle.models.layers import Layer
 
 Callback = Callable[[Layer, Tensor, Tensor], None]
@@ -20,14 +24,8 @@ Callback = Callable[[Layer, Tensor, Tensor], None]
 Edit = tuple[Layer, Callable[[Tensor], Tensor]]
 """A layer, and the function of its output that takes the output's place."""
 
-Batch = tuple[int, Tensor]
-"""The group that all sequences of a batch belong to, and their ids (sequences, tokens)."""
-
-_PROBE_TOKENS = 4
-
-
-class _LastLayerReached(Exception):
-    """Raised from a hook when nothing that was asked for is left to run."""
+InputEdit = tuple[Layer, Callable[[Tensor, Tensor], Tensor]]
+"""A layer, and the function of its input and output that takes the output's place."""
 
 
 @contextmanager
@@ -45,9 +43,11 @@ def observe(layers: Sequence[Layer], callback: Callback) -> Iterator[None]:
     Notes
     -----
     The hooks return nothing, so the output is the very tensor that it would be without them. They
-    are removed however the block ends. Blocks may be nested.
+    are removed however the block ends. Blocks may be nested. Compiled modules run uncompiled
+    meanwhile.
     """
     with ExitStack() as stack:
+        stack.enter_context(uncompiled())
         for layer in layers:
             notify = partial(_notify, layer, callback)
             handle = layer.module.register_forward_hook(notify, with_kwargs=True)
@@ -63,8 +63,11 @@ def _notify(
     kwargs: dict[str, Tensor],
     output: Tensor,
 ) -> None:
-    inputs = args[0] if args else next(iter(kwargs.values()))
-    callback(layer, inputs.detach(), output.detach())
+    callback(layer, _first(args, kwargs).detach(), output.detach())
+
+
+def _first(args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> Tensor:
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 @contextmanager
@@ -82,7 +85,8 @@ def edit(edits: Sequence[Edit]) -> Iterator[None]:
     Raises
     ------
     InvalidInput
-        During a forward pass, if a function returns anything else.
+        During a forward pass, if a function returns anything else; at the end of the block, if a
+        layer has not run, so that its edit changed nothing.
 
     Notes
     -----
@@ -90,22 +94,50 @@ def edit(edits: Sequence[Edit]) -> Iterator[None]:
     it left. Inside ``with edit(...), observe(...)`` the callback therefore receives the edited
     output, inside ``with observe(...), edit(...)`` the original one; layers further on see the
     edited output either way. The hooks are removed however the block ends. Blocks may be nested.
+    Compiled modules run uncompiled meanwhile.
     """
+    with edit_with_inputs([(layer, partial(_of_output, change)) for layer, change in edits]):
+        yield
+
+
+def _of_output(change: Callable[[Tensor], Tensor], _inputs: Tensor, output: Tensor) -> Tensor:
+    return change(output)
+
+
+@contextmanager
+def edit_with_inputs(edits: Sequence[InputEdit]) -> Iterator[None]:
+    """As `edit`, by functions of the layer's input (..., in_features) and its output."""
+    runs = [0] * len(edits)
+
+    def count(place: int) -> None:
+        runs[place] += 1
+
     with ExitStack() as stack:
-        for layer, function in edits:
-            handle = layer.module.register_forward_hook(partial(_replace, layer, function))
+        stack.enter_context(uncompiled())
+        for place, (layer, function) in enumerate(edits):
+            hook = partial(_replace, layer, function, partial(count, place))
+            handle = layer.module.register_forward_hook(hook, with_kwargs=True)
             stack.callback(handle.remove)
         yield
+    for (layer, _), count_of in zip(edits, runs, strict=True):
+        if not count_of:
+            raise InvalidInput(
+                f"the outputs of layer {layer.name!r} were to be edited, but it never ran, so "
+                "nothing was changed (an expert that sees no token, or weights that the model "
+                "uses without running the layer); leave it out."
+            )
 
 
 def _replace(
     layer: Layer,
-    function: Callable[[Tensor], Tensor],
+    function: Callable[[Tensor, Tensor], Tensor],
+    count: Callable[[], None],
     _module: nn.Module,
-    _args: tuple[Tensor, ...],
+    args: tuple[Tensor, ...],
+    kwargs: dict[str, Tensor],
     output: Tensor,
 ) -> Tensor:
-    edited: object = function(output)
+    edited: object = function(_first(args, kwargs), output)
     wanted = _looks(output)
     if not isinstance(edited, Tensor) or _looks(edited) != wanted:
         found = _looks(edited) if isinstance(edited, Tensor) else type(edited).__name__
@@ -113,6 +145,7 @@ def _replace(
             f"an edit must keep the shape, dtype and device of the output of {layer.name!r}, "
             f"{wanted}; got {found}."
         )
+    count()
     return edited
 
 
@@ -132,7 +165,7 @@ class SeenTensor:
     @classmethod
     def of(cls, tensor: Tensor) -> "SeenTensor":
         """See a tensor."""
-        return cls(tensor, tensor._version)
+        return cls(tensor, _version(tensor))
 
     def same_as(self, tensor: Tensor) -> bool:
         """Tell whether ``tensor`` is in the same memory, not written to since."""
@@ -140,8 +173,13 @@ class SeenTensor:
             self.tensor.data_ptr() == tensor.data_ptr()
             and self.tensor.shape == tensor.shape
             and self.tensor.stride() == tensor.stride()
-            and self.version == tensor._version
+            and self.version == _version(tensor)
         )
+
+
+def _version(tensor: Tensor) -> int:
+    """Return how often a tensor was written to; inference tensors do not count."""
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def forward(
@@ -150,6 +188,7 @@ def forward(
     """Run a model on token ids of shape (sequences, tokens), without a key-value cache.
 
     Where the model can, its head runs on the last token of a sequence only, unless ``all_logits``.
+    Whatever mode the caller is in, nothing is differentiated, and writes to tensors are counted.
     """
     accepted = inspect.signature(module.forward).parameters
     extra = {"use_cache": False} if all_logits else {"use_cache": False, "logits_to_keep": 1}
@@ -157,63 +196,3 @@ def forward(
     device = next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))
     with torch.inference_mode(False), torch.no_grad():
         return module(ids.to(device), **chosen)
-
-
-def run_observed(
-    module: nn.Module,
-    layers: Sequence[Layer],
-    batches: Iterable[Batch],
-    callback: Callable[[int, Layer, Tensor, Tensor], None],
-    *,
-    may_be_silent: bool = False,
-) -> None:
-    """Run ``module`` over ``batches`` and report every run of ``layers`` to ``callback``.
-
-    The callback is called as ``callback(group, layer, inputs, outputs)``.
-
-    Each forward pass stops after the last layer that is watched. How often each layer runs is
-    found beforehand on a few tokens; passes run to their end where that is not certain.
-
-    Raises
-    ------
-    InvalidInput
-        If a layer sees no token at all (for example an unused part of the model), unless it
-        ``may_be_silent``; if all layers do in any case.
-    """
-    all_logits = any(layer.block is None for layer in layers)
-    expected: Counter[str] | None = None
-    calls: Counter[str] = Counter()
-    seen: Counter[str] = Counter()
-
-    def count(layer: Layer, inputs: Tensor, outputs: Tensor) -> None:
-        callback(group, layer, inputs, outputs)
-        seen[layer.name] += inputs.numel()
-        calls[layer.name] += 1
-        if expected is not None and calls == expected:
-            raise _LastLayerReached
-
-    for batch in batches:
-        group, ids = batch
-        if expected is None:
-            expected = _calls_in_one_pass(module, layers, ids[:1, :_PROBE_TOKENS])
-            certain = all(expected[layer.name] == 1 for layer in layers)
-            expected = expected if certain and not _is_dispatched(module) else Counter({"": -1})
-        calls.clear()
-        with observe(layers, count), suppress(_LastLayerReached):
-            forward(module, ids, all_logits=all_logits)
-    silent = [layer.name for layer in layers if seen[layer.name] == 0]
-    if silent and not (may_be_silent and len(silent) < len(layers)):
-        raise InvalidInput(f"layer {silent[0]!r} sees no token in a forward pass; leave it out.")
-
-
-def _calls_in_one_pass(module: nn.Module, layers: Sequence[Layer], ids: Tensor) -> Counter[str]:
-    calls: Counter[str] = Counter()
-    with observe(layers, lambda layer, _inputs, _outputs: calls.update([layer.name])):
-        forward(module, ids)
-    return calls
-
-
-def _is_dispatched(module: nn.Module) -> bool:
-    """Tell whether accelerate moves weights around a pass, which must then run to its end."""
-    places = getattr(module, "hf_device_map", None)
-    return isinstance(places, dict) and bool({"cpu", "disk"} & {str(p) for p in places.values()})

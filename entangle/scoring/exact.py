@@ -1,7 +1,6 @@
 """Exact scoring: record a layer's inputs once, recompute its outputs some neurons at a time."""
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
@@ -13,11 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from entangle.errors import InvalidInput
 from entangle.kernels.sketch import fits, row_distances
 from entangle.models.layers import Layer
 from entangle.precision import full_precision
-from entangle.recording.hooks import Batch, Callback, SeenTensor, run_observed
+from entangle.recording.recorder import Batch, Recorded, Recorder
 from entangle.recording.stream import ByteBudget, TokenStore
 from entangle.scoring.measured import MeasuredLayer
 from entangle.scoring.side_by_side import ON_GPU, how_many, mapped
@@ -40,6 +38,8 @@ class RecordedInputs:
     """Inputs that one or several layers received, and where each group of sequences lies."""
 
     store: TokenStore
+    outputs: dict[str, TokenStore] = field(default_factory=dict)
+    """The outputs, by layer name, of layers that do not multiply by their weight."""
     spans: list[tuple[int, int, int]] = field(default_factory=list)
     """(group, first token, token after the last), in order."""
 
@@ -56,7 +56,7 @@ class RecordedInputs:
             return self._pairs[device]
 
     def add(self, group: int, rows: Float[Tensor, "tokens features"]) -> None:
-        """Append one batch's rows."""
+        """Append the rows of a pass."""
         start = self.store.n_tokens
         self.store.append(rows)
         if self.spans and self.spans[-1][0] == group:
@@ -74,10 +74,13 @@ def score_exact(
     seed: int,
     memory: int,
     report: Callable[[int], None],
-    watch: Callback | None = None,
+    watch: Callable[[Recorded], None] | None = None,
     may_be_silent: bool = False,
-) -> list[LayerSummary]:
+) -> tuple[list[LayerSummary], Recorder]:
     """Score layers from all their outputs; arguments as in `entangle.scoring.score.score`.
+
+    The outputs are computed from the inputs in float32, but for layers that do something else than
+    to multiply by their weight, whose own outputs are recorded beside the inputs.
 
     Half of ``memory`` (bytes) holds recorded inputs, which spill to a temporary file beyond it;
     the other half is for the outputs of the neurons that are worked on.
@@ -86,12 +89,14 @@ def score_exact(
     with ExitStack() as stack, full_precision():
         batches, budget = list(batches), ByteBudget(memory // 2)
         passes, told = [ids.numel() for _, ids in batches], _told(batches, report)
-        recorded = _record(module, layers, told, budget, stack, watch, may_be_silent, passes)
+        recorded, recorder = _record(
+            module, layers, told, budget, stack, watch, may_be_silent, passes
+        )
         heard = [layer for layer in layers if layer.name in recorded]
         at_once = how_many(heard)
         if md and at_once > 1:  # here, as to wait for each of them would keep a thread from work
             for layer in heard:
-                recorded[layer.name].pairs(seed=seed, device=layer.weight.device)
+                recorded[layer.name].pairs(seed=seed, device=layer.device)
 
         def work(layer: Layer) -> LayerSummary:
             share = memory // 2 // at_once
@@ -103,7 +108,7 @@ def score_exact(
         for found in mapped(work, heard, at_once=at_once):
             summaries.append(found)
             report(1)
-    return summaries
+    return summaries, recorder
 
 
 def _told(batches: Iterable[Batch], report: Callable[[int], None]) -> Iterator[Batch]:
@@ -119,64 +124,55 @@ def _record(
     batches: Iterable[Batch],
     budget: ByteBudget,
     stack: ExitStack,
-    watch: Callback | None,
+    watch: Callable[[Recorded], None] | None,
     may_be_silent: bool,
     passes: Sequence[int],
-) -> dict[str, RecordedInputs]:
+) -> tuple[dict[str, RecordedInputs], Recorder]:
     """Record the inputs of each layer; neighbours with the same input tensor share a record.
 
     ``passes`` gives the tokens of each batch.
-
-    Raises
-    ------
-    InvalidInput
-        If two layers have the same input in some of their runs only.
     """
     recorded: dict[str, RecordedInputs] = {}
-    owners: set[str] = set()
-    n_tokens: Counter[str] = Counter()
-    last: tuple[Layer, SeenTensor] | None = None
+    by_source: dict[int, RecordedInputs] = {}
 
-    def keep(group: int, layer: Layer, inputs: Tensor, outputs: Tensor) -> None:
-        nonlocal last
+    def keep(found: Recorded) -> None:
         if watch is not None:
-            watch(layer, inputs, outputs)
-        rows = inputs.flatten(0, -2)
-        shared = last is not None and last[1].same_as(inputs)
-        if layer.name not in recorded:
-            if last is not None and shared:
-                recorded[layer.name] = recorded[last[0].name]
-            else:
-                store = stack.enter_context(TokenStore(budget))
-                store.reserve(passes, rows)
-                recorded[layer.name] = RecordedInputs(store)
-                owners.add(layer.name)
-        if layer.name in owners:
-            recorded[layer.name].add(group, rows)
-        if shared or layer.name in owners:
-            n_tokens[layer.name] += rows.shape[0]
-        last = layer, SeenTensor.of(inputs)
+            watch(found)
+        name = found.layer.name
+        if found.leads and found.source not in by_source:
+            store = stack.enter_context(TokenStore(budget))
+            store.reserve(passes, found.inputs)
+            by_source[found.source] = RecordedInputs(store)
+        one = recorded.setdefault(name, by_source[found.source])
+        if found.leads:
+            one.add(found.group, found.inputs)
+        if not found.affine:
+            if name not in one.outputs:
+                one.outputs[name] = stack.enter_context(TokenStore(budget))
+            one.outputs[name].append(found.outputs)
 
-    run_observed(module, layers, batches, keep, may_be_silent=may_be_silent)
-    for name, inputs in recorded.items():
-        if n_tokens[name] != inputs.store.n_tokens:
-            raise InvalidInput(
-                f"layer {name!r} has the input of another layer in some of its runs only, so they "
-                "cannot be recorded together; score it alone or by the sketch method."
-            )
-    return recorded
+    recorder = Recorder(layers, keep, lenient=may_be_silent)
+    recorder.run(module, batches)
+    return recorded, recorder
 
 
 def _score_layer(
     layer: Layer, inputs: RecordedInputs, *, n_groups: int, md: bool, seed: int, memory: int
 ) -> MeasuredLayer:
     store = inputs.store
-    pairs = inputs.pairs(seed=seed, device=layer.weight.device) if md else None
+    pairs = inputs.pairs(seed=seed, device=layer.device) if md else None
     parts: list[_Measured] = []
-    at_once = min(memory, _GPU_BYTES // ON_GPU) if layer.weight.is_cuda else memory
+    at_once = min(memory, _GPU_BYTES // ON_GPU) if layer.device.type == "cuda" else memory
     neurons = max(1, at_once // (16 * store.n_tokens))
+    observed = inputs.outputs.get(layer.name)
+    weight, bias = (None, None) if observed is not None else (layer.weight, layer.bias)
     for start in range(0, layer.out_features, neurons):
-        outputs = _outputs(layer, store, slice(start, start + neurons))
+        part = slice(start, start + neurons)
+        if weight is None:
+            assert observed is not None  # noqa: S101
+            outputs = _columns(observed, part, layer.device)
+        else:
+            outputs = _outputs(weight, bias, store, part)
         parts.append(_measured(outputs, inputs.spans, pairs, n_groups=n_groups))
     shape = _joined([part.shape for part in parts])
     differences = [part.pairs for part in parts if part.pairs is not None]
@@ -222,16 +218,22 @@ def _measured(
     return _Measured(shape, sketch.result(distances=False), difference)
 
 
-def _outputs(layer: Layer, store: TokenStore, part: slice) -> Tensor:
+def _columns(store: TokenStore, part: slice, device: torch.device) -> Tensor:
+    """Return the recorded outputs of some neurons, float32, shape (neurons, tokens)."""
+    found = [rows[:, part].to(device).float().T for _, rows in store.blocks(_BLOCK_TOKENS)]
+    return torch.cat(found, dim=1)
+
+
+def _outputs(dense: Tensor, all_bias: Tensor | None, store: TokenStore, part: slice) -> Tensor:
     """Compute the outputs of some neurons on all tokens, float32, shape (neurons, tokens).
 
     Products of 16-bit numbers are exact in float32, so a GPU multiplies those of 16-bit weights
     and inputs as they are.
     """
-    weight = layer.weight[part]
+    weight = dense[part]
     as_is = weight.is_cuda and weight.element_size() == 2 and store.dtype == weight.dtype
     factor = weight if as_is else weight.float()
-    bias = None if layer.bias is None else layer.bias[part, None].float()
+    bias = None if all_bias is None else all_bias[part, None].float()
     outputs = torch.empty(weight.shape[0], store.n_tokens, device=weight.device)
     for start, rows in _inputs(store, on_gpu=weight.is_cuda, whole=as_is):
         rows, target = rows.to(weight.device), outputs[:, start : start + rows.shape[0]]

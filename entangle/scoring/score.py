@@ -1,6 +1,6 @@
 """Score the neurons of a model's layers."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -11,11 +11,11 @@ from torch import nn
 from entangle.calibration import CalibrationSet, load_calibration
 from entangle.calibration.calibration_set import check_ids
 from entangle.errors import InvalidInput, MemoryLimit
-from entangle.models.layers import Layer, find_layers
+from entangle.models.layers import Layer, asked_by_name, find_layers
 from entangle.models.loading import LanguageModel, as_language_model
 from entangle.progress import Progress, ProgressBar
 from entangle.provenance import RunClock, make_manifest
-from entangle.recording.hooks import Batch, Callback
+from entangle.recording.recorder import Batch, Recorded, Recorder
 from entangle.scoring.exact import score_exact
 from entangle.scoring.scores import KIND, NeuronScores
 from entangle.scoring.sketched import score_sketched
@@ -41,7 +41,7 @@ def score(
     memory: int = DEFAULT_MEMORY,
     batch_size: int | None = None,
     progress: bool | None = None,
-    watch: Callback | None = None,
+    watch: Callable[[Recorded], None] | None = None,
 ) -> NeuronScores:
     """Score every neuron of some layers: distance from a Gaussian, moments, mapping difficulty.
 
@@ -70,8 +70,8 @@ def score(
     progress
         Show a progress bar on standard error; by default if that is a terminal.
     watch
-        Called as ``watch(layer, inputs, outputs)`` with every batch of every layer, so that other
-        statistics of the same tokens need no forward pass of their own. It must not change them.
+        Called with an `entangle.recording.recorder.Recorded` of every layer and pass, so that other
+        statistics of the same tokens need no forward pass of their own. It must not change it.
 
     Returns
     -------
@@ -90,10 +90,35 @@ def score(
     ----------
     arXiv 2405.15756, eq. 1 (WD) and eq. 2 (MD).
     """
-    clock = RunClock()
-    check_seed(seed)
     language_model = as_language_model(model)
     chosen = find_layers(language_model.module, layers, proj)
+    return score_layers(
+        language_model, calibration, chosen, may_be_silent=not asked_by_name(layers, chosen),
+        method=method, md=md, seed=seed, memory=memory, batch_size=batch_size, progress=progress,
+        watch=watch,
+    )  # fmt: skip
+
+
+def score_layers(
+    language_model: LanguageModel,
+    calibration: CalibrationSet | str | Path,
+    chosen: Sequence[Layer],
+    *,
+    may_be_silent: bool,
+    method: Method = "auto",
+    md: bool = True,
+    seed: int = 0,
+    memory: int = DEFAULT_MEMORY,
+    batch_size: int | None = None,
+    progress: bool | None = None,
+    watch: Callable[[Recorded], None] | None = None,
+) -> NeuronScores:
+    """Score layers that were found; arguments as in `score`.
+
+    ``may_be_silent`` leaves out layers that see no token, and names them in the manifest.
+    """
+    clock = RunClock()
+    check_seed(seed)
     _check_readable(chosen)
     calibration = _calibration(calibration, language_model)
     resolved = _resolve_method(method, language_model, chosen, calibration, memory)
@@ -101,10 +126,10 @@ def score(
     per_pass = _batch_size(batch_size, calibration)
     with ProgressBar(f"scoring ({resolved})", enabled=progress) as bar:
         try:
-            measured = _measure(
+            measured, recorder = _measure(
                 resolved, language_model, chosen, calibration,
                 n_groups=groups, per_pass=per_pass, md=md, seed=seed, memory=memory, bar=bar,
-                watch=watch, may_be_silent=not _is_named(layers, chosen),
+                watch=watch, may_be_silent=may_be_silent,
             )  # fmt: skip
             frame = neuron_table(measured, language_model.name)
         except (RuntimeError, MemoryError) as error:
@@ -124,6 +149,7 @@ def score(
             "layers_without_tokens": sorted(
                 {layer.name for layer in chosen} - {one.layer.name for one in measured}
             ),
+            **({"pooled_depths": recorder.depths} if recorder.depths else {}),
             "method": resolved,
             "n_groups": groups,
             "batch_size": per_pass,
@@ -146,15 +172,9 @@ def _out_of_memory(error: Exception) -> bool:
     return named or "you tried to allocate" in str(error)
 
 
-def _is_named(layers: int | str | Sequence[int | str], chosen: Sequence[Layer]) -> bool:
-    """Tell whether one of the layers was asked for by its full name."""
-    asked = {layers} if isinstance(layers, int | str) else set(layers)
-    return any(layer.name in asked for layer in chosen)
-
-
 def _check_readable(layers: Sequence[Layer]) -> None:
     for layer in layers:
-        if layer.weight.is_meta:
+        if layer.offloaded:
             raise InvalidInput(
                 f"the weights of layer {layer.name!r} are offloaded, so it cannot be scored; "
                 "choose a device map that keeps it on a device."
@@ -230,9 +250,9 @@ def _measure(
     seed: int,
     memory: int,
     bar: Progress,
-    watch: Callback | None,
+    watch: Callable[[Recorded], None] | None,
     may_be_silent: bool,
-) -> list[LayerSummary]:
+) -> tuple[list[LayerSummary], Recorder]:
     batches = _batches(calibration, n_groups, per_pass)
     if method == "exact":
         bar.start(calibration.n_seq + len(layers), "sequences and layers")

@@ -16,7 +16,7 @@ Found = TypeVar("Found")
 
 def how_many(layers: Sequence[Layer]) -> int:
     """Return how many layers to have under way: several if all are on GPUs, else one."""
-    return ON_GPU if layers and all(layer.weight.is_cuda for layer in layers) else 1
+    return ON_GPU if layers and all(layer.device.type == "cuda" for layer in layers) else 1
 
 
 def mapped(
@@ -26,11 +26,11 @@ def mapped(
     if at_once == 1:
         yield from map(work, layers)
         return
-    devices = {layer.weight.device for layer in layers if layer.weight.is_cuda}
+    devices = {layer.device for layer in layers if layer.device.type == "cuda"}
     streams = {device: torch.cuda.current_stream(device) for device in devices}
 
     def on_stream(layer: Layer) -> Found:
-        stream = streams.get(layer.weight.device)
+        stream = streams.get(layer.device)
         with torch.no_grad(), torch.cuda.stream(stream):
             if stream is not None:
                 stream.query()  # gives a thread the CUDA context that cuBLAS asks for

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from entangle.kernels import sketch as kernels
 from entangle.models.layers import Layer
 from entangle.precision import full_precision
-from entangle.recording.hooks import Batch, Callback, SeenTensor, run_observed
+from entangle.recording.recorder import Batch, Recorded, Recorder
 from entangle.scoring.measured import MeasuredLayer
 from entangle.scoring.side_by_side import how_many, mapped
 from entangle.scoring.tables import LayerSummary, summarise
@@ -42,7 +43,7 @@ class _Pairs:
 
 
 class _Pairing:
-    """Draws the pairs of each batch, and remembers the last input's distances.
+    """Draws the pairs of each batch.
 
     Token i of a batch's first half goes with token i + shift of its second half, counted round the
     end; the shift, and where to begin if not all tokens are paired, are drawn for every batch.
@@ -51,22 +52,15 @@ class _Pairing:
 
     def __init__(self, *, seed: int, share: float) -> None:
         self._seed, self._share, self._batch = seed, share, -1
-        self._last: SeenTensor | None = None
-        self._found = _Pairs((0, 0), torch.empty(0))
 
     def next_batch(self) -> None:
         """Begin a batch."""
         self._batch += 1
-        self._last = None
 
-    def of(self, inputs: Tensor) -> _Pairs:
-        """Return the pairs of the tokens of ``inputs`` (..., in_features)."""
-        if self._last is None or not self._last.same_as(inputs):
-            rows = inputs.flatten(0, -2)
-            starts, count = self._drawn(rows.shape[0])
-            self._found = _Pairs(starts, _distances(*_halves(rows), starts, count))
-            self._last = SeenTensor.of(inputs)
-        return self._found
+    def of(self, rows: Float[Tensor, "tokens features"]) -> _Pairs:
+        """Return the pairs of the tokens that a layer received."""
+        starts, count = self._drawn(rows.shape[0])
+        return _Pairs(starts, _distances(*_halves(rows), starts, count))
 
     def _drawn(self, n_tokens: int) -> tuple[tuple[int, int], int]:
         """Draw which tokens make pair 0, and return how many pairs there are."""
@@ -113,9 +107,9 @@ def score_sketched(
     pair_share: float,
     seed: int,
     report: Callable[[int], None],
-    watch: Callback | None = None,
+    watch: Callable[[Recorded], None] | None = None,
     may_be_silent: bool = False,
-) -> list[LayerSummary]:
+) -> tuple[list[LayerSummary], Recorder]:
     """Score layers in one pass over the batches.
 
     Parameters
@@ -128,7 +122,7 @@ def score_sketched(
     report
         Called with the number of sequences after each batch.
     watch
-        Called with every layer, its inputs and its outputs.
+        Called with what every layer received and gave in every pass.
     may_be_silent
         Leave out layers that see no token instead of refusing them.
     """
@@ -138,7 +132,7 @@ def score_sketched(
         for layer in layers
     }
     differences = {layer.name: PairSketch(layer.out_features, scratch=work) for layer in layers}
-    pairing = _Pairing(seed=seed, share=pair_share)
+    pairing, pairs = _Pairing(seed=seed, share=pair_share), dict[int, _Pairs]()
 
     def reported() -> Iterator[Batch]:
         for batch in batches:
@@ -146,13 +140,15 @@ def score_sketched(
             yield batch
             report(batch[1].shape[0])
 
-    def update(group: int, layer: Layer, inputs: Tensor, produced: Tensor) -> None:
+    def update(seen: Recorded) -> None:
         if watch is not None:
-            watch(layer, inputs, produced)
-        rows = produced.flatten(0, -2)
-        outputs[layer.name].update(rows, group=group)
+            watch(seen)
+        outputs[seen.layer.name].update(seen.outputs, group=seen.group)
         if pair_share > 0:
-            pairing.of(inputs).add_to(differences[layer.name], rows)
+            if seen.leads:  # what was found for other inputs is done with
+                pairs.clear()
+                pairs[seen.source] = pairing.of(seen.inputs)
+            pairs[seen.source].add_to(differences[seen.layer.name], seen.outputs)
 
     def measure(layer: Layer) -> MeasuredLayer:
         found = outputs[layer.name].result()
@@ -166,12 +162,14 @@ def score_sketched(
         )
 
     with full_precision(), torch.no_grad():
-        run_observed(module, layers, reported(), update, may_be_silent=may_be_silent)
+        recorder = Recorder(layers, update, lenient=may_be_silent)
+        recorder.run(module, reported())
         heard = [layer for layer in layers if outputs[layer.name].n_tokens]
         PairSketch.settle(differences.values())
         at_once = how_many(heard)
         if at_once > 1:
-            return list(mapped(lambda one: summarise(measure(one)), heard, at_once=at_once))
+            found = list(mapped(lambda one: summarise(measure(one)), heard, at_once=at_once))
+            return found, recorder
         measured = [measure(layer) for layer in heard]
     with ThreadPoolExecutor() as pool:  # sorting, most of the work, lets threads run beside it
-        return list(pool.map(summarise, measured))
+        return list(pool.map(summarise, measured)), recorder

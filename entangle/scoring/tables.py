@@ -61,7 +61,7 @@ def neuron_table(layers: Sequence[LayerSummary], model: str) -> pd.DataFrame:
     sizes = [one.layer.out_features for one in layers]
     number = np.repeat(np.arange(len(layers)), sizes)
     columns = {name: np.concatenate([one.numbers[name] for one in layers]) for name in _MEASURED}
-    norms = to_host([one.layer.weight.float().norm(dim=1).double() for one in layers])
+    norms = to_host([_norms(one.layer) for one in layers])
     columns["weight_norm"] = torch.cat(norms).numpy()
     block = pd.array([one.layer.block for one in layers], dtype="Int64")
     return pd.DataFrame(
@@ -76,6 +76,12 @@ def neuron_table(layers: Sequence[LayerSummary], model: str) -> pd.DataFrame:
             "flag": _strings(_FLAGS, np.concatenate([one.numbers["flag"] for one in layers])),
         }
     )
+
+
+def _norms(layer: Layer) -> torch.Tensor:
+    """Return the Euclidean norm of every weight row, (neurons,), float64."""
+    norms: torch.Tensor = layer.weight.float().norm(dim=1).double()
+    return norms
 
 
 def layer_table(layers: Sequence[LayerSummary]) -> pd.DataFrame:

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from entangle.ablation import interventions
 from entangle.ablation.interventions import (
     OUTPUT_EDITS,
     RowEdit,
@@ -21,6 +20,7 @@ from entangle.ablation.selection import Selection
 from entangle.calibration import CalibrationSet
 from entangle.errors import InvalidInput
 from entangle.models.layers import Layer, find_layers, list_layers
+from entangle.recording import surgery
 from entangle.recording.hooks import observe
 from entangle.scoring.score import score
 from entangle.seeding import torch_rng
@@ -117,7 +117,7 @@ def test_bits_that_compare_as_unequal_come_back() -> None:
 
 def test_a_write_that_fails_half_way_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     module = TINY["gpt2"]()
-    before, layers, write, calls = bits(module), find_layers(module, 1), interventions._write, [0]
+    before, layers, write, calls = bits(module), find_layers(module, 1), surgery._write, [0]
 
     def half(weight: Tensor, rows: Tensor, values: Tensor) -> None:
         calls[0] += 1
@@ -127,7 +127,7 @@ def test_a_write_that_fails_half_way_is_undone(monkeypatch: pytest.MonkeyPatch) 
             interrupt()
         write(weight, rows, values)
 
-    monkeypatch.setattr(interventions, "_write", half)
+    monkeypatch.setattr(surgery, "_write", half)
     with pytest.raises(KeyboardInterrupt), swapped_rows(random_edits(layers)):
         pytest.fail("the block must not run")
     assert calls == [4]

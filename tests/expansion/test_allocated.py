@@ -14,7 +14,7 @@ from entangle.expansion import ExpandedLinear, Expansion, expand, load_expanded
 from entangle.expansion.allocated import check_shared, planned_experts
 from entangle.models.layers import find_layers
 from entangle.models.loading import LanguageModel
-from entangle.recording.groups import shared_inputs
+from entangle.recording.recorder import shared_inputs
 from tests.allocation.samples import random_allocation
 from tests.tiny_models import TINY
 

@@ -1,5 +1,5 @@
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from entangle.calibration import CalibrationSet
 from entangle.errors import InvalidInput, UnknownName
 from entangle.models.layers import Layer, find_layers, list_layers
 from entangle.models.loading import LanguageModel
-from entangle.recording.hooks import SeenTensor, edit, forward, observe, run_observed
+from entangle.recording.hooks import SeenTensor, edit, forward, observe
 from tests.tiny_models import CONFIGS
 
 Tiny = Callable[[str], LanguageModel]
@@ -51,53 +51,11 @@ def test_the_output_is_the_same_bits_with_and_without(
     assert seen == {layer.name for layer in list_layers(module)}
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_a_pass_that_stops_early_leaves_the_model_as_it_was(
-    name: str, tiny: Tiny, calibration: CalibrationSet, count_hooks: CountHooks
-) -> None:
-    module = tiny(name).module
-    plain, before = last_hidden(module, calibration.ids), count_hooks(module)
-    tokens = dict.fromkeys((layer.name for layer in find_layers(module, 1)), 0)
-
-    def note(_group: int, layer: Layer, inputs: Tensor, outputs: Tensor) -> None:
-        tokens[layer.name] += inputs.flatten(0, -2).shape[0]
-        assert outputs.shape == (*inputs.shape[:-1], layer.out_features)
-
-    batches = [(0, calibration.ids[:5]), (1, calibration.ids[5:])]
-    run_observed(module, find_layers(module, 1), batches, note)
-    assert set(tokens.values()) == {calibration.n_tokens}
-    assert count_hooks(module) == before
-    assert torch.equal(last_hidden(module, calibration.ids), plain)
-
-
-def run_and_fail(module: nn.Module, layers: Sequence[Layer], ids: Tensor, error: object) -> None:
-    def fail(_group: int, _layer: Layer, _inputs: Tensor, _outputs: Tensor) -> None:
-        if error is KeyboardInterrupt:
-            signal.raise_signal(signal.SIGINT)
-        assert isinstance(error, type)
-        raise error("in the callback")
-
-    run_observed(module, layers, [(0, ids)], fail)
-
-
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, MemoryError])
-def test_no_hook_is_left_after_an_error_in_the_callback(
-    error: type[BaseException], tiny: Tiny, calibration: CalibrationSet, count_hooks: CountHooks
-) -> None:
-    module = tiny("llama").module
-    before = count_hooks(module)
-    with pytest.raises(error):
-        run_and_fail(module, find_layers(module, "all"), calibration.ids, error)
-    assert count_hooks(module) == before == 0
-
-
 def test_no_hook_is_left_after_an_error_in_the_model(tiny: Tiny, count_hooks: CountHooks) -> None:
     module = tiny("llama").module
     outside = torch.full((1, 4), 5000)
     with pytest.raises(IndexError), observe(list_layers(module), nothing):
         module(outside)
-    with pytest.raises(IndexError):
-        run_observed(module, find_layers(module, 1), [(0, outside)], lambda *_: None)
     assert count_hooks(module) == 0
 
 
@@ -139,24 +97,6 @@ def test_nested_blocks_see_the_same_and_end_apart(
     assert count_hooks(module) == 0
     assert (len(outer), len(inner)) == (2, 1)
     assert torch.equal(outer[0], inner[0])
-
-
-def test_a_run_inside_an_observation_is_observed_too(
-    tiny: Tiny, calibration: CalibrationSet, count_hooks: CountHooks
-) -> None:
-    module = tiny("llama").module
-    layers, seen = find_layers(module, 0, "gate_proj"), [0, 0]
-
-    def outer(_layer: Layer, _inputs: Tensor, _outputs: Tensor) -> None:
-        seen[0] += 1
-
-    def inner(_group: int, _layer: Layer, _inputs: Tensor, _outputs: Tensor) -> None:
-        seen[1] += 1
-
-    with observe(layers, outer):
-        run_observed(module, layers, [(0, calibration.ids)], inner)
-        assert count_hooks(module) == 1
-    assert seen == [2, 1]  # the first of the outer ones is the look at a few tokens
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -276,97 +216,6 @@ class Toy(nn.Module):
         for name in self.order:
             x = getattr(self, name)(x)
         return x
-
-
-def calls_of(toy: Toy, names: list[str], ids: Tensor) -> list[tuple[int, str, int]]:
-    """Run a toy over two batches and return (group, layer, sequences) of every call."""
-    found: list[tuple[int, str, int]] = []
-
-    def note(group: int, layer: Layer, inputs: Tensor, _outputs: Tensor) -> None:
-        found.append((group, layer.name, inputs.shape[0]))
-
-    run_observed(toy, find_layers(toy, names), [(0, ids[:2]), (1, ids[2:5])], note)
-    return found
-
-
-def test_nothing_runs_after_the_last_layer_asked_for(calibration: CalibrationSet) -> None:
-    toy = Toy()
-    found = calls_of(toy, ["a", "b"], calibration.ids)
-    assert found == [(0, "a", 2), (0, "b", 2), (1, "a", 3), (1, "b", 3)]
-    assert toy.s.n_runs == 1  # only the look at a few tokens
-    assert len(calls_of(toy, ["a", "c"], calibration.ids)) == 4
-    assert toy.s.n_runs == 4
-
-
-@pytest.mark.parametrize("order", ["absba", "aabs", "abasc"])
-def test_a_layer_that_runs_several_times_is_seen_each_time(
-    order: str, calibration: CalibrationSet
-) -> None:
-    toy = Toy(order)
-    found = calls_of(toy, ["a", "b"], calibration.ids)
-    once = [name for name in order if name in "ab"]
-    assert [name for _, name, _ in found] == once * 2
-    assert toy.s.n_runs == 3
-
-
-class Sometimes(Toy):
-    """Runs ``b`` only on more than four tokens, as a mixture's expert may."""
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x: Tensor = self.a(self.table(ids))
-        if ids.shape[1] > 4:
-            x = self.b(x)
-        return self.s(x)  # type: ignore[no-any-return]
-
-
-def test_a_layer_that_did_not_run_on_a_few_tokens_is_waited_for(
-    calibration: CalibrationSet,
-) -> None:
-    toy = Sometimes()
-    found = calls_of(toy, ["a", "b"], calibration.ids)
-    assert [name for _, name, _ in found] == ["a", "b", "a", "b"]
-    assert toy.s.n_runs == 3
-
-
-class OnNothing(Toy):
-    """Runs ``b`` on no token at all, as a mixture runs an expert that nobody chose."""
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x: Tensor = self.a(self.table(ids).flatten(0, 1))
-        return torch.cat([x, self.b(x[:0])])
-
-
-@pytest.mark.parametrize(
-    ("toy", "names"), [(Toy("ab"), ["a", "c"]), (Toy("ab"), ["c"]), (OnNothing(), ["a", "b"])]
-)
-def test_a_layer_that_sees_no_token_is_named(
-    toy: Toy, names: list[str], calibration: CalibrationSet, count_hooks: CountHooks
-) -> None:
-    with pytest.raises(InvalidInput, match=f"layer '{names[-1]}' sees no token .*; leave it out"):
-        run_observed(toy, find_layers(toy, names), [(0, calibration.ids)], lambda *_: None)
-    assert count_hooks(toy) == 0
-
-
-class ByKeyword(Toy):
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.a(input=self.table(ids))  # type: ignore[no-any-return]
-
-
-def test_an_input_given_by_keyword_is_found(calibration: CalibrationSet) -> None:
-    assert calls_of(ByKeyword(), ["a"], calibration.ids) == [(0, "a", 2), (1, "a", 3)]
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
-def test_the_head_sees_every_token_when_it_is_watched(
-    name: str, tiny: Tiny, calibration: CalibrationSet
-) -> None:
-    module, tokens = tiny(name).module, [0]
-
-    def note(_group: int, _layer: Layer, inputs: Tensor, _outputs: Tensor) -> None:
-        tokens[0] += inputs.flatten(0, -2).shape[0]
-
-    run_observed(module, find_layers(module, "lm_head"), [(0, calibration.ids)], note)
-    assert tokens == [calibration.n_tokens]
 
 
 def test_forward_keeps_no_cache_and_no_gradient(tiny: Tiny, calibration: CalibrationSet) -> None:

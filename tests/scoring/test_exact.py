@@ -121,7 +121,7 @@ def measure(
     return exact.score_exact(
         module, find_layers(module, layers), batches,
         n_groups=2, md=True, seed=0, memory=memory, report=lambda _count: None,
-    )  # fmt: skip
+    )[0]  # fmt: skip
 
 
 @pytest.mark.parametrize("memory", [0, 2**14, 2**16])

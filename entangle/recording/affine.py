@@ -1,0 +1,69 @@
+"""Whether a layer does what its weight and bias say."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from entangle.models.layers import Layer
+from entangle.precision import accumulator_dtype, full_precision
+
+_TOKENS = 64
+_TF32 = 2.0**-10
+_SUMS = 32  # roundings of float32, at most, in a sum of products
+
+
+def is_affine(
+    layer: Layer,
+    inputs: Float[Tensor, "tokens in_features"],
+    outputs: Float[Tensor, "tokens out_features"],
+) -> bool:
+    """Tell whether a layer's outputs are its weight times its inputs, plus its bias.
+
+    Compared on 64 tokens, spread evenly, for every neuron: the root mean square of the difference
+    may be what rounding makes of outputs and products in their dtype.
+
+    Parameters
+    ----------
+    layer
+        The layer; weights that are offloaded cannot be read, and give False.
+    inputs, outputs
+        What it received and gave.
+    """
+    if layer.offloaded or inputs.shape[1] != layer.in_features:
+        return False
+    weight, bias = layer.weight.to(outputs.device), layer.bias
+    if weight.shape != (outputs.shape[1], inputs.shape[1]):
+        return False
+    place = torch.linspace(0, len(inputs) - 1, min(_TOKENS, len(inputs)), device=inputs.device)
+    x, y = inputs[place.long()].float(), outputs[place.long()].float()
+    w = weight.float()
+    b = torch.zeros(len(w), device=w.device) if bias is None else bias.to(w.device).float()
+    with full_precision(), torch.no_grad():
+        expected = x @ w.T + b
+        products = (x.square() @ w.square().T + b.square()).sqrt()
+    bound = torch.finfo(outputs.dtype).max * 0.9
+    both = (expected.abs() < bound) | y.isfinite()  # 16-bit outputs overflow where these do not
+    both &= ~(expected.isnan() & y.isnan())
+    off = (y - expected).masked_fill(~both, 0.0)
+    allowed = _eps(outputs) * _rms(expected, both) + 2 * _product_eps(outputs) * _rms(
+        products, both
+    )
+    return bool((_rms(off, both) <= allowed + torch.finfo(torch.float32).tiny).all())
+
+
+def _eps(outputs: Tensor) -> float:
+    return max(torch.finfo(outputs.dtype).eps, torch.finfo(torch.float32).eps)
+
+
+def _product_eps(outputs: Tensor) -> float:
+    """Return the relative rounding error of a sum of products, of typical size."""
+    if outputs.element_size() == 2:
+        return _eps(outputs)
+    fast = outputs.is_cuda and torch.get_float32_matmul_precision() != "highest"
+    return _TF32 if fast else _SUMS * _eps(outputs)
+
+
+def _rms(values: Tensor, counted: Tensor) -> Tensor:
+    """Return each neuron's root mean square over the tokens that are counted."""
+    values = values.masked_fill(~counted, 0.0).to(accumulator_dtype(values.device))
+    return (values.square().sum(0) / counted.sum(0).clamp_min(1)).sqrt()

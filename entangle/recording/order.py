@@ -1,0 +1,165 @@
+"""In which order a model shows its tokens to a layer, and which rows are no tokens."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from entangle.models.layers import Layer
+from entangle.recording.hooks import forward, observe
+
+_TOKENS = 7  # of each of two sequences
+
+
+@dataclass(frozen=True, eq=False)
+class Habits:
+    """How a model shows tokens to a layer."""
+
+    depths: int
+    """How often every token passes the layer; 0 if it sees another number of rows."""
+    tables: tuple[Tensor | None, ...]
+    """For each of its runs the input, if it does not depend on the tokens (such as a table of
+    relative positions), or None."""
+    by_place: bool
+    """Whether rows come place by place: all sequences' first tokens, then their second ones."""
+
+    def is_table(self, inputs: Tensor, run: int) -> bool:
+        """Tell whether an input, that of so many runs before it in a pass, is no token's."""
+        tables = [table for table in self.tables if table is not None]
+        if not tables:
+            return False
+        if len(tables) == len(self.tables):
+            return True
+        at_its_place = run < len(self.tables) and self.tables[run] is not None
+        return at_its_place or any(
+            table.shape == inputs.shape and torch.equal(table, inputs) for table in tables
+        )
+
+
+def look_at(
+    module: nn.Module, layers: Sequence[Layer], ids: Int[Tensor, "sequences tokens"]
+) -> dict[str, Habits]:
+    """Learn from short passes over two sequences how a model shows its tokens to layers.
+
+    What is the same though all tokens are others does not depend on them. Where a layer's rows lie
+    in one line, a pass with another second sequence shows which rows are its.
+
+    Parameters
+    ----------
+    module
+        The model.
+    layers
+        Layers to look at.
+    ids
+        Some of the text's ids.
+    """
+    try:
+        return _look(module, layers, ids, _TOKENS)
+    except (RuntimeError, ValueError, AssertionError):  # some models take no sequence so short
+        return _look(module, layers, ids, ids.shape[1])
+
+
+def _look(module: nn.Module, layers: Sequence[Layer], ids: Tensor, most: int) -> dict[str, Habits]:
+    flat = ids.flatten()
+    length = max(1, min(most, len(flat) // 2, ids.shape[1]))
+    one, two = flat[:length], flat[-length:]
+    first = _inputs(module, layers, torch.stack([one, two]))
+    others = _inputs(module, layers, torch.stack([_changed(one), _changed(two)]))
+    found = {name: (runs, others.get(name, [])) for name, runs in first.items()}
+    lines = {name for name, runs in first.items() if any(_in_line(run, length) for run in runs)}
+    moved = _inputs(module, layers, torch.stack([one, _changed(two)])) if lines else {}
+    return {
+        layer.name: _habits(*found.get(layer.name, ([], [])), moved.get(layer.name), length)
+        for layer in layers
+    }
+
+
+def _changed(ids: Tensor) -> Tensor:
+    """Return ids that differ at every place, from the same text where they can."""
+    rolled = ids.roll(1)
+    return torch.where(rolled == ids, (ids == 0).to(ids.dtype), rolled)
+
+
+def _in_line(inputs: Tensor, length: int) -> bool:
+    return inputs.ndim == 2 and inputs.shape[0] == 2 * length
+
+
+def _inputs(module: nn.Module, layers: Sequence[Layer], ids: Tensor) -> dict[str, list[Tensor]]:
+    """Return the inputs of all runs of layers in one pass."""
+    seen: dict[str, list[Tensor]] = defaultdict(list)
+    all_logits = any(layer.block is None for layer in layers)
+    with observe(layers, lambda layer, inputs, _outputs: seen[layer.name].append(inputs.clone())):
+        forward(module, ids, all_logits=all_logits)
+    return seen
+
+
+def _habits(
+    first: Sequence[Tensor], others: Sequence[Tensor], moved: Sequence[Tensor] | None, length: int
+) -> Habits:
+    """Compare the inputs of a layer's runs with those of other tokens, and of a second sequence."""
+    tables = tuple(
+        run if i < len(others) and run.shape == others[i].shape and torch.equal(run, others[i])
+        else None
+        for i, run in enumerate(first)
+    )  # fmt: skip
+    tokens = [run for run, table in zip(first, tables, strict=True) if table is None]
+    depths, rest = divmod(sum(run.shape[:-1].numel() for run in tokens), 2 * length)
+    by_place = length > 1 and bool(tokens) and tokens[0].shape[:-1] == (length, 2) != (2, 2)
+    if moved is not None and len(moved) == len(first):
+        by_place |= any(
+            _in_line(run, length) and _every_second(run, after)
+            for run, after in zip(first, moved, strict=True)
+        )
+    return Habits(0 if rest else depths, tables, by_place)
+
+
+def _every_second(before: Tensor, after: Tensor) -> bool:
+    """Tell whether only every second row has changed."""
+    changed = (before != after).any(-1)
+    return len(changed) > 2 and bool(changed.any()) and not bool(changed[::2].any())
+
+
+def joined(
+    pieces: Sequence[Float[Tensor, "*rows features"]], shape: tuple[int, int], *, by_place: bool
+) -> Float[Tensor, "tokens features"] | None:
+    """Join pieces of all tokens of a pass, sequence by sequence; None if they are not that.
+
+    Parameters
+    ----------
+    pieces
+        In the order in which they ran: the whole, or parts along the sequences or along the tokens.
+    shape
+        (sequences, tokens) of the pass.
+    by_place
+        As in `Habits`.
+    """
+    rows, columns = shape[::-1] if by_place else shape
+    whole = _put_together(pieces, rows, columns)
+    if whole is None or not by_place:
+        return whole
+    ordered: Tensor = whole.unflatten(0, (rows, columns)).transpose(0, 1).flatten(0, 1)
+    return ordered
+
+
+def _put_together(pieces: Sequence[Tensor], rows: int, columns: int) -> Tensor | None:
+    leads = [tuple(piece.shape[:-1]) for piece in pieces]
+    if len(pieces) == 1:
+        plain = _without_ones(leads[0])
+        fits = plain in (_without_ones((rows, columns)), _without_ones((rows * columns,)))
+        return pieces[0].flatten(0, -2) if fits else None
+    if all(len(lead) == 1 for lead in leads):
+        return torch.cat(list(pieces)) if sum(n for (n,) in leads) == rows * columns else None
+    if not all(len(lead) == 2 for lead in leads):
+        return None
+    for axis, (wanted, other) in ((1, (columns, rows)), (0, (rows, columns))):
+        along = sum(lead[axis] for lead in leads) == wanted
+        if along and all(lead[1 - axis] == other for lead in leads):
+            return torch.cat(list(pieces), dim=axis).flatten(0, 1)
+    return None
+
+
+def _without_ones(lead: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(size for size in lead if size != 1)

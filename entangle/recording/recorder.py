@@ -1,0 +1,379 @@
+"""The one recorder: what layers receive and give on the tokens of a text.
+
+A layer may run on pieces of a sequence (tiled or chunked feed-forward), on rows that are no tokens
+(tables of relative positions), with the sequences along another axis, or several times on every
+token (weights shared by several depths). What is handed on is checked against the text: of every
+pass, each layer's rows are the pass's tokens, sequence by sequence; pieces are joined, tables left
+out; anything else is refused by the layer's name. The outputs are compared once with what weight
+and bias make of the inputs, so that nobody computes with a weight that is not what the layer does.
+"""
+
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from entangle.calibration import CalibrationSet
+from entangle.errors import InvalidInput
+from entangle.models.layers import Layer
+from entangle.recording.affine import is_affine
+from entangle.recording.hooks import SeenTensor, forward, observe
+from entangle.recording.order import Habits, joined, look_at
+
+_LOG = logging.getLogger(__name__)
+
+Batch = tuple[int, Tensor]
+"""The group that all sequences of a batch belong to, and their ids (sequences, tokens)."""
+
+
+class _AllSeen(Exception):
+    """Raised from a hook when nothing that was asked for is left to run."""
+
+
+@dataclass(frozen=True, eq=False)
+class Recorded:
+    """What one layer received and gave on the tokens of one pass."""
+
+    layer: Layer
+    """The layer."""
+    inputs: Float[Tensor, "tokens in_features"]
+    """Row s · T + t is token t of sequence s of the pass; in the model's dtype. Not to be changed.
+    Where an expert sees some of the tokens only, those, in its own order."""
+    outputs: Float[Tensor, "tokens out_features"]
+    """The module's own outputs on these rows."""
+    group: int
+    """Group of the batch."""
+    source: int
+    """Number of the input: layers that read one input, such as gate and up, have the same."""
+    leads: bool
+    """Whether the layer is the first of those that read this input."""
+    affine: bool
+    """Whether `Layer.weight` and `Layer.bias` give the outputs, but for rounding."""
+
+    def check_affine(self, what: str) -> None:
+        """Raise `InvalidInput` unless the layer is `affine`, which ``what`` needs."""
+        if not self.affine:
+            raise InvalidInput(
+                f"{what} needs layers whose output is their weight times their input; "
+                f"{self.layer.name!r} ({type(self.layer.module).__name__}) gives another one: "
+                "leave it out."
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class _Piece:
+    """One run of a layer on some of a pass's tokens."""
+
+    seen: SeenTensor
+    inputs: Tensor
+    outputs: Tensor
+
+
+@dataclass(eq=False)
+class _Gathered:
+    """What one layer has seen in a pass."""
+
+    pieces: list[_Piece] = field(default_factory=list)
+    """Of tokens that are not complete yet."""
+    rows: int = 0
+    runs: int = 0
+    depths: int = 0
+    """How often all tokens of the pass have been seen."""
+
+
+@dataclass(eq=False)
+class _Pass:
+    """One pass over tokens."""
+
+    shape: tuple[int, int]
+    group: int
+    longest: bool
+    """Whether its sequences are longer than any before."""
+    stops: bool = False
+    """Whether to stop when all tokens have passed all layers."""
+    gathered: dict[str, _Gathered] = field(default_factory=lambda: defaultdict(_Gathered))
+
+
+class Recorder:
+    """Watches layers while a model, or a part of it, runs on tokens.
+
+    Parameters
+    ----------
+    layers
+        Layers to watch.
+    take
+        Called with every layer's tokens of every pass, as soon as they are complete.
+    once
+        Refuse a layer that does not run once on every token.
+    affine
+        What needs the weights to be what the layer multiplies by, such as ``pruning``; a layer that
+        does something else is refused. None hands it on with ``affine`` false.
+    lenient
+        Leave out layers that see no token, or rows that are no tokens, instead of refusing them.
+    habits
+        From `look_at`, where a part of a model runs.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        take: Callable[[Recorded], None],
+        *,
+        once: bool = False,
+        affine: str | None = None,
+        lenient: bool = False,
+        habits: Mapping[str, Habits] | None = None,
+    ) -> None:
+        self.layers, self._take = tuple(layers), take
+        self._once, self._need, self._lenient = once, affine, lenient
+        self.sources: list[list[Layer]] = []
+        """The layers that read one input, in the order in which they first ran."""
+        self.tokens: dict[str, int] = dict.fromkeys((layer.name for layer in layers), 0)
+        """Rows that every layer has been recorded on."""
+        self.depths: dict[str, int] = {}
+        """How often every token passes a layer, by name, where that is several times."""
+        self.left_out: dict[str, str] = {}
+        """Why layers were left out, by name."""
+        self._habits: Mapping[str, Habits] = habits or {}
+        self._source_of: dict[str, int] = {}
+        self._affine: dict[str, bool] = {}
+        self._longest = 0
+        self._last: tuple[str, list[SeenTensor]] | None = None
+        self._pass: _Pass | None = None
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch inside the ``with`` block."""
+        with observe(self.layers, self._note):
+            yield
+        self._last = None
+
+    @contextmanager
+    def one_pass(
+        self, shape: tuple[int, ...], group: int = 0, *, stops: bool = False
+    ) -> Iterator[None]:
+        """Take what runs inside the ``with`` block for one pass over tokens.
+
+        Parameters
+        ----------
+        shape
+            (sequences, tokens) of the pass.
+        group
+            Group of its sequences.
+        stops
+            Leave the block as soon as all tokens have passed all layers.
+
+        Raises
+        ------
+        InvalidInput
+            If rows that a layer received are not the pass's tokens.
+        """
+        n_seq, length = shape
+        now = self._pass = _Pass((n_seq, length), group, length > self._longest, stops)
+        self._longest = max(self._longest, length)
+        try:
+            with suppress(_AllSeen):
+                yield
+            self._complete(now)
+        finally:
+            self._pass, self._last = None, None
+
+    def run(self, module: nn.Module, batches: Iterable[Batch]) -> None:
+        """Run a model over batches of token ids.
+
+        Each pass stops when all tokens have passed the layers that are watched, where a look at the
+        model says that each runs once on every token.
+
+        Parameters
+        ----------
+        module
+            The model.
+        batches
+            (group, ids of shape (sequences, tokens)): all of the text's tokens, no pads.
+
+        Raises
+        ------
+        InvalidInput
+            If a layer sees no token, or rows that are not the text's tokens.
+        """
+        all_logits = any(layer.block is None for layer in self.layers)
+        begun, stops = False, False
+        for group, ids in batches:
+            if not begun:
+                self._habits = look_at(module, self.layers, ids)
+                once = all(habit.depths == 1 for habit in self._habits.values())
+                begun, stops = True, once and not _is_dispatched(module)
+            with self.watching(), self.one_pass(tuple(ids.shape), group, stops=stops):
+                forward(module, ids, all_logits=all_logits)
+        self.check_all_seen()
+
+    def check_all_seen(self) -> None:
+        """Raise `InvalidInput` for a layer that saw no token; if lenient, if all are such.
+
+        Also tells which layers' weights are used at several depths, whose outputs are pooled.
+        """
+        silent = [layer.name for layer in self.layers if not self.tokens[layer.name]]
+        if silent and not (self._lenient and len(silent) < len(self.layers)):
+            why = self.left_out.get(silent[0], "sees no token in a forward pass; leave it out.")
+            raise InvalidInput(f"layer {silent[0]!r} {why}")
+        for name in silent:
+            self.left_out.setdefault(name, "sees no token in a forward pass; leave it out.")
+        if self.depths:
+            name, times = next(iter(self.depths.items()))
+            more = f" and {len(self.depths) - 1} more" if len(self.depths) > 1 else ""
+            _LOG.warning("layer %r%s: its outputs at %d depths are pooled", name, more, times)
+
+    def _note(self, layer: Layer, inputs: Tensor, outputs: Tensor) -> None:
+        now, name = self._pass, layer.name
+        if now is None or not inputs.numel() or name in self.left_out:
+            return
+        gathered, wanted = now.gathered[name], now.shape[0] * now.shape[1]
+        gathered.runs += 1
+        if name in self._habits and self._habits[name].is_table(inputs, gathered.runs - 1):
+            return
+        rows, seen = inputs.shape[:-1].numel(), SeenTensor.of(inputs)
+        if rows < wanted:  # kept until the others come, when the model may have written to it
+            inputs, outputs = inputs.clone(), outputs.clone()
+        gathered.pieces.append(_Piece(seen, inputs, outputs))
+        gathered.rows += rows
+        if gathered.rows >= wanted:
+            self._finish(layer, now, gathered)
+        active = (one.name for one in self.layers if one.name not in self.left_out)
+        if now.stops and all(now.gathered[one].depths for one in active):
+            raise _AllSeen
+
+    def _finish(self, layer: Layer, now: _Pass, gathered: _Gathered) -> None:
+        """Hand on the rows of a layer whose tokens are complete."""
+        habits = self._habits.get(layer.name)
+        by_place = habits is not None and habits.by_place
+        inputs = joined([one.inputs for one in gathered.pieces], now.shape, by_place=by_place)
+        outputs = joined([one.outputs for one in gathered.pieces], now.shape, by_place=by_place)
+        if inputs is None or outputs is None:
+            self._refuse(layer, now, gathered)
+            return
+        gathered.depths += 1
+        if gathered.depths > 1:
+            if self._once:
+                raise InvalidInput(
+                    f"layer {layer.name!r} runs {gathered.depths} times on every token; choose "
+                    "layers that run once on every token."
+                )
+            self.depths[layer.name] = max(gathered.depths, self.depths.get(layer.name, 1))
+        self._emit(layer, now, gathered, inputs, outputs)
+
+    def _emit(
+        self, layer: Layer, now: _Pass, gathered: _Gathered, inputs: Tensor, outputs: Tensor
+    ) -> None:
+        seen = [one.seen for one in gathered.pieces]
+        gathered.pieces, gathered.rows = [], 0
+        neighbour = self._last[0] if self._last is not None and _same(self._last[1], seen) else None
+        source = self._source(layer, neighbour)
+        leads = self.sources[source][0] is layer
+        if not leads and (neighbour is None or self._source_of[neighbour] != source):
+            raise InvalidInput(
+                f"layer {layer.name!r} has the input of another layer in some of its runs only, "
+                "so they cannot be recorded together; take it alone."
+            )
+        affine = self._affine.get(layer.name)
+        if affine is None or now.longest:
+            affine = self._compared(layer, inputs, outputs)
+        self.tokens[layer.name] += inputs.shape[0]
+        self._last = layer.name, seen
+        found = Recorded(layer, inputs, outputs, now.group, source, leads, affine)
+        if self._need is not None:
+            found.check_affine(self._need)
+        self._take(found)
+
+    def _source(self, layer: Layer, neighbour: str | None) -> int:
+        """Return the number of a layer's input, that of the layer before it if it is the same."""
+        if layer.name not in self._source_of:
+            if neighbour is None:
+                self.sources.append([])
+            place = len(self.sources) - 1 if neighbour is None else self._source_of[neighbour]
+            self._source_of[layer.name] = place
+            self.sources[place].append(layer)
+        return self._source_of[layer.name]
+
+    def _compared(self, layer: Layer, inputs: Tensor, outputs: Tensor) -> bool:
+        """Tell whether weight and bias give a layer's outputs, and keep it."""
+        affine = is_affine(layer, inputs, outputs)
+        if self._affine.setdefault(layer.name, affine) != affine:
+            raise InvalidInput(
+                f"layer {layer.name!r} ({type(layer.module).__name__}) multiplies by its weight in "
+                "some of its runs only; leave it out, or take sequences of one length."
+            )
+        return affine
+
+    def _complete(self, now: _Pass) -> None:
+        """Check what is left of the layers' pieces at the end of a pass."""
+        for layer in self.layers:
+            gathered = now.gathered[layer.name]
+            if layer.name in self.left_out or not gathered.pieces:
+                continue
+            expert = all(one.inputs.ndim == 2 for one in gathered.pieces) and not gathered.depths
+            if self._once or not expert:  # an expert of a mixture sees some of the tokens
+                self._refuse(layer, now, gathered)
+                continue
+            self._emit(
+                layer, now, gathered,
+                torch.cat([one.inputs for one in gathered.pieces]),
+                torch.cat([one.outputs for one in gathered.pieces]),
+            )  # fmt: skip
+
+    def _refuse(self, layer: Layer, now: _Pass, gathered: _Gathered) -> None:
+        """Leave out a layer whose rows are not the text's tokens, or raise `InvalidInput`."""
+        shapes = ", ".join(str(tuple(one.inputs.shape[:-1])) for one in gathered.pieces[:4])
+        why = (
+            f"received rows of shape {shapes} where the text has {now.shape[0]} × {now.shape[1]} "
+            "tokens, so they are not the text's tokens; leave it out, or choose a `seq_len` that "
+            "the model does not pad."
+        )
+        gathered.pieces, gathered.rows = [], 0
+        if not self._lenient or self.tokens[layer.name]:
+            raise InvalidInput(f"layer {layer.name!r} {why}")
+        self.left_out[layer.name] = why
+        _LOG.warning("left out: layer %r %s", layer.name, why)
+
+
+def told(calibration: CalibrationSet, report: Callable[[int], None]) -> Iterator[Batch]:
+    """Yield a calibration set's batches, and report the sequences of each when it is done with."""
+    for _, ids in calibration.batches():
+        yield 0, ids
+        report(ids.shape[0])
+
+
+def _same(before: Sequence[SeenTensor], after: Sequence[SeenTensor]) -> bool:
+    """Tell whether two layers ran on the same pieces."""
+    return len(before) == len(after) and all(
+        a.same_as(b.tensor) and a.version == b.version for a, b in zip(before, after, strict=True)
+    )
+
+
+def _is_dispatched(module: nn.Module) -> bool:
+    """Tell whether accelerate moves weights around a pass, which must then run to its end."""
+    places = getattr(module, "hf_device_map", None)
+    return isinstance(places, dict) and bool({"cpu", "disk"} & {str(p) for p in places.values()})
+
+
+def shared_inputs(
+    module: nn.Module, layers: Sequence[Layer], ids: Int[Tensor, "sequences tokens"]
+) -> list[list[Layer]]:
+    """Return groups of layers that read one input, found by one forward pass.
+
+    Parameters
+    ----------
+    module
+        The model.
+    layers
+        Layers to sort; those that see none of the tokens are in no group.
+    ids
+        Token ids; a few are enough.
+    """
+    recorder = Recorder(layers, lambda _found: None, lenient=True)
+    recorder.run(module, [(0, ids)])
+    return recorder.sources
