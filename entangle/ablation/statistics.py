@@ -1,11 +1,13 @@
 """What an ablation must know of the dense model: scores and gram matrices, from one pass."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from entangle.calibration import CalibrationSet
+from entangle.errors import InvalidInput
 from entangle.models.layers import Layer
 from entangle.models.loading import LanguageModel
 from entangle.progress import ProgressBar
@@ -31,13 +33,16 @@ class GramWatch:
     def __init__(self) -> None:
         self._source: dict[str, int] = {}
         self._grams: dict[int, Gram] = {}
+        self._tokens: Counter[str | int] = Counter()
 
     def __call__(self, seen: Recorded) -> None:
         """Add what one layer received in one pass."""
         seen.check_affine("pruning")
         self._source[seen.layer.name] = seen.source
+        self._tokens[seen.layer.name] += len(seen.inputs)
         if not seen.leads:
             return
+        self._tokens[seen.source] += len(seen.inputs)
         if seen.source not in self._grams:
             self._grams[seen.source] = Gram(
                 seen.layer.in_features, device=seen.inputs.device, dtype=torch.float32
@@ -46,6 +51,12 @@ class GramWatch:
 
     def result(self) -> dict[str, GramResult]:
         """Return the gram of every layer."""
+        for name, source in self._source.items():
+            if self._tokens[name] != self._tokens[source]:
+                raise InvalidInput(
+                    f"layer {name!r} has the input of another layer in some of its runs only; "
+                    "take it alone."
+                )
         results = {source: gram.result() for source, gram in self._grams.items()}
         return {name: results[source] for name, source in self._source.items()}
 

@@ -55,6 +55,7 @@ def record_groups(
 
     recorder = Recorder(layers, keep, once=True, affine="decomposition")
     recorder.run(module, told(calibration, report))
+    recorder.check_sources()
     for name, count in recorder.tokens.items():
         if count != calibration.n_tokens:
             raise InvalidInput(

@@ -315,6 +315,7 @@ def record_inputs(
     run(recorder)
     if named and layers:
         recorder.check_all_seen()
+    recorder.check_sources()
     return [(own, stores[source]) for source, own in enumerate(recorder.sources)]
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -100,7 +101,7 @@ def edit(edits: Sequence[Edit]) -> Iterator[None]:
         yield
 
 
-def _of_output(change: Callable[[Tensor], Tensor], _inputs: Tensor, output: Tensor) -> Tensor:
+def _of_output(change: Callable[[Tensor], Any], _inputs: Tensor, output: Tensor) -> Any:
     return change(output)
 
 

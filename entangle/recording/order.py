@@ -101,10 +101,9 @@ def _habits(
 ) -> Habits:
     """Compare the inputs of a layer's runs with those of other tokens, and of a second sequence."""
     tables = tuple(
-        run if i < len(others) and run.shape == others[i].shape and torch.equal(run, others[i])
-        else None
+        run if i < len(others) and _is_fixed(run, others[i], length) else None
         for i, run in enumerate(first)
-    )  # fmt: skip
+    )
     tokens = [run for run, table in zip(first, tables, strict=True) if table is None]
     depths, rest = divmod(sum(run.shape[:-1].numel() for run in tokens), 2 * length)
     by_place = length > 1 and bool(tokens) and tokens[0].shape[:-1] == (length, 2) != (2, 2)
@@ -114,6 +113,12 @@ def _habits(
             for run, after in zip(first, moved, strict=True)
         )
     return Habits(0 if rest else depths, tables, by_place)
+
+
+def _is_fixed(run: Tensor, other: Tensor, length: int) -> bool:
+    """Tell whether an input is the same on other tokens, and no row a token."""
+    shaped = run.shape[:-1].numel() == 2 * length  # a row a token, if all the same ones
+    return not shaped and run.shape == other.shape and torch.equal(run, other)
 
 
 def _every_second(before: Tensor, after: Tensor) -> bool:

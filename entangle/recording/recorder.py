@@ -9,7 +9,7 @@ and bias make of the inputs, so that nobody computes with a weight that is not w
 """
 
 import logging
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -51,7 +51,8 @@ class Recorded:
     source: int
     """Number of the input: layers that read one input, such as gate and up, have the same."""
     leads: bool
-    """Whether the layer is the first of those that read this input."""
+    """Whether the layer is the first of those that read this input in this run. Who keeps inputs by
+    ``source`` keeps these, and checks at the end (`Recorder.check_sources`)."""
     affine: bool
     """Whether `Layer.weight` and `Layer.bias` give the outputs, but for rounding."""
 
@@ -141,6 +142,7 @@ class Recorder:
         """Why layers were left out, by name."""
         self._habits: Mapping[str, Habits] = habits or {}
         self._source_of: dict[str, int] = {}
+        self._led: Counter[int] = Counter()
         self._affine: dict[str, bool] = {}
         self._longest = 0
         self._last: tuple[str, list[SeenTensor]] | None = None
@@ -228,6 +230,18 @@ class Recorder:
             more = f" and {len(self.depths) - 1} more" if len(self.depths) > 1 else ""
             _LOG.warning("layer %r%s: its outputs at %d depths are pooled", name, more, times)
 
+    def check_sources(self) -> None:
+        """Raise `InvalidInput` where layers read one input in some of their runs only.
+
+        What is kept by `Recorded.source` is then no single layer's input.
+        """
+        for name, source in self._source_of.items():
+            if self.tokens[name] != self._led[source]:
+                raise InvalidInput(
+                    f"layer {name!r} has the input of another layer in some of its runs only, so "
+                    "they cannot be recorded together; take it alone, or score it by sketch."
+                )
+
     def _note(self, layer: Layer, inputs: Tensor, outputs: Tensor) -> None:
         now, name = self._pass, layer.name
         if now is None or not inputs.numel() or name in self.left_out:
@@ -273,16 +287,12 @@ class Recorder:
         gathered.pieces, gathered.rows = [], 0
         neighbour = self._last[0] if self._last is not None and _same(self._last[1], seen) else None
         source = self._source(layer, neighbour)
-        leads = self.sources[source][0] is layer
-        if not leads and (neighbour is None or self._source_of[neighbour] != source):
-            raise InvalidInput(
-                f"layer {layer.name!r} has the input of another layer in some of its runs only, "
-                "so they cannot be recorded together; take it alone."
-            )
+        leads = neighbour is None or self._source_of[neighbour] != source
         affine = self._affine.get(layer.name)
         if affine is None or now.longest:
             affine = self._compared(layer, inputs, outputs)
         self.tokens[layer.name] += inputs.shape[0]
+        self._led[source] += inputs.shape[0] if leads else 0
         self._last = layer.name, seen
         found = Recorded(layer, inputs, outputs, now.group, source, leads, affine)
         if self._need is not None:

@@ -153,6 +153,7 @@ def _record(
 
     recorder = Recorder(layers, keep, lenient=may_be_silent)
     recorder.run(module, batches)
+    recorder.check_sources()
     return recorded, recorder
 
 

@@ -150,12 +150,22 @@ def test_swaps_nest_and_the_later_one_holds() -> None:
     assert torch.equal(layer.weight, torch.eye(3))
 
 
-def test_a_tied_parameter_changes_for_all_its_users_and_comes_back() -> None:
-    module = TINY["gpt2"]()
-    before, head = bits(module), find_layers(module, "lm_head")
-    with swapped_rows(random_edits(head)):
-        assert differing(before, bits(module)) == {"transformer.wte.weight"}
-    assert differing(before, bits(module)) == set()
+def test_rows_of_a_tied_head_change_alone(calibration: CalibrationSet) -> None:
+    """As if the head had a weight of its own."""
+    module, untied = TINY["gpt2"](), TINY["gpt2"]()
+    untied.lm_head.weight = nn.Parameter(untied.lm_head.weight.detach().clone())  # type: ignore
+    before, plain = bits(module), module(calibration.ids).logits
+    (head,), (own,) = find_layers(module, "lm_head"), find_layers(untied, "lm_head")
+    assert head.shared == ("transformer.wte.weight",)
+    assert (head.writable, own.writable) == (False, True)
+    edits = random_edits([head])
+    with swapped_rows(edits):
+        assert differing(before, bits(module)) == set()
+        changed = module(calibration.ids).logits
+    with swapped_rows([RowEdit(own, edits[0].rows, edits[0].weight)]):
+        torch.testing.assert_close(changed, untied(calibration.ids).logits, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(changed, plain, atol=1e-3)
+    assert torch.equal(module(calibration.ids).logits, plain)
 
 
 @pytest.mark.parametrize(

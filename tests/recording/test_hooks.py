@@ -179,7 +179,7 @@ def test_no_edit_is_left_when_one_cannot_be_registered(
     module = tiny("llama").module
     layers = list_layers(module)
 
-    def refuse(_hook: object) -> None:
+    def refuse(_hook: object, **_options: object) -> None:
         raise RuntimeError("no")
 
     monkeypatch.setattr(layers[3].module, "register_forward_hook", refuse)

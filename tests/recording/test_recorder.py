@@ -212,7 +212,7 @@ def test_outputs_are_compared_with_the_weight(
     found, _ = run(toy, ["a"], calibration.ids)
     assert {one.affine for one in found} == {affine}
     if not affine:
-        with pytest.raises(InvalidInput, match="pruning.*'a'.*Scaled"):
+        with pytest.raises(InvalidInput, match=r"pruning.*'a'.*Scaled"):
             found[0].check_affine("pruning")
 
 
@@ -221,7 +221,7 @@ def test_sequences_of_full_length_are_compared_too(calibration: CalibrationSet) 
     toy.a = LongScaled(8, 8)
     found: list[Recorded] = []
     recorder = Recorder(find_layers(toy, ["a"]), found.append)
-    with pytest.raises(InvalidInput, match="'a'.*LongScaled"):
+    with pytest.raises(InvalidInput, match=r"'a'.*LongScaled"):
         recorder.run(toy, [(0, calibration.ids[:1, :5]), (0, calibration.ids[:2])])
 
 

@@ -249,7 +249,7 @@ def test_inputs_that_are_written_to_are_told_apart(
 
 def test_inputs_shared_in_some_runs_only_are_refused(calibration: CalibrationSet) -> None:
     toy = Toy(lambda toy, x: toy.a(toy.a(x) + toy.b(x)))
-    with pytest.raises(InvalidInput, match=r"layer 'b' has .*; score it alone or by the"):
+    with pytest.raises(InvalidInput, match="'b'"):
         score(toy, calibration, layers=["a", "b"], method="exact")
     for name in ("a", "b"):
         outputs = reference.inputs_and_outputs(toy, [name], calibration.ids)[name][1]
