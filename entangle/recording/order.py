@@ -42,10 +42,10 @@ class Habits:
 def look_at(
     module: nn.Module, layers: Sequence[Layer], ids: Int[Tensor, "sequences tokens"]
 ) -> dict[str, Habits]:
-    """Learn from short passes over two sequences how a model shows its tokens to layers.
+    """Learn from three short passes over two sequences how a model shows its tokens to layers.
 
     What is the same though all tokens are others does not depend on them. Where a layer's rows lie
-    in one line, a pass with another second sequence shows which rows are its.
+    in one line, the pass with another second sequence shows which rows are its.
 
     Parameters
     ----------
@@ -66,21 +66,23 @@ def _look(module: nn.Module, layers: Sequence[Layer], ids: Tensor, most: int) ->
     flat = ids.flatten()
     length = max(1, min(most, len(flat) // 2, ids.shape[1]))
     one, two = flat[:length], flat[-length:]
-    first = _inputs(module, layers, torch.stack([one, two]))
-    others = _inputs(module, layers, torch.stack([_changed(one), _changed(two)]))
-    found = {name: (runs, others.get(name, [])) for name, runs in first.items()}
-    lines = {name for name, runs in first.items() if any(_in_line(run, length) for run in runs)}
-    moved = _inputs(module, layers, torch.stack([one, _changed(two)])) if lines else {}
-    return {
-        layer.name: _habits(*found.get(layer.name, ([], [])), moved.get(layer.name), length)
-        for layer in layers
-    }
+    known = flat.unique()
+    passes = [
+        _inputs(module, layers, torch.stack([first, second]))
+        for first, second in (
+            (one, two),
+            (one, _exchanged(two, known, 1)),
+            (_exchanged(one, known, 2), _exchanged(two, known, 2)),
+        )
+    ]
+    return {layer.name: _habits(*(seen[layer.name] for seen in passes), length) for layer in layers}
 
 
-def _changed(ids: Tensor) -> Tensor:
-    """Return ids that differ at every place, from the same text where they can."""
-    rolled = ids.roll(1)
-    return torch.where(rolled == ids, (ids == 0).to(ids.dtype), rolled)
+def _exchanged(ids: Tensor, known: Tensor, step: int) -> Tensor:
+    """Return ids each of which is another one, of the text's own ids where it has several."""
+    place = torch.searchsorted(known, ids)
+    other = known[(place + step) % len(known)]
+    return torch.where(other == ids, (ids == 0).to(ids.dtype), other)
 
 
 def _in_line(inputs: Tensor, length: int) -> bool:
@@ -97,17 +99,18 @@ def _inputs(module: nn.Module, layers: Sequence[Layer], ids: Tensor) -> dict[str
 
 
 def _habits(
-    first: Sequence[Tensor], others: Sequence[Tensor], moved: Sequence[Tensor] | None, length: int
+    first: Sequence[Tensor], moved: Sequence[Tensor], others: Sequence[Tensor], length: int
 ) -> Habits:
-    """Compare the inputs of a layer's runs with those of other tokens, and of a second sequence."""
+    """Compare a layer's inputs with those of another second sequence, and of other tokens alone."""
+    same = len(moved) == len(others) == len(first)
     tables = tuple(
-        run if i < len(others) and _is_fixed(run, others[i], length) else None
+        run if same and _is_fixed(run, (moved[i], others[i]), length) else None
         for i, run in enumerate(first)
     )
     tokens = [run for run, table in zip(first, tables, strict=True) if table is None]
     depths, rest = divmod(sum(run.shape[:-1].numel() for run in tokens), 2 * length)
     by_place = length > 1 and bool(tokens) and tokens[0].shape[:-1] == (length, 2) != (2, 2)
-    if moved is not None and len(moved) == len(first):
+    if same:
         by_place |= any(
             _in_line(run, length) and _every_second(run, after)
             for run, after in zip(first, moved, strict=True)
@@ -115,10 +118,13 @@ def _habits(
     return Habits(0 if rest else depths, tables, by_place)
 
 
-def _is_fixed(run: Tensor, other: Tensor, length: int) -> bool:
+def _is_fixed(run: Tensor, others: Sequence[Tensor], length: int) -> bool:
     """Tell whether an input is the same on other tokens, and no row a token."""
-    shaped = run.shape[:-1].numel() == 2 * length  # a row a token, if all the same ones
-    return not shaped and run.shape == other.shape and torch.equal(run, other)
+    lead = tuple(run.shape[:-1])
+    shaped = lead in ((2, length), (length, 2), (2 * length,))  # a row a token, all the same ones
+    return not shaped and all(
+        run.shape == other.shape and torch.equal(run, other) for other in others
+    )
 
 
 def _every_second(before: Tensor, after: Tensor) -> bool:
@@ -128,14 +134,15 @@ def _every_second(before: Tensor, after: Tensor) -> bool:
 
 
 def joined(
-    pieces: Sequence[Float[Tensor, "*rows features"]], shape: tuple[int, int], *, by_place: bool
+    pieces: Sequence[Float[Tensor, "..."]], shape: tuple[int, int], *, by_place: bool
 ) -> Float[Tensor, "tokens features"] | None:
     """Join pieces of all tokens of a pass, sequence by sequence; None if they are not that.
 
     Parameters
     ----------
     pieces
-        In the order in which they ran: the whole, or parts along the sequences or along the tokens.
+        (…, features), in the order in which they ran: the whole, or parts along the sequences or
+        along the tokens.
     shape
         (sequences, tokens) of the pass.
     by_place

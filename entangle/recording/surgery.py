@@ -5,14 +5,14 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
-from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from entangle.models.layers import Layer
 from entangle.recording.hooks import InputEdit, edit_with_inputs
 
-Change = tuple[Layer, Int64[Tensor, " rows"], Float[Tensor, "rows in_features"]]
-"""A layer, indices of its rows, and the weights that take their place."""
+Change = tuple[Layer, Tensor, Tensor]
+"""A layer, indices of its rows, int64 of shape (rows,), and the weights that take their place, of
+shape (rows, in_features)."""
 
 
 @contextmanager

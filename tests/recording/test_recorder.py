@@ -21,11 +21,11 @@ from tests.recording.toys import (
     Experts,
     FlatByPlace,
     FlatPieces,
-    LongScaled,
+    LongScaledLinear,
     Padded,
     Pieces,
     RowPieces,
-    Scaled,
+    ScaledLinear,
     Tables,
     Toy,
 )
@@ -143,9 +143,9 @@ def test_nothing_runs_after_the_last_token_of_the_last_layer(calibration: Calibr
     assert [(one.group, one.layer.name, len(one.inputs)) for one in found] == [
         (0, "a", 32), (0, "b", 32), (1, "a", 48), (1, "b", 48)
     ]  # fmt: skip
-    assert toy.s.n_runs == 2  # the look at a few tokens only
+    assert toy.s.n_runs == 3  # the look at a few tokens only
     run(toy, ["a", "c"], calibration.ids)
-    assert toy.s.n_runs == 6
+    assert toy.s.n_runs == 8
 
 
 class Sometimes(Toy):
@@ -172,7 +172,7 @@ def test_a_layer_that_did_not_run_on_a_few_tokens_is_waited_for(
     toy = Sometimes()
     found, _ = run(toy, ["a", "b"], calibration.ids)
     assert [one.layer.name for one in found] == ["a", "b", "a", "b"]
-    assert toy.s.n_runs == 4
+    assert toy.s.n_runs == 5
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_an_input_given_by_keyword_is_found(calibration: CalibrationSet) -> None
     assert [len(one.inputs) for one in found] == [32, 48]
 
 
-@pytest.mark.parametrize(("kind", "affine"), [(nn.Linear, True), (Scaled, False)])
+@pytest.mark.parametrize(("kind", "affine"), [(nn.Linear, True), (ScaledLinear, False)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_outputs_are_compared_with_the_weight(
     kind: type[nn.Linear], affine: bool, dtype: torch.dtype, calibration: CalibrationSet
@@ -212,16 +212,16 @@ def test_outputs_are_compared_with_the_weight(
     found, _ = run(toy, ["a"], calibration.ids)
     assert {one.affine for one in found} == {affine}
     if not affine:
-        with pytest.raises(InvalidInput, match=r"pruning.*'a'.*Scaled"):
+        with pytest.raises(InvalidInput, match=r"pruning.*'a'.*ScaledLinear"):
             found[0].check_affine("pruning")
 
 
 def test_sequences_of_full_length_are_compared_too(calibration: CalibrationSet) -> None:
     toy = Toy()
-    toy.a = LongScaled(8, 8)
+    toy.a = LongScaledLinear(8, 8)
     found: list[Recorded] = []
     recorder = Recorder(find_layers(toy, ["a"]), found.append)
-    with pytest.raises(InvalidInput, match=r"'a'.*LongScaled"):
+    with pytest.raises(InvalidInput, match=r"'a'.*LongScaledLinear"):
         recorder.run(toy, [(0, calibration.ids[:1, :5]), (0, calibration.ids[:2])])
 
 
@@ -250,7 +250,7 @@ def test_a_run_inside_an_observation_is_observed_too(
     with observe(layers, outer):
         found, _ = run(module, [layers[0].name], calibration.ids, sizes=(2,))
         assert count_hooks(module) == 1
-    assert (len(found), seen) == (1, [3])  # the first of the outer ones are the looks
+    assert (len(found), seen) == (1, [4])  # the first of the outer ones are the looks
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, MemoryError])

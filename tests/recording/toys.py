@@ -121,7 +121,7 @@ class Adding(Toy):
         return torch.cat(done, dim=1)
 
 
-class Scaled(nn.Linear):
+class ScaledLinear(nn.Linear):
     """A linear that does more than to multiply."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ class Scaled(nn.Linear):
         return super().forward(x).tanh()
 
 
-class LongScaled(nn.Linear):
+class LongScaledLinear(nn.Linear):
     """A linear that does more than to multiply where there are many tokens."""
 
     def forward(self, x: Tensor) -> Tensor:
