@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -103,7 +104,7 @@ class Layer:
         It does not where the weight is computed (a parametrisation, an adapter, a packed format)
         or is the memory of another module's parameter, such as a head tied to the embedding.
         """
-        own: object = self.module._parameters.get("weight")
+        own: Any = self.module._parameters.get("weight")
         return own is not None and self._stored is not None and not self.shared
 
     def check_writable(self, what: str) -> None:
@@ -244,7 +245,7 @@ def _shared(
     module: nn.Module, owners: dict[object, list[str]], names: Sequence[str]
 ) -> tuple[str, ...]:
     """Return the parameters of other modules that are a layer's weight."""
-    weight: Tensor | None = module._parameters.get("weight")
+    weight: Any = module._parameters.get("weight")
     if weight is None:
         return ()
     own = tuple(f"{name}." for name in names)

@@ -75,7 +75,11 @@ def _look(module: nn.Module, layers: Sequence[Layer], ids: Tensor, most: int) ->
             (_exchanged(one, known, 2), _exchanged(two, known, 2)),
         )
     ]
-    return {layer.name: _habits(*(seen[layer.name] for seen in passes), length) for layer in layers}
+    first, moved, others = passes
+    return {
+        layer.name: _habits(first[layer.name], moved[layer.name], others[layer.name], length)
+        for layer in layers
+    }
 
 
 def _exchanged(ids: Tensor, known: Tensor, step: int) -> Tensor:

@@ -158,7 +158,7 @@ def test_rows_of_a_tied_head_change_alone(calibration: CalibrationSet) -> None:
     (head,), (own,) = find_layers(module, "lm_head"), find_layers(untied, "lm_head")
     assert head.shared == ("transformer.wte.weight",)
     assert (head.writable, own.writable) == (False, True)
-    edits = random_edits([head])
+    edits = random_edits((head,))
     with swapped_rows(edits):
         assert differing(before, bits(module)) == set()
         changed = module(calibration.ids).logits

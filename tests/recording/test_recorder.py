@@ -47,7 +47,7 @@ def run(
     """Run a module over batches of so many sequences, and return what was recorded."""
     found: list[Recorded] = []
     recorder = Recorder(find_layers(module, names), found.append, **how)  # type: ignore[arg-type]
-    batches = ids[: sum(sizes)].split(sizes)  # type: ignore[no-untyped-call]
+    batches = ids[: sum(sizes)].split(sizes)
     recorder.run(module, list(enumerate(batches)))
     return found, recorder
 
@@ -294,7 +294,7 @@ def test_compiled_modules_are_recorded(how: str, calibration: CalibrationSet) ->
         module.compile(backend="eager")
     elif how == "mlp":
         for block in module.model.layers:  # type: ignore[union-attr]
-            block.mlp.compile(backend="eager")  # type: ignore[union-attr]
+            block.mlp.compile(backend="eager")
     else:
         module.forward = torch.compile(module.forward, backend="eager")
     with torch.no_grad():

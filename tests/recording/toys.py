@@ -85,7 +85,7 @@ class Tables(Toy):
         rows = ids.shape[1] if self.rows is None else self.rows
         table = self.positions(torch.arange(rows))[None]
         x: Tensor = self.a(self.table(ids))
-        return x + self.a(table).sum() + self.b(table).sum()
+        return x + self.a(table).sum() + self.b(table).sum()  # type: ignore[no-any-return]
 
 
 class Padded(Toy):
