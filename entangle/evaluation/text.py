@@ -28,7 +28,9 @@ from entangle.evaluation.words import count_predicted
 Source = str | Path | Tensor | NDArray[np.generic]
 
 DEFAULT_SPLIT = "test"
-_SPLITS = {"c4": "validation"}  # it has no test split
+_OTHERWISE = "validation"
+"""The split of a data set that has no split ``test``."""
+_SPLITS = {"c4": _OTHERWISE}  # it has no test split
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,7 +142,8 @@ def load_evaluation(
     n_windows
         Take only the first windows, and read no more of the text than they need; None for all.
     split
-        Split of a data set; if not given ``test`` (``validation`` for ``c4``).
+        Split of a data set, or of a folder whose files are named by splits; if not given ``test``,
+        or ``validation`` where there is no ``test``, which is said.
     config, column
         As in `entangle.calibration.load_texts`.
     join
@@ -235,8 +238,10 @@ def _from_text(
         raise InvalidInput(
             f"{where} is text, so it needs a tokenizer; pass the model's, or give token ids."
         )
+    unnamed = names["split"] is None
     names = {**names, "split": _split(source, names)}
-    opened = open_texts(source, **names)
+    default = (names["split"] or DEFAULT_SPLIT, _OTHERWISE) if unnamed and source != "demo" else ()
+    opened = open_texts(source, **names, splits=tuple(dict.fromkeys(default)))
     before = special_tokens(tokenizer)[0] if add_special_tokens else []
     text = _KeptText(opened.documents, join)
     length = max(cut.window - len(before), 1)
