@@ -111,7 +111,9 @@ def open_texts(
         found = folder_files(
             path, None if splits else split, column=column, splits=wanted
         )  # fmt: skip
-        if found is not None and (found.split in (None, EVERY_SPLIT) or not has_configurations(path)):
+        if found is not None and (
+            found.split in (None, EVERY_SPLIT) or not has_configurations(path)
+        ):
             return _from_files(found.files, column, found.settings())
     request = hub_request(str(path or source), split=split, config=config, column=column)
     return _from_hub(request, wanted if splits else (request.split,))
