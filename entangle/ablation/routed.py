@@ -57,7 +57,8 @@ def fit_rows(
     model
         Left unchanged.
     calibration
-        Text, as in `entangle.score`, that routers and experts are fitted on, and that all measures are taken on.
+        Text, as in `entangle.score`, that routers and experts are fitted on, and that all measures
+        are taken on.
     rows
         Indices of the neurons to solve, by the layer's full dotted name.
     sparsities

@@ -91,13 +91,13 @@ def _blocks(path: Path) -> Iterator[str]:
 
 
 def _json_lines(path: Path, column: str | None) -> Iterator[Document]:
-    chosen = file_column(path, column)
+    chosen = file_column(path, column) or ""
     with readable(path), path.open("rb") as handle:
         for number, line in enumerate(handle, start=1):
             if line.strip():
                 where = f"line {number} of '{path}'"
                 row = json_object(line, where)
-                yield [text_value(row.get(chosen), str(chosen), where)]
+                yield [text_value(row.get(chosen), chosen, where)]
 
 
 def _json_columns(path: Path, column: str | None) -> Mapping[str, Column]:

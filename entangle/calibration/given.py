@@ -7,6 +7,7 @@ padded, with a mask beside them. What may be one or the other is refused.
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
@@ -157,7 +158,7 @@ def _from_object(source: Any, label: str, wanted: Wanted) -> TokenFile | TextSou
 
 def _is_list(source: object) -> bool:
     """Tell whether to take an object for a list: of what has an order, and is no array."""
-    other = Tensor | np.ndarray | CalibrationSet | bytes | bytearray | set | frozenset
+    other = Tensor | np.ndarray | CalibrationSet | bytes | bytearray | AbstractSet
     return (
         isinstance(source, Iterable) and not isinstance(source, other) and not hasattr(source, IDS)
     )

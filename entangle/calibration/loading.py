@@ -178,7 +178,13 @@ def _from_text(
         raise InvalidInput(
             f"{where} is text, so it needs a tokenizer; pass the model's, or give token ids."
         )
-    opened = source if isinstance(source, TextSource) else open_texts(source, **names)
+    opened = (
+        source
+        if isinstance(source, TextSource)
+        else open_texts(
+            source, split=names["split"], config=names["config"], column=names["column"]
+        )
+    )
     specials = special_tokens(tokenizer) if add_special_tokens else ([], [])
     text = JoinedText(opened.documents, join)
     if draw.sampling == "contiguous":
