@@ -16,6 +16,11 @@ _SECONDS_BETWEEN_LINES = 15.0
 _SECONDS_BETWEEN_UPDATES = 0.2
 
 
+def tell(line: str) -> None:
+    """Say what was chosen or found, in one line on standard error."""
+    print(f"entangle: {' '.join(line.split())}", file=sys.stderr, flush=True)
+
+
 class Progress:
     """Progress that nobody watches; the base of those that show it."""
 

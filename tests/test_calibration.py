@@ -142,7 +142,7 @@ def test_settings_tell_everything(source: Path) -> None:
         "sampling": "random",
         "seed": 5,
         "n_files": 1,
-        "column": None,
+        "column": "text",
         "join": "\n\n",
         "special_tokens": {"before": [], "after": []},
         "n_documents": 4,

@@ -9,8 +9,7 @@ from entangle.ablation.request import DEFAULT, Request
 from entangle.ablation.selection import Selection, check_scores_fit
 from entangle.allocation.allocation import Allocation
 from entangle.allocation.labels import zeros_digest
-from entangle.calibration import CalibrationSet
-from entangle.calibration.calibration_set import check_ids
+from entangle.calibration import CalibrationSet, as_calibration
 from entangle.errors import InvalidInput, unknown_name
 from entangle.evaluation.forward import check_fits
 from entangle.models.layers import Layer
@@ -35,13 +34,7 @@ def check_fit(
     InvalidInput
         If they do not.
     """
-    check_ids(calibration.ids, model.vocab_size)
-    limit = model.context_length
-    if limit is not None and calibration.longest > limit:
-        raise InvalidInput(
-            f"calibration sequences must be at most the model's context, {limit} tokens; got "
-            f"{calibration.longest}."
-        )
+    as_calibration(calibration, model)
     if protocol.text is not None:
         check_fits(model, protocol.text)
     if protocol.pairs is not None and model.tokenizer is None:

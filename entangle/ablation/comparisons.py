@@ -114,16 +114,17 @@ class Compared:
             return perplexity_ratio(*ratio, n_boot=n_boot, level=level, seed=seed)
         if self.measure in _BY_WINDOW:
             return window_difference_interval(
-                x, y, np.full(len(x), self._positions), n_boot=n_boot, level=level, seed=seed
+                x, y, self._positions(len(x)), n_boot=n_boot, level=level, seed=seed
             )
         strata = a.drop_duplicates("item").sort_values("item")["stratum"].to_numpy()
         macro = self.measure == f"{PARADIGM}macro"
         return paired_difference(x - y, strata, macro=macro, n_boot=n_boot, level=level, seed=seed)
 
-    @property
-    def _positions(self) -> int:
-        """Predicted tokens of a window."""
-        return int(str(self.text["n_tokens"])) // int(str(self.text["n_windows"]))
+    def _positions(self, windows: int) -> NDArray[np.int64]:
+        """Predicted tokens of each window, which are told where they are not all as many."""
+        each = int(str(self.text["n_tokens"])) // int(str(self.text["n_windows"]))
+        told: Any = self.text.get("window_tokens")
+        return np.full(windows, each) if told is None else np.array(told, dtype=np.int64)
 
     def _perplexity(self, losses: Values) -> Perplexity:
         return Perplexity(losses, self.text, int(str(self.text["n_tokens"])), None, None)

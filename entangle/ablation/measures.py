@@ -165,7 +165,7 @@ def _text_rows(
         return
     settings = text.describe(), text.n_tokens, text.n_words, text.n_bytes
     result, base = (Perplexity(arrays["loss"], *settings) for arrays in (found, dense))
-    counts = np.full(text.n_windows, text.n_tokens // text.n_windows)
+    counts = text.window_tokens
     loss = window_mean_interval(found["loss"], counts, seed=seed)
     with np.errstate(over="ignore"):
         low, high = float(np.exp(loss.low)), float(np.exp(loss.high))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from entangle.ablation.routed_rows import FittedRows, RoutedRows, RowIndices, chosen_rows
 from entangle.ablation.row_solve import RowGroup, RowSettings, fit_group, measure_group
-from entangle.calibration import CalibrationSet
+from entangle.calibration import CalibrationSet, Source, as_calibration
 from entangle.errors import InvalidInput, NumericalError, unknown_name
 from entangle.expansion.build import HiddenStates, check_own_modules, record_inputs
 from entangle.expansion.packing import pack
@@ -31,7 +31,7 @@ DEFAULT_MEMORY = 2 * 2**30
 
 def fit_rows(
     model: LanguageModel | nn.Module | str,
-    calibration: CalibrationSet,
+    calibration: Source,
     rows: Mapping[str, RowIndices],
     *,
     sparsities: Sequence[float],
@@ -58,7 +58,8 @@ def fit_rows(
     model
         Left unchanged.
     calibration
-        Token ids that routers and experts are fitted on, and that all measures are taken on.
+        Text, as in `entangle.score`, that routers and experts are fitted on, and that all measures
+        are taken on.
     rows
         Indices of the neurons to solve, by the layer's full dotted name.
     sparsities
@@ -98,6 +99,7 @@ def fit_rows(
         seed=seed, md=md,
     )  # fmt: skip
     dense = as_language_model(model)
+    calibration = as_calibration(calibration, dense)
     chosen = chosen_rows(dense.module, rows)
     with ProgressBar("solving rows", enabled=progress) as bar:
         parts = _fit_blocks(dense.module, calibration, chosen, settings, memory, bar)

@@ -13,8 +13,8 @@ from entangle.ablation.request import DEFAULT, Request
 from entangle.ablation.result import KIND, AblationResult, load_ablation
 from entangle.ablation.selection import Selection
 from entangle.allocation.allocation import Allocation
-from entangle.calibration import CalibrationSet
-from entangle.evaluation import EvaluationText, MinimalPairs
+from entangle.calibration import Source, as_calibration
+from entangle.evaluation import MinimalPairs, as_evaluation
 from entangle.evaluation.forward import as_causal_model
 from entangle.models.layers import asked_by_name, find_layers
 from entangle.models.loading import LanguageModel, as_language_model
@@ -27,9 +27,9 @@ DEFAULT_MEMORY = 2 * 2**30
 
 def ablate(
     model: LanguageModel | nn.Module | str,
-    calibration: CalibrationSet,
+    calibration: Source,
     *,
-    evaluation: EvaluationText | None = None,
+    evaluation: Source | None = None,
     pairs: MinimalPairs | None = None,
     measures: Sequence[str] | None = None,
     scores: NeuronScores | None = None,
@@ -68,9 +68,11 @@ def ablate(
     model
         A model from `entangle.load_model`, its name, or a causal language model.
     calibration
-        Text for scores, grams and routers.
+        Text for scores, grams and routers: a calibration set, or whatever else
+        `entangle.load_calibration` takes, with its default settings.
     evaluation, pairs
-        Another text, and minimal pairs, to measure every arm on; at least one of them.
+        Another text (from `entangle.load_evaluation`, or what that takes), and minimal pairs, to
+        measure every arm on; at least one of them.
     measures
         Of ``perplexity``, ``divergence`` (KL and top-1 agreement with the dense model) and
         ``pairs``; by default perplexity and pairs where there is a text and pairs.
@@ -147,13 +149,14 @@ def ablate(
     if scores is not None and not named:
         silent = silent_layers(scores)
         chosen = tuple(layer for layer in chosen if layer.name not in silent)
+    text = None if evaluation is None else as_evaluation(evaluation, dense)
     columns = [by] if isinstance(by, str) else list(dict.fromkeys(by))
     size = 0.03 if fraction is None and count is None else fraction
     sweep = Sweep(
         model=dense,
         layers=chosen,
-        calibration=calibration,
-        protocol=Protocol.of(evaluation, pairs, measures),
+        calibration=as_calibration(calibration, dense),
+        protocol=Protocol.of(text, pairs, measures),
         request=Request(selections, columns, size, count, scope, seeds, seed),
         interventions=interventions,
         strengths=strengths,
@@ -171,7 +174,7 @@ def ablate(
     )
     sweep.check()
     manifest = make_manifest(
-        KIND, model=dense.describe(), calibration=calibration.describe(),
+        KIND, model=dense.describe(), calibration=sweep.calibration.describe(),
         evaluation=sweep.protocol.describe(), settings=sweep.settings(),
     )  # fmt: skip
     folder = None

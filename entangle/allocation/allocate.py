@@ -14,7 +14,7 @@ from entangle.allocation.meet import meet_budget
 from entangle.allocation.registry import MODEL, RULES
 from entangle.allocation.request import Request, Settings
 from entangle.allocation.subject import Subject, find_subject
-from entangle.calibration import CalibrationSet
+from entangle.calibration import Source
 from entangle.errors import InvalidInput, unknown_name
 from entangle.models.loading import LanguageModel
 from entangle.progress import Progress, ProgressBar
@@ -39,7 +39,7 @@ def allocate(
     highest: float | int = 1.0,
     pattern: str = "row",
     model: LanguageModel | nn.Module | str | None = None,
-    calibration: CalibrationSet | None = None,
+    calibration: Source | None = None,
     layers: int | str | Sequence[int | str] | None = None,
     proj: str | None = None,
     in_features: Mapping[str, int] | None = None,
@@ -85,7 +85,8 @@ def allocate(
     model
         The model that was scored. Rules that measure need it, and it tells ``in_features``.
     calibration
-        Tokens for rules that measure on text.
+        Text for rules that measure: a calibration set, or whatever else
+        `entangle.load_calibration` takes, with its default settings.
     layers, proj
         Layers to allocate to, as in `entangle.models.layers.find_layers`; by default all that the
         scores hold.
@@ -171,7 +172,7 @@ def _check_names(rule: str, across: str | None) -> None:
 
 
 def _measurements(
-    subject: Subject, calibration: CalibrationSet | None, memory: int, progress: Progress
+    subject: Subject, calibration: Source | None, memory: int, progress: Progress
 ) -> Measurements | None:
     if subject.model is None:
         return None

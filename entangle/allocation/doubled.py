@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from entangle.recording.recorder import Recorded, Recorder
 from entangle.recording.surgery import Change, changed_rows
 
 SEQUENCES = 8
-"""Calibration sequences that are run, all in one batch (without pads: cut to the shortest)."""
+"""Calibration sequences that are run, all in one batch, so of one length (`_first`)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,10 +104,13 @@ class _Doubled:
 
 
 def _first(calibration: CalibrationSet) -> Int64[Tensor, "sequences tokens"]:
-    """Return the first sequences, cut to the shortest of them where they are padded."""
-    rows, count = calibration.rows, min(SEQUENCES, calibration.n_seq)
-    shortest = min(rows.lengths[:count])
-    return torch.stack([rows.sequence(i)[:shortest] for i in range(count)])
+    """Return the first sequences that are long enough; of unequal ones as makes most tokens."""
+    rows = calibration.rows
+    falling = sorted(rows.lengths, reverse=True)[:SEQUENCES]
+    count = max(range(1, len(falling) + 1), key=lambda n: (n * falling[n - 1], n))
+    length = falling[count - 1]
+    long = (i for i, own in enumerate(rows.lengths) if own >= length)
+    return torch.stack([rows.sequence(i)[:length] for i in islice(long, count)])
 
 
 @contextmanager

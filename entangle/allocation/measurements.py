@@ -8,8 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from entangle.allocation.rows import Reals
-from entangle.calibration import CalibrationSet
-from entangle.calibration.calibration_set import check_ids
+from entangle.calibration import CalibrationSet, Source, as_calibration
 from entangle.errors import InvalidInput, NumericalError
 from entangle.models.layers import Layer
 from entangle.models.loading import LanguageModel
@@ -34,7 +33,7 @@ class Measurements:
     layers
         Layers to measure.
     calibration
-        Tokens to measure on; None for quantities of the weights alone.
+        Text to measure on, as in `entangle.score`; None for quantities of the weights alone.
     memory
         Bytes of Gram matrices held at a time. Where all layers' fit they are kept, so that the text
         is read once for all rules and candidates; where they do not, several passes are made every
@@ -47,20 +46,18 @@ class Measurements:
         self,
         model: LanguageModel,
         layers: Sequence[Layer],
-        calibration: CalibrationSet | None,
+        calibration: Source | None,
         *,
         memory: int,
         progress: Progress | None = None,
     ) -> None:
         self.model, self.layers, self.memory = model, tuple(layers), memory
-        self._calibration = calibration
+        self._calibration = None if calibration is None else as_calibration(calibration, model)
         self.progress = Progress() if progress is None else progress
         self.names = tuple(layer.name for layer in self.layers)
         """Full names of the layers."""
         self._kept: dict[object, Reals] = {}
         self._grams: list[Shared] | None = None
-        if calibration is not None:
-            check_ids(calibration.ids, model.vocab_size)
 
     @property
     def calibration(self) -> CalibrationSet:

@@ -17,7 +17,7 @@ from entangle.allocation.golden import Tried, minimise
 from entangle.allocation.measurements import Measurements
 from entangle.allocation.registry import RULES
 from entangle.allocation.subject import find_subject
-from entangle.calibration import CalibrationSet
+from entangle.calibration import CalibrationSet, Source, as_calibration
 from entangle.errors import InvalidInput, NumericalError, unknown_name
 from entangle.evaluation import EvaluationText, perplexity
 from entangle.models.layers import Layer
@@ -42,7 +42,7 @@ def search(
     scores: NeuronScores | pd.DataFrame,
     *,
     model: LanguageModel | nn.Module | str,
-    calibration: CalibrationSet,
+    calibration: Source,
     sparsity: float,
     tune: str = "linear",
     high: float | None = None,
@@ -67,8 +67,8 @@ def search(
     scores, model, sparsity
         As in `entangle.allocation.allocate`.
     calibration
-        Its last share of sequences is held out; rules and pruning see the others only. (Sequences
-        drawn at random from a text may overlap; contiguous ones do not.)
+        As in `entangle.score`. Its last share of sequences is held out; rules and pruning see the
+        others only. (Sequences drawn at random from a text may overlap; contiguous ones do not.)
     tune
         The rule; for ``protect`` the share ``protect`` is tuned, for all others ``strength``.
     high
@@ -108,8 +108,9 @@ def search(
             f"{settings[parameter]!r}: leave it out."
         )
     evaluations = whole("evaluations", evaluations, least=2)
-    _check(held_out, calibration)
     dense = as_language_model(model)
+    calibration = as_calibration(calibration, dense)
+    _check(held_out, calibration)
     first, last = split(calibration, held_out)
     shared = {name: settings.pop(name, None) for name in _SHARED}
     subject = find_subject(scores, model=dense, **shared, in_features=None)

@@ -17,9 +17,10 @@ from entangle.ablation.arms import INTERVENTIONS, PRUNERS
 from entangle.ablation.interventions import RowEdit, edited_outputs, pruned_rows, swapped_rows
 from entangle.ablation.routed_rows import RowIndices, chosen_rows
 from entangle.ablation.selection import Selection
+from entangle.calibration import Source
 from entangle.errors import InvalidInput, unknown_name
-from entangle.evaluation import EvaluationText, window_losses
-from entangle.evaluation.forward import as_causal_model, check_fits
+from entangle.evaluation import EvaluationText, as_evaluation, window_losses
+from entangle.evaluation.forward import as_causal_model
 from entangle.evaluation.perplexity import window_memory, windows_in_a_pass
 from entangle.expansion.build import HiddenStates
 from entangle.models.blocks import BlockRunner
@@ -62,7 +63,7 @@ class _Change:
 
 def single_neuron_damage(
     model: LanguageModel | nn.Module,
-    text: EvaluationText,
+    text: Source,
     rows: Mapping[str, RowIndices],
     *,
     intervention: str = "zero",
@@ -89,7 +90,7 @@ def single_neuron_damage(
     model
         A causal language model that can be run block by block (`entangle.models.blocks`).
     text
-        From `entangle.load_evaluation`.
+        From `entangle.load_evaluation`, or what that takes.
     rows
         Indices of neurons by the layer's full dotted name, such as the ``rows`` of a `Selection`.
     intervention
@@ -131,7 +132,7 @@ def single_neuron_damage(
         If a gram cannot be factorised, or memory runs out.
     """
     dense = as_causal_model(model)
-    check_fits(dense, text)
+    text = as_evaluation(text, dense)
     chosen = chosen_rows(dense.module, rows)
     pruned = _pruned(chosen, grams or {}, intervention, strength, damping, check_seed(seed))
     change = _Change(intervention, float(strength), means, pruned)
@@ -150,7 +151,7 @@ def _table(
     text: EvaluationText,
     interval: Callable[..., Interval],
 ) -> pd.DataFrame:
-    counts, rows = np.full(text.n_windows, text.seq_len - 1), []
+    counts, rows = text.window_tokens, []
     for layer, neuron in _neurons(chosen):
         gap = interval(losses[layer.name, neuron], losses[_DENSE], counts)
         rows.append(

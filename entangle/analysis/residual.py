@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from entangle.calibration import CalibrationSet
+from entangle.calibration import Source, as_calibration
 from entangle.expansion.build import HiddenStates
 from entangle.models.blocks import BlockRunner
 from entangle.models.layers import Layer, list_layers
@@ -23,7 +23,7 @@ _AGREEMENT = 0.55  # share of equal signs, which is ½ ± 0.01 by chance at 2,04
 
 def residual_variance(
     model: LanguageModel | nn.Module,
-    calibration: CalibrationSet,
+    calibration: Source,
     *,
     seed: int = 0,
     memory: int = DEFAULT_MEMORY,
@@ -36,7 +36,7 @@ def residual_variance(
     model
         A causal language model that can be run block by block (`entangle.models.blocks`).
     calibration
-        Token ids; all tokens count, first ones of a sequence too.
+        As in `entangle.score`; all tokens count, first ones of a sequence too.
     seed
         Of the noise that finds the layers (`residual_writers`).
     memory
@@ -52,6 +52,7 @@ def residual_variance(
         (dimensions,), on the CPU. Layers of a block share the tensor.
     """
     dense = as_language_model(model)
+    calibration = as_calibration(calibration, dense)
     runner = BlockRunner(dense.module)
     writers = residual_writers(dense, next(calibration.batches(_PROBE[0]))[1], seed=seed)
     found: dict[int, Tensor] = {}

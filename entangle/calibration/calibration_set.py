@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
-from entangle.calibration.padding import Rows, checked_mask
+from entangle.calibration.padding import Rows, check_filled, checked_mask
 from entangle.calibration.token_files import METADATA_KEY, read_token_file
 from entangle.errors import InvalidInput, Unavailable
 
@@ -28,7 +28,7 @@ class CalibrationSet:
     """Sequences of token ids with their origin."""
 
     ids: Int64[Tensor, "n_seq seq_len"]
-    """Token ids, shape (n_seq, seq_len), int64, on the CPU."""
+    """Token ids, shape (n_seq, seq_len), int64, on the CPU; 0 where there is a pad."""
     source: str
     """What the user gave: a name, a data set's id, a path, or the kind of an array."""
     settings: Mapping[str, object]
@@ -48,7 +48,11 @@ class CalibrationSet:
                 "`ids` must be int64 of shape (n_seq, seq_len); "
                 f"got {self.ids.dtype} of shape {tuple(self.ids.shape)}."
             )
-        object.__setattr__(self, "mask", checked_mask(self.mask, self.ids))
+        mask = checked_mask(self.mask, self.ids)
+        if mask is not None:
+            check_filled(mask)
+            object.__setattr__(self, "ids", self.ids.masked_fill(~mask, 0))
+        object.__setattr__(self, "mask", mask)
         copied = json.loads(json.dumps(dict(self.settings)))
         object.__setattr__(self, "settings", MappingProxyType(copied))
 
@@ -203,7 +207,10 @@ def check_ids(
     """Return ``ids`` if every one lies in [0, vocab_size), raise `InvalidInput` otherwise."""
     low, high = (int(bound) for bound in torch.aminmax(ids))
     if low < 0:
-        raise InvalidInput(f"token ids must be at least 0; got {low}.")
+        raise InvalidInput(
+            f"token ids must be at least 0; got {low}: give the inputs, not targets (where -100 "
+            f"marks what is not predicted), and pads beside an attention_mask."
+        )
     if vocab_size is not None and high >= vocab_size:
         raise InvalidInput(
             f"the tokenizer does not fit the model: token id {high} is outside the model's "

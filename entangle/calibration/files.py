@@ -10,77 +10,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from entangle.errors import InvalidInput, Unavailable, unknown_name
+from entangle.calibration.columns import Column, Look, choose_column, named_kind
+from entangle.errors import InvalidInput, Unavailable
 
 Document = Iterable[str]
 _BLOCK = 2**20  # characters of a plain-text file held at a time
 _ROWS = 1024  # rows of a Parquet file held at a time
 
 
-def choose_column(is_text: Mapping[str, bool], column: str | None, *, where: str) -> str:
-    """Return the column to read: the one asked for, else ``text``, else the only one with text.
-
-    Parameters
-    ----------
-    is_text
-        Every column's name and whether it holds text.
-    column
-        The column asked for.
-    where
-        The file or data set, for the message.
-
-    Raises
-    ------
-    UnknownName
-        If ``column`` does not exist.
-    InvalidInput
-        If it holds no text, or none was asked for and the choice is not clear.
-    """
-    texts = [name for name, text in is_text.items() if text]
-    if column is not None and column not in is_text:
-        raise unknown_name(f"column of {where}", column, is_text)
-    if column is not None and column not in texts:
-        raise InvalidInput(f"`column` {column!r} of {where} holds no text; {_listing(texts)}.")
-    chosen = column or ("text" if "text" in texts else texts[0] if len(texts) == 1 else None)
-    if chosen is None:
-        raise InvalidInput(
-            f"{where} has no column `text`; name one with `column`: {_listing(texts)}; "
-            f"all columns: {', '.join(is_text) or 'none'}."
-        )
-    return chosen
-
-
-def _listing(texts: list[str]) -> str:
-    return f"columns with text: {', '.join(texts) or 'none'}"
-
-
-def text_files(folder: Path) -> list[Path]:
-    """Return the readable files in and below ``folder``, hidden ones left out, sorted by name.
-
-    Raises
-    ------
-    InvalidInput
-        If there are none.
-    """
-    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
-    readable = [
-        path
-        for name, path in sorted(files.items())
-        if path.suffix.lower() in READERS and path.is_file() and "/." not in f"/{name}"
-    ]
-    if not readable:
-        raise InvalidInput(
-            f"folder '{folder}' holds no {', '.join(READERS)} file; to read it as a folder of the "
-            "`datasets` library, name its `split`."
-        )
-    return readable
-
-
 def read_file(path: Path, column: str | None = None) -> Iterator[Document]:
     r"""Yield the documents of one file: a row each, or the whole of a plain-text file.
 
     Text is UTF-8; a byte-order mark is dropped and line ends become ``\n``. A missing or null
-    value is an empty document; blank lines between JSON lines are skipped.
+    value is an empty document; blank lines between JSON lines are skipped. Without ``column`` it is
+    that of `file_column`.
 
     Raises
     ------
@@ -89,11 +32,31 @@ def read_file(path: Path, column: str | None = None) -> Iterator[Document]:
     InvalidInput
         If its ending is unknown, its content is corrupt or no text, or ``column`` does not fit.
     """
+    return READERS[_ending(path)](path, column)
+
+
+def file_column(path: Path, column: str | None = None) -> str | None:
+    """Return the column that holds a file's text, as `choose_column`; None for plain text.
+
+    Of JSON lines up to 1,000 are looked at, fewer where the column is clear before.
+
+    Raises
+    ------
+    Unavailable, InvalidInput
+        As `read_file`.
+    """
+    if _ending(path) == ".txt":
+        return None
+    look = _parquet_columns(path) if _ending(path) == ".parquet" else _json_columns(path, column)
+    return choose_column(look, column, where=f"'{path}'") if look else column
+
+
+def _ending(path: Path) -> str:
     if path.suffix.lower() not in READERS:
         raise InvalidInput(
             f"'{path}' cannot be read as text; a file must end in {', '.join(READERS)}."
         )
-    return READERS[path.suffix.lower()](path, column)
+    return path.suffix.lower()
 
 
 @contextmanager
@@ -128,17 +91,31 @@ def _blocks(path: Path) -> Iterator[str]:
 
 
 def _json_lines(path: Path, column: str | None) -> Iterator[Document]:
-    chosen = column
+    chosen = file_column(path, column) or ""
+    with readable(path), path.open("rb") as handle:
+        for number, line in enumerate(handle, start=1):
+            if line.strip():
+                where = f"line {number} of '{path}'"
+                row = json_object(line, where)
+                yield [text_value(row.get(chosen), chosen, where)]
+
+
+def _json_columns(path: Path, column: str | None) -> Mapping[str, Column]:
+    """Look at the first rows; a line that is wrong is left to the reading."""
+    look = Look(column)
     with readable(path), path.open("rb") as handle:
         for number, line in enumerate(handle, start=1):
             if not line.strip():
                 continue
-            where = f"line {number} of '{path}'"
-            row = json_object(line, where)
-            if chosen is None or chosen not in row:
-                is_text = {name: isinstance(value, str) for name, value in row.items()}
-                chosen = choose_column(is_text, chosen, where=where)
-            yield [text_value(row[chosen], chosen, where)]
+            try:
+                row = json_object(line, f"line {number} of '{path}'")
+            except InvalidInput:
+                if not look.rows:
+                    raise
+                break
+            if look.enough(row, size=len(line)):
+                break
+    return look.columns
 
 
 def json_object(line: bytes, where: str) -> dict[str, Any]:
@@ -162,31 +139,47 @@ def text_value(value: object, column: str, where: str) -> str:
         raise InvalidInput(
             f"`column` {column!r} must hold text; {where} has {type(value).__name__}."
         )
-    return value
+    return well_formed(value)
+
+
+def well_formed(text: str) -> str:
+    """Return a text as valid Unicode: surrogates in pairs are joined, lone ones become U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
 
 
 def _parquet(path: Path, column: str | None) -> Iterator[Document]:
+    chosen = file_column(path, column)
+    with _parquet_file(path) as file:
+        for batch in file.iter_batches(batch_size=_ROWS, columns=[chosen]):
+            yield from ([value or ""] for value in batch.column(0).to_pylist())
+
+
+def _parquet_columns(path: Path) -> Mapping[str, Column]:
+    with _parquet_file(path) as file:
+        return {field.name: named_kind(str(_plain(field.type))) for field in file.schema_arrow}
+
+
+@contextmanager
+def _parquet_file(path: Path) -> Iterator[Any]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     with readable(path), path.open("rb") as handle:
         try:
-            file = pq.ParquetFile(handle)
-            is_text = {field.name: _is_text(field.type) for field in file.schema_arrow}
-            chosen = choose_column(is_text, column, where=f"'{path}'")
-            for batch in file.iter_batches(batch_size=_ROWS, columns=[chosen]):
-                yield from ([value or ""] for value in batch.column(0).to_pylist())
+            yield pq.ParquetFile(handle)
         except (pa.ArrowException, OSError) as error:
             reason = " ".join(str(error).split())
             raise InvalidInput(f"'{path}' is not a valid Parquet file ({reason}).") from error
 
 
-def _is_text(kind: Any) -> bool:
+def _plain(kind: Any) -> Any:
     import pyarrow.types as types
 
-    if types.is_dictionary(kind):
-        kind = kind.value_type
-    return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind))
+    return kind.value_type if types.is_dictionary(kind) else kind
 
 
 READERS = {".txt": _plain_text, ".jsonl": _json_lines, ".json": _json_lines, ".parquet": _parquet}

@@ -6,10 +6,16 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
-from entangle.calibration.files import Document, choose_column, text_value
-from entangle.errors import EntangleError, InvalidInput, Unavailable, unknown_name
+from entangle.calibration.columns import Column, Look, choose_column, named_kind
+from entangle.calibration.files import Document, text_value
+from entangle.errors import EntangleError, InvalidInput, Unavailable, UnknownName, unknown_name
+
+
+class UnknownSplit(UnknownName):
+    """A data set has no such split."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,19 @@ class HubRequest:
     """Column of text; None for ``text`` or the only one."""
     streaming: bool = True
     """Read row by row over the network, or download once into the library's cache."""
+
+
+@dataclass(frozen=True, eq=False)
+class HubDocuments:
+    """The documents of a data set, read as they are asked for."""
+
+    documents: Iterator[Document]
+    """One a row."""
+    column: str | None
+    """The column that holds the text; None where there is no row."""
+
+    def __iter__(self) -> Iterator[Document]:
+        return self.documents
 
 
 SHORT_NAMES = {
@@ -54,7 +73,7 @@ def hub_request(
     )
 
 
-def read_hub(request: HubRequest) -> Iterator[Document]:
+def read_hub(request: HubRequest) -> HubDocuments:
     """Open a data set and return its documents, one a row, read as they are asked for.
 
     Raises
@@ -80,13 +99,44 @@ def read_hub(request: HubRequest) -> Iterator[Document]:
     return _documents(dataset, request)
 
 
-def _documents(dataset: Any, request: HubRequest) -> Iterator[Document]:
+def _documents(dataset: Any, request: HubRequest) -> HubDocuments:
     where = f"data set {request.name!r}"
-    column = None
-    for row in _rows(dataset, request):
-        if column is None:
-            column = choose_column(_is_text(dataset, row), request.column, where=where)
-        yield [text_value(row[column], column, where)]
+    rows = _rows(dataset, request)
+    columns = feature_columns(dataset.features)
+    if columns is None:
+        columns, rows = look_at(rows, request.column)
+    if not columns:
+        return HubDocuments(iter(()), request.column)
+    column = choose_column(columns, request.column, where=where)
+    return HubDocuments(([text_value(row.get(column), column, where)] for row in rows), column)
+
+
+def look_at(
+    rows: Iterator[dict[str, Any]], column: str | None
+) -> tuple[dict[str, Column], Iterator[dict[str, Any]]]:
+    """Look at the first rows; return what the columns hold, and all rows."""
+    look, seen = Look(column), list[dict[str, Any]]()
+    for row in rows:
+        seen.append(row)
+        if look.enough(row):
+            break
+    return look.columns, chain(seen, rows)
+
+
+def feature_columns(features: Any) -> dict[str, Column] | None:
+    """Return what the columns of a data set hold, by its features; None where it has none."""
+    if features is None:
+        return None
+    return {name: named_kind(_kind(feature)) for name, feature in features.items()}
+
+
+def _kind(feature: Any) -> str:
+    """Name a column's type: that of its values, or how the library writes a nested one."""
+    if type(feature).__name__ == "ClassLabel":
+        return "int64"
+    dtype = getattr(feature, "dtype", None)
+    plain = type(feature).__name__ == "Value"
+    return str(dtype) if plain else " ".join(repr(feature).split())
 
 
 def _rows(dataset: Any, request: HubRequest) -> Iterator[dict[str, Any]]:
@@ -97,13 +147,6 @@ def _rows(dataset: Any, request: HubRequest) -> Iterator[dict[str, Any]]:
         if row is None:
             return
         yield row
-
-
-def _is_text(dataset: Any, row: dict[str, Any]) -> dict[str, bool]:
-    if dataset.features is None:
-        return {name: isinstance(value, str) for name, value in row.items()}
-    texts = ("string", "large_string", "string_view")
-    return {name: getattr(kind, "dtype", None) in texts for name, kind in dataset.features.items()}
 
 
 @contextmanager
@@ -172,4 +215,5 @@ def _wrong_name(message: str, request: HubRequest) -> EntangleError | None:
         )
     kind = "split" if "split" in found[1] else "configuration"
     value = request.split if kind == "split" else str(request.config)
-    return unknown_name(f"{kind} of data set {request.name!r}", value, names)
+    error = unknown_name(f"{kind} of data set {request.name!r}", value, names)
+    return UnknownSplit(str(error)) if kind == "split" else error

@@ -2,11 +2,14 @@
 
 from collections.abc import Iterable, Iterator
 
-from entangle.calibration.files import Document
+from entangle.calibration.files import Document, well_formed
 
 
 class JoinedText:
-    """The documents of a source joined into one text that is read only as far as asked."""
+    """The documents of a source joined into one text that is read only as far as asked.
+
+    Lone surrogates, which no tokenizer takes, become U+FFFD.
+    """
 
     def __init__(self, documents: Iterable[Document], join: str) -> None:
         self.n_documents = 0
@@ -18,9 +21,9 @@ class JoinedText:
     def _joined(self, documents: Iterable[Document], join: str) -> Iterator[str]:
         for document in documents:
             if self.n_documents:
-                yield join
+                yield well_formed(join)
             self.n_documents += 1
-            yield from document
+            yield from map(well_formed, document)
 
     def span(self, begin: int, end: int) -> str:
         """Return the characters in [begin, end), fewer only where the text ends."""

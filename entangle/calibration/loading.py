@@ -1,25 +1,27 @@
-"""From what a user names to a `CalibrationSet`."""
+"""From what a user gives to a `CalibrationSet`."""
 
 from pathlib import Path
 
-import numpy as np
 from jaxtyping import Bool, Int64
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from entangle.calibration.calibration_set import CalibrationSet, check_ids
+from entangle.calibration.given import Source, Wanted, find, label_of
 from entangle.calibration.joined_text import JoinedText
 from entangle.calibration.special_tokens import describe_tokenizer, special_tokens
-from entangle.calibration.texts import as_path, existing, open_texts, refuse
-from entangle.calibration.token_files import TokenFile, integer_ids, read_token_file
+from entangle.calibration.texts import TextSource, open_texts, refuse
+from entangle.calibration.token_files import TokenFile
 from entangle.calibration.tokens import first_tokens, pool_tokens
-from entangle.calibration.windows import Draw, cut_windows, take_rows
+from entangle.calibration.windows import Draw, cut_windows, is_running, take_rows
 from entangle.errors import InvalidInput
+from entangle.models.loading import LanguageModel
+from entangle.progress import tell
 
-Source = str | Path | Tensor | NDArray[np.generic]
 Cut = tuple[Int64[Tensor, "n_seq seq_len"], dict[str, object]]
 Mask = Bool[Tensor, "n_seq seq_len"] | None
+
+DEFAULT_SPLIT = "train"
 
 
 def load_calibration(
@@ -46,10 +48,19 @@ def load_calibration(
     Parameters
     ----------
     source
-        A text source of `load_texts`; a ``.safetensors`` file with an integer tensor ``ids`` or
-        ``input_ids``, such as `CalibrationSet.save` writes; or an integer array. Ids of shape
-        (tokens,) are cut like a text. Of ids of shape (rows, columns) the first ``n_seq`` rows and
-        ``seq_len`` columns are taken, whatever ``sampling`` says.
+        Text: a source of `load_texts`; a list of strings, a pandas column of them, or a table with
+        a column of text (a DataFrame, a list of dictionaries, a `datasets` Dataset, IterableDataset
+        or DatasetDict, or a folder that ``save_to_disk`` wrote): a document each.
+
+        Or token ids: a ``.safetensors`` file with an integer tensor ``ids`` or ``input_ids``, such
+        as `CalibrationSet.save` writes; an integer array or list; a tokenizer's output or another
+        dictionary with ``input_ids``; a table with a column ``input_ids`` and none of text; a list
+        of rows, or of the (input, target) pairs that the loaders of SparseGPT and Wanda give. An
+        ``attention_mask`` beside the ids is honoured, and rows of different lengths are padded
+        (`CalibrationSet.mask`); rows of pads alone are left out, which is said. Ids of shape
+        (tokens,) are cut like a text, and so is one row that is longer than ``seq_len`` or the
+        context. Of ids of shape (rows, columns) the first ``n_seq`` rows, and the first ``seq_len``
+        tokens of each, are taken, whatever ``sampling`` says.
     tokenizer
         Needed for a text, not used for token ids.
     n_seq
@@ -65,7 +76,7 @@ def load_calibration(
     join
         Put between documents, taken as it is (see `interpret_escapes`).
     split, config, column
-        As in `load_texts`.
+        As in `load_texts`; also of `datasets` objects and tables.
     add_special_tokens
         Put the special tokens that the tokenizer adds to one text around every sequence.
     context_length, vocab_size
@@ -88,60 +99,92 @@ def load_calibration(
         n_seq=n_seq, seq_len=seq_len, sampling=sampling, seed=seed, context_length=context_length
     )
     names = {"split": split, "config": config, "column": column}
-    label = _label(source)
-    found = _find(source, label)
+    label = label_of(source)
+    found = find(source, Wanted(split, config, column, (DEFAULT_SPLIT,), draw.n_seq))
     mask: Mask = None
     if isinstance(found, TokenFile):
-        refuse(label, **names, add_special_tokens=add_special_tokens or None)
+        refuse(label, add_special_tokens=add_special_tokens or None)
         ids, mask, settings = _from_ids(found, draw, label)
     else:
-        ids, settings = _from_text(found, tokenizer, draw, join, add_special_tokens, names)
+        ids, settings = _from_text(found, label, tokenizer, draw, join, add_special_tokens, names)
     sizes = {"n_seq": ids.shape[0], "seq_len": ids.shape[1]}
-    return CalibrationSet(check_ids(ids, vocab_size), label, {**sizes, **settings}, mask)
+    made = CalibrationSet(ids, label, {**sizes, **settings}, mask)
+    check_ids(made.ids, vocab_size)
+    return made
 
 
-def _label(source: Source) -> str:
-    if isinstance(source, str | Path):
-        return str(source)
-    return f"{type(source).__name__} of shape {tuple(source.shape)}"
+def as_calibration(source: Source, model: LanguageModel) -> CalibrationSet:
+    """Return a calibration set that fits a model.
 
+    Parameters
+    ----------
+    source
+        A set, which is returned as it is, or whatever else `load_calibration` takes, with its
+        default settings.
+    model
+        Its tokenizer makes the tokens of a text.
 
-def _find(source: Source, label: str) -> TokenFile | str | Path:
-    """Return the token ids if that is what the source holds, else the source of text."""
-    if not isinstance(source, str | Path):
-        return TokenFile(integer_ids(source, name=label), None)
-    path = as_path(source)
-    if path is None or path.suffix.lower() != ".safetensors":
-        return source
-    return read_token_file(existing(path))
+    Raises
+    ------
+    InvalidInput, UnknownName, Unavailable
+        If a sequence is longer than the model's context or an id no token of it; and as
+        `load_calibration`.
+    """
+    limit = model.context_length
+    if not isinstance(source, CalibrationSet):
+        return load_calibration(
+            source, model.tokenizer, context_length=limit, vocab_size=model.vocab_size
+        )
+    if limit is not None and source.longest > limit:
+        raise InvalidInput(
+            f"`seq_len` must be at most {limit}, the model's context; got {source.longest}."
+        )
+    check_ids(source.ids, model.vocab_size)
+    return source
 
 
 def _from_ids(
     stored: TokenFile, draw: Draw, label: str
 ) -> tuple[Int64[Tensor, "n_seq seq_len"], Mask, dict[str, object]]:
     settings: dict[str, object] = {} if stored.origin is None else {"origin": stored.origin}
-    if stored.ids.ndim == 2:
-        ids = take_rows(stored.ids, draw, where=label)
-        mask = None if stored.mask is None else stored.mask[: len(ids), : ids.shape[1]]
-        return ids, mask, {**settings, "sampling": "rows"}
-    ids = cut_windows(stored.ids, draw, where=label)
-    return ids, None, {**settings, **draw.settings(), "n_text_tokens": len(stored.ids)}
+    if not is_running(stored.ids, draw.seq_len or draw.context_length):
+        ids, mask, left_out = take_rows(stored.ids, draw, where=label, mask=stored.mask)
+        return ids, mask, {**settings, "sampling": "rows", **empty_rows(left_out, label)}
+    running = stored.ids if stored.mask is None else stored.ids[stored.mask]
+    running = running.flatten()
+    ids = cut_windows(running, draw, where=label)
+    return ids, None, {**settings, **draw.settings(), "n_text_tokens": len(running)}
+
+
+def empty_rows(count: int, label: str, *, least: int = 1) -> dict[str, object]:
+    """Say, and return for the settings, how many rows were left out for want of tokens."""
+    if not count:
+        return {}
+    tell(f"{count} row(s) of {label} with fewer than {least} token(s) beside pads are left out")
+    return {"rows_left_out": count}
 
 
 def _from_text(
-    source: str | Path,
+    source: str | Path | TextSource,
+    label: str,
     tokenizer: PreTrainedTokenizerBase | None,
     draw: Draw,
     join: str,
     add_special_tokens: bool,
     names: dict[str, str | None],
 ) -> Cut:
-    where = repr(str(source))
+    where = repr(label)
     if tokenizer is None:
         raise InvalidInput(
             f"{where} is text, so it needs a tokenizer; pass the model's, or give token ids."
         )
-    opened = open_texts(source, **names)
+    opened = (
+        source
+        if isinstance(source, TextSource)
+        else open_texts(
+            source, split=names["split"], config=names["config"], column=names["column"]
+        )
+    )
     specials = special_tokens(tokenizer) if add_special_tokens else ([], [])
     text = JoinedText(opened.documents, join)
     if draw.sampling == "contiguous":

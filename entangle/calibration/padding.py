@@ -4,7 +4,7 @@ Pads never enter a model: a row's own tokens run as a sequence of their length, 
 out is what the unpadded text gives, whatever the architecture makes of an attention mask.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
 import torch
@@ -31,8 +31,9 @@ def checked_mask(
     Raises
     ------
     InvalidInput
-        If the shape is another, a value is neither 0 nor 1, or a row's tokens are not one run of at
-        least one token: with pads between them their positions would not be known.
+        If the shape is another, a value is neither 0 nor 1, or a row's tokens are not one run: with
+        pads between them their positions would not be known. A row of pads alone is let through
+        (`real_rows` leaves it out).
     """
     if mask is None:
         return None
@@ -44,13 +45,64 @@ def checked_mask(
         raise InvalidInput(f"`{name}` must hold 0 and 1 only; got {mask.dtype} with other values.")
     real = mask.detach().to("cpu", torch.bool)
     runs = real[:, :1].long().sum(1) + (real[:, 1:] & ~real[:, :-1]).sum(1)
-    if bool((runs != 1).any()):
-        row = int((runs != 1).nonzero()[0])
+    if bool((runs > 1).any()):
+        row = int((runs > 1).nonzero()[0])
         raise InvalidInput(
             f"`{name}` must mark one run of tokens in every row, with pads before or after it; row "
             f"{row} has {int(runs[row])} runs."
         )
     return None if bool(real.all()) else real
+
+
+def check_filled(mask: Bool[Tensor, "rows columns"]) -> None:
+    """Raise `InvalidInput` if a row is all pads."""
+    empty = (~mask.any(1)).nonzero()
+    if len(empty):
+        raise InvalidInput(
+            f"every row must hold a token beside its pads; row {int(empty[0])} holds none: leave "
+            "it out."
+        )
+
+
+def pad_rows(
+    rows: Sequence[Int64[Tensor, " tokens"]],
+) -> tuple[Int64[Tensor, "rows columns"], Bool[Tensor, "rows columns"] | None]:
+    """Return sequences as one table, padded at their ends with 0, and its mask (None: no pads)."""
+    lengths = torch.tensor([len(row) for row in rows])
+    ids = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+    mask = torch.arange(ids.shape[1]) < lengths[:, None]
+    return ids, None if bool(mask.all()) else mask
+
+
+def real_rows(
+    ids: Int64[Tensor, "rows columns"], mask: Bool[Tensor, "rows columns"] | None, *, least: int = 1
+) -> tuple[Int64[Tensor, "kept columns"], Bool[Tensor, "kept columns"] | None, int]:
+    """Leave out rows with fewer than ``least`` tokens beside their pads; return how many as well.
+
+    Raises
+    ------
+    InvalidInput
+        If no row has as many.
+    """
+    if mask is None:
+        return ids, None, 0
+    kept = mask.sum(1) >= least
+    if not bool(kept.any()):
+        raise InvalidInput(
+            f"a row must have at least {least} token(s) beside its pads; none of {len(ids)} has."
+        )
+    mask = mask[kept]
+    return ids[kept], None if bool(mask.all()) else mask, int((~kept).sum())
+
+
+def first_columns(
+    ids: Int64[Tensor, "rows columns"], mask: Bool[Tensor, "rows columns"] | None, columns: int
+) -> tuple[Int64[Tensor, "rows _"], Bool[Tensor, "rows _"] | None]:
+    """Cut every row to its first tokens, of which pads are none."""
+    if mask is None or columns == ids.shape[1]:
+        return ids[:, :columns], mask
+    rows = Rows(ids, mask)
+    return pad_rows([rows.sequence(i)[:columns] for i in range(len(ids))])
 
 
 class Rows:

@@ -6,13 +6,22 @@ Hub. The names ``demo``, ``wikitext2`` and ``c4`` always mean the texts of that 
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from entangle.calibration.files import READERS, Document, read_file, text_files
-from entangle.calibration.hub import SHORT_NAMES, hub_request, read_hub
+from entangle.calibration.files import READERS, Document, file_column, read_file, well_formed
+from entangle.calibration.folders import EVERY_SPLIT, folder_files, has_configurations
+from entangle.calibration.hub import (
+    SHORT_NAMES,
+    HubDocuments,
+    HubRequest,
+    UnknownSplit,
+    hub_request,
+    read_hub,
+)
 from entangle.errors import InvalidInput, Unavailable
+from entangle.progress import tell
 
 _OTHER_FILES: tuple[str, ...] = (
     ".csv",
@@ -79,20 +88,74 @@ def _expanded(path: Path) -> Path:
 
 
 def open_texts(
-    source: str | Path, *, split: str | None, config: str | None, column: str | None
+    source: str | Path,
+    *,
+    split: str | None,
+    config: str | None,
+    column: str | None,
+    splits: Sequence[str] = (),
 ) -> TextSource:
-    """Find the reader of ``source``; see `load_texts`."""
+    """Find the reader of ``source``; see `load_texts`.
+
+    Where no split was asked for, ``splits`` are tried in this order, ``train`` if there are none.
+    """
     path = as_path(source)
-    if path is not None and (existing(path).is_file() or not (split or config)):
+    if path is not None and existing(path).is_file():
         refuse(f"'{path}'", split=split, config=config)
-        files = [path] if path.is_file() else text_files(path)
-        documents = (document for file in files for document in read_file(file, column))
-        return TextSource(documents, {"n_files": len(files), "column": column})
+        return _from_files([path], column, {"n_files": 1})
     if source == "demo":
         refuse("'demo'", config=config, column=column)
         return TextSource(_demo(split), {"split": split} if split else {})
+    wanted = tuple(splits) or (split or "train",)
+    if path is not None and config is None and not _is_slice(split):
+        found = folder_files(
+            path, None if splits else split, column=column, splits=wanted
+        )  # fmt: skip
+        if found is not None and (
+            found.split in (None, EVERY_SPLIT) or not has_configurations(path)
+        ):
+            return _from_files(found.files, column, found.settings())
     request = hub_request(str(path or source), split=split, config=config, column=column)
-    return TextSource(read_hub(request), {"dataset": request.name, **_settings(asdict(request))})
+    return _from_hub(request, wanted if splits else (request.split,))
+
+
+def _is_slice(split: str | None) -> bool:
+    """Tell whether a split is an expression of the `datasets` library, such as train[:10%]."""
+    return split is not None and re.search(r"[\[+]", split) is not None
+
+
+def _from_files(
+    files: Sequence[Path], column: str | None, settings: Mapping[str, object]
+) -> TextSource:
+    """Read files one after the other, all of one column."""
+    chosen = next((one for file in files if (one := file_column(file, column))), None)
+
+    def documents() -> Iterator[Document]:
+        for file in files:
+            plain = file.suffix.lower() == ".txt"
+            yield from read_file(file, column if plain else chosen)
+
+    return TextSource(documents(), {**settings, "column": chosen})
+
+
+def _from_hub(request: HubRequest, splits: Sequence[str]) -> TextSource:
+    """Open a data set at the first of some splits that it has."""
+    for split in splits:
+        asked = replace(request, split=split)
+        try:
+            found = read_hub(asked)
+        except UnknownSplit:
+            if split == splits[-1]:
+                if len(splits) > 1:
+                    read_hub(replace(request, split=splits[0]))
+                raise
+            continue
+        if split != splits[0]:
+            tell(f"data set {request.name!r} has no split {splits[0]}; its split {split} is read")
+        column = found.column if isinstance(found, HubDocuments) else request.column
+        settings = _settings(asdict(replace(asked, column=column)))
+        return TextSource(iter(found), {"dataset": request.name, **settings})
+    raise ValueError("`splits` must name a split")
 
 
 def _settings(request: dict[str, object]) -> dict[str, object]:
@@ -136,18 +199,25 @@ def load_texts(
         ``demo`` (the demo's encyclopedia articles); ``wikitext2`` or ``c4``; a ``.txt`` file (one
         document), a ``.jsonl`` or ``.json`` file with one object a line, a ``.parquet`` file (one
         document a row); a folder of such files, read sorted by name with its subfolders; a data
-        set's id on the Hugging Face Hub. A folder is read by the `datasets` library if ``split``
-        or ``config`` is given. Data sets are streamed; ``wikitext2`` is downloaded once.
+        set's id on the Hugging Face Hub. Data sets are streamed; ``wikitext2`` is downloaded once.
+        Of a folder whose files are named by splits (``train-00000-of-00001.parquet``,
+        ``test.jsonl``) one split is read. Hidden files, those that begin with ``_`` and known ones
+        about the data (``dataset_info.json``, ``README.txt``) are left out, which is said. A
+        folder is read by the `datasets` library if ``config`` is given, or a ``split`` that no
+        file tells of.
     split, config
-        Split (``train`` if not given) and configuration of a data set. ``demo`` has all articles
-        without a split, every third one as ``test`` and the others as ``train``.
+        Split (``train`` if not given) and configuration of a data set; ``all`` reads every file of
+        a folder. ``demo`` has all articles without a split, every third one as ``test`` and the
+        others as ``train``.
     column
-        Column of text; if not given ``text``, else the only column with text.
+        Column of text; if not given ``text``, else the only column that holds text in any form,
+        which is said. A column ``text`` that holds something else is refused. JSON lines are
+        looked at up to the 1,000th for this; all files of a folder have one column.
 
     Returns
     -------
     Iterable of str
-        The documents. Null values give empty documents.
+        The documents. Null values give empty documents, lone surrogates U+FFFD.
 
     Raises
     ------
@@ -168,7 +238,7 @@ def _not_empty(documents: Iterator[Document], source: str) -> Iterator[str]:
     for document in documents:
         text = "".join(document)
         empty = empty and not text
-        yield text
+        yield well_formed(text)
     if empty:
         raise InvalidInput(f"{source!r} holds no text.")
 

@@ -79,8 +79,33 @@ def read_token_file(path: Path) -> TokenFile:
     except SafetensorError as error:
         raise InvalidInput(f"'{path}' is not a valid safetensors file ({error}).") from error
     ids = integer_ids(tensor, name=f"tensor `{name}` of '{path}'")
-    mask = checked_mask(masked, ids, name=f"{_MASK} of '{path}'") if ids.ndim == 2 else None
-    return TokenFile(ids, _origin(path, metadata), mask)
+    return TokenFile(*masked_ids(ids, masked, _origin(path, metadata), name=f"{_MASK} of '{path}'"))
+
+
+def masked_ids(
+    ids: Int64[Tensor, "..."],
+    mask: Tensor | None,
+    origin: dict[str, Any] | None = None,
+    *,
+    name: str,
+) -> tuple[Tensor, dict[str, Any] | None, Tensor | None]:
+    """Return the fields of a `TokenFile`; a running text loses its pads.
+
+    Raises
+    ------
+    InvalidInput
+        As `checked_mask`.
+    """
+    if mask is None:
+        return ids, origin, None
+    if ids.ndim == 2:
+        return ids, origin, checked_mask(mask, ids, name=name)
+    if mask.ndim != 1:
+        raise InvalidInput(
+            f"`{name}` must have the shape of the ids, {tuple(ids.shape)}; got {tuple(mask.shape)}."
+        )
+    real = checked_mask(mask[None], ids[None], name=name)
+    return ids if real is None else ids[real[0]], origin, None
 
 
 def _name(path: Path, names: list[str]) -> str:

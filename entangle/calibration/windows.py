@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
 from torch import Tensor
 
+from entangle.calibration.padding import first_columns, real_rows
 from entangle.errors import InvalidInput
 from entangle.scalars import whole
 from entangle.seeding import check_seed, numpy_rng
@@ -152,21 +153,44 @@ def _check_enough(n_tokens: int, length: int, draw: Draw, where: str) -> None:
 
 
 def take_rows(
-    table: Int64[Tensor, "rows columns"], draw: Draw, *, where: str
-) -> Int64[Tensor, "n_seq seq_len"]:
+    table: Int64[Tensor, "rows columns"],
+    draw: Draw,
+    *,
+    where: str,
+    mask: Bool[Tensor, "rows columns"] | None = None,
+) -> tuple[Int64[Tensor, "n_seq seq_len"], Bool[Tensor, "n_seq seq_len"] | None, int]:
     """Return the first rows and columns of a table of token ids, all of them if not asked.
+
+    Rows of pads alone are left out; a row that is cut keeps its first tokens, of which pads are
+    none.
+
+    Returns
+    -------
+    tuple
+        Ids and mask, as `CalibrationSet` takes them, and the number of rows left out.
 
     Raises
     ------
     InvalidInput
         If the table has fewer, or its rows are longer than the model's context.
     """
+    table, mask, left_out = real_rows(table, mask)
     rows, columns = table.shape
     n_seq, seq_len = draw.n_seq or rows, draw.seq_len or columns
-    draw.check_context(seq_len)
+    longest = columns if mask is None else int(mask[:n_seq].sum(1).max())
+    draw.check_context(min(seq_len, longest))
     if n_seq > rows or seq_len > columns:
         raise InvalidInput(
             f"{where} has {rows} sequences of {columns} tokens; `n_seq` {n_seq} and `seq_len` "
             f"{seq_len} must not be larger."
         )
-    return table[:n_seq, :seq_len].clone()
+    ids, mask = first_columns(table[:n_seq], None if mask is None else mask[:n_seq], seq_len)
+    return ids.clone(), mask, left_out
+
+
+def is_running(ids: Int64[Tensor, "..."], longest: int | None) -> bool:
+    """Tell whether ids are a running text: of one dimension, or one row that is too long for a row.
+
+    A tokenizer gives a whole text as one row, ``tokenizer(text, return_tensors="pt")``.
+    """
+    return ids.ndim == 1 or (len(ids) == 1 and longest is not None and ids.shape[1] > longest)

@@ -8,7 +8,7 @@ import pandas as pd
 from torch import nn
 
 from entangle.ablation.row_solve import RowSettings
-from entangle.calibration import CalibrationSet
+from entangle.calibration import CalibrationSet, Source, as_calibration
 from entangle.decomposition.group import Parts, Request, decompose_group
 from entangle.decomposition.recorded import record_groups
 from entangle.decomposition.result import KIND, Decomposition
@@ -16,7 +16,7 @@ from entangle.decomposition.tables import COLUMNS, joined
 from entangle.errors import InvalidInput, NumericalError, unknown_name
 from entangle.models.layers import Layer, find_layers
 from entangle.models.loading import LanguageModel, as_language_model
-from entangle.modes.neuron import Neurons, check_fits, check_neurons
+from entangle.modes.neuron import Neurons, check_neurons
 from entangle.precision import full_precision
 from entangle.progress import Progress, ProgressBar
 from entangle.provenance import RunClock, make_manifest
@@ -29,7 +29,7 @@ DEFAULT_MEMORY = 2 * 2**30
 
 def decompose(
     model: LanguageModel | nn.Module | str,
-    calibration: CalibrationSet,
+    calibration: Source,
     *,
     layer: int | str | Sequence[int | str],
     proj: str | None = None,
@@ -57,7 +57,9 @@ def decompose(
     Parameters
     ----------
     model, calibration
-        The model, left unchanged, and the token ids that everything is fitted and measured on.
+        The model, left unchanged, and the text that everything is fitted and measured on: a
+        calibration set, or whatever else `entangle.load_calibration` takes, with its default
+        settings.
     layer, proj
         One or several layers, as in `entangle.models.layers.find_layers`.
     neurons
@@ -96,8 +98,9 @@ def decompose(
     rows = _settings(experts, sparsity, pruner, router, damping, restarts, seed)
     _check_limits(near, memory, contexts=contexts, pairs=pairs, separated=separated)
     dense = as_language_model(model)
+    calibration = as_calibration(calibration, dense)
     layers = find_layers(dense.module, layer, proj)
-    _check_fit(dense, layers, neurons, calibration, rows)
+    _check_fit(layers, neurons, calibration, rows)
     request = Request(rows, _plain(neurons), contexts, pairs, separated, near, memory // 2)
     with ProgressBar("decomposing", enabled=progress) as bar:
         tables = _tables(dense, calibration, layers, request, memory // 2, bar)
@@ -219,7 +222,6 @@ def _check_limits(near: float, memory: int, **counts: int) -> None:
 
 
 def _check_fit(
-    model: LanguageModel,
     layers: Sequence[Layer],
     neurons: Neurons | None,
     calibration: CalibrationSet,
@@ -233,7 +235,6 @@ def _check_fit(
             )
         if neurons is not None:
             check_neurons(layer, neurons)
-    check_fits(calibration, model)
     if max(rows.experts) > calibration.n_tokens:
         raise InvalidInput(
             f"`experts` must be at most the number of tokens to calibrate on, "

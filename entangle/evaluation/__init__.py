@@ -9,7 +9,7 @@ from entangle.evaluation.pair_scores import PairScores, accuracy_difference
 from entangle.evaluation.pair_sources import load_minimal_pairs
 from entangle.evaluation.pairs import MinimalPairs
 from entangle.evaluation.perplexity import Perplexity, perplexity
-from entangle.evaluation.text import EvaluationText, load_evaluation
+from entangle.evaluation.text import EvaluationText, as_evaluation, load_evaluation
 
 __all__ = [
     "DenseReference",
@@ -19,6 +19,7 @@ __all__ = [
     "PairScores",
     "Perplexity",
     "accuracy_difference",
+    "as_evaluation",
     "compare_with_dense",
     "evaluate_models",
     "load_evaluation",

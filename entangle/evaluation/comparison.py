@@ -6,17 +6,18 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
+from entangle.calibration import Source
 from entangle.errors import InvalidInput
 from entangle.evaluation.perplexity import Perplexity, perplexity
-from entangle.evaluation.text import EvaluationText
-from entangle.models.loading import LanguageModel
+from entangle.evaluation.text import as_evaluation
+from entangle.models.loading import LanguageModel, as_language_model
 from entangle.seeding import numpy_rng
 from entangle.stats.intervals import Interval, percentiles, resampled_means
 
 
 def evaluate_models(
     models: Iterable[tuple[str, LanguageModel | nn.Module]],
-    text: EvaluationText,
+    text: Source,
     *,
     batch_size: int | None = None,
     progress: bool | None = None,
@@ -45,6 +46,7 @@ def evaluate_models(
     for label, model in models:
         if label in results:
             raise InvalidInput(f"every model must have a label of its own; got {label!r} twice.")
+        text = as_evaluation(text, as_language_model(model))
         results[label] = perplexity(model, text, batch_size=batch_size, progress=progress)
     return results
 
@@ -149,7 +151,6 @@ def perplexity_ratio(
         if n < 2 or not np.isfinite(gaps).all():
             return Interval(value, np.nan, np.nan)
         rng = numpy_rng(seed, "perplexity ratio")
-        tokens = np.full(n, result.n_tokens / n)
-        means = resampled_means(gaps, tokens, n_boot=n_boot, rng=rng)
+        means = resampled_means(gaps, result.window_tokens, n_boot=n_boot, rng=rng)
         low, high = np.exp(percentiles(means, level))
     return Interval(value, float(low), float(high))

@@ -6,10 +6,11 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from entangle.evaluation.forward import as_causal_model, check_fits
+from entangle.calibration import Source
+from entangle.evaluation.forward import as_causal_model
 from entangle.evaluation.losses import window_losses
 from entangle.evaluation.perplexity import Perplexity, window_memory, windows_in_a_pass
-from entangle.evaluation.text import EvaluationText
+from entangle.evaluation.text import as_evaluation
 from entangle.models.blocks import BlockRunner
 from entangle.models.loading import LanguageModel
 from entangle.progress import ProgressBar
@@ -32,7 +33,7 @@ class DenseReference:
         its embeddings, final norm and head whenever it is asked for logits, and does not check
         that they are as they were. Blocks must carry no hooks of their own that change outputs.
     text
-        From `load_evaluation`.
+        From `load_evaluation`, or what that takes.
     memory
         Bytes of hidden states in memory; what is beyond goes to a temporary file.
     batch_size
@@ -52,16 +53,15 @@ class DenseReference:
     def __init__(
         self,
         model: LanguageModel | nn.Module,
-        text: EvaluationText,
+        text: Source,
         *,
         memory: int = DEFAULT_MEMORY,
         batch_size: int | None = None,
         progress: bool | None = None,
     ) -> None:
-        self.text = text
-        """The text."""
         self._model = as_causal_model(model)
-        check_fits(self._model, text)
+        self.text = text = as_evaluation(text, self._model)
+        """The text."""
         self.batch_size = windows_in_a_pass(batch_size, self._model, text)
         """Windows that ran in one forward pass."""
         self._store = TokenStore(ByteBudget(memory))

@@ -138,13 +138,12 @@ def compare_with_dense(
             divergences.append(kl)
             agreements.append(agreed)
             bar.advance(len(ids))
-    positions = np.array(text.rows.lengths, dtype=np.int64) - 1
     return Divergence(
         perplexity=Perplexity.of(torch.cat(losses), text),
         dense=reference.perplexity,
         window_kl=torch.cat(divergences).numpy(),
         window_agreements=torch.cat(agreements).numpy(),
-        window_positions=positions,
+        window_positions=text.window_tokens,
     )
 
 

@@ -10,9 +10,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from entangle.calibration.calibration_set import check_ids
 from entangle.errors import InvalidInput, MemoryLimit
-from entangle.evaluation.text import EvaluationText
+from entangle.evaluation.text import EvaluationText, as_evaluation
 from entangle.models.loading import LanguageModel, as_language_model
 
 
@@ -39,12 +38,7 @@ def check_fits(model: LanguageModel, text: EvaluationText) -> None:
             "the text to evaluate on must be an EvaluationText, from entangle.load_evaluation; got "
             f"{type(text).__name__}."
         )
-    limit = model.context_length
-    if limit is not None and text.longest > limit:
-        raise InvalidInput(
-            f"`seq_len` must be at most the model's context, {limit}; got {text.longest}."
-        )
-    check_ids(text.windows, model.vocab_size)
+    as_evaluation(text, model)
 
 
 def next_token_logits(

@@ -10,15 +10,15 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from entangle.calibration import Source
 from entangle.errors import InvalidInput
 from entangle.evaluation.forward import (
     as_causal_model,
-    check_fits,
     memory_limit,
     next_token_logits,
 )
 from entangle.evaluation.losses import window_losses
-from entangle.evaluation.text import EvaluationText
+from entangle.evaluation.text import EvaluationText, as_evaluation
 from entangle.models.loading import LanguageModel
 from entangle.progress import ProgressBar
 from entangle.scalars import whole
@@ -85,6 +85,14 @@ class Perplexity:
         return int(np.count_nonzero(~np.isfinite(self.window_losses)))
 
     @property
+    def window_tokens(self) -> NDArray[np.float64]:
+        """Tokens counted in each window, shape (n_windows,): all alike where none was padded."""
+        known, n = self.protocol.get("window_tokens"), len(self.window_losses)
+        if known is None:
+            return np.full(n, self.n_tokens / n)
+        return np.array(known, dtype=np.float64)
+
+    @property
     def _total(self) -> float:
         return float(self.window_losses.sum())
 
@@ -95,7 +103,7 @@ class Perplexity:
 
 def perplexity(
     model: LanguageModel | nn.Module,
-    text: EvaluationText,
+    text: Source,
     *,
     batch_size: int | None = None,
     progress: bool | None = None,
@@ -108,7 +116,7 @@ def perplexity(
         A model from `entangle.load_model`, or a module that maps token ids (windows, tokens) to
         logits (windows, tokens, vocabulary) or to an object that has them as ``logits``.
     text
-        From `load_evaluation`.
+        From `load_evaluation`, or whatever else that takes, with its default settings.
     batch_size
         Windows in one forward pass, which only rounding depends on; by default as many as give
         2²⁷ logits.
@@ -128,7 +136,7 @@ def perplexity(
         If memory runs out.
     """
     language_model = as_causal_model(model)
-    check_fits(language_model, text)
+    text = as_evaluation(text, language_model)
     per_pass = windows_in_a_pass(batch_size, language_model, text)
     losses = []
     with ProgressBar("perplexity", enabled=progress) as bar, window_memory(per_pass):

@@ -15,20 +15,24 @@ from transformers import PreTrainedTokenizerBase
 
 from entangle.calibration import CalibrationSet
 from entangle.calibration.calibration_set import check_ids
+from entangle.calibration.given import Source, Wanted, find, label_of
 from entangle.calibration.joined_text import JoinedText
+from entangle.calibration.loading import empty_rows
 from entangle.calibration.padding import Rows
 from entangle.calibration.special_tokens import describe_tokenizer, special_tokens
-from entangle.calibration.texts import as_path, existing, open_texts, refuse
-from entangle.calibration.token_files import TokenFile, integer_ids, read_token_file
+from entangle.calibration.texts import TextSource, as_path, open_texts, refuse
+from entangle.calibration.token_files import TokenFile
 from entangle.calibration.tokens import first_tokens
+from entangle.calibration.windows import is_running
 from entangle.errors import InvalidInput
 from entangle.evaluation.windows import Cut
 from entangle.evaluation.words import count_predicted
-
-Source = str | Path | Tensor | NDArray[np.generic]
+from entangle.models.loading import LanguageModel
 
 DEFAULT_SPLIT = "test"
-_SPLITS = {"c4": "validation"}  # it has no test split
+_OTHERWISE = "validation"
+"""The split of a data set that has no split ``test``."""
+_SPLITS = {"c4": _OTHERWISE}  # it has no test split
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +61,7 @@ class EvaluationText:
             )
         checked = CalibrationSet(self.windows, self.source, self.settings, self.mask)
         object.__setattr__(self, "settings", MappingProxyType(dict(checked.settings)))
+        object.__setattr__(self, "windows", checked.ids)
         object.__setattr__(self, "mask", checked.mask)
         if (shortest := min(self.rows.lengths)) < 2:
             raise InvalidInput(
@@ -76,7 +81,12 @@ class EvaluationText:
     @property
     def n_tokens(self) -> int:
         """Tokens that are predicted and counted: all but each window's first, pads left out."""
-        return self.rows.ends[-1] - self.n_windows
+        return int(self.window_tokens.sum())
+
+    @property
+    def window_tokens(self) -> NDArray[np.int64]:
+        """Tokens that are predicted in each window, shape (n_windows,)."""
+        return np.array(self.rows.lengths, dtype=np.int64) - 1
 
     @property
     def longest(self) -> int:
@@ -94,13 +104,18 @@ class EvaluationText:
         return CalibrationSet(self.windows, self.source, {}, self.mask).digest
 
     def describe(self) -> dict[str, object]:
-        """Return the protocol: source, sizes, counts, digest and settings, JSON-serialisable."""
+        """Return the protocol: source, sizes, counts, digest and settings, JSON-serialisable.
+
+        Where there are pads, ``window_tokens`` has the predicted tokens of every window.
+        """
+        padded = {} if self.mask is None else {"window_tokens": self.window_tokens.tolist()}
         return {
             "source": self.source,
             "seq_len": self.seq_len,
             "stride": self.seq_len,
             "n_windows": self.n_windows,
             "n_tokens": self.n_tokens,
+            **padded,
             "n_words": self.n_words,
             "n_bytes": self.n_bytes,
             "digest": self.digest,
@@ -130,8 +145,9 @@ def load_evaluation(
     Parameters
     ----------
     source
-        As in `entangle.calibration.load_calibration`. Ids of shape (tokens,) are cut like a text;
-        the rows of ids of shape (rows, columns) are windows.
+        As in `entangle.calibration.load_calibration`. Ids of shape (tokens,), and one row that is
+        longer than ``seq_len`` or the context, are cut like a text; the rows of ids of shape (rows,
+        columns) are windows, without those in which there is nothing to predict.
     tokenizer
         Needed for a text, not used for token ids.
     seq_len
@@ -140,7 +156,8 @@ def load_evaluation(
     n_windows
         Take only the first windows, and read no more of the text than they need; None for all.
     split
-        Split of a data set; if not given ``test`` (``validation`` for ``c4``).
+        Split of a data set, or of a folder whose files are named by splits; if not given ``test``,
+        or ``validation`` where there is no ``test``, which is said.
     config, column
         As in `entangle.calibration.load_texts`.
     join
@@ -172,45 +189,55 @@ def load_evaluation(
     while the tokens' places are looked up.
     """
     cut = Cut(seq_len=seq_len, n_windows=n_windows, context_length=context_length)
-    label = _label(source)
+    label = label_of(source)
     names = {"split": split, "config": config, "column": column}
-    found = _find(source, label)
+    found = find(source, Wanted(split, config, column, (DEFAULT_SPLIT, _OTHERWISE), cut.n_windows))
     if isinstance(found, TokenFile):
-        refuse(label, **names, add_special_tokens=add_special_tokens or None)
+        refuse(label, add_special_tokens=add_special_tokens or None)
         text = _from_ids(found, cut, label)
     else:
-        text = _from_text(found, tokenizer, cut, join, add_special_tokens, names)
+        text = _from_text(found, label, tokenizer, cut, join, add_special_tokens, names)
     check_ids(text.windows, vocab_size)
     return text
 
 
-def _label(source: Source) -> str:
-    if isinstance(source, str | Path):
-        return str(source)
-    if not isinstance(source, Tensor | np.ndarray):
-        raise InvalidInput(
-            "`source` must be a name, a path, or an array of token ids; got "
-            f"{type(source).__name__}."
+def as_evaluation(source: Source, model: LanguageModel) -> EvaluationText:
+    """Return a text to evaluate on that fits a model.
+
+    Parameters
+    ----------
+    source
+        A text, which is returned as it is, or whatever else `load_evaluation` takes, with its
+        default settings.
+    model
+        Its tokenizer makes the tokens of a text.
+
+    Raises
+    ------
+    InvalidInput, UnknownName, Unavailable
+        If a window is longer than the model's context or an id no token of it; and as
+        `load_evaluation`.
+    """
+    limit = model.context_length
+    if not isinstance(source, EvaluationText):
+        return load_evaluation(
+            source, model.tokenizer, context_length=limit, vocab_size=model.vocab_size
         )
-    return f"{type(source).__name__} of shape {tuple(source.shape)}"
-
-
-def _find(source: Source, label: str) -> TokenFile | str | Path:
-    """Return the token ids if that is what the source holds, else the source of text."""
-    if not isinstance(source, str | Path):
-        return TokenFile(integer_ids(source, name=label), None)
-    path = as_path(source)
-    if path is None or path.suffix.lower() != ".safetensors":
-        return source
-    return read_token_file(existing(path))
+    if limit is not None and source.longest > limit:
+        raise InvalidInput(
+            f"`seq_len` must be at most the model's context, {limit}; got {source.longest}."
+        )
+    check_ids(source.windows, model.vocab_size)
+    return source
 
 
 def _from_ids(stored: TokenFile, cut: Cut, label: str) -> EvaluationText:
-    ids = stored.ids
-    if ids.ndim == 2:
-        windows = cut.rows(ids, where=label)
-        mask = None if stored.mask is None else stored.mask[: len(windows), : windows.shape[1]]
-        return EvaluationText(windows, label, {"cut": "rows"}, mask=mask)
+    if not is_running(stored.ids, cut.seq_len or cut.context_length):
+        windows, mask, left_out = cut.rows(stored.ids, where=label, mask=stored.mask)
+        settings = {"cut": "rows", **empty_rows(left_out, label, least=2)}
+        return EvaluationText(windows, label, settings, mask=mask)
+    ids = stored.ids if stored.mask is None else stored.ids[stored.mask]
+    ids = ids.flatten()
     windows = cut.running_text(ids, where=label)
     return EvaluationText(windows, label, {"cut": "contiguous", **_dropped(cut, ids, windows)})
 
@@ -223,20 +250,20 @@ class _KeptText(JoinedText):
 
 
 def _from_text(
-    source: str | Path,
+    source: str | Path | TextSource,
+    label: str,
     tokenizer: PreTrainedTokenizerBase | None,
     cut: Cut,
     join: str,
     add_special_tokens: bool,
     names: dict[str, str | None],
 ) -> EvaluationText:
-    where = repr(str(source))
+    where = repr(label)
     if tokenizer is None:
         raise InvalidInput(
             f"{where} is text, so it needs a tokenizer; pass the model's, or give token ids."
         )
-    names = {**names, "split": _split(source, names)}
-    opened = open_texts(source, **names)
+    opened = source if isinstance(source, TextSource) else _open(source, names)
     before = special_tokens(tokenizer)[0] if add_special_tokens else []
     text = _KeptText(opened.documents, join)
     length = max(cut.window - len(before), 1)
@@ -259,7 +286,17 @@ def _from_text(
         "n_documents": text.n_documents,
         **_dropped(cut, tokens.ids, windows[:, len(before) :]),
     }
-    return EvaluationText(windows, str(source), settings, counts.n_words, counts.n_bytes)
+    return EvaluationText(windows, label, settings, counts.n_words, counts.n_bytes)
+
+
+def _open(source: str | Path, names: Mapping[str, str | None]) -> TextSource:
+    """Open a named text at the split asked for, or else the first that there is."""
+    split, splits = _split(source, names), tuple[str, ...]()
+    if names["split"] is None and source != "demo":
+        splits = tuple(dict.fromkeys((split or DEFAULT_SPLIT, _OTHERWISE)))
+    return open_texts(
+        source, split=split, config=names["config"], column=names["column"], splits=splits
+    )
 
 
 def _split(source: str | Path, names: Mapping[str, str | None]) -> str | None:

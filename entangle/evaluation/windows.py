@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
 from torch import Tensor
 
+from entangle.calibration.padding import first_columns, real_rows
 from entangle.errors import InvalidInput
 from entangle.scalars import whole
 
@@ -65,24 +66,34 @@ class Cut:
         return torch.cat([head.expand(taken, -1), text], dim=1)
 
     def rows(
-        self, table: Int64[Tensor, "rows columns"], *, where: str
-    ) -> Int64[Tensor, "n_windows seq_len"]:
+        self,
+        table: Int64[Tensor, "rows columns"],
+        *,
+        where: str,
+        mask: Bool[Tensor, "rows columns"] | None = None,
+    ) -> tuple[Int64[Tensor, "n_windows seq_len"], Bool[Tensor, "n_windows seq_len"] | None, int]:
         """Return the first rows and columns of a table of ids, all of them if not asked.
+
+        Rows with fewer than 2 tokens beside their pads are left out, as nothing is predicted in
+        them; their number comes last. A row that is cut keeps its first tokens.
 
         Raises
         ------
         InvalidInput
             If the table has fewer, or its rows are longer than the model's context.
         """
+        table, mask, left_out = real_rows(table, mask, least=2)
         rows, columns = table.shape
         length = self.seq_len or columns
         whole("seq_len", length, least=2)
-        self._check_context(length)
+        self._check_context(length if mask is None else min(length, int(mask.sum(1).max())))
         if length > columns:
             raise InvalidInput(
                 f"`seq_len` must be at most {columns}, the columns of {where}; got {length}."
             )
-        return table[: self._taken(rows, where), :length].clone()
+        taken = self._taken(rows, where)
+        ids, mask = first_columns(table[:taken], None if mask is None else mask[:taken], length)
+        return ids.clone(), mask, left_out
 
     def _taken(self, available: int, where: str) -> int:
         taken = self.n_windows or available

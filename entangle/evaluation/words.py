@@ -1,15 +1,25 @@
-"""Words and bytes of the text that predicted tokens stand for."""
+"""Words and bytes of the text that predicted tokens stand for.
+
+A token's bytes are those of the text that it stands for, with what no token holds (white space, for
+some tokenizers) counted to the token after it: so the bytes of windows add up to those of the text.
+Where one character is several tokens, each has its own bytes if its name tells how many: the
+letters of a byte-level tokenizer, ``<0xE2>`` of one that falls back to bytes. Else, as where a
+ligature is written out before it is cut, the characters' bytes are shared evenly.
+"""
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int, Int64
+from jaxtyping import Int64
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 _WORD = re.compile(r"\S+")
+_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 @dataclass(frozen=True)
@@ -19,7 +29,21 @@ class TextCounts:
     n_words: int | None
     """Words, separated by white space, whose first character is in a predicted token."""
     n_bytes: int | None
-    """Bytes in UTF-8."""
+    """Bytes in UTF-8 of the text as it was given, before a tokenizer changes it (lower case,
+    NFKC)."""
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where all tokens of a text lie in it."""
+
+    ids: list[int]
+    starts: NDArray[np.int64]
+    """First character of each token."""
+    ends: NDArray[np.int64]
+    """The character after each token, never falling."""
+    shares: NDArray[np.bool_]
+    """Whether a token begins before the one ahead of it ends: they share a character."""
 
 
 def count_predicted(
@@ -45,23 +69,29 @@ def count_predicted(
     skipped
         Tokens at the beginning of a window that are not predicted: 0 or 1.
     """
-    ends = _ends(text, ids, tokenizer)
-    if ends is None:
+    places = _places(text, ids, tokenizer)
+    if places is None:
         return TextCounts(None, None)
-    length = len(ids) // n_windows
-    before_token = np.concatenate([[0], ends])  # where the token before a token ends
-    begins = before_token[skipped:-1:length]
-    closes = ends[length - 1 :: length]
     words = np.array([word.start() for word in _WORD.finditer(text)])
+    begins, closes = _windows(places.ends[: len(ids)], n_windows, skipped)
     n_words = (np.searchsorted(words, closes) - np.searchsorted(words, begins)).sum()
-    spans = zip(begins.tolist(), closes.tolist(), strict=True)
-    return TextCounts(int(n_words), sum(len(text[begin:end].encode()) for begin, end in spans))
+    begins, closes = _windows(_byte_ends(text, places, tokenizer)[: len(ids)], n_windows, skipped)
+    return TextCounts(int(n_words), int((closes - begins).sum()))
 
 
-def _ends(
+def _windows(
+    ends: NDArray[np.int64], n_windows: int, skipped: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return where the predicted part of every window begins and closes."""
+    length = len(ends) // n_windows
+    before_token = np.concatenate([[0], ends])  # where the token before a token ends
+    return before_token[skipped:-1:length], ends[length - 1 :: length]
+
+
+def _places(
     text: str, ids: Int64[Tensor, " tokens"], tokenizer: PreTrainedTokenizerBase
-) -> Int[np.ndarray, " tokens"] | None:
-    """Return the character after each token, or None if the tokenizer cannot tell."""
+) -> _Places | None:
+    """Return where the tokens lie, or None if the tokenizer cannot tell."""
     if not tokenizer.is_fast:
         return None
     encoded: Any = tokenizer(
@@ -74,4 +104,40 @@ def _ends(
     )
     if encoded["input_ids"][: len(ids)] != ids.tolist():
         return None
-    return np.array([end for _, end in encoded["offset_mapping"][: len(ids)]])
+    starts, own_ends = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
+    ends = np.maximum.accumulate(own_ends)
+    shares = np.zeros(len(ends), dtype=bool)
+    shares[1:] = (starts[1:] < ends[:-1]) & (starts[1:] < own_ends[1:])
+    return _Places(encoded["input_ids"], starts, ends, shares)
+
+
+def _byte_ends(text: str, places: _Places, tokenizer: PreTrainedTokenizerBase) -> NDArray[np.int64]:
+    """Return the byte of the text after each token, shape (tokens,), never falling."""
+    after = np.concatenate([[0], np.cumsum(_utf8_lengths(text))])
+    ends: NDArray[np.int64] = after[places.ends]
+    for first, last in _chains(places.shares):
+        begin = int(ends[first - 1]) if first else 0
+        names = list(tokenizer.convert_ids_to_tokens(places.ids[first : last + 1]))
+        ends[first : last + 1] = begin + _shared(names, int(ends[last]) - begin)
+    return ends
+
+
+def _utf8_lengths(text: str) -> NDArray[np.int64]:
+    codes = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+    return 1 + (codes > 0x7F).astype(np.int64) + (codes > 0x7FF) + (codes > 0xFFFF)
+
+
+def _chains(shares: NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
+    """Yield the first and last token of every run of tokens that share characters."""
+    places = np.flatnonzero(shares)
+    breaks = np.flatnonzero(np.diff(places) > 1) + 1
+    for run in np.split(places, breaks) if len(places) else ():
+        yield int(run[0]) - 1, int(run[-1])
+
+
+def _shared(names: list[str], total: int) -> NDArray[np.int64]:
+    """Return how many of ``total`` bytes lie up to the end of each of the tokens of these names."""
+    own = [1 if _BYTE.fullmatch(name) else len(name) for name in names]
+    if sum(own) == total:
+        return np.cumsum(own)
+    return np.arange(1, len(names) + 1) * total // len(names)

@@ -16,9 +16,15 @@ from torch import nn, tensor
 from entangle.allocation.allocation import Allocation
 from entangle.allocation.even import even
 from entangle.allocation.labels import zeros_digest
-from entangle.calibration import CalibrationSet
+from entangle.calibration import CalibrationSet, Source, as_calibration
 from entangle.errors import EntangleError, InvalidInput
-from entangle.evaluation import EvaluationText, Perplexity, perplexity, perplexity_ratio
+from entangle.evaluation import (
+    EvaluationText,
+    Perplexity,
+    as_evaluation,
+    perplexity,
+    perplexity_ratio,
+)
 from entangle.expansion.allocated import check_experts
 from entangle.expansion.arms import (
     DENSE,
@@ -84,8 +90,8 @@ class _Measured:
 
 def compare(
     model: LanguageModel | nn.Module | str,
-    calibration: CalibrationSet,
-    text: EvaluationText,
+    calibration: Source,
+    text: Source,
     chosen: Sequence[Arm],
     *,
     allocations: Sequence[Named] = (),
@@ -103,9 +109,9 @@ def compare(
     model
         Dense model; left unchanged.
     calibration
-        Text that the arms are fitted on.
+        Text that the arms are fitted on, as in `entangle.expand`.
     text
-        Text to evaluate on.
+        Text to evaluate on, as ``evaluation`` in `entangle.expand`.
     chosen
         From `arms`.
     allocations
@@ -136,6 +142,7 @@ def compare(
     """
     clock, seed = RunClock(), whole("seed", seed, least=0)
     dense = as_language_model(model)
+    calibration, text = as_calibration(calibration, dense), as_evaluation(text, dense)
     for arm in chosen:
         check_experts(arm.experts, tokens=calibration.n_tokens)
     bench = _Bench(dense, calibration, text, allocations, seed=check_seed(seed), memory=memory)

@@ -12,11 +12,9 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from entangle.calibration import CalibrationSet
-from entangle.calibration.calibration_set import check_ids
+from entangle.calibration import CalibrationSet, Source, as_calibration
 from entangle.errors import InvalidInput, MemoryLimit, unknown_name
-from entangle.evaluation import EvaluationText, Perplexity, window_losses
-from entangle.evaluation.forward import check_fits
+from entangle.evaluation import EvaluationText, Perplexity, as_evaluation, window_losses
 from entangle.expansion.allocated import (
     Allocated,
     check_shared,
@@ -98,7 +96,7 @@ class Expansion:
 
 def expand(
     model: LanguageModel | nn.Module | str,
-    calibration: CalibrationSet,
+    calibration: Source,
     *,
     experts: int = 16,
     sparsity: float | None = 0.7,
@@ -113,7 +111,7 @@ def expand(
     damping: float = 0.01,
     seed: int = 0,
     memory: int = DEFAULT_MEMORY,
-    evaluation: EvaluationText | None = None,
+    evaluation: Source | None = None,
     out: str | os.PathLike[str] | None = None,
     keep: bool = True,
     resume: bool = False,
@@ -132,7 +130,8 @@ def expand(
     model
         Left unchanged; the expanded model shares all tensors that were not replaced.
     calibration
-        Token ids that the routers and experts are fitted on.
+        Text that the routers and experts are fitted on: a calibration set, or whatever else
+        `entangle.load_calibration` takes, with its default settings.
     experts
         Experts (clusters) a layer; 1 is plain pruning.
     sparsity
@@ -155,8 +154,9 @@ def expand(
     memory
         Bytes for hidden states and recorded inputs; what is beyond goes to a temporary file.
     evaluation
-        Text whose hidden states follow the build, so that the perplexity is known at its end even
-        if the experts do not fit into memory.
+        Text (from `entangle.load_evaluation`, or what that takes) whose hidden states follow the
+        build, so that the perplexity is known at its end even if the experts do not fit into
+        memory.
     out
         Folder of the checkpoint (`entangle.load_expanded`). Blocks are written as they are made.
     keep
@@ -181,13 +181,11 @@ def expand(
     """
     clock = RunClock()
     dense = as_language_model(model)
-    _check_texts(calibration, evaluation)
+    calibration = as_calibration(calibration, dense)
+    text = None if evaluation is None else as_evaluation(evaluation, dense)
     memory = int(min(2**62, real("memory", memory)))
     restarts = whole("restarts", restarts, least=1)
     seed, damping, bits = whole("seed", seed, least=0), real("damping", damping), check_bits(bits)
-    check_ids(calibration.ids, dense.vocab_size)
-    if evaluation is not None:
-        check_fits(dense, evaluation)
     copied = structural_copy(dense.module)
     chosen = find_layers(copied, layers, proj)
     if proj == "mlp":
@@ -211,7 +209,7 @@ def expand(
         KIND,
         model=_describe_model(dense),
         calibration=calibration.describe(),
-        evaluation=None if evaluation is None else evaluation.describe(),
+        evaluation=None if text is None else text.describe(),
         settings=_settings(plan) | describe_allocation(allocation),
     )
     command = manifest.pop("command")
@@ -219,7 +217,7 @@ def expand(
     if out is not None:
         folder = BuildFolder(Path(out), manifest, resume=resume, force=force)
     sink = _Sink(plan, folder, copied, keep=keep)
-    streams = _streams(calibration, evaluation, dense.vocab_size, memory=memory // 4)
+    streams = _streams(calibration, text, dense.vocab_size, memory=memory // 4)
     with ProgressBar("expanding", enabled=progress) as bar, _memory_limit():
         bar.start(len(find_blocks(copied)[1]), "blocks")
         runner = build_blocks(
@@ -227,9 +225,9 @@ def expand(
             done=lambda index, expanded: sink.done(index, expanded, bar),
         )  # fmt: skip
         perplexity = None
-        if evaluation is not None:
+        if text is not None:
             losses = [window_losses(runner.leave(h, ids), ids) for ids, h in streams[1]]
-            perplexity = Perplexity.of(torch.cat(losses), evaluation)
+            perplexity = Perplexity.of(torch.cat(losses), text)
     costs = model_costs(dense.module, sink.rows)
     table = pd.DataFrame(sink.rows)
     made = {row["layer"] for row in sink.rows}
@@ -289,20 +287,6 @@ class _Sink:
         for one in () if self.keep else expanded:
             self._module.set_submodule(one.layer.name, one.layer.module)
         bar.advance()
-
-
-def _check_texts(calibration: CalibrationSet, evaluation: EvaluationText | None) -> None:
-    """Refuse anything but texts that were loaded."""
-    if not isinstance(calibration, CalibrationSet):
-        raise InvalidInput(
-            "`calibration` must be a CalibrationSet, from entangle.load_calibration; got "
-            f"{type(calibration).__name__}."
-        )
-    if evaluation is not None and not isinstance(evaluation, EvaluationText):
-        raise InvalidInput(
-            "`evaluation` must be an EvaluationText, from entangle.load_evaluation; got "
-            f"{type(evaluation).__name__}."
-        )
 
 
 def _plan(

@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import nn
 
 from entangle.ablation import check_scores_fit
-from entangle.calibration import CalibrationSet, load_calibration
+from entangle.calibration import Source, as_calibration
 from entangle.decomposition import Decomposition, load_decomposition
 from entangle.errors import InvalidInput
 from entangle.explorer.evidence import ExpertFinder, ModeFinder, Subject
@@ -21,7 +21,7 @@ DEFAULT_MEMORY = 2**30
 
 def explore(
     source: NeuronScores | LanguageModel | nn.Module | str | Path,
-    calibration: CalibrationSet | str | Path | None = None,
+    calibration: Source | None = None,
     *,
     model: LanguageModel | nn.Module | str | None = None,
     decomposition: Decomposition | str | Path | None = None,
@@ -47,9 +47,9 @@ def explore(
     source
         Scores, the folder of saved ones, or a model (or its name), whose neurons are then scored.
     calibration
-        Text that a model is scored and looked at on: a calibration set, or a name or path that
-        `entangle.load_calibration` accepts with its default settings. The demo text by default
-        where ``source`` is a model.
+        Text that a model is scored and looked at on: a calibration set, or whatever else
+        `entangle.load_calibration` takes, with its default settings. The demo text by default where
+        ``source`` is a model.
     model
         The model of the scores, so that modes and experts can be found; needs ``calibration``.
     decomposition
@@ -84,7 +84,7 @@ def explore(
         scores, subject = source, _subject(source, model, calibration)
     elif model is None:
         scored = as_language_model(str(source) if isinstance(source, Path) else source)
-        text = _text("demo" if calibration is None else calibration, scored)
+        text = as_calibration("demo" if calibration is None else calibration, scored)
         subject = Subject(scored, text)
         scores = score(scored, text, layers=layers, proj=proj, seed=seed, progress=progress)
     else:
@@ -103,7 +103,7 @@ def explore(
 def _subject(
     scores: NeuronScores,
     model: LanguageModel | nn.Module | str | None,
-    calibration: CalibrationSet | str | Path | None,
+    calibration: Source | None,
 ) -> Subject | None:
     if model is None:
         if calibration is not None:
@@ -113,18 +113,7 @@ def _subject(
         raise InvalidInput("`model` must come with `calibration`, the text that it is run on.")
     known = as_language_model(model)
     check_scores_fit(scores, known)
-    return Subject(known, _text(calibration, known))
-
-
-def _text(calibration: CalibrationSet | str | Path, model: LanguageModel) -> CalibrationSet:
-    if isinstance(calibration, CalibrationSet):
-        return calibration
-    return load_calibration(
-        calibration,
-        model.tokenizer,
-        context_length=model.context_length,
-        vocab_size=model.vocab_size,
-    )
+    return Subject(known, as_calibration(calibration, known))
 
 
 def _check_same_model(scores: NeuronScores, decomposition: Decomposition) -> None:

@@ -11,8 +11,7 @@ from jaxtyping import Float32
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from entangle.calibration import CalibrationSet
-from entangle.calibration.calibration_set import check_ids
+from entangle.calibration import CalibrationSet, Source, as_calibration
 from entangle.errors import InvalidInput
 from entangle.models.layers import Layer, find_layers
 from entangle.models.loading import LanguageModel, as_language_model
@@ -58,7 +57,7 @@ class NeuronModes:
 
 def neuron_modes(
     model: LanguageModel | nn.Module | str,
-    calibration: CalibrationSet,
+    calibration: Source,
     layer: str,
     neurons: Neurons,
     *,
@@ -75,7 +74,8 @@ def neuron_modes(
         A model from `entangle.load_model`, its name, or a module (whose tokens are then written as
         their ids).
     calibration
-        Token ids that the model runs on, once, up to the layer.
+        Text that the model runs on, once, up to the layer: a calibration set, or whatever else
+        `entangle.load_calibration` takes, with its default settings.
     layer
         Full dotted name of a layer.
     neurons
@@ -98,7 +98,7 @@ def neuron_modes(
     language_model = as_language_model(model)
     chosen = _one_layer(language_model.module, layer)
     index = check_neurons(chosen, neurons)
-    check_fits(calibration, language_model)
+    calibration = as_calibration(calibration, language_model)
     _check_counts(per_mode, window, seed)
     outputs = _outputs(language_model.module, calibration, chosen, index, progress)
     by_neuron = dict(zip(index, outputs, strict=True))
@@ -188,16 +188,6 @@ def check_neurons(layer: Layer, neurons: Neurons) -> list[int]:
     if len(set(index.tolist())) < index.size:
         raise InvalidInput(f"`neurons` must be different from one another; got {neurons!r}.")
     return [int(neuron) for neuron in index]
-
-
-def check_fits(calibration: CalibrationSet, model: LanguageModel) -> None:
-    """Raise `InvalidInput` where sequences are too long for the model, or a token is unknown."""
-    limit = model.context_length
-    if limit is not None and calibration.longest > limit:
-        raise InvalidInput(
-            f"`seq_len` must be at most {limit}, the model's context; got {calibration.longest}."
-        )
-    check_ids(calibration.ids, model.vocab_size)
 
 
 def _one_layer(module: nn.Module, name: str) -> Layer:

@@ -2,14 +2,12 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import nn
 
-from entangle.calibration import CalibrationSet, load_calibration
-from entangle.calibration.calibration_set import check_ids
+from entangle.calibration import CalibrationSet, Source, as_calibration
 from entangle.errors import InvalidInput, MemoryLimit
 from entangle.models.layers import Layer, asked_by_name, find_layers
 from entangle.models.loading import LanguageModel, as_language_model
@@ -31,7 +29,7 @@ EXACT_GROUPS, SKETCH_GROUPS = 16, 8
 
 def score(
     model: LanguageModel | nn.Module | str = "demo",
-    calibration: CalibrationSet | str | Path = "demo",
+    calibration: Source = "demo",
     *,
     layers: int | str | Sequence[int | str] = "all",
     proj: str | None = None,
@@ -50,8 +48,8 @@ def score(
     model
         A model from `entangle.load_model`, its name, or any module that takes token ids.
     calibration
-        A calibration set, or the name or path of one that `entangle.load_calibration` accepts with
-        its default settings.
+        A calibration set, or whatever else `entangle.load_calibration` takes, with its default
+        settings: a name, a path, strings, token ids.
     layers, proj
         Layers to score, as in `entangle.models.layers.find_layers`. Those that see no token in a
         forward pass are left out, and named in the manifest, unless they were asked for by name.
@@ -120,7 +118,7 @@ def score_layers(
     clock = RunClock()
     check_seed(seed)
     _check_readable(chosen)
-    calibration = _calibration(calibration, language_model)
+    calibration = as_calibration(calibration, language_model)
     resolved = _resolve_method(method, language_model, chosen, calibration, memory)
     groups = _n_groups(resolved, calibration.n_seq)
     per_pass = _batch_size(batch_size, calibration)
@@ -179,23 +177,6 @@ def _check_readable(layers: Sequence[Layer]) -> None:
                 f"the weights of layer {layer.name!r} are offloaded, so it cannot be scored; "
                 "choose a device map that keeps it on a device."
             )
-
-
-def _calibration(calibration: CalibrationSet | str | Path, model: LanguageModel) -> CalibrationSet:
-    if not isinstance(calibration, CalibrationSet):
-        return load_calibration(
-            calibration,
-            model.tokenizer,
-            context_length=model.context_length,
-            vocab_size=model.vocab_size,
-        )
-    limit = model.context_length
-    if limit is not None and calibration.longest > limit:
-        raise InvalidInput(
-            f"`seq_len` must be at most {limit}, the model's context; got {calibration.longest}."
-        )
-    check_ids(calibration.ids, model.vocab_size)
-    return calibration
 
 
 def _resolve_method(

@@ -24,11 +24,12 @@ def test_running_text_by_hand() -> None:
 
 def test_rows_by_hand() -> None:
     table = torch.arange(12).view(3, 4)
-    got = _cut().rows(table, where="x")
+    got, mask, left_out = _cut().rows(table, where="x")
+    assert (mask, left_out) == (None, 0)
     assert torch.equal(got, table)
     got[0, 0] = 99
     assert table[0, 0] == 0
-    assert _cut(seq_len=2, n_windows=1).rows(table, where="x").tolist() == [[0, 1]]
+    assert _cut(seq_len=2, n_windows=1).rows(table, where="x")[0].tolist() == [[0, 1]]
 
 
 @pytest.mark.parametrize(
