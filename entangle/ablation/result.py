@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from entangle.affixes import special_tokens_of
 from entangle.ablation.comparisons import ARM, RATIOS, SETTING, Compared
 from entangle.ablation.layer_sets import layer_set
 from entangle.errors import unknown_name
@@ -223,7 +224,8 @@ class AblationResult:
         text = described(self.manifest, "evaluation", "text", "source", default="minimal pairs")
         lines = [
             f"{len(self.frame.drop_duplicates(ARM)) - 1:,} arms and the dense model, neurons of "
-            f"{changed:,} layer(s), measured on {text}",
+            f"{changed:,} layer(s), measured on {text}, "
+            f"special tokens: {special_tokens_of(self.manifest, 'evaluation', 'text')}",
             f"{shown}; measured: {', '.join(measures)}",
         ]
         title = f"Ablation of {described(self.manifest, 'model', 'name')}"

@@ -8,9 +8,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from entangle.affixes import of_saved
 from entangle.calibration.calibration_set import CalibrationSet, check_ids
 from entangle.calibration.joined_text import JoinedText
-from entangle.calibration.special_tokens import describe_tokenizer, special_tokens
+from entangle.calibration.special_tokens import (
+    DEFAULT_POLICY,
+    affixes,
+    check_policy,
+    describe_tokenizer,
+    no_policy,
+)
 from entangle.calibration.texts import as_path, existing, open_texts, refuse
 from entangle.calibration.token_files import TokenFile, integer_ids, read_token_file
 from entangle.calibration.tokens import first_tokens, pool_tokens
@@ -34,14 +41,16 @@ def load_calibration(
     split: str | None = None,
     config: str | None = None,
     column: str | None = None,
-    add_special_tokens: bool = False,
+    special_tokens: str = DEFAULT_POLICY,
+    add_special_tokens: bool | None = None,
     context_length: int | None = None,
     vocab_size: int | None = None,
 ) -> CalibrationSet:
     """Build a calibration set from a text, a data set or token ids.
 
     Documents are joined by ``join`` and tokenised as one text, so that anyone can recompute the
-    tokens: ``tokenizer(join.join(documents), add_special_tokens=False)``.
+    tokens: ``tokenizer(join.join(documents), add_special_tokens=False)``, with the special tokens
+    of ``special_tokens`` around.
 
     Parameters
     ----------
@@ -66,8 +75,12 @@ def load_calibration(
         Put between documents, taken as it is (see `interpret_escapes`).
     split, config, column
         As in `load_texts`.
+    special_tokens
+        ``"model"``: around every sequence, within ``seq_len``, those that the model's tokenizer
+        puts around a text (see `entangle.calibration.habit`); ``"none"``; or ``"published"``, the
+        protocol of the SparseGPT code: once around the whole text, from which sequences are cut.
     add_special_tokens
-        Put the special tokens that the tokenizer adds to one text around every sequence.
+        The older option: True means ``"model"``, False ``"none"``.
     context_length, vocab_size
         The model's: longer sequences and ids outside [0, vocab_size) are refused.
 
@@ -88,14 +101,15 @@ def load_calibration(
         n_seq=n_seq, seq_len=seq_len, sampling=sampling, seed=seed, context_length=context_length
     )
     names = {"split": split, "config": config, "column": column}
+    policy = check_policy(special_tokens, add_special_tokens)
     label = _label(source)
     found = _find(source, label)
     mask: Mask = None
     if isinstance(found, TokenFile):
-        refuse(label, **names, add_special_tokens=add_special_tokens or None)
+        refuse(label, **names, **no_policy(special_tokens, add_special_tokens))
         ids, mask, settings = _from_ids(found, draw, label)
     else:
-        ids, settings = _from_text(found, tokenizer, draw, join, add_special_tokens, names)
+        ids, settings = _from_text(found, tokenizer, draw, join, policy, names)
     sizes = {"n_seq": ids.shape[0], "seq_len": ids.shape[1]}
     return CalibrationSet(check_ids(ids, vocab_size), label, {**sizes, **settings}, mask)
 
@@ -123,6 +137,7 @@ def _from_ids(
     if stored.ids.ndim == 2:
         ids = take_rows(stored.ids, draw, where=label)
         mask = None if stored.mask is None else stored.mask[: len(ids), : ids.shape[1]]
+        settings |= of_saved(stored.origin, whole=ids.shape[1] == stored.ids.shape[1])
         return ids, mask, {**settings, "sampling": "rows"}
     ids = cut_windows(stored.ids, draw, where=label)
     return ids, None, {**settings, **draw.settings(), "n_text_tokens": len(stored.ids)}
@@ -133,7 +148,7 @@ def _from_text(
     tokenizer: PreTrainedTokenizerBase | None,
     draw: Draw,
     join: str,
-    add_special_tokens: bool,
+    policy: str,
     names: dict[str, str | None],
 ) -> Cut:
     where = repr(str(source))
@@ -142,22 +157,25 @@ def _from_text(
             f"{where} is text, so it needs a tokenizer; pass the model's, or give token ids."
         )
     opened = open_texts(source, **names)
-    specials = special_tokens(tokenizer) if add_special_tokens else ([], [])
+    specials = affixes(tokenizer, policy)
     text = JoinedText(opened.documents, join)
+    complete = True
     if draw.sampling == "contiguous":
-        wanted = draw.sequences * max(draw.window - sum(map(len, specials)), 1)
+        wanted = draw.sequences * max(draw.window - sum(map(len, specials.around)), 1)
         tokens = first_tokens(text, tokenizer, wanted)
+        complete = len(tokens.ids) < wanted
     else:
         tokens = pool_tokens(text, tokenizer, draw.pool_characters)
+    running = specials.enclose(tokens.ids, complete=complete and tokens.whole_text)
     settings = {
         **opened.settings,
         **draw.settings(),
         "join": join,
-        "special_tokens": {"before": specials[0], "after": specials[1]},
+        "special_tokens": dict(specials.settings),
         "tokenizer": describe_tokenizer(tokenizer),
         "n_documents": text.n_documents,
         "n_characters": tokens.n_characters,
         "n_text_tokens": len(tokens.ids),
         "whole_text": tokens.whole_text,
     }
-    return cut_windows(tokens.ids, draw, where=where, specials=specials), settings
+    return cut_windows(running, draw, where=where, specials=specials.around), settings

@@ -29,6 +29,7 @@ def count_predicted(
     *,
     n_windows: int,
     skipped: int,
+    ends_of_text: tuple[int, int] = (0, 0),
 ) -> TextCounts:
     """Count words and bytes of the tokens that are predicted.
 
@@ -44,14 +45,18 @@ def count_predicted(
         Number of windows into which ``ids`` are cut, end to end.
     skipped
         Tokens at the beginning of a window that are not predicted: 0 or 1.
+    ends_of_text
+        Special tokens that stand in the first window before ``ids``, and in the last one after.
     """
     ends = _ends(text, ids, tokenizer)
     if ends is None:
         return TextCounts(None, None)
-    length = len(ids) // n_windows
+    first, last = ends_of_text
+    length = (first + len(ids) + last) // n_windows
+    starts = (np.arange(n_windows) * length + skipped - first).clip(0)
+    stops = (np.arange(1, n_windows + 1) * length - first).clip(max=len(ids))
     before_token = np.concatenate([[0], ends])  # where the token before a token ends
-    begins = before_token[skipped:-1:length]
-    closes = ends[length - 1 :: length]
+    begins, closes = before_token[starts], before_token[stops]
     words = np.array([word.start() for word in _WORD.finditer(text)])
     n_words = (np.searchsorted(words, closes) - np.searchsorted(words, begins)).sum()
     spans = zip(begins.tolist(), closes.tolist(), strict=True)

@@ -12,10 +12,11 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from entangle.affixes import shown
 from entangle.calibration import CalibrationSet
 from entangle.calibration.calibration_set import check_ids
 from entangle.errors import InvalidInput, MemoryLimit, unknown_name
-from entangle.evaluation import EvaluationText, Perplexity, window_losses
+from entangle.evaluation import EvaluationText, Perplexity
 from entangle.evaluation.forward import check_fits
 from entangle.expansion.allocated import (
     Allocated,
@@ -84,7 +85,10 @@ class Expansion:
             f"the dense model's cost times: {costs}",
         ]
         if self.perplexity is not None:
-            lines.append(f"perplexity {number(self.perplexity.value)}")
+            lines.append(
+                f"perplexity {number(self.perplexity.value)}, special tokens: "
+                f"{shown(self.perplexity.protocol.get('settings', {}))}"
+            )
         title = f"Expansion of {described(self.manifest, 'model', 'name')}"
         shown = [name for name in _SHOWN if name in self.layers.columns]
         return html_result(title, lines, self.layers[shown])
@@ -221,7 +225,7 @@ def expand(
         )  # fmt: skip
         perplexity = None
         if evaluation is not None:
-            losses = [window_losses(runner.leave(h, ids), ids) for ids, h in streams[1]]
+            losses = [evaluation.losses(runner.leave(h, ids), ids) for ids, h in streams[1]]
             perplexity = Perplexity.of(torch.cat(losses), evaluation)
     costs = model_costs(dense.module, sink.rows)
     table = pd.DataFrame(sink.rows)
