@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from entangle.affixes import special_tokens_of
 from entangle.ablation.comparisons import ARM, RATIOS, SETTING, Compared
 from entangle.ablation.layer_sets import layer_set
+from entangle.affixes import special_tokens_of
 from entangle.errors import unknown_name
 from entangle.html_tables import described, html_result
 from entangle.provenance import expanded, output_folder, read_manifest, read_table, write_json

@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from entangle.affixes import around_each
 from entangle.allocation.allocate import DEFAULT_MEMORY, allocate
 from entangle.allocation.allocation import Allocation
 from entangle.allocation.budget import InfeasibleBudget
@@ -18,7 +19,6 @@ from entangle.allocation.measurements import Measurements
 from entangle.allocation.registry import RULES
 from entangle.allocation.subject import find_subject
 from entangle.calibration import CalibrationSet
-from entangle.affixes import around_each
 from entangle.errors import InvalidInput, NumericalError, unknown_name
 from entangle.evaluation import EvaluationText
 from entangle.evaluation.perplexity import measure_perplexity

@@ -101,7 +101,7 @@ def added_by_itself(tokenizer: PreTrainedTokenizerBase) -> Sides:
 @cache
 def _stand_in() -> Encoding:
     """Return an encoded text of one token, of a vocabulary of its own."""
-    return Tokenizer(models.WordLevel({"text": 0}, unk_token="text")).encode("text")
+    return Tokenizer(models.WordLevel({"text": 0}, "text")).encode("text")
 
 
 def _built(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -20,8 +20,9 @@ def window_losses(
     """Return the summed next-token loss of every window.
 
     The logits at a position predict the token after it, so ``tokens − 1`` are predicted and the
-    last logits are not used; special tokens around the text are not counted. Each loss is computed in float32 and summed in float64, a window at a
-    time, so that it does not depend on the other windows of the batch.
+    last logits are not used; special tokens around the text are not counted. Each loss is computed
+    in float32 and summed in float64, a window at a time, so that it does not depend on the other
+    windows of the batch.
 
     Parameters
     ----------

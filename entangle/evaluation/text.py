@@ -87,8 +87,10 @@ class EvaluationText:
 
     @property
     def n_tokens(self) -> int:
-        """Tokens that are predicted and counted: all but each window's first, special ones around
-        the text and pads left out."""
+        """Tokens that are predicted and counted: all but each window's first.
+
+        Special ones around the text and pads are left out.
+        """
         return sum(self.n_predicted)
 
     @property

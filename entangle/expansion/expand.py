@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from entangle.affixes import shown
+from entangle.affixes import special_tokens_of
 from entangle.calibration import CalibrationSet
 from entangle.calibration.calibration_set import check_ids
 from entangle.errors import InvalidInput, MemoryLimit, unknown_name
@@ -87,7 +87,7 @@ class Expansion:
         if self.perplexity is not None:
             lines.append(
                 f"perplexity {number(self.perplexity.value)}, special tokens: "
-                f"{shown(self.perplexity.protocol.get('settings', {}))}"
+                f"{special_tokens_of(self.perplexity.protocol)}"
             )
         title = f"Expansion of {described(self.manifest, 'model', 'name')}"
         shown = [name for name in _SHOWN if name in self.layers.columns]
