@@ -55,16 +55,12 @@ class AffixEffect:
         )
 
     def describe(self) -> dict[str, object]:
-        """Return everything as JSON values."""
-        difference = self.difference if math.isfinite(self.difference) else None
-        return {
-            "used": self.used,
-            "other": self.other,
-            "loss": self.loss,
-            "other_loss": self.other_loss,
-            "n_tokens": self.n_tokens,
-            "difference": difference,
-        }
+        """Return everything as JSON values, None where a number is not finite."""
+        numbers = {
+            "loss": self.loss, "other_loss": self.other_loss, "difference": self.difference,
+        }  # fmt: skip
+        finite = {name: one if math.isfinite(one) else None for name, one in numbers.items()}
+        return {"used": self.used, "other": self.other, "n_tokens": self.n_tokens, **finite}
 
 
 def affix_effect(

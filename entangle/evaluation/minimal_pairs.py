@@ -37,7 +37,7 @@ def minimal_pair_scores(
     pairs: MinimalPairs,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
-    special_tokens: str = DEFAULT_POLICY,
+    special_tokens: str | None = None,
     batch_tokens: int = BATCH_TOKENS,
     progress: bool | None = None,
 ) -> PairScores:
@@ -58,8 +58,8 @@ def minimal_pair_scores(
     special_tokens
         ``"model"``: those that the model's tokenizer puts before a text or, if it puts none there,
         as ``"published"``, which is the harness's rule: the BOS token, or the EOS token of a
-        tokenizer without BOS; ``"none"``: nothing. No token is put behind: the rule scores the
-        sentence alone.
+        tokenizer without BOS; ``"none"``: nothing; by default as the pairs were loaded. No token
+        is put behind: the rule scores the sentence alone.
     batch_tokens
         Tokens in one forward pass, which only rounding depends on; fewer where they would give
         more than 2²⁷ logits. Sentences of equal length run together, so that there is no padding.
@@ -92,7 +92,8 @@ def minimal_pair_scores(
         raise InvalidInput("minimal pairs need a tokenizer; pass the model's as `tokenizer`.")
     if isinstance(batch_tokens, bool) or batch_tokens < 1:
         raise InvalidInput(f"`batch_tokens` must be at least 1; got {batch_tokens!r}.")
-    policy = check_policy(special_tokens)
+    asked = pairs.settings.get("special_tokens", DEFAULT_POLICY)
+    policy = check_policy(str(asked) if special_tokens is None else special_tokens)
     front = _front(own, policy)
     sentences = [*pairs.good, *pairs.bad]
     sequences = _encode(sentences, own, front)
