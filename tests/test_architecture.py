@@ -11,7 +11,16 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "entangle"
 FLOORS = (
     {"errors", "jupyter"},
-    {"seeding", "precision", "provenance", "progress", "html_tables", "kernels", "scalars"},
+    {
+        "seeding",
+        "precision",
+        "provenance",
+        "progress",
+        "html_tables",
+        "kernels",
+        "scalars",
+        "affixes",
+    },
     {"unfinished"},
     {"stats", "pruning", "routing"},
     {"models", "calibration", "plotting"},

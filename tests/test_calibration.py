@@ -37,6 +37,11 @@ def _load(source: Any, **options: Any) -> CalibrationSet:
     return load_calibration(source, tiny_tokenizer(), **options)
 
 
+def _adding(source: Any, **options: Any) -> CalibrationSet:
+    """Load with a tokenizer that puts <s> before and </s> after a text."""
+    return load_calibration(source, tiny_tokenizer(adds=True), **options)
+
+
 def _starts(tokens: int, length: int, n: int, seed: int) -> list[int]:
     """Recompute the starts without the package: the documented stream, one uniform draw each."""
     words = np.frombuffer(hashlib.sha256(b"calibration").digest(), dtype=np.uint32)
@@ -118,15 +123,14 @@ def test_pool_is_the_beginning_of_a_long_text(
 
 def test_special_tokens_stand_around_every_sequence(source: Path) -> None:
     ids = _ids("\n\n".join(TEXTS))
-    options = {"n_seq": 4, "seq_len": 7, "add_special_tokens": True}
-    got = _load(source, sampling="contiguous", **options)
+    options = {"n_seq": 4, "seq_len": 7}
+    got = _adding(source, sampling="contiguous", **options)
     assert got.ids.tolist() == [[1, *ids[5 * i : 5 * i + 5], 2] for i in range(4)]
-    assert got.settings["special_tokens"] == {"before": [1], "after": [2]}
-    drawn = _load(source, **options)
+    drawn = _adding(source, **options)
     starts = _starts(len(ids), 5, 4, 0)
     assert drawn.ids.tolist() == [[1, *ids[start : start + 5], 2] for start in starts]
     with pytest.raises(InvalidInput, match="room for text"):
-        _load(source, seq_len=2, add_special_tokens=True)
+        _adding(source, seq_len=2)
 
 
 def test_settings_tell_everything(source: Path) -> None:
@@ -144,7 +148,15 @@ def test_settings_tell_everything(source: Path) -> None:
         "n_files": 1,
         "column": "text",
         "join": "\n\n",
-        "special_tokens": {"before": [], "after": []},
+        "special_tokens": {
+            "policy": "model",
+            "before": [],
+            "after": [],
+            "before_tokens": [],
+            "after_tokens": [],
+            "habit": {"before": [], "after": [], "evidence": "none"},
+            "alternative": {"before": [1], "before_tokens": ["<s>"]},
+        },
         "n_documents": 4,
         "n_characters": len(text),
         "n_text_tokens": len(_ids(text)),
@@ -283,6 +295,7 @@ def test_options_of_a_text_for_ids() -> None:
     options_given: list[dict[str, Any]] = [
         {"split": "a"},
         {"column": "a"},
+        {"special_tokens": "published"},
         {"add_special_tokens": True},
     ]
     for options in options_given:
@@ -318,8 +331,8 @@ def test_text_that_is_too_short(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="needs 51; lower `seq_len` to at most 49"):
         _load(path, n_seq=1, seq_len=50)
     with pytest.raises(InvalidInput, match="to at most 51 or"):
-        _load(path, n_seq=1, seq_len=52, add_special_tokens=True)
-    assert _load(path, n_seq=1, seq_len=51, add_special_tokens=True).seq_len == 51
+        _adding(path, n_seq=1, seq_len=52)
+    assert _adding(path, n_seq=1, seq_len=51).seq_len == 51
 
 
 def test_empty_text(tmp_path: Path) -> None:

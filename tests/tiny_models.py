@@ -81,10 +81,10 @@ def _build(name: str) -> nn.Module:
 TINY: dict[str, Callable[[], nn.Module]] = {name: partial(_build, name) for name in CONFIGS}
 
 
-def tiny_tokenizer() -> hf.PreTrainedTokenizerFast:
+def tiny_tokenizer(*, adds: bool = False) -> hf.PreTrainedTokenizerFast:
     """Return a tokenizer with one token a character (ASCII and newline); decoding undoes encoding.
 
-    ``<s>`` and ``</s>`` are added around a text only with ``add_special_tokens=True``.
+    One that ``adds`` puts ``<s>`` and ``</s>`` around a text.
     """
     characters = ["\n", *map(chr, range(32, 127))]
     vocabulary = {token: i for i, token in enumerate([*SPECIAL.values(), *characters])}
@@ -92,7 +92,8 @@ def tiny_tokenizer() -> hf.PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
     ends = [("<s>", vocabulary["<s>"]), ("</s>", vocabulary["</s>"])]
-    tokenizer.post_processor = processors.TemplateProcessing("<s> $A </s>", None, ends)
+    template = "<s> $A </s>" if adds else "$A"
+    tokenizer.post_processor = processors.TemplateProcessing(template, None, ends if adds else [])
     fast: Any = hf.PreTrainedTokenizerFast
     wrapped: hf.PreTrainedTokenizerFast = fast(tokenizer_object=tokenizer, **SPECIAL)
     return wrapped

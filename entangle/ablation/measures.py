@@ -17,9 +17,10 @@ from entangle.evaluation import (
     accuracy_difference,
     compare_with_dense,
     minimal_pair_scores,
-    perplexity,
     perplexity_ratio,
 )
+from entangle.evaluation.affix_effect import affix_effect, tell
+from entangle.evaluation.perplexity import measure_perplexity
 from entangle.models.loading import LanguageModel
 from entangle.stats.intervals import Interval, window_mean_interval
 
@@ -95,6 +96,8 @@ class Meter:
     ) -> None:
         self._model, self._protocol, self._progress = model, protocol, progress
         self._reference: DenseReference | None = None
+        if protocol.text is not None and progress is not False:
+            tell(affix_effect(model, protocol.text.rows.sequence(0), protocol.text.settings))
         if "divergence" in protocol.measures and protocol.text is not None:
             self._reference = DenseReference(model, protocol.text, memory=memory, progress=progress)
         self.dense = self.measure()
@@ -111,7 +114,7 @@ class Meter:
             found["kl"] = seen.window_kl
             found["agreement"] = seen.window_agreements.astype(np.float64)
         elif text is not None and "perplexity" in self._protocol.measures:
-            found["loss"] = perplexity(self._model, text, progress=progress).window_losses
+            found["loss"] = measure_perplexity(self._model, text, progress=progress).window_losses
         if pairs is not None and "pairs" in self._protocol.measures:
             scores = minimal_pair_scores(self._model, pairs, progress=progress)
             found["good"], found["bad"] = scores.good, scores.bad

@@ -11,6 +11,7 @@ import pandas as pd
 
 from entangle.ablation.comparisons import ARM, RATIOS, SETTING, Compared
 from entangle.ablation.layer_sets import layer_set
+from entangle.affixes import special_tokens_of
 from entangle.errors import unknown_name
 from entangle.html_tables import described, html_result
 from entangle.provenance import expanded, output_folder, read_manifest, read_table, write_json
@@ -223,7 +224,8 @@ class AblationResult:
         text = described(self.manifest, "evaluation", "text", "source", default="minimal pairs")
         lines = [
             f"{len(self.frame.drop_duplicates(ARM)) - 1:,} arms and the dense model, neurons of "
-            f"{changed:,} layer(s), measured on {text}",
+            f"{changed:,} layer(s), measured on {text}, "
+            f"special tokens: {special_tokens_of(self.manifest, 'evaluation', 'text')}",
             f"{shown}; measured: {', '.join(measures)}",
         ]
         title = f"Ablation of {described(self.manifest, 'model', 'name')}"

@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from entangle.affixes import around_each
 from entangle.allocation.allocate import DEFAULT_MEMORY, allocate
 from entangle.allocation.allocation import Allocation
 from entangle.allocation.budget import InfeasibleBudget
@@ -19,7 +20,8 @@ from entangle.allocation.registry import RULES
 from entangle.allocation.subject import find_subject
 from entangle.calibration import CalibrationSet, Source, as_calibration
 from entangle.errors import InvalidInput, NumericalError, unknown_name
-from entangle.evaluation import EvaluationText, perplexity
+from entangle.evaluation import EvaluationText
+from entangle.evaluation.perplexity import measure_perplexity
 from entangle.models.layers import Layer
 from entangle.models.loading import LanguageModel, as_language_model
 from entangle.progress import ProgressBar
@@ -163,8 +165,9 @@ def split(calibration: CalibrationSet, held_out: float) -> tuple[CalibrationSet,
     settings = origin | {"sequences": f"last {count}"}
     pads = None if calibration.mask is None else calibration.mask[-count:]
     return first, EvaluationText(
-        calibration.ids[-count:].clone(), calibration.source, settings, mask=pads
-    )
+        calibration.ids[-count:].clone(), calibration.source, settings, mask=pads,
+        around=around_each(origin),
+    )  # fmt: skip
 
 
 class _StandIn:
@@ -179,7 +182,7 @@ class _StandIn:
     def loss(self, allocation: Allocation) -> float:
         """Return the mean loss of a predicted token in nats; infinite where it is not finite."""
         with self._pruned(allocation):
-            found = perplexity(self._measured.model, self._text, progress=False)
+            found = measure_perplexity(self._measured.model, self._text, progress=False)
         mean = float(found.window_losses.sum()) / found.n_tokens
         return mean if math.isfinite(mean) else math.inf
 

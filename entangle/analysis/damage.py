@@ -19,7 +19,7 @@ from entangle.ablation.routed_rows import RowIndices, chosen_rows
 from entangle.ablation.selection import Selection
 from entangle.calibration import Source
 from entangle.errors import InvalidInput, unknown_name
-from entangle.evaluation import EvaluationText, as_evaluation, window_losses
+from entangle.evaluation import EvaluationText, as_evaluation
 from entangle.evaluation.forward import as_causal_model
 from entangle.evaluation.perplexity import window_memory, windows_in_a_pass
 from entangle.expansion.build import HiddenStates
@@ -138,8 +138,7 @@ def single_neuron_damage(
     change = _Change(intervention, float(strength), means, pruned)
     per_pass = windows_in_a_pass(batch_size, dense, text)
     with ProgressBar("single neurons", enabled=progress) as bar, window_memory(per_pass):
-        batches = [ids for _, ids in text.rows.batches(per_pass)]
-        losses = _losses(dense, batches, chosen, change, memory, bar)
+        losses = _losses(dense, text, per_pass, chosen, change, memory, bar)
     boot = partial(window_difference_interval, n_boot=n_boot, seed=seed, level=level)
     return _table(chosen, change, losses, text, boot)
 
@@ -166,13 +165,15 @@ def _table(
 
 def _losses(
     model: LanguageModel,
-    batches: Sequence[Int64[Tensor, "_ tokens"]],
+    text: EvaluationText,
+    per_pass: int,
     chosen: Sequence[Chosen],
     change: _Change,
     memory: int,
     bar: Progress,
 ) -> dict[tuple[str, int], Losses]:
     """Return the windows' losses of the dense model and with each neuron changed."""
+    batches = [ids for _, ids in text.rows.batches(per_pass)]
     runner, found = BlockRunner(model.module), defaultdict[tuple[str, int], list[Tensor]](list)
     bar.start(len(batches) * len(list(_neurons(chosen))), "passes")
     with closing(HiddenStates(batches, memory=memory)) as states:
@@ -187,12 +188,12 @@ def _losses(
                         for later in range(block, runner.n_blocks):
                             end = runner.run(later, end, inputs)
                         logits = runner.leave(end, ids)
-                    found[layer.name, neuron].append(window_losses(logits, ids))
+                    found[layer.name, neuron].append(text.losses(logits, ids))
                     bar.advance()
             states.advance(runner, block)
         for ids, hidden in states:
             logits = runner.leave(hidden.to(model.device), ids)
-            found[_DENSE].append(window_losses(logits, ids))
+            found[_DENSE].append(text.losses(logits, ids))
     return {one: torch.cat(parts).numpy() for one, parts in found.items()}
 
 

@@ -6,10 +6,17 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from entangle.affixes import of_saved
 from entangle.calibration.calibration_set import CalibrationSet, check_ids
 from entangle.calibration.given import Source, Wanted, find, label_of
 from entangle.calibration.joined_text import JoinedText
-from entangle.calibration.special_tokens import describe_tokenizer, special_tokens
+from entangle.calibration.special_tokens import (
+    DEFAULT_POLICY,
+    affixes,
+    check_policy,
+    describe_tokenizer,
+    no_policy,
+)
 from entangle.calibration.texts import TextSource, open_texts, refuse
 from entangle.calibration.token_files import TokenFile
 from entangle.calibration.tokens import first_tokens, pool_tokens
@@ -36,14 +43,16 @@ def load_calibration(
     split: str | None = None,
     config: str | None = None,
     column: str | None = None,
-    add_special_tokens: bool = False,
+    special_tokens: str = DEFAULT_POLICY,
+    add_special_tokens: bool | None = None,
     context_length: int | None = None,
     vocab_size: int | None = None,
 ) -> CalibrationSet:
     """Build a calibration set from a text, a data set or token ids.
 
     Documents are joined by ``join`` and tokenised as one text, so that anyone can recompute the
-    tokens: ``tokenizer(join.join(documents), add_special_tokens=False)``.
+    tokens: ``tokenizer(join.join(documents), add_special_tokens=False)``, with the special tokens
+    of ``special_tokens`` around.
 
     Parameters
     ----------
@@ -77,8 +86,12 @@ def load_calibration(
         Put between documents, taken as it is (see `interpret_escapes`).
     split, config, column
         As in `load_texts`; also of `datasets` objects and tables.
+    special_tokens
+        ``"model"``: around every sequence, within ``seq_len``, those that the model's tokenizer
+        puts around a text (see `entangle.calibration.habit`); ``"none"``; or ``"published"``, the
+        protocol of the SparseGPT code: once around the whole text, from which sequences are cut.
     add_special_tokens
-        Put the special tokens that the tokenizer adds to one text around every sequence.
+        The older option: True means ``"model"``, False ``"none"``.
     context_length, vocab_size
         The model's: longer sequences and ids outside [0, vocab_size) are refused.
 
@@ -99,14 +112,15 @@ def load_calibration(
         n_seq=n_seq, seq_len=seq_len, sampling=sampling, seed=seed, context_length=context_length
     )
     names = {"split": split, "config": config, "column": column}
+    policy = check_policy(special_tokens, add_special_tokens)
     label = label_of(source)
     found = find(source, Wanted(split, config, column, (DEFAULT_SPLIT,), draw.n_seq))
     mask: Mask = None
     if isinstance(found, TokenFile):
-        refuse(label, add_special_tokens=add_special_tokens or None)
+        refuse(label, **no_policy(special_tokens, add_special_tokens))
         ids, mask, settings = _from_ids(found, draw, label)
     else:
-        ids, settings = _from_text(found, label, tokenizer, draw, join, add_special_tokens, names)
+        ids, settings = _from_text(found, label, tokenizer, draw, join, policy, names)
     sizes = {"n_seq": ids.shape[0], "seq_len": ids.shape[1]}
     made = CalibrationSet(ids, label, {**sizes, **settings}, mask)
     check_ids(made.ids, vocab_size)
@@ -149,6 +163,7 @@ def _from_ids(
     settings: dict[str, object] = {} if stored.origin is None else {"origin": stored.origin}
     if not is_running(stored.ids, draw.seq_len or draw.context_length):
         ids, mask, left_out = take_rows(stored.ids, draw, where=label, mask=stored.mask)
+        settings |= of_saved(stored.origin, whole=ids.shape[1] == stored.ids.shape[1])
         return ids, mask, {**settings, "sampling": "rows", **empty_rows(left_out, label)}
     running = stored.ids if stored.mask is None else stored.ids[stored.mask]
     running = running.flatten()
@@ -170,7 +185,7 @@ def _from_text(
     tokenizer: PreTrainedTokenizerBase | None,
     draw: Draw,
     join: str,
-    add_special_tokens: bool,
+    policy: str,
     names: dict[str, str | None],
 ) -> Cut:
     where = repr(label)
@@ -185,22 +200,25 @@ def _from_text(
             source, split=names["split"], config=names["config"], column=names["column"]
         )
     )
-    specials = special_tokens(tokenizer) if add_special_tokens else ([], [])
+    specials = affixes(tokenizer, policy)
     text = JoinedText(opened.documents, join)
+    complete = True
     if draw.sampling == "contiguous":
-        wanted = draw.sequences * max(draw.window - sum(map(len, specials)), 1)
+        wanted = draw.sequences * max(draw.window - sum(map(len, specials.around)), 1)
         tokens = first_tokens(text, tokenizer, wanted)
+        complete = len(tokens.ids) < wanted
     else:
         tokens = pool_tokens(text, tokenizer, draw.pool_characters)
+    running = specials.enclose(tokens.ids, complete=complete and tokens.whole_text)
     settings = {
         **opened.settings,
         **draw.settings(),
         "join": join,
-        "special_tokens": {"before": specials[0], "after": specials[1]},
+        "special_tokens": dict(specials.settings),
         "tokenizer": describe_tokenizer(tokenizer),
         "n_documents": text.n_documents,
         "n_characters": tokens.n_characters,
         "n_text_tokens": len(tokens.ids),
         "whole_text": tokens.whole_text,
     }
-    return cut_windows(tokens.ids, draw, where=where, specials=specials), settings
+    return cut_windows(running, draw, where=where, specials=specials.around), settings

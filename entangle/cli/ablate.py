@@ -345,5 +345,6 @@ def _pairs(arguments: argparse.Namespace, measures: Sequence[str]) -> "MinimalPa
     from entangle.evaluation import load_minimal_pairs
 
     return load_minimal_pairs(
-        arguments.pairs, n_per_paradigm=arguments.pairs_per_paradigm, seed=arguments.seed
-    )
+        arguments.pairs, n_per_paradigm=arguments.pairs_per_paradigm, seed=arguments.seed,
+        **options.special_tokens(arguments),
+    )  # fmt: skip

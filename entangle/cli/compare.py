@@ -75,6 +75,7 @@ def run(arguments: argparse.Namespace) -> None:
     model = options.load_model(arguments)
     calibration = options.load_calibration(arguments, model)
     text = options.load_evaluation(arguments, model, arguments.data)
+    options.tell_special_tokens(arguments, model, text)
     from entangle.expansion.compare import compare
     from entangle.expansion.comparison import at_equal_nonzeros
 

@@ -70,11 +70,7 @@ def add_parser(subparsers: options.Subparsers) -> None:
         "--join", default="\\n\\n", help="put between documents; \\n, \\t and \\\\ are understood "
         "(default: %(default)s)"
     )  # fmt: skip
-    group.add_argument(
-        "--special-tokens",
-        action="store_true",
-        help="begin every window with the tokenizer's special tokens",
-    )
+    options.add_special_tokens_option(group)
     parser.add_argument("--batch-size", type=int, help="windows in one forward pass")
     options.add_run_options(parser)
     parser.set_defaults(run=run)
@@ -104,7 +100,11 @@ def run(arguments: argparse.Namespace) -> None:
         KIND,
         models={label: model.describe() for label, model in models.items()},
         evaluation=text.describe(),
-        settings={"batch_size": arguments.batch_size, "seed": arguments.seed},
+        settings={
+            "batch_size": arguments.batch_size,
+            "seed": arguments.seed,
+            "special_tokens_effect": _effect(results[DENSE]),
+        },
         **clock.read(),
     )
     if arguments.out is not None:
@@ -113,6 +113,11 @@ def run(arguments: argparse.Namespace) -> None:
         print_json({"out": arguments.out, "manifest": manifest, "results": records(table)})
     else:
         print_results(table, results, text, out=arguments.out)
+
+
+def _effect(result: "Perplexity") -> dict[str, object] | None:
+    effect = result.special_tokens_effect
+    return None if effect is None else effect.describe()
 
 
 def load_models(arguments: argparse.Namespace) -> dict[str, "LanguageModel"]:
@@ -162,7 +167,7 @@ def load_text(arguments: argparse.Namespace, model: "LanguageModel") -> "Evaluat
         config=arguments.config,
         column=arguments.column,
         join=interpret_escapes(arguments.join),
-        add_special_tokens=arguments.special_tokens,
+        **options.special_tokens(arguments),
         context_length=model.context_length,
         vocab_size=model.vocab_size,
     )
@@ -199,7 +204,7 @@ def print_results(
     out: str | None,
 ) -> None:
     """Print the table, what is wrong with a result, and where it was written."""
-    shown = table.drop(columns=["ratio_low", "ratio_high", "flag"])
+    shown = table.drop(columns=["ratio_low", "ratio_high", "special_tokens", "flag"])
     shown.columns = shown.columns.str.replace("_", " ")
     interval = [
         f"[{low:.4g}, {high:.4g}]" for low, high in zip(table["ratio_low"], table["ratio_high"],
@@ -212,7 +217,8 @@ def print_results(
         shown = shown.drop(columns="× dense")
     print_table(
         shown,
-        title=f"Perplexity on {text.source} (windows of {text.seq_len:,} tokens, no overlap)",
+        title=f"Perplexity on {text.source} (windows of {text.seq_len:,} tokens, no overlap, "
+        f"special tokens: {text.special_tokens})",
         formats=FORMATS,
         optional=OPTIONAL,
     )

@@ -17,6 +17,7 @@ from entangle.cli import (
     expand,
     figures,
     layers,
+    options,
     score,
 )
 from entangle.errors import EntangleError
@@ -72,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> int:
-    arguments = build_parser().parse_args(argv)
+    given = sys.argv[1:] if argv is None else argv
+    arguments = build_parser().parse_args(options.spell_out(given))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
         arguments.run(arguments)

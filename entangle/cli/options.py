@@ -4,12 +4,16 @@ import argparse
 import re
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from entangle.affixes import POLICIES
 from entangle.errors import InvalidInput
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from entangle.allocation import Allocation
     from entangle.calibration import CalibrationSet
     from entangle.evaluation import EvaluationText
+    from entangle.evaluation.affix_effect import AffixEffect
     from entangle.models.loading import LanguageModel
 
 Number = TypeVar("Number", int, float)
@@ -176,11 +180,55 @@ def add_calibration_options(
         "--join", default="\\n\\n", help="put between documents; \\n, \\t and \\\\ are understood "
         "(default: %(default)s)"
     )  # fmt: skip
-    group.add_argument(
-        "--special-tokens", action="store_true", help="add the tokenizer's special tokens"
-    )
+    add_special_tokens_option(group)
     split = "train" if holds_back else None
     parser.set_defaults(default_n_seq=n_seq, default_seq_len=seq_len, demo_split=split)
+
+
+def add_special_tokens_option(group: argparse._ActionsContainer) -> None:
+    """Add which special tokens stand around sequences and windows."""
+    group.add_argument(
+        "--special-tokens",
+        nargs="?",
+        const="model",
+        choices=POLICIES,
+        help="around every sequence and window: model, as the model's tokenizer puts them around "
+        "a text; none; or published, once around the whole text, as the SparseGPT code "
+        "(default: model)",
+    )
+
+
+def special_tokens(arguments: argparse.Namespace) -> dict[str, str]:
+    """Return the policy of special tokens if one was asked for."""
+    asked = arguments.special_tokens
+    return {} if asked is None else {"special_tokens": asked}
+
+
+def spell_out(argv: "Sequence[str]") -> list[str]:
+    """Return the arguments with ``--special-tokens`` alone spelled ``--special-tokens=model``.
+
+    What follows it may be MODEL, which is no policy.
+    """
+    flag, shortest = "--special-tokens", len("--spe")
+    following = [*argv[1:], ""]
+    return [
+        f"{flag}=model"
+        if flag.startswith(one) and len(one) >= shortest and after not in POLICIES
+        else one
+        for one, after in zip(argv, following, strict=True)
+    ]
+
+
+def tell_special_tokens(
+    arguments: argparse.Namespace, model: "LanguageModel", text: "CalibrationSet | EvaluationText"
+) -> "AffixEffect | None":
+    """Say so where special tokens matter much to the model; return how much."""
+    from entangle.evaluation.affix_effect import affix_effect, tell
+
+    effect = affix_effect(model, text.rows.sequence(0), text.settings)
+    if not arguments.quiet:
+        tell(effect)
+    return effect
 
 
 def load_calibration(arguments: argparse.Namespace, model: "LanguageModel") -> "CalibrationSet":
@@ -204,7 +252,7 @@ def load_calibration(arguments: argparse.Namespace, model: "LanguageModel") -> "
         split=arguments.demo_split if unnamed else arguments.split,
         config=arguments.config,
         column=arguments.column,
-        add_special_tokens=arguments.special_tokens,
+        **special_tokens(arguments),
         context_length=limit,
         vocab_size=model.vocab_size,
     )
@@ -246,6 +294,7 @@ def load_evaluation(
         split=arguments.data_split,
         config=arguments.data_config,
         column=arguments.data_column,
+        **special_tokens(arguments),
         context_length=model.context_length,
         vocab_size=model.vocab_size,
     )

@@ -71,9 +71,11 @@ def run(arguments: argparse.Namespace) -> None:
     model = options.load_model(arguments)
     layers = arguments.layer or ["all"]
     find_layers(model.module, layers, arguments.proj)
+    calibration = options.load_calibration(arguments, model)
+    effect = options.tell_special_tokens(arguments, model, calibration)
     scores = score(
         model,
-        options.load_calibration(arguments, model),
+        calibration,
         layers=layers,
         proj=arguments.proj,
         method=arguments.method,
@@ -83,6 +85,8 @@ def run(arguments: argparse.Namespace) -> None:
         batch_size=arguments.batch_size,
         progress=not arguments.quiet,
     )
+    if effect is not None:
+        scores = scores.with_settings(special_tokens_effect=effect.describe())
     if arguments.out is not None:
         scores.save(arguments.out, force=arguments.force)
     if arguments.json:
@@ -153,7 +157,8 @@ def print_scores(scores: "NeuronScores", *, top: int, out: str | None, seed: int
     first = scores.layers.iloc[0]
     print_table(
         summary,
-        title=f"Wasserstein distance by layer ({first['method']}, {first['n_tokens']:,} tokens)",
+        title=f"Wasserstein distance by layer ({first['method']}, {first['n_tokens']:,} tokens, "
+        f"special tokens: {scores.special_tokens})",
         formats=FORMATS,
         optional=OPTIONAL,
     )

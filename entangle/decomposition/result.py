@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from entangle.affixes import special_tokens_of
 from entangle.decomposition.tables import COLUMNS
 from entangle.html_tables import described, html_result
 from entangle.provenance import expanded, output_folder, read_manifest, read_table, write_json
@@ -84,7 +85,8 @@ class Decomposition:
             f"{self.neurons['layer'].nunique():,} layer(s), {numbers} experts, "
             f"{described(self.manifest, 'settings', 'sparsity')} of the weights zero, "
             f"{described(self.manifest, 'calibration', 'n_tokens')} tokens of "
-            f"{described(self.manifest, 'calibration', 'source')}",
+            f"{described(self.manifest, 'calibration', 'source')}, "
+            f"special tokens: {special_tokens_of(self.manifest, 'calibration')}",
             "the neurons looked at closely:",
         ]
         title = f"Decomposition of {described(self.manifest, 'model', 'name')}"

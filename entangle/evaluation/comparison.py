@@ -6,9 +6,10 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
+from entangle.affixes import shown
 from entangle.calibration import Source
 from entangle.errors import InvalidInput
-from entangle.evaluation.perplexity import Perplexity, perplexity
+from entangle.evaluation.perplexity import Perplexity, measure_perplexity, perplexity
 from entangle.evaluation.text import as_evaluation
 from entangle.models.loading import LanguageModel, as_language_model
 from entangle.seeding import numpy_rng
@@ -23,6 +24,8 @@ def evaluate_models(
     progress: bool | None = None,
 ) -> dict[str, Perplexity]:
     """Measure the perplexity of several models on one text.
+
+    How much special tokens matter is measured of the first one (see `perplexity`).
 
     Parameters
     ----------
@@ -47,7 +50,8 @@ def evaluate_models(
         if label in results:
             raise InvalidInput(f"every model must have a label of its own; got {label!r} twice.")
         text = as_evaluation(text, as_language_model(model))
-        results[label] = perplexity(model, text, batch_size=batch_size, progress=progress)
+        measure = measure_perplexity if results else perplexity
+        results[label] = measure(model, text, batch_size=batch_size, progress=progress)
     return results
 
 
@@ -67,7 +71,8 @@ def perplexity_table(
     -------
     pandas.DataFrame
         Columns ``model``, ``perplexity``, ``ratio`` with its 95 % interval ``ratio_low`` and
-        ``ratio_high``, ``word_perplexity``, ``bits_per_byte``, ``windows``, ``tokens``, ``flag``.
+        ``ratio_high``, ``word_perplexity``, ``bits_per_byte``, ``windows``, ``tokens``,
+        ``special_tokens`` (those around every window, in words), ``flag``.
 
     Raises
     ------
@@ -91,6 +96,7 @@ def perplexity_table(
                 "bits_per_byte": result.bits_per_byte,
                 "windows": len(result.window_losses),
                 "tokens": result.n_tokens,
+                "special_tokens": shown(result.protocol.get("settings", {})),
                 "flag": result.flag,
             }
         )

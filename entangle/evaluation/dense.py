@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from entangle.calibration import Source
 from entangle.evaluation.forward import as_causal_model
-from entangle.evaluation.losses import window_losses
 from entangle.evaluation.perplexity import Perplexity, window_memory, windows_in_a_pass
 from entangle.evaluation.text import as_evaluation
 from entangle.models.blocks import BlockRunner
@@ -72,7 +71,7 @@ class DenseReference:
             for _, ids in text.rows.batches(self.batch_size):
                 hidden = self._last_hidden(ids)
                 self._store.append(hidden.flatten(0, -2))
-                losses.append(window_losses(self._runner.leave(hidden, ids), ids))
+                losses.append(text.losses(self._runner.leave(hidden, ids), ids))
                 bar.advance(len(ids))
         self.perplexity = Perplexity.of(torch.cat(losses), text)
         """Of the dense model."""

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from entangle.errors import InvalidInput, unknown_name
 from entangle.evaluation.dense import DenseReference
 from entangle.evaluation.forward import as_causal_model, check_fits, next_token_logits
-from entangle.evaluation.losses import window_losses
 from entangle.evaluation.perplexity import Perplexity, window_memory, windows_in_a_pass
 from entangle.models.loading import LanguageModel
 from entangle.precision import accumulator_dtype
@@ -131,10 +130,11 @@ def compare_with_dense(
         bar.start(text.n_windows, "windows")
         for start, ids in text.rows.batches(per_pass):
             changed = next_token_logits(language_model, ids)
-            losses.append(window_losses(changed, ids))
+            losses.append(text.losses(changed, ids))
             dense = reference.logits(start, start + len(ids)).to(changed.device)
             _check_vocabulary(changed, dense)
-            kl, agreed = _compare(dense[:, :-1], changed[:, :-1])
+            counted = slice(text.first_predicted - 1, ids.shape[1] - 1 - text.around[1])
+            kl, agreed = _compare(dense[:, counted], changed[:, counted])
             divergences.append(kl)
             agreements.append(agreed)
             bar.advance(len(ids))

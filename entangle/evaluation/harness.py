@@ -2,12 +2,15 @@
 
 import copy
 import logging
+from collections.abc import Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from tokenizers import Tokenizer, processors
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from entangle.calibration.special_tokens import DEFAULT_POLICY, affixes, check_policy
 from entangle.errors import InvalidInput, Unavailable
 from entangle.models.loading import LanguageModel, as_language_model
 
@@ -20,6 +23,7 @@ def harness_model(
     model: LanguageModel | nn.Module | str,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
+    special_tokens: str = DEFAULT_POLICY,
     batch_size: int = 1,
 ) -> "HarnessModel":
     """Wrap a model for ``lm_eval.simple_evaluate(model=harness_model(model), tasks=[...])``.
@@ -31,6 +35,12 @@ def harness_model(
         weights or layers were changed. It is not copied.
     tokenizer
         Replaces the model's own.
+    special_tokens
+        ``"model"``: those that the model's tokenizer puts before a text stand before every context
+        and every text, once; ``"none"``: no context gets any; ``"published"``: as the harness does
+        without being told, which puts some tokenizers' BOS twice before a text whose perplexity is
+        measured. In front of an empty context, and of a text of a model with no such habit, the
+        harness always puts one token, BOS or EOS.
     batch_size
         Sequences in one forward pass.
 
@@ -56,27 +66,70 @@ def harness_model(
         )
     if own is None:
         raise InvalidInput("the harness needs a tokenizer; pass the model's as `tokenizer`.")
-    wrapper = _wrapper_class()
-    logger = logging.getLogger(wrapper.__module__)
+    policy = check_policy(special_tokens)
+    copied, settings = copy.deepcopy(own), _settings(own, policy)
+    if policy == "model":
+        _add_in_front(copied, affixes(own, policy).before)
+    wrapper = _wrapper_class(once=policy == "model")
+    logger = logging.getLogger("lm_eval.models.huggingface")
     level = logger.level
     logger.setLevel(logging.ERROR)  # its warnings tell that the model is in memory, as is meant
     try:
         return wrapper(
             pretrained=module,
             backend="causal",
-            tokenizer=copy.deepcopy(own),
+            tokenizer=copied,
             max_length=language_model.context_length,
             batch_size=batch_size,
+            **settings,
         )
     finally:
         logger.setLevel(level)
 
 
-def _wrapper_class() -> Any:
+def _settings(tokenizer: PreTrainedTokenizerBase, policy: str) -> dict[str, Any]:
+    """Return the harness's own options that a policy amounts to."""
+    if policy == "published":
+        return {}
+    before = affixes(tokenizer, policy).before
+    if not before:
+        return {"add_bos_token": False}
+    return {"add_bos_token": True, "prefix_token_id": before[-1]}
+
+
+def _add_in_front(tokenizer: PreTrainedTokenizerBase, before: Sequence[int]) -> None:
+    """Make a fast tokenizer put exactly these tokens in front of a text, and none behind it."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(backend, Tokenizer):
+        return
+    names = [str(tokenizer.convert_ids_to_tokens(token)) for token in before]
+    pairs = list(zip(names, before, strict=True))
+    template: Any = processors.TemplateProcessing
+    backend.post_processor = template([*names, "$A"], None, pairs)
+
+
+def _wrapper_class(*, once: bool) -> Any:
+    """Return the harness's class; one that puts the tokens before a whole text ``once``.
+
+    The harness puts its prefix token before the tokens of a text whose log-likelihood it sums
+    (``loglikelihood_rolling``), those that the tokenizer adds among them.
+    """
     try:
-        return import_module("lm_eval.models.huggingface").HFLM
+        known = import_module("lm_eval.models.huggingface").HFLM
     except ImportError as error:
         raise Unavailable(
             f"the evaluation harness cannot be imported ({error}); install it with "
             "`pip install 'entangle[harness]'`."
         ) from error
+
+    if not once:
+        return known
+
+    def loglikelihood_rolling(self: Any, *args: Any, **kwargs: Any) -> Any:
+        kept, self.add_bos_token = self.add_bos_token, False
+        try:
+            return known.loglikelihood_rolling(self, *args, **kwargs)
+        finally:
+            self.add_bos_token = kept
+
+    return type(known.__name__, (known,), {"loglikelihood_rolling": loglikelihood_rolling})

@@ -12,13 +12,17 @@ LOGITS_AT_ONCE = 2**24
 
 
 def window_losses(
-    logits: Float[Tensor, "windows tokens vocabulary"], ids: Int64[Tensor, "windows tokens"]
+    logits: Float[Tensor, "windows tokens vocabulary"],
+    ids: Int64[Tensor, "windows tokens"],
+    *,
+    around: tuple[int, int] = (0, 0),
 ) -> Float[Tensor, " windows"]:
     """Return the summed next-token loss of every window.
 
     The logits at a position predict the token after it, so ``tokens − 1`` are predicted and the
-    last logits are not used. Each loss is computed in float32 and summed in float64, a window at a
-    time, so that it does not depend on the other windows of the batch.
+    last logits are not used; special tokens around the text are not counted. Each loss is computed
+    in float32 and summed in float64, a window at a time, so that it does not depend on the other
+    windows of the batch.
 
     Parameters
     ----------
@@ -26,6 +30,8 @@ def window_losses(
         Shape (windows, tokens, vocabulary), any floating-point dtype and device.
     ids
         The tokens that went in, shape (windows, tokens).
+    around
+        Special tokens at the beginning and at the end of every window.
 
     Returns
     -------
@@ -35,12 +41,14 @@ def window_losses(
     Raises
     ------
     InvalidInput
-        If a window has fewer than 2 tokens or an id is outside the vocabulary.
+        If no token of a window is predicted or an id is outside the vocabulary.
     """
     windows, tokens, vocabulary = logits.shape
-    if windows == 0 or tokens < 2:
+    first, last = max(around[0], 1), tokens - around[1]
+    if windows == 0 or last <= first:
         raise InvalidInput(
-            f"`ids` must hold at least 1 window of 2 tokens; got shape ({windows}, {tokens})."
+            f"`ids` must hold at least 1 window of {1 + first + around[1]} tokens; got shape "
+            f"({windows}, {tokens})."
         )
     low, high = (int(bound) for bound in torch.aminmax(ids))
     if low < 0 or high >= vocabulary:
@@ -49,10 +57,10 @@ def window_losses(
             f"got {low if low < 0 else high}."
         )
     rows = max(1, LOGITS_AT_ONCE // vocabulary)
-    targets = ids[:, 1:].to(logits.device)
+    targets = ids[:, first:last].to(logits.device)
     losses = [
         functional.cross_entropy(part.float(), target, reduction="none")
-        for window, target_row in zip(logits[:, :-1], targets, strict=True)
+        for window, target_row in zip(logits[:, first - 1 : last - 1], targets, strict=True)
         for part, target in zip(window.split(rows), target_row.split(rows), strict=True)
     ]
-    return torch.cat(losses).cpu().double().view(windows, tokens - 1).sum(1)
+    return torch.cat(losses).cpu().double().view(windows, last - first).sum(1)

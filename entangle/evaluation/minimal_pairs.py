@@ -11,7 +11,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from entangle.calibration.calibration_set import check_ids
-from entangle.calibration.special_tokens import describe_tokenizer
+from entangle.calibration.special_tokens import (
+    DEFAULT_POLICY,
+    affixes,
+    check_policy,
+    describe_tokenizer,
+)
 from entangle.errors import InvalidInput
 from entangle.evaluation.forward import as_causal_model, memory_limit, next_token_logits
 from entangle.evaluation.losses import window_losses
@@ -32,14 +37,15 @@ def minimal_pair_scores(
     pairs: MinimalPairs,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
+    special_tokens: str | None = None,
     batch_tokens: int = BATCH_TOKENS,
     progress: bool | None = None,
 ) -> PairScores:
     """Measure the log-probability of both sentences of every pair.
 
-    A sentence, with a space before it, is tokenised without special tokens and put after the
-    tokenizer's BOS token, or its EOS token if it has no BOS; the log-probabilities of all tokens
-    after that one are added. Without either token, the sentence's first token is not counted.
+    A sentence, with a space before it, is tokenised without special tokens and put after those
+    that ``special_tokens`` says; the log-probabilities of the sentence's own tokens are added. With
+    nothing in front, the sentence's first token is not counted.
 
     Parameters
     ----------
@@ -49,6 +55,11 @@ def minimal_pair_scores(
         From `load_minimal_pairs`.
     tokenizer
         Replaces the model's own.
+    special_tokens
+        ``"model"``: those that the model's tokenizer puts before a text or, if it puts none there,
+        as ``"published"``, which is the harness's rule: the BOS token, or the EOS token of a
+        tokenizer without BOS; ``"none"``: nothing; by default as the pairs were loaded. No token
+        is put behind: the rule scores the sentence alone.
     batch_tokens
         Tokens in one forward pass, which only rounding depends on; fewer where they would give
         more than 2²⁷ logits. Sentences of equal length run together, so that there is no padding.
@@ -81,26 +92,39 @@ def minimal_pair_scores(
         raise InvalidInput("minimal pairs need a tokenizer; pass the model's as `tokenizer`.")
     if isinstance(batch_tokens, bool) or batch_tokens < 1:
         raise InvalidInput(f"`batch_tokens` must be at least 1; got {batch_tokens!r}.")
-    first = own.eos_token_id if own.bos_token_id is None else own.bos_token_id
+    asked = pairs.settings.get("special_tokens", DEFAULT_POLICY)
+    policy = check_policy(str(asked) if special_tokens is None else special_tokens)
+    front = _front(own, policy)
     sentences = [*pairs.good, *pairs.bad]
-    sequences = _encode(sentences, own, first)
-    _check_sequences(sequences, sentences, language_model)
+    sequences = _encode(sentences, own, front)
+    _check_sequences(sequences, sentences, language_model, max(len(front), 1))
     per_pass = min(batch_tokens, LOGITS_IN_A_PASS // language_model.vocab_size)
-    scores = _score(language_model, sequences, per_pass, progress)
+    scores = _score(language_model, sequences, len(front), per_pass, progress)
     settings = {
         "rule": "summed log-probability, as lm-evaluation-harness's blimp",
         "before_sentence": _BEFORE,
-        "first_token": first,
-        "sentence_token_not_counted": first is None,
+        "special_tokens": policy,
+        "before_tokens": [str(own.convert_ids_to_tokens(token)) for token in front],
+        "first_token": front[0] if front else None,
+        "sentence_token_not_counted": not front,
         "tokenizer": describe_tokenizer(own),
     }
     return PairScores(scores[: pairs.n_pairs], scores[pairs.n_pairs :], pairs, settings)
 
 
+def _front(tokenizer: PreTrainedTokenizerBase, policy: str) -> list[int]:
+    """Return the special tokens in front of every sentence."""
+    if policy == "none":
+        return []
+    habit = affixes(tokenizer, policy).before if policy == "model" else ()
+    ends = tokenizer.bos_token_id, tokenizer.eos_token_id
+    return list(habit) or [token for token in ends if token is not None][:1]
+
+
 def _encode(
-    sentences: Sequence[str], tokenizer: PreTrainedTokenizerBase, first: int | None
+    sentences: Sequence[str], tokenizer: PreTrainedTokenizerBase, front: list[int]
 ) -> list[list[int]]:
-    """Return the token ids of each sentence, the first of which is not predicted."""
+    """Return the token ids of each sentence after those in front."""
     encoded: Any = tokenizer(
         [_BEFORE + sentence for sentence in sentences],
         add_special_tokens=False,
@@ -108,20 +132,21 @@ def _encode(
         return_token_type_ids=False,
     )
     ids: list[list[int]] = encoded["input_ids"]
-    if first is None:
-        return ids
-    return [row if row[:1] == [first] else [first, *row] for row in ids]
+    return [row if row[: len(front)] == front else [*front, *row] for row in ids]
 
 
 def _check_sequences(
-    sequences: Sequence[Sequence[int]], sentences: Sequence[str], model: LanguageModel
+    sequences: Sequence[Sequence[int]],
+    sentences: Sequence[str],
+    model: LanguageModel,
+    n_first: int,
 ) -> None:
     limit = model.context_length
     for row, sentence in zip(sequences, sentences, strict=True):
-        if len(row) < 2:
+        if len(row) <= n_first:
             raise InvalidInput(
                 f"a sentence must have a token to predict; {sentence!r} has {len(row)} token(s) "
-                "in all, and the first is not predicted."
+                f"in all, and the first {n_first} is not predicted."
             )
         if limit is not None and len(row) > limit:
             raise InvalidInput(
@@ -132,15 +157,20 @@ def _check_sequences(
 
 
 def _score(
-    model: LanguageModel, sequences: Sequence[Sequence[int]], per_pass: int, progress: bool | None
+    model: LanguageModel,
+    sequences: Sequence[Sequence[int]],
+    n_front: int,
+    per_pass: int,
+    progress: bool | None,
 ) -> NDArray[np.float64]:
-    scores = np.empty(len(sequences))
+    scores, around = np.empty(len(sequences)), (n_front, 0)
     lower = "batch_tokens"
     with ProgressBar("minimal pairs", enabled=progress) as bar:
         bar.start(len(sequences), "sentences")
         for places, ids in _batches(sequences, per_pass):
             with memory_limit(f"{ids.numel()} tokens", lower=lower):
-                scores[places] = -window_losses(next_token_logits(model, ids), ids).numpy()
+                logits = next_token_logits(model, ids)
+                scores[places] = -window_losses(logits, ids, around=around).numpy()
             bar.advance(len(places))
     return scores
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from entangle.calibration.files import json_object, readable
 from entangle.calibration.hub import HubRequest, hub_request, plain_errors
+from entangle.calibration.special_tokens import DEFAULT_POLICY, check_policy
 from entangle.calibration.texts import as_path
 from entangle.errors import InvalidInput, unknown_name
 from entangle.evaluation.pairs import MinimalPairs, check_pair
@@ -49,6 +50,7 @@ def load_minimal_pairs(
     paradigms: Sequence[str] | None = None,
     n_per_paradigm: int | None = None,
     seed: int = 0,
+    special_tokens: str = DEFAULT_POLICY,
 ) -> MinimalPairs:
     """Read minimal pairs in the form of BLiMP.
 
@@ -69,6 +71,8 @@ def load_minimal_pairs(
         Which ones does not depend on the other paradigms. They stay in their order.
     seed
         Of that draw.
+    special_tokens
+        What `minimal_pair_scores` puts in front of a sentence unless it is told otherwise there.
 
     Returns
     -------
@@ -90,6 +94,7 @@ def load_minimal_pairs(
     Warstadt et al., BLiMP: The Benchmark of Linguistic Minimal Pairs for English, TACL 2020.
     """
     _check_options(paradigms, n_per_paradigm)
+    policy = check_policy(special_tokens)
     check_seed(seed)
     path = None if source == "blimp" else as_path(source)
     if path is None:
@@ -103,6 +108,7 @@ def load_minimal_pairs(
         "chosen": None if paradigms is None else list(paradigms),
         "n_per_paradigm": n_per_paradigm,
         "seed": None if n_per_paradigm is None else seed,
+        "special_tokens": str(policy),
     }
     return MinimalPairs(
         good=tuple(pair.good for pair in kept),

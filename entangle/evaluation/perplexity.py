@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from entangle.calibration import Source
 from entangle.errors import InvalidInput
+from entangle.evaluation.affix_effect import AffixEffect, affix_effect, tell
 from entangle.evaluation.forward import (
     as_causal_model,
     memory_limit,
     next_token_logits,
 )
-from entangle.evaluation.losses import window_losses
 from entangle.evaluation.text import EvaluationText, as_evaluation
 from entangle.models.loading import LanguageModel
 from entangle.progress import ProgressBar
@@ -41,6 +41,8 @@ class Perplexity:
     """Words of their text; None where unknown."""
     n_bytes: int | None
     """Bytes of their text; None where unknown."""
+    special_tokens_effect: AffixEffect | None = None
+    """How much the special tokens in front of a window matter; None where that was not measured."""
 
     @classmethod
     def of(cls, losses: Float[Tensor, " n_windows"], text: EvaluationText) -> "Perplexity":
@@ -110,6 +112,9 @@ def perplexity(
 ) -> Perplexity:
     """Measure a causal language model's perplexity on a text.
 
+    Before that the first window runs with the other choice of special tokens (see `affix_effect`);
+    where its loss differs by more than 5 %, one line on standard error says so.
+
     Parameters
     ----------
     model
@@ -121,7 +126,8 @@ def perplexity(
         Windows in one forward pass, which only rounding depends on; by default as many as give
         2²⁷ logits.
     progress
-        Show a progress bar on standard error; by default if that is a terminal.
+        Show a progress bar on standard error; by default if that is a terminal. With False nothing
+        is written there, the note on special tokens neither.
 
     Returns
     -------
@@ -137,12 +143,32 @@ def perplexity(
     """
     language_model = as_causal_model(model)
     text = as_evaluation(text, language_model)
+    effect = affix_effect(language_model, text.rows.sequence(0), text.settings)
+    if progress is not False:
+        tell(effect)
+    found = measure_perplexity(language_model, text, batch_size=batch_size, progress=progress)
+    return replace(found, special_tokens_effect=effect)
+
+
+def measure_perplexity(
+    model: LanguageModel | nn.Module,
+    text: EvaluationText,
+    *,
+    batch_size: int | None = None,
+    progress: bool | None = None,
+) -> Perplexity:
+    """Measure as `perplexity`, without looking at the other choice of special tokens.
+
+    For one model that is measured many times, changed or not.
+    """
+    language_model = as_causal_model(model)
+    text = as_evaluation(text, language_model)
     per_pass = windows_in_a_pass(batch_size, language_model, text)
     losses = []
     with ProgressBar("perplexity", enabled=progress) as bar, window_memory(per_pass):
         bar.start(text.n_windows, "windows")
         for _, ids in text.rows.batches(per_pass):
-            losses.append(window_losses(next_token_logits(language_model, ids), ids))
+            losses.append(text.losses(next_token_logits(language_model, ids), ids))
             bar.advance(len(ids))
     return Perplexity.of(torch.cat(losses), text)
 

@@ -8,23 +8,31 @@ from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Float, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from entangle.affixes import around_each, of_saved, shown
 from entangle.calibration import CalibrationSet
 from entangle.calibration.calibration_set import check_ids
 from entangle.calibration.given import Source, Wanted, find, label_of
 from entangle.calibration.joined_text import JoinedText
 from entangle.calibration.loading import empty_rows
 from entangle.calibration.padding import Rows
-from entangle.calibration.special_tokens import describe_tokenizer, special_tokens
+from entangle.calibration.special_tokens import (
+    DEFAULT_POLICY,
+    affixes,
+    check_policy,
+    describe_tokenizer,
+    no_policy,
+)
 from entangle.calibration.texts import TextSource, as_path, open_texts, refuse
 from entangle.calibration.token_files import TokenFile
 from entangle.calibration.tokens import first_tokens
 from entangle.calibration.windows import is_running
 from entangle.errors import InvalidInput
+from entangle.evaluation.losses import window_losses
 from entangle.evaluation.windows import Cut
 from entangle.evaluation.words import count_predicted
 from entangle.models.loading import LanguageModel
@@ -41,7 +49,7 @@ class EvaluationText:
 
     windows: Int64[Tensor, "n_windows seq_len"]
     """Token ids, shape (n_windows, seq_len), int64, on the CPU; all but a window's first token
-    are predicted."""
+    are predicted, and of special tokens ``around`` the text none."""
     source: str
     """What the user gave: a name, a data set's id, a path, or the kind of an array."""
     settings: Mapping[str, object]
@@ -52,6 +60,9 @@ class EvaluationText:
     """Bytes of the predicted tokens' text in UTF-8; None where unknown."""
     mask: Bool[Tensor, "n_windows seq_len"] | None = None
     """As `CalibrationSet.mask`: False where an id is a pad, which is neither read nor predicted."""
+    around: tuple[int, int] = (0, 0)
+    """Special tokens at the beginning and at the end of every window: read, but not predicted. The
+    window does not end where its text ends, so one at its end says nothing of the model."""
 
     def __post_init__(self) -> None:
         if self.seq_len < 2:
@@ -63,9 +74,10 @@ class EvaluationText:
         object.__setattr__(self, "settings", MappingProxyType(dict(checked.settings)))
         object.__setattr__(self, "windows", checked.ids)
         object.__setattr__(self, "mask", checked.mask)
-        if (shortest := min(self.rows.lengths)) < 2:
+        needed = 1 + self.first_predicted + self.around[1]
+        if (shortest := min(self.rows.lengths)) < needed:
             raise InvalidInput(
-                f"every window must have at least 2 tokens beside its pads; got {shortest}."
+                f"every window must have at least {needed} tokens beside its pads; got {shortest}."
             )
 
     @property
@@ -80,13 +92,33 @@ class EvaluationText:
 
     @property
     def n_tokens(self) -> int:
-        """Tokens that are predicted and counted: all but each window's first, pads left out."""
+        """Tokens that are predicted and counted: all but each window's first.
+
+        Special ones around the text and pads are left out.
+        """
         return int(self.window_tokens.sum())
 
     @property
     def window_tokens(self) -> NDArray[np.int64]:
-        """Tokens that are predicted in each window, shape (n_windows,)."""
-        return np.array(self.rows.lengths, dtype=np.int64) - 1
+        """Tokens that are predicted and counted in each window, shape (n_windows,)."""
+        unpredicted = self.first_predicted + self.around[1]
+        return np.array(self.rows.lengths, dtype=np.int64) - unpredicted
+
+    @property
+    def first_predicted(self) -> int:
+        """Place in a window of the first token that is predicted, pads left out."""
+        return max(self.around[0], 1)
+
+    @property
+    def special_tokens(self) -> str:
+        """The special tokens around the text in words: ``<s> …``, ``none``, ``unknown`` of ids."""
+        return shown(self.settings)
+
+    def losses(
+        self, logits: Float[Tensor, "windows tokens _"], ids: Int64[Tensor, "windows tokens"]
+    ) -> Float[Tensor, " windows"]:
+        """Return the summed loss of the predicted tokens of some windows, as `window_losses`."""
+        return window_losses(logits, ids, around=self.around)
 
     @property
     def longest(self) -> int:
@@ -133,14 +165,16 @@ def load_evaluation(
     config: str | None = None,
     column: str | None = None,
     join: str = "\n\n",
-    add_special_tokens: bool = False,
+    special_tokens: str = DEFAULT_POLICY,
+    add_special_tokens: bool | None = None,
     context_length: int | None = None,
     vocab_size: int | None = None,
 ) -> EvaluationText:
     """Cut a text into windows to evaluate on, by the protocol of the SparseGPT and GPTQ codes.
 
-    The documents are joined by ``join``, tokenised as one text without special tokens, and cut
-    into windows that lie end to end from the first token on; the incomplete last one is dropped.
+    The documents are joined by ``join``, tokenised as one text, and cut into windows that lie end
+    to end from the first token on; the incomplete last one is dropped. Every window stands between
+    the special tokens that the model expects around a text.
 
     Parameters
     ----------
@@ -162,9 +196,13 @@ def load_evaluation(
         As in `entangle.calibration.load_texts`.
     join
         Put between documents, taken as it is.
+    special_tokens
+        As in `entangle.calibration.load_calibration`. Those in front of a window are not predicted,
+        its first token of text is. Those behind it are in the window, but not counted: it does not
+        end where a text ends. With ``"published"`` windows are cut from the text and the special
+        tokens around it, and all but each window's first token are predicted, as in that code.
     add_special_tokens
-        Begin every window with the special tokens that the tokenizer puts before a text. Those
-        that it puts after one are not added: a window does not end where a text ends.
+        The older option: True means ``"model"``, False ``"none"``.
     context_length, vocab_size
         The model's: longer windows and ids outside [0, vocab_size) are refused.
 
@@ -192,11 +230,12 @@ def load_evaluation(
     label = label_of(source)
     names = {"split": split, "config": config, "column": column}
     found = find(source, Wanted(split, config, column, (DEFAULT_SPLIT, _OTHERWISE), cut.n_windows))
+    policy = check_policy(special_tokens, add_special_tokens)
     if isinstance(found, TokenFile):
-        refuse(label, add_special_tokens=add_special_tokens or None)
+        refuse(label, **no_policy(special_tokens, add_special_tokens))
         text = _from_ids(found, cut, label)
     else:
-        text = _from_text(found, label, tokenizer, cut, join, add_special_tokens, names)
+        text = _from_text(found, label, tokenizer, cut, join, policy, names)
     check_ids(text.windows, vocab_size)
     return text
 
@@ -234,8 +273,9 @@ def as_evaluation(source: Source, model: LanguageModel) -> EvaluationText:
 def _from_ids(stored: TokenFile, cut: Cut, label: str) -> EvaluationText:
     if not is_running(stored.ids, cut.seq_len or cut.context_length):
         windows, mask, left_out = cut.rows(stored.ids, where=label, mask=stored.mask)
-        settings = {"cut": "rows", **empty_rows(left_out, label, least=2)}
-        return EvaluationText(windows, label, settings, mask=mask)
+        known = of_saved(stored.origin, whole=windows.shape[1] == stored.ids.shape[1])
+        settings = {"cut": "rows", **known, **empty_rows(left_out, label, least=2)}
+        return EvaluationText(windows, label, settings, mask=mask, around=around_each(known))
     ids = stored.ids if stored.mask is None else stored.ids[stored.mask]
     ids = ids.flatten()
     windows = cut.running_text(ids, where=label)
@@ -255,7 +295,7 @@ def _from_text(
     tokenizer: PreTrainedTokenizerBase | None,
     cut: Cut,
     join: str,
-    add_special_tokens: bool,
+    policy: str,
     names: dict[str, str | None],
 ) -> EvaluationText:
     where = repr(label)
@@ -264,29 +304,34 @@ def _from_text(
             f"{where} is text, so it needs a tokenizer; pass the model's, or give token ids."
         )
     opened = source if isinstance(source, TextSource) else _open(source, names)
-    before = special_tokens(tokenizer)[0] if add_special_tokens else []
+    specials = affixes(tokenizer, policy)
+    n_around = (len(specials.around[0]), len(specials.around[1]))
     text = _KeptText(opened.documents, join)
-    length = max(cut.window - len(before), 1)
+    length = max(cut.window - sum(n_around), 1)
     wanted = sys.maxsize if cut.n_windows is None else cut.n_windows * length
     tokens = first_tokens(text, tokenizer, wanted)
-    windows = cut.running_text(tokens.ids, where=where, before=before)
+    running = specials.enclose(tokens.ids, complete=tokens.whole_text and len(tokens.ids) < wanted)
+    windows = cut.running_text(running, where=where, around=specials.around)
+    n_first = len(specials.before) if specials.once else 0
+    n_taken = min(len(windows) * length - n_first, len(tokens.ids))
     counts = count_predicted(
         text.span(0, tokens.n_characters),
-        tokens.ids[: len(windows) * length],
+        tokens.ids[:n_taken],
         tokenizer,
         n_windows=len(windows),
-        skipped=0 if before else 1,
+        skipped=0 if n_around[0] else 1,
+        ends_of_text=(n_first, len(windows) * length - n_first - n_taken),
     )
     settings = {
         **opened.settings,
         "cut": "contiguous",
         "join": join,
-        "special_tokens": before,
+        "special_tokens": dict(specials.settings),
         "tokenizer": describe_tokenizer(tokenizer),
         "n_documents": text.n_documents,
-        **_dropped(cut, tokens.ids, windows[:, len(before) :]),
+        **_dropped(cut, running, windows[:, : windows.shape[1] - sum(n_around)]),
     }
-    return EvaluationText(windows, label, settings, counts.n_words, counts.n_bytes)
+    return EvaluationText(windows, label, settings, counts.n_words, counts.n_bytes, around=n_around)
 
 
 def _open(source: str | Path, names: Mapping[str, str | None]) -> TextSource:

@@ -38,24 +38,30 @@ class Cut:
         return self.seq_len or min(DEFAULT_SEQ_LEN, self.context_length or DEFAULT_SEQ_LEN)
 
     def running_text(
-        self, tokens: Int64[Tensor, " tokens"], *, where: str, before: Sequence[int] = ()
+        self,
+        tokens: Int64[Tensor, " tokens"],
+        *,
+        where: str,
+        around: tuple[Sequence[int], Sequence[int]] = ((), ()),
     ) -> Int64[Tensor, "n_windows seq_len"]:
-        """Return a text's windows, each with the ids ``before`` at its head; the rest is dropped.
+        """Return a text's windows, each between the ids ``around`` it; the rest is dropped.
 
         Raises
         ------
         InvalidInput
             If the text is too short; the message has the largest size that fits.
         """
-        length, head = self.window - len(before), torch.tensor(before, dtype=torch.int64)
+        head, foot = (torch.tensor(ids, dtype=torch.int64) for ids in around)
+        n_special = len(head) + len(foot)
+        length = self.window - n_special
         if length < 1:
             raise InvalidInput(
-                f"`seq_len` must leave room for text beside {len(before)} special tokens; "
+                f"`seq_len` must leave room for text beside {n_special} special tokens; "
                 f"got {self.window}."
             )
         available = len(tokens) // length
         if available == 0:
-            longest = len(tokens) + len(before)
+            longest = len(tokens) + n_special
             remedy = f"lower `seq_len` to at most {longest} or " if longest > 1 else ""
             raise InvalidInput(
                 f"{where} has {len(tokens)} tokens, but one window of `seq_len` {self.window} "
@@ -63,7 +69,7 @@ class Cut:
             )
         taken = self._taken(available, where)
         text = tokens[: taken * length].view(taken, length)
-        return torch.cat([head.expand(taken, -1), text], dim=1)
+        return torch.cat([head.expand(taken, -1), text, foot.expand(taken, -1)], dim=1)
 
     def rows(
         self,

@@ -53,6 +53,7 @@ def count_predicted(
     *,
     n_windows: int,
     skipped: int,
+    ends_of_text: tuple[int, int] = (0, 0),
 ) -> TextCounts:
     """Count words and bytes of the tokens that are predicted.
 
@@ -68,24 +69,30 @@ def count_predicted(
         Number of windows into which ``ids`` are cut, end to end.
     skipped
         Tokens at the beginning of a window that are not predicted: 0 or 1.
+    ends_of_text
+        Special tokens that stand in the first window before ``ids``, and in the last one after.
     """
     places = _places(text, ids, tokenizer)
     if places is None:
         return TextCounts(None, None)
     words = np.array([word.start() for word in _WORD.finditer(text)])
-    begins, closes = _windows(places.ends[: len(ids)], n_windows, skipped)
+    begins, closes = _windows(places.ends[: len(ids)], n_windows, skipped, ends_of_text)
     n_words = (np.searchsorted(words, closes) - np.searchsorted(words, begins)).sum()
-    begins, closes = _windows(_byte_ends(text, places, tokenizer)[: len(ids)], n_windows, skipped)
+    byte_ends = _byte_ends(text, places, tokenizer)[: len(ids)]
+    begins, closes = _windows(byte_ends, n_windows, skipped, ends_of_text)
     return TextCounts(int(n_words), int((closes - begins).sum()))
 
 
 def _windows(
-    ends: NDArray[np.int64], n_windows: int, skipped: int
+    ends: NDArray[np.int64], n_windows: int, skipped: int, ends_of_text: tuple[int, int]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return where the predicted part of every window begins and closes."""
-    length = len(ends) // n_windows
+    first, last = ends_of_text
+    length = (first + len(ends) + last) // n_windows
+    starts = (np.arange(n_windows) * length + skipped - first).clip(0)
+    stops = (np.arange(1, n_windows + 1) * length - first).clip(max=len(ends))
     before_token = np.concatenate([[0], ends])  # where the token before a token ends
-    return before_token[skipped:-1:length], ends[length - 1 :: length]
+    return before_token[starts], before_token[stops]
 
 
 def _places(

@@ -22,9 +22,9 @@ from entangle.evaluation import (
     EvaluationText,
     Perplexity,
     as_evaluation,
-    perplexity,
     perplexity_ratio,
 )
+from entangle.evaluation.perplexity import measure_perplexity
 from entangle.expansion.allocated import check_experts
 from entangle.expansion.arms import (
     DENSE,
@@ -208,7 +208,7 @@ class _Bench:
     def measure(self, arm: Arm) -> _Measured:
         """Build an arm, unless it is the dense model, and measure it."""
         if arm.method == DENSE:
-            losses = perplexity(self._model, self._text, progress=False).window_losses
+            losses = measure_perplexity(self._model, self._text, progress=False).window_losses
             costs = dict.fromkeys(_COSTS, 1.0)
             return _Measured(losses, costs | dict.fromkeys(_NUMBERS[3:], float("nan")))
         pruner, router = METHODS[arm.method]

@@ -12,9 +12,10 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from entangle.affixes import special_tokens_of
 from entangle.calibration import CalibrationSet, Source, as_calibration
 from entangle.errors import InvalidInput, MemoryLimit, unknown_name
-from entangle.evaluation import EvaluationText, Perplexity, as_evaluation, window_losses
+from entangle.evaluation import EvaluationText, Perplexity, as_evaluation
 from entangle.expansion.allocated import (
     Allocated,
     check_shared,
@@ -88,7 +89,10 @@ class Expansion:
             f"the dense model's cost times: {costs}",
         ]
         if self.perplexity is not None:
-            lines.append(f"perplexity {number(self.perplexity.value)}")
+            lines.append(
+                f"perplexity {number(self.perplexity.value)}, special tokens: "
+                f"{special_tokens_of(self.perplexity.protocol)}"
+            )
         title = f"Expansion of {described(self.manifest, 'model', 'name')}"
         shown = [name for name in _SHOWN if name in self.layers.columns]
         return html_result(title, lines, self.layers[shown])
@@ -226,7 +230,7 @@ def expand(
         )  # fmt: skip
         perplexity = None
         if text is not None:
-            losses = [window_losses(runner.leave(h, ids), ids) for ids, h in streams[1]]
+            losses = [text.losses(runner.leave(h, ids), ids) for ids, h in streams[1]]
             perplexity = Perplexity.of(torch.cat(losses), text)
     costs = model_costs(dense.module, sink.rows)
     table = pd.DataFrame(sink.rows)

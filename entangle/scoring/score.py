@@ -99,7 +99,7 @@ def score(
 
 def score_layers(
     language_model: LanguageModel,
-    calibration: CalibrationSet | str | Path,
+    calibration: Source,
     chosen: Sequence[Layer],
     *,
     may_be_silent: bool,

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ import pandas as pd
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_safetensors
 
+from entangle.affixes import special_tokens_of
 from entangle.errors import InvalidInput, unknown_name
 from entangle.html_tables import described, html_result, number
 from entangle.provenance import expanded, output_folder, read_manifest, read_table, write_json
@@ -45,6 +46,17 @@ class NeuronScores:
     """Output distributions, by layer name."""
     manifest: Mapping[str, object] = field(repr=False)
     """Model, calibration set, settings, versions, seconds and peak memory."""
+
+    @property
+    def special_tokens(self) -> str:
+        """The special tokens around the text in words: ``<s> …``, ``none``, ``unknown`` of ids."""
+        return special_tokens_of(self.manifest, "calibration")
+
+    def with_settings(self, **settings: object) -> "NeuronScores":
+        """Return the same scores with more settings in the manifest."""
+        known = self.manifest.get("settings")
+        together = {**(known if isinstance(known, Mapping) else {}), **settings}
+        return replace(self, manifest={**self.manifest, "settings": together})
 
     def top(self, k: int = 20, *, by: str = "wd") -> pd.DataFrame:
         """Return the ``k`` rows with the largest value of column ``by``, flagged rows left out."""
@@ -112,7 +124,8 @@ class NeuronScores:
         text = described(self.manifest, "calibration", "source")
         lines = [
             f"{len(self.frame):,} neurons in {len(self.layers):,} layer(s), "
-            f"{described(self.manifest, 'calibration', 'n_tokens')} tokens of {text}",
+            f"{described(self.manifest, 'calibration', 'n_tokens')} tokens of {text}, "
+            f"special tokens: {self.special_tokens}",
             f"WD: median {number(float(self.frame['wd'].median()))} σ, "
             f"largest {number(float(self.frame['wd'].max()))} σ",
             *([f"no score: {', '.join(flagged)}"] if flagged else []),

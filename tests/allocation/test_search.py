@@ -137,7 +137,7 @@ def test_the_model_is_restored_when_a_candidate_fails(
     def fail(*_args: object, **_kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules[search.__module__], "perplexity", fail)
+    monkeypatch.setattr(sys.modules[search.__module__], "measure_perplexity", fail)
     with pytest.raises(KeyboardInterrupt):
         run(model, scored("llama"), calibration)
     assert all(torch.equal(v, before[k]) for k, v in model.module.state_dict().items())

@@ -17,7 +17,7 @@ from entangle.expansion import expand
 from entangle.models.loading import load_model
 from entangle.provenance import read_manifest
 from tests.cli.runs import Run
-from tests.tiny_models import TINY, tiny_tokenizer
+from tests.tiny_models import TINY, save_tiny, tiny_tokenizer
 
 Folder = Callable[[str], Path]
 
@@ -62,9 +62,58 @@ def test_json_has_the_protocol_and_the_figures(output: Callable[..., str]) -> No
     assert (row["model"], row["windows"], row["tokens"]) == ("dense", 5, 5 * 31)
     assert (protocol["seq_len"], protocol["stride"], protocol["n_windows"]) == (32, 32, 5)
     assert protocol["settings"]["join"] == interpret_escapes("\\n")
-    assert protocol["settings"]["special_tokens"] == [1]
-    assert content["manifest"]["settings"] == {"batch_size": 2, "seed": 0}
+    assert protocol["settings"]["special_tokens"]["policy"] == "model"
+    settings = content["manifest"]["settings"]
+    assert (settings["batch_size"], settings["seed"]) == (2, 0)
+    effect = settings["special_tokens_effect"]
+    assert (effect["used"], effect["other"], effect["n_tokens"]) == ("none", "<s>", 31)
     assert content["manifest"]["models"]["dense"]["class"] == "LlamaForCausalLM"
+
+
+@pytest.fixture
+def adding(tmp_path: Path) -> Path:
+    """Return the folder of a model whose tokenizer puts <s> before and </s> after a text."""
+    save_tiny("llama", tmp_path / "adding")
+    tiny_tokenizer(adds=True).save_pretrained(tmp_path / "adding")
+    return tmp_path / "adding"
+
+
+@pytest.mark.parametrize(
+    ("given", "shown", "first", "predicted"),
+    [
+        ([], "<s> … </s>", [1], 30),
+        (["--special-tokens"], "<s> … </s>", [1], 30),
+        (["--special-tokens", "model"], "<s> … </s>", [1], 30),
+        (["--special-tokens", "none"], "none", [], 31),
+        (["--special-tokens=published"], "<s> … </s> once", [1], 31),
+    ],
+)
+def test_special_tokens(
+    given: list[str],
+    shown: str,
+    first: list[int],
+    predicted: int,
+    adding: Path,
+    text_file: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    sizes = ["--seq-len", "32", "--n-windows", "4", "--device", "cpu", "--quiet"]
+    command = ["evaluate", *given, str(adding), "--data", str(text_file), *sizes]
+    capsys.readouterr()
+    assert main(command) == 0  # a bare option before MODEL does not take it for its value
+    assert f"special tokens: {shown})" in " ".join(capsys.readouterr().out.split())
+    assert main([*command, "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["results"][0]["special_tokens"] == shown
+    assert content["results"][0]["tokens"] == 4 * predicted
+    assert content["manifest"]["evaluation"]["settings"]["special_tokens"]["before"] == first
+
+
+def test_an_unknown_policy(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["evaluate", "--special-tokens=maybe"])
+    assert caught.value.code == 2
+    assert "maybe" in capsys.readouterr().err
 
 
 def test_default_length_is_the_context(output: Callable[..., str]) -> None:

@@ -25,7 +25,7 @@ def test_the_tables(run: Run, small: Small) -> None:
     status, out, err = run(*small, "--top", 3)
     assert (status, err) == (0, "")
     lines = [line.rstrip() for line in out.splitlines() if line.strip()]
-    assert lines[0] == "Wasserstein distance by layer (exact, 128 tokens)"
+    assert lines[0] == "Wasserstein distance by layer (exact, 128 tokens, special tokens: none)"
     assert lines[1].split("   ")[0].strip() == "layer"
     assert "WD–MD ρ [95 %]" in lines[1]
     assert [line.split()[0] for line in lines[3:6]] == [
@@ -107,7 +107,7 @@ def test_without_mapping_difficulty_its_columns_are_not_there(run: Run, small: S
     status, out, _ = run(*small, "--no-md", "--method", "sketch")
     assert status == 0
     assert "WD–MD" not in out
-    assert "by layer (sketch, 128 tokens)" in out
+    assert "by layer (sketch, 128 tokens, special tokens: none)" in out
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bert", "opt", "mixtral"])

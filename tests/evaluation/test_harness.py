@@ -97,8 +97,7 @@ def test_word_perplexity_is_the_one_of_this_package(
     theirs = evaluated(model, ROLLING, [{"text": TEXTS[0]}])["results"]["own"]
     file = tmp_path / "text.txt"
     file.write_text(TEXTS[0])
-    length = len(TEXTS[0]) + 1
-    text = load_evaluation(file, tiny_tokenizer(), seq_len=length, add_special_tokens=True)
+    text = load_evaluation(file, tiny_tokenizer(adds=True), seq_len=len(TEXTS[0]) + 2)
     ours = perplexity(tiny("llama"), text)
     assert theirs["word_perplexity,none"] == pytest.approx(ours.word_perplexity, rel=1e-3)
     assert theirs["bits_per_byte,none"] == pytest.approx(ours.bits_per_byte, rel=1e-5)

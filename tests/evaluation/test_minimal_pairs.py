@@ -137,7 +137,7 @@ def test_without_a_first_token_by_hand() -> None:
 
 def test_special_tokens_are_not_added(tiny: Tiny) -> None:
     """The tokenizer would put </s> after a text; a sentence's score does not have it."""
-    tokenizer = tiny_tokenizer()
+    tokenizer = tiny_tokenizer(adds=True)
     assert tokenizer("a")["input_ids"][-1] == 2
     module = tiny("llama").module
     short, long = (minimal_pair_scores(module, _pairs((s,), ("zz",)), tokenizer) for s in "ab")

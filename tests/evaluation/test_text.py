@@ -50,12 +50,12 @@ def test_windows_lie_end_to_end(source: Path, join: str, n_windows: int | None) 
     assert got.settings["dropped_tokens"] == (None if n_windows else len(whole) % 7)
 
 
-def test_special_tokens_begin_every_window_and_all_text_is_predicted(source: Path) -> None:
+def test_special_tokens_enclose_every_window_and_all_text_is_predicted(source: Path) -> None:
     whole = "\n\n".join(TEXTS)
-    got = _load(source, seq_len=8, add_special_tokens=True)
+    got = load_evaluation(source, tiny_tokenizer(adds=True), seq_len=9)
     n = len(whole) // 7
-    assert got.windows.tolist() == [[1, *_ids(whole)[7 * i : 7 * i + 7]] for i in range(n)]
-    assert got.settings["special_tokens"] == [1]
+    assert got.windows.tolist() == [[1, *_ids(whole)[7 * i : 7 * i + 7], 2] for i in range(n)]
+    assert (got.special_tokens, got.around, got.n_tokens) == ("<s> … </s>", (1, 1), 7 * n)
     assert got.n_words == reference.words_begun(whole, [(0, 7 * n)])
     assert got.n_bytes == 7 * n
     assert got.settings["dropped_tokens"] == len(whole) - 7 * n
@@ -161,7 +161,7 @@ def test_token_ids(tmp_path: Path) -> None:
 
 def test_a_slow_tokenizer_gives_windows_without_words(source: Path) -> None:
     slow = hf.ByT5Tokenizer()
-    got = load_evaluation(source, slow, seq_len=7)
+    got = load_evaluation(source, slow, seq_len=8)
     assert (got.n_windows, got.n_words, got.n_bytes) == (9, None, None)
 
 
@@ -185,8 +185,10 @@ def test_what_is_refused(source: Path, options: dict[str, Any], message: str) ->
 def test_text_needs_a_tokenizer_and_ids_take_no_options(source: Path) -> None:
     with pytest.raises(InvalidInput, match="needs a tokenizer"):
         load_evaluation(source, seq_len=7)
-    with pytest.raises(InvalidInput, match="`add_special_tokens` True was given"):
+    with pytest.raises(InvalidInput, match="`add_special_tokens` True"):
         load_evaluation(torch.arange(9), add_special_tokens=True)
+    with pytest.raises(InvalidInput, match="`special_tokens` 'published'"):
+        load_evaluation(torch.arange(9), special_tokens="published")
     with pytest.raises(InvalidInput, match="`split` 'test' was given"):
         load_evaluation(torch.arange(9), split="test")
     with pytest.raises(InvalidInput, match="integer token ids"):

@@ -18,7 +18,7 @@ def test_running_text_by_hand() -> None:
     assert got.tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
     got = _cut(seq_len=3, n_windows=2).running_text(torch.arange(11), where="x")
     assert got.tolist() == [[0, 1, 2], [3, 4, 5]]
-    got = _cut(seq_len=4, n_windows=2).running_text(torch.arange(6), where="x", before=[9])
+    got = _cut(seq_len=4, n_windows=2).running_text(torch.arange(6), where="x", around=([9], []))
     assert got.tolist() == [[9, 0, 1, 2], [9, 3, 4, 5]]
 
 
@@ -65,17 +65,19 @@ def test_sizes_out_of_range(options: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "before", "message"),
+    ("options", "before", "after", "message"),
     [
-        ({"seq_len": 8}, (), "needs 8; lower `seq_len` to at most 7 or give a longer text"),
-        ({"seq_len": 9}, (1,), "needs 8; lower `seq_len` to at most 8 or give a longer text"),
-        ({"seq_len": 2}, (1, 2), "room for text beside 2 special tokens; got 2"),
-        ({"seq_len": 3, "n_windows": 3}, (), "at most 2, as many as 'x' has; got 3"),
+        ({"seq_len": 8}, (), (), "needs 8; lower `seq_len` to at most 7 or give a longer text"),
+        ({"seq_len": 9}, (1,), (), "needs 8; lower `seq_len` to at most 8 or give a longer text"),
+        ({"seq_len": 2}, (1,), (2,), "room for text beside 2 special tokens; got 2"),
+        ({"seq_len": 3, "n_windows": 3}, (), (), "at most 2, as many as 'x' has; got 3"),
     ],
 )
-def test_text_too_short(options: dict[str, int], before: tuple[int, ...], message: str) -> None:
+def test_text_too_short(
+    options: dict[str, int], before: tuple[int, ...], after: tuple[int, ...], message: str
+) -> None:
     with pytest.raises(InvalidInput, match=message):
-        _cut(**options).running_text(torch.arange(7), where="'x'", before=before)
+        _cut(**options).running_text(torch.arange(7), where="'x'", around=(before, after))
 
 
 def test_no_text_has_no_size_that_fits() -> None:

@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
+from entangle.calibration import load_calibration
+from entangle.calibration.habit import model_habit
 from entangle.errors import Unavailable
 from entangle.models import demo, pretrained
 from entangle.models.articles import VERSION
@@ -279,6 +281,24 @@ def test_the_converted_demo_model_is_bit_identical_to_its_gguf() -> None:
     assert model.tokenizer.decode(ids) == text
     ids = torch.tensor([ids])
     assert torch.equal(model.module(ids).logits, direct(ids).logits)
+
+
+@pytest.mark.demo
+def test_the_demo_model_puts_no_special_tokens_around_a_text() -> None:
+    """Its metadata say so (add_bos_token False), though it has a BOS token."""
+    tokenizer = load_model("demo", device="cpu").tokenizer
+    assert tokenizer is not None
+    assert tokenizer.bos_token_id == 1
+    habit = model_habit(tokenizer)
+    assert (habit.before, habit.after) == ((), ())
+    sizes: dict[str, Any] = {"n_seq": 2, "seq_len": 64, "sampling": "contiguous"}
+    got, none = (
+        load_calibration("demo", tokenizer, **sizes, **policy)
+        for policy in ({}, {"special_tokens": "none"})
+    )
+    text = "\n\n".join(text for _, text in demo.demo_articles()[:1])
+    assert got.ids.flatten().tolist() == tokenizer(text).input_ids[:128]
+    assert got.digest == none.digest
 
 
 @pytest.mark.demo
