@@ -11,7 +11,17 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "entangle"
 FLOORS = (
     {"errors", "jupyter"},
-    {"seeding", "precision", "provenance", "progress", "html_tables", "kernels", "scalars"},
+    {"claims"},
+    {
+        "seeding",
+        "precision",
+        "provenance",
+        "memory",
+        "progress",
+        "html_tables",
+        "kernels",
+        "scalars",
+    },
     {"unfinished"},
     {"stats", "pruning", "routing"},
     {"models", "calibration", "plotting"},

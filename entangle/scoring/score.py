@@ -11,6 +11,7 @@ from torch import nn
 from entangle.calibration import CalibrationSet, load_calibration
 from entangle.calibration.calibration_set import check_ids
 from entangle.errors import InvalidInput, MemoryLimit
+from entangle.memory import check_memory, memory_for
 from entangle.models.layers import Layer, find_layers
 from entangle.models.loading import LanguageModel, as_language_model
 from entangle.progress import Progress, ProgressBar
@@ -25,7 +26,9 @@ from entangle.stats.mapping_difficulty import MAX_PAIRS
 
 Method = Literal["auto", "exact", "sketch"]
 
-DEFAULT_MEMORY = 2 * 2**30
+AUTO_EXACT_BYTES = 2**30
+"""Recorded inputs up to which ``auto`` is exact where no memory was asked for."""
+
 EXACT_GROUPS, SKETCH_GROUPS = 16, 8
 
 
@@ -38,7 +41,7 @@ def score(
     method: Method = "auto",
     md: bool = True,
     seed: int = 0,
-    memory: int = DEFAULT_MEMORY,
+    memory: int | None = None,
     batch_size: int | None = None,
     progress: bool | None = None,
     watch: Callback | None = None,
@@ -58,13 +61,15 @@ def score(
     method
         ``exact`` records the layers' inputs and sorts every neuron's outputs; ``sketch`` measures
         all layers in one forward pass, in memory that does not grow with the tokens; ``auto`` is
-        exact where the recorded inputs fit into half of ``memory``.
+        exact where the recorded inputs take at most 1 GiB, whatever the machine has, or half of
+        ``memory`` if that is given. The manifest says which it was.
     md
         Whether to compute the mapping difficulty.
     seed
         Seed of the pairs of tokens.
     memory
-        Bytes for recorded inputs and work space of the exact method (the model not counted).
+        Bytes for recorded inputs and work space of the exact method (the model not counted); by
+        default half of what is free on the model's device.
     batch_size
         Sequences in one forward pass; by default as many as make 4,096 tokens.
     progress
@@ -92,18 +97,20 @@ def score(
     """
     clock = RunClock()
     check_seed(seed)
+    check_memory(memory)
     language_model = as_language_model(model)
     chosen = find_layers(language_model.module, layers, proj)
     _check_readable(chosen)
     calibration = _calibration(calibration, language_model)
     resolved = _resolve_method(method, language_model, chosen, calibration, memory)
+    budget = memory_for(memory, language_model.module)
     groups = _n_groups(resolved, calibration.n_seq)
     per_pass = _batch_size(batch_size, calibration)
     with ProgressBar(f"scoring ({resolved})", enabled=progress) as bar:
         try:
             measured = _measure(
                 resolved, language_model, chosen, calibration,
-                n_groups=groups, per_pass=per_pass, md=md, seed=seed, memory=memory, bar=bar,
+                n_groups=groups, per_pass=per_pass, md=md, seed=seed, memory=budget, bar=bar,
                 watch=watch, may_be_silent=not _is_named(layers, chosen),
             )  # fmt: skip
             frame = neuron_table(measured, language_model.name)
@@ -130,7 +137,7 @@ def score(
             "md": md,
             "seed": seed,
         },
-        **clock.read(),
+        **clock.read(budget),
     )
     return NeuronScores(
         frame=frame,
@@ -183,15 +190,14 @@ def _resolve_method(
     model: LanguageModel,
     layers: Sequence[Layer],
     calibration: CalibrationSet,
-    memory: int,
+    memory: int | None,
 ) -> Literal["exact", "sketch"]:
     if method not in ("auto", "exact", "sketch"):
         raise InvalidInput(f"`method` must be auto, exact or sketch; got {method!r}.")
-    if isinstance(memory, bool) or not isinstance(memory, int) or memory < 2**20:
-        raise InvalidInput(f"`memory` must be at least 1 MiB in bytes; got {memory!r}.")
     recorded = sum(layer.in_features for layer in layers)
     needed = calibration.n_tokens * recorded * model.dtype.itemsize
-    if method == "exact" or (method == "auto" and needed <= memory // 2):
+    most = AUTO_EXACT_BYTES if memory is None else memory // 2
+    if method == "exact" or (method == "auto" and needed <= most):
         return "exact"
     return "sketch"
 
