@@ -61,7 +61,7 @@ class Writer:
             If there is no file, or it may not be read.
         """
         text = path.read_text(encoding="utf-8", errors="replace")
-        with suppress(ValueError, TypeError, KeyError):
+        with suppress(ValueError, TypeError, KeyError, AttributeError):
             found = json.loads(text)
             return cls(int(found.pop("pid")), **{name: str(one) for name, one in found.items()})
         return None

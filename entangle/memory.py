@@ -5,7 +5,6 @@ Rows that were recorded fill it as they come. What is computed piece by piece ha
 machine that has twice as much to give.
 """
 
-import math
 from collections.abc import Iterator
 from contextlib import suppress
 from numbers import Real
@@ -49,13 +48,17 @@ def check_memory(memory: object) -> int | None:
     """
     if memory is None:
         return None
-    number = isinstance(memory, Real) and not isinstance(memory, bool)
-    if not number or math.isnan(memory) or memory < LEAST_BYTES:  # type: ignore[arg-type,operator]
+    if isinstance(memory, bool) or not isinstance(memory, Real):
+        raise InvalidInput(
+            f"`memory` must be a number of bytes; got {memory!r}: leave it out (None) for half of "
+            "what is free."
+        )
+    if not float(memory) >= LEAST_BYTES:
         raise InvalidInput(
             f"`memory` must be at least 1 MiB in bytes; got {memory!r}: name more, or leave it out "
             "for half of what is free."
         )
-    return int(min(_MOST_BYTES, memory))  # type: ignore[call-overload]
+    return int(min(_MOST_BYTES, float(memory)))
 
 
 def memory_for(memory: object, module: "torch.nn.Module") -> int:
@@ -113,7 +116,7 @@ def _cgroups() -> Iterator[Path]:
     yield from roots
     with suppress(OSError):
         for line in _OWN_CGROUP.read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
+            _, controllers, path = (*line.split(":", 2), "", "")[:3]
             root = _CGROUPS / "memory" if "memory" in controllers.split(",") else _CGROUPS
             if controllers and root == _CGROUPS:
                 continue
