@@ -13,17 +13,20 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import cache
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import cache, wraps
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ParamSpec, TypeVar, cast
 
+from entangle import claims
 from entangle.errors import EntangleError, InvalidInput, Unavailable
 
 if TYPE_CHECKING:
     import pandas as pd
+
+_Given, _Made = ParamSpec("_Given"), TypeVar("_Made")
 
 SCHEMA_VERSION = 1
 PACKAGES = (
@@ -58,14 +61,32 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+RUN_KEYS = frozenset(
+    ("seconds", "peak_memory_bytes", "peak_gpu_memory_bytes", "memory_bytes", "command")
+)
+"""What a manifest says about one run, and not about its result."""
+
+
+def without_run(content: object) -> object:
+    """Return a manifest, or a part of one, without what runs of one result differ in."""
+    if isinstance(content, Mapping):
+        return {key: without_run(one) for key, one in content.items() if key not in RUN_KEYS}
+    if isinstance(content, list | tuple):
+        return [without_run(one) for one in content]
+    return content
+
+
 class RunClock:
     """Measure a run: seconds since construction and the process's peak memory."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
 
-    def read(self) -> dict[str, object]:
-        """Return ``seconds`` and ``peak_memory_bytes`` (also of the GPU where one was used)."""
+    def read(self, memory: int | None = None) -> dict[str, object]:
+        """Return ``seconds`` and ``peak_memory_bytes`` (also of the GPU where one was used).
+
+        And ``memory_bytes``, what the run was allowed to take, if ``memory`` is given.
+        """
         reading: dict[str, object] = {
             "seconds": round(time.perf_counter() - self._start, 3),
             "peak_memory_bytes": peak_memory_bytes(),
@@ -73,7 +94,7 @@ class RunClock:
         torch = sys.modules.get("torch")
         if torch is not None and torch.cuda.is_available():
             reading["peak_gpu_memory_bytes"] = int(torch.cuda.max_memory_allocated())
-        return reading
+        return reading if memory is None else reading | {"memory_bytes": memory}
 
 
 def command_line() -> str | None:
@@ -103,15 +124,19 @@ def check_output(path: str | os.PathLike[str], *, force: bool = False) -> Path:
     with disk_errors(target):
         if target.exists():
             _check_replaceable(target, str(path), force=force)
-        parent = target.parent
-        while not parent.exists():
-            parent = parent.parent
+        _check_parent(target)
+    return target
+
+
+def _check_parent(target: Path) -> None:
+    parent = target.parent
+    while not parent.exists():
+        parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise Unavailable(
             f"{str(target)!r} cannot be written: {str(parent)!r} is no folder that you may write "
             "to; name another folder."
         )
-    return target
 
 
 def _check_replaceable(target: Path, named: str, *, force: bool) -> None:
@@ -138,6 +163,40 @@ def expanded(path: str | os.PathLike[str]) -> Path:
 
 
 @contextmanager
+def claimed(path: str | os.PathLike[str] | None) -> Iterator[None]:
+    """Keep other processes from writing a result while the block runs (`entangle.claims`).
+
+    Parameters
+    ----------
+    path
+        Of the result; None for nothing.
+
+    Raises
+    ------
+    Unavailable
+        If another process is writing it, or its folder cannot be written.
+    """
+    with ExitStack() as stack:
+        if path is not None:
+            target = Path(os.path.realpath(expanded(path)))
+            with disk_errors(target):
+                _check_parent(target)
+                stack.enter_context(claims.claimed(target))
+        yield
+
+
+def claims_out(function: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
+    """Let a function run under a claim on the result that its argument ``out`` names."""
+
+    @wraps(function)
+    def under_claim(*args: _Given.args, **kwargs: _Given.kwargs) -> _Made:
+        with claimed(cast("str | None", kwargs.get("out"))):
+            return function(*args, **kwargs)
+
+    return under_claim
+
+
+@contextmanager
 def output_folder(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[Path]:
     """Yield a temporary folder that becomes ``path`` when the block ends without an error.
 
@@ -151,8 +210,14 @@ def output_folder(path: str | os.PathLike[str], *, force: bool = False) -> Itera
     Raises
     ------
     InvalidInput, Unavailable
-        As `check_output`; and `Unavailable` when the disk is full or turns read-only on the way.
+        As `check_output`; and `Unavailable` when the disk is full or turns read-only on the way, or
+        another process is writing the folder.
     """
+    with claimed(path):
+        yield from _output_folder(path, force=force)
+
+
+def _output_folder(path: str | os.PathLike[str], *, force: bool) -> Iterator[Path]:
     target = check_output(path, force=force)
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -161,6 +226,8 @@ def output_folder(path: str | os.PathLike[str], *, force: bool = False) -> Itera
         with disk_errors(target):
             temporary.chmod(0o777 & ~_umask())
             yield temporary
+            claims.check_claimed(target)
+            check_output(path, force=force)  # by now there may be one
             retired = temporary.with_name(temporary.name + ".old")
             if target.exists():
                 target.rename(retired)

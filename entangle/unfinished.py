@@ -7,8 +7,16 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from entangle.claims import check_claimed
 from entangle.errors import InvalidInput
-from entangle.provenance import check_output, disk_errors, expanded, read_manifest, write_json
+from entangle.provenance import (
+    check_output,
+    disk_errors,
+    expanded,
+    read_manifest,
+    without_run,
+    write_json,
+)
 
 PLAN = "plan.json"
 DIGESTS = "digests.json"
@@ -27,12 +35,24 @@ def is_made(final: str | os.PathLike[str], kind: str, manifest: Mapping[str, obj
     if not (expanded(final) / "manifest.json").is_file():
         return False
     found = read_manifest(final, kind)
-    wanted = json.loads(json.dumps({key: manifest[key] for key in _SAME}))
-    return all(found.get(key) == wanted[key] for key in _SAME)
+    return _plan({key: found.get(key) for key in _SAME}) == _plan(manifest)
+
+
+def _plan(manifest: Mapping[str, object]) -> dict[str, object]:
+    """Return what makes a result what it is, as JSON gives it back."""
+    plan = without_run({key: manifest[key] for key in _SAME})
+    return dict(json.loads(json.dumps(plan)))
+
+
+def _plan_digest(plan: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
 
 
 class Unfinished:
     """A hidden folder beside a result that is being made; it appears with the first piece.
+
+    The digest of every piece is kept with that of the plan that it belongs to. Who makes a result
+    has claimed it (`entangle.provenance.claimed`): nothing is written once the claim is lost.
 
     Parameters
     ----------
@@ -69,7 +89,8 @@ class Unfinished:
         """Where the result will be."""
         self.path = self.final.with_name(f".{self.final.name}.{ending}")
         """Where its pieces are kept."""
-        self._what, self._plan = what, {key: manifest[key] for key in _SAME}
+        self._what, self._plan = what, _plan(manifest)
+        self._digest = _plan_digest(self._plan)
         with disk_errors(self.path):
             found = self.path.exists()
             if found and not resume and not force:
@@ -102,7 +123,7 @@ class Unfinished:
     def keep(self, name: str, write: Callable[[Path], None]) -> None:
         """Keep a piece, unless it is there; the file appears when it is complete.
 
-        Its digest is written first, so that no piece is ever without one.
+        Its digest, and that of the plan, are written first, so that no piece is without them.
 
         Parameters
         ----------
@@ -110,17 +131,26 @@ class Unfinished:
             Of the file.
         write
             Called with the path to write it to.
+
+        Raises
+        ------
+        InvalidInput, Unavailable
+            If a piece of another plan is there, or another process writes the result.
         """
+        check_claimed(self.final)
         self.begin()
         path = self.path / name
         if path.exists():
+            self._check_planned(path)
             return
         with disk_errors(path, remedy=_REMEDY):
             partial = path.with_suffix(".writing")
             write(partial)
+            check_claimed(self.final)  # what is written may take long
             digests = self.path / DIGESTS
             changed = digests.with_suffix(".writing")
-            write_json(changed, self.digests() | {name: file_digest(partial)})
+            entry = {"sha256": file_digest(partial), "plan": self._digest}
+            write_json(changed, self._entries() | {name: entry})
             os.replace(changed, digests)  # noqa: PTH105  (the atomic one)
             os.replace(partial, path)  # noqa: PTH105
 
@@ -130,7 +160,7 @@ class Unfinished:
         Raises
         ------
         InvalidInput
-            If it is not what was written.
+            If it is not what was written, or belongs to another plan.
         """
         path = self.path / name
         if not path.exists():
@@ -140,13 +170,32 @@ class Unfinished:
                 f"{str(path)!r} was truncated or altered; remove it and go on with --resume "
                 "(resume=True), which makes it anew."
             )
+        self._check_planned(path)
         return path
+
+    def _check_planned(self, path: Path) -> None:
+        plan = self._entries().get(path.name, {}).get("plan", self._digest)
+        if plan != self._digest:
+            raise InvalidInput(
+                f"{str(path)!r} was made with other settings (plan {plan[:12]}…) than this "
+                f"{self._what} (plan {self._digest[:12]}…); remove it and go on with --resume "
+                "(resume=True), which makes it anew."
+            )
 
     def digests(self) -> dict[str, str]:
         """Return the SHA-256 of every piece as it was written, by name."""
+        return {name: entry.get("sha256", "") for name, entry in self._entries().items()}
+
+    def _entries(self) -> dict[str, dict[str, str]]:
+        """Return the digests of every piece, and of its plan where it was noted."""
         if not (self.path / DIGESTS).exists():
             return {}
-        return {name: str(digest) for name, digest in self._read(DIGESTS).items()}
+        return {
+            name: {key: str(one) for key, one in entry.items()}
+            if isinstance(entry, dict)
+            else {"sha256": str(entry)}  # as of a folder that an earlier version began
+            for name, entry in self._read(DIGESTS).items()
+        }
 
     def remove(self) -> None:
         """Remove all pieces, once the result is saved."""
@@ -162,9 +211,9 @@ class Unfinished:
             ) from error
 
     def _check_same(self) -> None:
-        found = self._read(PLAN)
-        wanted = json.loads(json.dumps(self._plan))
-        differing = [key for key in _SAME if found.get(key) != wanted[key]]
+        read = self._read(PLAN)
+        found = _plan({key: read.get(key) for key in _SAME})
+        differing = [key for key in _SAME if found[key] != self._plan[key]]
         if differing:
             raise InvalidInput(
                 f"the unfinished {self._what} of {str(self.final)!r} has another {differing[0]}; "

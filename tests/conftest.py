@@ -38,6 +38,14 @@ def _interruptible() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture
+def any_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let tests name less memory than a user can, so that small tables spill."""
+    from entangle import memory
+
+    monkeypatch.setattr(memory, "LEAST_BYTES", 0)
+
+
 @pytest.fixture(scope="session")
 def tiny() -> "Callable[[str], LanguageModel]":
     """Return a tiny model by name, built once; tests that change weights build their own."""

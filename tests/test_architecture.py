@@ -11,10 +11,12 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "entangle"
 FLOORS = (
     {"errors", "jupyter"},
+    {"claims"},
     {
         "seeding",
         "precision",
         "provenance",
+        "memory",
         "progress",
         "html_tables",
         "kernels",

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from entangle.errors import InvalidInput
+from entangle import claims
+from entangle.errors import InvalidInput, Unavailable
+from entangle.provenance import claimed
 from entangle.unfinished import DIGESTS, PLAN, Unfinished, file_digest
 
 MANIFEST = {"model": "m", "calibration": "c", "evaluation": None, "settings": {"k": 2}}
@@ -94,3 +96,62 @@ def test_a_piece_that_fails_leaves_the_others(tmp_path: Path) -> None:
     assert later.find("a.bin") is not None
     assert later.find("b.bin") is None
     assert json.loads((work.path / PLAN).read_text()) == MANIFEST
+
+
+def test_a_piece_of_another_plan_is_refused(tmp_path: Path) -> None:
+    """As where two processes wrote one folder, of which one had begun it anew."""
+    first = begin(tmp_path / "x")
+    first.keep("a.bin", piece(b"first"))
+    other = Unfinished(
+        tmp_path / "x", MANIFEST | {"settings": {"k": 3}},
+        what="job", ending="working", resume=False, force=True,
+    )  # fmt: skip
+    other.begin()
+    first.keep("a.bin", piece(b"first"))
+    for look in (lambda: other.find("a.bin"), lambda: other.keep("a.bin", piece(b"other"))):
+        with pytest.raises(InvalidInput, match=r"a\.bin"):
+            look()
+    assert first.find("a.bin") is not None
+
+
+def test_a_folder_of_an_earlier_version_is_resumed(tmp_path: Path) -> None:
+    """Whose digests did not name the plan, and whose plan told seconds."""
+    work = begin(tmp_path / "x", settings={"k": 2, "allocation": {"rule": "r"}})
+    work.keep("a.bin", piece(b"first"))
+    (work.path / DIGESTS).write_text(json.dumps(work.digests()))
+    plan = json.loads((work.path / PLAN).read_text())
+    plan["settings"]["allocation"]["seconds"] = 3.5
+    (work.path / PLAN).write_text(json.dumps(plan))
+    later = begin(tmp_path / "x", resume=True, settings=work._plan["settings"])
+    assert later.find("a.bin") is not None
+    later.keep("b.bin", piece(b"second"))
+    assert later.digests() == {name: file_digest(work.path / name) for name in ("a.bin", "b.bin")}
+
+
+def test_a_plan_is_of_no_run(tmp_path: Path) -> None:
+    """What an allocation took when it was made is no reason to begin anew."""
+    made = {"rule": "r", "seconds": 1.0, "peak_memory_bytes": 5, "memory_bytes": 2**31}
+    begin(tmp_path / "x", settings={"allocations": [made]}).keep("a.bin", piece(b"first"))
+    again = made | {"seconds": 2.0, "memory_bytes": 2**33}
+    later = begin(tmp_path / "x", resume=True, settings={"allocations": [again]})
+    assert later.find("a.bin") is not None
+    with pytest.raises(InvalidInput, match="settings"):
+        begin(tmp_path / "x", resume=True, settings={"allocations": [again | {"rule": "s"}]})
+
+
+def test_nothing_is_kept_once_the_claim_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claims, "_PATIENCE", 0.05)
+    work = begin(tmp_path / "x")
+    with claimed(tmp_path / "x"):
+        work.keep("a.bin", piece(b"first"))
+
+        def write(path: Path) -> None:
+            path.write_bytes(b"second")
+            claims.claim_file(tmp_path / "x").unlink()
+
+        for write_piece in (write, piece(b"third")):
+            with pytest.raises(Unavailable, match=r"x\.lock"):
+                work.keep("b.bin", write_piece)
+    assert not (work.path / "b.bin").exists()

@@ -25,9 +25,8 @@ def check_fit(
     *,
     experts: Sequence[int],
     damping: float,
-    memory: int,
 ) -> None:
-    """Check that texts, numbers of experts and memory fit the model and one another.
+    """Check that texts and numbers of experts fit the model and one another.
 
     Raises
     ------
@@ -46,8 +45,6 @@ def check_fit(
         )
     if not 0.0 <= damping < math.inf:
         raise InvalidInput(f"`damping` must be finite and at least 0; got {damping}.")
-    if memory < 0:
-        raise InvalidInput(f"`memory` must be at least 0 bytes; got {memory}.")
     outside = [layer.name for layer in layers if layer.block is None]
     if "divergence" in protocol.measures and outside:
         raise InvalidInput(

@@ -66,7 +66,7 @@ class Sweep:
             check_match(self.protocol, self.request, self.interventions, self.experts)
         check_fit(
             self.model, self.layers, self.calibration, self.protocol,
-            experts=self.experts, damping=self.damping, memory=self.memory,
+            experts=self.experts, damping=self.damping,
         )  # fmt: skip
         if self.allocation is not None:
             check_alone(self.request.wanted, match=self.match)

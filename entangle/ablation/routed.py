@@ -14,19 +14,18 @@ from entangle.calibration import CalibrationSet, Source, as_calibration
 from entangle.errors import InvalidInput, NumericalError, unknown_name
 from entangle.expansion.build import HiddenStates, check_own_modules, record_inputs
 from entangle.expansion.packing import pack
+from entangle.memory import check_memory, memory_for, work_bytes
 from entangle.models.blocks import BlockRunner
 from entangle.models.layers import Layer
 from entangle.models.loading import LanguageModel, as_language_model
 from entangle.progress import Progress, ProgressBar
 from entangle.pruning.methods import METHODS
 from entangle.recording.order import look_at
-from entangle.recording.stream import TokenStore
+from entangle.recording.stream import ByteBudget, TokenStore
 from entangle.routing.router import KINDS, Kind
 from entangle.seeding import check_seed
 
 __all__ = ["RoutedRows", "fit_rows"]
-
-DEFAULT_MEMORY = 2 * 2**30
 
 
 def fit_rows(
@@ -41,7 +40,7 @@ def fit_rows(
     damping: float = 0.01,
     restarts: int = 10,
     seed: int = 0,
-    memory: int = DEFAULT_MEMORY,
+    memory: int | None = None,
     md: bool = True,
     progress: bool | None = None,
 ) -> RoutedRows:
@@ -76,8 +75,9 @@ def fit_rows(
     seed
         Seed of the routers, of the pairs of tokens and of random pruning.
     memory
-        Bytes for hidden states, the recorded inputs of one block (beyond that, a temporary file
-        holds them) and outputs. The solved rows come on top, stored as their non-zeros.
+        Bytes for hidden states and the recorded inputs of one block, which spill beyond it, and for
+        outputs, which take 1 GiB of it, at most a half; by default half of what is free on the
+        model's device. The solved rows come on top, stored as their non-zeros.
     md
         Whether to measure mapping difficulty.
     progress
@@ -98,11 +98,14 @@ def fit_rows(
         sparsities, experts, pruner=pruner, router=router, damping=damping, restarts=restarts,
         seed=seed, md=md,
     )  # fmt: skip
+    check_memory(memory)
     dense = as_language_model(model)
     calibration = as_calibration(calibration, dense)
     chosen = chosen_rows(dense.module, rows)
     with ProgressBar("solving rows", enabled=progress) as bar:
-        parts = _fit_blocks(dense.module, calibration, chosen, settings, memory, bar)
+        parts = _fit_blocks(
+            dense.module, calibration, chosen, settings, memory_for(memory, dense.module), bar
+        )
     order = {layer.name: i for i, (layer, _) in enumerate(chosen)}
     neurons = _with_ri(pd.concat([table for table, _ in parts], ignore_index=True))
     neurons = neurons.sort_values(
@@ -125,21 +128,21 @@ def _fit_blocks(
     blocks = max(layer.block for layer, _ in chosen if layer.block is not None) + 1
     runner, parts = BlockRunner(module), []
     bar.start(blocks, "blocks")
-    with closing(
-        HiddenStates([ids for _, ids in calibration.batches()], memory=memory // 4)
-    ) as states:
+    work = work_bytes(memory)
+    budget = ByteBudget(memory - work)
+    with closing(HiddenStates([ids for _, ids in calibration.batches()], memory=budget)) as states:
         habits = look_at(module, [layer for layer, _ in chosen], states.first)
         states.enter(runner)
         for block in range(blocks):
             layers = [layer for layer, _ in chosen if layer.block == block]
             with ExitStack() as stack:
                 groups = record_inputs(
-                    layers, partial(states.advance, runner, block), memory=memory // 4,
+                    layers, partial(states.advance, runner, block), memory=budget,
                     stack=stack, passes=states.pass_tokens, habits=habits,
                 )  # fmt: skip
                 for members, inputs in groups:
                     group = RowGroup.of(members, rows)
-                    parts.append(_fit_one(group, inputs, settings, memory // 2))
+                    parts.append(_fit_one(group, inputs, settings, work))
             bar.advance()
     return parts
 

@@ -16,15 +16,15 @@ from entangle.allocation.allocation import Allocation
 from entangle.calibration import Source, as_calibration
 from entangle.evaluation import MinimalPairs, as_evaluation
 from entangle.evaluation.forward import as_causal_model
+from entangle.memory import check_memory, memory_for
 from entangle.models.layers import asked_by_name, find_layers
 from entangle.models.loading import LanguageModel, as_language_model
-from entangle.provenance import RunClock, make_manifest
+from entangle.provenance import RunClock, claims_out, make_manifest
 from entangle.scoring.scores import NeuronScores
 from entangle.seeding import check_seed
 
-DEFAULT_MEMORY = 2 * 2**30
 
-
+@claims_out
 def ablate(
     model: LanguageModel | nn.Module | str,
     calibration: Source,
@@ -51,7 +51,7 @@ def ablate(
     match: bool = False,
     md: bool = True,
     seed: int = 0,
-    memory: int = DEFAULT_MEMORY,
+    memory: int | None = None,
     out: str | os.PathLike[str] | None = None,
     resume: bool = False,
     force: bool = False,
@@ -118,7 +118,8 @@ def ablate(
     seed
         Seed of everything random.
     memory
-        Bytes for hidden states and recorded inputs.
+        Bytes for hidden states and recorded inputs; half of what is free on the model's device by
+        default.
     out
         Folder of the result. Arms are kept beside it as they finish.
     resume
@@ -143,7 +144,9 @@ def ablate(
     """
     clock = RunClock()
     check_seed(seed)
+    check_memory(memory)
     dense = as_causal_model(as_language_model(model))
+    budget = memory_for(memory, dense.module)
     chosen = find_layers(dense.module, layers, proj)
     named = asked_by_name(layers, chosen)
     if scores is not None and not named:
@@ -169,7 +172,7 @@ def ablate(
         match=match,
         md=md,
         seed=seed,
-        memory=memory,
+        memory=budget,
         named=named,
     )
     sweep.check()
@@ -183,7 +186,7 @@ def ablate(
             return load_ablation(out)
         folder = ArmFolder(out, manifest, resume=resume, force=force)
     fields = sweep.run(folder, progress=progress)
-    result = AblationResult(**fields, manifest=manifest | clock.read())
+    result = AblationResult(**fields, manifest=manifest | clock.read(budget))
     if folder is not None and out is not None:
         result.save(out, force=force)
         folder.remove()

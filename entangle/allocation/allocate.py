@@ -16,12 +16,11 @@ from entangle.allocation.request import Request, Settings
 from entangle.allocation.subject import Subject, find_subject
 from entangle.calibration import Source
 from entangle.errors import InvalidInput, unknown_name
+from entangle.memory import check_memory, memory_for
 from entangle.models.loading import LanguageModel
 from entangle.progress import Progress, ProgressBar
 from entangle.provenance import RunClock, make_manifest
 from entangle.scoring.scores import NeuronScores
-
-DEFAULT_MEMORY = 8 * 2**30
 
 
 def allocate(
@@ -44,7 +43,7 @@ def allocate(
     proj: str | None = None,
     in_features: Mapping[str, int] | None = None,
     measured: Measurements | None = None,
-    memory: int = DEFAULT_MEMORY,
+    memory: int | None = None,
     progress: bool | None = None,
 ) -> Allocation:
     """Decide how many weights of every neuron are to be zero.
@@ -95,7 +94,8 @@ def allocate(
     measured
         Measurements of the same model and layers to use again, in place of ``calibration``.
     memory
-        Bytes of Gram matrices held at a time; with less, more passes over the text are made.
+        Bytes of Gram matrices held at a time, half of what is free by default; with less, more
+        passes over the text are made.
     progress
         Show a progress bar on standard error; by default if that is a terminal.
 
@@ -110,6 +110,7 @@ def allocate(
     """
     clock = RunClock()
     _check_names(rule, across)
+    check_memory(memory)
     if strength is not None and RULES[rule].strength == 0:
         raise InvalidInput(f"rule {rule!r} has no strength; leave it out (got {strength!r}).")
     settings = Settings(
@@ -139,7 +140,7 @@ def allocate(
             "weights": subject.rows.n_weights,
             "remainder": remainder,
         },
-        **clock.read(),
+        **clock.read(None if source is None else source.memory),
     )
     rows = subject.rows
     return Allocation(
@@ -172,12 +173,16 @@ def _check_names(rule: str, across: str | None) -> None:
 
 
 def _measurements(
-    subject: Subject, calibration: Source | None, memory: int, progress: Progress
+    subject: Subject, calibration: Source | None, memory: int | None, progress: Progress
 ) -> Measurements | None:
     if subject.model is None:
         return None
     return Measurements(
-        subject.model, subject.layers, calibration, memory=memory, progress=progress
+        subject.model,
+        subject.layers,
+        calibration,
+        memory=memory_for(memory, subject.model.module),
+        progress=progress,
     )
 
 

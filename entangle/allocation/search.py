@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from entangle.affixes import around_each
-from entangle.allocation.allocate import DEFAULT_MEMORY, allocate
+from entangle.allocation.allocate import allocate
 from entangle.allocation.allocation import Allocation
 from entangle.allocation.budget import InfeasibleBudget
 from entangle.allocation.golden import Tried, minimise
@@ -22,6 +22,7 @@ from entangle.calibration import CalibrationSet, Source, as_calibration
 from entangle.errors import InvalidInput, NumericalError, unknown_name
 from entangle.evaluation import EvaluationText
 from entangle.evaluation.perplexity import measure_perplexity
+from entangle.memory import check_memory, memory_for
 from entangle.models.layers import Layer
 from entangle.models.loading import LanguageModel, as_language_model
 from entangle.progress import ProgressBar
@@ -52,7 +53,7 @@ def search(
     held_out: float = 0.25,
     pruner: str = "sparsegpt",
     damping: float = 0.01,
-    memory: int = DEFAULT_MEMORY,
+    memory: int | None = None,
     progress: bool | None = None,
     **settings: Any,
 ) -> Allocation:
@@ -83,7 +84,8 @@ def search(
     pruner, damping
         As in `entangle.pruning.prune` (``pruner`` is its ``method``).
     memory
-        Bytes of Gram matrices that are kept; with more, they are made anew for every candidate.
+        Bytes of Gram matrices that are kept, half of what is free by default; with more, they are
+        made anew for every candidate.
     progress
         Show a progress bar on standard error; by default if that is a terminal.
     **settings
@@ -109,6 +111,7 @@ def search(
             f"`{parameter}` is what a search of rule {tune!r} tunes, up to `high`; got "
             f"{settings[parameter]!r}: leave it out."
         )
+    check_memory(memory)
     evaluations = whole("evaluations", evaluations, least=2)
     dense = as_language_model(model)
     calibration = as_calibration(calibration, dense)
@@ -116,7 +119,7 @@ def search(
     first, last = split(calibration, held_out)
     shared = {name: settings.pop(name, None) for name in _SHARED}
     subject = find_subject(scores, model=dense, **shared, in_features=None)
-    measured = Measurements(dense, subject.layers, first, memory=memory)
+    measured = Measurements(dense, subject.layers, first, memory=memory_for(memory, dense.module))
     stand_in = _StandIn(measured, last, pruner=pruner, damping=damping)
     made: dict[float, Allocation] = {}
     with ProgressBar(f"searching ({tune})", enabled=progress) as bar:

@@ -23,6 +23,7 @@ from entangle.evaluation import EvaluationText, as_evaluation
 from entangle.evaluation.forward import as_causal_model
 from entangle.evaluation.perplexity import window_memory, windows_in_a_pass
 from entangle.expansion.build import HiddenStates
+from entangle.memory import memory_for
 from entangle.models.blocks import BlockRunner
 from entangle.models.layers import Layer
 from entangle.models.loading import LanguageModel
@@ -30,8 +31,6 @@ from entangle.progress import Progress, ProgressBar
 from entangle.seeding import check_seed
 from entangle.stats.gram import GramResult
 from entangle.stats.intervals import Interval, window_difference_interval
-
-DEFAULT_MEMORY = 2 * 2**30
 
 Losses = NDArray[np.float64]
 Chosen = tuple[Layer, Int64[Tensor, " _"]]
@@ -74,7 +73,7 @@ def single_neuron_damage(
     n_boot: int = 1000,
     seed: int = 0,
     level: float = 0.95,
-    memory: int = DEFAULT_MEMORY,
+    memory: int | None = None,
     batch_size: int | None = None,
     progress: bool | None = None,
 ) -> pd.DataFrame:
@@ -109,7 +108,8 @@ def single_neuron_damage(
     n_boot, seed, level
         Of the intervals; ``seed`` also of random pruning.
     memory
-        Bytes of hidden states in memory; what is beyond goes to a temporary file.
+        Bytes of hidden states in memory, half of what is free by default; what is beyond spills
+        (`entangle.recording.stream.TokenStore`).
     batch_size
         Windows in one forward pass; by default as many as give 2²⁷ logits.
     progress
@@ -133,12 +133,13 @@ def single_neuron_damage(
     """
     dense = as_causal_model(model)
     text = as_evaluation(text, dense)
+    budget = memory_for(memory, dense.module)
     chosen = chosen_rows(dense.module, rows)
     pruned = _pruned(chosen, grams or {}, intervention, strength, damping, check_seed(seed))
     change = _Change(intervention, float(strength), means, pruned)
     per_pass = windows_in_a_pass(batch_size, dense, text)
     with ProgressBar("single neurons", enabled=progress) as bar, window_memory(per_pass):
-        losses = _losses(dense, text, per_pass, chosen, change, memory, bar)
+        losses = _losses(dense, text, per_pass, chosen, change, budget, bar)
     boot = partial(window_difference_interval, n_boot=n_boot, seed=seed, level=level)
     return _table(chosen, change, losses, text, boot)
 

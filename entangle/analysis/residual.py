@@ -8,14 +8,13 @@ from torch import Tensor, nn
 
 from entangle.calibration import Source, as_calibration
 from entangle.expansion.build import HiddenStates
+from entangle.memory import memory_for
 from entangle.models.blocks import BlockRunner
 from entangle.models.layers import Layer, list_layers
 from entangle.models.loading import LanguageModel, as_language_model
 from entangle.progress import ProgressBar
 from entangle.recording.hooks import edit
 from entangle.seeding import torch_rng
-
-DEFAULT_MEMORY = 2 * 2**30
 
 _PROBE = 4, 16  # sequences and tokens
 _AGREEMENT = 0.55  # share of equal signs, which is ½ ± 0.01 by chance at 2,048 values
@@ -26,7 +25,7 @@ def residual_variance(
     calibration: Source,
     *,
     seed: int = 0,
-    memory: int = DEFAULT_MEMORY,
+    memory: int | None = None,
     progress: bool | None = None,
 ) -> dict[str, Float[Tensor, " _"]]:
     """Measure how much every dimension of the residual stream varies after each block.
@@ -40,7 +39,8 @@ def residual_variance(
     seed
         Of the noise that finds the layers (`residual_writers`).
     memory
-        Bytes of hidden states in memory; what is beyond goes to a temporary file.
+        Bytes of hidden states in memory, half of what is free by default; what is beyond spills
+        (`entangle.recording.stream.TokenStore`).
     progress
         Show a progress bar on standard error; by default if that is a terminal.
 
@@ -53,13 +53,14 @@ def residual_variance(
     """
     dense = as_language_model(model)
     calibration = as_calibration(calibration, dense)
+    budget = memory_for(memory, dense.module)
     runner = BlockRunner(dense.module)
     writers = residual_writers(dense, next(calibration.batches(_PROBE[0]))[1], seed=seed)
     found: dict[int, Tensor] = {}
     batches = [ids for _, ids in calibration.batches()]
     with (
         ProgressBar("residual stream", enabled=progress) as bar,
-        closing(HiddenStates(batches, memory=memory)) as states,
+        closing(HiddenStates(batches, memory=budget)) as states,
     ):
         bar.start(runner.n_blocks, "blocks")
         states.enter(runner)

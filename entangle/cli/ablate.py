@@ -109,7 +109,7 @@ def _add_arm_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument("--damping", type=float, default=0.01, help="(default: 0.01)")
     group.add_argument("--no-md", action="store_true", help="skip the mapping difficulty")
-    group.add_argument("--memory", default="2G", help="work memory (default: 2G)")
+    options.add_memory_option(group)
 
 
 def _add_measure_options(parser: argparse.ArgumentParser) -> None:
@@ -138,7 +138,7 @@ def run(arguments: argparse.Namespace) -> None:
     from entangle.seeding import check_seed
 
     check_seed(arguments.seed)
-    memory = options.parse_bytes(arguments.memory)
+    memory = options.parse_memory(arguments.memory)
     measures = _measures(arguments)
     settings: dict[str, Any] = {
         "interventions": options.names(arguments.intervention),

@@ -94,7 +94,7 @@ def _add_rule_options(parser: argparse.ArgumentParser) -> None:
         help="row, or for example n:4: zeros in multiples of a quarter of the row, of which those "
         "who prune by the file put equally many into every 4 neighbours (default: row)",
     )  # fmt: skip
-    group.add_argument("--memory", default="8G", help="for gram matrices (default: 8G)")
+    options.add_memory_option(group)
 
 
 def _add_search_options(parser: argparse.ArgumentParser) -> None:
@@ -127,7 +127,7 @@ def run(arguments: argparse.Namespace) -> None:
     exports = [_format_and_file(text) for text in arguments.export]
     _check_meaning(arguments)
     _check_outputs(arguments, exports)
-    memory = options.parse_bytes(arguments.memory)
+    memory = options.parse_memory(arguments.memory)
     from entangle.allocation import export
     from entangle.models.layers import find_layers
     from entangle.scoring import load_scores
@@ -278,7 +278,10 @@ def _load_model(arguments: argparse.Namespace, scores: "NeuronScores") -> "Langu
 
 
 def _allocate(
-    arguments: argparse.Namespace, scores: "NeuronScores", model: "LanguageModel", memory: int
+    arguments: argparse.Namespace,
+    scores: "NeuronScores",
+    model: "LanguageModel",
+    memory: int | None,
 ) -> "Allocation":
     from entangle.allocation import RULES, allocate, search
     from entangle.errors import unknown_name

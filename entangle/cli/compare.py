@@ -53,7 +53,7 @@ def add_parser(subparsers: options.Subparsers) -> None:
         help="text to evaluate on: a name, an id or a path, as for --calibration",
     )  # fmt: skip
     options.add_evaluation_options(group)
-    group.add_argument("--memory", default="2G", help="work memory (default: 2G)")
+    options.add_memory_option(group)
     group.add_argument("--resume", action="store_true", help="go on with an unfinished comparison")
     options.add_run_options(parser)
     parser.set_defaults(run=run)
@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> None:
         options.numbers(arguments.experts, int),
         allocations=allocations,
     )
-    memory = options.parse_bytes(arguments.memory)
+    memory = options.parse_memory(arguments.memory)
     model = options.load_model(arguments)
     calibration = options.load_calibration(arguments, model)
     text = options.load_evaluation(arguments, model, arguments.data)

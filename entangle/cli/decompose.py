@@ -54,7 +54,7 @@ def add_parser(subparsers: options.Subparsers) -> None:
         "--separated", type=int, default=20,
         help="pairs of tokens that a neuron separates most (default: %(default)s)",
     )  # fmt: skip
-    group.add_argument("--memory", default="2G", help="work memory (default: %(default)s)")
+    options.add_memory_option(group)
     options.add_run_options(parser)
     parser.set_defaults(run=run)
 
@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> None:
         )
     experts = options.numbers(arguments.experts, int)
     neurons = None if arguments.neurons is None else options.numbers(arguments.neurons, int)
-    memory = options.parse_bytes(arguments.memory)
+    memory = options.parse_memory(arguments.memory)
     if not 0 <= arguments.sparsity <= 1:
         raise InvalidInput(f"`--sparsity` must be in [0, 1]; got {arguments.sparsity}.")
     if min(experts) < 1:

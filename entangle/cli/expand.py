@@ -60,7 +60,7 @@ def add_parser(subparsers: options.Subparsers) -> None:
     )  # fmt: skip
     group.add_argument("--bits", type=int, help="also quantise the weights to so many bits")
     group.add_argument("--damping", type=float, default=0.01, help="(default: 0.01)")
-    group.add_argument("--memory", default="2G", help="work memory (default: 2G)")
+    options.add_memory_option(group)
     group.add_argument(
         "--evaluate", metavar="SOURCE",
         help="measure perplexity on this text: a name, an id or a path, as for --calibration",
@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Expand, evaluate, print."""
     from entangle.evaluation import perplexity
 
-    memory = options.parse_bytes(arguments.memory)
+    memory = options.parse_memory(arguments.memory)
     options.check_run(arguments)
     _check_evaluated(arguments)
     allocation = _allocation(arguments)

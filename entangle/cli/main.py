@@ -21,6 +21,7 @@ from entangle.cli import (
     score,
 )
 from entangle.errors import EntangleError
+from entangle.provenance import claimed
 
 CLOSED_PIPE = 128 + 13
 """As a shell reports a program that the signal SIGPIPE (13) has ended."""
@@ -77,7 +78,9 @@ def _run(argv: Sequence[str] | None) -> int:
     arguments = build_parser().parse_args(options.spell_out(given))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
-        arguments.run(arguments)
+        shared = arguments.command == "figures"  # files that any number of commands may add to
+        with claimed(None if shared else getattr(arguments, "out", None)):  # before all else
+            arguments.run(arguments)
     except EntangleError as error:
         print(f"entangle: error: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code

@@ -21,6 +21,9 @@ Number = TypeVar("Number", int, float)
 Subparsers = Any
 """What ``ArgumentParser.add_subparsers`` returns, which has no public type."""
 
+AUTO = "auto"
+"""As a size of memory: half of what is free."""
+
 _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
@@ -334,6 +337,19 @@ def check_run(arguments: argparse.Namespace) -> None:
         raise InvalidInput("--resume goes on with an unfinished folder; name it with --out.")
     if arguments.out is not None and not arguments.resume:
         check_output(arguments.out, force=arguments.force)
+
+
+def add_memory_option(group: argparse._ArgumentGroup) -> None:
+    """Add the option that bounds memory."""
+    group.add_argument(
+        "--memory", default=AUTO, metavar="SIZE",
+        help="work memory, such as 8G (default: auto, half of what is free)",
+    )  # fmt: skip
+
+
+def parse_memory(text: str) -> int | None:
+    """Read a size as `parse_bytes` does; None for ``auto``."""
+    return None if text.strip().lower() == AUTO else parse_bytes(text)
 
 
 def parse_bytes(text: str) -> int:

@@ -41,12 +41,11 @@ def add_parser(subparsers: options.Subparsers) -> None:
         default="auto",
         choices=("auto", "exact", "sketch"),
         help="exact: sort all outputs; sketch: all layers in one pass, bounded memory; auto: "
-        "exact if the recorded inputs fit into half of --memory (default: auto)",
+        "exact if the recorded inputs take at most 1 GiB, or half of a --memory that is given "
+        "(default: auto)",
     )
     group.add_argument("--no-md", action="store_true", help="skip the mapping difficulty")
-    group.add_argument(
-        "--memory", default="2G", help="work memory of the exact method (default: %(default)s)"
-    )
+    options.add_memory_option(group)
     group.add_argument("--batch-size", type=int, help="sequences in one forward pass")
     parser.add_argument("--top", type=int, default=20, help="rows to print (default: 20)")
     options.add_run_options(parser)
@@ -62,7 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
     check_seed(arguments.seed)
     if arguments.top < 1:
         raise InvalidInput(f"`--top` must be at least 1; got {arguments.top}.")
-    memory = options.parse_bytes(arguments.memory)
+    memory = options.parse_memory(arguments.memory)
     if arguments.out is not None:
         check_output(arguments.out, force=arguments.force)
     from entangle.models.layers import find_layers

@@ -14,6 +14,7 @@ from entangle.decomposition.recorded import record_groups
 from entangle.decomposition.result import KIND, Decomposition
 from entangle.decomposition.tables import COLUMNS, joined
 from entangle.errors import InvalidInput, NumericalError, unknown_name
+from entangle.memory import check_memory, memory_for, work_bytes
 from entangle.models.layers import Layer, find_layers
 from entangle.models.loading import LanguageModel, as_language_model
 from entangle.modes.neuron import Neurons, check_neurons
@@ -23,8 +24,6 @@ from entangle.provenance import RunClock, make_manifest
 from entangle.pruning.methods import METHODS
 from entangle.routing.router import KINDS, Kind
 from entangle.seeding import check_seed
-
-DEFAULT_MEMORY = 2 * 2**30
 
 
 def decompose(
@@ -45,7 +44,7 @@ def decompose(
     damping: float = 0.01,
     restarts: int = 10,
     seed: int = 0,
-    memory: int = DEFAULT_MEMORY,
+    memory: int | None = None,
     progress: bool | None = None,
 ) -> Decomposition:
     """Decompose the neurons of some layers into routed sparse experts, and describe both.
@@ -78,8 +77,9 @@ def decompose(
     seed
         Of routers, pairs, samples and random pruning. One seed gives the same bytes.
     memory
-        Bytes: a half for recorded inputs (beyond that, a temporary file holds them), a half for
-        outputs. The solved rows of the largest number of experts and the solver come on top.
+        Bytes for recorded inputs, which spill beyond it, and for outputs, which take 1 GiB of it,
+        at most a half; by default half of what is free on the model's device. The solved rows of
+        the largest number of experts and the solver come on top.
     progress
         Show a progress bar on standard error; by default if that is a terminal.
 
@@ -96,15 +96,19 @@ def decompose(
     """
     clock = RunClock()
     rows = _settings(experts, sparsity, pruner, router, damping, restarts, seed)
-    _check_limits(near, memory, contexts=contexts, pairs=pairs, separated=separated)
+    check_memory(memory)
+    _check_limits(near, contexts=contexts, pairs=pairs, separated=separated)
     dense = as_language_model(model)
     calibration = as_calibration(calibration, dense)
     layers = find_layers(dense.module, layer, proj)
     _check_fit(layers, neurons, calibration, rows)
-    request = Request(rows, _plain(neurons), contexts, pairs, separated, near, memory // 2)
+    budget = memory_for(memory, dense.module)
+    request = Request(
+        rows, _plain(neurons), contexts, pairs, separated, near, work_bytes(budget), budget // 2
+    )
     with ProgressBar("decomposing", enabled=progress) as bar:
-        tables = _tables(dense, calibration, layers, request, memory // 2, bar)
-    manifest = _manifest(dense, calibration, layers, request, clock)
+        tables = _tables(dense, calibration, layers, request, budget - request.memory, bar)
+    manifest = _manifest(dense, calibration, layers, request, clock.read(budget))
     return Decomposition(**tables, manifest=manifest)
 
 
@@ -113,7 +117,7 @@ def _manifest(
     calibration: CalibrationSet,
     layers: Sequence[Layer],
     request: Request,
-    clock: RunClock,
+    spent: Mapping[str, object],
 ) -> dict[str, object]:
     rows = request.rows
     settings = {
@@ -128,7 +132,7 @@ def _manifest(
         model=model.describe(),
         calibration=calibration.describe(),
         settings=settings,
-        **clock.read(),
+        **spent,
     )
 
 
@@ -211,14 +215,12 @@ def _settings(
     return RowSettings(shares, counts, pruner, router, damping, restarts, check_seed(seed), md=True)
 
 
-def _check_limits(near: float, memory: int, **counts: int) -> None:
+def _check_limits(near: float, **counts: int) -> None:
     for name, value in counts.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise InvalidInput(f"`{name}` must be an integer of at least 0; got {value!r}.")
     if not 0 < near <= 1:
         raise InvalidInput(f"`near` must be in (0, 1]; got {near!r}.")
-    if isinstance(memory, bool) or not isinstance(memory, int) or memory < 2**20:
-        raise InvalidInput(f"`memory` must be at least 1 MiB in bytes; got {memory!r}.")
 
 
 def _check_fit(

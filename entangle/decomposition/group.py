@@ -38,7 +38,9 @@ class Request:
     separated: int
     near: float
     memory: int
-    """Bytes for outputs and weights."""
+    """Bytes for outputs and weights that are worked on."""
+    most_outputs: int
+    """Bytes that the outputs of the neurons looked at closely may take."""
 
 
 def decompose_group(
@@ -72,7 +74,7 @@ def decompose_group(
     for number, layer in enumerate(layers):
         own = scored[scored["layer"] == layer.name]
         wanted = choose(own) if request.neurons is None else list(request.neurons)
-        chosen.append(Chosen.of(group, number, wanted, inputs, request.memory))
+        chosen.append(Chosen.of(group, number, wanted, inputs, request.most_outputs))
     parts: Parts = defaultdict(list)
     _add_outputs(parts, group, scored, chosen, inputs, request, report)
     _add_tokens(parts, chosen, inputs, calibration, tokenizer, request)
@@ -148,7 +150,7 @@ def _add_tokens(
     """Add what does not depend on the experts: pairs, separated, modes, contexts."""
     seed = request.rows.seed
     drawn = draw_all(inputs, seed=seed)
-    near = near_pairs(inputs, drawn, near=request.near, seed=seed, memory=request.memory)
+    near = near_pairs(inputs, drawn, near=request.near, seed=seed)
     text = TokenText(tokenizer)
     for one in chosen:
         found = {

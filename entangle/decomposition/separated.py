@@ -19,11 +19,9 @@ from entangle.seeding import numpy_rng
 MOST_TOKENS = 8192
 """Tokens among which near pairs are looked for."""
 
-_COPIES = 4  # of the tokens, in the search
-
 
 def near_pairs(
-    inputs: TokenStore, drawn: ClusterPairs, *, near: float, seed: int, memory: int
+    inputs: TokenStore, drawn: ClusterPairs, *, near: float, seed: int
 ) -> Int64[np.ndarray, "pairs two=2"]:
     """Find the nearest pairs of tokens, exactly, among a random sample of at most 8,192.
 
@@ -38,8 +36,6 @@ def near_pairs(
         Share of all pairs.
     seed
         Of the sample.
-    memory
-        Bytes for the sample.
 
     Returns
     -------
@@ -49,8 +45,7 @@ def near_pairs(
     distance = drawn.distance[drawn.distance > 0].double().numpy()
     if len(distance) == 0:
         return np.empty((0, 2), dtype=np.int64)
-    features = inputs.span(0, 1).shape[1]
-    most = min(inputs.n_tokens, MOST_TOKENS, max(2, memory // (4 * _COPIES * features)))
+    most = min(inputs.n_tokens, MOST_TOKENS)
     rng = numpy_rng(seed, "separated pairs")
     sample = np.sort(rng.choice(inputs.n_tokens, size=most, replace=False))
     tokens = inputs.take(torch.from_numpy(sample)).float().cpu().numpy()

@@ -10,12 +10,11 @@ from entangle.calibration import Source
 from entangle.evaluation.forward import as_causal_model
 from entangle.evaluation.perplexity import Perplexity, window_memory, windows_in_a_pass
 from entangle.evaluation.text import as_evaluation
+from entangle.memory import memory_for
 from entangle.models.blocks import BlockRunner
 from entangle.models.loading import LanguageModel
 from entangle.progress import ProgressBar
 from entangle.recording.stream import ByteBudget, TokenStore
-
-DEFAULT_MEMORY = 2 * 2**30
 
 
 class DenseReference:
@@ -34,7 +33,8 @@ class DenseReference:
     text
         From `load_evaluation`, or what that takes.
     memory
-        Bytes of hidden states in memory; what is beyond goes to a temporary file.
+        Bytes of hidden states in memory, half of what is free by default; what is beyond spills
+        (`entangle.recording.stream.TokenStore`).
     batch_size
         Windows in one forward pass; by default as many as give 2²⁷ logits.
     progress
@@ -54,7 +54,7 @@ class DenseReference:
         model: LanguageModel | nn.Module,
         text: Source,
         *,
-        memory: int = DEFAULT_MEMORY,
+        memory: int | None = None,
         batch_size: int | None = None,
         progress: bool | None = None,
     ) -> None:
@@ -63,7 +63,7 @@ class DenseReference:
         """The text."""
         self.batch_size = windows_in_a_pass(batch_size, self._model, text)
         """Windows that ran in one forward pass."""
-        self._store = TokenStore(ByteBudget(memory))
+        self._store = TokenStore(ByteBudget(memory_for(memory, self._model.module)))
         self._runner = BlockRunner(self._model.module)
         losses = []
         with ProgressBar("dense model", enabled=progress) as bar, window_memory(self.batch_size):

@@ -17,12 +17,13 @@ from entangle.models.blocks import BlockRunner
 from entangle.models.layers import Layer
 from entangle.recording.order import Habits, look_at
 from entangle.recording.recorder import Recorded, Recorder
-from entangle.recording.stream import ByteBudget, TokenStore
+from entangle.recording.stream import ByteBudget, TokenStore, as_budget
 from entangle.routing import Router
 from entangle.routing.fit import fit_router_and_labels
 from entangle.routing.router import Kind
 from entangle.stats.gram import ClusterGrams
 
+_RAM = torch.device("cpu")
 _PASS_TOKENS_GPU = 2**15
 _PASS_NUMBERS_GPU = 2**27
 """Of the widest activation of a pass, so that what a block holds beside its records stays small."""
@@ -81,13 +82,16 @@ class HiddenStates:
     batches
         Token ids of each batch, (sequences, tokens).
     memory
-        Bytes in memory; what is beyond goes to a temporary file.
+        Bytes in memory, or a budget shared with others; what is beyond spills (`TokenStore`). While
+        they advance, the states before and after a block are held.
     """
 
-    def __init__(self, batches: Sequence[Int[Tensor, "_ tokens"]], *, memory: int) -> None:
-        self._batches, self._memory = batches, memory
+    def __init__(
+        self, batches: Sequence[Int[Tensor, "_ tokens"]], *, memory: int | ByteBudget
+    ) -> None:
+        self._batches, self._budget = batches, as_budget(memory)
         self._passes = batches
-        self._store = TokenStore(ByteBudget(memory))
+        self._store = TokenStore(self._budget)
 
     def enter(self, runner: BlockRunner) -> None:
         """Fill with what enters the first block."""
@@ -133,7 +137,7 @@ class HiddenStates:
 
     def advance(self, runner: BlockRunner, index: int, recorder: Recorder | None = None) -> None:
         """Replace the states of every batch by what block ``index`` makes of them."""
-        following = TokenStore(ByteBudget(self._memory))
+        following = TokenStore(self._budget)
         for found in self.run(runner, index, recorder):
             following.append(found.flatten(0, -2))
         self._store.close()
@@ -180,7 +184,7 @@ def build_blocks(
     plan: Plan,
     streams: Sequence[HiddenStates],
     *,
-    memory: int,
+    memory: int | ByteBudget,
     finished: Callable[[int], Sequence[ExpandedLayer] | None],
     done: Callable[[int, Sequence[ExpandedLayer]], None],
 ) -> BlockRunner:
@@ -197,7 +201,7 @@ def build_blocks(
         block's dense layers the experts are fitted on; it goes no further than the last of them,
         and is closed there.
     memory
-        Bytes for the recorded inputs of one block; what is beyond goes to a temporary file.
+        Bytes for the recorded inputs of one block, or a budget shared with the streams.
     finished
         Gives the layers of a block that an earlier run has built, or None.
     done
@@ -235,7 +239,7 @@ def _expand_block(
     index: int,
     layers: Sequence[Layer],
     plan: Plan,
-    memory: int,
+    memory: int | ByteBudget,
     habits: Mapping[str, Habits],
 ) -> list[ExpandedLayer]:
     """Expand the layers of one block; the last one closes the calibration stream."""
@@ -266,7 +270,7 @@ def record_inputs(
     layers: Sequence[Layer],
     run: Callable[[Recorder], None],
     *,
-    memory: int,
+    memory: int | ByteBudget,
     stack: ExitStack,
     passes: Sequence[int],
     habits: Mapping[str, Habits],
@@ -281,7 +285,7 @@ def record_inputs(
     run
         Called once; runs the block with the recorder that it receives.
     memory
-        Bytes for the records; what is beyond goes to a temporary file.
+        Bytes for the records, or a budget shared with others; what is beyond spills (`TokenStore`).
     stack
         Closes the records when it is closed.
     passes
@@ -302,7 +306,7 @@ def record_inputs(
     InvalidInput
         If a layer sees no token, or does something else than to multiply by its weight.
     """
-    budget, stores = ByteBudget(memory), dict[int, TokenStore]()
+    budget, stores = as_budget(memory), dict[int, TokenStore]()
 
     def keep(found: Recorded) -> None:
         if found.source not in stores:
@@ -343,11 +347,10 @@ def _expand_group(layers: Sequence[Layer], store: TokenStore, plan: Plan) -> lis
 
 
 def _lies_on_gpu(store: TokenStore) -> bool:
-    """Tell whether all rows of a record are in the memory of one GPU."""
-    if not store.in_memory:
+    """Tell whether all rows of a record are on one GPU, or in RAM where that had no room."""
+    if store.in_file or store.device.type != "cuda":
         return False
-    devices = {rows.device for _, rows in store.blocks(store.n_tokens)}
-    return len(devices) == 1 and devices.pop().type == "cuda"
+    return all(rows.device in (store.device, _RAM) for rows in store.chunks())
 
 
 def _solve_streamed(

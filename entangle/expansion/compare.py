@@ -43,9 +43,10 @@ from entangle.expansion.comparison import (
     at_equal_nonzeros,
     load_comparison,
 )
-from entangle.expansion.expand import DEFAULT_MEMORY, expand
+from entangle.expansion.expand import expand
+from entangle.memory import check_memory, memory_for
 from entangle.models.loading import LanguageModel, as_language_model
-from entangle.provenance import RunClock, make_manifest
+from entangle.provenance import RunClock, claims_out, make_manifest
 from entangle.scalars import whole
 from entangle.seeding import check_seed
 from entangle.unfinished import Unfinished, is_made
@@ -88,6 +89,7 @@ class _Measured:
             ) from error
 
 
+@claims_out
 def compare(
     model: LanguageModel | nn.Module | str,
     calibration: Source,
@@ -96,7 +98,7 @@ def compare(
     *,
     allocations: Sequence[Named] = (),
     seed: int = 0,
-    memory: int = DEFAULT_MEMORY,
+    memory: int | None = None,
     out: str | os.PathLike[str] | None = None,
     resume: bool = False,
     force: bool = False,
@@ -141,11 +143,13 @@ def compare(
         before it are kept.
     """
     clock, seed = RunClock(), whole("seed", seed, least=0)
+    check_memory(memory)
     dense = as_language_model(model)
     calibration, text = as_calibration(calibration, dense), as_evaluation(text, dense)
+    budget = memory_for(memory, dense.module)
     for arm in chosen:
         check_experts(arm.experts, tokens=calibration.n_tokens)
-    bench = _Bench(dense, calibration, text, allocations, seed=check_seed(seed), memory=memory)
+    bench = _Bench(dense, calibration, text, allocations, seed=check_seed(seed), memory=budget)
     manifest = make_manifest(
         KIND,
         model=dense.describe(),
@@ -166,7 +170,7 @@ def compare(
         value = f"perplexity {results[arm].perplexity(text).value:.3f}"
         told(f"{arm.label}: {value}{' (finished before)' if before else ''}")
     frame, windows = _tables(results, text, seed=seed)
-    found = Comparison(frame, windows, manifest | clock.read())
+    found = Comparison(frame, windows, manifest | clock.read(budget))
     if kept is not None and out is not None:
         found.save(out, force=force)
         kept.remove()

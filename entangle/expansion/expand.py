@@ -36,6 +36,7 @@ from entangle.expansion.report import block_rows, model_costs
 from entangle.expansion.saving import refuse_saving
 from entangle.expansion.solve import SolverSettings, Sparsity, check_solvable
 from entangle.html_tables import described, html_result, number
+from entangle.memory import check_memory, memory_for
 from entangle.models.layers import (
     Layer,
     asked_by_name,
@@ -45,16 +46,16 @@ from entangle.models.layers import (
 )
 from entangle.models.loading import LanguageModel, as_language_model
 from entangle.progress import Progress, ProgressBar
-from entangle.provenance import RunClock, make_manifest
+from entangle.provenance import RunClock, claims_out, make_manifest
 from entangle.provenance import expanded as expanded_path
 from entangle.pruning.quantize import check_bits
 from entangle.recording.recorder import shared_inputs
+from entangle.recording.stream import ByteBudget
 from entangle.routing.router import KINDS, Kind
 from entangle.scalars import real, whole
 from entangle.seeding import check_seed
 
 KIND = "expansion"
-DEFAULT_MEMORY = 2 * 2**30
 _LOGITS = 2**27
 _PROBE = 4  # tokens that show which layers read one input
 _SHOWN = (
@@ -98,6 +99,7 @@ class Expansion:
         return html_result(title, lines, self.layers[shown])
 
 
+@claims_out
 def expand(
     model: LanguageModel | nn.Module | str,
     calibration: Source,
@@ -114,7 +116,7 @@ def expand(
     bits: int | None = None,
     damping: float = 0.01,
     seed: int = 0,
-    memory: int = DEFAULT_MEMORY,
+    memory: int | None = None,
     evaluation: Source | None = None,
     out: str | os.PathLike[str] | None = None,
     keep: bool = True,
@@ -156,7 +158,8 @@ def expand(
     seed
         Seed of the routers and of random pruning.
     memory
-        Bytes for hidden states and recorded inputs; what is beyond goes to a temporary file.
+        Bytes for hidden states and recorded inputs, half of what is free on the model's device by
+        default; what is beyond spills (`entangle.recording.stream.TokenStore`).
     evaluation
         Text (from `entangle.load_evaluation`, or what that takes) whose hidden states follow the
         build, so that the perplexity is known at its end even if the experts do not fit into
@@ -184,10 +187,11 @@ def expand(
     arXiv 2405.15756, algorithms A1 and A2.
     """
     clock = RunClock()
+    check_memory(memory)
     dense = as_language_model(model)
     calibration = as_calibration(calibration, dense)
     text = None if evaluation is None else as_evaluation(evaluation, dense)
-    memory = int(min(2**62, real("memory", memory)))
+    memory = memory_for(memory, dense.module)
     restarts = whole("restarts", restarts, least=1)
     seed, damping, bits = whole("seed", seed, least=0), real("damping", damping), check_bits(bits)
     copied = structural_copy(dense.module)
@@ -221,11 +225,12 @@ def expand(
     if out is not None:
         folder = BuildFolder(Path(out), manifest, resume=resume, force=force)
     sink = _Sink(plan, folder, copied, keep=keep)
-    streams = _streams(calibration, text, dense.vocab_size, memory=memory // 4)
+    budget = ByteBudget(memory)
+    streams = _streams(calibration, text, dense.vocab_size, budget)
     with ProgressBar("expanding", enabled=progress) as bar, _memory_limit():
         bar.start(len(find_blocks(copied)[1]), "blocks")
         runner = build_blocks(
-            copied, plan, streams, memory=memory // 2, finished=sink.finished,
+            copied, plan, streams, memory=budget, finished=sink.finished,
             done=lambda index, expanded: sink.done(index, expanded, bar),
         )  # fmt: skip
         perplexity = None
@@ -239,7 +244,7 @@ def expand(
     manifest |= {
         "costs": costs, **_describe_perplexity(perplexity), "layers_without_tokens": silent,
     }  # fmt: skip
-    spent: Mapping[str, object] = clock.read()
+    spent: Mapping[str, object] = clock.read(memory)
     if folder is not None:
         spent = folder.finish(table, manifest, {"command": command, **spent})
     refuse_saving(copied)
@@ -248,14 +253,17 @@ def expand(
 
 
 def _streams(
-    calibration: CalibrationSet, evaluation: EvaluationText | None, vocab_size: int, *, memory: int
+    calibration: CalibrationSet,
+    evaluation: EvaluationText | None,
+    vocab_size: int,
+    budget: ByteBudget,
 ) -> list[HiddenStates]:
-    """Return the hidden states that follow the build, ``memory`` bytes each in memory."""
-    streams = [HiddenStates([ids for _, ids in calibration.batches()], memory=memory)]
+    """Return the hidden states that follow the build."""
+    streams = [HiddenStates([ids for _, ids in calibration.batches()], memory=budget)]
     if evaluation is not None:
         batch = max(1, _LOGITS // (evaluation.seq_len * vocab_size))
         streams.append(
-            HiddenStates([ids for _, ids in evaluation.rows.batches(batch)], memory=memory)
+            HiddenStates([ids for _, ids in evaluation.rows.batches(batch)], memory=budget)
         )
     return streams
 

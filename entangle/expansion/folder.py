@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from entangle.claims import check_claimed
 from entangle.errors import InvalidInput
 from entangle.expansion.build import ExpandedLayer
 from entangle.expansion.checkpoint import block_file, read_block, write_block
@@ -110,6 +111,7 @@ class BuildFolder:
             files = dict(sorted(self._unfinished.digests().items()))
             write_json(self.path / "manifest.json", {**manifest, "files": files})
             write_json(self.path / _RUN, run)
+            check_claimed(self.final)
             retired = self.path.with_name(f"{self.path.name}.old")
             shutil.rmtree(retired, ignore_errors=True)
             if self.final.exists():

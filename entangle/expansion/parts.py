@@ -8,7 +8,6 @@ clusters are held, until the experts of all layers are solved with them.
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import chain
 
 import torch
 from jaxtyping import Float, Int64
@@ -45,7 +44,7 @@ class ClusterTokens:
     Parameters
     ----------
     store
-        All of it in memory, on one device.
+        None of it in a file; what is not on its device is brought there as it is asked for.
     labels
         Cluster of every token.
     k
@@ -53,7 +52,7 @@ class ClusterTokens:
     """
 
     def __init__(self, store: TokenStore, labels: Int64[Tensor, " tokens"], k: int) -> None:
-        self._chunks = [rows for _, rows in store.blocks(max(1, store.n_tokens))]
+        self._store, self._chunks = store, list(store.chunks())
         self._features = self._chunks[0].shape[1]
         self._order: list[tuple[Tensor, ...]] = []
         sizes = []
@@ -69,12 +68,16 @@ class ClusterTokens:
     def batches(self, cluster: int) -> Iterator[Float[Tensor, "tokens features"]]:
         """Yield a cluster's tokens in order, 8,192 at a time, each time in the same memory."""
         size = max(1, min(_BATCH, sum(len(order[cluster]) for order in self._order)))
-        rows, held = self._chunks[0].new_empty(size, self._features), 0
+        rows, held = self._chunks[0].new_empty(size, self._features, device=self._store.device), 0
         for chunk, order in zip(self._chunks, self._order, strict=True):
             left = order[cluster]
             while len(left):
                 some, left = left.tensor_split([size - held])
-                torch.index_select(chunk, 0, some, out=rows[held : held + len(some)])
+                place = rows[held : held + len(some)]
+                if chunk.device == rows.device:
+                    torch.index_select(chunk, 0, some, out=place)
+                else:
+                    place.copy_(chunk.index_select(0, some))
                 held += len(some)
                 if held == size:
                     yield rows
@@ -89,7 +92,7 @@ class ClusterTokens:
 
     def whole(self, device: torch.device) -> Float[Tensor, "_ _"]:
         """Return ``XᵀX`` of all tokens."""
-        everything = chain.from_iterable(chunk.split(_BATCH) for chunk in self._chunks)
+        everything = (rows.to(device) for _, rows in self._store.blocks(_BATCH))
         return sum_grams([everything], self._features, device=device)[0]
 
 
@@ -111,7 +114,7 @@ def solve_in_parts(
     layers
         They read one input.
     store
-        That input, all of it in memory.
+        That input, none of it in a file.
     labels
         Cluster of every token.
     sparsity

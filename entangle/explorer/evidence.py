@@ -11,6 +11,7 @@ from torch import nn
 from entangle.calibration import CalibrationSet
 from entangle.decomposition import Decomposition, decompose
 from entangle.decomposition.histograms import output_histogram
+from entangle.memory import memory_for
 from entangle.models.layers import Layer, find_layers
 from entangle.models.loading import LanguageModel
 from entangle.modes import describe_modes
@@ -62,13 +63,14 @@ class ModeFinder:
     subject
         For all other neurons; None if there is none.
     memory
-        Bytes for the inputs of the layer looked at last; what is beyond goes to a temporary file.
+        Bytes for the inputs of the layer looked at last, None for half of what is free; what is
+        beyond spills (`entangle.recording.stream.TokenStore`).
     seed
         Of the contexts that are drawn.
     """
 
     def __init__(
-        self, known: Decomposition | None, subject: Subject | None, *, memory: int, seed: int
+        self, known: Decomposition | None, subject: Subject | None, *, memory: int | None, seed: int
     ) -> None:
         self.subject = subject
         self._known, self._memory, self._seed = known, memory, seed
@@ -123,7 +125,8 @@ class ModeFinder:
             if held is not None:
                 held.close()
         (layer,) = find_layers(subject.model.module, name)
-        store = self._inputs = TokenStore(ByteBudget(self._memory))
+        memory = memory_for(self._memory, subject.model.module)
+        store = self._inputs = TokenStore(ByteBudget(memory))
 
         outputs = self._given = TokenStore(ByteBudget(self._memory))
 

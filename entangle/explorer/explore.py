@@ -11,12 +11,11 @@ from entangle.decomposition import Decomposition, load_decomposition
 from entangle.errors import InvalidInput
 from entangle.explorer.evidence import ExpertFinder, ModeFinder, Subject
 from entangle.explorer.explorer import Explorer
+from entangle.memory import check_memory
 from entangle.models.loading import LanguageModel, as_language_model
 from entangle.provenance import expanded
 from entangle.scoring.score import score
 from entangle.scoring.scores import NeuronScores, load_scores
-
-DEFAULT_MEMORY = 2**30
 
 
 def explore(
@@ -32,7 +31,7 @@ def explore(
     sparsity: float = 0.9,
     widgets: bool | None = None,
     seed: int = 0,
-    memory: int = DEFAULT_MEMORY,
+    memory: int | None = None,
     progress: bool | None = None,
 ) -> Explorer:
     """Look through neurons in a notebook: leave the result as the last line of a cell.
@@ -66,7 +65,8 @@ def explore(
     seed
         Of the scores, of the contexts that are drawn, and of the experts.
     memory
-        Bytes for the recorded inputs of the layer whose modes are looked at.
+        Bytes for the recorded inputs of the layer whose modes are looked at; half of what is free
+        when they are recorded by default.
     progress
         Show a progress bar of the scoring; by default in a notebook and on a terminal.
 
@@ -76,6 +76,7 @@ def explore(
         If the scores or the decomposition are of another model, there is no neuron, ``model`` comes
         without ``calibration``, or what `entangle.load_scores` and `entangle.score` refuse.
     """
+    check_memory(memory)
     if isinstance(source, str | Path) and (expanded(source) / "manifest.json").is_file():
         source = load_scores(source)
     if isinstance(decomposition, str | Path):

@@ -1,4 +1,4 @@
-"""Rows of tokens kept within a byte budget: in memory first, then in a temporary file."""
+"""Rows of tokens kept within a byte budget: where they come, then in RAM, then in a file."""
 
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from entangle.errors import InvalidInput
+from entangle.memory import SPARE_RAM
 from entangle.provenance import disk_errors
 
 
@@ -32,9 +33,25 @@ class ByteBudget:
         return True
 
 
+def as_budget(memory: int | ByteBudget) -> ByteBudget:
+    """Return a budget of so many bytes, or the one that is given."""
+    return memory if isinstance(memory, ByteBudget) else ByteBudget(memory)
+
+
 def _gains(rows: Tensor) -> bool:
     """Tell whether memory in one piece is worth asking for where these rows are."""
     return rows.is_cuda
+
+
+def _is_far(rows: Tensor) -> bool:
+    """Tell whether RAM is not the memory that rows are in."""
+    return rows.is_cuda
+
+
+def _together(parts: Sequence[Tensor]) -> Tensor:
+    """Return neighbouring rows as one tensor, where the first of them are."""
+    first = parts[0]
+    return first if len(parts) == 1 else torch.cat([part.to(first.device) for part in parts])
 
 
 class TokenStore:
@@ -43,19 +60,23 @@ class TokenStore:
     Parameters
     ----------
     budget
-        Memory shared with other stores. Chunks that do not fit go to an unnamed temporary file
-        (in the folder that ``TMPDIR`` names), which the operating system removes with the store.
+        Memory shared with other stores. Chunks that do not fit go from a GPU to RAM, where that has
+        room (`entangle.memory.SpareRam`), then to an unnamed temporary file (in the folder that
+        ``TMPDIR`` names), which the operating system removes with the store.
 
     Notes
     -----
     Chunks stay on the device and in the dtype in which they come. Several threads may read at the
-    same time. Memory taken by `reserve` counts as held whether rows are in it or not.
+    same time. Memory taken by `reserve` counts as held whether rows are in it or not. Blocks are
+    the same wherever the rows lie.
     """
 
     def __init__(self, budget: ByteBudget) -> None:
         self.n_tokens = 0
         self._budget, self._held = budget, 0
         self._chunks: list[Tensor] = []
+        self._far: list[Tensor] = []
+        self._far_bytes = 0
         self._room: Tensor | None = None
         self._file: IO[bytes] | None = None
         self._reading = Lock()
@@ -69,7 +90,7 @@ class TokenStore:
 
     @property
     def device(self) -> torch.device:
-        """Where the rows in memory are."""
+        """Where the rows came, and those in memory are."""
         return self._device
 
     @property
@@ -79,8 +100,13 @@ class TokenStore:
 
     @property
     def in_memory(self) -> bool:
-        """Whether no row has gone to a file."""
-        return self._file is None
+        """Whether all rows are where they came: none has gone to RAM or to a file."""
+        return not self._far and self._file is None
+
+    @property
+    def in_file(self) -> bool:
+        """Whether rows have gone to a file."""
+        return self._file is not None
 
     def __enter__(self) -> "TokenStore":
         return self
@@ -96,9 +122,11 @@ class TokenStore:
     def close(self) -> None:
         """Give the memory back to the budget and remove the file; again does nothing."""
         self._chunks.clear()
+        self._far.clear()
         self._room = None
         self._budget.left += self._held
-        self._held = 0
+        SPARE_RAM.give(self._far_bytes)
+        self._held = self._far_bytes = 0
         if self._file is not None:
             with suppress(OSError):  # a full disk refuses the rest of the buffer
                 self._file.close()
@@ -140,25 +168,43 @@ class TokenStore:
         n_bytes = chunk.numel() * chunk.element_size()
         if self._fill(chunk):
             self._in_memory += chunk.shape[0]
-        elif self._file is None and self._budget.take(n_bytes):
+        elif self.in_memory and self._budget.take(n_bytes):
             self._chunks.append(chunk.clone())
             self._held += n_bytes
+            self._in_memory += chunk.shape[0]
+        elif self._file is None and _is_far(chunk) and SPARE_RAM.take(n_bytes):
+            self._far.append(torch.empty_like(chunk, device="cpu").copy_(chunk))
+            self._far_bytes += n_bytes
             self._in_memory += chunk.shape[0]
         else:
             self._spill(chunk)
         self.n_tokens += chunk.shape[0]
 
+    def chunks(self) -> Iterator[Float[Tensor, "tokens features"]]:
+        """Yield all rows in order as they lie, those of a file 8,192 at a time."""
+        yield from self._chunks
+        yield from self._far
+        for start in range(self._in_memory, self.n_tokens, 8192):
+            yield self._read(start, min(8192, self.n_tokens - start))
+
     def blocks(self, n_tokens: int) -> Iterator[tuple[int, Float[Tensor, "tokens features"]]]:
-        """Yield (index of the first row, rows) in order, at most ``n_tokens`` rows at a time."""
-        start = 0
-        for chunk in self._chunks:
-            for part in chunk.split(n_tokens):
-                yield start, part
-                start += part.shape[0]
-        while start < self.n_tokens:
-            count = min(n_tokens, self.n_tokens - start)
-            yield start, self._read(start, count)
-            start += count
+        """Yield (index of the first row, rows) in order, ``n_tokens`` rows at a time.
+
+        Only the last block may have fewer, wherever the rows lie; a block that lies in several
+        chunks is put together.
+        """
+        start, parts, missing = 0, list[Tensor](), n_tokens
+        for chunk in self.chunks():
+            left = chunk
+            while left.shape[0]:
+                part, left = left[:missing], left[missing:]
+                parts.append(part)
+                missing -= part.shape[0]
+                if missing == 0:
+                    yield start, _together(parts)
+                    start, parts, missing = start + n_tokens, [], n_tokens
+        if parts:
+            yield start, _together(parts)
 
     def __iter__(self) -> Iterator[Float[Tensor, "tokens features"]]:
         """Yield all rows in order, 8,192 at a time; may be repeated."""
@@ -167,10 +213,10 @@ class TokenStore:
     def span(self, start: int, end: int) -> Float[Tensor, "tokens features"]:
         """Return the rows from ``start`` up to ``end``."""
         parts, first = [], 0
-        for chunk in self._chunks:
+        for chunk in (*self._chunks, *self._far):
             low, high = max(start - first, 0), min(end - first, chunk.shape[0])
             if low < high:
-                parts.append(chunk[low:high])
+                parts.append(chunk[low:high].to(self._device))
             first += chunk.shape[0]
         if end > max(start, first):
             stored = self._read(max(start, first), end - max(start, first))
@@ -178,9 +224,11 @@ class TokenStore:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def joined(self) -> Float[Tensor, "tokens features"]:
-        """Return all rows, of which none has gone to a file, and keep them in one piece."""
+        """Return all rows, which are all where they came, and keep them in one piece."""
         if not self.in_memory:
-            raise InvalidInput("rows that are in a file cannot be joined; read them in blocks.")
+            raise InvalidInput(
+                "rows that are in RAM or in a file cannot be joined; read them in blocks."
+            )
         with self._reading:
             if len(self._chunks) != 1:
                 self._chunks = [torch.cat(self._chunks)]

@@ -13,12 +13,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from entangle.kernels.sketch import fits, row_distances
+from entangle.memory import WORK_BYTES, work_bytes
 from entangle.models.layers import Layer
 from entangle.precision import full_precision
 from entangle.recording.recorder import Batch, Recorded, Recorder
 from entangle.recording.stream import ByteBudget, TokenStore
 from entangle.scoring.measured import MeasuredLayer
-from entangle.scoring.side_by_side import ON_GPU, how_many, mapped
+from entangle.scoring.side_by_side import how_many, mapped
 from entangle.scoring.tables import LayerSummary, summarise
 from entangle.stats.mapping_difficulty import MappingDifficulty, TokenPairs, draw_pairs
 from entangle.stats.rows import can_measure, measure_rows
@@ -30,7 +31,9 @@ _LOG = logging.getLogger(__name__)
 
 _BLOCK_TOKENS = 8192
 _BLOCK_TOKENS_GPU = 2**15
-_GPU_BYTES = 2**35  # 16 bytes an output, of which the outputs themselves take 8
+_WORK_BYTES_GPU = 2**33
+_JOINED_BYTES_GPU = 2**33
+_BYTES_AN_OUTPUT = 16  # of which the outputs themselves take 8
 
 
 @dataclass(eq=False)
@@ -82,24 +85,25 @@ def score_exact(
     The outputs are computed from the inputs in float32, but for layers that do something else than
     to multiply by their weight, whose own outputs are recorded beside the inputs.
 
-    Half of ``memory`` (bytes) holds recorded inputs, which spill to a temporary file beyond it;
-    the other half is for the outputs of the neurons that are worked on.
+    ``memory`` (bytes) holds recorded inputs, which spill beyond it (`TokenStore`), but for what the
+    outputs of the neurons take that are worked on: 1 GiB, 8 GiB on a GPU, at most a half.
     """
     summaries = []
     with ExitStack() as stack, full_precision():
-        batches, budget = list(batches), ByteBudget(memory // 2)
+        batches, at_once = list(batches), how_many(layers)
+        work_space = work_bytes(memory, WORK_BYTES if at_once == 1 else _WORK_BYTES_GPU)
+        budget = ByteBudget(memory - work_space)
         passes, told = [ids.numel() for _, ids in batches], _told(batches, report)
         recorded, recorder = _record(
             module, layers, told, budget, stack, watch, may_be_silent, passes
         )
         heard = [layer for layer in layers if layer.name in recorded]
-        at_once = how_many(heard)
         if md and at_once > 1:  # here, as to wait for each of them would keep a thread from work
             for layer in heard:
                 recorded[layer.name].pairs(seed=seed, device=layer.device)
 
         def work(layer: Layer) -> LayerSummary:
-            share = memory // 2 // at_once
+            share = work_space // at_once
             one = recorded[layer.name]
             return summarise(
                 _score_layer(layer, one, n_groups=n_groups, md=md, seed=seed, memory=share)
@@ -163,8 +167,7 @@ def _score_layer(
     store = inputs.store
     pairs = inputs.pairs(seed=seed, device=layer.device) if md else None
     parts: list[_Measured] = []
-    at_once = min(memory, _GPU_BYTES // ON_GPU) if layer.device.type == "cuda" else memory
-    neurons = max(1, at_once // (16 * store.n_tokens))
+    neurons = max(1, memory // (_BYTES_AN_OUTPUT * store.n_tokens))
     observed = inputs.outputs.get(layer.name)
     weight, bias = (None, None) if observed is not None else (layer.weight, layer.bias)
     for start in range(0, layer.out_features, neurons):
@@ -267,7 +270,7 @@ def _drawn(n_tokens: int, seed: int, device: torch.device) -> Tensor:
 def _joined_rows(store: TokenStore) -> Tensor | None:
     """Return a record as one tensor if a GPU holds it, and has room for it twice for a moment."""
     on_gpu = store.device.type == "cuda" and store.in_memory
-    if not on_gpu or store.n_bytes > _GPU_BYTES // 4:
+    if not on_gpu or store.n_bytes > _JOINED_BYTES_GPU:
         return None
     try:
         return store.joined()

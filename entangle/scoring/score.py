@@ -9,6 +9,7 @@ from torch import nn
 
 from entangle.calibration import CalibrationSet, Source, as_calibration
 from entangle.errors import InvalidInput, MemoryLimit
+from entangle.memory import check_memory, memory_for
 from entangle.models.layers import Layer, asked_by_name, find_layers
 from entangle.models.loading import LanguageModel, as_language_model
 from entangle.progress import Progress, ProgressBar
@@ -23,7 +24,9 @@ from entangle.stats.mapping_difficulty import MAX_PAIRS
 
 Method = Literal["auto", "exact", "sketch"]
 
-DEFAULT_MEMORY = 2 * 2**30
+AUTO_EXACT_BYTES = 2**30
+"""Recorded inputs up to which ``auto`` is exact where no memory was asked for."""
+
 EXACT_GROUPS, SKETCH_GROUPS = 16, 8
 
 
@@ -36,7 +39,7 @@ def score(
     method: Method = "auto",
     md: bool = True,
     seed: int = 0,
-    memory: int = DEFAULT_MEMORY,
+    memory: int | None = None,
     batch_size: int | None = None,
     progress: bool | None = None,
     watch: Callable[[Recorded], None] | None = None,
@@ -56,13 +59,15 @@ def score(
     method
         ``exact`` records the layers' inputs and sorts every neuron's outputs; ``sketch`` measures
         all layers in one forward pass, in memory that does not grow with the tokens; ``auto`` is
-        exact where the recorded inputs fit into half of ``memory``.
+        exact where the recorded inputs take at most 1 GiB, whatever the machine has, or half of
+        ``memory`` if that is given. The manifest says which it was.
     md
         Whether to compute the mapping difficulty.
     seed
         Seed of the pairs of tokens.
     memory
-        Bytes for recorded inputs and work space of the exact method (the model not counted).
+        Bytes for recorded inputs and work space of the exact method (the model not counted); by
+        default half of what is free on the model's device.
     batch_size
         Sequences in one forward pass; by default as many as make 4,096 tokens.
     progress
@@ -88,6 +93,7 @@ def score(
     ----------
     arXiv 2405.15756, eq. 1 (WD) and eq. 2 (MD).
     """
+    check_memory(memory)
     language_model = as_language_model(model)
     chosen = find_layers(language_model.module, layers, proj)
     return score_layers(
@@ -106,7 +112,7 @@ def score_layers(
     method: Method = "auto",
     md: bool = True,
     seed: int = 0,
-    memory: int = DEFAULT_MEMORY,
+    memory: int | None = None,
     batch_size: int | None = None,
     progress: bool | None = None,
     watch: Callable[[Recorded], None] | None = None,
@@ -120,13 +126,14 @@ def score_layers(
     _check_readable(chosen)
     calibration = as_calibration(calibration, language_model)
     resolved = _resolve_method(method, language_model, chosen, calibration, memory)
+    budget = memory_for(memory, language_model.module)
     groups = _n_groups(resolved, calibration.n_seq)
     per_pass = _batch_size(batch_size, calibration)
     with ProgressBar(f"scoring ({resolved})", enabled=progress) as bar:
         try:
             measured, recorder = _measure(
                 resolved, language_model, chosen, calibration,
-                n_groups=groups, per_pass=per_pass, md=md, seed=seed, memory=memory, bar=bar,
+                n_groups=groups, per_pass=per_pass, md=md, seed=seed, memory=budget, bar=bar,
                 watch=watch, may_be_silent=may_be_silent,
             )  # fmt: skip
             frame = neuron_table(measured, language_model.name)
@@ -154,7 +161,7 @@ def score_layers(
             "md": md,
             "seed": seed,
         },
-        **clock.read(),
+        **clock.read(budget),
     )
     return NeuronScores(
         frame=frame,
@@ -184,15 +191,14 @@ def _resolve_method(
     model: LanguageModel,
     layers: Sequence[Layer],
     calibration: CalibrationSet,
-    memory: int,
+    memory: int | None,
 ) -> Literal["exact", "sketch"]:
     if method not in ("auto", "exact", "sketch"):
         raise InvalidInput(f"`method` must be auto, exact or sketch; got {method!r}.")
-    if isinstance(memory, bool) or not isinstance(memory, int) or memory < 2**20:
-        raise InvalidInput(f"`memory` must be at least 1 MiB in bytes; got {memory!r}.")
     recorded = sum(layer.in_features for layer in layers)
     needed = calibration.n_tokens * recorded * model.dtype.itemsize
-    if method == "exact" or (method == "auto" and needed <= memory // 2):
+    most = AUTO_EXACT_BYTES if memory is None else memory // 2
+    if method == "exact" or (method == "auto" and needed <= most):
         return "exact"
     return "sketch"
 

@@ -220,6 +220,7 @@ def test_installed_modules_put_out_the_routed_rows(
     np.testing.assert_allclose(error[:, ROWS[GATE]].square().mean(0).sqrt(), expected, rtol=1e-4)
 
 
+@pytest.mark.usefixtures("any_memory")
 def test_less_memory_gives_the_same(
     tiny: Tiny, calibration: CalibrationSet, fitted: RoutedRows
 ) -> None:

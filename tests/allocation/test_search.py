@@ -119,6 +119,7 @@ def test_candidates_whose_budget_cannot_be_met_lose(
         )  # fmt: skip
 
 
+@pytest.mark.usefixtures("any_memory")
 def test_grams_are_made_anew_where_the_memory_does_not_hold_them(
     tiny: Tiny, scored: Scored, calibration: CalibrationSet
 ) -> None:

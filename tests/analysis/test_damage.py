@@ -101,6 +101,7 @@ def test_pruned_rows_equal_those_of_the_whole_model(
         assert damages(row) == whole_model(model, text, swapped_rows([edit]))
 
 
+@pytest.mark.usefixtures("any_memory")
 def test_means_and_strength(tiny: Tiny, text: EvaluationText) -> None:
     model = tiny("llama")
     (layer,) = find_layers(model.module, 1, "up_proj")

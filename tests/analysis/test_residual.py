@@ -39,6 +39,7 @@ def test_writers_are_found_without_names(
     assert [layer.block for layer in found] == sorted(layer.block or 0 for layer in found)
 
 
+@pytest.mark.usefixtures("any_memory")
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
 def test_variance_is_that_of_the_models_own_hidden_states(
     tiny: Tiny, calibration: CalibrationSet, name: str

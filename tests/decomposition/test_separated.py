@@ -4,6 +4,7 @@ import torch
 
 from entangle.ablation.row_measures import ClusterPairs
 from entangle.calibration import CalibrationSet
+from entangle.decomposition import separated
 from entangle.decomposition.pairs import draw_all
 from entangle.decomposition.separated import near_pairs, separated_rows
 from entangle.modes import TokenText
@@ -22,7 +23,7 @@ def test_near_pairs_against_plain_loops(near: float) -> None:
     tokens = normal(80, 4)
     tokens[1] = tokens[0]  # the same input: no pair
     drawn = draw_all(store_of(tokens), seed=0)
-    found = near_pairs(store_of(tokens), drawn, near=near, seed=0, memory=2**24)
+    found = near_pairs(store_of(tokens), drawn, near=near, seed=0)
     radius = float(np.quantile(drawn.distance.double(), near))
     expected = reference.near_pairs(tokens.double().numpy(), radius)
     assert [(int(a), int(b)) for a, b in found] == expected
@@ -30,13 +31,14 @@ def test_near_pairs_against_plain_loops(near: float) -> None:
     assert len(found) == pytest.approx(near * 80 * 79 / 2, rel=0.6, abs=60)
 
 
-def test_little_memory_takes_a_sample() -> None:
+def test_a_long_text_is_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(separated, "MOST_TOKENS", 50)
     tokens = normal(200, 4)
     drawn = draw_all(store_of(tokens), seed=0)
-    found = near_pairs(store_of(tokens), drawn, near=0.5, seed=0, memory=50 * 64)
-    again = near_pairs(store_of(tokens), drawn, near=0.5, seed=0, memory=50 * 64)
-    other = near_pairs(store_of(tokens), drawn, near=0.5, seed=1, memory=50 * 64)
-    assert len(np.unique(found)) <= 50
+    found = near_pairs(store_of(tokens), drawn, near=0.5, seed=0)
+    again = near_pairs(store_of(tokens, memory=0), drawn, near=0.5, seed=0)
+    other = near_pairs(store_of(tokens), drawn, near=0.5, seed=1)
+    assert len(np.unique(found)) == 50
     assert np.array_equal(found, again)
     assert not np.array_equal(found, other)
 
@@ -44,13 +46,13 @@ def test_little_memory_takes_a_sample() -> None:
 def test_no_pairs_of_one_input() -> None:
     tokens = torch.ones(10, 3)
     drawn = draw_all(store_of(tokens), seed=0)
-    assert near_pairs(store_of(tokens), drawn, near=0.5, seed=0, memory=2**20).shape == (0, 2)
+    assert near_pairs(store_of(tokens), drawn, near=0.5, seed=0).shape == (0, 2)
 
 
 def test_farthest_pairs_against_plain_loops() -> None:
     tokens, outputs = normal(60, 4), normal(2, 60, name="outputs")
     store = store_of(tokens)
-    near = near_pairs(store, draw_all(store, seed=0), near=0.3, seed=0, memory=2**24)
+    near = near_pairs(store, draw_all(store, seed=0), near=0.3, seed=0)
     ids = CalibrationSet(torch.arange(60).view(6, 10), "", {})
     rows = separated_rows(outputs, (5, 3), near, store, ids, TokenText(None), most=12, window=2)
     assert rows.columns.tolist() == COLUMNS
@@ -75,7 +77,7 @@ def test_by_hand() -> None:
     tokens = torch.tensor([[0.0, 1], [0.1, 1], [5, 1], [5.1, 1], [99, 1], [0, 50]])
     outputs = torch.tensor([[0.0, 1, 9, 2, 100, -40]])
     drawn = ClusterPairs(torch.tensor([[0], [1]]), torch.tensor([0.2]), (1,))
-    near = near_pairs(store_of(tokens), drawn, near=1.0, seed=0, memory=2**20)
+    near = near_pairs(store_of(tokens), drawn, near=1.0, seed=0)
     assert near.tolist() == [[0, 1], [2, 3]]
     ids = CalibrationSet(torch.tensor([[10, 11, 12], [13, 14, 15]]), "", {})
     rows = separated_rows(

@@ -17,6 +17,7 @@ from entangle.models.layers import Layer
 from entangle.models.loading import LanguageModel
 from entangle.pruning.factor import inverse_factor
 from entangle.pruning.quadratic import _PART_BYTES
+from entangle.recording import stream
 from entangle.recording.stream import ByteBudget, TokenStore
 from entangle.routing.router import Kind
 from entangle.seeding import torch_rng
@@ -386,3 +387,24 @@ def test_a_gpu_that_runs_out_of_memory(caplog: pytest.LogCaptureFixture) -> None
     assert "GPU memory ran out: solving 4 of 8 experts at a time" in caplog.text
     assert ((found.weight == 0) == (expected.weight == 0)).double().mean() > 0.999
     torch.testing.assert_close(found.squared_error, expected.squared_error, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("rows_in_memory", [0, 100, 150])
+@pytest.mark.parametrize("size", [1, 4])
+def test_rows_in_ram_beside_a_gpu_give_the_same_bits(
+    rows_in_memory: int, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Played on the CPU: the rows that a budget does not hold lie elsewhere, in other chunks."""
+    layers, (tokens, labels) = make_layers(), make_tokens()
+    monkeypatch.setattr(parts, "_BATCH", 32)
+    whole = in_parts(layers, stored(tokens), labels, len(SIZES), size)
+    monkeypatch.setattr(stream, "_is_far", lambda _rows: True)
+    with TokenStore(ByteBudget(rows_in_memory * 4 * FEATURES)) as store:
+        for chunk in tokens.split(50):
+            store.append(chunk)
+        assert not store.in_memory
+        assert not store.in_file
+        found = in_parts(layers, store, labels, len(SIZES), size)
+    for one, other in zip(found, whole, strict=True):
+        assert torch.equal(one.weight, other.weight)
+        assert torch.equal(one.squared_error, other.squared_error)

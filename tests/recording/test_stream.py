@@ -13,7 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from entangle import memory
 from entangle.errors import InvalidInput, Unavailable
+from entangle.memory import SpareRam
 from entangle.recording import stream
 from entangle.recording.stream import ByteBudget, TokenStore
 from entangle.seeding import torch_rng
@@ -106,11 +108,11 @@ def test_what_fits_into_reserved_memory_is_one_piece(everywhere: None) -> None:
         store.reserve([4, 11], matrix[:4])
         for chunk in matrix.split([4, 6, 5, 1, 4]):
             store.append(chunk)
-        assert [len(part) for _, part in store.blocks(100)] == [15, 1, 4]
+        assert [len(part) for part in store.chunks()] == [15, 1, 4]
         store.reserve([20, 100], matrix)  # too late
         store.append(matrix)
-        assert [len(part) for _, part in store.blocks(100)] == [15, 1, 4, 20]
-        held = weakref.ref(next(part for _, part in store.blocks(100)).untyped_storage())
+        assert [len(part) for part in store.chunks()] == [15, 1, 4, 20]
+        held = weakref.ref(next(store.chunks()).untyped_storage())
     assert budget.left == 2**20
     assert held() is None
     assert store._room is None
@@ -330,4 +332,69 @@ def test_rows_in_a_file_are_not_joined() -> None:
         store.append(torch.zeros(2, 3))
         assert not store.in_memory
         with pytest.raises(InvalidInput, match="blocks"):
+            store.joined()
+
+
+@pytest.fixture
+def far(monkeypatch: pytest.MonkeyPatch) -> SpareRam:
+    """Take the memory of rows for a GPU's, beside a RAM with room for 10 rows."""
+    monkeypatch.setattr(stream, "_is_far", lambda _rows: True)
+    monkeypatch.setattr(memory, "free_ram", lambda: 2 * 10 * FEATURES * 4 - spare.held)
+    spare = SpareRam()
+    monkeypatch.setattr(stream, "SPARE_RAM", spare)
+    return spare
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=8),
+    rows_in_memory=st.integers(0, 30),
+    block=st.integers(1, 30),
+    reserved=st.booleans(),
+)
+def test_rows_go_to_ram_before_they_go_to_a_file(
+    far: SpareRam, sizes: list[int], rows_in_memory: int, block: int, reserved: bool
+) -> None:
+    matrix, row = rows(sum(sizes)), FEATURES * 4
+    budget = ByteBudget(rows_in_memory * row)
+    with TokenStore(budget) as store:
+        if reserved:
+            store._room = torch.empty(min(rows_in_memory, sum(sizes)), FEATURES)
+            budget.take(store._room.numel() * 4)
+            store._held = store._room.numel() * 4
+        held, in_ram, in_file = 0, 0, 0
+        for size in sizes:  # first fit, and never back
+            if not in_ram and not in_file and held + size <= rows_in_memory:
+                held += size
+            elif not in_file and in_ram + size <= 10:
+                in_ram += size
+            else:
+                in_file += size
+        for chunk in matrix.split(sizes):
+            store.append(chunk)
+        if not reserved:
+            assert far.held == in_ram * row
+            assert store.in_file == bool(in_file)
+            assert store.in_memory == (in_ram == in_file == 0)
+        assert torch.equal(joined(store, block), matrix)
+        assert torch.equal(store.span(len(matrix) // 3, len(matrix)), matrix[len(matrix) // 3 :])
+        assert torch.equal(torch.cat(list(store.chunks())), matrix)
+        assert torch.equal(store.take(torch.arange(len(matrix)).flip(0)), matrix.flip(0))
+    assert (far.held, budget.left) == (0, rows_in_memory * row)
+
+
+def test_blocks_are_the_same_wherever_the_rows_lie(far: SpareRam) -> None:
+    """So that sums over blocks have the same last bits at every budget."""
+    matrix = rows(40)
+    found = []
+    for rows_in_memory in (0, 7, 12, 100):
+        with filled(matrix, [5, 9, 2, 14, 10], ByteBudget(rows_in_memory * FEATURES * 4)) as store:
+            found.append([(start, len(part)) for start, part in store.blocks(8)])
+    assert found == [[(0, 8), (8, 8), (16, 8), (24, 8), (32, 8)]] * 4
+
+
+def test_rows_in_ram_are_not_joined(far: SpareRam) -> None:
+    with filled(rows(4), [4], ByteBudget(0)) as store:
+        assert (store.in_memory, store.in_file) == (False, False)
+        with pytest.raises(InvalidInput, match="RAM"):
             store.joined()

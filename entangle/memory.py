@@ -1,0 +1,164 @@
+"""How much memory a run may take: what was asked for, or half of what is free.
+
+Rows that were recorded fill it as they come. What is computed piece by piece has a fixed size,
+`WORK_BYTES`, so that the pieces, and with them the last bits of a result, are the same on every
+machine that has twice as much to give.
+"""
+
+from collections.abc import Iterator
+from contextlib import suppress
+from numbers import Real
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING
+
+import psutil
+
+from entangle.errors import InvalidInput
+
+if TYPE_CHECKING:
+    import torch
+
+SHARE = 2
+"""One part in so many of what is free is taken where nothing was asked for."""
+
+LEAST_BYTES = 2**20
+"""Least memory that can be asked for: less is a size whose unit was forgotten."""
+
+WORK_BYTES = 2**30
+"""Most memory for what is computed piece by piece."""
+
+_MOST_BYTES = 2**62
+_CGROUPS = Path("/sys/fs/cgroup")
+_OWN_CGROUP = Path("/proc/self/cgroup")
+_LIMITS = (
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+"""Limit, use, and the part of the use that gives way, in the files of cgroups 2 and 1."""
+
+
+def check_memory(memory: object) -> int | None:
+    """Return a budget in bytes, None where it is to be half of what is free.
+
+    Raises
+    ------
+    InvalidInput
+        If it is no number, or below 1 MiB.
+    """
+    if memory is None:
+        return None
+    if isinstance(memory, bool) or not isinstance(memory, Real):
+        raise InvalidInput(
+            f"`memory` must be a number of bytes; got {memory!r}: leave it out (None) for half of "
+            "what is free."
+        )
+    if not float(memory) >= LEAST_BYTES:
+        raise InvalidInput(
+            f"`memory` must be at least 1 MiB in bytes; got {memory!r}: name more, or leave it out "
+            "for half of what is free."
+        )
+    return int(min(_MOST_BYTES, float(memory)))
+
+
+def memory_for(memory: object, module: "torch.nn.Module") -> int:
+    """Return the bytes that work on a model may take, beside the model.
+
+    Parameters
+    ----------
+    memory
+        Bytes; None for half of what is free: on the GPU that has least of those that hold the
+        model, else in RAM.
+    module
+        The model, where it is to run.
+
+    Raises
+    ------
+    InvalidInput
+        If ``memory`` is no number, or below 1 MiB.
+    """
+    asked = check_memory(memory)
+    if asked is not None:
+        return asked
+    devices = {parameter.device for parameter in module.parameters()}
+    gpus = [device for device in devices if device.type == "cuda"]
+    free = min(map(free_on_gpu, gpus)) if gpus else free_ram()
+    return max(LEAST_BYTES, free // SHARE)
+
+
+def free_on_gpu(device: "torch.device") -> int:
+    """Return the free bytes of a GPU: the driver's, and what PyTorch holds without use."""
+    import torch
+
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + held
+
+
+def free_ram() -> int:
+    """Return the bytes of RAM that this process can get: of the machine's, and of its cgroups'."""
+    return max(0, min(int(psutil.virtual_memory().available), *_free_in_cgroups()))
+
+
+def _free_in_cgroups() -> Iterator[int]:
+    """Yield what is left in each cgroup of this process that has a limit; first no limit."""
+    yield _MOST_BYTES
+    for folder in _cgroups():
+        for limit, use, yielding in _LIMITS:
+            with suppress(OSError, ValueError):  # "max" is no number
+                most = int((folder / limit).read_text())
+                used = int((folder / use).read_text())
+                yield most - used + _statistic(folder, yielding)
+
+
+def _cgroups() -> Iterator[Path]:
+    """Yield the folders of this process's cgroups, and of those that these lie in."""
+    roots = {_CGROUPS, _CGROUPS / "memory"}
+    yield from roots
+    with suppress(OSError):
+        for line in _OWN_CGROUP.read_text().splitlines():
+            _, controllers, path = (*line.split(":", 2), "", "")[:3]
+            root = _CGROUPS / "memory" if "memory" in controllers.split(",") else _CGROUPS
+            if controllers and root == _CGROUPS:
+                continue
+            own = root / path.lstrip("/")
+            yield from (one for one in (own, *own.parents) if root in one.parents)
+
+
+def _statistic(folder: Path, name: str) -> int:
+    with suppress(OSError, ValueError):
+        for line in (folder / "memory.stat").read_text().splitlines():
+            key, _, value = line.partition(" ")
+            if key == name:
+                return int(value)
+    return 0
+
+
+def work_bytes(memory: int, most: int = WORK_BYTES) -> int:
+    """Return the bytes for what is computed piece by piece: up to half of a budget."""
+    return min(most, memory // 2)
+
+
+class SpareRam:
+    """RAM for rows that a GPU has no room for: half of what would be free without them."""
+
+    def __init__(self) -> None:
+        self.held = 0
+        """Bytes taken."""
+        self._taking = Lock()
+
+    def take(self, n_bytes: int) -> bool:
+        """Reserve RAM; False, and nothing reserved, if there is not enough."""
+        with self._taking:
+            if self.held + n_bytes > (free_ram() + self.held) // SHARE:
+                return False
+            self.held += n_bytes
+            return True
+
+    def give(self, n_bytes: int) -> None:
+        """Give RAM back."""
+        with self._taking:
+            self.held -= n_bytes
+
+
+SPARE_RAM = SpareRam()
+"""Of this process."""
