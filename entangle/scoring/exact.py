@@ -23,6 +23,7 @@ from entangle.scoring.measured import MeasuredLayer
 from entangle.scoring.side_by_side import ON_GPU, how_many, mapped
 from entangle.scoring.tables import LayerSummary, summarise
 from entangle.stats.mapping_difficulty import MappingDifficulty, TokenPairs, draw_pairs
+from entangle.stats.rounding import FeatureSizes, output_error, reach
 from entangle.stats.rows import can_measure, measure_rows
 from entangle.stats.sketch import OutputSketch, SketchResult
 from entangle.stats.transfer import fetched
@@ -44,6 +45,7 @@ class RecordedInputs:
     """(group, first token, token after the last), in order."""
 
     _pairs: dict[torch.device, TokenPairs] = field(default_factory=dict, init=False)
+    _sizes: FeatureSizes | None = field(default=None, init=False)
     _drawing: Lock = field(default_factory=Lock, init=False)
 
     def pairs(self, *, seed: int, device: torch.device) -> TokenPairs:
@@ -54,6 +56,13 @@ class RecordedInputs:
                 distance = _input_distance(self.store, drawn)
                 self._pairs[device] = TokenPairs.of(drawn, distance, device=device)
             return self._pairs[device]
+
+    def sizes(self) -> FeatureSizes:
+        """Return the sizes of the inputs; measured once."""
+        with self._drawing:
+            if self._sizes is None:
+                self._sizes = FeatureSizes.of(rows for _, rows in self.store.blocks(_BLOCK_TOKENS))
+            return self._sizes
 
     def add(self, group: int, rows: Float[Tensor, "tokens features"]) -> None:
         """Append one batch's rows."""
@@ -179,15 +188,23 @@ def _score_layer(
         outputs = _outputs(layer, store, slice(start, start + neurons))
         parts.append(_measured(outputs, inputs.spans, pairs, n_groups=n_groups))
     shape = _joined([part.shape for part in parts])
+    sketch = _joined([part.sketch for part in parts])
     differences = [part.pairs for part in parts if part.pairs is not None]
     return MeasuredLayer(
         layer=layer,
         shape=shape,
-        sketch=_joined([part.sketch for part in parts]),
+        sketch=sketch,
         pairs=_joined(differences) if differences else None,
         wd_bound=torch.zeros_like(shape.wd).masked_fill(shape.wd.isnan(), torch.nan),
         method="exact",
-    )
+        rounding=output_error(
+            shape.mean, shape.std, sketch.location,
+            reach=reach(layer.weight, inputs.sizes().rms()),
+            in_features=layer.in_features,
+            dtype=torch.float32,
+            bias=None if layer.bias is None else layer.bias.cpu().double(),
+        ),
+    )  # fmt: skip
 
 
 class _Measured(NamedTuple):

@@ -12,6 +12,7 @@ from entangle.kernels import sketch as kernels
 from entangle.models.layers import Layer
 from entangle.precision import full_precision
 from entangle.recording.hooks import Batch, Callback, SeenTensor, run_observed
+from entangle.scoring.finer import FinerOutputs, SharedSquares
 from entangle.scoring.measured import MeasuredLayer
 from entangle.scoring.side_by_side import how_many, mapped
 from entangle.scoring.tables import LayerSummary, summarise
@@ -138,18 +139,20 @@ def score_sketched(
         for layer in layers
     }
     differences = {layer.name: PairSketch(layer.out_features, scratch=work) for layer in layers}
-    pairing = _Pairing(seed=seed, share=pair_share)
+    pairing, squares = _Pairing(seed=seed, share=pair_share), SharedSquares()
+    counted = {layer.name: FinerOutputs(layer, squares) for layer in layers}
 
     def reported() -> Iterator[Batch]:
         for batch in batches:
             pairing.next_batch()
+            squares.forget()
             yield batch
             report(batch[1].shape[0])
 
     def update(group: int, layer: Layer, inputs: Tensor, produced: Tensor) -> None:
         if watch is not None:
             watch(layer, inputs, produced)
-        rows = produced.flatten(0, -2)
+        rows = counted[layer.name].of(inputs, produced)
         outputs[layer.name].update(rows, group=group)
         if pair_share > 0:
             pairing.of(inputs).add_to(differences[layer.name], rows)
@@ -163,6 +166,7 @@ def score_sketched(
             pairs=differences[layer.name].result() if pair_share > 0 else None,
             wd_bound=found.wd_bound,
             method="sketch",
+            rounding=counted[layer.name].error(found.shape, found.location),
         )
 
     with full_precision(), torch.no_grad():
