@@ -129,15 +129,26 @@ class FinerOutputs:
 
     def _coarse(self, inputs: Tensor, rows: Tensor) -> Tensor:
         """Return the neurons to compute again, by the first rows of outputs."""
-        std, mean = (one.cpu().double() for one in torch.std_mean(rows.float(), 0, correction=0))
+        mean, std = _mean_and_std(rows)
         own = self._error(mean, std, mean, rows.dtype).bound
         again = (wd_error(own, std) > FINE).nonzero()[:, 0].to(rows.device)
-        difference = self._product(inputs, again) - rows[:, again].float()
-        distance = torch.linalg.vector_norm(difference, dim=0).cpu() / rows.shape[0] ** 0.5
-        return again[(distance <= _AGREE * own[again.cpu()]).to(again.device)]
+        limit = own.to(rows.device)[again].float()
+        difference = (self._product(inputs, again) - rows[:, again].float()).div_(limit)
+        distance = torch.linalg.vector_norm(difference, dim=0) / rows.shape[0] ** 0.5
+        return again[distance <= _AGREE]
 
     def _product(self, inputs: Tensor, neurons: Tensor) -> Tensor:
         """Compute the outputs of some neurons in float32, (rows, neurons)."""
         weight, bias = self._layer.weight[neurons].float(), self._layer.bias
         product = inputs.flatten(0, -2).float() @ weight.T
         return product if bias is None else product.add_(bias[neurons].float())
+
+
+def _mean_and_std(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of every column, float64, on the CPU."""
+    std, mean = (one.cpu().double() for one in torch.std_mean(rows.float(), 0, correction=0))
+    large = (~std.isfinite()).nonzero()[:, 0]  # squares may overflow float32
+    if len(large):
+        wide = rows[:, large.to(rows.device)].cpu().double()
+        std[large], mean[large] = torch.std_mean(wide, 0, correction=0)
+    return mean, std
