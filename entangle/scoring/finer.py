@@ -99,10 +99,10 @@ class FinerOutputs:
         location
             About the median of what was counted.
         """
-        own = self._error(shape.mean, shape.std, location, self._dtype)
+        own = self._error(shape.mean, shape.std, location, self._dtype, own=True)
         if self._again is None or not len(self._again):
             return own
-        finer = self._error(shape.mean, shape.std, location, torch.float32)
+        finer = self._error(shape.mean, shape.std, location, torch.float32, own=False)
         again = torch.zeros(len(location), dtype=torch.bool)
         again[self._again.cpu()] = True
         return OutputError(
@@ -111,16 +111,19 @@ class FinerOutputs:
         )
 
     def _error(
-        self, mean: Tensor, std: Tensor, location: Tensor, dtype: torch.dtype
+        self, mean: Tensor, std: Tensor, location: Tensor, dtype: torch.dtype, *, own: bool
     ) -> OutputError:
-        weight, bias, sizes = self._layer.weight, self._layer.bias, self._sizes.rms()
+        """Return the error of the module's ``own`` outputs, or of `_product`."""
+        weight, sizes = self._layer.weight, self._sizes.rms()
+        bias = None if self._layer.bias is None else self._layer.bias.cpu().double()
         known = weight.is_floating_point() and weight.shape == (len(mean), len(sizes))
+        reached = reach(weight, sizes) if known else torch.zeros_like(mean)
         return output_error(
             mean, std, location,
-            reach=reach(weight, sizes) if known else torch.zeros_like(mean),
+            reach=reached if bias is None or not own else reached + bias.abs(),
             in_features=len(sizes),
             dtype=dtype,
-            bias=None if bias is None or len(bias) != len(mean) else bias.cpu().double(),
+            bias=bias,
         )  # fmt: skip
 
     def _has_products(self, inputs: Tensor, rows: Tensor) -> bool:
@@ -130,7 +133,7 @@ class FinerOutputs:
     def _coarse(self, inputs: Tensor, rows: Tensor) -> Tensor:
         """Return the neurons to compute again, by the first rows of outputs."""
         mean, std = _mean_and_std(rows)
-        own = self._error(mean, std, mean, rows.dtype).bound
+        own = self._error(mean, std, mean, rows.dtype, own=True).bound
         again = (wd_error(own, std) > FINE).nonzero()[:, 0].to(rows.device)
         limit = own.to(rows.device)[again].float()
         difference = (self._product(inputs, again) - rows[:, again].float()).div_(limit)

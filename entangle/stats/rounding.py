@@ -6,7 +6,7 @@ follows from a bound of the error's root mean square over the tokens alone (`wd_
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,6 +18,9 @@ from entangle.stats.wasserstein import ShapeStatistics
 
 MOST = 2.0
 """Largest distance, in standard deviations, between two standardised distributions."""
+
+Judge = Callable[[int, ShapeStatistics], ShapeStatistics]
+"""Called as ``judge(number, shape)`` with what was measured on set ``number`` of the tokens."""
 
 _GROWTH = 4.0
 _TYPICAL = 0.25
@@ -83,7 +86,8 @@ def output_error(
     mean, std, location
         Of the outputs as they were computed: mean, standard deviation, and about the median.
     reach
-        From `reach`; 0 where outputs are taken to be exact up to the rounding to their dtype.
+        From `reach`, and |bias| more where the sum may start with it; 0 where outputs are taken to
+        be exact up to the rounding to their dtype.
     in_features
         Number of products in a sum.
     dtype
@@ -202,3 +206,30 @@ def judged(shape: ShapeStatistics, error: Float[Tensor, " neurons"]) -> ShapeSta
     still = (shape.std <= bound) & bound.isfinite()
     numbers = {name: getattr(shape, name).masked_fill(still, math.nan) for name in _NUMBERS}
     return replace(shape, **numbers, constant=shape.constant | still)
+
+
+def judge_products(
+    weight: Float[Tensor, "neurons in_features"],
+    bias: Float[Tensor, " neurons"],
+    sizes: Float[Tensor, "sets in_features"],
+) -> Judge:
+    """Return a function that judges outputs, computed in float32, on one of several sets of tokens.
+
+    Parameters
+    ----------
+    weight, bias
+        Of the neurons.
+    sizes
+        Root mean square of every input over each set.
+    """
+    reached, added = reach(weight, sizes), bias.cpu().double()
+
+    def judge(number: int, shape: ShapeStatistics) -> ShapeStatistics:
+        mean, std = shape.mean.cpu().double(), shape.std.cpu().double()
+        error = output_error(
+            mean, std, mean, reach=reached[number], in_features=weight.shape[1],
+            dtype=torch.float32, bias=added,
+        )  # fmt: skip
+        return judged(shape, error.bound)
+
+    return judge

@@ -203,13 +203,11 @@ def test_rounding_noise_of_one_token_is_constant() -> None:
 
 def test_outputs_that_are_not_products_stay_the_modules_own() -> None:
     class SquaredLinear(nn.Linear):
-        def forward(self, input: Tensor) -> Tensor:
-            return super().forward(input).square() + 100
+        def forward(self, rows: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(rows).square() + 100
 
     rng = torch.Generator().manual_seed(0)
-    toy = Toy(
-        torch.randn(TOKENS, FEATURES, generator=rng), torch.ones(1, 1), None, torch.bfloat16
-    )
+    toy = Toy(torch.randn(TOKENS, FEATURES, generator=rng), torch.ones(1, 1), None, torch.bfloat16)
     toy.head = SquaredLinear(FEATURES, 8, bias=False, dtype=torch.bfloat16)
     toy.head.weight.data = (torch.randn(8, FEATURES, generator=rng) / 5).bfloat16()
     toy.requires_grad_(False)
