@@ -1,8 +1,9 @@
 """What sparse rows do to the outputs of neurons, and what the clusters do to their shape."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int64
@@ -11,7 +12,8 @@ from torch import Tensor
 from entangle.precision import accumulator_dtype
 from entangle.recording.stream import TokenStore
 from entangle.stats.mapping_difficulty import draw_pairs, mapping_difficulty
-from entangle.stats.wasserstein import shape_statistics
+from entangle.stats.rounding import Judge
+from entangle.stats.wasserstein import ShapeStatistics, shape_statistics
 
 _BLOCK_TOKENS = 8192
 
@@ -71,7 +73,10 @@ def pair_tokens(clusters: Clusters, inputs: TokenStore, *, seed: int) -> Cluster
 
 
 def weighted_wd(
-    outputs: Float[Tensor, "neurons tokens"], clusters: Clusters
+    outputs: Float[Tensor, "neurons tokens"],
+    clusters: Clusters,
+    *,
+    judge: Judge = lambda _cluster, shape: shape,
 ) -> tuple[Float[Tensor, " neurons"], Int64[Tensor, " neurons"]]:
     """Average the WD of a neuron's outputs inside every cluster, weighted by the cluster's tokens.
 
@@ -84,6 +89,9 @@ def weighted_wd(
         Dense outputs, (neurons, tokens).
     clusters
         Of the same tokens.
+    judge
+        Tells by the rounding of the outputs which of them are constant in a cluster, from
+        `entangle.stats.rounding.judge_products`.
 
     Returns
     -------
@@ -96,7 +104,8 @@ def weighted_wd(
     ----------
     arXiv 2405.15756.
     """
-    return _weighted((_wd_or_zero(own) for own in _split(outputs, clusters)), clusters)
+    parts = enumerate(_split(outputs, clusters))
+    return _weighted((_wd_or_zero(own, partial(judge, i)) for i, own in parts), clusters)
 
 
 def weighted_md(
@@ -190,13 +199,15 @@ def output_errors(
     return errors
 
 
-def _wd_or_zero(outputs: Tensor) -> tuple[Tensor, Tensor]:
+def _wd_or_zero(
+    outputs: Tensor, judge: Callable[[ShapeStatistics], ShapeStatistics]
+) -> tuple[Tensor, Tensor]:
     """Return the WD of every row, 0 where it cannot be measured, and where that is."""
     if outputs.shape[1] < 2:
         wide = accumulator_dtype(outputs.device)
         nothing = torch.zeros(outputs.shape[0], dtype=wide, device=outputs.device)
         return nothing, torch.ones_like(nothing, dtype=torch.bool)
-    shape = shape_statistics(outputs)
+    shape = judge(shape_statistics(outputs))
     return shape.wd.masked_fill(shape.constant, 0.0), shape.constant
 
 

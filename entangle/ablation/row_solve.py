@@ -29,6 +29,7 @@ from entangle.routing import Router, fit_router
 from entangle.routing.router import Kind
 from entangle.stats.gram import ClusterGrams, ClusterGramsResult
 from entangle.stats.mapping_difficulty import mapping_difficulty
+from entangle.stats.rounding import judge_products
 from entangle.stats.wasserstein import ShapeStatistics, shape_statistics, sort_rows
 
 _SOLVE_BYTES = 2**30
@@ -101,6 +102,8 @@ class RowFit:
     """Largest multiple of a gram's mean diagonal that was needed; 0 where none is used."""
     shrunk: int
     """Clusters with fewer tokens than inputs."""
+    sizes: Float[Tensor, "k in_features"]
+    """Root mean square of every input in every cluster."""
 
 
 def fit_group(
@@ -131,7 +134,16 @@ def fit_group(
         clusters, found = Clusters.of(torch.cat(labels), k), grams.result()
         weight, realised, damping = _solve(group.weight, found, settings)
         pairs = pair_tokens(clusters, inputs, seed=settings.seed) if settings.md else None
-        yield k, RowFit(router, clusters, pairs, weight, realised, damping, count_shrunk(found))
+        yield k, RowFit(
+            router, clusters, pairs, weight, realised, damping, count_shrunk(found),
+            sizes=_sizes(found),
+        )  # fmt: skip
+
+
+def _sizes(grams: ClusterGramsResult) -> Tensor:
+    """Return the root mean square of every input in every cluster, (k, in_features)."""
+    squares = grams.gram.diagonal(dim1=1, dim2=2)
+    return (squares / grams.count.to(squares).clamp_min(1)[:, None]).sqrt()
 
 
 def _solve(
@@ -192,7 +204,7 @@ def measure_group(
     with full_precision():
         for start in range(0, len(names), at_once):
             part = slice(start, start + at_once)
-            dense = _Dense.of(group, inputs, part, pairs)
+            dense = _Dense.of(group, inputs, part, pairs, fits)
             for fit in fits.values():
                 frames += [
                     pd.concat([names[part].reset_index(drop=True), table], axis=1)
@@ -207,6 +219,7 @@ class _Dense:
 
     part: slice
     weight: Tensor
+    bias: Tensor
     outputs: Tensor
     ordered: Tensor
     shape: ShapeStatistics
@@ -214,15 +227,24 @@ class _Dense:
 
     @classmethod
     def of(
-        cls, group: RowGroup, inputs: TokenStore, part: slice, pairs: ClusterPairs | None
+        cls,
+        group: RowGroup,
+        inputs: TokenStore,
+        part: slice,
+        pairs: ClusterPairs | None,
+        fits: Mapping[int, RowFit],
     ) -> "_Dense":
-        weight = group.weight[part].float()
-        outputs = dense_outputs(weight, group.bias[part], inputs)
+        weight, bias = group.weight[part].float(), group.bias[part]
+        outputs = dense_outputs(weight, bias, inputs)
+        fit = next(iter(fits.values()))
+        share = torch.tensor(fit.clusters.sizes).to(fit.sizes)[:, None] / inputs.n_tokens
+        sizes = (share * fit.sizes.square()).sum(0)[None].sqrt()
+        shape = judge_products(weight, bias, sizes)(0, shape_statistics(outputs))
         md = None
         if pairs is not None:
             distance = pairs.distance.to(outputs.device)
             md = mapping_difficulty(outputs, pairs.pairs, distance).md()
-        return cls(part, weight, outputs, sort_rows(outputs), shape_statistics(outputs), md)
+        return cls(part, weight, bias, outputs, sort_rows(outputs), shape, md)
 
 
 def _tables(
@@ -254,7 +276,8 @@ def _tables(
 
 def _cluster_columns(dense: _Dense, fit: RowFit) -> dict[str, np.ndarray]:
     """Return what depends on the clusters, but not on the sparsity."""
-    wd, wd_skipped = weighted_wd(dense.outputs, fit.clusters)
+    judge = judge_products(dense.weight, dense.bias, fit.sizes)
+    wd, wd_skipped = weighted_wd(dense.outputs, fit.clusters, judge=judge)
     columns = {"wd": dense.shape.wd, "weighted_wd": wd, "wd_skipped": wd_skipped}
     if fit.pairs is not None and dense.md is not None:
         md, md_skipped = weighted_md(dense.outputs, fit.clusters, fit.pairs)

@@ -174,7 +174,8 @@ def print_scores(scores: "NeuronScores", *, top: int, out: str | None, seed: int
         print(f"{count} neuron(s) with {flag} outputs have no score.")
     if (flagged["flag"] == "coarse").any():
         print(
-            "The sketch cannot resolve coarse ones (see wd_bound): score them with --method exact."
+            "Coarse ones have a WD that may be wrong by more than 0.05 (see wd_bound): score them "
+            "with --method exact, or a model in float32."
         )
     if out is not None:
         print(f"Saved to {out}.")

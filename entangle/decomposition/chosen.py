@@ -14,6 +14,7 @@ from entangle.ablation.row_solve import RowGroup
 from entangle.errors import InvalidInput, MemoryLimit, NumericalError
 from entangle.models.layers import Layer
 from entangle.recording.stream import TokenStore
+from entangle.stats.rounding import FeatureSizes, judge_products
 from entangle.stats.wasserstein import ShapeStatistics, shape_statistics
 
 TOP = 3
@@ -48,12 +49,15 @@ def score_rows(group: RowGroup, inputs: TokenStore, *, memory: int) -> pd.DataFr
         If an output is NaN or infinite.
     """
     n_rows = group.weight.shape[0]
+    sizes = FeatureSizes.of(inputs).rms()[None]
     at_once = max(1, memory // (_BYTES_A_TOKEN * inputs.n_tokens))
     parts = []
     for start in range(0, n_rows, at_once):
         part = slice(start, start + at_once)
         weight = group.weight[part].float()
-        shape = shape_statistics(dense_outputs(weight, group.bias[part], inputs))
+        bias = group.bias[part]
+        judge = judge_products(weight, bias, sizes)
+        shape = judge(0, shape_statistics(dense_outputs(weight, bias, inputs)))
         _check_finite(shape)
         columns = {name: getattr(shape, name).cpu().numpy() for name in ("wd", *_SHARED)}
         columns["weight_norm"] = weight.norm(dim=1).cpu().double().numpy()

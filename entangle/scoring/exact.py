@@ -22,6 +22,7 @@ from entangle.scoring.measured import MeasuredLayer
 from entangle.scoring.side_by_side import how_many, mapped
 from entangle.scoring.tables import LayerSummary, summarise
 from entangle.stats.mapping_difficulty import MappingDifficulty, TokenPairs, draw_pairs
+from entangle.stats.rounding import FeatureSizes, OutputError, output_error, reach
 from entangle.stats.rows import can_measure, measure_rows
 from entangle.stats.sketch import OutputSketch, SketchResult
 from entangle.stats.transfer import fetched
@@ -47,6 +48,7 @@ class RecordedInputs:
     """(group, first token, token after the last), in order."""
 
     _pairs: dict[torch.device, TokenPairs] = field(default_factory=dict, init=False)
+    _sizes: FeatureSizes | None = field(default=None, init=False)
     _drawing: Lock = field(default_factory=Lock, init=False)
 
     def pairs(self, *, seed: int, device: torch.device) -> TokenPairs:
@@ -57,6 +59,13 @@ class RecordedInputs:
                 distance = _input_distance(self.store, drawn)
                 self._pairs[device] = TokenPairs.of(drawn, distance, device=device)
             return self._pairs[device]
+
+    def sizes(self) -> FeatureSizes:
+        """Return the sizes of the inputs; measured once."""
+        with self._drawing:
+            if self._sizes is None:
+                self._sizes = FeatureSizes.of(rows for _, rows in self.store.blocks(_BLOCK_TOKENS))
+            return self._sizes
 
     def add(self, group: int, rows: Float[Tensor, "tokens features"]) -> None:
         """Append the rows of a pass."""
@@ -179,15 +188,36 @@ def _score_layer(
             outputs = _outputs(weight, bias, store, part)
         parts.append(_measured(outputs, inputs.spans, pairs, n_groups=n_groups))
     shape = _joined([part.shape for part in parts])
+    sketch = _joined([part.sketch for part in parts])
     differences = [part.pairs for part in parts if part.pairs is not None]
     return MeasuredLayer(
         layer=layer,
         shape=shape,
-        sketch=_joined([part.sketch for part in parts]),
+        sketch=sketch,
         pairs=_joined(differences) if differences else None,
         wd_bound=torch.zeros_like(shape.wd).masked_fill(shape.wd.isnan(), torch.nan),
         method="exact",
+        rounding=_rounding(layer, inputs, shape, sketch),
     )
+
+
+def _rounding(
+    layer: Layer, inputs: RecordedInputs, shape: ShapeStatistics, sketch: SketchResult
+) -> OutputError:
+    """Return how far the outputs that were measured are rounded."""
+    observed = inputs.outputs.get(layer.name)
+    if observed is not None:  # how they were computed is not known
+        return output_error(
+            shape.mean, shape.std, sketch.location, reach=torch.zeros_like(shape.mean),
+            in_features=layer.in_features, dtype=observed.dtype,
+        )  # fmt: skip
+    return output_error(
+        shape.mean, shape.std, sketch.location,
+        reach=reach(layer.weight, inputs.sizes().rms()),
+        in_features=layer.in_features,
+        dtype=torch.float32,
+        bias=None if layer.bias is None else layer.bias.cpu().double(),
+    )  # fmt: skip
 
 
 class _Measured(NamedTuple):

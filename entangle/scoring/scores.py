@@ -37,7 +37,8 @@ class NeuronScores:
     frame: pd.DataFrame
     """One row a neuron: model, layer, block, projection, neuron, wd, wd_se, wd_bound, ks, mean,
     std, skewness, excess_kurtosis, weight_norm, md, n_tokens, flag ("", constant, nan,
-    inf, or coarse where a sketch's histogram cannot resolve the WD)."""
+    inf, or coarse where a sketch's histogram or the rounding of the outputs cannot resolve the WD).
+    ``wd_bound`` is the largest error of WD through both."""
     layers: pd.DataFrame
     """One row a layer: layer, block, projection, n_neurons, n_tokens, method, null_floor,
     null_floor_high, split_half, n_pairs, n_identical_pairs and the rank agreement of MD with its

@@ -13,6 +13,7 @@ from entangle.kernels import sketch as kernels
 from entangle.models.layers import Layer
 from entangle.precision import full_precision
 from entangle.recording.recorder import Batch, Recorded, Recorder
+from entangle.scoring.finer import FinerOutputs, SharedSquares
 from entangle.scoring.measured import MeasuredLayer
 from entangle.scoring.side_by_side import how_many, mapped
 from entangle.scoring.tables import LayerSummary, summarise
@@ -133,22 +134,27 @@ def score_sketched(
     }
     differences = {layer.name: PairSketch(layer.out_features, scratch=work) for layer in layers}
     pairing, pairs = _Pairing(seed=seed, share=pair_share), dict[int, _Pairs]()
+    squares = SharedSquares()
+    counted = {layer.name: FinerOutputs(layer, squares) for layer in layers}
 
     def reported() -> Iterator[Batch]:
         for batch in batches:
             pairing.next_batch()
+            squares.forget()
             yield batch
             report(batch[1].shape[0])
 
     def update(seen: Recorded) -> None:
         if watch is not None:
             watch(seen)
-        outputs[seen.layer.name].update(seen.outputs, group=seen.group)
+        name = seen.layer.name
+        rows = counted[name].of(seen.inputs, seen.outputs)
+        outputs[name].update(rows, group=seen.group)
         if pair_share > 0:
             if seen.leads:  # what was found for other inputs is done with
                 pairs.clear()
                 pairs[seen.source] = pairing.of(seen.inputs)
-            pairs[seen.source].add_to(differences[seen.layer.name], seen.outputs)
+            pairs[seen.source].add_to(differences[name], rows)
 
     def measure(layer: Layer) -> MeasuredLayer:
         found = outputs[layer.name].result()
@@ -159,6 +165,7 @@ def score_sketched(
             pairs=differences[layer.name].result() if pair_share > 0 else None,
             wd_bound=found.wd_bound,
             method="sketch",
+            rounding=counted[layer.name].error(found.shape, found.location),
         )
 
     with full_precision(), torch.no_grad():

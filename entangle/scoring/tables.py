@@ -13,12 +13,13 @@ from entangle.models.layers import Layer
 from entangle.scoring.histograms import LayerHistograms
 from entangle.scoring.measured import MeasuredLayer
 from entangle.stats.mapping_difficulty import OutputNorm
+from entangle.stats.rounding import wd_error
 from entangle.stats.transfer import to_host
 from entangle.stats.wasserstein import null_floor
 
 Vector = npt.NDArray[np.float64]
 COARSE = 0.05
-"""Largest possible error of a WD, in σ, above which a sketch's histogram counts as too coarse."""
+"""Largest possible error of a WD, in σ, above which histogram or outputs count as too coarse."""
 
 _FLAGS = ("", "nan", "inf", "constant", "coarse")
 _NUMBERS = (
@@ -47,6 +48,7 @@ class LayerSummary:
 
 def summarise(measured: MeasuredLayer) -> LayerSummary:
     """Summarise a layer; what lies on a GPU is left behind."""
+    measured = measured.judged()
     return LayerSummary(
         layer=measured.layer,
         n_tokens=measured.sketch.n_tokens,
@@ -98,8 +100,11 @@ def _numbers(measured: MeasuredLayer) -> dict[str, npt.NDArray[np.generic]]:
     coarse = (flags == 0) & (measured.wd_bound.numpy() > COARSE)
     flags[coarse] = 4
     hidden = np.where(coarse, np.nan, 1.0)
+    rounded = wd_error(measured.rounding.bound, shape.std).numpy() > COARSE
+    unknown = np.where(rounded, np.nan, 1.0)  # a coarse histogram has exact moments all the same
     if measured.pairs is not None:
-        md = np.where(flags == 0, measured.pairs.md().numpy(), np.nan)
+        difficulty = measured.pairs.md(noise=measured.rounding.typical)
+        md = np.where(flags == 0, difficulty.numpy(), np.nan)
     return {
         "wd": shape.wd.numpy() * hidden,
         "wd_se": measured.sketch.wd_se.numpy() * hidden,
@@ -107,8 +112,8 @@ def _numbers(measured: MeasuredLayer) -> dict[str, npt.NDArray[np.generic]]:
         "ks": shape.ks.numpy() * hidden,
         "mean": shape.mean.numpy(),
         "std": shape.std.numpy(),
-        "skewness": shape.skewness.numpy(),
-        "excess_kurtosis": shape.excess_kurtosis.numpy(),
+        "skewness": shape.skewness.numpy() * unknown,
+        "excess_kurtosis": shape.excess_kurtosis.numpy() * unknown,
         "md": md,
         "flag": flags,
     }
@@ -135,7 +140,10 @@ def _layer_row(measured: MeasuredLayer) -> dict[str, object]:
         "n_pairs": 0 if pairs is None else pairs.n_pairs,
         "n_identical_pairs": 0 if pairs is None else pairs.n_identical,
     }
-    found = {} if pairs is None else {norm: pairs.md(output_norm=norm).numpy() for norm in _NORMS}
+    found = {}
+    if pairs is not None:
+        noise = measured.rounding.typical
+        found = {norm: pairs.md(output_norm=norm, noise=noise).numpy() for norm in _NORMS}
     for norm in _NORMS[1:]:
         agreement = rank_correlation(found["median"], found[norm]) if found else float("nan")
         row[f"md_rank_agreement_{norm}"] = agreement

@@ -50,12 +50,18 @@ class MappingDifficulty:
     """Pairs left out because their inputs are identical."""
 
     def md(
-        self, *, output_norm: OutputNorm = "median", input_norm: InputNorm = "max"
+        self,
+        *,
+        output_norm: OutputNorm = "median",
+        input_norm: InputNorm = "max",
+        noise: Float[Tensor, " neurons"] | None = None,
     ) -> Float[Tensor, " neurons"]:
         """Return the mapping difficulty (no unit) under a choice of normalisers.
 
         The input normaliser is common to all neurons of a layer and leaves their order alone.
-        NaN where the output normaliser is 0, for example if most pairs have equal outputs.
+        NaN where the output normaliser is 0, for example if most pairs have equal outputs, or no
+        more than twice the ``noise``: the rounding of a usual output, in output units, (neurons,),
+        from `entangle.stats.rounding`.
         """
         if output_norm not in ("median", "mean", "max") or input_norm not in ("max", "mean"):
             raise InvalidInput(
@@ -64,7 +70,8 @@ class MappingDifficulty:
             )
         dy = {"median": self.dy_median, "mean": self.dy_mean, "max": self.dy_max}[output_norm]
         dx = {"max": self.dx_max, "mean": self.dx_mean}[input_norm]
-        return (self.slope * dx / dy).masked_fill(dy == 0, math.nan)
+        nothing = dy == 0 if noise is None else dy <= 2 * noise.to(dy)
+        return (self.slope * dx / dy).masked_fill(nothing, math.nan)
 
 
 def draw_pairs(

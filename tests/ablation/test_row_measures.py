@@ -21,6 +21,7 @@ from entangle.ablation.row_measures import (
 from entangle.recording.stream import ByteBudget, TokenStore
 from entangle.seeding import torch_rng
 from entangle.stats.mapping_difficulty import draw_pairs, mapping_difficulty
+from entangle.stats.rounding import judge_products
 from entangle.stats.wasserstein import shape_statistics
 from tests.reference import mapping_difficulty as reference_md
 from tests.reference import routed_rows as reference
@@ -50,6 +51,22 @@ def test_weighted_wd_by_hand() -> None:
     three = float(shape_statistics(torch.tensor([[0.0, 3.0, 1.5]])).wd)
     assert float(weighted[1]) == pytest.approx(3 / 6 * three, abs=1e-9)
     assert skipped.tolist() == [3, 3]
+
+
+def test_a_cluster_of_one_repeated_token_contributes_nothing() -> None:
+    rng = torch_rng(0, "repeated")
+    inputs = torch.randn(400, 900, generator=rng)
+    inputs[:60] = inputs[0]
+    weight = torch.randn(6, 900, generator=rng)
+    labels = (torch.arange(400) >= 60).long()
+    noise = 2e-5 * torch.randn(6, 60, generator=rng)  # as pieces of other sizes would give
+    outputs = weight @ inputs.T
+    outputs[:, :60] = outputs[:, :1] + noise
+    sizes = torch.stack([own.square().mean(0).sqrt() for own in inputs.split([60, 340])])
+    judge = judge_products(weight, torch.zeros(6), sizes)
+    weighted, skipped = weighted_wd(outputs, Clusters.of(labels, 2), judge=judge)
+    assert skipped.tolist() == [1] * 6
+    torch.testing.assert_close(weighted, 340 / 400 * shape_statistics(outputs[:, 60:]).wd)
 
 
 def test_weighted_wd_against_quadrature() -> None:
