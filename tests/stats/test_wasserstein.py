@@ -409,7 +409,7 @@ def test_null_floor_of_three_tokens_by_their_angle() -> None:
 
 @pytest.mark.parametrize("n_tokens", [40, 20_000])
 def test_null_floor_is_exceeded_by_one_draw_in_forty(n_tokens: int) -> None:
-    """Of the default 200 draws exactly 5 lie above the 97.5th percentile; also where it is scaled."""
+    """Of the default 200 draws 5 lie above the 97.5th percentile, also where it is scaled."""
     drawn = wasserstein._gaussian_wd(min(n_tokens, 8192), 0, 200)
     assert drawn.shape == (200,)
     floor, high = null_floor(n_tokens)
