@@ -1,16 +1,18 @@
 """Blocks of experts on disk: what comes back is what was written, and the dense layer's bias."""
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from entangle.calibration import CalibrationSet
 from entangle.errors import InvalidInput
-from entangle.expansion import ExpandedLinear, expand, load_expanded
+from entangle.expansion import ExpandedLinear, checkpoint, expand, load_expanded
 from entangle.expansion.build import ExpandedLayer
 from entangle.expansion.checkpoint import block_file, install, read_block, write_block
 from entangle.expansion.linear import SharedRouting
@@ -172,3 +174,19 @@ def test_names_of_the_files_sort_as_the_blocks_do() -> None:
     assert block_file(7) == "block-0007.safetensors"
     names = [block_file(index) for index in (0, 2, 10, 99, 100, 9999)]
     assert sorted(names) == names
+
+
+def test_what_the_disk_says_is_an_os_error(tmp_path: Path) -> None:
+    layer = linear("up", 7, 6, bias=False, dtype=torch.float32)
+    with pytest.raises(FileNotFoundError) as caught:
+        written(tmp_path / "nowhere" / "x", [layer])
+    assert caught.value.errno == errno.ENOENT
+
+
+def test_what_is_not_of_the_disk_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fails(*_args: object) -> None:
+        raise SafetensorError("the header is too large")
+
+    monkeypatch.setattr(checkpoint, "save_file", fails)
+    with pytest.raises(SafetensorError, match="header"):
+        written(tmp_path / "x", [linear("up", 7, 6, bias=False, dtype=torch.float32)])
