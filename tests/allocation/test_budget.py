@@ -183,3 +183,49 @@ def test_large_sums_stay_exact() -> None:
     assert int(zeros.sum()) == budget
     assert (zeros / weights).min() >= 0.05
     assert (zeros / weights).max() <= 0.97
+
+
+@pytest.mark.parametrize(
+    ("missing", "taken"),
+    [
+        (3, [0, 3, 6]), (4, [0, 2, 4, 6]), (1, [0]), (9, list(range(9))),
+        (-3, [0, 3, 6]), (-2, [0, 4]),
+    ],
+)  # fmt: skip
+def test_what_is_missing_is_spread_evenly(missing: int, taken: list[int]) -> None:
+    """Nine rows of 5 zeros each: the k that give or take one lie 9/k apart, from the first on."""
+    found, remainder = round_zeros(
+        np.full(9, 5.0), np.zeros(9, dtype=np.int64), np.full(9, 10), steps=np.ones(9, np.int64),
+        budget=45 + missing,
+    )  # fmt: skip
+    sign = 1 if missing > 0 else -1
+    assert (found - 5).tolist() == [sign if i in taken else 0 for i in range(9)]
+    assert remainder == 0
+
+
+def test_what_is_missing_goes_where_there_is_room_round_after_round() -> None:
+    """12 more zeros for 7 rows, of which every third is full: 5 with room get 2 each, then 2."""
+    steps = np.ones(7, dtype=np.int64)
+    high = np.array([5, 9, 9, 5, 9, 9, 9])
+    found, remainder = round_zeros(
+        np.full(7, 5.0), np.zeros(7, dtype=np.int64), high, steps=steps, budget=35 + 12
+    )
+    assert (found - 5).tolist() == [0, 3, 2, 0, 3, 2, 2]  # the last 2 to the 1st and 3rd of five
+    assert remainder == 0
+    low = np.array([5, 3, 5, 4])
+    found, remainder = round_zeros(
+        np.full(4, 5.0), low, np.full(4, 9), steps=steps[:4], budget=20 - 5
+    )
+    assert found.tolist() == [5, 3, 5, 4]  # no row has room below: 2 of the 5 stay
+    assert remainder == -2
+
+
+def test_what_is_missing_goes_to_the_smallest_steps() -> None:
+    """Steps of 4 and of 1, and 3 zeros short: only rows of the small step can make them up."""
+    steps = np.array([4, 1, 1, 1, 4, 1])
+    zeros = np.array([4.0, 2, 2, 2, 8, 2])
+    found, remainder = round_zeros(
+        zeros, np.zeros(6, dtype=np.int64), np.full(6, 5), steps=steps, budget=20 + 2
+    )
+    assert found.tolist() == [4, 3, 2, 3, 8, 2]
+    assert remainder == 0

@@ -96,3 +96,26 @@ def test_all_or_nothing(zeros: int) -> None:
     assert found.zeros["b.0.up"].tolist() == [zeros] * 3
     assert found.experts is None
     assert found.manifest["settings"] == {"rule": "uniform"}
+
+
+@settings(max_examples=100, deadline=None)
+@given(allocation=allocations())
+def test_rows_take_turns_so_that_every_run_holds_its_share(allocation: Allocation) -> None:
+    """The first k rows hold the share of their weights, to half a zero, for every k."""
+    found, weights, zeros = even(allocation), 0, 0
+    total = sum(len(one) * allocation.in_features[name] for name, one in allocation.zeros.items())
+    for name, rows in found.zeros.items():
+        for row in rows.tolist():
+            weights, zeros = weights + allocation.in_features[name], zeros + row
+            assert abs(zeros - allocation.n_zeros * weights / total) <= 0.5 + 1e-9
+
+
+@settings(max_examples=100, deadline=None)
+@given(allocation=grouped_allocations())
+def test_rows_of_a_step_take_turns_too(allocation: Allocation) -> None:
+    found, group = even(allocation), int(allocation.pattern[2:])
+    for width in set(allocation.in_features.values()):
+        own = [found.zeros[n] for n, one in found.in_features.items() if one == width]
+        steps = (torch.cat(own) // (width // group)).double()
+        share = torch.arange(1, len(steps) + 1) * steps.mean()
+        assert float((steps.cumsum(0) - share).abs().max()) <= 0.5 + 1e-9

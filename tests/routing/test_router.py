@@ -151,3 +151,12 @@ def test_cuda_routes_as_the_cpu() -> None:
         x = tokens()
         router = fitted(kind, x)
         assert torch.equal(router.to("cuda").route(x.cuda()).cpu(), router.route(x))
+
+
+def test_stored_bytes_are_those_of_the_tensors_that_route() -> None:
+    # float32: a mean of 2, one component of 2, 2 centroids of 1; a router of one cluster needs none
+    assert by_hand().stored_bytes == 4 * (2 + 2 + 2)
+    x = tokens()
+    assert fitted("single", x).stored_bytes == 0
+    assert fitted("random", x).stored_bytes == 4 * 64 + 8 * 64  # the mean, and a key in int64
+    assert fitted("kmeans", x).stored_bytes == 4 * (64 + 3 * 64 + 6 * 3)

@@ -116,3 +116,32 @@ def test_ks_is_the_largest_gap_at_the_edges() -> None:
 
 def test_empty_histogram_is_nan() -> None:
     assert _binned(np.zeros(3), np.arange(4.0)).wd.isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "chord"),
+    [
+        # w³ max|Φ''| / 12 with max|Φ''| = φ(1) = 0.24197072: the curve within a narrow bin
+        (-0.05, 0.05, 0.1**3 * 0.24197072451914337 / 12),
+        (1.0, 1.5, 0.5**3 * 0.24197072451914337 / 12),
+        # half of rise times width, Φ(3) − Φ(−3) = 0.9973002: Φ is monotone over a wide bin
+        (-3.0, 3.0, 0.9973002039367398 * 6 / 2),
+    ],
+)
+def test_the_bound_by_hand(left: float, right: float, chord: float) -> None:
+    """Half of mass times width where the mass lies, and twice the area between Φ and its chord."""
+    one = _binned(np.array([1.0]), np.array([left, right]))
+    assert one.wd_bound.item() == pytest.approx((right - left) / 2 + 2 * chord, abs=1e-12)
+    two = _binned(np.array([1.0, 3.0]), np.array([left, right, right]))  # a quarter of the mass
+    assert two.wd_bound.item() == pytest.approx((right - left) / 8 + 2 * chord, abs=1e-12)
+
+
+def test_wd_of_a_bin_that_phi_crosses_by_hand() -> None:
+    """Mass even over [−1, 1]: |F − Φ| by triangles under the chord of Φ, and the tails of Φ.
+
+    At the edges F − Φ is ∓Φ(−1); the straight line between them makes two triangles of width 1 and
+    height Φ(−1) = 0.158655, of area 0.158655 together; each tail of Φ has φ(1) − Φ(−1).
+    """
+    tail = 0.24197072451914337 - 0.15865525393145707
+    found = _binned(np.array([4.0]), np.array([-1.0, 1.0])).wd.item()
+    assert found == pytest.approx(0.15865525393145707 + 2 * tail, abs=1e-12)

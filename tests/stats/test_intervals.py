@@ -7,7 +7,10 @@ from scipy import stats
 
 from entangle.errors import InvalidInput
 from entangle.seeding import numpy_rng
+from entangle.stats import intervals
 from entangle.stats.intervals import (
+    percentiles,
+    resampled_means,
     spearman_interval,
     window_difference_interval,
     window_mean_interval,
@@ -208,3 +211,66 @@ def test_means_that_do_not_exist_are_refused(
         window_mean_interval(*given, **options)  # type: ignore[arg-type]
     with pytest.raises(InvalidInput, match="`a` and `b` must"):
         window_difference_interval(np.zeros(2), np.zeros(3), np.ones(2, dtype=np.int64))
+
+
+def test_defaults_are_a_thousand_resamples_of_seed_0_and_95_percent() -> None:
+    rng = np.random.default_rng(0)
+    x, y, z = (rng.normal(size=25) for _ in range(3))
+    counts = rng.integers(1, 9, size=25)
+    options = {"n_boot": 1000, "seed": 0, "level": 0.95}
+    for default, explicit in (
+        (spearman_interval(x, y), spearman_interval(x, y, **options)),  # type: ignore[arg-type]
+        (
+            window_mean_interval(x, counts),
+            window_mean_interval(x, counts, **options),  # type: ignore[arg-type]
+        ),
+        (
+            window_difference_interval(x, z, counts),
+            window_difference_interval(x, z, counts, **options),  # type: ignore[arg-type]
+        ),
+    ):
+        assert default == explicit
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 20, 21, 100, 10**9])
+def test_draws_do_not_depend_on_how_many_are_held(
+    at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values, counts = windows_of(10)
+    whole = resampled_means(values, counts, n_boot=23, rng=np.random.default_rng(3))
+    monkeypatch.setattr(intervals, "_AT_ONCE", at_once)
+    parts = resampled_means(values, counts, n_boot=23, rng=np.random.default_rng(3))
+    assert whole.shape == (23,)
+    np.testing.assert_array_equal(parts, whole)
+    assert len(set(parts.tolist())) == 23
+
+
+def test_percentiles_pass_over_what_is_not_a_number() -> None:
+    draws = [np.nan, *np.arange(11.0).tolist(), np.nan]
+    assert percentiles(draws, 0.8) == pytest.approx((1.0, 9.0))
+    assert percentiles(draws, 0.8, otherwise=7.0) == pytest.approx((1.0, 9.0))
+    assert percentiles([np.nan] * 3, 0.8, otherwise=7.0) == (7.0, 7.0)
+    assert np.isnan(percentiles([np.nan], 0.8)).all()
+
+
+def test_correlations_take_three_points_and_any_level_inside() -> None:
+    x = np.array([1.0, 2.0, 3.0])
+    found = spearman_interval(x, -x, n_boot=1, level=1e-6)
+    assert (found.value, found.low, found.high) == pytest.approx((-1.0, -1.0, -1.0))
+    for size in (0, 2):
+        with pytest.raises(InvalidInput, match=rf"3.*\({size},\).*\(3,\)"):
+            spearman_interval(np.arange(float(size)), x)
+    with pytest.raises(InvalidInput, match=r"\(1, 3\)"):
+        spearman_interval(x[None], x[None])
+    for level in (0.0, 1.0, -0.5, float("nan")):
+        with pytest.raises(InvalidInput, match=f"`level`.*{level}"):
+            spearman_interval(x, x, level=level)
+    with pytest.raises(InvalidInput, match=r"`n_boot`.*\b0\b"):
+        spearman_interval(x, x, n_boot=0)
+
+
+def test_the_value_of_a_side_that_does_not_vary_is_named() -> None:
+    x, flat = np.array([1.0, 2.0, 4.0]), np.full(3, 5.5)
+    for pair in ((x, flat), (flat, x)):
+        with pytest.raises(InvalidInput, match=r"\b3\b.*5\.5"):
+            spearman_interval(*pair)

@@ -333,3 +333,21 @@ def test_fork_and_merge_need_common_bins() -> None:
         _sketch(y, pairs, distance).merge(_sketch(2 * y, pairs, distance))
     with pytest.raises(InvalidInput, match="`fork`"):
         _sketch(y, pairs, distance).merge(_sketch(y[:2], pairs, distance))
+
+
+def test_no_number_where_the_output_normaliser_is_zero() -> None:
+    """|dy| = 0, 0, 0, 6, 9 at ‖dx‖ = 1, 1, 1, 2, 3: most outputs are equal, and the slope is not 0.
+
+    The slope is (6/2 + 9/3)/5 = 1.2 and its ratio to the median, 0, would be infinite. The mean is
+    3: MD = 1.2 · 3/3. The maximum is 9: MD = 1.2 · 3/9. A neuron that never changes has 0/0.
+    """
+    y = torch.tensor([[0.0] * 8 + [6.0, 9.0], [4.0] * 10, [0.0] * 5 + [1.0] * 5])
+    pairs = torch.stack([torch.arange(5), torch.arange(5, 10)])
+    distance = torch.tensor([1.0, 1.0, 1.0, 2.0, 3.0])
+    for found in (mapping_difficulty(y, pairs, distance), _sketch(y, pairs, distance).result()):
+        assert found.slope.tolist() == pytest.approx([1.2, 0.0, (3 + 1 / 2 + 1 / 3) / 5])
+        assert found.md().isnan().tolist() == [True, True, False]
+        for norm, expected in (("mean", 1.2), ("max", 0.4)):
+            by: OutputNorm = norm  # type: ignore[assignment]
+            assert found.md(output_norm=by)[0].item() == pytest.approx(expected, rel=1e-6)
+            assert found.md(output_norm=by)[1].isnan()

@@ -388,3 +388,31 @@ def test_null_floor_is_deterministic_and_seeded() -> None:
     assert null_floor(500, seed=1) == first
     assert torch.equal(state, torch.get_rng_state())
     assert null_floor(500, seed=2) != first
+
+
+def test_null_floor_of_three_tokens_by_their_angle() -> None:
+    """Three standardised Gaussian values lie on a circle, at an angle that is uniform.
+
+    That gives the distribution of their WD without a random number: the mean is the mean over the
+    circle, and 97.5 % of the circle lie below the percentile.
+    """
+    angles = (np.arange(3000) + 0.5) / 3000 * (2 * np.pi)
+    plane = np.array([[1, -1, 0], [1, 1, -2]]) / np.sqrt([[2], [6]])  # orthogonal to (1, 1, 1)
+    circle = math.sqrt(3) * (
+        np.cos(angles)[:, None] * plane[0] + np.sin(angles)[:, None] * plane[1]
+    )
+    wd = np.array([w1_along_x(z) for z in circle])
+    mean, high = null_floor(3, n_draws=4000)
+    assert mean == pytest.approx(wd.mean(), abs=4 * wd.std() / math.sqrt(4000))
+    assert (wd < high).mean() == pytest.approx(0.975, abs=3 * math.sqrt(0.975 * 0.025 / 4000))
+
+
+@pytest.mark.parametrize("n_tokens", [40, 20_000])
+def test_null_floor_is_exceeded_by_one_draw_in_forty(n_tokens: int) -> None:
+    """Of the default 200 draws 5 lie above the 97.5th percentile, also where it is scaled."""
+    drawn = wasserstein._gaussian_wd(min(n_tokens, 8192), 0, 200)
+    assert drawn.shape == (200,)
+    floor, high = null_floor(n_tokens)
+    scale = math.sqrt(min(n_tokens, 8192) / n_tokens)
+    assert int((drawn * scale > high).sum()) == 5
+    assert floor == pytest.approx(scale * math.fsum(drawn) / 200, rel=1e-12)
