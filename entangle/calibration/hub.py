@@ -10,6 +10,7 @@ from typing import Any
 
 from entangle.calibration.files import Document, choose_column, text_value
 from entangle.errors import EntangleError, InvalidInput, Unavailable, unknown_name
+from entangle.models.hub import caches_alone, check_data_set
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ def read_hub(request: HubRequest) -> Iterator[Document]:
     InvalidInput
         If the data set cannot be read as text.
     """
+    check_data_set(request.name)
     import datasets
     from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as FORMATS
 
@@ -73,7 +75,7 @@ def read_hub(request: HubRequest) -> Iterator[Document]:
         raise InvalidInput(
             f"{request.name!r} is a file format, not a data set; give the path of a file or folder."
         )
-    with plain_errors(request):
+    with plain_errors(request), caches_alone():
         dataset = datasets.load_dataset(
             request.name, request.config, split=request.split, streaming=request.streaming
         )

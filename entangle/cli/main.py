@@ -19,6 +19,7 @@ from entangle.cli import (
     layers,
     score,
 )
+from entangle.cli.early import check_arguments
 from entangle.errors import EntangleError
 
 CLOSED_PIPE = 128 + 13
@@ -75,6 +76,7 @@ def _run(argv: Sequence[str] | None) -> int:
     arguments = build_parser().parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
+        check_arguments(arguments)
         arguments.run(arguments)
     except EntangleError as error:
         print(f"entangle: error: {' '.join(str(error).split())}", file=sys.stderr)

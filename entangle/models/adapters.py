@@ -70,7 +70,9 @@ def _base_folder(folder: Path, base: str, revision: str | None) -> Path:
     try:
         source = model_source(base)
     except InvalidInput as error:
-        raise InvalidInput(f"the base of adapter {str(folder)!r} cannot be used: {error}") from error
+        raise InvalidInput(
+            f"the base of adapter {str(folder)!r} cannot be used: {error}"
+        ) from error
     if source == "hub":
         return pretrained.fetch_snapshot(base, revision=revision)[0]
     if source != "folder":

@@ -24,6 +24,7 @@ from huggingface_hub import errors as hub_errors
 from safetensors import SafetensorError
 
 from entangle.errors import EntangleError, InvalidInput, MemoryLimit, Unavailable, UnknownName
+from entangle.models import hub
 from entangle.models.sources import ADAPTER_CONFIG, TOKENIZER_FILES, check_folder
 from entangle.models.stored import stored_dtype
 
@@ -61,13 +62,9 @@ def fetch_snapshot(name: str, *, revision: str | None) -> tuple[Path, str | None
     Unavailable
         When the hub cannot be reached and the model is not in the local cache, or access is gated.
     """
-    offline = (
-        "Give a local folder or .gguf file, or set HF_HOME to a cache that holds the model "
-        "(HF_HUB_OFFLINE=1 then skips the network)."
-    )
     patterns = ["*.json", "*.safetensors", "*.jinja", *TOKENIZER_FILES]
     try:
-        with quiet():
+        with quiet(), hub.caches_alone():
             folder = huggingface_hub.snapshot_download(
                 name,
                 revision=revision,
@@ -88,9 +85,10 @@ def fetch_snapshot(name: str, *, revision: str | None) -> tuple[Path, str | None
             "model on the hub; a private one needs `hf auth login`."
         ) from error
     except (OSError, hub_errors.RevisionResolutionError) as error:
+        reason = hub.silence() or _first_line(error)
         raise Unavailable(
             f"model {name!r} is no local folder or .gguf file, and it could not be had from the "
-            f"hub ({_first_line(error)}). {offline}"
+            f"hub ({reason}). {hub.OFFLINE}"
         ) from error
     commit = Path(folder).name
     return Path(folder), commit if re.fullmatch("[0-9a-f]{40}", commit) else None
@@ -286,8 +284,8 @@ def tokenizer_of(folder: Path) -> hf.PreTrainedTokenizerBase | None:
     try:
         with quiet():
             tokenizer: hf.PreTrainedTokenizerBase = hf.AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=False, local_files_only=True
-        )
+                folder, trust_remote_code=False, local_files_only=True
+            )
     except Exception as error:  # the tokenizers library raises the bare class
         raise InvalidInput(
             f"the tokenizer of model folder {str(folder)!r} cannot be loaded "
