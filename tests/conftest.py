@@ -38,6 +38,14 @@ def _interruptible() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(autouse=True)
+def hub_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the Hub count as reachable: no test but those of `entangle.models.hub` asks."""
+    from entangle.models import hub
+
+    monkeypatch.setattr(hub, "answers", lambda: True)
+
+
 @pytest.fixture(scope="session")
 def tiny() -> "Callable[[str], LanguageModel]":
     """Return a tiny model by name, built once; tests that change weights build their own."""

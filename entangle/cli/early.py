@@ -52,9 +52,11 @@ def check_arguments(arguments: argparse.Namespace) -> None:
                 raise unknown_name(kind, one, known)
     _check_models(given)
     _check_texts(given)
-    scores = given.get("scores")
-    if scores is not None:
-        read_manifest(scores, "scores")
+    if given.get("scores") is not None:
+        read_manifest(given["scores"], "scores")
+    for run in given.get("runs") or ():
+        if not expanded(run).exists():
+            read_manifest(run, "result")
 
 
 def _check_numbers(given: Mapping[str, object]) -> None:

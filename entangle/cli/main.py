@@ -19,7 +19,6 @@ from entangle.cli import (
     layers,
     score,
 )
-from entangle.cli.early import check_arguments
 from entangle.errors import EntangleError
 
 CLOSED_PIPE = 128 + 13
@@ -76,6 +75,8 @@ def _run(argv: Sequence[str] | None) -> int:
     arguments = build_parser().parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
+        from entangle.cli.early import check_arguments
+
         check_arguments(arguments)
         arguments.run(arguments)
     except EntangleError as error:

@@ -55,7 +55,7 @@ def _sha256(view: memoryview, start: int) -> bytes:
         return hashlib.sha256(piece).digest()
 
 
-def sealed_folder(name: str, make: Callable[[Path], object], *, telling: str, damage: str) -> Path:
+def sealed_folder(name: str, make: Callable[[Path], object]) -> Path:
     """Return the folder ``name`` of the cache, made by ``make`` if it is not there intact.
 
     Two processes that want it at once make it once: the second waits.
@@ -66,9 +66,6 @@ def sealed_folder(name: str, make: Callable[[Path], object], *, telling: str, da
         Of the folder in the cache folder; it must name everything that its content depends on.
     make
         Writes the folder of the path it is given, which does not exist yet.
-    telling, damage
-        Printed on standard error before it is made: for the first time, and because a byte of
-        it has changed.
 
     Raises
     ------
@@ -81,7 +78,6 @@ def sealed_folder(name: str, make: Callable[[Path], object], *, telling: str, da
     with only_one_process(target):
         if is_intact(target):  # another process has made it meanwhile
             return target
-        print(f"entangle: {damage if target.exists() else telling}", file=sys.stderr, flush=True)
 
         def write(folder: Path) -> None:
             make(folder)

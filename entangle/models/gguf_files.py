@@ -11,7 +11,6 @@ import copy
 import functools
 import importlib.metadata
 import json
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -95,19 +94,17 @@ def load_converted(
     def make(folder: Path) -> None:
         asked.append(None)
         asked[0] = find()
-        made.append(_convert(asked[0], folder, dtype=dtype))
+        changed = (cache.cache_folder() / name).exists()
+        again = f"the conversion of {what} has changed since it was made: converting it again"
+        once = f"converting {what} (once, into {str(cache.cache_folder())!r})"
+        made.append(_convert(asked[0], folder, dtype=dtype, line=again if changed else once))
 
     try:
-        folder = cache.sealed_folder(
-            name,
-            make,
-            telling=f"converting {what} (once, into {str(cache.cache_folder())!r})",
-            damage=f"the conversion of {what} has changed since it was made: converting it again",
-        )
+        folder = cache.sealed_folder(name, make)
     except Unavailable as error:
         if asked == [None]:  # it is the file that cannot be had
             raise
-        print(f"entangle: loading {what} without the cache: {error}", file=sys.stderr, flush=True)
+        pretrained.say(f"loading {what} without the cache: {error}")
         if made and dtype in (None, torch.float32):
             return made[0]
         return load_gguf(asked[0] if asked and asked[0] else find(), dtype=dtype)
@@ -158,8 +155,10 @@ def _load(file: Path, dtype: torch.dtype | None, parsed: Callable[[Path], _Parse
     return model, tokenizer
 
 
-def _convert(file: Path, folder: Path, *, dtype: torch.dtype | None) -> Loaded:
+def _convert(file: Path, folder: Path, *, dtype: torch.dtype | None, line: str) -> Loaded:
     """Save a GGUF file's model and tokenizer as a Hugging Face folder in float32.
+
+    ``line`` is told when the file can be read and there is room.
 
     Raises
     ------
@@ -168,6 +167,8 @@ def _convert(file: Path, folder: Path, *, dtype: torch.dtype | None) -> Loaded:
     """
     with _parsed_once() as parsed:
         with pretrained.broken_as(f"GGUF file {str(file)!r}"):
+            if "general.architecture" not in parsed(file).fields:
+                raise ValueError("its metadata names no architecture")
             n_bytes = 4 * sum(int(tensor.n_elements) for tensor in parsed(file).tensors)
         cache.check_room(n_bytes)
         free = psutil.virtual_memory().available
@@ -175,6 +176,7 @@ def _convert(file: Path, folder: Path, *, dtype: torch.dtype | None) -> Loaded:
             raise Unavailable(
                 f"float32 takes {n_bytes / 2**30:.1f} GiB of memory; {free / 2**30:.1f} are free."
             )
+        pretrained.say(line)
         model, tokenizer = _load(file, None, parsed)
     with pretrained.quiet():
         model.save_pretrained(folder)

@@ -179,7 +179,7 @@ def _load(
     if source == "adapter" or (source == "hub" and check_folder(path)):
         if device_map is not None:
             raise InvalidInput(
-                f"`device_map` applies to whole models; got {device_map!r} for the adapter {name!r}."
+                f"`device_map` applies to whole models; got {device_map!r} for adapter {name!r}."
             )
         return adapters.load_adapter(path, dtype=dtype), commit
     return pretrained.load_folder(path, dtype=dtype, device_map=device_map), commit

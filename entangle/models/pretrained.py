@@ -211,6 +211,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def need_accelerate(what: str) -> None:
+    """Raise `InvalidInput` if accelerate, which ``what`` needs, is not installed."""
     if importlib.util.find_spec("accelerate") is None:
         raise InvalidInput(
             f"{what} needs the package accelerate; `pip install accelerate` adds it."
@@ -264,6 +265,7 @@ def _from_pretrained(auto: Any, folder: Path, settings: dict[str, Any]) -> hf.Pr
 
 
 def check_complete(report: Mapping[str, Any], source: Path) -> None:
+    """Raise `InvalidInput` if transformers reports weights that are missing or of another shape."""
     if mismatched := sorted(report["mismatched_keys"]):
         name, stored, wanted = mismatched[0]
         raise InvalidInput(

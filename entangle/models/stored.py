@@ -43,9 +43,8 @@ def stored_dtype(folder: Path) -> torch.dtype | None:
     if not floats:
         return None
     chosen = FLOATS[floats.most_common(1)[0][0]]
-    rounded = sum(
-        n for kind, n in floats.items() if torch.promote_types(FLOATS[kind], chosen) != chosen
-    )
+    finer = [kind for kind in floats if torch.promote_types(FLOATS[kind], chosen) != chosen]
+    rounded = sum(floats[kind] for kind in finer)
     if rounded:
         wide = max((FLOATS[kind] for kind in floats), key=lambda one: torch.finfo(one).bits)
         print(
