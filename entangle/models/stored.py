@@ -33,7 +33,7 @@ def stored_dtype(folder: Path) -> torch.dtype | None:
     counts: Counter[str] = Counter()
     for kind, n_values in _tensors(folder):
         counts[kind] += n_values
-    packed = [kind for kind in counts if kind.startswith(("F8", "F4", "F6"))]
+    packed = [kind for kind in counts if kind.startswith("F") and kind not in FLOATS]
     if packed:
         raise InvalidInput(
             f"model {str(folder)!r} must hold plain weights; some are stored as {packed[0]}: use "
