@@ -33,6 +33,8 @@ def resolve_dtype(dtype: object) -> torch.dtype | None:
 def _as_torch(dtype: object) -> torch.dtype | None:
     if isinstance(dtype, torch.dtype):
         return dtype
+    if dtype is None:  # which NumPy takes for float64
+        return None
     try:
         found = getattr(torch, np.dtype(dtype).name, None)  # type: ignore[call-overload]
     except TypeError:

@@ -129,8 +129,10 @@ def only_one_process(target: Path) -> Iterator[None]:
 
     Without a lock the last one wins, which is harmless as `write_atomically` renames.
     """
-    lock = filelock.FileLock(target.with_name(f".{target.name}.lock"))
+    path = target.with_name(f".{target.name}.lock")
+    lock = filelock.FileLock(path)
     with writing(target.parent), contextlib.ExitStack() as stack:
+        stack.callback(_forget, path)
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             stack.enter_context(lock.acquire(timeout=0))
@@ -140,6 +142,11 @@ def only_one_process(target: Path) -> Iterator[None]:
         except NotImplementedError:  # a file system without locks
             pass
         yield
+
+
+def _forget(lock: Path) -> None:
+    with contextlib.suppress(OSError):  # gone, or another process waits for it
+        lock.unlink()
 
 
 def write_atomically(target: Path, write: Callable[[Path], object]) -> None:

@@ -91,6 +91,7 @@ def load_demo(*, dtype: torch.dtype | None) -> Loaded:
 
     Reading the GGUF takes most of a minute, the folder a second; the weights are the same bits.
     """
+    _offline_folder()  # a wrong setting is told before anything is made
     return gguf_files.load_converted(
         lambda: _provide(MODEL), MODEL.sha256, what="the demo model", dtype=dtype
     )

@@ -108,7 +108,7 @@ def load_model(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     revision: str | None = None,
-    dtype: str | torch.dtype = "auto",
+    dtype: object = "auto",
     device: str | torch.device = "auto",
     device_map: str | Mapping[str, Any] | None = None,
 ) -> LanguageModel:
