@@ -7,6 +7,7 @@ TensorFloat-32 inside solvers.
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 from entangle.errors import InvalidInput
@@ -14,15 +15,31 @@ from entangle.errors import InvalidInput
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
-    """Translate a dtype's name; ``"auto"`` gives None (the dtype the model is stored in)."""
+def resolve_dtype(dtype: object) -> torch.dtype | None:
+    """Translate a dtype's name; ``"auto"`` gives None (the dtype the model is stored in).
+
+    A dtype of torch is taken as it is, one of NumPy (``np.float16``, ``np.dtype("float32")``) as
+    torch's of the same name. It must be floating.
+    """
+    named = dtype if isinstance(dtype, str) else None
+    if named == "auto":
+        return None
+    found = DTYPES.get(named) if named is not None else _as_torch(dtype)
+    if found is None or not found.is_floating_point:
+        raise InvalidInput(f"`dtype` must be auto, {', '.join(DTYPES)}; got {dtype!r}.")
+    return found
+
+
+def _as_torch(dtype: object) -> torch.dtype | None:
     if isinstance(dtype, torch.dtype):
         return dtype
-    if dtype == "auto":
+    if dtype is None:  # which NumPy takes for float64
         return None
-    if dtype not in DTYPES:
-        raise InvalidInput(f"`dtype` must be auto, {', '.join(DTYPES)}; got {dtype!r}.")
-    return DTYPES[dtype]
+    try:
+        found = getattr(torch, np.dtype(dtype).name, None)  # type: ignore[call-overload]
+    except TypeError:
+        return None
+    return found if isinstance(found, torch.dtype) else None
 
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:

@@ -1,11 +1,13 @@
 """Settings that are numbers: NumPy's count as Python's, and everything else is refused."""
 
 from numbers import Integral, Real
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from entangle.errors import InvalidInput
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 def whole(name: str, value: object, *, least: int) -> int:
@@ -34,7 +36,7 @@ def real(name: str, value: object) -> float:
     return float(value)
 
 
-def tensor_of(name: str, value: object, dtype: torch.dtype | None = None) -> Tensor:
+def tensor_of(name: str, value: object, dtype: "torch.dtype | None" = None) -> "Tensor":
     """Return a tensor as it is, and a number or a sequence of numbers as a tensor of ``dtype``.
 
     Raises
@@ -42,7 +44,9 @@ def tensor_of(name: str, value: object, dtype: torch.dtype | None = None) -> Ten
     InvalidInput
         If it holds anything but numbers.
     """
-    if isinstance(value, Tensor):
+    import torch
+
+    if isinstance(value, torch.Tensor):
         return value
     try:
         return torch.as_tensor(value, dtype=dtype)

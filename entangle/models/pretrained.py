@@ -7,6 +7,7 @@ raises over a broken folder or file becomes one clear line, chained from the ori
 import contextlib
 import importlib.util
 import io
+import json
 import logging
 import re
 import struct
@@ -23,12 +24,19 @@ from huggingface_hub import errors as hub_errors
 from safetensors import SafetensorError
 
 from entangle.errors import EntangleError, InvalidInput, MemoryLimit, Unavailable, UnknownName
+from entangle.models import hub
+from entangle.models.sources import ADAPTER_CONFIG, TOKENIZER_FILES, check_folder
+from entangle.models.stored import stored_dtype
+
+Loaded = tuple[hf.PreTrainedModel, hf.PreTrainedTokenizerBase | None]
+"""A model in the state that transformers leaves it in, and its tokenizer where there is one."""
+
+FLAGS = ("add_bos_token", "add_eos_token")
+"""Of a tokenizer: whether the model was trained with these tokens around a text."""
 
 hf_logging: Any = hf.utils.logging
 hub_utils: Any = huggingface_hub.utils
 
-TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab.*", "merges.txt", "tekken.json")
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 BROKEN = (  # what transformers raises over a config, weights or an architecture it cannot use
     OSError,
     ValueError,
@@ -54,13 +62,9 @@ def fetch_snapshot(name: str, *, revision: str | None) -> tuple[Path, str | None
     Unavailable
         When the hub cannot be reached and the model is not in the local cache, or access is gated.
     """
-    offline = (
-        "Give a local folder or .gguf file, or set HF_HOME to a cache that holds the model "
-        "(HF_HUB_OFFLINE=1 then skips the network)."
-    )
     patterns = ["*.json", "*.safetensors", "*.jinja", *TOKENIZER_FILES]
     try:
-        with quiet():
+        with quiet(), hub.caches_alone():
             folder = huggingface_hub.snapshot_download(
                 name,
                 revision=revision,
@@ -81,9 +85,10 @@ def fetch_snapshot(name: str, *, revision: str | None) -> tuple[Path, str | None
             "model on the hub; a private one needs `hf auth login`."
         ) from error
     except (OSError, hub_errors.RevisionResolutionError) as error:
+        reason = hub.silence() or _first_line(error)
         raise Unavailable(
             f"model {name!r} is no local folder or .gguf file, and it could not be had from the "
-            f"hub ({_first_line(error)}). {offline}"
+            f"hub ({reason}). {hub.OFFLINE}"
         ) from error
     commit = Path(folder).name
     return Path(folder), commit if re.fullmatch("[0-9a-f]{40}", commit) else None
@@ -91,15 +96,16 @@ def fetch_snapshot(name: str, *, revision: str | None) -> tuple[Path, str | None
 
 def load_folder(
     folder: Path, *, dtype: torch.dtype | None, device_map: str | Mapping[str, Any] | None
-) -> tuple[hf.PreTrainedModel, hf.PreTrainedTokenizerBase | None]:
+) -> Loaded:
     """Load the model and, where there is one, the tokenizer of a Hugging Face folder.
 
     Parameters
     ----------
     folder
-        Holds ``config.json``, safetensors weights and, usually, a tokenizer.
+        Holds ``config.json``, safetensors weights and, usually, a tokenizer. An adapter (PEFT)
+        beside them is left out, whether or not peft is installed, and that is said.
     dtype
-        Of the parameters; None keeps the one they are stored in.
+        Of the parameters; None keeps the one they are stored in (`stored_dtype`).
     device_map
         Passed to transformers; needs accelerate.
 
@@ -108,52 +114,50 @@ def load_folder(
     InvalidInput
         When the folder is not a model that can be used, naming what is wrong with it.
     """
-    _check_folder(folder)
+    check_folder(folder)
+    if (folder / ADAPTER_CONFIG).is_file():
+        say(
+            f"{str(folder)!r} holds a model and an adapter ({ADAPTER_CONFIG}): the model is loaded "
+            "without the adapter; to apply it, put its files into a folder of their own and name "
+            "that."
+        )
+    return _load_model(folder, dtype=dtype, device_map=device_map), tokenizer_of(folder)
+
+
+def load_converted_folder(folder: Path, *, dtype: torch.dtype | None) -> Loaded:
+    """Load what a GGUF file was converted to: its tokenizer to the letter as it was converted.
+
+    transformers builds some tokenizers anew from a folder's vocabulary, as their class in general
+    does it, and not as the file said.
+    """
+    tokenizer = None
+    if (folder / "tokenizer.json").is_file():
+        with quiet(), broken_as(f"tokenizer of {str(folder)!r}"):
+            tokenizer = hf.PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+            written = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+            flags = {flag: written[flag] for flag in FLAGS if flag in written}
+            tokenizer.init_kwargs.update(flags)  # of which transformers keeps none
+    return _load_model(folder, dtype=dtype or torch.float32, device_map=None), tokenizer
+
+
+def _load_model(
+    folder: Path, *, dtype: torch.dtype | None, device_map: str | Mapping[str, Any] | None
+) -> hf.PreTrainedModel:
     if device_map is not None:
-        _need_accelerate("`device_map`")
+        need_accelerate("`device_map`")
     with quiet():
         with broken_as(f"model folder {str(folder)!r}"):
             config = hf.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            stored = dtype or stored_dtype(folder)
         _refuse_quantised(config, folder)
-        auto = _auto_class(config, folder)
-        settings: dict[str, Any] = {"dtype": dtype or "auto", "device_map": device_map}
-        model = _from_pretrained(auto, folder, settings)
-        return model, _tokenizer(folder)
+        auto = auto_class(config, folder)
+        settings: dict[str, Any] = {"dtype": stored or "auto", "device_map": device_map}
+        return _from_pretrained(auto, folder, settings)
 
 
-def load_gguf(
-    file: Path, *, dtype: torch.dtype | None
-) -> tuple[hf.PreTrainedModel, hf.PreTrainedTokenizerBase | None]:
-    """Load the model and tokenizer of a GGUF file, dequantised to ``dtype`` (None: float32).
-
-    The result is a plain model: it can be saved, and nothing in it stays quantised.
-
-    Raises
-    ------
-    InvalidInput
-        When the file is not a GGUF model that transformers can read.
-    """
-    _need_accelerate("a .gguf file")
-    where: dict[str, Any] = {"gguf_file": file.name, "trust_remote_code": False}
-    with quiet(catch_stderr=True), broken_as(f"GGUF file {str(file)!r}"):
-        config = hf.AutoConfig.from_pretrained(file.parent, **where)
-        loose, report = _auto_class(config, file).from_pretrained(
-            file.parent,
-            **where,
-            config=config,
-            dtype=dtype or torch.float32,
-            quantization_config=hf.GgufConfig(dequantize=True),
-            output_loading_info=True,
-        )
-        _check_complete(report, file)
-        settings = loose.config.to_dict()
-        settings.pop("quantization_config", None)
-        plain = type(loose.config).from_dict(settings)
-        model = type(loose).from_pretrained(
-            None, config=plain, state_dict=loose.state_dict(), dtype=loose.dtype
-        )
-        tokenizer = hf.AutoTokenizer.from_pretrained(file.parent, **where)
-    return model, tokenizer
+def say(line: str) -> None:
+    """Tell the user, on standard error, what was decided about a model."""
+    print(f"entangle: {line}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -206,31 +210,15 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def _check_folder(folder: Path) -> None:
-    if not (folder / "config.json").is_file():
-        ggufs = sorted(path.name for path in folder.glob("*.gguf"))
-        hint = f"; name the file itself, for example {ggufs[0]}" if ggufs else ""
-        raise InvalidInput(f"a model folder must hold config.json; {str(folder)!r} has none{hint}.")
-    if any(folder.glob("*.safetensors")) or (folder / "model.safetensors.index.json").is_file():
-        return
-    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
-    remedy = (
-        f"{pickles[0]} is a pickle, which can run code and is never loaded: convert it once with "
-        "transformers' `save_pretrained` where you trust it."
-        if pickles
-        else "copy model.safetensors next to config.json."
-    )
-    raise InvalidInput(f"model folder {str(folder)!r} must hold safetensors weights; {remedy}")
-
-
-def _need_accelerate(what: str) -> None:
+def need_accelerate(what: str) -> None:
+    """Raise `InvalidInput` if accelerate, which ``what`` needs, is not installed."""
     if importlib.util.find_spec("accelerate") is None:
         raise InvalidInput(
             f"{what} needs the package accelerate; `pip install accelerate` adds it."
         )
 
 
-def _auto_class(config: hf.PreTrainedConfig, source: Path) -> Any:
+def auto_class(config: hf.PreTrainedConfig, source: Path) -> Any:
     """Choose causal language model or plain encoder; refuse what token ids alone cannot run."""
     kind = config.model_type
     if getattr(config, "is_encoder_decoder", False):
@@ -263,6 +251,7 @@ def _from_pretrained(auto: Any, folder: Path, settings: dict[str, Any]) -> hf.Pr
         "local_files_only": True,
         "output_loading_info": True,
         "ignore_mismatched_sizes": True,  # reported below, by name
+        "adapter_kwargs": {"subfolder": "none"},  # or one in the folder would be applied unasked
     }
     with torch.random.fork_rng(devices=[]), broken_as(f"model folder {str(folder)!r}"):
         model, report = auto.from_pretrained(folder, **settings)
@@ -270,12 +259,13 @@ def _from_pretrained(auto: Any, folder: Path, settings: dict[str, Any]) -> hf.Pr
         if missing and all(name.startswith("pooler.") for name in missing):
             # an encoder stored without its pooler, which would be drawn at random
             model, report = auto.from_pretrained(folder, add_pooling_layer=False, **settings)
-    _check_complete(report, folder)
+    check_complete(report, folder)
     loaded: hf.PreTrainedModel = model
     return loaded
 
 
-def _check_complete(report: Mapping[str, Any], source: Path) -> None:
+def check_complete(report: Mapping[str, Any], source: Path) -> None:
+    """Raise `InvalidInput` if transformers reports weights that are missing or of another shape."""
     if mismatched := sorted(report["mismatched_keys"]):
         name, stored, wanted = mismatched[0]
         raise InvalidInput(
@@ -289,13 +279,15 @@ def _check_complete(report: Mapping[str, Any], source: Path) -> None:
         )
 
 
-def _tokenizer(folder: Path) -> hf.PreTrainedTokenizerBase | None:
+def tokenizer_of(folder: Path) -> hf.PreTrainedTokenizerBase | None:
+    """Return the tokenizer of a folder, None where it has none."""
     if not any(path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)):
         return None
     try:
-        tokenizer: hf.PreTrainedTokenizerBase = hf.AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=False, local_files_only=True
-        )
+        with quiet():
+            tokenizer: hf.PreTrainedTokenizerBase = hf.AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=False, local_files_only=True
+            )
     except Exception as error:  # the tokenizers library raises the bare class
         raise InvalidInput(
             f"the tokenizer of model folder {str(folder)!r} cannot be loaded "

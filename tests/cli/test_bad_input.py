@@ -107,7 +107,7 @@ CASES = {
     f"model {TEXT} --top 0": "`--top` must be at least 1; got 0",
     f"model {TEXT} --memory lots": "a size must look like 512M or 2G; got 'lots'",
     f"model {TEXT} --memory 1K": "`memory` must be at least 1 MiB in bytes; got 1024",
-    f"model {TEXT} --batch-size 0": "`batch_size` must be at least 1; got 0",
+    f"model {TEXT} --batch-size 0": "`batch_size` must be an integer of at least 1; got 0",
     # output
     f"model {TEXT} --out file": "the output 'file' is a file; name a folder",
     f"model {TEXT} --out file/below": "is no folder that you may write to; name another folder",

@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import SafetensorError
 
 from entangle.calibration import load_calibration
 from entangle.calibration.habit import model_habit
 from entangle.errors import Unavailable
-from entangle.models import demo, pretrained
+from entangle.models import demo, gguf_files
 from entangle.models.articles import VERSION
 from entangle.models.layers import find_blocks, find_layers
 from entangle.models.loading import as_language_model, load_model
@@ -190,17 +189,6 @@ def test_a_cache_that_cannot_be_written(
         demo.demo_folder()
 
 
-@pytest.mark.parametrize("error", [OSError, SafetensorError])
-def test_a_failed_write_leaves_nothing(error: type[Exception], tmp_path: Path) -> None:
-    def write(path: Path) -> None:
-        path.write_text("half")
-        raise error("No space left on device")
-
-    with pytest.raises(Unavailable, match=r"have room \(No space left"):
-        demo._write_atomically(tmp_path / "x", write)
-    assert _files(tmp_path) == []
-
-
 def test_an_interrupted_fetch_ends_pip(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[subprocess.Popen[str]] = []
 
@@ -221,23 +209,6 @@ def test_an_interrupted_fetch_ends_pip(cache: Path, monkeypatch: pytest.MonkeyPa
     assert _files(cache) == []
 
 
-def test_a_folder_made_by_another_process_is_kept(tmp_path: Path) -> None:
-    def write(path: Path) -> None:
-        path.mkdir()
-        (path / "mine").write_text("")
-        (tmp_path / "x").mkdir()
-        (tmp_path / "x" / "theirs").write_text("")
-
-    demo._write_atomically(tmp_path / "x", write)
-    assert _files(tmp_path) == ["x"]
-    assert _files(tmp_path / "x") == ["theirs"]
-
-
-def test_the_cache_folder_has_a_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("ENTANGLE_CACHE", raising=False)
-    assert "entangle" in demo.cache_folder().parts
-
-
 # The real assets
 
 
@@ -246,7 +217,7 @@ DIGEST = "c8f4ab862225a4c90b17ebf377771c41ea227fcf8fbc2d16840b0afb428653c9"  # o
 
 @pytest.mark.demo
 def test_the_demo_model(capfd: pytest.CaptureFixture[str]) -> None:
-    demo.demo_model_folder()
+    demo.load_demo(dtype=None)
     capfd.readouterr()
     model = load_model(device="cpu")
     assert capfd.readouterr() == ("", "")
@@ -262,7 +233,7 @@ def test_the_demo_model(capfd: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.slow
 def test_the_converted_demo_model_is_bit_identical_to_its_gguf() -> None:
     model = load_model("demo", device="cpu")
-    direct, tokenizer = pretrained.load_gguf(
+    direct, tokenizer = gguf_files.load_gguf(
         demo.demo_folder() / demo.MODEL.file, dtype=torch.float32
     )
     assert as_language_model(direct).digest == model.digest == DIGEST

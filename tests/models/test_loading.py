@@ -3,6 +3,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jaxtyping
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -190,6 +191,36 @@ def test_a_plain_module_has_no_context_and_may_have_no_vocabulary() -> None:
         _ = as_language_model(nn.Linear(1, 1)).vocab_size
     empty = LanguageModel(nn.Module(), None, "empty", "memory", None)
     assert (empty.device, empty.dtype) == (torch.device("cpu"), torch.float32)
+
+
+def test_load_model_takes_what_every_function_takes(folder: Path) -> None:
+    model = load_model(folder, device="cpu")
+    assert (model.name, model.source) == (str(folder), "folder")
+    assert load_model(model) is model
+    module, tokenizer = TINY["llama"](), tiny_tokenizer()
+    wrapped = load_model(module, tokenizer=tokenizer)
+    assert (wrapped.module, wrapped.tokenizer, wrapped.source) == (module, tokenizer, "memory")
+    assert load_model(folder, tokenizer=tokenizer, device="cpu").tokenizer is tokenizer
+
+
+@pytest.mark.parametrize(
+    "setting", [{"dtype": "float16"}, {"device": "cpu"}, {"revision": "v1"}, {"device_map": "auto"}]
+)
+def test_a_module_is_not_moved_or_cast(setting: dict[str, str]) -> None:
+    ((name, value),) = setting.items()
+    with pytest.raises(InvalidInput, match=f"{name}.*{value}"):
+        load_model(TINY["llama"](), **setting)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.dtype("float16"), "float16", torch.float16])
+def test_dtypes_of_numpy_and_torch_and_their_names(dtype: object, folder: Path) -> None:
+    assert load_model(folder, dtype=dtype, device="cpu").dtype == torch.float16
+
+
+@pytest.mark.parametrize("dtype", [np.int64, torch.int8, "int8", None, 3, "float63", str])
+def test_other_dtypes(dtype: object, folder: Path) -> None:
+    with pytest.raises(InvalidInput, match="dtype"):
+        load_model(folder, dtype=dtype, device="cpu")
 
 
 # Bad input

@@ -3,14 +3,12 @@ import json
 import logging
 import os
 import shutil
-import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import gguf
 import huggingface_hub
 import pytest
 import torch
@@ -19,10 +17,10 @@ from huggingface_hub import errors as hub_errors
 from safetensors.torch import load_file, save_file
 
 from entangle.errors import InvalidInput, MemoryLimit, Unavailable, UnknownName
-from entangle.models import pretrained
+from entangle.models import gguf_files, pretrained
 from entangle.models.layers import list_layers
 from entangle.models.loading import load_model
-from tests.tiny_models import GROUPED, WIDE, save_tiny
+from tests.tiny_models import WIDE, save_tiny
 
 hub_utils: Any = huggingface_hub.utils
 hf_logging: Any = hf.utils.logging
@@ -179,7 +177,7 @@ def test_without_accelerate(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(InvalidInput, match="`device_map` needs the package accelerate"):
         pretrained.load_folder(folder, dtype=None, device_map="auto")
     with pytest.raises(InvalidInput, match="accelerate"):
-        pretrained.load_gguf(folder, dtype=None)
+        gguf_files.load_gguf(folder, dtype=None)
 
 
 # Quiet
@@ -279,74 +277,3 @@ def test_hub_errors(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_name_that_cannot_be_a_hub_id() -> None:
     with pytest.raises(UnknownName, match="unknown model 'what is this'"):
         load_model("what is this")
-
-
-# GGUF
-
-HEADER = b"GGUF" + struct.pack("<IQQ", 3, 0, 0)
-
-
-@pytest.mark.parametrize(
-    "data", [b"", b"junk" * 100, b"GGUF", HEADER, HEADER[:12], HEADER[:-8] + b"\xff" * 8]
-)
-def test_corrupt_gguf(data: bytes, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "x.gguf"
-    file.write_bytes(data)
-    with pytest.raises(InvalidInput, match=r"GGUF file '.*x\.gguf' cannot be loaded: ") as caught:
-        load_model(str(file))
-    assert "\n" not in str(caught.value)
-    assert capfd.readouterr() == ("", "")
-
-
-WORDS = ["<unk>", "<s>", "</s>", "a", "b", "ab", *(f"w{i}" for i in range(10))]
-
-
-def _write_gguf(file: Path, model: hf.LlamaForCausalLM) -> None:
-    """Write a tiny Llama as llama.cpp would, query and key rows in its order for rotation."""
-    config: Any = model.config
-    writer = gguf.GGUFWriter(file, "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(len(WORDS))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(WORDS)
-    writer.add_token_merges(["a b"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    names: Any = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, parameter in model.named_parameters():
-        value = parameter.detach()
-        if "q_proj" in name or "k_proj" in name:
-            value = value.reshape(-1, 2, 4, value.shape[1]).transpose(1, 2).reshape(value.shape)
-        writer.add_tensor(names.get_name(name, (".weight",)), value.contiguous().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def test_a_gguf_gives_a_plain_model(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    config = hf.LlamaConfig(**{**GROUPED, "vocab_size": len(WORDS)})
-    original = hf.LlamaForCausalLM(config)
-    _write_gguf(tmp_path / "tiny.gguf", original)
-    capfd.readouterr()
-    model = load_model(str(tmp_path / "tiny.gguf"), device="cpu")
-    assert capfd.readouterr() == ("", "")
-    assert (model.source, model.dtype, model.context_length) == ("gguf", torch.float32, 128)
-    expected, got = dict(original.named_parameters()), dict(model.module.named_parameters())
-    assert expected.keys() == got.keys()
-    assert all(torch.equal(expected[key], got[key]) for key in expected)
-    ids = torch.arange(len(WORDS))[None]
-    torch.testing.assert_close(model.module(ids).logits, original(ids).logits)
-    assert model.tokenizer is not None
-    assert model.tokenizer("ab").input_ids == [5]
-    model.module.save_pretrained(tmp_path / "folder")  # type: ignore[operator]
-    assert load_model(str(tmp_path / "folder")).digest == model.digest
-    half = load_model(str(tmp_path / "tiny.gguf"), dtype="bfloat16")
-    assert {p.dtype for p in half.module.parameters()} == {torch.bfloat16}

@@ -1,0 +1,116 @@
+"""What is wrong with a command's arguments, as far as it can be told before torch is imported.
+
+Loading torch and transformers takes seconds; a mistyped path or number is told without them. The
+sentences are those of the functions that take the settings, which check them again.
+"""
+
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from entangle.calibration.texts import as_path, existing, interpret_escapes
+from entangle.cli.options import names, numbers, parse_bytes
+from entangle.errors import InvalidInput, unknown_name
+from entangle.models import hub
+from entangle.models.sources import check_settings, model_source
+from entangle.provenance import expanded, read_manifest
+from entangle.scalars import whole
+from entangle.seeding import check_seed
+
+LEAST: Mapping[str, int] = {
+    "batch_size": 1, "count": 1, "eval_seq_len": 2, "eval_windows": 1, "n_seq": 1, "n_windows": 1,
+    "pairs_per_paradigm": 1, "seeds": 1, "seq_len": 1, "evaluations": 2,
+}  # fmt: skip
+"""Options that are whole numbers, and the least of each."""
+NAMES: Mapping[str, tuple[str, Sequence[str]]] = {
+    "intervention": ("intervention", (
+        "prune", "prune-wanda", "prune-magnitude", "prune-random",
+        "zero", "mean", "clamp-negative", "clamp-positive", "flip-negative",
+    )),
+    "methods": ("method", ("magnitude", "wanda", "sparsegpt", "expansion", "expansion-random")),
+    "router": ("router", ("kmeans", "random")),
+}  # fmt: skip
+"""Options that are lists of names: what one is called in a message, and those that exist."""
+SIZED = ("score", "decompose")
+"""Commands whose work memory must be at least 1 MiB."""
+
+
+def check_arguments(arguments: argparse.Namespace) -> None:
+    """Check model, texts, numbers and names of any command's arguments; import nothing heavy.
+
+    Raises
+    ------
+    InvalidInput, UnknownName, Unavailable
+        As the functions do that take them.
+    """
+    given = vars(arguments)
+    _check_numbers(given)
+    for name, (kind, known) in NAMES.items():
+        for one in names(given[name]) if isinstance(given.get(name), str) else ():
+            if one not in known:
+                raise unknown_name(kind, one, known)
+    _check_models(given)
+    _check_texts(given)
+    if given.get("scores") is not None:
+        read_manifest(given["scores"], "scores")
+    for run in given.get("runs") or ():
+        if not expanded(run).exists():
+            read_manifest(run, "result")
+
+
+def _check_numbers(given: Mapping[str, object]) -> None:
+    for name, least in LEAST.items():
+        if given.get(name) is not None:
+            whole(name, given[name], least=least)
+    if "seed" in given:
+        check_seed(given["seed"])  # type: ignore[arg-type]
+    fraction = given.get("fraction")
+    if isinstance(fraction, float) and not 0 < fraction <= 1:
+        raise InvalidInput(f"`fraction` must be in (0, 1]; got {fraction}.")
+    experts = given.get("experts")
+    if experts is not None:
+        counts = numbers(experts, int) if isinstance(experts, str) else [experts]
+        for count in counts:
+            whole("experts", count, least=1)
+    if isinstance(given.get("join"), str):
+        interpret_escapes(str(given["join"]))
+    memory = given.get("memory")
+    if isinstance(memory, str):
+        n_bytes = parse_bytes(memory)
+        if given["command"] in SIZED and n_bytes < 2**20:
+            raise InvalidInput(f"`memory` must be at least 1 MiB in bytes; got {n_bytes}.")
+
+
+def _check_models(given: Mapping[str, object]) -> None:
+    for option in ("model", "base"):
+        name = given.get(option)
+        if not isinstance(name, str) or _is_result(name):
+            continue
+        source = model_source(name)
+        loading = {key: given.get(key) for key in ("revision", "dtype", "device", "device_map")}
+        if given.get("base") is None or option == "base":
+            check_settings(source, name, **loading)  # type: ignore[arg-type]
+        if source == "hub":
+            hub.check_model(name)
+
+
+def _is_result(name: str) -> bool:
+    """Tell whether a folder is a Sparse Expansion, which stands for a model in some commands."""
+    path = expanded(name)
+    return (path / "manifest.json").is_file() and not (path / "config.json").is_file()
+
+
+def _check_texts(given: Mapping[str, object]) -> None:
+    for option in ("calibration", "data", "evaluate"):
+        source = given.get(option)
+        if not isinstance(source, str | os.PathLike):
+            continue
+        path = as_path(source if isinstance(source, str) else Path(source))
+        if path is not None:
+            existing(path)
+        elif source != "demo":
+            from entangle.calibration.hub import hub_request
+
+            request = hub_request(str(source), split=None, config=None, column=None)
+            hub.check_data_set(request.name)

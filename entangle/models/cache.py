@@ -1,0 +1,187 @@
+"""What is fetched or derived once and kept: the cache folder, and sealed folders inside it.
+
+A sealed folder records the digest of every file that was written to it. It is checked whenever it
+is opened: one changed byte, and it is made again.
+"""
+
+import contextlib
+import hashlib
+import json
+import mmap
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import filelock
+import platformdirs
+from safetensors import SafetensorError
+
+from entangle.errors import Unavailable
+
+SEAL = "entangle-digests.json"
+"""File of a sealed folder with the size and digest of all others."""
+PIECE = 1 << 26  # bytes that one thread hashes at a time
+
+
+def cache_folder() -> Path:
+    """Return the folder of what is fetched or derived: ``ENTANGLE_CACHE`` or the user's cache."""
+    return Path(os.environ.get("ENTANGLE_CACHE") or platformdirs.user_cache_dir("entangle"))
+
+
+def digest_of(path: Path) -> str:
+    """Return a file's digest: SHA-256 over the SHA-256 of its pieces of 64 MiB, in hexadecimal.
+
+    The pieces are hashed side by side, so that several cores share a large file.
+    """
+    size = path.stat().st_size
+    if size == 0:
+        return hashlib.sha256().hexdigest()
+    with (
+        path.open("rb") as stream,
+        mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content,
+        memoryview(content) as view,
+        ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool,
+    ):
+        pieces = list(pool.map(lambda start: _sha256(view, start), range(0, size, PIECE)))
+    return hashlib.sha256(b"".join(pieces)).hexdigest()
+
+
+def _sha256(view: memoryview, start: int) -> bytes:
+    with view[start : start + PIECE] as piece:
+        return hashlib.sha256(piece).digest()
+
+
+def sealed_folder(name: str, make: Callable[[Path], object]) -> Path:
+    """Return the folder ``name`` of the cache, made by ``make`` if it is not there intact.
+
+    Two processes that want it at once make it once: the second waits.
+
+    Parameters
+    ----------
+    name
+        Of the folder in the cache folder; it must name everything that its content depends on.
+    make
+        Writes the folder of the path it is given, which does not exist yet.
+
+    Raises
+    ------
+    Unavailable
+        When the cache folder cannot be written or has no room.
+    """
+    target = cache_folder() / name
+    if is_intact(target):
+        return target
+    with only_one_process(target):
+        if is_intact(target):  # another process has made it meanwhile
+            return target
+
+        def write(folder: Path) -> None:
+            make(folder)
+            seal(folder)
+
+        write_atomically(target, write)
+    return target
+
+
+def seal(folder: Path) -> None:
+    """Record size and digest of all files of a folder beside them."""
+    content = {name: _facts(folder / name) for name in _names(folder)}
+    (folder / SEAL).write_text(json.dumps(content, indent=1), "utf-8")
+
+
+def is_intact(folder: Path) -> bool:
+    """Tell whether a folder is sealed and holds exactly what it held then."""
+    try:
+        recorded = json.loads((folder / SEAL).read_text("utf-8"))
+        sizes = {name: (folder / name).stat().st_size for name in _names(folder)}
+        same_sizes = sizes == {name: facts["bytes"] for name, facts in recorded.items()}
+        return same_sizes and all(_facts(folder / name) == recorded[name] for name in sizes)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return False
+
+
+def _names(folder: Path) -> list[str]:
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != SEAL)
+    return sorted(path.relative_to(folder).as_posix() for path in files)
+
+
+def _facts(path: Path) -> dict[str, object]:
+    return {"bytes": path.stat().st_size, "digest": digest_of(path)}
+
+
+def check_room(n_bytes: int) -> None:
+    """Raise `Unavailable` unless the cache folder's disk has room for so many bytes."""
+    folder = cache_folder()
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+        if free < n_bytes:
+            raise OSError(f"{n_bytes / 2**30:.1f} GiB are needed, {free / 2**30:.1f} are free")
+
+
+@contextlib.contextmanager
+def only_one_process(target: Path) -> Iterator[None]:
+    """Let one process at a time into the block for ``target``; where files cannot be locked, all.
+
+    Without a lock the last one wins, which is harmless as `write_atomically` renames.
+    """
+    path = target.with_name(f".{target.name}.lock")
+    lock = filelock.FileLock(path)
+    with writing(target.parent), contextlib.ExitStack() as stack:
+        stack.callback(_forget, path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            stack.enter_context(lock.acquire(timeout=0))
+        except filelock.Timeout:
+            print(f"entangle: waiting for another process to make {target.name}", file=sys.stderr)
+            stack.enter_context(lock)
+        except NotImplementedError:  # a file system without locks
+            pass
+        yield
+
+
+def _forget(lock: Path) -> None:
+    with contextlib.suppress(OSError):  # gone, or another process waits for it
+        lock.unlink()
+
+
+def write_atomically(target: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` make a file or folder under a temporary name, then rename it to ``target``.
+
+    A folder that is there already is replaced; one that another process made meanwhile is kept.
+
+    Raises
+    ------
+    Unavailable
+        When the cache folder cannot be written or has no room.
+    """
+    with writing(target.parent):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".part-", dir=target.parent) as temporary:
+            made, stale = Path(temporary) / target.name, target.is_dir()
+            write(made)
+            if stale:
+                target.rename(Path(temporary) / "replaced")
+            try:
+                made.replace(target)
+            except OSError:
+                if not target.is_dir():  # another process made the same folder meanwhile
+                    raise
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn what stops the cache folder from being written into one clear line."""
+    try:
+        yield
+    except Unavailable:
+        raise
+    except (OSError, SafetensorError) as error:
+        raise Unavailable(
+            f"the cache folder {str(folder)!r} must be writable and have room ({error}); "
+            "set ENTANGLE_CACHE to another folder."
+        ) from error

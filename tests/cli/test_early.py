@@ -1,0 +1,89 @@
+"""What is told before torch is imported, and that it is the same as what is told after."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from entangle.ablation import INTERVENTIONS
+from entangle.ablation.arms import ROUTERS
+from entangle.cli import early
+from entangle.cli.main import build_parser
+from entangle.expansion.arms import METHODS
+
+HEAVY = {"torch", "transformers", "pandas", "datasets", "scipy", "sklearn", "matplotlib"}
+WRONG = [
+    ["score", "./nowhere"],
+    ["score", "empty"],
+    ["score", "a/b/c"],
+    ["score", "what is this"],
+    ["score", "demo", "--dtype", "int3"],
+    ["score", "demo", "--device", "abacus"],
+    ["score", "demo", "--revision", "v1"],
+    ["score", "demo", "--calibration", "nowhere.txt"],
+    ["score", "demo", "--n-seq", "0"],
+    ["score", "demo", "--seq-len", "-3"],
+    ["score", "demo", "--memory", "1K"],
+    ["score", "demo", "--join", "\\q"],
+    ["score", "demo", "--batch-size", "0"],
+    ["evaluate", "demo", "--data", "./nowhere"],
+    ["evaluate", "demo", "--n-windows", "0"],
+    ["ablate", "--intervention", "prun"],
+    ["ablate", "--fraction", "0"],
+    ["ablate", "--experts", "0"],
+    ["ablate", "--router", "x"],
+    ["ablate", "--scores", "nowhere"],
+    ["compare", "--data", "demo", "--methods", "wand"],
+    ["compare", "--data", "nowhere.txt"],
+    ["expand", "--out", "x", "--evaluate", "nowhere.jsonl"],
+    ["decompose", "nowhere.gguf", "--layer", "1"],
+    ["allocate", "nowhere", "--sparsity", "0.5"],
+    ["figures", "nowhere"],
+    ["layers", "nowhere.gguf"],
+]
+
+
+def test_mistakes_are_told_in_one_line_before_anything_heavy_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    code = f"""
+import sys
+from entangle.cli.main import main
+for arguments in {WRONG!r}:
+    status = main(arguments)
+    print(status, *sorted({HEAVY!r} & set(sys.modules)))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    assert done.stdout.splitlines() == ["2"] * len(WRONG)
+    lines = done.stderr.splitlines()
+    assert len(lines) == len(WRONG)
+    for line, arguments in zip(lines, WRONG, strict=True):
+        assert line.startswith("entangle: error: ")
+        value = arguments[-3] if arguments[-2] == "--layer" else arguments[-1]
+        assert value in line or arguments[1] in line or "1024" in line, line
+
+
+def test_the_names_are_those_that_exist() -> None:
+    assert early.NAMES["intervention"][1] == INTERVENTIONS
+    assert early.NAMES["methods"][1] == tuple(METHODS)
+    assert early.NAMES["router"][1] == ROUTERS
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "score",
+        "score demo --calibration demo",
+        "evaluate --seq-len 2",
+        "ablate --select top,random --experts 1,16 --router kmeans,random",
+        "compare --data demo",
+        "expand --out x --bits 4",
+        "decompose --layer 1",
+        "layers",
+        "demo",
+    ],
+)
+def test_what_is_right_passes(command: str) -> None:
+    early.check_arguments(build_parser().parse_args(command.split()))
