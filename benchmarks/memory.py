@@ -9,6 +9,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pandas as pd
 import torch
@@ -87,7 +88,10 @@ def main() -> int:
     parser.add_argument("--sparsity", type=float, default=0.7)
     asked = parser.parse_args()
     model = load_model(asked.model, device=asked.device)
-    limits = {"context_length": model.context_length, "vocab_size": model.vocab_size}
+    limits: dict[str, Any] = {
+        "context_length": model.context_length,
+        "vocab_size": model.vocab_size,
+    }
     calibration = load_calibration(
         asked.calibration, model.tokenizer, n_seq=asked.n_seq, seq_len=asked.seq_len, **limits
     )

@@ -1,6 +1,7 @@
 """Several models on one text: a table whose first row is the baseline of the others."""
 
 from collections.abc import Iterable, Mapping
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -96,7 +97,9 @@ def perplexity_table(
                 "bits_per_byte": result.bits_per_byte,
                 "windows": len(result.window_losses),
                 "tokens": result.n_tokens,
-                "special_tokens": shown(result.protocol.get("settings", {})),
+                "special_tokens": shown(
+                    cast("Mapping[str, Any]", result.protocol.get("settings", {}))
+                ),
                 "flag": result.flag,
             }
         )

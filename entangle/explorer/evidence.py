@@ -128,7 +128,7 @@ class ModeFinder:
         memory = memory_for(self._memory, subject.model.module)
         store = self._inputs = TokenStore(ByteBudget(memory))
 
-        outputs = self._given = TokenStore(ByteBudget(self._memory))
+        outputs = self._given = TokenStore(ByteBudget(memory))
 
         def keep(seen: Recorded) -> None:
             if seen.affine:

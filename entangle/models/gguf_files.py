@@ -32,7 +32,7 @@ VERSION = 2
 _patched = threading.Lock()
 
 
-class _Parsed(gguf.GGUFReader):  # type: ignore[misc]  # gguf has no types
+class _Parsed(gguf.GGUFReader):
     """A parsed file whose bytes are a plain array: slicing a memory map is several times slower."""
 
     @property
@@ -93,11 +93,11 @@ def load_converted(
 
     def make(folder: Path) -> None:
         asked.append(None)
-        asked[0] = find()
+        file = asked[0] = find()
         changed = (cache.cache_folder() / name).exists()
         again = f"the conversion of {what} has changed since it was made: converting it again"
         once = f"converting {what} (once, into {str(cache.cache_folder())!r})"
-        made.append(_convert(asked[0], folder, dtype=dtype, line=again if changed else once))
+        made.append(_convert(file, folder, dtype=dtype, line=again if changed else once))
 
     try:
         folder = cache.sealed_folder(name, make)
@@ -209,10 +209,10 @@ def _parsed_once() -> Iterator[Callable[[Path], _Parsed]]:
 
     with _patched:
         reader = gguf.GGUFReader
-        gguf.GGUFReader = lambda path, *_: parsed(Path(path))
-        hf_gguf.load_gguf_checkpoint = checkpoint
+        vars(gguf)["GGUFReader"] = lambda path, *_: parsed(Path(path))
+        vars(hf_gguf)["load_gguf_checkpoint"] = checkpoint
         try:
             yield parsed
         finally:
-            gguf.GGUFReader = reader
-            hf_gguf.load_gguf_checkpoint = original
+            vars(gguf)["GGUFReader"] = reader
+            vars(hf_gguf)["load_gguf_checkpoint"] = original

@@ -88,9 +88,8 @@ class Layer:
     @property
     def device(self) -> torch.device:
         """Where the weight is."""
-        held = next(self.module.parameters(), None)
-        held = next(self.module.buffers(), None) if held is None else held
-        return torch.device("cpu") if held is None else held.device
+        held = (*self.module.parameters(), *self.module.buffers())
+        return held[0].device if held else torch.device("cpu")
 
     @property
     def offloaded(self) -> bool:
@@ -104,8 +103,8 @@ class Layer:
         It does not where the weight is computed (a parametrisation, an adapter, a packed format)
         or is the memory of another module's parameter, such as a head tied to the embedding.
         """
-        own: Any = self.module._parameters.get("weight")
-        return own is not None and self._stored is not None and not self.shared
+        parameters: Any = self.module._parameters
+        return parameters.get("weight") is not None and self._stored is not None and not self.shared
 
     def check_writable(self, what: str) -> None:
         """Raise `InvalidInput` unless the layer is `writable`; ``what`` needs it."""
