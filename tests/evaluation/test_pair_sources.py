@@ -45,7 +45,7 @@ def test_folder(folder: Path) -> None:
     assert (pairs.good[0], pairs.bad[0], pairs.paradigms[0]) == ("good 10.", "bad 10.", "odd")
     assert pairs.good[-1] == "good 4."
     expected = {"n_files": 2, "chosen": None, "n_per_paradigm": None, "seed": None}
-    expected["special_tokens"] = "model"
+    expected |= {"special_tokens": "model"}  # type: ignore[dict-item]
     assert pairs.settings == expected
     assert pairs.source == str(folder)
 

@@ -15,6 +15,7 @@ from entangle.calibration.habit import model_habit
 from entangle.errors import Unavailable
 from entangle.models import demo, gguf_files
 from entangle.models.articles import VERSION
+from entangle.models.cache import cache_folder
 from entangle.models.layers import find_blocks, find_layers
 from entangle.models.loading import as_language_model, load_model
 
@@ -263,9 +264,10 @@ def test_the_demo_model_puts_no_special_tokens_around_a_text() -> None:
     habit = model_habit(tokenizer)
     assert (habit.before, habit.after) == ((), ())
     sizes: dict[str, Any] = {"n_seq": 2, "seq_len": 64, "sampling": "contiguous"}
+    no_policy: dict[str, Any] = {}
     got, none = (
         load_calibration("demo", tokenizer, **sizes, **policy)
-        for policy in ({}, {"special_tokens": "none"})
+        for policy in (no_policy, {"special_tokens": "none"})
     )
     text = "\n\n".join(text for _, text in demo.demo_articles()[:1])
     assert got.ids.flatten().tolist() == tokenizer(text).input_ids[:128]
@@ -287,7 +289,7 @@ def test_the_demo_articles_are_clean_prose(tmp_path: Path, monkeypatch: pytest.M
         r"\{\{|\}\}|\[\[|\]\]|''|\{\||\|\}|</?ref|<br|&nbsp;|\[https?:|File:|Category:|thumb\|"
     )
     assert re.findall(leftover, whole) == []
-    (kept,) = demo.cache_folder().glob(f"demo-articles-{VERSION}-*.json")
+    (kept,) = cache_folder().glob(f"demo-articles-{VERSION}-*.json")
     offline = demo.demo_folder()
     monkeypatch.setenv("ENTANGLE_DEMO_DIR", str(offline))
     monkeypatch.setenv("ENTANGLE_CACHE", str(tmp_path))

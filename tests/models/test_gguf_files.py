@@ -11,7 +11,7 @@ import transformers as hf
 from transformers import modeling_gguf_pytorch_utils as hf_gguf
 
 from entangle.errors import InvalidInput
-from entangle.models import cache, gguf_files
+from entangle.models import cache, gguf_files, pretrained
 from entangle.models.loading import load_model
 from tests.tiny_models import GROUPED
 
@@ -64,10 +64,10 @@ def _write_gguf(file: Path, model: hf.LlamaForCausalLM, **flags: bool) -> None:
         writer.add_bool(f"tokenizer.ggml.{flag}", value)
     names: Any = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, parameter in model.named_parameters():
-        value = parameter.detach()
+        weight = parameter.detach()
         if "q_proj" in name or "k_proj" in name:
-            value = value.reshape(-1, 2, 4, value.shape[1]).transpose(1, 2).reshape(value.shape)
-        writer.add_tensor(names.get_name(name, (".weight",)), value.contiguous().numpy())
+            weight = weight.reshape(-1, 2, 4, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+        writer.add_tensor(names.get_name(name, (".weight",)), weight.contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -152,7 +152,7 @@ def test_the_flags_and_the_chat_template_are_carried_on(
     flags: tuple[bool, bool], tmp_path: Path, place: Path
 ) -> None:
     model = hf.LlamaForCausalLM(hf.LlamaConfig(**{**GROUPED, "vocab_size": len(WORDS)}))
-    named = dict(zip(gguf_files.FLAGS, flags, strict=True))
+    named = dict(zip(pretrained.FLAGS, flags, strict=True))
     _write_gguf(tmp_path / "x.gguf", model, **named)
     for _ in range(2):  # converted, and opened again
         tokenizer = load_model(tmp_path / "x.gguf", device="cpu").tokenizer
@@ -170,7 +170,7 @@ def test_no_flags_stay_none(tmp_path: Path) -> None:
     _write_gguf(tmp_path / "x.gguf", model)
     tokenizer = load_model(tmp_path / "x.gguf", device="cpu").tokenizer
     assert tokenizer is not None
-    assert not set(gguf_files.FLAGS) & set(tokenizer.init_kwargs)
+    assert not set(pretrained.FLAGS) & set(tokenizer.init_kwargs)
 
 
 def test_one_changed_byte_means_converting_again(
@@ -191,7 +191,7 @@ def test_one_changed_byte_means_converting_again(
 
 
 def _no_room(monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _folder: shutil._ntuple_diskusage(9, 9, 0))  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _folder: shutil._ntuple_diskusage(9, 9, 0))
 
 
 def _unwritable(monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
