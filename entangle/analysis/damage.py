@@ -166,7 +166,7 @@ def _table(
 
 def _losses(
     model: LanguageModel,
-    batches: Sequence[Int64[Tensor, "_ tokens"]],
+    batches: Sequence[Int64[Tensor, "_ _"]],
     chosen: Sequence[Chosen],
     change: _Change,
     memory: int,

@@ -81,7 +81,7 @@ class HiddenStates:
         Bytes in memory; what is beyond goes to a temporary file.
     """
 
-    def __init__(self, batches: Sequence[Int[Tensor, "_ tokens"]], *, memory: int) -> None:
+    def __init__(self, batches: Sequence[Int[Tensor, "_ _"]], *, memory: int) -> None:
         self._batches, self._memory = batches, memory
         self._passes = batches
         self._store = TokenStore(ByteBudget(memory))
