@@ -200,7 +200,7 @@ def _integers(mask: Any) -> Any:
             _integers(one) if isinstance(one, Iterable) else one for one in mask]  # fmt: skip
 
 
-def _as_rows(values: Any, label: str) -> Int64[Tensor, "..."] | list[Int64[Tensor, " tokens"]]:
+def _as_rows(values: Any, label: str) -> Int64[Tensor, "..."] | list[Int64[Tensor, " _"]]:
     """Return ids as one array, or as rows of different lengths."""
     if isinstance(values, Tensor | np.ndarray):
         return integer_ids(values, name=label)
@@ -211,7 +211,7 @@ def _as_rows(values: Any, label: str) -> Int64[Tensor, "..."] | list[Int64[Tenso
     return torch.stack(rows) if len({len(row) for row in rows}) == 1 and len(rows[0]) else rows
 
 
-def _rows_of(item: Any, label: str) -> list[Int64[Tensor, " tokens"]]:
+def _rows_of(item: Any, label: str) -> list[Int64[Tensor, " _"]]:
     """Return the rows that an item of a list holds: one, or those of a table."""
     if not isinstance(item, Tensor | np.ndarray):
         if isinstance(item, str | bytes | Mapping) or not isinstance(item, Iterable):

@@ -65,7 +65,7 @@ def check_filled(mask: Bool[Tensor, "rows columns"]) -> None:
 
 
 def pad_rows(
-    rows: Sequence[Int64[Tensor, " tokens"]],
+    rows: Sequence[Int64[Tensor, " _"]],
 ) -> tuple[Int64[Tensor, "rows columns"], Bool[Tensor, "rows columns"] | None]:
     """Return sequences as one table, padded at their ends with 0, and its mask (None: no pads)."""
     lengths = torch.tensor([len(row) for row in rows])

@@ -86,9 +86,7 @@ class HiddenStates:
         they advance, the states before and after a block are held.
     """
 
-    def __init__(
-        self, batches: Sequence[Int[Tensor, "_ tokens"]], *, memory: int | ByteBudget
-    ) -> None:
+    def __init__(self, batches: Sequence[Int[Tensor, "_ _"]], *, memory: int | ByteBudget) -> None:
         self._batches, self._budget = batches, as_budget(memory)
         self._passes = batches
         self._store = TokenStore(self._budget)
