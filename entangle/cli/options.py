@@ -198,7 +198,7 @@ def add_special_tokens_option(group: argparse._ActionsContainer) -> None:
     )
 
 
-def special_tokens(arguments: argparse.Namespace) -> dict[str, str]:
+def special_tokens(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the policy of special tokens if one was asked for."""
     asked = arguments.special_tokens
     return {} if asked is None else {"special_tokens": asked}

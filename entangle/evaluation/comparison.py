@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from entangle.affixes import shown
+from entangle.affixes import special_tokens_of
 from entangle.errors import InvalidInput
 from entangle.evaluation.perplexity import Perplexity, measure_perplexity, perplexity
 from entangle.evaluation.text import EvaluationText
@@ -94,7 +94,7 @@ def perplexity_table(
                 "bits_per_byte": result.bits_per_byte,
                 "windows": len(result.window_losses),
                 "tokens": result.n_tokens,
-                "special_tokens": shown(result.protocol.get("settings", {})),
+                "special_tokens": special_tokens_of(result.protocol),
                 "flag": result.flag,
             }
         )
