@@ -26,7 +26,8 @@ from entangle.errors import EntangleError, InvalidInput, Unavailable
 if TYPE_CHECKING:
     import pandas as pd
 
-_Given, _Made = ParamSpec("_Given"), TypeVar("_Made")
+_Given = ParamSpec("_Given")
+_Made = TypeVar("_Made")
 
 SCHEMA_VERSION = 1
 PACKAGES = (

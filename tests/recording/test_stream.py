@@ -339,8 +339,8 @@ def test_rows_in_a_file_are_not_joined() -> None:
 def far(monkeypatch: pytest.MonkeyPatch) -> SpareRam:
     """Take the memory of rows for a GPU's, beside a RAM with room for 10 rows."""
     monkeypatch.setattr(stream, "_is_far", lambda _rows: True)
-    monkeypatch.setattr(memory, "free_ram", lambda: 2 * 10 * FEATURES * 4 - spare.held)
     spare = SpareRam()
+    monkeypatch.setattr(memory, "free_ram", lambda: 2 * 10 * FEATURES * 4 - spare.held)
     monkeypatch.setattr(stream, "SPARE_RAM", spare)
     return spare
 
