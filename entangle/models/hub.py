@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from entangle.errors import Unavailable
 
@@ -108,7 +109,7 @@ def caches_alone() -> Iterator[None]:
         return
     from huggingface_hub import constants
 
-    modules = [constants, getattr(sys.modules.get("datasets"), "config", None)]
+    modules: list[Any] = [constants, getattr(sys.modules.get("datasets"), "config", None)]
     before = [(one, one.HF_HUB_OFFLINE) for one in modules if one is not None]
     try:
         for one, _ in before:

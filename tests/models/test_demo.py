@@ -13,6 +13,7 @@ import torch
 from entangle.errors import Unavailable
 from entangle.models import demo, gguf_files
 from entangle.models.articles import VERSION
+from entangle.models.cache import cache_folder
 from entangle.models.layers import find_blocks, find_layers
 from entangle.models.loading import as_language_model, load_model
 
@@ -267,7 +268,7 @@ def test_the_demo_articles_are_clean_prose(tmp_path: Path, monkeypatch: pytest.M
         r"\{\{|\}\}|\[\[|\]\]|''|\{\||\|\}|</?ref|<br|&nbsp;|\[https?:|File:|Category:|thumb\|"
     )
     assert re.findall(leftover, whole) == []
-    (kept,) = demo.cache_folder().glob(f"demo-articles-{VERSION}-*.json")
+    (kept,) = cache_folder().glob(f"demo-articles-{VERSION}-*.json")
     offline = demo.demo_folder()
     monkeypatch.setenv("ENTANGLE_DEMO_DIR", str(offline))
     monkeypatch.setenv("ENTANGLE_CACHE", str(tmp_path))
