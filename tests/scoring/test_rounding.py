@@ -203,7 +203,7 @@ def test_rounding_noise_of_one_token_is_constant() -> None:
 
 def test_outputs_that_are_not_products_stay_the_modules_own() -> None:
     class SquaredLinear(nn.Linear):
-        def forward(self, rows: Tensor) -> Tensor:  # type: ignore[override]
+        def forward(self, rows: Tensor) -> Tensor:
             return super().forward(rows).square() + 100
 
     rng = torch.Generator().manual_seed(0)
