@@ -58,7 +58,9 @@ TABLES: dict[str, Callable[[Path], Any]] = {
     "list of arrays": lambda _: list(np.array(ROWS)),
     "generator": lambda _: (row for row in ROWS),
     "pairs": lambda _: [(row[None], row[None].clone()) for row in _tensor()],
-    "pairs with targets of -100": lambda _: [(r[None], torch.full((1, 4), -100)) for r in _tensor()],
+    "pairs with targets of -100": lambda _: [
+        (r[None], torch.full((1, 4), -100)) for r in _tensor()
+    ],
     "batches of a DataLoader": lambda _: torch.utils.data.DataLoader(
         torch.utils.data.TensorDataset(_tensor()), batch_size=2
     ),
@@ -205,7 +207,10 @@ def test_splits_of_a_dictionary(capsys: pytest.CaptureFixture[str]) -> None:
     got = load_calibration(splits, tiny_tokenizer(), **options)
     assert (tiny_tokenizer().decode(got.ids[0]), got.settings["split"]) == ("a", "train")
     text = load_evaluation(splits, tiny_tokenizer(), seq_len=2)
-    assert (tiny_tokenizer().decode(text.windows[0]), text.settings["split"]) == ("bb", "validation")
+    assert (tiny_tokenizer().decode(text.windows[0]), text.settings["split"]) == (
+        "bb",
+        "validation",
+    )
     assert "validation" in capsys.readouterr().err
     named = load_calibration(splits, tiny_tokenizer(), split="extra", **options)
     assert tiny_tokenizer().decode(named.ids[0]) == "c"
