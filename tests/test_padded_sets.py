@@ -172,7 +172,10 @@ def _frames(model: LanguageModel, calibration: Any, text: Any) -> dict[str, pd.D
     return found
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("name", ["gpt2", *(pytest.param(n, marks=SLOW) for n in ("llama", "opt"))])
 def test_columns_of_pads_change_nothing(name: str, tiny: Tiny) -> None:
     rng = torch_rng(2, "whole")
     rows = list(torch.randint(4, 110, (10, 16), generator=rng))
@@ -185,7 +188,9 @@ def test_columns_of_pads_change_nothing(name: str, tiny: Tiny) -> None:
             pd.testing.assert_frame_equal(found[key], table, obj=f"{key}, {side}")
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gpt_neox", "gemma3"])
+@pytest.mark.parametrize(
+    "name", ["gpt_neox", *(pytest.param(n, marks=SLOW) for n in ("qwen3", "gemma3"))]
+)
 def test_left_and_right_pads_are_alike(name: str, tiny: Tiny) -> None:
     rows = _sequences()
     left, right = (
@@ -211,8 +216,8 @@ def test_rows_of_pads_alone_are_left_out(capsys: pytest.CaptureFixture[str]) -> 
     empty: dict[str, Any] = _padded([rows[2]] * 3, "left")
     with pytest.raises(InvalidInput):
         load_calibration(empty)
+    mask = torch.tensor([[1, 1], [0, 0]]).bool()
     with pytest.raises(InvalidInput, match="row 1"):
-        mask = torch.tensor([[1, 1], [0, 0]]).bool()
         CalibrationSet(torch.ones(2, 2, dtype=torch.int64), "x", {}, mask)
 
 
