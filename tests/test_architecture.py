@@ -11,7 +11,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "entangle"
 FLOORS = (
     {"errors", "jupyter"},
-    {"seeding", "precision", "provenance", "progress", "html_tables", "kernels", "scalars"},
+    {"checks"},
+    {"seeding", "precision", "provenance", "progress", "html_tables", "kernels"},
     {"unfinished"},
     {"stats", "pruning", "routing"},
     {"models", "calibration", "plotting"},

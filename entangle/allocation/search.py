@@ -25,7 +25,7 @@ from entangle.models.loading import LanguageModel, as_language_model
 from entangle.progress import ProgressBar
 from entangle.provenance import RunClock
 from entangle.pruning import prune
-from entangle.scalars import whole
+from entangle.checks import whole
 from entangle.scoring.scores import NeuronScores
 from entangle.stats.gram import GramResult
 

@@ -16,7 +16,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from entangle.errors import InvalidInput
-from entangle.scalars import whole
+from entangle.checks import whole
 from entangle.seeding import check_seed, numpy_rng
 
 DEFAULT_N_SEQ = 128

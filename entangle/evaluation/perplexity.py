@@ -21,7 +21,7 @@ from entangle.evaluation.losses import window_losses
 from entangle.evaluation.text import EvaluationText
 from entangle.models.loading import LanguageModel
 from entangle.progress import ProgressBar
-from entangle.scalars import whole
+from entangle.checks import whole
 
 LOGITS_IN_A_PASS = 2**27
 """By default as many windows run in one forward pass as give this many logits."""

@@ -8,7 +8,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from entangle.errors import InvalidInput
-from entangle.scalars import whole
+from entangle.checks import whole
 
 DEFAULT_SEQ_LEN = 2048
 

@@ -10,7 +10,7 @@ from entangle.allocation.experts import mean_experts
 from entangle.allocation.labels import nominal_sparsity
 from entangle.errors import InvalidInput, unknown_name
 from entangle.routing.router import Kind
-from entangle.scalars import real, whole
+from entangle.checks import real, whole
 
 DENSE = "dense"
 UNIFORM = "uniform"

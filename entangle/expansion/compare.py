@@ -40,7 +40,7 @@ from entangle.expansion.comparison import (
 from entangle.expansion.expand import DEFAULT_MEMORY, expand
 from entangle.models.loading import LanguageModel, as_language_model
 from entangle.provenance import RunClock, make_manifest
-from entangle.scalars import whole
+from entangle.checks import whole
 from entangle.seeding import check_seed
 from entangle.unfinished import Unfinished, is_made
 

@@ -45,7 +45,7 @@ from entangle.provenance import expanded as expanded_path
 from entangle.pruning.quantize import check_bits
 from entangle.recording.groups import shared_inputs
 from entangle.routing.router import KINDS, Kind
-from entangle.scalars import real, whole
+from entangle.checks import real, whole
 from entangle.seeding import check_seed
 
 KIND = "expansion"

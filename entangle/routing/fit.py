@@ -19,7 +19,7 @@ from entangle.routing.hashing import hash_key
 from entangle.routing.kmeans import kmeans
 from entangle.routing.pca import Pca, fit_pca
 from entangle.routing.router import KINDS, Kind, Router, RouterStatistics
-from entangle.scalars import whole
+from entangle.checks import whole
 from entangle.seeding import check_seed, numpy_rng
 from entangle.stats.gram import require_finite
 

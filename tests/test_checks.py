@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from entangle.errors import InvalidInput
-from entangle.scalars import real, tensor_of, whole
+from entangle.checks import real, tensor_of, whole
 
 
 @pytest.mark.parametrize("value", [3, np.int64(3), np.uint8(3), np.int32(3)])
