@@ -17,12 +17,14 @@ from collections.abc import (
 )
 from numbers import Integral, Number, Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from entangle.errors import InvalidInput, unknown_name
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype
+
+T = TypeVar("T")
 
 _LONGEST = 80  # characters of a value in a message
 
@@ -156,9 +158,7 @@ def several(name: str, value: object, *single: type, empty: bool = False) -> lis
         return [plain]
     one_row = getattr(plain, "ndim", 1) == 1 and not isinstance(plain, Mapping | bytes | bytearray)
     if not one_row or not isinstance(plain, Iterable):
-        raise InvalidInput(
-            f"`{name}` must be one value or a list of values; got {shown(value)}."
-        )
+        raise InvalidInput(f"`{name}` must be one value or a list of values; got {shown(value)}.")
     found = [_plain(one) for one in plain]
     if isinstance(plain, Set) and not isinstance(plain, KeysView | ItemsView | ValuesView):
         found = _sorted(found)
@@ -177,7 +177,17 @@ def shares(name: str, value: object) -> list[float]:
     return [share(name, one) for one in several(name, value)]
 
 
-def choice(name: str, value: object, known: Collection[str], *, kind: str = "") -> str:
+def different(name: str, values: list[T]) -> list[T]:
+    """Return values that must differ from one another, or raise `InvalidInput`."""
+    for value in values:
+        if values.count(value) > 1:
+            raise InvalidInput(f"`{name}` must be different from one another; got {shown(values)}.")
+    return values
+
+
+def choice(
+    name: str, value: object, known: Collection[str], *, kind: str = "", remedy: str = ""
+) -> str:
     """Return a name that must be one of those that are known.
 
     Parameters
@@ -186,6 +196,8 @@ def choice(name: str, value: object, known: Collection[str], *, kind: str = "") 
         The names that exist.
     kind
         What they are called in the message; the setting's name by default.
+    remedy
+        A closing sentence.
 
     Raises
     ------
@@ -198,7 +210,7 @@ def choice(name: str, value: object, known: Collection[str], *, kind: str = "") 
     if not isinstance(plain, str):
         raise InvalidInput(f"`{name}` must be one of {', '.join(known)}; got {shown(value)}.")
     if plain not in known:
-        raise unknown_name(kind or name, plain, known)
+        raise unknown_name(kind or name, plain, known, remedy)
     return str(plain)
 
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from entangle.errors import InvalidInput
 from entangle.checks import real, tensor_of, whole
+from entangle.errors import InvalidInput
 
 
 @pytest.mark.parametrize("value", [3, np.int64(3), np.uint8(3), np.int32(3)])

@@ -8,8 +8,8 @@ import pandas as pd
 
 from entangle.allocation.allocation import Allocation
 from entangle.allocation.rows import Reals
-from entangle.errors import InvalidInput, unknown_name
 from entangle.checks import whole
+from entangle.errors import InvalidInput, unknown_name
 from entangle.scoring.scores import NeuronScores
 
 _HALVINGS = 100

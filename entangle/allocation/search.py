@@ -18,6 +18,7 @@ from entangle.allocation.measurements import Measurements
 from entangle.allocation.registry import RULES
 from entangle.allocation.subject import find_subject
 from entangle.calibration import CalibrationSet
+from entangle.checks import whole
 from entangle.errors import InvalidInput, NumericalError, unknown_name
 from entangle.evaluation import EvaluationText, perplexity
 from entangle.models.layers import Layer
@@ -25,7 +26,6 @@ from entangle.models.loading import LanguageModel, as_language_model
 from entangle.progress import ProgressBar
 from entangle.provenance import RunClock
 from entangle.pruning import prune
-from entangle.checks import whole
 from entangle.scoring.scores import NeuronScores
 from entangle.stats.gram import GramResult
 

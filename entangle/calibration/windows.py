@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from entangle.errors import InvalidInput
 from entangle.checks import whole
+from entangle.errors import InvalidInput
 from entangle.seeding import check_seed, numpy_rng
 
 DEFAULT_N_SEQ = 128

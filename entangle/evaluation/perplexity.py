@@ -10,6 +10,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from entangle.checks import whole
 from entangle.errors import InvalidInput
 from entangle.evaluation.forward import (
     as_causal_model,
@@ -21,7 +22,6 @@ from entangle.evaluation.losses import window_losses
 from entangle.evaluation.text import EvaluationText
 from entangle.models.loading import LanguageModel
 from entangle.progress import ProgressBar
-from entangle.checks import whole
 
 LOGITS_IN_A_PASS = 2**27
 """By default as many windows run in one forward pass as give this many logits."""

@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from entangle.errors import InvalidInput
 from entangle.checks import whole
+from entangle.errors import InvalidInput
 
 DEFAULT_SEQ_LEN = 2048
 

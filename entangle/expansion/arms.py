@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from entangle.allocation.allocation import Allocation
 from entangle.allocation.experts import mean_experts
 from entangle.allocation.labels import nominal_sparsity
+from entangle.checks import real, whole
 from entangle.errors import InvalidInput, unknown_name
 from entangle.routing.router import Kind
-from entangle.checks import real, whole
 
 DENSE = "dense"
 UNIFORM = "uniform"

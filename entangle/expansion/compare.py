@@ -17,6 +17,7 @@ from entangle.allocation.allocation import Allocation
 from entangle.allocation.even import even
 from entangle.allocation.labels import zeros_digest
 from entangle.calibration import CalibrationSet
+from entangle.checks import whole
 from entangle.errors import EntangleError, InvalidInput
 from entangle.evaluation import EvaluationText, Perplexity, perplexity, perplexity_ratio
 from entangle.expansion.allocated import check_experts
@@ -40,7 +41,6 @@ from entangle.expansion.comparison import (
 from entangle.expansion.expand import DEFAULT_MEMORY, expand
 from entangle.models.loading import LanguageModel, as_language_model
 from entangle.provenance import RunClock, make_manifest
-from entangle.checks import whole
 from entangle.seeding import check_seed
 from entangle.unfinished import Unfinished, is_made
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from entangle.calibration import CalibrationSet
 from entangle.calibration.calibration_set import check_ids
+from entangle.checks import real, whole
 from entangle.errors import InvalidInput, MemoryLimit, unknown_name
 from entangle.evaluation import EvaluationText, Perplexity, window_losses
 from entangle.evaluation.forward import check_fits
@@ -45,7 +46,6 @@ from entangle.provenance import expanded as expanded_path
 from entangle.pruning.quantize import check_bits
 from entangle.recording.groups import shared_inputs
 from entangle.routing.router import KINDS, Kind
-from entangle.checks import real, whole
 from entangle.seeding import check_seed
 
 KIND = "expansion"

@@ -148,9 +148,7 @@ Projections = str | Iterable[str] | None
 """Which projections of them; see `find_layers`."""
 
 
-def find_layers(
-    module: nn.Module, spec: LayerSpec, proj: Projections = None
-) -> tuple[Layer, ...]:
+def find_layers(module: nn.Module, spec: LayerSpec, proj: Projections = None) -> tuple[Layer, ...]:
     """Return the layers that ``spec`` and ``proj`` ask for, in module order, each once.
 
     Parameters

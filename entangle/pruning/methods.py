@@ -3,11 +3,11 @@
 from jaxtyping import Float
 from torch import Tensor
 
+from entangle.checks import real, whole
 from entangle.errors import unknown_name
 from entangle.pruning import magnitude, randomly, sparsegpt, wanda
 from entangle.pruning.problem import Problem, Rows, prepare
 from entangle.pruning.result import PruneResult
-from entangle.checks import real, whole
 
 METHODS = ("random", "magnitude", "wanda", "sparsegpt")
 """Names of the pruning methods, the weakest first."""

@@ -13,13 +13,13 @@ import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
+from entangle.checks import whole
 from entangle.errors import InvalidInput
 from entangle.routing.blocks import fixed_blocks
 from entangle.routing.hashing import hash_key
 from entangle.routing.kmeans import kmeans
 from entangle.routing.pca import Pca, fit_pca
 from entangle.routing.router import KINDS, Kind, Router, RouterStatistics
-from entangle.checks import whole
 from entangle.seeding import check_seed, numpy_rng
 from entangle.stats.gram import require_finite
 

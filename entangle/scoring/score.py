@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import nn
 
 from entangle.calibration import CalibrationSet, load_calibration
 from entangle.calibration.calibration_set import check_ids
+from entangle.checks import choice, whole
 from entangle.errors import InvalidInput, MemoryLimit
-from entangle.models.layers import Layer, find_layers
-from entangle.models.loading import LanguageModel, as_language_model
+from entangle.models.evaluating import evaluates
+from entangle.models.layers import Layer, LayerSpec, Projections, find_layers, layer_specs
+from entangle.models.loading import AnyModel, LanguageModel, as_language_model
 from entangle.progress import Progress, ProgressBar
 from entangle.provenance import RunClock, make_manifest
 from entangle.recording.hooks import Batch, Callback
@@ -24,17 +25,19 @@ from entangle.seeding import check_seed
 from entangle.stats.mapping_difficulty import MAX_PAIRS
 
 Method = Literal["auto", "exact", "sketch"]
+METHODS: tuple[Method, ...] = ("auto", "exact", "sketch")
 
 DEFAULT_MEMORY = 2 * 2**30
 EXACT_GROUPS, SKETCH_GROUPS = 16, 8
 
 
+@evaluates
 def score(
-    model: LanguageModel | nn.Module | str = "demo",
+    model: AnyModel = "demo",
     calibration: CalibrationSet | str | Path = "demo",
     *,
-    layers: int | str | Sequence[int | str] = "all",
-    proj: str | None = None,
+    layers: LayerSpec = "all",
+    proj: Projections = None,
     method: Method = "auto",
     md: bool = True,
     seed: int = 0,
@@ -48,7 +51,8 @@ def score(
     Parameters
     ----------
     model
-        A model from `entangle.load_model`, its name, or any module that takes token ids.
+        A name or path for `entangle.load_model`, a module that takes token ids, or a
+        `LanguageModel`.
     calibration
         A calibration set, or the name or path of one that `entangle.load_calibration` accepts with
         its default settings.
@@ -91,7 +95,7 @@ def score(
     arXiv 2405.15756, eq. 1 (WD) and eq. 2 (MD).
     """
     clock = RunClock()
-    check_seed(seed)
+    seed, layers = check_seed(seed), layer_specs(layers)
     language_model = as_language_model(model)
     chosen = find_layers(language_model.module, layers, proj)
     _check_readable(chosen)
@@ -146,10 +150,9 @@ def _out_of_memory(error: Exception) -> bool:
     return named or "you tried to allocate" in str(error)
 
 
-def _is_named(layers: int | str | Sequence[int | str], chosen: Sequence[Layer]) -> bool:
+def _is_named(layers: Sequence[int | str], chosen: Sequence[Layer]) -> bool:
     """Tell whether one of the layers was asked for by its full name."""
-    asked = {layers} if isinstance(layers, int | str) else set(layers)
-    return any(layer.name in asked for layer in chosen)
+    return any(layer.name in layers for layer in chosen)
 
 
 def _check_readable(layers: Sequence[Layer]) -> None:
@@ -185,10 +188,7 @@ def _resolve_method(
     calibration: CalibrationSet,
     memory: int,
 ) -> Literal["exact", "sketch"]:
-    if method not in ("auto", "exact", "sketch"):
-        raise InvalidInput(f"`method` must be auto, exact or sketch; got {method!r}.")
-    if isinstance(memory, bool) or not isinstance(memory, int) or memory < 2**20:
-        raise InvalidInput(f"`memory` must be at least 1 MiB in bytes; got {memory!r}.")
+    method, memory = choice("method", method, METHODS), whole("memory", memory, least=2**20)
     recorded = sum(layer.in_features for layer in layers)
     needed = calibration.n_tokens * recorded * model.dtype.itemsize
     if method == "exact" or (method == "auto" and needed <= memory // 2):
@@ -205,9 +205,7 @@ def _n_groups(method: str, n_seq: int) -> int:
 def _batch_size(asked: int | None, calibration: CalibrationSet) -> int:
     if asked is None:
         return calibration.per_pass
-    if isinstance(asked, bool) or not isinstance(asked, int) or asked < 1:
-        raise InvalidInput(f"`batch_size` must be at least 1; got {asked!r}.")
-    return asked
+    return whole("batch_size", asked, least=1)
 
 
 def _batches(calibration: CalibrationSet, n_groups: int, per_pass: int) -> Iterator[Batch]:
