@@ -76,7 +76,7 @@ def real(name: str, value: object) -> float:
     InvalidInput
         If it is no number.
     """
-    number = _plain(value)
+    number = plain_value(value)
     if isinstance(number, bool) or not isinstance(number, Real):
         raise InvalidInput(f"`{name}` must be a number; got {shown(value)}.")
     return float(number)
@@ -95,7 +95,7 @@ def share(name: str, value: object, *, zero: bool = True, one: bool = True) -> f
     InvalidInput
         If it is no number, NaN, or outside.
     """
-    number = _plain(value)
+    number = plain_value(value)
     if (
         isinstance(number, bool)
         or not isinstance(number, Real)
@@ -123,7 +123,7 @@ def finite(
     InvalidInput
         If it is no number, NaN, infinite or too small.
     """
-    number = _plain(value)
+    number = plain_value(value)
     fits = isinstance(number, Real) and not isinstance(number, bool)
     if not fits or not abs(number) < float("inf") or not _exceeds(number, least, above):
         end = "" if least is None else f" and at least {least:g}"
@@ -153,13 +153,13 @@ def several(name: str, value: object, *single: type, empty: bool = False) -> lis
     InvalidInput
         If it cannot be read as values in one order (a mapping, a table, None), or holds none.
     """
-    plain = _plain(value)
+    plain = plain_value(value)
     if isinstance(plain, str | Number | single):
         return [plain]
     one_row = getattr(plain, "ndim", 1) == 1 and not isinstance(plain, Mapping | bytes | bytearray)
     if not one_row or not isinstance(plain, Iterable):
         raise InvalidInput(f"`{name}` must be one value or a list of values; got {shown(value)}.")
-    found = [_plain(one) for one in plain]
+    found = [plain_value(one) for one in plain]
     if isinstance(plain, Set) and not isinstance(plain, KeysView | ItemsView | ValuesView):
         found = _sorted(found)
     if not found and not empty:
@@ -206,7 +206,7 @@ def choice(
     InvalidInput
         If it is no name at all.
     """
-    plain = _plain(value)
+    plain = plain_value(value)
     if not isinstance(plain, str):
         raise InvalidInput(f"`{name}` must be one of {', '.join(known)}; got {shown(value)}.")
     if plain not in known:
@@ -227,7 +227,7 @@ def named(name: str, value: object) -> str:
     InvalidInput
         If it is no string.
     """
-    plain = _plain(value)
+    plain = plain_value(value)
     if not isinstance(plain, str):
         raise InvalidInput(f"`{name}` must be a name; got {shown(value)}.")
     return str(plain)
@@ -246,10 +246,15 @@ def path_of(name: str, value: object) -> Path:
     InvalidInput
         If it is neither a string nor a path, or an empty one.
     """
-    written = os.fspath(value) if isinstance(value, os.PathLike) else _plain(value)
+    written = os.fspath(value) if isinstance(value, os.PathLike) else plain_value(value)
     if not isinstance(written, str) or not written or "\0" in written:
         raise InvalidInput(f"`{name}` must be a path; got {shown(value)}.")
     return Path(written)
+
+
+def bootstrap(n_boot: object, level: object) -> tuple[int, float]:
+    """Return the number of resamples (at least 1) and the mass of an interval, in (0, 1)."""
+    return whole("n_boot", n_boot, least=1), share("level", level, zero=False, one=False)
 
 
 def tensor_of(name: str, value: object, dtype: "dtype | None" = None) -> "Tensor":
@@ -272,13 +277,13 @@ def tensor_of(name: str, value: object, dtype: "dtype | None" = None) -> "Tensor
 
 def shown(value: object) -> str:
     """Return a value as messages show it: in one line, cut short, numbers plainly."""
-    plain = _plain(value)
+    plain = plain_value(value)
     text = " ".join(repr(plain).split())
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
 
 
 def _integer(value: object) -> int | None:
-    number = _plain(value)
+    number = plain_value(value)
     return int(number) if isinstance(number, Integral) and not isinstance(number, bool) else None
 
 
@@ -293,7 +298,7 @@ def _sorted(values: Sequence[Any]) -> list[Any]:
         return sorted(values, key=repr)
 
 
-def _plain(value: object) -> object:
+def plain_value(value: object) -> object:
     """Return a scalar of NumPy, pandas or torch as Python's, everything else as it is."""
     if getattr(value, "ndim", None) != 0 or not hasattr(value, "dtype"):
         return value

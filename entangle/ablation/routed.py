@@ -1,6 +1,6 @@
 """`fit_rows`: Sparse Expansion of chosen neurons only, all arms in one pass over the text."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
 

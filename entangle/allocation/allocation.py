@@ -17,6 +17,7 @@ from torch import Tensor
 
 from entangle.allocation.files import read_zeros, write_zeros
 from entangle.allocation.steps import ROW, step_size
+from entangle.checks import whole
 from entangle.errors import InvalidInput, unknown_name
 from entangle.html_tables import described, html_result
 from entangle.models.layers import Layer
@@ -264,7 +265,4 @@ def _check_experts(experts: Mapping[str, int], names: Sequence[str]) -> None:
             f"{len(experts)} layer(s)."
         )
     for name, count in experts.items():
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise InvalidInput(
-                f"`experts` of {name!r} must be an integer of at least 1; got {count!r}."
-            )
+        whole(f"experts[{name!r}]", count, least=1)

@@ -11,13 +11,13 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int64
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from entangle.ablation.arms import INTERVENTIONS, PRUNERS
 from entangle.ablation.interventions import RowEdit, edited_outputs, pruned_rows, swapped_rows
 from entangle.ablation.routed_rows import RowIndices, chosen_rows
 from entangle.ablation.selection import Selection
-from entangle.errors import InvalidInput, unknown_name
+from entangle.checks import choice, finite, share
 from entangle.evaluation import EvaluationText, window_losses
 from entangle.evaluation.forward import as_causal_model, check_fits
 from entangle.evaluation.perplexity import window_memory, windows_in_a_pass
@@ -60,8 +60,9 @@ class _Change:
         )
 
 
+@evaluates
 def single_neuron_damage(
-    model: LanguageModel | nn.Module,
+    model: AnyModel,
     text: EvaluationText,
     rows: Mapping[str, RowIndices],
     *,
@@ -87,7 +88,9 @@ def single_neuron_damage(
     Parameters
     ----------
     model
-        A causal language model that can be run block by block (`entangle.models.blocks`).
+        A name or path for `entangle.load_model`, a causal language model, or a
+        `LanguageModel`.
+        It is run block by block (`entangle.models.blocks`).
     text
         From `entangle.load_evaluation`.
     rows
@@ -133,8 +136,11 @@ def single_neuron_damage(
     dense = as_causal_model(model)
     check_fits(dense, text)
     chosen = chosen_rows(dense.module, rows)
-    pruned = _pruned(chosen, grams or {}, intervention, strength, damping, check_seed(seed))
-    change = _Change(intervention, float(strength), means, pruned)
+    seed, strength = check_seed(seed), share("strength", strength)
+    intervention = choice("intervention", intervention, INTERVENTIONS)
+    damping = finite("damping", damping, least=0)
+    pruned = _pruned(chosen, grams or {}, intervention, strength, damping, seed)
+    change = _Change(intervention, strength, means, pruned)
     per_pass = windows_in_a_pass(batch_size, dense, text)
     with ProgressBar("single neurons", enabled=progress) as bar, window_memory(per_pass):
         batches = [ids for _, ids in text.rows.batches(per_pass)]
@@ -208,10 +214,6 @@ def _pruned(
     seed: int,
 ) -> dict[tuple[str, int], Float[Tensor, "1 _"]]:
     """Return the new weights of all neurons, or none where outputs are edited."""
-    if intervention not in INTERVENTIONS:
-        raise unknown_name("intervention", intervention, INTERVENTIONS)
-    if not 0.0 <= strength <= 1.0:
-        raise InvalidInput(f"`strength` must be in [0, 1]; got {strength}.")
     found = {}
     for layer, index in chosen if intervention in PRUNERS else ():
         gram = grams[layer.name].gram if layer.name in grams else None

@@ -4,18 +4,18 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 import pandas as pd
-from torch import nn
 
+from entangle.checks import bootstrap
 from entangle.errors import InvalidInput
 from entangle.evaluation.perplexity import Perplexity, perplexity
 from entangle.evaluation.text import EvaluationText
-from entangle.models.loading import LanguageModel
+from entangle.models.loading import AnyModel
 from entangle.seeding import numpy_rng
 from entangle.stats.intervals import Interval, percentiles, resampled_means
 
 
 def evaluate_models(
-    models: Iterable[tuple[str, LanguageModel | nn.Module]],
+    models: Iterable[tuple[str, AnyModel]],
     text: EvaluationText,
     *,
     batch_size: int | None = None,
@@ -26,7 +26,7 @@ def evaluate_models(
     Parameters
     ----------
     models
-        Label and model, the dense one first. They are asked for one at a time, so that a generator
+        Label and model (as in `perplexity`), the dense one first. They are asked for one at a time, so that a generator
         may load, or change the weights, in between.
     text, batch_size, progress
         As in `perplexity`.
@@ -138,10 +138,7 @@ def perplexity_ratio(
             "perplexities must be of the same windows to be compared; got digests "
             f"{result.protocol['digest']} and {baseline.protocol['digest']}."
         )
-    if n_boot < 1 or not 0.0 < level < 1.0:
-        raise InvalidInput(
-            f"`n_boot` must be at least 1 and `level` in (0, 1); got {n_boot} and {level}."
-        )
+    n_boot, level = bootstrap(n_boot, level)
     n = len(result.window_losses)
     with np.errstate(invalid="ignore", over="ignore"):
         gaps = result.window_losses - baseline.window_losses

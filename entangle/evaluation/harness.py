@@ -5,11 +5,11 @@ import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from entangle.checks import whole
 from entangle.errors import InvalidInput, Unavailable
-from entangle.models.loading import LanguageModel, as_language_model
+from entangle.models.loading import AnyModel, as_language_model
 
 if TYPE_CHECKING:
     HarnessModel = Any
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def harness_model(
-    model: LanguageModel | nn.Module | str,
+    model: AnyModel,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     batch_size: int = 1,
@@ -27,8 +27,10 @@ def harness_model(
     Parameters
     ----------
     model
-        A model from `entangle.load_model`, its name, or a causal transformers model, however its
-        weights or layers were changed. It is not copied.
+        A name or path for `entangle.load_model`, a causal transformers model, or a
+        `LanguageModel`.
+        Weights or layers may have been changed. It is not copied, and stays in eval mode, as the
+        harness keeps it.
     tokenizer
         Replaces the model's own.
     batch_size
@@ -66,7 +68,7 @@ def harness_model(
             backend="causal",
             tokenizer=copy.deepcopy(own),
             max_length=language_model.context_length,
-            batch_size=batch_size,
+            batch_size=whole("batch_size", batch_size, least=1),
         )
     finally:
         logger.setLevel(level)

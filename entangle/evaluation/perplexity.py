@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from entangle.checks import whole
 from entangle.errors import InvalidInput
@@ -20,7 +20,8 @@ from entangle.evaluation.forward import (
 )
 from entangle.evaluation.losses import window_losses
 from entangle.evaluation.text import EvaluationText
-from entangle.models.loading import LanguageModel
+from entangle.models.evaluating import evaluates
+from entangle.models.loading import AnyModel, LanguageModel
 from entangle.progress import ProgressBar
 
 LOGITS_IN_A_PASS = 2**27
@@ -93,8 +94,9 @@ class Perplexity:
             return float(np.exp(np.float64(self._total / count)))
 
 
+@evaluates
 def perplexity(
-    model: LanguageModel | nn.Module,
+    model: AnyModel,
     text: EvaluationText,
     *,
     batch_size: int | None = None,
@@ -105,8 +107,9 @@ def perplexity(
     Parameters
     ----------
     model
-        A model from `entangle.load_model`, or a module that maps token ids (windows, tokens) to
-        logits (windows, tokens, vocabulary) or to an object that has them as ``logits``.
+        A name or path for `entangle.load_model`, a module that takes token ids, or a
+        `LanguageModel`. A module maps token ids (windows, tokens) to logits (windows, tokens,
+        vocabulary), or to an object that has them as ``logits``.
     text
         From `load_evaluation`.
     batch_size

@@ -1,12 +1,12 @@
 """`expand`: replace the MLP linears of a model by routed sparse experts."""
 
 import hashlib
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import cast
 
 import pandas as pd
 import torch
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from entangle.calibration import CalibrationSet
 from entangle.calibration.calibration_set import check_ids
-from entangle.checks import real, whole
-from entangle.errors import InvalidInput, MemoryLimit, unknown_name
+from entangle.checks import choice, finite, real, whole
+from entangle.errors import InvalidInput, MemoryLimit
 from entangle.evaluation import EvaluationText, Perplexity, window_losses
 from entangle.evaluation.forward import check_fits
 from entangle.expansion.allocated import (
@@ -38,11 +38,21 @@ from entangle.expansion.report import block_rows, model_costs
 from entangle.expansion.saving import refuse_saving
 from entangle.expansion.solve import SolverSettings, Sparsity, check_solvable
 from entangle.html_tables import described, html_result, number
-from entangle.models.layers import Layer, find_blocks, find_layers, list_fused_experts
-from entangle.models.loading import LanguageModel, as_language_model
+from entangle.models.evaluating import evaluates
+from entangle.models.layers import (
+    Layer,
+    LayerSpec,
+    Projections,
+    find_blocks,
+    find_layers,
+    list_fused_experts,
+    projections,
+)
+from entangle.models.loading import AnyModel, LanguageModel, as_language_model
 from entangle.progress import Progress, ProgressBar
 from entangle.provenance import RunClock, make_manifest
 from entangle.provenance import expanded as expanded_path
+from entangle.pruning.methods import METHODS
 from entangle.pruning.quantize import check_bits
 from entangle.recording.groups import shared_inputs
 from entangle.routing.router import KINDS, Kind
@@ -90,16 +100,17 @@ class Expansion:
         return html_result(title, lines, self.layers[shown])
 
 
+@evaluates
 def expand(
-    model: LanguageModel | nn.Module | str,
+    model: AnyModel,
     calibration: CalibrationSet,
     *,
     experts: int = 16,
     sparsity: float | None = 0.7,
     pattern: str = "row",
     pruner: str = "sparsegpt",
-    layers: int | str | Sequence[int | str] = "all",
-    proj: str | None = "mlp",
+    layers: LayerSpec = "all",
+    proj: Projections = "mlp",
     allocation: Allocated | None = None,
     router: Kind = "kmeans",
     restarts: int = 10,
@@ -124,7 +135,8 @@ def expand(
     Parameters
     ----------
     model
-        Left unchanged; the expanded model shares all tensors that were not replaced.
+        A name or path for `entangle.load_model`, a module that takes token ids, or a
+        `LanguageModel`. Left unchanged; the expanded model shares all tensors that were not replaced.
     calibration
         Token ids that the routers and experts are fitted on.
     experts
@@ -177,14 +189,16 @@ def expand(
     dense = as_language_model(model)
     _check_texts(calibration, evaluation)
     memory = int(min(2**62, real("memory", memory)))
-    restarts = whole("restarts", restarts, least=1)
-    seed, damping, bits = whole("seed", seed, least=0), real("damping", damping), check_bits(bits)
+    restarts, bits = whole("restarts", restarts, least=1), check_bits(bits)
+    seed, damping = check_seed(seed), finite("damping", damping, least=0)
+    pruner = choice("pruner", pruner, METHODS, kind="pruning method")
+    router, proj = cast("Kind", choice("router", router, KINDS)), projections(proj)
     check_ids(calibration.ids, dense.vocab_size)
     if evaluation is not None:
         check_fits(dense, evaluation)
     copied = structural_copy(dense.module)
     chosen = find_layers(copied, layers, proj)
-    if proj == "mlp":
+    if "mlp" in (proj or ()):
         _refuse_fused(copied, chosen)
     counts = planned_experts(chosen, allocation, experts, tokens=calibration.n_tokens)
     plan = _plan(
@@ -304,11 +318,6 @@ def _plan(
     seed: int,
     solver: SolverSettings,
 ) -> Plan:
-    check_seed(seed)
-    if router not in KINDS:
-        raise unknown_name("router", str(router), KINDS)
-    if not 0 <= solver.damping < math.inf:
-        raise InvalidInput(f"`damping` must be finite and at least 0; got {solver.damping:g}.")
     by_block: dict[int, list[Layer]] = {}
     for layer in layers:
         if layer.block is None:

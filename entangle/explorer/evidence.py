@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from entangle.calibration import CalibrationSet
 from entangle.decomposition import Decomposition, decompose
 from entangle.decomposition.histograms import output_histogram
+from entangle.models.evaluating import evaluating
 from entangle.models.layers import Layer, find_layers
 from entangle.models.loading import LanguageModel
 from entangle.modes import describe_modes
@@ -128,7 +129,8 @@ class ModeFinder:
 
         text = subject.calibration
         batches = ((0, ids) for _, ids in text.batches())
-        run_observed(subject.model.module, [layer], batches, keep)
+        with evaluating(subject.model.module):
+            run_observed(subject.model.module, [layer], batches, keep)
         self._layer = layer
         return layer
 

@@ -1,34 +1,38 @@
 """`explore`: look through the neurons of a model, or of scores made before, in a notebook."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable
 from pathlib import Path
-
-from torch import nn
 
 from entangle.ablation import check_scores_fit
 from entangle.calibration import CalibrationSet, load_calibration
+from entangle.checks import share, whole, wholes
 from entangle.decomposition import Decomposition, load_decomposition
 from entangle.errors import InvalidInput
 from entangle.explorer.evidence import ExpertFinder, ModeFinder, Subject
 from entangle.explorer.explorer import Explorer
-from entangle.models.loading import LanguageModel, as_language_model
+from entangle.models.evaluating import evaluates
+from entangle.models.layers import LayerSpec, Projections
+from entangle.models.loading import AnyModel, LanguageModel, as_language_model
 from entangle.provenance import expanded
 from entangle.scoring.score import score
 from entangle.scoring.scores import NeuronScores, load_scores
+from entangle.seeding import check_seed
 
 DEFAULT_MEMORY = 2**30
 
 
+@evaluates
 def explore(
-    source: NeuronScores | LanguageModel | nn.Module | str | Path,
+    source: NeuronScores | AnyModel,
     calibration: CalibrationSet | str | Path | None = None,
     *,
-    model: LanguageModel | nn.Module | str | None = None,
-    decomposition: Decomposition | str | Path | None = None,
-    layers: int | str | Sequence[int | str] = "all",
-    proj: str | None = "mlp",
+    model: AnyModel | None = None,
+    decomposition: Decomposition | str | os.PathLike[str] | None = None,
+    layers: LayerSpec = "all",
+    proj: Projections = "mlp",
     by: str = "wd",
-    experts: Sequence[int] = (1, 4, 16),
+    experts: int | Iterable[int] = (1, 4, 16),
     sparsity: float = 0.9,
     widgets: bool | None = None,
     seed: int = 0,
@@ -45,13 +49,14 @@ def explore(
     Parameters
     ----------
     source
-        Scores, the folder of saved ones, or a model (or its name), whose neurons are then scored.
+        Scores, the folder of saved ones, or a model, whose neurons are then scored: a name or path
+        for `entangle.load_model`, a module or a `LanguageModel`.
     calibration
         Text that a model is scored and looked at on: a calibration set, or a name or path that
         `entangle.load_calibration` accepts with its default settings. The demo text by default
         where ``source`` is a model.
     model
-        The model of the scores, so that modes and experts can be found; needs ``calibration``.
+        The model of the scores, as in `entangle.score`, so that modes and experts can be found; needs ``calibration``.
     decomposition
         A decomposition of the same model, or its folder: its experts and modes are shown at once.
     layers, proj
@@ -76,14 +81,16 @@ def explore(
         If the scores or the decomposition are of another model, there is no neuron, ``model`` comes
         without ``calibration``, or what `entangle.load_scores` and `entangle.score` refuse.
     """
-    if isinstance(source, str | Path) and (expanded(source) / "manifest.json").is_file():
+    experts, sparsity = wholes("experts", experts, least=1), share("sparsity", sparsity)
+    seed, memory = check_seed(seed), whole("memory", memory, least=2**20)
+    if isinstance(source, str | os.PathLike) and (expanded(source) / "manifest.json").is_file():
         source = load_scores(source)
-    if isinstance(decomposition, str | Path):
+    if isinstance(decomposition, str | os.PathLike):
         decomposition = load_decomposition(decomposition)
     if isinstance(source, NeuronScores):
         scores, subject = source, _subject(source, model, calibration)
     elif model is None:
-        scored = as_language_model(str(source) if isinstance(source, Path) else source)
+        scored = as_language_model(source)
         text = _text("demo" if calibration is None else calibration, scored)
         subject = Subject(scored, text)
         scores = score(scored, text, layers=layers, proj=proj, seed=seed, progress=progress)
@@ -102,7 +109,7 @@ def explore(
 
 def _subject(
     scores: NeuronScores,
-    model: LanguageModel | nn.Module | str | None,
+    model: AnyModel | None,
     calibration: CalibrationSet | str | Path | None,
 ) -> Subject | None:
     if model is None:

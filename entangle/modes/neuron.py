@@ -204,8 +204,8 @@ def _one_layer(module: nn.Module, name: LayerSpec) -> Layer:
     if len(found) > 1:
         names = ", ".join(layer.name for layer in found[:3])
         raise InvalidInput(
-            f"`layer` must name one layer; {shown(name)} names {len(found)} ({names}, …): give one full "
-            "name."
+            f"`layer` must name one layer; {shown(name)} names {len(found)} ({names}, …): give one "
+            "full name."
         )
     return found[0]
 

@@ -3,8 +3,7 @@
 from jaxtyping import Float
 from torch import Tensor
 
-from entangle.checks import real, whole
-from entangle.errors import unknown_name
+from entangle.checks import choice, real, seed_of
 from entangle.pruning import magnitude, randomly, sparsegpt, wanda
 from entangle.pruning.problem import Problem, Rows, prepare
 from entangle.pruning.result import PruneResult
@@ -88,8 +87,8 @@ def prune(
     NumericalError
         For a gram that is not finite or cannot be factorised, or a result that overflows.
     """
-    _check_method(method)
-    damping, seed = real("damping", damping), whole("seed", seed, least=0)
+    method = choice("method", method, METHODS, kind="pruning method")
+    damping, seed = real("damping", damping), seed_of(seed)
     problem = prepare(
         weight, gram, sparsity=sparsity, pattern=pattern, rows=rows, bits=bits, loss=loss
     )
@@ -98,7 +97,7 @@ def prune(
 
 def solve(problem: Problem, *, method: str, damping: float | int, seed: int) -> PruneResult:
     """Prune a checked problem by one of `METHODS` (see `prune`)."""
-    _check_method(method)
+    method = choice("method", method, METHODS, kind="pruning method")
     if method == "random":
         return randomly.solve(problem, seed=seed)
     if method == "magnitude":
@@ -106,8 +105,3 @@ def solve(problem: Problem, *, method: str, damping: float | int, seed: int) -> 
     if method == "wanda":
         return wanda.solve(problem)
     return sparsegpt.solve(problem, damping=damping)
-
-
-def _check_method(method: str) -> None:
-    if method not in METHODS:
-        raise unknown_name("pruning method", str(method), METHODS)
