@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from entangle.checks import bootstrap
+from entangle.checks import bootstrap, plain_value, shown
 from entangle.errors import InvalidInput, unknown_name
 from entangle.evaluation import Perplexity, perplexity_ratio
 from entangle.seeding import numpy_rng

@@ -86,7 +86,8 @@ def allocate(
         can lose equally many, 0 to m. The total is then met to within half of the smallest such
         step, and the rest noted in the manifest as ``remainder``.
     model
-        The model that was scored, as in `entangle.score`. Rules that measure need it, and it tells ``in_features``.
+        The model that was scored, as in `entangle.score`. Rules that measure need it, and it tells
+        ``in_features``.
     calibration
         Tokens for rules that measure on text.
     layers, proj

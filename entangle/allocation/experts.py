@@ -67,8 +67,9 @@ def expert_budget(
     lowest, highest
         Least and greatest number of experts; by default 1 and twice ``experts``.
     groups
-        Layers, or their names, that read one input, from `entangle.recording.groups.shared_inputs`; by
-        default the layers of a block together, which every model allows.
+        Layers, or their names, that read one input, from
+        `entangle.recording.groups.shared_inputs`; by default the layers of a block together, which
+        every model allows.
 
     Returns
     -------

@@ -23,8 +23,9 @@ from entangle.evaluation.forward import as_causal_model, check_fits
 from entangle.evaluation.perplexity import window_memory, windows_in_a_pass
 from entangle.expansion.build import HiddenStates
 from entangle.models.blocks import BlockRunner
+from entangle.models.evaluating import evaluates
 from entangle.models.layers import Layer
-from entangle.models.loading import LanguageModel
+from entangle.models.loading import AnyModel, LanguageModel
 from entangle.progress import Progress, ProgressBar
 from entangle.seeding import check_seed
 from entangle.stats.gram import GramResult

@@ -1,6 +1,6 @@
 """How well scores of neurons predict what becomes of them: a table of correlations."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np

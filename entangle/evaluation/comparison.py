@@ -26,8 +26,8 @@ def evaluate_models(
     Parameters
     ----------
     models
-        Label and model (as in `perplexity`), the dense one first. They are asked for one at a time, so that a generator
-        may load, or change the weights, in between.
+        Label and model (as in `perplexity`), the dense one first. They are asked for one at a time,
+        so that a generator may load, or change the weights, in between.
     text, batch_size, progress
         As in `perplexity`.
 

@@ -29,9 +29,10 @@ class DenseReference:
     Parameters
     ----------
     model
-        The dense model, as in `perplexity`. Later edits of its weights must lie inside its blocks: the reference uses
-        its embeddings, final norm and head whenever it is asked for logits, and does not check
-        that they are as they were. Blocks must carry no hooks of their own that change outputs.
+        The dense model, as in `perplexity`. Later edits of its weights must lie inside its blocks:
+        the reference uses its embeddings, final norm and head whenever it is asked for logits, and
+        does not check that they are as they were. Blocks must carry no hooks of their own that
+        change outputs.
     text
         From `load_evaluation`.
     memory
@@ -81,7 +82,6 @@ class DenseReference:
                 losses.append(window_losses(self._runner.leave(hidden, ids), ids))
                 bar.advance(len(ids))
         return Perplexity.of(torch.cat(losses), text)
-        """Of the dense model."""
 
     def __enter__(self) -> "DenseReference":
         return self

@@ -101,7 +101,8 @@ def compare_with_dense(
     Parameters
     ----------
     model
-        The changed model, as in `perplexity`, which may be the reference's own with edits inside its blocks.
+        The changed model, as in `perplexity`, which may be the reference's own with edits inside
+        its blocks.
     reference
         The dense model on a text.
     batch_size

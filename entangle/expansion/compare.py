@@ -15,7 +15,7 @@ from torch import tensor
 
 from entangle.allocation.allocation import Allocation
 from entangle.allocation.even import even
-from entangle.allocation.labels import zeros_digest
+from entangle.allocation.labels import nominal_sparsity, zeros_digest
 from entangle.calibration import CalibrationSet
 from entangle.checks import several, shown
 from entangle.errors import EntangleError, InvalidInput
@@ -118,8 +118,8 @@ def compare(
     chosen
         From `arms`; in place of ``methods``, ``sparsity`` and ``experts``.
     methods, sparsity, experts
-        What `arms` makes arms of: by default all `METHODS`, 0.5 and 0.7 (those of the allocations
-        alone where there are some), and 16.
+        What `arms` makes arms of: by default all `METHODS`, 0.5 and 0.7 (the allocations' own where
+        there are some), and 16.
     allocations
         Those that the arms were made with. All must be for the same layers, which all arms prune;
         the MLP linears without allocations. Uniform arms of an allocation's sparsity spread its
@@ -191,7 +191,7 @@ def _chosen(
     if chosen is None:
         return arms(
             METHODS if methods is None else methods,
-            (() if allocations else SPARSITIES) if sparsity is None else sparsity,
+            _sparsities(allocations) if sparsity is None else sparsity,
             EXPERTS if experts is None else experts,
             allocations=allocations,
         )
@@ -206,6 +206,11 @@ def _chosen(
         if not isinstance(arm, Arm):
             raise InvalidInput(f"`chosen` must be arms, from `arms`; got {shown(arm)}.")
     return found
+
+
+def _sparsities(allocations: Sequence[Named]) -> Sequence[float]:
+    """Return the sparsities of allocations, the usual ones where there are none."""
+    return [nominal_sparsity(one) for _, one in allocations] or SPARSITIES
 
 
 def _settings(chosen: Sequence[Arm], allocations: Sequence[Named], seed: int) -> dict[str, object]:

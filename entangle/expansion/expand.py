@@ -136,7 +136,8 @@ def expand(
     ----------
     model
         A name or path for `entangle.load_model`, a module that takes token ids, or a
-        `LanguageModel`. Left unchanged; the expanded model shares all tensors that were not replaced.
+        `LanguageModel`. Left unchanged; the expanded model shares all tensors that were not
+        replaced.
     calibration
         Token ids that the routers and experts are fitted on.
     experts

@@ -56,7 +56,8 @@ def explore(
         `entangle.load_calibration` accepts with its default settings. The demo text by default
         where ``source`` is a model.
     model
-        The model of the scores, as in `entangle.score`, so that modes and experts can be found; needs ``calibration``.
+        The model of the scores, as in `entangle.score`, so that modes and experts can be found;
+        needs ``calibration``.
     decomposition
         A decomposition of the same model, or its folder: its experts and modes are shown at once.
     layers, proj

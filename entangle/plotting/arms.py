@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
+from entangle.checks import choice, shown
 from entangle.errors import InvalidInput, unknown_name
 from entangle.plotting.summaries import check_columns
 
@@ -206,8 +207,7 @@ def read_arms(frame: pd.DataFrame, measure: str) -> Arms:
     """
     check_columns(frame, _NEEDED, name="frame", writer=_WRITER)
     known = [m for m in frame["measure"].unique() if m in MEASURE_LABELS or m.startswith(_PARADIGM)]
-    if measure not in known:
-        raise unknown_name("measure", measure, known, "Choose one that the table holds.")
+    measure = choice("measure", measure, known, remedy="Choose one that the table holds.")
     unit = 1.0 if measure in LOG_MEASURES else 100.0
     is_dense = frame["intervention"] == "dense"
     arms = frame[frame["measure"].eq(measure) & ~is_dense]
@@ -283,7 +283,7 @@ def _check_known(arms: Arms, column: str, value: str | float | int) -> None:
     if isinstance(value, str):
         raise unknown_name(column, value, known, "Choose one that the table holds.")
     raise InvalidInput(
-        f"`{column}` must be one of {_listed(sorted(known))}, which the table holds; got {value}."
+        f"`{column}` must be one of {_listed(sorted(known))}, which the table holds; got {shown(value)}."
     )
 
 
