@@ -4,6 +4,7 @@ Numbers of NumPy and torch (0-d) count as Python's. What is meant to be several 
 one of them, an array, a pandas column, a set or a generator. A string is one value, never letters.
 """
 
+import math
 import os
 from collections.abc import (
     Collection,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor, dtype
 
 T = TypeVar("T")
+S = TypeVar("S", bound=str)
 
 _LONGEST = 80  # characters of a value in a message
 
@@ -76,10 +78,10 @@ def real(name: str, value: object) -> float:
     InvalidInput
         If it is no number.
     """
-    number = plain_value(value)
-    if isinstance(number, bool) or not isinstance(number, Real):
+    number = _float(value)
+    if number is None:
         raise InvalidInput(f"`{name}` must be a number; got {shown(value)}.")
-    return float(number)
+    return number
 
 
 def share(name: str, value: object, *, zero: bool = True, one: bool = True) -> float:
@@ -95,17 +97,12 @@ def share(name: str, value: object, *, zero: bool = True, one: bool = True) -> f
     InvalidInput
         If it is no number, NaN, or outside.
     """
-    number = plain_value(value)
-    if (
-        isinstance(number, bool)
-        or not isinstance(number, Real)
-        or not 0 <= number <= 1
-        or (number == 0 and not zero)
-        or (number == 1 and not one)
-    ):
+    number = _float(value)
+    inside = number is not None and 0 <= number <= 1
+    if number is None or not inside or (number == 0 and not zero) or (number == 1 and not one):
         ends = f"{'[' if zero else '('}0, 1{']' if one else ')'}"
         raise InvalidInput(f"`{name}` must be in {ends}; got {shown(value)}.")
-    return float(number)
+    return number
 
 
 def finite(
@@ -123,13 +120,12 @@ def finite(
     InvalidInput
         If it is no number, NaN, infinite or too small.
     """
-    number = plain_value(value)
-    fits = isinstance(number, Real) and not isinstance(number, bool)
-    if not fits or not abs(number) < float("inf") or not _exceeds(number, least, above):
+    number = _float(value)
+    if number is None or not math.isfinite(number) or not _exceeds(number, least, above):
         end = "" if least is None else f" and at least {least:g}"
         end += "" if above is None else f" and above {above:g}"
         raise InvalidInput(f"`{name}` must be finite{end}; got {shown(value)}.")
-    return float(number)
+    return number
 
 
 def several(name: str, value: object, *single: type, empty: bool = False) -> list[Any]:
@@ -154,7 +150,7 @@ def several(name: str, value: object, *single: type, empty: bool = False) -> lis
         If it cannot be read as values in one order (a mapping, a table, None), or holds none.
     """
     plain = plain_value(value)
-    if isinstance(plain, str | Number | single):
+    if isinstance(plain, (str, Number, *single)):
         return [plain]
     one_row = getattr(plain, "ndim", 1) == 1 and not isinstance(plain, Mapping | bytes | bytearray)
     if not one_row or not isinstance(plain, Iterable):
@@ -186,8 +182,8 @@ def different(name: str, values: list[T]) -> list[T]:
 
 
 def choice(
-    name: str, value: object, known: Collection[str], *, kind: str = "", remedy: str = ""
-) -> str:
+    name: str, value: object, known: Collection[S], *, kind: str = "", remedy: str = ""
+) -> S:
     """Return a name that must be one of those that are known.
 
     Parameters
@@ -209,12 +205,13 @@ def choice(
     plain = plain_value(value)
     if not isinstance(plain, str):
         raise InvalidInput(f"`{name}` must be one of {', '.join(known)}; got {shown(value)}.")
-    if plain not in known:
-        raise unknown_name(kind or name, plain, known, remedy)
-    return str(plain)
+    for one in known:
+        if one == plain:
+            return one
+    raise unknown_name(kind or name, plain, known, remedy)
 
 
-def choices(name: str, value: object, known: Collection[str], *, kind: str = "") -> list[str]:
+def choices(name: str, value: object, known: Collection[S], *, kind: str = "") -> list[S]:
     """Return one known name, or several, each once (`several`, `choice`)."""
     return list(dict.fromkeys(choice(name, one, known, kind=kind) for one in several(name, value)))
 
@@ -284,10 +281,22 @@ def shown(value: object) -> str:
 
 def _integer(value: object) -> int | None:
     number = plain_value(value)
-    return int(number) if isinstance(number, Integral) and not isinstance(number, bool) else None
+    if isinstance(number, bool) or not isinstance(number, int | Integral):
+        return None
+    return int(number)
 
 
-def _exceeds(number: Real, least: float | None, above: float | None) -> bool:
+def _float(value: object) -> float | None:
+    number = plain_value(value)
+    if isinstance(number, bool) or not isinstance(number, int | float | Real):
+        return None
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf if str(number)[0] != "-" else -math.inf
+
+
+def _exceeds(number: float, least: float | None, above: float | None) -> bool:
     return (least is None or number >= least) and (above is None or number > above)
 
 

@@ -96,7 +96,7 @@ class Compared:
             if name not in ARM:
                 raise unknown_name("column of an arm", name, ARM)
             known = part[name].dropna().unique().tolist()
-            part = part[part[name].eq(plain_value(value)).fillna(value=False)]
+            part = part[part[name].eq(_plain(value)).fillna(value=False)]
             if part.empty:
                 raise InvalidInput(f"no arm of {wanted} was measured; `{name}` may be {known}.")
         open_to = [name for name in ARM[:-1] if part[name].nunique(dropna=False) > 1]
@@ -132,6 +132,10 @@ class Compared:
 
     def _perplexity(self, losses: Values) -> Perplexity:
         return Perplexity(losses, self.text, int(str(self.text["n_tokens"])), None, None)
+
+
+def _plain(value: object) -> Any:
+    return plain_value(value)
 
 
 def paired_difference(

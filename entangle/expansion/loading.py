@@ -56,7 +56,7 @@ def load_expanded(
     """
     manifest = _manifest(path)
     if base is None or isinstance(base, str | os.PathLike):
-        dense = load_base(path, base, device=device)
+        dense = load_base(path, None if base is None else os.fspath(base), device=device)
     else:
         dense = as_language_model(base)
     _check_digest(dense, manifest, path)
@@ -80,7 +80,7 @@ def load_expanded(
 
 def load_base(
     path: str | os.PathLike[str],
-    base: str | os.PathLike[str] | None = None,
+    base: str | None = None,
     *,
     revision: str | None = None,
     device: str | torch.device = "auto",

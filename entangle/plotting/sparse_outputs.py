@@ -1,6 +1,6 @@
 """A neuron's outputs before and after its weights are made sparse, by number of experts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
