@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from entangle.checks import bootstrap, plain_value, shown
+from entangle.checks import bootstrap, named, plain_value, shown
 from entangle.errors import InvalidInput, unknown_name
 from entangle.evaluation import Perplexity, perplexity_ratio
 from entangle.seeding import numpy_rng
@@ -59,6 +59,7 @@ class Compared:
         UnknownName, InvalidInput
             If there is no such measure, or the ablation did not take it.
         """
+        measure = named("measure", measure)
         by_pair = measure in _BY_PAIR or measure.startswith(PARADIGM)
         if not by_pair and measure not in _BY_WINDOW:
             raise unknown_name(

@@ -26,6 +26,7 @@ from entangle.models.loading import AnyModel, as_language_model
 from entangle.progress import ProgressBar
 from entangle.provenance import RunClock
 from entangle.pruning import prune
+from entangle.pruning.methods import METHODS
 from entangle.scoring.scores import NeuronScores
 from entangle.stats.gram import GramResult
 
@@ -109,7 +110,8 @@ def search(
         )
     evaluations = whole("evaluations", evaluations, least=2)
     held_out = _check(held_out, calibration)
-    sparsity = share("sparsity", sparsity)
+    sparsity, damping = share("sparsity", sparsity), finite("damping", damping, least=0)
+    pruner = choice("pruner", pruner, METHODS, kind="pruning method")
     dense = as_language_model(model)
     first, last = split(calibration, held_out)
     shared = {name: settings.pop(name, None) for name in _SHARED}

@@ -192,7 +192,7 @@ def expand(
     restarts, bits = whole("restarts", restarts, least=1), check_bits(bits)
     seed, damping = check_seed(seed), finite("damping", damping, least=0)
     pruner = choice("pruner", pruner, METHODS, kind="pruning method")
-    router, proj = cast("Kind", choice("router", router, KINDS)), projections(proj)
+    router, proj = choice("router", router, KINDS), projections(proj)
     check_ids(calibration.ids, dense.vocab_size)
     if evaluation is not None:
         check_fits(dense, evaluation)
