@@ -232,21 +232,8 @@ def unlike_layers() -> Iterator[str]:
             continue
         if [layer.name for layer in found] != [layer.name for layer in wanted]:
             yield f"layers={shown}: found {[layer.name for layer in found]}"
-    for wrong in (
-        -1,
-        "-1",
-        3,
-        0.0,
-        True,
-        None,
-        [],
-        {},
-        {0: 1},
-        b"0",
-        SCORES.frame,
-        MODEL,
-        "nowhere",
-    ):
+    others = (-1, "-1", 3, 0.0, True, None, [], {}, {0: 1}, b"0", SCORES.frame, MODEL, "nowhere")
+    for wrong in others:
         try:
             find_layers(module, wrong)  # type: ignore[arg-type]
         except InvalidInput:

@@ -21,9 +21,8 @@ LONG = GROUPED | {"max_position_embeddings": 1024}
 
 
 def snippets() -> list[str]:
-    return re.findall(
-        r"^```python\n(.*?)^```$", README.read_text("utf-8"), re.DOTALL | re.MULTILINE
-    )
+    text = README.read_text("utf-8")
+    return re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
 
 
 def small_demo() -> LanguageModel:

@@ -89,7 +89,8 @@ class _Several(argparse.Action):
         option_string: str | None = None,  # noqa: ARG002
     ) -> None:
         before = getattr(namespace, self.dest) or []
-        setattr(namespace, self.dest, [*before, *names(str(values))])
+        parts = re.split(r",(?![^\[]*\])", str(values))  # a glob may hold [0,2]
+        setattr(namespace, self.dest, [*before, *(part.strip() for part in parts)])
 
 
 class _Joined(argparse.Action):

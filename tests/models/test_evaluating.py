@@ -38,7 +38,7 @@ def state(module: nn.Module) -> State:
 
 @pytest.fixture
 def trained() -> nn.Module:
-    """A model in the middle of fine-tuning: dropout on, one block frozen, one block in eval mode."""
+    """A model in the middle of fine-tuning: dropout on, a layer frozen, a block in eval mode."""
     module = TINY["llama"]()
     module.train().requires_grad_(True)
     find_layers(module, GATE)[0].module.requires_grad_(False)
