@@ -165,7 +165,7 @@ def test_what_is_not_several_values(value: object) -> None:
 
 def test_no_value_at_all() -> None:
     for value in ([], (), set(), np.array([]), pd.Series([], dtype=float)):
-        with pytest.raises(InvalidInput, match="`x`.*got"):
+        with pytest.raises(InvalidInput, match=r"`x`.*got"):
             several("x", value)
         assert several("x", value, empty=True) == []
 
@@ -178,11 +178,11 @@ def test_several_checked_values() -> None:
     assert choices("c", ["b", "a", "b"], ("a", "b")) == ["b", "a"]
     assert different("k", [1, 2]) == [1, 2]
     for check, value in ((wholes, [1, 0]), (wholes, "4")):
-        with pytest.raises(InvalidInput, match="`k`.*1.*got"):
+        with pytest.raises(InvalidInput, match=r"`k`.*1.*got"):
             check("k", value, least=1)
-    with pytest.raises(InvalidInput, match="`s`.*got 2"):
+    with pytest.raises(InvalidInput, match=r"`s`.*got 2"):
         shares("s", [0.5, 2])
-    with pytest.raises(InvalidInput, match="`n`.*got 3"):
+    with pytest.raises(InvalidInput, match=r"`n`.*got 3"):
         names("n", ["a", 3])
     with pytest.raises(InvalidInput, match=r"`k`.*got \[1, 1\]"):
         different("k", [1, 1])
@@ -205,7 +205,7 @@ def test_paths() -> None:
     assert path_of("out", "runs/a") == path_of("out", Path("runs/a")) == Path("runs/a")
     assert path_of("out", np.str_("a")) == Path("a")
     for value in (3, None, "", "a\0b", b"a", ["a"], object()):
-        with pytest.raises(InvalidInput, match="`out`.*got"):
+        with pytest.raises(InvalidInput, match=r"`out`.*got"):
             path_of("out", value)
 
 

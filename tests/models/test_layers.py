@@ -206,7 +206,7 @@ def test_several_projections() -> None:
     with pytest.raises(UnknownName, match="projection 'attn'"):
         find_layers(module, "*.up_proj", "attn")
     for wrong in ([], {}):
-        with pytest.raises(InvalidInput, match="`proj`.*got"):
+        with pytest.raises(InvalidInput, match=r"`proj`.*got"):
             find_layers(module, 1, wrong)
 
 
