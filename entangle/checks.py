@@ -106,7 +106,7 @@ def share(name: str, value: object, *, zero: bool = True, one: bool = True) -> f
 
 
 def finite(
-    name: str, value: object, *, least: float | None = None, above: float | None = None
+    name: str, value: object, *, least: float | int | None = None, above: float | int | None = None
 ) -> float:
     """Return a finite number as a float.
 
@@ -296,7 +296,7 @@ def _float(value: object) -> float | None:
         return math.inf if str(number)[0] != "-" else -math.inf
 
 
-def _exceeds(number: float, least: float | None, above: float | None) -> bool:
+def _exceeds(number: float, least: float | int | None, above: float | int | None) -> bool:
     return (least is None or number >= least) and (above is None or number > above)
 
 

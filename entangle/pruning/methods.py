@@ -3,7 +3,7 @@
 from jaxtyping import Float
 from torch import Tensor
 
-from entangle.checks import choice, real, seed_of
+from entangle.checks import choice, finite, seed_of
 from entangle.pruning import magnitude, randomly, sparsegpt, wanda
 from entangle.pruning.problem import Problem, Rows, prepare
 from entangle.pruning.result import PruneResult
@@ -88,7 +88,7 @@ def prune(
         For a gram that is not finite or cannot be factorised, or a result that overflows.
     """
     method = choice("method", method, METHODS, kind="pruning method")
-    damping, seed = real("damping", damping), seed_of(seed)
+    damping, seed = finite("damping", damping, least=0), seed_of(seed)
     problem = prepare(
         weight, gram, sparsity=sparsity, pattern=pattern, rows=rows, bits=bits, loss=loss
     )

@@ -111,10 +111,10 @@ CASES = {
     "model --calibration text.txt --sampling contiguous": "needs 4096 tokens of text, but",
     "model --calibration text.txt --join \\q": "a backslash must be followed by n, t, r or another",
     f"model {TEXT} --seed -1": "`seed` must be an integer in [0, 2**63); got -1",
-    f"model {TEXT} --top 0": "`--top` must be at least 1; got 0",
+    f"model {TEXT} --top 0": "`--top` must be an integer of at least 1; got 0",
     f"model {TEXT} --memory lots": "a size must look like 512M or 2G; got 'lots'",
-    f"model {TEXT} --memory 1K": "`memory` must be at least 1 MiB in bytes; got 1024",
-    f"model {TEXT} --batch-size 0": "`batch_size` must be at least 1; got 0",
+    f"model {TEXT} --memory 1K": "`memory` must be an integer of at least 1048576; got 1024",
+    f"model {TEXT} --batch-size 0": "`batch_size` must be an integer of at least 1; got 0",
     # output
     f"model {TEXT} --out file": "the output 'file' is a file; name a folder",
     f"model {TEXT} --out file/below": "is no folder that you may write to; name another folder",
