@@ -17,8 +17,8 @@ from torch import Tensor
 
 from entangle.allocation.files import read_zeros, write_zeros
 from entangle.allocation.steps import ROW, step_size
-from entangle.checks import whole
-from entangle.errors import InvalidInput, unknown_name
+from entangle.checks import choice, whole
+from entangle.errors import InvalidInput
 from entangle.html_tables import described, html_result
 from entangle.models.layers import Layer
 
@@ -56,7 +56,7 @@ class Allocation:
         for key in ("zeros", "in_features", "manifest", "blocks"):
             object.__setattr__(self, key, MappingProxyType(dict(getattr(self, key))))
 
-    def rows(self, layer: str) -> int:
+    def rows(self, layer: str | Layer) -> int:
         """Return the number of neurons of a layer, by its full name.
 
         Raises
@@ -64,9 +64,9 @@ class Allocation:
         UnknownName
             If the allocation does not hold the layer.
         """
-        if layer not in self.zeros:
-            raise unknown_name("layer", layer, self.zeros, "The allocation holds no other layers.")
-        return self.zeros[layer].shape[0]
+        remedy = "The allocation holds no other layers."
+        name = choice("layer", getattr(layer, "name", layer), self.zeros, remedy=remedy)
+        return self.zeros[name].shape[0]
 
     @cached_property
     def sparsity(self) -> dict[str, Float[Tensor, " _"]]:

@@ -198,7 +198,7 @@ def test_a_plain_module_has_no_context_and_may_have_no_vocabulary() -> None:
 
 def test_other_objects_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-    with pytest.raises(InvalidInput, match="`model`.*got int"):
+    with pytest.raises(InvalidInput, match=r"`model`.*got int"):
         as_language_model(3)  # type: ignore[arg-type]
 
 
