@@ -164,7 +164,8 @@ def test_what_is_not_several_values(value: object) -> None:
 
 
 def test_no_value_at_all() -> None:
-    for value in ([], (), set(), np.array([]), pd.Series([], dtype=float)):
+    nothing: list[object] = [[], (), set(), np.array([]), pd.Series([], dtype=float)]
+    for value in nothing:
         with pytest.raises(InvalidInput, match=r"`x`.*got"):
             several("x", value)
         assert several("x", value, empty=True) == []

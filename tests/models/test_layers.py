@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -205,7 +207,8 @@ def test_several_projections() -> None:
         find_layers(module, 1, ["q_proj", "gate"])
     with pytest.raises(UnknownName, match="projection 'attn'"):
         find_layers(module, "*.up_proj", "attn")
-    for wrong in ([], {}):
+    nothing: list[Any] = [[], {}]
+    for wrong in nothing:
         with pytest.raises(InvalidInput, match=r"`proj`.*got"):
             find_layers(module, 1, wrong)
 
