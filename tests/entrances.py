@@ -113,7 +113,7 @@ CALLED = {"pruner": "pruning method", "by": "column", "rule": "allocation rule|r
 
 WRONG: dict[str, tuple[Any, ...]] = {
     "int": (2.5, 3.0, "many", True, np.True_, np.float64(2.0), -1, [[1]], math.nan),
-    "float": ("much", True, math.nan, [[0.5]], object()),
+    "float": ("much", True, math.nan, {"a": 0.5}, object()),
     "str": (3, 2.5, ["a"], {"a": 1}, "no such name"),
 }
 

@@ -11,7 +11,7 @@ from scipy.stats import t as student
 from entangle.ablation.candidates import column
 from entangle.analysis.partial import partial_interval
 from entangle.analysis.pearson import pearson_interval
-from entangle.checks import bootstrap, several
+from entangle.checks import bootstrap, named, several
 from entangle.errors import InvalidInput
 from entangle.seeding import check_seed
 from entangle.stats.intervals import Interval, spearman_interval
@@ -106,10 +106,14 @@ def predictor_table(
     arXiv 2405.15756 (R² of WD, and of the number of mixture components, with RI).
     """
     n_boot, level = bootstrap(n_boot, level)
-    given = several("given", given, empty=True)
+    target, given = (
+        named("target", target),
+        [named("given", one) for one in several("given", given, empty=True)],
+    )
     question = _Question(target, tuple(dict.fromkeys(given)), n_boot, check_seed(seed), level)
     if predictors is not None:
-        predictors = several("predictors", predictors, empty=True)
+        asked = several("predictors", predictors, empty=True)
+        predictors = [named("predictors", one) for one in asked]
     table = _neurons(frame)
     names = _predictors(table, question, predictors)
     wanted = dict.fromkeys((*names, *question.given, target))
