@@ -211,8 +211,8 @@ def test_rows_of_pads_alone_are_left_out(capsys: pytest.CaptureFixture[str]) -> 
     empty: dict[str, Any] = _padded([rows[2]] * 3, "left")
     with pytest.raises(InvalidInput):
         load_calibration(empty)
+    mask = torch.tensor([[1, 1], [0, 0]]).bool()
     with pytest.raises(InvalidInput, match="row 1"):
-        mask = torch.tensor([[1, 1], [0, 0]]).bool()
         CalibrationSet(torch.ones(2, 2, dtype=torch.int64), "x", {}, mask)
 
 
