@@ -60,6 +60,6 @@ def unknown_name(kind: str, value: str, choices: Iterable[str], remedy: str = ""
         To be raised by the caller.
     """
     names = list(dict.fromkeys(choices))
-    closest = difflib.get_close_matches(value, names, n=5, cutoff=0.0)
+    closest = difflib.get_close_matches(str(value), names, n=5, cutoff=0.0)
     listing = f" Closest: {', '.join(closest)}." if closest else " There are none."
     return UnknownName(f"unknown {kind} {value!r}.{listing}{' ' + remedy if remedy else ''}")

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec, TypeVar, cast
 
 from entangle import claims
+from entangle.checks import path_of
 from entangle.errors import EntangleError, InvalidInput, Unavailable
 
 if TYPE_CHECKING:
@@ -156,11 +157,18 @@ def _check_replaceable(target: Path, named: str, *, force: bool) -> None:
 
 
 def expanded(path: str | os.PathLike[str]) -> Path:
-    """Return a path with ``~`` replaced by the home folder, or as it is if there is none."""
+    """Return a path with ``~`` replaced by the home folder, or as it is if there is none.
+
+    Raises
+    ------
+    InvalidInput
+        If it is no path.
+    """
+    plain = path_of("path", path)
     try:
-        return Path(path).expanduser()
+        return plain.expanduser()
     except RuntimeError:
-        return Path(path)
+        return plain
 
 
 @contextmanager

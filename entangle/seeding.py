@@ -9,17 +9,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from entangle.errors import InvalidInput
+from entangle.checks import seed_of
 
 if TYPE_CHECKING:
     import torch
 
 
 def check_seed(seed: int) -> int:
-    """Return ``seed`` if it is an integer in [0, 2**63), raise `InvalidInput` otherwise."""
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise InvalidInput(f"`seed` must be an integer in [0, 2**63); got {seed!r}.")
-    return seed
+    """Return ``seed`` as an int if it is an integer in [0, 2**63), else raise `InvalidInput`."""
+    return seed_of(seed)
 
 
 def _sequence(seed: int, names: tuple[str | int, ...]) -> np.random.SeedSequence:

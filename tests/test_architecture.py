@@ -11,6 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "entangle"
 FLOORS = (
     {"errors", "jupyter"},
+    {"checks"},
     {"claims"},
     {
         "seeding",
@@ -20,7 +21,6 @@ FLOORS = (
         "progress",
         "html_tables",
         "kernels",
-        "scalars",
         "affixes",
     },
     {"unfinished"},

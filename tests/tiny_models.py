@@ -125,7 +125,7 @@ OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 
 @contextmanager
-def _own_generator(seed: int) -> Iterator[None]:
+def own_generator(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
@@ -135,7 +135,7 @@ def _build(name: str) -> nn.Module:
     kind, settings = CONFIGS[name]
     config = getattr(hf, kind)(**settings)
     auto: Any = hf.AutoModel if name == "bert" else hf.AutoModelForCausalLM
-    with _own_generator(0):
+    with own_generator(0):
         model: nn.Module = auto.from_config(config, dtype=torch.float32)
     rng = torch_rng(0, "tiny", name)
     with torch.no_grad():

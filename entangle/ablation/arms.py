@@ -13,7 +13,8 @@ from entangle.ablation.solved import Level
 from entangle.allocation.allocation import Allocation
 from entangle.allocation.even import even
 from entangle.allocation.labels import nominal_sparsity, rule_label, zeros_digest
-from entangle.errors import InvalidInput, unknown_name
+from entangle.checks import choice, share, whole
+from entangle.errors import InvalidInput
 
 ROUTERS = ("kmeans", "random")
 """Routers of several experts; ``random`` is the control, whose clusters mean nothing."""
@@ -104,18 +105,14 @@ def check_settings(
         experts is below 1, or one of the lists is empty.
     """
     for name in interventions:
-        if name not in INTERVENTIONS:
-            raise unknown_name("intervention", name, INTERVENTIONS)
+        choice("interventions", name, INTERVENTIONS, kind="intervention")
     for name in routers:
-        if name not in ROUTERS:
-            raise unknown_name("router", name, ROUTERS)
+        choice("router", name, ROUTERS)
     for name, values in (("strengths", strengths), ("edit_strengths", edit_strengths)):
         for value in values:
-            if not 0.0 <= value <= 1.0:
-                raise InvalidInput(f"`{name}` must lie in [0, 1]; got {value}.")
+            share(name, value)
     for count in experts:
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise InvalidInput(f"`experts` must be integers of at least 1; got {count!r}.")
+        whole("experts", count, least=1)
     if not (interventions and strengths and edit_strengths and experts and routers):
         raise InvalidInput(
             "there is no arm to run: give at least one intervention, strength, number of experts "

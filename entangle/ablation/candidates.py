@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from entangle.errors import InvalidInput, unknown_name
+from entangle.checks import choice
+from entangle.errors import InvalidInput
 
 Rows = dict[str, NDArray[np.int64]]
 """Full layer name → row indices."""
@@ -53,13 +54,13 @@ def neuron_table(scores: pd.DataFrame) -> pd.DataFrame:
 
 def column(table: pd.DataFrame, by: str) -> "pd.Series[float]":
     """Return a numeric or derived column; `UnknownName` if there is none of this name."""
-    numeric = table.select_dtypes("number").columns
+    numeric = table.select_dtypes("number").columns.tolist()
     derived = [name for name, (source, _) in DERIVED.items() if source in numeric]
+    known = [*numeric, *derived]
+    by = choice("by", by, known, kind="column", remedy="Choose a numeric column.")
     if by in derived:
         source, function = DERIVED[by]
         return function(table[source])
-    if by not in numeric:
-        raise unknown_name("column", by, [*numeric, *derived], "Choose a numeric column.")
     return table[by]
 
 

@@ -1,6 +1,5 @@
 """What is refused before an ablation begins, as it would fail after minutes otherwise."""
 
-import math
 from collections.abc import Sequence
 
 from entangle.ablation.arms import PRUNERS
@@ -10,6 +9,7 @@ from entangle.ablation.selection import Selection, check_scores_fit
 from entangle.allocation.allocation import Allocation
 from entangle.allocation.labels import zeros_digest
 from entangle.calibration import CalibrationSet, as_calibration
+from entangle.checks import finite
 from entangle.errors import InvalidInput, unknown_name
 from entangle.evaluation.forward import check_fits
 from entangle.models.layers import Layer
@@ -43,8 +43,7 @@ def check_fit(
             f"`experts` must be at most the number of calibration tokens, {calibration.n_tokens}; "
             f"got {max(experts)}: give more text or fewer experts."
         )
-    if not 0.0 <= damping < math.inf:
-        raise InvalidInput(f"`damping` must be finite and at least 0; got {damping}.")
+    finite("damping", damping, least=0)
     outside = [layer.name for layer in layers if layer.block is None]
     if "divergence" in protocol.measures and outside:
         raise InvalidInput(

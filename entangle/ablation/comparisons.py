@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from entangle.checks import bootstrap, named, plain_value, shown
 from entangle.errors import InvalidInput, unknown_name
 from entangle.evaluation import Perplexity, perplexity_ratio
 from entangle.seeding import numpy_rng
@@ -58,6 +59,7 @@ class Compared:
         UnknownName, InvalidInput
             If there is no such measure, or the ablation did not take it.
         """
+        measure = named("measure", measure)
         by_pair = measure in _BY_PAIR or measure.startswith(PARADIGM)
         if not by_pair and measure not in _BY_WINDOW:
             raise unknown_name(
@@ -85,13 +87,17 @@ class Compared:
         UnknownName, InvalidInput
             If a column does not exist, or no arm or several are meant.
         """
+        if not isinstance(spec, str | Mapping):
+            raise InvalidInput(
+                f"an arm must be a selection's name or columns and their values; got {shown(spec)}."
+            )
         wanted: dict[str, Any] = {"selection": spec} if isinstance(spec, str) else dict(spec)
         part = self.table
         for name, value in wanted.items():
             if name not in ARM:
                 raise unknown_name("column of an arm", name, ARM)
             known = part[name].dropna().unique().tolist()
-            part = part[part[name].eq(value).fillna(value=False)]
+            part = part[part[name].eq(_plain(value)).fillna(value=False)]
             if part.empty:
                 raise InvalidInput(f"no arm of {wanted} was measured; `{name}` may be {known}.")
         open_to = [name for name in ARM[:-1] if part[name].nunique(dropna=False) > 1]
@@ -130,6 +136,10 @@ class Compared:
         return Perplexity(losses, self.text, int(str(self.text["n_tokens"])), None, None)
 
 
+def _plain(value: object) -> Any:
+    return plain_value(value)
+
+
 def paired_difference(
     gaps: Values,
     strata: NDArray[np.generic],
@@ -162,10 +172,7 @@ def paired_difference(
     A resample of a paradigm is one draw of a multinomial distribution over the different values
     that its gaps have. Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
     """
-    if n_boot < 1 or not 0.0 < level < 1.0:
-        raise InvalidInput(
-            f"`n_boot` must be at least 1 and `level` in (0, 1); got {n_boot} and {level}."
-        )
+    n_boot, level = bootstrap(n_boot, level)
     names = list(dict.fromkeys(strata.tolist()))
     rng, value, draws = numpy_rng(seed, "paired difference"), 0.0, np.zeros(n_boot)
     for name in names:

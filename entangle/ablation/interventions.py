@@ -22,6 +22,7 @@ from torch import Tensor
 
 from entangle.ablation.candidates import neuron_table
 from entangle.ablation.selection import Selection
+from entangle.checks import choice, share
 from entangle.errors import InvalidInput, unknown_name
 from entangle.models.layers import Layer
 from entangle.pruning import PruneResult, prune
@@ -166,10 +167,9 @@ def edited_outputs(
     InvalidInput
         If the strength is outside [0, 1], a row is outside its layer, or a mean is missing.
     """
-    if kind not in OUTPUT_EDITS:
-        raise unknown_name("edit of outputs", kind, OUTPUT_EDITS)
-    if not 0 <= strength <= 1:
-        raise InvalidInput(f"`strength` must be in [0, 1]; got {strength}.")
+    kind, strength = (
+        choice("kind", kind, OUTPUT_EDITS, kind="edit of outputs"), share("strength", strength)
+    )  # fmt: skip
     by_name = {layer.name: layer for layer in layers}
     edits = []
     for name, rows in selection.rows.items():
@@ -178,7 +178,7 @@ def edited_outputs(
         chosen = torch.tensor(rows)
         _check_rows(by_name[name], chosen)
         mean = _means(means, by_name[name], chosen) if kind == "mean" else torch.empty(0)
-        change = partial(_edited, rows=chosen, kind=kind, strength=float(strength), mean=mean)
+        change = partial(_edited, rows=chosen, kind=kind, strength=strength, mean=mean)
         edits.append((by_name[name], change))
     with edit(edits) if strength else nullcontext():
         yield

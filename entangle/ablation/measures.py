@@ -1,12 +1,13 @@
 """What is measured of every arm: raw numbers a window and a pair, and the rows made of them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from entangle.errors import InvalidInput, unknown_name
+from entangle.checks import choices
+from entangle.errors import InvalidInput
 from entangle.evaluation import (
     DenseReference,
     Divergence,
@@ -45,22 +46,23 @@ class Protocol:
 
     @classmethod
     def of(
-        cls, text: EvaluationText | None, pairs: MinimalPairs | None, measures: Sequence[str] | None
+        cls,
+        text: EvaluationText | None,
+        pairs: MinimalPairs | None,
+        measures: str | Iterable[str] | None,
     ) -> "Protocol":
         """Check what is asked for; by default everything that there is text or pairs for."""
         if measures is None:
             measures = [*(["perplexity"] if text else []), *(["pairs"] if pairs else [])]
-        for measure in measures:
-            if measure not in MEASURES:
-                raise unknown_name("measure", measure, MEASURES)
-        if not measures:
-            raise InvalidInput("nothing is measured; give `evaluation` (a text) or `pairs`.")
+            if not measures:
+                raise InvalidInput("nothing is measured; give `evaluation` (a text) or `pairs`.")
+        measures = choices("measures", measures, MEASURES, kind="measure")
         needs_text = {"perplexity", "divergence"} & set(measures)
         if needs_text and text is None:
             raise InvalidInput(f"{min(needs_text)} needs a text; give `evaluation`.")
         if "pairs" in measures and pairs is None:
             raise InvalidInput("minimal-pair accuracy needs pairs; give `pairs`.")
-        return cls(text, pairs, tuple(dict.fromkeys(measures)))
+        return cls(text, pairs, tuple(measures))
 
     def describe(self) -> dict[str, object]:
         """Return the texts and measures, JSON-serialisable."""

@@ -7,7 +7,8 @@ from typing import Any
 import pandas as pd
 
 from entangle.ablation.candidates import DERIVED, SCORED, column
-from entangle.ablation.selection import MATCHED, Selection, select
+from entangle.ablation.selection import MATCHED, SCOPES, Selection, select
+from entangle.checks import choice, share, whole
 from entangle.errors import InvalidInput, unknown_name
 from entangle.models.layers import Layer
 
@@ -43,23 +44,21 @@ class Request:
         """
         known = (*DEFAULT, *MATCHED, "all")
         for one in self.wanted:
-            if not isinstance(one, Selection) and one not in known:
-                raise unknown_name("selection", one, known)
+            if not isinstance(one, Selection):
+                choice("selections", one, known, kind="selection")
         if not self.wanted or not self.columns:
             raise InvalidInput("`selections` and `by` must name at least one; got none.")
-        for name, value in (("seeds", self.seeds), ("count", self.count)):
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            if value is not None and not (whole and value >= 1):
-                raise InvalidInput(f"`{name}` must be an integer of at least 1; got {value!r}.")
-        if self.fraction is not None and not 0.0 < self.fraction <= 1.0:
-            raise InvalidInput(f"`fraction` must be in (0, 1]; got {self.fraction}.")
+        whole("seeds", self.seeds, least=1)
+        if self.count is not None:
+            whole("count", self.count, least=1)
+        if self.fraction is not None:
+            share("fraction", self.fraction, zero=False)
         if (self.fraction is None) == (self.count is None):
             raise InvalidInput(
                 "a selection takes exactly one of `fraction` and `count`; got "
                 f"{self.fraction} and {self.count}: drop one of them."
             )
-        if self.scope not in ("layer", "model"):
-            raise InvalidInput(f"`scope` must be layer or model; got {self.scope!r}.")
+        choice("scope", self.scope, SCOPES)
         self._check_columns(md=md, scores=scores)
         sizes = {layer.name: layer.out_features for layer in layers}
         self._check_sizes(sizes)

@@ -12,7 +12,7 @@ import pandas as pd
 from entangle.ablation.comparisons import ARM, RATIOS, SETTING, Compared
 from entangle.ablation.layer_sets import layer_set
 from entangle.affixes import special_tokens_of
-from entangle.errors import unknown_name
+from entangle.checks import choice
 from entangle.html_tables import described, html_result
 from entangle.provenance import expanded, output_folder, read_manifest, read_table, write_json
 from entangle.scoring.scores import NeuronScores, load_scores
@@ -74,9 +74,7 @@ class AblationResult:
             ``top_gap_low`` to ``top_gap_high``: the first top selection (or the allocation) of the
             same setting against this arm, as in `contrasts`; NaN where there is none.
         """
-        known = self.frame["measure"].unique()
-        if measure not in known:
-            raise unknown_name("measure", measure, known)
+        measure = choice("measure", measure, self.frame["measure"].unique().tolist())
         part = self.frame[self.frame["measure"] == measure]
         joined = part.groupby([*SETTING, "selection", "by"], sort=False, dropna=False)
         table = joined.agg(

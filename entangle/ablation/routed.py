@@ -1,6 +1,6 @@
 """`fit_rows`: Sparse Expansion of chosen neurons only, all arms in one pass over the text."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
 
@@ -11,13 +11,15 @@ from torch import Tensor, nn
 from entangle.ablation.routed_rows import FittedRows, RoutedRows, RowIndices, chosen_rows
 from entangle.ablation.row_solve import RowGroup, RowSettings, fit_group, measure_group
 from entangle.calibration import CalibrationSet, Source, as_calibration
-from entangle.errors import InvalidInput, NumericalError, unknown_name
+from entangle.checks import choice, different, finite, shares, whole, wholes
+from entangle.errors import NumericalError
 from entangle.expansion.build import HiddenStates, check_own_modules, record_inputs
 from entangle.expansion.packing import pack
 from entangle.memory import check_memory, memory_for, work_bytes
 from entangle.models.blocks import BlockRunner
+from entangle.models.evaluating import evaluates
 from entangle.models.layers import Layer
-from entangle.models.loading import LanguageModel, as_language_model
+from entangle.models.loading import AnyModel, as_language_model
 from entangle.progress import Progress, ProgressBar
 from entangle.pruning.methods import METHODS
 from entangle.recording.order import look_at
@@ -28,13 +30,14 @@ from entangle.seeding import check_seed
 __all__ = ["RoutedRows", "fit_rows"]
 
 
+@evaluates
 def fit_rows(
-    model: LanguageModel | nn.Module | str,
+    model: AnyModel,
     calibration: Source,
     rows: Mapping[str, RowIndices],
     *,
-    sparsities: Sequence[float],
-    experts: Sequence[int],
+    sparsities: float | Iterable[float],
+    experts: int | Iterable[int],
     pruner: str = "sparsegpt",
     router: Kind = "kmeans",
     damping: float = 0.01,
@@ -55,7 +58,8 @@ def fit_rows(
     Parameters
     ----------
     model
-        Left unchanged.
+        A name or path for `entangle.load_model`, a module that takes token ids, or a
+        `LanguageModel`. Left unchanged.
     calibration
         Text, as in `entangle.score`, that routers and experts are fitted on, and that all measures
         are taken on.
@@ -182,8 +186,8 @@ def _with_ri(neurons: pd.DataFrame) -> pd.DataFrame:
 
 
 def _settings(
-    sparsities: Sequence[float],
-    experts: Sequence[int],
+    sparsities: float | Iterable[float],
+    experts: int | Iterable[int],
     *,
     pruner: str,
     router: Kind,
@@ -192,16 +196,13 @@ def _settings(
     seed: int,
     md: bool,
 ) -> RowSettings:
-    shares = tuple(float(share) for share in sparsities)
-    if not shares or len(set(shares)) < len(shares) or not all(0 <= s <= 1 for s in shares):
-        raise InvalidInput(f"`sparsities` must be different values in [0, 1]; got {sparsities!r}.")
-    numbers = tuple(int(k) for k in experts)
-    if not numbers or len(set(numbers)) < len(numbers) or numbers != tuple(experts):
-        raise InvalidInput(f"`experts` must be different integers; got {experts!r}.")
-    if min(numbers) < 1:
-        raise InvalidInput(f"`experts` must be at least 1; got {experts!r}.")
-    if pruner not in METHODS:
-        raise unknown_name("pruning method", pruner, METHODS)
-    if router not in KINDS:
-        raise unknown_name("router", router, KINDS)
-    return RowSettings(shares, numbers, pruner, router, damping, restarts, check_seed(seed), md)
+    return RowSettings(
+        tuple(different("sparsities", shares("sparsities", sparsities))),
+        tuple(different("experts", wholes("experts", experts, least=1))),
+        choice("pruner", pruner, METHODS, kind="pruning method"),
+        choice("router", router, KINDS),
+        finite("damping", damping, least=0),
+        whole("restarts", restarts, least=1),
+        check_seed(seed),
+        md,
+    )

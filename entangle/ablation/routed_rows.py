@@ -10,11 +10,12 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from entangle.ablation.row_experts import RowExperts
+from entangle.checks import several, whole
 from entangle.errors import InvalidInput, unknown_name
 from entangle.expansion.linear import SharedRouting
 from entangle.expansion.packing import Packed, unpack
 from entangle.models.layers import LISTING, Layer, find_layers, list_layers
-from entangle.models.loading import LanguageModel
+from entangle.models.loading import AnyModel, as_language_model
 from entangle.routing import Router
 
 RowIndices = Sequence[int] | np.ndarray | Tensor
@@ -121,7 +122,7 @@ class RoutedRows:
 
     def modules(
         self,
-        model: LanguageModel | nn.Module,
+        model: AnyModel,
         selection: Mapping[str, RowIndices],
         k: int,
         sparsity: float,
@@ -142,7 +143,7 @@ class RoutedRows:
         dict of RowExperts
             By layer name, for `installed`. Layers that read one input share their routing.
         """
-        module = model.module if isinstance(model, LanguageModel) else model
+        module = as_language_model(model).module
         routings: dict[int, SharedRouting] = {}
         made = {}
         for name, rows in selection.items():
@@ -163,15 +164,9 @@ class RoutedRows:
 
 def row_indices(layer: str, rows: RowIndices) -> Int64[Tensor, " rows"]:
     """Return indices of neurons as a tensor, or raise `InvalidInput` naming the layer."""
-    values = np.asarray(rows)
-    if values.size == 0:
-        return torch.zeros(0, dtype=torch.int64)
-    if values.ndim != 1 or values.dtype.kind not in "iu":
-        raise InvalidInput(
-            f"the rows of layer {layer!r} must be a list of integers; "
-            f"got shape {values.shape} of {values.dtype}."
-        )
-    return torch.from_numpy(values.astype(np.int64))
+    name = f"rows[{layer!r}]"
+    values = [whole(name, one, least=0) for one in several(name, rows, empty=True)]
+    return torch.tensor(values, dtype=torch.int64)
 
 
 def chosen_rows(

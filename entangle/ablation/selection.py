@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from entangle.ablation.candidates import Rows, column, neuron_table, rows_of
 from entangle.ablation.nearest import match_rows
+from entangle.checks import choice, several, share, whole
 from entangle.errors import InvalidInput, unknown_name
 from entangle.models.layers import list_layers
 from entangle.models.loading import LanguageModel
@@ -20,6 +21,8 @@ from entangle.seeding import check_seed, numpy_rng
 
 RULES = ("top", "bottom", "random", "random-norm", "random-variance", "all", "listed")
 """Names of the rules; `select` knows all of them but ``"listed"``."""
+SCOPES = ("layer", "model")
+"""Where rows are chosen: in every layer by itself, or from all layers together."""
 MATCHED = {"random-norm": "weight_norm", "random-variance": "variance"}
 """Rule that draws rows like those of another selection → the column that is matched."""
 
@@ -137,7 +140,9 @@ def select(
     ----------
     arXiv 2405.15756, figure 3 (top rows by WD against random rows and rows by other columns).
     """
-    check_seed(seed)
+    seed = check_seed(seed)
+    fraction = None if fraction is None else share("fraction", fraction, zero=False)
+    count = None if count is None else whole("count", count, least=1)
     _check_request(rule, fraction, count, scope, like)
     table = neuron_table(scores)
     if rule == "all":
@@ -180,10 +185,8 @@ def select_listed(rows: Mapping[str, Iterable[int]], scores: pd.DataFrame) -> Se
     for name, listed in rows.items():
         if name not in known:
             raise unknown_name("layer", name, known, "The scores hold no other layers.")
-        given = list(listed)
-        if not all(isinstance(index, int | np.integer) for index in given):
-            raise InvalidInput(f"rows must be integers; got {given[:5]} for layer {name!r}.")
-        indices = np.array(given, np.int64)
+        given = several(f"rows[{name!r}]", listed, empty=True)
+        indices = np.array([whole(f"rows[{name!r}]", i, least=0) for i in given], np.int64)
         outside = indices[~np.isin(indices, known[name])]
         if len(outside):
             raise InvalidInput(
@@ -269,10 +272,8 @@ def _check_request(
     scope: str,
     like: Selection | None,
 ) -> None:
-    if rule not in RULES or rule == "listed":
-        raise unknown_name("rule", rule, RULES[:-1], "Rows of your own: select_listed.")
-    if scope not in ("layer", "model"):
-        raise InvalidInput(f"`scope` must be layer or model; got {scope!r}.")
+    choice("rule", rule, RULES[:-1], remedy="Rows of your own: select_listed.")
+    choice("scope", scope, SCOPES)
     if (like is not None) != (rule in MATCHED):
         raise InvalidInput(
             f"`like` must be the selection to match for {' and '.join(MATCHED)} and None for the "
@@ -284,10 +285,6 @@ def _check_request(
         raise InvalidInput(
             f"rule {rule!r} takes {asked} `fraction` and `count`; got {fraction} and {count}."
         )
-    if fraction is not None and not 0 < fraction <= 1:
-        raise InvalidInput(f"`fraction` must be in (0, 1]; got {fraction}.")
-    if count is not None and (isinstance(count, bool) or count < 1):
-        raise InvalidInput(f"`count` must be at least 1; got {count}.")
 
 
 def _choose(

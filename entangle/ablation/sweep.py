@@ -1,10 +1,9 @@
 """`ablate`: arms × strengths × seeds, each measured on the same texts."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 
-from torch import nn
-
+from entangle.ablation.arms import INTERVENTIONS, ROUTERS
 from entangle.ablation.checks import scores_of, silent_layers
 from entangle.ablation.engine import Sweep
 from entangle.ablation.folder import ArmFolder, is_finished
@@ -14,39 +13,42 @@ from entangle.ablation.result import KIND, AblationResult, load_ablation
 from entangle.ablation.selection import Selection
 from entangle.allocation.allocation import Allocation
 from entangle.calibration import Source, as_calibration
+from entangle.checks import choices, finite, names, several, share, shares, whole, wholes
 from entangle.evaluation import MinimalPairs, as_evaluation
 from entangle.evaluation.forward import as_causal_model
 from entangle.memory import check_memory, memory_for
-from entangle.models.layers import asked_by_name, find_layers
-from entangle.models.loading import LanguageModel, as_language_model
+from entangle.models.evaluating import evaluates
+from entangle.models.layers import LayerSpec, Projections, asked_by_name, find_layers, layer_specs
+from entangle.models.loading import AnyModel
 from entangle.provenance import RunClock, claims_out, make_manifest
 from entangle.scoring.scores import NeuronScores
 from entangle.seeding import check_seed
 
 
 @claims_out
+@evaluates
 def ablate(
-    model: LanguageModel | nn.Module | str,
+    model: AnyModel,
     calibration: Source,
     *,
     evaluation: Source | None = None,
     pairs: MinimalPairs | None = None,
-    measures: Sequence[str] | None = None,
+    measures: str | Iterable[str] | None = None,
     scores: NeuronScores | None = None,
-    layers: int | str | Sequence[int | str] = "all",
-    proj: str | None = "mlp",
-    selections: Sequence[str | Selection] = DEFAULT,
-    by: str | Sequence[str] = "wd",
+    layers: LayerSpec = "all",
+    proj: Projections = "mlp",
+    selections: str | Selection | Iterable[str | Selection] = DEFAULT,
+    by: str | Iterable[str] = "wd",
     fraction: float | None = None,
     count: int | None = None,
     scope: str = "layer",
     seeds: int = 5,
-    interventions: Sequence[str] = ("prune",),
-    strengths: Sequence[float] = (0.9, 0.95, 0.99),
+    interventions: str | Iterable[str] = ("prune",),
+    strengths: float | Iterable[float] = (0.9, 0.95, 0.99),
     allocation: Allocation | None = None,
-    edit_strengths: Sequence[float] = (1.0,),
-    experts: Sequence[int] = (1,),
-    router: str | Sequence[str] = "kmeans",
+    edit_strengths: float | Iterable[float] = (1.0,),
+    experts: int | Iterable[int] = (1,),
+    router: str | Iterable[str] = "kmeans",
     damping: float = 0.01,
     match: bool = False,
     md: bool = True,
@@ -66,7 +68,8 @@ def ablate(
     Parameters
     ----------
     model
-        A model from `entangle.load_model`, its name, or a causal language model.
+        A name or path for `entangle.load_model`, a causal language model, or a
+        `LanguageModel`.
     calibration
         Text for scores, grams and routers: a calibration set, or whatever else
         `entangle.load_calibration` takes, with its default settings.
@@ -143,9 +146,9 @@ def ablate(
     arXiv 2405.15756, figures 3 and 5; arXiv 2509.24198 (edits of outputs).
     """
     clock = RunClock()
-    check_seed(seed)
+    seed, layers = check_seed(seed), layer_specs(layers)
     check_memory(memory)
-    dense = as_causal_model(as_language_model(model))
+    dense = as_causal_model(model)
     budget = memory_for(memory, dense.module)
     chosen = find_layers(dense.module, layers, proj)
     named = asked_by_name(layers, chosen)
@@ -153,22 +156,27 @@ def ablate(
         silent = silent_layers(scores)
         chosen = tuple(layer for layer in chosen if layer.name not in silent)
     text = None if evaluation is None else as_evaluation(evaluation, dense)
-    columns = [by] if isinstance(by, str) else list(dict.fromkeys(by))
     size = 0.03 if fraction is None and count is None else fraction
+    request = Request(
+        several("selections", selections, Selection), names("by", by),
+        None if size is None else share("fraction", size, zero=False),
+        None if count is None else whole("count", count, least=1),
+        scope, whole("seeds", seeds, least=1), seed,
+    )  # fmt: skip
     sweep = Sweep(
         model=dense,
         layers=chosen,
         calibration=as_calibration(calibration, dense),
         protocol=Protocol.of(text, pairs, measures),
-        request=Request(selections, columns, size, count, scope, seeds, seed),
-        interventions=interventions,
-        strengths=strengths,
-        edit_strengths=edit_strengths,
-        experts=experts,
-        routers=[router] if isinstance(router, str) else list(dict.fromkeys(router)),
+        request=request,
+        interventions=choices("interventions", interventions, INTERVENTIONS, kind="intervention"),
+        strengths=shares("strengths", strengths),
+        edit_strengths=shares("edit_strengths", edit_strengths),
+        experts=wholes("experts", experts, least=1),
+        routers=choices("router", router, ROUTERS),
         allocation=allocation,
         scores=None if scores is None else scores_of(scores, chosen, dense),
-        damping=damping,
+        damping=finite("damping", damping, least=0),
         match=match,
         md=md,
         seed=seed,

@@ -1,10 +1,9 @@
 """`allocate`: from scores to zeros per neuron under one budget."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 
 import pandas as pd
-from torch import nn
 
 from entangle.allocation.allocation import Allocation
 from entangle.allocation.columns import Columns, gather
@@ -15,20 +14,24 @@ from entangle.allocation.registry import MODEL, RULES
 from entangle.allocation.request import Request, Settings
 from entangle.allocation.subject import Subject, find_subject
 from entangle.calibration import Source
-from entangle.errors import InvalidInput, unknown_name
+from entangle.checks import choice, finite, named, names, share
+from entangle.errors import InvalidInput
 from entangle.memory import check_memory, memory_for
-from entangle.models.loading import LanguageModel
+from entangle.models.evaluating import evaluates
+from entangle.models.layers import LayerSpec, Projections
+from entangle.models.loading import AnyModel
 from entangle.progress import Progress, ProgressBar
 from entangle.provenance import RunClock, make_manifest
 from entangle.scoring.scores import NeuronScores
 
 
+@evaluates
 def allocate(
     scores: NeuronScores | pd.DataFrame,
     *,
     sparsity: float | int,
     rule: str = "protect",
-    by: str | Sequence[str] = "wd",
+    by: str | Iterable[str] = "wd",
     combine: str = "zscore",
     protect: float | int = 0.03,
     protect_sparsity: float | int = 0.0,
@@ -37,10 +40,10 @@ def allocate(
     lowest: float | int = 0.0,
     highest: float | int = 1.0,
     pattern: str = "row",
-    model: LanguageModel | nn.Module | str | None = None,
+    model: AnyModel | None = None,
     calibration: Source | None = None,
-    layers: int | str | Sequence[int | str] | None = None,
-    proj: str | None = None,
+    layers: LayerSpec | None = None,
+    proj: Projections = None,
     in_features: Mapping[str, int] | None = None,
     measured: Measurements | None = None,
     memory: int | None = None,
@@ -82,7 +85,8 @@ def allocate(
         can lose equally many, 0 to m. The total is then met to within half of the smallest such
         step, and the rest noted in the manifest as ``remainder``.
     model
-        The model that was scored. Rules that measure need it, and it tells ``in_features``.
+        The model that was scored, as in `entangle.score`. Rules that measure need it, and it tells
+        ``in_features``.
     calibration
         Text for rules that measure: a calibration set, or whatever else
         `entangle.load_calibration` takes, with its default settings.
@@ -109,16 +113,18 @@ def allocate(
         If a setting is out of range, or scores, model and layers do not belong together.
     """
     clock = RunClock()
-    _check_names(rule, across)
+    rule, across = _check_names(rule, across)
     check_memory(memory)
     if strength is not None and RULES[rule].strength == 0:
         raise InvalidInput(f"rule {rule!r} has no strength; leave it out (got {strength!r}).")
     settings = Settings(
-        rule=rule, sparsity=float(sparsity), by=_names(by), combine=combine,
-        protect=float(protect), protect_sparsity=float(protect_sparsity),
-        strength=float(RULES[rule].strength if strength is None else strength),
+        rule=rule, sparsity=share("sparsity", sparsity), by=_names(by), combine=combine,
+        protect=share("protect", protect),
+        protect_sparsity=share("protect_sparsity", protect_sparsity),
+        strength=finite("strength", RULES[rule].strength if strength is None else strength),
         across=None if RULES[rule].of_layers else across or RULES[rule].across,
-        lowest=float(lowest), highest=float(highest), pattern=pattern,
+        lowest=share("lowest", lowest), highest=share("highest", highest),
+        pattern=named("pattern", pattern),
     )  # fmt: skip
     subject = find_subject(scores, model=model, layers=layers, proj=proj, in_features=in_features)
     frame = scores.frame if isinstance(scores, NeuronScores) else scores
@@ -135,7 +141,7 @@ def allocate(
         scores=_provenance(scores),
         settings={**asdict(settings), "filled": _filled(columns, settings)},
         budget={
-            "sparsity": sparsity,
+            "sparsity": settings.sparsity,
             "zeros": int(zeros.sum()),
             "weights": subject.rows.n_weights,
             "remainder": remainder,
@@ -149,27 +155,26 @@ def allocate(
         experts=None,
         manifest=manifest,
         blocks={n: b for n, b in zip(rows.names, rows.blocks, strict=True) if b is not None},
-        pattern=pattern,
+        pattern=settings.pattern,
     )
 
 
-def _names(by: str | Sequence[str]) -> tuple[str, ...]:
-    return tuple(part.strip() for part in by.split("+")) if isinstance(by, str) else tuple(by)
+def _names(by: str | Iterable[str]) -> tuple[str, ...]:
+    found = names("by", by)
+    return tuple(part.strip() for part in found[0].split("+")) if len(found) == 1 else tuple(found)
 
 
-def _check_names(rule: str, across: str | None) -> None:
-    if rule not in RULES:
-        raise unknown_name("allocation rule", rule, RULES)
+def _check_names(rule: str, across: str | None) -> tuple[str, str | None]:
+    rule = choice("rule", rule, RULES, kind="allocation rule")
     if across is None:
-        return
+        return rule, None
     known = [name for name, one in RULES.items() if one.of_layers]
     if RULES[rule].of_layers:
         raise InvalidInput(
             f"`across` must be left out with rule {rule!r}, which is itself a rule of layers; got "
             f"{across!r}."
         )
-    if across not in (*known, MODEL):
-        raise unknown_name("rule of layers (`across`)", across, [*known, MODEL])
+    return rule, choice("across", across, [*known, MODEL], kind="rule of layers (`across`)")
 
 
 def _measurements(

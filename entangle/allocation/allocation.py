@@ -17,7 +17,8 @@ from torch import Tensor
 
 from entangle.allocation.files import read_zeros, write_zeros
 from entangle.allocation.steps import ROW, step_size
-from entangle.errors import InvalidInput, unknown_name
+from entangle.checks import choice, whole
+from entangle.errors import InvalidInput
 from entangle.html_tables import described, html_result
 from entangle.models.layers import Layer
 
@@ -55,7 +56,7 @@ class Allocation:
         for key in ("zeros", "in_features", "manifest", "blocks"):
             object.__setattr__(self, key, MappingProxyType(dict(getattr(self, key))))
 
-    def rows(self, layer: str) -> int:
+    def rows(self, layer: str | Layer) -> int:
         """Return the number of neurons of a layer, by its full name.
 
         Raises
@@ -63,9 +64,9 @@ class Allocation:
         UnknownName
             If the allocation does not hold the layer.
         """
-        if layer not in self.zeros:
-            raise unknown_name("layer", layer, self.zeros, "The allocation holds no other layers.")
-        return self.zeros[layer].shape[0]
+        remedy = "The allocation holds no other layers."
+        name = choice("layer", getattr(layer, "name", layer), self.zeros, remedy=remedy)
+        return self.zeros[name].shape[0]
 
     @cached_property
     def sparsity(self) -> dict[str, Float[Tensor, " _"]]:
@@ -264,7 +265,4 @@ def _check_experts(experts: Mapping[str, int], names: Sequence[str]) -> None:
             f"{len(experts)} layer(s)."
         )
     for name, count in experts.items():
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise InvalidInput(
-                f"`experts` of {name!r} must be an integer of at least 1; got {count!r}."
-            )
+        whole(f"experts[{name!r}]", count, least=1)

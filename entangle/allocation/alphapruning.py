@@ -8,7 +8,8 @@ from torch import Tensor
 from entangle.allocation.budget import Wish
 from entangle.allocation.request import Request, min_max
 from entangle.allocation.rows import Reals
-from entangle.errors import InvalidInput, NumericalError
+from entangle.checks import share
+from entangle.errors import NumericalError
 from entangle.models.layers import Layer
 
 _BINS = 100
@@ -31,8 +32,7 @@ def alphapruning(request: Request) -> Wish:
     """
     rows, measured = request.rows, request.measurements()
     spread = request.settings.strength
-    if not 0 <= spread < 1:
-        raise InvalidInput(f"`strength` of rule 'alphapruning' must be in [0, 1); got {spread:g}.")
+    spread = share("strength", spread, one=False)
     exponents = measured.once("alpha", lambda: np.array([_exponent(x) for x in measured.layers]))
     counts = np.bincount(rows.groups)
     means = np.bincount(rows.groups, weights=exponents) / counts

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from entangle.allocation.rows import Reals, Rows
+from entangle.checks import choice
 from entangle.errors import InvalidInput, unknown_name
 
 COMBINATIONS = ("zscore", "rank")
@@ -46,8 +47,7 @@ class Columns:
         A neuron without a value (flagged constant, nan, inf or coarse) gets the mean of the others
         of its layer, or of all layers where its layer has none.
         """
-        if combine not in COMBINATIONS:
-            raise InvalidInput(f"`combine` must be {' or '.join(COMBINATIONS)}; got {combine!r}.")
+        combine = choice("combine", combine, COMBINATIONS)
         if not by:
             raise InvalidInput("`by` must name at least one column; got none.")
         values = [self.values(name) for name in by]

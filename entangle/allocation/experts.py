@@ -1,6 +1,6 @@
 """More experts where more neurons are entangled, at equal stored non-zeros."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -8,8 +8,9 @@ import pandas as pd
 
 from entangle.allocation.allocation import Allocation
 from entangle.allocation.rows import Reals
-from entangle.errors import InvalidInput, unknown_name
-from entangle.scalars import whole
+from entangle.checks import choice, several, share, whole
+from entangle.errors import InvalidInput
+from entangle.models.layers import Layer
 from entangle.scoring.scores import NeuronScores
 
 _HALVINGS = 100
@@ -38,7 +39,7 @@ def expert_budget(
     fraction: float = 0.03,
     lowest: int = 1,
     highest: int | None = None,
-    groups: Sequence[Sequence[str]] | None = None,
+    groups: Iterable[Sequence[str | Layer]] | None = None,
 ) -> Allocation:
     """Share experts out by the number of entangled neurons, at equal stored non-zeros.
 
@@ -66,8 +67,9 @@ def expert_budget(
     lowest, highest
         Least and greatest number of experts; by default 1 and twice ``experts``.
     groups
-        Names of layers that read one input, from `entangle.recording.recorder.shared_inputs`; by
-        default the layers of a block together, which every model allows.
+        Layers, or their names, that read one input, from
+        `entangle.recording.recorder.shared_inputs`; by default the layers of a block together,
+        which every model allows.
 
     Returns
     -------
@@ -86,8 +88,7 @@ def expert_budget(
             f"`experts` must lie between `lowest` and `highest`; got {experts}, which is not in "
             f"[{lowest}, {highest}]."
         )
-    if not 0.0 < fraction <= 1.0:
-        raise InvalidInput(f"`fraction` must be in (0, 1]; got {fraction}.")
+    fraction = share("fraction", fraction, zero=False)
     frame = scores.frame if isinstance(scores, NeuronScores) else scores
     entangled = _entangled(allocation, frame, by, fraction)
     found = _group(allocation, groups, entangled)
@@ -138,9 +139,9 @@ def _entangled(
     allocation: Allocation, frame: pd.DataFrame, by: str, fraction: float
 ) -> Mapping[str, int]:
     """Count the entangled neurons of every layer."""
-    numeric = frame.select_dtypes("number").columns
-    if by not in numeric:
-        raise unknown_name("column", by, numeric, "Choose a numeric column of the scores.")
+    numeric = frame.select_dtypes("number").columns.tolist()
+    remedy = "Choose a numeric column of the scores."
+    by = choice("by", by, numeric, kind="column", remedy=remedy)
     sizes = frame.groupby("layer", sort=False).size()
     for name in allocation.zeros:
         if sizes.get(name, 0) != allocation.rows(name):
@@ -156,7 +157,9 @@ def _entangled(
 
 
 def _group(
-    allocation: Allocation, groups: Sequence[Sequence[str]] | None, entangled: Mapping[str, int]
+    allocation: Allocation,
+    groups: Iterable[Sequence[str | Layer]] | None,
+    entangled: Mapping[str, int],
 ) -> _Groups:
     if groups is None:
         by_block: dict[object, list[str]] = {}
@@ -164,7 +167,11 @@ def _group(
             by_block.setdefault(allocation.blocks.get(name, name), []).append(name)
         members = list(by_block.values())
     else:
-        members = [list(group) for group in groups if group]
+        members = [
+            [str(getattr(one, "name", one)) for one in several("groups", group, Layer)]
+            for group in groups
+            if len(group)
+        ]
     named = [name for group in members for name in group]
     if sorted(named) != sorted(allocation.zeros):
         odd = sorted(set(named) ^ set(allocation.zeros)) or sorted(named)

@@ -20,6 +20,7 @@ from entangle.allocation.by_layer import (
 from entangle.allocation.by_row import read_csv, read_rows, write_csv, write_rows
 from entangle.allocation.files import KIND
 from entangle.allocation.recipe import read_recipe, recipe_losses, rest_lost, write_recipe
+from entangle.checks import choice
 from entangle.errors import InvalidInput, Unavailable, unknown_name
 from entangle.models.layers import Layer
 from entangle.provenance import disk_errors, expanded, make_manifest
@@ -122,8 +123,7 @@ def import_allocation(
         If there is no such format, an argument is missing, or the file is missing, damaged or does
         not fit the layers.
     """
-    if format not in FORMATS:
-        raise unknown_name("format", format, FORMATS)
+    format = choice("format", format, FORMATS)  # noqa: A001
     source = expanded(path)
     if not source.is_file():
         raise InvalidInput(f"{str(path)!r} is no file; name one in format {format}.")
@@ -148,8 +148,7 @@ def check_export(
     force: bool = False,
 ) -> Path:
     """Check that `export` can write a file, before any work is done; errors as there."""
-    if format not in FORMATS:
-        raise unknown_name("format", format, FORMATS)
+    format = choice("format", format, FORMATS)  # noqa: A001
     target = expanded(path)
     if target.suffix != FORMATS[format]:
         raise InvalidInput(

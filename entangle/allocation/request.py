@@ -9,6 +9,7 @@ from entangle.allocation.columns import Columns
 from entangle.allocation.measurements import Measurements
 from entangle.allocation.rows import Reals, Rows
 from entangle.allocation.steps import step_sizes
+from entangle.checks import finite, share
 from entangle.errors import InvalidInput
 
 
@@ -30,11 +31,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name in ("sparsity", "protect", "protect_sparsity", "lowest", "highest"):
-            value = getattr(self, name)
-            if not 0 <= value <= 1:
-                raise InvalidInput(f"`{name}` must be in [0, 1]; got {value:g}.")
-        if not np.isfinite(self.strength):
-            raise InvalidInput(f"`strength` must be a finite number; got {self.strength!r}.")
+            share(name, getattr(self, name))
+        finite("strength", self.strength)
         if self.lowest > self.highest:
             raise InvalidInput(
                 f"`lowest` must be at most `highest`; got {self.lowest:g} and {self.highest:g}."

@@ -8,7 +8,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-from torch import nn
 
 from entangle.affixes import around_each
 from entangle.allocation.allocate import allocate
@@ -19,17 +18,19 @@ from entangle.allocation.measurements import Measurements
 from entangle.allocation.registry import RULES
 from entangle.allocation.subject import find_subject
 from entangle.calibration import CalibrationSet, Source, as_calibration
-from entangle.errors import InvalidInput, NumericalError, unknown_name
+from entangle.checks import choice, finite, share, whole
+from entangle.errors import InvalidInput, NumericalError
 from entangle.evaluation import EvaluationText
 from entangle.evaluation.perplexity import measure_perplexity
 from entangle.memory import check_memory, memory_for
-from entangle.models.layers import Layer
-from entangle.models.loading import LanguageModel, as_language_model
+from entangle.models.evaluating import evaluates
+from entangle.models.layers import Layer, layer_specs, projections
+from entangle.models.loading import AnyModel, as_language_model
 from entangle.progress import ProgressBar
 from entangle.provenance import RunClock
 from entangle.pruning import prune
+from entangle.pruning.methods import METHODS
 from entangle.recording.surgery import Change, changed_rows
-from entangle.scalars import whole
 from entangle.scoring.scores import NeuronScores
 from entangle.stats.gram import GramResult
 
@@ -41,10 +42,11 @@ _MOST_PROTECTED = 0.2
 _SHARED = ("layers", "proj")
 
 
+@evaluates
 def search(
     scores: NeuronScores | pd.DataFrame,
     *,
-    model: LanguageModel | nn.Module | str,
+    model: AnyModel,
     calibration: Source,
     sparsity: float,
     tune: str = "linear",
@@ -113,11 +115,17 @@ def search(
         )
     check_memory(memory)
     evaluations = whole("evaluations", evaluations, least=2)
+    held_out = share("held_out", held_out, zero=False, one=False)
+    sparsity, damping = share("sparsity", sparsity), finite("damping", damping, least=0)
+    pruner = choice("pruner", pruner, METHODS, kind="pruning method")
     dense = as_language_model(model)
     calibration = as_calibration(calibration, dense)
-    _check(held_out, calibration)
+    _check(calibration)
     first, last = split(calibration, held_out)
     shared = {name: settings.pop(name, None) for name in _SHARED}
+    if shared["layers"] is not None:  # they are read for every candidate
+        shared["layers"] = layer_specs(shared["layers"])
+    shared["proj"] = projections(shared["proj"])
     subject = find_subject(scores, model=dense, **shared, in_features=None)
     measured = Measurements(dense, subject.layers, first, memory=memory_for(memory, dense.module))
     stand_in = _StandIn(measured, last, pruner=pruner, damping=damping)
@@ -220,21 +228,16 @@ class _StandIn:
 
 def _range(tune: str, high: float | None) -> tuple[str, float]:
     """Return the parameter of a rule that is tuned, and the largest value to try."""
-    if tune not in RULES:
-        raise unknown_name("allocation rule", tune, RULES)
+    tune = choice("tune", tune, RULES, kind="allocation rule")
     parameter, widest = "strength", _WIDEST * RULES[tune].strength
     if tune == "protect":
         parameter, widest = "protect", _MOST_PROTECTED
     if widest == 0:
         raise InvalidInput(f"rule {tune!r} has no strength to tune; choose another (`tune`).")
-    if high is not None and not high > 0:
-        raise InvalidInput(f"`high` must be above 0; got {high}.")
-    return parameter, widest if high is None else float(high)
+    return parameter, widest if high is None else finite("high", high, above=0)
 
 
-def _check(held_out: float, calibration: CalibrationSet) -> None:
-    if not 0.0 < held_out < 1.0:
-        raise InvalidInput(f"`held_out` must be in (0, 1); got {held_out}.")
+def _check(calibration: CalibrationSet) -> None:
     if calibration.seq_len < 2:
         raise InvalidInput(
             "`calibration` must have sequences of at least 2 tokens, to predict one; got 1."

@@ -8,9 +8,17 @@ import pandas as pd
 from torch import nn
 
 from entangle.allocation.rows import Rows
+from entangle.checks import shown, whole
 from entangle.errors import InvalidInput, unknown_name
-from entangle.models.layers import LISTING, Layer, find_layers, list_layers
-from entangle.models.loading import LanguageModel, as_language_model
+from entangle.models.layers import (
+    LISTING,
+    Layer,
+    LayerSpec,
+    Projections,
+    find_layers,
+    list_layers,
+)
+from entangle.models.loading import AnyModel, LanguageModel, as_language_model
 from entangle.scoring.scores import NeuronScores
 
 
@@ -29,9 +37,9 @@ class Subject:
 def find_subject(
     scores: NeuronScores | pd.DataFrame,
     *,
-    model: LanguageModel | nn.Module | str | None,
-    layers: int | str | Sequence[int | str] | None,
-    proj: str | None,
+    model: AnyModel | None,
+    layers: LayerSpec | None,
+    proj: Projections,
     in_features: Mapping[str, int] | None,
 ) -> Subject:
     """Find the layers to allocate to; arguments as in `entangle.allocation.allocate`.
@@ -71,8 +79,8 @@ def _check_digest(model: LanguageModel, digest: str) -> None:
 def _chosen(
     module: nn.Module,
     scored: Sequence[str],
-    layers: int | str | Sequence[int | str] | None,
-    proj: str | None,
+    layers: LayerSpec | None,
+    proj: Projections,
 ) -> tuple[Layer, ...]:
     """Return the layers asked for, or all that were scored."""
     if layers is None and proj is None:
@@ -106,12 +114,12 @@ def _rows_of_scores(
     frame: pd.DataFrame, names: Sequence[str], in_features: Mapping[str, int]
 ) -> Rows:
     for name in names:
-        width = in_features.get(name)
-        if isinstance(width, bool) or not isinstance(width, int) or width < 1:
+        if in_features.get(name) is None:
             raise InvalidInput(
-                f"the weights of a neuron of layer {name!r} must be known: give `model`, or a "
-                f"positive integer in `in_features`; got {width!r}."
+                f"the weights of a neuron of layer {name!r} must be known: give `model`, or their "
+                f"number in `in_features`; got none in {shown(dict(in_features))}."
             )
+        whole(f"in_features[{name!r}]", in_features[name], least=1)
     first = frame.drop_duplicates("layer")
     found = first["block"] if "block" in frame.columns else pd.Series([None] * len(first))
     counts = frame["layer"].value_counts(sort=False)
@@ -119,5 +127,5 @@ def _rows_of_scores(
         names=tuple(names),
         blocks=tuple(None if pd.isna(block) else int(block) for block in found),
         counts=np.array([int(counts[name]) for name in names], dtype=np.int64),
-        widths=np.array([in_features[name] for name in names], dtype=np.int64),
+        widths=np.array([int(in_features[name]) for name in names], dtype=np.int64),
     )

@@ -11,22 +11,23 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int64
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from entangle.ablation.arms import INTERVENTIONS, PRUNERS
 from entangle.ablation.interventions import RowEdit, edited_outputs, pruned_rows, swapped_rows
 from entangle.ablation.routed_rows import RowIndices, chosen_rows
 from entangle.ablation.selection import Selection
 from entangle.calibration import Source
-from entangle.errors import InvalidInput, unknown_name
+from entangle.checks import choice, finite, share
 from entangle.evaluation import EvaluationText, as_evaluation
 from entangle.evaluation.forward import as_causal_model
 from entangle.evaluation.perplexity import window_memory, windows_in_a_pass
 from entangle.expansion.build import HiddenStates
 from entangle.memory import memory_for
 from entangle.models.blocks import BlockRunner
+from entangle.models.evaluating import evaluates
 from entangle.models.layers import Layer
-from entangle.models.loading import LanguageModel
+from entangle.models.loading import AnyModel, LanguageModel
 from entangle.progress import Progress, ProgressBar
 from entangle.seeding import check_seed
 from entangle.stats.gram import GramResult
@@ -60,8 +61,9 @@ class _Change:
         )
 
 
+@evaluates
 def single_neuron_damage(
-    model: LanguageModel | nn.Module,
+    model: AnyModel,
     text: Source,
     rows: Mapping[str, RowIndices],
     *,
@@ -87,7 +89,9 @@ def single_neuron_damage(
     Parameters
     ----------
     model
-        A causal language model that can be run block by block (`entangle.models.blocks`).
+        A name or path for `entangle.load_model`, a causal language model, or a
+        `LanguageModel`.
+        It is run block by block (`entangle.models.blocks`).
     text
         From `entangle.load_evaluation`, or what that takes.
     rows
@@ -135,8 +139,11 @@ def single_neuron_damage(
     text = as_evaluation(text, dense)
     budget = memory_for(memory, dense.module)
     chosen = chosen_rows(dense.module, rows)
-    pruned = _pruned(chosen, grams or {}, intervention, strength, damping, check_seed(seed))
-    change = _Change(intervention, float(strength), means, pruned)
+    seed, strength = check_seed(seed), share("strength", strength)
+    intervention = choice("intervention", intervention, INTERVENTIONS)
+    damping = finite("damping", damping, least=0)
+    pruned = _pruned(chosen, grams or {}, intervention, strength, damping, seed)
+    change = _Change(intervention, strength, means, pruned)
     per_pass = windows_in_a_pass(batch_size, dense, text)
     with ProgressBar("single neurons", enabled=progress) as bar, window_memory(per_pass):
         losses = _losses(dense, text, per_pass, chosen, change, budget, bar)
@@ -211,10 +218,6 @@ def _pruned(
     seed: int,
 ) -> dict[tuple[str, int], Float[Tensor, "1 _"]]:
     """Return the new weights of all neurons, or none where outputs are edited."""
-    if intervention not in INTERVENTIONS:
-        raise unknown_name("intervention", intervention, INTERVENTIONS)
-    if not 0.0 <= strength <= 1.0:
-        raise InvalidInput(f"`strength` must be in [0, 1]; got {strength}.")
     found = {}
     for layer, index in chosen if intervention in PRUNERS else ():
         gram = grams[layer.name].gram if layer.name in grams else None

@@ -10,6 +10,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 
 from entangle.ablation.routed_rows import RowIndices, row_indices
+from entangle.checks import whole
 from entangle.errors import InvalidInput, unknown_name
 from entangle.progress import ProgressBar
 from entangle.scoring.scores import NeuronScores
@@ -48,8 +49,7 @@ def mixture_components(outputs: Floats, *, max_components: int = 4, seed: int = 
     of a model, 1978), so that more points resolve more components: compare counts of equal n only.
     A heavy-tailed distribution with one mode may need several components.
     """
-    _check(max_components)
-    check_seed(seed)
+    max_components, seed = whole("max_components", max_components, least=1), check_seed(seed)
     if outputs.ndim != 1 or len(outputs) < _LEAST_POINTS * max_components:
         raise InvalidInput(
             f"a mixture of up to {max_components} components needs at least "
@@ -112,7 +112,8 @@ def gmm_components(
     ----------
     arXiv 2405.15756 (number of components of a mixture against relative improvement).
     """
-    _check(max_components)
+    max_components = whole("max_components", max_components, least=1)
+    seed, points = check_seed(seed), whole("points", points, least=1)
     if points < _LEAST_POINTS * max_components:
         raise InvalidInput(
             f"`points` must be at least {_LEAST_POINTS} a component, "
@@ -180,8 +181,3 @@ def _chosen(scores: NeuronScores, rows: Mapping[str, RowIndices] | None) -> list
                 )
         chosen += [(layer, neuron) for neuron in wanted]
     return chosen
-
-
-def _check(max_components: int) -> None:
-    if isinstance(max_components, bool) or max_components < 1:
-        raise InvalidInput(f"`max_components` must be at least 1; got {max_components}.")

@@ -8,12 +8,14 @@ import pandas as pd
 from jaxtyping import Float
 from numpy.typing import NDArray
 from scipy.stats import hypergeom
-from torch import Tensor, nn
+from torch import Tensor
 
 from entangle.ablation.selection import check_scores_fit, select
+from entangle.checks import finite, share
 from entangle.errors import InvalidInput
+from entangle.models.evaluating import evaluates
 from entangle.models.layers import Layer, find_layers
-from entangle.models.loading import LanguageModel, as_language_model
+from entangle.models.loading import AnyModel, as_language_model
 from entangle.scoring.scores import NeuronScores
 from entangle.stats.gram import GramResult
 
@@ -47,8 +49,9 @@ class _Known:
     factor: float | int
 
 
+@evaluates
 def outlier_overlap(
-    model: LanguageModel | nn.Module,
+    model: AnyModel,
     scores: NeuronScores,
     *,
     by: str = "wd",
@@ -63,7 +66,7 @@ def outlier_overlap(
     Parameters
     ----------
     model
-        The model that was scored.
+        The model that was scored, as in `entangle.score`.
     scores
         From `entangle.score`.
     by, fraction
@@ -100,11 +103,8 @@ def outlier_overlap(
     """
     dense = as_language_model(model)
     check_scores_fit(scores, dense)
-    if not 0.0 < weight_share <= 1.0 or not factor > 0.0:
-        raise InvalidInput(
-            "`weight_share` must be in (0, 1] and `factor` above 0; "
-            f"got {weight_share} and {factor}."
-        )
+    weight_share = share("weight_share", weight_share, zero=False)
+    factor = finite("factor", factor, above=0)
     top = select(scores.frame, "top", by=by, fraction=fraction)
     rows = []
     for layer in find_layers(dense.module, list(top.rows)):

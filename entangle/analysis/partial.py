@@ -4,6 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
+from entangle.checks import bootstrap
 from entangle.errors import InvalidInput
 from entangle.seeding import numpy_rng
 from entangle.stats.intervals import Interval, percentiles
@@ -88,10 +89,7 @@ def _coefficient(table: Floats) -> float:
 
 
 def _check(x: Floats, y: Floats, given: Floats, *, n_boot: int, level: float) -> None:
-    if n_boot < 1 or not 0.0 < level < 1.0:
-        raise InvalidInput(
-            f"`n_boot` must be at least 1 and `level` in (0, 1); got {n_boot} and {level}."
-        )
+    n_boot, level = bootstrap(n_boot, level)
     if x.ndim != 1 or x.shape != y.shape or given.ndim != 2 or len(given) != len(x):
         raise InvalidInput(
             "`x`, `y` and `given` must have shapes (points,), (points,) and (points, columns); "

@@ -3,6 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
+from entangle.checks import bootstrap
 from entangle.errors import InvalidInput
 from entangle.seeding import numpy_rng
 from entangle.stats.intervals import Interval, percentiles
@@ -49,10 +50,7 @@ def pearson_interval(
         raise InvalidInput(
             f"`x` and `y` must have one value for each point; got shapes {x.shape} and {y.shape}."
         )
-    if n_boot < 1 or not 0.0 < level < 1.0:
-        raise InvalidInput(
-            f"`n_boot` must be at least 1 and `level` in (0, 1); got {n_boot} and {level}."
-        )
+    n_boot, level = bootstrap(n_boot, level)
     n = len(x)
     if n < 3 or np.ptp(x) == 0.0 or np.ptp(y) == 0.0:
         return Interval(np.nan, np.nan, np.nan)

@@ -1,6 +1,6 @@
 """How well scores of neurons predict what becomes of them: a table of correlations."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +11,7 @@ from scipy.stats import t as student
 from entangle.ablation.candidates import column
 from entangle.analysis.partial import partial_interval
 from entangle.analysis.pearson import pearson_interval
+from entangle.checks import bootstrap, named, several
 from entangle.errors import InvalidInput
 from entangle.seeding import check_seed
 from entangle.stats.intervals import Interval, spearman_interval
@@ -44,8 +45,8 @@ def predictor_table(
     frame: pd.DataFrame,
     target: str,
     *,
-    predictors: Sequence[str] | None = None,
-    given: Sequence[str] = (),
+    predictors: str | Iterable[str] | None = None,
+    given: str | Iterable[str] = (),
     n_boot: int = 500,
     seed: int = 0,
     level: float = 0.95,
@@ -104,7 +105,15 @@ def predictor_table(
     ----------
     arXiv 2405.15756 (R² of WD, and of the number of mixture components, with RI).
     """
+    n_boot, level = bootstrap(n_boot, level)
+    target, given = (
+        named("target", target),
+        [named("given", one) for one in several("given", given, empty=True)],
+    )
     question = _Question(target, tuple(dict.fromkeys(given)), n_boot, check_seed(seed), level)
+    if predictors is not None:
+        asked = several("predictors", predictors, empty=True)
+        predictors = [named("predictors", one) for one in asked]
     table = _neurons(frame)
     names = _predictors(table, question, predictors)
     wanted = dict.fromkeys((*names, *question.given, target))
@@ -149,11 +158,6 @@ def _predictors(table: pd.DataFrame, question: _Question, asked: Sequence[str] |
         raise InvalidInput(
             "`predictors` must name at least one column, and neither they nor `given` the target "
             f"{question.target!r}; got {names} and {list(question.given)}."
-        )
-    if question.n_boot < 1 or not 0.0 < question.level < 1.0:
-        raise InvalidInput(
-            "`n_boot` must be at least 1 and `level` in (0, 1); "
-            f"got {question.n_boot} and {question.level}."
         )
     return names
 

@@ -4,14 +4,15 @@ from contextlib import closing
 
 import torch
 from jaxtyping import Float, Int64
-from torch import Tensor, nn
+from torch import Tensor
 
 from entangle.calibration import Source, as_calibration
 from entangle.expansion.build import HiddenStates
 from entangle.memory import memory_for
 from entangle.models.blocks import BlockRunner
+from entangle.models.evaluating import evaluates
 from entangle.models.layers import Layer, list_layers
-from entangle.models.loading import LanguageModel, as_language_model
+from entangle.models.loading import AnyModel, as_language_model
 from entangle.progress import ProgressBar
 from entangle.recording.hooks import edit
 from entangle.seeding import torch_rng
@@ -20,8 +21,9 @@ _PROBE = 4, 16  # sequences and tokens
 _AGREEMENT = 0.55  # share of equal signs, which is ½ ± 0.01 by chance at 2,048 values
 
 
+@evaluates
 def residual_variance(
-    model: LanguageModel | nn.Module,
+    model: AnyModel,
     calibration: Source,
     *,
     seed: int = 0,
@@ -33,7 +35,9 @@ def residual_variance(
     Parameters
     ----------
     model
-        A causal language model that can be run block by block (`entangle.models.blocks`).
+        A name or path for `entangle.load_model`, a causal language model, or a
+        `LanguageModel`.
+        It is run block by block (`entangle.models.blocks`).
     calibration
         As in `entangle.score`; all tokens count, first ones of a sequence too.
     seed
@@ -71,8 +75,9 @@ def residual_variance(
     return {layer.name: found[layer.block] for layer in writers if layer.block is not None}
 
 
+@evaluates
 def residual_writers(
-    model: LanguageModel | nn.Module, ids: Int64[Tensor, "sequences tokens"], *, seed: int = 0
+    model: AnyModel, ids: Int64[Tensor, "sequences tokens"], *, seed: int = 0
 ) -> list[Layer]:
     """Find the layers whose outputs are added to the residual stream, row by dimension.
 

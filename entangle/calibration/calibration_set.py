@@ -18,6 +18,7 @@ from torch import Tensor
 
 from entangle.calibration.padding import Rows, check_filled, checked_mask
 from entangle.calibration.token_files import METADATA_KEY, read_token_file
+from entangle.checks import whole
 from entangle.errors import InvalidInput, Unavailable
 
 _TOKENS_IN_A_PASS = 4096
@@ -119,10 +120,7 @@ class CalibrationSet:
         A batch holds neighbours of one length, and may hold fewer; without ``n`` up to `per_pass`.
         The ids are views, not copies.
         """
-        most = self.per_pass if n is None else n
-        if isinstance(most, bool) or most < 1:
-            raise InvalidInput(f"the number of sequences in a batch must be at least 1; got {n!r}.")
-        return self.rows.batches(most)
+        return self.rows.batches(self.per_pass if n is None else whole("n", n, least=1))
 
     def save(self, path: str | Path, *, force: bool = False) -> Path:
         """Write the ids and their origin to a ``.safetensors`` file.

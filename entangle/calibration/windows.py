@@ -16,8 +16,8 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from entangle.calibration.padding import first_columns, real_rows
+from entangle.checks import whole
 from entangle.errors import InvalidInput
-from entangle.scalars import whole
 from entangle.seeding import check_seed, numpy_rng
 
 DEFAULT_N_SEQ = 128

@@ -282,13 +282,9 @@ def _without_router(table: "pd.DataFrame") -> "pd.DataFrame":
 
 
 def _measures(arguments: argparse.Namespace) -> list[str]:
-    from entangle.errors import unknown_name
+    from entangle.checks import choices
 
-    measures = options.names(arguments.measure)
-    for name in measures:
-        if name not in MEASURES:
-            raise unknown_name("measure", name, MEASURES)
-    return measures
+    return choices("--measure", options.names(arguments.measure), MEASURES, kind="measure")
 
 
 def _default_data(arguments: argparse.Namespace) -> None:

@@ -284,10 +284,9 @@ def _allocate(
     memory: int | None,
 ) -> "Allocation":
     from entangle.allocation import RULES, allocate, search
-    from entangle.errors import unknown_name
+    from entangle.checks import choice
 
-    if arguments.rule not in (*RULES, SEARCH):
-        raise unknown_name("allocation rule", arguments.rule, (*RULES, SEARCH))
+    choice("--rule", arguments.rule, (*RULES, SEARCH), kind="allocation rule")
     settings: dict[str, Any] = {
         "sparsity": arguments.sparsity,
         "by": arguments.by,

@@ -61,6 +61,7 @@ def add_parser(subparsers: options.Subparsers) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Decompose, save and print."""
+    from entangle.checks import share, wholes
     from entangle.provenance import check_output
     from entangle.seeding import check_seed
 
@@ -72,10 +73,8 @@ def run(arguments: argparse.Namespace) -> None:
     experts = options.numbers(arguments.experts, int)
     neurons = None if arguments.neurons is None else options.numbers(arguments.neurons, int)
     memory = options.parse_memory(arguments.memory)
-    if not 0 <= arguments.sparsity <= 1:
-        raise InvalidInput(f"`--sparsity` must be in [0, 1]; got {arguments.sparsity}.")
-    if min(experts) < 1:
-        raise InvalidInput(f"`--experts` must be at least 1 each; got {arguments.experts!r}.")
+    share("--sparsity", arguments.sparsity)
+    wholes("--experts", experts, least=1)
     if arguments.out is not None:
         check_output(arguments.out, force=arguments.force)
     from entangle.decomposition import decompose

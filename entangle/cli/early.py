@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from entangle.calibration.texts import as_path, existing, interpret_escapes
-from entangle.cli.options import names, numbers, parse_bytes
-from entangle.errors import InvalidInput, unknown_name
+from entangle.checks import choice, share, whole, wholes
+from entangle.cli.options import names, numbers, parse_memory
+from entangle.memory import check_memory
 from entangle.models import hub
 from entangle.models.sources import check_settings, model_source
 from entangle.provenance import expanded, read_manifest
-from entangle.scalars import whole
 from entangle.seeding import check_seed
 
 LEAST: Mapping[str, int] = {
@@ -32,8 +32,6 @@ NAMES: Mapping[str, tuple[str, Sequence[str]]] = {
     "router": ("router", ("kmeans", "random")),
 }  # fmt: skip
 """Options that are lists of names: what one is called in a message, and those that exist."""
-SIZED = ("score", "decompose")
-"""Commands whose work memory must be at least 1 MiB."""
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
@@ -48,8 +46,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     _check_numbers(given)
     for name, (kind, known) in NAMES.items():
         for one in names(given[name]) if isinstance(given.get(name), str) else ():
-            if one not in known:
-                raise unknown_name(kind, one, known)
+            choice(name, one, known, kind=kind)
     _check_models(given)
     _check_texts(given)
     if given.get("scores") is not None:
@@ -66,20 +63,16 @@ def _check_numbers(given: Mapping[str, object]) -> None:
     if "seed" in given:
         check_seed(given["seed"])  # type: ignore[arg-type]
     fraction = given.get("fraction")
-    if isinstance(fraction, float) and not 0 < fraction <= 1:
-        raise InvalidInput(f"`fraction` must be in (0, 1]; got {fraction}.")
+    if fraction is not None:
+        share("fraction", fraction, zero=False)
     experts = given.get("experts")
     if experts is not None:
-        counts = numbers(experts, int) if isinstance(experts, str) else [experts]
-        for count in counts:
-            whole("experts", count, least=1)
+        wholes("experts", numbers(experts, int) if isinstance(experts, str) else experts, least=1)
     if isinstance(given.get("join"), str):
         interpret_escapes(str(given["join"]))
     memory = given.get("memory")
     if isinstance(memory, str):
-        n_bytes = parse_bytes(memory)
-        if given["command"] in SIZED and n_bytes < 2**20:
-            raise InvalidInput(f"`memory` must be at least 1 MiB in bytes; got {n_bytes}.")
+        check_memory(parse_memory(memory))
 
 
 def _check_models(given: Mapping[str, object]) -> None:

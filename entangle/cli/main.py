@@ -5,6 +5,7 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from entangle import __version__
 from entangle.cli import (
@@ -29,9 +30,16 @@ CLOSED_PIPE = 128 + 13
 COMMANDS = (ablate, allocate, compare, decompose, demo, evaluate, expand, figures, layers, score)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Ends with one line where an argument is wrong; subcommands inherit it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="entangle",
         description="Neuron-entanglement analysis for language models.",
         epilog="Documentation and source of the method: arXiv 2405.15756.",

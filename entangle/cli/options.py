@@ -72,15 +72,33 @@ def add_layer_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("layers")
     group.add_argument(
         "--layer",
-        action="append",
+        action=_Several,
         metavar="LAYER",
-        help="block index, full name, glob, or all; may be given several times (default: all)",
+        help="block index, full name, glob, or all; several may be joined by commas, or given one "
+        "after the other (default: all)",
     )
     group.add_argument(
         "--proj",
+        action=_Several,
         metavar="NAME",
-        help="take only these projections: gate_proj, mlp.c_fc, or mlp for the feed-forward part",
+        help="take only these projections: gate_proj, mlp.c_fc, mlp for the feed-forward part, or "
+        "attn for the attention part; several as for --layer",
     )
+
+
+class _Several(argparse.Action):
+    """Gathers what an option is given, at once or several times, in one list."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,  # noqa: ARG002
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,  # noqa: ARG002
+    ) -> None:
+        before = getattr(namespace, self.dest) or []
+        parts = re.split(r",(?![^\[]*\])", str(values))  # a glob may hold [0,2]
+        setattr(namespace, self.dest, [*before, *(part.strip() for part in parts)])
 
 
 class _Joined(argparse.Action):

@@ -54,13 +54,12 @@ def add_parser(subparsers: options.Subparsers) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Score, print and save."""
-    from entangle.errors import InvalidInput
+    from entangle.checks import whole
     from entangle.provenance import check_output
     from entangle.seeding import check_seed
 
     check_seed(arguments.seed)
-    if arguments.top < 1:
-        raise InvalidInput(f"`--top` must be at least 1; got {arguments.top}.")
+    whole("--top", arguments.top, least=1)
     memory = options.parse_memory(arguments.memory)
     if arguments.out is not None:
         check_output(arguments.out, force=arguments.force)

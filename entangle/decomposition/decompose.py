@@ -1,22 +1,23 @@
 """`decompose`: everything that the figures about neurons and experts need, from one pass."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 
 import numpy as np
 import pandas as pd
-from torch import nn
 
 from entangle.ablation.row_solve import RowSettings
 from entangle.calibration import CalibrationSet, Source, as_calibration
+from entangle.checks import choice, different, finite, share, whole, wholes
 from entangle.decomposition.group import Parts, Request, decompose_group
 from entangle.decomposition.recorded import record_groups
 from entangle.decomposition.result import KIND, Decomposition
 from entangle.decomposition.tables import COLUMNS, joined
-from entangle.errors import InvalidInput, NumericalError, unknown_name
+from entangle.errors import InvalidInput, NumericalError
 from entangle.memory import check_memory, memory_for, work_bytes
-from entangle.models.layers import Layer, find_layers
-from entangle.models.loading import LanguageModel, as_language_model
+from entangle.models.evaluating import evaluates
+from entangle.models.layers import Layer, LayerSpec, Projections, find_layers
+from entangle.models.loading import AnyModel, LanguageModel, as_language_model
 from entangle.modes.neuron import Neurons, check_neurons
 from entangle.precision import full_precision
 from entangle.progress import Progress, ProgressBar
@@ -26,14 +27,15 @@ from entangle.routing.router import KINDS, Kind
 from entangle.seeding import check_seed
 
 
+@evaluates
 def decompose(
-    model: LanguageModel | nn.Module | str,
+    model: AnyModel,
     calibration: Source,
     *,
-    layer: int | str | Sequence[int | str],
-    proj: str | None = None,
+    layer: LayerSpec,
+    proj: Projections = None,
     neurons: Neurons | None = None,
-    experts: Sequence[int] = (1, 2, 4, 8, 16),
+    experts: int | Iterable[int] = (1, 2, 4, 8, 16),
     sparsity: float = 0.9,
     pruner: str = "sparsegpt",
     router: Kind = "kmeans",
@@ -55,10 +57,12 @@ def decompose(
 
     Parameters
     ----------
-    model, calibration
-        The model, left unchanged, and the text that everything is fitted and measured on: a
-        calibration set, or whatever else `entangle.load_calibration` takes, with its default
-        settings.
+    model
+        A name or path for `entangle.load_model`, a module that takes token ids, or a
+        `LanguageModel`. Left unchanged.
+    calibration
+        Text that everything is fitted and measured on: a calibration set, or whatever else
+        `entangle.load_calibration` takes, with its default settings.
     layer, proj
         One or several layers, as in `entangle.models.layers.find_layers`.
     neurons
@@ -97,14 +101,17 @@ def decompose(
     clock = RunClock()
     rows = _settings(experts, sparsity, pruner, router, damping, restarts, seed)
     check_memory(memory)
-    _check_limits(near, contexts=contexts, pairs=pairs, separated=separated)
+    near = share("near", near, zero=False)
+    contexts, pairs = whole("contexts", contexts, least=0), whole("pairs", pairs, least=0)
+    separated = whole("separated", separated, least=0)
+    neurons = None if neurons is None else wholes("neurons", neurons, least=0)
     dense = as_language_model(model)
     calibration = as_calibration(calibration, dense)
     layers = find_layers(dense.module, layer, proj)
     _check_fit(layers, neurons, calibration, rows)
     budget = memory_for(memory, dense.module)
     request = Request(
-        rows, _plain(neurons), contexts, pairs, separated, near, work_bytes(budget), budget // 2
+        rows, neurons, contexts, pairs, separated, near, work_bytes(budget), budget // 2
     )
     with ProgressBar("decomposing", enabled=progress) as bar:
         tables = _tables(dense, calibration, layers, request, budget - request.memory, bar)
@@ -189,7 +196,7 @@ def _with_ri(neurons: pd.DataFrame, layers: Sequence[str], experts: Sequence[int
 
 
 def _settings(
-    experts: Sequence[int],
+    experts: int | Iterable[int],
     sparsity: float,
     pruner: str,
     router: Kind,
@@ -197,30 +204,16 @@ def _settings(
     restarts: int,
     seed: int,
 ) -> RowSettings:
-    numbers = tuple(experts)
-    whole = all(isinstance(k, int | np.integer) and not isinstance(k, bool) for k in numbers)
-    if not numbers or not whole or len(set(numbers)) < len(numbers) or min(numbers) < 1:
-        raise InvalidInput(f"`experts` must be different integers of at least 1; got {experts!r}.")
-    if (
-        isinstance(sparsity, bool)
-        or not isinstance(sparsity, int | float)
-        or not 0 <= sparsity <= 1
-    ):
-        raise InvalidInput(f"`sparsity` must be in [0, 1]; got {sparsity!r}.")
-    if pruner not in METHODS:
-        raise unknown_name("pruning method", pruner, METHODS)
-    if router not in KINDS:
-        raise unknown_name("router", router, KINDS)
-    shares, counts = (float(sparsity),), tuple(int(k) for k in numbers)
-    return RowSettings(shares, counts, pruner, router, damping, restarts, check_seed(seed), md=True)
-
-
-def _check_limits(near: float, **counts: int) -> None:
-    for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise InvalidInput(f"`{name}` must be an integer of at least 0; got {value!r}.")
-    if not 0 < near <= 1:
-        raise InvalidInput(f"`near` must be in (0, 1]; got {near!r}.")
+    return RowSettings(
+        (share("sparsity", sparsity),),
+        tuple(different("experts", wholes("experts", experts, least=1))),
+        choice("pruner", pruner, METHODS, kind="pruning method"),
+        choice("router", router, KINDS),
+        finite("damping", damping, least=0),
+        whole("restarts", restarts, least=1),
+        check_seed(seed),
+        md=True,
+    )
 
 
 def _check_fit(
@@ -242,7 +235,3 @@ def _check_fit(
             f"`experts` must be at most the number of tokens to calibrate on, "
             f"{calibration.n_tokens}; got {max(rows.experts)}."
         )
-
-
-def _plain(neurons: Neurons | None) -> list[int] | None:
-    return None if neurons is None else [int(neuron) for neuron in neurons]

@@ -4,20 +4,20 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 import pandas as pd
-from torch import nn
 
 from entangle.affixes import special_tokens_of
 from entangle.calibration import Source
+from entangle.checks import bootstrap
 from entangle.errors import InvalidInput
 from entangle.evaluation.perplexity import Perplexity, measure_perplexity, perplexity
 from entangle.evaluation.text import as_evaluation
-from entangle.models.loading import LanguageModel, as_language_model
+from entangle.models.loading import AnyModel, as_language_model
 from entangle.seeding import numpy_rng
 from entangle.stats.intervals import Interval, percentiles, resampled_means
 
 
 def evaluate_models(
-    models: Iterable[tuple[str, LanguageModel | nn.Module]],
+    models: Iterable[tuple[str, AnyModel]],
     text: Source,
     *,
     batch_size: int | None = None,
@@ -30,8 +30,8 @@ def evaluate_models(
     Parameters
     ----------
     models
-        Label and model, the dense one first. They are asked for one at a time, so that a generator
-        may load, or change the weights, in between.
+        Label and model (as in `perplexity`), the dense one first. They are asked for one at a time,
+        so that a generator may load, or change the weights, in between.
     text, batch_size, progress
         As in `perplexity`.
 
@@ -146,10 +146,7 @@ def perplexity_ratio(
             "perplexities must be of the same windows to be compared; got digests "
             f"{result.protocol['digest']} and {baseline.protocol['digest']}."
         )
-    if n_boot < 1 or not 0.0 < level < 1.0:
-        raise InvalidInput(
-            f"`n_boot` must be at least 1 and `level` in (0, 1); got {n_boot} and {level}."
-        )
+    n_boot, level = bootstrap(n_boot, level)
     n = len(result.window_losses)
     with np.errstate(invalid="ignore", over="ignore"):
         gaps = result.window_losses - baseline.window_losses

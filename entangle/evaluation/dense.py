@@ -4,7 +4,7 @@ from types import TracebackType
 
 import torch
 from jaxtyping import Float, Int64
-from torch import Tensor, nn
+from torch import Tensor
 
 from entangle.calibration import Source
 from entangle.evaluation.forward import as_causal_model
@@ -12,7 +12,8 @@ from entangle.evaluation.perplexity import Perplexity, window_memory, windows_in
 from entangle.evaluation.text import as_evaluation
 from entangle.memory import memory_for
 from entangle.models.blocks import BlockRunner
-from entangle.models.loading import LanguageModel
+from entangle.models.evaluating import evaluating
+from entangle.models.loading import AnyModel
 from entangle.progress import ProgressBar
 from entangle.recording.stream import ByteBudget, TokenStore
 
@@ -27,9 +28,10 @@ class DenseReference:
     Parameters
     ----------
     model
-        The dense model. Later edits of its weights must lie inside its blocks: the reference uses
-        its embeddings, final norm and head whenever it is asked for logits, and does not check
-        that they are as they were. Blocks must carry no hooks of their own that change outputs.
+        The dense model, as in `perplexity`. Later edits of its weights must lie inside its blocks:
+        the reference uses its embeddings, final norm and head whenever it is asked for logits, and
+        does not check that they are as they were. Blocks must carry no hooks of their own that
+        change outputs.
     text
         From `load_evaluation`, or what that takes.
     memory
@@ -51,7 +53,7 @@ class DenseReference:
 
     def __init__(
         self,
-        model: LanguageModel | nn.Module,
+        model: AnyModel,
         text: Source,
         *,
         memory: int | None = None,
@@ -64,8 +66,13 @@ class DenseReference:
         self.batch_size = windows_in_a_pass(batch_size, self._model, text)
         """Windows that ran in one forward pass."""
         self._store = TokenStore(ByteBudget(memory_for(memory, self._model.module)))
-        self._runner = BlockRunner(self._model.module)
-        losses = []
+        with evaluating(self._model.module):
+            self._runner = BlockRunner(self._model.module)
+            self.perplexity = self._measured(progress)
+            """Of the dense model."""
+
+    def _measured(self, progress: bool | None) -> Perplexity:
+        text, losses = self.text, []
         with ProgressBar("dense model", enabled=progress) as bar, window_memory(self.batch_size):
             bar.start(text.n_windows, "windows")
             for _, ids in text.rows.batches(self.batch_size):
@@ -73,8 +80,7 @@ class DenseReference:
                 self._store.append(hidden.flatten(0, -2))
                 losses.append(text.losses(self._runner.leave(hidden, ids), ids))
                 bar.advance(len(ids))
-        self.perplexity = Perplexity.of(torch.cat(losses), text)
-        """Of the dense model."""
+        return Perplexity.of(torch.cat(losses), text)
 
     def __enter__(self) -> "DenseReference":
         return self
@@ -100,7 +106,8 @@ class DenseReference:
         """
         (_, ids), ends = next(self.text.rows.batches(end - start, start)), self.text.rows.ends
         rows = self._store.span(ends[start], ends[end]).to(self._model.device)
-        return self._runner.leave(rows.unflatten(0, tuple(ids.shape)), ids)
+        with evaluating(self._model.module):
+            return self._runner.leave(rows.unflatten(0, tuple(ids.shape)), ids)
 
     def _last_hidden(self, ids: Int64[Tensor, "windows tokens"]) -> Tensor:
         hidden, inputs = self._runner.enter(ids)

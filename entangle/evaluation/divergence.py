@@ -6,13 +6,15 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-from entangle.errors import InvalidInput, unknown_name
+from entangle.checks import choice
+from entangle.errors import InvalidInput
 from entangle.evaluation.dense import DenseReference
 from entangle.evaluation.forward import as_causal_model, check_fits, next_token_logits
 from entangle.evaluation.perplexity import Perplexity, window_memory, windows_in_a_pass
-from entangle.models.loading import LanguageModel
+from entangle.models.evaluating import evaluates
+from entangle.models.loading import AnyModel
 from entangle.precision import accumulator_dtype
 from entangle.progress import ProgressBar
 from entangle.stats.intervals import Interval, window_mean_interval
@@ -79,15 +81,15 @@ class Divergence:
             "top1_agreement": self.window_agreements.astype(np.float64),
             "loss": self.perplexity.window_losses,
         }
-        if name not in sums:
-            raise unknown_name("measure", name, sums)
+        name = choice("name", name, sums, kind="measure")
         return window_mean_interval(
             sums[name], self.window_positions, n_boot=n_boot, seed=seed, level=level
         )
 
 
+@evaluates
 def compare_with_dense(
-    model: LanguageModel | nn.Module,
+    model: AnyModel,
     reference: DenseReference,
     *,
     batch_size: int | None = None,
@@ -98,7 +100,8 @@ def compare_with_dense(
     Parameters
     ----------
     model
-        The changed model, which may be the reference's own with edits inside its blocks.
+        The changed model, as in `perplexity`, which may be the reference's own with edits inside
+        its blocks.
     reference
         The dense model on a text.
     batch_size

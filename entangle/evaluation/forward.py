@@ -7,16 +7,16 @@ from contextlib import contextmanager
 import torch
 import transformers as hf
 from jaxtyping import Float, Int64
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from entangle.errors import InvalidInput, MemoryLimit
 from entangle.evaluation.text import EvaluationText, as_evaluation
-from entangle.models.loading import LanguageModel, as_language_model
+from entangle.models.loading import AnyModel, LanguageModel, as_language_model
 
 
 def as_causal_model(
-    model: LanguageModel | nn.Module, tokenizer: PreTrainedTokenizerBase | None = None
+    model: AnyModel, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> LanguageModel:
     """Return ``model`` as a `LanguageModel`; raise `InvalidInput` for an encoder."""
     language_model = as_language_model(model, tokenizer)

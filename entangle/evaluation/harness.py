@@ -7,12 +7,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer, processors
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from entangle.calibration.special_tokens import DEFAULT_POLICY, affixes, check_policy
+from entangle.checks import whole
 from entangle.errors import InvalidInput, Unavailable
-from entangle.models.loading import LanguageModel, as_language_model
+from entangle.models.loading import AnyModel, as_language_model
 
 if TYPE_CHECKING:
     HarnessModel = Any
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def harness_model(
-    model: LanguageModel | nn.Module | str,
+    model: AnyModel,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     special_tokens: str = DEFAULT_POLICY,
@@ -31,8 +31,10 @@ def harness_model(
     Parameters
     ----------
     model
-        A model from `entangle.load_model`, its name, or a causal transformers model, however its
-        weights or layers were changed. It is not copied.
+        A name or path for `entangle.load_model`, a causal transformers model, or a
+        `LanguageModel`.
+        Weights or layers may have been changed. It is not copied, and stays in eval mode, as the
+        harness keeps it.
     tokenizer
         Replaces the model's own.
     special_tokens
@@ -80,7 +82,7 @@ def harness_model(
             backend="causal",
             tokenizer=copied,
             max_length=language_model.context_length,
-            batch_size=batch_size,
+            batch_size=whole("batch_size", batch_size, least=1),
             **settings,
         )
     finally:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from jaxtyping import Int64
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from entangle.calibration.calibration_set import check_ids
@@ -17,12 +17,14 @@ from entangle.calibration.special_tokens import (
     check_policy,
     describe_tokenizer,
 )
+from entangle.checks import whole
 from entangle.errors import InvalidInput
 from entangle.evaluation.forward import as_causal_model, memory_limit, next_token_logits
 from entangle.evaluation.losses import window_losses
 from entangle.evaluation.pair_scores import PairScores
 from entangle.evaluation.pairs import MinimalPairs
-from entangle.models.loading import LanguageModel
+from entangle.models.evaluating import evaluates
+from entangle.models.loading import AnyModel, LanguageModel
 from entangle.progress import ProgressBar
 
 BATCH_TOKENS = 4096
@@ -32,8 +34,9 @@ LOGITS_IN_A_PASS = 2**27
 _BEFORE = " "  # the harness puts its `target_delimiter` between the empty context and a sentence
 
 
+@evaluates
 def minimal_pair_scores(
-    model: LanguageModel | nn.Module,
+    model: AnyModel,
     pairs: MinimalPairs,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
@@ -50,7 +53,7 @@ def minimal_pair_scores(
     Parameters
     ----------
     model
-        A model from `entangle.load_model`, or a module as in `perplexity`.
+        As in `perplexity`.
     pairs
         From `load_minimal_pairs`.
     tokenizer
@@ -90,8 +93,7 @@ def minimal_pair_scores(
     own = language_model.tokenizer
     if own is None:
         raise InvalidInput("minimal pairs need a tokenizer; pass the model's as `tokenizer`.")
-    if isinstance(batch_tokens, bool) or batch_tokens < 1:
-        raise InvalidInput(f"`batch_tokens` must be at least 1; got {batch_tokens!r}.")
+    batch_tokens = whole("batch_tokens", batch_tokens, least=1)
     asked = pairs.settings.get("special_tokens", DEFAULT_POLICY)
     policy = check_policy(str(asked) if special_tokens is None else special_tokens)
     front = _front(own, policy)

@@ -9,6 +9,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
+from entangle.checks import bootstrap
 from entangle.errors import InvalidInput
 from entangle.evaluation.pairs import MinimalPairs
 from entangle.seeding import numpy_rng
@@ -191,7 +192,4 @@ def _strata(pairs: MinimalPairs, values: NDArray[np.int64]) -> list[NDArray[np.i
 
 
 def _check(n_boot: int, level: float) -> None:
-    if n_boot < 1 or not 0.0 < level < 1.0:
-        raise InvalidInput(
-            f"`n_boot` must be at least 1 and `level` in (0, 1); got {n_boot} and {level}."
-        )
+    n_boot, level = bootstrap(n_boot, level)

@@ -1,6 +1,6 @@
 """Reading minimal pairs from JSON lines and from data sets."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from entangle.calibration.files import json_object, readable
 from entangle.calibration.hub import HubRequest, hub_request, plain_errors
 from entangle.calibration.special_tokens import DEFAULT_POLICY, check_policy
 from entangle.calibration.texts import as_path
+from entangle.checks import names, whole
 from entangle.errors import InvalidInput, unknown_name
 from entangle.evaluation.pairs import MinimalPairs, check_pair
 from entangle.seeding import check_seed, numpy_rng
@@ -47,7 +48,7 @@ class _Pair:
 def load_minimal_pairs(
     source: str | Path = "blimp",
     *,
-    paradigms: Sequence[str] | None = None,
+    paradigms: str | Iterable[str] | None = None,
     n_per_paradigm: int | None = None,
     seed: int = 0,
     special_tokens: str = DEFAULT_POLICY,
@@ -93,9 +94,11 @@ def load_minimal_pairs(
     -----
     Warstadt et al., BLiMP: The Benchmark of Linguistic Minimal Pairs for English, TACL 2020.
     """
-    _check_options(paradigms, n_per_paradigm)
+    paradigms = None if paradigms is None else names("paradigms", paradigms)
+    if n_per_paradigm is not None:
+        n_per_paradigm = whole("n_per_paradigm", n_per_paradigm, least=1)
     policy = check_policy(special_tokens)
-    check_seed(seed)
+    seed = check_seed(seed)
     path = None if source == "blimp" else as_path(source)
     if path is None:
         pairs, settings = _from_hub(BLIMP if source == "blimp" else str(source), paradigms)
@@ -117,16 +120,6 @@ def load_minimal_pairs(
         source=str(source),
         settings=settings,
     )
-
-
-def _check_options(paradigms: Sequence[str] | None, n_per_paradigm: object) -> None:
-    if isinstance(paradigms, str) or (paradigms is not None and not paradigms):
-        raise InvalidInput(f"`paradigms` must be a list of at least one name; got {paradigms!r}.")
-    whole = isinstance(n_per_paradigm, int) and not isinstance(n_per_paradigm, bool)
-    if n_per_paradigm is not None and not (whole and n_per_paradigm >= 1):  # type: ignore[operator]
-        raise InvalidInput(
-            f"`n_per_paradigm` must be an integer of at least 1; got {n_per_paradigm!r}."
-        )
 
 
 def _from_files(

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from entangle.calibration import Source
+from entangle.checks import whole
 from entangle.errors import InvalidInput
 from entangle.evaluation.affix_effect import AffixEffect, affix_effect, tell
 from entangle.evaluation.forward import (
@@ -19,9 +20,9 @@ from entangle.evaluation.forward import (
     next_token_logits,
 )
 from entangle.evaluation.text import EvaluationText, as_evaluation
-from entangle.models.loading import LanguageModel
+from entangle.models.evaluating import evaluates
+from entangle.models.loading import AnyModel, LanguageModel
 from entangle.progress import ProgressBar
-from entangle.scalars import whole
 
 LOGITS_IN_A_PASS = 2**27
 """By default as many windows run in one forward pass as give this many logits."""
@@ -103,8 +104,9 @@ class Perplexity:
             return float(np.exp(np.float64(self._total / count)))
 
 
+@evaluates
 def perplexity(
-    model: LanguageModel | nn.Module,
+    model: AnyModel,
     text: Source,
     *,
     batch_size: int | None = None,
@@ -118,8 +120,9 @@ def perplexity(
     Parameters
     ----------
     model
-        A model from `entangle.load_model`, or a module that maps token ids (windows, tokens) to
-        logits (windows, tokens, vocabulary) or to an object that has them as ``logits``.
+        A name or path for `entangle.load_model`, a module that takes token ids, or a
+        `LanguageModel`. A module maps token ids (windows, tokens) to logits (windows, tokens,
+        vocabulary), or to an object that has them as ``logits``.
     text
         From `load_evaluation`, or whatever else that takes, with its default settings.
     batch_size
@@ -150,8 +153,9 @@ def perplexity(
     return replace(found, special_tokens_effect=effect)
 
 
+@evaluates
 def measure_perplexity(
-    model: LanguageModel | nn.Module,
+    model: AnyModel,
     text: EvaluationText,
     *,
     batch_size: int | None = None,

@@ -8,8 +8,8 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from entangle.calibration.padding import first_columns, real_rows
+from entangle.checks import whole
 from entangle.errors import InvalidInput
-from entangle.scalars import whole
 
 DEFAULT_SEQ_LEN = 2048
 

@@ -6,10 +6,10 @@ from numpy import ndarray
 from torch import Tensor, float64
 
 from entangle.allocation.allocation import Allocation
+from entangle.checks import real, tensor_of, whole
 from entangle.errors import InvalidInput
 from entangle.expansion.solve import Sparsity
 from entangle.models.layers import Layer
-from entangle.scalars import real, tensor_of, whole
 
 Allocated = Allocation | Mapping[str, float | Tensor]
 """An allocation, or sparsities by layer name: for all rows, or one value a row."""

@@ -2,15 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from entangle.allocation.allocation import Allocation
 from entangle.allocation.experts import mean_experts
 from entangle.allocation.labels import nominal_sparsity
-from entangle.errors import InvalidInput, unknown_name
+from entangle.checks import choice, named, several, share, shown, whole
+from entangle.errors import InvalidInput
 from entangle.routing.router import Kind
-from entangle.scalars import real, whole
 
 DENSE = "dense"
 UNIFORM = "uniform"
@@ -55,11 +55,11 @@ class Arm:
 
 
 def arms(
-    methods: Sequence[str],
-    sparsities: Sequence[float],
-    experts: Sequence[int],
+    methods: str | Iterable[str],
+    sparsities: float | Iterable[float],
+    experts: int | Iterable[int],
     *,
-    allocations: Sequence[Named] = (),
+    allocations: Named | Iterable[Named] = (),
 ) -> list[Arm]:
     """Return the models to build: methods without a router once, others for every count above 1.
 
@@ -82,14 +82,10 @@ def arms(
     InvalidInput, UnknownName
         A method that does not exist, a number out of range, or nothing to build.
     """
-    for method in methods:
-        if method not in METHODS:
-            raise unknown_name("method", str(method), METHODS)
-    sparsities = [real("sparsity", sparsity) for sparsity in sparsities]
-    for sparsity in sparsities:
-        if not 0.0 <= sparsity <= 1.0:
-            raise InvalidInput(f"`sparsity` must be in [0, 1]; got {sparsity}.")
-    experts = [whole("experts", k, least=1) for k in experts]
+    methods = [choice("method", one, METHODS) for one in several("methods", methods, empty=True)]
+    sparsities = [share("sparsity", one) for one in several("sparsity", sparsities, empty=True)]
+    experts = [whole("experts", k, least=1) for k in several("experts", experts, empty=True)]
+    allocations = several_named(allocations)
     routed = {method for method in methods if METHODS[method][1] != "single"}
     levels: list[tuple[float, str, Allocation | None]]
     levels = [(sparsity, UNIFORM, None) for sparsity in sparsities]
@@ -107,6 +103,21 @@ def arms(
             f"sparsity {list(sparsities)} and experts {list(experts)}."
         )
     return list(dict.fromkeys(found))
+
+
+def several_named(allocations: Named | Iterable[Named]) -> list[Named]:
+    """Return named allocations, or one, as a list."""
+    if isinstance(allocations, tuple) and len(allocations) == 2:
+        name, one = allocations
+        if isinstance(name, str) and isinstance(one, Allocation):
+            return [(name, one)]
+    found = several("allocations", allocations, empty=True)
+    for one in found:
+        if not (isinstance(one, tuple) and len(one) == 2 and isinstance(one[1], Allocation)):
+            raise InvalidInput(
+                f"`allocations` must be pairs of a name and an Allocation; got {shown(one)}."
+            )
+    return [(named("allocations", name), one) for name, one in found]
 
 
 def by_name(allocations: Sequence[Named]) -> dict[tuple[str, float], Allocation]:
@@ -152,7 +163,6 @@ def common_layers(allocations: Sequence[Named]) -> list[str] | None:
 
 def plain_method(method: str) -> str:
     """Return the method with the same pruner and one expert."""
-    if method not in METHODS:
-        raise unknown_name("method", method, METHODS)
+    method = choice("method", method, METHODS)
     wanted = (METHODS[method][0], "single")
     return next(name for name, made in METHODS.items() if made == wanted)

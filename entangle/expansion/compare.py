@@ -1,7 +1,7 @@
 """Compare pruning methods and expansions at several sparsities, on one text."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from safetensors.numpy import save as to_safetensors
-from torch import nn, tensor
+from torch import tensor
 
 from entangle.allocation.allocation import Allocation
 from entangle.allocation.even import even
-from entangle.allocation.labels import zeros_digest
+from entangle.allocation.labels import nominal_sparsity, zeros_digest
 from entangle.calibration import CalibrationSet, Source, as_calibration
+from entangle.checks import several, shown
 from entangle.errors import EntangleError, InvalidInput
 from entangle.evaluation import (
     EvaluationText,
@@ -35,6 +36,7 @@ from entangle.expansion.arms import (
     arms,
     by_name,
     common_layers,
+    several_named,
 )
 from entangle.expansion.comparison import (
     KEY,
@@ -45,9 +47,9 @@ from entangle.expansion.comparison import (
 )
 from entangle.expansion.expand import expand
 from entangle.memory import check_memory, memory_for
-from entangle.models.loading import LanguageModel, as_language_model
+from entangle.models.evaluating import evaluates
+from entangle.models.loading import AnyModel, LanguageModel, as_language_model
 from entangle.provenance import RunClock, claims_out, make_manifest
-from entangle.scalars import whole
 from entangle.seeding import check_seed
 from entangle.unfinished import Unfinished, is_made
 
@@ -56,6 +58,8 @@ __all__ = [
     "load_comparison",
 ]  # fmt: skip
 
+SPARSITIES, EXPERTS = (0.5, 0.7), 16
+"""What is compared unless something else is asked for."""
 _EVEN = ("uniform_ratio", "uniform_low", "uniform_high")
 _COSTS = ("flops", "nonzeros", "bytes")
 _NUMBERS = (*_COSTS, "relative_error", "seconds")
@@ -90,13 +94,17 @@ class _Measured:
 
 
 @claims_out
+@evaluates
 def compare(
-    model: LanguageModel | nn.Module | str,
+    model: AnyModel,
     calibration: Source,
     text: Source,
-    chosen: Sequence[Arm],
+    chosen: Arm | Iterable[Arm] | None = None,
     *,
-    allocations: Sequence[Named] = (),
+    methods: str | Iterable[str] | None = None,
+    sparsity: float | Iterable[float] | None = None,
+    experts: int | Iterable[int] | None = None,
+    allocations: Named | Iterable[Named] = (),
     seed: int = 0,
     memory: int | None = None,
     out: str | os.PathLike[str] | None = None,
@@ -109,13 +117,17 @@ def compare(
     Parameters
     ----------
     model
-        Dense model; left unchanged.
+        A name or path for `entangle.load_model`, a module that takes token ids, or a
+        `LanguageModel`. Dense, and left unchanged.
     calibration
         Text that the arms are fitted on, as in `entangle.expand`.
     text
         Text to evaluate on, as ``evaluation`` in `entangle.expand`.
     chosen
-        From `arms`.
+        From `arms`; in place of ``methods``, ``sparsity`` and ``experts``.
+    methods, sparsity, experts
+        What `arms` makes arms of: by default all `METHODS`, 0.5 and 0.7 (the allocations' own where
+        there are some), and 16.
     allocations
         Those that the arms were made with. All must be for the same layers, which all arms prune;
         the MLP linears without allocations. Uniform arms of an allocation's sparsity spread its
@@ -142,14 +154,16 @@ def compare(
         What the building of an arm raises; the message begins with the arm. With ``out``, the arms
         before it are kept.
     """
-    clock, seed = RunClock(), whole("seed", seed, least=0)
+    clock, seed = RunClock(), check_seed(seed)
     check_memory(memory)
+    allocations = several_named(allocations)
+    chosen = _chosen(chosen, methods, sparsity, experts, allocations)
     dense = as_language_model(model)
     calibration, text = as_calibration(calibration, dense), as_evaluation(text, dense)
     budget = memory_for(memory, dense.module)
     for arm in chosen:
         check_experts(arm.experts, tokens=calibration.n_tokens)
-    bench = _Bench(dense, calibration, text, allocations, seed=check_seed(seed), memory=budget)
+    bench = _Bench(dense, calibration, text, allocations, seed=seed, memory=budget)
     manifest = make_manifest(
         KIND,
         model=dense.describe(),
@@ -175,6 +189,39 @@ def compare(
         found.save(out, force=force)
         kept.remove()
     return found
+
+
+def _chosen(
+    chosen: Arm | Iterable[Arm] | None,
+    methods: str | Iterable[str] | None,
+    sparsity: float | Iterable[float] | None,
+    experts: int | Iterable[int] | None,
+    allocations: Sequence[Named],
+) -> list[Arm]:
+    """Return the arms given, or those that methods, sparsities and numbers of experts make."""
+    if chosen is None:
+        return arms(
+            METHODS if methods is None else methods,
+            _sparsities(allocations) if sparsity is None else sparsity,
+            EXPERTS if experts is None else experts,
+            allocations=allocations,
+        )
+    for name, value in (("methods", methods), ("sparsity", sparsity), ("experts", experts)):
+        if value is not None:
+            raise InvalidInput(
+                f"`{name}` makes arms, which `chosen` has already; got {shown(value)}: leave one "
+                "of them out."
+            )
+    found = several("chosen", chosen, Arm)
+    for arm in found:
+        if not isinstance(arm, Arm):
+            raise InvalidInput(f"`chosen` must be arms, from `arms`; got {shown(arm)}.")
+    return found
+
+
+def _sparsities(allocations: Sequence[Named]) -> Sequence[float]:
+    """Return the sparsities of allocations, the usual ones where there are none."""
+    return [nominal_sparsity(one) for _, one in allocations] or SPARSITIES
 
 
 def _settings(chosen: Sequence[Arm], allocations: Sequence[Named], seed: int) -> dict[str, object]:

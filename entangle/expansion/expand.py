@@ -1,7 +1,6 @@
 """`expand`: replace the MLP linears of a model by routed sparse experts."""
 
 import hashlib
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +13,8 @@ from torch import Tensor, nn
 
 from entangle.affixes import special_tokens_of
 from entangle.calibration import CalibrationSet, Source, as_calibration
-from entangle.errors import InvalidInput, MemoryLimit, unknown_name
+from entangle.checks import choice, finite, whole
+from entangle.errors import InvalidInput, MemoryLimit
 from entangle.evaluation import EvaluationText, Perplexity, as_evaluation
 from entangle.expansion.allocated import (
     Allocated,
@@ -37,22 +37,27 @@ from entangle.expansion.saving import refuse_saving
 from entangle.expansion.solve import SolverSettings, Sparsity, check_solvable
 from entangle.html_tables import described, html_result, number
 from entangle.memory import check_memory, memory_for
+from entangle.models.evaluating import evaluates
 from entangle.models.layers import (
     Layer,
+    LayerSpec,
+    Projections,
     asked_by_name,
     find_blocks,
     find_layers,
+    layer_specs,
     list_fused_experts,
+    projections,
 )
-from entangle.models.loading import LanguageModel, as_language_model
+from entangle.models.loading import AnyModel, LanguageModel, as_language_model
 from entangle.progress import Progress, ProgressBar
 from entangle.provenance import RunClock, claims_out, make_manifest
 from entangle.provenance import expanded as expanded_path
+from entangle.pruning.methods import METHODS
 from entangle.pruning.quantize import check_bits
 from entangle.recording.recorder import shared_inputs
 from entangle.recording.stream import ByteBudget
 from entangle.routing.router import KINDS, Kind
-from entangle.scalars import real, whole
 from entangle.seeding import check_seed
 
 KIND = "expansion"
@@ -100,16 +105,17 @@ class Expansion:
 
 
 @claims_out
+@evaluates
 def expand(
-    model: LanguageModel | nn.Module | str,
+    model: AnyModel,
     calibration: Source,
     *,
     experts: int = 16,
     sparsity: float | None = 0.7,
     pattern: str = "row",
     pruner: str = "sparsegpt",
-    layers: int | str | Sequence[int | str] = "all",
-    proj: str | None = "mlp",
+    layers: LayerSpec = "all",
+    proj: Projections = "mlp",
     allocation: Allocated | None = None,
     router: Kind = "kmeans",
     restarts: int = 10,
@@ -134,7 +140,9 @@ def expand(
     Parameters
     ----------
     model
-        Left unchanged; the expanded model shares all tensors that were not replaced.
+        A name or path for `entangle.load_model`, a module that takes token ids, or a
+        `LanguageModel`. Left unchanged; the expanded model shares all tensors that were not
+        replaced.
     calibration
         Text that the routers and experts are fitted on: a calibration set, or whatever else
         `entangle.load_calibration` takes, with its default settings.
@@ -188,15 +196,18 @@ def expand(
     """
     clock = RunClock()
     check_memory(memory)
+    restarts, bits = whole("restarts", restarts, least=1), check_bits(bits)
+    seed, damping = check_seed(seed), finite("damping", damping, least=0)
+    pruner = choice("pruner", pruner, METHODS, kind="pruning method")
+    router, proj = choice("router", router, KINDS), projections(proj)
+    layers = layer_specs(layers)
     dense = as_language_model(model)
     calibration = as_calibration(calibration, dense)
     text = None if evaluation is None else as_evaluation(evaluation, dense)
     memory = memory_for(memory, dense.module)
-    restarts = whole("restarts", restarts, least=1)
-    seed, damping, bits = whole("seed", seed, least=0), real("damping", damping), check_bits(bits)
     copied = structural_copy(dense.module)
     chosen = find_layers(copied, layers, proj)
-    if proj == "mlp":
+    if "mlp" in (proj or ()):
         _refuse_fused(copied, chosen)
     counts = planned_experts(chosen, allocation, experts, tokens=calibration.n_tokens)
     plan = _plan(
@@ -312,11 +323,6 @@ def _plan(
     seed: int,
     solver: SolverSettings,
 ) -> Plan:
-    check_seed(seed)
-    if router not in KINDS:
-        raise unknown_name("router", str(router), KINDS)
-    if not 0 <= solver.damping < math.inf:
-        raise InvalidInput(f"`damping` must be finite and at least 0; got {solver.damping:g}.")
     by_block: dict[int, list[Layer]] = {}
     for layer in layers:
         if layer.block is None:

@@ -12,18 +12,20 @@ from entangle.expansion.build import structural_copy
 from entangle.expansion.checkpoint import install, read_block
 from entangle.expansion.expand import KIND
 from entangle.expansion.saving import refuse_saving
+from entangle.models.evaluating import evaluates
 from entangle.models.layers import list_layers
-from entangle.models.loading import LanguageModel, load_model
+from entangle.models.loading import AnyModel, LanguageModel, as_language_model, load_model
 from entangle.provenance import expanded, read_manifest
 from entangle.unfinished import file_digest
 
 _MODEL = {"name", "source", "revision", "digest", "dtype", "class"}
 
 
+@evaluates
 def load_expanded(
     path: str | os.PathLike[str],
     *,
-    base: LanguageModel | str | None = None,
+    base: AnyModel | None = None,
     device: str | torch.device = "auto",
 ) -> LanguageModel:
     """Load an expanded model that `entangle.expand` wrote; it generates like any other.
@@ -33,7 +35,8 @@ def load_expanded(
     path
         The checkpoint's folder.
     base
-        The dense model, or its name; by default the name in the checkpoint's manifest.
+        The dense model: a name or path for `entangle.load_model`, a module or a `LanguageModel`;
+        by default the name in the checkpoint's manifest.
     device
         Where a base that is named goes.
 
@@ -52,7 +55,10 @@ def load_expanded(
         If the base model is not where the manifest says, and ``base`` is not given.
     """
     manifest = _manifest(path)
-    dense = base if isinstance(base, LanguageModel) else load_base(path, base, device=device)
+    if base is None or isinstance(base, str | os.PathLike):
+        dense = load_base(path, None if base is None else os.fspath(base), device=device)
+    else:
+        dense = as_language_model(base)
     _check_digest(dense, manifest, path)
     module = structural_copy(dense.module)
     layers = {layer.name: layer for layer in list_layers(module)}

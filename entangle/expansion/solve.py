@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from entangle.errors import InvalidInput, unknown_name
+from entangle.checks import choice
+from entangle.errors import InvalidInput
 from entangle.models.layers import Layer
 from entangle.precision import full_precision
 from entangle.pruning import METHODS
@@ -66,8 +67,7 @@ def check_solvable(layer: Layer, sparsity: Sparsity, settings: SolverSettings) -
     InvalidInput
         If the sparsity, the pattern or the weight breaks a rule; the message names the layer.
     """
-    if settings.pruner not in METHODS:
-        raise unknown_name("pruning method", str(settings.pruner), METHODS)
+    choice("pruner", settings.pruner, METHODS, kind="pruning method")
     try:
         prepare(
             layer.weight, None, sparsity=sparsity, pattern=settings.pattern, rows=None,

@@ -12,6 +12,7 @@ from entangle.calibration import CalibrationSet
 from entangle.decomposition import Decomposition, decompose
 from entangle.decomposition.histograms import output_histogram
 from entangle.memory import memory_for
+from entangle.models.evaluating import evaluating
 from entangle.models.layers import Layer, find_layers
 from entangle.models.loading import LanguageModel
 from entangle.modes import describe_modes
@@ -137,7 +138,8 @@ class ModeFinder:
                 outputs.append(seen.outputs)
 
         batches = told(subject.calibration, lambda _count: None)
-        Recorder([layer], keep, once=True).run(subject.model.module, batches)
+        with evaluating(subject.model.module):
+            Recorder([layer], keep, once=True).run(subject.model.module, batches)
         self._layer = layer
         return layer
 

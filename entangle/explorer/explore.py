@@ -1,33 +1,36 @@
 """`explore`: look through the neurons of a model, or of scores made before, in a notebook."""
 
-from collections.abc import Sequence
-from pathlib import Path
-
-from torch import nn
+import os
+from collections.abc import Iterable
 
 from entangle.ablation import check_scores_fit
 from entangle.calibration import Source, as_calibration
+from entangle.checks import share, wholes
 from entangle.decomposition import Decomposition, load_decomposition
 from entangle.errors import InvalidInput
 from entangle.explorer.evidence import ExpertFinder, ModeFinder, Subject
 from entangle.explorer.explorer import Explorer
 from entangle.memory import check_memory
-from entangle.models.loading import LanguageModel, as_language_model
+from entangle.models.evaluating import evaluates
+from entangle.models.layers import LayerSpec, Projections
+from entangle.models.loading import AnyModel, as_language_model
 from entangle.provenance import expanded
 from entangle.scoring.score import score
 from entangle.scoring.scores import NeuronScores, load_scores
+from entangle.seeding import check_seed
 
 
+@evaluates
 def explore(
-    source: NeuronScores | LanguageModel | nn.Module | str | Path,
+    source: NeuronScores | AnyModel,
     calibration: Source | None = None,
     *,
-    model: LanguageModel | nn.Module | str | None = None,
-    decomposition: Decomposition | str | Path | None = None,
-    layers: int | str | Sequence[int | str] = "all",
-    proj: str | None = "mlp",
+    model: AnyModel | None = None,
+    decomposition: Decomposition | str | os.PathLike[str] | None = None,
+    layers: LayerSpec = "all",
+    proj: Projections = "mlp",
     by: str = "wd",
-    experts: Sequence[int] = (1, 4, 16),
+    experts: int | Iterable[int] = (1, 4, 16),
     sparsity: float = 0.9,
     widgets: bool | None = None,
     seed: int = 0,
@@ -44,13 +47,15 @@ def explore(
     Parameters
     ----------
     source
-        Scores, the folder of saved ones, or a model (or its name), whose neurons are then scored.
+        Scores, the folder of saved ones, or a model, whose neurons are then scored: a name or path
+        for `entangle.load_model`, a module or a `LanguageModel`.
     calibration
         Text that a model is scored and looked at on: a calibration set, or whatever else
         `entangle.load_calibration` takes, with its default settings. The demo text by default where
         ``source`` is a model.
     model
-        The model of the scores, so that modes and experts can be found; needs ``calibration``.
+        The model of the scores, as in `entangle.score`, so that modes and experts can be found;
+        needs ``calibration``.
     decomposition
         A decomposition of the same model, or its folder: its experts and modes are shown at once.
     layers, proj
@@ -77,14 +82,16 @@ def explore(
         without ``calibration``, or what `entangle.load_scores` and `entangle.score` refuse.
     """
     check_memory(memory)
-    if isinstance(source, str | Path) and (expanded(source) / "manifest.json").is_file():
+    experts, sparsity = wholes("experts", experts, least=1), share("sparsity", sparsity)
+    seed = check_seed(seed)
+    if isinstance(source, str | os.PathLike) and (expanded(source) / "manifest.json").is_file():
         source = load_scores(source)
-    if isinstance(decomposition, str | Path):
+    if isinstance(decomposition, str | os.PathLike):
         decomposition = load_decomposition(decomposition)
     if isinstance(source, NeuronScores):
         scores, subject = source, _subject(source, model, calibration)
     elif model is None:
-        scored = as_language_model(str(source) if isinstance(source, Path) else source)
+        scored = as_language_model(source)
         text = as_calibration("demo" if calibration is None else calibration, scored)
         subject = Subject(scored, text)
         scores = score(scored, text, layers=layers, proj=proj, seed=seed, progress=progress)
@@ -103,7 +110,7 @@ def explore(
 
 def _subject(
     scores: NeuronScores,
-    model: LanguageModel | nn.Module | str | None,
+    model: AnyModel | None,
     calibration: Source | None,
 ) -> Subject | None:
     if model is None:

@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from entangle.errors import InvalidInput, unknown_name
+from entangle.checks import choice
+from entangle.errors import InvalidInput
 from entangle.html_tables import number, visible
 
 PAGE = 100
@@ -78,8 +79,8 @@ class NeuronTable:
     def sorted_by(self, by: str, *, ascending: bool) -> "NeuronTable":
         """Return the table in another order; equal values keep the order of the layer."""
         names = [column.name for column in self.columns if _is_numeric(self.frame, column.name)]
-        if by not in names:
-            raise unknown_name("column", by, names, "Choose a numeric column of the scores.")
+        remedy = "Choose a numeric column of the scores."
+        by = choice("by", by, names, kind="column", remedy=remedy)
         values = self.frame[by].to_numpy(np.float64, na_value=np.nan)
         order = np.argsort(values if ascending else -values, kind="stable")  # NaN comes last
         return replace(self, by=by, ascending=ascending, order=order)

@@ -8,7 +8,7 @@ with it.
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
+from entangle.checks import names, several, shown
 from entangle.errors import InvalidInput, unknown_name
 
 LISTING = "`entangle layers MODEL` lists them all."
@@ -288,9 +289,14 @@ def find_blocks(module: nn.Module) -> tuple[str, nn.ModuleList]:
     return name, blocks
 
 
-def find_layers(
-    module: nn.Module, spec: int | str | Sequence[int | str], proj: str | None = None
-) -> tuple[Layer, ...]:
+LayerSpec = int | str | Layer | Iterable[int | str | Layer]
+"""Which layers are meant; see `find_layers`."""
+
+Projections = str | Iterable[str] | None
+"""Which projections of them; see `find_layers`."""
+
+
+def find_layers(module: nn.Module, spec: LayerSpec, proj: Projections = None) -> tuple[Layer, ...]:
     """Return the layers that ``spec`` and ``proj`` ask for, in module order, each once.
 
     Parameters
@@ -298,13 +304,14 @@ def find_layers(
     module
         A model, usually from transformers.
     spec
-        A block index (``1`` or ``"1"``), a full dotted name, a glob (``"*.mlp.gate_proj"``),
-        ``"all"`` (every linear inside the blocks), or several of these.
+        A block index (``1`` or ``"1"``), a full dotted name, a `Layer` (by its name), a glob
+        (``"*.mlp.gate_proj"``), ``"all"`` (every linear inside the blocks), or several of these.
     proj
         Narrows the choice: the last component or a dotted suffix of the name (``"gate_proj"``,
-        ``"mlp.gate_proj"``), or ``"mlp"`` for the feed-forward part of a block: its linears outside
-        every part that mixes tokens, that is, a module named or classed "attn" or "attention", or
-        one that holds a convolution.
+        ``"mlp.gate_proj"``), or several of them. ``"attn"`` or ``"attention"`` is the attention
+        part of a block: its linears in a module named or classed "attn" or "attention", or so named
+        themselves. ``"mlp"`` is the feed-forward part: its other linears, save those beside a
+        convolution, which mixes tokens too.
 
     Raises
     ------
@@ -313,21 +320,49 @@ def find_layers(
     InvalidInput
         When a block index is out of range, ``spec`` is empty, or fused experts are asked for.
     """
-    if not isinstance(spec, int | str | Sequence):
-        raise InvalidInput(f"`layers` must be block indices or names; got {spec!r}.")
-    specs = [spec] if isinstance(spec, int | str) else list(spec)
-    if not specs:
-        raise InvalidInput(f"`layers` must name at least one layer or block; got {spec!r}.")
     layers = list_layers(module)
-    chosen = {name for one in specs for name in _resolve(module, layers, one)}
+    chosen = {name for one in layer_specs(spec) for name in _resolve(module, layers, one)}
     found = tuple(layer for layer in layers if layer.name in chosen)
-    return found if proj is None else _narrow(module, found, proj)
+    wanted = projections(proj)
+    if wanted is None:
+        return found
+    kept = {layer.name for one in wanted for layer in _narrow(module, found, one)}
+    return tuple(layer for layer in found if layer.name in kept)
 
 
-def asked_by_name(layers: object, chosen: Sequence[Layer]) -> bool:
-    """Tell whether one of the ``chosen`` layers was asked for by its full name."""
-    asked = {layers} if isinstance(layers, int | str) else set(layers)  # type: ignore[call-overload]
-    return any(layer.name in asked for layer in chosen)
+def layer_specs(spec: LayerSpec) -> list[int | str]:
+    """Return what `find_layers` takes as a list of block indices and names, at least one.
+
+    Raises
+    ------
+    InvalidInput
+        If it holds anything else.
+    """
+    found = [one.name if isinstance(one, Layer) else one for one in several("layers", spec, Layer)]
+    for one in found:
+        if isinstance(one, bool) or not isinstance(one, int | str):
+            raise InvalidInput(f"`layers` must be block indices or names; got {shown(one)}.")
+    return found
+
+
+def projections(proj: Projections) -> list[str] | None:
+    """Return the projections that `find_layers` takes as a list; None for all.
+
+    Raises
+    ------
+    InvalidInput
+        If it holds anything but names.
+    """
+    return None if proj is None else names("proj", proj)
+
+
+def asked_by_name(layers: LayerSpec, chosen: Sequence[Layer]) -> bool:
+    """Tell whether one of the ``chosen`` layers was asked for by a full name of its, or itself.
+
+    A generator is read by this, as by `find_layers`: give both what `layer_specs` returns.
+    """
+    asked = set(layer_specs(layers))
+    return any(asked & {layer.name, *layer.aliases} for layer in chosen)
 
 
 def _block_name(module: nn.Module) -> str | None:
@@ -363,8 +398,6 @@ def _block_index(name: str, blocks: str | None) -> int | None:
 
 def _resolve(module: nn.Module, layers: Sequence[Layer], spec: int | str) -> list[str]:
     """Return the names of the layers that ``spec`` asks for, at least one."""
-    if isinstance(spec, bool) or not isinstance(spec, int | str):
-        raise InvalidInput(f"a layer must be a block index or a name; got {spec!r}.")
     if isinstance(spec, int) or re.fullmatch(r"-?[0-9]+", spec):
         index = _check_index(module, int(spec))
         names = [layer.name for layer in layers if layer.block == index]
@@ -410,9 +443,12 @@ def _aliases(module: nn.Module, layers: Sequence[Layer], name: str) -> Iterator[
 
 
 def _narrow(module: nn.Module, layers: tuple[Layer, ...], proj: str) -> tuple[Layer, ...]:
+    """Return the layers of one projection, at least one."""
+    blocks = _block_name(module)
     if proj == "mlp":
-        blocks = _block_name(module)
         found = tuple(layer for layer in layers if _feed_forward(module, blocks, layer))
+    elif proj in ("attn", "attention"):
+        found = tuple(layer for layer in layers if _attends(module, blocks, layer))
     else:
         found = tuple(layer for layer in layers if f".{layer.name}".endswith(f".{proj}"))
     if found:
@@ -423,13 +459,24 @@ def _narrow(module: nn.Module, layers: tuple[Layer, ...], proj: str) -> tuple[La
 
 def _feed_forward(module: nn.Module, blocks: str | None, layer: Layer) -> bool:
     """Tell whether ``layer`` lies in a block, and no part on the way to it mixes tokens."""
+    if layer.block is None or _attends(module, blocks, layer):
+        return False
+    holders = (part for _, part in _way(module, blocks, layer))
+    return not any(isinstance(child, nn.Conv1d) for part in holders for child in part.children())
+
+
+def _attends(module: nn.Module, blocks: str | None, layer: Layer) -> bool:
+    """Tell whether ``layer`` lies in a block, in a part that its name or class calls attention."""
     if layer.block is None:
         return False
+    parts = (f"{key} {type(part).__name__}" for key, part in _way(module, blocks, layer))
+    return any(re.search("attn|attention", one, re.I) for one in (*parts, layer.projection))
+
+
+def _way(module: nn.Module, blocks: str | None, layer: Layer) -> Iterator[tuple[str, nn.Module]]:
+    """Yield name and module of every part between the block of ``layer`` and itself."""
     block, *parts = layer.name.removeprefix(f"{blocks}.").split(".")
     part: nn.Module = module.get_submodule(f"{blocks}.{block}")
     for key in parts[:-1]:
         part = part.get_submodule(key)
-        named = re.search("attn|attention", f"{key} {type(part).__name__}", re.IGNORECASE)
-        if named or any(isinstance(child, nn.Conv1d) for child in part.children()):
-            return False
-    return True
+        yield key, part

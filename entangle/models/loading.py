@@ -26,7 +26,8 @@ class LanguageModel:
     """A model ready to be observed, with its tokenizer and where both came from."""
 
     module: nn.Module
-    """The model in eval mode; no parameter requires a gradient."""
+    """The model. One from `load_model` is in eval mode and no parameter requires a gradient; a
+    module of the user's is so only while it is looked at (`entangle.models.evaluating`)."""
     tokenizer: PreTrainedTokenizerBase | None
     """None for a model without one, which runs on token ids only."""
     name: str
@@ -203,30 +204,42 @@ def _wrapped(
     return as_language_model(model, tokenizer)
 
 
+AnyModel = LanguageModel | nn.Module | str | os.PathLike[str]
+"""What every function that takes a model takes: a name or path for `load_model`, a module that
+takes token ids, or a `LanguageModel`."""
+
+
 def as_language_model(
-    model: LanguageModel | nn.Module | str, tokenizer: PreTrainedTokenizerBase | None = None
+    model: AnyModel, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> LanguageModel:
     """Return ``model`` as a `LanguageModel`.
 
     Parameters
     ----------
     model
-        A `LanguageModel` (returned as it is), a name for `load_model`, or a module, which is put
-        into eval mode and whose parameters stop requiring gradients.
+        A `LanguageModel` (returned as it is), a name or path for `load_model`, or a module, which
+        is left as it is: functions that run it hold it in eval mode meanwhile
+        (`entangle.models.evaluating.evaluates`).
     tokenizer
         Replaces the model's own.
+
+    Raises
+    ------
+    InvalidInput
+        If it is none of these; and as `load_model`.
     """
-    if isinstance(model, str):
-        model = load_model(model)
+    if isinstance(model, str | os.PathLike):
+        model = load_model(os.fspath(model))
     if isinstance(model, LanguageModel):
         return model if tokenizer is None else replace(model, tokenizer=tokenizer)
     if not isinstance(model, nn.Module):
         raise InvalidInput(
-            f"`model` must be a name, a module or a LanguageModel; got {type(model).__name__}."
+            "`model` must be a name, a path, a module or a LanguageModel; got "
+            f"{type(model).__name__}."
         )
     model = uncompiled_module(model)
     name = getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__
-    return LanguageModel(_frozen(model), tokenizer, name, "memory", None)
+    return LanguageModel(model, tokenizer, name, "memory", None)
 
 
 def uncompiled_module(module: nn.Module) -> nn.Module:

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from scipy.signal import find_peaks
 
+from entangle.checks import whole
 from entangle.errors import InvalidInput
 from entangle.modes.density import Density, kernel_density
 
@@ -58,8 +59,7 @@ def find_modes(outputs: Float[np.ndarray, " values"], *, max_modes: int = 4) -> 
     The standard error takes the values for independent. Of 1,000 independent values a mode is found
     from about 2 % on, of 10,000 or more from 0.5 % on.
     """
-    if isinstance(max_modes, bool) or max_modes < 1:
-        raise InvalidInput(f"`max_modes` must be at least 1; got {max_modes!r}.")
+    max_modes = whole("max_modes", max_modes, least=1)
     ordered = np.sort(np.asarray(outputs, dtype=np.float64))
     if ordered.size == 0:
         raise InvalidInput("`outputs` must hold at least one value; got none.")

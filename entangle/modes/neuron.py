@@ -1,7 +1,7 @@
 """The modes of neurons, and the tokens and contexts that fall into each."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from entangle.calibration import CalibrationSet, Source, as_calibration
+from entangle.checks import different, shown, whole, wholes
 from entangle.errors import InvalidInput
-from entangle.models.layers import Layer, find_layers
-from entangle.models.loading import LanguageModel, as_language_model
+from entangle.models.evaluating import evaluates
+from entangle.models.layers import Layer, LayerSpec, find_layers
+from entangle.models.loading import AnyModel, as_language_model
 from entangle.modes.find import find_modes, mode_of
 from entangle.modes.text import TokenText
 from entangle.precision import full_precision
@@ -22,8 +24,8 @@ from entangle.progress import ProgressBar
 from entangle.recording.recorder import Recorded, Recorder, told
 from entangle.seeding import check_seed, numpy_rng
 
-Neurons = Sequence[int] | np.ndarray
-"""Indices of neurons of one layer."""
+Neurons = int | Iterable[int]
+"""Indices of neurons of one layer, or one index."""
 
 Outputs = Float32[np.ndarray, " tokens"]
 
@@ -55,10 +57,11 @@ class NeuronModes:
     """Outputs on all tokens, float32 of shape (tokens,), by neuron."""
 
 
+@evaluates
 def neuron_modes(
-    model: LanguageModel | nn.Module | str,
+    model: AnyModel,
     calibration: Source,
-    layer: str,
+    layer: LayerSpec,
     neurons: Neurons,
     *,
     per_mode: int = 8,
@@ -71,13 +74,13 @@ def neuron_modes(
     Parameters
     ----------
     model
-        A model from `entangle.load_model`, its name, or a module (whose tokens are then written as
-        their ids).
+        A name or path for `entangle.load_model`, a module that takes token ids, or a
+        `LanguageModel`. Tokens of a module are written as their ids.
     calibration
         Text that the model runs on, once, up to the layer: a calibration set, or whatever else
         `entangle.load_calibration` takes, with its default settings.
     layer
-        Full dotted name of a layer.
+        Full dotted name of a layer, the `Layer` itself, or anything else that names it alone.
     neurons
         Indices of neurons, each once.
     per_mode
@@ -99,7 +102,7 @@ def neuron_modes(
     chosen = _one_layer(language_model.module, layer)
     index = check_neurons(chosen, neurons)
     calibration = as_calibration(calibration, language_model)
-    _check_counts(per_mode, window, seed)
+    per_mode, window, seed = _counts(per_mode, window, seed)
     outputs = _outputs(language_model.module, calibration, chosen, index, progress)
     by_neuron = dict(zip(index, outputs, strict=True))
     modes, contexts = describe_modes(
@@ -135,7 +138,7 @@ def describe_modes(
     InvalidInput
         If a neuron has not one finite output for every token.
     """
-    _check_counts(per_mode, window, seed)
+    per_mode, window, seed = _counts(per_mode, window, seed)
     text, ids = TokenText(tokenizer), calibration.rows.flat().numpy()
     modes, contexts = [], []
     for neuron, values in outputs.items():
@@ -176,36 +179,31 @@ def _check_outputs(values: np.ndarray, neuron: int, layer: str, n_tokens: int) -
 
 def check_neurons(layer: Layer, neurons: Neurons) -> list[int]:
     """Return indices of different neurons of a layer, or raise `InvalidInput`."""
-    index = np.asarray(neurons)
-    if index.ndim != 1 or index.size == 0 or index.dtype.kind not in "iu":
-        raise InvalidInput(f"`neurons` must be a list of at least one integer; got {neurons!r}.")
-    for neuron in index.tolist():
-        if not 0 <= neuron < layer.out_features:
+    index = wholes("neurons", neurons, least=0)
+    for neuron in index:
+        if neuron >= layer.out_features:
             raise InvalidInput(
                 f"`neurons` of layer {layer.name!r} must lie in 0..{layer.out_features - 1}; "
                 f"got {neuron}."
             )
-    if len(set(index.tolist())) < index.size:
-        raise InvalidInput(f"`neurons` must be different from one another; got {neurons!r}.")
-    return [int(neuron) for neuron in index]
+    return different("neurons", index)
 
 
-def _one_layer(module: nn.Module, name: str) -> Layer:
+def _one_layer(module: nn.Module, name: LayerSpec) -> Layer:
     found = find_layers(module, name)
     if len(found) > 1:
         names = ", ".join(layer.name for layer in found[:3])
         raise InvalidInput(
-            f"`layer` must name one layer; {name!r} names {len(found)} ({names}, …): give one full "
-            "name."
+            f"`layer` must name one layer; {shown(name)} names {len(found)} ({names}, …): give one "
+            "full name."
         )
     return found[0]
 
 
-def _check_counts(per_mode: int, window: int, seed: int) -> None:
-    check_seed(seed)
-    for name, value in (("per_mode", per_mode), ("window", window)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise InvalidInput(f"`{name}` must be an integer of at least 0; got {value!r}.")
+def _counts(per_mode: int, window: int, seed: int) -> tuple[int, int, int]:
+    """Check the settings of contexts."""
+    counts = whole("per_mode", per_mode, least=0), whole("window", window, least=0)
+    return *counts, check_seed(seed)
 
 
 def _outputs(

@@ -8,7 +8,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from entangle.errors import InvalidInput, unknown_name
+from entangle.checks import choice
+from entangle.errors import InvalidInput
 from entangle.plotting.save import record
 from entangle.plotting.signature import sign
 from entangle.plotting.style import (
@@ -121,8 +122,7 @@ def plot_layer_profile(
     InvalidInput, UnknownName
         If a column is missing, no layer lies in a block, or there is no such value.
     """
-    if value not in VALUE_LABELS:
-        raise unknown_name("value of a layer", value, VALUE_LABELS)
+    value = choice("value", value, VALUE_LABELS, kind="value of a layer")
     check_columns(layers, ("layer", "block", "projection", value), name="layers", writer=_WRITER)
     inside = layers[layers["block"].notna()]
     if inside.empty:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
+from entangle.checks import choice, plain_value, shown
 from entangle.errors import InvalidInput, unknown_name
 from entangle.plotting.summaries import check_columns
 
@@ -76,8 +77,9 @@ class Arms:
     def where(self, **wanted: str | float | int | None) -> "Arms":
         """Return the arms with these values in these columns; None takes all."""
         kept = self
-        for column, value in wanted.items():
-            if value is not None:
+        for column, given in wanted.items():
+            if given is not None:
+                value = plain_value(given)
                 _check_known(kept, column, value)
                 rows, lost = (table[table[column] == value] for table in (kept.rows, kept.lost))
                 kept = replace(kept, rows=rows, lost=lost)
@@ -206,8 +208,7 @@ def read_arms(frame: pd.DataFrame, measure: str) -> Arms:
     """
     check_columns(frame, _NEEDED, name="frame", writer=_WRITER)
     known = [m for m in frame["measure"].unique() if m in MEASURE_LABELS or m.startswith(_PARADIGM)]
-    if measure not in known:
-        raise unknown_name("measure", measure, known, "Choose one that the table holds.")
+    measure = choice("measure", measure, known, remedy="Choose one that the table holds.")
     unit = 1.0 if measure in LOG_MEASURES else 100.0
     is_dense = frame["intervention"] == "dense"
     arms = frame[frame["measure"].eq(measure) & ~is_dense]
@@ -276,14 +277,15 @@ def _checked(arms: Arms) -> Arms:
     return arms
 
 
-def _check_known(arms: Arms, column: str, value: str | float | int) -> None:
+def _check_known(arms: Arms, column: str, value: object) -> None:
     known = pd.concat([arms.rows[column], arms.lost[column]]).unique().tolist()
     if value in known:
         return
     if isinstance(value, str):
         raise unknown_name(column, value, known, "Choose one that the table holds.")
     raise InvalidInput(
-        f"`{column}` must be one of {_listed(sorted(known))}, which the table holds; got {value}."
+        f"`{column}` must be one of {_listed(sorted(known))}, which the table holds; got "
+        f"{shown(value)}."
     )
 
 

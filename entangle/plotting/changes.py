@@ -9,7 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import stats
 
-from entangle.errors import InvalidInput, unknown_name
+from entangle.checks import choice
+from entangle.errors import InvalidInput
 from entangle.plotting.axes import OTHERS, Entry, bin_count
 from entangle.plotting.choices import DECOMPOSE, TWO_EXPERTS, choose
 from entangle.plotting.save import record
@@ -196,8 +197,7 @@ def _groups(
     rows: pd.DataFrame, measure: str, top: float
 ) -> tuple[tuple[_Group, _Group], list[str]]:
     """Return the top neurons by WD and the others, and what is left out."""
-    if measure not in CHANGES:
-        raise unknown_name("measure", measure, CHANGES)
+    measure = choice("measure", measure, CHANGES)
     check_top(top)
     before, after = measure, f"weighted_{measure}"
     check_columns(rows, ("neuron", "wd", before, after), name="neurons", writer=DECOMPOSE)

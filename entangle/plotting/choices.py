@@ -1,11 +1,12 @@
 """Which rows of a decomposition's tables a figure shows: one layer, sparsity, some neurons."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
+from entangle.checks import plain_value, shown
 from entangle.errors import InvalidInput, unknown_name
 from entangle.plotting.style import Role
 from entangle.plotting.summaries import check_columns
@@ -44,18 +45,18 @@ def choose(
             raise InvalidInput(
                 f"`{column}` must be one of {_listed(known)}, which `{name}` holds; got None."
             )
-        chosen = known[0] if value is None else value
-        if chosen not in known:
+        chosen = known[0] if value is None else plain_value(value)
+        if not isinstance(chosen, Hashable) or chosen not in known:
             raise _missing(column, chosen, known, name)
         frame = frame[frame[column] == chosen]
     return frame
 
 
-def _missing(column: str, value: str | float | int, known: list[object], name: str) -> InvalidInput:
+def _missing(column: str, value: object, known: list[object], name: str) -> InvalidInput:
     if isinstance(value, str):
         return unknown_name(column, value, map(str, known), f"`{name}` holds no others.")
     return InvalidInput(
-        f"`{column}` must be one of {_listed(known)}, which `{name}` holds; got {value}."
+        f"`{column}` must be one of {_listed(known)}, which `{name}` holds; got {shown(value)}."
     )
 
 

@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from entangle.errors import InvalidInput, unknown_name
+from entangle.checks import choice
+from entangle.errors import InvalidInput
 from entangle.plotting.save import record
 from entangle.plotting.signature import sign
 from entangle.plotting.style import (
@@ -173,8 +174,7 @@ def plot_perplexity(
     InvalidInput
         Missing columns, fewer than two models with a finite perplexity, an unknown ``x``.
     """
-    if x not in COST_LABELS:
-        raise unknown_name("x axis", x, COST_LABELS)
+    x = choice("x", x, COST_LABELS, kind="x axis")
     models = _Models.of(comparison, [x])
     given, ax = ax is not None, axes_or_new(ax)
     lines = _draw(ax, models, x)

@@ -1,6 +1,6 @@
 """Pairs of tokens: how far apart a neuron's inputs are, and its outputs."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
+from entangle.checks import wholes
 from entangle.errors import InvalidInput
 from entangle.plotting.axes import Entry
 from entangle.plotting.choices import DECOMPOSE, choose, usual_neurons
@@ -99,7 +100,7 @@ def figure_distances(
     neurons: pd.DataFrame,
     *,
     layer: str | None = None,
-    chosen: Sequence[int] | None = None,
+    chosen: int | Iterable[int] | None = None,
     column: Column = "double",
     digest: str | None = None,
 ) -> Figure:
@@ -138,9 +139,7 @@ def figure_distances(
     usual = dict(
         usual_neurons(choose(neurons, name="neurons", layer=name), rows["neuron"].unique().tolist())
     )
-    wanted = list(usual) if chosen is None else list(chosen)
-    if not wanted:
-        raise InvalidInput("`chosen` must name at least one neuron; got none.")
+    wanted = list(usual) if chosen is None else wholes("chosen", chosen, least=0)
     with paper_style(column=column):
         across = min(len(wanted), 2)
         figure, axes = panel_grid(len(wanted), column=column, across=across)

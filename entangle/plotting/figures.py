@@ -4,13 +4,14 @@ Every function draws in `paper_style` and returns a figure that pyplot does not 
 the numbers in it, `save_figure` writes both.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from entangle.checks import several
 from entangle.errors import InvalidInput
 from entangle.plotting.axes import (
     SE_TEXT,
@@ -149,7 +150,7 @@ def figure_wd_distribution(
 
 
 def figure_output_distributions(
-    items: Sequence[NeuronOutput],
+    items: NeuronOutput | Iterable[NeuronOutput],
     *,
     standardized: bool = True,
     column: Column = "double",
@@ -179,7 +180,8 @@ def figure_output_distributions(
     InvalidInput
         No or too many neurons, or one that `plot_output_distribution` refuses.
     """
-    return _draw_outputs(items, standardized=standardized, column=column, digest=digest)
+    wanted = several("items", items, NeuronOutput, empty=True)
+    return _draw_outputs(wanted, standardized=standardized, column=column, digest=digest)
 
 
 def figure_top_and_typical(
@@ -301,7 +303,7 @@ def figure_wd_against_md(
 
 
 def _draw_outputs(
-    items: Sequence[NeuronOutput],
+    items: NeuronOutput | Iterable[NeuronOutput],
     *,
     standardized: bool = True,
     column: Column,

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from entangle.checks import whole
 from entangle.errors import InvalidInput
 from entangle.plotting.axes import Entry, output_limits, wd_text
 from entangle.plotting.choices import DECOMPOSE, choose
@@ -143,7 +144,7 @@ def figure_modes(
     shape = output_density(histogram, mean=mean, std=std, label=f"neuron {first['neuron']}")
     texts = _contexts(contexts, str(first["layer"]), int(first["neuron"]))
     texts = texts.assign(output=(texts["output"] - mean) / std)
-    lines = _lines(rows, texts, per_mode)
+    lines = _lines(rows, texts, whole("per_mode", per_mode, least=0))
     with paper_style(column=column):
         figure, panel, table = beside_table(len(lines), column=column)
         _draw(panel, rows, shape, mean, std)

@@ -7,7 +7,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from entangle.errors import InvalidInput, unknown_name
+from entangle.checks import choice
+from entangle.errors import InvalidInput
 from entangle.plotting.axes import OTHERS, Entry, bootstrap_text
 from entangle.plotting.choices import DECOMPOSE, TWO_EXPERTS, choose
 from entangle.plotting.fits import LineFit, fit_line
@@ -189,8 +190,7 @@ def _usable(rows: pd.DataFrame, predictor: str) -> bool:
 
 def _points(rows: pd.DataFrame, predictor: str) -> tuple[pd.DataFrame, int]:
     """Return ``neuron``, ``wd``, ``x`` and ``y`` of what can be drawn, and how many cannot."""
-    if predictor not in PREDICTORS:
-        raise unknown_name("predictor", predictor, PREDICTORS)
+    predictor = choice("predictor", predictor, PREDICTORS)
     needed = ("neuron", "wd", "ri", PREDICTORS[predictor][1])
     check_columns(rows, tuple(dict.fromkeys(needed)), name="neurons", writer=DECOMPOSE)
     points = _finite(rows, predictor)

@@ -6,7 +6,7 @@ as long as the artist is part of the figure: clearing an axes or removing a line
 
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 
-from entangle.errors import InvalidInput, Unavailable, unknown_name
+from entangle.checks import choices, path_of
+from entangle.errors import InvalidInput, Unavailable
 
 FORMATS = ("pdf", "png")
 _METADATA: dict[str, dict[str, None]] = {"pdf": {"CreationDate": None}, "png": {"Software": None}}
@@ -74,9 +75,9 @@ def drawn(figure: Figure) -> pd.DataFrame:
 
 def save_figure(
     figure: Figure,
-    path_stem: str | Path,
+    path_stem: str | os.PathLike[str],
     *,
-    formats: Sequence[str] = FORMATS,
+    formats: str | Iterable[str] = FORMATS,
     force: bool = False,
 ) -> tuple[Path, ...]:
     """Write a figure and the CSV table of what it shows.
@@ -109,7 +110,7 @@ def save_figure(
         The disk refuses.
     """
     endings = (*check_formats(formats), "csv")
-    stem = Path(path_stem)
+    stem = path_of("path_stem", path_stem)
     targets = tuple(stem.with_name(f"{stem.name}.{ending}") for ending in endings)
     existing = [str(path) for path in targets if path.exists()]
     if existing and not force:
@@ -128,14 +129,9 @@ def save_figure(
     return targets
 
 
-def check_formats(formats: Sequence[str]) -> tuple[str, ...]:
+def check_formats(formats: str | Iterable[str]) -> tuple[str, ...]:
     """Return the formats, each once, or raise `InvalidInput` or `UnknownName`."""
-    if isinstance(formats, str) or not formats:
-        raise InvalidInput(f"`formats` must list {' and/or '.join(FORMATS)}; got {formats!r}.")
-    for name in formats:
-        if name not in FORMATS:
-            raise unknown_name("figure format", name, FORMATS)
-    return tuple(dict.fromkeys(formats))
+    return tuple(choices("formats", formats, FORMATS, kind="figure format"))
 
 
 def _write(figure: Figure, table: pd.DataFrame, targets: Sequence[Path]) -> None:

@@ -6,6 +6,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from entangle.checks import whole
 from entangle.plotting.axes import Entry, output_limits
 from entangle.plotting.choices import DECOMPOSE, choose
 from entangle.plotting.contexts import ContextLine, HeadLine, Line, signed, write_lines
@@ -128,7 +129,9 @@ def _pairs(
 ) -> pd.DataFrame:
     check_columns(separated, _COLUMNS, name="separated", writer=DECOMPOSE)
     rows = choose(separated, name="separated", layer=layer, neuron=neuron)
-    return rows.sort_values("rank", kind="stable").head(min(max(most, 1), MOST_PAIRS))
+    return rows.sort_values("rank", kind="stable").head(
+        min(whole("most", most, least=1), MOST_PAIRS)
+    )
 
 
 def _draw(

@@ -5,6 +5,7 @@ import re
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from entangle.checks import named
 from entangle.errors import InvalidInput
 
 DIGITS = 12
@@ -30,6 +31,7 @@ def sign(figure: Figure, digest: str | None) -> Figure:
     """
     if digest is None:
         return figure
+    digest = named("digest", digest)
     if not re.fullmatch(rf"[0-9a-f]{{{DIGITS},}}", digest):
         raise InvalidInput(
             f"`digest` must be at least {DIGITS} hexadecimal digits (0-9, a-f); got {digest!r}; "

@@ -1,6 +1,6 @@
 """A neuron's outputs before and after its weights are made sparse, by number of experts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import stats
 
+from entangle.checks import wholes
 from entangle.errors import InvalidInput
 from entangle.plotting.axes import Entry, output_limits, wd_text
 from entangle.plotting.choices import (
@@ -123,8 +124,8 @@ def figure_sparse_outputs(
     neurons: pd.DataFrame,
     *,
     layer: str | None = None,
-    chosen: Sequence[int] | None = None,
-    experts: Sequence[int] | None = None,
+    chosen: int | Iterable[int] | None = None,
+    experts: int | Iterable[int] | None = None,
     sparsity: float | None = None,
     column: Column = "double",
     digest: str | None = None,
@@ -161,7 +162,11 @@ def figure_sparse_outputs(
     rows = choose(outputs, name="outputs", layer=layer, sparsity=sparsity)
     items = _items(rows, neurons, chosen)
     common = set.intersection(*(set(item.experts) for item in items))
-    numbers = sorted({min(common), max(common)}) if experts is None else list(experts)
+    numbers = (
+        sorted({min(common), max(common)})
+        if experts is None
+        else wholes("experts", experts, least=1)
+    )
     return _figure(rows, items, numbers, column=column, digest=digest)
 
 
@@ -171,7 +176,7 @@ def figure_recovery(
     *,
     layer: str | None = None,
     neuron: int | None = None,
-    experts: Sequence[int] | None = None,
+    experts: int | Iterable[int] | None = None,
     sparsity: float | None = None,
     column: Column = "double",
     digest: str | None = None,
@@ -203,7 +208,7 @@ def figure_recovery(
     """
     rows = choose(outputs, name="outputs", layer=layer, sparsity=sparsity)
     items = _items(rows, neurons, None if neuron is None else [neuron])[:1]
-    numbers = items[0].experts if experts is None else list(experts)
+    numbers = items[0].experts if experts is None else wholes("experts", experts, least=1)
     return _figure(rows, items, numbers, column=column, digest=digest)
 
 
@@ -244,7 +249,7 @@ def experts_text(k: int) -> str:
 
 
 def _items(
-    outputs: pd.DataFrame, neurons: pd.DataFrame, chosen: Sequence[int] | None
+    outputs: pd.DataFrame, neurons: pd.DataFrame, chosen: int | Iterable[int] | None
 ) -> list[SparseNeuron]:
     """Return the neurons to draw, from rows of one layer and sparsity."""
     layer, sparsity = str(outputs["layer"].iloc[0]), float(outputs["sparsity"].iloc[0])
@@ -254,9 +259,9 @@ def _items(
         wanted: list[tuple[int, Role]] = usual_neurons(rows, known)
     else:
         usual = dict(usual_neurons(rows, known))
-        wanted = [(number, usual.get(number, "output")) for number in chosen]
-    if not wanted:
-        raise InvalidInput("`chosen` must name at least one neuron; got none.")
+        wanted = [
+            (number, usual.get(number, "output")) for number in wholes("chosen", chosen, least=0)
+        ]
     return [
         sparse_neuron(neurons, layer=layer, neuron=number, sparsity=sparsity, role=role)
         for number, role in wanted

@@ -22,7 +22,7 @@ from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
-from entangle.errors import InvalidInput
+from entangle.checks import choice
 from entangle.plotting.text import printable, text_families
 
 Column = Literal["single", "double"]
@@ -135,9 +135,7 @@ def paper_style(*, column: Column = "single") -> Iterator[None]:
 
 def column_width(column: str) -> float:
     """Return the width in inches of ``column``, ``"single"`` or ``"double"``."""
-    if column not in COLUMN_INCHES:
-        raise InvalidInput(f"`column` must be single or double; got {column!r}.")
-    return COLUMN_INCHES[column]
+    return COLUMN_INCHES[choice("column", column, COLUMN_INCHES)]
 
 
 class PaperFigure(Figure):

@@ -8,6 +8,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from pandas.arrays import IntegerArray
 
+from entangle.checks import share
 from entangle.errors import InvalidInput
 
 Floats = NDArray[np.float64]
@@ -81,7 +82,7 @@ def split_top(scores: pd.DataFrame, *, top: float, values: Sequence[str] = ("wd"
         ``top`` is out of range, a column is missing, there are several layers, or fewer than two
         neurons can be drawn.
     """
-    check_top(top)
+    top = share("top", top, zero=False)
     check_columns(scores, ("layer", "neuron", *dict.fromkeys(("wd", *values))), name="scores")
     layer = _single_layer(scores)
     wd = _floats(scores, "wd")
@@ -102,8 +103,7 @@ def split_top(scores: pd.DataFrame, *, top: float, values: Sequence[str] = ("wd"
 
 def check_top(top: float) -> None:
     """Raise `InvalidInput` unless ``top`` is in (0, 1]."""
-    if not 0.0 < top <= 1.0:
-        raise InvalidInput(f"`top` must be in (0, 1]; got {top}.")
+    share("top", top, zero=False)
 
 
 def _single_layer(scores: pd.DataFrame) -> str:

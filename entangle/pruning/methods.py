@@ -3,11 +3,10 @@
 from jaxtyping import Float
 from torch import Tensor
 
-from entangle.errors import unknown_name
+from entangle.checks import choice, finite, seed_of
 from entangle.pruning import magnitude, randomly, sparsegpt, wanda
 from entangle.pruning.problem import Problem, Rows, prepare
 from entangle.pruning.result import PruneResult
-from entangle.scalars import real, whole
 
 METHODS = ("random", "magnitude", "wanda", "sparsegpt")
 """Names of the pruning methods, the weakest first."""
@@ -88,8 +87,8 @@ def prune(
     NumericalError
         For a gram that is not finite or cannot be factorised, or a result that overflows.
     """
-    _check_method(method)
-    damping, seed = real("damping", damping), whole("seed", seed, least=0)
+    method = choice("method", method, METHODS, kind="pruning method")
+    damping, seed = finite("damping", damping, least=0), seed_of(seed)
     problem = prepare(
         weight, gram, sparsity=sparsity, pattern=pattern, rows=rows, bits=bits, loss=loss
     )
@@ -98,7 +97,7 @@ def prune(
 
 def solve(problem: Problem, *, method: str, damping: float | int, seed: int) -> PruneResult:
     """Prune a checked problem by one of `METHODS` (see `prune`)."""
-    _check_method(method)
+    method = choice("method", method, METHODS, kind="pruning method")
     if method == "random":
         return randomly.solve(problem, seed=seed)
     if method == "magnitude":
@@ -106,8 +105,3 @@ def solve(problem: Problem, *, method: str, damping: float | int, seed: int) -> 
     if method == "wanda":
         return wanda.solve(problem)
     return sparsegpt.solve(problem, damping=damping)
-
-
-def _check_method(method: str) -> None:
-    if method not in METHODS:
-        raise unknown_name("pruning method", str(method), METHODS)

@@ -7,11 +7,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from entangle.checks import tensor_of
 from entangle.errors import InvalidInput, NumericalError
 from entangle.pruning.factor import Factor
 from entangle.pruning.masks import Pattern, count_zeros, parse_pattern
 from entangle.pruning.quantize import check_bits
-from entangle.scalars import tensor_of
 
 Rows = Bool[Tensor, " rows"] | Int[Tensor, " chosen"] | Sequence[int] | Sequence[bool] | None
 """Rows to prune: a mask or indices; None for all."""

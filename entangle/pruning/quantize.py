@@ -1,13 +1,12 @@
 """Round-to-nearest quantisation on a per-row asymmetric min-max grid."""
 
 from dataclasses import dataclass
-from numbers import Integral
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from entangle.errors import InvalidInput
+from entangle.checks import whole
 
 MAX_BITS = 16
 
@@ -31,13 +30,7 @@ class Grid:
 
 def check_bits(bits: object) -> int | None:
     """Return ``bits`` if it is None or an integer in [1, 16], raise `InvalidInput` otherwise."""
-    if bits is None:
-        return None
-    if isinstance(bits, bool) or not isinstance(bits, Integral) or not 1 <= int(bits) <= MAX_BITS:
-        raise InvalidInput(
-            f"`bits` must be an integer in [1, {MAX_BITS}], or None to keep them all; got {bits!r}."
-        )
-    return int(bits)
+    return None if bits is None else whole("bits", bits, least=1, most=MAX_BITS)
 
 
 def fit_grid(weight: Float[Tensor, "experts rows cols"], bits: int) -> Grid:

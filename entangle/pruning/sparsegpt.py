@@ -5,7 +5,7 @@ from functools import partial
 from jaxtyping import Float
 from torch import Tensor
 
-from entangle.errors import InvalidInput
+from entangle.checks import whole
 from entangle.precision import full_precision
 from entangle.pruning.factor import inverse_factor
 from entangle.pruning.fused import FusedSolver, can_fuse
@@ -81,8 +81,7 @@ def prune_sparsegpt(
 
 def solve(problem: Problem, *, damping: float | int, block_size: int = BLOCK) -> PruneResult:
     """Prune a checked problem by SparseGPT (see `prune_sparsegpt`)."""
-    if block_size < 1:
-        raise InvalidInput(f"`block_size` must be at least 1; got {block_size}.")
+    block_size = whole("block_size", block_size, least=1)
     return in_groups(problem, partial(_solve, damping=damping, block_size=block_size))
 
 

@@ -13,13 +13,13 @@ import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
+from entangle.checks import choice, whole
 from entangle.errors import InvalidInput
 from entangle.routing.blocks import fixed_blocks
 from entangle.routing.hashing import hash_key
 from entangle.routing.kmeans import kmeans
 from entangle.routing.pca import Pca, fit_pca
 from entangle.routing.router import KINDS, Kind, Router, RouterStatistics
-from entangle.scalars import whole
 from entangle.seeding import check_seed, numpy_rng
 from entangle.stats.gram import require_finite
 
@@ -206,9 +206,7 @@ def _control(features: int, k: int, seed: int, kind: Kind) -> Router:
 
 
 def _check_parameters(k: int, max_tokens: int, kind: str) -> None:
-    if kind not in KINDS:
-        raise InvalidInput(f"`kind` must be {', '.join(KINDS)}; got {kind!r}.")
+    choice("kind", kind, KINDS)
     if kind == "single" and k != 1:
         raise InvalidInput(f"`k` must be 1 for the single cluster; got {k}.")
-    if max_tokens < k:
-        raise InvalidInput(f"`max_tokens` must be at least k={k}; got {max_tokens}.")
+    whole("max_tokens", max_tokens, least=k)

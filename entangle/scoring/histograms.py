@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from entangle.errors import InvalidInput
+from entangle.checks import whole
 from entangle.stats import bins
 from entangle.stats.sketch import SketchResult
 
@@ -61,8 +61,7 @@ class LayerHistograms:
             end bin of which less than half lies inside the outputs' range is joined to the next. A
             constant neuron has one bin around its value.
         """
-        if not 0 <= index < len(self.counts):
-            raise InvalidInput(f"`neuron` must be in 0..{len(self.counts) - 1}; got {index}.")
+        index = whole("neuron", index, least=0, most=len(self.counts) - 1)
         low, high = self.low[index], self.high[index]
         used = np.flatnonzero(self.counts[index])
         if len(used) == 0:

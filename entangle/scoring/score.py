@@ -5,13 +5,21 @@ from itertools import pairwise
 from typing import Literal
 
 import torch
-from torch import nn
 
 from entangle.calibration import CalibrationSet, Source, as_calibration
+from entangle.checks import choice, whole
 from entangle.errors import InvalidInput, MemoryLimit
 from entangle.memory import check_memory, memory_for
-from entangle.models.layers import Layer, asked_by_name, find_layers
-from entangle.models.loading import LanguageModel, as_language_model
+from entangle.models.evaluating import evaluates
+from entangle.models.layers import (
+    Layer,
+    LayerSpec,
+    Projections,
+    asked_by_name,
+    find_layers,
+    layer_specs,
+)
+from entangle.models.loading import AnyModel, LanguageModel, as_language_model
 from entangle.progress import Progress, ProgressBar
 from entangle.provenance import RunClock, make_manifest
 from entangle.recording.recorder import Batch, Recorded, Recorder
@@ -23,6 +31,7 @@ from entangle.seeding import check_seed
 from entangle.stats.mapping_difficulty import MAX_PAIRS
 
 Method = Literal["auto", "exact", "sketch"]
+METHODS: tuple[Method, ...] = ("auto", "exact", "sketch")
 
 AUTO_EXACT_BYTES = 2**30
 """Recorded inputs up to which ``auto`` is exact where no memory was asked for."""
@@ -30,12 +39,13 @@ AUTO_EXACT_BYTES = 2**30
 EXACT_GROUPS, SKETCH_GROUPS = 16, 8
 
 
+@evaluates
 def score(
-    model: LanguageModel | nn.Module | str = "demo",
+    model: AnyModel = "demo",
     calibration: Source = "demo",
     *,
-    layers: int | str | Sequence[int | str] = "all",
-    proj: str | None = None,
+    layers: LayerSpec = "all",
+    proj: Projections = None,
     method: Method = "auto",
     md: bool = True,
     seed: int = 0,
@@ -49,7 +59,8 @@ def score(
     Parameters
     ----------
     model
-        A model from `entangle.load_model`, its name, or any module that takes token ids.
+        A name or path for `entangle.load_model`, a module that takes token ids, or a
+        `LanguageModel`.
     calibration
         A calibration set, or whatever else `entangle.load_calibration` takes, with its default
         settings: a name, a path, strings, token ids.
@@ -94,6 +105,7 @@ def score(
     arXiv 2405.15756, eq. 1 (WD) and eq. 2 (MD).
     """
     check_memory(memory)
+    seed, layers = check_seed(seed), layer_specs(layers)
     language_model = as_language_model(model)
     chosen = find_layers(language_model.module, layers, proj)
     return score_layers(
@@ -193,8 +205,7 @@ def _resolve_method(
     calibration: CalibrationSet,
     memory: int | None,
 ) -> Literal["exact", "sketch"]:
-    if method not in ("auto", "exact", "sketch"):
-        raise InvalidInput(f"`method` must be auto, exact or sketch; got {method!r}.")
+    method = choice("method", method, METHODS)
     recorded = sum(layer.in_features for layer in layers)
     needed = calibration.n_tokens * recorded * model.dtype.itemsize
     most = AUTO_EXACT_BYTES if memory is None else memory // 2
@@ -212,9 +223,7 @@ def _n_groups(method: str, n_seq: int) -> int:
 def _batch_size(asked: int | None, calibration: CalibrationSet) -> int:
     if asked is None:
         return calibration.per_pass
-    if isinstance(asked, bool) or not isinstance(asked, int) or asked < 1:
-        raise InvalidInput(f"`batch_size` must be at least 1; got {asked!r}.")
-    return asked
+    return whole("batch_size", asked, least=1)
 
 
 def _batches(calibration: CalibrationSet, n_groups: int, per_pass: int) -> Iterator[Batch]:

@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -12,12 +13,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_safetensors
 
 from entangle.affixes import special_tokens_of
-from entangle.errors import InvalidInput, unknown_name
+from entangle.checks import choice, whole
+from entangle.errors import InvalidInput
 from entangle.html_tables import described, html_result, number
 from entangle.provenance import expanded, output_folder, read_manifest, read_table, write_json
 from entangle.scoring.histograms import LayerHistograms
 
+if TYPE_CHECKING:
+    from entangle.models.layers import Layer
+
 KIND = "scores"
+_NUMERIC = "Choose a numeric column of the scores."
 _ARRAYS = ("counts", "location", "scale", "low", "high")
 _COLUMNS = (
     "model", "layer", "block", "projection", "neuron", "wd", "wd_se", "wd_bound", "ks", "mean",
@@ -61,18 +67,15 @@ class NeuronScores:
 
     def top(self, k: int = 20, *, by: str = "wd") -> pd.DataFrame:
         """Return the ``k`` rows with the largest value of column ``by``, flagged rows left out."""
-        if by not in self.frame.columns or not pd.api.types.is_numeric_dtype(self.frame[by]):
-            numeric = self.frame.select_dtypes("number").columns
-            raise unknown_name("column", by, numeric, "Choose a numeric column of the scores.")
-        if k < 1:
-            raise InvalidInput(f"`k` must be at least 1; got {k}.")
+        numeric = self.frame.select_dtypes("number").columns.tolist()
+        by = choice("by", by, numeric, kind="column", remedy=_NUMERIC)
+        k = whole("k", k, least=1)
         valid = self.frame[self.frame[by].notna()]
         return valid.sort_values(by, ascending=False, kind="stable").head(k)
 
-    def layer(self, name: str) -> "NeuronScores":
+    def layer(self, name: "str | Layer") -> "NeuronScores":
         """Return the scores of one layer, by its full dotted name."""
-        if name not in self.histograms:
-            raise unknown_name("layer", name, self.histograms, "These scores hold no other layers.")
+        name = self._known(name)
         return NeuronScores(
             frame=self.frame[self.frame["layer"] == name].reset_index(drop=True),
             layers=self.layers[self.layers["layer"] == name].reset_index(drop=True),
@@ -80,13 +83,9 @@ class NeuronScores:
             manifest=self.manifest,
         )
 
-    def histogram(self, layer: str, neuron: int) -> pd.DataFrame:
+    def histogram(self, layer: "str | Layer", neuron: int) -> pd.DataFrame:
         """Return the output histogram of one neuron: columns left, right, count."""
-        if layer not in self.histograms:
-            raise unknown_name(
-                "layer", layer, self.histograms, "These scores hold no other layers."
-            )
-        return self.histograms[layer].neuron(neuron)
+        return self.histograms[self._known(layer)].neuron(neuron)
 
     def save(self, path: str | os.PathLike[str], *, force: bool = False) -> Path:
         """Write the scores to a folder, under a temporary name until it is complete.
@@ -118,6 +117,11 @@ class NeuronScores:
         content = to_safetensors(arrays, {"first_bin": json.dumps(first)})
         (folder / "histograms.safetensors").write_bytes(content)
         write_json(folder / "manifest.json", self.manifest)
+
+    def _known(self, layer: "str | Layer") -> str:
+        name = getattr(layer, "name", layer)
+        remedy = "These scores hold no other layers."
+        return choice("layer", name, self.histograms, remedy=remedy)
 
     def _repr_html_(self) -> str:
         flags = self.frame["flag"].value_counts()

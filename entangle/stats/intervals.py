@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from entangle.checks import bootstrap
 from entangle.errors import InvalidInput
 from entangle.seeding import numpy_rng
 
@@ -115,10 +116,7 @@ def _check_bootstrap(x: Floats, y: Floats, *, n_boot: int, level: float) -> None
 
 
 def _check_options(*, n_boot: int, level: float) -> None:
-    if n_boot < 1:
-        raise InvalidInput(f"`n_boot` must be at least 1; got {n_boot}.")
-    if not 0.0 < level < 1.0:
-        raise InvalidInput(f"`level` must be in (0, 1); got {level}.")
+    bootstrap(n_boot, level)
 
 
 def _weighted_spearman(groups: Sequence[NDArray[np.intp]], repeats: NDArray[np.generic]) -> float:

@@ -156,14 +156,14 @@ def test_a_random_draw_is_even() -> None:
         ("top", {"fraction": 0.0}, r"`fraction` must be in \(0, 1\]; got 0.0"),
         ("top", {"fraction": 1.01}, r"`fraction` must be in \(0, 1\]; got 1.01"),
         ("top", {"fraction": float("nan")}, "got nan"),
-        ("top", {"count": 0}, "`count` must be at least 1; got 0"),
-        ("top", {"count": True}, "`count` must be at least 1; got True"),
+        ("top", {"count": 0}, r"`count`.*1; got 0"),
+        ("top", {"count": True}, r"`count`.*1; got True"),
         ("top", {"count": 7}, "7 neurons does not fit layer 'l0', which has 6 without a flag and"),
         ("random", {"count": 7}, "does not fit layer 'l0', which has 6 without a flag; lower"),
         ("top", {"count": 7, "scope": "model"}, "does not fit the model, which has 6"),
         ("top", {"count": 1, "by": "wdd"}, "unknown column 'wdd'. Closest: wd"),
         ("top", {"count": 1, "by": "layer"}, "unknown column 'layer'"),
-        ("top", {"count": 1, "scope": "block"}, "`scope` must be layer or model; got 'block'"),
+        ("top", {"count": 1, "scope": "block"}, "scope 'block'.*layer"),
         ("top", {"count": 1, "seed": -1}, "`seed` must be"),
         ("random-norm", {}, "`like` must be the selection to match .* got None for 'random-norm'"),
     ],
@@ -260,7 +260,7 @@ def test_listed_rows() -> None:
         with pytest.raises(InvalidInput, match=error):
             select_listed(rows, frame)
     floats: Any = {"l0": iter([1.5])}
-    with pytest.raises(InvalidInput, match=r"rows must be integers; got \[1.5\]"):
+    with pytest.raises(InvalidInput, match=r"rows.*l0.*got 1\.5"):
         select_listed(floats, frame)
 
 

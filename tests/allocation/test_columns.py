@@ -79,7 +79,7 @@ def test_columns_that_cannot_be_used() -> None:
     for name in ("weight", "flag", "layer", "neuron", "block"):
         with pytest.raises(UnknownName, match=f"unknown column '{name}'. Closest: wd"):
             found.values(name)
-    with pytest.raises(InvalidInput, match="`combine` must be zscore or rank; got 'sum'"):
+    with pytest.raises(InvalidInput, match=r"combine 'sum'.*zscore"):
         found.combined(["wd"], combine="sum", across_layers=True)
     with pytest.raises(InvalidInput, match="at least one column"):
         found.combined([], combine="rank", across_layers=True)

@@ -65,7 +65,7 @@ def test_a_heavy_tail_counts_as_more_than_one() -> None:
         (np.array([*range(99), np.nan]), {}, "got 99 finite ones of 100"),
         (np.arange(39.0), {}, r"at least 40 values in one row; got shape \(39,\)"),
         (np.zeros((40, 1)), {}, r"got shape \(40, 1\)"),
-        (np.arange(99.0), {"max_components": 0}, "`max_components` must be at least 1; got 0"),
+        (np.arange(99.0), {"max_components": 0}, r"`max_components`.*1; got 0"),
         (np.arange(99.0), {"seed": -1}, "`seed` must"),
     ],
 )
@@ -121,7 +121,7 @@ def test_bad_requests(scores: NeuronScores) -> None:
         gmm_components(scores, rows={"nowhere": [0]})
     with pytest.raises(InvalidInput, match=r"must lie in 0..47; got 48"):
         gmm_components(scores, rows={layer: [48]})
-    with pytest.raises(InvalidInput, match="must be a list of integers"):
+    with pytest.raises(InvalidInput, match=r"`rows\[.*got"):
         gmm_components(scores, rows={layer: np.array([0.5])})
     with pytest.raises(InvalidInput, match="`points` must be at least 10 a component, 40; got 39"):
         gmm_components(scores, points=39)

@@ -199,7 +199,7 @@ def test_row_order_and_seed() -> None:
         ({}, {"predictors": []}, "must name at least one column"),
         ({}, {"predictors": ["wd", "ri"]}, "neither they nor `given` the target 'ri'"),
         ({}, {"given": ["ri"]}, "neither they nor `given` the target 'ri'"),
-        ({}, {"n_boot": 0}, "`n_boot` must be at least 1"),
+        ({}, {"n_boot": 0}, r"`n_boot`.*1; got 0"),
         ({}, {"level": 1.5}, "`level` in"),
         ({}, {"seed": -1}, "`seed` must"),
         ({"neuron": 0}, {}, "must hold a neuron once; got 0 of layer 'a'"),

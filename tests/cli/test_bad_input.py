@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from huggingface_hub import errors as hub_errors
 from safetensors.torch import save_file
 
+from entangle.cli.main import main
 from entangle.models import demo
 from entangle.models.loading import LanguageModel
 from entangle.scoring import score as score_module
@@ -76,6 +78,11 @@ CASES = {
     # layers
     "model --layer 3": "a block index must be in 0..2 for this model; got 3",
     "model --layer=-1": "a block index must be in 0..2 for this model; got -1",
+    "model --layer 0,3": "a block index must be in 0..2 for this model; got 3",
+    "model --layer 0 --layer=-1,1": "a block index must be in 0..2 for this model; got -1",
+    "model --layer 0,": "unknown layer ''. Closest: ",
+    "model --layer 1.5": "unknown layer '1.5'. Closest: ",
+    "model --layer 0 --proj attn,gate": "unknown projection 'gate'. Closest: ",
     "model --layer gate_prj": "unknown layer 'gate_prj'. Closest: ",
     "model --layer *.gate": "unknown layer '*.gate'. Closest: ",
     "model --proj gate": "unknown projection 'gate'. Closest: gate_proj, ",
@@ -104,7 +111,7 @@ CASES = {
     "model --calibration text.txt --sampling contiguous": "needs 4096 tokens of text, but",
     "model --calibration text.txt --join \\q": "a backslash must be followed by n, t, r or another",
     f"model {TEXT} --seed -1": "`seed` must be an integer in [0, 2**63); got -1",
-    f"model {TEXT} --top 0": "`--top` must be at least 1; got 0",
+    f"model {TEXT} --top 0": "`--top` must be an integer of at least 1; got 0",
     f"model {TEXT} --memory lots": "a size must look like 512M or 2G; got 'lots'",
     f"model {TEXT} --memory 1K": "`memory` must be at least 1 MiB in bytes; got 1024",
     f"model {TEXT} --batch-size 0": "`batch_size` must be an integer of at least 1; got 0",
@@ -216,3 +223,31 @@ def test_output_is_checked_before_the_model_is_loaded(
 
     monkeypatch.setattr("entangle.models.loading.load_model", load)
     check(run, place, ["model", "--out", "old"], "the output folder 'old' exists")
+
+
+@pytest.mark.parametrize(
+    ("command", "value"),
+    [
+        ("score model --n-seq 3.0", "--n-seq.*'3.0'"),
+        ("score model --seq-len many", "--seq-len.*'many'"),
+        ("score model --seed 1e3", "--seed.*'1e3'"),
+        ("score model --method guess", "--method.*'guess'"),
+        ("expand --experts x --out y", "--experts.*'x'"),
+        ("expand --sparsity much --out y", "--sparsity.*'much'"),
+        ("ablate --fraction 3% ", "--fraction.*'3%'"),
+        ("allocate runs", "--sparsity"),
+        ("score model --no-such", "--no-such"),
+        ("scores", "'scores'"),
+        ("", "COMMAND"),
+    ],
+)
+def test_words_in_place_of_numbers_are_one_line_too(
+    capsys: pytest.CaptureFixture[str], command: str, value: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(command.split())
+    err = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert err.startswith("entangle")
+    assert err.count("\n") == 1
+    assert re.search(value, err)

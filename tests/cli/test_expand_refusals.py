@@ -42,7 +42,7 @@ MISTAKES = {
     "--pattern 3:2": "`pattern` must be row, layer, block, or n:m",
     "--pattern rows": "`pattern` must be row, layer, block, or n:m",
     "--pattern 2:4 --sparsity 0.7": "`sparsity` must be None or 0.5 with pattern '2:4'; got 0.7.",
-    "--bits 0": "`bits` must be an integer in [1, 16], or None to keep them all; got 0.",
+    "--bits 0": "`bits` must be an integer in [1, 16]; got 0.",
     "--damping=-1": "`damping` must be finite and at least 0; got -1.",
     "--seed -1": "`seed` must be an integer in [0, 2**63)",
     "--memory lots": "a size must look like 512M or 2G; got 'lots'.",

@@ -48,10 +48,28 @@ def test_defaults_are_told_and_filled_in_later() -> None:
     arguments = parser.parse_args(["--layer", "1", "--layer", "*.up_proj"])
     assert (arguments.n_seq, arguments.seq_len) == (None, None)
     assert (arguments.default_n_seq, arguments.default_seq_len) == (32, 1024)
-    assert arguments.layer == ["1", "*.up_proj"]
+    assert (arguments.layer, arguments.proj) == (["1", "*.up_proj"], None)
     text = " ".join(parser.format_help().split())
     assert "number of sequences (default: 32, or all of a table of token ids)" in text
     assert "tokens in a sequence (default: 1024, or" in text
+
+
+def test_layers_and_projections_are_joined_or_repeated() -> None:
+    parser = argparse.ArgumentParser()
+    add_layer_options(parser)
+    words = [
+        "--layer",
+        "0, 2",
+        "--layer",
+        "h.[0,2].*,lm_head",
+        "--proj",
+        "mlp,attn",
+        "--proj",
+        "up",
+    ]
+    arguments = parser.parse_args(words)
+    assert arguments.layer == ["0", "2", "h.[0,2].*", "lm_head"]
+    assert arguments.proj == ["mlp", "attn", "up"]
 
 
 def test_blanks_around_the_parts_of_a_list_do_not_matter() -> None:

@@ -179,7 +179,7 @@ def test_what_is_refused() -> None:
     with pytest.raises(InvalidInput, match=r"each of 1 pairs; got shape \(2,\)"):
         PairScores(np.zeros(2), np.zeros(1), a.pairs, {})
     for options in ({"n_boot": 0}, {"level": 1.0}, {"level": 0.0}):
-        with pytest.raises(InvalidInput, match="`n_boot` must be at least 1 and `level`"):
+        with pytest.raises(InvalidInput, match=r"`(n_boot|level)`.*got"):
             accuracy_difference(a, a, **options)
-        with pytest.raises(InvalidInput, match="`n_boot` must be at least 1 and `level`"):
+        with pytest.raises(InvalidInput, match=r"`(n_boot|level)`.*got"):
             a.table(**options)

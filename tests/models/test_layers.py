@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -154,6 +156,72 @@ def test_addresses(spec: object, proj: str | None, expected: list[str]) -> None:
     assert [layer.name for layer in found] == [f"model.layers.{name}" for name in expected]
 
 
+@pytest.mark.parametrize("proj", ["attn", "attention"])
+@pytest.mark.parametrize("name", [name for name in TINY if name != "mixtral"])
+def test_every_linear_of_a_block_is_attention_or_feed_forward(name: str, proj: str) -> None:
+    module = TINY[name]()
+    attention, mlp = (find_layers(module, "all", one) for one in (proj, "mlp"))
+    assert len({layer.name for layer in attention} & {layer.name for layer in mlp}) == 0
+    both = [layer.name for layer in find_layers(module, "all", ["mlp", proj])]
+    assert both == [layer.name for layer in find_layers(module, "all")]
+    feed = {"mlp", "fc1", "fc2", "intermediate", "output"}
+    assert all(feed & set(layer.name.split(".")) for layer in mlp)
+
+
+def test_the_attention_of_a_mixture() -> None:
+    found = find_layers(TINY["mixtral"](), 1, "attn")
+    assert [layer.projection for layer in found] == ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+class Odd(nn.Module):
+    """Blocks whose parts are named by nobody's habit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        parts = {
+            "mixer_attn": nn.ModuleDict({"q": nn.Linear(4, 4)}),
+            "attn_out": nn.Linear(4, 4),
+            "conv": nn.ModuleDict({"taps": nn.Conv1d(4, 4, 2), "proj": nn.Linear(4, 4)}),
+            "wide": nn.Linear(4, 8),
+        }
+        self.blocks = nn.ModuleList(nn.ModuleDict(parts) for _ in range(2))
+        self.attention_head = nn.Linear(4, 4)
+
+
+def test_attention_is_seen_in_the_names_inside_a_block() -> None:
+    for proj, names in (
+        ("attn", ["mixer_attn.q", "attn_out"]),
+        ("mlp", ["wide"]),
+        (["wide", "attn"], ["mixer_attn.q", "attn_out", "wide"]),
+    ):
+        found = find_layers(Odd(), 0, proj)
+        assert [layer.name.removeprefix("blocks.0.") for layer in found] == names
+
+
+def test_several_projections() -> None:
+    module = TINY["llama"]()
+    wanted = ["model.layers.1.self_attn.q_proj", "model.layers.1.mlp.up_proj"]
+    for proj in (["up_proj", "q_proj"], ("q_proj", "mlp.up_proj"), {"q_proj", "up_proj"}):
+        assert [layer.name for layer in find_layers(module, 1, proj)] == wanted
+    with pytest.raises(UnknownName, match="projection 'gate'"):
+        find_layers(module, 1, ["q_proj", "gate"])
+    with pytest.raises(UnknownName, match="projection 'attn'"):
+        find_layers(module, "*.up_proj", "attn")
+    nothing: list[Any] = [[], {}]
+    for wrong in nothing:
+        with pytest.raises(InvalidInput, match=r"`proj`.*got"):
+            find_layers(module, 1, wrong)
+
+
+def test_a_layer_of_another_copy_is_meant_by_its_name() -> None:
+    module, other = TINY["llama"](), TINY["llama"]()
+    layer = find_layers(other, 1, "up_proj")[0]
+    for spec in (layer, [layer], (one for one in [layer])):
+        (found,) = find_layers(module, spec)
+        assert found.name == layer.name
+        assert found.module is not layer.module
+
+
 def test_all_means_every_linear_inside_the_blocks() -> None:
     module = TINY["bert"]()
     inside = [layer.name for layer in list_layers(module) if layer.block is not None]
@@ -185,7 +253,7 @@ def test_block_out_of_range(spec: int | str) -> None:
 
 
 def test_empty_and_boolean_specs_are_refused() -> None:
-    with pytest.raises(InvalidInput, match="at least one layer"):
+    with pytest.raises(InvalidInput, match=r"`layers`.*got \[\]"):
         find_layers(TINY["opt"](), [])
     with pytest.raises(InvalidInput, match="got True"):
         find_layers(TINY["opt"](), True)

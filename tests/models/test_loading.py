@@ -170,18 +170,19 @@ def test_describe_is_ready_for_a_manifest(folder: Path) -> None:
 
 
 def test_wrapping_a_module_a_name_and_a_model(folder: Path) -> None:
-    module = TINY["bloom"]().train().requires_grad_(True)
+    module = TINY["bloom"]().train().requires_grad_(True)  # and so it stays
     tokenizer = tiny_tokenizer()
     model = as_language_model(module, tokenizer)
     assert (model.module, model.tokenizer, model.source) == (module, tokenizer, "memory")
     assert model.name == "BloomForCausalLM"
-    assert not module.training
-    assert not any(p.requires_grad for p in module.parameters())
+    assert module.training
+    assert all(p.requires_grad for p in module.parameters())
     assert as_language_model(model) is model
     other = as_language_model(model, tiny_tokenizer())
     assert other.tokenizer is not tokenizer
     assert (other.module, other.name) == (module, model.name)
     assert as_language_model(str(folder)).source == "folder"
+    assert as_language_model(folder).digest == as_language_model(str(folder)).digest
 
 
 def test_a_plain_module_has_no_context_and_may_have_no_vocabulary() -> None:
@@ -228,7 +229,7 @@ def test_other_dtypes(dtype: object, folder: Path) -> None:
 
 def test_other_objects_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-    with pytest.raises(InvalidInput, match="must be a name, a module or a LanguageModel; got int"):
+    with pytest.raises(InvalidInput, match=r"`model`.*got int"):
         as_language_model(3)  # type: ignore[arg-type]
 
 

@@ -195,5 +195,5 @@ def test_what_has_no_modes(values: Floats, message: str) -> None:
 
 @pytest.mark.parametrize("most", [0, -1, True])
 def test_max_modes_is_at_least_one(most: int) -> None:
-    with pytest.raises(InvalidInput, match="`max_modes` must be at least 1"):
+    with pytest.raises(InvalidInput, match=r"`max_modes`.*1; got"):
         find_modes(np.arange(5.0), max_modes=most)

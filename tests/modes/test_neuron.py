@@ -183,7 +183,7 @@ MISTAKES: dict[str, tuple[dict[str, object], type[InvalidInput], str]] = {
     "no such layer": ({"layer": "model.layers.1.mlp.upproj"}, UnknownName, "unknown layer"),
     "several layers": ({"layer": "*.mlp.up_proj"}, InvalidInput, "must name one layer; .* names 3"),
     "beyond": ({"neurons": [3, 48]}, InvalidInput, "must lie in 0..47; got 48"),
-    "negative": ({"neurons": [-1]}, InvalidInput, "must lie in 0..47; got -1"),
+    "negative": ({"neurons": [-1]}, InvalidInput, r"`neurons`.*got -1"),
     "twice": ({"neurons": [3, 3]}, InvalidInput, "must be different from one another"),
     "none": ({"neurons": []}, InvalidInput, "at least one integer"),
     "a table": ({"neurons": np.ones((2, 2), int)}, InvalidInput, "at least one integer"),

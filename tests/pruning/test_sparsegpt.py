@@ -193,5 +193,5 @@ def test_rank_deficient_gram_is_damped() -> None:
 
 
 def test_bad_block_size() -> None:
-    with pytest.raises(InvalidInput, match="`block_size` must be at least 1; got 0"):
+    with pytest.raises(InvalidInput, match=r"`block_size`.*1; got 0"):
         prune_sparsegpt(torch.ones(1, 2), torch.eye(2), sparsity=0.5, block_size=0)
