@@ -147,7 +147,7 @@ def _build(name: str) -> nn.Module:
 def build_other(name: str) -> nn.Module:
     """Return one of the models of `OTHERS`."""
     kind, config, settings = OTHERS[name]
-    with _own_generator(0):
+    with own_generator(0):
         model: nn.Module = getattr(hf, kind)(getattr(hf, config)(**settings))
     rng = torch_rng(0, "tiny", name)
     with torch.no_grad():

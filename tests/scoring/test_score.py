@@ -170,8 +170,8 @@ def test_without_mapping_difficulty(
 
 def test_auto_is_exact_where_the_inputs_fit(tiny: Tiny) -> None:
     ids = CalibrationSet(torch.full((64, 64), 7), "many", {})
-    for memory, method in ((2**22, "exact"), (2**21, "sketch")):
-        scores = score(tiny("llama"), ids, layers=1, proj="mlp", md=False, memory=memory)
+    for budget, method in ((2**22, "exact"), (2**21, "sketch")):
+        scores = score(tiny("llama"), ids, layers=1, proj="mlp", md=False, memory=budget)
         assert scores.layers["method"].eq(method).all()
 
 
