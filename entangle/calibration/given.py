@@ -158,7 +158,7 @@ def _from_object(source: Any, label: str, wanted: Wanted) -> TokenFile | TextSou
 
 def _is_list(source: object) -> bool:
     """Tell whether to take an object for a list: of what has an order, and is no array."""
-    other = Tensor | np.ndarray | CalibrationSet | bytes | bytearray | AbstractSet[Any]
+    other = (Tensor, np.ndarray, CalibrationSet, bytes, bytearray, AbstractSet)
     return (
         isinstance(source, Iterable) and not isinstance(source, other) and not hasattr(source, IDS)
     )
