@@ -177,7 +177,8 @@ class FeatureSizes:
     def rms(self) -> Float[Tensor, " features"]:
         """Return the root mean squares, in input units, on the CPU; there must be a token."""
         assert self._squares is not None  # noqa: S101
-        return (self._squares / max(1, self.n_tokens)).sqrt().clamp_min(_LEAST).cpu()
+        mean: Tensor = self._squares / max(1, self.n_tokens)
+        return mean.sqrt().clamp_min(_LEAST).cpu()
 
 
 def feature_squares(rows: Float[Tensor, "tokens features"]) -> Float[Tensor, " features"]:
