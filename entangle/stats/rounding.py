@@ -185,7 +185,8 @@ def feature_squares(rows: Float[Tensor, "tokens features"]) -> Float[Tensor, " f
     """Return the sum over tokens of every input's square, in the widest dtype of the device."""
     wide = accumulator_dtype(rows.device)
     if rows.device.type != "cpu":
-        return torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32).to(wide).square()
+        norm: Tensor = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32)
+        return norm.to(wide).square()
     found = torch.zeros(rows.shape[1], dtype=wide)
     for part in rows.split(max(1, _BLOCK // max(1, rows.shape[1]))):
         found += part.float().square().sum(0)
