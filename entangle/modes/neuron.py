@@ -25,7 +25,7 @@ from entangle.progress import ProgressBar
 from entangle.recording.hooks import run_observed
 from entangle.seeding import check_seed, numpy_rng
 
-Neurons = int | Iterable[int]
+Neurons = int | Iterable[int] | np.ndarray
 """Indices of neurons of one layer, or one index."""
 
 Outputs = Float32[np.ndarray, " tokens"]
