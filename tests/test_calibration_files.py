@@ -136,7 +136,7 @@ def test_a_column_beside_text_in_another_form_is_no_choice(tmp_path: Path) -> No
     chat = [{"role": "user", "content": "Hello"}]
     lines = _lines(tmp_path / "a.jsonl", *[{"id": f"chat {i}", "messages": chat} for i in range(5)])
     assert "columns with text: id" in _error(InvalidInput, lines)
-    assert list(load_texts(lines, column="id"))[0] == "chat 0"
+    assert next(iter(load_texts(lines, column="id"))) == "chat 0"
     table = _parquet(tmp_path / "a.parquet", {"id": ["x"], "content": [b"bytes"]})
     assert "columns with text: id" in _error(InvalidInput, table)
     late = _lines(tmp_path / "b.jsonl", *[{"id": "x"}] * 20, {"id": "x", "body": TEXT})
