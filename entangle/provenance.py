@@ -20,8 +20,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec, TypeVar, cast
 
-from entangle import claims
 from entangle.checks import path_of
+from entangle.claims import check_claimed, claim
 from entangle.errors import EntangleError, InvalidInput, Unavailable
 
 if TYPE_CHECKING:
@@ -190,7 +190,7 @@ def claimed(path: str | os.PathLike[str] | None) -> Iterator[None]:
             target = Path(os.path.realpath(expanded(path)))
             with disk_errors(target):
                 _check_parent(target)
-                stack.enter_context(claims.claimed(target))
+                stack.enter_context(claim(target))
         yield
 
 
@@ -235,7 +235,7 @@ def _output_folder(path: str | os.PathLike[str], *, force: bool) -> Iterator[Pat
         with disk_errors(target):
             temporary.chmod(0o777 & ~_umask())
             yield temporary
-            claims.check_claimed(target)
+            check_claimed(target)
             check_output(path, force=force)  # by now there may be one
             retired = temporary.with_name(temporary.name + ".old")
             if target.exists():
