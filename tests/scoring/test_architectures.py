@@ -66,7 +66,8 @@ def test_scores_are_those_of_the_modules_own_outputs(
     module = build(name)
     found = score(module, calibration, layers="all", method=method, md=False)
     outputs = own_outputs(module, calibration.ids)
-    left = found.manifest["settings"]["layers_without_tokens"]  # type: ignore[index]
+    settings: Any = found.manifest["settings"]
+    left = settings["layers_without_tokens"]
     assert {one.rpartition(".")[2] for one in left} >= set(TABLES.get(name, ()))
     assert not set(left) & set(found.frame["layer"])
     for layer, rows in found.frame.groupby("layer"):
@@ -82,7 +83,7 @@ def test_scores_are_those_of_the_modules_own_outputs(
             assert row["std"] == pytest.approx(y.std(), rel=1e-4)
             room = 5e-6 if method == "exact" else 0.0
             assert abs(row["wd"] - reference.wasserstein(y)) <= row["wd_bound"] + room
-    pooled = found.manifest["settings"].get("pooled_depths", {})  # type: ignore[index, union-attr]
+    pooled = settings.get("pooled_depths", {})
     assert set(pooled.values()) == ({POOLED[name]} if name in POOLED else set())
 
 
