@@ -232,10 +232,10 @@ def unlike_layers() -> Iterator[str]:
             continue
         if [layer.name for layer in found] != [layer.name for layer in wanted]:
             yield f"layers={shown}: found {[layer.name for layer in found]}"
-    others = (-1, "-1", 3, 0.0, True, None, [], {}, {0: 1}, b"0", SCORES.frame, MODEL, "nowhere")
+    others: list[Any] = [-1, "-1", 3, 0.0, True, None, [], {}, {0: 1}, b"0", SCORES.frame, MODEL]
     for wrong in others:
         try:
-            find_layers(module, wrong)  # type: ignore[arg-type]
+            find_layers(module, wrong)
         except InvalidInput:
             continue
         except Exception as error:

@@ -303,7 +303,7 @@ def figure_wd_against_md(
 
 
 def _draw_outputs(
-    items: NeuronOutput | Iterable[NeuronOutput],
+    items: Sequence[NeuronOutput],
     *,
     standardized: bool = True,
     column: Column,

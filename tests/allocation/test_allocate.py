@@ -195,7 +195,7 @@ def test_pattern_gives_every_group_its_zeros(tiny: Tiny, scored: Scored) -> None
         ({"protect": -0.1}, r"`protect` must be in \[0, 1\]"),
         ({"lowest": 0.8, "highest": 0.2}, "`lowest` must be at most `highest`; got 0.8 and 0.2"),
         ({"lowest": 0.2}, r"`protect_sparsity` must lie within the clips \[0.2, 1\]; got 0"),
-        ({"rule": "rank", "strength": float("inf")}, "`strength` must be a finite number"),
+        ({"rule": "rank", "strength": float("inf")}, r"`strength`.*got inf"),
         ({"rule": "trim", "strength": 0.1}, r"rule 'trim' has no strength; .* \(got 0.1\)"),
         ({"pattern": "2:4"}, "`pattern` must be row, or n:m .* got '2:4'"),
         ({"pattern": "n:4"}, "multiple of 4 inputs; layer 'a' has 10"),
@@ -204,7 +204,7 @@ def test_pattern_gives_every_group_its_zeros(tiny: Tiny, scored: Scored) -> None
         ({"across": "owl"}, "rule 'owl' measures the model: give `model`"),
         ({"layers": 1}, "`layers` and `proj` choose layers of a model: give `model`"),
         ({"in_features": {"a": 10}}, "layer 'b' must be known: give `model`"),
-        ({"in_features": {"a": 10, "b": 0}}, "in `in_features`; got 0"),
+        ({"in_features": {"a": 10, "b": 0}}, r"in_features.*b.*got 0"),
         ({"in_features": None}, "layer 'a' must be known"),
     ],
 )

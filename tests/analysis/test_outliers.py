@@ -168,7 +168,7 @@ def test_bad_requests(tiny: Tiny, calibration: CalibrationSet) -> None:
         outlier_overlap(tiny("llama"), scores)
     with pytest.raises(InvalidInput, match="`weight_share` must be in"):
         outlier_overlap(model, scores, weight_share=0.0)
-    with pytest.raises(InvalidInput, match=r"`factor` above 0; got 0\.001 and -1"):
+    with pytest.raises(InvalidInput, match=r"`factor`.*0; got -1"):
         outlier_overlap(model, scores, factor=-1.0)
     with pytest.raises(InvalidInput, match="`fraction` must be in"):
         outlier_overlap(model, scores, fraction=0.0)

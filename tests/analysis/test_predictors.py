@@ -200,7 +200,7 @@ def test_row_order_and_seed() -> None:
         ({}, {"predictors": ["wd", "ri"]}, "neither they nor `given` the target 'ri'"),
         ({}, {"given": ["ri"]}, "neither they nor `given` the target 'ri'"),
         ({}, {"n_boot": 0}, r"`n_boot`.*1; got 0"),
-        ({}, {"level": 1.5}, "`level` in"),
+        ({}, {"level": 1.5}, r"`level`.*got 1\.5"),
         ({}, {"seed": -1}, "`seed` must"),
         ({"neuron": 0}, {}, "must hold a neuron once; got 0 of layer 'a'"),
         ({"flag": "nan"}, {}, "without a flag; got 9 with one"),

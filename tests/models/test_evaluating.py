@@ -45,7 +45,7 @@ def trained() -> nn.Module:
     module.get_submodule("model.layers.1").eval()
     for child in module.modules():
         if hasattr(child, "attention_dropout"):
-            child.attention_dropout = 0.5
+            setattr(child, "attention_dropout", 0.5)  # noqa: B010
     return module
 
 

@@ -118,11 +118,12 @@ def test_a_file_in_the_place_of_a_folder_is_one_clear_line(figure: Figure, tmp_p
 def test_formats_are_checked(figure: Figure, tmp_path: Path) -> None:
     with pytest.raises(UnknownName, match="unknown figure format 'jpeg'"):
         save_figure(figure, tmp_path / "a", formats=["jpeg"])
-    wrong: tuple[list[str] | str, ...] = ([], "pdf")
-    for formats in wrong:
-        with pytest.raises(InvalidInput, match=r"`formats`.*got"):
-            save_figure(figure, tmp_path / "a", formats=formats)
+    with pytest.raises(InvalidInput, match=r"`formats`.*got \[\]"):
+        save_figure(figure, tmp_path / "a", formats=[])
     assert list(tmp_path.iterdir()) == []
+    for number, formats in enumerate(("pdf", {"pdf"}, (one for one in ["pdf"]))):
+        files = save_figure(figure, tmp_path / f"{number}", formats=formats)
+        assert [path.suffix for path in files] == [".pdf", ".csv"]
 
 
 def test_a_figure_without_our_artists_is_refused(tmp_path: Path) -> None:
