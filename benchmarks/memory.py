@@ -9,7 +9,6 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
 
 import pandas as pd
 import torch
@@ -88,16 +87,18 @@ def main() -> int:
     parser.add_argument("--sparsity", type=float, default=0.7)
     asked = parser.parse_args()
     model = load_model(asked.model, device=asked.device)
-    limits: dict[str, Any] = {
-        "context_length": model.context_length,
-        "vocab_size": model.vocab_size,
-    }
     calibration = load_calibration(
-        asked.calibration, model.tokenizer, n_seq=asked.n_seq, seq_len=asked.seq_len, **limits
+        asked.calibration,
+        model.tokenizer,
+        n_seq=asked.n_seq,
+        seq_len=asked.seq_len,
+        context_length=model.context_length,
+        vocab_size=model.vocab_size,
     )
     text = load_evaluation(
         asked.data or asked.calibration, model.tokenizer, seq_len=asked.seq_len,
-        n_windows=asked.eval_windows, **limits,
+        n_windows=asked.eval_windows, context_length=model.context_length,
+        vocab_size=model.vocab_size,
     )  # fmt: skip
     table = measure(model, calibration, text, experts=asked.experts, sparsity=asked.sparsity)
     gpu = torch.cuda.get_device_name() if model.device.type == "cuda" else "CPU"

@@ -97,6 +97,68 @@ def test_column_that_is_no_choice(tmp_path: Path) -> None:
     assert "columns with text: none" in _error(InvalidInput, none)
 
 
+TEXT, URL = "The cat sat.", "https://example.org/x"
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([{"url": URL, "text": None}, {"url": URL, "text": TEXT}], ["", TEXT]),
+        ([{"url": URL}, {"url": URL, "text": TEXT}], ["", TEXT]),
+        ([{"url": URL, "text": TEXT}, {"url": URL}], [TEXT, ""]),
+        ([{"text": None}, {"text": TEXT}], ["", TEXT]),
+        ([{"url": URL}] * 998 + [{"text": TEXT}], [""] * 998 + [TEXT]),
+    ],
+)
+def test_a_column_text_is_used_whatever_the_first_rows_hold(
+    rows: list[dict[str, str | None]], expected: list[str], tmp_path: Path
+) -> None:
+    path = _lines(tmp_path / "a.jsonl", *rows)
+    assert list(load_texts(path)) == list(load_texts(path, column="text")) == expected
+
+
+@pytest.mark.parametrize("value", [[TEXT], {"a": TEXT}, 3, b"x"])
+def test_a_column_text_that_holds_something_else_is_never_replaced(
+    value: object, tmp_path: Path
+) -> None:
+    if not isinstance(value, bytes):
+        lines = _lines(
+            tmp_path / "a.jsonl", {"id": "doc", "text": value}, {"id": "d", "text": value}
+        )
+        assert "`column` 'text'" in _error(InvalidInput, lines)
+        if value != 3:
+            assert "columns with text: id" in _error(InvalidInput, lines)
+    table = _parquet(tmp_path / "a.parquet", {"id": ["doc"] * 2, "text": [value] * 2})
+    assert "`column` 'text'" in _error(InvalidInput, table)
+
+
+def test_a_column_beside_text_in_another_form_is_no_choice(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "Hello"}]
+    lines = _lines(tmp_path / "a.jsonl", *[{"id": f"chat {i}", "messages": chat} for i in range(5)])
+    assert "columns with text: id" in _error(InvalidInput, lines)
+    assert next(iter(load_texts(lines, column="id"))) == "chat 0"
+    table = _parquet(tmp_path / "a.parquet", {"id": ["x"], "content": [b"bytes"]})
+    assert "columns with text: id" in _error(InvalidInput, table)
+    late = _lines(tmp_path / "b.jsonl", *[{"id": "x"}] * 20, {"id": "x", "body": TEXT})
+    assert "id, body" in _error(InvalidInput, late)
+
+
+def test_the_only_column_of_text_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = _lines(tmp_path / "a.jsonl", {"n": 1, "ids": [1, 2], "body": None}, {"body": TEXT})
+    assert list(load_texts(lines)) == ["", TEXT]
+    said = capsys.readouterr().err
+    assert ("'body'" in said, said.count("\n")) == (True, 1)
+    list(load_texts(lines, column="body"))
+    assert capsys.readouterr().err == ""
+
+
+def test_a_column_of_nulls_is_text_without_any(tmp_path: Path) -> None:
+    table = _parquet(tmp_path / "a.parquet", {"id": ["x"], "text": pa.nulls(1)})
+    assert "holds no text" in _error(InvalidInput, table)
+
+
 def test_column_of_plain_text(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("x")

@@ -14,6 +14,8 @@ from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
 from entangle.calibration import load_texts
 from entangle.errors import InvalidInput, Unavailable, UnknownName
+from entangle.evaluation import load_evaluation
+from tests.tiny_models import tiny_tokenizer
 
 ROWS = [{"text": "one", "n": 1}, {"text": None, "n": 2}, {"text": "three", "n": 3}]
 
@@ -84,6 +86,44 @@ def test_column_from_features_though_the_first_row_is_null(hub: Hub) -> None:
     assert list(load_texts("some/data")) == ["", "x"]
     assert "'text'" in _error(UnknownName, "some/data", column="text")
     assert "holds no text" in _error(InvalidInput, "some/data", column="n")
+
+
+def test_a_stream_without_features_is_looked_at_before_the_choice(
+    hub: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stream(*rows: dict[str, Any]) -> Any:
+        return datasets.IterableDataset.from_generator(lambda: iter(rows))
+
+    hub.rows = stream({"url": "u"}, {"url": "u", "text": None}, {"url": "u", "text": "one"})
+    assert list(load_texts("some/data")) == ["", "", "one"]
+    hub.rows = stream({"url": "u"}, {"url": "u", "body": "one"})
+    assert "url, body" in _error(InvalidInput, "some/data")
+    hub.rows = stream({"n": 1}, {"n": 1, "body": "one"})
+    assert list(load_texts("some/data")) == ["", "one"]
+    assert "'body'" in capsys.readouterr().err
+
+
+def test_text_that_is_a_list_or_bytes_is_refused(hub: Hub) -> None:
+    for kind, value in ((datasets.Value("binary"), b"x"), ([datasets.Value("string")], ["x"])):
+        features = datasets.Features({"id": datasets.Value("string"), "text": kind})
+        hub.rows = datasets.Dataset.from_dict({"id": ["a"], "text": [value]}, features=features)
+        assert "'text'" in _error(InvalidInput, "some/data")
+
+
+def test_validation_where_a_data_set_has_no_test(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def load(path: str, name: str | None = None, **options: Any) -> Any:
+        if options["split"] not in ("train", "validation"):
+            raise ValueError("Bad split: test. Available splits: ['train', 'validation']")
+        return hub(path, name, **options)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    got = load_evaluation("some/data", tiny_tokenizer(), seq_len=2)
+    assert got.settings["split"] == "validation"
+    assert "validation" in capsys.readouterr().err
+    with pytest.raises(UnknownName, match="'test'"):
+        load_evaluation("some/data", tiny_tokenizer(), seq_len=2, split="test")
 
 
 def test_value_that_is_no_text(hub: Hub) -> None:

@@ -25,7 +25,7 @@ from entangle.evaluation.forward import next_token_logits
 from entangle.expansion.compare import arms, compare
 from entangle.models.layers import find_layers
 from entangle.models.loading import LanguageModel, as_language_model
-from entangle.recording.hooks import run_observed
+from entangle.recording.recorder import Recorder
 from entangle.seeding import torch_rng
 from tests.reference.wasserstein import exact_wd
 from tests.tiny_models import TINY
@@ -98,10 +98,8 @@ def test_scores_are_of_the_sequences_one_by_one(
     model = tiny(name)
     layer = find_layers(model.module, 1, "mlp")[0]
     parts: list[Tensor] = []
-    run_observed(
-        model.module, [layer], ((0, row[None]) for row in _sequences()),
-        lambda _group, _layer, _inputs, outputs: parts.append(outputs.flatten(0, -2)),
-    )  # fmt: skip
+    recorder = Recorder([layer], lambda found: parts.append(found.outputs))
+    recorder.run(model.module, ((0, row[None]) for row in _sequences()))
     outputs = torch.cat(parts).double().numpy()
     got = score(model, _padded(_sequences(), side), layers=layer.name, method=method, md=False)
     assert set(got.frame["n_tokens"]) == {sum(LENGTHS)}
@@ -172,7 +170,10 @@ def _frames(model: LanguageModel, calibration: Any, text: Any) -> dict[str, pd.D
     return found
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("name", ["gpt2", *(pytest.param(n, marks=SLOW) for n in ("llama", "opt"))])
 def test_columns_of_pads_change_nothing(name: str, tiny: Tiny) -> None:
     rng = torch_rng(2, "whole")
     rows = list(torch.randint(4, 110, (10, 16), generator=rng))
@@ -185,7 +186,9 @@ def test_columns_of_pads_change_nothing(name: str, tiny: Tiny) -> None:
             pd.testing.assert_frame_equal(found[key], table, obj=f"{key}, {side}")
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gpt_neox", "gemma3"])
+@pytest.mark.parametrize(
+    "name", ["gpt_neox", *(pytest.param(n, marks=SLOW) for n in ("qwen3", "gemma3"))]
+)
 def test_left_and_right_pads_are_alike(name: str, tiny: Tiny) -> None:
     rows = _sequences()
     left, right = (

@@ -58,6 +58,72 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+VISION: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 8,
+}
+OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "albert": (
+        "AlbertModel", "AlbertConfig", {**WIDE, "embedding_size": 16, "intermediate_size": 48}
+    ),
+    "deberta_v2": (
+        "DebertaV2Model", "DebertaV2Config",
+        {**WIDE, "intermediate_size": 48, "relative_attention": True, "position_buckets": 12,
+         "max_relative_positions": -1, "pos_att_type": ["p2c", "c2p"], "share_att_key": True,
+         "norm_rel_ebd": "layer_norm"},
+    ),
+    "deberta_v2_own_keys": (
+        "DebertaV2Model", "DebertaV2Config",
+        {**WIDE, "intermediate_size": 48, "relative_attention": True,
+         "max_relative_positions": 8, "pos_att_type": ["p2c", "c2p"]},
+    ),
+    "deberta": (
+        "DebertaModel", "DebertaConfig",
+        {**WIDE, "intermediate_size": 48, "relative_attention": True,
+         "max_relative_positions": 64, "pos_att_type": ["p2c", "c2p"]},
+    ),
+    "t5_encoder": (
+        "T5EncoderModel", "T5Config",
+        {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 3,
+         "num_heads": 4},
+    ),
+    "mamba": (
+        "MambaForCausalLM", "MambaConfig",
+        {**IDS, "hidden_size": 32, "num_hidden_layers": 3, "state_size": 8},
+    ),
+    "qwen3_moe": (
+        "Qwen3MoeForCausalLM", "Qwen3MoeConfig",
+        {**GROUPED, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2,
+         "moe_intermediate_size": 16},
+    ),
+    "llava": (
+        "LlavaForConditionalGeneration", "LlavaConfig",
+        {"vision_config": {"model_type": "clip_vision_model", **VISION},
+         "text_config": {"model_type": "llama", **GROUPED}, "image_token_index": 111},
+    ),
+    "xlnet": (
+        "XLNetModel", "XLNetConfig",
+        {**IDS, "d_model": 32, "n_layer": 3, "n_head": 4, "d_inner": 48},
+    ),
+    "longformer": (
+        "LongformerModel", "LongformerConfig",
+        {**WIDE, "intermediate_size": 48, "attention_window": [8, 8, 8]},
+    ),
+    "gemma3n": (
+        "Gemma3nForCausalLM", "Gemma3nTextConfig",
+        {**GROUPED, "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8,
+         "head_dim": 8, "num_kv_shared_layers": 0, "altup_num_inputs": 2, "laurel_rank": 4,
+         "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+         "activation_sparsity_pattern": [0.0] * 3, "sliding_window": 16},
+    ),
+}  # fmt: skip
+"""Class, configuration class and settings of models that show tokens to layers in other ways."""
+
+
 @contextmanager
 def own_generator(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
@@ -74,6 +140,18 @@ def _build(name: str) -> nn.Module:
     rng = torch_rng(0, "tiny", name)
     with torch.no_grad():
         for parameter in model.parameters():  # biases and norms are no longer 0 and 1
+            parameter.add_(torch.randn(parameter.shape, generator=rng), alpha=0.1)
+    return model.eval().requires_grad_(False)
+
+
+def build_other(name: str) -> nn.Module:
+    """Return one of the models of `OTHERS`."""
+    kind, config, settings = OTHERS[name]
+    with own_generator(0):
+        model: nn.Module = getattr(hf, kind)(getattr(hf, config)(**settings))
+    rng = torch_rng(0, "tiny", name)
+    with torch.no_grad():
+        for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=rng), alpha=0.1)
     return model.eval().requires_grad_(False)
 

@@ -117,7 +117,7 @@ def _named(source: str | Path, wanted: Wanted) -> TokenFile | TextSource | str |
 def _is_saved(path: Path) -> bool:
     """Tell whether a folder was written by ``save_to_disk`` of the `datasets` library."""
     both = all((path / name).is_file() for name in ("dataset_info.json", "state.json"))
-    return both or (path / "dataset_dict.json").is_file()
+    return both or ((path / "dataset_dict.json").is_file() and any(path.glob("*/state.json")))
 
 
 def _from_saved(path: Path, wanted: Wanted) -> TokenFile | TextSource:
@@ -158,7 +158,7 @@ def _from_object(source: Any, label: str, wanted: Wanted) -> TokenFile | TextSou
 
 def _is_list(source: object) -> bool:
     """Tell whether to take an object for a list: of what has an order, and is no array."""
-    other = Tensor | np.ndarray | CalibrationSet | bytes | bytearray | AbstractSet[Any]
+    other = (Tensor, np.ndarray, CalibrationSet, bytes, bytearray, AbstractSet)
     return (
         isinstance(source, Iterable) and not isinstance(source, other) and not hasattr(source, IDS)
     )

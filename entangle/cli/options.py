@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from entangle.affixes import POLICIES
@@ -231,12 +232,11 @@ def spell_out(argv: "Sequence[str]") -> list[str]:
     What follows it may be MODEL, which is no policy.
     """
     flag, shortest = "--special-tokens", len("--spe")
-    following = [*argv[1:], ""]
     return [
         f"{flag}=model"
         if flag.startswith(one) and len(one) >= shortest and after not in POLICIES
         else one
-        for one, after in zip(argv, following, strict=True)
+        for one, after in pairwise([*argv, ""])
     ]
 
 

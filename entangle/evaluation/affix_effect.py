@@ -100,8 +100,8 @@ def affix_effect(
         losses = [_loss(model, front, text) for front in (used, other["before"])]
     except InvalidInput:  # an encoder, or no head: nothing is predicted
         return None
-    used_name, other_name = (" ".join(one["before_tokens"]) or "none" for one in (known, other))
-    return AffixEffect(used_name, other_name, losses[0], losses[1], len(text) - 1)
+    first, second = (" ".join(one["before_tokens"]) or "none" for one in (known, other))
+    return AffixEffect(first, second, losses[0], losses[1], len(text) - 1)
 
 
 def tell(effect: AffixEffect | None) -> None:

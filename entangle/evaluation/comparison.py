@@ -1,12 +1,11 @@
 """Several models on one text: a table whose first row is the baseline of the others."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any, cast
 
 import numpy as np
 import pandas as pd
 
-from entangle.affixes import shown
+from entangle.affixes import special_tokens_of
 from entangle.calibration import Source
 from entangle.checks import bootstrap
 from entangle.errors import InvalidInput
@@ -97,9 +96,7 @@ def perplexity_table(
                 "bits_per_byte": result.bits_per_byte,
                 "windows": len(result.window_losses),
                 "tokens": result.n_tokens,
-                "special_tokens": shown(
-                    cast("Mapping[str, Any]", result.protocol.get("settings", {}))
-                ),
+                "special_tokens": special_tokens_of(result.protocol),
                 "flag": result.flag,
             }
         )

@@ -14,6 +14,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import gguf
@@ -88,12 +89,14 @@ def load_converted(
     """
     version = importlib.metadata.version("transformers")
     name = f"gguf-{key[:24]}-{VERSION}-transformers-{version}"
-    asked: list[Path | None] = []
+    asked = False
+    file: Path | None = None
     made: list[Loaded] = []
 
     def make(folder: Path) -> None:
-        asked.append(None)
-        file = asked[0] = find()
+        nonlocal asked, file
+        asked = True
+        file = find()
         changed = (cache.cache_folder() / name).exists()
         again = f"the conversion of {what} has changed since it was made: converting it again"
         once = f"converting {what} (once, into {str(cache.cache_folder())!r})"
@@ -102,12 +105,12 @@ def load_converted(
     try:
         folder = cache.sealed_folder(name, make)
     except Unavailable as error:
-        if asked == [None]:  # it is the file that cannot be had
+        if asked and file is None:  # it is the file that cannot be had
             raise
         pretrained.say(f"loading {what} without the cache: {error}")
         if made and dtype in (None, torch.float32):
             return made[0]
-        return load_gguf(asked[0] if asked and asked[0] else find(), dtype=dtype)
+        return load_gguf(file or find(), dtype=dtype)
     made.clear()
     return pretrained.load_converted_folder(folder, dtype=dtype)
 
@@ -196,23 +199,36 @@ def _write_flags(path: Path, tokenizer: hf.PreTrainedTokenizerBase) -> None:
 @contextlib.contextmanager
 def _parsed_once() -> Iterator[Callable[[Path], _Parsed]]:
     """Let transformers share one parsed file, and one reading of its config, inside the block."""
-    parsed = functools.cache(lambda path: _Parsed(path))
-    original = hf_gguf.load_gguf_checkpoint
+    original: Callable[..., dict[str, Any]] = hf_gguf.load_gguf_checkpoint
     configs: dict[str, dict[str, Any]] = {}
+
+    @functools.cache
+    def parsed(path: Path) -> _Parsed:
+        return _Parsed(path)
 
     def checkpoint(path: str, return_tensors: bool = False, **settings: Any) -> dict[str, Any]:
         if return_tensors:
-            return dict(original(path, return_tensors=True, **settings))
+            return original(path, return_tensors=True, **settings)
         if path not in configs:
             configs[path] = original(path, **settings)
         return configs[path] | {"config": copy.deepcopy(configs[path]["config"])}
 
-    with _patched:
-        reader = gguf.GGUFReader
-        vars(gguf)["GGUFReader"] = lambda path, *_: parsed(Path(path))
-        vars(hf_gguf)["load_gguf_checkpoint"] = checkpoint
-        try:
-            yield parsed
-        finally:
-            vars(gguf)["GGUFReader"] = reader
-            vars(hf_gguf)["load_gguf_checkpoint"] = original
+    def reader(path: str, *_: object) -> _Parsed:
+        return parsed(Path(path))
+
+    with (
+        _patched,
+        _replaced(gguf, "GGUFReader", reader),
+        _replaced(hf_gguf, "load_gguf_checkpoint", checkpoint),
+    ):
+        yield parsed
+
+
+@contextlib.contextmanager
+def _replaced(module: ModuleType, name: str, function: object) -> Iterator[None]:
+    original = getattr(module, name)
+    setattr(module, name, function)
+    try:
+        yield
+    finally:
+        setattr(module, name, original)

@@ -145,7 +145,7 @@ def load_model(
         When the hub, or the place of the demo assets, cannot be reached.
     """
     if not isinstance(model, str | os.PathLike):
-        given: dict[str, Any] = {"revision": revision, "device_map": device_map}
+        given: dict[str, object] = {"revision": revision, "device_map": device_map}
         given |= {"dtype": _unless_auto(dtype), "device": _unless_auto(device)}
         return _wrapped(model, tokenizer, given)
     name = str(os.fspath(model))

@@ -24,7 +24,7 @@ from entangle.progress import ProgressBar
 from entangle.recording.recorder import Recorded, Recorder, told
 from entangle.seeding import check_seed, numpy_rng
 
-Neurons = int | Iterable[int]
+Neurons = int | Iterable[int] | np.ndarray
 """Indices of neurons of one layer, or one index."""
 
 Outputs = Float32[np.ndarray, " tokens"]

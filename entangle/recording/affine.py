@@ -40,7 +40,7 @@ def is_affine(
     b = torch.zeros(len(w), device=w.device) if bias is None else bias.to(w.device).float()
     with full_precision(), torch.no_grad():
         expected = x @ w.T + b
-        products = (x.square() @ w.square().T + b.square()).sqrt()
+        products = _lengths(x, w, b)
     bound = torch.finfo(outputs.dtype).max * 0.9
     both = (expected.abs() < bound) | y.isfinite()  # 16-bit outputs overflow where these do not
     both &= ~(expected.isnan() & y.isnan())
@@ -49,6 +49,12 @@ def is_affine(
         products, both
     )
     return bool((_rms(off, both) <= allowed + torch.finfo(torch.float32).tiny).all())
+
+
+def _lengths(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    """Return √(Σ (w x)² + b²), scaled so that no square overflows."""
+    wide, tall = (one.abs().amax().clamp_min(torch.finfo(one.dtype).tiny) for one in (x, w))
+    return ((x / wide).square() @ (w / tall).square().T).sqrt() * wide * tall + b.abs()
 
 
 def _eps(outputs: Tensor) -> float:

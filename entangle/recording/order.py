@@ -67,6 +67,7 @@ def _look(module: nn.Module, layers: Sequence[Layer], ids: Tensor, most: int) ->
     length = max(1, min(most, len(flat) // 2, ids.shape[1]))
     one, two = flat[:length], flat[-length:]
     known = flat.unique()
+    told_apart = bool((known > 0).any())
     passes = [
         _inputs(module, layers, torch.stack([first, second]))
         for first, second in (
@@ -77,16 +78,25 @@ def _look(module: nn.Module, layers: Sequence[Layer], ids: Tensor, most: int) ->
     ]
     first, moved, others = passes
     return {
-        layer.name: _habits(first[layer.name], moved[layer.name], others[layer.name], length)
+        layer.name: _habits(
+            first[layer.name],
+            moved[layer.name] if told_apart else (),
+            others[layer.name],
+            length,
+        )
         for layer in layers
     }
 
 
 def _exchanged(ids: Tensor, known: Tensor, step: int) -> Tensor:
-    """Return ids each of which is another one, of the text's own ids where it has several."""
+    """Return ids each of which is another one, of the text's own ids where it has several.
+
+    Only a text of the id 0 alone comes back as it is: no other id is known to exist.
+    """
+    if len(known) == 1:
+        return (ids - 1).clamp_min(0)
     place = torch.searchsorted(known, ids)
-    other = known[(place + step) % len(known)]
-    return torch.where(other == ids, (ids == 0).to(ids.dtype), other)
+    return known[(place + 1 + (step - 1) % (len(known) - 1)) % len(known)]
 
 
 def _in_line(inputs: Tensor, length: int) -> bool:

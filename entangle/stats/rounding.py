@@ -150,7 +150,8 @@ def reach(
     factor = sizes.to(weight.device, torch.float32).reshape(-1, weight.shape[1]).T
     rows = max(1, 16 * _BLOCK // max(1, weight.shape[1]))
     found = torch.cat([part.abs().float() @ factor for part in weight.split(rows)])
-    return found.T.reshape(*sizes.shape[:-1], weight.shape[0]).cpu().double()
+    by_set: Tensor = found.T.reshape(*sizes.shape[:-1], weight.shape[0])
+    return by_set.cpu().double()
 
 
 class FeatureSizes:
@@ -161,7 +162,7 @@ class FeatureSizes:
         self._squares: Tensor | None = None
 
     @classmethod
-    def of(cls, blocks: Iterable[Float[Tensor, "tokens features"]]) -> "FeatureSizes":
+    def of(cls, blocks: Iterable[Float[Tensor, "_ features"]]) -> "FeatureSizes":
         """Measure all tokens of a record."""
         made = cls()
         for rows in blocks:

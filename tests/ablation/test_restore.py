@@ -93,8 +93,7 @@ def test_a_sweep_interrupted_in_a_forward_pass_restores(
 
     def count(*_: object) -> None:
         calls.append(1)
-        if len(calls) == 4:  # the dense model, the calibration, an arm, the next
-            assert differing(before, bits(model.module))
+        if differing(before, bits(model.module)):  # an arm
             _interrupt()
 
     settings: dict[str, Any] = {"fraction": 0.1, "strengths": (0.5, 0.9), "seeds": 2}
@@ -102,6 +101,6 @@ def test_a_sweep_interrupted_in_a_forward_pass_restores(
     with pytest.raises(KeyboardInterrupt):
         ablate(model, calibration, evaluation=load_evaluation(ids), md=False, **settings)
     handle.remove()
-    assert len(calls) == 4
+    assert len(calls) > 2
     assert differing(before, bits(model.module)) == set()
     assert count_hooks(model.module) == 0

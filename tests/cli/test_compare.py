@@ -51,7 +51,7 @@ MISTAKES = {
     "--data nowhere.txt": "'nowhere.txt' does not exist",
     "--calibration nowhere.txt": "'nowhere.txt' does not exist",
     "--eval-seq-len 129": "`seq_len` must be at most the model's context, 128; got 129.",
-    "--eval-windows 0": "`n_windows` must be an integer of at least 1; got 0.",
+    "--eval-windows 0": "must be an integer of at least 1; got 0.",
     "--data-split test": "`split` 'test' was given, but has no meaning for 'text.txt'",
     "--data-config raw": "`config` 'raw' was given, but has no meaning for 'text.txt'",
     "--data-column body": "`column` 'body' was given, but 'text.txt' is",

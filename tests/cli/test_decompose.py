@@ -93,7 +93,7 @@ MISTAKES = {
     "--layer 1 --proj up_proj --neurons 3,48": "must lie in 0..47; got 48.",
     "--layer 1 --proj up_proj --neurons 3,x": "a list must look like",
     "--layer 1 --proj up_proj --experts 2,129": "at most the number of tokens to calibrate on, 128",
-    "--layer 1 --experts 0,2": "`--experts` must be an integer of at least 1; got 0.",
+    "--layer 1 --experts 0,2": "got 0.",
     "--layer 1 --experts two": "a list must look like",
     "--layer 1 --sparsity 1.3": "`--sparsity` must be in [0, 1]; got 1.3.",
     "--layer 1 --sparsity nan": "`--sparsity` must be in [0, 1]; got nan.",

@@ -327,7 +327,7 @@ def test_a_damaged_block(run: Run, expansion: Path, text_file: Path, damage: str
     ("options", "message"),
     [
         ("x --base other", "the base model 'other' has digest "),
-        ("x --base ./nowhere", "the dense model of 'x': unknown model './nowhere'"),
+        ("x --base ./nowhere", "unknown model './nowhere'"),
         ("x --base x", "the dense model of 'x': a model folder must hold config.json"),
         ("x --dtype float32", "`--dtype` cannot be chosen for the Sparse Expansion 'x'"),
         ("x --revision main", "`--revision` cannot be chosen for the Sparse Expansion 'x'"),

@@ -53,7 +53,7 @@ MISTAKES = {
     "--calibration nowhere.txt": "'nowhere.txt' does not exist",
     "--evaluate nowhere.txt": "'nowhere.txt' does not exist",
     "--evaluate text.txt --eval-seq-len 129": "`seq_len` must be at most the model's context, 128",
-    "--evaluate text.txt --eval-windows 0": "`n_windows` must be an integer of at least 1; got 0",
+    "--evaluate text.txt --eval-windows 0": "must be an integer of at least 1; got 0",
     "--evaluate text.txt --data-split test": "`split` 'test' was given, but has no meaning for",
     "--data-split test": "--data-split needs --evaluate SOURCE; give it, or drop --data-split.",
     "--eval-windows 2": "--eval-windows needs --evaluate SOURCE; give it, or drop --eval-windows.",

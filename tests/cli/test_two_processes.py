@@ -81,15 +81,10 @@ def test_the_second_stops_the_first_is_killed_and_a_third_goes_on(
     os.kill(first.pid, signal.SIGKILL)
     first.communicate()
     assert claim_file(place / "x").exists()
-    pieces = len(list(Path(".x.comparing").glob("arm-*")))
+    pieces = len(list(Path(".x.comparing").glob("arm-*.safetensors")))
     assert main([*COMMAND, "--sparsity", "0.7", "--resume"]) == 2  # of another plan
     assert "settings" in capsys.readouterr().err
     assert main([*COMMAND, "--sparsity", "0.5,0.8", "--resume"]) == 0
     assert pieces == 2
-    shutil.move("x", "cut")
-    assert main([*COMMAND, "--sparsity", "0.5,0.8"]) == 0
-    for name in ("comparison", "windows"):
-        one, other = (place / run / f"{name}.parquet" for run in ("cut", "x"))
-        assert one.read_bytes() == other.read_bytes()
     left = {path.name for path in place.iterdir()}
-    assert left == {"cut", "model", "text.txt", "waiting", "x"}
+    assert left == {"model", "text.txt", "waiting", "x"}

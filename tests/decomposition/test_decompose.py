@@ -227,6 +227,8 @@ def test_little_memory_changes_nothing(
     tight = decompose(model, text, layer=1, proj="mlp", **SMALL, memory=2**20)
     for name in COLUMNS:
         pd.testing.assert_frame_equal(getattr(tight, name), getattr(found, name), rtol=1e-4)
+    for name in ("pairs", "separated", "modes", "contexts"):
+        pd.testing.assert_frame_equal(getattr(tight, name), getattr(found, name), check_exact=True)
 
 
 def test_the_random_router_is_a_control(model: LanguageModel, text: CalibrationSet) -> None:

@@ -103,6 +103,20 @@ def test_word_perplexity_is_the_one_of_this_package(
     assert theirs["bits_per_byte,none"] == pytest.approx(ours.bits_per_byte, rel=1e-5)
 
 
+@pytest.mark.parametrize("policy", ["model", "published"])
+def test_the_first_token_stands_once_before_a_text(
+    policy: str, tiny: Tiny, evaluated: Evaluated
+) -> None:
+    """By itself the harness puts <s> before "<s> text </s>", and predicts both of its ends."""
+    model = harness_model(tiny("llama"), tiny_tokenizer(adds=True), special_tokens=policy)
+    got = evaluated(model, ROLLING, [{"text": TEXTS[0]}])["results"]["own"]
+    total = -_log_likelihood(tiny("llama").module, [1], TEXTS[0])
+    ours = total / len(TEXTS[0]) / math.log(2)
+    theirs = got["bits_per_byte,none"]
+    assert (theirs == pytest.approx(ours, rel=1e-5)) == (policy == "model")
+    assert model.tok_encode("ab") == [1, *_ids("ab"), *([] if policy == "model" else [2])]
+
+
 def test_multiple_choice_on_a_task_of_our_own(tiny: Tiny, evaluated: Evaluated) -> None:
     model = harness_model(tiny("gpt2"), _plain_tokenizer(), batch_size=3)
     task = {

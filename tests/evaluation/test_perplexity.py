@@ -12,6 +12,7 @@ from torch import nn
 
 from entangle.errors import InvalidInput, MemoryLimit
 from entangle.evaluation import EvaluationText, Perplexity, load_evaluation, perplexity
+from entangle.evaluation.perplexity import measure_perplexity
 from entangle.models.loading import LanguageModel, load_model
 from tests.reference import perplexity as reference
 from tests.tiny_models import CONFIGS, TINY, WIDE
@@ -70,11 +71,11 @@ def test_default_batch_is_bounded_in_logits(
     sizes = []
     module = TINY["llama"]()
     handle = module.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
-    perplexity(module, windows)
+    measure_perplexity(module, windows)
     for limit in (3 * 32 * 112, 1):
         globals_of = vars(__import__("sys").modules["entangle.evaluation.perplexity"])
         monkeypatch.setitem(globals_of, "LOGITS_IN_A_PASS", limit)
-        perplexity(module, windows)
+        measure_perplexity(module, windows)
     handle.remove()
     assert sizes == [8, 3, 3, 2, *[1] * 8]
 

@@ -1,15 +1,18 @@
 """Words and bytes of predicted tokens, against a count over characters and by hand."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import transformers as hf
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from entangle.evaluation.words import TextCounts, count_predicted
 from tests.reference import perplexity as reference
 from tests.tiny_models import tiny_tokenizer
+from tests.tokenizers import byte_fallback, byte_level, word_piece
 
 CHARACTERS = tiny_tokenizer()  # one token a character
 
@@ -69,6 +72,80 @@ def test_words_as_tokens_by_hand() -> None:
 def test_bytes_of_characters_that_are_no_ascii() -> None:
     text = "é ü née"  # 10 bytes, one token each
     assert _count(text, _by_bytes(), 10, 0) == TextCounts(3, 10)
+
+
+SCRIPTS = "naïve 敏捷的 😀🎉🚀🌍 – 日本 x 😀\n"
+
+
+@given(text=st.text("aé敏😀 \n", min_size=1, max_size=30), length=st.integers(2, 7),
+       skipped=st.integers(0, 1))  # fmt: skip
+def test_each_token_of_a_byte_level_tokenizer_is_one_byte(
+    text: str, length: int, skipped: int
+) -> None:
+    n_tokens = len(text.encode())
+    if n_tokens < length:
+        return
+    got = _count(text, _by_bytes(), length, skipped)
+    assert got.n_bytes == n_tokens // length * (length - skipped)
+
+
+@pytest.mark.parametrize("make", [byte_level, byte_fallback, word_piece])
+@pytest.mark.parametrize("length", [1, 2, 3, 5])
+def test_bytes_of_windows_add_up(
+    make: Callable[[], hf.PreTrainedTokenizerBase], length: int
+) -> None:
+    """Single tokens' bytes, and those of any windows, add up to the text's."""
+    tokenizer = make()
+    ids = tokenizer(SCRIPTS * 3 + "end", add_special_tokens=False)["input_ids"]
+    text = SCRIPTS * 3 + "end"
+    n = len(ids) // length
+    parts = [
+        count_predicted(text, torch.tensor(ids[: i * length]), tokenizer, n_windows=1, skipped=0)
+        for i in range(1, n + 1)
+    ]
+    whole = count_predicted(
+        text, torch.tensor(ids[: n * length]), tokenizer, n_windows=n, skipped=0
+    )
+    assert whole.n_bytes == parts[-1].n_bytes
+    if len(ids) == n * length:
+        assert whole.n_bytes == len(text.encode())
+    upto = [part.n_bytes or 0 for part in parts]
+    assert upto == sorted(upto)
+
+
+def test_bytes_that_a_name_tells_by_hand() -> None:
+    fallback = byte_fallback()
+    text = "the 京😀"  # ▁the ▁ 3 bytes 4 bytes
+    assert len(fallback(text, add_special_tokens=False)["input_ids"]) == 9
+    ids = torch.tensor(fallback(text, add_special_tokens=False)["input_ids"])
+    got = [
+        count_predicted(text, ids[:i], fallback, n_windows=1, skipped=0).n_bytes
+        for i in range(1, 10)
+    ]
+    assert got == [3, 4, 5, 6, 7, 8, 9, 10, 11]
+
+
+def test_text_that_is_written_out_before_it_is_cut_shares_its_bytes() -> None:
+    vocabulary = {c: i for i, c in enumerate("?fi1⁄2 x")}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="?"))
+    tokenizer.normalizer = normalizers.NFKC()
+    fast = _fast(tokenizer)
+    text = "xﬁ½x"  # 1 + 3 + 2 + 1 bytes; f i share 3, and 1 ⁄ 2 share 2
+    ids = torch.tensor(fast(text, add_special_tokens=False)["input_ids"])
+    assert len(ids) == 7
+    got = [
+        count_predicted(text, ids[:i], fast, n_windows=1, skipped=0).n_bytes for i in range(1, 8)
+    ]
+    assert (got[0], got[2], got[5], got[6]) == (1, 4, 6, 7)
+    assert got == sorted(x for x in got if x is not None)
+
+
+def test_lower_case_counts_the_bytes_of_the_text_as_given() -> None:
+    text = "Straße ÜBER"
+    tokenizer = word_piece()
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+    got = count_predicted(text, ids, tokenizer, n_windows=1, skipped=0)
+    assert got.n_bytes == len(text.encode())
 
 
 def test_a_tokenizer_without_places_counts_nothing() -> None:

@@ -272,12 +272,16 @@ def test_a_base_named_by_a_relative_path_is_found_from_anywhere(
     assert experts_of(load_expanded(tmp_path / "x", device="cpu"))
 
 
-def test_a_layer_that_sees_no_token_is_refused(calibration: CalibrationSet) -> None:
+def test_a_layer_that_sees_no_token_is_refused_by_name(calibration: CalibrationSet) -> None:
     model = as_language_model(TINY["llama"]())
     block = model.module.get_submodule("model.layers.1.mlp")
     block.add_module("unused", torch.nn.Linear(32, 48))
-    with pytest.raises(InvalidInput, match=r"1\.mlp\.unused' sees no token"):
-        run(model, calibration)
+    name = "model.layers.1.mlp.unused"
+    with pytest.raises(InvalidInput, match=r"1\.mlp\.unused'"):
+        run(model, calibration, layers=[name, "model.layers.1.mlp.up_proj"], proj=None)
+    made = run(model, calibration)  # not asked for by name: left as it is
+    assert name not in set(made.layers["layer"])
+    assert made.manifest["layers_without_tokens"] == [name]
 
 
 def test_another_base_model_is_refused(

@@ -264,11 +264,8 @@ def test_the_demo_model_puts_no_special_tokens_around_a_text() -> None:
     habit = model_habit(tokenizer)
     assert (habit.before, habit.after) == ((), ())
     sizes: dict[str, Any] = {"n_seq": 2, "seq_len": 64, "sampling": "contiguous"}
-    no_policy: dict[str, Any] = {}
-    got, none = (
-        load_calibration("demo", tokenizer, **sizes, **policy)
-        for policy in (no_policy, {"special_tokens": "none"})
-    )
+    got = load_calibration("demo", tokenizer, **sizes)
+    none = load_calibration("demo", tokenizer, special_tokens="none", **sizes)
     text = "\n\n".join(text for _, text in demo.demo_articles()[:1])
     assert got.ids.flatten().tolist() == tokenizer(text).input_ids[:128]
     assert got.digest == none.digest

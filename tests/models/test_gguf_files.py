@@ -11,8 +11,9 @@ import transformers as hf
 from transformers import modeling_gguf_pytorch_utils as hf_gguf
 
 from entangle.errors import InvalidInput
-from entangle.models import cache, gguf_files, pretrained
+from entangle.models import cache, gguf_files
 from entangle.models.loading import load_model
+from entangle.models.pretrained import FLAGS
 from tests.tiny_models import GROUPED
 
 
@@ -60,8 +61,8 @@ def _write_gguf(file: Path, model: hf.LlamaForCausalLM, **flags: bool) -> None:
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_chat_template("{{ messages[0]['content'] }}")
-    for flag, value in flags.items():
-        writer.add_bool(f"tokenizer.ggml.{flag}", value)
+    for flag, on in flags.items():
+        writer.add_bool(f"tokenizer.ggml.{flag}", on)
     names: Any = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, parameter in model.named_parameters():
         weight = parameter.detach()
@@ -152,7 +153,7 @@ def test_the_flags_and_the_chat_template_are_carried_on(
     flags: tuple[bool, bool], tmp_path: Path, place: Path
 ) -> None:
     model = hf.LlamaForCausalLM(hf.LlamaConfig(**{**GROUPED, "vocab_size": len(WORDS)}))
-    named = dict(zip(pretrained.FLAGS, flags, strict=True))
+    named = dict(zip(FLAGS, flags, strict=True))
     _write_gguf(tmp_path / "x.gguf", model, **named)
     for _ in range(2):  # converted, and opened again
         tokenizer = load_model(tmp_path / "x.gguf", device="cpu").tokenizer
@@ -170,7 +171,7 @@ def test_no_flags_stay_none(tmp_path: Path) -> None:
     _write_gguf(tmp_path / "x.gguf", model)
     tokenizer = load_model(tmp_path / "x.gguf", device="cpu").tokenizer
     assert tokenizer is not None
-    assert not set(pretrained.FLAGS) & set(tokenizer.init_kwargs)
+    assert not set(FLAGS) & set(tokenizer.init_kwargs)
 
 
 def test_one_changed_byte_means_converting_again(

@@ -108,7 +108,9 @@ def test_the_libraries_are_held_to_their_caches_only_meanwhile(
     import datasets
     from huggingface_hub import constants
 
-    flags = lambda: (constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE)  # noqa: E731
+    def flags() -> tuple[bool, bool]:
+        return constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+
     before = flags()
     monkeypatch.setattr(hub, "answers", lambda: False)
     with contextlib.suppress(ZeroDivisionError), hub.caches_alone():

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from entangle.routing.subspace import _orthonormal, leading_pairs
+from entangle.routing.subspace import TOLERANCE, _orthonormal, leading_pairs
 from entangle.seeding import torch_rng
 
 
@@ -74,3 +74,29 @@ def test_columns_that_lie_in_the_basis_are_replaced() -> None:
     identity = torch.eye(6, dtype=torch.float64)
     torch.testing.assert_close(found.mT @ found, identity, rtol=0, atol=1e-12)
     torch.testing.assert_close(found @ (found.mT @ block), block)
+
+
+@pytest.mark.parametrize(("count", "most"), [(9, 59), (32, 128), (40, 160)])
+def test_the_basis_takes_at_most_half_of_the_matrix(count: int, most: int) -> None:
+    """3 vectors for each one sought and 4 blocks, of 8 columns or a quarter of the number sought.
+
+    9: 27 + 4 · 8 = 59; 32: 96 + 4 · 8 = 128; 40: 120 + 4 · 10 = 160.
+    """
+    for size, fits in ((2 * most, True), (2 * most - 1, False)):
+        matrix = torch.diag(1 / torch.arange(1, size + 1, dtype=torch.float64))
+        found = leading_pairs(matrix, count)
+        assert (found is not None) == fits
+        if found is not None:
+            expected = 1 / torch.arange(1, count + 1, dtype=torch.float64)
+            torch.testing.assert_close(found[0], expected, rtol=1e-6, atol=0)
+
+
+def test_residuals_are_as_small_as_is_said() -> None:
+    index = torch.arange(1, 301, dtype=torch.float64)
+    matrix = _covariance(300, 1 / index.sqrt())
+    found = leading_pairs(matrix, 9)
+    assert found is not None
+    values, vectors = found
+    residual = torch.linalg.vector_norm(matrix @ vectors - vectors * values, dim=0).max()
+    assert residual <= TOLERANCE * values[-1] * (1 + 1e-6)
+    assert (values.diff() <= 0).all()

@@ -218,14 +218,18 @@ def test_outputs_that_are_not_products_stay_the_modules_own() -> None:
     assert frame[["skewness", "excess_kurtosis"]].isna().all(axis=None)
 
 
-def test_differences_that_are_rounding_have_no_mapping_difficulty() -> None:
-    inputs = torch.randn(TOKENS, FEATURES, generator=torch.Generator().manual_seed(0)) + 5
+@pytest.mark.parametrize("method", METHODS)
+def test_differences_that_are_rounding_have_no_mapping_difficulty(method: Method) -> None:
+    inputs = torch.randn(TOKENS, FEATURES, generator=torch.Generator().manual_seed(0))
     inputs[:, 0] = torch.arange(TOKENS) % 50 == 0
+    inputs[:, -1] = 1.0
     weight = torch.zeros(2, FEATURES)
     weight[0, 0] = weight[1, 1] = 1.0
-    weight[0, 1:] = 1e-9  # differences of most tokens: 1e-9 beside products of 1e-8
-    toy = Toy(inputs, weight, torch.tensor([100.0, 0.0]), torch.float32)
-    for method in METHODS:
-        frame = scored(toy, all_tokens(), method).frame
-        assert frame["wd"].notna().all()
-        assert frame["md"].isna().tolist() == [True, False]
+    weight[0, 1:-1] = 1.5e-6  # differences of most tokens: about 1e-5, at 100 spaced by 8e-6
+    weight[0, -1] = 100.0
+    toy = Toy(inputs, weight, None, torch.float32)
+    outputs = toy(all_tokens()).flatten()[::2]
+    assert (outputs[::2] - outputs[1::2]).abs().median() > 0
+    frame = scored(toy, all_tokens(), method).frame
+    assert frame["wd"].notna().all()
+    assert frame["md"].isna().tolist() == [True, False]

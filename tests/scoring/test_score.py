@@ -10,6 +10,7 @@ import torch
 from pandas.testing import assert_frame_equal
 from torch import nn
 
+from entangle import memory
 from entangle.calibration import CalibrationSet
 from entangle.errors import InvalidInput, MemoryLimit, UnknownName
 from entangle.models.layers import find_layers
@@ -169,9 +170,23 @@ def test_without_mapping_difficulty(
 
 def test_auto_is_exact_where_the_inputs_fit(tiny: Tiny) -> None:
     ids = CalibrationSet(torch.full((64, 64), 7), "many", {})
-    for memory, method in ((2**22, "exact"), (2**21, "sketch")):
-        scores = score(tiny("llama"), ids, layers=1, proj="mlp", md=False, memory=memory)
+    for budget, method in ((2**22, "exact"), (2**21, "sketch")):
+        scores = score(tiny("llama"), ids, layers=1, proj="mlp", md=False, memory=budget)
         assert scores.layers["method"].eq(method).all()
+
+
+def test_auto_chooses_alike_on_every_machine(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without `memory` by the size of the inputs alone, not by what is free."""
+    ids = CalibrationSet(torch.full((8, 64), 7), "many", {})
+    needed = 512 * 2 * (32 + 32 + 48) * 4 // 2
+    for free in (2**22, 2**45):
+        monkeypatch.setattr(memory, "free_ram", lambda free=free: free)
+        for most, method in ((needed, "exact"), (needed - 1, "sketch")):
+            monkeypatch.setattr(score_module, "AUTO_EXACT_BYTES", most)
+            scores = score(tiny("llama"), ids, layers=1, proj="mlp", md=False)
+            assert scores.manifest["settings"]["method"] == method  # type: ignore[index]
+            assert scores.manifest["memory_bytes"] == free // 2
+            assert "memory" not in str(scores.manifest["settings"])
 
 
 def test_the_manifest_tells_what_was_done(

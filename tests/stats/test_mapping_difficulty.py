@@ -351,3 +351,18 @@ def test_no_number_where_the_output_normaliser_is_zero() -> None:
             by: OutputNorm = norm  # type: ignore[assignment]
             assert found.md(output_norm=by)[0].item() == pytest.approx(expected, rel=1e-6)
             assert found.md(output_norm=by)[1].isnan()
+
+
+@pytest.mark.parametrize(("n", "pairs"), [(99_999, 49_999), (100_000, 50_000), (100_003, 50_000)])
+def test_at_most_fifty_thousand_pairs_by_default(n: int, pairs: int) -> None:
+    assert draw_pairs(n, seed=0).shape == (2, pairs)  # as in the published code
+
+
+def test_pairs_at_any_distance_above_zero_count() -> None:
+    y = torch.tensor([[0.0, 0.0, 1.0, 3.0]])
+    pairs = torch.tensor([[0, 1], [2, 3]])
+    for distance in ([1e-30, 1e-30], [0.5, 1e-30]):
+        found = mapping_difficulty(y, pairs, torch.tensor(distance))
+        assert (found.n_pairs, found.n_identical) == (2, 0)
+        expected = (1 / distance[0] + 3 / distance[1]) / 2
+        assert found.slope.item() == pytest.approx(expected, rel=1e-6)
