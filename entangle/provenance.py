@@ -20,8 +20,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec, TypeVar, cast
 
-from entangle import claims
 from entangle.checks import path_of
+from entangle.claims import check_claimed
+from entangle.claims import claimed as _claimed
 from entangle.errors import EntangleError, InvalidInput, Unavailable
 
 if TYPE_CHECKING:
@@ -190,7 +191,7 @@ def claimed(path: str | os.PathLike[str] | None) -> Iterator[None]:
             target = Path(os.path.realpath(expanded(path)))
             with disk_errors(target):
                 _check_parent(target)
-                stack.enter_context(claims.claimed(target))
+                stack.enter_context(_claimed(target))
         yield
 
 
@@ -235,7 +236,7 @@ def _output_folder(path: str | os.PathLike[str], *, force: bool) -> Iterator[Pat
         with disk_errors(target):
             temporary.chmod(0o777 & ~_umask())
             yield temporary
-            claims.check_claimed(target)
+            check_claimed(target)
             check_output(path, force=force)  # by now there may be one
             retired = temporary.with_name(temporary.name + ".old")
             if target.exists():

@@ -293,8 +293,9 @@ def test_options_that_have_no_meaning() -> None:
         for name in ("split", "config", "column"):
             if name == "column" and isinstance(source, dict):
                 continue
+            setting: dict[str, Any] = {name: "x"}
             with pytest.raises(InvalidInput, match=f"`{name}`"):
-                load_calibration(source, tiny_tokenizer(), **{name: "x"})
+                load_calibration(source, tiny_tokenizer(), **setting)
 
 
 @pytest.mark.parametrize(

@@ -61,5 +61,5 @@ def test_bad_input() -> None:
         pearson_interval(np.zeros(3), np.zeros(4))
     with pytest.raises(InvalidInput, match=r"`n_boot`.*got 0"):
         pearson_interval(np.zeros(3), np.zeros(3), n_boot=0)
-    with pytest.raises(InvalidInput, match=r"got 1\.0"):
+    with pytest.raises(InvalidInput, match=r"`level`.*got 1\.0"):
         pearson_interval(np.zeros(3), np.zeros(3), level=1.0)

@@ -161,7 +161,11 @@ def test_a_manifest_that_lost_a_part_is_refused(
     damage: Callable[[Any], object], copied: Callable[..., Path], tiny: Tiny
 ) -> None:
     path = copied(damage)
-    for load in (lambda: load_base(path, "m"), lambda: load_expanded(path, base=tiny("llama"))):
+    loads: tuple[Callable[[], object], ...] = (
+        lambda: load_base(path, "m"),
+        lambda: load_expanded(path, base=tiny("llama")),
+    )
+    for load in loads:
         with pytest.raises(InvalidInput, match=r"copy'.*manifest\.json"):
             load()
 
