@@ -33,7 +33,7 @@ def _fill(folder: Path, *names: str) -> Path:
 
 def _evaluated(folder: Path, **options: Any) -> tuple[str, object]:
     text = load_evaluation(folder, tiny_tokenizer(), seq_len=2, join="", **options)
-    return tiny_tokenizer().decode(text.windows.flatten()), text.settings.get("split")
+    return str(tiny_tokenizer().decode(text.windows.flatten())), text.settings.get("split")
 
 
 LAYOUTS: dict[str, tuple[list[str], list[str]]] = {

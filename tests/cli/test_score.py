@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 import entangle
-from entangle.recording import recorder
+from entangle.recording import hooks, recorder
 from tests.cli.runs import Run
 
 Folder = Callable[[str], Path]
@@ -184,7 +184,7 @@ def test_ctrl_c_leaves_nothing(
     run: Run, small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The interrupt comes with the third pass over the text, while inputs are in a file."""
-    forward, passes = recorder.forward, [0]
+    forward, passes = hooks.forward, [0]
 
     def interrupted(*args: object, **kwargs: object) -> object:
         passes[0] += 1
