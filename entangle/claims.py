@@ -92,7 +92,7 @@ _HELD: dict[Path, _Held] = {}
 
 
 @contextmanager
-def claimed(target: Path) -> Iterator[None]:
+def claim(target: Path) -> Iterator[None]:
     """Claim a result for this process while the block runs; again in the block does nothing.
 
     Parameters

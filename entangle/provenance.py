@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec, TypeVar, cast
 
 from entangle.checks import path_of
-from entangle.claims import check_claimed
-from entangle.claims import claimed as _claimed
+from entangle.claims import check_claimed, claim
 from entangle.errors import EntangleError, InvalidInput, Unavailable
 
 if TYPE_CHECKING:
@@ -191,7 +190,7 @@ def claimed(path: str | os.PathLike[str] | None) -> Iterator[None]:
             target = Path(os.path.realpath(expanded(path)))
             with disk_errors(target):
                 _check_parent(target)
-                stack.enter_context(_claimed(target))
+                stack.enter_context(claim(target))
         yield
 
 

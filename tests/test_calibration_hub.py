@@ -199,7 +199,20 @@ def folder(tmp_path: Path) -> Path:
 
 def test_folder_with_configurations(folder: Path) -> None:
     assert list(load_texts(folder, config="two", split="two")) == ["two"]
-    assert list(load_texts(folder)) == ["one", "two"]  # file by file, without the library
+    assert list(load_texts(folder, split="all")) == ["one", "two"]  # without the library
+    assert "one, two" in _error(InvalidInput, str(folder))
+
+
+def test_folder_whose_readme_lays_out_its_files(tmp_path: Path) -> None:
+    for name in ("main", "held"):
+        pq.write_table(pa.table({"text": [name]}), tmp_path / f"{name}.parquet")
+    files = "[{split: train, path: main.parquet}, {split: test, path: held.parquet}]"
+    lines = ["---", "configs:", "- config_name: default", f"  data_files: {files}", "---"]
+    (tmp_path / "README.md").write_text("\n".join(lines))
+    assert list(load_texts(tmp_path)) == ["main"]
+    got = load_evaluation(tmp_path, tiny_tokenizer(), seq_len=4)
+    assert tiny_tokenizer().decode(got.windows[0]) == "held"
+    assert got.settings["split"] == "test"
 
 
 def test_real_errors_of_the_library(folder: Path, tmp_path: Path) -> None:

@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 
 from entangle import claims
-from entangle.claims import Writer, check_claimed, claim_file, claimed
+from entangle.claims import Writer, check_claimed, claim, claim_file
 from entangle.errors import Unavailable
-from entangle.provenance import claimed as claimed_path
-from entangle.provenance import output_folder
+from entangle.provenance import claimed, output_folder
 from tests.claiming import claimer, said
 
 
@@ -41,12 +40,12 @@ def note(target: Path, writer: Writer, **changes: object) -> None:
 
 
 def test_a_claim_comes_and_goes(target: Path) -> None:
-    with claimed(target):
+    with claim(target):
         found = Writer.read(claim_file(target))
         assert found is not None
         assert found.pid == os.getpid()
         assert [path.name for path in target.parent.iterdir()] == [".result.lock"]
-        with claimed(target):
+        with claim(target):
             check_claimed(target)
         assert claim_file(target).exists()
     assert list(target.parent.iterdir()) == []
@@ -54,10 +53,10 @@ def test_a_claim_comes_and_goes(target: Path) -> None:
 
 
 def test_folders_that_were_made_for_a_claim_go_with_it(tmp_path: Path) -> None:
-    with claimed(tmp_path / "a" / "b" / "x"):
+    with claim(tmp_path / "a" / "b" / "x"):
         assert claim_file(tmp_path / "a" / "b" / "x").exists()
     assert list(tmp_path.iterdir()) == []
-    with claimed(tmp_path / "a" / "x"):
+    with claim(tmp_path / "a" / "x"):
         (tmp_path / "a" / "kept").touch()
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["kept"]
 
@@ -65,7 +64,7 @@ def test_folders_that_were_made_for_a_claim_go_with_it(tmp_path: Path) -> None:
 def test_another_process_is_named(target: Path) -> None:
     process = claimer(target)
     assert said(process) == "claimed"
-    for enter in (lambda: claimed_path(target), lambda: output_folder(target)):
+    for enter in (lambda: claimed(target), lambda: output_folder(target)):
         with pytest.raises(Unavailable, match=f"process {process.pid} on "), enter():
             pass
     process.kill()
@@ -87,7 +86,7 @@ def test_of_processes_that_start_together_one_begins(target: Path) -> None:
 
 def test_a_process_that_was_killed_is_followed(target: Path, dead: Writer) -> None:
     assert dead.is_known_dead  # though it is still in the table of processes
-    with claimed(target):
+    with claim(target):
         found = Writer.read(claim_file(target))
         assert found is not None
         assert found.token != dead.token
@@ -114,10 +113,10 @@ def test_of_many_that_follow_a_killed_process_one_begins(target: Path, dead: Wri
 def test_another_process_of_the_same_number_is_no_writer(target: Path) -> None:
     own = Writer.this()
     note(target, own, started="1")  # as after the numbers began anew
-    with claimed(target):
+    with claim(target):
         pass
     note(target, own)
-    with pytest.raises(Unavailable, match=f"process {own.pid} on "), claimed(target):
+    with pytest.raises(Unavailable, match=f"process {own.pid} on "), claim(target):
         pass
 
 
@@ -135,10 +134,10 @@ def test_who_cannot_be_seen_from_here_is_respected(
 ) -> None:
     """On another machine, in another container; the line tells which file to remove."""
     note(target, Writer.this(), **elsewhere)
-    with pytest.raises(Unavailable, match=r"remove '.*\.result\.lock'"), claimed(target):
+    with pytest.raises(Unavailable, match=r"remove '.*\.result\.lock'"), claim(target):
         pass
     claim_file(target).unlink()
-    with claimed(target):
+    with claim(target):
         pass
 
 
@@ -147,7 +146,7 @@ def test_a_machine_that_was_started_anew_has_no_writers(
 ) -> None:
     note(target, Writer.this(), place="machine/first pid:[1]")
     monkeypatch.setattr(claims, "_place", lambda: "machine/second pid:[1]")
-    with claimed(target):
+    with claim(target):
         pass
 
 
@@ -157,14 +156,14 @@ def test_a_file_without_a_writer_is_replaced(
 ) -> None:
     monkeypatch.setattr(claims, "_PATIENCE", 0.05)
     claim_file(target).write_text(content)
-    with claimed(target):
+    with claim(target):
         pass
     assert list(target.parent.iterdir()) == []
 
 
 def test_a_claim_that_was_lost_is_noticed(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(claims, "_PATIENCE", 0.05)
-    with claimed(target):
+    with claim(target):
         claim_file(target).unlink()
         with pytest.raises(Unavailable, match=r"result\.lock"):
             check_claimed(target)
@@ -179,7 +178,7 @@ def test_a_file_system_without_links(target: Path, monkeypatch: pytest.MonkeyPat
         raise PermissionError
 
     monkeypatch.setattr(os, "link", link)
-    with claimed(target):
+    with claim(target):
         assert [path.name for path in target.parent.iterdir()] == [".result.lock"]
         check_claimed(target)
         note(target, Writer.this())
@@ -189,10 +188,10 @@ def test_a_file_system_without_links(target: Path, monkeypatch: pytest.MonkeyPat
 
 def test_another_thread_is_another_writer(target: Path) -> None:
     def enter() -> None:
-        with claimed(target):
+        with claim(target):
             pass
 
-    with claimed(target), ThreadPoolExecutor(1) as pool:
+    with claim(target), ThreadPoolExecutor(1) as pool:
         with pytest.raises(Unavailable, match="thread"):
             pool.submit(enter).result()
         check_claimed(target)
@@ -200,7 +199,7 @@ def test_another_thread_is_another_writer(target: Path) -> None:
 
 def test_long_names(tmp_path: Path) -> None:
     for name in ("n" * 255, "ß" * 120):
-        with claimed(tmp_path / name):
+        with claim(tmp_path / name):
             assert len(list(tmp_path.iterdir())) == 1
 
 

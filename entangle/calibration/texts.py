@@ -107,21 +107,25 @@ def open_texts(
         refuse("'demo'", config=config, column=column)
         return TextSource(_demo(split), {"split": split} if split else {})
     wanted = tuple(splits) or (split or "train",)
-    if path is not None and config is None and not _is_slice(split):
-        found = folder_files(
-            path, None if splits else split, column=column, splits=wanted
-        )  # fmt: skip
-        if found is not None and (
-            found.split in (None, EVERY_SPLIT) or not has_configurations(path)
-        ):
+    asked = None if splits else split
+    if path is not None and not _is_for_the_library(path, asked, config):
+        found = folder_files(path, asked, column=column, splits=wanted)
+        if found is not None:
             return _from_files(found.files, column, found.settings())
     request = hub_request(str(path or source), split=split, config=config, column=column)
     return _from_hub(request, wanted if splits else (request.split,))
 
 
-def _is_slice(split: str | None) -> bool:
-    """Tell whether a split is an expression of the `datasets` library, such as train[:10%]."""
-    return split is not None and re.search(r"[\[+]", split) is not None
+def _is_for_the_library(folder: Path, split: str | None, config: str | None) -> bool:
+    """Tell whether a folder is read by the `datasets` library.
+
+    So it is with a configuration, with a split that is an expression, such as train[:10%], and
+    where its README lays out the files: there, names of files tell nothing.
+    """
+    if split == EVERY_SPLIT:
+        return False
+    expression = split is not None and re.search(r"[\[+]", split) is not None
+    return config is not None or expression or has_configurations(folder)
 
 
 def _from_files(
@@ -203,8 +207,8 @@ def load_texts(
         Of a folder whose files are named by splits (``train-00000-of-00001.parquet``,
         ``test.jsonl``) one split is read. Hidden files, those that begin with ``_`` and known ones
         about the data (``dataset_info.json``, ``README.txt``) are left out, which is said. A
-        folder is read by the `datasets` library if ``config`` is given, or a ``split`` that no
-        file tells of.
+        folder is read by the `datasets` library if its README lays out its files (``configs:``),
+        if ``config`` is given, or a ``split`` that no file tells of.
     split, config
         Split (``train`` if not given) and configuration of a data set; ``all`` reads every file of
         a folder. ``demo`` has all articles without a split, every third one as ``test`` and the

@@ -177,15 +177,16 @@ class FeatureSizes:
     def rms(self) -> Float[Tensor, " features"]:
         """Return the root mean squares, in input units, on the CPU; there must be a token."""
         assert self._squares is not None  # noqa: S101
-        return (self._squares / max(1, self.n_tokens)).sqrt().clamp_min(_LEAST).cpu()
+        mean: Tensor = self._squares / max(1, self.n_tokens)
+        return mean.sqrt().clamp_min(_LEAST).cpu()
 
 
 def feature_squares(rows: Float[Tensor, "tokens features"]) -> Float[Tensor, " features"]:
     """Return the sum over tokens of every input's square, in the widest dtype of the device."""
     wide = accumulator_dtype(rows.device)
     if rows.device.type != "cpu":
-        norms: Tensor = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32)
-        return norms.to(wide).square()
+        norm: Tensor = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32)
+        return norm.to(wide).square()
     found = torch.zeros(rows.shape[1], dtype=wide)
     for part in rows.split(max(1, _BLOCK // max(1, rows.shape[1]))):
         found += part.float().square().sum(0)

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 
 from entangle.allocation import Allocation
-from entangle.allocation.even import even
+from entangle.allocation.even import _handed_out, even
 from tests.allocation.samples import allocations, grouped_allocations, made, same_zeros
 
 
@@ -119,3 +119,12 @@ def test_rows_of_a_step_take_turns_too(allocation: Allocation) -> None:
         steps = (torch.cat(own) // (width // group)).double()
         share = torch.arange(1, len(steps) + 1) * steps.mean()
         assert float((steps.cumsum(0) - share).abs().max()) <= 0.5 + 1e-9
+
+
+def test_steps_of_three_sizes_are_shared_out_by_hand() -> None:
+    """Ten rows each of steps of 4, 2 and 1: 35 zeros are half a step a row, 36 leave one over."""
+    rows = {4: 10, 2: 10, 1: 10}
+    assert _handed_out(rows, 35) == {4: 5, 2: 5, 1: 5}
+    assert _handed_out(rows, 36) == {4: 5, 2: 5, 1: 6}  # 16 left: 5.33 of 2, then what is left
+    # a mean of 2.2 steps of 6, but 10 is no sum of 4s: 16 (one step) and 4 (three) are; 3 is nearer
+    assert _handed_out({6: 3, 4: 3}, 22) == {6: 3, 4: 1}

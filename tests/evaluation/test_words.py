@@ -113,6 +113,20 @@ def test_bytes_of_windows_add_up(
     assert upto == sorted(upto)
 
 
+def test_tokens_of_several_bytes_that_share_a_character() -> None:
+    """The names of a byte-level tokenizer have one letter a byte, wherever it merges."""
+    tokenizer, text = byte_level(), "naïve 東京は café 東京"
+    encoded = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+    names = tokenizer.convert_ids_to_tokens(encoded.tolist())
+    upto = [sum(map(len, names[:i])) for i in range(1, len(names) + 1)]
+    got = [
+        count_predicted(text, encoded[:i], tokenizer, n_windows=1, skipped=0).n_bytes
+        for i in range(1, len(names) + 1)
+    ]
+    assert got == upto
+    assert any(1 < len(name) < 3 for name in names)
+
+
 def test_bytes_that_a_name_tells_by_hand() -> None:
     fallback = byte_fallback()
     text = "the 京😀"  # ▁the ▁ 3 bytes 4 bytes

@@ -3,6 +3,7 @@
 import errno
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,8 +38,8 @@ def linear(name: str, out: int, width: int, *, bias: bool, dtype: torch.dtype) -
 
 
 def conv1d(name: str, out: int, width: int) -> Layer:
-    module = Conv1D(out, width)  # type: ignore[no-untyped-call]
-    module.requires_grad_(False)
+    made: Any = Conv1D
+    module = made(out, width).requires_grad_(False)
     module.weight.copy_(numbers(width, out, name=name))
     module.bias.copy_(numbers(out, name=f"{name} bias"))
     return Layer(name, 0, name, module, transposed=True)

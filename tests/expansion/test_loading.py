@@ -161,13 +161,10 @@ def test_a_manifest_that_lost_a_part_is_refused(
     damage: Callable[[Any], object], copied: Callable[..., Path], tiny: Tiny
 ) -> None:
     path = copied(damage)
-    loads: tuple[Callable[[], object], ...] = (
-        lambda: load_base(path, "m"),
-        lambda: load_expanded(path, base=tiny("llama")),
-    )
-    for load in loads:
-        with pytest.raises(InvalidInput, match=r"copy'.*manifest\.json"):
-            load()
+    with pytest.raises(InvalidInput, match=r"copy'.*manifest\.json"):
+        load_base(path, "m")
+    with pytest.raises(InvalidInput, match=r"copy'.*manifest\.json"):
+        load_expanded(path, base=tiny("llama"))
 
 
 def test_every_expanded_layer_must_have_its_experts(

@@ -185,7 +185,7 @@ MISTAKES: dict[str, tuple[dict[str, object], type[InvalidInput], str]] = {
     "beyond": ({"neurons": [3, 48]}, InvalidInput, "must lie in 0..47; got 48"),
     "negative": ({"neurons": [-1]}, InvalidInput, r"`neurons`.*got -1"),
     "twice": ({"neurons": [3, 3]}, InvalidInput, "must be different from one another"),
-    "none": ({"neurons": []}, InvalidInput, r"`neurons`.*got \[\]"),
+    "none": ({"neurons": []}, InvalidInput, r"`neurons`.*got"),
     "a table": ({"neurons": np.ones((2, 2), int)}, InvalidInput, r"`neurons`.*got"),
     "per_mode": ({"per_mode": -1}, InvalidInput, "`per_mode` must be an integer of at least 0"),
     "window": ({"window": -2}, InvalidInput, "`window` must be an integer of at least 0"),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from entangle.pruning.factor import Factor
-from entangle.pruning.groups import in_groups
+from entangle.pruning.groups import _some_of, in_groups
 from entangle.pruning.problem import Problem, prepare
 from entangle.pruning.result import PruneResult
 
@@ -71,3 +71,25 @@ def test_all_at_once_on_the_cpu() -> None:
     solver = Solver(100)
     in_groups(_problem(5, "cpu"), solver)
     assert solver.seen == [(0, 5)]
+
+
+def test_every_part_has_the_budgets_of_its_own_experts() -> None:
+    sparsity = torch.tensor([[0.0, 1 / 3], [1 / 3, 2 / 3], [2 / 3, 1.0]])
+    problem = prepare(
+        torch.ones(3, 2, 3), None, sparsity=sparsity, pattern="row", rows=None, bits=None
+    )
+    seen = list[list[list[int]]]()
+
+    def solve(part: Problem) -> PruneResult:
+        if len(part.weight) > 1:
+            raise torch.OutOfMemoryError("no room")
+        seen.append(part.budget.tolist())
+        assert len(part.dense) == len(part.budget) == 1
+        weight = part.dense
+        return PruneResult(weight, weight > 0, weight[..., 0], torch.zeros(1), weight[..., 0])
+
+    parts = [_some_of(problem, i, i + 1) for i in range(3)]
+    for part in parts:
+        solve(part)
+    assert seen == [[[0, 1]], [[1, 2]], [[2, 3]]]
+    assert [part.first for part in parts] == [0, 1, 2]

@@ -49,3 +49,10 @@ def test_bits_out_of_range(bits: int) -> None:
     with pytest.raises(InvalidInput, match=expected):
         check_bits(bits)
     assert check_bits(None) is None
+
+
+def test_the_ends_stay_on_the_grid() -> None:
+    # Range [-1.5, 1.5], 2 bits: step 1, zero at index round(1.5) = 2, so the values are -2 … 1.
+    weight = torch.tensor([[[-1.5, 1.5, 0.4, 0.6]]])
+    assert quantize(weight, 2).tolist() == [[[-2, 1, 0, 1]]]
+    assert fit_grid(weight, 2).top == 3

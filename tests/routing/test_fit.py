@@ -10,7 +10,7 @@ from torch import Tensor
 
 from entangle.errors import InvalidInput, NumericalError
 from entangle.routing import Router, blocks, fit_router
-from entangle.routing.fit import _fit, fit_router_and_labels
+from entangle.routing.fit import _check_parameters, _fit, fit_router_and_labels
 from entangle.routing.router import KINDS, Kind
 
 
@@ -218,3 +218,20 @@ def test_cuda_fits_as_the_cpu_and_twice_the_same() -> None:
     torch.testing.assert_close(one.mean.cpu(), plain.mean)
     torch.testing.assert_close(one.components.cpu(), plain.components, rtol=1e-3, atol=1e-3)
     assert torch.equal(one.route(x.cuda()).cpu(), one.to("cpu").route(x))
+
+
+def test_controls_count_clusters_that_no_token_falls_into() -> None:
+    router = fit_router([torch.randn(3, 8), torch.randn(2, 8)], 4000, seed=0, kind="random")
+    counts = router.statistics.tokens_per_cluster
+    assert counts.shape == (4000,)
+    assert int(counts.sum()) == 5
+    assert router.statistics.explained_variance.dtype == torch.float64
+    assert math.isnan(router.statistics.inertia)
+
+
+def test_other_kinds_are_refused() -> None:
+    with pytest.raises(InvalidInput, match=r"`kind`.*kmeans.*random.*single.*'nearest'"):
+        _check_parameters(2, 10, "nearest")
+    _check_parameters(10, 10, "kmeans")
+    with pytest.raises(InvalidInput, match=r"max_tokens.*k=11.*\b10\b"):
+        _check_parameters(11, 10, "kmeans")

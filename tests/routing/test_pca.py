@@ -69,3 +69,10 @@ def test_bfloat16_tokens_are_projected_as_their_float32_values() -> None:
     pca = fit_pca([tokens], 18)
     expected = (tokens.double() - pca.mean.double()) @ pca.components.double().mT
     torch.testing.assert_close(pca.project(tokens).double(), expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("features", "wanted"), [(1, 1), (31, 1), (32, 1), (62, 1), (63, 1), (64, 2), (95, 2), (96, 3)]
+)
+def test_one_component_for_32_features_by_default(features: int, wanted: int) -> None:
+    assert fit_pca([correlated(20, features)]).components.shape == (wanted, features)

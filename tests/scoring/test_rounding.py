@@ -8,9 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from entangle.calibration import CalibrationSet
+from entangle.models.layers import find_layers
+from entangle.scoring.finer import FinerOutputs, SharedSquares
 from entangle.scoring.score import Method, score
 from entangle.scoring.scores import NeuronScores
 from entangle.scoring.tables import COARSE
+from entangle.stats.wasserstein import shape_statistics
 from tests.reference.wasserstein import exact_wd
 
 METHODS: tuple[Method, ...] = ("exact", "sketch")
@@ -218,8 +221,7 @@ def test_outputs_that_are_not_products_stay_the_modules_own() -> None:
     assert frame[["skewness", "excess_kurtosis"]].isna().all(axis=None)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_differences_that_are_rounding_have_no_mapping_difficulty(method: Method) -> None:
+def test_differences_that_are_rounding_have_no_mapping_difficulty() -> None:
     inputs = torch.randn(TOKENS, FEATURES, generator=torch.Generator().manual_seed(0))
     inputs[:, 0] = torch.arange(TOKENS) % 50 == 0
     inputs[:, -1] = 1.0
@@ -230,6 +232,16 @@ def test_differences_that_are_rounding_have_no_mapping_difficulty(method: Method
     toy = Toy(inputs, weight, None, torch.float32)
     outputs = toy(all_tokens()).flatten()[::2]
     assert (outputs[::2] - outputs[1::2]).abs().median() > 0
-    frame = scored(toy, all_tokens(), method).frame
+    frame = scored(toy, all_tokens(), "exact").frame
     assert frame["wd"].notna().all()
     assert frame["md"].isna().tolist() == [True, False]
+
+
+def test_rounding_of_sums_that_start_with_the_bias() -> None:
+    toy = Toy(torch.zeros(2, 16), torch.ones(1, 16), torch.tensor([100.0]), torch.float32)
+    counted = FinerOutputs(find_layers(toy, "head")[0], SharedSquares())
+    inputs = torch.zeros(1, 2, 16)
+    outputs = counted.of(inputs, toy.head(inputs))
+    error = counted.error(shape_statistics(torch.tensor([[99.0, 101.0]])), torch.tensor([100.0]))
+    assert outputs.tolist() == [[100.0], [100.0]]
+    assert error.bound.item() > 16 * 2.0**-24 * 100

@@ -10,7 +10,6 @@ import torch
 from pandas.testing import assert_frame_equal
 from torch import nn
 
-from entangle import memory
 from entangle.calibration import CalibrationSet
 from entangle.errors import InvalidInput, MemoryLimit, UnknownName
 from entangle.models.layers import find_layers
@@ -180,7 +179,7 @@ def test_auto_chooses_alike_on_every_machine(tiny: Tiny, monkeypatch: pytest.Mon
     ids = CalibrationSet(torch.full((8, 64), 7), "many", {})
     needed = 512 * 2 * (32 + 32 + 48) * 4 // 2
     for free in (2**22, 2**45):
-        monkeypatch.setattr(memory, "free_ram", lambda free=free: free)
+        monkeypatch.setattr("entangle.memory.free_ram", lambda free=free: free)
         for most, method in ((needed, "exact"), (needed - 1, "sketch")):
             monkeypatch.setattr(score_module, "AUTO_EXACT_BYTES", most)
             scores = score(tiny("llama"), ids, layers=1, proj="mlp", md=False)
