@@ -61,7 +61,7 @@ def add_parser(subparsers: options.Subparsers) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Decompose, save and print."""
-    from entangle.checks import share, wholes
+    from entangle.checks import share
     from entangle.provenance import check_output
     from entangle.seeding import check_seed
 
@@ -74,7 +74,6 @@ def run(arguments: argparse.Namespace) -> None:
     neurons = None if arguments.neurons is None else options.numbers(arguments.neurons, int)
     memory = options.parse_memory(arguments.memory)
     share("--sparsity", arguments.sparsity)
-    wholes("--experts", experts, least=1)
     if arguments.out is not None:
         check_output(arguments.out, force=arguments.force)
     from entangle.decomposition import decompose

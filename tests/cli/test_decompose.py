@@ -129,7 +129,8 @@ def test_options_are_checked_before_the_model_is_loaded(
 
 
 def test_layers_are_checked_before_the_text_is_read(run: Run) -> None:
-    ran = run(*BASE, "--layer", 9, "--calibration", "nowhere.txt")
+    Path("broken.jsonl").write_text("{")
+    ran = run(*BASE, "--layer", 9, "--calibration", "broken.jsonl")
     check_one_line(ran, "a block index must be in 0..2")
 
 
