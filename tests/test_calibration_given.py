@@ -314,9 +314,9 @@ def test_lone_surrogates(text: str, becomes: str, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"text": text}) + "\n")
     expected = slow(becomes, add_special_tokens=False)["input_ids"]
+    plain: dict[str, Any] = {"n_seq": 1, "sampling": "contiguous", "special_tokens": "none"}
     for source in ([text], path, datasets.Dataset.from_dict({"text": [becomes]})):
-        got = load_calibration(source, slow, n_seq=1, seq_len=len(expected), sampling="contiguous")
+        got = load_calibration(source, slow, seq_len=len(expected), **plain)
         assert got.ids[0].tolist() == expected
-    joined = load_calibration(["x", "y"], slow, n_seq=1, seq_len=5, sampling="contiguous",
-                              join="\ud83d")  # fmt: skip
+    joined = load_calibration(["x", "y"], slow, seq_len=5, join="\ud83d", **plain)
     assert slow.decode(joined.ids[0]) == "x\ufffdy"

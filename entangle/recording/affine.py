@@ -52,7 +52,8 @@ def is_affine(
 
 
 def _lengths(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-    """Return √(Σ (w x)² + b²), scaled so that no square overflows."""
+    """Return about √(Σ (w x)² + b²), scaled so that no square overflows; NaN and infinity as 0."""
+    x, w, b = (one.nan_to_num(0.0, 0.0, 0.0) for one in (x, w, b))
     wide, tall = (one.abs().amax().clamp_min(torch.finfo(one.dtype).tiny) for one in (x, w))
     return ((x / wide).square() @ (w / tall).square().T).sqrt() * wide * tall + b.abs()
 

@@ -102,10 +102,8 @@ REFUSED = {
     "`pruner` must be one of": [lambda: built(pruner=3)],
     "`method` must be one of": [lambda: pruned(method=3)],
     "`router` must be one of": [lambda: built(router=None)],
-    "`calibration` must be a CalibrationSet": [lambda: expand(model, [[1, 2]])],
-    "`evaluation` must be an EvaluationText": [lambda: built(evaluation="demo")],
     "`allocation` must be an Allocation": [lambda: built(allocation="a.safetensors")],
-    "`source` must be a name": [lambda: load_evaluation([[1, 2]]), lambda: load_evaluation(None)],
+    "None (NoneType)": [lambda: load_evaluation(None), lambda: expand(model, None)],
     "`seq_len` must be an integer": [lambda: load_evaluation(ids, seq_len=8.0)],
     "must be an EvaluationText": [lambda: perplexity(model, ids)],
 }
