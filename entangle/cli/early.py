@@ -10,12 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from entangle.calibration.texts import as_path, existing, interpret_escapes
-from entangle.checks import choice, share, whole, wholes
+from entangle.checks import choice, share, shares, whole, wholes
 from entangle.cli.options import names, numbers, parse_memory
+from entangle.errors import InvalidInput
 from entangle.memory import check_memory
 from entangle.models import hub
 from entangle.models.sources import check_settings, model_source
-from entangle.provenance import expanded, read_manifest
+from entangle.provenance import check_output, expanded, read_manifest
 from entangle.seeding import check_seed
 
 LEAST: Mapping[str, int] = {
@@ -30,8 +31,18 @@ NAMES: Mapping[str, tuple[str, Sequence[str]]] = {
     )),
     "methods": ("method", ("magnitude", "wanda", "sparsegpt", "expansion", "expansion-random")),
     "router": ("router", ("kmeans", "random")),
+    "measure": ("measure", ("perplexity", "divergence", "blimp")),
 }  # fmt: skip
 """Options that are lists of names: what one is called in a message, and those that exist."""
+SELECTIONS = ("top", "bottom", "random", "random-norm", "random-variance", "all")
+COLUMNS = (
+    "block", "neuron", "wd", "wd_se", "wd_bound", "ks", "mean", "std", "skewness",
+    "excess_kurtosis", "weight_norm", "md", "n_tokens", "variance", "abs_mean", "abs_skewness",
+)  # fmt: skip
+RULES = (
+    "uniform", "layer", "protect", "linear", "rank", "owl", "alphapruning", "trim", "neuroal",
+    "neuroal-blocks", "loss", "depth", "sensitivity", "search",
+)  # fmt: skip
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
@@ -47,6 +58,8 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     for name, (kind, known) in NAMES.items():
         for one in names(given[name]) if isinstance(given.get(name), str) else ():
             choice(name, one, known, kind=kind)
+    _check_selections(given)
+    _check_files(given)
     _check_models(given)
     _check_texts(given)
     if given.get("scores") is not None:
@@ -68,11 +81,43 @@ def _check_numbers(given: Mapping[str, object]) -> None:
     experts = given.get("experts")
     if experts is not None:
         wholes("experts", numbers(experts, int) if isinstance(experts, str) else experts, least=1)
+    for option in ("sparsity", "strength", "edit_strength"):
+        several = given.get(option)
+        if isinstance(several, str):
+            shares(option, numbers(several, float))
+    sparsity = given.get("sparsity")
+    if isinstance(sparsity, float):
+        share("sparsity", sparsity)
     if isinstance(given.get("join"), str):
         interpret_escapes(str(given["join"]))
     memory = given.get("memory")
     if isinstance(memory, str):
         check_memory(parse_memory(memory))
+
+
+def _check_selections(given: Mapping[str, object]) -> None:
+    """Check what `ablate` and `allocate` choose by; files of neurons and of scores come later."""
+    select, rule = given.get("select"), given.get("rule")
+    for one in names(select) if isinstance(select, str) else ():
+        if not one.endswith((".csv", ".parquet")):
+            choice("select", one, SELECTIONS, kind="selection")
+    if given.get("command") == "ablate" and given.get("scores") is None:
+        for one in names(str(given["by"])):
+            choice("by", one, COLUMNS, kind="column")
+    if isinstance(rule, str):
+        choice("rule", rule, RULES)
+
+
+def _check_files(given: Mapping[str, object]) -> None:
+    """Check that allocations exist, and that the result's folder does not."""
+    allocation, out = given.get("allocation"), given.get("out")
+    for one in names(allocation) if isinstance(allocation, str) else ():
+        path = expanded(one.partition("=")[2].strip() if "=" in one else one)
+        if not path.exists():
+            raise InvalidInput(f"there is no allocation {str(path)!r}; name one from allocate.")
+    folder = given.get("command") in ("ablate", "expand", "compare", "score", "decompose")
+    if folder and isinstance(out, str) and not given.get("resume"):
+        check_output(out, force=bool(given.get("force")))
 
 
 def _check_models(given: Mapping[str, object]) -> None:

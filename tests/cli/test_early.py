@@ -8,7 +8,12 @@ import pytest
 
 from entangle.ablation import INTERVENTIONS
 from entangle.ablation.arms import ROUTERS
+from entangle.ablation.candidates import DERIVED, SCORED
+from entangle.ablation.request import DEFAULT
+from entangle.ablation.selection import MATCHED
+from entangle.allocation.registry import RULES
 from entangle.cli import early
+from entangle.cli.ablate import MEASURES
 from entangle.cli.main import build_parser
 from entangle.expansion.arms import METHODS
 
@@ -34,6 +39,16 @@ WRONG = [
     ["ablate", "--experts", "0"],
     ["ablate", "--router", "x"],
     ["ablate", "--scores", "nowhere"],
+    ["ablate", "--strength", "1.5"],
+    ["ablate", "--edit-strength", "-1"],
+    ["ablate", "--select", "tops"],
+    ["ablate", "--by", "wdd"],
+    ["ablate", "--measure", "ppl"],
+    ["ablate", "--allocation", "nowhere.safetensors"],
+    ["ablate", "--out", "full"],
+    ["compare", "--data", "demo", "--sparsity", "0.5,7"],
+    ["expand", "--out", "x", "--sparsity", "2.5"],
+    ["expand", "--sparsity", "0.5", "--out", "full"],
     ["compare", "--data", "demo", "--methods", "wand"],
     ["compare", "--data", "nowhere.txt"],
     ["expand", "--out", "x", "--evaluate", "nowhere.jsonl"],
@@ -46,6 +61,8 @@ WRONG = [
 
 def test_mistakes_are_told_in_one_line_before_anything_heavy_is_imported(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "manifest.json").write_text("{}")
     code = f"""
 import sys
 from entangle.cli.main import main
@@ -69,6 +86,10 @@ def test_the_names_are_those_that_exist() -> None:
     assert early.NAMES["intervention"][1] == INTERVENTIONS
     assert early.NAMES["methods"][1] == tuple(METHODS)
     assert early.NAMES["router"][1] == ROUTERS
+    assert early.NAMES["measure"][1] == tuple(MEASURES)
+    assert set(early.COLUMNS) == {*SCORED, *DERIVED}
+    assert set(early.SELECTIONS) == {*DEFAULT, *MATCHED, "all"}
+    assert set(early.RULES) == {*RULES, "search"}
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,6 @@ REFUSED = {
     "`allocation` must be an Allocation": [lambda: built(allocation="a.safetensors")],
     "None (NoneType)": [lambda: load_evaluation(None), lambda: expand(model, None)],
     "`seq_len` must be an integer": [lambda: load_evaluation(ids, seq_len=8.0)],
-    "must be an EvaluationText": [lambda: perplexity(model, ids)],
 }
 
 
