@@ -46,7 +46,7 @@ WRONG = [
     ["ablate", "--measure", "ppl"],
     ["ablate", "--allocation", "nowhere.safetensors"],
     ["ablate", "--out", "full"],
-    ["compare", "--data", "demo", "--sparsity", "0.5,7"],
+    ["compare", "--data", "demo", "--sparsity", "7"],
     ["expand", "--out", "x", "--sparsity", "2.5"],
     ["expand", "--sparsity", "0.5", "--out", "full"],
     ["compare", "--data", "demo", "--methods", "wand"],
