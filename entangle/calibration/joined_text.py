@@ -14,6 +14,8 @@ class JoinedText:
     def __init__(self, documents: Iterable[Document], join: str) -> None:
         self.n_documents = 0
         """Documents begun so far."""
+        self.holds_text = False
+        """Whether any document so far had a character."""
         self._blocks = self._joined(documents, join)
         self._held = ""
         self._begin = 0  # where in the text `_held` begins
@@ -23,7 +25,9 @@ class JoinedText:
             if self.n_documents:
                 yield well_formed(join)
             self.n_documents += 1
-            yield from map(well_formed, document)
+            for block in document:
+                self.holds_text |= bool(block)
+                yield well_formed(block)
 
     def span(self, begin: int, end: int) -> str:
         """Return the characters in [begin, end), fewer only where the text ends."""

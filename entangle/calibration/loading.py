@@ -209,6 +209,8 @@ def _from_text(
         complete = len(tokens.ids) < wanted
     else:
         tokens = pool_tokens(text, tokenizer, draw.pool_characters)
+    if not text.holds_text:
+        raise InvalidInput(f"{where} holds no text: every document in it is empty.")
     running = specials.enclose(tokens.ids, complete=complete and tokens.whole_text)
     settings = {
         **opened.settings,

@@ -310,6 +310,8 @@ def _from_text(
     length = max(cut.window - sum(n_around), 1)
     wanted = sys.maxsize if cut.n_windows is None else cut.n_windows * length
     tokens = first_tokens(text, tokenizer, wanted)
+    if not text.holds_text:
+        raise InvalidInput(f"{where} holds no text: every document in it is empty.")
     running = specials.enclose(tokens.ids, complete=tokens.whole_text and len(tokens.ids) < wanted)
     windows = cut.running_text(running, where=where, around=specials.around)
     n_first = len(specials.before) if specials.once else 0

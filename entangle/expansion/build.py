@@ -4,6 +4,8 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
+from types import CellType, FunctionType, MethodType
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -69,9 +71,34 @@ class ExpandedLayer:
 
 
 def structural_copy(module: nn.Module) -> nn.Module:
-    """Copy a model's modules but not its tensors, so that layers can be replaced in the copy."""
+    """Copy a model's modules but not its tensors, so that layers can be replaced in the copy.
+
+    A ``forward`` that was set on a module, and that holds modules of the model, holds those of the
+    copy.
+    """
     tensors = [*module.parameters(), *module.buffers()]
-    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors}
+    copied = copy.deepcopy(module, memo)
+    for one in copied.modules():
+        if isinstance(one.__dict__.get("forward"), FunctionType):
+            one.__dict__["forward"] = _with_copies(one.__dict__["forward"], memo)
+    return copied
+
+
+def _with_copies(value: Any, memo: Mapping[int, Any]) -> Any:
+    """Return a function with its closure's modules, functions and methods those of the copy."""
+    if isinstance(value, nn.Module):
+        return memo.get(id(value), value)
+    if isinstance(value, MethodType):
+        return MethodType(value.__func__, _with_copies(value.__self__, memo))
+    if not isinstance(value, FunctionType) or value.__closure__ is None:
+        return value
+    cells = [CellType(_with_copies(cell.cell_contents, memo)) for cell in value.__closure__]
+    made = FunctionType(
+        value.__code__, value.__globals__, value.__name__, value.__defaults__, tuple(cells)
+    )
+    made.__kwdefaults__ = value.__kwdefaults__
+    return made
 
 
 class HiddenStates:
@@ -213,6 +240,7 @@ def build_blocks(
     runner = BlockRunner(module)
     planned = [layer for layers in plan.layers.values() for layer in layers]
     check_own_modules(planned)
+    made = 0
     habits = look_at(module, planned, streams[0].first) if planned else {}
     for stream in streams:
         stream.enter(runner)
@@ -227,7 +255,13 @@ def build_blocks(
             stream.advance(runner, index)
         for one in expanded:
             one.module.routing.forget()
+        made += len(expanded)
         done(index, expanded)
+    if planned and not made:
+        raise InvalidInput(
+            f"none of {len(planned)} layers, such as {planned[0].name!r}, sees a token in a "
+            "forward pass; give a model that runs its layers as modules."
+        )
     return runner
 
 

@@ -21,7 +21,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     block ends. Contexts may be nested. A module that is frozen already is not touched.
     """
     modes = [(child, child.training) for child in module.modules()]
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    trained = [p for p in module.parameters() if p.requires_grad and not p.is_inference()]
     try:
         if any(training for _, training in modes):
             module.eval()

@@ -209,10 +209,12 @@ def list_layers(module: nn.Module) -> tuple[Layer, ...]:
 
 def _is_linear(module: nn.Module) -> bool:
     """Tell a linear layer from a part that only inherits from one, such as a router."""
-    if type(module).forward in (nn.Linear.forward, Conv1D.forward):
-        return True
+    kind = type(module).__name__.lower()
+    if isinstance(module, nn.Linear | Conv1D):
+        plain = type(module).forward in (nn.Linear.forward, Conv1D.forward)
+        return plain or re.search("router|gat(e|ing)$", kind) is None
     sizes = (getattr(module, name, None) for name in ("in_features", "out_features"))
-    return "linear" in type(module).__name__.lower() and all(isinstance(n, int) for n in sizes)
+    return "linear" in kind and all(isinstance(n, int) for n in sizes)
 
 
 def _names(module: nn.Module) -> dict[int, list[str]]:
@@ -223,33 +225,49 @@ def _names(module: nn.Module) -> dict[int, list[str]]:
     return names
 
 
-def _memory(parameter: Tensor) -> object:
-    """Return what two parameters have in common if they begin at the same place in memory."""
+Owned = tuple[str, int, int]
+"""A parameter's name, and the bytes of its storage that it reaches from and up to."""
+
+
+def _memory(parameter: Tensor) -> tuple[object, int, int]:
+    """Return the storage that a parameter lies in, and the bytes from and up to which it does."""
     if parameter.is_meta or not parameter.numel():
-        return id(parameter)
+        return id(parameter), 0, 1
     try:
-        return parameter.device, parameter.data_ptr()
+        storage = parameter.untyped_storage().data_ptr()
+        first = parameter.storage_offset()
+        last = first + sum(
+            (n - 1) * abs(s) for n, s in zip(parameter.shape, parameter.stride(), strict=True)
+        )
     except (RuntimeError, NotImplementedError):  # a tensor subclass without storage of its own
-        return id(parameter)
+        return id(parameter), 0, 1
+    size = parameter.element_size()
+    return (parameter.device, storage), first * size, (last + 1) * size
 
 
-def _owners(module: nn.Module) -> dict[object, list[str]]:
-    """Return the names of the parameters at every place in memory."""
-    owners: dict[object, list[str]] = defaultdict(list)
+def _owners(module: nn.Module) -> dict[object, list[Owned]]:
+    """Return the parameters of every storage."""
+    owners: dict[object, list[Owned]] = defaultdict(list)
     for name, parameter in module.named_parameters(remove_duplicate=False):
-        owners[_memory(parameter)].append(name)
+        storage, first, last = _memory(parameter)
+        owners[storage].append((name, first, last))
     return owners
 
 
 def _shared(
-    module: nn.Module, owners: dict[object, list[str]], names: Sequence[str]
+    module: nn.Module, owners: dict[object, list[Owned]], names: Sequence[str]
 ) -> tuple[str, ...]:
     """Return the parameters of other modules that are a layer's weight."""
     weight: Any = module._parameters.get("weight")
     if weight is None:
         return ()
     own = tuple(f"{name}." for name in names)
-    return tuple(name for name in owners[_memory(weight)] if not name.startswith(own))
+    storage, first, last = _memory(weight)
+    return tuple(
+        name
+        for name, begin, end in owners[storage]
+        if begin < last and first < end and not name.startswith(own)
+    )
 
 
 def list_fused_experts(module: nn.Module) -> tuple[FusedExperts, ...]:
@@ -380,7 +398,9 @@ def _text_decoder(module: nn.Module) -> nn.Module:
     get_decoder = getattr(module, "get_decoder", None)
     decoder = get_decoder() if callable(get_decoder) else None
     inside = any(child is decoder for child in module.modules())
-    return decoder if isinstance(decoder, nn.Module) and inside else module
+    if not isinstance(decoder, nn.Module) or not inside:
+        return module
+    return decoder if any(isinstance(m, nn.ModuleList) for m in decoder.modules()) else module
 
 
 def _alike(blocks: nn.ModuleList) -> bool:

@@ -1,6 +1,7 @@
 """Loading a language model from the hub, a folder, a GGUF file or the embedded demo."""
 
 import hashlib
+import inspect
 import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -238,8 +239,20 @@ def as_language_model(
             f"{type(model).__name__}."
         )
     model = uncompiled_module(model)
+    _refuse_encoder_decoder(model)
     name = getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__
     return LanguageModel(model, tokenizer, name, "memory", None)
+
+
+def _refuse_encoder_decoder(module: nn.Module) -> None:
+    """Raise `InvalidInput` for a model whose decoder is fed other tokens than it is given."""
+    config = getattr(module, "config", None)
+    fed = "decoder_input_ids" in inspect.signature(module.forward).parameters
+    if fed and getattr(config, "is_encoder_decoder", False):
+        raise InvalidInput(
+            f"a model must be a decoder or an encoder; {type(module).__name__} is an "
+            "encoder-decoder: pass its encoder or decoder."
+        )
 
 
 def uncompiled_module(module: nn.Module) -> nn.Module:

@@ -64,7 +64,13 @@ def _notify(
     kwargs: dict[str, Tensor],
     output: Tensor,
 ) -> None:
-    callback(layer, _first(args, kwargs).detach(), output.detach())
+    inputs = _first(args, kwargs)
+    if not isinstance(output, Tensor) or not isinstance(inputs, Tensor):
+        return  # a router, say, which only inherits from a linear layer
+    with torch.inference_mode(False), torch.no_grad():
+        if output.is_inference():  # its own forward runs under inference_mode
+            inputs, output = inputs.clone(), output.clone()
+        callback(layer, inputs.detach(), output.detach())
 
 
 def _first(args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> Tensor:

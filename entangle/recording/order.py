@@ -25,6 +25,9 @@ class Habits:
     relative positions), or None."""
     by_place: bool
     """Whether rows come place by place: all sequences' first tokens, then their second ones."""
+    in_order: bool = True
+    """Whether a sequence's rows are its tokens in their order, as far as it can be seen: where a
+    change of the last token changes one row alone, it is the last one."""
 
     def is_table(self, inputs: Tensor, run: int) -> bool:
         """Tell whether an input, that of so many runs before it in a pass, is no token's."""
@@ -42,7 +45,7 @@ class Habits:
 def look_at(
     module: nn.Module, layers: Sequence[Layer], ids: Int[Tensor, "sequences tokens"]
 ) -> dict[str, Habits]:
-    """Learn from three short passes over two sequences how a model shows its tokens to layers.
+    """Learn from four short passes over two sequences how a model shows its tokens to layers.
 
     What is the same though all tokens are others does not depend on them. Where a layer's rows lie
     in one line, the pass with another second sequence shows which rows are its.
@@ -74,15 +77,17 @@ def _look(module: nn.Module, layers: Sequence[Layer], ids: Tensor, most: int) ->
             (one, two),
             (one, _exchanged(two, known, 1)),
             (_exchanged(one, known, 2), _exchanged(two, known, 2)),
+            (one, torch.cat([two[:-1], _exchanged(two[-1:], known, 1)])),
         )
     ]
-    first, moved, others = passes
+    first, moved, others, ended = passes
     return {
         layer.name: _habits(
             first[layer.name],
             moved[layer.name] if told_apart else (),
             others[layer.name],
             length,
+            ended[layer.name],
         )
         for layer in layers
     }
@@ -113,9 +118,13 @@ def _inputs(module: nn.Module, layers: Sequence[Layer], ids: Tensor) -> dict[str
 
 
 def _habits(
-    first: Sequence[Tensor], moved: Sequence[Tensor], others: Sequence[Tensor], length: int
+    first: Sequence[Tensor],
+    moved: Sequence[Tensor],
+    others: Sequence[Tensor],
+    length: int,
+    ended: Sequence[Tensor] = (),
 ) -> Habits:
-    """Compare a layer's inputs with those of another second sequence, and of other tokens alone."""
+    """Compare a layer's inputs with those of another second sequence, other tokens, another end."""
     same = len(moved) == len(others) == len(first)
     tables = tuple(
         run if same and _is_fixed(run, (moved[i], others[i]), length) else None
@@ -129,7 +138,20 @@ def _habits(
             _in_line(run, length) and _every_second(run, after)
             for run, after in zip(first, moved, strict=True)
         )
-    return Habits(0 if rest else depths, tables, by_place)
+    in_order = all(
+        _ends_change(run, after, length)
+        for run, after, table in zip(first, ended, tables, strict=False)
+        if table is None and len(ended) == len(first)
+    )
+    return Habits(0 if rest else depths, tables, by_place, in_order)
+
+
+def _ends_change(before: Tensor, after: Tensor, length: int) -> bool:
+    """Tell whether the one row that changes with the last token, if it is one, is the last."""
+    if before.shape != after.shape or before.shape[:-1].numel() != 2 * length:
+        return True
+    changed = (before != after).any(-1).flatten()
+    return int(changed.sum()) != 1 or bool(changed[-1])
 
 
 def _is_fixed(run: Tensor, others: Sequence[Tensor], length: int) -> bool:

@@ -270,6 +270,11 @@ class Recorder:
         if inputs is None or outputs is None:
             self._refuse(layer, now, gathered)
             return
+        if self._once and habits is not None and not habits.in_order:
+            raise InvalidInput(
+                f"layer {layer.name!r} sees the tokens in another order than the text's, so its "
+                "outputs have no known place in it; choose another layer."
+            )
         gathered.depths += 1
         if gathered.depths > 1:
             if self._once:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
@@ -170,3 +171,47 @@ def test_edits_reach_compiled_blocks(
     with edit([(one, torch.zeros_like) for one in find_layers(module, "all", "gate_proj")]):
         assert perplexity(module, text).value == right
     assert perplexity(module, text).value != right
+
+
+def _tiled(module: nn.Module) -> nn.Module:
+    """Run every MLP on two halves of a sequence, by a forward that is set on the module."""
+    for block in module.model.layers:  # type: ignore[union-attr]
+        mlp: Any = block.mlp  # type: ignore[union-attr]
+        mlp.forward = _closed(type(mlp).forward, mlp)
+    return module
+
+
+def _closed(own: Any, mlp: Any) -> Callable[[Tensor], Tensor]:
+    return lambda h: torch.cat([own(mlp, s) for s in h.chunk(2, 1)], 1)
+
+
+def test_a_forward_that_was_set_on_a_module_is_expanded_too(calibration: CalibrationSet) -> None:
+    """As the tiling of long sequences sets it."""
+    settings: dict[str, Any] = {"experts": 2, "sparsity": 0.5, "evaluation": calibration.ids[:4]}
+    made, right = (
+        expand(one, calibration, **settings) for one in (_tiled(TINY["llama"]()), TINY["llama"]())
+    )
+    assert made.layers["layer"].tolist() == right.layers["layer"].tolist()
+    assert made.perplexity is not None
+    assert right.perplexity is not None
+    assert made.perplexity.value == pytest.approx(right.perplexity.value, rel=1e-4)
+
+
+def test_an_encoder_decoder_is_refused(calibration: CalibrationSet) -> None:
+    small = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 112}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    model = hf.BartForConditionalGeneration(
+        hf.BartConfig(**small, **heads, encoder_ffn_dim=48, decoder_ffn_dim=48)
+    )
+    with pytest.raises(InvalidInput, match="BartForConditionalGeneration"):
+        score(model, calibration)
+
+
+def test_a_head_that_overlaps_the_embedding_changes_alone() -> None:
+    module = TINY["gpt2"]()
+    both = torch.cat([module.transformer.wte.weight, torch.ones(4, 32)])  # type: ignore
+    module.transformer.wte.weight = nn.Parameter(both[:112])  # type: ignore
+    module.lm_head.weight = nn.Parameter(both[4:116])  # type: ignore
+    (head,) = find_layers(module, "lm_head")
+    assert head.shared == ("transformer.wte.weight",)
+    assert not head.writable

@@ -143,9 +143,9 @@ def test_nothing_runs_after_the_last_token_of_the_last_layer(calibration: Calibr
     assert [(one.group, one.layer.name, len(one.inputs)) for one in found] == [
         (0, "a", 32), (0, "b", 32), (1, "a", 48), (1, "b", 48)
     ]  # fmt: skip
-    assert toy.s.n_runs == 3  # the look at a few tokens only
+    assert toy.s.n_runs == 4  # the look at a few tokens only
     run(toy, ["a", "c"], calibration.ids)
-    assert toy.s.n_runs == 8
+    assert toy.s.n_runs == 10
 
 
 class Sometimes(Toy):
@@ -172,7 +172,7 @@ def test_a_layer_that_did_not_run_on_a_few_tokens_is_waited_for(
     toy = Sometimes()
     found, _ = run(toy, ["a", "b"], calibration.ids)
     assert [one.layer.name for one in found] == ["a", "b", "a", "b"]
-    assert toy.s.n_runs == 5
+    assert toy.s.n_runs == 6
 
 
 @pytest.mark.parametrize(
@@ -250,7 +250,7 @@ def test_a_run_inside_an_observation_is_observed_too(
     with observe(layers, outer):
         found, _ = run(module, [layers[0].name], calibration.ids, sizes=(2,))
         assert count_hooks(module) == 1
-    assert (len(found), seen) == (1, [4])  # the first of the outer ones are the looks
+    assert (len(found), seen) == (1, [5])  # the first of the outer ones are the looks
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, MemoryError])
@@ -341,3 +341,26 @@ def test_pieces_joined_by_hand() -> None:
     assert torch.equal(turned, flat)
     for wrong in ([x[:, :2]], [torch.zeros(2, 4, 2)], [x, x], [flat[:4], x[:1]], [flat[:5]]):
         assert joined(wrong, (2, 3), by_place=False) is None
+
+
+class Flipped(Toy):
+    """Runs ``a`` on the last token first."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.a(self.table(ids).flip(1)).flip(1)  # type: ignore[no-any-return]
+
+
+def test_another_order_of_tokens_is_refused_where_places_matter(
+    calibration: CalibrationSet,
+) -> None:
+    assert len(run(Flipped(), ["a"], calibration.ids)[0]) == 2
+    with pytest.raises(InvalidInput, match="'a'"):
+        run(Flipped(), ["a"], calibration.ids, once=True)
+
+
+def test_a_forward_under_inference_mode_is_recorded(calibration: CalibrationSet) -> None:
+    toy, plain = Toy(), Toy()
+    toy.forward = torch.inference_mode()(toy.forward)  # type: ignore[method-assign]
+    inside, right = (by_layer(run(one, ["a"], calibration.ids)[0]) for one in (toy, plain))
+    assert torch.equal(inside["a"][1], right["a"][1])
+    assert not inside["a"][0].is_inference()
