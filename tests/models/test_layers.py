@@ -1,5 +1,6 @@
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,7 +13,13 @@ from transformers import (
 )
 
 from entangle.errors import InvalidInput, UnknownName
-from entangle.models.layers import find_blocks, find_layers, list_fused_experts, list_layers
+from entangle.models.layers import (
+    asked_by_name,
+    find_blocks,
+    find_layers,
+    list_fused_experts,
+    list_layers,
+)
 from tests.tiny_models import GROUPED, TINY
 
 # Written out by hand: the name of the blocks; the attention and then the feed-forward linears of
@@ -300,6 +307,19 @@ def test_a_shared_module_is_listed_once_and_answers_to_both_names() -> None:
     assert [layer.name for layer in list_layers(module)] == ["blocks.0.a"]
     assert [layer.name for layer in find_layers(module, "blocks.1.a")] == ["blocks.0.a"]
     assert len(find_layers(module, ["blocks.0.a", "blocks.1.a"])) == 1
+
+
+def test_who_asks_by_name_asks_for_that_layer() -> None:
+    module = TINY["llama"]()
+    found = find_layers(module, 1, "mlp")
+    first, name = found[0], found[0].name
+    asking: list[Any] = [name, np.str_(name), first, [0, name], {name}, (one for one in [name])]
+    others: list[Any] = ["all", 1, "1", [1], "*.gate_proj", name[:-1], find_layers(module, 0)]
+    assert all(asked_by_name(spec, found) for spec in asking)
+    assert not any(asked_by_name(spec, found) for spec in others)
+    shared = find_layers(Shared(), "all")
+    assert asked_by_name("blocks.1.a", shared)
+    assert asked_by_name("blocks.0.a", shared)
 
 
 class Mixed(nn.Module):
