@@ -205,7 +205,7 @@ def test_pattern_gives_every_group_its_zeros(tiny: Tiny, scored: Scored) -> None
         ({"layers": 1}, r"`layers`.*`proj`.*`model`"),
         ({"in_features": {"a": 10}}, r"'b'.*`model`"),
         ({"in_features": {"a": 10, "b": 0}}, r"in_features.*b.*got 0"),
-        ({"in_features": None}, r"'a'.*`model`.*in_features.*\bNone\b"),
+        ({"in_features": None}, r"'a'.*`model`.*in_features"),
     ],
 )
 def test_settings_that_break_a_rule(changes: dict[str, Any], message: str) -> None:

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("place")
 MISTAKES = {
     "--experts 0": "`experts` integer 1 0",
     f"--experts {TOKENS + 1}": f"`experts` {TOKENS} {TOKENS + 1}",
-    f"--experts {TOKENS + 1} --router random": "`experts` {TOKENS} {TOKENS + 1}",
+    f"--experts {TOKENS + 1} --router random": f"`experts` {TOKENS} {TOKENS + 1}",
     "--sparsity 1.01": "`sparsity` [0, 1] 1.01",
     "--sparsity=-0.1": "`sparsity` [0, 1] -0.1",
     "--sparsity nan": "`sparsity` [0, 1] nan",
@@ -41,7 +41,7 @@ MISTAKES = {
     "--pattern rows": "`pattern` n:m 'rows'",
     "--pattern 2:4 --sparsity 0.7": "`sparsity` 0.5 '2:4' 0.7",
     "--bits 0": "`bits` integer [1, 16] 0",
-    "--damping=-1": "`damping` finite least 0 -1",
+    "--damping=-1": "`damping` finite least 0 -1.0",
     "--seed -1": "`seed` integer [0, 2**63)",
     "--memory lots": "size 512M 2G 'lots'",
     "--layer lm_head --proj lm_head": "'lm_head' outside",
