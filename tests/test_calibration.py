@@ -88,7 +88,7 @@ def test_random_starts_cover_the_text_and_never_leave_it() -> None:
 def test_random_windows_are_windows(tokens: int, n_seq: int, length: int, seed: int) -> None:
     running = torch.arange(tokens) * 3
     if tokens <= length:
-        with pytest.raises(InvalidInput, match="give a longer text"):
+        with pytest.raises(InvalidInput, match=r"seq_len.*longer"):
             load_calibration(running, n_seq=n_seq, seq_len=length, seed=seed)
         return
     got = load_calibration(running, n_seq=n_seq, seq_len=length, seed=seed)
@@ -129,7 +129,7 @@ def test_special_tokens_stand_around_every_sequence(source: Path) -> None:
     drawn = _adding(source, **options)
     starts = _starts(len(ids), 5, 4, 0)
     assert drawn.ids.tolist() == [[1, *ids[start : start + 5], 2] for start in starts]
-    with pytest.raises(InvalidInput, match="room for text"):
+    with pytest.raises(InvalidInput, match=r"seq_len.*room.*\b2\b"):
         _adding(source, seq_len=2)
 
 
@@ -196,7 +196,7 @@ def test_splits_of_the_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     assert test == ["text 2", "text 5"]
     assert train == ["text 0", "text 1", "text 3", "text 4", "text 6"]
     assert list(load_texts("demo")) == [text for _, text in articles]
-    with pytest.raises(InvalidInput, match="must be train or test; got 'dev'"):
+    with pytest.raises(InvalidInput, match="'dev'"):
         load_texts("demo", split="dev")
 
 
@@ -206,7 +206,7 @@ def test_path_object_is_never_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyP
     Path("demo/a.txt").write_text("from disk")
     got = _load(Path("demo"), n_seq=1, seq_len=9, sampling="contiguous")
     assert got.ids[0].tolist() == _ids("from disk")
-    with pytest.raises(Unavailable, match="'c4' does not exist"):
+    with pytest.raises(Unavailable, match="'c4'"):
         _load(Path("c4"))
 
 
@@ -240,12 +240,12 @@ def test_file_of_ids(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        (torch.zeros(3), "integer token ids"),
-        (np.zeros(3), "integer token ids"),
-        (torch.zeros(3, dtype=torch.bool), "integer token ids"),
-        (torch.zeros(1, 2, 3, dtype=torch.int64), r"shape \(1, 2, 3\)"),
-        (torch.zeros(0, dtype=torch.int64), "at least one token"),
-        (torch.tensor([[-2]]), "at least 0; got -2"),
+        (torch.zeros(3), r"\(3,\).*integer.*float32"),
+        (np.zeros(3), r"\(3,\).*integer.*float64"),
+        (torch.zeros(3, dtype=torch.bool), r"\(3,\).*integer.*bool"),
+        (torch.zeros(1, 2, 3, dtype=torch.int64), r"\(1, 2, 3\).*n_seq"),
+        (torch.zeros(0, dtype=torch.int64), r"token.*n_seq"),
+        (torch.tensor([[-2]]), r"\b0\b.*-2\b.*attention_mask"),
     ],
 )
 def test_arrays_that_are_no_ids(values: Any, says: str) -> None:
@@ -257,9 +257,9 @@ def test_table_that_is_too_small() -> None:
     table = torch.zeros(3, 4, dtype=torch.int64)
     too_large: list[dict[str, Any]] = [{"n_seq": 4}, {"seq_len": 5}]
     for options in too_large:
-        with pytest.raises(InvalidInput, match="3 sequences of 4 tokens"):
+        with pytest.raises(InvalidInput, match=r"\b3\b.*\b4\b.*sequences.*n_seq"):
             load_calibration(table, **options)
-    with pytest.raises(InvalidInput, match="context, 3; got 4"):
+    with pytest.raises(InvalidInput, match=r"seq_len.*context.*\b3\b.*\b4\b"):
         load_calibration(table, context_length=3)
 
 
@@ -267,17 +267,17 @@ def test_table_that_is_too_small() -> None:
 def test_corrupt_safetensors(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "a.safetensors"
     path.write_bytes(content)
-    with pytest.raises(InvalidInput, match=r"a\.safetensors' is not a valid"):
+    with pytest.raises(InvalidInput, match=r"a\.safetensors.*valid"):
         load_calibration(path)
 
 
 def test_safetensors_without_ids(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     safetensors.torch.save_file({"weight": torch.zeros(2)}, path)
-    with pytest.raises(InvalidInput, match="it has weight"):
+    with pytest.raises(InvalidInput, match=r"a\.safetensors'.*`ids`.*input_ids"):
         load_calibration(path)
     safetensors.torch.save_file({"ids": torch.zeros(2)}, path)
-    with pytest.raises(InvalidInput, match="integer token ids"):
+    with pytest.raises(InvalidInput, match=r"`ids`.*integer"):
         load_calibration(path)
 
 
@@ -287,7 +287,7 @@ def test_foreign_metadata(tmp_path: Path) -> None:
     safetensors.torch.save_file(ids, path, metadata={"format": "pt"})
     assert "origin" not in load_calibration(path).settings
     safetensors.torch.save_file(ids, path, metadata={"entangle.calibration_set": "[]"})
-    with pytest.raises(InvalidInput, match="metadata"):
+    with pytest.raises(InvalidInput, match=r"`entangle\.calibration_set`"):
         load_calibration(path)
 
 
@@ -306,11 +306,11 @@ def test_options_of_a_text_for_ids() -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"n_seq": 0}, "`n_seq` must be an integer of at least 1; got 0"),
+        ({"n_seq": 0}, r"n_seq.*\b1\b.*\b0\b"),
         ({"n_seq": True}, "`n_seq`"),
-        ({"seq_len": -3}, "`seq_len` must be an integer of at least 1; got -3"),
-        ({"seq_len": 9, "context_length": 8}, "context, 8; got 9"),
-        ({"sampling": "first"}, "got 'first'"),
+        ({"seq_len": -3}, r"seq_len.*\b1\b.*-3\b"),
+        ({"seq_len": 9, "context_length": 8}, r"seq_len.*\b8\b.*\b9\b"),
+        ({"sampling": "first"}, "'first'"),
         ({"seed": -1}, "`seed`"),
     ],
 )
@@ -322,15 +322,15 @@ def test_options_out_of_range(source: Path, options: dict[str, Any], says: str) 
 def test_text_that_is_too_short(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("x" * 50)
-    with pytest.raises(InvalidInput, match=r"50; the largest `n_seq` that fits is 4\."):
+    with pytest.raises(InvalidInput, match=r"\b50\b.*n_seq.*\b4\b"):
         _load(path, n_seq=5, seq_len=12, sampling="contiguous")
     assert _load(path, n_seq=4, seq_len=12, sampling="contiguous").n_tokens == 48
     assert _load(path, n_seq=1, seq_len=50, sampling="contiguous").n_tokens == 50
-    with pytest.raises(InvalidInput, match="needs 51; lower `seq_len` to at most 50"):
+    with pytest.raises(InvalidInput, match=r"\b51\b.*seq_len.*\b50\b"):
         _load(path, n_seq=1, seq_len=51, sampling="contiguous")
-    with pytest.raises(InvalidInput, match="needs 51; lower `seq_len` to at most 49"):
+    with pytest.raises(InvalidInput, match=r"\b51\b.*seq_len.*\b49\b"):
         _load(path, n_seq=1, seq_len=50)
-    with pytest.raises(InvalidInput, match="to at most 51 or"):
+    with pytest.raises(InvalidInput, match=r"a\.txt'.*\b51\b"):
         _adding(path, n_seq=1, seq_len=52)
     assert _adding(path, n_seq=1, seq_len=51).seq_len == 51
 
@@ -338,7 +338,7 @@ def test_text_that_is_too_short(tmp_path: Path) -> None:
 def test_empty_text(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("")
-    with pytest.raises(InvalidInput, match=r"a\.txt' holds no text"):
+    with pytest.raises(InvalidInput, match=r"a\.txt"):
         _load(path)
 
 
@@ -351,11 +351,11 @@ def test_tokenizer_that_does_not_fit(source: Path) -> None:
     ids = _ids("\n\n".join(TEXTS))[:14]
     options = {"n_seq": 2, "seq_len": 7, "sampling": "contiguous"}
     assert _load(source, vocab_size=max(ids) + 1, **options).n_tokens == 14
-    with pytest.raises(InvalidInput, match=f"does not fit the model: token id {max(ids)}"):
+    with pytest.raises(InvalidInput, match=rf"token.*{max(ids)}"):
         _load(source, vocab_size=max(ids), **options)
 
 
 def test_missing_file(tmp_path: Path) -> None:
     for name in ("no.txt", "no.safetensors"):
-        with pytest.raises(Unavailable, match="does not exist"):
+        with pytest.raises(Unavailable, match="wikitext2"):
             _load(str(tmp_path / name))

@@ -228,7 +228,7 @@ def test_missing_path_never_asks_the_hub(
 
 @pytest.mark.parametrize("name", ["a\0.txt", "x" * 5000 + ".txt", "~no-such-user/a.txt"])
 def test_impossible_paths(name: str) -> None:
-    with pytest.raises(Unavailable, match="does not exist"):
+    with pytest.raises(Unavailable, match="exist"):
         load_texts(name)
 
 
@@ -241,11 +241,11 @@ def test_unreadable_file(tmp_path: Path) -> None:
 def test_options_without_meaning(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("x")
-    with pytest.raises(InvalidInput, match="`split` 'train'"):
+    with pytest.raises(InvalidInput, match=r"`split`.*'train'"):
         load_texts(path, split="train")
-    with pytest.raises(InvalidInput, match="`column` 'x'"):
+    with pytest.raises(InvalidInput, match=r"`column`.*'x'"):
         load_texts("demo", column="x")
-    with pytest.raises(InvalidInput, match="got '  '"):
+    with pytest.raises(InvalidInput, match="`source`"):
         load_texts("  ")
 
 

@@ -107,14 +107,14 @@ def test_validation_where_there_is_no_test(
     assert _evaluated(folder) == ("validation.txt", "validation")
     assert "validation" in capsys.readouterr().err
     (folder / "validation.txt").unlink()
-    with pytest.raises(UnknownName, match=r"'test'.*train"):
+    with pytest.raises(UnknownName, match="'test'"):
         _evaluated(folder)
     assert _evaluated(folder, split="train") == ("train.tx", "train")
 
 
 def test_splits_are_never_joined_or_guessed(tmp_path: Path) -> None:
     folder = _fill(tmp_path, "train.txt", "test.txt")
-    with pytest.raises(UnknownName, match=r"'dev'.*train"):
+    with pytest.raises(UnknownName, match="'dev'"):
         load_texts(folder, split="dev")
     _fill(folder, "notes.txt")
     with pytest.raises(InvalidInput, match=r"notes\.txt"):
@@ -122,7 +122,7 @@ def test_splits_are_never_joined_or_guessed(tmp_path: Path) -> None:
     assert list(load_texts(folder, split="test")) == ["test.txt"]
     assert len(list(load_texts(folder, split="all"))) == 3
     two = _fill(tmp_path / "two", "en/train.txt", "de/train.txt", "de/test.txt")
-    with pytest.raises(InvalidInput, match="de, en"):
+    with pytest.raises(InvalidInput, match="'train'"):
         load_texts(two)
     assert list(load_texts(two / "de")) == ["de/train.txt"]
     only = _fill(tmp_path / "only", "validation.txt")
@@ -180,5 +180,5 @@ def test_all_files_have_one_column(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_only_files_about_the_data(tmp_path: Path) -> None:
-    with pytest.raises(InvalidInput, match=r"\.parquet"):
+    with pytest.raises(InvalidInput, match=r"parquet.*`datasets`"):
         load_texts(_fill(tmp_path, "README.txt"))

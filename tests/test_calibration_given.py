@@ -192,7 +192,7 @@ def test_columns_of_tables_that_are_asked_for_or_the_only_one(
     assert "'body'" in capsys.readouterr().err
     with pytest.raises(UnknownName, match="'bodi'"):
         load_calibration(table, tiny_tokenizer(), column="bodi")
-    with pytest.raises(InvalidInput, match="url, body"):
+    with pytest.raises(InvalidInput, match=r"DataFrame.*url"):
         load_calibration(only.assign(url="u")[["url", "body"]], tiny_tokenizer())
     with pytest.raises(InvalidInput, match="'text'"):
         load_calibration(only.assign(text=3), tiny_tokenizer())
@@ -217,7 +217,7 @@ def test_splits_of_a_dictionary(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UnknownName, match="'nope'"):
         load_calibration(splits, tiny_tokenizer(), split="nope")
     del splits["train"], splits["validation"]
-    with pytest.raises(UnknownName, match="extra"):
+    with pytest.raises(UnknownName, match="DatasetDict"):
         load_calibration(splits, tiny_tokenizer())
 
 
@@ -265,7 +265,7 @@ def test_a_stream_is_read_as_far_as_asked() -> None:
         ([], "empty"),
         ({}, "dict"),
         ({"labels": ROWS}, "labels"),
-        (_tensor()[None], r"\(1, 3, 4\)"),
+        (_tensor()[None], r"\(1, 3, 4\).*n_seq"),
         ([[ROWS, ROWS]], r"\(1, 2, 3, 4\)|\(2, 3, 4\)"),
         ([[5, 6.5]], "row 0"),
         ([["a"], ["b"]], "row 0"),
@@ -279,7 +279,7 @@ def test_a_stream_is_read_as_far_as_asked() -> None:
         ([torch.rand(3)], "float32"),
         (torch.nn.Linear(2, 2), "Linear"),
         ({"input_ids": RAGGED, "attention_mask": [[1], [1], [1]]}, "attention_mask"),
-        (pd.DataFrame({"n": [1]}), "all columns: n"),
+        (pd.DataFrame({"n": [1]}), "DataFrame"),
     ],
 )
 def test_what_is_no_text(load: Load, source: Any, says: str) -> None:

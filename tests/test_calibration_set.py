@@ -58,12 +58,12 @@ def test_batches(n: int) -> None:
 
 def test_batches_of_nothing(small: CalibrationSet) -> None:
     for n in (0, -1, True):
-        with pytest.raises(InvalidInput, match="at least 1"):
+        with pytest.raises(InvalidInput, match=r"`n`.*\b1\b"):
             small.batches(n)
 
 
 def test_no_tokens() -> None:
-    with pytest.raises(InvalidInput, match="at least one token"):
+    with pytest.raises(InvalidInput, match=r"`ids`.*token"):
         CalibrationSet(torch.zeros(0, 4, dtype=torch.int64), "", {})
 
 
@@ -84,7 +84,7 @@ def test_save_never_overwrites_unasked(small: CalibrationSet, tmp_path: Path) ->
     path = tmp_path / "c.safetensors"
     small.save(path)
     other = CalibrationSet(small.ids + 1, "", {})
-    with pytest.raises(InvalidInput, match="exists"):
+    with pytest.raises(InvalidInput, match=r"c\.safetensors'.*exists"):
         other.save(path)
     assert CalibrationSet.load(path).digest == small.digest
     other.save(path, force=True)
@@ -92,9 +92,9 @@ def test_save_never_overwrites_unasked(small: CalibrationSet, tmp_path: Path) ->
 
 
 def test_save_where_it_cannot(small: CalibrationSet, tmp_path: Path) -> None:
-    with pytest.raises(InvalidInput, match=r"\.safetensors"):
+    with pytest.raises(InvalidInput, match=r"c\.pt'"):
         small.save(tmp_path / "c.pt")
-    with pytest.raises(Unavailable, match="No such file or directory"):
+    with pytest.raises(Unavailable, match=r"c\.safetensors'.*directory"):
         small.save(tmp_path / "no" / "c.safetensors")
 
 
@@ -107,7 +107,7 @@ def test_failed_write_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(Unavailable, match="No space left"):
+    with pytest.raises(Unavailable, match=r"c\.safetensors'.*space"):
         small.save(tmp_path / "c.safetensors")
     assert not list(tmp_path.iterdir())
 
@@ -115,9 +115,9 @@ def test_failed_write_leaves_nothing(
 def test_load_what_save_did_not_write(small: CalibrationSet, tmp_path: Path) -> None:
     path = tmp_path / "c.safetensors"
     safetensors.torch.save_file({"ids": small.ids}, path)
-    with pytest.raises(InvalidInput, match="not written by"):
+    with pytest.raises(InvalidInput, match=r"c\.safetensors'.*written"):
         CalibrationSet.load(path)
-    with pytest.raises(Unavailable, match="cannot be read"):
+    with pytest.raises(Unavailable, match=r"no\.safetensors'.*read"):
         CalibrationSet.load(tmp_path / "no.safetensors")
 
 
@@ -126,5 +126,5 @@ def test_changed_ids_are_noticed(small: CalibrationSet, tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(InvalidInput, match="digest"):
+    with pytest.raises(InvalidInput, match=r"c\.safetensors'.*digest"):
         CalibrationSet.load(path)

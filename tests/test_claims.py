@@ -65,7 +65,7 @@ def test_another_process_is_named(target: Path) -> None:
     process = claimer(target)
     assert said(process) == "claimed"
     for enter in (lambda: claimed(target), lambda: output_folder(target)):
-        with pytest.raises(Unavailable, match=f"process {process.pid} on "), enter():
+        with pytest.raises(Unavailable, match=rf"result'.*{process.pid}"), enter():
             pass
     process.kill()
     process.communicate()
@@ -116,7 +116,7 @@ def test_another_process_of_the_same_number_is_no_writer(target: Path) -> None:
     with claim(target):
         pass
     note(target, own)
-    with pytest.raises(Unavailable, match=f"process {own.pid} on "), claim(target):
+    with pytest.raises(Unavailable, match=rf"process.*{own.pid}"), claim(target):
         pass
 
 
@@ -134,7 +134,7 @@ def test_who_cannot_be_seen_from_here_is_respected(
 ) -> None:
     """On another machine, in another container; the line tells which file to remove."""
     note(target, Writer.this(), **elsewhere)
-    with pytest.raises(Unavailable, match=r"remove '.*\.result\.lock'"), claim(target):
+    with pytest.raises(Unavailable, match=r"'.*\.result\.lock'"), claim(target):
         pass
     claim_file(target).unlink()
     with claim(target):
@@ -168,7 +168,7 @@ def test_a_claim_that_was_lost_is_noticed(target: Path, monkeypatch: pytest.Monk
         with pytest.raises(Unavailable, match=r"result\.lock"):
             check_claimed(target)
         note(target, Writer.this(), pid=77)
-        with pytest.raises(Unavailable, match="process 77 on "):
+        with pytest.raises(Unavailable, match=r"\b77\b"):
             check_claimed(target)
     assert claim_file(target).exists()  # the other's is left alone
 
@@ -210,6 +210,6 @@ def test_a_result_that_appeared_meanwhile_is_kept(target: Path) -> None:
             target.mkdir()
             (target / "manifest.json").write_text("[]")  # of a program that makes no claims
 
-    with pytest.raises(ValueError, match="result"):
+    with pytest.raises(ValueError, match="result'"):
         write()
     assert (target / "manifest.json").read_text() == "[]"

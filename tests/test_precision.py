@@ -14,7 +14,7 @@ def test_dtypes_by_name_and_as_they_are() -> None:
     assert resolve_dtype("auto") is None
     assert resolve_dtype("bfloat16") == resolve_dtype(torch.bfloat16) == torch.bfloat16
     assert resolve_dtype("float16") == torch.float16
-    with pytest.raises(InvalidInput, match="must be auto, float32, bfloat16, float16; got 'int8'"):
+    with pytest.raises(InvalidInput, match=r"float32.*bfloat16.*float16.*'int8'"):
         resolve_dtype("int8")
 
 
@@ -23,7 +23,7 @@ def test_devices_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert resolve_device("auto") == resolve_device() == torch.device("cpu")
-    with pytest.raises(InvalidInput, match=r"`device` 'cuda:1' was asked for, .*; use cpu"):
+    with pytest.raises(InvalidInput, match=r"`device`.*'cuda:1'"):
         resolve_device("cuda:1")
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert resolve_device("auto") == torch.device("mps")
@@ -34,7 +34,7 @@ def test_devices_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("device", ["gpu", "", "meta", "cuda:x", torch.device("meta")])
 def test_other_devices_are_refused(device: str | torch.device) -> None:
-    with pytest.raises(InvalidInput, match="must be auto, cpu, cuda, cuda:N or mps; got '"):
+    with pytest.raises(InvalidInput, match=r"`device`.*auto"):
         resolve_device(device)
 
 

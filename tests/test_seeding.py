@@ -51,13 +51,13 @@ def test_global_generators_are_left_alone() -> None:
 @pytest.mark.parametrize("seed", [-1, 2**63, True])
 def test_a_seed_is_in_range(seed: int) -> None:
     for use in (check_seed, numpy_rng, torch_rng):
-        with pytest.raises(InvalidInput, match=r"`seed` must be .* in \[0, 2\*\*63\); got "):
+        with pytest.raises(InvalidInput, match=r"`seed`.*\b0\b.*\b2\b.*\b63\b"):
             use(seed)
 
 
 @pytest.mark.parametrize("seed", [1.0, "0", None])
 def test_a_seed_is_an_integer(seed: object) -> None:
-    with pytest.raises(InvalidInput, match=f"`seed` must be an integer .*; got {seed!r}"):
+    with pytest.raises(InvalidInput, match=rf"`seed`.*{seed!r}"):
         inspect.unwrap(check_seed)(seed)
 
 

@@ -50,9 +50,9 @@ def test_pieces_are_found_by_a_later_run(tmp_path: Path) -> None:
 
 def test_work_with_other_settings_is_refused(tmp_path: Path) -> None:
     begin(tmp_path / "x").begin()
-    with pytest.raises(InvalidInput, match="has another settings"):
+    with pytest.raises(InvalidInput, match=r"x'.*settings.*--force.*force=True.*--resume"):
         begin(tmp_path / "x", resume=True, settings={"k": 3})
-    with pytest.raises(InvalidInput, match="has another calibration"):
+    with pytest.raises(InvalidInput, match=r"x'.*calibration.*--force.*force=True.*--resume"):
         begin(tmp_path / "x", resume=True, calibration="d")
 
 
@@ -61,7 +61,7 @@ def test_a_piece_that_was_changed_is_refused(tmp_path: Path, content: bytes) -> 
     work = begin(tmp_path / "x")
     work.keep("a.bin", piece(b"first"))
     (work.path / "a.bin").write_bytes(content)
-    with pytest.raises(InvalidInput, match=r"a\.bin' was truncated or altered; remove it"):
+    with pytest.raises(InvalidInput, match=r"a\.bin.*truncated"):
         begin(tmp_path / "x", resume=True).find("a.bin")
 
 
@@ -69,7 +69,7 @@ def test_a_piece_without_its_digest_is_refused(tmp_path: Path) -> None:
     work = begin(tmp_path / "x")
     work.keep("a.bin", piece(b"first"))
     (work.path / DIGESTS).unlink()
-    with pytest.raises(InvalidInput, match="was truncated or altered"):
+    with pytest.raises(InvalidInput, match=r"a\.bin'.*truncated"):
         work.find("a.bin")
 
 
@@ -79,7 +79,7 @@ def test_files_that_are_unreadable_are_named(tmp_path: Path, name: str, content:
     work = begin(tmp_path / "x")
     work.keep("a.bin", piece(b"first"))
     (work.path / name).write_text(content)
-    with pytest.raises(InvalidInput, match=f"has no readable {name} .*start anew with --force"):
+    with pytest.raises(InvalidInput, match=rf"{name}.*--force"):
         begin(tmp_path / "x", resume=True).find("a.bin")
 
 
@@ -136,7 +136,7 @@ def test_a_plan_is_of_no_run(tmp_path: Path) -> None:
     again = made | {"seconds": 2.0, "memory_bytes": 2**33}
     later = begin(tmp_path / "x", resume=True, settings={"allocations": [again]})
     assert later.find("a.bin") is not None
-    with pytest.raises(InvalidInput, match="settings"):
+    with pytest.raises(InvalidInput, match=r"x'.*settings.*--force.*force=True.*--resume"):
         begin(tmp_path / "x", resume=True, settings={"allocations": [again | {"rule": "s"}]})
 
 

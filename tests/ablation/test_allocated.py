@@ -110,7 +110,7 @@ def test_another_allocation_does_not_resume_the_first(
         run(tiny("llama"), calibration, evaluation=text, out=tmp_path / "x")
     monkeypatch.setattr(Meter, "measure", measure)
     other = random_allocation(tiny("llama"), seed=1)
-    with pytest.raises(InvalidInput, match="another settings"):
+    with pytest.raises(InvalidInput, match=r"x'.*settings.*--force.*--resume"):
         run(
             tiny("llama"), calibration, evaluation=text, out=tmp_path / "x", resume=True,
             allocation=other,
@@ -123,11 +123,11 @@ def test_another_allocation_does_not_resume_the_first(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"selections": ("top",)}, "leave `selections` out"),
-        ({"match": True}, "`match` needs a top selection"),
-        ({"experts": (1, 4)}, r"`experts` must be 1; got \[1, 4\]: `entangle.expand`"),
-        ({"interventions": ("prune", "zero")}, "the intervention 'zero' prunes none"),
-        ({"proj": "up_proj"}, "the allocation's budget includes layer"),
+        ({"selections": ("top",)}, r"leave.*`selections`"),
+        ({"match": True}, r"`match`.*selection"),
+        ({"experts": (1, 4)}, r"`experts`.*\b1\b.*\[1, 4\].*`entangle\.expand`"),
+        ({"interventions": ("prune", "zero")}, "'zero'"),
+        ({"proj": "up_proj"}, r"budget.*includes"),
         ({"layers": "all", "proj": None}, "the allocation has no layer"),
     ],
 )
@@ -143,7 +143,7 @@ def test_an_allocation_of_another_model_is_refused(
     tiny: Tiny, calibration: CalibrationSet, text: EvaluationText
 ) -> None:
     other = random_allocation(tiny("qwen3"))
-    with pytest.raises(InvalidInput, match="was made for a model of digest"):
+    with pytest.raises(InvalidInput, match=r"allocation.*digest"):
         run(tiny("llama"), calibration, evaluation=text, allocation=other)
 
 
@@ -157,5 +157,5 @@ def test_arms_by_hand() -> None:
     assert allocated.allocation is allocation
     other = plan_allocated(made({"b.0.up": [0, 4, 2]}, {"b.0.up": 4}), ["prune"], experts=[1])
     assert len({arm.key for arm in (uniform, allocated, other[1])}) == 3
-    with pytest.raises(UnknownName, match="unknown intervention 'prone'"):
+    with pytest.raises(UnknownName, match="'prone'"):
         plan_allocated(allocation, ["prone"], experts=[1])

@@ -42,49 +42,49 @@ def _listed(block: int, rows: list[int]) -> Selection:
 @pytest.mark.parametrize(
     ("wrong", "error", "message"),
     [
-        ({"fraction": 0.1, "count": 3}, InvalidInput, "exactly one of `fraction` and `count`; got"),
-        ({"fraction": None, "count": 49}, InvalidInput, "49 neurons does not fit layer"),
+        ({"fraction": 0.1, "count": 3}, InvalidInput, r"`fraction`.*`count`.*\b0\.1\b"),
+        ({"fraction": None, "count": 49}, InvalidInput, r"\b49\b.*`fraction`"),
         (
             {"fraction": None, "count": 9_999, "scope": "model"},
             InvalidInput,
-            "9999 neurons does not fit the model, which has 384",
+            r"\b9999\b.*\b384\b.*`fraction`",
         ),
-        ({"fraction": 0.6, "selections": ("random-norm",)}, InvalidInput, "matched controls of 29"),
-        ({"scope": "galaxy"}, InvalidInput, "scope 'galaxy'.*layer"),
-        ({"by": "md", "md": False}, InvalidInput, "md=True, without --no-md"),
-        ({"by": ("wd", "beauty"), "selections": ("random",)}, UnknownName, "column 'beauty'"),
-        ({"experts": (1, 193)}, InvalidInput, "number of calibration tokens, 192; got 193"),
-        ({"evaluation": _long()}, InvalidInput, "at most the model's context, 128; got 129"),
-        ({"router": "nearest"}, UnknownName, "unknown router 'nearest'. Closest: "),
-        ({"router": ("kmeans", "single")}, UnknownName, "unknown router 'single'"),
-        ({"router": ()}, InvalidInput, r"`router`.*got \(\)"),
-        ({"damping": float("nan")}, InvalidInput, "`damping` must be finite"),
-        ({"memory": -1}, InvalidInput, "`memory` .*; got -1"),
+        ({"fraction": 0.6, "selections": ("random-norm",)}, InvalidInput, r"\b29\b.*`fraction`"),
+        ({"scope": "galaxy"}, InvalidInput, "'galaxy'"),
+        ({"by": "md", "md": False}, InvalidInput, r"md=True.*--no-md"),
+        ({"by": ("wd", "beauty"), "selections": ("random",)}, UnknownName, "'beauty'"),
+        ({"experts": (1, 193)}, InvalidInput, r"`experts`.*calibration.*\b192\b.*\b193\b"),
+        ({"evaluation": _long()}, InvalidInput, r"seq_len.*context.*\b128\b.*\b129\b"),
+        ({"router": "nearest"}, UnknownName, r"router.*'nearest'"),
+        ({"router": ("kmeans", "single")}, UnknownName, "'single'"),
+        ({"router": ()}, InvalidInput, r"`router`.*\(\)"),
+        ({"damping": float("nan")}, InvalidInput, r"`damping`.*\bnan\b"),
+        ({"memory": -1}, InvalidInput, r"`memory`.*-1\b"),
         ({"measures": ("pairs",), "pairs": PAIRS}, InvalidInput, "need a tokenizer"),
         (
             {"layers": ["lm_head"], "proj": None, "experts": (2,)},
             InvalidInput,
-            "rows of layers inside the blocks; got 'lm_head'",
+            r"rows.*'lm_head'",
         ),
         ({"selections": ("tops",)}, UnknownName, "selection"),
-        ({"selections": ()}, InvalidInput, "at least one"),
+        ({"selections": ()}, InvalidInput, r"`selections`.*at least one"),
         ({"interventions": ("snip",)}, UnknownName, "intervention"),
-        ({"interventions": ()}, InvalidInput, r"`interventions`.*got \(\)"),
-        ({"strengths": (1.5,)}, InvalidInput, r"`strengths`.*\[0, 1\]; got 1\.5"),
+        ({"interventions": ()}, InvalidInput, r"`interventions`.*\(\)"),
+        ({"strengths": (1.5,)}, InvalidInput, r"`strengths`.*\[0, 1\].*\b1\.5\b"),
         ({"edit_strengths": (-1.0,)}, InvalidInput, "edit_strengths"),
-        ({"experts": (0,)}, InvalidInput, "at least 1; got 0"),
+        ({"experts": (0,)}, InvalidInput, r"`experts`.*\b1\b.*\b0\b"),
         ({"seeds": 0}, InvalidInput, "`seeds`"),
-        ({"fraction": 0.0}, InvalidInput, r"\(0, 1\]"),
+        ({"fraction": 0.0}, InvalidInput, r"`fraction`.*\(0, 1\]"),
         ({"fraction": None, "count": 10_000}, InvalidInput, "10000"),
         ({"by": "beauty"}, UnknownName, "column"),
         ({"measures": ("taste",)}, UnknownName, "measure"),
-        ({"measures": ("pairs",)}, InvalidInput, "give `pairs`"),
-        ({"evaluation": None}, InvalidInput, "nothing is measured"),
-        ({"evaluation": None, "measures": ("perplexity",)}, InvalidInput, "give `evaluation`"),
+        ({"measures": ("pairs",)}, InvalidInput, "`pairs`"),
+        ({"evaluation": None}, InvalidInput, r"measured.*`evaluation`"),
+        ({"evaluation": None, "measures": ("perplexity",)}, InvalidInput, "`evaluation`"),
         ({"proj": "nose"}, UnknownName, "projection"),
         ({"seed": -1}, InvalidInput, "`seed`"),
-        ({"match": True, "selections": ("random",)}, InvalidInput, "add top"),
-        ({"match": True, "experts": (2,)}, InvalidInput, "1 expert"),
+        ({"match": True, "selections": ("random",)}, InvalidInput, r"`match`.*add"),
+        ({"match": True, "experts": (2,)}, InvalidInput, r"`match`.*\b1\b"),
         (
             {
                 "match": True,
@@ -92,18 +92,18 @@ def _listed(block: int, rows: list[int]) -> Selection:
                 "pairs": PAIRS,
             },
             InvalidInput,
-            "measure perplexity",
+            r"`match`.*perplexity",
         ),
         ({"seeds": True}, InvalidInput, "`seeds`"),
         ({"fraction": None, "count": True}, InvalidInput, "`count`"),
-        ({"layers": 0, "selections": [_listed(1, [3])]}, UnknownName, "Choose its layer too"),
-        ({"selections": [_listed(0, [1000])]}, InvalidInput, r"in 0\.\.47; got \[1000\]"),
-        ({"selections": [_listed(0, [3, 3])]}, InvalidInput, "one twice"),
-        ({"selections": [Selection("listed", None, None, {})]}, InvalidInput, "got none"),
+        ({"layers": 0, "selections": [_listed(1, [3])]}, UnknownName, r"'listed'.*layer"),
+        ({"selections": [_listed(0, [1000])]}, InvalidInput, r"\b0\b.*47.*\[1000\]"),
+        ({"selections": [_listed(0, [3, 3])]}, InvalidInput, r"'listed'.*twice"),
+        ({"selections": [Selection("listed", None, None, {})]}, InvalidInput, r"'listed'.*none"),
         (
             {"layers": ["lm_head"], "proj": None, "measures": ("divergence",)},
             InvalidInput,
-            "inside the blocks only",
+            r"inside.*'lm_head'",
         ),
     ],
 )
@@ -128,7 +128,7 @@ def test_an_encoder_is_refused_before_anything_runs(
     calibration: CalibrationSet, text: EvaluationText, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Sweep, "run", lambda *_args, **_kwargs: pytest.fail("it runs"))
-    with pytest.raises(InvalidInput, match="is an encoder: give a causal language model"):
+    with pytest.raises(InvalidInput, match=r"BertModel.*encoder"):
         ablate(as_language_model(TINY["bert"]()), calibration, evaluation=text, **QUICK)
 
 
@@ -138,11 +138,11 @@ def test_a_column_that_given_scores_do_not_hold(
     monkeypatch.setattr(Sweep, "run", lambda *_args, **_kwargs: pytest.fail("it runs"))
     model = tiny("llama")
     scores = score(model, calibration, proj="mlp", method="sketch", md=False)
-    with pytest.raises(InvalidInput, match="`by` md needs scores that hold it"):
+    with pytest.raises(InvalidInput, match=r"`by`.*scores"):
         ablate(model, calibration, evaluation=text, scores=scores, by="md", **QUICK)
     flagged = scores.frame.assign(flag="nan")
     object.__setattr__(scores, "frame", flagged)
-    with pytest.raises(InvalidInput, match="which has 0 without a flag"):
+    with pytest.raises(InvalidInput, match=r"\b0\b.*without.*`fraction`"):
         ablate(model, calibration, evaluation=text, scores=scores, **QUICK)
 
 
@@ -153,12 +153,12 @@ def test_a_text_that_the_dense_model_fails_on_is_met_before_the_calibration(
 
     monkeypatch.setattr(engine, "layer_statistics", lambda *_a, **_k: pytest.fail("calibrates"))
     monkeypatch.setattr(engine, "Meter", _failing_meter)
-    with pytest.raises(InvalidInput, match="no logits"):
+    with pytest.raises(InvalidInput, match="logits"):
         ablate(tiny("llama"), calibration, evaluation=_text_of(4), **QUICK)
 
 
 def _failing_meter(*_args: object, **_kwargs: object) -> None:
-    raise InvalidInput("no logits")
+    raise InvalidInput("logits")
 
 
 def _text_of(windows: int) -> EvaluationText:

@@ -144,12 +144,12 @@ def test_strata_of_one_pair_leave_nothing_to_resample(gaps: list[float], macro: 
 @pytest.mark.parametrize(
     ("measure", "arm", "error", "message"),
     [
-        ("taste", "top", UnknownName, "unknown measure to compare 'taste'"),
-        ("accuracy:z", "top", UnknownName, "unknown paradigm 'z'. Closest: "),
-        ("perplexity", "bottom", InvalidInput, r"`selection` may be \['dense', 'top', 'random'\]"),
-        ("perplexity", {"rule": "top"}, UnknownName, "unknown column of an arm 'rule'"),
-        ("perplexity", {"selection": "random", "seed": 7}, InvalidInput, r"`seed` may be \[0, 1\]"),
-        ("perplexity", {"strength": 0.5}, InvalidInput, "must name one arm .*: say which `selec"),
+        ("taste", "top", UnknownName, r"compare.*'taste'"),
+        ("accuracy:z", "top", UnknownName, "'z'"),
+        ("perplexity", "bottom", InvalidInput, r"`selection`.*'dense'.*'top'.*'random'"),
+        ("perplexity", {"rule": "top"}, UnknownName, "'rule'"),
+        ("perplexity", {"selection": "random", "seed": 7}, InvalidInput, r"`seed`.*\[0, 1\]"),
+        ("perplexity", {"strength": 0.5}, InvalidInput, r"'strength'.*`selection`"),
     ],
 )
 def test_what_cannot_be_compared(
@@ -162,25 +162,25 @@ def test_what_cannot_be_compared(
 
 def test_what_was_not_measured_is_named(windows: pd.DataFrame, pairs: pd.DataFrame) -> None:
     nothing = pd.DataFrame({"window": pd.Series(dtype="int64")})
-    with pytest.raises(InvalidInput, match="measured no kl"):
+    with pytest.raises(InvalidInput, match=r"measured.*kl"):
         Compared.of("kl", windows.drop(columns="kl"), pairs, TEXT)
-    with pytest.raises(InvalidInput, match="measured no accuracy"):
+    with pytest.raises(InvalidInput, match="no accuracy"):
         Compared.of("accuracy:x", windows, nothing, TEXT)
     old = pairs.drop(columns="paradigm")  # as earlier versions saved them
     assert _compare(windows, old, "accuracy", "top", "dense")[0] == pytest.approx(-0.5)
-    with pytest.raises(InvalidInput, match="without the pairs' paradigms"):
+    with pytest.raises(InvalidInput, match=r"`accuracy`.*paradigms"):
         _compare(windows, old, "accuracy:x", "top", "dense")
     assert [Compared.can(m, windows, old) for m in ("kl", "accuracy", "accuracy:x")] == [
         True, True, False,
     ]  # fmt: skip
-    with pytest.raises(InvalidInput, match=r"`n_boot`.*1; got 0"):
+    with pytest.raises(InvalidInput, match=r"n_boot.*\b1\b.*\b0\b"):
         _compare(windows, pairs, "accuracy", "top", "dense", n_boot=0)
 
 
 def test_several_strengths_must_be_told_apart(windows: pd.DataFrame, pairs: pd.DataFrame) -> None:
     weaker = windows[windows["selection"] == "top"].assign(strength=0.9)
     both = pd.concat([windows, weaker], ignore_index=True)
-    with pytest.raises(InvalidInput, match=r"say which `strength` of \[0.5, 0.9\]"):
+    with pytest.raises(InvalidInput, match=r"`strength`.*\[0\.5, 0\.9\]"):
         _compare(both, pairs, "perplexity", "top", "dense")
     chosen = {"selection": "top", "strength": 0.9}
     assert _compare(both, pairs, "kl", chosen, "dense") == _compare(

@@ -171,13 +171,13 @@ def test_rows_of_a_tied_head_change_alone(calibration: CalibrationSet) -> None:
 @pytest.mark.parametrize(
     ("rows", "weight", "error"),
     [
-        ([0, 3], torch.zeros(2, 3), r"int64 indices in 0..2; got \[0, 3\] of torch.int64"),
-        ([-1], torch.zeros(1, 3), r"got \[-1\]"),
-        ([0, 0], torch.zeros(2, 3), "must be named once"),
-        ([0.0], torch.zeros(1, 3), "of torch.float32"),
-        ([[0]], torch.zeros(1, 3), r"got \(1, 1\)"),
-        ([0], torch.zeros(2, 3), r"must be \(1, 3\) of torch.float32; got \(2, 3\)"),
-        ([0], torch.zeros(1, 3).bfloat16(), r"got \(1, 3\) of torch.bfloat16"),
+        ([0, 3], torch.zeros(2, 3), r"int64.*\b0\b.*2.*\[0, 3\].*torch\.int64"),
+        ([-1], torch.zeros(1, 3), r"'0'.*\[-1\]"),
+        ([0, 0], torch.zeros(2, 3), r"'0'.*named"),
+        ([0.0], torch.zeros(1, 3), r"torch\.float32"),
+        ([[0]], torch.zeros(1, 3), r"'0'.*\(1, 1\)"),
+        ([0], torch.zeros(2, 3), r"\(1, 3\).*torch\.float32.*\(2, 3\)"),
+        ([0], torch.zeros(1, 3).bfloat16(), r"\(1, 3\).*torch\.bfloat16"),
     ],
 )
 def test_rows_that_do_not_fit_are_refused_before_anything_is_written(
@@ -197,11 +197,11 @@ def test_offloaded_weights_are_refused() -> None:
     layer = list_layers(nn.Sequential(nn.Linear(3, 3, device="meta")))[0]
     row = torch.tensor([0])
     with (
-        pytest.raises(InvalidInput, match="'0' are offloaded"),
+        pytest.raises(InvalidInput, match=r"'0'.*offloaded"),
         swapped_rows([RowEdit(layer, row, torch.zeros(1, 3))]),
     ):
         pytest.fail("the block must not run")
-    with pytest.raises(InvalidInput, match="'0' are offloaded"):
+    with pytest.raises(InvalidInput, match=r"'0'.*offloaded"):
         pruned_rows(layer, None, row, 0.5, pruner="magnitude")
 
 
@@ -322,15 +322,15 @@ def test_edits_and_swaps_combine_and_all_end(
 @pytest.mark.parametrize(
     ("kind", "selection", "options", "error"),
     [
-        ("zeros", chosen([0]), {}, "unknown edit of outputs 'zeros'. Closest: zero"),
-        ("zero", chosen([0], "1"), {}, "unknown layer '1'. Closest: 0"),
-        ("zero", chosen([3]), {}, r"int64 indices in 0..2; got \[3\]"),
-        ("zero", chosen([0]), {"strength": 1.5}, r"`strength` must be in \[0, 1\]; got 1.5"),
-        ("zero", chosen([0]), {"strength": float("nan")}, "got nan"),
-        ("mean", chosen([0]), {}, "`means` must hold .* of layer '0' .* got None"),
-        ("mean", chosen([0]), {"means": {"1": torch.ones(3)}}, r"got \['1'\]"),
-        ("mean", chosen([0]), {"means": {"0": torch.ones(2)}}, r"hold 3 values.* got shape \(2,\)"),
-        ("mean", chosen([1]), {"means": {"0": torch.tensor([0, torch.nan, 0])}}, "finite for"),
+        ("zeros", chosen([0]), {}, r"outputs.*'zeros'"),
+        ("zero", chosen([0], "1"), {}, r"'1'.*\b0\b"),
+        ("zero", chosen([3]), {}, r"int64.*\b0\b.*2.*\[3\]"),
+        ("zero", chosen([0]), {"strength": 1.5}, r"`strength`.*\[0, 1\].*\b1\.5\b"),
+        ("zero", chosen([0]), {"strength": float("nan")}, r"`strength`.*\bnan\b"),
+        ("mean", chosen([0]), {}, r"`means`.*'0'.*\bNone\b"),
+        ("mean", chosen([0]), {"means": {"1": torch.ones(3)}}, "'1'"),
+        ("mean", chosen([0]), {"means": {"0": torch.ones(2)}}, r"`means`.*\b3\b.*\(2,\)"),
+        ("mean", chosen([1]), {"means": {"0": torch.tensor([0, torch.nan, 0])}}, "finite"),
     ],
 )  # fmt: skip
 def test_edits_that_are_refused(

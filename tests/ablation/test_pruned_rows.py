@@ -55,11 +55,11 @@ def test_random_pruning_follows_the_seed_and_the_layer() -> None:
 
 def test_pruning_that_is_refused() -> None:
     layer, rows = identity(), torch.tensor([0])
-    with pytest.raises(UnknownName, match="unknown pruning method 'sparse'"):
+    with pytest.raises(UnknownName, match="'sparse'"):
         pruned_rows(layer, None, rows, 0.5, pruner="sparse")
-    with pytest.raises(InvalidInput, match="`gram` is None"):
+    with pytest.raises(InvalidInput, match=r"`gram`.*\bNone\b"):
         pruned_rows(layer, None, rows, 0.5)
-    with pytest.raises(InvalidInput, match=r"`sparsity` must be in \[0, 1\]; got 1.5"):
+    with pytest.raises(InvalidInput, match=r"`sparsity`.*\[0, 1\].*\b1\.5\b"):
         pruned_rows(layer, None, rows, 1.5, pruner="magnitude")
-    with pytest.raises(InvalidInput, match=r"got \[9\]"):
+    with pytest.raises(InvalidInput, match=r"'0'.*\[9\]"):
         pruned_rows(layer, None, torch.tensor([9]), 0.5, pruner="magnitude")

@@ -294,17 +294,17 @@ def test_activations_that_are_not_finite_name_the_layers(calibration: Calibratio
         ({"experts": []}, "`experts`"),
         ({"experts": [0]}, "`experts`"),
         ({"experts": [4, 4]}, "`experts`"),
-        ({"experts": [1000]}, "must be at most the number of tokens"),
+        ({"experts": [1000]}, r"`k`.*\b1000\b"),
         ({"pruner": "nosuch"}, "nosuch"),
         ({"seed": -1}, "`seed`"),
-        ({"rows": {}}, "at least one neuron"),
-        ({"rows": {GATE: []}}, "at least one neuron"),
-        ({"rows": {GATE: [48]}}, r"must lie in \[0, 48\)"),
-        ({"rows": {GATE: [-1]}}, r"rows.*gate_proj.*got -1"),
-        ({"rows": {GATE: np.array([1.5])}}, r"rows.*gate_proj.*got 1\.5"),
+        ({"rows": {}}, r"`rows`.*neuron"),
+        ({"rows": {GATE: []}}, r"`rows`.*neuron"),
+        ({"rows": {GATE: [48]}}, r"`rows`.*lie.*\[0, 48\)"),
+        ({"rows": {GATE: [-1]}}, r"gate_proj.*-1\b"),
+        ({"rows": {GATE: np.array([1.5])}}, r"gate_proj.*\b1\.5\b"),
         ({"rows": {GATE: np.array([[1]])}}, r"rows.*gate_proj.*got array"),
         ({"rows": {GATE[:-1]: [1]}}, "Closest"),
-        ({"rows": {"lm_head": [1]}}, "outside the blocks"),
+        ({"rows": {"lm_head": [1]}}, r"'lm_head'.*outside"),
     ],
 )
 def test_bad_settings_are_one_clear_line(
@@ -315,13 +315,13 @@ def test_bad_settings_are_one_clear_line(
 
 
 def test_what_was_not_fitted_is_refused(fitted: RoutedRows) -> None:
-    with pytest.raises(UnknownName, match="fitted layer"):
+    with pytest.raises(UnknownName, match=r"'model\.layers\.0\.mlp\.up_proj'"):
         fitted.weight("model.layers.0.mlp.up_proj", [1], 1, 0.5)
-    with pytest.raises(InvalidInput, match="got 3: fit the union"):
+    with pytest.raises(InvalidInput, match=r"`rows`.*\b3\b.*union"):
         fitted.weight(GATE, [2, 3], 1, 0.5)
-    with pytest.raises(InvalidInput, match="`k` must be one of"):
+    with pytest.raises(InvalidInput, match=r"`k`.*\b2\b"):
         fitted.weight(GATE, [2], 2, 0.5)
-    with pytest.raises(InvalidInput, match="`sparsity` must be one of"):
+    with pytest.raises(InvalidInput, match=r"`sparsity`.*\b0\.7\b"):
         fitted.weight(GATE, [2], 1, 0.7)
 
 
@@ -329,5 +329,5 @@ def test_a_layer_that_never_runs_is_refused(calibration: CalibrationSet) -> None
     model = TINY["llama"]()
     model.get_submodule("model.layers.1.mlp").add_module("spare", nn.Linear(32, 32))
     rows = {GATE: [1], "model.layers.1.mlp.spare": [1]}
-    with pytest.raises(InvalidInput, match=r"mlp\.spare' sees no token"):
+    with pytest.raises(InvalidInput, match=r"mlp\.spare"):
         fit(as_language_model(model), calibration, rows=rows)

@@ -109,12 +109,12 @@ def test_layers_of_one_input_route_it_once(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(
     ("rows", "shape", "k", "message"),
     [
-        ([0, 0, 1], (3, 3, 32), 3, "different indices"),
-        ([0, 1, 48], (3, 3, 32), 3, "different indices"),
-        ([-1, 1, 4], (3, 3, 32), 3, "different indices"),
-        ([0, 1, 2], (3, 3, 31), 3, "`weight` must have shape"),
-        ([0, 1, 2], (2, 3, 32), 3, "`weight` must have shape"),
-        ([0, 1, 2], (2, 3, 32), None, "`routing` must tell"),
+        ([0, 0, 1], (3, 3, 32), 3, r"`rows`.*different"),
+        ([0, 1, 48], (3, 3, 32), 3, r"`rows`.*different"),
+        ([-1, 1, 4], (3, 3, 32), 3, r"`rows`.*different"),
+        ([0, 1, 2], (3, 3, 31), 3, r"`weight`.*shape"),
+        ([0, 1, 2], (2, 3, 32), 3, r"`weight`.*shape"),
+        ([0, 1, 2], (2, 3, 32), None, r"`routing`.*\bNone\b"),
     ],
 )
 def test_what_does_not_fit_is_refused(
@@ -128,7 +128,7 @@ def test_what_does_not_fit_is_refused(
 
 def test_a_routing_of_another_width_is_refused() -> None:
     gate, _, down = mlp_layers("llama")
-    with pytest.raises(InvalidInput, match="fitted on tokens of 32 features"):
+    with pytest.raises(InvalidInput, match=r"`routing`.*\b32\b"):
         RowExperts(gate, ROWS, experts_for(gate), routing_for(down))
 
 
@@ -179,7 +179,7 @@ def test_originals_come_back_if_a_later_replacement_fails() -> None:
     before = snapshot(model)
     first, second, third = (layer.name for layer in find_layers(model, 1, "mlp"))
     broken = {first: nn.Identity(), second: "no module", third: nn.Identity()}
-    with pytest.raises(ValueError, match=r"not an nn\.Module"), installed(model, broken):  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"nn\.Module"), installed(model, broken):  # type: ignore[arg-type]
         pytest.fail("the block must not run")
     assert_restored(model, before)
 

@@ -85,7 +85,7 @@ def test_top_and_bottom_are_apart_and_of_the_size_asked_for(
     frame = drawn_frame(table)
     sizes = frame.groupby("layer").size() if scope == "layer" else pd.Series({"": len(frame)})
     if count > sizes.min():
-        with pytest.raises(InvalidInput, match="does not fit"):
+        with pytest.raises(InvalidInput, match=r"fit.*`fraction`"):
             select(frame, "top", count=count, scope=scope)
         return
     top, bottom, drawn = (select(frame, r, count=count, scope=scope) for r in RANKED)
@@ -148,24 +148,24 @@ def test_a_random_draw_is_even() -> None:
 @pytest.mark.parametrize(
     ("rule", "options", "error"),
     [
-        ("topp", {"count": 1}, r"unknown rule 'topp'. Closest: top"),
-        ("listed", {"count": 1}, "unknown rule 'listed'.* select_listed"),
-        ("top", {}, "exactly one of `fraction` and `count`; got None and None"),
-        ("top", {"count": 1, "fraction": 0.5}, "exactly one of .* got 0.5 and 1"),
-        ("all", {"count": 1}, "neither of `fraction` and `count`; got None and 1"),
-        ("top", {"fraction": 0.0}, r"`fraction` must be in \(0, 1\]; got 0.0"),
-        ("top", {"fraction": 1.01}, r"`fraction` must be in \(0, 1\]; got 1.01"),
-        ("top", {"fraction": float("nan")}, "got nan"),
-        ("top", {"count": 0}, r"`count`.*1; got 0"),
-        ("top", {"count": True}, r"`count`.*1; got True"),
-        ("top", {"count": 7}, "7 neurons does not fit layer 'l0', which has 6 without a flag and"),
-        ("random", {"count": 7}, "does not fit layer 'l0', which has 6 without a flag; lower"),
-        ("top", {"count": 7, "scope": "model"}, "does not fit the model, which has 6"),
-        ("top", {"count": 1, "by": "wdd"}, "unknown column 'wdd'. Closest: wd"),
-        ("top", {"count": 1, "by": "layer"}, "unknown column 'layer'"),
-        ("top", {"count": 1, "scope": "block"}, "scope 'block'.*layer"),
-        ("top", {"count": 1, "seed": -1}, "`seed` must be"),
-        ("random-norm", {}, "`like` must be the selection to match .* got None for 'random-norm'"),
+        ("topp", {"count": 1}, "'topp'"),
+        ("listed", {"count": 1}, r"'listed'.*select_listed"),
+        ("top", {}, r"`fraction`.*`count`.*\bNone\b.*\bNone\b"),
+        ("top", {"count": 1, "fraction": 0.5}, r"'top'.*\b0\.5\b.*\b1\b"),
+        ("all", {"count": 1}, r"`fraction`.*`count`.*\bNone\b.*\b1\b"),
+        ("top", {"fraction": 0.0}, r"`fraction`.*\(0, 1\].*\b0\.0\b"),
+        ("top", {"fraction": 1.01}, r"`fraction`.*\(0, 1\].*\b1\.01\b"),
+        ("top", {"fraction": float("nan")}, r"`fraction`.*\bnan\b"),
+        ("top", {"count": 0}, r"`count`.*\b1\b.*\b0\b"),
+        ("top", {"count": True}, r"`count`.*\b1\b.*\bTrue\b"),
+        ("top", {"count": 7}, r"\b7\b.*'l0'.*\b6\b"),
+        ("random", {"count": 7}, r"'l0'.*\b6\b.*without"),
+        ("top", {"count": 7, "scope": "model"}, r"fit.*\b6\b.*`fraction`"),
+        ("top", {"count": 1, "by": "wdd"}, "'wdd'"),
+        ("top", {"count": 1, "by": "layer"}, "'layer'"),
+        ("top", {"count": 1, "scope": "block"}, r"scope.*'block'"),
+        ("top", {"count": 1, "seed": -1}, r"`seed`.*-1\b"),
+        ("random-norm", {}, r"`like`.*\bNone\b.*'random-norm'"),
     ],
 )
 def test_what_is_refused(rule: str, options: dict[str, Any], error: str) -> None:
@@ -176,28 +176,28 @@ def test_what_is_refused(rule: str, options: dict[str, Any], error: str) -> None
 def test_what_is_refused_of_a_matched_rule() -> None:
     frame = frame_of({}, (6, 6))
     top = select(frame, "top", count=4)
-    with pytest.raises(InvalidInput, match="got 'top wd' for 'top'"):
+    with pytest.raises(InvalidInput, match=r"'top wd'.*'top'"):
         select(frame, "top", count=1, like=top)
-    with pytest.raises(InvalidInput, match="neither of"):
+    with pytest.raises(InvalidInput, match=r"'random-norm'.*\bNone\b"):
         select(frame, "random-norm", count=4, like=top)
-    with pytest.raises(InvalidInput, match=r"4 rows of layer 'l0' .* 4 of them and 2 others have"):
+    with pytest.raises(InvalidInput, match=r"\b4\b.*'l0'.*\b4\b.*\b2\b"):
         select(frame, "random-norm", like=top)
-    with pytest.raises(UnknownName, match=r"unknown layer 'l1'. Closest: l0"):
+    with pytest.raises(UnknownName, match=r"'l1'.*l0"):
         select(frame[frame["layer"] == "l0"], "random-norm", like=select(frame, "top", count=1))
     flagged = frame.assign(flag=["nan", *[""] * 11])
-    with pytest.raises(InvalidInput, match=r"1 rows .* but 0 of them and 5 others"):
+    with pytest.raises(InvalidInput, match=r"\b1\b.*'l0'.*\b0\b.*\b5\b"):
         select(flagged, "random-norm", like=select_listed({"l0": [0]}, frame))
 
 
 def test_a_table_that_is_no_frame_of_scores() -> None:
     frame = frame_of({})
-    with pytest.raises(InvalidInput, match="must have the column 'flag'"):
+    with pytest.raises(InvalidInput, match="'flag'"):
         select(frame.drop(columns="flag"), "all")
-    with pytest.raises(InvalidInput, match="got 0 of layer 'l0' again"):
+    with pytest.raises(InvalidInput, match=r"\b0\b.*'l0'"):
         select(pd.concat([frame, frame]), "top", count=1)
-    with pytest.raises(InvalidInput, match="at least one neuron; got none"):
+    with pytest.raises(InvalidInput, match=r"`scores`.*neuron"):
         select(frame.iloc[:0], "top", fraction=0.5)
-    with pytest.raises(UnknownName, match="unknown column 'variance'"):
+    with pytest.raises(UnknownName, match="'variance'"):
         select(frame.drop(columns="std"), "top", by="variance", count=1)
 
 
@@ -249,18 +249,18 @@ def test_listed_rows() -> None:
     assert as_lists(found) == {"l1": [0, 2]}
     assert found.n_rows == 2
     refused: list[tuple[dict[str, list[int]], str]] = [
-        ({"l0": [0, 6]}, "has 6 neurons in the scores, from 0 to 5; got 6"),
-        ({"l0": [-1]}, "got -1"),
-        ({"l0": [3, 1, 3]}, "listed once; got 3 of layer 'l0' 2 times"),
-        ({"l2": [0]}, "unknown layer 'l2'. Closest: l1"),
-        ({"l0": []}, "at least one neuron"),
-        ({}, "at least one neuron"),
+        ({"l0": [0, 6]}, r"'l0'.*\b6\b.*\b0\b.*\b5\b.*\b6\b"),
+        ({"l0": [-1]}, r"`rows\['l0'\]`.*-1\b"),
+        ({"l0": [3, 1, 3]}, r"\b3\b.*'l0'.*\b2\b"),
+        ({"l2": [0]}, r"'l2'.*l1"),
+        ({"l0": []}, r"neuron.*'listed'"),
+        ({}, r"neuron.*'listed'"),
     ]
     for rows, error in refused:
         with pytest.raises(InvalidInput, match=error):
             select_listed(rows, frame)
     floats: Any = {"l0": iter([1.5])}
-    with pytest.raises(InvalidInput, match=r"rows.*l0.*got 1\.5"):
+    with pytest.raises(InvalidInput, match=r"l0.*\b1\.5\b"):
         select_listed(floats, frame)
 
 
@@ -278,15 +278,15 @@ def test_a_selection_can_be_written_and_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "error"),
     [
-        ("a.txt", "layer,neuron\n", "must end in .csv or .parquet; got .*a.txt"),
-        ("a.csv", None, "cannot be read"),
-        ("a.csv", "", "cannot be read"),
-        ("a.parquet", "layer,neuron\n", "cannot be read"),
-        ("a.csv", "layer,row\nl0,1\n", "must have the column 'neuron'"),
-        ("a.csv", "layer,neuron\nl0,1.5\n", "an integer neuron in every row"),
-        ("a.csv", "layer,neuron\n,1\n", "an integer neuron in every row"),
+        ("a.txt", "layer,neuron\n", r"parquet.*a\.txt"),
+        ("a.csv", None, r"a\.csv'.*read"),
+        ("a.csv", "", r"a\.csv'.*read"),
+        ("a.parquet", "layer,neuron\n", r"a\.parquet'.*read"),
+        ("a.csv", "layer,row\nl0,1\n", "'neuron'"),
+        ("a.csv", "layer,neuron\nl0,1.5\n", r"a\.csv'.*integer neuron"),
+        ("a.csv", "layer,neuron\n,1\n", r"a\.csv'.*integer neuron"),
         ("a.csv", "layer,neuron\nl0,9\n", "got 9"),
-        ("a.csv", "layer,neuron\n7,1\n", "unknown layer '7'"),
+        ("a.csv", "layer,neuron\n7,1\n", "'7'"),
     ],
 )
 def test_files_that_are_refused(name: str, content: str | None, error: str, tmp_path: Path) -> None:
@@ -317,9 +317,9 @@ def test_scores_of_another_model(
     next(module.parameters())[0, 0] += 1
     changed = as_language_model(module)
     one, other = tiny("llama").digest[:12], changed.digest[:12]
-    with pytest.raises(InvalidInput, match=f"has digest {other}….* were made from {one}…"):
+    with pytest.raises(InvalidInput, match=rf"digest.*{other}.*{one}"):
         check_scores_fit(scores, changed)
-    with pytest.raises(InvalidInput, match="were made from none"):
+    with pytest.raises(InvalidInput, match=r"digest.*none"):
         check_scores_fit(replace(scores, manifest={}), tiny("llama"))
 
 
@@ -327,7 +327,7 @@ def test_scores_whose_table_was_altered(
     scores: NeuronScores, tiny: Callable[[str], LanguageModel]
 ) -> None:
     frame = scores.frame
-    with pytest.raises(UnknownName, match=r"unknown layer 'model.layers.7.mlp.up_proj'"):
+    with pytest.raises(UnknownName, match=r"'model\.layers\.7\.mlp\.up_proj'"):
         check_scores_fit(
             replace(
                 scores,
@@ -335,5 +335,5 @@ def test_scores_whose_table_was_altered(
             ),
             tiny("llama"),
         )
-    with pytest.raises(InvalidInput, match="neurons, but the scores hold"):
+    with pytest.raises(InvalidInput, match=r"scores.*\b1\b"):
         check_scores_fit(replace(scores, frame=frame.drop(index=0)), tiny("llama"))

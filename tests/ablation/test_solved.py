@@ -55,7 +55,7 @@ def test_groups_hold_the_zeros_of_their_row(tiny: Tiny, pruner: str) -> None:
             each = level.zeros[layer.name][[0, 3, 5, 6]] // groups.shape[1]
             assert torch.equal(groups, each[:, None].expand_as(groups))
             torch.testing.assert_close(zeros, (each / 8).to(zeros.dtype))
-    with pytest.raises(InvalidInput, match="`sparsities` must have one pattern; got n:8 and row"):
+    with pytest.raises(InvalidInput, match=r"`sparsities`.*n:8"):
         solve_rows(layers, rows, grams, sparsities=(first, 0.5))
 
 

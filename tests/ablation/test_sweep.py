@@ -150,7 +150,7 @@ def test_every_architecture_is_left_as_it_was(
     arguments: dict[str, Any] = {"interventions": ("prune", "mean"), "experts": (1, 2), **QUICK}
     arguments["proj"] = "q_proj" if name == "mixtral" else "mlp"  # its MLP is fused experts
     if name == "bert":
-        with pytest.raises(InvalidInput, match="is an encoder"):
+        with pytest.raises(InvalidInput, match=r"BertModel.*encoder"):
             ablate(model, calibration, evaluation=text, **arguments)
     else:
         result = ablate(model, calibration, evaluation=text, **arguments)
@@ -214,7 +214,7 @@ def test_resume_skips_finished_arms_and_ends_the_same(
     assert not (tmp_path / "cut").exists()
     calls.clear()
     monkeypatch.setattr(Meter, "measure", stop_at(-1))
-    with pytest.raises(InvalidInput, match="go on with --resume"):
+    with pytest.raises(InvalidInput, match="--resume"):
         ablate(tiny("llama"), calibration, evaluation=text, out=tmp_path / "cut", **QUICK)
     with pytest.raises(InvalidInput, match="another settings"):
         ablate(

@@ -139,7 +139,7 @@ def test_flagged_neurons_are_neither_protected_nor_lost() -> None:
     found = allocate(scores, sparsity=0.5, protect=0.25, in_features=WIDTHS)
     assert found.zeros["a"].tolist() == [7, 6, 7, 0]
     assert found.manifest["settings"]["filled"] == {"wd": 1}  # type: ignore[index]
-    with pytest.raises(InvalidInput, match="no finite value"):
+    with pytest.raises(InvalidInput, match=r"'wd'.*finite"):
         allocate(table(wd=[np.nan] * 6), sparsity=0.5, in_features=WIDTHS)
 
 
@@ -190,22 +190,22 @@ def test_pattern_gives_every_group_its_zeros(tiny: Tiny, scored: Scored) -> None
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sparsity": 1.2}, r"`sparsity` must be in \[0, 1\]; got 1.2"),
-        ({"sparsity": float("nan")}, r"`sparsity` must be in \[0, 1\]; got nan"),
-        ({"protect": -0.1}, r"`protect` must be in \[0, 1\]"),
-        ({"lowest": 0.8, "highest": 0.2}, "`lowest` must be at most `highest`; got 0.8 and 0.2"),
-        ({"lowest": 0.2}, r"`protect_sparsity` must lie within the clips \[0.2, 1\]; got 0"),
+        ({"sparsity": 1.2}, r"`sparsity`.*\[0, 1\].*\b1\.2\b"),
+        ({"sparsity": float("nan")}, r"`sparsity`.*\[0, 1\].*\bnan\b"),
+        ({"protect": -0.1}, r"`protect`.*\[0, 1\]"),
+        ({"lowest": 0.8, "highest": 0.2}, r"`lowest`.*`highest`.*\b0\.8\b.*\b0\.2\b"),
+        ({"lowest": 0.2}, r"protect_sparsity.*\[0\.2, 1\].*\b0\b"),
         ({"rule": "rank", "strength": float("inf")}, r"`strength`.*got inf"),
-        ({"rule": "trim", "strength": 0.1}, r"rule 'trim' has no strength; .* \(got 0.1\)"),
-        ({"pattern": "2:4"}, "`pattern` must be row, or n:m .* got '2:4'"),
-        ({"pattern": "n:4"}, "multiple of 4 inputs; layer 'a' has 10"),
-        ({"rule": "uniform", "across": "model"}, "`across` must be left out with rule 'uniform'"),
-        ({"rule": "owl"}, "rule 'owl' measures the model: give `model`"),
-        ({"across": "owl"}, "rule 'owl' measures the model: give `model`"),
-        ({"layers": 1}, "`layers` and `proj` choose layers of a model: give `model`"),
-        ({"in_features": {"a": 10}}, "layer 'b' must be known: give `model`"),
+        ({"rule": "trim", "strength": 0.1}, r"'trim'.*\b0\.1\b"),
+        ({"pattern": "2:4"}, r"`pattern`.*n:m.*'2:4'"),
+        ({"pattern": "n:4"}, r"\b4\b.*'a'.*\b10\b"),
+        ({"rule": "uniform", "across": "model"}, r"`across`.*'uniform'"),
+        ({"rule": "owl"}, r"'owl'.*`model`"),
+        ({"across": "owl"}, r"'owl'.*`model`"),
+        ({"layers": 1}, r"`layers`.*`proj`.*`model`"),
+        ({"in_features": {"a": 10}}, r"'b'.*`model`"),
         ({"in_features": {"a": 10, "b": 0}}, r"in_features.*b.*got 0"),
-        ({"in_features": None}, "layer 'a' must be known"),
+        ({"in_features": None}, r"'a'.*`model`.*in_features"),
     ],
 )
 def test_settings_that_break_a_rule(changes: dict[str, Any], message: str) -> None:
@@ -218,10 +218,10 @@ def test_settings_that_break_a_rule(changes: dict[str, Any], message: str) -> No
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rule": "protekt"}, "unknown allocation rule 'protekt'. Closest: protect"),
-        ({"across": "layers"}, r"unknown rule of layers \(`across`\) 'layers'. Closest: layer"),
-        ({"across": "rank"}, r"unknown rule of layers \(`across`\) 'rank'"),
-        ({"by": "wdd"}, "unknown column 'wdd'. Closest: wd"),
+        ({"rule": "protekt"}, "'protekt'"),
+        ({"across": "layers"}, r"`across`.*'layers'"),
+        ({"across": "rank"}, r"`across`.*'rank'"),
+        ({"by": "wdd"}, "'wdd'"),
     ],
 )
 def test_unknown_names(changes: dict[str, Any], message: str) -> None:
@@ -232,9 +232,9 @@ def test_unknown_names(changes: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sparsity": 0.95, "highest": 0.9}, "0 to 54 zeros, a sparsity from 0 to 0.54"),
-        ({"sparsity": 0.1, "lowest": 0.3, "protect_sparsity": 0.3}, "30 to 72 zeros"),
-        ({"sparsity": 0.9, "protect": 0.5}, "rule 'protect', .* 0.5 of them at 0"),
+        ({"sparsity": 0.95, "highest": 0.9}, r"\b0\b.*\b54\b.*\b0\b.*\b0\.54\b"),
+        ({"sparsity": 0.1, "lowest": 0.3, "protect_sparsity": 0.3}, r"'protect'.*\b30\b.*\b72\b"),
+        ({"sparsity": 0.9, "protect": 0.5}, r"'protect'.*\b0\.5\b.*\b0\b"),
     ],
 )
 def test_budgets_that_cannot_be_met(changes: dict[str, Any], message: str) -> None:
@@ -243,30 +243,30 @@ def test_budgets_that_cannot_be_met(changes: dict[str, Any], message: str) -> No
 
 
 def test_scores_of_another_model(tiny: Tiny, scored: Scored) -> None:
-    with pytest.raises(InvalidInput, match=r"has digest .* but the scores were made from"):
+    with pytest.raises(InvalidInput, match=r"'Qwen3ForCausalLM'.*digest.*scores"):
         allocate(scored("llama"), sparsity=0.5, model=tiny("qwen3"))
-    with pytest.raises(UnknownName, match="scores are of another model than the one given"):
+    with pytest.raises(UnknownName, match=r"scores.*another model"):
         allocate(scored("llama").frame, sparsity=0.5, model=tiny("gpt2"))
     frame = scored("llama").frame
     odd = frame[(frame["layer"] != "model.layers.0.self_attn.o_proj") | (frame["neuron"] < 5)]
-    with pytest.raises(InvalidInput, match=r"32 neurons of layer 'model\.layers\.0\.self_attn\.o"):
+    with pytest.raises(InvalidInput, match=r"\b32\b.*model\.layers\.0\.self_attn\.o"):
         allocate(odd, sparsity=0.5, model=tiny("llama"))
 
 
 def test_layers_without_scores(tiny: Tiny, scored: Scored) -> None:
     part = scored("llama").layer("model.layers.1.mlp.up_proj")
-    with pytest.raises(InvalidInput, match=r"the scores hold no layer 'model\.layers\.0\.mlp"):
+    with pytest.raises(InvalidInput, match=r"model\.layers\.0\.mlp.*\b1\b"):
         allocate(part, sparsity=0.5, model=tiny("llama"), proj="mlp")
-    with pytest.raises(InvalidInput, match="at least one row"):
+    with pytest.raises(InvalidInput, match=r"'layer'.*row"):
         allocate(part.frame.iloc[:0], sparsity=0.5, model=tiny("llama"))
 
 
 def test_text_that_a_rule_needs(tiny: Tiny, scored: Scored, calibration: CalibrationSet) -> None:
     model = tiny("llama")
-    with pytest.raises(InvalidInput, match="rule 'trim' measures on text: give `calibration`"):
+    with pytest.raises(InvalidInput, match=r"'trim'.*`calibration`"):
         allocate(scored("llama"), sparsity=0.5, rule="trim", model=model)
     others = Measurements(model, find_layers(model.module, 0), calibration, memory=2**20)
-    with pytest.raises(InvalidInput, match="`measured` must be of the 21 layer"):
+    with pytest.raises(InvalidInput, match=r"`measured`.*\b21\b"):
         allocate(scored("llama"), sparsity=0.5, rule="trim", model=model, measured=others)
 
 

@@ -68,7 +68,7 @@ def test_tables_by_hand() -> None:
 
 
 def test_rows_of_another_layer() -> None:
-    with pytest.raises(UnknownName, match=r"unknown layer 'up'\. Closest: blocks\.1\.up"):
+    with pytest.raises(UnknownName, match=r"'up'.*blocks\.1\.up"):
         make().rows("up")
 
 
@@ -139,18 +139,18 @@ def test_an_allocation_does_not_change() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"zeros": {}, "in_features": {}}, "at least one; got 0 and 0"),
-        ({"in_features": {"head": 8}}, "same layers in one order"),
-        ({"zeros": {"a": torch.tensor([5])}, "in_features": {"a": 4}}, r"in \[0, 4\].* 5 to 5"),
-        ({"zeros": {"a": torch.tensor([-1, 2])}, "in_features": {"a": 4}}, "from -1 to 2"),
-        ({"zeros": {"a": torch.zeros(0).long()}, "in_features": {"a": 4}}, r"got \(0,\)"),
-        ({"experts": {"head": 1}}, "name the 2 layer"),
-        ({"pattern": "n:2"}, "multiples of 2, .* 2 groups .*'n:2'.*; got 1"),
-        (IN_GROUPS | {"pattern": "n:3"}, "multiple of 3 inputs; layer 'blocks.1.up' has 4"),
-        (IN_GROUPS | {"pattern": "n:16"}, "multiple of 16 inputs; layer 'blocks.1.up' has 4"),
-        (IN_GROUPS | {"pattern": "2:4"}, "`pattern` must be row, or n:m .*; got '2:4'"),
-        ({"experts": {"blocks.1.up": 0, "head": 1}}, "at least 1; got 0"),
-        ({"experts": {"blocks.1.up": True, "head": 1}}, "at least 1; got True"),
+        ({"zeros": {}, "in_features": {}}, r"`zeros`.*\b0\b.*\b0\b"),
+        ({"in_features": {"head": 8}}, r"`zeros`.*order.*\b2\b"),
+        ({"zeros": {"a": torch.tensor([5])}, "in_features": {"a": 4}}, r"`zeros`.*\[0, 4\].*\b5\b"),
+        ({"zeros": {"a": torch.tensor([-1, 2])}, "in_features": {"a": 4}}, r"`zeros`.*-1\b.*\b2\b"),
+        ({"zeros": {"a": torch.zeros(0).long()}, "in_features": {"a": 4}}, r"`zeros`.*\(0,\)"),
+        ({"experts": {"head": 1}}, r"`experts`.*\b2\b"),
+        ({"pattern": "n:2"}, r"\b2\b.*\b2\b.*'n:2'.*\b1\b"),
+        (IN_GROUPS | {"pattern": "n:3"}, r"\b3\b.*'blocks\.1\.up'.*\b4\b"),
+        (IN_GROUPS | {"pattern": "n:16"}, r"\b16\b.*'blocks\.1\.up'.*\b4\b"),
+        (IN_GROUPS | {"pattern": "2:4"}, r"`pattern`.*n:m.*'2:4'"),
+        ({"experts": {"blocks.1.up": 0, "head": 1}}, r"experts.*\b1\b.*\b0\b"),
+        ({"experts": {"blocks.1.up": True, "head": 1}}, r"experts.*\b1\b.*\bTrue\b"),
     ],
 )
 def test_what_is_no_allocation(changes: dict[str, Any], message: str) -> None:
@@ -160,7 +160,7 @@ def test_what_is_no_allocation(changes: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize("wrong", [torch.tensor([0.5]), torch.zeros(1, 1).long()])
 def test_counts_are_vectors_of_integers(wrong: torch.Tensor) -> None:
-    with pytest.raises(InvalidInput, match="must be a CPU vector of int64"):
+    with pytest.raises(InvalidInput, match=r"CPU.*int64"):
         check_zeros("a", wrong, 4)
 
 
@@ -174,25 +174,25 @@ def test_check_names_what_does_not_fit(tiny: Callable[[str], LanguageModel]) -> 
     fitting.check(layers, model.digest)
     make(zeros=zeros, manifest={}, **fields).check(layers, model.digest)
     fitting.check(layers, None)
-    with pytest.raises(InvalidInput, match=r"made for a model of digest .*; this one has 000"):
+    with pytest.raises(InvalidInput, match=r"digest.*\b000\b"):
         fitting.check(layers, "000")
-    with pytest.raises(InvalidInput, match=r"has no layer 'model\.layers\.0\.mlp\.gate_proj'"):
+    with pytest.raises(InvalidInput, match=r"'model\.layers\.0\.mlp\.gate_proj'"):
         fitting.check(find_layers(model.module, [0, 1], "mlp"), model.digest)
-    with pytest.raises(InvalidInput, match=r"budget includes layer 'model\.layers\.1\.mlp\.down"):
+    with pytest.raises(InvalidInput, match=r"includes.*model\.layers\.1\.mlp\.down"):
         fitting.check(layers[:2], model.digest)
     fewer = zeros | {layers[0].name: torch.zeros(3).long()}
-    with pytest.raises(InvalidInput, match=r"gate_proj' has shape \(48, 32\), .* for \(3, 32\)"):
+    with pytest.raises(InvalidInput, match=r"gate_proj.*\(48, 32\).*\(3, 32\)"):
         make(zeros=fewer, manifest=digest, **fields).check(layers, model.digest)
 
 
 def test_what_is_not_written(tmp_path: Path) -> None:
-    with pytest.raises(InvalidInput, match=r"must end in \.safetensors"):
+    with pytest.raises(InvalidInput, match=r"a\.npy'"):
         make().save(tmp_path / "a.npy")
     (tmp_path / "d.safetensors").mkdir()
-    with pytest.raises(InvalidInput, match="is a folder"):
+    with pytest.raises(InvalidInput, match=r"d\.safetensors'"):
         make().save(tmp_path / "d.safetensors", force=True)
     path = make().save(tmp_path / "a.safetensors")
-    with pytest.raises(InvalidInput, match="exists; name another file or use --force"):
+    with pytest.raises(InvalidInput, match=r"a\.safetensors'.*--force.*force=True"):
         make().save(path)
     make(experts={"blocks.1.up": 2, "head": 1}).save(path, force=True)
     assert load_allocation(path).experts == {"blocks.1.up": 2, "head": 1}
@@ -209,18 +209,18 @@ def rewrite(
 
 
 CHANGES: list[tuple[Any, str]] = [
-    (lambda d, t: d.update(kind="scores"), "of kind 'allocation'; got 'scores'"),
-    (lambda d, t: d.update(schema_version=99), "schema version 99"),
-    (lambda d, t: t["head"].fill_(7), "do not match its digest"),
-    (lambda d, t: t.pop("head"), "its layers differ"),
-    (lambda d, t: t.update(head=t["head"].float()), "its layers differ"),
-    (lambda d, t: d.pop("layers"), "was altered"),
-    (lambda d, t: d.pop("in_features"), "was altered"),
-    (lambda d, t: d.update(in_features={"blocks.1.up": 2, "head": 8}), r"altered \(`zeros`"),
-    (lambda d, t: d.update(in_features=[1]), "was altered"),
-    (lambda d, t: d.update(manifest=None), "was altered"),
-    (lambda d, t: d.update(pattern="n:2"), r"altered \(`zeros` of .* must be multiples of 2"),
-    (lambda d, t: d.update(pattern=4), r"altered \(`pattern` must be row, or n:m .*; got '4'"),
+    (lambda d, t: d.update(kind="scores"), r"'allocation'.*'scores'"),
+    (lambda d, t: d.update(schema_version=99), r"a\.safetensors'.*\b99\b"),
+    (lambda d, t: t["head"].fill_(7), r"a\.safetensors'.*digest"),
+    (lambda d, t: t.pop("head"), r"a\.safetensors'.*altered.*layers"),
+    (lambda d, t: t.update(head=t["head"].float()), r"a\.safetensors'.*altered.*layers"),
+    (lambda d, t: d.pop("layers"), r"a\.safetensors'.*altered"),
+    (lambda d, t: d.pop("in_features"), r"a\.safetensors'.*altered"),
+    (lambda d, t: d.update(in_features={"blocks.1.up": 2, "head": 8}), r"altered.*`zeros`.*\b1\b"),
+    (lambda d, t: d.update(in_features=[1]), r"a\.safetensors'.*altered"),
+    (lambda d, t: d.update(manifest=None), r"a\.safetensors'.*altered"),
+    (lambda d, t: d.update(pattern="n:2"), r"`zeros`.*multiples.*\b2\b"),
+    (lambda d, t: d.update(pattern=4), r"`pattern`.*n:m.*'4'"),
 ]
 
 
@@ -234,17 +234,17 @@ def test_altered_files(tmp_path: Path, change: Any, message: str) -> None:
 
 
 def test_other_files(tmp_path: Path) -> None:
-    with pytest.raises(InvalidInput, match="is no file"):
+    with pytest.raises(InvalidInput, match="`entangle allocate`"):
         load_allocation(tmp_path)
     path = make().save(tmp_path / "a.safetensors")
     content = path.read_bytes()
     for size in (0, 5, len(content) // 2, len(content) - 1):
         path.write_bytes(content[:size])
-        with pytest.raises(InvalidInput, match="cannot be read"):
+        with pytest.raises(InvalidInput, match=r"a\.safetensors'.*read"):
             load_allocation(path)
     safetensors.torch.save_file({"a": torch.zeros(2)}, path)
-    with pytest.raises(InvalidInput, match="is not an allocation"):
+    with pytest.raises(InvalidInput, match=r"a\.safetensors'.*`entangle allocate`"):
         load_allocation(path)
     safetensors.torch.save_file({"a": torch.zeros(2)}, path, {"entangle": "{"})
-    with pytest.raises(InvalidInput, match="was altered"):
+    with pytest.raises(InvalidInput, match=r"a\.safetensors'.*\b1\b.*\b2\b"):
         load_allocation(path)

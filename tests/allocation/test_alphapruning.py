@@ -43,7 +43,7 @@ def test_exponent_by_hand() -> None:
 
 @pytest.mark.parametrize("weight", [torch.zeros(4, 5), torch.eye(4), torch.ones(3, 3)])
 def test_spectra_without_a_tail(weight: torch.Tensor) -> None:
-    with pytest.raises(NumericalError, match="fewer than two different eigenvalues"):
+    with pytest.raises(NumericalError, match="eigenvalues"):
         power_law_exponent(weight)
 
 

@@ -88,10 +88,10 @@ def test_alphapruning_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (np.zeros(2), r"must hold 3 floats, one a layer; got \(2,\) of float64"),
-        (np.zeros(3, dtype=np.int64), "got .* of int64"),
-        (np.array([0.0, 4.1, 2.2]), "values from 0 to 4.1, which are scores: map them first"),
-        (np.array([0.0, np.nan, 0.2]), "must hold sparsities"),
+        (np.zeros(2), r"\b3\b.*\(2,\).*float64"),
+        (np.zeros(3, dtype=np.int64), r"x\.npy'.*\b3\b.*int64"),
+        (np.array([0.0, 4.1, 2.2]), r"x\.npy'.*\b0\b.*\b4\.1\b"),
+        (np.array([0.0, np.nan, 0.2]), r"x\.npy'.*\bnan\b"),
     ],
 )
 def test_other_arrays_are_refused(
@@ -105,7 +105,7 @@ def test_other_arrays_are_refused(
 def test_what_is_no_array_is_refused(tmp_path: Path) -> None:
     for content in (b"", b"model: 3\n"):
         (tmp_path / "x.npy").write_bytes(content)
-        with pytest.raises(InvalidInput, match="cannot be read as an array"):
+        with pytest.raises(InvalidInput, match=r"x\.npy'.*array"):
             read_alphapruning(tmp_path / "x.npy", order_of(BY_HAND))
 
 
@@ -147,11 +147,11 @@ def test_evopress_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("b.0.up 3", "line 1 of .* must read `module: level`; got 'b.0.up 3'"),
-        ("b.0.up: 1\nb.0.up: half", "line 2 of .* must read"),
-        ("b.0.gate: 1", "line 1 of .* names layer 'b.0.gate', which is not among the 3 given"),
-        ("b.0.up: 7", "level 7 of 'b.0.up' in .* is sparsity 1.375"),
-        ("b.0.up: -7", "is sparsity -0.375"),
+        ("b.0.up 3", r"\b1\b.*`module: level`.*'b\.0\.up 3'"),
+        ("b.0.up: 1\nb.0.up: half", r"\b2\b.*x\.txt'"),
+        ("b.0.gate: 1", r"\b1\b.*'b\.0\.gate'.*\b3\b"),
+        ("b.0.up: 7", r"\b7\b.*'b\.0\.up'.*\b1\.375\b"),
+        ("b.0.up: -7", r"'b\.0\.up'.*-0\.375\b"),
     ],
 )
 def test_lines_that_do_not_fit_are_refused(text: str, message: str, tmp_path: Path) -> None:
@@ -162,5 +162,5 @@ def test_lines_that_do_not_fit_are_refused(text: str, message: str, tmp_path: Pa
 
 def test_bytes_are_no_levels(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(InvalidInput, match="is no text"):
+    with pytest.raises(InvalidInput, match=r"x\.txt'"):
         read_evopress(tmp_path / "x.txt", {}, sparsity=0.5, step=1)

@@ -70,7 +70,7 @@ def test_a_table_with_two_patterns(tmp_path: Path) -> None:
     text = write_csv(grouped).decode().splitlines()
     assert text[0].endswith(",sparsity,pattern")
     (tmp_path / "x").write_text("\n".join([*text[:3], text[3].replace("n:2", "n:3")]))
-    with pytest.raises(InvalidInput, match=r"'pattern' must be the same throughout; got \['n:2'"):
+    with pytest.raises(InvalidInput, match=r"'pattern'.*'n:2'"):
         read_csv(tmp_path / "x")
 
 
@@ -106,7 +106,7 @@ def test_a_table_that_was_changed_is_refused(
     text = write_csv(BY_HAND).decode()
     assert old in text
     (tmp_path / "x.csv").write_text(text.replace(old, new))
-    with pytest.raises(InvalidInput, match="export it anew") as caught:
+    with pytest.raises(InvalidInput, match=r"x\.csv'") as caught:
         read_csv(tmp_path / "x.csv")
     assert message in str(caught.value)
 
@@ -123,11 +123,11 @@ def test_vectors_that_were_changed_are_refused(damage: str, tmp_path: Path) -> N
         metadata = {"entangle rows": described.decode()} if damage == "shares" else {}
         content = safetensors.torch.save(vectors, metadata)
     (tmp_path / "x").write_bytes(content)
-    with pytest.raises(InvalidInput, match="cannot be read as an allocation"):
+    with pytest.raises(InvalidInput, match=r"x'.*allocation"):
         read_rows(tmp_path / "x")
 
 
 def test_an_empty_table_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("")
-    with pytest.raises(InvalidInput, match="cannot be read as an allocation"):
+    with pytest.raises(InvalidInput, match=r"x\.csv'.*allocation"):
         read_csv(tmp_path / "x.csv")

@@ -50,13 +50,13 @@ def test_order_of_the_scores_does_not_matter() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (frame().iloc[:-1], r"each of the 2 neurons of layer 'b' once; got 1 row"),
-        (frame().iloc[:3], r"layer 'b' once; got none"),
-        (pd.concat([frame(), frame().iloc[:1]]), r"layer 'a' once; got 4 row"),
-        (frame().assign(neuron=[0, 1, 1, 0, 1]), r"3 neurons of layer 'a'"),
-        (frame().assign(neuron=[0, 1, 3, 0, 1]), r"3 neurons of layer 'a'"),
-        (frame().drop(columns="neuron"), "column 'neuron'; it is missing"),
-        (frame().drop(columns="layer"), "column 'layer'; it is missing"),
+        (frame().iloc[:-1], r"\b2\b.*'b'.*\b1\b"),
+        (frame().iloc[:3], r"\b2\b.*'b'"),
+        (pd.concat([frame(), frame().iloc[:1]]), r"'a'.*\b4\b.*row"),
+        (frame().assign(neuron=[0, 1, 1, 0, 1]), r"\b3\b.*'a'"),
+        (frame().assign(neuron=[0, 1, 3, 0, 1]), r"\b3\b.*'a'"),
+        (frame().drop(columns="neuron"), r"'neuron'.*missing"),
+        (frame().drop(columns="layer"), r"'layer'.*missing"),
     ],
 )
 def test_scores_of_another_shape(wrong: pd.DataFrame, message: str) -> None:
@@ -70,18 +70,18 @@ def test_a_missing_value_becomes_its_layers_mean() -> None:
     assert found.missing("wd") == 2
     empty = columns(wd=[1.0, 2, 6, np.nan, np.nan])
     assert empty.values("wd").tolist() == [1, 2, 6, 3, 3]
-    with pytest.raises(InvalidInput, match="no finite value in any of the 5 neurons"):
+    with pytest.raises(InvalidInput, match=r"'wd'.*\b5\b"):
         columns(wd=[np.nan] * 5).values("wd")
 
 
 def test_columns_that_cannot_be_used() -> None:
     found = columns(wd=[1.0, 2, 3, 4, 5], flag=["", "nan", "", "", ""])
     for name in ("weight", "flag", "layer", "neuron", "block"):
-        with pytest.raises(UnknownName, match=f"unknown column '{name}'. Closest: wd"):
+        with pytest.raises(UnknownName, match=f"'{name}'"):
             found.values(name)
     with pytest.raises(InvalidInput, match=r"combine 'sum'.*zscore"):
         found.combined(["wd"], combine="sum", across_layers=True)
-    with pytest.raises(InvalidInput, match="at least one column"):
+    with pytest.raises(InvalidInput, match=r"`by`.*column"):
         found.combined([], combine="rank", across_layers=True)
 
 

@@ -141,15 +141,15 @@ def test_scores_of_a_model(scored: Callable[[str], NeuronScores], tiny: Callable
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"experts": 0}, "`experts` must be an integer of at least 1; got 0"),
-        ({"lowest": True}, "`lowest` must be an integer of at least 1; got True"),
-        ({"experts": 4, "lowest": 5}, r"must lie between .*; got 4, which is not in \[5, 8\]"),
-        ({"experts": 4, "highest": 3}, r"not in \[1, 3\]"),
-        ({"fraction": 0.0}, r"`fraction` must be in \(0, 1\]; got 0.0"),
-        ({"fraction": float("nan")}, r"`fraction` must be in \(0, 1\]; got nan"),
-        ({"groups": [["b.0.up"]]}, "every layer of the allocation once; 'b.1.up' is not"),
-        ({"groups": [["b.0.up"], ["b.1.up", "x"]]}, "'x' is not"),
-        ({"groups": [["b.0.up"], ["b.1.up", "b.0.up"]]}, "once; 'b.0.up' is not"),
+        ({"experts": 0}, r"`experts`.*integer.*\b1\b.*\b0\b"),
+        ({"lowest": True}, r"`lowest`.*\b1\b.*\bTrue\b"),
+        ({"experts": 4, "lowest": 5}, r"`experts`.*\b4\b.*\[5, 8\]"),
+        ({"experts": 4, "highest": 3}, r"`experts`.*\[1, 3\]"),
+        ({"fraction": 0.0}, r"`fraction`.*\(0, 1\].*\b0\.0\b"),
+        ({"fraction": float("nan")}, r"`fraction`.*\(0, 1\].*\bnan\b"),
+        ({"groups": [["b.0.up"]]}, r"allocation.*'b\.1\.up'"),
+        ({"groups": [["b.0.up"], ["b.1.up", "x"]]}, r"`groups`.*'x'"),
+        ({"groups": [["b.0.up"], ["b.1.up", "b.0.up"]]}, r"'b\.0\.up'"),
     ],
 )
 def test_mistakes_are_one_clear_line(changes: dict[str, object], message: str) -> None:
@@ -158,9 +158,9 @@ def test_mistakes_are_one_clear_line(changes: dict[str, object], message: str) -
 
 
 def test_scores_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(InvalidInput, match=r"the 4 neurons of layer 'b\.1\.up'; got 0"):
+    with pytest.raises(InvalidInput, match=r"\b4\b.*'b\.1\.up'.*\b0\b"):
         expert_budget(EVEN, FIRST[FIRST["layer"] == "b.0.up"])
-    with pytest.raises(UnknownName, match="unknown column 'dw'"):
+    with pytest.raises(UnknownName, match="'dw'"):
         expert_budget(EVEN, FIRST, by="dw")
-    with pytest.raises(InvalidInput, match="has no numbers of experts"):
+    with pytest.raises(InvalidInput, match=r"allocation.*experts"):
         mean_experts(EVEN)

@@ -54,7 +54,7 @@ def test_every_layer_comes_back_to_the_weight(
     path, layers = tmp_path / FILES[name], layers_of(allocation)
     export(allocation, path, name, force=True)
     if allocation.n_zeros == 0 and name == "llmcompressor":
-        with pytest.raises(InvalidInput, match="at least one"):
+        with pytest.raises(InvalidInput, match=r"`zeros`.*\b0\b"):
             import_allocation(path, name, layers=layers)
         return
     found = import_allocation(path, name, layers=layers)
@@ -90,7 +90,7 @@ def test_alphapruning_lists_all_linears_of_the_blocks(tiny: Tiny, tmp_path: Path
     found = import_allocation(tmp_path / "x.npy", "alphapruning", layers=layers)
     assert list(found.zeros) == [layer.name for layer in layers]
     assert found.n_zeros == allocation.n_zeros
-    with pytest.raises(InvalidInput, match="must hold 9 floats"):
+    with pytest.raises(InvalidInput, match=r"x\.npy'.*\b9\b"):
         import_allocation(tmp_path / "x.npy", "alphapruning", layers=layers_of(allocation))
 
 
@@ -122,7 +122,7 @@ def test_rows_take_what_is_left_one_by_one(tmp_path: Path) -> None:
 
 def test_files_are_not_replaced_unless_forced(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("mine")
-    with pytest.raises(InvalidInput, match=r"exists; name another file or use --force"):
+    with pytest.raises(InvalidInput, match=r"x\.csv'.*--force.*force=True"):
         export(BY_HAND, tmp_path / "x.csv", "csv")
     assert (tmp_path / "x.csv").read_text() == "mine"
     export(BY_HAND, tmp_path / "x.csv", "csv", force=True)
@@ -132,17 +132,17 @@ def test_files_are_not_replaced_unless_forced(tmp_path: Path) -> None:
 
 def test_mistakes_in_exports_are_one_clear_line(tmp_path: Path) -> None:
     for path, name, message in (
-        ("x.csv", "cvs", r"unknown format 'cvs'\. Closest: csv"),
-        ("x.txt", "csv", r"a file in format csv must end in \.csv; got"),
+        ("x.csv", "cvs", "'cvs'"),
+        ("x.txt", "csv", r"format.*x\.txt'"),
     ):
         with pytest.raises(InvalidInput, match=message):
             export(BY_HAND, tmp_path / path, name)
     (tmp_path / "y.csv").mkdir()
-    with pytest.raises(InvalidInput, match="is a folder"):
+    with pytest.raises(InvalidInput, match=r"y\.csv'"):
         export(BY_HAND, tmp_path / "y.csv", "csv")
-    with pytest.raises(EntangleError, match="cannot be written"):
+    with pytest.raises(EntangleError, match=r"x\.csv'"):
         export(BY_HAND, "/proc/x.csv", "csv")
-    with pytest.raises(UnknownName, match=r"unknown layer 'b\.0\.up'\. There are none"):
+    with pytest.raises(UnknownName, match=r"'b\.0\.up'"):
         export(BY_HAND, tmp_path / "x.npy", "alphapruning", layers=[])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["y.csv"]
 
@@ -151,16 +151,16 @@ def test_mistakes_in_imports_are_one_clear_line(tmp_path: Path) -> None:
     for name in FORMATS:
         export(BY_HAND, tmp_path / FILES[name], name)
     layers = layers_of(BY_HAND)
-    with pytest.raises(UnknownName, match="unknown format 'cvs'"):
+    with pytest.raises(UnknownName, match="'cvs'"):
         import_allocation(tmp_path / "x.csv", "cvs")
-    with pytest.raises(InvalidInput, match="is no file"):
+    with pytest.raises(InvalidInput, match=r"z\.csv'"):
         import_allocation(tmp_path / "z.csv", "csv")
     for name in BY_LAYER:
-        with pytest.raises(InvalidInput, match=f"`layers` must be given to read format {name}"):
+        with pytest.raises(InvalidInput, match=rf"`layers`.*{name}"):
             import_allocation(tmp_path / FILES[name], name)
-    with pytest.raises(InvalidInput, match="`sparsity` and `step` must be given"):
+    with pytest.raises(InvalidInput, match=r"`sparsity`.*`step`"):
         import_allocation(tmp_path / "x.txt", "evopress", layers=layers)
-    with pytest.raises(UnknownName, match=r"unknown layer 'b\.0\.up'"):
+    with pytest.raises(UnknownName, match=r"'b\.0\.up'"):
         import_allocation(tmp_path / "x.yaml", "llmcompressor", layers=layers[1:])
 
 
@@ -168,7 +168,7 @@ def test_zeros_beyond_a_row_are_refused(tmp_path: Path) -> None:
     export(BY_HAND, tmp_path / "x.csv", "csv")
     text = (tmp_path / "x.csv").read_text().replace(",3,", ",5,")
     (tmp_path / "x.csv").write_text(text)
-    with pytest.raises(InvalidInput, match=r"x\.csv.*must be in \[0, 4\]"):
+    with pytest.raises(InvalidInput, match=r"x\.csv.*\[0, 4\]"):
         import_allocation(tmp_path / "x.csv", "csv")
 
 

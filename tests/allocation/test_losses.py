@@ -187,7 +187,7 @@ def test_an_error_names_the_layer(calibration: CalibrationSet, scored: Scored) -
     model = as_language_model(TINY["llama"]())
     name = "model.layers.2.mlp.down_proj"
     find_layers(model.module, name)[0].weight[0, 0] = torch.nan
-    with pytest.raises(InvalidInput, match=r"model\.layers\.2\.mlp\.down_proj: `weight` must be"):
+    with pytest.raises(InvalidInput, match=r"model\.layers\.2\.mlp\.down_proj.*`weight`"):
         allocate(
             scored("llama").frame, sparsity=0.5, rule="loss", model=model, calibration=calibration,
             layers=[name],

@@ -110,15 +110,15 @@ def test_a_quantity_is_measured_once(
 def test_what_cannot_be_measured(calibration: CalibrationSet) -> None:
     model = as_language_model(TINY["llama"]())
     layers = find_layers(model.module, 1, "mlp")
-    with pytest.raises(InvalidInput, match="needs a calibration set"):
+    with pytest.raises(InvalidInput, match="`calibration`"):
         _ = Measurements(model, layers, None, memory=1).calibration
     assert Measurements(model, layers, None, memory=1).described is None
     foreign = CalibrationSet(torch.tensor([[5000]]), "x", {})
-    with pytest.raises(InvalidInput, match="token id 5000"):
+    with pytest.raises(InvalidInput, match=r"token.*\b5000\b"):
         Measurements(model, layers, foreign, memory=1)
     model.module.get_submodule("model.layers.1.mlp.gate_proj").weight.fill_(torch.nan)  # type: ignore[operator]
     measured = Measurements(model, layers, calibration, memory=2**20)
-    with pytest.raises(NumericalError, match=r"model\.layers\.1\.mlp\.down_proj: .* NaN"):
+    with pytest.raises(NumericalError, match=r"model\.layers\.1\.mlp\.down_proj.*\bNaN\b"):
         list(measured.grams())
     assert not any(module._forward_hooks for module in model.module.modules())
 
@@ -128,5 +128,5 @@ def test_a_layer_that_does_not_run(calibration: CalibrationSet) -> None:
     module.add_module("spare", nn.Linear(3, 3))
     model = as_language_model(module)
     measured = Measurements(model, find_layers(module, "spare"), calibration, memory=1)
-    with pytest.raises(InvalidInput, match="layer 'spare' sees no token"):
+    with pytest.raises(InvalidInput, match="'spare'"):
         _ = measured.groups

@@ -112,7 +112,7 @@ def test_candidates_whose_budget_cannot_be_met_lose(
     found = run(tiny("llama"), scored("llama"), calibration, tune="protect", high=1.0, sparsity=0.9)
     assert [one["perplexity"] for one in found.manifest["search"]["tried"]][-1] is None
     assert found.manifest["search"]["chosen"] == 0.0
-    with pytest.raises(NumericalError, match=r"none of 3 candidates of rule 'protect'"):
+    with pytest.raises(NumericalError, match=r"\b3\b.*'protect'"):
         run(
             tiny("llama"), scored("llama"), calibration, tune="protect", sparsity=0.9,
             highest=0.8,
@@ -150,17 +150,17 @@ def test_a_loss_that_is_not_finite_is_infinite(calibration: CalibrationSet) -> N
     head = find_layers(model.module, "lm_head")[0]
     with torch.no_grad():
         head.weight.fill_(math.nan)
-    with pytest.raises(NumericalError, match="has a finite loss"):
+    with pytest.raises(NumericalError, match="'linear'"):
         run(model, NeuronScores(scores.frame, scores.layers, scores.histograms, {}), calibration)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tune": "uniform"}, "rule 'uniform' has no strength to tune"),
-        ({"evaluations": 1}, "`evaluations` must be an integer of at least 2; got 1"),
-        ({"held_out": 0.0}, r"`held_out` must be in \(0, 1\); got 0.0"),
-        ({"held_out": 0.99}, "must leave sequences to calibrate on; got 0.99 of 12"),
+        ({"tune": "uniform"}, r"'uniform'.*strength"),
+        ({"evaluations": 1}, r"`evaluations`.*\b2\b.*\b1\b"),
+        ({"held_out": 0.0}, r"held_out.*\(0, 1\).*\b0\.0\b"),
+        ({"held_out": 0.99}, r"held_out.*\b0\.99\b.*\b12\b"),
         ({"high": -1.0}, r"`high`.*0; got -1\.0"),
         ({"sparsity": 1.5}, "`sparsity`"),
     ],
@@ -173,5 +173,5 @@ def test_mistakes_are_one_clear_line(
 
 
 def test_an_unknown_rule_is_named(tiny: Tiny, scored: Scored, calibration: CalibrationSet) -> None:
-    with pytest.raises(UnknownName, match="unknown allocation rule 'liner'"):
+    with pytest.raises(UnknownName, match="'liner'"):
         run(tiny("llama"), scored("llama"), calibration, tune="liner")

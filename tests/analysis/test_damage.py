@@ -206,17 +206,17 @@ def test_the_model_comes_back_bit_for_bit(
 @pytest.mark.parametrize(
     ("rows", "options", "says"),
     [
-        ({"model.layers.0.mlp.gate_pro": [0]}, {}, "unknown layer 'model.layers.0.mlp.gate_pro'"),
-        ({"model.layers.0.mlp.gate_proj": [48]}, {}, r"must lie in \[0, 48\); got 48 to 48"),
-        ({"model.layers.0.mlp.gate_proj": [-1, 3]}, {}, r"rows.*gate_proj.*got -1"),
-        ({"lm_head": [0]}, {}, "'lm_head' lies outside the blocks"),
-        ({"model.layers.0.mlp.gate_proj": []}, {}, "at least one neuron; got none"),
-        ({}, {"intervention": "nil"}, "unknown intervention 'nil'"),
-        ({}, {"strength": 1.5}, r"`strength` must be in \[0, 1\]; got 1.5"),
+        ({"model.layers.0.mlp.gate_pro": [0]}, {}, r"unknown.*'model\.layers\.0\.mlp\.gate_pro'"),
+        ({"model.layers.0.mlp.gate_proj": [48]}, {}, r"\[0, 48\).*\b48\b.*\b48\b"),
+        ({"model.layers.0.mlp.gate_proj": [-1, 3]}, {}, r"rows.*gate_proj.*-1\b"),
+        ({"lm_head": [0]}, {}, "'lm_head'.*outside"),
+        ({"model.layers.0.mlp.gate_proj": []}, {}, "at least one neuron"),
+        ({}, {"intervention": "nil"}, "unknown.*'nil'"),
+        ({}, {"strength": 1.5}, r"`strength`.*\[0, 1\].*\b1\.5\b"),
         ({}, {"intervention": "prune", "strength": 0.5}, "gram"),
-        ({}, {"intervention": "mean"}, "`means` must hold the mean outputs"),
-        ({}, {"seed": -1}, "`seed` must"),
-        ({}, {"batch_size": 0}, "`batch_size` must"),
+        ({}, {"intervention": "mean"}, "`means`.*outputs"),
+        ({}, {"seed": -1}, r"`seed`.*-1\b"),
+        ({}, {"batch_size": 0}, r"`batch_size`.*\b0\b"),
     ],
 )
 def test_bad_requests(

@@ -61,12 +61,12 @@ def test_a_heavy_tail_counts_as_more_than_one() -> None:
 @pytest.mark.parametrize(
     ("values", "options", "says"),
     [
-        (np.ones(100), {}, "of which two differ; got 100 finite ones of 100 between 1 and 1"),
-        (np.array([*range(99), np.nan]), {}, "got 99 finite ones of 100"),
-        (np.arange(39.0), {}, r"at least 40 values in one row; got shape \(39,\)"),
-        (np.zeros((40, 1)), {}, r"got shape \(40, 1\)"),
+        (np.ones(100), {}, r"\b100\b.*\b100\b.*\b1\b.*\b1\b"),
+        (np.array([*range(99), np.nan]), {}, r"\b99\b.*\b100\b"),
+        (np.arange(39.0), {}, r"\b40\b.*\(39,\)"),
+        (np.zeros((40, 1)), {}, r"\(40, 1\)"),
         (np.arange(99.0), {"max_components": 0}, r"`max_components`.*1; got 0"),
-        (np.arange(99.0), {"seed": -1}, "`seed` must"),
+        (np.arange(99.0), {"seed": -1}, r"`seed`.*-1\b"),
     ],
 )
 def test_values_without_a_mixture_are_refused(
@@ -117,13 +117,13 @@ def test_all_neurons_and_flags(scores: NeuronScores) -> None:
 
 def test_bad_requests(scores: NeuronScores) -> None:
     layer = scores.layers["layer"][0]
-    with pytest.raises(UnknownName, match="unknown layer 'nowhere'"):
+    with pytest.raises(UnknownName, match="'nowhere'"):
         gmm_components(scores, rows={"nowhere": [0]})
-    with pytest.raises(InvalidInput, match=r"must lie in 0..47; got 48"):
+    with pytest.raises(InvalidInput, match=r"\b0\b.*47.*\b48\b"):
         gmm_components(scores, rows={layer: [48]})
     with pytest.raises(InvalidInput, match=r"`rows\[.*got"):
         gmm_components(scores, rows={layer: np.array([0.5])})
-    with pytest.raises(InvalidInput, match="`points` must be at least 10 a component, 40; got 39"):
+    with pytest.raises(InvalidInput, match=r"`points`.*\b10\b.*\b40\b.*\b39\b"):
         gmm_components(scores, points=39)
-    with pytest.raises(InvalidInput, match="`max_components` must"):
+    with pytest.raises(InvalidInput, match=r"max_components.*\b0\b"):
         gmm_components(scores, max_components=0)

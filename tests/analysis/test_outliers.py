@@ -164,17 +164,17 @@ def test_bad_requests(tiny: Tiny, calibration: CalibrationSet) -> None:
     scores = scored(model, layer, [float(row) for row in range(32)])
     nothing = only(outlier_overlap(model, scores), "weights")
     assert nothing["n_outliers"] == 0
-    with pytest.raises(InvalidInput, match="but the scores were made from"):
+    with pytest.raises(InvalidInput, match=r"'LlamaForCausalLM'.*digest.*scores"):
         outlier_overlap(tiny("llama"), scores)
-    with pytest.raises(InvalidInput, match="`weight_share` must be in"):
+    with pytest.raises(InvalidInput, match=r"weight_share.*\b0\.0\b"):
         outlier_overlap(model, scores, weight_share=0.0)
     with pytest.raises(InvalidInput, match=r"`factor`.*0; got -1"):
         outlier_overlap(model, scores, factor=-1.0)
-    with pytest.raises(InvalidInput, match="`fraction` must be in"):
+    with pytest.raises(InvalidInput, match=r"`fraction`.*\b0\.0\b"):
         outlier_overlap(model, scores, fraction=0.0)
-    with pytest.raises(UnknownName, match="unknown column 'wc'"):
+    with pytest.raises(UnknownName, match="'wc'"):
         outlier_overlap(model, scores, by="wc")
-    with pytest.raises(InvalidInput, match=r"`grams` of layer .* must have shape \(48, 48\)"):
+    with pytest.raises(InvalidInput, match=r"`grams`.*\(48, 48\)"):
         outlier_overlap(model, scores, grams={DOWN: gram_with(torch.ones(3))})
-    with pytest.raises(InvalidInput, match=r"`residual` of layer .* must have shape \(32,\)"):
+    with pytest.raises(InvalidInput, match=r"`residual`.*\(32,\)"):
         outlier_overlap(model, scores, residual={DOWN: torch.ones(48)})

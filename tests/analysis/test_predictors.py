@@ -193,17 +193,17 @@ def test_row_order_and_seed() -> None:
 @pytest.mark.parametrize(
     ("change", "options", "says"),
     [
-        ({}, {"target": "rj"}, "unknown column 'rj'"),
-        ({}, {"predictors": ["wd", "wc"]}, "unknown column 'wc'"),
-        ({}, {"given": ["wc"]}, "unknown column 'wc'"),
-        ({}, {"predictors": []}, "must name at least one column"),
-        ({}, {"predictors": ["wd", "ri"]}, "neither they nor `given` the target 'ri'"),
-        ({}, {"given": ["ri"]}, "neither they nor `given` the target 'ri'"),
-        ({}, {"n_boot": 0}, r"`n_boot`.*1; got 0"),
-        ({}, {"level": 1.5}, r"`level`.*got 1\.5"),
-        ({}, {"seed": -1}, "`seed` must"),
-        ({"neuron": 0}, {}, "must hold a neuron once; got 0 of layer 'a'"),
-        ({"flag": "nan"}, {}, "without a flag; got 9 with one"),
+        ({}, {"target": "rj"}, "unknown.*'rj'"),
+        ({}, {"predictors": ["wd", "wc"]}, "unknown.*'wc'"),
+        ({}, {"given": ["wc"]}, "unknown.*'wc'"),
+        ({}, {"predictors": []}, "at least one column"),
+        ({}, {"predictors": ["wd", "ri"]}, "`given`.*'ri'"),
+        ({}, {"given": ["ri"]}, "`given`.*'ri'"),
+        ({}, {"n_boot": 0}, r"`n_boot`.*\b1\b.*\b0\b"),
+        ({}, {"level": 1.5}, r"`level`.*\b1\.5\b"),
+        ({}, {"seed": -1}, r"`seed`.*-1\b"),
+        ({"neuron": 0}, {}, r"once.*\b0\b.*'a'"),
+        ({"flag": "nan"}, {}, r"flag.*\b9\b"),
     ],
 )
 def test_bad_questions(change: dict[str, object], options: dict[str, object], says: str) -> None:
@@ -214,5 +214,5 @@ def test_bad_questions(change: dict[str, object], options: dict[str, object], sa
 
 
 def test_missing_columns_are_named() -> None:
-    with pytest.raises(InvalidInput, match="must have the column 'layer'"):
+    with pytest.raises(InvalidInput, match=r"column.*'layer'"):
         predictor_table(frame_of({"a": 9}).drop(columns="layer"), "ri")

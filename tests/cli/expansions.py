@@ -7,7 +7,7 @@ import torch
 from entangle.calibration import load_calibration
 from entangle.expansion import ExpandedLinear, Expansion, expand
 from entangle.models.loading import LanguageModel, load_model
-from tests.cli.runs import Ran
+from tests.cli.runs import Ran, holds
 
 N_SEQ, SEQ_LEN = 6, 32
 TOKENS = N_SEQ * SEQ_LEN
@@ -52,9 +52,9 @@ def listing() -> list[str]:
     return sorted(str(path) for path in Path().rglob("*"))
 
 
-def check_one_line(ran: Ran, message: str, *, status: int = 2) -> None:
-    """Check that a run ended in one clear line about ``message``."""
+def check_one_line(ran: Ran, names: str, *, status: int = 2) -> None:
+    """Check that a run ended in one clear line that holds ``names`` (see `holds`)."""
     assert (ran.status, ran.out) == (status, "")
     assert ran.err.startswith("entangle: error: ")
     assert (ran.err.count("\n"), ran.err[-2:]) == (1, ".\n")
-    assert message in ran.err
+    assert holds(ran.err, names), ran.err

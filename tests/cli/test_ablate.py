@@ -8,7 +8,7 @@ import pytest
 from entangle import evaluation
 from entangle.ablation import load_ablation
 from entangle.errors import InvalidInput
-from tests.cli.runs import Run
+from tests.cli.runs import Run, holds
 
 Folder = Callable[[str], Path]
 SMALL = (
@@ -149,10 +149,10 @@ def test_scores_and_a_list_of_neurons(
     block_2 = ["2" if a == "all" else a for a in base] + [*edit, "--select", listed, "--quiet"]
     status, _, err = run(*block_2)
     assert (status, err.count("\n")) == (2, 1)
-    assert "Choose its layer too" in err
+    assert "layer" in err
     status, _, err = run(*base, "--select", listed)
     assert status == 2
-    assert "give --scores DIR" in err
+    assert "--scores" in err
 
 
 @pytest.mark.parametrize(
@@ -161,31 +161,31 @@ def test_scores_and_a_list_of_neurons(
         (("--select", "best"), "selection"),
         (("--by", "beauty"), "column"),
         (("--intervention", "snip"), "intervention"),
-        (("--strength", "2"), "`strengths` must be in [0, 1]; got 2.0"),
-        (("--strength", ""), "a list must look like 0.5,0.7; got ''"),
+        (("--strength", "2"), "`strengths` [0, 1] 2.0"),
+        (("--strength", ""), "list 0.5,0.7 ''"),
         (("--select", ""), "selection"),
         (("--select", "top, best"), "unknown selection 'best'"),
-        (("--data-config", "raw"), "`config` 'raw' was given, but has no meaning for"),
-        (("--data-column", "body"), "`column` 'body' was given, but"),
-        (("--strength", "much"), "a list must look like 0.5,0.7; got 'much'"),
-        (("--edit-strength", "-1"), "`edit_strengths` must be in [0, 1]; got -1.0"),
-        (("--experts", "0"), "at least 1; got 0"),
-        (("--experts", "1.5"), "a list must look like 1,16"),
+        (("--data-config", "raw"), "`config` 'raw' meaning"),
+        (("--data-column", "body"), "`column` 'body'"),
+        (("--strength", "much"), "list 0.5,0.7 'much'"),
+        (("--edit-strength", "-1"), "`edit_strengths` [0, 1] -1.0"),
+        (("--experts", "0"), "1 0"),
+        (("--experts", "1.5"), "list 1,16"),
         (("--fraction", "0"), "(0, 1]"),
-        (("--fraction", "0.1", "--count", "3"), "exactly one of"),
+        (("--fraction", "0.1", "--count", "3"), "exactly one"),
         (("--count", "99999"), "99999"),
         (("--by", "md", "--no-md"), "without --no-md"),
         (("--router", "nearest"), "unknown router 'nearest'"),
-        (("--experts", "999"), "number of calibration tokens, 192; got 999"),
-        (("--eval-seq-len", "999"), "the model's context, 128; got 999"),
-        (("--seq-len", "999"), "the model's context, 128; got 999"),
-        (("--select", "random-norm", "--fraction", "0.6"), "matched controls of 29"),
-        (("--damping", "-1"), "`damping` must be finite and at least 0"),
-        (("--seeds", "0"), "`seeds` must be an integer of at least 1"),
+        (("--experts", "999"), "calibration 192 999"),
+        (("--eval-seq-len", "999"), "context 128 999"),
+        (("--seq-len", "999"), "context 128 999"),
+        (("--select", "random-norm", "--fraction", "0.6"), "matched 29"),
+        (("--damping", "-1"), "`damping` finite least 0"),
+        (("--seeds", "0"), "`seeds` integer 1"),
         (("--measure", "taste"), "measure"),
         (("--measure", "blimp", "--pairs", "nowhere.jsonl"), "nowhere.jsonl"),
         (("--scores", "nowhere"), "nowhere"),
-        (("--memory", "lots"), "512M or 2G"),
+        (("--memory", "lots"), "512M 2G"),
         (("--data", "nowhere.txt"), "nowhere.txt"),
     ],
 )
@@ -197,7 +197,7 @@ def test_a_mistake_is_one_line(
     assert (status, printed) == (2, "")
     assert err.count("\n") == 1
     assert err.startswith("entangle: error: ")
-    assert message in err
+    assert holds(err, message), err
     assert not list(tmp_path.glob("*out*"))
 
 
@@ -206,7 +206,7 @@ def test_an_encoder_is_one_line(
 ) -> None:
     status, printed, err = run("ablate", tiny_folder("bert"), *base[2:], "--out", tmp_path / "out")
     assert (status, printed) == (2, "")
-    assert "is an encoder: give a causal language model" in err
+    assert "encoder" in err
     assert not list(tmp_path.glob("*out*"))
 
 
@@ -235,19 +235,19 @@ def test_resume_prints_a_finished_result_again(
     assert run(*edit)[:2] == first[:2]
     status, printed, err = run(*edit, "--seed", "1")
     assert (status, printed, err.count("\n")) == (2, "", 1)
-    assert "holds a finished ablation of another model, text or settings" in err
+    assert holds(err, "out' finished settings"), err
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "manifest.json").write_text('{"kind": "scores"}')
     status, printed, err = run(*edit[:-4], "--out", tmp_path / "other", "--resume", "--quiet")
     assert (status, printed, err.count("\n")) == (2, "", 1)
-    assert "must hold a result of kind 'ablation'; got 'scores'" in err
+    assert holds(err, "'ablation' 'scores'"), err
     assert (tmp_path / "out" / "manifest.json").read_bytes() == manifest
 
 
 def test_resume_needs_a_folder(run: Run, base: tuple[object, ...]) -> None:
     status, printed, err = run(*base, "--resume", "--quiet")
     assert (status, printed, err.count("\n")) == (2, "", 1)
-    assert "name it with --out" in err
+    assert "--out" in err
 
 
 @pytest.mark.parametrize(
@@ -289,6 +289,6 @@ def test_an_existing_result_is_kept(run: Run, base: tuple[object, ...], tmp_path
     before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()}
     status, _, err = run(*base, *edit)
     assert status == 2
-    assert "exists; name another one or use --force" in err
+    assert holds(err, "out' exists --force"), err
     assert before == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()}
     assert run(*base, *edit, "--force")[0] == 0

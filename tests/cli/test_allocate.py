@@ -267,32 +267,32 @@ def test_an_ablation_by_allocation(run: Run, allocated: Path) -> None:
 
 
 MISTAKES = {
-    "--rule protest": "unknown allocation rule 'protest'. Closest: protect",
+    "--rule protest": "unknown allocation rule 'protest' protect",
     "--by dw": "unknown column 'dw'",
-    "--sparsity 1.5": "`sparsity` must be in [0, 1]; got 1.5",
+    "--sparsity 1.5": "`sparsity` [0, 1] 1.5",
     "--highest 0.6": "0.6",
-    "--tune uniform --rule search": "rule 'uniform' has no strength to tune",
+    "--tune uniform --rule search": "rule 'uniform' strength tune",
     "--export yaml:x.yaml": "unknown format 'yaml'",
-    "--export llmcompressor:x.yml": "a file in format llmcompressor must end in .yaml",
-    "--export recipe.yaml": "--export must look like llmcompressor:recipe.yaml; got 'recipe.yaml'.",
-    "--export csv:x.csv --export csv:x.csv": "'x.csv' is to be written twice; name another file.",
-    "--export safetensors:a.safetensors": "'a.safetensors' is to be written twice",
-    "--out a.npz": "must end in .safetensors; got 'a.npz'",
-    "--out scores": "must end in .safetensors",
-    "--plot figure": "'figure.png' exists; name another --plot or use --force",
-    "--out ./a.safetensors --export safetensors:a.safetensors": "is to be written twice",
-    "--plot out/x --export csv:out/x.csv": "'out/x.csv' is to be written twice",
-    "--tune rank": "--tune has no meaning without --rule search; drop it.",
-    "--evaluations 3 --rule rank": "--evaluations has no meaning without --rule search",
-    "--protect-sparsity 0.1 --rule rank": "--protect-sparsity has no meaning without rule protect",
-    "--protect 0.1 --rule search": "--protect has no meaning without rule protect",
-    "--entangled 0.1": "--entangled has no meaning without --experts",
-    "--strength 0.1": "rule 'protect' has no strength; leave it out (got 0.1)",
-    "--strength 0.1 --rule search": "`strength` is what a search of rule 'linear' tunes",
-    "--protect 0.1 --rule search --tune protect": "`protect` is what a search of rule 'protect'",
-    "--memory lots": "a size must look like 512M or 2G; got 'lots'.",
-    "--layer 7": "a block index must be in 0..2",
-    "--experts 0": "`experts` must be an integer of at least 1; got 0.",
+    "--export llmcompressor:x.yml": ".yaml 'x.yml'",
+    "--export recipe.yaml": "--export llmcompressor:recipe.yaml 'recipe.yaml'",
+    "--export csv:x.csv --export csv:x.csv": "'x.csv' twice",
+    "--export safetensors:a.safetensors": "'a.safetensors' twice",
+    "--out a.npz": ".safetensors 'a.npz'",
+    "--out scores": ".safetensors 'scores'",
+    "--plot figure": "'figure.png' exists --plot --force",
+    "--out ./a.safetensors --export safetensors:a.safetensors": "a.safetensors' twice",
+    "--plot out/x --export csv:out/x.csv": "'out/x.csv' twice",
+    "--tune rank": "--tune meaning without --rule",
+    "--evaluations 3 --rule rank": "--evaluations meaning without --rule",
+    "--protect-sparsity 0.1 --rule rank": "--protect-sparsity meaning without rule",
+    "--protect 0.1 --rule search": "--protect meaning without rule",
+    "--entangled 0.1": "--entangled meaning without --experts",
+    "--strength 0.1": "rule 'protect' strength (got 0.1)",
+    "--strength 0.1 --rule search": "`strength` rule 'linear'",
+    "--protect 0.1 --rule search --tune protect": "`protect` rule 'protect'",
+    "--memory lots": "size 512M 2G 'lots'",
+    "--layer 7": "index 0..2",
+    "--experts 0": "`experts` integer 1 0",
     "--model elsewhere": "elsewhere",
 }
 
@@ -310,23 +310,23 @@ def test_one_clear_line(run: Run, case: str) -> None:
 
 def test_what_exists_is_not_replaced(run: Run, allocated: Path) -> None:
     before = Path("a.safetensors").read_bytes()
-    check_one_line(run(*ALLOCATE, "--out", "a.safetensors"), "exists; name another file or use")
+    check_one_line(run(*ALLOCATE, "--out", "a.safetensors"), "'a.safetensors' exists")
     assert Path("a.safetensors").read_bytes() == before
 
 
 CONSUMERS = {
-    "expand --allocation a.safetensors --sparsity 0.5": "--sparsity or --allocation, which has its",
-    "expand --allocation a.safetensors,a.safetensors": "--allocation must name one file here",
+    "expand --allocation a.safetensors --sparsity 0.5": "--sparsity --allocation",
+    "expand --allocation a.safetensors,a.safetensors": "--allocation one",
     "expand --allocation a.safetensors --allocation a.safetensors": "'a.safetensors,a.safetensors'",
-    "expand --allocation nowhere.safetensors": "'nowhere.safetensors' is no file",
-    "expand --allocation text.txt": "'text.txt' cannot be read",
-    "expand --allocation a.safetensors --proj up_proj": "the allocation's budget includes layer",
-    "expand --allocation a.safetensors --pattern 2:4": "needs `pattern` 'row'; got '2:4'",
-    "compare --data text.txt --allocation a.safetensors,a.safetensors": "are called 'a' and could",
-    "compare --data text.txt --allocation uniform=a.safetensors": "must not be called 'uniform'",
-    "ablate --data text.txt --allocation a.safetensors --select top": "--select has no meaning",
-    "ablate --data text.txt --allocation a.safetensors --strength 0.5": "--strength has no meaning",
-    "ablate --data text.txt --allocation a.safetensors --experts 4": "`experts` must be 1; got [4]",
+    "expand --allocation nowhere.safetensors": "'nowhere.safetensors' file",
+    "expand --allocation text.txt": "'text.txt' read",
+    "expand --allocation a.safetensors --proj up_proj": "allocation's budget",
+    "expand --allocation a.safetensors --pattern 2:4": "needs `pattern` 'row' '2:4'",
+    "compare --data text.txt --allocation a.safetensors,a.safetensors": "called 'a'",
+    "compare --data text.txt --allocation uniform=a.safetensors": "called 'uniform'",
+    "ablate --data text.txt --allocation a.safetensors --select top": "--select meaning",
+    "ablate --data text.txt --allocation a.safetensors --strength 0.5": "--strength meaning",
+    "ablate --data text.txt --allocation a.safetensors --experts 4": "`experts` 1 [4]",
 }
 
 

@@ -19,7 +19,7 @@ from entangle.cli.main import main
 from entangle.models import demo
 from entangle.models.loading import LanguageModel
 from entangle.scoring import score as score_module
-from tests.cli.runs import Run
+from tests.cli.runs import Run, holds
 
 Folder = Callable[[str], Path]
 
@@ -63,64 +63,63 @@ def place(tmp_path: Path, tiny_folder: Folder, monkeypatch: pytest.MonkeyPatch) 
 TEXT = "--calibration text.txt --n-seq 4 --seq-len 16"
 CASES = {
     # models
-    "./nowhere": "unknown model './nowhere': there is no such folder or file",
+    "./nowhere": "unknown model './nowhere'",
     "~no-such-user/model": "unknown model '~no-such-user/model'",
-    "no-config": "a model folder must hold config.json; 'no-config' has none",
-    "bad-config": "model folder 'bad-config' cannot be loaded",
-    "bad-tokenizer": "the tokenizer of model folder 'bad-tokenizer' cannot be loaded",
-    "cut": "model folder 'cut' cannot be loaded",
-    "bad.gguf": "GGUF file 'bad.gguf' cannot be loaded",
-    "weights.bin": "a model file must end in .gguf; got 'weights.bin'",
-    "model --revision main": "`revision` applies to models from the hub; got 'main'",
-    "model --dtype int4": "`dtype` must be auto, float32, bfloat16, float16; got 'int4'",
-    "model --device tpu": "`device` must be auto, cpu, cuda, cuda:N or mps; got 'tpu'",
-    "model --device meta": "`device` must be auto, cpu, cuda, cuda:N or mps; got 'meta'",
+    "no-config": "config.json 'no-config'",
+    "bad-config": "'bad-config' loaded",
+    "bad-tokenizer": "tokenizer 'bad-tokenizer' loaded",
+    "cut": "'cut' loaded",
+    "bad.gguf": "GGUF 'bad.gguf' loaded",
+    "weights.bin": ".gguf 'weights.bin'",
+    "model --revision main": "`revision` hub 'main'",
+    "model --dtype int4": "`dtype` float32 bfloat16 float16 'int4'",
+    "model --device tpu": "`device` 'tpu'",
+    "model --device meta": "`device` 'meta'",
     # layers
-    "model --layer 3": "a block index must be in 0..2 for this model; got 3",
-    "model --layer=-1": "a block index must be in 0..2 for this model; got -1",
-    "model --layer 0,3": "a block index must be in 0..2 for this model; got 3",
-    "model --layer 0 --layer=-1,1": "a block index must be in 0..2 for this model; got -1",
-    "model --layer 0,": "unknown layer ''. Closest: ",
-    "model --layer 1.5": "unknown layer '1.5'. Closest: ",
-    "model --layer 0 --proj attn,gate": "unknown projection 'gate'. Closest: ",
-    "model --layer gate_prj": "unknown layer 'gate_prj'. Closest: ",
-    "model --layer *.gate": "unknown layer '*.gate'. Closest: ",
-    "model --proj gate": "unknown projection 'gate'. Closest: gate_proj, ",
+    "model --layer 3": "index 0..2 3",
+    "model --layer=-1": "index 0..2 -1",
+    "model --layer 0,3": "index 0..2 3",
+    "model --layer 0 --layer=-1,1": "index 0..2 -1",
+    "model --layer 0,": "unknown layer ''",
+    "model --layer 1.5": "unknown layer '1.5'",
+    "model --layer 0 --proj attn,gate": "unknown projection 'gate'",
+    "model --layer gate_prj": "unknown layer 'gate_prj'",
+    "model --layer *.gate": "unknown layer '*.gate'",
+    "model --proj gate": "unknown projection 'gate' gate_proj",
     # data
-    "model --calibration nowhere.txt": "'nowhere.txt' does not exist; give a .txt, ",
-    "model --calibration empty.txt": "holds no text",
-    "model --calibration binary.txt": "'binary.txt' is not UTF-8 text",
-    "model --calibration bad.jsonl": "line 2 of 'bad.jsonl' is not valid JSON",
-    "model --calibration bad.parquet": "'bad.parquet' is not a valid Parquet file",
-    "model --calibration bad.safetensors": "'bad.safetensors' is not a valid safetensors file",
-    "model --calibration weights.safetensors": "must hold token ids in a tensor named `ids` or",
-    "model --calibration two.parquet": "'two.parquet' has no column `text`; name one with `column`",
+    "model --calibration nowhere.txt": "'nowhere.txt' exist .txt",
+    "model --calibration empty.txt": "empty.txt' text",
+    "model --calibration binary.txt": "'binary.txt' UTF-8 text",
+    "model --calibration bad.jsonl": "2 'bad.jsonl' valid JSON",
+    "model --calibration bad.parquet": "'bad.parquet' valid",
+    "model --calibration bad.safetensors": "'bad.safetensors' valid",
+    "model --calibration weights.safetensors": "named `ids`",
+    "model --calibration two.parquet": "'two.parquet' column `text` `column`",
     "model --calibration two.parquet --column txt": "unknown column of 'two.parquet' 'txt'",
-    "model --calibration text.txt --column text": "`column` 'text' was given, but 'text.txt' is",
-    "model --calibration text.txt --split train": "`split` 'train' was given, but has no meaning",
-    "model --calibration old": "holds no",
-    "model --calibration large.safetensors": "token id 500 is outside the model's [0, 112)",
-    f"other-tokenizer {TEXT}": "the tokenizer does not fit the model: token id ",
+    "model --calibration text.txt --column text": "`column` 'text' 'text.txt'",
+    "model --calibration text.txt --split train": "`split` 'train' meaning",
+    "model --calibration old": "'old'",
+    "model --calibration large.safetensors": "500 outside [0, 112)",
+    f"other-tokenizer {TEXT}": "tokenizer fit",
     # sizes
-    "model --calibration text.txt --seq-len 0": "`seq_len` must be an integer of at least 1; got 0",
-    "model --calibration text.txt --n-seq 0": "`n_seq` must be an integer of at least 1; got 0",
-    "model --calibration text.txt --n-seq -4": "`n_seq` must be an integer of at least 1; got -4",
-    "model --calibration text.txt --seq-len 129": "`seq_len` must be at most the model's context, "
-    "128; got 129",
-    "model --calibration ids.safetensors --n-seq 5": "has 4 sequences of 16 tokens; `n_seq` 5",
-    "model --calibration text.txt --sampling contiguous": "needs 4096 tokens of text, but",
-    "model --calibration text.txt --join \\q": "a backslash must be followed by n, t, r or another",
-    f"model {TEXT} --seed -1": "`seed` must be an integer in [0, 2**63); got -1",
-    f"model {TEXT} --top 0": "`--top` must be an integer of at least 1; got 0",
-    f"model {TEXT} --memory lots": "a size must look like 512M or 2G; got 'lots'",
-    f"model {TEXT} --memory 1K": "`memory` must be at least 1 MiB in bytes; got 1024",
-    f"model {TEXT} --batch-size 0": "`batch_size` must be an integer of at least 1; got 0",
+    "model --calibration text.txt --seq-len 0": "`seq_len` integer 1 0",
+    "model --calibration text.txt --n-seq 0": "`n_seq` integer 1 0",
+    "model --calibration text.txt --n-seq -4": "`n_seq` integer 1 -4",
+    "model --calibration text.txt --seq-len 129": "`seq_len` context 128 129",
+    "model --calibration ids.safetensors --n-seq 5": "4 16 `n_seq` 5",
+    "model --calibration text.txt --sampling contiguous": "needs 4096 text",
+    "model --calibration text.txt --join \\q": "backslash",
+    f"model {TEXT} --seed -1": "`seed` integer [0, 2**63) -1",
+    f"model {TEXT} --top 0": "`--top` integer 1 0",
+    f"model {TEXT} --memory lots": "size 512M 2G 'lots'",
+    f"model {TEXT} --memory 1K": "`memory` least 1 MiB 1024",
+    f"model {TEXT} --batch-size 0": "`batch_size` integer 1 0",
     # output
-    f"model {TEXT} --out file": "the output 'file' is a file; name a folder",
-    f"model {TEXT} --out file/below": "is no folder that you may write to; name another folder",
-    f"model {TEXT} --out old": "the output folder 'old' exists; name another one or use --force",
-    f"model {TEXT} --out old --force": "holds no manifest.json, so it is not a result of entangle",
-    f"model {TEXT} --out {'x' * 300}": "cannot be written: File name too long; name another",
+    f"model {TEXT} --out file": "output 'file' file",
+    f"model {TEXT} --out file/below": "folder write",
+    f"model {TEXT} --out old": "output 'old' exists --force",
+    f"model {TEXT} --out old --force": "manifest.json",
+    f"model {TEXT} --out {'x' * 300}": "written long",
 }
 
 
@@ -134,7 +133,7 @@ def check(run: Run, place: Path, arguments: Sequence[str], message: str) -> None
     assert (status, out) == (2, "")
     assert err.startswith("entangle: error: ")
     assert err.count("\n") == 1
-    assert message in err
+    assert holds(err, message), err
     assert err.endswith(".\n") or "cannot be loaded: " in err  # the rest is a library's words
     assert listing(place) == before
 
@@ -150,7 +149,7 @@ def test_one_clear_line(run: Run, place: Path, case: str) -> None:
 def test_text_shorter_than_one_sequence(run: Run, place: Path) -> None:
     Path("short.txt").write_text("too short")
     arguments = ["model", "--calibration", "short.txt", "--seq-len", "32"]
-    check(run, place, arguments, "has 9 tokens, but one random sequence of `seq_len` 32 needs 33")
+    check(run, place, arguments, "9 `seq_len` 32 needs 33")
 
 
 def test_an_unknown_model_of_the_hub(
@@ -160,7 +159,7 @@ def test_an_unknown_model_of_the_hub(
         raise hub_errors.HFValidationError("no such id")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", missing)
-    check(run, place, ["no/such"], "unknown model 'no/such': neither `demo`, nor a local folder or")
+    check(run, place, ["no/such"], "unknown model 'no/such' `demo`")
 
 
 def test_no_network_for_a_model_of_the_hub(
@@ -170,7 +169,7 @@ def test_no_network_for_a_model_of_the_hub(
         raise hub_errors.LocalEntryNotFoundError("no connection")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
-    check(run, place, ["owner/name"], "is no local folder or .gguf file, and it could not be had")
+    check(run, place, ["owner/name"], "'owner/name' .gguf")
 
 
 @pytest.mark.parametrize("arguments", [[], ["model", "--calibration", "demo"]])
@@ -183,22 +182,21 @@ def test_no_network_and_no_demo_folder(
     before = listing(place)
     status, out, err = run("score", *arguments)
     assert (status, out) == (2, "")
-    assert "could not be fetched with pip" in err.splitlines()[-1]
-    assert "set ENTANGLE_DEMO_DIR to a folder with the demo files" in err.splitlines()[-1]
+    assert holds(err.splitlines()[-1], "pip ENTANGLE_DEMO_DIR"), err
     assert listing(place) == before
 
 
 def test_a_demo_folder_that_is_none(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ENTANGLE_CACHE", str(place / "cache"))
     monkeypatch.setenv("ENTANGLE_DEMO_DIR", "nowhere")
-    check(run, place, ["demo"], "ENTANGLE_DEMO_DIR must name a folder; 'nowhere' is none.")
+    check(run, place, ["demo"], "ENTANGLE_DEMO_DIR 'nowhere'")
 
 
 def test_an_output_that_is_read_only(
     run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "access", lambda path, _mode: str(path) != str(place))
-    message = "is no folder that you may write to; name another folder"
+    message = "folder write"
     check(run, place, ["model", *TEXT.split(), "--out", "new/run"], message)
 
 
@@ -211,7 +209,7 @@ def test_memory_that_runs_out(run: Run, place: Path, monkeypatch: pytest.MonkeyP
         run,
         place,
         ["model", *TEXT.split(), "--out", "run"],
-        "at a time; lower --seq-len (seq_len), ",
+        "--seq-len (seq_len)",
     )
 
 
@@ -222,7 +220,7 @@ def test_output_is_checked_before_the_model_is_loaded(
         pytest.fail("the model must not be loaded")
 
     monkeypatch.setattr("entangle.models.loading.load_model", load)
-    check(run, place, ["model", "--out", "old"], "the output folder 'old' exists")
+    check(run, place, ["model", "--out", "old"], "output 'old' exists")
 
 
 @pytest.mark.parametrize(

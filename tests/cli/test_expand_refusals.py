@@ -30,36 +30,34 @@ from tests.tiny_models import TINY
 pytestmark = pytest.mark.usefixtures("place")
 
 MISTAKES = {
-    "--experts 0": "`experts` must be an integer of at least 1; got 0.",
-    f"--experts {TOKENS + 1}": "`experts` must be at most the number of tokens to calibrate on, "
-    f"{TOKENS}; got {TOKENS + 1}.",
-    f"--experts {TOKENS + 1} --router random": "`experts` must be at most the number of tokens",
-    "--sparsity 1.01": "`sparsity` must be in [0, 1]; got 1.01.",
-    "--sparsity=-0.1": "`sparsity` must be in [0, 1]; got -0.1.",
-    "--sparsity nan": "`sparsity` must be in [0, 1]; got nan.",
-    "--pattern 2:5": "model.layers.0.mlp.gate_proj: `pattern` '2:5' needs a multiple of 5 columns; "
-    "got 32",
-    "--pattern 3:2": "`pattern` must be row, layer, block, or n:m",
-    "--pattern rows": "`pattern` must be row, layer, block, or n:m",
-    "--pattern 2:4 --sparsity 0.7": "`sparsity` must be None or 0.5 with pattern '2:4'; got 0.7.",
-    "--bits 0": "`bits` must be an integer in [1, 16]; got 0.",
-    "--damping=-1": "`damping` must be finite and at least 0; got -1.",
-    "--seed -1": "`seed` must be an integer in [0, 2**63)",
-    "--memory lots": "a size must look like 512M or 2G; got 'lots'.",
-    "--layer lm_head --proj lm_head": "layer 'lm_head' lies outside the blocks; leave it out.",
-    "--layer 3": "a block index must be in 0..2 for this model; got 3",
-    "--proj gate": "unknown projection 'gate'. Closest: gate_proj, ",
-    "--seq-len 129": "`seq_len` must be at most the model's context, 128; got 129",
-    "--calibration nowhere.txt": "'nowhere.txt' does not exist",
-    "--evaluate nowhere.txt": "'nowhere.txt' does not exist",
-    "--evaluate text.txt --eval-seq-len 129": "`seq_len` must be at most the model's context, 128",
-    "--evaluate text.txt --eval-windows 0": "must be an integer of at least 1; got 0",
-    "--evaluate text.txt --data-split test": "`split` 'test' was given, but has no meaning for",
-    "--data-split test": "--data-split needs --evaluate SOURCE; give it, or drop --data-split.",
-    "--eval-windows 2": "--eval-windows needs --evaluate SOURCE; give it, or drop --eval-windows.",
-    "--out text.txt": "the output 'text.txt' is a file; name a folder.",
-    "--out text.txt/x": "is no folder that you may write to; name another folder.",
-    f"--out {'x' * 250}": "cannot be written: File name too long; name another folder.",
+    "--experts 0": "`experts` integer 1 0",
+    f"--experts {TOKENS + 1}": f"`experts` {TOKENS} {TOKENS + 1}",
+    f"--experts {TOKENS + 1} --router random": f"`experts` {TOKENS} {TOKENS + 1}",
+    "--sparsity 1.01": "`sparsity` [0, 1] 1.01",
+    "--sparsity=-0.1": "`sparsity` [0, 1] -0.1",
+    "--sparsity nan": "`sparsity` [0, 1] nan",
+    "--pattern 2:5": "model.layers.0.mlp.gate_proj `pattern` '2:5' needs multiple 5 32",
+    "--pattern 3:2": "`pattern` n:m '3:2'",
+    "--pattern rows": "`pattern` n:m 'rows'",
+    "--pattern 2:4 --sparsity 0.7": "`sparsity` 0.5 '2:4' 0.7",
+    "--bits 0": "`bits` integer [1, 16] 0",
+    "--damping=-1": "`damping` finite least 0 -1.0",
+    "--seed -1": "`seed` integer [0, 2**63)",
+    "--memory lots": "size 512M 2G 'lots'",
+    "--layer lm_head --proj lm_head": "'lm_head' outside",
+    "--layer 3": "index 0..2 3",
+    "--proj gate": "unknown projection 'gate' gate_proj",
+    "--seq-len 129": "`seq_len` context 128 129",
+    "--calibration nowhere.txt": "'nowhere.txt' exist",
+    "--evaluate nowhere.txt": "'nowhere.txt' exist",
+    "--evaluate text.txt --eval-seq-len 129": "`seq_len` context 128",
+    "--evaluate text.txt --eval-windows 0": "integer 1 0",
+    "--evaluate text.txt --data-split test": "`split` 'test' meaning",
+    "--data-split test": "--data-split needs --evaluate SOURCE",
+    "--eval-windows 2": "--eval-windows needs --evaluate SOURCE",
+    "--out text.txt": "output 'text.txt' file",
+    "--out text.txt/x": "folder write",
+    f"--out {'x' * 250}": "written long",
 }
 
 
@@ -77,11 +75,11 @@ def test_tokens_that_do_not_differ_name_their_layers(run: Run) -> None:
     save_file({"ids": torch.full((2, 16), 7)}, "same.safetensors")
     options = ("--calibration", "same.safetensors", "--n-seq", 2, "--seq-len", 16)
     ran = run(*WIDE, *options, "--experts", 32)
-    check_one_line(ran, "model.layers.0.mlp.gate_proj, model.layers.0.mlp.up_proj: `k` must be at")
+    check_one_line(ran, "model.layers.0.mlp.gate_proj model.layers.0.mlp.up_proj `k`")
 
 
 def test_resume_without_a_folder(run: Run) -> None:
-    check_one_line(run(*WIDE, "--resume"), "--resume goes on with an unfinished folder; name it")
+    check_one_line(run(*WIDE, "--resume"), "--resume unfinished")
 
 
 @pytest.mark.parametrize("pruner", ["sparsegpt", "wanda", "magnitude", "random"])
@@ -89,7 +87,7 @@ def test_weights_that_are_nan_name_their_layer(run: Run, pruner: str) -> None:
     broken("model.layers.1.mlp.up_proj.weight")
     before = listing()
     ran = run(*WIDE, "--out", "results/x", "--pruner", pruner)
-    check_one_line(ran, "model.layers.1.mlp.up_proj: `weight` must be finite; got NaN or infinity")
+    check_one_line(ran, "model.layers.1.mlp.up_proj `weight` finite NaN")
     assert listing() == before
 
 
@@ -98,7 +96,7 @@ def test_activations_that_are_nan_name_their_layers(run: Run, router: str) -> No
     broken("model.layers.0.post_attention_layernorm.weight")
     before = listing()
     ran = run(*WIDE, "--out", "results/x", "--router", router)
-    message = f".gate_proj, model.layers.0.mlp.up_proj: {TOKENS} of {TOKENS} tokens hold NaN"
+    message = f".gate_proj model.layers.0.mlp.up_proj {TOKENS} NaN"
     check_one_line(ran, message, status=1)
     assert listing() == before
 
@@ -116,15 +114,15 @@ def test_an_output_that_is_read_only(run: Run, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(os, "access", lambda path, _mode: str(path) != here)
     before = listing()
     ran = run(*SMALL, "--out", "results/x")
-    check_one_line(ran, "is no folder that you may write to; name another folder.")
+    check_one_line(ran, "folder write")
     assert listing() == before
 
 
 @pytest.mark.parametrize(
     ("code", "reason"),
     [
-        (errno.EROFS, "the disk is read-only; name another folder."),
-        (errno.ENOSPC, "the disk is full; free some space or name another folder."),
+        (errno.EROFS, "read-only"),
+        (errno.ENOSPC, "disk full"),
     ],
 )
 def test_a_disk_that_refuses_the_plan_keeps_nothing(
@@ -136,7 +134,7 @@ def test_a_disk_that_refuses_the_plan_keeps_nothing(
 
     monkeypatch.setattr(unfinished, "write_json", refuse)
     before = listing()
-    check_one_line(run(*SMALL, "--out", "x"), f".x.building' cannot be written: {reason}")
+    check_one_line(run(*SMALL, "--out", "x"), f".x.building' {reason}")
     assert listing() == before
 
 
@@ -156,8 +154,7 @@ def test_a_block_that_the_disk_refuses(run: Run, whole: dict[str, bytes]) -> Non
         ran = run(*SMALL, "--out", "x")
     check_one_line(
         ran,
-        "block-0000.safetensors' cannot be written: File too large; name another folder; --resume "
-        "goes on with what is written.",
+        "block-0000.safetensors' large --resume",
     )
     assert not Path("x").exists()
     assert sorted(content_of(".x.building")) == ["plan.json"]
@@ -205,7 +202,7 @@ def test_a_full_disk_leaves_a_build_that_can_be_resumed(
 ) -> None:
     with monkeypatch.context() as patch:
         fill(patch)
-        check_one_line(run(*SMALL, "--out", "x"), "the disk is full; free some space or name")
+        check_one_line(run(*SMALL, "--out", "x"), "disk full")
     assert not Path("x").exists()
     assert [name for name in BLOCKS if name in content_of(".x.building")] == BLOCKS[:blocks]
     assert run(*SMALL, "--out", "x", "--resume").status == 0

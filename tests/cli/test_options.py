@@ -37,7 +37,7 @@ def test_sizes(text: str, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "G", "-1", "2X", "1e9", "2 GG", "1,5G", "nan"])
 def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(InvalidInput, match=f"a size must look like 512M or 2G; got '{text}'"):
+    with pytest.raises(InvalidInput, match=rf"512M.*2G.*'{text}'"):
         parse_bytes(text)
 
 
@@ -76,7 +76,7 @@ def test_blanks_around_the_parts_of_a_list_do_not_matter() -> None:
     assert names(" a,b ,\tc d") == ["a", "b", "c d"]
     assert numbers("0.5, 0.7 ,0.5", float) == [0.5, 0.7]
     assert numbers(" 1, 16", int) == [1, 16]
-    with pytest.raises(InvalidInput, match=r"a list must look like 1,16; got '1, , 2'\."):
+    with pytest.raises(InvalidInput, match=r"\b1,16.*'1, , 2'"):
         numbers("1, , 2", int)
 
 

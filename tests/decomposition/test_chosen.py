@@ -32,7 +32,7 @@ def test_choice_by_hand(wd: list[float], chosen: list[int]) -> None:
 
 
 def test_nothing_to_choose_from() -> None:
-    with pytest.raises(InvalidInput, match="layer 'a' has no neuron whose outputs vary"):
+    with pytest.raises(InvalidInput, match=r"'a'.*vary"):
         choose(frame([float("nan")]))
 
 
@@ -57,7 +57,7 @@ def test_scores_do_not_depend_on_the_parts(memory: int, group: RowGroup) -> None
 def test_infinite_inputs(group: RowGroup) -> None:
     tokens = normal(20, 32)
     tokens[3, 4] = torch.inf
-    with pytest.raises(NumericalError, match="48 of 48 neurons have NaN or infinite outputs"):
+    with pytest.raises(NumericalError, match=r"\b48\b.*\b48\b.*\bNaN\b"):
         score_rows(group, store_of(tokens), memory=2**20)
 
 

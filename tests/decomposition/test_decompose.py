@@ -258,26 +258,30 @@ def test_sparsity_zero_changes_no_output(model: LanguageModel, text: Calibration
 
 
 MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "layer": ({"layer": "model.layers.1.mlp.upproj"}, UnknownName, "unknown layer"),
-    "block": ({"layer": 3}, InvalidInput, "a block index must be in 0..2"),
-    "proj": ({"layer": 1, "proj": "upp"}, UnknownName, "unknown projection 'upp'"),
-    "neuron": ({"neurons": [48]}, InvalidInput, "must lie in 0..47; got 48"),
+    "layer": (
+        {"layer": "model.layers.1.mlp.upproj"},
+        UnknownName,
+        r"'model\.layers\.1\.mlp\.upproj'",
+    ),
+    "block": ({"layer": 3}, InvalidInput, r"index.*\b0\b.*2.*\b3\b"),
+    "proj": ({"layer": 1, "proj": "upp"}, UnknownName, "'upp'"),
+    "neuron": ({"neurons": [48]}, InvalidInput, r"\b0\b.*47.*\b48\b"),
     "experts": ({"experts": (1, 0)}, InvalidInput, r"`experts`.*got 0"),
     "no experts": ({"experts": ()}, InvalidInput, r"`experts`.*got \(\)"),
     "experts twice": ({"experts": (2, 2)}, InvalidInput, r"`experts`.*got \[2, 2\]"),
     "tokens": (
         {"experts": (1, 161)},
         InvalidInput,
-        "at most the number of tokens .*, 160; got 161",
+        r"`experts`.*\b160\b.*\b161\b",
     ),
-    "sparsity": ({"sparsity": 1.1}, InvalidInput, r"`sparsity` must be in \[0, 1\]; got 1.1"),
-    "pruner": ({"pruner": "obs"}, UnknownName, "unknown pruning method 'obs'"),
-    "contexts": ({"contexts": -1}, InvalidInput, "`contexts` must be an integer of at least 0"),
-    "pairs": ({"pairs": -1}, InvalidInput, "`pairs` must be an integer of at least 0"),
-    "separated": ({"separated": -1}, InvalidInput, "`separated` must be an integer of at least 0"),
-    "near": ({"near": 0.0}, InvalidInput, r"`near` must be in \(0, 1\]"),
-    "seed": ({"seed": -1}, InvalidInput, "`seed` must be"),
-    "memory": ({"memory": 5}, InvalidInput, r"`memory`.*got 5"),
+    "sparsity": ({"sparsity": 1.1}, InvalidInput, r"`sparsity`.*\[0, 1\].*\b1\.1\b"),
+    "pruner": ({"pruner": "obs"}, UnknownName, "'obs'"),
+    "contexts": ({"contexts": -1}, InvalidInput, r"`contexts`.*\b0\b"),
+    "pairs": ({"pairs": -1}, InvalidInput, r"`pairs`.*\b0\b"),
+    "separated": ({"separated": -1}, InvalidInput, r"`separated`.*\b0\b"),
+    "near": ({"near": 0.0}, InvalidInput, r"`near`.*\(0, 1\]"),
+    "seed": ({"seed": -1}, InvalidInput, r"`seed`.*-1\b"),
+    "memory": ({"memory": 5}, InvalidInput, r"`memory`.*\b5\b"),
 }
 
 
@@ -291,7 +295,7 @@ def test_mistakes(case: str, model: LanguageModel, text: CalibrationSet) -> None
 def test_neurons_that_do_not_fit_into_memory(model: LanguageModel, tmp_path: Any) -> None:
     ids = torch.randint(4, 100, (20, 100), generator=torch_rng(0, "long"))
     text = CalibrationSet(ids, "random", {})
-    with pytest.raises(MemoryLimit, match=r"48 neurons of .* take 4 MiB, more than 0 MiB"):
+    with pytest.raises(MemoryLimit, match=r"\b48\b.*\b4\b.*MiB.*\b0\b.*MiB"):
         decompose(
             model, text, layer=LAYERS["llama"], neurons=range(48), memory=2**20, progress=False
         )
@@ -300,14 +304,14 @@ def test_neurons_that_do_not_fit_into_memory(model: LanguageModel, tmp_path: Any
 def test_broken_weights_name_the_layer(text: CalibrationSet) -> None:
     module = TINY["llama"]()
     module.get_parameter("model.layers.0.mlp.up_proj.weight")[0, 0] = torch.nan
-    with pytest.raises(NumericalError, match=r"layers.1.mlp.up_proj: 48 of 48 neurons have NaN"):
+    with pytest.raises(NumericalError, match=r"layers\.1\.mlp\.up_proj.*\b48\b.*\b48\b.*\bNaN\b"):
         decompose(module, text, layer=LAYERS["llama"], **SMALL)
 
 
 def test_a_layer_that_never_varies(text: CalibrationSet) -> None:
     module = TINY["gpt2"]()
     module.get_parameter("transformer.h.1.mlp.c_fc.weight").zero_()
-    with pytest.raises(InvalidInput, match="has no neuron whose outputs vary"):
+    with pytest.raises(InvalidInput, match=r"'transformer\.h\.1\.mlp\.c_fc'"):
         decompose(module, text, layer=LAYERS["gpt2"], **SMALL)
     found = decompose(module, text, layer=LAYERS["gpt2"], neurons=[1], **SMALL)
     assert set(found.neurons["flag"]) == {"constant"}
@@ -350,7 +354,7 @@ class _NoBlocks(nn.Module):
 
 
 def test_a_model_without_blocks(text: CalibrationSet) -> None:
-    with pytest.raises(InvalidInput, match="must hold its blocks in a ModuleList"):
+    with pytest.raises(InvalidInput, match="ModuleList"):
         decompose(_NoBlocks(), text, layer=1, **SMALL)
     found = decompose(_NoBlocks(), text, layer="layer", **SMALL)
     assert found.neurons["block"].isna().all()
@@ -365,5 +369,5 @@ def test_a_layer_outside_the_blocks(model: LanguageModel, text: CalibrationSet) 
 
 def test_one_token() -> None:
     text = CalibrationSet(torch.tensor([[5]]), "one", {})
-    with pytest.raises(InvalidInput, match="has no neuron whose outputs vary"):
+    with pytest.raises(InvalidInput, match=r"'model\.layers\.1\.mlp\.up_proj'.*outputs"):
         decompose(TINY["llama"](), text, layer=LAYERS["llama"], **{**SMALL, "experts": (1,)})

@@ -51,7 +51,7 @@ def test_empty_tables_keep_their_types(result: Decomposition, tmp_path: Path) ->
 
 def test_an_existing_result_stays_without_force(result: Decomposition, tmp_path: Path) -> None:
     result.save(tmp_path / "run")
-    with pytest.raises(InvalidInput, match="exists; name another one or use --force"):
+    with pytest.raises(InvalidInput, match=r"run'.*--force.*force=True"):
         result.save(tmp_path / "run")
     result.save(tmp_path / "run", force=True)
 
@@ -64,10 +64,10 @@ def test_a_table_that_is_missing_or_lacks_a_column(
     path = tmp_path / "run" / f"{name}.parquet"
     last = list(COLUMNS[name])[-1]
     pd.read_parquet(path).drop(columns=last).to_parquet(path)
-    with pytest.raises(InvalidInput, match=f"must have the column '{last}'"):
+    with pytest.raises(InvalidInput, match=f"'{last}'"):
         load_decomposition(tmp_path / "run")
     path.unlink()
-    with pytest.raises(InvalidInput, match="make the result anew"):
+    with pytest.raises(InvalidInput, match=r"\.parquet'.*read"):
         load_decomposition(tmp_path / "run")
 
 
@@ -75,7 +75,7 @@ def test_another_kind(result: Decomposition, tmp_path: Path) -> None:
     result.save(tmp_path / "run")
     manifest = tmp_path / "run" / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"decomposition"', '"scores"'))
-    with pytest.raises(InvalidInput, match="must hold a result of kind 'decomposition'"):
+    with pytest.raises(InvalidInput, match="'decomposition'"):
         load_decomposition(tmp_path / "run")
 
 

@@ -131,12 +131,12 @@ def test_models_are_asked_for_one_at_a_time(tiny: Tiny, windows: EvaluationText)
 def test_what_is_refused(tiny: Tiny, windows: EvaluationText) -> None:
     result = _result(windows, [5.0] * 8)
     other = _result(load_evaluation(torch.ones(8, 32, dtype=torch.int64)), [5.0] * 8)
-    with pytest.raises(InvalidInput, match="of the same windows"):
+    with pytest.raises(InvalidInput, match="same windows"):
         perplexity_table({"a": result, "b": other})
-    with pytest.raises(InvalidInput, match="at least one result"):
+    with pytest.raises(InvalidInput, match=r"`results`.*at least one"):
         perplexity_table({})
-    with pytest.raises(InvalidInput, match="got 'a' twice"):
+    with pytest.raises(InvalidInput, match=r"'a'.*twice"):
         evaluate_models([("a", tiny("llama")), ("a", tiny("llama"))], windows)
     for options in ({"n_boot": 0}, {"level": 0.0}, {"level": 1.0}):
-        with pytest.raises(InvalidInput, match=r"`(n_boot|level)`.*got"):
+        with pytest.raises(InvalidInput, match=r"`(n_boot|level)`"):
             perplexity_ratio(result, result, **options)

@@ -237,7 +237,7 @@ def test_intervals(tiny: Tiny, windows: EvaluationText) -> None:
     assert got.interval("kl").value == got.kl
     assert got.interval("top1_agreement").value == got.top1_agreement
     assert math.exp(got.interval("loss").value) == pytest.approx(got.perplexity.value)
-    with pytest.raises(UnknownName, match=r"unknown measure 'kll'\. Closest: kl"):
+    with pytest.raises(UnknownName, match="'kll'"):
         got.interval("kll")
 
 
@@ -259,22 +259,22 @@ def test_the_model_is_left_as_it_was(
 
 
 def test_what_is_refused(tiny: Tiny, windows: EvaluationText) -> None:
-    with pytest.raises(InvalidInput, match="is an encoder"):
+    with pytest.raises(InvalidInput, match=r"BertModel.*encoder"):
         DenseReference(tiny("bert"), windows)
-    with pytest.raises(InvalidInput, match="the model's context, 128; got 129"):
+    with pytest.raises(InvalidInput, match=r"seq_len.*context.*\b128\b.*\b129\b"):
         DenseReference(tiny("llama"), load_evaluation(torch.full((1, 129), 5)))
-    with pytest.raises(InvalidInput, match="`batch_size` must be an integer"):
+    with pytest.raises(InvalidInput, match=r"batch_size.*integer.*\b0\b"):
         DenseReference(tiny("llama"), windows, batch_size=0)
-    with pytest.raises(InvalidInput, match=r"`memory` .*; got -1"):
+    with pytest.raises(InvalidInput, match=r"`memory`.*-1\b"):
         DenseReference(tiny("llama"), windows, memory=-1)
-    with pytest.raises(InvalidInput, match="must hold its blocks in a ModuleList"):
+    with pytest.raises(InvalidInput, match="ModuleList"):
         DenseReference(Table([[0.0] * 112] * 112), windows)
     dense = DenseReference(tiny("llama"), windows)
-    with pytest.raises(InvalidInput, match="as many logits as the dense one, 112, to be compared"):
+    with pytest.raises(InvalidInput, match=r"\b112\b.*compared"):
         compare_with_dense(Table([[0.0] * 113] * 113), dense)
-    with pytest.raises(InvalidInput, match="`batch_size` must be an integer"):
+    with pytest.raises(InvalidInput, match=r"batch_size.*integer.*\b0\b"):
         compare_with_dense(tiny("llama"), dense, batch_size=0)
-    with pytest.raises(InvalidInput, match=r"token id \d+ is outside"):
+    with pytest.raises(InvalidInput, match=r"\d+.*outside"):
         compare_with_dense(Table([[0.0] * 50] * 50), dense)
 
 
@@ -284,7 +284,7 @@ def test_running_out_of_memory_names_the_setting(tiny: Tiny, windows: Evaluation
             raise MemoryError
 
     dense = DenseReference(tiny("llama"), windows)
-    with pytest.raises(MemoryLimit, match=r"with 2 window\(s\) in one forward pass; lower"):
+    with pytest.raises(MemoryLimit, match=r"\b2\b.*--batch-size"):
         compare_with_dense(Greedy([[0.0] * 112] * 112), dense, batch_size=2)
 
 

@@ -160,14 +160,14 @@ def test_the_module_is_wrapped_as_it_is(lm_eval: Any, caplog: pytest.LogCaptureF
 def test_without_the_harness(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", None)
-    with pytest.raises(Unavailable, match=r"install it with `pip install 'entangle\[harness\]'`"):
+    with pytest.raises(Unavailable, match=r"`pip install 'entangle\[harness\]'`"):
         harness_model(tiny("llama"), tiny_tokenizer())
 
 
 def test_models_it_cannot_take(tiny: Tiny) -> None:
-    with pytest.raises(InvalidInput, match=r"causal language model.*got Embedding"):
+    with pytest.raises(InvalidInput, match=r"causal.*Embedding"):
         harness_model(nn.Embedding(4, 4), tiny_tokenizer())
-    with pytest.raises(InvalidInput, match=r"causal language model.*got BertModel"):
+    with pytest.raises(InvalidInput, match=r"language.*BertModel"):
         harness_model(tiny("bert"), tiny_tokenizer())
-    with pytest.raises(InvalidInput, match="needs a tokenizer"):
+    with pytest.raises(InvalidInput, match="`tokenizer`"):
         harness_model(tiny("llama"))

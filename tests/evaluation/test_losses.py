@@ -92,11 +92,11 @@ def test_a_broken_logit_spoils_its_window_only(value: float, expected: float) ->
 def test_ids_outside_the_vocabulary_are_refused(bad: int) -> None:
     logits, ids = _case(1, 6, 9)
     ids[0, 2] = bad
-    with pytest.raises(InvalidInput, match=rf"in \[0, 9\).*got {bad}\.$"):
+    with pytest.raises(InvalidInput, match=rf"\[0, 9\).*{bad}"):
         window_losses(logits, ids)
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (2, 1)])
 def test_nothing_to_predict(shape: tuple[int, int]) -> None:
-    with pytest.raises(InvalidInput, match="at least 1 window of 2 tokens"):
+    with pytest.raises(InvalidInput, match=r"`ids`.*\b1\b.*\b2\b"):
         window_losses(torch.zeros(*shape, 5), torch.zeros(shape, dtype=torch.int64))

@@ -164,19 +164,19 @@ def test_the_models_own_tokenizer_is_used(tiny: Tiny) -> None:
 
 def test_what_is_refused(tiny: Tiny) -> None:
     llama, tokenizer = tiny("llama"), tiny_tokenizer()
-    with pytest.raises(InvalidInput, match="need a tokenizer; pass"):
+    with pytest.raises(InvalidInput, match="`tokenizer`"):
         minimal_pair_scores(llama, _pairs())
-    with pytest.raises(InvalidInput, match="is an encoder: give a causal"):
+    with pytest.raises(InvalidInput, match=r"BertModel.*encoder"):
         minimal_pair_scores(tiny("bert"), _pairs(), tokenizer)
     for size in (0, -1, True):
-        with pytest.raises(InvalidInput, match=r"`batch_tokens`.*1; got"):
+        with pytest.raises(InvalidInput, match=r"batch_tokens.*\b1\b"):
             minimal_pair_scores(llama, _pairs(), tokenizer, batch_tokens=size)
-    with pytest.raises(InvalidInput, match="context of 128 tokens; got 129 tokens in 'aaa"):
+    with pytest.raises(InvalidInput, match=r"\b128\b.*tokens.*\b129\b"):
         minimal_pair_scores(llama, _pairs(("a" * 127,), ("b",)), tokenizer)
-    with pytest.raises(InvalidInput, match=r"token id \d+ is outside"):
+    with pytest.raises(InvalidInput, match=r"\d+.*outside"):
         minimal_pair_scores(Fixed(60), _pairs(), tokenizer)
     headless = llama.module.get_submodule("model")
-    with pytest.raises(InvalidInput, match="returns none: give a model with a"):
+    with pytest.raises(InvalidInput, match="LlamaModel"):
         minimal_pair_scores(headless, _pairs(), tokenizer)
 
 
@@ -184,7 +184,7 @@ def test_a_sentence_without_a_token_to_predict(monkeypatch: pytest.MonkeyPatch) 
     scoring = sys.modules["entangle.evaluation.minimal_pairs"]
     monkeypatch.setattr(scoring, "_BEFORE", "")
     tokenizer = _bare_tokenizer(bos_token=None, eos_token=None)
-    with pytest.raises(InvalidInput, match=r"'a' has 1 token\(s\) in all"):
+    with pytest.raises(InvalidInput, match=r"token.*'a'.*\b1\b"):
         minimal_pair_scores(Fixed(), _pairs(("a",), ("bc",)), tokenizer)
 
 
@@ -193,7 +193,7 @@ def test_running_out_of_memory_names_the_setting() -> None:
         def forward(self, ids: torch.Tensor) -> torch.Tensor:
             raise MemoryError
 
-    with pytest.raises(MemoryLimit, match=r"with \d+ tokens in one forward pass; lower batch_tok"):
+    with pytest.raises(MemoryLimit, match=r"\d+.*batch_tok"):
         minimal_pair_scores(Greedy(), _pairs(), tiny_tokenizer())
 
 

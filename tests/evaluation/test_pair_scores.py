@@ -174,12 +174,12 @@ def test_description_and_immutability() -> None:
 
 def test_what_is_refused() -> None:
     a, b = _scores([1.0], ["p"]), _scores([1.0], ["q"])
-    with pytest.raises(InvalidInput, match="of the same pairs"):
+    with pytest.raises(InvalidInput, match=r"same pairs.*digests"):
         accuracy_difference(a, b)
-    with pytest.raises(InvalidInput, match=r"each of 1 pairs; got shape \(2,\)"):
+    with pytest.raises(InvalidInput, match=r"`good`.*\b1\b.*\(2,\)"):
         PairScores(np.zeros(2), np.zeros(1), a.pairs, {})
     for options in ({"n_boot": 0}, {"level": 1.0}, {"level": 0.0}):
-        with pytest.raises(InvalidInput, match=r"`(n_boot|level)`.*got"):
+        with pytest.raises(InvalidInput, match=r"`(n_boot|level)`"):
             accuracy_difference(a, a, **options)
-        with pytest.raises(InvalidInput, match=r"`(n_boot|level)`.*got"):
+        with pytest.raises(InvalidInput, match=r"`(n_boot|level)`"):
             a.table(**options)

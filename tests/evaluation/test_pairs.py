@@ -47,13 +47,13 @@ def test_digest_tells_pairs_apart(changes: dict[str, Any]) -> None:
 
 
 def test_what_is_refused() -> None:
-    with pytest.raises(InvalidInput, match="got 3, 2 and 3"):
+    with pytest.raises(InvalidInput, match=r"`good`.*\b3\b.*\b2\b.*\b3\b"):
         _pairs(bad=("x", "y"))
-    with pytest.raises(InvalidInput, match="at least 1 pair; got 0, 0 and 0"):
+    with pytest.raises(InvalidInput, match=r"`good`.*\b1\b.*\b0\b.*\b0\b.*\b0\b"):
         _pairs(good=(), bad=(), paradigms=())
-    with pytest.raises(InvalidInput, match="must differ; both of pair 1 are 'b'"):
+    with pytest.raises(InvalidInput, match=r"\b1\b.*'b'"):
         _pairs(bad=("x", "b", "z"))
-    with pytest.raises(InvalidInput, match="one of pair 2 is empty"):
+    with pytest.raises(InvalidInput, match=r"\b2\b.*empty"):
         _pairs(bad=("x", "y", " "))
 
 
@@ -68,10 +68,10 @@ def test_settings_are_fixed() -> None:
 
 @pytest.mark.parametrize("name", ["overall", "macro"])
 def test_names_of_summary_rows_are_no_paradigms(name: str) -> None:
-    with pytest.raises(InvalidInput, match=f"must not be called '{name}'"):
+    with pytest.raises(InvalidInput, match=f"'{name}'"):
         MinimalPairs(("a",), ("b",), (name,), "here", {})
 
 
 def test_half_a_surrogate_pair_is_no_text() -> None:
-    with pytest.raises(InvalidInput, match="pair 0 has half a surrogate pair"):
+    with pytest.raises(InvalidInput, match=r"\b0\b.*surrogate"):
         MinimalPairs(("a \ud800",), ("b",), ("x",), "here", {})

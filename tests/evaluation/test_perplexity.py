@@ -141,7 +141,7 @@ def test_losses_that_were_computed_elsewhere(tiny: Tiny, windows: EvaluationText
     whole = perplexity(tiny("llama"), windows)
     again = Perplexity.of(torch.from_numpy(whole.window_losses.copy()), windows)
     assert again.value == whole.value
-    with pytest.raises(InvalidInput, match=r"each of 8 windows; got shape \(7,\)"):
+    with pytest.raises(InvalidInput, match=r"`losses`.*\b8\b.*\(7,\)"):
         Perplexity.of(torch.ones(7, dtype=torch.float64), windows)
 
 
@@ -172,37 +172,37 @@ class Broken(Fixed):
 
 
 def test_running_out_of_memory_names_the_setting() -> None:
-    with pytest.raises(MemoryLimit, match=r"with 2 window\(s\) in one forward pass; lower"):
+    with pytest.raises(MemoryLimit, match=r"\b2\b.*--batch-size"):
         perplexity(OutOfMemory(), _text([[1, 2], [3, 4]]), batch_size=2)
-    with pytest.raises(RuntimeError, match="shapes do not match"):
+    with pytest.raises(RuntimeError, match="shapes"):
         perplexity(Broken(), _text([[1, 2], [3, 4]]))
 
 
 def test_models_that_predict_no_next_token(tiny: Tiny, windows: EvaluationText) -> None:
-    with pytest.raises(InvalidInput, match=r"BertModel.* is an encoder: give a causal"):
+    with pytest.raises(InvalidInput, match=r"BertModel.*encoder"):
         perplexity(tiny("bert"), windows)
     masked = hf.BertForMaskedLM(hf.BertConfig(**WIDE, intermediate_size=48))
-    with pytest.raises(InvalidInput, match=r"BertForMaskedLM.* is an encoder"):
+    with pytest.raises(InvalidInput, match="BertForMaskedLM"):
         perplexity(masked, windows)
     headless = TINY["llama"]().get_submodule("model")
-    with pytest.raises(InvalidInput, match=r"LlamaModel.* returns none: give a model with a"):
+    with pytest.raises(InvalidInput, match="LlamaModel"):
         perplexity(headless, windows)
     config: Any = TINY["llama"]().config
     classifier = hf.LlamaForSequenceClassification(config)  # type: ignore[no-untyped-call]
-    with pytest.raises(InvalidInput, match=r"LlamaForSequenceClassification.* returns none"):
+    with pytest.raises(InvalidInput, match="LlamaForSequenceClassification"):
         perplexity(classifier, windows)
 
 
 def test_texts_that_do_not_fit(tiny: Tiny) -> None:
-    with pytest.raises(InvalidInput, match="the model's context, 128; got 129"):
+    with pytest.raises(InvalidInput, match=r"seq_len.*context.*\b128\b.*\b129\b"):
         perplexity(tiny("llama"), _text([[5] * 129]))
-    with pytest.raises(InvalidInput, match="token id 112 is outside"):
+    with pytest.raises(InvalidInput, match=r"\b112\b.*outside"):
         perplexity(tiny("llama"), _text([[5, 112]]))
 
 
 @pytest.mark.parametrize("size", [0, -1, True])
 def test_batch_sizes_out_of_range(size: Any, tiny: Tiny, windows: EvaluationText) -> None:
-    with pytest.raises(InvalidInput, match="`batch_size` must be an integer of at least 1"):
+    with pytest.raises(InvalidInput, match=r"batch_size.*integer.*\b1\b"):
         perplexity(tiny("llama"), windows, batch_size=size)
 
 

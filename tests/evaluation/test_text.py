@@ -168,13 +168,13 @@ def test_a_slow_tokenizer_gives_windows_without_words(source: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"seq_len": 1000}, "has 64 tokens.*lower `seq_len` to at most 64"),
-        ({"seq_len": 129, "context_length": 128}, "the model's context, 128; got 129"),
-        ({"seq_len": 7, "n_windows": 10}, "`n_windows` must be at most 9"),
+        ({"seq_len": 1000}, r"\b64\b.*seq_len.*\b64\b"),
+        ({"seq_len": 129, "context_length": 128}, r"seq_len.*context.*\b128\b.*\b129\b"),
+        ({"seq_len": 7, "n_windows": 10}, r"n_windows.*\b9\b"),
         ({"seq_len": 7, "vocab_size": 50}, "the tokenizer does not fit the model"),
-        ({"split": "test", "seq_len": 7}, "`split` 'test' was given, but has no meaning"),
-        ({"column": "nope", "seq_len": 7}, "unknown column"),
-        ({}, "one window of `seq_len` 2048"),
+        ({"split": "test", "seq_len": 7}, r"`split`.*'test'"),
+        ({"column": "nope", "seq_len": 7}, r"column.*'nope'"),
+        ({}, r"seq_len.*\b2048\b"),
     ],
 )
 def test_what_is_refused(source: Path, options: dict[str, Any], message: str) -> None:
@@ -185,26 +185,26 @@ def test_what_is_refused(source: Path, options: dict[str, Any], message: str) ->
 def test_text_needs_a_tokenizer_and_ids_take_no_options(source: Path) -> None:
     with pytest.raises(InvalidInput, match="needs a tokenizer"):
         load_evaluation(source, seq_len=7)
-    with pytest.raises(InvalidInput, match="`add_special_tokens` True"):
+    with pytest.raises(InvalidInput, match=r"add_special_tokens.*\bTrue\b"):
         load_evaluation(torch.arange(9), add_special_tokens=True)
-    with pytest.raises(InvalidInput, match="`special_tokens` 'published'"):
+    with pytest.raises(InvalidInput, match=r"special_tokens.*'published'"):
         load_evaluation(torch.arange(9), special_tokens="published")
-    with pytest.raises(InvalidInput, match="`split` 'test' was given"):
+    with pytest.raises(InvalidInput, match=r"`split`.*'test'"):
         load_evaluation(torch.arange(9), split="test")
-    with pytest.raises(InvalidInput, match="integer token ids"):
+    with pytest.raises(InvalidInput, match=r"\(9,\).*integer.*torch\.float32"):
         load_evaluation(torch.zeros(9), seq_len=3)
 
 
 def test_sources_that_are_not_there(tmp_path: Path) -> None:
-    with pytest.raises(Unavailable, match="does not exist"):
+    with pytest.raises(Unavailable, match="wikitext2"):
         _load(tmp_path / "missing.txt", seq_len=4)
-    with pytest.raises(Unavailable, match="does not exist"):
+    with pytest.raises(Unavailable, match="wikitext2"):
         _load(tmp_path / "missing.safetensors", seq_len=4)
     (tmp_path / "empty.txt").touch()
-    with pytest.raises(InvalidInput, match="has 0 tokens"):
+    with pytest.raises(InvalidInput, match=r"empty\.txt'.*\b0\b"):
         _load(tmp_path / "empty.txt", seq_len=4)
 
 
 def test_windows_of_one_token() -> None:
-    with pytest.raises(InvalidInput, match=r"at least 2 tokens each; got shape \(3, 1\)"):
+    with pytest.raises(InvalidInput, match=r"`windows`.*\b2\b.*\(3, 1\)"):
         EvaluationText(torch.zeros(3, 1, dtype=torch.int64), "x", {})

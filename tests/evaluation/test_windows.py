@@ -67,10 +67,10 @@ def test_sizes_out_of_range(options: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("options", "before", "after", "message"),
     [
-        ({"seq_len": 8}, (), (), "needs 8; lower `seq_len` to at most 7 or give a longer text"),
-        ({"seq_len": 9}, (1,), (), "needs 8; lower `seq_len` to at most 8 or give a longer text"),
-        ({"seq_len": 2}, (1,), (2,), "room for text beside 2 special tokens; got 2"),
-        ({"seq_len": 3, "n_windows": 3}, (), (), "at most 2, as many as 'x' has; got 3"),
+        ({"seq_len": 8}, (), (), r"\b8\b.*seq_len.*\b7\b"),
+        ({"seq_len": 9}, (1,), (), r"\b8\b.*seq_len.*\b8\b"),
+        ({"seq_len": 2}, (1,), (2,), r"seq_len.*\b2\b.*\b2\b"),
+        ({"seq_len": 3, "n_windows": 3}, (), (), r"\b2\b.*'x'.*\b3\b"),
     ],
 )
 def test_text_too_short(
@@ -81,17 +81,17 @@ def test_text_too_short(
 
 
 def test_no_text_has_no_size_that_fits() -> None:
-    with pytest.raises(InvalidInput, match=r"has 0 tokens.*needs 8; give a longer text"):
+    with pytest.raises(InvalidInput, match=r"'x'.*\b0\b.*\b8\b"):
         _cut(seq_len=8).running_text(torch.arange(0), where="'x'")
 
 
 @pytest.mark.parametrize(
     ("shape", "options", "message"),
     [
-        ((2, 4), {"seq_len": 5}, "at most 4, the columns of 'x'; got 5"),
-        ((2, 4), {"n_windows": 3}, "at most 2, as many as 'x' has; got 3"),
-        ((2, 4), {"context_length": 3}, "the model's context, 3; got 4"),
-        ((2, 1), {}, "at least 2; got 1"),
+        ((2, 4), {"seq_len": 5}, r"\b4\b.*'x'.*\b5\b"),
+        ((2, 4), {"n_windows": 3}, r"\b2\b.*'x'.*\b3\b"),
+        ((2, 4), {"context_length": 3}, r"seq_len.*context.*\b3\b.*\b4\b"),
+        ((2, 1), {}, r"seq_len.*\b2\b.*\b1\b"),
     ],
 )
 def test_rows_that_do_not_fit(

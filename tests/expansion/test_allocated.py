@@ -139,10 +139,7 @@ def test_layers_that_share_a_router_must_agree(tiny: Tiny, calibration: Calibrat
     allocation = random_allocation(model)
     numbers = dict.fromkeys(allocation.zeros, 2) | {"model.layers.1.mlp.up_proj": 3}
     broken = replace(allocation, experts=numbers)
-    message = (
-        r"layers 'model\.layers\.1\.mlp\.gate_proj' and 'model\.layers\.1\.mlp\.up_proj' read one "
-        r"input and share a router, so their numbers of experts must be equal; got 2 and 3\."
-    )
+    message = r"'model\.layers\.1\.mlp\.gate_proj'.*'model\.layers\.1\.mlp\.up_proj'.*\b2\b.*\b3\b"
     with pytest.raises(InvalidInput, match=message):
         run(model, calibration, broken)
     groups = shared_inputs(model.module, find_layers(model.module, "all", "mlp"), calibration.ids)
@@ -156,12 +153,12 @@ def test_what_does_not_fit_is_one_clear_line(
     model = tiny("llama")
     allocation = random_allocation(model)
     cases: list[tuple[Allocation, dict[str, object], str]] = [
-        (random_allocation(tiny("qwen3")), {}, "was made for a model of digest"),
-        (allocation, {"proj": None}, r"has no layer 'model\.layers\.0\.self_attn\.q_proj'"),
-        (allocation, {"proj": "up_proj"}, r"budget includes layer 'model\.layers\.0\.mlp\.gate"),
-        (_transposed(allocation), {}, r"has shape \(48, 32\), the allocation is for \(32, 48\)"),
-        (allocation, {"pattern": "2:4"}, "needs `pattern` 'row'; got '2:4'"),
-        (with_experts(allocation, *[500] * 6), {}, "at most the number of tokens to calibrate on"),
+        (random_allocation(tiny("qwen3")), {}, r"allocation.*digest"),
+        (allocation, {"proj": None}, r"'model\.layers\.0\.self_attn\.q_proj'"),
+        (allocation, {"proj": "up_proj"}, r"includes.*model\.layers\.0\.mlp\.gate"),
+        (_transposed(allocation), {}, r"\(48, 32\).*\(32, 48\)"),
+        (allocation, {"pattern": "2:4"}, r"`pattern`.*'row'.*'2:4'"),
+        (with_experts(allocation, *[500] * 6), {}, r"`experts`.*\b500\b"),
     ]
     for one, settings, message in cases:
         with pytest.raises(InvalidInput, match=message) as caught:
@@ -180,5 +177,5 @@ def _transposed(allocation: Allocation) -> Allocation:
 def test_numbers_of_experts_are_checked(tiny: Tiny) -> None:
     layers = find_layers(tiny("llama").module, 0, "mlp")
     assert planned_experts(layers, None, 5, tokens=9) == {layer.name: 5 for layer in layers}
-    with pytest.raises(InvalidInput, match="at least 1; got True"):
+    with pytest.raises(InvalidInput, match=r"`experts`.*\b1\b.*\bTrue\b"):
         planned_experts(layers, None, True, tokens=9)

@@ -29,14 +29,14 @@ def test_what_is_listed_twice_is_built_once() -> None:
 @pytest.mark.parametrize(
     ("methods", "sparsities", "experts", "message"),
     [
-        (["wanda"], [], [16], "nothing to build"),
-        ([], [0.5], [16], "nothing to build"),
-        (["expansion"], [0.5], [], "nothing to build"),
-        (["expansion"], [0.5], [1], r"a number of `experts` above 1; got .* experts \[1\]"),
-        (["wanda"], [0.5, 1.5], [1], r"`sparsity` must be in \[0, 1\]; got 1.5"),
-        (["wanda"], [-0.1], [1], r"`sparsity` must be in \[0, 1\]"),
-        (["wanda"], [math.nan], [1], r"`sparsity` must be in \[0, 1\]"),
-        (["expansion"], [0.5], [4, 0], "`experts` must be an integer of at least 1; got 0"),
+        (["wanda"], [], [16], r"`sparsity`.*`experts`.*\b1\b"),
+        ([], [0.5], [16], r"`sparsity`.*`experts`.*\b1\b"),
+        (["expansion"], [0.5], [], r"`sparsity`.*`experts`.*\b1\b"),
+        (["expansion"], [0.5], [1], r"`experts`.*\b1\b.*\[1\]"),
+        (["wanda"], [0.5, 1.5], [1], r"`sparsity`.*\[0, 1\].*\b1\.5\b"),
+        (["wanda"], [-0.1], [1], r"`sparsity`.*\[0, 1\]"),
+        (["wanda"], [math.nan], [1], r"`sparsity`.*\[0, 1\]"),
+        (["expansion"], [0.5], [4, 0], r"`experts`.*integer.*\b1\b.*\b0\b"),
     ],
 )
 def test_arms_are_checked_before_any_work(
@@ -47,7 +47,7 @@ def test_arms_are_checked_before_any_work(
 
 
 def test_an_unknown_method_is_named() -> None:
-    with pytest.raises(UnknownName, match=r"unknown method 'wnda'\. Closest: wanda"):
+    with pytest.raises(UnknownName, match="'wnda'"):
         arms(["wnda"], [0.5], [16])
 
 
@@ -69,13 +69,13 @@ def test_allocations_that_cannot_be_told_apart_or_compared_are_refused(
     tiny: Callable[[str], LanguageModel],
 ) -> None:
     one = random_allocation(tiny("llama"))
-    with pytest.raises(InvalidInput, match="must not be called 'uniform'"):
+    with pytest.raises(InvalidInput, match=r"called.*'uniform'"):
         arms(["wanda"], [0.5], [1], allocations=[("uniform", one)])
-    with pytest.raises(InvalidInput, match="are called 'a' and could not be told apart"):
+    with pytest.raises(InvalidInput, match=r"called.*'a'"):
         arms(["wanda"], [0.5], [1], allocations=[("a", one), ("a", one)])
     others = [("a", one), ("b", random_allocation(tiny("llama"), proj="up_proj"))]
-    with pytest.raises(InvalidInput, match="must be for the same layers; 'a' has 9 and 'b' has 3"):
+    with pytest.raises(InvalidInput, match=r"'a'.*\b9\b.*'b'.*\b3\b"):
         common_layers(others)
     grouped = [("a", one), ("b", random_allocation(tiny("llama"), group=4))]
-    with pytest.raises(InvalidInput, match="must have one pattern; got n:4 and row"):
+    with pytest.raises(InvalidInput, match=r"n:4.*row"):
         common_layers(grouped)

@@ -145,11 +145,11 @@ def test_an_interrupted_comparison_goes_on_to_the_same_tables(
     kept = sorted(path.name for path in (tmp_path / ".cut.comparing").glob("arm-*"))
     assert len(kept) == 3  # the dense model and two arms
     assert not (tmp_path / "cut").exists()
-    with pytest.raises(InvalidInput, match=r"an unfinished comparison of .* lies beside it"):
+    with pytest.raises(InvalidInput, match=r"cut'.*beside"):
         compare(model, calibration, text, CHOSEN, out=tmp_path / "cut")
     for other in ({"seed": 1}, {"chosen": CHOSEN[:3]}):
         settings = {"chosen": CHOSEN, **other}
-        with pytest.raises(InvalidInput, match="has another settings; start anew with --force"):
+        with pytest.raises(InvalidInput, match=r"cut'.*--force.*force=True.*--resume"):
             compare(model, calibration, text, out=tmp_path / "cut", resume=True, **settings)  # type: ignore[arg-type]
     counted.arms, counted.fail_at = [], -1
     lines: list[str] = []
@@ -176,7 +176,7 @@ def test_a_finished_comparison_is_read_again(
     assert again.manifest == first.manifest
     assert {path.name: path.read_bytes() for path in (tmp_path / "c").iterdir()} == before
     for resume in (True, False):
-        with pytest.raises(InvalidInput, match="exists; name another one or use --force"):
+        with pytest.raises(InvalidInput, match=r"c'.*--force.*force=True"):
             compare(model, calibration, text, CHOSEN[1:2], out=tmp_path / "c", resume=resume)
     compare(model, calibration, text, CHOSEN[1:2], out=tmp_path / "c", force=True)
     assert counted.arms == ["magnitude", "wanda"]
@@ -188,7 +188,7 @@ def test_an_arm_that_fails_is_named_and_the_others_stay(
 ) -> None:  # fmt: skip
     counted = Counted(monkeypatch)
     counted.fail_at, counted.error = 1, NumericalError("12 tokens hold NaN.")  # type: ignore[assignment]
-    with pytest.raises(NumericalError, match=r"^wanda 0\.5 k=1: 12 tokens hold NaN\.$"):
+    with pytest.raises(NumericalError, match=r"\b0\.5\b.*k=1.*\b12\b.*\bNaN\b"):
         compare(tiny("llama"), calibration, text, CHOSEN, out=tmp_path / "c")
     assert len(list((tmp_path / ".c.comparing").glob("arm-*"))) == 2
     counted.fail_at = -1
@@ -210,7 +210,7 @@ def test_an_arm_whose_file_was_damaged_is_refused(
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content[:-8] if damage == "truncated" else content)
-    with pytest.raises(InvalidInput, match="was truncated or altered; remove it and go on with"):
+    with pytest.raises(InvalidInput, match=r"truncated.*--resume.*resume=True"):
         compare(model, calibration, text, CHOSEN[:2], out=tmp_path / "c", resume=True)
     file.unlink()
     compare(model, calibration, text, CHOSEN[:2], out=tmp_path / "c", resume=True)
@@ -221,6 +221,6 @@ def test_too_many_experts_are_refused_before_any_work(
     tiny: Tiny, calibration: CalibrationSet, text: EvaluationText, tmp_path: Path
 ) -> None:
     chosen = arms(["wanda", "expansion"], [0.5], [193])
-    with pytest.raises(InvalidInput, match="at most the number of tokens to calibrate on, 192"):
+    with pytest.raises(InvalidInput, match=r"`experts`.*calibrate.*\b192\b"):
         compare(tiny("llama"), calibration, text, chosen, out=tmp_path / "c")
     assert list(tmp_path.iterdir()) == []

@@ -80,11 +80,11 @@ def test_no_expansion_makes_an_empty_table_of_the_same_columns() -> None:
 
 def test_tables_that_are_no_comparison_are_refused() -> None:
     frame = table(*PLAIN)
-    with pytest.raises(InvalidInput, match="without 'nonzeros'"):
+    with pytest.raises(InvalidInput, match="'nonzeros'"):
         at_equal_nonzeros(frame.drop(columns="nonzeros"))
-    with pytest.raises(InvalidInput, match="one row of the dense model; got 0"):
+    with pytest.raises(InvalidInput, match=r"`frame`.*dense.*\b0\b"):
         at_equal_nonzeros(frame[1:])
-    with pytest.raises(UnknownName, match="unknown method 'mine'"):
+    with pytest.raises(UnknownName, match=r"method.*'mine'"):
         at_equal_nonzeros(table(*PLAIN, ("mine", 2, 0.61, 50.0)))
 
 
@@ -97,18 +97,18 @@ def test_a_loaded_comparison_is_the_saved_one_and_draws(found: Comparison, tmp_p
 
 
 def test_folders_that_hold_no_comparison_are_refused(found: Comparison, tmp_path: Path) -> None:
-    with pytest.raises(InvalidInput, match="no result folder"):
+    with pytest.raises(InvalidInput, match="missing'"):
         load_comparison(tmp_path / "missing")
     as_scores = found.save(tmp_path / "other")
     write_json(as_scores / "manifest.json", make_manifest("scores"))
-    with pytest.raises(InvalidInput, match="of kind 'comparison'; got 'scores'"):
+    with pytest.raises(InvalidInput, match=r"'comparison'.*'scores'"):
         load_comparison(as_scores)
     folder = found.save(tmp_path / "c")
     found.frame.drop(columns="ratio").to_parquet(folder / "comparison.parquet")
-    with pytest.raises(InvalidInput, match="must have the column 'ratio'"):
+    with pytest.raises(InvalidInput, match="'ratio'"):
         load_comparison(folder)
     (folder / "comparison.parquet").write_bytes(b"no table")
-    with pytest.raises(InvalidInput, match=r"comparison\.parquet' cannot be read"):
+    with pytest.raises(InvalidInput, match=r"comparison\.parquet.*read"):
         load_comparison(folder)
 
 

@@ -115,7 +115,7 @@ def test_an_allocation_decides_every_row(tiny: Tiny, calibration: CalibrationSet
     assert (experts[layers[0].name][:, :3] == 0).sum() == 0
     assert (experts[layers[0].name][:, 3:] == 0).sum(2).eq(8).all()
     del shares[layers[1].name]
-    with pytest.raises(InvalidInput, match="is missing"):
+    with pytest.raises(InvalidInput, match=r"`allocation`.*missing"):
         run(model, calibration, allocation=shares)
 
 
@@ -165,7 +165,7 @@ def test_resume_of_a_finished_build_reads_it(
     assert first.perplexity is not None
     assert again.perplexity is not None
     assert again.perplexity.value == first.perplexity.value
-    with pytest.raises(InvalidInput, match="exists"):
+    with pytest.raises(InvalidInput, match=r"x'.*exists.*--force"):
         run(tiny("llama"), calibration, out=tmp_path / "x", resume=True, sparsity=0.25)
 
 
@@ -208,10 +208,10 @@ def test_a_killed_build_resumes_to_the_same_bytes(
     with pytest.raises(KeyboardInterrupt):
         run(tiny("gemma3"), calibration, out=tmp_path / "part", evaluation=text)
     assert not (tmp_path / "part").exists()
-    with pytest.raises(InvalidInput, match="unfinished build"):
+    with pytest.raises(InvalidInput, match="part'"):
         run(tiny("gemma3"), calibration, out=tmp_path / "part", evaluation=text)
     monkeypatch.setattr(build, "_expand_block", plain)
-    with pytest.raises(InvalidInput, match="another settings"):
+    with pytest.raises(InvalidInput, match=r"part'.*settings"):
         run(
             tiny("gemma3"), calibration, out=tmp_path / "part", evaluation=text, resume=True,
             sparsity=0.25,
@@ -357,12 +357,12 @@ def test_texts_of_another_vocabulary_or_too_long_are_refused(
     tiny: Tiny, calibration: CalibrationSet
 ) -> None:
     foreign = CalibrationSet(torch.full((4, 16), 112), "ids", {})
-    with pytest.raises(InvalidInput, match="token id 112 is outside"):
+    with pytest.raises(InvalidInput, match=r"\b112\b.*outside"):
         run(tiny("llama"), foreign)
-    with pytest.raises(InvalidInput, match="token id 112 is outside"):
+    with pytest.raises(InvalidInput, match=r"\b112\b.*outside"):
         run(tiny("llama"), calibration, evaluation=EvaluationText(foreign.ids, "ids", {}))
     long = EvaluationText(torch.full((1, 129), 5), "ids", {})
-    with pytest.raises(InvalidInput, match="context, 128; got 129"):
+    with pytest.raises(InvalidInput, match=r"\b128\b.*\b129\b"):
         run(tiny("llama"), calibration, evaluation=long)
 
 

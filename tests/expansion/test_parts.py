@@ -230,7 +230,7 @@ def test_grams_that_overflow_are_refused(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(ClusterTokens, "grams", overflowing)
     tokens, labels = make_tokens()
-    with pytest.raises(NumericalError, match="holds NaN or infinity"):
+    with pytest.raises(NumericalError, match="NaN"):
         in_parts(make_layers(), stored(tokens), labels, len(SIZES), 2)
 
 
@@ -247,7 +247,7 @@ def test_one_cluster_that_does_not_fit_is_an_error(monkeypatch: pytest.MonkeyPat
 def test_tokens_that_are_not_finite_are_refused() -> None:
     tokens, labels = make_tokens()
     tokens[7, 3] = torch.nan
-    with pytest.raises(NumericalError, match=r"1 of .* tokens hold NaN"):
+    with pytest.raises(NumericalError, match=r"\b1\b.*NaN"):
         in_parts(make_layers(), stored(tokens), labels, len(SIZES), 2)
 
 

@@ -72,9 +72,9 @@ def test_a_neuron_is_opened_by_name(scores: NeuronScores) -> None:
     assert (explorer.layer, explorer.neuron) == (DOWN, 7)
     explorer.open("lm_head")
     assert explorer._board.block.value == "outside the blocks"
-    with pytest.raises(UnknownName, match="unknown layer 'nope'"):
+    with pytest.raises(UnknownName, match="'nope'"):
         explorer.open("nope")
-    with pytest.raises(InvalidInput, match="no neuron 4711"):
+    with pytest.raises(InvalidInput, match="4711"):
         explorer.open(DOWN, 4711)
     assert explorer.layer == "lm_head"
 
@@ -247,16 +247,16 @@ def test_bad_arguments(
     calibration: CalibrationSet,
     decomposition: Decomposition,
 ) -> None:
-    with pytest.raises(InvalidInput, match="`model` must come with `calibration`"):
+    with pytest.raises(InvalidInput, match=r"`model`.*with `calibration`"):
         explore(scores, model=llama)
-    with pytest.raises(InvalidInput, match="`calibration` must come with `model`"):
+    with pytest.raises(InvalidInput, match=r"`calibration`.*with `model`"):
         explore(scores, calibration)
     with pytest.raises(InvalidInput, match="`model` must be left out"):
         explore(llama, calibration, model=llama)
-    with pytest.raises(UnknownName, match="unknown column 'size'"):
+    with pytest.raises(UnknownName, match="'size'"):
         explore(scores, by="size")
     other = replace(decomposition, manifest={"model": {"digest": "f" * 64}})
-    with pytest.raises(InvalidInput, match=r"got one of a model with digest ffffffffffff…"):
+    with pytest.raises(InvalidInput, match=r"ffffffffffff"):
         explore(scores, decomposition=other)
     empty = replace(scores, frame=scores.frame.head(0), layers=scores.layers.head(0))
     with pytest.raises(InvalidInput, match="at least one neuron"):

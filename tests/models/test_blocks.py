@@ -307,7 +307,7 @@ def test_blocks_that_depend_on_more_than_their_input_are_refused(step: Step, mes
 def test_one_module_in_two_places_is_refused() -> None:
     toy = Toy(_by_position).eval()
     toy.blocks[2] = toy.blocks[0]
-    with pytest.raises(InvalidInput, match="3 blocks run in the order"):
+    with pytest.raises(InvalidInput, match=r"\b3 blocks.*order"):
         BlockRunner(toy)
     assert _untouched(toy)
 
@@ -354,9 +354,9 @@ def test_an_index_or_shape_of_another_model_or_batch_is_refused() -> None:
         with pytest.raises(InvalidInput, match=rf"0\.\.2; got {index}"):
             runner.run(index, hidden, inputs)
     short = runner.enter(_ids(2, 1))[0]
-    with pytest.raises(InvalidInput, match=r"shape \(2, 9, 32\); got \(2, 1, 32\)"):
+    with pytest.raises(InvalidInput, match=r"\(2, 9, 32\).*\(2, 1, 32\)"):
         runner.run(0, short, inputs)
-    with pytest.raises(InvalidInput, match=r"shape \(2, 9, 32\); got \(2, 1, 32\)"):
+    with pytest.raises(InvalidInput, match=r"\(2, 9, 32\).*\(2, 1, 32\)"):
         runner.leave(short, ids)
 
 

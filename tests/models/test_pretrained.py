@@ -91,15 +91,15 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "unknown activation": (_config(hidden_act="zorgon"), "KeyError: 'zorgon'"),
     "config shape": (_config(intermediate_size=40), r"is \(.*48.*\), not \(.*40.*\)"),
     "config depth": (_config(num_hidden_layers=5), r"18 are missing, .*'model\.layers\.3\."),
-    "a weight missing": (_without_a_weight, r"1 are missing, .*1\.mlp\.up_proj\.weight"),
+    "a weight missing": (_without_a_weight, r"\b1\b.*\b1\b.*mlp\.up_proj\.weight"),
     "quantised": (_config(quantization_config={"quant_method": "gptq", "bits": 4}), "gptq"),
     "weights cut off": (_truncate, "SafetensorError"),
     "weights corrupt": (_write("model.safetensors", b"junk" * 30), "SafetensorError"),
     "weights empty": (_write("model.safetensors", b""), "SafetensorError"),
-    "no weights": (_remove("model.safetensors"), "copy model.safetensors next to config.json"),
-    "pickle": (_only_pickle, "pytorch_model.bin is a pickle"),
+    "no weights": (_remove("model.safetensors"), r"model\.safetensors.*config\.json"),
+    "pickle": (_only_pickle, r"pytorch_model\.bin"),
     "shard missing": (_missing_shard, "model-1-of-2.safetensors"),
-    "tokenizer corrupt": (_write("tokenizer.json", b"{nope"), "the tokenizer .*JSONDecodeError"),
+    "tokenizer corrupt": (_write("tokenizer.json", b"{nope"), "JSONDecodeError"),
     "tokenizer empty": (_write("tokenizer.json", b"{}"), "the tokenizer of"),
     "tokenizer of no kind": (
         _write("tokenizer.json", b'{"version":"1.0","added_tokens":[],"model":{"type":"X"}}'),
@@ -135,7 +135,7 @@ def test_errors_are_chained(case: str, folder: Path) -> None:
 def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
     config = hf.T5Config(vocab_size=50, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
     hf.T5Model(config).save_pretrained(tmp_path)
-    with pytest.raises(InvalidInput, match="t5 is an encoder-decoder"):
+    with pytest.raises(InvalidInput, match="t5"):
         load_model(str(tmp_path))
 
 
@@ -165,7 +165,7 @@ def test_a_bug_of_ours_stays_itself() -> None:
 @pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
 def test_out_of_memory_names_the_setting(error: type[Exception]) -> None:
     with (
-        pytest.raises(MemoryLimit, match="loading it; use dtype=bfloat16"),
+        pytest.raises(MemoryLimit, match="dtype=bfloat16"),
         pretrained.broken_as("it"),
     ):
         raise error("boom")
@@ -174,9 +174,9 @@ def test_out_of_memory_names_the_setting(error: type[Exception]) -> None:
 def test_without_accelerate(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "accelerate", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(InvalidInput, match="`device_map` needs the package accelerate"):
+    with pytest.raises(InvalidInput, match=r"device_map.*accelerate"):
         pretrained.load_folder(folder, dtype=None, device_map="auto")
-    with pytest.raises(InvalidInput, match="accelerate"):
+    with pytest.raises(InvalidInput, match="`pip install accelerate`"):
         gguf_files.load_gguf(folder, dtype=None)
 
 
@@ -245,18 +245,18 @@ HUB_ERRORS: dict[str, tuple[Exception, type[Exception], str]] = {
     "offline": (
         hub_errors.LocalEntryNotFoundError("Got: ConnectError"),
         Unavailable,
-        "could not be had from the hub .*ConnectError.*local folder .*HF_HOME.*HF_HUB_OFFLINE",
+        r"ConnectError.*HF_HOME.*HF_HUB_OFFLINE",
     ),
     "switched off": (hub_errors.OfflineModeIsEnabled("offline"), Unavailable, "HF_HOME"),
     "server": (_http(hub_errors.HfHubHTTPError), Unavailable, "HF_HOME"),
-    "disk": (OSError(28, "No space left on device"), Unavailable, "No space left"),
+    "disk": (OSError(28, "No space left on device"), Unavailable, r"model'.*space"),
     "unknown": (
         _http(hub_errors.RepositoryNotFoundError),
         UnknownName,
-        "unknown model 'some/model'",
+        "'some/model'",
     ),
-    "gated": (_http(hub_errors.GatedRepoError), Unavailable, "hf auth login"),
-    "revision": (_http(hub_errors.RevisionNotFoundError), UnknownName, "no revision 'v9'"),
+    "gated": (_http(hub_errors.GatedRepoError), Unavailable, r"model'.*login"),
+    "revision": (_http(hub_errors.RevisionNotFoundError), UnknownName, "'v9'"),
 }
 
 
@@ -275,5 +275,5 @@ def test_hub_errors(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_name_that_cannot_be_a_hub_id() -> None:
-    with pytest.raises(UnknownName, match="unknown model 'what is this'"):
+    with pytest.raises(UnknownName, match="'what is this'"):
         load_model("what is this")

@@ -30,7 +30,7 @@ def test_names_that_cannot(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["", " ", "a\0b"])
 def test_no_names(name: str) -> None:
-    with pytest.raises(InvalidInput, match="model"):
+    with pytest.raises(InvalidInput, match="`model`"):
         model_source(name)
 
 

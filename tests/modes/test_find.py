@@ -184,8 +184,8 @@ def test_every_value_lies_in_its_mode() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (np.empty(0), "`outputs` must hold at least one value; got none."),
-        (np.array([1.0, np.nan, np.inf]), "2 of 3 are NaN or infinite"),
+        (np.empty(0), r"`outputs`.*none"),
+        (np.array([1.0, np.nan, np.inf]), r"`outputs`.*\b2\b.*\b3\b.*\bNaN\b"),
     ],
 )
 def test_what_has_no_modes(values: Floats, message: str) -> None:
@@ -195,5 +195,5 @@ def test_what_has_no_modes(values: Floats, message: str) -> None:
 
 @pytest.mark.parametrize("most", [0, -1, True])
 def test_max_modes_is_at_least_one(most: int) -> None:
-    with pytest.raises(InvalidInput, match=r"`max_modes`.*1; got"):
+    with pytest.raises(InvalidInput, match=r"max_modes.*\b1\b"):
         find_modes(np.arange(5.0), max_modes=most)

@@ -173,23 +173,27 @@ def test_no_contexts_and_no_neuron(calibration: CalibrationSet) -> None:
 def test_not_finite(calibration: CalibrationSet) -> None:
     values = np.zeros(calibration.n_tokens, dtype=np.float32)
     values[3] = np.nan
-    with pytest.raises(InvalidInput, match="neuron 4 of layer 'a' has outputs that are NaN"):
+    with pytest.raises(InvalidInput, match=r"\b4\b.*'a'.*\bNaN\b"):
         describe_modes({4: values}, calibration, None, "a")
-    with pytest.raises(InvalidInput, match="one output for each of the 192 tokens; got shape"):
+    with pytest.raises(InvalidInput, match=r"'a'.*\b192\b"):
         describe_modes({4: values[:5]}, calibration, None, "a")
 
 
 MISTAKES: dict[str, tuple[dict[str, object], type[InvalidInput], str]] = {
-    "no such layer": ({"layer": "model.layers.1.mlp.upproj"}, UnknownName, "unknown layer"),
-    "several layers": ({"layer": "*.mlp.up_proj"}, InvalidInput, "must name one layer; .* names 3"),
-    "beyond": ({"neurons": [3, 48]}, InvalidInput, "must lie in 0..47; got 48"),
-    "negative": ({"neurons": [-1]}, InvalidInput, r"`neurons`.*got -1"),
-    "twice": ({"neurons": [3, 3]}, InvalidInput, "must be different from one another"),
+    "no such layer": (
+        {"layer": "model.layers.1.mlp.upproj"},
+        UnknownName,
+        r"'model\.layers\.1\.mlp\.upproj'",
+    ),
+    "several layers": ({"layer": "*.mlp.up_proj"}, InvalidInput, r"`layer`.*\b3\b"),
+    "beyond": ({"neurons": [3, 48]}, InvalidInput, r"\b0\b.*47.*\b48\b"),
+    "negative": ({"neurons": [-1]}, InvalidInput, r"`neurons`.*-1\b"),
+    "twice": ({"neurons": [3, 3]}, InvalidInput, r"`neurons`.*\[3, 3\]"),
     "none": ({"neurons": []}, InvalidInput, r"`neurons`.*got"),
     "a table": ({"neurons": np.ones((2, 2), int)}, InvalidInput, r"`neurons`.*got"),
-    "per_mode": ({"per_mode": -1}, InvalidInput, "`per_mode` must be an integer of at least 0"),
-    "window": ({"window": -2}, InvalidInput, "`window` must be an integer of at least 0"),
-    "seed": ({"seed": -2}, InvalidInput, "`seed` must be"),
+    "per_mode": ({"per_mode": -1}, InvalidInput, r"per_mode.*\b0\b"),
+    "window": ({"window": -2}, InvalidInput, r"`window`.*\b0\b"),
+    "seed": ({"seed": -2}, InvalidInput, r"`seed`.*-2\b"),
 }
 
 
@@ -203,10 +207,10 @@ def test_mistakes(case: str, with_text: LanguageModel, calibration: CalibrationS
 
 def test_text_that_does_not_fit(with_text: LanguageModel) -> None:
     long = CalibrationSet(torch.zeros(1, 500, dtype=torch.int64), "zeros", {})
-    with pytest.raises(InvalidInput, match="`seq_len` must be at most 128"):
+    with pytest.raises(InvalidInput, match=r"seq_len.*\b128\b"):
         neuron_modes(with_text, long, LAYERS["llama"], [1])
     strange = CalibrationSet(torch.full((1, 5), 112), "large", {})
-    with pytest.raises(InvalidInput, match="token id 112 is outside"):
+    with pytest.raises(InvalidInput, match=r"\b112\b.*outside"):
         neuron_modes(with_text, strange, LAYERS["llama"], [1])
 
 
@@ -224,7 +228,7 @@ class _Twice(nn.Module):
 
 
 def test_a_layer_that_runs_twice(calibration: CalibrationSet) -> None:
-    with pytest.raises(InvalidInput, match=r"'layer'.*2 times"):
+    with pytest.raises(InvalidInput, match=r"'layer'.*\b2\b"):
         neuron_modes(_Twice(), calibration, "layer", [1], progress=False)
 
 

@@ -255,17 +255,17 @@ def test_random_clusters_and_matched_controls_are_drawn_apart() -> None:
 
 
 def test_what_one_panel_cannot_hold_is_refused() -> None:
-    with pytest.raises(InvalidInput, match="`experts` must be one of 1, 4, or `strength` one of"):
+    with pytest.raises(InvalidInput, match=r"`experts`.*\b1\b.*\b4\b.*`strength`"):
         plot_ablation(ablation_frame(experts=(1, 4)))
     frame = ablation_frame(interventions=("prune", "zero"))
-    with pytest.raises(InvalidInput, match="`intervention` must be one of prune, zero"):
+    with pytest.raises(InvalidInput, match=r"`intervention`.*\bNone\b"):
         plot_ablation(frame)
     assert plot_ablation(frame, intervention="zero").get_xlabel() == "share of the edit (%)"
 
 
 def test_unknown_measures_are_refused(frame: pd.DataFrame) -> None:
     for draw in (plot_ablation, figure_ablation):
-        with pytest.raises(UnknownName, match=r"unknown measure 'kl'\. Closest: perplexity"):
+        with pytest.raises(UnknownName, match="'kl'"):
             draw(frame, measure="kl")
 
 
@@ -309,7 +309,7 @@ def test_the_figure_has_a_panel_a_strength_where_experts_vary() -> None:
 
 def test_too_many_panels_are_refused() -> None:
     frame = ablation_frame(interventions=[*KINDS, "mean"], experts=(1, 16))
-    with pytest.raises(InvalidInput, match=r"at most 12 panels, .*; got 15; choose some"):
+    with pytest.raises(InvalidInput, match=r"`frame`.*\b12\b.*\b15\b"):
         figure_ablation(frame)
     assert len(figure_ablation(frame[frame["intervention"] != "mean"]).axes) == 12
 

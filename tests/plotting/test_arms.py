@@ -81,7 +81,7 @@ def test_routers_tell_arms_apart() -> None:
     series = read_arms(table, RATIO).series()
     assert series["top WD, random clusters"] == ("top", "wd")
     assert len(series) == 2 * len(read_arms(both[0], RATIO).series())
-    with pytest.raises(InvalidInput, match="got several of"):
+    with pytest.raises(InvalidInput, match=r"`frame`.*'top WD'"):
         read_arms(table.drop(columns="router"), RATIO)
 
 
@@ -135,33 +135,33 @@ def test_where_chooses_arms_and_names_what_there_is() -> None:
     assert set(chosen.rows["intervention"]) == {"zero"}
     assert chosen.levels("experts") == [16]
     assert chosen.levels("strength") == [0.9, 0.95, 0.99]
-    with pytest.raises(UnknownName, match=r"unknown intervention 'zeros'\. Closest: zero, prune"):
+    with pytest.raises(UnknownName, match=r"intervention.*'zeros'"):
         arms.where(intervention="zeros")
-    with pytest.raises(InvalidInput, match=r"`experts` must be one of 1, 16, .*; got 4\."):
+    with pytest.raises(InvalidInput, match=r"`experts`.*\b1\b.*\b16\b.*\b4\b"):
         arms.where(experts=4)
-    with pytest.raises(InvalidInput, match=r"`strength` must be one of 0\.9, 0\.95, 0\.99"):
+    with pytest.raises(InvalidInput, match=r"`strength`.*\b0\.9\b.*\b0\.95\b.*\b0\.99\b"):
         arms.where(strength=0.5)
 
 
 def test_an_unknown_measure_is_refused_with_those_there_are(frame: pd.DataFrame) -> None:
     for measure in ("perplexty", "kl", "mine"):
-        with pytest.raises(UnknownName, match=f"unknown measure '{measure}'.*: perplexity"):
+        with pytest.raises(UnknownName, match=f"'{measure}'"):
             read_arms(frame.replace({"measure": {"perplexity_ratio": "mine"}}), measure)
 
 
 def test_arms_that_cannot_be_told_apart_are_refused(frame: pd.DataFrame) -> None:
-    with pytest.raises(InvalidInput, match=r"got several of 'top WD'; tell selections apart"):
+    with pytest.raises(InvalidInput, match="'top WD'"):
         read_arms(pd.concat([frame, frame[of_top(frame)]]), RATIO)
-    with pytest.raises(InvalidInput, match="got several of 'random'"):
+    with pytest.raises(InvalidInput, match=r"several.*'random'"):
         read_arms(frame.assign(seed=frame["seed"].replace(4, 3)), RATIO)
     other = frame.assign(model="other")
-    with pytest.raises(InvalidInput, match=r"must hold one model; got 2"):
+    with pytest.raises(InvalidInput, match=r"`frame`.*\b2\b"):
         read_arms(pd.concat([frame, other]), RATIO)
 
 
 def test_a_table_without_a_finite_arm_is_refused(frame: pd.DataFrame) -> None:
     for rows, n in ((frame[frame["selection"] == "dense"], 0), (frame.assign(value=np.inf), 24)):
-        with pytest.raises(InvalidInput, match=f"finite perplexity_ratio; got {n} arms"):
+        with pytest.raises(InvalidInput, match=rf"perplexity_ratio.*{n}"):
             read_arms(rows, RATIO)
 
 
@@ -181,9 +181,9 @@ def test_a_panel_knows_its_title_and_axis() -> None:
 
 def test_too_much_for_one_panel_is_refused() -> None:
     arms = read_arms(ablation_frame(interventions=("prune", "zero"), experts=(1, 16)), RATIO)
-    with pytest.raises(InvalidInput, match="`intervention` must be one of prune, zero"):
+    with pytest.raises(InvalidInput, match=r"`intervention`.*\bNone\b"):
         Panel.of(arms)
-    with pytest.raises(InvalidInput, match=r"`experts` must be one of 1, 16, or `strength` one"):
+    with pytest.raises(InvalidInput, match=r"`experts`.*\b1\b.*\b16\b.*`strength`"):
         Panel.of(arms.where(intervention="prune"))
 
 
@@ -197,5 +197,5 @@ def test_panels_are_interventions_and_strengths_where_experts_vary() -> None:
     ]  # fmt: skip
     assert [panel.x for panel in panels] == ["experts"] * 3 + ["strength"]
     assert sum(len(panel.arms.rows) for panel in panels) == len(arms.rows)
-    with pytest.raises(InvalidInput, match=r"at most 3 panels, .*; got 4; choose some"):
+    with pytest.raises(InvalidInput, match=r"`frame`.*\b3\b.*\b4\b"):
         split_panels(arms, most=3)

@@ -170,9 +170,9 @@ def test_contract_legend_covers_no_data(case: Case) -> None:
 def test_contract_refuses_missing_columns_and_empty_frames(case: Case) -> None:
     draw, frame, options = case
     name = next(name for name in ("count", "ratio", "wd", "n_rows") if name in frame)
-    with pytest.raises(InvalidInput, match=f"without {name};"):
+    with pytest.raises(InvalidInput, match=rf"without.*{name}"):
         draw(frame.drop(columns=name), **options)
-    with pytest.raises(InvalidInput, match="at least one row; got none"):
+    with pytest.raises(InvalidInput, match=r"`scores`.*at least one row"):
         draw(frame.head(0), **options)
 
 
@@ -225,12 +225,12 @@ def test_wd_rug_marks_each_top_neuron(scores: pd.DataFrame) -> None:
 
 @pytest.mark.parametrize("floor", [(0.02, 0.01), (-0.1, 0.1), (np.nan, 0.1), (0.1, np.inf)])
 def test_wd_refuses_an_impossible_floor(scores: pd.DataFrame, floor: tuple[float, float]) -> None:
-    with pytest.raises(InvalidInput, match="`floor` must be"):
+    with pytest.raises(InvalidInput, match="`floor`"):
         plot_wd_distribution(scores, floor=floor)
 
 
 def test_wd_refuses_bins_that_leave_neurons_out(scores: pd.DataFrame) -> None:
-    with pytest.raises(InvalidInput, match="`bins` must cover every WD"):
+    with pytest.raises(InvalidInput, match=r"`bins`.*WD"):
         plot_wd_distribution(scores, bins=np.array([0.0, 0.01]))
 
 
@@ -337,5 +337,5 @@ def test_md_legend_states_spearman_interval_and_seed(scores: pd.DataFrame) -> No
 
 
 def test_md_without_mapping_difficulty_names_the_option(scores: pd.DataFrame) -> None:
-    with pytest.raises(InvalidInput, match="without --no-md"):
+    with pytest.raises(InvalidInput, match=r"`entangle score`.*--no-md"):
         plot_wd_against_md(scores.assign(md=np.nan))

@@ -61,7 +61,7 @@ def test_neurons_without_a_change_are_counted(decomposed: Decomposed) -> None:
     frame.loc[frame.index[:2], "weighted_wd"] = np.nan
     frame.loc[frame.index[2], "wd"] = 0.0
     assert "3 without a finite change left out" in legend(plot_change(frame))[0]
-    with pytest.raises(InvalidInput, match="at least one neuron with finite wd and weighted_wd"):
+    with pytest.raises(InvalidInput, match=r"finite.*weighted_wd"):
         plot_change(frame.assign(weighted_wd=np.nan))
 
 
@@ -77,11 +77,11 @@ def test_equal_changes_and_a_single_neuron_are_drawn(n: int) -> None:
 
 def test_bad_requests_are_one_clear_line(decomposed: Decomposed) -> None:
     frame = decomposed.neurons
-    with pytest.raises(UnknownName, match="unknown measure 'ks'"):
+    with pytest.raises(UnknownName, match="'ks'"):
         plot_change(frame, measure="ks", experts=4)
-    with pytest.raises(InvalidInput, match=r"needs 2 experts or more; got 1; `entangle decompose"):
+    with pytest.raises(InvalidInput, match=r"\b2\b.*\b1\b.*`entangle decompose --experts 1,4,16`"):
         figure_disentanglement(frame, experts=1)
-    with pytest.raises(InvalidInput, match="`top` must be in"):
+    with pytest.raises(InvalidInput, match=r"`top`.*\b0\.0\b"):
         plot_change(frame, top=0.0, experts=4)
-    with pytest.raises(InvalidInput, match="without weighted_wd; the command `entangle decompose`"):
+    with pytest.raises(InvalidInput, match=r"weighted_wd.*`entangle decompose`"):
         figure_disentanglement(frame.drop(columns="weighted_wd"))

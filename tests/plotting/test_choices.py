@@ -18,24 +18,24 @@ def test_rows_with_the_wanted_values_are_kept(frame: pd.DataFrame) -> None:
 
 
 def test_what_is_open_is_asked_for(frame: pd.DataFrame) -> None:
-    with pytest.raises(InvalidInput, match="`layer` must be one of a, b, which `f` holds; got No"):
+    with pytest.raises(InvalidInput, match=r"`layer`.*`f`.*\bNone\b"):
         choose(frame, name="f", layer=None)
-    with pytest.raises(InvalidInput, match=r"`experts` must be one of 1, 2, .* got 3"):
+    with pytest.raises(InvalidInput, match=r"`experts`.*\b1\b.*\b2\b.*\b3\b"):
         choose(frame, name="f", experts=3)
-    with pytest.raises(UnknownName, match=r"unknown layer 'c'\. Closest: .* `f` holds no others"):
+    with pytest.raises(UnknownName, match=r"'c'.*`f`"):
         choose(frame, name="f", layer="c")
 
 
 def test_a_long_list_is_cut_short() -> None:
     frame = pd.DataFrame({"neuron": range(100)})
-    with pytest.raises(InvalidInput, match=r"0, 1, 2, 3, 4, 5, 6, 7, …, which"):
+    with pytest.raises(InvalidInput, match=r"`neuron`.*\b0\b.*\b1\b.*\b2\b.*\b3\b.*\b4\b.*\b5\b"):
         choose(frame, name="f", neuron=None)
 
 
 def test_missing_columns_name_the_command(frame: pd.DataFrame) -> None:
-    with pytest.raises(InvalidInput, match="without neuron; the command `entangle decompose`"):
+    with pytest.raises(InvalidInput, match=r"`f`.*without.*`entangle decompose`"):
         choose(frame, name="f", neuron=1)
-    with pytest.raises(InvalidInput, match="at least one row; got none; the command `entangle d"):
+    with pytest.raises(InvalidInput, match=r"`f`.*row.*`entangle decompose`"):
         choose(frame.head(0), name="f", layer=None)
 
 
@@ -50,7 +50,7 @@ def test_a_neuron_has_its_numbers_and_experts(decomposed: Decomposed) -> None:
 
 def test_a_neuron_that_comes_twice_is_refused(decomposed: Decomposed) -> None:
     twice = pd.concat([decomposed.neurons, decomposed.neurons])
-    with pytest.raises(InvalidInput, match=f"several of neuron {TOP}"):
+    with pytest.raises(InvalidInput, match=rf"`neurons`.*{TOP}"):
         sparse_neuron(twice, neuron=TOP)
 
 
@@ -66,5 +66,5 @@ def test_the_median_is_that_of_all_neurons_with_a_wd() -> None:
 
 def test_neurons_without_wd_cannot_be_chosen(decomposed: Decomposed) -> None:
     frame = decomposed.neurons.assign(wd=np.nan)
-    with pytest.raises(InvalidInput, match="finite WD of at least one of the 2 neurons"):
+    with pytest.raises(InvalidInput, match=r"WD.*\b2\b"):
         usual_neurons(frame, [TOP, TYPICAL])

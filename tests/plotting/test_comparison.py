@@ -143,17 +143,17 @@ def test_models_that_cannot_be_placed_are_left_out(
 
 def test_too_few_models_are_refused(comparison: pd.DataFrame) -> None:
     for draw in (plot_perplexity, figure_comparison):
-        with pytest.raises(InvalidInput, match=r"at least 2 models .* got 1 among 1; the command"):
+        with pytest.raises(InvalidInput, match=r"`comparison`.*\b2\b.*\b1\b.*\b1\b"):
             draw(comparison.head(1))
-        with pytest.raises(InvalidInput, match="got 0 among 17"):
+        with pytest.raises(InvalidInput, match=r"`comparison`.*\b0\b.*\b17\b"):
             draw(comparison.assign(ratio=np.nan))
-        with pytest.raises(InvalidInput, match="not all dense; got 2 among 2"):
+        with pytest.raises(InvalidInput, match=r"`comparison`.*\b2\b.*\b2\b"):
             draw(comparison.iloc[[0, 0]])
         assert draw(comparison.head(2)) is not None
 
 
 def test_an_unknown_cost_is_refused(comparison: pd.DataFrame) -> None:
-    with pytest.raises(UnknownName, match=r"unknown x axis 'flop'\. Closest: flops"):
+    with pytest.raises(UnknownName, match="'flop'"):
         plot_perplexity(comparison, x="flop")
 
 

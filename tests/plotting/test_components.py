@@ -76,14 +76,14 @@ def test_empty_clusters_are_left_out_and_counted(decomposed: Decomposed) -> None
     text = words(plot_components(frame, n_boot=5))
     assert "n = 29 clusters" in text
     assert "2 clusters left out: not finite" in text
-    with pytest.raises(InvalidInput, match="at least one cluster with finite numbers; got 31"):
+    with pytest.raises(InvalidInput, match=r"`components`.*\b31\b"):
         plot_components(frame.assign(error=np.nan))
 
 
 def test_figure_refuses_other_tables(decomposed: Decomposed) -> None:
-    with pytest.raises(InvalidInput, match="without components_90; the command `entangle decomp"):
+    with pytest.raises(InvalidInput, match="components_90"):
         figure_components(decomposed.components.drop(columns="components_90"))
     two = pd.concat([decomposed.components, decomposed.components.assign(layer="other")])
-    with pytest.raises(InvalidInput, match="`layer` must be one of model"):
+    with pytest.raises(InvalidInput, match=r"`layer`.*\bNone\b"):
         figure_components(two)
     assert len(figure_components(two, layer="other", n_boot=5).axes) == 1

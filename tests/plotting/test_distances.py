@@ -55,7 +55,7 @@ def test_identical_inputs_and_nan_are_left_out_and_counted(pairs: pd.DataFrame) 
     pairs.loc[:1, "input_normalised"] = 0.0
     pairs.loc[2, "output_normalised"] = np.nan
     assert note(plot_distances(pairs, legend=False)).endswith("n = 597 pairs; 3 left out")
-    with pytest.raises(InvalidInput, match="at least one pair with different inputs"):
+    with pytest.raises(InvalidInput, match=r"`pairs`.*different.*`entangle decompose`"):
         plot_distances(pairs.assign(input_normalised=0.0))
 
 
@@ -71,7 +71,7 @@ def test_figure_shows_the_top_beside_the_typical_neuron(decomposed: Decomposed) 
     assert titles == [f"top neuron {TOP}", f"typical neuron {TYPICAL}"]
     assert len({(ax.get_xlim(), ax.get_ylim()) for ax in figure.axes}) == 1
     assert len(figure_distances(decomposed.pairs, decomposed.neurons, chosen=[TOP]).axes) == 1
-    with pytest.raises(InvalidInput, match=r"`chosen`.*got \[\]"):
+    with pytest.raises(InvalidInput, match=r"`chosen`.*\[\]"):
         figure_distances(decomposed.pairs, decomposed.neurons, chosen=[])
-    with pytest.raises(InvalidInput, match="without output_normalised; the command `entangle dec"):
+    with pytest.raises(InvalidInput, match="output_normalised"):
         figure_distances(decomposed.pairs.drop(columns="output_normalised"), decomposed.neurons)

@@ -82,11 +82,11 @@ def test_legend_names_all_experts_or_the_extremes(decomposed: Decomposed) -> Non
 
 def test_what_cannot_be_decomposed_is_refused(decomposed: Decomposed) -> None:
     outputs, neurons = decomposed.outputs, decomposed.neurons
-    with pytest.raises(InvalidInput, match=r"needs 2 experts or more; got 1; `entangle decompose"):
+    with pytest.raises(InvalidInput, match=r"\b2\b.*\b1\b.*`entangle decompose --experts 1,4,16`"):
         figure_experts(outputs, neurons, experts=1)
-    with pytest.raises(UnknownName, match="unknown kind 'denser'"):
+    with pytest.raises(UnknownName, match="'denser'"):
         plot_experts(outputs, neurons=neurons, neuron=TOP, experts=2, kind="denser")
     moved = outputs["cluster"].eq(0) & outputs["experts"].eq(2)
     other = outputs.assign(left=outputs["left"] + 0.01 * moved)
-    with pytest.raises(InvalidInput, match=f"same bins for every cluster of neuron {TOP}"):
+    with pytest.raises(InvalidInput, match=rf"`outputs`.*{TOP}"):
         figure_experts(other, neurons, experts=2, neuron=TOP)

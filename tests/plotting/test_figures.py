@@ -77,9 +77,9 @@ def test_wd_figure_of_one_layer_has_the_full_legend(
 def test_wd_figure_refuses_a_layer_without_a_floor(
     many_scores: pd.DataFrame, layers: pd.DataFrame
 ) -> None:
-    with pytest.raises(InvalidInput, match=r"`layers` must .* got 0 for 'model\.layers\.0"):
+    with pytest.raises(InvalidInput, match=r"`layers`.*\b0\b.*model\.layers\.0"):
         figure_wd_distribution(many_scores, layers.tail(3))
-    with pytest.raises(InvalidInput, match=r"`layers` must .* without null_floor_high"):
+    with pytest.raises(InvalidInput, match=r"`layers`.*null_floor_high"):
         figure_wd_distribution(many_scores, layers.drop(columns="null_floor_high"))
 
 
@@ -87,16 +87,16 @@ def test_thousands_of_layers_are_refused_in_one_line(layers: pd.DataFrame) -> No
     frame = pd.DataFrame(
         {"layer": [str(i) for i in range(3000)], "neuron": 0, "wd": 0.1, "md": 0.1}
     )
-    with pytest.raises(InvalidInput, match=f"1 to {MAX_PANELS} layers .* got 3,000"):
+    with pytest.raises(InvalidInput, match=rf"`scores`.*\b1\b.*{MAX_PANELS}.*\b3,000\b"):
         figure_wd_distribution(frame, layers)
-    with pytest.raises(InvalidInput, match=f"1 to {MAX_PANELS} layers .* got 3,000"):
+    with pytest.raises(InvalidInput, match=rf"`scores`.*\b1\b.*{MAX_PANELS}.*\b3,000\b"):
         figure_wd_against_md(frame)
 
 
 def test_one_bad_layer_is_named(many_scores: pd.DataFrame, layers: pd.DataFrame) -> None:
     bad = many_scores["layer"] == "model.layers.2.mlp.gate_proj"
     many_scores.loc[bad, "wd"] = np.nan
-    with pytest.raises(InvalidInput, match=r"'model\.layers\.2\.mlp\.gate_proj'; got 0"):
+    with pytest.raises(InvalidInput, match=r"'model\.layers\.2\.mlp\.gate_proj'.*\b0\b"):
         figure_wd_distribution(many_scores, layers)
 
 
@@ -104,9 +104,9 @@ def test_one_bad_layer_is_named(many_scores: pd.DataFrame, layers: pd.DataFrame)
 def test_top_is_checked_by_the_figures(
     many_scores: pd.DataFrame, layers: pd.DataFrame, top: float
 ) -> None:
-    with pytest.raises(InvalidInput, match="`top` must be in"):
+    with pytest.raises(InvalidInput, match="`top`"):
         figure_wd_distribution(many_scores, layers, top=top)
-    with pytest.raises(InvalidInput, match="`top` must be in"):
+    with pytest.raises(InvalidInput, match="`top`"):
         figure_wd_against_md(many_scores, top=top)
 
 
@@ -125,15 +125,15 @@ def test_outputs_in_their_own_units_keep_their_axes(items: list[NeuronOutput]) -
 
 
 def test_outputs_of_none_or_too_many_are_refused(items: list[NeuronOutput]) -> None:
-    with pytest.raises(InvalidInput, match=r"`items` must hold 1 to 40 neurons .* got 0"):
+    with pytest.raises(InvalidInput, match=r"`items`.*\b1\b.*\b40\b.*\b0\b"):
         figure_output_distributions([])
-    with pytest.raises(InvalidInput, match="got 300"):
+    with pytest.raises(InvalidInput, match=r"`items`.*\b300\b"):
         figure_output_distributions(items * 100)
 
 
 def test_a_constant_neuron_is_named(items: list[NeuronOutput], histogram: pd.DataFrame) -> None:
     constant = NeuronOutput(histogram, 1.0, 0.0, label="block 0 · up_proj, neuron 5")
-    with pytest.raises(InvalidInput, match="of block 0 · up_proj, neuron 5 must be finite"):
+    with pytest.raises(InvalidInput, match=r"\b0\b.*up_proj.*\b5\b"):
         figure_output_distributions([*items, constant])
 
 
@@ -142,7 +142,7 @@ def test_neuron_output_takes_the_row(scores: pd.DataFrame, histogram: pd.DataFra
     item = NeuronOutput.of(row, histogram)
     assert (item.mean, item.std, item.wd, item.wd_se) == tuple(row[["mean", "std", "wd", "wd_se"]])
     assert item.label == "block 1 · gate_proj, neuron\u00a017"
-    with pytest.raises(InvalidInput, match="without std;"):
+    with pytest.raises(InvalidInput, match=r"`scores`.*std.*`entangle score`"):
         NeuronOutput.of(row.drop("std"), histogram)
 
 
@@ -166,7 +166,7 @@ def test_top_and_typical_of_two_neurons_differ(scores: pd.DataFrame, wd: list[fl
 
 
 def test_a_single_neuron_has_no_typical_one(scores: pd.DataFrame) -> None:
-    with pytest.raises(InvalidInput, match="at least 2 neurons"):
+    with pytest.raises(InvalidInput, match=r"`scores`.*\b2\b.*neurons"):
         top_and_typical(scores.head(1))
 
 

@@ -100,5 +100,5 @@ def test_power_law_is_recovered() -> None:
     ("x", "y"), [([2.0, 2.0], [1.0, 2.0]), ([0.0, 1.0], [1.0, 2.0]), ([1.0, 2.0], [0.0, 1.0])]
 )
 def test_power_law_needs_positive_points_at_two_places(x: list[float], y: list[float]) -> None:
-    with pytest.raises(InvalidInput, match="positive values at 2 different places"):
+    with pytest.raises(InvalidInput, match=r"\b2\b.*different"):
         power_law(np.array(x), np.array(y))

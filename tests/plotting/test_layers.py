@@ -119,14 +119,14 @@ def test_neurons_without_wd_are_counted_and_whole_layers_named() -> None:
     assert "200 without WD left out, 1 whole layers" in key.get_title().get_text().replace(
         "\n", " "
     )
-    with pytest.raises(InvalidInput, match="at least one finite WD above 0; got none in 400 rows"):
+    with pytest.raises(InvalidInput, match=r"WD.*\b0\b.*\b400\b"):
         figure_wd_by_layer(frame.assign(wd=np.nan))
 
 
 def test_bad_tables_are_one_clear_line(many_scores: pd.DataFrame) -> None:
-    with pytest.raises(InvalidInput, match="without wd; the command `entangle score` writes"):
+    with pytest.raises(InvalidInput, match=r"`scores`.*without.*`entangle score`"):
         figure_wd_by_layer(many_scores.drop(columns="wd"))
-    with pytest.raises(InvalidInput, match="`top` must be in"):
+    with pytest.raises(InvalidInput, match=r"`top`.*\b2\.0\b"):
         plot_wd_ridge(many_scores, top=2.0)
-    with pytest.raises(InvalidInput, match="at least one row"):
+    with pytest.raises(InvalidInput, match=r"`scores`.*row.*`entangle score`"):
         plot_wd_heatmap(many_scores.head(0))

@@ -86,15 +86,15 @@ def test_bad_tables_are_one_clear_line(
     decomposed: Decomposed, output: tuple[pd.DataFrame, SparseNeuron]
 ) -> None:
     modes = decomposed.modes
-    with pytest.raises(InvalidInput, match="left < right, ascending"):
+    with pytest.raises(InvalidInput, match=r"`modes`.*\binf\b"):
         draw(decomposed, output, modes=modes.assign(left=np.inf))
-    with pytest.raises(InvalidInput, match=r"JSON lists .* got 'nonsense'"):
+    with pytest.raises(InvalidInput, match=r"JSON.*'nonsense'"):
         draw(decomposed, output, modes=modes.assign(top_tokens="nonsense"))
-    with pytest.raises(InvalidInput, match=r"JSON lists .* got '\[3\]'"):
+    with pytest.raises(InvalidInput, match=r"JSON.*'\[3\]'"):
         draw(decomposed, output, modes=modes.assign(top_tokens="[3]"))
-    with pytest.raises(InvalidInput, match="without top_tokens; the command `entangle decompose`"):
+    with pytest.raises(InvalidInput, match=r"top_tokens.*without.*`entangle decompose`"):
         draw(decomposed, output, modes=modes.drop(columns="top_tokens"))
-    with pytest.raises(InvalidInput, match="without before"):
+    with pytest.raises(InvalidInput, match=r"`contexts`.*without.*`entangle decompose`"):
         draw(decomposed, output, contexts=decomposed.contexts.drop(columns="before"))
-    with pytest.raises(InvalidInput, match=r"`neuron` must be one of 7, .* got 8"):
+    with pytest.raises(InvalidInput, match=r"`neuron`.*\b7\b.*\b8\b"):
         draw(decomposed, output, neuron=8)

@@ -84,7 +84,7 @@ def test_panels_refuse_what_is_no_table_of_theirs(case: Case) -> None:
     draw, frame, options = case
     with pytest.raises(TypeError, match="positional argument"):
         draw(frame, 0.5)
-    with pytest.raises(InvalidInput, match=r"must have the columns .* the command `entangle"):
+    with pytest.raises(InvalidInput, match=r"columns.*`entangle"):
         draw(frame[["neuron" if "neuron" in frame else "layer"]], **options)
-    with pytest.raises(InvalidInput, match="at least one row; got none"):
+    with pytest.raises(InvalidInput, match=r"at least one row.*`entangle"):
         draw(frame.head(0), **options)

@@ -80,15 +80,15 @@ def test_panels_say_how_many_have_no_number(decomposed: Decomposed) -> None:
 
 def test_too_little_is_refused_in_one_line(decomposed: Decomposed) -> None:
     rows = decomposed.neurons[decomposed.neurons["experts"] == 16]
-    with pytest.raises(InvalidInput, match="at least 3 neurons with finite RI and wd; got 2 of 2"):
+    with pytest.raises(InvalidInput, match=r"\b3\b.*RI.*\b2\b.*\b2\b"):
         figure_predictors(rows.head(2))
-    with pytest.raises(InvalidInput, match="at least 3 neurons with finite RI"):
+    with pytest.raises(InvalidInput, match=r"\b3\b.*RI"):
         figure_predictors(rows.assign(ri=np.nan))
-    with pytest.raises(InvalidInput, match="two different values"):
+    with pytest.raises(InvalidInput, match=r"different.*\b1\b"):
         figure_predictors(rows.assign(ri=1.0))
-    with pytest.raises(InvalidInput, match=r"needs 2 experts or more; got 1; `entangle decompose"):
+    with pytest.raises(InvalidInput, match=r"\b2\b.*\b1\b.*`entangle decompose --experts 1,4,16`"):
         figure_predictors(decomposed.neurons, experts=1)
-    with pytest.raises(UnknownName, match="unknown predictor 'luck'"):
+    with pytest.raises(UnknownName, match="'luck'"):
         plot_predictor(rows, predictor="luck")
-    with pytest.raises(InvalidInput, match="without ri; the command `entangle decompose`"):
+    with pytest.raises(InvalidInput, match=r"`neurons`.*without.*`entangle decompose`"):
         figure_predictors(rows.drop(columns="ri"))

@@ -53,9 +53,9 @@ def test_bad_tables_are_one_clear_line(decomposed: Decomposed) -> None:
     assert "3 left out: not finite" in plot_router_map(lost, experts=2).get_title().replace(
         "\n", " "
     )
-    with pytest.raises(InvalidInput, match="at least one token with finite x and y"):
+    with pytest.raises(InvalidInput, match=r"router_map.*finite.*`entangle decompose`"):
         plot_router_map(frame.assign(x=np.nan), experts=2)
-    with pytest.raises(InvalidInput, match="needs 2 experts or more; got 1; `entangle decompose"):
+    with pytest.raises(InvalidInput, match=r"\b2\b.*\b1\b.*`entangle decompose --experts 1,4,16`"):
         figure_router_map(frame.assign(experts=1))
-    with pytest.raises(InvalidInput, match="without cluster; the command `entangle decompose`"):
+    with pytest.raises(InvalidInput, match=r"router_map.*cluster.*`entangle decompose`"):
         figure_router_map(frame.drop(columns="cluster"))

@@ -89,7 +89,7 @@ def test_a_picture_is_the_same_whatever_else_is_written(
 def test_existing_files_are_kept_unless_forced(figure: Figure, tmp_path: Path) -> None:
     old = tmp_path / "a.csv"
     old.write_text("precious")
-    with pytest.raises(InvalidInput, match=r"got .*a\.csv; choose another name or pass force=True"):
+    with pytest.raises(InvalidInput, match=r"a\.csv.*force=True"):
         save_figure(figure, tmp_path / "a")
     assert list(tmp_path.iterdir()) == [old]
     assert old.read_text() == "precious"
@@ -104,21 +104,21 @@ def test_a_full_disk_leaves_nothing_behind(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(pd.DataFrame, "to_csv", full)
-    with pytest.raises(Unavailable, match="No space left on device; choose a folder"):
+    with pytest.raises(Unavailable, match=r"a'.*device"):
         save_figure(figure, tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_in_the_place_of_a_folder_is_one_clear_line(figure: Figure, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(Unavailable, match="cannot be written"):
+    with pytest.raises(Unavailable, match="a'"):
         save_figure(figure, tmp_path / "file" / "a")
 
 
 def test_formats_are_checked(figure: Figure, tmp_path: Path) -> None:
-    with pytest.raises(UnknownName, match="unknown figure format 'jpeg'"):
+    with pytest.raises(UnknownName, match="'jpeg'"):
         save_figure(figure, tmp_path / "a", formats=["jpeg"])
-    with pytest.raises(InvalidInput, match=r"`formats`.*got \[\]"):
+    with pytest.raises(InvalidInput, match=r"`formats`.*\[\]"):
         save_figure(figure, tmp_path / "a", formats=[])
     assert list(tmp_path.iterdir()) == []
     for number, formats in enumerate(("pdf", {"pdf"}, (one for one in ["pdf"]))):
@@ -129,7 +129,7 @@ def test_formats_are_checked(figure: Figure, tmp_path: Path) -> None:
 def test_a_figure_without_our_artists_is_refused(tmp_path: Path) -> None:
     plain = Figure()
     plain.subplots().plot([1, 2])
-    with pytest.raises(InvalidInput, match="1 axes and no such artist"):
+    with pytest.raises(InvalidInput, match=r"`figure`.*\b1\b"):
         save_figure(plain, tmp_path / "a")
 
 

@@ -92,21 +92,21 @@ def test_dense_output_is_that_of_the_largest_wd(decomposed: Decomposed) -> None:
 
 def test_bad_requests_are_one_clear_line(decomposed: Decomposed) -> None:
     outputs, neurons = decomposed.outputs, decomposed.neurons
-    with pytest.raises(InvalidInput, match=r"`neuron` must be one of 7, 21, .* got None"):
+    with pytest.raises(InvalidInput, match=r"`neuron`.*\b7\b.*\b21\b.*\bNone\b"):
         plot_sparse_output(outputs, neurons=neurons, experts=4)
-    with pytest.raises(InvalidInput, match=r"`experts` must be one of 1, 2, 4, 8, 16, .* got 3"):
+    with pytest.raises(InvalidInput, match=r"`experts`.*\b1\b.*\b2\b.*\b4\b.*\b8\b.*\b16\b.*\b3\b"):
         figure_recovery(outputs, neurons, experts=[3])
-    with pytest.raises(UnknownName, match="unknown layer 'model'"):
+    with pytest.raises(UnknownName, match="'model'"):
         figure_recovery(outputs, neurons, layer="model")
-    with pytest.raises(InvalidInput, match=r"`experts`.*got \[\]"):
+    with pytest.raises(InvalidInput, match=r"`experts`.*\[\]"):
         figure_recovery(outputs, neurons, experts=[])
-    with pytest.raises(InvalidInput, match=r"`chosen`.*got \[\]"):
+    with pytest.raises(InvalidInput, match=r"`chosen`.*\[\]"):
         figure_sparse_outputs(outputs, neurons, chosen=[])
-    with pytest.raises(InvalidInput, match=r"`outputs` must .* without kind; .*entangle decompose"):
+    with pytest.raises(InvalidInput, match=r"`outputs`.*kind.*`entangle decompose`"):
         figure_recovery(outputs.drop(columns="kind"), neurons)
-    with pytest.raises(InvalidInput, match=r"`neurons` must .* without output_wd"):
+    with pytest.raises(InvalidInput, match=r"`neurons`.*output_wd"):
         figure_recovery(outputs, neurons.drop(columns="output_wd"))
-    with pytest.raises(InvalidInput, match="`std` above 0"):
+    with pytest.raises(InvalidInput, match=r"`std`.*\b0\b"):
         figure_recovery(outputs, neurons.assign(std=0.0))
 
 

@@ -71,12 +71,12 @@ def test_another_neuron_and_number_of_experts(decomposed: Decomposed) -> None:
 
 def test_bad_requests_are_one_clear_line(decomposed: Decomposed) -> None:
     outputs, neurons = at(decomposed, 0.5, 0.95)
-    with pytest.raises(InvalidInput, match=r"`experts` must be one of 1, 2, 4, 8, 16, .* got 3"):
+    with pytest.raises(InvalidInput, match=r"`experts`.*\b1\b.*\b2\b.*\b4\b.*\b8\b.*\b16\b.*\b3\b"):
         figure_sparsities(outputs, neurons, experts=3)
-    with pytest.raises(UnknownName, match="unknown layer 'model'"):
+    with pytest.raises(UnknownName, match="'model'"):
         figure_sparsities(outputs, neurons, layer="model")
-    with pytest.raises(InvalidInput, match=r"`outputs` must .* without sparsity"):
+    with pytest.raises(InvalidInput, match=r"`outputs`.*without.*`entangle decompose`"):
         figure_sparsities(outputs.drop(columns="sparsity"), neurons)
     many = at(decomposed, *(n / 100 for n in range(MAX_SPARSITIES + 1)))
-    with pytest.raises(InvalidInput, match="1 to 10 sparsities for one figure; got 11"):
+    with pytest.raises(InvalidInput, match=r"`outputs`.*\b1\b.*\b10\b.*\b11\b"):
         figure_sparsities(*many)

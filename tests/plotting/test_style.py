@@ -47,7 +47,7 @@ def test_style_is_undone_after_an_error() -> None:
 
 
 def test_an_unknown_column_is_refused() -> None:
-    with pytest.raises(InvalidInput, match="column 'wide'"):
+    with pytest.raises(InvalidInput, match="'wide'"):
         column_width("wide")
 
 

@@ -22,14 +22,12 @@ def three_bins(**changes: list[float]) -> pd.DataFrame:
 
 
 def test_missing_columns_are_named_with_the_command_that_makes_them() -> None:
-    with pytest.raises(
-        InvalidInput, match=r"`scores` must have .* without md, ks; .*entangle score"
-    ):
+    with pytest.raises(InvalidInput, match=r"`scores`.*without.*`entangle score`"):
         check_columns(pd.DataFrame({"wd": [1.0]}), ("wd", "md", "ks"), name="scores")
 
 
 def test_an_empty_frame_is_refused() -> None:
-    with pytest.raises(InvalidInput, match="at least one row"):
+    with pytest.raises(InvalidInput, match=r"`scores`.*row.*`entangle score`"):
         check_columns(pd.DataFrame({"wd": []}), ("wd",), name="scores")
 
 
@@ -71,21 +69,21 @@ def test_an_infinite_wd_never_becomes_top(scores: pd.DataFrame) -> None:
 
 @pytest.mark.parametrize("top", [0.0, -0.1, 1.3, float("nan")])
 def test_top_outside_its_range_is_refused(scores: pd.DataFrame, top: float) -> None:
-    with pytest.raises(InvalidInput, match=r"`top` must be in \(0, 1\]; got"):
+    with pytest.raises(InvalidInput, match=r"`top`.*\(0, 1\]"):
         split_top(scores, top=top)
 
 
 def test_all_nan_and_single_neurons_are_refused(scores: pd.DataFrame) -> None:
     lost = scores.assign(wd=np.nan, flag="constant")
-    with pytest.raises(InvalidInput, match=r"got 0 \(200 left out: 200 constant"):
+    with pytest.raises(InvalidInput, match=r"`scores`.*\b0\b.*\b200\b.*\b200\b.*constant"):
         split_top(lost, top=0.03)
-    with pytest.raises(InvalidInput, match=r"at least 2 neurons .* got 1;"):
+    with pytest.raises(InvalidInput, match=r"`scores`.*\b2\b.*\b1\b"):
         split_top(scores.head(1), top=0.03)
 
 
 def test_thousands_of_layers_are_counted_not_listed(scores: pd.DataFrame) -> None:
     frame = pd.concat([scores] * 10).assign(layer=[str(i) for i in range(2000)])
-    with pytest.raises(InvalidInput, match="got 2,000; pick one") as caught:
+    with pytest.raises(InvalidInput, match=r"`scores`.*\b2,000\b") as caught:
         split_top(frame, top=0.03)
     assert len(str(caught.value)) < 200
 
@@ -145,13 +143,13 @@ def test_endless_bins_are_counted_but_not_drawn() -> None:
     ],
 )
 def test_bins_that_do_not_join_are_refused(changes: dict[str, list[float]]) -> None:
-    with pytest.raises(InvalidInput, match="`histogram` of this one must hold bins that join"):
+    with pytest.raises(InvalidInput, match=r"`histogram`.*join.*\b3\b"):
         output_density(three_bins(**changes), mean=0.0, std=1.0, label="this one")
 
 
 @pytest.mark.parametrize("count", [[0.0, 0.0, 0.0], [1.0, -1.0, 3.0], [1.0, np.nan, 3.0]])
 def test_impossible_counts_are_refused(count: list[float]) -> None:
-    with pytest.raises(InvalidInput, match="counts of 0 or more"):
+    with pytest.raises(InvalidInput, match=r"`histogram`.*counts.*\b0\b"):
         output_density(three_bins(count=count), mean=0.0, std=1.0)
 
 
@@ -159,5 +157,5 @@ def test_impossible_counts_are_refused(count: list[float]) -> None:
     ("mean", "std"), [(0.0, 0.0), (0.0, -1.0), (np.nan, 1.0), (0.0, np.nan), (0.0, np.inf)]
 )
 def test_constant_and_broken_neurons_are_refused(mean: float, std: float) -> None:
-    with pytest.raises(InvalidInput, match="constant, NaN or infinite neuron"):
+    with pytest.raises(InvalidInput, match=r"`mean`.*\bNaN\b"):
         output_density(three_bins(), mean=mean, std=std)

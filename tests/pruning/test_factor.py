@@ -52,11 +52,11 @@ def test_escalation_from_zero() -> None:
 
 def test_gives_up_with_the_expert_and_the_last_damping() -> None:
     grams = torch.stack([torch.eye(2), torch.tensor([[1.0, 1e7], [1e7, 1]])])
-    with pytest.raises(NumericalError, match=r"expert 1 is not positive definite.*10000 times"):
+    with pytest.raises(NumericalError, match=r"\b1\b.*\b10000\b"):
         inverse_factor(grams, damping=0.01)
 
 
 @pytest.mark.parametrize("damping", [-0.01, float("inf"), float("nan")])
 def test_bad_damping(damping: float) -> None:
-    with pytest.raises(InvalidInput, match="`damping` must be finite and at least 0; got"):
+    with pytest.raises(InvalidInput, match=r"`damping`.*\b0\b"):
         inverse_factor(torch.eye(2)[None], damping=damping)

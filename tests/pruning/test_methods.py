@@ -271,19 +271,19 @@ def test_constant_weights(method: str) -> None:
 def test_gram_not_finite(method: str, bad: float) -> None:
     weight, gram = make(3, 2, 4)
     gram[1, 2, 0] = bad
-    with pytest.raises(NumericalError, match="`gram` of expert 1 holds NaN or infinity"):
+    with pytest.raises(NumericalError, match=r"`gram`.*\b1\b.*\bNaN\b"):
         prune(weight, gram, method=method, sparsity=0.5)
 
 
 def test_overflow_of_the_result_is_an_error() -> None:
     # The second weight makes up for the first: 60000 + 60000 is beyond float16.
     gram = torch.tensor([[1.0, 0.999], [0.999, 1]])
-    with pytest.raises(NumericalError, match=r"overflows torch\.float16"):
+    with pytest.raises(NumericalError, match=r"torch\.float16"):
         prune(torch.tensor([[60000, 60001]]).half(), gram, sparsity=0.5, damping=0)
 
 
 def test_unknown_method() -> None:
-    with pytest.raises(UnknownName, match=r"unknown pruning method 'wander'\. Closest: wanda"):
+    with pytest.raises(UnknownName, match="'wander'"):
         prune(torch.ones(2, 2), None, method="wander", sparsity=0.5)
 
 

@@ -24,21 +24,19 @@ def _prepare(**changes: object) -> Problem:
 @pytest.mark.parametrize("sparsity", [1.3, -0.1, math.nan, math.inf, torch.tensor([0.5, 2, 0.5])])
 @pytest.mark.parametrize("pattern", ["row", "layer", "block", "2:4", "n:4"])
 def test_sparsity_out_of_range(sparsity: float, pattern: str) -> None:
-    with pytest.raises(
-        InvalidInput, match=r"`sparsity` must be in \[0, 1\]; got (1.3|-0.1|nan|inf|2)\."
-    ):
+    with pytest.raises(InvalidInput, match=r"`sparsity`.*\[0, 1\].*(1.3|-0.1|nan|inf|2)"):
         _prepare(sparsity=sparsity, pattern=pattern)
 
 
 def test_sparsity_missing() -> None:
-    with pytest.raises(InvalidInput, match="`sparsity` is None; pattern 'layer' needs one"):
+    with pytest.raises(InvalidInput, match=r"`sparsity`.*\bNone\b.*'layer'"):
         _prepare(sparsity=None, pattern="layer")
 
 
 def test_sparsity_must_fit_the_groups() -> None:
     assert (_prepare(sparsity=None, pattern="1:4").budget == 6).all()
     assert (_prepare(sparsity=0.75, pattern="1:4").budget == 6).all()
-    with pytest.raises(InvalidInput, match=r"must be None or 0\.75 with pattern '1:4'; got 0\.25"):
+    with pytest.raises(InvalidInput, match=r"\bNone\b.*\b0\.75\b.*'1:4'.*\b0\.25\b"):
         _prepare(sparsity=0.25, pattern="1:4")
 
 
@@ -51,13 +49,13 @@ def test_rows_may_have_groups_of_their_own() -> None:
 @pytest.mark.parametrize(
     ("sparsity", "pattern", "message"),
     [
-        (torch.tensor([0.5, 0.375, 0.5]), "n:4", r"multiple of 2 zeros, .* 2 groups of 4 .*got 3"),
-        (0.9, "n:4", "multiple of 2 zeros, .*; got 7: use pattern 'row'"),
-        (None, "n:4", "`sparsity` is None; pattern 'n:4' needs one"),
-        (0.5, "n:3", "'n:3' needs a multiple of 3 columns; got 8"),
-        (0.5, "n:16", "'n:16' needs a multiple of 16 columns; got 8"),
-        (torch.full((8,), 0.5), "n:4", r"of shape \(3,\) or \(2, 3\); got \(8,\)"),
-        (torch.full((3,), 0.5), "2:4", "`sparsity` must be None or 0.5 with pattern '2:4'; got"),
+        (torch.tensor([0.5, 0.375, 0.5]), "n:4", r"`sparsity`.*\b2\b.*\b2\b.*\b4\b.*\b3\b"),
+        (0.9, "n:4", r"\b2\b.*\b7\b.*'row'"),
+        (None, "n:4", r"`sparsity`.*\bNone\b.*'n:4'"),
+        (0.5, "n:3", r"'n:3'.*\b3\b.*\b8\b"),
+        (0.5, "n:16", r"'n:16'.*\b16\b.*\b8\b"),
+        (torch.full((8,), 0.5), "n:4", r"`sparsity`.*\(3,\).*\(2, 3\).*\(8,\)"),
+        (torch.full((3,), 0.5), "2:4", r"`sparsity`.*\bNone\b.*\b0\.5\b.*'2:4'"),
     ],
 )
 def test_what_does_not_fit_the_groups(
@@ -69,18 +67,18 @@ def test_what_does_not_fit_the_groups(
 
 @pytest.mark.parametrize("pattern", ["layer", "block"])
 def test_one_sparsity_per_layer(pattern: str) -> None:
-    with pytest.raises(InvalidInput, match=f"one value with pattern '{pattern}'; got \\(3,\\)"):
+    with pytest.raises(InvalidInput, match=rf"'{pattern}'.*\(3,\)"):
         _prepare(sparsity=torch.full((3,), 0.5), pattern=pattern)
 
 
 @pytest.mark.parametrize("shape", [(2,), (8,), (3, 2), (1, 3), (2, 3, 1)])
 def test_sparsity_of_a_wrong_shape(shape: tuple[int, ...]) -> None:
-    with pytest.raises(InvalidInput, match=r"of shape \(3,\) or \(2, 3\); got \("):
+    with pytest.raises(InvalidInput, match=r"`sparsity`.*\(3,\).*\(2, 3\)"):
         _prepare(sparsity=torch.full(shape, 0.5))
 
 
 def test_columns_must_be_whole_groups() -> None:
-    with pytest.raises(InvalidInput, match="'2:3' needs a multiple of 3 columns; got 8"):
+    with pytest.raises(InvalidInput, match=r"'2:3'.*\b3\b.*\b8\b"):
         _prepare(sparsity=None, pattern="2:3")
 
 
@@ -89,13 +87,13 @@ def test_columns_must_be_whole_groups() -> None:
     [torch.ones(3), torch.ones(1, 1, 2, 2), torch.ones(0, 2), torch.ones(2, 2, dtype=torch.int64)],
 )
 def test_weight_of_a_wrong_kind(weight: torch.Tensor) -> None:
-    with pytest.raises(InvalidInput, match="`weight` must be a non-empty floating-point tensor"):
+    with pytest.raises(InvalidInput, match=r"`weight`.*floating-point"):
         _prepare(weight=weight, gram=None)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_weight_not_finite(bad: float) -> None:
-    with pytest.raises(InvalidInput, match="`weight` must be finite"):
+    with pytest.raises(InvalidInput, match=r"`weight`.*finite"):
         _prepare(weight=torch.tensor([[1, bad]]), gram=None)
 
 
@@ -103,23 +101,21 @@ def test_weight_not_finite(bad: float) -> None:
     "gram", [torch.eye(8), torch.ones(2, 7, 7), torch.ones(1, 8, 8), torch.ones(2, 8, 8).long()]
 )
 def test_gram_of_a_wrong_kind(gram: torch.Tensor) -> None:
-    with pytest.raises(
-        InvalidInput, match=r"`gram` must be a floating-point tensor of shape \(2, 8, 8\)"
-    ):
+    with pytest.raises(InvalidInput, match=r"`gram`.*\(2, 8, 8\)"):
         _prepare(gram=gram)
 
 
 def test_gram_not_finite_names_the_expert() -> None:
     gram = make(2, 3, 8)[1]
     gram[1, 0, 3] = math.nan
-    with pytest.raises(NumericalError, match="`gram` of expert 1 holds NaN"):
+    with pytest.raises(NumericalError, match=r"`gram`.*\b1\b.*\bNaN\b"):
         _prepare(gram=gram)
 
 
 def test_negative_diagonal() -> None:
     gram = make(2, 3, 8)[1]
     gram[1, 4, 4] = -2.5
-    with pytest.raises(InvalidInput, match=r"expert 1 has -2\.5 on it"):
+    with pytest.raises(InvalidInput, match=r"`gram`.*\b1\b.*-2\.5\b"):
         _prepare(gram=gram)
 
 
@@ -134,9 +130,7 @@ def test_negative_diagonal() -> None:
     ],
 )
 def test_bad_rows(rows: torch.Tensor) -> None:
-    with pytest.raises(
-        InvalidInput, match="`rows` must be a boolean mask of 3 entries or different"
-    ):
+    with pytest.raises(InvalidInput, match=r"`rows`.*\b3\b.*different"):
         _prepare(rows=rows)
 
 
@@ -171,7 +165,7 @@ def test_rows_may_be_a_list(rows: list[int], expected: list[int]) -> None:
 
 @pytest.mark.parametrize("rows", [[3], [0, 0], [-1], [True, False]])
 def test_bad_lists_of_rows(rows: list[int]) -> None:
-    with pytest.raises(InvalidInput, match="`rows` must be a boolean mask of 3 entries or"):
+    with pytest.raises(InvalidInput, match=r"`rows`.*boolean.*\b3\b"):
         _prepare(rows=rows)
 
 
@@ -179,11 +173,11 @@ def test_a_gram_that_the_solver_cannot_hold_names_the_expert() -> None:
     gram = make(2, 3, 8)[1]
     gram[1] *= 1e-48
     weight = torch.ones(2, 3, 8, dtype=torch.float32)
-    with pytest.raises(NumericalError, match=r"expert 1 is too small for torch\.float32.*e-4\d"):
+    with pytest.raises(NumericalError, match=r"\b1\b.*torch\.float32.*e-4\d"):
         _prepare(weight=weight, gram=gram)
     assert _prepare(gram=gram).gram is not None  # in float64
     gram[1] *= 1e96
-    with pytest.raises(NumericalError, match="`gram` of expert 1 holds NaN or infinity"):
+    with pytest.raises(NumericalError, match=r"`gram`.*\b1\b.*\bNaN\b"):
         _prepare(weight=weight, gram=gram)
 
 
@@ -193,8 +187,8 @@ def test_the_last_of_many_weights_and_grams_is_checked(dtype: torch.dtype, bad: 
     weight, gram = torch.ones(3, 2, 40, dtype=dtype), torch.eye(40).repeat(3, 1, 1)
     weight[2, 1, 39] = bad
     for broken in (weight, weight[2].expand(4, -1, -1)):
-        with pytest.raises(InvalidInput, match="`weight` must be finite"):
+        with pytest.raises(InvalidInput, match=r"`weight`.*\bNaN\b"):
             _prepare(weight=broken, gram=None)
     gram[2, 39, 39] = bad
-    with pytest.raises(NumericalError, match="`gram` of expert 2 holds NaN or infinity"):
+    with pytest.raises(NumericalError, match=r"`gram`.*\b2\b.*\bNaN\b"):
         _prepare(weight=torch.ones(3, 2, 40, dtype=dtype), gram=gram)

@@ -179,7 +179,7 @@ def test_escalates_only_where_needed() -> None:
 def test_names_the_expert_that_cannot_be_factorised() -> None:
     weight, gram = make(3, 2, 4)
     gram[2, 0, 1] = gram[2, 1, 0] = 1e12
-    with pytest.raises(NumericalError, match=r"expert 2 is not positive definite.*10000"):
+    with pytest.raises(NumericalError, match=r"\b2\b.*\b10000\b"):
         prune_sparsegpt(weight, gram, sparsity=0.5)
 
 
@@ -193,5 +193,5 @@ def test_rank_deficient_gram_is_damped() -> None:
 
 
 def test_bad_block_size() -> None:
-    with pytest.raises(InvalidInput, match=r"`block_size`.*1; got 0"):
+    with pytest.raises(InvalidInput, match=r"block_size.*\b1\b.*\b0\b"):
         prune_sparsegpt(torch.ones(1, 2), torch.eye(2), sparsity=0.5, block_size=0)

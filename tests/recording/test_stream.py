@@ -274,7 +274,7 @@ def test_a_full_disk_is_one_clear_line(
             for _ in range(10):
                 store.append(rows(4))
 
-    with pytest.raises(Unavailable, match=f"cannot be written: {reason} {remedy}\\.$"):
+    with pytest.raises(Unavailable, match=rf"{reason}.*{remedy}"):
         fill()
     assert disk.size > 0
 
@@ -282,9 +282,9 @@ def test_a_full_disk_is_one_clear_line(
 def test_chunks_must_be_alike() -> None:
     with TokenStore(ByteBudget(1000)) as store:
         store.append(rows(2))
-        with pytest.raises(InvalidInput, match=r"must have 3 features of torch.float32; got 5 of"):
+        with pytest.raises(InvalidInput, match=r"\b3\b.*torch\.float32.*\b5\b"):
             store.append(torch.zeros(1, 5))
-        with pytest.raises(InvalidInput, match=r"got 3 of torch\.float64"):
+        with pytest.raises(InvalidInput, match=r"\b3\b.*torch\.float64"):
             store.append(torch.zeros(1, 3, dtype=torch.float64))
         assert store.n_tokens == 2
 
@@ -298,7 +298,7 @@ def test_no_rows_at_all() -> None:
 
 
 def test_a_budget_is_not_negative() -> None:
-    with pytest.raises(InvalidInput, match="must be at least 0; got -1"):
+    with pytest.raises(InvalidInput, match=r"\b0\b.*-1\b"):
         ByteBudget(-1)
 
 
@@ -331,7 +331,7 @@ def test_rows_in_a_file_are_not_joined() -> None:
     with TokenStore(ByteBudget(0)) as store:
         store.append(torch.zeros(2, 3))
         assert not store.in_memory
-        with pytest.raises(InvalidInput, match="blocks"):
+        with pytest.raises(InvalidInput, match="RAM"):
             store.joined()
 
 

@@ -1,5 +1,3 @@
-import re
-
 import pytest
 import torch
 
@@ -30,14 +28,14 @@ def test_a_block_holds_at_least_one_token() -> None:
 
 @pytest.mark.parametrize("stream", [[], [torch.empty(0, 3)]])
 def test_an_empty_stream_is_refused(stream: list[torch.Tensor]) -> None:
-    with pytest.raises(InvalidInput, match="at least one token"):
+    with pytest.raises(InvalidInput, match=r"`stream`.*token"):
         list(fixed_blocks(stream))
 
 
 def test_wrong_chunks_are_refused() -> None:
-    with pytest.raises(InvalidInput, match=re.escape("got torch.float32 of shape (3,)")):
+    with pytest.raises(InvalidInput, match=r"torch\.float32.*\(3,\)"):
         list(fixed_blocks([torch.ones(3)]))
-    with pytest.raises(InvalidInput, match=re.escape("got torch.int64 of shape (1, 3)")):
+    with pytest.raises(InvalidInput, match=r"torch\.int64.*\(1, 3\)"):
         list(fixed_blocks([torch.ones(1, 3, dtype=torch.int64)]))
-    with pytest.raises(InvalidInput, match="one width; got 3 and 4 features"):
+    with pytest.raises(InvalidInput, match=r"`stream`.*\b3\b.*\b4\b"):
         list(fixed_blocks([torch.ones(1, 3), torch.ones(1, 4)]))

@@ -111,7 +111,7 @@ def test_duplicates() -> None:
     x = tokens(3, seed=2).repeat(20, 1)
     router = fit_router([x], 3, seed=0)
     assert router.statistics.tokens_per_cluster.tolist() == [20, 20, 20]
-    with pytest.raises(InvalidInput, match="got k=4, and only 3 differ"):
+    with pytest.raises(InvalidInput, match=r"k=4.*\b3\b"):
         fit_router([x], 4, seed=0)
 
 
@@ -121,13 +121,13 @@ def test_constant_features_and_a_constant_stream() -> None:
     assert fit_router([x], 4, seed=0).components[:, 10:].abs().max() < 1e-5
     constant = torch.full((30, 5), 3.3)
     assert fit_router([constant], 1, seed=0).route(constant).tolist() == [0] * 30
-    with pytest.raises(InvalidInput, match="got k=2, and only 1 differ"):
+    with pytest.raises(InvalidInput, match=r"differ.*k=2.*\b1\b"):
         fit_router([constant], 2, seed=0)
 
 
 def test_one_token() -> None:
     assert fit_router([torch.ones(1, 3)], 1, seed=0).statistics.tokens_per_cluster.tolist() == [1]
-    with pytest.raises(InvalidInput, match="at most the number of tokens, 1; got 2"):
+    with pytest.raises(InvalidInput, match=r"`k`.*tokens.*\b1\b.*\b2\b"):
         fit_router([torch.ones(1, 3)], 2, seed=0)
 
 
@@ -135,12 +135,12 @@ def test_one_token() -> None:
 def test_nan_tokens_are_refused(kind: Kind) -> None:
     x = tokens()
     x[17, 3] = float("nan")
-    with pytest.raises(NumericalError, match="1 of 500 tokens hold NaN"):
+    with pytest.raises(NumericalError, match=r"\b1\b.*\b500\b.*\bNaN\b.*float32"):
         fit_router([x], 1, seed=0, kind=kind)
 
 
 def test_an_iterator_cannot_be_read_twice() -> None:
-    with pytest.raises(InvalidInput, match="more than once"):
+    with pytest.raises(InvalidInput, match=r"`stream`.*once"):
         fit_router(iter([tokens()]), 2, seed=0)
 
 
@@ -152,20 +152,20 @@ def test_a_stream_that_changes_is_refused() -> None:
             self.reads += 1
             return iter([tokens()[: 500 - 10 * self.reads]])
 
-    with pytest.raises(InvalidInput, match="the same tokens every time; got 490, then 480"):
+    with pytest.raises(InvalidInput, match=r"`stream`.*\b490\b.*\b480\b"):
         fit_router(Shrinking(), 2, seed=0)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"k": 0}, "`k` must be an integer of at least 1; got 0"),
-        ({"kind": "single"}, "`k` must be 1 for the single cluster; got 2"),
-        ({"n_components": 0}, "`n_components` must be an integer of at least 1; got 0"),
-        ({"n_components": 65}, "at most the 64 features of a token; got 65"),
-        ({"restarts": 0}, "`restarts` must be an integer of at least 1; got 0"),
-        ({"max_tokens": 1}, "`max_tokens`.*2; got 1"),
-        ({"seed": -1}, "`seed` must be an integer"),
+        ({"k": 0}, r"`k`.*integer.*\b1\b.*\b0\b"),
+        ({"kind": "single"}, r"`k`.*\b1\b.*cluster.*\b2\b"),
+        ({"n_components": 0}, r"n_components.*\b1\b.*\b0\b"),
+        ({"n_components": 65}, r"n_components.*\b64\b.*\b65\b"),
+        ({"restarts": 0}, r"`restarts`.*\b1\b.*\b0\b"),
+        ({"max_tokens": 1}, r"max_tokens.*\b2\b.*\b1\b"),
+        ({"seed": -1}, r"`seed`.*-1\b"),
     ],
 )
 def test_bad_parameters(arguments: dict[str, object], message: str) -> None:
@@ -230,8 +230,8 @@ def test_controls_count_clusters_that_no_token_falls_into() -> None:
 
 
 def test_other_kinds_are_refused() -> None:
-    with pytest.raises(InvalidInput, match=r"'nearest'.*kmeans"):
+    with pytest.raises(InvalidInput, match="'nearest'"):
         _check_parameters(2, 10, "nearest")
     _check_parameters(10, 10, "kmeans")
-    with pytest.raises(InvalidInput, match=r"max_tokens.*11.*got 10"):
+    with pytest.raises(InvalidInput, match=r"max_tokens.*\b11\b.*\b10\b"):
         _check_parameters(11, 10, "kmeans")

@@ -110,7 +110,7 @@ def test_as_many_clusters_as_distinct_points() -> None:
 
 def test_too_few_distinct_points() -> None:
     points = torch.tensor([[-0.1, 1.3], [0.7, 2.2], [0.4, 0.3]]).repeat(5, 1)
-    with pytest.raises(InvalidInput, match="got k=4, and only 3 differ"):
+    with pytest.raises(InvalidInput, match=r"k=4.*\b3\b"):
         kmeans(points, 4, restarts=2, seed=0)
 
 

@@ -99,7 +99,7 @@ def test_a_token_of_nan_is_routed_all_the_same(kind: Kind) -> None:
 
 
 def test_wrong_width_is_refused() -> None:
-    with pytest.raises(InvalidInput, match="2 features in its last dimension; got shape"):
+    with pytest.raises(InvalidInput, match=r"`x`.*\b2\b"):
         by_hand().route(torch.ones(4, 3))
 
 
@@ -119,13 +119,13 @@ def test_state_round_trip_through_safetensors(kind: Kind, tmp_path: Path) -> Non
 def test_a_broken_state_is_refused() -> None:
     state = by_hand().state()
     lacking = {name: value for name, value in state.items() if name != "mean"}
-    with pytest.raises(InvalidInput, match="state lacks mean"):
+    with pytest.raises(InvalidInput, match=r"state.*mean"):
         Router.from_state(lacking)
-    with pytest.raises(InvalidInput, match="components must have shape"):
+    with pytest.raises(InvalidInput, match="components"):
         Router.from_state(state | {"components": torch.ones(2, 2)})
-    with pytest.raises(InvalidInput, match="mean must have 1 dimension; got 0"):
+    with pytest.raises(InvalidInput, match=r"\b1\b.*dimension.*\b0\b"):
         Router.from_state(state | {"mean": torch.tensor(1.0)})
-    with pytest.raises(InvalidInput, match=r"kind must be in \[0, 3\); got 3"):
+    with pytest.raises(InvalidInput, match=r"kind.*\[0, 3\).*\b3\b"):
         Router.from_state(state | {"kind": torch.tensor(3)})
 
 

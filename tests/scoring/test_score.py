@@ -284,13 +284,13 @@ def test_running_out_of_memory_names_the_settings(
         raise error
 
     monkeypatch.setattr(score_module, where, fail)
-    message = r"by the exact method on 256 × 16 tokens at a time; lower --seq-len"
+    message = r"\b256\b.*\b16\b.*--seq-len"
     with pytest.raises(MemoryLimit, match=message):
         score(tiny("llama"), calibration, layers=1, method="exact")
 
 
 def test_torch_says_so_when_memory_runs_out_on_the_cpu() -> None:
-    with pytest.raises(RuntimeError, match="you tried to allocate"):
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
         torch.empty(2**60)
 
 
@@ -308,11 +308,11 @@ def test_other_errors_are_not_taken_for_it(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"seed": -1}, "`seed` must be"),
-        ({"layers": []}, r"`layers`.*got \[\]"),
-        ({"layers": 3}, r"must be in 0\.\.2 for this model; got 3"),
+        ({"seed": -1}, r"`seed`.*-1\b"),
+        ({"layers": []}, r"`layers`.*\[\]"),
+        ({"layers": 3}, r"\b0\b.*2.*\b3\b"),
         ({"memory": 2**20 - 1}, r"`memory`.*1048575"),
-        ({"batch_size": 0}, r"`batch_size`.*1; got 0"),
+        ({"batch_size": 0}, r"batch_size.*\b1\b.*\b0\b"),
     ],
 )
 def test_settings_that_break_a_rule(
@@ -323,7 +323,7 @@ def test_settings_that_break_a_rule(
 
 
 def test_unknown_layers(tiny: Tiny, calibration: CalibrationSet) -> None:
-    with pytest.raises(UnknownName, match="unknown layer"):
+    with pytest.raises(UnknownName, match=r"'model\.layers\.1\.mlp\.gate'"):
         score(tiny("llama"), calibration, layers="model.layers.1.mlp.gate")
 
 
@@ -331,5 +331,5 @@ def test_a_layer_that_never_runs(calibration: CalibrationSet) -> None:
     module = Plain()
     module.unused = nn.Linear(6, 6)
     for method in METHODS:
-        with pytest.raises(InvalidInput, match="layer 'unused' sees no token"):
+        with pytest.raises(InvalidInput, match="'unused'"):
             score(module, calibration, layers="unused", method=method)

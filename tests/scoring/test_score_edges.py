@@ -101,9 +101,9 @@ def test_equal_inputs_have_no_mapping_difficulty(tiny: Tiny) -> None:
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        (torch.full((2, 8), 112), r"does not fit the model: token id 112 is outside .* \[0, 112\)"),
-        (torch.full((2, 8), -1), "must be at least 0; got -1"),
-        (torch.full((1, 129), 5), "`seq_len` must be at most 128, the model's context; got 129"),
+        (torch.full((2, 8), 112), r"\b112\b.*\[0, 112\)"),
+        (torch.full((2, 8), -1), r"\b0\b.*-1\b.*attention_mask"),
+        (torch.full((1, 129), 5), r"seq_len.*\b128\b.*context.*\b129\b"),
     ],
 )
 def test_ids_that_do_not_fit_the_model(ids: torch.Tensor, message: str, tiny: Tiny) -> None:
@@ -142,7 +142,7 @@ def test_layers_that_see_no_token_are_left_out_unless_named(
     settings = scores.manifest["settings"]
     assert isinstance(settings, dict)
     assert settings["layers_without_tokens"] == [spare]
-    with pytest.raises(InvalidInput, match="sees no token"):
+    with pytest.raises(InvalidInput, match=r"'inner\.model\.layers\.0\.spare'"):
         score(module, calibration, layers=[0, spare], method=method)
 
 

@@ -68,7 +68,7 @@ def test_the_same_scores_give_the_same_bytes(scores: NeuronScores, tmp_path: Pat
 
 def test_an_existing_result_needs_force(scores: NeuronScores, tmp_path: Path) -> None:
     scores.save(tmp_path / "run")
-    with pytest.raises(InvalidInput, match="exists; name another one or use --force"):
+    with pytest.raises(InvalidInput, match=r"run'.*--force.*force=True"):
         scores.layer(GATE).save(tmp_path / "run")
     assert len(load_scores(tmp_path / "run").layers) == 7
     scores.layer(GATE).save(tmp_path / "run", force=True)
@@ -95,7 +95,7 @@ def test_a_disk_that_fills_up_leaves_nothing(
         monkeypatch.setattr(pd.DataFrame, "to_parquet", full)
     if file.endswith("json"):
         monkeypatch.setattr(scores_module, "write_json", full)
-    with pytest.raises(Unavailable, match="run' cannot be written: the disk is full; free some"):
+    with pytest.raises(Unavailable, match=r"run'.*full"):
         scores.save(tmp_path / "run")
     assert names(tmp_path) == []
 
@@ -138,7 +138,7 @@ def test_tables_must_have_their_columns(scores: NeuronScores, tmp_path: Path) ->
     for file, column in (("scores.parquet", "wd_se"), ("layers.parquet", "split_half")):
         path = scores.save(tmp_path / "run", force=True) / file
         pd.read_parquet(path).drop(columns=column).to_parquet(path)
-        with pytest.raises(InvalidInput, match=f"{file}' must have the column '{column}'; make"):
+        with pytest.raises(InvalidInput, match=rf"{file}.*'{column}'"):
             load_scores(tmp_path / "run")
 
 
@@ -148,7 +148,7 @@ def test_the_files_must_belong_together(scores: NeuronScores, tmp_path: Path) ->
     for file in ("scores.parquet", "layers.parquet", "histograms.safetensors"):
         mixed = scores.save(tmp_path / "run", force=True)
         (mixed / file).write_bytes((tmp_path / "other" / file).read_bytes())
-        with pytest.raises(InvalidInput, match="do not hold the same layers; make the result anew"):
+        with pytest.raises(InvalidInput, match=r"run'.*make"):
             load_scores(mixed)
 
 
@@ -165,9 +165,9 @@ def test_histograms_without_their_metadata(
 def test_other_results_are_refused(scores: NeuronScores, tmp_path: Path) -> None:
     path = scores.save(tmp_path / "run") / "manifest.json"
     path.write_text(json.dumps(dict(scores.manifest) | {"kind": "sweep"}))
-    with pytest.raises(InvalidInput, match="must hold a result of kind 'scores'; got 'sweep'"):
+    with pytest.raises(InvalidInput, match=r"'scores'.*'sweep'"):
         load_scores(tmp_path / "run")
-    with pytest.raises(InvalidInput, match="is no result folder"):
+    with pytest.raises(InvalidInput, match="nothing'"):
         load_scores(tmp_path / "nothing")
 
 
@@ -196,10 +196,10 @@ def test_flagged_neurons_are_not_in_the_top_and_ties_keep_their_order(
 
 
 def test_what_the_top_refuses(scores: NeuronScores) -> None:
-    with pytest.raises(InvalidInput, match=r"`k`.*1; got 0"):
+    with pytest.raises(InvalidInput, match=r"`k`.*\b1\b.*\b0\b"):
         scores.top(0)
     for column in ("wdd", "layer"):
-        with pytest.raises(UnknownName, match=f"unknown column '{column}'.*numeric column"):
+        with pytest.raises(UnknownName, match=f"'{column}'"):
             scores.top(3, by=column)
 
 
@@ -209,9 +209,9 @@ def test_one_layer(scores: NeuronScores) -> None:
     assert one.frame.index.tolist() == list(range(48))
     assert list(one.histograms) == [GATE]
     assert one.manifest is scores.manifest
-    with pytest.raises(UnknownName, match=r"unknown layer 'gate'.*These scores hold no other"):
+    with pytest.raises(UnknownName, match="'gate'"):
         scores.layer("gate")
-    with pytest.raises(UnknownName, match="unknown layer 'gate'"):
+    with pytest.raises(UnknownName, match="'gate'"):
         scores.histogram("gate", 0)
 
 

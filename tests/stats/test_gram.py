@@ -1,5 +1,3 @@
-import re
-
 import numpy as np
 import pytest
 import torch
@@ -63,7 +61,7 @@ def test_sets_of_tokens_are_summed_by_themselves() -> None:
     (found,) = sum_grams([wide.split(17)], PANEL + 44, device=torch.device("cpu"))
     np.testing.assert_allclose(found, reference.gram(wide.double().numpy()), rtol=1e-5, atol=1e-4)
     assert torch.equal(found, found.mT)
-    with pytest.raises(NumericalError, match="1 of 50 tokens"):
+    with pytest.raises(NumericalError, match=r"\b1\b.*\b50\b.*float32"):
         sum_grams(
             [[wide.index_fill(0, torch.tensor(3), torch.inf)]], PANEL + 44, device=wide.device
         )
@@ -155,26 +153,26 @@ def test_non_finite_tokens_are_counted_and_refused(value: float) -> None:
     x[1, 2] = x[4, 0] = x[4, 1] = value
     gram = Gram(3)
     gram.update(torch.ones(2, 3))
-    with pytest.raises(NumericalError, match="2 of 5 tokens hold NaN or infinite"):
+    with pytest.raises(NumericalError, match=r"\b2\b.*\b5\b.*\bNaN\b.*float32"):
         gram.update(x)
     assert gram.result().count == 2
     assert gram.result().gram.tolist() == torch.full((3, 3), 2.0).tolist()
 
 
 def test_overflowing_squares_are_refused() -> None:
-    with pytest.raises(NumericalError, match=re.escape("1e+30 overflow float32 when squared")):
+    with pytest.raises(NumericalError, match=r"\b1e\+30\b.*float32"):
         require_finite(torch.full((2, 2), 1e30))
 
 
 def test_wrong_shapes_and_clusters_are_refused() -> None:
     grams = ClusterGrams(2, 3)
-    with pytest.raises(InvalidInput, match=re.escape("must be (tokens, 3); got shape (4, 2)")):
+    with pytest.raises(InvalidInput, match=r"`batch`.*\b3\b.*\(4, 2\)"):
         grams.update(torch.ones(4, 2), torch.zeros(4, dtype=torch.int64))
     for label in (-1, 2):
-        with pytest.raises(InvalidInput, match=re.escape("must lie in [0, 2)")):
+        with pytest.raises(InvalidInput, match=r"`assignment`.*\[0, 2\)"):
             grams.update(torch.ones(1, 3), torch.tensor([label]))
-    with pytest.raises(InvalidInput, match=re.escape("(2, 3, 3) and (2, 4, 4)")):
+    with pytest.raises(InvalidInput, match=r"\(2, 3, 3\).*\(2, 4, 4\)"):
         grams.merge(ClusterGrams(2, 4))
-    with pytest.raises(InvalidInput, match="at least 1; got 0 and 3"):
+    with pytest.raises(InvalidInput, match=r"`k`.*\b1\b.*\b0\b.*\b3\b"):
         ClusterGrams(0, 3)
     assert grams.result().count.tolist() == [0, 0]

@@ -196,11 +196,11 @@ def test_windows_without_an_interval(values: list[float], mean: float) -> None:
 @pytest.mark.parametrize(
     ("values", "counts", "options", "says"),
     [
-        ([], [], {}, "at least 1 window"),
-        ([1.0, 2.0], [1], {}, "one count for each"),
-        ([1.0, 2.0], [1, 0], {}, "`counts` must be at least 1; got 0"),
-        ([1.0, 2.0], [1, 1], {"n_boot": 0}, "`n_boot` must"),
-        ([1.0, 2.0], [1, 1], {"level": 0.0}, "`level` must"),
+        ([], [], {}, r"window.*\b1\b"),
+        ([1.0, 2.0], [1], {}, r"count.*\b1\b"),
+        ([1.0, 2.0], [1, 0], {}, r"`counts`.*\b1\b.*\b0\b"),
+        ([1.0, 2.0], [1, 1], {"n_boot": 0}, r"n_boot.*\b0\b"),
+        ([1.0, 2.0], [1, 1], {"level": 0.0}, r"`level`.*\b0\.0\b"),
     ],
 )
 def test_means_that_do_not_exist_are_refused(
@@ -209,7 +209,7 @@ def test_means_that_do_not_exist_are_refused(
     given = np.array(values), np.array(counts, dtype=np.int64)
     with pytest.raises(InvalidInput, match=says):
         window_mean_interval(*given, **options)  # type: ignore[arg-type]
-    with pytest.raises(InvalidInput, match="`a` and `b` must"):
+    with pytest.raises(InvalidInput, match=r"`a`.*`b`"):
         window_difference_interval(np.zeros(2), np.zeros(3), np.ones(2, dtype=np.int64))
 
 
@@ -258,19 +258,19 @@ def test_correlations_take_three_points_and_any_level_inside() -> None:
     found = spearman_interval(x, -x, n_boot=1, level=1e-6)
     assert (found.value, found.low, found.high) == pytest.approx((-1.0, -1.0, -1.0))
     for size in (0, 2):
-        with pytest.raises(InvalidInput, match=rf"3.*\({size},\).*\(3,\)"):
+        with pytest.raises(InvalidInput, match=rf"\b3\b.*{size}.*\(3,\)"):
             spearman_interval(np.arange(float(size)), x)
     with pytest.raises(InvalidInput, match=r"\(1, 3\)"):
         spearman_interval(x[None], x[None])
     for level in (0.0, 1.0, -0.5, float("nan")):
-        with pytest.raises(InvalidInput, match=f"`level`.*{level}"):
+        with pytest.raises(InvalidInput, match=rf"`level`.*{level}"):
             spearman_interval(x, x, level=level)
-    with pytest.raises(InvalidInput, match=r"`n_boot`.*\b0\b"):
+    with pytest.raises(InvalidInput, match=r"n_boot.*\b0\b"):
         spearman_interval(x, x, n_boot=0)
 
 
 def test_the_value_of_a_side_that_does_not_vary_is_named() -> None:
     x, flat = np.array([1.0, 2.0, 4.0]), np.full(3, 5.5)
     for pair in ((x, flat), (flat, x)):
-        with pytest.raises(InvalidInput, match=r"\b3\b.*5\.5"):
+        with pytest.raises(InvalidInput, match=r"\b3\b.*\b5\.5\b"):
             spearman_interval(*pair)

@@ -205,7 +205,7 @@ def test_unknown_normaliser(norm: str) -> None:
     x, y, pairs = _problem(31)
     result = mapping_difficulty(y, pairs, _distance(x, pairs))
     unchecked = inspect.unwrap(MappingDifficulty.md)  # without the tests' own type check
-    with pytest.raises(InvalidInput, match="median, mean or max"):
+    with pytest.raises(InvalidInput, match=r"output_norm.*'max'"):
         unchecked(result, output_norm=norm)
 
 
@@ -243,7 +243,7 @@ def test_pairs_from_some_rows_on(starts: tuple[int, int], n_pairs: int) -> None:
 
 @pytest.mark.parametrize(("n_pairs", "starts"), [(21, (0, 0)), (3, (20, 0)), (3, (0, -1))])
 def test_pairs_must_have_rows(n_pairs: int, starts: tuple[int, int]) -> None:
-    with pytest.raises(InvalidInput, match="at most as many pairs as rows, 20"):
+    with pytest.raises(InvalidInput, match=r"\b20\b.*`starts`"):
         PairSketch(3).update(torch.zeros(20, 3), torch.ones(20, 3), torch.ones(n_pairs),
                              starts=starts)  # fmt: skip
 
@@ -325,7 +325,7 @@ def test_memory_does_not_grow() -> None:
 def test_fork_and_merge_need_common_bins() -> None:
     x, y, pairs = _problem()
     distance = _distance(x, pairs)
-    with pytest.raises(InvalidInput, match="first `update`"):
+    with pytest.raises(InvalidInput, match="`update`"):
         PairSketch(3).fork()
     with pytest.raises(InvalidInput, match="`fork`"):
         _sketch(y, pairs, distance).merge(PairSketch(3))

@@ -305,20 +305,20 @@ def test_gradients_are_not_kept() -> None:
 
 def test_errors() -> None:
     y = torch.arange(20.0).view(10, 2)
-    with pytest.raises(InvalidInput, match="at least 1; got 0 and 8"):
+    with pytest.raises(InvalidInput, match=r"n_neurons.*\b1\b.*\b0\b.*\b8\b"):
         OutputSketch(0)
-    with pytest.raises(InvalidInput, match="at least 1; got 3 and 0"):
+    with pytest.raises(InvalidInput, match=r"n_neurons.*\b1\b.*\b3\b.*\b0\b"):
         OutputSketch(3, n_groups=0)
-    with pytest.raises(InvalidInput, match="got 2 columns"):
+    with pytest.raises(InvalidInput, match=r"`outputs`.*columns.*\b2\b"):
         OutputSketch(3).update(y)
     for group in (-1, 8):
-        with pytest.raises(InvalidInput, match=f"group {group}"):
+        with pytest.raises(InvalidInput, match=rf"`outputs`.*{group}"):
             OutputSketch(2).update(y, group=group)
     with pytest.raises(InvalidInput, match="no token"):
         OutputSketch(2).result()
     with pytest.raises(InvalidInput, match="no token"):
         grouped(y, [0]).fork().result()
-    with pytest.raises(InvalidInput, match="first `update`"):
+    with pytest.raises(InvalidInput, match="`update`"):
         OutputSketch(2).fork()
 
 

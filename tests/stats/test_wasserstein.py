@@ -332,7 +332,7 @@ def test_ties_on_cell_borders() -> None:
 
 def test_no_neuron_and_no_token() -> None:
     assert shape_statistics(torch.empty(0, 5)).wd.shape == (0,)
-    with pytest.raises(InvalidInput, match="at least one token"):
+    with pytest.raises(InvalidInput, match=r"`outputs`.*token.*\b0\b"):
         shape_statistics(torch.empty(3, 0))
 
 
