@@ -242,7 +242,7 @@ def _memory(parameter: Tensor) -> tuple[object, int, int]:
     except (RuntimeError, NotImplementedError):  # a tensor subclass without storage of its own
         return id(parameter), 0, 1
     size = parameter.element_size()
-    return (parameter.device, storage), first * size, (last + 1) * size
+    return (parameter.device, storage), int(first * size), int((last + 1) * size)
 
 
 def _owners(module: nn.Module) -> dict[object, list[Owned]]:

@@ -60,11 +60,11 @@ def _notify(
     layer: Layer,
     callback: Callback,
     _module: nn.Module,
-    args: tuple[Tensor, ...],
-    kwargs: dict[str, Tensor],
-    output: Tensor,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    output: Any,
 ) -> None:
-    inputs = _first(args, kwargs)
+    inputs: Any = _first(args, kwargs)
     if not isinstance(output, Tensor) or not isinstance(inputs, Tensor):
         return  # a router, say, which only inherits from a linear layer
     with torch.inference_mode(False), torch.no_grad():
@@ -73,7 +73,7 @@ def _notify(
         callback(layer, inputs.detach(), output.detach())
 
 
-def _first(args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> Tensor:
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return args[0] if args else next(iter(kwargs.values()))
 
 

@@ -176,7 +176,7 @@ def test_edits_reach_compiled_blocks(
 def _tiled(module: nn.Module) -> nn.Module:
     """Run every MLP on two halves of a sequence, by a forward that is set on the module."""
     for block in module.model.layers:  # type: ignore[union-attr]
-        mlp: Any = block.mlp  # type: ignore[union-attr]
+        mlp: Any = block.mlp
         mlp.forward = _closed(type(mlp).forward, mlp)
     return module
 
@@ -198,8 +198,8 @@ def test_a_forward_that_was_set_on_a_module_is_expanded_too(calibration: Calibra
 
 
 def test_an_encoder_decoder_is_refused(calibration: CalibrationSet) -> None:
-    small = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 112}
-    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    small: dict[str, Any] = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1}
+    heads: dict[str, Any] = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
     model = hf.BartForConditionalGeneration(
         hf.BartConfig(**small, **heads, encoder_ffn_dim=48, decoder_ffn_dim=48)
     )
