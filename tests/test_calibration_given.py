@@ -320,3 +320,20 @@ def test_lone_surrogates(text: str, becomes: str, tmp_path: Path) -> None:
         assert got.ids[0].tolist() == expected
     joined = load_calibration(["x", "y"], slow, seq_len=5, join="\ud83d", **plain)
     assert slow.decode(joined.ids[0]) == "x\ufffdy"
+
+
+def test_a_column_text_that_comes_late_is_told(tmp_path: Path) -> None:
+    rows = [{"url": "http://a"}] * 1500 + [{"text": "right text", "url": "x"}]
+    path = tmp_path / "late.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InvalidInput, match=r"1501.*'text'.*'url'"):
+        load_evaluation(path, tiny_tokenizer(), seq_len=8)
+    named = load_evaluation(path, tiny_tokenizer(), seq_len=8, n_windows=1, column="url")
+    assert tiny_tokenizer().decode(named.windows[0]) == "http://a"
+
+
+@pytest.mark.parametrize("source", [[""] * 200, ["", ""]])
+def test_documents_without_a_character_are_no_text(source: list[str]) -> None:
+    for load in (load_calibration, load_evaluation):
+        with pytest.raises(InvalidInput, match="no text"):
+            load(source, tiny_tokenizer(), seq_len=2)

@@ -18,12 +18,15 @@ _BLOCK = 2**20  # characters of a plain-text file held at a time
 _ROWS = 1024  # rows of a Parquet file held at a time
 
 
-def read_file(path: Path, column: str | None = None) -> Iterator[Document]:
+def read_file(
+    path: Path, column: str | None = None, *, named: bool | None = None
+) -> Iterator[Document]:
     r"""Yield the documents of one file: a row each, or the whole of a plain-text file.
 
     Text is UTF-8; a byte-order mark is dropped and line ends become ``\n``. A missing or null
     value is an empty document; blank lines between JSON lines are skipped. Without ``column`` it is
-    that of `file_column`.
+    that of `file_column`. ``named`` tells whether the user named it (by default, if it is given):
+    if not, a column ``text`` that comes later is refused rather than passed over.
 
     Raises
     ------
@@ -32,6 +35,8 @@ def read_file(path: Path, column: str | None = None) -> Iterator[Document]:
     InvalidInput
         If its ending is unknown, its content is corrupt or no text, or ``column`` does not fit.
     """
+    if _ending(path) in (".jsonl", ".json"):
+        return _json_lines(path, column, named=column is not None if named is None else named)
     return READERS[_ending(path)](path, column)
 
 
@@ -90,14 +95,25 @@ def _blocks(path: Path) -> Iterator[str]:
             yield block
 
 
-def _json_lines(path: Path, column: str | None) -> Iterator[Document]:
+def _json_lines(path: Path, column: str | None, *, named: bool = True) -> Iterator[Document]:
     chosen = file_column(path, column) or ""
     with readable(path), path.open("rb") as handle:
         for number, line in enumerate(handle, start=1):
             if line.strip():
                 where = f"line {number} of '{path}'"
                 row = json_object(line, where)
+                if not named:
+                    refuse_late_text(row, chosen, where)
                 yield [text_value(row.get(chosen), chosen, where)]
+
+
+def refuse_late_text(row: Mapping[str, Any], chosen: str, where: str) -> None:
+    """Raise `InvalidInput` for a column ``text`` that comes after another one was chosen."""
+    if chosen != "text" and row.get("text") is not None:
+        raise InvalidInput(
+            f"{where} has a column 'text', which no row at the beginning had, so {chosen!r} was "
+            "read; name the one to read with `column`."
+        )
 
 
 def _json_columns(path: Path, column: str | None) -> Mapping[str, Column]:

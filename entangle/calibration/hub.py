@@ -10,7 +10,7 @@ from itertools import chain
 from typing import Any
 
 from entangle.calibration.columns import Column, Look, choose_column, named_kind
-from entangle.calibration.files import Document, text_value
+from entangle.calibration.files import Document, refuse_late_text, text_value
 from entangle.errors import EntangleError, InvalidInput, Unavailable, UnknownName, unknown_name
 from entangle.models.hub import caches_alone, check_data_set
 
@@ -110,7 +110,14 @@ def _documents(dataset: Any, request: HubRequest) -> HubDocuments:
     if not columns:
         return HubDocuments(iter(()), request.column)
     column = choose_column(columns, request.column, where=where)
-    return HubDocuments(([text_value(row.get(column), column, where)] for row in rows), column)
+
+    def documents() -> Iterator[Document]:
+        for row in rows:
+            if request.column is None:
+                refuse_late_text(row, column, where)
+            yield [text_value(row.get(column), column, where)]
+
+    return HubDocuments(documents(), column)
 
 
 def look_at(

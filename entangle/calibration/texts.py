@@ -137,7 +137,7 @@ def _from_files(
     def documents() -> Iterator[Document]:
         for file in files:
             plain = file.suffix.lower() == ".txt"
-            yield from read_file(file, column if plain else chosen)
+            yield from read_file(file, column if plain else chosen, named=column is not None)
 
     return TextSource(documents(), {**settings, "column": chosen})
 
