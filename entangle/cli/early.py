@@ -99,13 +99,13 @@ def _check_selections(given: Mapping[str, object]) -> None:
     """Check what `ablate` and `allocate` choose by; files of neurons and of scores come later."""
     select, rule = given.get("select"), given.get("rule")
     for one in names(select) if isinstance(select, str) else ():
-        if not one.endswith((".csv", ".parquet")):
+        if not one.lower().endswith((".csv", ".parquet")):
             choice("select", one, SELECTIONS, kind="selection")
     if given.get("command") == "ablate" and given.get("scores") is None:
         for one in names(str(given["by"])):
             choice("by", one, COLUMNS, kind="column")
     if isinstance(rule, str):
-        choice("rule", rule, RULES)
+        choice("rule", rule, RULES, kind="allocation rule")
 
 
 def _check_files(given: Mapping[str, object]) -> None:
@@ -114,7 +114,7 @@ def _check_files(given: Mapping[str, object]) -> None:
     for one in names(allocation) if isinstance(allocation, str) else ():
         path = expanded(one.partition("=")[2].strip() if "=" in one else one)
         if not path.exists():
-            raise InvalidInput(f"there is no allocation {str(path)!r}; name one from allocate.")
+            raise InvalidInput(f"{str(path)!r} is no file; name one that allocate wrote.")
     folder = given.get("command") in ("ablate", "expand", "compare", "score", "decompose")
     if folder and isinstance(out, str) and not given.get("resume"):
         check_output(out, force=bool(given.get("force")))

@@ -163,8 +163,12 @@ class HiddenStates:
     def advance(self, runner: BlockRunner, index: int, recorder: Recorder | None = None) -> None:
         """Replace the states of every batch by what block ``index`` makes of them."""
         following = TokenStore(self._budget)
-        for found in self.run(runner, index, recorder):
-            following.append(found.flatten(0, -2))
+        try:
+            for found in self.run(runner, index, recorder):
+                following.append(found.flatten(0, -2))
+        except BaseException:
+            following.close()
+            raise
         self._store.close()
         self._store = following
 

@@ -166,7 +166,7 @@ def test_an_existing_checkpoint_needs_force(run: Run) -> None:
 def test_a_mistake_with_force_leaves_the_old_checkpoint(run: Run) -> None:
     assert run(*SMALL, "--out", "x").status == 0
     before, files = content_of("x"), listing()
-    check_one_line(run(*SMALL, "--out", "x", "--force", "--sparsity", 2), "[0, 1] 2")
+    check_one_line(run(*SMALL, "--out", "x", "--force", "--sparsity", 2), "[0, 1] 2.0")
     assert (content_of("x"), listing()) == (before, files)
 
 
