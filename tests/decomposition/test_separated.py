@@ -36,7 +36,8 @@ def test_a_long_text_is_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = normal(200, 4)
     drawn = draw_all(store_of(tokens), seed=0)
     found = near_pairs(store_of(tokens), drawn, near=0.5, seed=0)
-    again = near_pairs(store_of(tokens, memory=0), drawn, near=0.5, seed=0)
+    with store_of(tokens, memory=0) as spilled:
+        again = near_pairs(spilled, drawn, near=0.5, seed=0)
     other = near_pairs(store_of(tokens), drawn, near=0.5, seed=1)
     assert len(np.unique(found)) == 50
     assert np.array_equal(found, again)
