@@ -249,6 +249,14 @@ def path_of(name: str, value: object) -> Path:
     return Path(written)
 
 
+def check_seq_len(seq_len: int, context_length: int | None) -> None:
+    """Raise `InvalidInput` if a sequence is longer than a model's context (None: no limit)."""
+    if context_length is not None and seq_len > context_length:
+        raise InvalidInput(
+            f"`seq_len` must be at most the model's context, {context_length}; got {seq_len}."
+        )
+
+
 def bootstrap(n_boot: object, level: object) -> tuple[int, float]:
     """Return the number of resamples (at least 1) and the mass of an interval, in (0, 1)."""
     return whole("n_boot", n_boot, least=1), share("level", level, zero=False, one=False)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from entangle.ablation.routed_rows import FittedRows, RoutedRows, RowIndices, chosen_rows
 from entangle.ablation.row_solve import RowGroup, RowSettings, fit_group, measure_group
 from entangle.calibration import CalibrationSet, Source, as_calibration
-from entangle.checks import choice, different, finite, shares, whole, wholes
 from entangle.errors import NumericalError
 from entangle.expansion.build import HiddenStates, check_own_modules, record_inputs
 from entangle.expansion.packing import pack
@@ -21,11 +20,9 @@ from entangle.models.evaluating import evaluates
 from entangle.models.layers import Layer
 from entangle.models.loading import AnyModel, as_language_model
 from entangle.progress import Progress, ProgressBar
-from entangle.pruning.methods import METHODS
 from entangle.recording.order import look_at
 from entangle.recording.stream import ByteBudget, TokenStore
-from entangle.routing.router import KINDS, Kind
-from entangle.seeding import check_seed
+from entangle.routing.router import Kind
 
 __all__ = ["RoutedRows", "fit_rows"]
 
@@ -98,7 +95,7 @@ def fit_rows(
     ----------
     arXiv 2405.15756: algorithm A1, relative improvement, weighted WD and MD, figure 3.
     """
-    settings = _settings(
+    settings = RowSettings.checked(
         sparsities, experts, pruner=pruner, router=router, damping=damping, restarts=restarts,
         seed=seed, md=md,
     )  # fmt: skip
@@ -183,26 +180,3 @@ def _with_ri(neurons: pd.DataFrame) -> pd.DataFrame:
     with np.errstate(divide="ignore", invalid="ignore"):
         ri = np.where(neurons["experts"] == 1, 1.0, before / after)
     return neurons.assign(ri=ri)
-
-
-def _settings(
-    sparsities: float | Iterable[float],
-    experts: int | Iterable[int],
-    *,
-    pruner: str,
-    router: Kind,
-    damping: float,
-    restarts: int,
-    seed: int,
-    md: bool,
-) -> RowSettings:
-    return RowSettings(
-        tuple(different("sparsities", shares("sparsities", sparsities))),
-        tuple(different("experts", wholes("experts", experts, least=1))),
-        choice("pruner", pruner, METHODS, kind="pruning method"),
-        choice("router", router, KINDS),
-        finite("damping", damping, least=0),
-        whole("restarts", restarts, least=1),
-        check_seed(seed),
-        md,
-    )

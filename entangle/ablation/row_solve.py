@@ -1,6 +1,6 @@
 """Fit routers on one recorded input, and solve and measure the chosen rows that read it."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,13 +20,16 @@ from entangle.ablation.row_measures import (
     weighted_md,
     weighted_wd,
 )
+from entangle.checks import choice, different, finite, shares, whole, wholes
 from entangle.expansion.solve import count_shrunk, shrunk_grams
 from entangle.models.layers import Layer
 from entangle.precision import full_precision
 from entangle.pruning import prune
+from entangle.pruning.methods import METHODS
 from entangle.recording.stream import TokenStore
 from entangle.routing import Router, fit_router
-from entangle.routing.router import Kind
+from entangle.routing.router import KINDS, Kind
+from entangle.seeding import check_seed
 from entangle.stats.gram import ClusterGrams, ClusterGramsResult
 from entangle.stats.mapping_difficulty import mapping_difficulty
 from entangle.stats.rounding import judge_products
@@ -49,6 +52,31 @@ class RowSettings:
     restarts: int
     seed: int
     md: bool
+
+    @classmethod
+    def checked(
+        cls,
+        sparsities: float | Iterable[float],
+        experts: int | Iterable[int],
+        *,
+        pruner: str,
+        router: Kind,
+        damping: float,
+        restarts: int,
+        seed: int,
+        md: bool,
+    ) -> "RowSettings":
+        """Check what a user gives."""
+        return cls(
+            tuple(different("sparsities", shares("sparsities", sparsities))),
+            tuple(different("experts", wholes("experts", experts, least=1))),
+            choice("pruner", pruner, METHODS, kind="pruning method"),
+            choice("router", router, KINDS),
+            finite("damping", damping, least=0),
+            whole("restarts", restarts, least=1),
+            check_seed(seed),
+            md,
+        )
 
 
 @dataclass(frozen=True, eq=False)

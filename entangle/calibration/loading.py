@@ -21,6 +21,7 @@ from entangle.calibration.texts import TextSource, open_texts, refuse
 from entangle.calibration.token_files import TokenFile
 from entangle.calibration.tokens import first_tokens, pool_tokens
 from entangle.calibration.windows import Draw, cut_windows, is_running, take_rows
+from entangle.checks import check_seq_len
 from entangle.errors import InvalidInput
 from entangle.models.loading import LanguageModel
 from entangle.progress import tell
@@ -149,10 +150,7 @@ def as_calibration(source: Source, model: LanguageModel) -> CalibrationSet:
         return load_calibration(
             source, model.tokenizer, context_length=limit, vocab_size=model.vocab_size
         )
-    if limit is not None and source.longest > limit:
-        raise InvalidInput(
-            f"`seq_len` must be at most {limit}, the model's context; got {source.longest}."
-        )
+    check_seq_len(source.longest, limit)
     check_ids(source.ids, model.vocab_size)
     return source
 

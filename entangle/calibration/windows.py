@@ -16,7 +16,7 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from entangle.calibration.padding import first_columns, real_rows
-from entangle.checks import whole
+from entangle.checks import check_seq_len, whole
 from entangle.errors import InvalidInput
 from entangle.seeding import check_seed, numpy_rng
 
@@ -54,11 +54,7 @@ class Draw:
 
     def check_context(self, seq_len: int) -> None:
         """Raise `InvalidInput` if the model's context is shorter than ``seq_len``."""
-        if self.context_length is not None and seq_len > self.context_length:
-            raise InvalidInput(
-                f"`seq_len` must be at most the model's context, {self.context_length}; "
-                f"got {seq_len}."
-            )
+        check_seq_len(seq_len, self.context_length)
 
     @property
     def sequences(self) -> int:

@@ -8,7 +8,7 @@ import pandas as pd
 
 from entangle.ablation.row_solve import RowSettings
 from entangle.calibration import CalibrationSet, Source, as_calibration
-from entangle.checks import choice, different, finite, share, whole, wholes
+from entangle.checks import share, whole, wholes
 from entangle.decomposition.group import Parts, Request, decompose_group
 from entangle.decomposition.recorded import record_groups
 from entangle.decomposition.result import KIND, Decomposition
@@ -22,9 +22,7 @@ from entangle.modes.neuron import Neurons, check_neurons
 from entangle.precision import full_precision
 from entangle.progress import Progress, ProgressBar
 from entangle.provenance import RunClock, make_manifest
-from entangle.pruning.methods import METHODS
-from entangle.routing.router import KINDS, Kind
-from entangle.seeding import check_seed
+from entangle.routing.router import Kind
 
 
 @evaluates
@@ -99,7 +97,10 @@ def decompose(
     arXiv 2405.15756, algorithm A1, figures 1, 2, 5 to 8; arXiv 2509.24198 (separated tokens).
     """
     clock = RunClock()
-    rows = _settings(experts, sparsity, pruner, router, damping, restarts, seed)
+    rows = RowSettings.checked(
+        share("sparsity", sparsity), experts, pruner=pruner, router=router, damping=damping,
+        restarts=restarts, seed=seed, md=True,
+    )  # fmt: skip
     check_memory(memory)
     near = share("near", near, zero=False)
     contexts, pairs = whole("contexts", contexts, least=0), whole("pairs", pairs, least=0)
@@ -193,27 +194,6 @@ def _with_ri(neurons: pd.DataFrame, layers: Sequence[str], experts: Sequence[int
     with np.errstate(divide="ignore", invalid="ignore"):
         ri = np.where(neurons["experts"] == 1, 1.0, before / neurons["rmse"].to_numpy())
     return neurons.assign(ri=ri)
-
-
-def _settings(
-    experts: int | Iterable[int],
-    sparsity: float,
-    pruner: str,
-    router: Kind,
-    damping: float,
-    restarts: int,
-    seed: int,
-) -> RowSettings:
-    return RowSettings(
-        (share("sparsity", sparsity),),
-        tuple(different("experts", wholes("experts", experts, least=1))),
-        choice("pruner", pruner, METHODS, kind="pruning method"),
-        choice("router", router, KINDS),
-        finite("damping", damping, least=0),
-        whole("restarts", restarts, least=1),
-        check_seed(seed),
-        md=True,
-    )
 
 
 def _check_fit(

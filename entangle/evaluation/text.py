@@ -31,6 +31,7 @@ from entangle.calibration.texts import TextSource, as_path, open_texts, refuse
 from entangle.calibration.token_files import TokenFile
 from entangle.calibration.tokens import first_tokens
 from entangle.calibration.windows import is_running
+from entangle.checks import check_seq_len
 from entangle.errors import InvalidInput
 from entangle.evaluation.losses import window_losses
 from entangle.evaluation.windows import Cut
@@ -262,10 +263,7 @@ def as_evaluation(source: Source, model: LanguageModel) -> EvaluationText:
         return load_evaluation(
             source, model.tokenizer, context_length=limit, vocab_size=model.vocab_size
         )
-    if limit is not None and source.longest > limit:
-        raise InvalidInput(
-            f"`seq_len` must be at most the model's context, {limit}; got {source.longest}."
-        )
+    check_seq_len(source.longest, limit)
     check_ids(source.windows, model.vocab_size)
     return source
 

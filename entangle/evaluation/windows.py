@@ -8,7 +8,7 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from entangle.calibration.padding import first_columns, real_rows
-from entangle.checks import whole
+from entangle.checks import check_seq_len, whole
 from entangle.errors import InvalidInput
 
 DEFAULT_SEQ_LEN = 2048
@@ -110,8 +110,4 @@ class Cut:
         return taken
 
     def _check_context(self, seq_len: int) -> None:
-        if self.context_length is not None and seq_len > self.context_length:
-            raise InvalidInput(
-                f"`seq_len` must be at most the model's context, {self.context_length}; "
-                f"got {seq_len}."
-            )
+        check_seq_len(seq_len, self.context_length)

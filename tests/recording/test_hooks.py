@@ -10,6 +10,7 @@ from entangle.errors import InvalidInput, UnknownName
 from entangle.models.layers import Layer, find_layers, list_layers
 from entangle.models.loading import LanguageModel
 from entangle.recording.hooks import SeenTensor, edit, forward, observe
+from tests.recording.toys import Toy
 from tests.tiny_models import CONFIGS
 
 Tiny = Callable[[str], LanguageModel]
@@ -187,35 +188,6 @@ def test_no_edit_is_left_when_one_cannot_be_registered(
     with pytest.raises(RuntimeError, match="no"), edit(edits):
         pytest.fail("the block must not run")
     assert count_hooks(module) == 0
-
-
-class Spy(nn.Module):
-    """Passes its input on and counts how often."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.n_runs = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.n_runs += 1
-        return x
-
-
-class Toy(nn.Module):
-    """An embedding, then the layers ``a``, ``b``, a spy and ``c``, run in a given order."""
-
-    def __init__(self, order: str = "absc") -> None:
-        super().__init__()
-        self.order = order
-        self.table = nn.Embedding(112, 8)
-        self.a, self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
-        self.s = Spy()
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x: Tensor = self.table(ids)
-        for name in self.order:
-            x = getattr(self, name)(x)
-        return x
 
 
 def test_forward_keeps_no_cache_and_no_gradient(tiny: Tiny, calibration: CalibrationSet) -> None:
