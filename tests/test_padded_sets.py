@@ -28,7 +28,7 @@ from entangle.models.loading import LanguageModel, as_language_model
 from entangle.recording.recorder import Recorder
 from entangle.seeding import torch_rng
 from tests.reference.wasserstein import exact_wd
-from tests.tiny_models import TINY
+from tests.tiny_models import TINY, tiny_tokenizer
 
 Tiny = Callable[[str], LanguageModel]
 CAUSAL = ["llama", "gpt_neox", "gpt2", "opt", "gemma3", "qwen3", "bloom", "falcon"]
@@ -240,3 +240,30 @@ def test_windows_that_are_longer_than_the_context_without_pads(tiny: Tiny) -> No
     assert (text.seq_len, text.longest) == (500, 16)
     assert isinstance(text, EvaluationText)
     assert perplexity(tiny("llama"), text).n_tokens == sum(LENGTHS) - 10
+
+
+@pytest.mark.parametrize("load", [load_calibration, load_evaluation])
+@pytest.mark.parametrize(
+    ("rows", "n_padded"),
+    [
+        ([[5, 6, 7, 3, 3], [3, 3, 5, 6, 7], [5, 6, 7, 8, 3]], 2),
+        ([[5, 3, 3, 6, 7], [3, 5, 6, 7, 8]], 0),
+    ],
+)
+def test_pads_without_a_mask_are_told(
+    load: Callable[..., object],
+    rows: list[list[int]],
+    n_padded: int,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tokenizer = tiny_tokenizer()
+    assert tokenizer.pad_token_id == 3
+    load(torch.tensor(rows), tokenizer, seq_len=5)
+    told = capsys.readouterr().err
+    assert (f"{n_padded} of {len(rows)} row(s)" in told and "attention_mask" in told) == (
+        n_padded > 0
+    )
+    mask = torch.tensor([[int(one != 3) for one in row] for row in rows])
+    if n_padded:
+        load({"input_ids": torch.tensor(rows), "attention_mask": mask}, tokenizer, seq_len=5)
+        assert "attention_mask" not in capsys.readouterr().err

@@ -10,6 +10,7 @@ from entangle.affixes import of_saved
 from entangle.calibration.calibration_set import CalibrationSet, check_ids
 from entangle.calibration.given import Source, Wanted, find, label_of
 from entangle.calibration.joined_text import JoinedText
+from entangle.calibration.padding import note_unmasked_pads
 from entangle.calibration.special_tokens import (
     DEFAULT_POLICY,
     affixes,
@@ -119,6 +120,8 @@ def load_calibration(
     mask: Mask = None
     if isinstance(found, TokenFile):
         refuse(label, **no_policy(special_tokens, add_special_tokens))
+        pad = getattr(tokenizer, "pad_token_id", None)
+        note_unmasked_pads(found.ids, pad, found.mask, label)
         ids, mask, settings = _from_ids(found, draw, label)
     else:
         ids, settings = _from_text(found, label, tokenizer, draw, join, policy, names)

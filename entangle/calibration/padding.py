@@ -12,6 +12,7 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from entangle.errors import InvalidInput
+from entangle.progress import tell
 
 
 def checked_mask(
@@ -61,6 +62,32 @@ def check_filled(mask: Bool[Tensor, "rows columns"]) -> None:
         raise InvalidInput(
             f"every row must hold a token beside its pads; row {int(empty[0])} holds none: leave "
             "it out."
+        )
+
+
+def note_unmasked_pads(
+    ids: Int64[Tensor, "*rows columns"], pad: object, mask: Tensor | None, label: str
+) -> None:
+    """Say how many rows without a mask begin or end with several pads, which count as tokens.
+
+    Parameters
+    ----------
+    ids
+        Token ids.
+    pad
+        The tokenizer's id of a pad. One at an end is no sign: with many models it ends a text.
+    mask
+        Where there is one, nothing is said.
+    label
+        What the user calls the ids.
+    """
+    if mask is not None or not isinstance(pad, int) or ids.ndim != 2 or ids.shape[1] < 2:
+        return
+    pads = (ids[:, :2] == pad).all(1) | (ids[:, -2:] == pad).all(1)
+    if bool(pads.any()):
+        tell(
+            f"{int(pads.sum())} of {len(ids)} row(s) of {label} begin or end with several pads "
+            f"(id {pad}), which count as tokens; give their `attention_mask` to leave them out"
         )
 
 

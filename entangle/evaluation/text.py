@@ -19,7 +19,7 @@ from entangle.calibration.calibration_set import check_ids
 from entangle.calibration.given import Source, Wanted, find, label_of
 from entangle.calibration.joined_text import JoinedText
 from entangle.calibration.loading import empty_rows
-from entangle.calibration.padding import Rows
+from entangle.calibration.padding import Rows, note_unmasked_pads
 from entangle.calibration.special_tokens import (
     DEFAULT_POLICY,
     affixes,
@@ -234,6 +234,8 @@ def load_evaluation(
     policy = check_policy(special_tokens, add_special_tokens)
     if isinstance(found, TokenFile):
         refuse(label, **no_policy(special_tokens, add_special_tokens))
+        pad = getattr(tokenizer, "pad_token_id", None)
+        note_unmasked_pads(found.ids, pad, found.mask, label)
         text = _from_ids(found, cut, label)
     else:
         text = _from_text(found, label, tokenizer, cut, join, policy, names)
