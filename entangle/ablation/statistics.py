@@ -11,7 +11,7 @@ from entangle.errors import InvalidInput
 from entangle.models.layers import Layer
 from entangle.models.loading import LanguageModel
 from entangle.progress import ProgressBar
-from entangle.recording.recorder import Recorded, Recorder, told
+from entangle.recording.recorder import Recorded, Recorder, of_one_group, told
 from entangle.scoring.score import score_layers
 from entangle.scoring.scores import NeuronScores
 from entangle.stats.gram import Gram, GramResult
@@ -109,4 +109,4 @@ def _run(
     with ProgressBar("calibrating", enabled=progress) as bar:
         bar.start(calibration.n_seq, "sequences")
 
-        Recorder(layers, watch).run(model.module, told(calibration, bar.advance))
+        Recorder(layers, watch).run(model.module, told(of_one_group(calibration), bar.advance))

@@ -8,7 +8,7 @@ from torch import nn
 from entangle.calibration import CalibrationSet
 from entangle.errors import InvalidInput
 from entangle.models.layers import Layer
-from entangle.recording.recorder import Recorded, Recorder, told
+from entangle.recording.recorder import Recorded, Recorder, of_one_group, told
 from entangle.recording.stream import ByteBudget, TokenStore
 
 Group = tuple[tuple[Layer, ...], TokenStore]
@@ -54,7 +54,7 @@ def record_groups(
             stores[found.source].append(found.inputs)
 
     recorder = Recorder(layers, keep, once=True, affine="decomposition")
-    recorder.run(module, told(calibration, report))
+    recorder.run(module, told(of_one_group(calibration), report))
     recorder.check_sources()
     for name, count in recorder.tokens.items():
         if count != calibration.n_tokens:

@@ -18,7 +18,7 @@ from entangle.models.loading import LanguageModel
 from entangle.modes import describe_modes
 from entangle.plotting import dense_output
 from entangle.precision import full_precision
-from entangle.recording.recorder import Recorded, Recorder, told
+from entangle.recording.recorder import Recorded, Recorder, of_one_group
 from entangle.recording.stream import ByteBudget, TokenStore
 
 
@@ -137,7 +137,7 @@ class ModeFinder:
             else:
                 outputs.append(seen.outputs)
 
-        batches = told(subject.calibration, lambda _count: None)
+        batches = of_one_group(subject.calibration)
         with evaluating(subject.model.module):
             Recorder([layer], keep, once=True).run(subject.model.module, batches)
         self._layer = layer

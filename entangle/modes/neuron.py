@@ -21,7 +21,7 @@ from entangle.modes.find import find_modes, mode_of
 from entangle.modes.text import TokenText
 from entangle.precision import full_precision
 from entangle.progress import ProgressBar
-from entangle.recording.recorder import Recorded, Recorder, told
+from entangle.recording.recorder import Recorded, Recorder, of_one_group, told
 from entangle.seeding import check_seed, numpy_rng
 
 Neurons = int | Iterable[int] | np.ndarray
@@ -229,7 +229,7 @@ def _outputs(
 
     with ProgressBar("modes", enabled=progress) as bar:
         bar.start(calibration.n_seq, "sequences")
-        Recorder([layer], keep, once=True).run(module, told(calibration, bar.advance))
+        Recorder([layer], keep, once=True).run(module, told(of_one_group(calibration), bar.advance))
     outputs = torch.cat(parts)
     if outputs.shape[0] != calibration.n_tokens:
         raise InvalidInput(

@@ -355,11 +355,16 @@ class Recorder:
         _LOG.warning("left out: layer %r %s", layer.name, why)
 
 
-def told(calibration: CalibrationSet, report: Callable[[int], None]) -> Iterator[Batch]:
-    """Yield a calibration set's batches, and report the sequences of each when it is done with."""
-    for _, ids in calibration.batches():
-        yield 0, ids
-        report(ids.shape[0])
+def of_one_group(calibration: CalibrationSet) -> Iterator[Batch]:
+    """Yield a calibration set's batches, all of group 0."""
+    return ((0, ids) for _, ids in calibration.batches())
+
+
+def told(batches: Iterable[Batch], report: Callable[[int], None]) -> Iterator[Batch]:
+    """Pass batches on, and report the number of sequences of each when it is done with."""
+    for batch in batches:
+        yield batch
+        report(batch[1].shape[0])
 
 
 def _same(before: Sequence[SeenTensor], after: Sequence[SeenTensor]) -> bool:

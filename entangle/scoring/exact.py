@@ -16,7 +16,7 @@ from entangle.kernels.sketch import fits, row_distances
 from entangle.memory import WORK_BYTES, work_bytes
 from entangle.models.layers import Layer
 from entangle.precision import full_precision
-from entangle.recording.recorder import Batch, Recorded, Recorder
+from entangle.recording.recorder import Batch, Recorded, Recorder, told
 from entangle.recording.stream import ByteBudget, TokenStore
 from entangle.scoring.measured import MeasuredLayer
 from entangle.scoring.side_by_side import how_many, mapped
@@ -102,9 +102,9 @@ def score_exact(
         batches, at_once = list(batches), how_many(layers)
         work_space = work_bytes(memory, WORK_BYTES if at_once == 1 else _WORK_BYTES_GPU)
         budget = ByteBudget(memory - work_space)
-        passes, told = [ids.numel() for _, ids in batches], _told(batches, report)
+        passes, watched = [ids.numel() for _, ids in batches], told(batches, report)
         recorded, recorder = _record(
-            module, layers, told, budget, stack, watch, may_be_silent, passes
+            module, layers, watched, budget, stack, watch, may_be_silent, passes
         )
         heard = [layer for layer in layers if layer.name in recorded]
         if md and at_once > 1:  # here, as to wait for each of them would keep a thread from work
@@ -122,13 +122,6 @@ def score_exact(
             summaries.append(found)
             report(1)
     return summaries, recorder
-
-
-def _told(batches: Iterable[Batch], report: Callable[[int], None]) -> Iterator[Batch]:
-    """Pass batches on, and report the number of sequences of each when it is done with."""
-    for batch in batches:
-        yield batch
-        report(batch[1].shape[0])
 
 
 def _record(
