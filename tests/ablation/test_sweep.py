@@ -272,9 +272,7 @@ def test_unequal_sparsity_is_refused(
         return zeros * 0.9 if arm.selection.rule == "bottom" else zeros  # type: ignore[attr-defined]
 
     monkeypatch.setattr(Bench, "realised", skewed)
-    with pytest.raises(
-        NumericalError, match=r"a share of 0\.5\d* zeros in the arm prune bottom wd"
-    ):
+    with pytest.raises(NumericalError, match=r"\b0\.5\d*.*prune bottom wd"):
         ablate(tiny("llama"), calibration, evaluation=text, **QUICK)
 
 

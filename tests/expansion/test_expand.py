@@ -1,4 +1,5 @@
 import json
+import re
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -234,7 +235,7 @@ def test_a_damaged_checkpoint_is_refused(
 ) -> None:
     run(tiny("llama"), calibration, out=tmp_path / "x", keep=False)
     file = sorted((tmp_path / "x").glob("block-*"))[1]
-    content = bytearray(file.read_bytes())
+    content, damaged = bytearray(file.read_bytes()), file
     if damage == "truncated":
         file.write_bytes(content[:-7])
     elif damage == "altered":
@@ -243,8 +244,9 @@ def test_a_damaged_checkpoint_is_refused(
     elif damage == "missing":
         file.unlink()
     else:
-        (tmp_path / "x" / "manifest.json").write_text("{")
-    with pytest.raises(InvalidInput, match=r"truncated or altered|is missing|not valid JSON"):
+        damaged = tmp_path / "x" / "manifest.json"
+        damaged.write_text("{")
+    with pytest.raises(InvalidInput, match=re.escape(f"{damaged.name}'")):
         load_expanded(tmp_path / "x", base=tiny("llama"))
 
 
@@ -256,7 +258,7 @@ def test_a_manifest_that_lost_a_file_is_refused(
     manifest = json.loads(path.read_text())
     del manifest["files"]["block-0001.safetensors"]
     path.write_text(json.dumps(manifest))
-    with pytest.raises(InvalidInput, match=r"no experts for 'model\.layers\.1\.mlp"):
+    with pytest.raises(InvalidInput, match=r"'model\.layers\.1\.mlp"):
         load_expanded(tmp_path / "x", base=tiny("llama"))
 
 

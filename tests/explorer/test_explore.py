@@ -251,7 +251,7 @@ def test_bad_arguments(
         explore(scores, model=llama)
     with pytest.raises(InvalidInput, match=r"`calibration`.*with `model`"):
         explore(scores, calibration)
-    with pytest.raises(InvalidInput, match="`model` must be left out"):
+    with pytest.raises(InvalidInput, match=r"`model`.*`source`.*got both"):
         explore(llama, calibration, model=llama)
     with pytest.raises(UnknownName, match="'size'"):
         explore(scores, by="size")
@@ -259,7 +259,7 @@ def test_bad_arguments(
     with pytest.raises(InvalidInput, match=r"ffffffffffff"):
         explore(scores, decomposition=other)
     empty = replace(scores, frame=scores.frame.head(0), layers=scores.layers.head(0))
-    with pytest.raises(InvalidInput, match="at least one neuron"):
+    with pytest.raises(InvalidInput, match=r"`scores`.*got none"):
         explore(empty)
 
 

@@ -97,5 +97,5 @@ def test_any_size_of_number_keeps_the_lines_equal(value: float) -> None:
 
 
 def test_no_neuron_is_refused() -> None:
-    with pytest.raises(InvalidInput, match="at least one neuron"):
+    with pytest.raises(InvalidInput, match="got none"):
         NeuronTable.of(FRAME.head(0))

@@ -326,7 +326,7 @@ def test_only_shared_keys_and_values_are_refused(shared: int) -> None:
     }
     model, ids = _new("Gemma3nForCausalLM", "Gemma3nTextConfig", **settings), _ids(2, 9)
     if shared:
-        with pytest.raises(InvalidInput, match="a block cannot run on its own"):
+        with pytest.raises(InvalidInput, match=r"Gemma3nForCausalLM.*Error"):
             BlockRunner(model)
     else:  # an input of its own for every block, and four copies of the hidden states
         assert torch.equal(_run_all(BlockRunner(model), ids), _logits(model, ids))
@@ -335,7 +335,7 @@ def test_only_shared_keys_and_values_are_refused(shared: int) -> None:
 def test_models_of_another_kind_are_refused() -> None:
     classifier = _new("LlamaForSequenceClassification", "LlamaConfig", **GROUPED)
     for model in (TINY["bert"](), classifier):
-        with pytest.raises(InvalidInput, match="no logits for each token"):
+        with pytest.raises(InvalidInput, match=type(model).__name__):
             BlockRunner(model)
     small = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
     with pytest.raises(InvalidInput, match="encoder-decoder"):

@@ -130,7 +130,7 @@ def test_a_failed_write_leaves_nothing(error: type[Exception], tmp_path: Path) -
         path.write_text("half")
         raise error("No space left on device")
 
-    with pytest.raises(Unavailable, match=r"have room \(No space left"):
+    with pytest.raises(Unavailable, match="No space left"):
         cache.write_atomically(tmp_path / "x", write)
     assert _files(tmp_path) == []
 

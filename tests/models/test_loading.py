@@ -1,4 +1,5 @@
 import hashlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -235,14 +236,14 @@ def test_other_objects_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", ["./nothing", "/no/such/model", "~/no-such", "a.gguf", "a/b/c"])
 def test_unknown_paths(name: str) -> None:
-    with pytest.raises(UnknownName, match="there is no such folder or file"):
+    with pytest.raises(UnknownName, match=re.escape(repr(name))):
         load_model(name)
 
 
 def test_names_and_settings_that_break_a_rule(folder: Path) -> None:
     with pytest.raises(InvalidInput, match="got ''"):
         load_model("")
-    with pytest.raises(InvalidInput, match=r"must end in \.gguf"):
+    with pytest.raises(InvalidInput, match=r"\.gguf.*config\.json'"):
         load_model(str(folder / "config.json"))
     with pytest.raises(InvalidInput, match=r"`revision`.*'main'"):
         load_model(str(folder), revision="main")
@@ -254,5 +255,5 @@ def test_names_and_settings_that_break_a_rule(folder: Path) -> None:
         load_model(str(folder), dtype="int3")
     with pytest.raises(InvalidInput, match="`device`"):
         load_model(str(folder), device="abacus")
-    with pytest.raises(InvalidInput, match=r"cannot be loaded: ValueError: .*device_map"):
+    with pytest.raises(InvalidInput, match=r"ValueError: .*device_map"):
         load_model(str(folder), device_map="abacus")

@@ -172,7 +172,7 @@ def test_contract_refuses_missing_columns_and_empty_frames(case: Case) -> None:
     name = next(name for name in ("count", "ratio", "wd", "n_rows") if name in frame)
     with pytest.raises(InvalidInput, match=rf"without.*{name}"):
         draw(frame.drop(columns=name), **options)
-    with pytest.raises(InvalidInput, match="at least one row"):
+    with pytest.raises(InvalidInput, match="got none"):
         draw(frame.head(0), **options)
 
 

@@ -86,5 +86,5 @@ def test_panels_refuse_what_is_no_table_of_theirs(case: Case) -> None:
         draw(frame, 0.5)
     with pytest.raises(InvalidInput, match=r"columns.*`entangle"):
         draw(frame[["neuron" if "neuron" in frame else "layer"]], **options)
-    with pytest.raises(InvalidInput, match=r"at least one row.*`entangle"):
+    with pytest.raises(InvalidInput, match=r"got none.*`entangle"):
         draw(frame.head(0), **options)

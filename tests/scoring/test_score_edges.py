@@ -103,7 +103,7 @@ def test_equal_inputs_have_no_mapping_difficulty(tiny: Tiny) -> None:
     [
         (torch.full((2, 8), 112), r"\b112\b.*\[0, 112\)"),
         (torch.full((2, 8), -1), r"\b0\b.*-1\b.*attention_mask"),
-        (torch.full((1, 129), 5), r"seq_len.*\b128\b.*context.*\b129\b"),
+        (torch.full((1, 129), 5), r"seq_len.*\b128\b.*\b129\b"),
     ],
 )
 def test_ids_that_do_not_fit_the_model(ids: torch.Tensor, message: str, tiny: Tiny) -> None:
@@ -114,7 +114,7 @@ def test_ids_that_do_not_fit_the_model(ids: torch.Tensor, message: str, tiny: Ti
 def test_an_offloaded_layer_is_refused(calibration: CalibrationSet) -> None:
     module = TINY["llama"]()
     module.get_submodule("model.layers.1.mlp.gate_proj").to("meta")
-    with pytest.raises(InvalidInput, match=r"layers\.1\.mlp\.gate_proj' are offloaded"):
+    with pytest.raises(InvalidInput, match=r"layers\.1\.mlp\.gate_proj' .*offloaded"):
         score(as_language_model(module), calibration, layers=1, proj="gate_proj")
 
 

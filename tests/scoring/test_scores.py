@@ -1,5 +1,6 @@
 import errno
 import json
+import re
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
@@ -158,7 +159,7 @@ def test_histograms_without_their_metadata(
 ) -> None:
     path = scores.save(tmp_path / "run") / "histograms.safetensors"
     save_file(load_file(path), path, None if first is None else {"first_bin": first})
-    with pytest.raises(InvalidInput, match="make the result anew"):
+    with pytest.raises(InvalidInput, match=re.escape(str(path.parent))):
         load_scores(tmp_path / "run")
 
 
