@@ -65,9 +65,11 @@ class _Doubled:
         self._module, self._ids = measured.model.module, _first(measured.calibration)
         self._sparsity: Mapping[str, Tensor] = {}
         self._squares: dict[str, Tensor] = {}
+        dense = Recorder(self.layers, lambda _seen: None, affine="pruning")
+        dense.run(self._module, [(0, self._ids)])
         habits = look_at(self._module, self.layers, self._ids)
-        self.recorder = Recorder(self.layers, self._note, affine="pruning", habits=habits)
-        """Watches the layers."""
+        self.recorder = Recorder(self.layers, self._note, compared=False, habits=habits)
+        """Watches the layers, whose weights change meanwhile."""
 
     def align(self, sparsity: Mapping[str, Float[Tensor, " _"]]) -> Alignment:
         """Run the model once, every block twice."""

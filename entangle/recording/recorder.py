@@ -4,8 +4,8 @@ A layer may run on pieces of a sequence (tiled or chunked feed-forward), on rows
 (tables of relative positions), with the sequences along another axis, or several times on every
 token (weights shared by several depths). What is handed on is checked against the text: of every
 pass, each layer's rows are the pass's tokens, sequence by sequence; pieces are joined, tables left
-out; anything else is refused by the layer's name. The outputs are compared once with what weight
-and bias make of the inputs, so that nobody computes with a weight that is not what the layer does.
+out; anything else is refused by the layer's name. The outputs are compared with what weight and
+bias make of the inputs, so that nobody computes with a weight that is not what the layer does.
 """
 
 import logging
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from entangle.calibration import CalibrationSet
 from entangle.errors import InvalidInput
 from entangle.models.layers import Layer
-from entangle.recording.affine import is_affine
+from entangle.recording.affine import TokenCheck, is_affine
 from entangle.recording.hooks import SeenTensor, forward, observe
 from entangle.recording.order import Habits, joined, look_at
 
@@ -54,7 +54,8 @@ class Recorded:
     """Whether the layer is the first of those that read this input in this run. Who keeps inputs by
     ``source`` keeps these, and checks at the end (`Recorder.check_sources`)."""
     affine: bool
-    """Whether `Layer.weight` and `Layer.bias` give the outputs, but for rounding."""
+    """Whether `Layer.weight` and `Layer.bias` give the outputs, but for rounding; false if nobody
+    compared."""
 
     def check_affine(self, what: str) -> None:
         """Raise `InvalidInput` unless the layer is `affine`, which ``what`` needs."""
@@ -114,6 +115,8 @@ class Recorder:
     affine
         What needs the weights to be what the layer multiplies by, such as ``pruning``; a layer that
         does something else is refused. None hands it on with ``affine`` false.
+    compared
+        Compare outputs with weights, on every token; not where nobody reads the weights.
     lenient
         Leave out layers that see no token, or rows that are no tokens, instead of refusing them.
     habits
@@ -127,11 +130,13 @@ class Recorder:
         *,
         once: bool = False,
         affine: str | None = None,
+        compared: bool = True,
         lenient: bool = False,
         habits: Mapping[str, Habits] | None = None,
     ) -> None:
         self.layers, self._take = tuple(layers), take
         self._once, self._need, self._lenient = once, affine, lenient
+        self._is_compared = compared
         self.sources: list[list[Layer]] = []
         """The layers that read one input, in the order in which they first ran."""
         self.tokens: dict[str, int] = dict.fromkeys((layer.name for layer in layers), 0)
@@ -144,6 +149,8 @@ class Recorder:
         self._source_of: dict[str, int] = {}
         self._led: Counter[int] = Counter()
         self._affine: dict[str, bool] = {}
+        self._checks: dict[str, TokenCheck] = {}
+        self._departs: dict[str, Tensor] = {}
         self._longest = 0
         self._last: tuple[str, list[SeenTensor]] | None = None
         self._pass: _Pass | None = None
@@ -173,7 +180,8 @@ class Recorder:
         Raises
         ------
         InvalidInput
-            If rows that a layer received are not the pass's tokens.
+            If rows that a layer received are not the pass's tokens, or the outputs are not its
+            weight's on every token though they were at first.
         """
         n_seq, length = shape
         now = self._pass = _Pass((n_seq, length), group, length > self._longest, stops)
@@ -182,8 +190,12 @@ class Recorder:
             with suppress(_AllSeen):
                 yield
             self._complete(now)
+            for name, departs in self._departs.items():
+                if departs:
+                    raise _differs(next(one for one in self.layers if one.name == name))
         finally:
             self._pass, self._last = None, None
+            self._departs.clear()
 
     def run(self, module: nn.Module, batches: Iterable[Batch]) -> None:
         """Run a model over batches of token ids.
@@ -293,9 +305,7 @@ class Recorder:
         neighbour = self._last[0] if self._last is not None and _same(self._last[1], seen) else None
         source = self._source(layer, neighbour)
         leads = neighbour is None or self._source_of[neighbour] != source
-        affine = self._affine.get(layer.name)
-        if affine is None or now.longest:
-            affine = self._compared(layer, inputs, outputs)
+        affine = self._is_compared and self._compared(layer, now, inputs, outputs)
         self.tokens[layer.name] += inputs.shape[0]
         self._led[source] += inputs.shape[0] if leads else 0
         self._last = layer.name, seen
@@ -314,14 +324,23 @@ class Recorder:
             self.sources[place].append(layer)
         return self._source_of[layer.name]
 
-    def _compared(self, layer: Layer, inputs: Tensor, outputs: Tensor) -> bool:
-        """Tell whether weight and bias give a layer's outputs, and keep it."""
+    def _compared(self, layer: Layer, now: _Pass, inputs: Tensor, outputs: Tensor) -> bool:
+        """Tell whether weight and bias give a layer's outputs on every token, and keep it.
+
+        A pass that is neither the first nor one of longer sequences is waited for at its end.
+        """
+        name, known = layer.name, self._affine.get(layer.name)
+        if known and not now.longest:
+            departs = self._checks[name].departs(inputs, outputs)
+            self._departs[name] = departs | self._departs.get(name, departs)
+        if known is not None and not now.longest:
+            return known
         affine = is_affine(layer, inputs, outputs)
-        if self._affine.setdefault(layer.name, affine) != affine:
-            raise InvalidInput(
-                f"layer {layer.name!r} ({type(layer.module).__name__}) multiplies by its weight in "
-                "some of its runs only; leave it out, or take sequences of one length."
-            )
+        if affine:
+            check = self._checks.setdefault(name, TokenCheck(layer))
+            affine = not check.departs(inputs, outputs)
+        if self._affine.setdefault(name, affine) != affine:
+            raise _differs(layer)
         return affine
 
     def _complete(self, now: _Pass) -> None:
@@ -353,6 +372,13 @@ class Recorder:
             raise InvalidInput(f"layer {layer.name!r} {why}")
         self.left_out[layer.name] = why
         _LOG.warning("left out: layer %r %s", layer.name, why)
+
+
+def _differs(layer: Layer) -> InvalidInput:
+    return InvalidInput(
+        f"layer {layer.name!r} ({type(layer.module).__name__}) multiplies by its weight in some of "
+        "its runs only; leave it out, take sequences of one length, or score it by sketch."
+    )
 
 
 def of_one_group(calibration: CalibrationSet) -> Iterator[Batch]:
@@ -394,6 +420,6 @@ def shared_inputs(
     ids
         Token ids; a few are enough.
     """
-    recorder = Recorder(layers, lambda _found: None, lenient=True)
+    recorder = Recorder(layers, lambda _found: None, compared=False, lenient=True)
     recorder.run(module, [(0, ids)])
     return recorder.sources

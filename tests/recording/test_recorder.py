@@ -18,6 +18,7 @@ from entangle.recording.recorder import Recorded, Recorder
 from tests.recording.toys import (
     Adding,
     ByPlace,
+    ClampedLinear,
     Experts,
     FlatByPlace,
     FlatPieces,
@@ -223,6 +224,41 @@ def test_sequences_of_full_length_are_compared_too(calibration: CalibrationSet) 
     recorder = Recorder(find_layers(toy, ["a"]), found.append)
     with pytest.raises(InvalidInput, match=r"'a'.*LongScaledLinear"):
         recorder.run(toy, [(0, calibration.ids[:1, :5]), (0, calibration.ids[:2])])
+
+
+def _clamped(place: int, ids: Tensor, dtype: torch.dtype) -> Toy:
+    """Return a toy whose layer departs from its weight on one token, which the text has once."""
+    toy, layer = Toy(), ClampedLinear(8, 8)
+    layer.load_state_dict(toy.a.state_dict())
+    with torch.no_grad():
+        layer.bias[0] = 3.0  # the first output is one that a clamp would bound
+    toy.a = layer
+    toy = toy.to(dtype)
+    ids.view(-1)[ids.view(-1) == 111] = 7
+    ids.view(-1)[place] = 111
+    layer.rare = toy.table.weight[111].detach()
+    return toy
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("place", [0, 501, 999])
+def test_a_single_token_that_departs_is_seen(place: int, dtype: torch.dtype) -> None:
+    ids = torch.randint(112, (10, 100), generator=torch.Generator().manual_seed(0))
+    toy = _clamped(place, ids, dtype)
+    found, _ = run(toy, ["a"], ids, sizes=(10,))
+    assert [one.affine for one in found] == [False]
+    toy.a = nn.Linear(8, 8).to(dtype)
+    found, _ = run(toy, ["a"], ids, sizes=(10,))
+    assert [one.affine for one in found] == [True]
+
+
+def test_a_token_of_a_later_pass_that_departs_is_refused() -> None:
+    ids = torch.randint(112, (10, 100), generator=torch.Generator().manual_seed(0))
+    toy = _clamped(501, ids, torch.float32)
+    with pytest.raises(InvalidInput, match=r"'a'.*ClampedLinear"):
+        run(toy, ["a"], ids, sizes=(5, 5))
+    found, _ = run(toy, ["a"], ids, sizes=(5, 5), compared=False)
+    assert [one.affine for one in found] == [False, False]
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -129,6 +129,19 @@ class ScaledLinear(nn.Linear):
         return super().forward(x).tanh()
 
 
+class ClampedLinear(nn.Linear):
+    """A linear that bounds its first output where the token's input is the one given."""
+
+    rare: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the product, of the rare token with a first output nearer to zero."""
+        y = super().forward(x).clone()
+        assert self.rare is not None
+        y[..., 0] *= torch.where((x == self.rare.to(x)).all(-1), 0.1, 1.0).to(y)
+        return y
+
+
 class LongScaledLinear(nn.Linear):
     """A linear that does more than to multiply where there are many tokens."""
 
