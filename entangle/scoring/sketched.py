@@ -169,7 +169,8 @@ def score_sketched(
         )
 
     with full_precision(), torch.no_grad():
-        recorder = Recorder(layers, update, compared=False, lenient=may_be_silent)
+        compared = watch is not None  # who watches may read the weights
+        recorder = Recorder(layers, update, compared=compared, lenient=may_be_silent)
         recorder.run(module, reported())
         heard = [layer for layer in layers if outputs[layer.name].n_tokens]
         PairSketch.settle(differences.values())
