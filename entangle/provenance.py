@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, ParamSpec, TypeVar, cast
 from entangle.checks import path_of
 from entangle.claims import check_claimed, claim
 from entangle.errors import EntangleError, InvalidInput, Unavailable
+from entangle.schema import Schema, check_table
+from entangle.sealing import sealed, unsealed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -235,6 +237,7 @@ def _output_folder(path: str | os.PathLike[str], *, force: bool) -> Iterator[Pat
         with disk_errors(target):
             temporary.chmod(0o777 & ~_umask())
             yield temporary
+            _seal(temporary)
             check_claimed(target)
             check_output(path, force=force)  # by now there may be one
             retired = temporary.with_name(temporary.name + ".old")
@@ -244,6 +247,13 @@ def _output_folder(path: str | os.PathLike[str], *, force: bool) -> Iterator[Pat
             shutil.rmtree(retired, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _seal(folder: Path) -> None:
+    """Add the digests of all files of a folder to its manifest, where it has one."""
+    path = folder / "manifest.json"
+    if path.is_file():
+        write_json(path, sealed(folder, json.loads(path.read_text(encoding="utf-8"))))
 
 
 @contextmanager
@@ -270,13 +280,30 @@ def write_json(path: Path, content: Mapping[str, object]) -> None:
     path.write_text(text + "\n", encoding="utf-8")
 
 
-def read_manifest(folder: str | os.PathLike[str], kind: str) -> dict[str, object]:
-    """Read the manifest of a result folder and check its kind and schema.
+def read_manifest(
+    folder: str | os.PathLike[str], kind: str, files: Sequence[str] = ()
+) -> dict[str, object]:
+    """Read the manifest of a result folder; check its kind, its schema and every file's digest.
+
+    Parameters
+    ----------
+    folder
+        Of the result.
+    kind
+        Of the result.
+    files
+        Names of those that will be read, which must have a digest.
+
+    Returns
+    -------
+    dict
+        The manifest without its digests, as it was given to be written.
 
     Raises
     ------
     InvalidInput
-        If the folder is missing, holds no readable manifest, or is of another kind or schema.
+        If the folder is missing, holds no readable manifest, is of another kind or schema, or was
+        altered after it was written.
     """
     path = expanded(folder) / "manifest.json"
     try:
@@ -289,7 +316,7 @@ def read_manifest(folder: str | os.PathLike[str], kind: str) -> dict[str, object
         raise Unavailable(
             f"{str(path)!r} cannot be read ({error.strerror or error}); check the path."
         ) from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidInput(
             f"{str(path)!r} is not valid JSON ({error}); make the result anew."
         ) from error
@@ -301,7 +328,7 @@ def read_manifest(folder: str | os.PathLike[str], kind: str) -> dict[str, object
             f"{str(folder)!r} has schema version {content.get('schema_version')!r}, this version "
             f"of entangle reads {SCHEMA_VERSION}; make the result anew."
         )
-    return content
+    return unsealed(path.parent, content, files)
 
 
 def _umask() -> int:
@@ -310,26 +337,30 @@ def _umask() -> int:
     return current
 
 
-def read_table(path: Path, columns: Sequence[str] = ()) -> "pd.DataFrame":
+def read_table(path: Path, schema: Schema) -> "pd.DataFrame":
     """Read a Parquet table of a result folder.
+
+    Parameters
+    ----------
+    path
+        Of the file.
+    schema
+        What its columns may hold; a table without rows may lack them.
 
     Raises
     ------
     InvalidInput
-        If the file is missing or corrupt, or lacks one of ``columns``.
+        If the file is missing or corrupt, or breaks the schema.
     """
     import pandas as pd
     from pyarrow import ArrowException
 
     try:
         table = pd.read_parquet(path)
-    except (OSError, ArrowException) as error:
+    except (OSError, ArrowException, ValueError, TypeError, KeyError, OverflowError) as error:
         raise InvalidInput(
             f"{str(path)!r} cannot be read ({error}); make the result anew."
         ) from error
-    missing = [name for name in columns if name not in table.columns]
-    if missing:
-        raise InvalidInput(
-            f"{str(path)!r} must have the column {missing[0]!r}; make the result anew."
-        )
+    if len(table):
+        check_table(table, schema, path)
     return table

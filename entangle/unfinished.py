@@ -17,17 +17,12 @@ from entangle.provenance import (
     without_run,
     write_json,
 )
+from entangle.sealing import file_digest
 
 PLAN = "plan.json"
 DIGESTS = "digests.json"
 _SAME = ("model", "calibration", "evaluation", "settings")
 _REMEDY = "name another folder; --resume goes on with what is written"
-
-
-def file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_made(final: str | os.PathLike[str], kind: str, manifest: Mapping[str, object]) -> bool:

@@ -37,7 +37,7 @@ def save(
 ) -> None:
     """Write a result; with ``error``, fail in the middle."""
     with output_folder(path, force=force) as folder:
-        (folder / "manifest.json").write_text(content)
+        write_json(folder / "manifest.json", {"is": content})
         if error is not None:
             raise error
 
@@ -45,7 +45,7 @@ def save(
 def test_the_folder_appears_when_it_is_complete(tmp_path: Path) -> None:
     target = tmp_path / "runs" / "first"
     with output_folder(target) as folder:
-        (folder / "manifest.json").write_text("one")
+        write_json(folder / "manifest.json", {"is": "one"})
         assert not target.exists()
         assert folder.parent == target.parent
         assert folder.name.startswith(".first.")
@@ -66,7 +66,7 @@ def test_after_an_error_nothing_is_left(tmp_path: Path, error: type[BaseExceptio
         with pytest.raises(error, match="stop"):
             save(tmp_path / name, "two", force=True, error=error("stop"))
     assert names(tmp_path) == ["old"]
-    assert (tmp_path / "old" / "manifest.json").read_text() == "one"
+    assert json.loads((tmp_path / "old" / "manifest.json").read_text())["is"] == "one"
 
 
 def test_an_existing_result_is_replaced_only_by_force(tmp_path: Path) -> None:
@@ -75,10 +75,10 @@ def test_an_existing_result_is_replaced_only_by_force(tmp_path: Path) -> None:
     (target / "figures").mkdir()
     with pytest.raises(InvalidInput, match=r"'.*result'.*--force"):
         save(target, "two")
-    assert (target / "manifest.json").read_text() == "one"
+    assert json.loads((target / "manifest.json").read_text())["is"] == "one"
     save(target, "two", force=True)
     assert (names(tmp_path), names(target)) == (["result"], ["manifest.json"])
-    assert (target / "manifest.json").read_text() == "two"
+    assert json.loads((target / "manifest.json").read_text())["is"] == "two"
 
 
 def test_what_is_no_result_is_never_replaced(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_a_link_to_a_folder_is_followed(tmp_path: Path) -> None:
     save(tmp_path / "link", "two", force=True)
     assert names(tmp_path) == ["big", "link"]
     assert (tmp_path / "link").is_symlink()
-    assert (tmp_path / "big" / "manifest.json").read_text() == "two"
+    assert json.loads((tmp_path / "big" / "manifest.json").read_text())["is"] == "two"
 
 
 def test_check_output_writes_nothing(tmp_path: Path) -> None:

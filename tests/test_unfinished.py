@@ -7,7 +7,8 @@ import pytest
 from entangle import claims
 from entangle.errors import InvalidInput, Unavailable
 from entangle.provenance import claimed
-from entangle.unfinished import DIGESTS, PLAN, Unfinished, file_digest
+from entangle.sealing import file_digest
+from entangle.unfinished import DIGESTS, PLAN, Unfinished
 
 MANIFEST = {"model": "m", "calibration": "c", "evaluation": None, "settings": {"k": 2}}
 

@@ -15,6 +15,7 @@ from entangle.affixes import special_tokens_of
 from entangle.checks import choice
 from entangle.html_tables import described, html_result
 from entangle.provenance import expanded, output_folder, read_manifest, read_table, write_json
+from entangle.schema import Schema, broken, integers, reals, shares, texts
 from entangle.scoring.scores import NeuronScores, load_scores
 from entangle.stats.intervals import Interval
 
@@ -24,7 +25,40 @@ if TYPE_CHECKING:
     from entangle.plotting.style import Column
 
 KIND = "ablation"
-_TABLES = ("ablation", "windows", "pairs", "selections", "neurons", "matched")
+_SEED, _LAYER = integers(null=True), {"layer": texts(), "neuron": integers()}
+_ARM = {
+    "selection": texts(), "by": texts(), "seed": _SEED, "intervention": texts(),
+    "strength": reals(null=False), "experts": integers(1), "router": texts(optional=True),
+}  # fmt: skip
+_SCHEMAS: Mapping[str, Schema] = {
+    "ablation": {
+        "model": texts(), "layers": texts(), "layer_set": texts(optional=True), **_ARM,
+        "measure": texts(), "value": reals(), "low": reals(), "high": reals(),
+        "n_rows": integers(), "realised_sparsity": shares(), "realised_low": shares(),
+        "realised_high": shares(),
+    },
+    "windows": {
+        "window": integers(), **_ARM, "loss": reals(0), "kl": reals(optional=True),
+        "agreement": shares(optional=True),
+    },
+    "pairs": {
+        "pair": integers(), **_ARM, "paradigm": texts(), "good": reals(high=0), "bad": reals(high=0)
+    },
+    "selections": {**_LAYER, "selection": texts(), "by": texts(), "seed": _SEED},
+    "neurons": {
+        **_LAYER, "block": integers(null=True), "projection": texts(), "experts": integers(1),
+        "router": texts(optional=True), "sparsity": shares(), "rmse": reals(0), "ri": reals(),
+        "output_wd": reals(0), "wd": reals(0), "weighted_wd": reals(0), "wd_skipped": integers(),
+        "md": reals(0, optional=True), "weighted_md": reals(0, optional=True),
+        "md_skipped": integers(optional=True), "realised_sparsity": shares(),
+        "smallest_cluster": integers(), "shrunk": integers(), "damping": reals(0),
+        "pruner": texts(optional=True),
+    },
+    "matched": {
+        "intervention": texts(), "strength": reals(), "by": texts(), "fraction": shares(),
+        "loss": reals(), "target": reals(), "low": reals(), "high": reals(),
+    },
+}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,7 +223,7 @@ class AblationResult:
     def save(self, path: str | os.PathLike[str], *, force: bool = False) -> Path:
         """Write tables, scores and manifest to a folder, complete or not at all."""
         with output_folder(path, force=force) as folder:
-            for name in _TABLES:
+            for name in _SCHEMAS:
                 table = self.frame if name == KIND else getattr(self, name)
                 table.to_parquet(folder / f"{name}.parquet", index=False)
             self.scores.save(folder / "scores")
@@ -238,14 +272,37 @@ def load_ablation(path: str | os.PathLike[str]) -> AblationResult:
     InvalidInput
         If the folder is missing, of another kind or schema, incomplete or corrupt.
     """
-    manifest = read_manifest(path, KIND)
+    manifest = read_manifest(path, KIND, [f"{name}.parquet" for name in _SCHEMAS])
     folder = expanded(path)
-    frame, *others = (read_table(folder / f"{name}.parquet") for name in _TABLES)
-    tables = dict(zip(_TABLES[1:], others, strict=True))
-    frame = _completed(frame, tables, manifest)
-    return AblationResult(
+    tables = {
+        name: read_table(folder / f"{name}.parquet", schema) for name, schema in _SCHEMAS.items()
+    }
+    frame = _completed(tables.pop(KIND), tables, manifest)
+    found = AblationResult(
         frame=frame, **tables, scores=load_scores(folder / "scores"), manifest=manifest
     )
+    fault = _fault(found)
+    if fault is not None:
+        raise broken(folder, fault)
+    return found
+
+
+def _fault(result: AblationResult) -> str | None:
+    """Return what does not fit together in a result, None if nothing."""
+    model, scored = (one.get("model") for one in (result.manifest, result.scores.manifest))
+    names = [one.get("name") if isinstance(one, Mapping) else None for one in (model, scored)]
+    digests = [one.get("digest") if isinstance(one, Mapping) else None for one in (model, scored)]
+    others = result.frame.loc[result.frame["model"] != names[0], "model"]
+    if isinstance(names[0], str) and len(others):
+        return f"its table is of the model {others.iloc[0]!r}, its manifest of {names[0]!r}"
+    if None not in digests and digests[0] != digests[1]:
+        return f"its scores are of another model ({names[1]!r}) than its manifest ({names[0]!r})"
+    if result.frame.duplicated([*ARM, "measure"]).any():
+        return "an arm has a measure twice"
+    strange = set(result.selections["layer"]) - set(result.scores.layers["layer"])
+    if strange:
+        return f"layer {min(strange)!r} of its selections is not among its scores"
+    return None
 
 
 def _completed(

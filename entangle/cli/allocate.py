@@ -195,8 +195,8 @@ def print_allocation(allocation: "Allocation") -> None:
 def save_plot(allocation: "Allocation", arguments: argparse.Namespace) -> list[str]:
     """Draw the allocation; return the files."""
     from entangle.allocation.labels import rule_label
-    from entangle.cli.figures import manifest_digest
     from entangle.plotting import figure_allocation, save_figure
+    from entangle.sealing import manifest_digest
 
     title = f"{rule_label(allocation)}, {100 * allocation.overall:.4g} % zeros"
     digest = manifest_digest(allocation.manifest)

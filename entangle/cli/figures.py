@@ -1,7 +1,6 @@
 """``entangle figures``: the paper's figures from the folders that other commands wrote."""
 
 import argparse
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -97,6 +96,7 @@ def open_run(path: str) -> Run:
         If it is none of ours.
     """
     from entangle.provenance import expanded, read_manifest
+    from entangle.sealing import manifest_digest
 
     place = expanded(path)
     if place.is_file():
@@ -115,12 +115,6 @@ def _kind(path: Path) -> str:
         return str(json.loads(path.read_text(encoding="utf-8"))["kind"])
     except (OSError, ValueError, KeyError, TypeError):
         return "scores"
-
-
-def manifest_digest(manifest: Mapping[str, object]) -> str:
-    """Return the SHA-256 of a manifest, which is that of its file ``manifest.json``."""
-    text = json.dumps(dict(manifest), indent=2, ensure_ascii=False, default=dict) + "\n"
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _folders(out: Path, runs: Sequence[Run]) -> list[Path]:

@@ -8,9 +8,10 @@ from pathlib import Path
 import pandas as pd
 
 from entangle.affixes import special_tokens_of
-from entangle.decomposition.tables import COLUMNS
+from entangle.decomposition.tables import SCHEMAS
 from entangle.html_tables import described, html_result
 from entangle.provenance import expanded, output_folder, read_manifest, read_table, write_json
+from entangle.schema import broken
 
 KIND = "decomposition"
 
@@ -98,7 +99,7 @@ class Decomposition:
         An existing result is replaced only with ``force``.
         """
         with output_folder(path, force=force) as folder:
-            for name in COLUMNS:
+            for name in SCHEMAS:
                 getattr(self, name).to_parquet(folder / f"{name}.parquet", index=False)
             write_json(folder / "manifest.json", self.manifest)
         return Path(path)
@@ -112,9 +113,25 @@ def load_decomposition(path: str | os.PathLike[str]) -> Decomposition:
     InvalidInput
         If the folder is missing, of another kind or schema, incomplete or corrupt.
     """
-    manifest = read_manifest(path, KIND)
+    manifest = read_manifest(path, KIND, [f"{name}.parquet" for name in SCHEMAS])
     folder = expanded(path)
     tables = {
-        name: read_table(folder / f"{name}.parquet", list(types)) for name, types in COLUMNS.items()
+        name: read_table(folder / f"{name}.parquet", schema) for name, schema in SCHEMAS.items()
     }
+    _check(folder, tables["neurons"], manifest)
     return Decomposition(**tables, manifest=manifest)
+
+
+def _check(folder: Path, neurons: pd.DataFrame, manifest: Mapping[str, object]) -> None:
+    """Raise `InvalidInput` unless every neuron is there once for every number of experts."""
+    settings = manifest.get("settings")
+    known = settings.get("layers") if isinstance(settings, Mapping) else None
+    strange = set(neurons["layer"]) - set(known) if isinstance(known, list) else set()
+    if strange:
+        raise broken(folder, f"layer {min(strange)!r} is not among the manifest's")
+    for (layer, experts), part in neurons.groupby(["layer", "experts"], sort=False):
+        if part["neuron"].tolist() != list(range(len(part))):
+            raise broken(
+                folder, f"the neurons of {layer!r} with {experts} experts are not 0 to "
+                f"{len(part) - 1}, once and in order"
+            )  # fmt: skip

@@ -4,48 +4,60 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-_STR, _INT, _FLOAT = "str", "int64", "float64"
-_NEURON = {"layer": _STR, "neuron": _INT}
+from entangle.schema import Schema, integers, reals, shares, texts
 
-COLUMNS: Mapping[str, Mapping[str, str]] = {
+_TEXT, _WHOLE, _ANY = texts(), integers(), reals()
+_AT, _PLACE = {"layer": _TEXT, "neuron": _WHOLE}, integers(-1)
+_FLAGS = ("", "constant", "nan", "inf", "coarse")
+
+SCHEMAS: Mapping[str, Schema] = {
     "neurons": {
-        "layer": _STR, "block": "Int64", "projection": _STR, "neuron": _INT, "experts": _INT,
-        "sparsity": _FLOAT, "rmse": _FLOAT, "ri": _FLOAT, "output_wd": _FLOAT, "wd": _FLOAT,
-        "weighted_wd": _FLOAT, "wd_skipped": _INT, "md": _FLOAT, "weighted_md": _FLOAT,
-        "md_skipped": _INT, "realised_sparsity": _FLOAT, "smallest_cluster": _INT, "shrunk": _INT,
-        "damping": _FLOAT, "mean": _FLOAT, "std": _FLOAT, "skewness": _FLOAT,
-        "excess_kurtosis": _FLOAT, "ks": _FLOAT, "weight_norm": _FLOAT, "flag": _STR,
+        "layer": _TEXT, "block": integers(null=True), "projection": _TEXT, "neuron": _WHOLE,
+        "experts": integers(1), "sparsity": shares(), "rmse": reals(0), "ri": _ANY,
+        "output_wd": reals(0), "wd": reals(0), "weighted_wd": reals(0), "wd_skipped": _WHOLE,
+        "md": reals(0), "weighted_md": reals(0), "md_skipped": _WHOLE,
+        "realised_sparsity": shares(), "smallest_cluster": _WHOLE, "shrunk": _WHOLE,
+        "damping": reals(0), "mean": _ANY, "std": reals(0), "skewness": _ANY,
+        "excess_kurtosis": _ANY, "ks": shares(), "weight_norm": reals(0), "flag": texts(*_FLAGS),
     },
     "outputs": {
-        **_NEURON, "experts": _INT, "sparsity": _FLOAT, "kind": _STR, "cluster": _INT,
-        "left": _FLOAT, "right": _FLOAT, "count": _INT,
+        **_AT, "experts": integers(1), "sparsity": shares(), "kind": _TEXT, "cluster": _PLACE,
+        "left": _ANY, "right": _ANY, "count": _WHOLE,
     },
     "pairs": {
-        **_NEURON, "input_distance": _FLOAT, "output_distance": _FLOAT, "input_normalised": _FLOAT,
-        "output_normalised": _FLOAT, "token_a": _INT, "token_b": _INT,
+        **_AT, "input_distance": reals(0), "output_distance": reals(0),
+        "input_normalised": reals(0), "output_normalised": reals(0), "token_a": _WHOLE,
+        "token_b": _WHOLE,
     },
     "separated": {
-        **_NEURON, "rank": _INT, "position_a": _INT, "position_b": _INT, "token_a": _STR,
-        "token_b": _STR, "context_a": _STR, "context_b": _STR, "start_a": _INT, "end_a": _INT,
-        "start_b": _INT, "end_b": _INT, "output_a": _FLOAT, "output_b": _FLOAT,
-        "input_distance": _FLOAT, "cosine": _FLOAT, "output_distance": _FLOAT,
+        **_AT, "rank": _WHOLE, "position_a": _WHOLE, "position_b": _WHOLE, "token_a": _TEXT,
+        "token_b": _TEXT, "context_a": _TEXT, "context_b": _TEXT, "start_a": _WHOLE,
+        "end_a": _WHOLE, "start_b": _WHOLE, "end_b": _WHOLE, "output_a": _ANY, "output_b": _ANY,
+        "input_distance": reals(0), "cosine": reals(-1.001, 1.001), "output_distance": reals(0),
     },
     "router_map": {
-        "layer": _STR, "experts": _INT, "position": _INT, "x": _FLOAT, "y": _FLOAT, "cluster": _INT,
+        "layer": _TEXT, "experts": integers(1), "position": _WHOLE, "x": _ANY, "y": _ANY,
+        "cluster": _WHOLE,
     },
     "components": {
-        "layer": _STR, "experts": _INT, "sparsity": _FLOAT, "cluster": _INT, "tokens": _INT,
-        "components_90": _INT, "error": _FLOAT,
+        "layer": _TEXT, "experts": integers(1), "sparsity": shares(), "cluster": _WHOLE,
+        "tokens": _WHOLE, "components_90": _WHOLE, "error": reals(0),
     },
     "modes": {
-        **_NEURON, "mode": _INT, "center": _FLOAT, "left": _FLOAT, "right": _FLOAT, "tokens": _INT,
-        "share": _FLOAT, "top_tokens": _STR,
+        **_AT, "mode": _WHOLE, "center": _ANY, "left": _ANY, "right": _ANY, "tokens": _WHOLE,
+        "share": shares(), "top_tokens": _TEXT,
     },
     "contexts": {
-        **_NEURON, "mode": _INT, "rank": _INT, "position": _INT, "output": _FLOAT, "token": _STR,
-        "before": _STR, "after": _STR,
+        **_AT, "mode": _WHOLE, "rank": _WHOLE, "position": _WHOLE, "output": _ANY,
+        "token": _TEXT, "before": _TEXT, "after": _TEXT,
     },
 }  # fmt: skip
+"""What every column may hold, by the table's name."""
+
+COLUMNS: Mapping[str, Mapping[str, str]] = {
+    table: {name: column.dtype for name, column in schema.items()}
+    for table, schema in SCHEMAS.items()
+}
 """Type of every column, by the table's name."""
 
 

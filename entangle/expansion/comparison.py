@@ -11,17 +11,25 @@ import pandas as pd
 from entangle.errors import InvalidInput
 from entangle.expansion.arms import DENSE, UNIFORM, plain_method
 from entangle.provenance import expanded, output_folder, read_manifest, read_table, write_json
+from entangle.schema import broken, integers, reals, shares, texts
 
 KIND = "comparison"
 KEY = ("method", "sparsity", "experts", "allocation")
 """Columns that tell arms apart."""
 OUTSIDE = "outside the range"
 
-_COLUMNS = (
-    "method", "sparsity", "experts", "perplexity", "ratio", "ratio_low", "ratio_high", "flops",
-    "nonzeros", "bytes", "relative_error",
-)  # fmt: skip
-_WINDOW_COLUMNS = ("method", "sparsity", "experts", "window", "loss")
+_ARM = {
+    "method": texts(), "sparsity": shares(null=False), "experts": integers(1),
+    "allocation": texts(optional=True),
+}  # fmt: skip
+_FRAME = {
+    **_ARM, "perplexity": reals(0), "ratio": reals(0), "ratio_low": reals(0),
+    "ratio_high": reals(0), "flops": reals(0), "nonzeros": reals(0), "bytes": reals(0),
+    "relative_error": reals(0), "uniform_ratio": reals(0, optional=True),
+    "uniform_low": reals(0, optional=True), "uniform_high": reals(0, optional=True),
+}  # fmt: skip
+_WINDOWS = {**_ARM, "window": integers(), "loss": reals(0)}
+_SECONDS = {**_ARM, "seconds": reals(0)}
 _EQUAL_COLUMNS = {
     "method": "str", "sparsity": "float64", "experts": "int64", "nonzeros": "float64",
     "perplexity": "float64", "competitor": "str", "competitor_perplexity": "float64",
@@ -89,7 +97,7 @@ def at_equal_nonzeros(frame: pd.DataFrame) -> pd.DataFrame:
     InvalidInput
         Missing columns, or not exactly one row of the dense model.
     """
-    missing = [name for name in (*_COLUMNS[:4], "nonzeros") if name not in frame.columns]
+    missing = [name for name in (*KEY[:3], "perplexity", "nonzeros") if name not in frame.columns]
     if missing:
         raise InvalidInput(f"`frame` must be a table of `compare`; got one without {missing[0]!r}.")
     frame = _with_allocation(frame)
@@ -128,15 +136,17 @@ def load_comparison(path: str | os.PathLike[str]) -> Comparison:
     InvalidInput
         If the folder is missing, of another kind or schema, incomplete or corrupt.
     """
-    manifest = read_manifest(path, KIND)
+    manifest = read_manifest(path, KIND, ("comparison.parquet", "windows.parquet"))
     folder = expanded(path)
-    frame = _with_allocation(read_table(folder / "comparison.parquet", _COLUMNS))
+    frame = _with_allocation(read_table(folder / "comparison.parquet", _FRAME))
+    if frame.duplicated(list(KEY)).any():
+        raise broken(folder, "an arm is there twice")
     if "seconds" not in frame.columns:
-        seconds = read_table(folder / "seconds.parquet", (*KEY, "seconds"))
+        seconds = read_table(folder / "seconds.parquet", _SECONDS)
         joined = frame[list(KEY)].merge(seconds, on=list(KEY), how="left")
         place = list(frame.columns).index("relative_error") + 1
         frame.insert(place, "seconds", joined["seconds"])
-    windows = _with_allocation(read_table(folder / "windows.parquet", _WINDOW_COLUMNS))
+    windows = _with_allocation(read_table(folder / "windows.parquet", _WINDOWS))
     return Comparison(frame, windows, manifest)
 
 

@@ -15,9 +15,10 @@ from entangle.expansion.build import ExpandedLayer
 from entangle.expansion.checkpoint import block_file, read_block, write_block
 from entangle.models.layers import Layer
 from entangle.provenance import disk_errors, expanded, read_manifest, write_json
-from entangle.unfinished import DIGESTS, PLAN, Unfinished, file_digest, is_made
+from entangle.sealing import file_digest, manifest_digest, sealed
+from entangle.unfinished import DIGESTS, PLAN, Unfinished, is_made
 
-_RUN = "run.json"
+_RUN, _DIGEST = "run.json", "sha256"
 
 
 class BuildFolder:
@@ -109,8 +110,9 @@ class BuildFolder:
         with disk_errors(self.path):
             table.to_parquet(self.path / "layers.parquet", index=False)
             files = dict(sorted(self._unfinished.digests().items()))
-            write_json(self.path / "manifest.json", {**manifest, "files": files})
-            write_json(self.path / _RUN, run)
+            whole = sealed(self.path, {**manifest, "files": files})
+            write_json(self.path / "manifest.json", whole)
+            write_json(self.path / _RUN, {**run, _DIGEST: manifest_digest(run)})
             check_claimed(self.final)
             retired = self.path.with_name(f"{self.path.name}.old")
             shutil.rmtree(retired, ignore_errors=True)
@@ -127,8 +129,10 @@ class BuildFolder:
             found = json.loads((self.path / _RUN).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
-        complete = isinstance(found, dict) and found.keys() >= {"seconds", "peak_memory_bytes"}
-        return found if complete else {}
+        if not isinstance(found, dict) or not found.keys() >= {"seconds", "peak_memory_bytes"}:
+            return {}
+        digest = found.pop(_DIGEST, None)
+        return found if digest in (None, manifest_digest(found)) else {}
 
 
 def _tidy(folder: Path) -> None:

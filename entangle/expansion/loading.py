@@ -16,7 +16,7 @@ from entangle.models.evaluating import evaluates
 from entangle.models.layers import list_layers
 from entangle.models.loading import AnyModel, LanguageModel, as_language_model, load_model
 from entangle.provenance import expanded, read_manifest
-from entangle.unfinished import file_digest
+from entangle.sealing import file_digest
 
 _MODEL = {"name", "source", "revision", "digest", "dtype", "class"}
 

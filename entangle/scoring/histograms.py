@@ -45,6 +45,24 @@ class LayerHistograms:
             high=sketch.high.numpy(),
         )
 
+    def fault(self, n_neurons: int) -> str | None:
+        """Return what is no histogram of so many neurons, None if all is well."""
+        bins_there = self.counts.shape[1] if self.counts.ndim == 2 else 0
+        if self.counts.shape != (n_neurons, bins_there) or self.counts.dtype != np.int32:
+            got = f"{self.counts.dtype} of shape {self.counts.shape}"
+            return f"must be int32 for {n_neurons} neurons; got {got}"
+        if not isinstance(self.first_bin, int) or not 0 <= self.first_bin <= N_SAVED - bins_there:
+            return f"begin at a bin in [0, {N_SAVED - bins_there}]; got {self.first_bin!r}"
+        if self.counts.size and self.counts.min() < 0:
+            return "hold negative counts"
+        for name in ("location", "scale", "low", "high"):
+            values = getattr(self, name)
+            if values.shape != (n_neurons,) or values.dtype != np.float64:
+                return (
+                    f"need a float64 {name!r} a neuron; got {values.dtype} of shape {values.shape}"
+                )
+        return None
+
     def neuron(self, index: int) -> pd.DataFrame:
         """Return the histogram of one neuron as a frame.
 

@@ -14,26 +14,35 @@ from safetensors.numpy import save as to_safetensors
 
 from entangle.affixes import special_tokens_of
 from entangle.checks import choice, whole
-from entangle.errors import InvalidInput
 from entangle.html_tables import described, html_result, number
 from entangle.provenance import expanded, output_folder, read_manifest, read_table, write_json
+from entangle.schema import broken, integers, reals, shares, texts
 from entangle.scoring.histograms import LayerHistograms
 
 if TYPE_CHECKING:
     from entangle.models.layers import Layer
 
 KIND = "scores"
+_UNREADABLE = (
+    OSError, SafetensorError, KeyError, AttributeError, ValueError, TypeError, RecursionError,
+)  # fmt: skip
 _NUMERIC = "Choose a numeric column of the scores."
 _ARRAYS = ("counts", "location", "scale", "low", "high")
-_COLUMNS = (
-    "model", "layer", "block", "projection", "neuron", "wd", "wd_se", "wd_bound", "ks", "mean",
-    "std", "skewness", "excess_kurtosis", "weight_norm", "md", "n_tokens", "flag",
-)  # fmt: skip
-_LAYER_COLUMNS = (
-    "layer", "block", "projection", "n_neurons", "n_tokens", "method", "null_floor",
-    "null_floor_high", "split_half", "n_pairs", "n_identical_pairs", "md_rank_agreement_mean",
-    "md_rank_agreement_max",
-)  # fmt: skip
+_FLAGS = ("", "constant", "nan", "inf", "coarse")
+_SCORES = {
+    "model": texts(), "layer": texts(), "block": integers(null=True), "projection": texts(),
+    "neuron": integers(), "wd": reals(0), "wd_se": reals(0), "wd_bound": reals(0), "ks": shares(),
+    "mean": reals(), "std": reals(0), "skewness": reals(), "excess_kurtosis": reals(),
+    "weight_norm": reals(0), "md": reals(0), "n_tokens": integers(), "flag": texts(*_FLAGS),
+}  # fmt: skip
+_LAYERS = {
+    "layer": texts(), "block": integers(null=True), "projection": texts(), "n_neurons": integers(),
+    "n_tokens": integers(), "method": texts("exact", "sketch"), "null_floor": reals(0),
+    "null_floor_high": reals(0), "split_half": reals(-1, 1), "n_pairs": integers(),
+    "n_identical_pairs": integers(), "md_rank_agreement_mean": reals(-1, 1),
+    "md_rank_agreement_max": reals(-1, 1),
+}  # fmt: skip
+_FILES = ("scores.parquet", "layers.parquet", "scores.safetensors", "histograms.safetensors")
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,16 +160,45 @@ def load_scores(path: str | os.PathLike[str]) -> NeuronScores:
     InvalidInput
         If the folder is missing, of another kind or schema, incomplete or corrupt.
     """
-    manifest = read_manifest(path, KIND)
+    manifest = read_manifest(path, KIND, _FILES)
     folder = expanded(path)
-    frame = read_table(folder / "scores.parquet", _COLUMNS)
-    layers = read_table(folder / "layers.parquet", _LAYER_COLUMNS)
-    histograms = _read_histograms(folder / "histograms.safetensors")
-    if not set(frame["layer"]) == set(layers["layer"]) == set(histograms):
-        raise InvalidInput(
-            f"the files in {str(folder)!r} do not hold the same layers; make the result anew."
-        )
-    return NeuronScores(frame=frame, layers=layers, histograms=histograms, manifest=manifest)
+    frame = read_table(folder / _FILES[0], _SCORES)
+    layers = read_table(folder / _FILES[1], _LAYERS)
+    histograms = _read_histograms(folder / _FILES[3])
+    found = NeuronScores(frame=frame, layers=layers, histograms=histograms, manifest=manifest)
+    fault = _fault(found)
+    if fault is not None:
+        raise broken(folder, fault)
+    return found
+
+
+def _fault(scores: NeuronScores) -> str | None:
+    """Return what does not fit together in scores, None if nothing."""
+    frame, layers, manifest = scores.frame, scores.layers, scores.manifest
+    names = layers["layer"].tolist()
+    if frame["layer"].drop_duplicates().tolist() != names or set(scores.histograms) != set(names):
+        return "its files do not hold the same layers"
+    settings, model = manifest.get("settings"), manifest.get("model")
+    known = settings.get("layers") if isinstance(settings, Mapping) else None
+    if isinstance(known, list) and not set(names) <= set(known):
+        return f"layer {min(set(names) - set(known))!r} is not among the manifest's"
+    name = model.get("name") if isinstance(model, Mapping) else None
+    others = frame.loc[frame["model"] != name, "model"] if isinstance(name, str) else frame[:0]
+    if len(others):
+        return f"its scores are of the model {others.iloc[0]!r}, its manifest of {name!r}"
+    sizes = layers["n_neurons"].tolist()
+    if frame["neuron"].tolist() != [neuron for size in sizes for neuron in range(size)]:
+        return "its neurons are not all there, once and in order"
+    for column in ("block", "projection", "n_tokens"):
+        once = frame.drop_duplicates("layer")[column].reset_index(drop=True)
+        same = (once == layers[column]) | (once.isna() & layers[column].isna())
+        if not same.all() or frame.groupby("layer")[column].nunique(dropna=False).max() > 1:
+            return f"its tables differ in {column!r}"
+    for name, size in zip(names, sizes, strict=True):
+        fault = scores.histograms[name].fault(size)
+        if fault is not None:
+            return f"the histograms of {name!r} {fault}"
+    return None
 
 
 def _read_histograms(path: Path) -> dict[str, LayerHistograms]:
@@ -174,7 +212,5 @@ def _read_histograms(path: Path) -> dict[str, LayerHistograms]:
                 )
                 for name, first_bin in first.items()
             }
-    except (OSError, SafetensorError, KeyError, AttributeError, json.JSONDecodeError) as error:
-        raise InvalidInput(
-            f"{str(path)!r} cannot be read ({error}); make the result anew."
-        ) from error
+    except _UNREADABLE as error:
+        raise broken(path, f"cannot be read ({error})") from error

@@ -24,6 +24,7 @@ from entangle.evaluation import (
 from entangle.models.layers import find_layers
 from entangle.models.loading import LanguageModel, as_language_model
 from entangle.seeding import torch_rng
+from tests.results import without_digests
 from tests.tiny_models import TINY, tiny_tokenizer
 
 WORDS = ("seven cats sleep", "a dog barks", "it rains today", "he sees 12 birds")
@@ -142,7 +143,7 @@ def test_the_layers_of_an_arm_can_be_read(result: AblationResult) -> None:
 
 
 def test_a_result_of_an_earlier_version_loads(result: AblationResult, tmp_path: Path) -> None:
-    folder = result.save(tmp_path / "old")
+    folder = without_digests(result.save(tmp_path / "old"))
     kmeans = {}
     for name in ("ablation", "windows", "pairs", "neurons"):
         table = pd.read_parquet(folder / f"{name}.parquet")

@@ -18,6 +18,7 @@ from entangle.models.loading import LanguageModel, as_language_model
 from entangle.pruning import prune
 from entangle.scoring.score import score
 from entangle.seeding import torch_rng
+from tests.results import without_digests
 from tests.tiny_models import TINY
 
 Tiny = Callable[[str], LanguageModel]
@@ -240,8 +241,10 @@ def test_saved_and_loaded(everything: AblationResult, tmp_path: Path) -> None:
     assert loaded.scores.frame.equals(everything.scores.frame)
     assert "<table" in loaded._repr_html_()
     (tmp_path / "result" / "windows.parquet").write_bytes(b"PAR1")
-    with pytest.raises(InvalidInput, match="cannot be read"):
+    with pytest.raises(InvalidInput, match=r"windows\.parquet'"):
         load_ablation(tmp_path / "result")
+    with pytest.raises(InvalidInput, match=r"windows\.parquet' cannot be read"):
+        load_ablation(without_digests(tmp_path / "result"))
 
 
 def test_scores_made_before_are_used(

@@ -14,10 +14,10 @@ from matplotlib.figure import Figure
 from entangle.ablation import load_ablation
 from entangle.allocation import FORMATS, RULES, import_allocation, load_allocation
 from entangle.allocation.even import even
-from entangle.cli.figures import manifest_digest
 from entangle.cli.main import main
 from entangle.expansion import ExpandedLinear, load_expanded
 from entangle.expansion.compare import load_comparison
+from entangle.sealing import manifest_digest
 from tests.cli.expansions import check_one_line, listing
 from tests.cli.runs import Run
 

@@ -348,7 +348,7 @@ def test_checkpoints_that_cannot_be_evaluated(
     manifest = json.loads((expansion / "x" / "manifest.json").read_text())
     for name, content in (
         ("broken", "{"),
-        ("empty", json.dumps(manifest | {"model": {"name": "model"}})),
+        ("empty", json.dumps(manifest | {"model": {"name": "model"}, "digests": None})),
         ("scores", json.dumps(manifest | {"kind": "scores"})),
     ):
         shutil.copytree("x", name)

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from entangle.cli.drawings import FIGURES, drawings_of, text_of
-from entangle.cli.figures import MAKERS, manifest_digest, missing_lines, open_run
+from entangle.cli.figures import MAKERS, missing_lines, open_run
 from entangle.cli.main import main
 from tests.cli.runs import Run, holds
 
@@ -78,8 +78,11 @@ def test_everything_is_drawn_and_the_rest_named_with_its_command(
 
 def test_each_figure_states_the_digest_of_its_manifest(made: Path) -> None:
     file = made / "scores" / "manifest.json"
-    digest = manifest_digest(json.loads(file.read_text("utf-8")))
-    assert digest == hashlib.sha256(file.read_bytes()).hexdigest()
+    manifest = json.loads(file.read_text("utf-8"))
+    digest = manifest.pop("digests")["manifest"]
+    text = json.dumps(manifest, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    assert digest == hashlib.sha256(text.encode()).hexdigest()
+    assert open_run(str(made / "scores")).digest == digest
 
 
 def test_vector_text_and_width(run: Run, made: Path, tmp_path: Path) -> None:

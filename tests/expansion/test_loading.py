@@ -15,6 +15,7 @@ from entangle.errors import InvalidInput, Unavailable
 from entangle.expansion import expand, load_expanded, loading
 from entangle.expansion.loading import load_base
 from entangle.models.loading import LanguageModel
+from tests.results import without_digests
 
 Tiny = Callable[[str], LanguageModel]
 
@@ -39,6 +40,7 @@ def copied(built: Path, tmp_path: Path) -> Callable[..., Path]:
     def copy(change: Callable[[Any], object] | None = None, **model: object) -> Path:
         path = tmp_path / "copy"
         shutil.copytree(built, path)
+        without_digests(path)
         manifest = json.loads((path / "manifest.json").read_text())
         manifest["model"] |= model
         if change is not None:
