@@ -90,13 +90,11 @@ def unsealed(
     InvalidInput
         If the manifest or a file was altered, or a file is missing or no plain name inside.
     """
-    digests = manifest.get(DIGESTS)
+    digests = check_digest(folder, manifest)
     if digests is None:
-        _LOG.warning("%r was written without digests: damage to it cannot be seen", str(folder))
         return dict(manifest)
-    files = digests.get("files") if isinstance(digests, Mapping) else None
-    own = digests.get("manifest") if isinstance(digests, Mapping) else None
-    if not isinstance(files, Mapping) or own != manifest_digest(manifest):
+    files = digests.get("files")
+    if not isinstance(files, Mapping):
         raise _altered(folder / "manifest.json")
     for name in needed:
         if name not in files:
@@ -110,17 +108,46 @@ def unsealed(
     return {key: one for key, one in manifest.items() if key != DIGESTS}
 
 
-def list_added(folder: Path, files: Iterable[Path], origin: Mapping[str, str]) -> None:
-    """Note in `ADDED` which files were added to a folder, with the results that they came from.
+def check_digest(
+    place: str | os.PathLike[str], manifest: Mapping[str, object]
+) -> Mapping[str, object] | None:
+    """Check a manifest against its own digest; return all its digests, None if it has none.
+
+    One without, as earlier versions wrote them, is told of.
+
+    Parameters
+    ----------
+    place
+        The folder or file that it belongs to.
+    manifest
+        As it was read.
+
+    Raises
+    ------
+    InvalidInput
+        If it was altered.
+    """
+    if DIGESTS not in manifest:
+        _LOG.warning("%r was written without digests: damage to it cannot be seen", str(place))
+        return None
+    digests = manifest[DIGESTS]
+    if not isinstance(digests, Mapping) or digests.get("manifest") != manifest_digest(manifest):
+        path = Path(place)
+        raise _altered(path / "manifest.json" if path.is_dir() else path)
+    return digests
+
+
+def list_added(folder: Path, files: Iterable[Path], digest: str) -> None:
+    """Note in `ADDED` which files were added to a result's folder.
 
     Parameters
     ----------
     folder
-        Where the files lie.
+        Of the result.
     files
         Their paths.
-    origin
-        Digest of the result's manifest, by the file's name.
+    digest
+        Of the result's manifest when they were made.
     """
     place = folder / ADDED
     try:
@@ -130,7 +157,7 @@ def list_added(folder: Path, files: Iterable[Path], origin: Mapping[str, str]) -
     listed = dict(known) if isinstance(known, Mapping) else {}
     for path in files:
         name = path.relative_to(folder).as_posix()
-        listed[name] = {"sha256": file_digest(path), "result": origin[name]}
+        listed[name] = {"sha256": file_digest(path), "result": digest}
     text = json.dumps(dict(sorted(listed.items())), indent=2, ensure_ascii=False) + "\n"
     partial = place.with_suffix(".writing")
     partial.write_text(text, "utf-8")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from safetensors.numpy import save as to_safetensors
 
@@ -68,10 +69,29 @@ class ArmFolder:
             final, manifest, what="ablation", ending="ablating", resume=resume, force=force
         )
 
-    def read(self, key: str) -> dict[str, NDArray[np.float64]] | None:
-        """Return the raw numbers of a finished arm, or None."""
+    def read(
+        self, key: str, like: Mapping[str, NDArray[np.float64]]
+    ) -> dict[str, NDArray[np.float64]] | None:
+        """Return the raw numbers of a finished arm, or None.
+
+        Raises
+        ------
+        InvalidInput
+            If its file is damaged, or its numbers are no others' of the names and shapes of
+            ``like``, those of the dense model.
+        """
         path = self._unfinished.find(_file(key))
-        return None if path is None else dict(load_file(path))
+        if path is None:
+            return None
+        try:
+            found = dict(load_file(path))
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise _damaged(path, str(error)) from error
+        kinds = {name: (one.dtype, one.shape) for name, one in found.items()}
+        wanted = {name: (np.dtype(np.float64), one.shape) for name, one in like.items()}
+        if kinds != wanted:
+            raise _damaged(path, f"it holds {sorted(found)}, not what was measured")
+        return found
 
     def write(self, key: str, found: Mapping[str, NDArray[np.float64]]) -> None:
         """Keep the raw numbers of an arm; the file appears when it is complete."""
@@ -85,6 +105,12 @@ class ArmFolder:
     def remove(self) -> None:
         """Remove the arms' files, once the result is saved."""
         self._unfinished.remove()
+
+
+def _damaged(path: Path, why: str) -> InvalidInput:
+    return InvalidInput(
+        f"{str(path)!r} is damaged ({why}); remove it and go on with --resume (resume=True)."
+    )
 
 
 def _file(key: str) -> str:

@@ -43,7 +43,9 @@ class ArmRunner:
             which random pruning depends on, and it is kept by itself.
         """
         key = f"step-{arm.key}" if step else arm.key
-        found: Arrays | None = None if self._folder is None else self._folder.read(key)
+        found: Arrays | None = None
+        if self._folder is not None:
+            found = self._folder.read(key, self._meter.dense)
         if found is None:
             with self.bench.applied(arm):
                 measured = self._meter.measure()

@@ -232,6 +232,10 @@ def load_allocation(path: str | os.PathLike[str]) -> Allocation:
     settings = fields["manifest"].get("settings")
     noted = settings.get("pattern", ROW) if isinstance(settings, dict) else ROW
     try:
+        for name, width in fields["in_features"].items():
+            whole(f"in_features[{name!r}]", width, least=1)
+        for name, block in fields["blocks"].items():
+            whole(f"blocks[{name!r}]", block, least=0)
         return Allocation(zeros=zeros, **fields, pattern=str(described.get("pattern", noted)))
     except InvalidInput as error:
         raise InvalidInput(f"{str(path)!r} was altered ({error}); allocate anew.") from error

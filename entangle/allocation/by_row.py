@@ -1,7 +1,9 @@
 """Formats that hold every neuron: a plain CSV table, and vectors in safetensors."""
 
+import hashlib
 import io
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,14 @@ from torch import Tensor
 from entangle.allocation.allocation import Allocation
 from entangle.allocation.steps import ROW
 from entangle.errors import InvalidInput
+from entangle.sealing import manifest_digest
 
+_UNREADABLE = (
+    OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError, OverflowError,
+    RecursionError,
+)  # fmt: skip
 _COLUMNS = ("layer", "block", "neuron", "in_features", "zeros", "sparsity")
-_METADATA = "entangle rows"
+_METADATA, _DIGEST = "entangle rows", "sha256"
 
 
 def write_csv(allocation: Allocation) -> bytes:
@@ -43,7 +50,7 @@ def read_csv(path: Path) -> dict[str, Any]:
     """Return the fields of an allocation from what `write_csv` wrote, all but its manifest."""
     try:
         table = pd.read_csv(io.BytesIO(path.read_bytes()), dtype={"layer": "str"})
-    except ValueError as error:
+    except _UNREADABLE as error:
         raise _damaged(path, str(error)) from error
     for name in _COLUMNS:
         if name not in table.columns:
@@ -51,6 +58,9 @@ def read_csv(path: Path) -> dict[str, Any]:
     for name in ("neuron", "in_features", "zeros"):
         if table[name].dtype.kind not in "iu":
             raise _damaged(path, f"column {name!r} must hold whole numbers")
+    off = (table["sparsity"] * table["in_features"] - table["zeros"]).abs() > 1e-6
+    if table["sparsity"].dtype.kind != "f" or off.any():
+        raise _damaged(path, "column 'sparsity' must be 'zeros' / 'in_features'")
     fields: dict[str, Any] = {"zeros": {}, "in_features": {}, "blocks": {}, "experts": None}
     if "pattern" in table.columns:
         patterns = table["pattern"].unique().tolist()
@@ -82,7 +92,9 @@ def write_rows(allocation: Allocation) -> bytes:
         "experts": None if allocation.experts is None else dict(allocation.experts),
         "pattern": allocation.pattern,
     }
-    return to_safetensors(dict(allocation.sparsity), {_METADATA: json.dumps(described)})
+    shares = dict(allocation.sparsity)
+    described[_DIGEST] = _digest(shares, described)
+    return to_safetensors(shares, {_METADATA: json.dumps(described)})
 
 
 def read_rows(path: Path) -> dict[str, Any]:
@@ -90,12 +102,24 @@ def read_rows(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as file:
             described = json.loads((file.metadata() or {})[_METADATA])
-            shares = {name: file.get_tensor(name) for name in described.pop("layers")}
+            shares = {name: file.get_tensor(name) for name in described["layers"]}
+            digest = described.pop(_DIGEST, None)  # which earlier versions did not write
+            if digest is not None and digest != _digest(shares, described):
+                raise ValueError("it was altered")
+            del described["layers"]
             widths = described["in_features"]
             zeros = {name: _zeros(share, widths[name]) for name, share in shares.items()}
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+    except _UNREADABLE as error:
         raise _damaged(path, str(error)) from error
     return {"zeros": zeros, **described}
+
+
+def _digest(shares: Mapping[str, Tensor], described: Mapping[str, object]) -> str:
+    """Return the SHA-256 of what a file says: its description, then every vector's values."""
+    found = hashlib.sha256(manifest_digest(described).encode())
+    for share in shares.values():
+        found.update(share.numpy().astype("<f8").tobytes())
+    return found.hexdigest()
 
 
 def _zeros(share: Tensor, width: int) -> Tensor:

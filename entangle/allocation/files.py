@@ -15,6 +15,7 @@ from torch import Tensor
 
 from entangle.errors import InvalidInput
 from entangle.provenance import SCHEMA_VERSION, disk_errors, expanded
+from entangle.sealing import DIGESTS, check_digest, manifest_digest
 
 KIND = "allocation"
 _METADATA = "entangle"
@@ -57,6 +58,7 @@ def write_zeros(
     target = check_file(path, force=force)
     head = {"schema_version": SCHEMA_VERSION, "kind": KIND, "layers": list(zeros)}
     whole = head | dict(described) | {"sha256": _digest(zeros)}
+    whole |= {DIGESTS: {"manifest": manifest_digest(whole)}}
     metadata = {_METADATA: json.dumps(whole, allow_nan=False)}  # one key: keys have no order
     content = to_safetensors({name: part.contiguous() for name, part in zeros.items()}, metadata)
     temporary = target.with_name(f".{target.name[:40]}.{uuid4().hex}")
@@ -85,7 +87,7 @@ def read_zeros(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[st
         with safe_open(source, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         raise InvalidInput(f"{str(path)!r} cannot be read ({error}); allocate anew.") from error
     if _METADATA not in metadata:
         raise InvalidInput(
@@ -107,7 +109,7 @@ def read_zeros(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[st
 def _described(text: str, path: str) -> dict[str, Any]:
     try:
         described = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidInput(f"{path!r} was altered ({error}); allocate anew.") from error
     kind = described.get("kind") if isinstance(described, dict) else None
     if kind != KIND:
@@ -118,7 +120,8 @@ def _described(text: str, path: str) -> dict[str, Any]:
             f"{path!r} has schema version {version!r}, this version of entangle reads "
             f"{SCHEMA_VERSION}; allocate anew."
         )
-    return dict(described)
+    check_digest(path, described)
+    return {key: one for key, one in described.items() if key != DIGESTS}
 
 
 def _digest(zeros: Mapping[str, Tensor]) -> str:

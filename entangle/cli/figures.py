@@ -53,12 +53,12 @@ def run(arguments: argparse.Namespace) -> None:
     found = [open_run(path) for path in arguments.runs]
     folders = _folders(Path(arguments.out), found)
     drawings = [
-        (folders[number] / drawing.name, drawing)
+        (folders[number] / drawing.name, drawing, one)
         for number, one in enumerate(found)
         for drawing in drawings_of(one, arguments.column)
     ]
     if not arguments.force:
-        _check_new([stem for stem, _ in drawings], (*formats, "csv"))
+        _check_new([stem for stem, *_ in drawings], (*formats, "csv"))
     skipped = [f"{one.path}: no figures of a result of kind {one.kind!r}" for one in found
                if one.kind not in FIGURES]  # fmt: skip
     failed = list(_draw(drawings, formats, force=arguments.force))
@@ -72,12 +72,16 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _draw(
-    drawings: Sequence[tuple[Path, Drawing]], formats: Sequence[str], *, force: bool
+    drawings: Sequence[tuple[Path, Drawing, Run]], formats: Sequence[str], *, force: bool
 ) -> Iterator[str]:
-    """Draw and save what can be drawn; yield what cannot, and why."""
-    from entangle.plotting import save_figure
+    """Draw and save what can be drawn; yield what cannot, and why.
 
-    for stem, drawing in drawings:
+    What is added to the folder of a result is listed in it, apart from what it was made with.
+    """
+    from entangle.plotting import save_figure
+    from entangle.sealing import list_added
+
+    for stem, drawing, one in drawings:
         try:
             figure = drawing.draw()
         except InvalidInput as error:
@@ -85,6 +89,8 @@ def _draw(
             continue
         files = save_figure(figure, stem, formats=formats, force=force)
         print(f"Figure: {stem} ({', '.join(path.suffix[1:] for path in files)})")
+        if one.path.is_dir() and one.path.resolve() in stem.resolve().parents:
+            list_added(one.path.resolve(), [path.resolve() for path in files], one.digest)
 
 
 def open_run(path: str) -> Run:

@@ -18,6 +18,11 @@ from entangle.models.layers import Layer
 from entangle.routing import Router
 
 _METADATA = "entangle"
+_UNREADABLE = (
+    OSError, SafetensorError, KeyError, IndexError, ValueError, TypeError, AttributeError,
+    RuntimeError, OverflowError,
+)  # fmt: skip
+"""What reading a file raises that is no block, or whose description was forged."""
 
 
 def block_file(index: int) -> str:
@@ -79,7 +84,7 @@ def read_block(
             described = json.loads((file.metadata() or {})[_METADATA])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         return _rebuild(described["layers"], tensors, layers), described["report"]
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+    except _UNREADABLE as error:
         raise InvalidInput(
             f"{str(path)!r} is damaged or does not fit the model ({error}); build it anew."
         ) from error

@@ -82,11 +82,14 @@ class _Measured:
         path.write_bytes(to_safetensors({"losses": self.losses, **arrays}))
 
     @classmethod
-    def read(cls, path: Path) -> "_Measured":
+    def read(cls, path: Path, text: EvaluationText) -> "_Measured":
         try:
             found = load_file(path)
-            return cls(found["losses"], {name: float(found[name]) for name in _NUMBERS})
-        except (SafetensorError, KeyError, ValueError) as error:
+            losses = found["losses"]
+            if losses.shape != (text.n_windows,) or losses.dtype != np.float64:
+                raise ValueError(f"losses of shape {losses.shape} for {text.n_windows} windows")
+            return cls(losses, {name: float(found[name]) for name in _NUMBERS})
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
             raise InvalidInput(
                 f"{str(path)!r} is damaged ({error}); remove it and go on with --resume "
                 "(resume=True)."
@@ -251,7 +254,7 @@ class _Bench:
         seed: int,
         memory: int,
     ) -> None:
-        self._model, self._calibration, self._text = model, calibration, text
+        self._model, self._calibration, self.text = model, calibration, text
         self._seed, self._memory = seed, memory
         self._layers, self._by_name = common_layers(allocations), by_name(allocations)
         self._evenly = {sparsity: even(one) for (_, sparsity), one in self._by_name.items()}
@@ -259,7 +262,7 @@ class _Bench:
     def measure(self, arm: Arm) -> _Measured:
         """Build an arm, unless it is the dense model, and measure it."""
         if arm.method == DENSE:
-            losses = measure_perplexity(self._model, self._text, progress=False).window_losses
+            losses = measure_perplexity(self._model, self.text, progress=False).window_losses
             costs = dict.fromkeys(_COSTS, 1.0)
             return _Measured(losses, costs | dict.fromkeys(_NUMBERS[3:], float("nan")))
         pruner, router = METHODS[arm.method]
@@ -276,7 +279,7 @@ class _Bench:
             router=router,
             seed=self._seed,
             memory=self._memory,
-            evaluation=self._text,
+            evaluation=self.text,
             keep=False,
             progress=False,
         )
@@ -299,7 +302,7 @@ def _measured(bench: _Bench, arm: Arm, kept: Unfinished | None) -> tuple[_Measur
     name = f"arm-{arm.key}.safetensors"
     path = None if kept is None else kept.find(name)
     if path is not None:
-        return _Measured.read(path), True
+        return _Measured.read(path, bench.text), True
     try:
         found = bench.measure(arm)
     except EntangleError as error:
