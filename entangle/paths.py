@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from entangle.errors import InvalidInput
 
 _LONGEST = 255  # bytes of a file's name
-_SHOWN = 80  # characters of a refused name
+_SHOWN = 200  # characters of a refused name
 _REPOSITORY = re.compile(r"(models|datasets|spaces|kernels)--.+")
 _SHARED_BLOB = re.compile(r"[0-9a-f]{2}/[0-9a-f]{64}")
 

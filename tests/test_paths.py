@@ -6,8 +6,8 @@ from entangle.errors import InvalidInput
 from entangle.paths import inside
 
 ESCAPES = [
-    "../x", "..", ".", "", "/etc/passwd", "a/b", "a\\b", "\\\\host\\share", "C:x", "C:\\x", "a/../x",
-    "./x", "x/", "x\0", "x\n", "\ud800", "x" * 256, "ä" * 128, None, 3, ["x"],
+    "../x", "..", ".", "", "/etc/passwd", "a/b", "a\\b", "\\\\host\\share", "C:x", "C:\\x",
+    "a/../x", "./x", "x/", "x\0", "x\n", "\ud800", "x" * 256, "ä" * 128, None, 3, ["x"],
 ]  # fmt: skip
 
 
@@ -16,7 +16,7 @@ def test_what_is_no_plain_name_is_refused(name: object, tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match=r"^the list .*plain names") as caught:
         inside(tmp_path, name, what="the list")
     assert repr(name)[:20] in str(caught.value)
-    assert len(str(caught.value)) < 300
+    assert len(str(caught.value)) < 400
 
 
 @pytest.mark.parametrize("name", ["x", "x y.safetensors", "..x", ".x", "ä", "~", "*", "x" * 255])

@@ -27,6 +27,7 @@ from entangle.errors import EntangleError, InvalidInput, MemoryLimit, Unavailabl
 from entangle.models import hub
 from entangle.models.sources import ADAPTER_CONFIG, TOKENIZER_FILES, check_folder
 from entangle.models.stored import stored_dtype
+from entangle.models.unpickling import no_pickles
 
 Loaded = tuple[hf.PreTrainedModel, hf.PreTrainedTokenizerBase | None]
 """A model in the state that transformers leaves it in, and its tokenizer where there is one."""
@@ -190,9 +191,13 @@ def _switch_bars(bars: bool, hub_bars: bool) -> None:
 
 @contextlib.contextmanager
 def broken_as(what: str) -> Iterator[None]:
-    """Turn what transformers raises over broken files into one line about ``what``."""
+    """Turn what transformers raises over broken files into one line about ``what``.
+
+    Nothing is unpickled inside the block.
+    """
     try:
-        yield
+        with no_pickles(what):
+            yield
     except EntangleError:
         raise
     except (MemoryError, torch.OutOfMemoryError) as error:
@@ -284,10 +289,12 @@ def tokenizer_of(folder: Path) -> hf.PreTrainedTokenizerBase | None:
     if not any(path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)):
         return None
     try:
-        with quiet():
+        with quiet(), no_pickles("it"):
             tokenizer: hf.PreTrainedTokenizerBase = hf.AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=False, local_files_only=True
             )
+        if not isinstance(tokenizer, hf.PreTrainedTokenizerBase):
+            raise TypeError(f"{type(tokenizer).__name__} is none")
     except Exception as error:  # the tokenizers library raises the bare class
         raise InvalidInput(
             f"the tokenizer of model folder {str(folder)!r} cannot be loaded "
