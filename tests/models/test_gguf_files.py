@@ -191,6 +191,21 @@ def test_one_changed_byte_means_converting_again(
     assert capfd.readouterr().err == ""
 
 
+def test_a_changed_byte_in_any_file_is_seen(tiny_gguf: Path, place: Path) -> None:
+    load_model(tiny_gguf, device="cpu")
+    folder = _converted(place)
+    files = {path: path.read_bytes() for path in folder.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} < {one.name for one in files}
+    for path, content in files.items():
+        for at in (0, 1, len(content) // 3, len(content) // 2, len(content) - 1):
+            damaged = bytearray(content)
+            damaged[at] ^= 1
+            path.write_bytes(damaged)
+            assert not cache.is_intact(folder), (path.name, at)
+        path.write_bytes(content)
+        assert cache.is_intact(folder)
+
+
 def _no_room(monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _folder: shutil._ntuple_diskusage(9, 9, 0))
 
