@@ -35,6 +35,9 @@ Loaded = tuple[hf.PreTrainedModel, hf.PreTrainedTokenizerBase | None]
 FLAGS = ("add_bos_token", "add_eos_token")
 """Of a tokenizer: whether the model was trained with these tokens around a text."""
 
+NO_ADAPTER = {"subfolder": "none"}
+"""Where transformers looks for an adapter, or it would apply one in the folder unasked."""
+
 hf_logging: Any = hf.utils.logging
 hub_utils: Any = huggingface_hub.utils
 
@@ -256,7 +259,7 @@ def _from_pretrained(auto: Any, folder: Path, settings: dict[str, Any]) -> hf.Pr
         "local_files_only": True,
         "output_loading_info": True,
         "ignore_mismatched_sizes": True,  # reported below, by name
-        "adapter_kwargs": {"subfolder": "none"},  # or one in the folder would be applied unasked
+        "adapter_kwargs": NO_ADAPTER,
     }
     with torch.random.fork_rng(devices=[]), broken_as(f"model folder {str(folder)!r}"):
         model, report = auto.from_pretrained(folder, **settings)

@@ -9,6 +9,8 @@ import pytest
 import torch
 import transformers as hf
 from transformers import modeling_gguf_pytorch_utils as hf_gguf
+from transformers.integrations import peft as peft_integration
+from transformers.models.auto import auto_factory
 
 from entangle.errors import InvalidInput
 from entangle.models import cache, gguf_files
@@ -164,6 +166,18 @@ def test_the_flags_and_the_chat_template_are_carried_on(
         assert tokenizer("ab").input_ids == expected
     written = (_converted(place) / "tokenizer_config.json").read_text()
     assert all(f'"{flag}": {str(value).lower()}' in written for flag, value in named.items())
+
+
+def test_an_adapter_beside_it_is_not_applied(
+    tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As transformers would where peft is installed."""
+    alone = load_model(tiny_gguf, device="cpu").digest
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "no/such"}')
+    for module in (auto_factory, peft_integration):
+        monkeypatch.setattr(module, "is_peft_available", lambda: True)
+    monkeypatch.setenv("ENTANGLE_CACHE", str(tmp_path / "another"))
+    assert load_model(tiny_gguf, device="cpu").digest == alone
 
 
 def test_no_flags_stay_none(tmp_path: Path) -> None:
