@@ -83,7 +83,7 @@ def test_folders_that_hold_no_model(files: tuple[str, ...], remedy: str, tmp_pat
     assert str(tmp_path / "x") in str(caught.value)
 
 
-OTHERS = [
+OTHERS: list[object] = [
     "pytorch_model.bin", "model.pt", "x.pth", "x.ckpt", "x.pkl", "x", "x.safetensors.bin",
     "x.SAFETENSORS", "../x.safetensors", "/x.safetensors", "below/x.safetensors", "", None, 3, [],
 ]  # fmt: skip
