@@ -9,6 +9,7 @@ from pathlib import Path
 
 from entangle.claims import check_claimed
 from entangle.errors import InvalidInput
+from entangle.paths import inside
 from entangle.provenance import (
     check_output,
     disk_errors,
@@ -87,6 +88,11 @@ class Unfinished:
         self._what, self._plan = what, _plan(manifest)
         self._digest = _plan_digest(self._plan)
         with disk_errors(self.path):
+            if self.path.is_symlink():
+                raise InvalidInput(
+                    f"{str(self.path)!r} is a link to {str(self.path.readlink())!r}, where pieces "
+                    f"of the {what} would be read and written; remove it."
+                )
             found = self.path.exists()
             if found and not resume and not force:
                 raise InvalidInput(
@@ -134,16 +140,18 @@ class Unfinished:
         """
         check_claimed(self.final)
         self.begin()
-        path = self.path / name
+        path = self._inside(name)
         if path.exists():
             self._check_planned(path)
             return
         with disk_errors(path, remedy=_REMEDY):
             partial = path.with_suffix(".writing")
+            partial.unlink(missing_ok=True)  # of a killed run, or a link to another file
             write(partial)
             check_claimed(self.final)  # what is written may take long
             digests = self.path / DIGESTS
             changed = digests.with_suffix(".writing")
+            changed.unlink(missing_ok=True)
             entry = {"sha256": file_digest(partial), "plan": self._digest}
             write_json(changed, self._entries() | {name: entry})
             os.replace(changed, digests)  # noqa: PTH105  (the atomic one)
@@ -157,7 +165,7 @@ class Unfinished:
         InvalidInput
             If it is not what was written, or belongs to another plan.
         """
-        path = self.path / name
+        path = self._inside(name)
         if not path.exists():
             return None
         if self.digests().get(name) != file_digest(path):
@@ -167,6 +175,9 @@ class Unfinished:
             )
         self._check_planned(path)
         return path
+
+    def _inside(self, name: str) -> Path:
+        return inside(self.path, name, what=f"the unfinished {self._what} {str(self.path)!r}")
 
     def _check_planned(self, path: Path) -> None:
         plan = self._entries().get(path.name, {}).get("plan", self._digest)
@@ -185,11 +196,14 @@ class Unfinished:
         """Return the digests of every piece, and of its plan where it was noted."""
         if not (self.path / DIGESTS).exists():
             return {}
+        read = self._read(DIGESTS)
+        for name in read:  # they come into the manifest of the result
+            inside(self.path, name, what=f"the list {str(self.path / DIGESTS)!r}")
         return {
             name: {key: str(one) for key, one in entry.items()}
             if isinstance(entry, dict)
             else {"sha256": str(entry)}  # as of a folder that an earlier version began
-            for name, entry in self._read(DIGESTS).items()
+            for name, entry in read.items()
         }
 
     def remove(self) -> None:
@@ -199,7 +213,7 @@ class Unfinished:
     def _read(self, name: str) -> dict[str, object]:
         try:
             return dict(json.loads((self.path / name).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise InvalidInput(
                 f"the unfinished {self._what} of {str(self.final)!r} has no readable {name} "
                 f"({error}); start anew with --force (force=True) without --resume."

@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "entangle"
 FLOORS = (
     {"errors", "jupyter"},
-    {"checks"},
+    {"checks", "paths"},
     {"claims"},
     {
         "seeding",
@@ -77,3 +77,49 @@ def test_light_imports(code: str, absent: set[str]) -> None:
     command = [sys.executable, "-c", f"{check}\n{code}"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == ""
+
+
+UNPICKLERS = {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+CALLS = {"eval", "exec", "compile", "__import__", "torch.load", "torch.save", "torch.jit.load"}
+CALLS |= {"read_pickle", "to_pickle", "yaml.load"}
+
+
+def unsafe(file: Path) -> Iterator[str]:
+    """Yield what in a module could unpickle, or run code that it reads."""
+    for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            origin = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names = [*origin, *(alias.name for alias in node.names)]
+            yield from UNPICKLERS & {part for name in names for part in name.split(".")}
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            if called in CALLS or called.endswith((".read_pickle", ".to_pickle")):
+                yield called
+            settings = {one.arg: ast.unparse(one.value) for one in node.keywords}
+            if called in ("np.load", "np.save") and settings.get("allow_pickle") != "False":
+                yield called
+            for setting, safe in (("allow_pickle", "False"), ("trust_remote_code", "False")):
+                if settings.get(setting, safe) != safe:
+                    yield setting
+
+
+def test_no_module_unpickles() -> None:
+    found = {
+        file.relative_to(PACKAGE).as_posix(): names
+        for file in PACKAGE.rglob("*.py")
+        if (names := set(unsafe(file)))
+    }
+    assert found == {"models/unpickling.py": {"pickle"}}  # which closes it
+
+
+def test_what_unpickles_is_found(tmp_path: Path) -> None:
+    lines = [
+        "import pickle", "from pickle import load", "import joblib.numpy_pickle", "torch.load(x)",
+        "np.load(x)", "np.load(x, allow_pickle=True)", "pandas.read_pickle(x)", "eval(x)",
+        "f(trust_remote_code=True)", "import os, dill",
+    ]  # fmt: skip
+    for line in lines:
+        (tmp_path / "x.py").write_text(line)
+        assert list(unsafe(tmp_path / "x.py")), line
+    (tmp_path / "x.py").write_text("re.compile(x)\nnp.load(x, allow_pickle=False)\nmodel.eval()")
+    assert list(unsafe(tmp_path / "x.py")) == []

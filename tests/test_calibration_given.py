@@ -240,6 +240,34 @@ def test_folders_of_save_to_disk(kind: str, tmp_path: Path) -> None:
         assert got.source == str(source)
 
 
+@pytest.mark.parametrize("how", ["above", "absolute", "link", "split", "text", "number"])
+def test_a_saved_data_set_lists_files_of_its_own_folder(how: str, tmp_path: Path) -> None:
+    datasets.disable_progress_bars()
+    for name in ("saved", "other"):
+        datasets.Dataset.from_dict({"text": [name]}).save_to_disk(tmp_path / name)
+    folder, (other,) = tmp_path / "saved", (tmp_path / "other").glob("*.arrow")
+    state = json.loads((folder / "state.json").read_text())
+    named: object = f"../other/{other.name}" if how == "above" else str(other)
+    if how == "link":
+        named = "x.arrow"
+        (folder / "x.arrow").symlink_to(other)
+    state["_data_files"] = 3 if how == "number" else [{"filename": named}]
+    if how in ("split", "text"):
+        (folder / "state.json").unlink()
+        (folder / "below").mkdir()
+        (folder / "below" / "state.json").write_text("{}")
+        splits = "/." if how == "text" else ["../other"]
+        (folder / "dataset_dict.json").write_text(json.dumps({"splits": splits}))
+    else:
+        (folder / "state.json").write_text(json.dumps(state))
+    with pytest.raises(InvalidInput, match="saved") as caught:
+        load_evaluation(folder, tiny_tokenizer(), seq_len=2)
+    assert {
+        "split": "../other", "text": "'/'", "number": "int", "link": "x.arrow"
+    }.get(how, other.name) in str(caught.value)  # fmt: skip
+    assert "\n" not in str(caught.value)
+
+
 def test_a_stream_is_read_as_far_as_asked() -> None:
     read = []
 

@@ -228,3 +228,37 @@ def test_real_errors_of_the_library(folder: Path, tmp_path: Path) -> None:
 
 def test_real_error_of_an_impossible_id() -> None:
     assert "Repo id must use" in _error(InvalidInput, "we!rd")
+
+
+@pytest.mark.parametrize("file", ["README.md", ".huggingface.yaml"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "data_files: {above}/secret.jsonl", "data_files: ../secret.jsonl", "data_dir: ..",
+        "data_files: x/../../secret.jsonl", "data_dir: {above}", "data_files: '{above}/s*.jsonl'",
+        "data_files: [{{split: train, path: ../secret.jsonl}}]",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("link", [False, True])
+def test_the_files_that_a_readme_names_lie_in_its_folder(
+    link: bool, settings: str, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "kept")
+    folder = tmp_path / "above" / "set"
+    (folder / "x").mkdir(parents=True)
+    (folder / "x.jsonl").write_text('{"text": "own"}\n')
+    (folder.parent / "secret.jsonl").write_text('{"text": "secret"}\n')
+    if link:
+        (tmp_path / "link").symlink_to(folder)
+    source = str(tmp_path / "link" if link else folder)
+
+    def write(one: str) -> None:
+        text = f"configs:\n- config_name: default\n  {one}\n"
+        (folder / file).write_text(f"---\n{text}---\n" if file == "README.md" else text)
+
+    write(settings.format(above=folder.parent))
+    error = _error(InvalidInput, source, split="train", config="default")
+    assert "README" in error
+    assert "secret.jsonl" in error
+    write("data_files: x.jsonl")
+    assert list(load_texts(source, split="train", config="default")) == ["own"]

@@ -1,5 +1,6 @@
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -74,7 +75,7 @@ def test_a_piece_without_its_digest_is_refused(tmp_path: Path) -> None:
         work.find("a.bin")
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1, 2]", "3"])
+@pytest.mark.parametrize("content", ["", "{", "[1, 2]", "3", "[" * 10**6])
 @pytest.mark.parametrize("name", [DIGESTS, PLAN])
 def test_files_that_are_unreadable_are_named(tmp_path: Path, name: str, content: str) -> None:
     work = begin(tmp_path / "x")
@@ -82,6 +83,55 @@ def test_files_that_are_unreadable_are_named(tmp_path: Path, name: str, content:
     (work.path / name).write_text(content)
     with pytest.raises(InvalidInput, match=rf"{name}.*--force"):
         begin(tmp_path / "x", resume=True).find("a.bin")
+
+
+OUTSIDE = ["../a.bin", "/a.bin", "..", "", "b/a.bin"]
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_the_list_of_digests_names_pieces_of_its_folder(name: str, tmp_path: Path) -> None:
+    work = begin(tmp_path / "x")
+    work.keep("a.bin", piece(b"first"))
+    entries = json.loads((work.path / DIGESTS).read_text())
+    (work.path / DIGESTS).write_text(json.dumps(entries | {name: entries["a.bin"]}))
+    later = begin(tmp_path / "x", resume=True)
+    asks: list[Callable[[], object]] = [
+        later.digests, partial(later.find, "a.bin"), partial(later.keep, "b", piece(b"")),
+    ]  # fmt: skip
+    for ask in asks:
+        with pytest.raises(InvalidInput, match=rf"{DIGESTS}.*plain names") as caught:
+            ask()
+        assert repr(name) in str(caught.value)
+
+
+def test_nothing_is_read_or_written_through_links(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.write_bytes(b"first")
+    work = begin(tmp_path / "x")
+    work.keep("a.bin", piece(b"first"))
+    (work.path / "a.bin").unlink()
+    (work.path / "a.bin").symlink_to(other)  # of the same content
+    asks: list[Callable[[], object]] = [
+        work.digests, partial(work.find, "a.bin"), partial(work.keep, "a.bin", piece(b"x")),
+    ]  # fmt: skip
+    for ask in asks:
+        with pytest.raises(InvalidInput, match=rf"a\.bin.*link.*{other}"):
+            ask()
+    (work.path / "a.bin").unlink()
+    for name in ("b.writing", f"{Path(DIGESTS).stem}.writing"):
+        (work.path / name).symlink_to(other)
+    work.keep("b.bin", piece(b"second"))
+    assert other.read_bytes() == b"first"
+    assert begin(tmp_path / "x", resume=True).find("b.bin") == work.path / "b.bin"
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_link_in_place_of_the_folder_is_refused(resume: bool, tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    (tmp_path / ".x.working").symlink_to(tmp_path / "kept")
+    with pytest.raises(InvalidInput, match=r"\.x\.working'.*link.*kept"):
+        begin(tmp_path / "x", resume=resume)
+    assert (tmp_path / "kept").is_dir()
 
 
 def test_a_piece_that_fails_leaves_the_others(tmp_path: Path) -> None:

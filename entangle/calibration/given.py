@@ -31,6 +31,9 @@ from entangle.calibration.token_files import (
     read_token_file,
 )
 from entangle.errors import InvalidInput, unknown_name
+from entangle.models.sources import json_object
+from entangle.models.unpickling import no_pickles
+from entangle.paths import inside
 from entangle.progress import tell
 
 Source = object
@@ -124,13 +127,30 @@ def _from_saved(path: Path, wanted: Wanted) -> TokenFile | TextSource:
     import datasets
 
     try:
-        saved = datasets.load_from_disk(str(path))
+        _check_listed(path)
+        with no_pickles(f"'{path}'"):
+            saved = datasets.load_from_disk(str(path))
+    except InvalidInput:
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InvalidInput(
             f"'{path}' cannot be read as a saved data set ({reason}); save it again."
         ) from error
     return _from_dataset(saved, f"'{path}'", wanted)
+
+
+def _check_listed(folder: Path) -> None:
+    """Check that what a saved data set lists, its splits and their files, lies in its folder."""
+    places, splits = [folder], folder / "dataset_dict.json"
+    if splits.is_file():
+        listed = json_object(splits).get("splits") or ()
+        places += [inside(folder, name, what=f"the list '{splits}'") for name in listed]
+    for state in (place / "state.json" for place in places):
+        files = json_object(state).get("_data_files") if state.is_file() else None
+        for file in files or ():
+            name = file.get("filename") if isinstance(file, dict) else file
+            inside(state.parent, name, what=f"the list '{state}'")
 
 
 def _from_object(source: Any, label: str, wanted: Wanted) -> TokenFile | TextSource:

@@ -18,6 +18,7 @@ from tokenizers import Encoding, Tokenizer, models
 from transformers import PreTrainedTokenizerBase
 
 from entangle.errors import InvalidInput
+from entangle.models.unpickling import no_pickles
 
 FLAGS = ("add_bos_token", "add_eos_token")
 _SETTINGS = "tokenizer_config.json"
@@ -160,7 +161,8 @@ def _stored_flags(tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
 def _was_changed(tokenizer: PreTrainedTokenizerBase, own: Sides) -> bool:
     """Tell whether a tokenizer adds other tokens than when its files are loaded afresh."""
     try:
-        fresh = type(tokenizer).from_pretrained(tokenizer.name_or_path, local_files_only=True)
+        with no_pickles("the tokenizer"):
+            fresh = type(tokenizer).from_pretrained(tokenizer.name_or_path, local_files_only=True)
     except Exception:  # the tokenizers library raises the bare class
         return False
     return added_by_itself(fresh) != own

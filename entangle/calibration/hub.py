@@ -2,17 +2,20 @@
 
 import ast
 import logging
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 from entangle.calibration.columns import Column, Look, choose_column, named_kind
 from entangle.calibration.files import Document, refuse_late_text, text_value
 from entangle.errors import EntangleError, InvalidInput, Unavailable, UnknownName, unknown_name
 from entangle.models.hub import caches_alone, check_data_set
+from entangle.models.unpickling import no_pickles
 
 
 class UnknownSplit(UnknownName):
@@ -95,10 +98,28 @@ def read_hub(request: HubRequest) -> HubDocuments:
             f"{request.name!r} is a file format, not a data set; give the path of a file or folder."
         )
     with plain_errors(request), caches_alone():
+        _check_files(request)
         dataset = datasets.load_dataset(
             request.name, request.config, split=request.split, streaming=request.streaming
         )
     return _documents(dataset, request)
+
+
+def _check_files(request: HubRequest) -> None:
+    """Check that the files of a local folder, which its README may name, lie in the folder."""
+    import datasets
+
+    folder = Path(request.name).expanduser()
+    if not folder.is_dir():
+        return
+    homes = Path(os.path.abspath(folder)), Path(os.path.realpath(folder))  # noqa: PTH100
+    found = datasets.load_dataset_builder(request.name, request.config).config.data_files or {}
+    for file in (str(one) for files in found.values() for one in files):
+        if not any(Path(os.path.normpath(file)).is_relative_to(home) for home in homes):
+            raise InvalidInput(
+                f"its README or .huggingface.yaml must name files of its own folder; got {file!r}: "
+                "give that file itself"
+            )
 
 
 def _documents(dataset: Any, request: HubRequest) -> HubDocuments:
@@ -160,7 +181,10 @@ def _rows(dataset: Any, request: HubRequest) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def plain_errors(request: HubRequest) -> Iterator[None]:
-    """Turn the library's errors into one line, and hold back its own log lines about them."""
+    """Turn the library's errors into one line, and hold back its own log lines about them.
+
+    Nothing is unpickled inside the block.
+    """
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # whichever client
 
@@ -169,7 +193,8 @@ def plain_errors(request: HubRequest) -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     try:
-        yield
+        with no_pickles("it"):
+            yield
     except (OSError, ValueError, RuntimeError, ImportError, DatasetsError, HTTPError) as error:
         raise _translate(error, request) from error
     finally:

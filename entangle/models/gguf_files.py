@@ -141,6 +141,7 @@ def _load(file: Path, dtype: torch.dtype | None, parsed: Callable[[Path], _Parse
             config=config,
             dtype=dtype or torch.float32,
             quantization_config=hf.GgufConfig(dequantize=True),
+            adapter_kwargs=pretrained.NO_ADAPTER,
             output_loading_info=True,
         )
         pretrained.check_complete(report, file)

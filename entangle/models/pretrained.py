@@ -27,12 +27,16 @@ from entangle.errors import EntangleError, InvalidInput, MemoryLimit, Unavailabl
 from entangle.models import hub
 from entangle.models.sources import ADAPTER_CONFIG, TOKENIZER_FILES, check_folder
 from entangle.models.stored import stored_dtype
+from entangle.models.unpickling import no_pickles
 
 Loaded = tuple[hf.PreTrainedModel, hf.PreTrainedTokenizerBase | None]
 """A model in the state that transformers leaves it in, and its tokenizer where there is one."""
 
 FLAGS = ("add_bos_token", "add_eos_token")
 """Of a tokenizer: whether the model was trained with these tokens around a text."""
+
+NO_ADAPTER = {"subfolder": "none"}
+"""Where transformers looks for an adapter, or it would apply one in the folder unasked."""
 
 hf_logging: Any = hf.utils.logging
 hub_utils: Any = huggingface_hub.utils
@@ -190,9 +194,13 @@ def _switch_bars(bars: bool, hub_bars: bool) -> None:
 
 @contextlib.contextmanager
 def broken_as(what: str) -> Iterator[None]:
-    """Turn what transformers raises over broken files into one line about ``what``."""
+    """Turn what transformers raises over broken files into one line about ``what``.
+
+    Nothing is unpickled inside the block.
+    """
     try:
-        yield
+        with no_pickles(what):
+            yield
     except EntangleError:
         raise
     except (MemoryError, torch.OutOfMemoryError) as error:
@@ -251,7 +259,7 @@ def _from_pretrained(auto: Any, folder: Path, settings: dict[str, Any]) -> hf.Pr
         "local_files_only": True,
         "output_loading_info": True,
         "ignore_mismatched_sizes": True,  # reported below, by name
-        "adapter_kwargs": {"subfolder": "none"},  # or one in the folder would be applied unasked
+        "adapter_kwargs": NO_ADAPTER,
     }
     with torch.random.fork_rng(devices=[]), broken_as(f"model folder {str(folder)!r}"):
         model, report = auto.from_pretrained(folder, **settings)
@@ -284,10 +292,12 @@ def tokenizer_of(folder: Path) -> hf.PreTrainedTokenizerBase | None:
     if not any(path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)):
         return None
     try:
-        with quiet():
+        with quiet(), no_pickles("it"):
             tokenizer: hf.PreTrainedTokenizerBase = hf.AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=False, local_files_only=True
             )
+        if not isinstance(tokenizer, hf.PreTrainedTokenizerBase):
+            raise TypeError(f"{type(tokenizer).__name__} is none")
     except Exception as error:  # the tokenizers library raises the bare class
         raise InvalidInput(
             f"the tokenizer of model folder {str(folder)!r} cannot be loaded "

@@ -1,20 +1,31 @@
 """What the name of a model means, and whether it can be one: told before torch is imported."""
 
+import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from entangle.errors import InvalidInput, UnknownName
+from entangle.paths import inside
 from entangle.provenance import expanded
 
 ADAPTER_CONFIG = "adapter_config.json"
 """File that a folder of an adapter (PEFT) has."""
 TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab.*", "merges.txt", "tekken.json")
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
+SAFE = ".safetensors"
+"""Ending of the only weight files that are read."""
+INDEX = f"{SAFE}.index.json"
+"""Ending of a file that tells which weight file holds which tensor."""
 DTYPES = ("float32", "bfloat16", "float16")
 """Names that ``dtype`` may have, beside auto."""
 _DEVICE = re.compile(r"auto|cpu(:0)?|mps(:0)?|cuda(:\d+)?")
 _HUB_ID = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
+_CONVERT = (
+    "is no safetensors file, and a pickle can run code and is never loaded: convert it once with "
+    "transformers' `save_pretrained` where you trust it."
+)
 _LONGEST_ID = 96  # characters of a hub id
 _LONGEST_NAME = 2000  # characters; no path or hub id is longer
 
@@ -104,17 +115,21 @@ def check_settings(
 def check_folder(folder: Path) -> bool:
     """Check that a folder holds a model or an adapter; return whether it is an adapter alone.
 
+    Every weight file that the folder's config or indices name must be a safetensors file of the
+    folder: transformers would also unpickle what an index names.
+
     Raises
     ------
     InvalidInput
-        When it has no config or no safetensors weights.
+        When it has no config or no safetensors weights, or names a file that is none of them.
     """
-    weights = [path.name for path in folder.glob("*.safetensors")]
+    weights = [path.name for path in folder.glob(f"*{SAFE}") if path.is_file()]
+    indices = sorted(path for path in folder.glob(f"*{INDEX}") if path.is_file())
     whole = any(not name.startswith("adapter_") for name in weights)
-    whole = whole or (folder / "model.safetensors.index.json").is_file()
+    whole = whole or folder / f"model{INDEX}" in indices
     has_config = (folder / "config.json").is_file()
     if (folder / ADAPTER_CONFIG).is_file() and not (has_config and whole):
-        if "adapter_model.safetensors" in weights:
+        if f"adapter_model{SAFE}" in weights:
             return True
         raise InvalidInput(
             f"adapter folder {str(folder)!r} must hold adapter_model.safetensors; "
@@ -129,14 +144,65 @@ def check_folder(folder: Path) -> bool:
             f"model folder {str(folder)!r} must hold safetensors weights; "
             f"{_remedy(folder, 'copy model.safetensors next to config.json')}"
         )
+    _check_named_weights(folder)
+    for index in indices:
+        indexed_files(index)
     return False
+
+
+def _check_named_weights(folder: Path) -> None:
+    """Check the weight file or index that a config names in place of the usual one."""
+    path = folder / "config.json"
+    try:
+        named = json_object(path).get("transformers_weights")
+    except InvalidInput:  # what is wrong with a config, its loading tells
+        return
+    if named is not None:
+        inside(folder, named, what=f"`transformers_weights` of {str(path)!r}")
+        if not named.endswith((SAFE, INDEX)):
+            raise InvalidInput(
+                f"`transformers_weights` of {str(path)!r} must name a {SAFE} file or a {INDEX}; "
+                f"{named!r} {_CONVERT}"
+            )
+
+
+def indexed_files(index: Path) -> list[Path]:
+    """Return the weight files that an index names, each once, in the order of their names.
+
+    Raises
+    ------
+    InvalidInput
+        When it cannot be read, or names anything but safetensors files of its own folder.
+    """
+    what = f"the weight index {str(index)!r}"
+    names = json_object(index).get("weight_map")
+    if not isinstance(names, dict):
+        raise InvalidInput(
+            f"{what} must hold an object `weight_map`; got {type(names).__name__}: copy it again."
+        )
+    files = {inside(index.parent, name, what=what) for name in names.values()}
+    if wrong := sorted(path.name for path in files if path.suffix != SAFE):
+        raise InvalidInput(f"{what} must name {SAFE} files only; {wrong[0]!r} {_CONVERT}")
+    return sorted(files)
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """Return the object that a JSON file holds.
+
+    Raises
+    ------
+    InvalidInput
+        When it cannot be read or holds something else.
+    """
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InvalidInput(f"{str(path)!r} cannot be read ({error}); copy it again.") from error
+    if not isinstance(found, dict):
+        raise InvalidInput(f"{str(path)!r} must hold an object; got {type(found).__name__}.")
+    return found
 
 
 def _remedy(folder: Path, otherwise: str) -> str:
     pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
-    if not pickles:
-        return f"{otherwise}."
-    return (
-        f"{pickles[0]} is a pickle, which can run code and is never loaded: convert it once with "
-        "transformers' `save_pretrained` where you trust it."
-    )
+    return f"{pickles[0]} {_CONVERT}" if pickles else f"{otherwise}."

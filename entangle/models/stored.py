@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from entangle.errors import InvalidInput
+from entangle.models.sources import indexed_files
 
 FLOATS = {
     "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
@@ -73,8 +74,7 @@ def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if single.is_file() or not index.is_file():
         return [single] if single.is_file() else []
-    shards = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-    return [path for path in (folder / name for name in sorted(shards)) if path.is_file()]
+    return [path for path in indexed_files(index) if path.is_file()]
 
 
 def _header(file: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,28 @@ def test_a_manifest_that_lost_a_part_is_refused(
         load_base(path, "m")
     with pytest.raises(InvalidInput, match=r"copy'.*manifest\.json"):
         load_expanded(path, base=tiny("llama"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../other/block-0000.safetensors", "{other}/block-0000.safetensors", "..", "", "a/b", "link"],
+)
+def test_a_manifest_names_files_of_its_own_folder(
+    name: str, built: Path, copied: Callable[..., Path], tiny: Tiny, tmp_path: Path
+) -> None:
+    """Even where the file that it names has the digest and experts that it should have."""
+    other = tmp_path / "other"
+    shutil.copytree(built, other)
+    named = name.format(other=other)
+    path = copied(lambda m: m["files"].update({named: m["files"].pop("block-0000.safetensors")}))
+    (path / "link").symlink_to(other / "block-0000.safetensors")
+    loads: list[Callable[[], object]] = [
+        partial(load_base, path, "m"), partial(load_expanded, path, base=tiny("llama")),
+    ]  # fmt: skip
+    for load in loads:
+        with pytest.raises(InvalidInput, match=r"manifest\.json of .*copy'") as caught:
+            load()
+        assert repr(named) in str(caught.value)
 
 
 def test_every_expanded_layer_must_have_its_experts(

@@ -9,6 +9,7 @@ import torch
 from entangle.errors import InvalidInput, UnknownName
 from entangle.models.layers import list_layers
 from entangle.models.loading import load_model
+from tests.planted import planted_weights
 from tests.tiny_models import save_tiny
 
 peft = pytest.importorskip("peft", reason="adapters need the optional package peft")
@@ -115,6 +116,27 @@ def test_what_cannot_be_merged_is_one_line(
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     with pytest.raises(InvalidInput, match=r"adapter_model\.bin"):
         load_model(folder, device="cpu")
+
+
+def test_an_adapter_of_adapters_unpickles_none(
+    base: Path, adapted: tuple[Path, torch.Tensor], tmp_path: Path
+) -> None:
+    """X-LoRA names folders of adapters, whose pickles PEFT would load."""
+    folder, _ = adapted
+    config = json.loads((base / "config.json").read_text()) | {"use_cache": False}
+    (base / "config.json").write_text(json.dumps(config))
+    inner = tmp_path / "inner"
+    shutil.copytree(folder, inner)
+    (inner / "adapter_model.safetensors").unlink()
+    (inner / "adapter_model.bin").write_bytes(planted_weights(tmp_path / "trace"))
+    settings = {
+        "peft_type": "XLORA", "base_model_name_or_path": str(base), "hidden_size": 32,
+        "task_type": "CAUSAL_LM", "adapters": {"0": str(inner)},
+    }  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(InvalidInput, match=r"pickle.*adapter_model\.bin"):
+        load_model(folder, device="cpu")
+    assert not (tmp_path / "trace").exists()
 
 
 def test_a_prompt_has_no_merged_form(base: Path, tmp_path: Path) -> None:

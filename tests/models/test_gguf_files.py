@@ -9,6 +9,8 @@ import pytest
 import torch
 import transformers as hf
 from transformers import modeling_gguf_pytorch_utils as hf_gguf
+from transformers.integrations import peft as peft_integration
+from transformers.models.auto import auto_factory
 
 from entangle.errors import InvalidInput
 from entangle.models import cache, gguf_files
@@ -166,6 +168,18 @@ def test_the_flags_and_the_chat_template_are_carried_on(
     assert all(f'"{flag}": {str(value).lower()}' in written for flag, value in named.items())
 
 
+def test_an_adapter_beside_it_is_not_applied(
+    tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As transformers would where peft is installed."""
+    alone = load_model(tiny_gguf, device="cpu").digest
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "no/such"}')
+    for module in (auto_factory, peft_integration):
+        monkeypatch.setattr(module, "is_peft_available", lambda: True)
+    monkeypatch.setenv("ENTANGLE_CACHE", str(tmp_path / "another"))
+    assert load_model(tiny_gguf, device="cpu").digest == alone
+
+
 def test_no_flags_stay_none(tmp_path: Path) -> None:
     model = hf.LlamaForCausalLM(hf.LlamaConfig(**{**GROUPED, "vocab_size": len(WORDS)}))
     _write_gguf(tmp_path / "x.gguf", model)
@@ -189,6 +203,21 @@ def test_one_changed_byte_means_converting_again(
     assert "tiny.gguf" in said
     assert load_model(tiny_gguf, device="cpu").digest == digest
     assert capfd.readouterr().err == ""
+
+
+def test_a_changed_byte_in_any_file_is_seen(tiny_gguf: Path, place: Path) -> None:
+    load_model(tiny_gguf, device="cpu")
+    folder = _converted(place)
+    files = {path: path.read_bytes() for path in folder.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} < {one.name for one in files}
+    for path, content in files.items():
+        for at in (0, 1, len(content) // 3, len(content) // 2, len(content) - 1):
+            damaged = bytearray(content)
+            damaged[at] ^= 1
+            path.write_bytes(damaged)
+            assert not cache.is_intact(folder), (path.name, at)
+        path.write_bytes(content)
+        assert cache.is_intact(folder)
 
 
 def _no_room(monkeypatch: pytest.MonkeyPatch, place: Path) -> None:

@@ -105,6 +105,10 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
         _write("tokenizer.json", b'{"version":"1.0","added_tokens":[],"model":{"type":"X"}}'),
         "the tokenizer of",
     ),
+    "tokenizer of two": (
+        _write("tokenizer_config.json", b'{"tokenizer_class": "RagTokenizer"}'),
+        "TypeError: RagTokenizer",
+    ),
     "tokenizer half": (_remove("tokenizer.json"), "the tokenizer of"),
 }
 
