@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from entangle.errors import InvalidInput
+from entangle.paths import inside
 
 _LOG = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ def unsealed(
         if name not in files:
             raise _altered(folder / name, "is not among the files that manifest.json lists")
     for name, digest in files.items():
-        path = _inside(folder, name)
+        path = _inside(folder, str(name))
         if not path.is_file():
             raise _altered(path, "is missing")
         if file_digest(path) != digest:
@@ -164,19 +165,11 @@ def list_added(folder: Path, files: Iterable[Path], digest: str) -> None:
     partial.replace(place)
 
 
-def _inside(folder: Path, name: object) -> Path:
-    """Return the path of a file of a folder, whose name must lead to no other place."""
-    path = folder / str(name)
-    real, root = os.path.realpath(path), os.path.realpath(folder)
-    if (
-        Path(str(name)).is_absolute()
-        or ".." in Path(str(name)).parts
-        or not (real.startswith(root + os.sep))
-    ):
-        raise InvalidInput(
-            f"the manifest of {str(folder)!r} names {str(name)!r}, which lies outside its folder; "
-            "make the result anew."
-        )
+def _inside(folder: Path, name: str) -> Path:
+    """Return the path of a file of a folder, or of a folder in it."""
+    path, what = folder, f"the manifest of {str(folder)!r}"
+    for part in name.split("/"):
+        path = inside(path, part, what=what)
     return path
 
 

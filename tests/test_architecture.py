@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "entangle"
 FLOORS = (
     {"errors", "jupyter"},
     {"checks", "paths"},
-    {"claims"},
+    {"claims", "schema", "sealing"},
     {
         "seeding",
         "precision",

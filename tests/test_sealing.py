@@ -73,7 +73,7 @@ def test_a_table_that_the_manifest_does_not_list_is_refused(folder: Path) -> Non
         read_manifest(folder, "scores", ["other.parquet"])
 
 
-@pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "link"])
+@pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "link", "below/../../outside"])
 def test_no_name_leads_out_of_the_folder(name: str, folder: Path) -> None:
     (folder.parent / "outside").write_text("secret")
     (folder / "link").symlink_to(folder.parent / "outside")
@@ -81,7 +81,7 @@ def test_no_name_leads_out_of_the_folder(name: str, folder: Path) -> None:
     files = whole["digests"]["files"]  # type: ignore[index]
     files.clear()
     files[name] = "0" * 64
-    with pytest.raises(InvalidInput, match=name):
+    with pytest.raises(InvalidInput, match=r"manifest.*run'"):
         unsealed(folder, whole)
 
 
