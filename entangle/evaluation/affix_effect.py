@@ -1,7 +1,6 @@
 """How much the special tokens in front of a text matter to a model: its first window, both ways."""
 
 import math
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from entangle import progress
 from entangle.affixes import recorded
 from entangle.errors import InvalidInput
 from entangle.evaluation.forward import as_causal_model, next_token_logits
@@ -107,7 +107,7 @@ def affix_effect(
 def tell(effect: AffixEffect | None) -> None:
     """Print the note, if there is one, on standard error."""
     if effect is not None and effect.note is not None:
-        print(f"entangle: {effect.note}", file=sys.stderr, flush=True)
+        progress.tell(effect.note)
 
 
 def _loss(model: LanguageModel, front: list[int], text: Int64[Tensor, " tokens"]) -> float:

@@ -26,6 +26,7 @@ from entangle.errors import Unavailable
 from entangle.models import articles, gguf_files
 from entangle.models.cache import cache_folder, write_atomically
 from entangle.models.pretrained import Loaded
+from entangle.progress import tell
 
 REMEDY = (
     "Connect to the network once, or set ENTANGLE_DEMO_DIR to a folder with the demo files or "
@@ -195,7 +196,7 @@ def _follow(lines: Iterable[str], title: str) -> list[str]:
     columns = (TextColumn(title), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     messages: list[str] = []
     if not console.is_terminal:
-        print(f"entangle: {title.lower()}", file=sys.stderr)
+        tell(title.lower())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=None)
         for line in lines:
