@@ -9,12 +9,12 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from entangle import progress
 from entangle.affixes import recorded
 from entangle.errors import InvalidInput
 from entangle.evaluation.forward import as_causal_model, next_token_logits
 from entangle.evaluation.losses import window_losses
 from entangle.models.loading import LanguageModel
+from entangle.progress import tell as tell_line
 
 MOST_TOKENS = 512
 """Tokens of the first window that are looked at, special ones included."""
@@ -107,7 +107,7 @@ def affix_effect(
 def tell(effect: AffixEffect | None) -> None:
     """Print the note, if there is one, on standard error."""
     if effect is not None and effect.note is not None:
-        progress.tell(effect.note)
+        tell_line(effect.note)
 
 
 def _loss(model: LanguageModel, front: list[int], text: Int64[Tensor, " tokens"]) -> float:
