@@ -121,7 +121,7 @@ def _kind(path: Path) -> str:
 def manifest_digest(manifest: Mapping[str, object]) -> str:
     """Return the SHA-256 of a manifest, which is that of its file ``manifest.json``."""
     text = json.dumps(dict(manifest), indent=2, ensure_ascii=False, default=dict) + "\n"
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
 
 
 def _folders(out: Path, runs: Sequence[Run]) -> list[Path]:
