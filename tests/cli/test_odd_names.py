@@ -1,4 +1,4 @@
-"""Names from outside reach a terminal as text: nothing in them acts on it, and none breaks a line."""
+"""Names from outside reach a terminal as text: nothing in them acts on it or breaks a line."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def check(ran: Ran, status: int, spelled: str = SPELLED) -> None:
         assert ran.err.count("\n") == 1
 
 
-def edited(name: str, file: str, **entries: str) -> None:
+def edited(name: str, file: str, **entries: object) -> None:
     """Copy the model and change its config, or its tokenizer's."""
     path = Path(shutil.copytree("model", name), file)
     path.write_text(json.dumps(json.loads(path.read_text()) | entries))
@@ -55,7 +55,7 @@ def odd(place: Path) -> None:
         shutil.copytree("model", name)
     edited("type", "config.json", model_type=BYTES)
     edited("act", "config.json", hidden_act=BYTES)
-    edited("quantised", "config.json", quantization_config={"quant_method": BYTES})  # type: ignore[arg-type]
+    edited("quantised", "config.json", quantization_config={"quant_method": BYTES})
     weights = load_file(Path(shutil.copytree("model", "tensor"), "model.safetensors"))
     weights |= {ODD: torch.zeros(2, dtype=torch.float64), "lm_head.weight": torch.zeros(3, 3)}
     save_file(weights, "tensor/model.safetensors", {"format": "pt"})
