@@ -241,11 +241,14 @@ def path_of(name: str, value: object) -> Path:
     Raises
     ------
     InvalidInput
-        If it is neither a string nor a path, or an empty one.
+        If it is neither a string nor a path, or an empty one, or UTF-8 has no bytes for it: files
+        of other names cannot be opened by the libraries that read tables and tensors.
     """
     written = os.fspath(value) if isinstance(value, os.PathLike) else plain_value(value)
     if not isinstance(written, str) or not written or "\0" in written:
         raise InvalidInput(f"`{name}` must be a path; got {shown(value)}.")
+    if any("\ud800" <= character <= "\udfff" for character in written):
+        raise InvalidInput(f"`{name}` must be a path in UTF-8; got {shown(value)}: rename it.")
     return Path(written)
 
 

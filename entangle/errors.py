@@ -1,17 +1,29 @@
 """The family of errors that entangle raises on purpose.
 
-Every message states the value received, the rule it breaks and the remedy. The command line turns
-them into one line on standard error and the exit status in ``exit_code``.
+Every message states the value received, the rule it breaks and the remedy. It is one line that any
+terminal can show (`entangle.escapes.visible`), whatever the names in it hold. The command line
+writes it on standard error and ends with the exit status in ``exit_code``.
 """
 
 import difflib
 from collections.abc import Iterable
 
+from entangle.escapes import visible
+
 
 class EntangleError(Exception):
-    """Base of all errors raised by entangle."""
+    """Base of all errors raised by entangle.
+
+    Parameters
+    ----------
+    message
+        What cannot be seen in it is spelled out.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(visible(str(message)))
 
 
 class InvalidInput(EntangleError, ValueError):

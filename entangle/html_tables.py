@@ -4,37 +4,15 @@ Everything is escaped: names come from models and files, tokens may hold anythin
 """
 
 import html
-import unicodedata
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from typing import Any
 
 import pandas as pd
 
+from entangle.escapes import visible
+
 _LONGEST_CELL = 60
-_UNSAFE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
-_JOINERS = "\u200c\u200d"  # part of the spelling of some scripts and of emoji
 _STYLE = "font-variant-numeric: tabular-nums"
-
-
-def visible(text: str) -> str:
-    r"""Return a text in which characters that cannot be seen, or reorder others, are spelled out.
-
-    Control, formatting, broken and unassigned characters and line separators become escapes as in
-    Python: ``\n``, ``\x1b``, ``\u202e``. Joiners stay: scripts need them.
-    """
-    return "".join(spelled(char) if is_unseen(char) else char for char in text)
-
-
-@lru_cache(maxsize=65_536)
-def is_unseen(character: str) -> bool:
-    """Tell whether a character cannot be seen, or reorders others."""
-    return unicodedata.category(character) in _UNSAFE and character not in _JOINERS
-
-
-def spelled(character: str) -> str:
-    r"""Return a character as Python escapes it: ``\n``, ``\x1b``, ``\u202e``, ``\U000e0041``."""
-    return character.encode("unicode_escape").decode("ascii")
 
 
 def escaped(text: object) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from entangle.escapes import visible
 from entangle.jupyter import in_kernel
 
 if TYPE_CHECKING:
@@ -17,8 +18,28 @@ _SECONDS_BETWEEN_UPDATES = 0.2
 
 
 def tell(line: str) -> None:
-    """Say what was chosen or found, in one line on standard error."""
-    print(f"entangle: {' '.join(line.split())}", file=sys.stderr, flush=True)
+    """Say what was chosen, found or is wrong, in one line on standard error.
+
+    What cannot be seen in it is spelled out (`entangle.escapes.visible`).
+    """
+    _write(f"entangle: {line}")
+
+
+def _write(line: str) -> None:
+    """Write a line on standard error; without room for it, or where it is closed, work goes on."""
+    if sys.stderr is None:
+        return
+    try:
+        print(visible(line), file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError:
+        pass
+
+
+def on_terminal(stream: Any) -> bool:
+    """Tell whether a stream is a terminal; one that was closed is none."""
+    return stream is not None and bool(stream.isatty())
 
 
 class Progress:
@@ -47,7 +68,7 @@ class _Tally:
         return time.monotonic() - self.began
 
     def __str__(self) -> str:
-        return f"{self.title}: {self.done}/{self.total} {self.unit}{self._time()}"
+        return visible(f"{self.title}: {self.done}/{self.total} {self.unit}{self._time()}")
 
     def _time(self) -> str:
         elapsed = self.elapsed
@@ -121,7 +142,7 @@ def _choose_view(enabled: bool | None) -> _View:
         return _View()
     if in_kernel():
         return _Cell()
-    if sys.stderr.isatty():
+    if on_terminal(sys.stderr):
         return _Terminal()
     return _Lines() if enabled else _View()
 
@@ -140,7 +161,7 @@ class _Lines(_View):
 
     def _say(self) -> None:
         self._said = time.monotonic()
-        print(self._tally, file=sys.stderr, flush=True)
+        _write(str(self._tally))
 
 
 class _Cell(_View):
@@ -189,7 +210,8 @@ class _Terminal(_View):
 
     def start(self, tally: _Tally) -> None:
         self._tally = tally
-        self._task = self.bar.add_task(tally.title, total=tally.total, unit=tally.unit, rate="")
+        title, unit = visible(tally.title), visible(tally.unit)
+        self._task = self.bar.add_task(title, total=tally.total, unit=unit, rate="")
 
     def advance(self) -> None:
         done = self._tally.done
@@ -212,10 +234,10 @@ def _make_bar() -> "RichProgress":
     from rich.progress import Progress as RichProgress
 
     return RichProgress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[unit]}"),
+        TextColumn("{task.fields[unit]}", markup=False),
         TaskProgressColumn(),
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(elapsed_when_finished=True),

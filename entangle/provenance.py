@@ -124,7 +124,7 @@ def check_output(path: str | os.PathLike[str], *, force: bool = False) -> Path:
     Unavailable
         If its parent cannot be written.
     """
-    target = Path(os.path.realpath(expanded(path)))
+    target = path_of("path", os.path.realpath(expanded(path)))
     with disk_errors(target):
         if target.exists():
             _check_replaceable(target, str(path), force=force)
@@ -275,9 +275,12 @@ def disk_errors(target: Path, *, remedy: str = "name another folder") -> Iterato
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:
-    """Write a mapping as UTF-8 JSON with a final newline; NaN is refused."""
+    """Write a mapping as UTF-8 JSON with a final newline; NaN is refused.
+
+    Lone surrogates, which stand for the bytes of undecodable file names, are written as escapes.
+    """
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    path.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 def read_manifest(

@@ -10,7 +10,8 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "entangle"
 FLOORS = (
-    {"errors", "jupyter"},
+    {"escapes", "jupyter"},
+    {"errors"},
     {"checks", "paths"},
     {"claims", "schema", "sealing"},
     {

@@ -205,7 +205,7 @@ def test_names_that_are_known() -> None:
 def test_paths() -> None:
     assert path_of("out", "runs/a") == path_of("out", Path("runs/a")) == Path("runs/a")
     assert path_of("out", np.str_("a")) == Path("a")
-    for value in (3, None, "", "a\0b", b"a", ["a"], object()):
+    for value in (3, None, "", "a\0b", b"a", ["a"], object(), "a\udcff", Path("\ud800")):
         with pytest.raises(InvalidInput, match="`out`"):
             path_of("out", value)
 

@@ -31,6 +31,13 @@ def test_each_is_also_the_python_error_of_its_kind(
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
 
 
+@pytest.mark.parametrize("kind", [EntangleError, InvalidInput, errors.UnknownName, Unavailable])
+def test_messages_are_one_line_that_acts_on_no_terminal(kind: type[EntangleError]) -> None:
+    error = kind("'\x1b[31m\n\u202e\udcff日' is none")
+    assert str(error) == r"'\x1b[31m\n\u202e\udcff日' is none"
+    assert str(kind(error)) == str(error)
+
+
 def test_unknown_name_lists_the_five_closest_once_and_in_order() -> None:
     names = ["gate_proj", "gate_proj", "up_proj", "down_proj", "q_proj", "k_proj", "lm_head", "x"]
     error = unknown_name("layer", "gate_prj", names, "List them.")

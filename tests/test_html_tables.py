@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from entangle.html_tables import described, escaped, html_result, html_table, number, visible
+from entangle.escapes import visible
+from entangle.html_tables import described, escaped, html_result, html_table, number
 
 SCRIPT = "<script>alert('1' & \"2\")</script>"
 
@@ -27,24 +28,6 @@ class Text(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.texts.append(data)
-
-
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("plain", "plain"),
-        ("日本語 مرحبا नमस्ते é", "日本語 مرحبا नमस्ते é"),
-        ("a\nb\tc\rd", r"a\nb\tc\rd"),
-        ("\x1b[31m\x00\x7f", r"\x1b[31m\x00\x7f"),
-        ("\u202eabc\u2066", r"\u202eabc\u2066"),
-        ("\ud800", r"\ud800"),
-        ("\U000e0041", r"\U000e0041"),
-        ("क्\u200dष", "क्\u200dष"),
-        ("", ""),
-    ],
-)
-def test_visible(text: str, shown: str) -> None:
-    assert visible(text) == shown
 
 
 @given(st.text(st.characters(codec=None), max_size=50))

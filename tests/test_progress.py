@@ -1,3 +1,4 @@
+import errno
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -67,6 +68,44 @@ def test_a_terminal_shows_a_bar_with_a_rate(
     assert out == ""
     for part in ("scoring", "4/4", "sequences", "100%", "0.5/s"):
         assert part in err
+
+
+ODD = "[bold]\x1b[35m\n[/]\udcff"
+SPELLED = r"[bold]\x1b[35m\n[/]\udcff"
+
+
+@pytest.mark.usefixtures("terminal")
+def test_names_act_on_no_bar(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    with ProgressBar(ODD) as bar:
+        bar.start(1, ODD)
+        bar.advance()
+    err = capsys.readouterr().err
+    assert SPELLED in err
+    assert "\x1b[35m" not in err
+
+
+def test_names_are_spelled_out_in_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    progress.tell(ODD)
+    with ProgressBar(ODD, enabled=True) as bar:
+        bar.start(1, ODD)
+    assert capsys.readouterr().err.splitlines() == [
+        f"entangle: {SPELLED}", f"{SPELLED}: 0/1 {SPELLED}"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("stream", ["closed", "full"])
+def test_work_goes_on_where_nothing_can_be_said(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, stream: str
+) -> None:
+    def write(_text: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    full = SimpleNamespace(write=write, flush=lambda: None, isatty=lambda: False)
+    monkeypatch.setattr(sys, "stderr", None if stream == "closed" else full)
+    progress.tell("a line")
+    with ProgressBar("scoring") as bar:
+        bar.start(1, "steps")
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.usefixtures("terminal")

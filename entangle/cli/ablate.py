@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from entangle.cli import options
-from entangle.cli.tables import print_json, print_table, records
+from entangle.cli.tables import print_json, print_table, records, say
 from entangle.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -207,8 +207,8 @@ def run(arguments: argparse.Namespace) -> None:
     print_result(result)
     if arguments.out is not None:
         for path in figures:
-            print(f"Figure: {path}")
-        print(f"Saved to {arguments.out}.")
+            say(f"Figure: {path}")
+        say(f"Saved to {arguments.out}.")
 
 
 def _is_result(out: str) -> bool:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from entangle.cli import options
-from entangle.cli.tables import print_json, print_table, records
+from entangle.cli.tables import print_json, print_table, records, say
 from entangle.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -158,11 +158,11 @@ def run(arguments: argparse.Namespace) -> None:
         return
     print_allocation(allocation)
     for path, lines in notes.items():
-        print(f"Exported to {path}." + "".join(f"\n  {line}" for line in lines))
+        say(f"Exported to {path}.", *(f"  {line}" for line in lines))
     for path in figures:
-        print(f"Figure: {path}")
+        say(f"Figure: {path}")
     if arguments.out is not None:
-        print(f"Saved to {arguments.out}.")
+        say(f"Saved to {arguments.out}.")
 
 
 def print_allocation(allocation: "Allocation") -> None:
@@ -181,7 +181,7 @@ def print_allocation(allocation: "Allocation") -> None:
     print_table(pd.DataFrame([total]), title="Total", formats=_FORMATS)
     budget: Any = allocation.manifest.get("budget")
     if isinstance(budget, dict) and budget.get("remainder"):
-        print(f"{budget['remainder']:+,d} zeros to the budget, which the pattern leaves over.")
+        say(f"{budget['remainder']:+,d} zeros to the budget, which the pattern leaves over.")
     tried: Any = allocation.manifest.get(SEARCH)
     if tried is not None:
         title = (

@@ -1,14 +1,14 @@
 """``entangle compare``: pruning methods and expansions at several sparsities."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from entangle.cli import options
 from entangle.cli.expand import N_SEQ, SEQ_LEN
-from entangle.cli.tables import print_json, print_table, records
+from entangle.cli.tables import print_json, print_table, records, say
 from entangle.errors import InvalidInput
+from entangle.progress import tell
 
 if TYPE_CHECKING:
     from entangle.expansion.compare import Comparison, Named
@@ -82,7 +82,7 @@ def run(arguments: argparse.Namespace) -> None:
     found = compare(
         model, calibration, text, chosen, seed=arguments.seed, memory=memory,
         allocations=allocations, out=arguments.out, resume=arguments.resume, force=arguments.force,
-        told=_say if not arguments.quiet else lambda _line: None,
+        told=tell if not arguments.quiet else lambda _line: None,
     )  # fmt: skip
     if arguments.out is not None:
         evaluated = f"{text.source}, n = {text.n_windows} windows of {text.seq_len} tokens"
@@ -97,7 +97,7 @@ def run(arguments: argparse.Namespace) -> None:
         title = "At equal stored non-zeros (from 1 × dense on, dense itself is the competitor)"
         print_table(equal, title=title, formats=FORMATS)
     if arguments.out is not None:
-        print(f"Saved to {arguments.out}.")
+        say(f"Saved to {arguments.out}.")
 
 
 def _sparsities(arguments: argparse.Namespace, allocations: "Sequence[Named]") -> list[float]:
@@ -121,10 +121,6 @@ def draw(found: "Comparison", out: str, *, evaluated: str) -> None:
     try:
         figure = figure_comparison(found.frame, text=evaluated)
     except InvalidInput as error:  # no arm has a finite perplexity: the tables say so
-        _say(f"no figure: {error}")
+        tell(f"no figure: {error}")
         return
     save_figure(figure, stem, force=True)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

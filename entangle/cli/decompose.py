@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from entangle.cli import options
-from entangle.cli.tables import print_json, print_table, records
+from entangle.cli.tables import print_json, print_table, records, say
 from entangle.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -132,4 +132,4 @@ def print_decomposition(found: "Decomposition", *, out: str | None) -> None:
         optional=[change, *improvements.values()],
     )
     if out is not None:
-        print(f"Saved to {out}.")
+        say(f"Saved to {out}.")

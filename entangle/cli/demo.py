@@ -1,11 +1,12 @@
 """``entangle demo``: the main job on the demo model, from download to figures."""
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from entangle.cli.options import Subparsers
+from entangle.cli.tables import say
+from entangle.progress import tell
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -58,8 +59,8 @@ def run(arguments: argparse.Namespace) -> None:
             save_figure(figure, folder / "figures" / name)
         _ablate(arguments, model, folder / "ablation")
     for file in sorted(Path(arguments.out).rglob("*.png")):
-        print(f"Figure: {file} (also .pdf, .csv)")
-    print(f"Saved to {arguments.out}.")
+        say(f"Figure: {file} (also .pdf, .csv)")
+    say(f"Saved to {arguments.out}.")
 
 
 def _ablate(arguments: argparse.Namespace, model: "LanguageModel", out: Path) -> None:
@@ -117,4 +118,4 @@ def first_figures(scores: "NeuronScores") -> dict[str, "Figure"]:
 
 def _say(arguments: argparse.Namespace, what: str) -> None:
     if not arguments.quiet:
-        print(f"entangle: {what}", file=sys.stderr, flush=True)
+        tell(what)

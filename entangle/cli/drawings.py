@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+from urllib.parse import quote
 
 from entangle.errors import InvalidInput
 
@@ -228,7 +229,7 @@ def _of_decomposition(one: Run, column: Column) -> Iterator[Drawing]:
     found = load_decomposition(one.path)
     layers = found.neurons["layer"].unique().tolist()
     for layer in layers:
-        ending = f"_{layer}" if len(layers) > 1 else ""
+        ending = f"_{quote(layer, safe='')}" if len(layers) > 1 else ""  # no "/" in names of files
         for name in FIGURES["decomposition"]:
             make = _of_one_neuron if name in ONE_NEURON else _of_layer
             yield Drawing(name + ending, partial(make, name, found, layer, column, one.digest))

@@ -136,7 +136,10 @@ def _check_models(given: Mapping[str, object]) -> None:
 def _is_result(name: str) -> bool:
     """Tell whether a folder is a Sparse Expansion, which stands for a model in some commands."""
     path = expanded(name)
-    return (path / "manifest.json").is_file() and not (path / "config.json").is_file()
+    try:
+        return (path / "manifest.json").is_file() and not (path / "config.json").is_file()
+    except OSError:  # no name that the file system could hold: told with what a model may be
+        return False
 
 
 def _check_texts(given: Mapping[str, object]) -> None:

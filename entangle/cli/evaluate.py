@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from entangle.cli import options
-from entangle.cli.tables import print_json, print_table, records
+from entangle.cli.tables import print_json, print_table, records, say
 from entangle.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -224,9 +224,9 @@ def print_results(
     )
     for label, result in results.items():
         if result.flag:
-            print(
+            say(
                 f"The perplexity of {label} is {result.flag}: "
                 f"{result.n_bad_windows} of {text.n_windows} windows have no finite loss."
             )
     if out is not None:
-        print(f"Saved to {out}.")
+        say(f"Saved to {out}.")

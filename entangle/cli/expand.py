@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from entangle.cli import options
-from entangle.cli.tables import print_json, print_table, records
+from entangle.cli.tables import print_json, print_table, records, say
 from entangle.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def run(arguments: argparse.Namespace) -> None:
     title = f"Model, pruned by {arguments.pruner} (multiples of dense: flops, nonzeros, bytes)"
     print_table(summary, title=title, formats=FORMATS)
     if arguments.out is not None:
-        print(f"Saved to {arguments.out}.")
+        say(f"Saved to {arguments.out}.")
 
 
 def summarise(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from entangle.cli.drawings import FIGURES, Drawing, Run, drawings_of
 from entangle.cli.options import Subparsers
+from entangle.cli.tables import say
 from entangle.errors import InvalidInput
 
 MAKERS: dict[str, str] = {
@@ -63,7 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
                if one.kind not in FIGURES]  # fmt: skip
     failed = list(_draw(drawings, formats, force=arguments.force))
     for line in (*skipped, *failed, *missing_lines({one.kind for one in found})):
-        print(f"Skipped: {line}")
+        say(f"Skipped: {line}")
     if len(failed) == len(drawings):
         raise InvalidInput(
             f"nothing could be drawn of {', '.join(map(repr, arguments.runs))}; name results of "
@@ -88,7 +89,7 @@ def _draw(
             yield f"{drawing.name}: {error}"
             continue
         files = save_figure(figure, stem, formats=formats, force=force)
-        print(f"Figure: {stem} ({', '.join(path.suffix[1:] for path in files)})")
+        say(f"Figure: {stem} ({', '.join(path.suffix[1:] for path in files)})")
         if one.path.is_dir() and one.path.resolve() in stem.resolve().parents:
             list_added(one.path.resolve(), [path.resolve() for path in files], one.digest)
 

@@ -2,12 +2,16 @@
 
 import argparse
 import io
+import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 from entangle import __version__
+from entangle.checks import shown
 from entangle.cli import (
     ablate,
     allocate,
@@ -21,7 +25,10 @@ from entangle.cli import (
     options,
     score,
 )
-from entangle.errors import EntangleError
+from entangle.cli.tables import abandon, no_output
+from entangle.errors import EntangleError, Unavailable
+from entangle.escapes import visible
+from entangle.progress import tell
 from entangle.provenance import claimed
 
 CLOSED_PIPE = 128 + 13
@@ -34,7 +41,7 @@ class _Parser(argparse.ArgumentParser):
     """Ends with one line where an argument is wrong; subcommands inherit it."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+        self.exit(2, f"{visible(f'{self.prog}: error: {message}; see {self.prog} --help')}\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -62,23 +69,52 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        0 on success, 2 for a user's mistake, 1 for a failure of the program, 130 if interrupted,
-        141 if the reader of a pipe, such as head, had seen enough.
+        0 on success, 2 for a user's mistake, 1 for a failure of the program or of standard output
+        (no room, for example), 130 if interrupted, 141 if the reader of a pipe, such as head, had
+        seen enough. Standard output and error that are closed before the start count as /dev/null.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal of another encoding gets a "?"
-            stream.reconfigure(errors="replace")
+    _prepare_streams()
     try:
         try:
-            return _run(argv)
+            with _warnings_told():
+                return _run(argv)
         finally:
-            print(end="", flush=True)  # what is still buffered meets a closed pipe here
+            print(end="", flush=True)  # what is buffered meets a closed pipe or full disk
     except BrokenPipeError:
         return _leave_pipe()
     except SystemExit as error:  # rich ends so where it meets a closed pipe
         if isinstance(error.__context__, BrokenPipeError):
             return _leave_pipe()
         raise
+    except OSError as error:
+        tell(f"error: {no_output(error)}")
+        return EntangleError.exit_code
+
+
+def _prepare_streams() -> None:
+    """Let closed streams lead nowhere; those of other encodings get a "?" for what they lack."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # or the file that is opened next would take its place
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+class _Told(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        tell(record.getMessage())
+
+
+@contextmanager
+def _warnings_told() -> Iterator[None]:
+    """Say what the package logs as all else is said (`entangle.progress.tell`)."""
+    logger, handler = logging.getLogger("entangle"), _Told(logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 def _run(argv: Sequence[str] | None) -> int:
@@ -93,22 +129,33 @@ def _run(argv: Sequence[str] | None) -> int:
         with claimed(None if shared else getattr(arguments, "out", None)):  # before all else
             arguments.run(arguments)
     except EntangleError as error:
-        print(f"entangle: error: {' '.join(str(error).split())}", file=sys.stderr)
+        tell(f"error: {error}")
         return error.exit_code
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # of a file whose name is too long, or that vanished, for example
+        tell(f"error: {_said(error)}")
+        return Unavailable.exit_code
     except KeyboardInterrupt:
-        print("entangle: interrupted", file=sys.stderr)
+        tell("interrupted")
         return 130
     return 0
 
 
+def _said(error: OSError) -> str:
+    reason = error.strerror or str(error) or type(error).__name__
+    if error.filename is None:
+        return f"the operating system refuses: {reason}."
+    return f"{shown(error.filename)} cannot be used: {reason}; check the path."
+
+
 def _leave_pipe() -> int:
     """Send what is still to be written to nowhere; return the status of such an end."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except BrokenPipeError:
-            os.dup2(nowhere, stream.fileno())
+        except OSError:
+            abandon(stream)
     return CLOSED_PIPE
 
 

@@ -4,7 +4,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from entangle.cli import options
-from entangle.cli.tables import print_json, print_table, records
+from entangle.cli.tables import print_json, print_table, records, say
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -170,11 +170,11 @@ def print_scores(scores: "NeuronScores", *, top: int, out: str | None, seed: int
     )
     flagged = scores.frame[scores.frame["flag"] != ""]
     for flag, count in flagged["flag"].value_counts().items():
-        print(f"{count} neuron(s) with {flag} outputs have no score.")
+        say(f"{count} neuron(s) with {flag} outputs have no score.")
     if (flagged["flag"] == "coarse").any():
-        print(
+        say(
             "Coarse ones have a WD that may be wrong by more than 0.05 (see wd_bound): score them "
             "with --method exact, or a model in float32."
         )
     if out is not None:
-        print(f"Saved to {out}.")
+        say(f"Saved to {out}.")

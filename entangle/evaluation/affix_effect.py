@@ -1,7 +1,6 @@
 """How much the special tokens in front of a text matter to a model: its first window, both ways."""
 
 import math
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from entangle.errors import InvalidInput
 from entangle.evaluation.forward import as_causal_model, next_token_logits
 from entangle.evaluation.losses import window_losses
 from entangle.models.loading import LanguageModel
+from entangle.progress import tell as tell_line
 
 MOST_TOKENS = 512
 """Tokens of the first window that are looked at, special ones included."""
@@ -107,7 +107,7 @@ def affix_effect(
 def tell(effect: AffixEffect | None) -> None:
     """Print the note, if there is one, on standard error."""
     if effect is not None and effect.note is not None:
-        print(f"entangle: {effect.note}", file=sys.stderr, flush=True)
+        tell_line(effect.note)
 
 
 def _loss(model: LanguageModel, front: list[int], text: Int64[Tensor, " tokens"]) -> float:

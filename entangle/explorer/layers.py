@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from entangle.html_tables import visible
+from entangle.escapes import visible
 
 OUTSIDE = "outside the blocks"
 

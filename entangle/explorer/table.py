@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 
 from entangle.checks import choice
 from entangle.errors import InvalidInput
-from entangle.html_tables import number, visible
+from entangle.escapes import visible
+from entangle.html_tables import number
 
 PAGE = 100
 """Neurons on a page."""

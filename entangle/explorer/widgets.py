@@ -11,6 +11,7 @@ import ipywidgets as w
 from entangle.explorer.content import Content, shown_width
 from entangle.explorer.layers import LayerMenu
 from entangle.explorer.table import PAGE, NeuronTable
+from entangle.html_tables import escaped
 
 Render = Callable[[str, int, bool], Content]
 """Called as ``render(layer, neuron, asked)``; ``asked`` if the offered work may be done."""
@@ -58,7 +59,7 @@ class Pane:
     def say(self, text: str) -> None:
         """Show a line of text in place of the button."""
         self.button.layout.display = "none"
-        self.html.value = f"<p>{text}</p>"
+        self.html.value = f"<p>{escaped(text)}</p>"
 
 
 class NeuronList:

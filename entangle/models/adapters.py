@@ -11,6 +11,7 @@ from entangle.errors import InvalidInput
 from entangle.models import pretrained
 from entangle.models.pretrained import Loaded
 from entangle.models.sources import ADAPTER_CONFIG, json_object, model_source
+from entangle.progress import tell
 from entangle.provenance import expanded
 
 
@@ -46,7 +47,7 @@ def load_adapter(folder: Path, *, dtype: torch.dtype | None) -> Loaded:
     place = _base_folder(folder, base, settings.get("revision"))
     model, tokenizer = pretrained.load_folder(place, dtype=dtype, device_map=None)
     merged = _merged(model, folder)
-    pretrained.say(f"{str(folder)!r} is an adapter: merged into its base, {base!r}.")
+    tell(f"{str(folder)!r} is an adapter: merged into its base, {base!r}.")
     own = pretrained.tokenizer_of(folder)
     return merged, tokenizer if own is None else own
 

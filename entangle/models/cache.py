@@ -10,7 +10,6 @@ import json
 import mmap
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ import platformdirs
 from safetensors import SafetensorError
 
 from entangle.errors import Unavailable
+from entangle.progress import tell
 
 SEAL = "entangle-digests.json"
 """File of a sealed folder with the size and digest of all others."""
@@ -143,7 +143,7 @@ def only_one_process(target: Path) -> Iterator[None]:
         try:
             stack.enter_context(lock.acquire(timeout=0))
         except filelock.Timeout:
-            print(f"entangle: waiting for another process to make {target.name}", file=sys.stderr)
+            tell(f"waiting for another process to make {target.name}")
             stack.enter_context(lock)
         except NotImplementedError:  # a file system without locks
             pass

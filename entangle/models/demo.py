@@ -25,7 +25,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from entangle.errors import Unavailable
 from entangle.models import articles, gguf_files
 from entangle.models.cache import cache_folder, sealed_folder, write_atomically
-from entangle.models.pretrained import Loaded, say
+from entangle.models.pretrained import Loaded
+from entangle.progress import tell
 
 REMEDY = (
     "Connect to the network once, or set ENTANGLE_DEMO_DIR to a folder with the demo files or "
@@ -112,7 +113,7 @@ def demo_articles() -> list[tuple[str, str]]:
 
     def make(folder: Path) -> None:
         if (cache_folder() / name).exists():
-            say("the cleaned demo text has changed since it was made: cleaning it again")
+            tell("the cleaned demo text has changed since it was made: cleaning it again")
         pages = articles.read_pages(_provide(TEXT))
         cleaned = [(title, articles.clean(markup)) for title, markup in pages]
         folder.mkdir()
@@ -145,7 +146,7 @@ def _cached(asset: Asset) -> Path:
     if _intact(target, asset):
         return target
     if os.path.lexists(target):
-        say(f"{asset.file} in the cache folder is not the {asset.title}: fetching it again")
+        tell(f"{asset.file} in the cache folder is not the {asset.title}: fetching it again")
     offline = _offline_folder()
     if offline is None:
         write_atomically(target, lambda path: _fetch(asset, path))
@@ -206,7 +207,7 @@ def _follow(lines: Iterable[str], title: str) -> list[str]:
     columns = (TextColumn(title), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     messages: list[str] = []
     if not console.is_terminal:
-        print(f"entangle: {title.lower()}", file=sys.stderr)
+        tell(title.lower())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=None)
         for line in lines:

@@ -27,6 +27,7 @@ from transformers import modeling_gguf_pytorch_utils as hf_gguf
 from entangle.errors import Unavailable
 from entangle.models import cache, pretrained
 from entangle.models.pretrained import FLAGS, Loaded
+from entangle.progress import tell
 
 VERSION = 2
 """Of what a converted folder holds; 2 has the tokenizer's flags."""
@@ -107,7 +108,7 @@ def load_converted(
     except Unavailable as error:
         if asked and file is None:  # it is the file that cannot be had
             raise
-        pretrained.say(f"loading {what} without the cache: {error}")
+        tell(f"loading {what} without the cache: {error}")
         if made and dtype in (None, torch.float32):
             return made[0]
         return load_gguf(file or find(), dtype=dtype)
@@ -180,7 +181,7 @@ def _convert(file: Path, folder: Path, *, dtype: torch.dtype | None, line: str) 
             raise Unavailable(
                 f"float32 takes {n_bytes / 2**30:.1f} GiB of memory; {free / 2**30:.1f} are free."
             )
-        pretrained.say(line)
+        tell(line)
         model, tokenizer = _load(file, None, parsed)
     with pretrained.quiet():
         model.save_pretrained(folder)

@@ -423,7 +423,7 @@ def _resolve(module: nn.Module, layers: Sequence[Layer], spec: int | str) -> lis
         names = [layer.name for layer in layers if layer.block == index]
     elif spec == "all":
         names = [layer.name for layer in layers if layer.block is not None]
-    elif _is_glob(spec):
+    elif _is_glob(spec) and all(layer.name != spec for layer in layers):
         names = [layer.name for layer in layers if fnmatchcase(layer.name, spec)]
     else:
         names = list(_aliases(module, layers, spec))

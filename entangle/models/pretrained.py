@@ -28,6 +28,7 @@ from entangle.models import hub
 from entangle.models.sources import ADAPTER_CONFIG, TOKENIZER_FILES, check_folder
 from entangle.models.stored import stored_dtype
 from entangle.models.unpickling import no_pickles
+from entangle.progress import on_terminal, tell
 
 Loaded = tuple[hf.PreTrainedModel, hf.PreTrainedTokenizerBase | None]
 """A model in the state that transformers leaves it in, and its tokenizer where there is one."""
@@ -120,7 +121,7 @@ def load_folder(
     """
     check_folder(folder)
     if (folder / ADAPTER_CONFIG).is_file():
-        say(
+        tell(
             f"{str(folder)!r} holds a model and an adapter ({ADAPTER_CONFIG}): the model is loaded "
             "without the adapter; to apply it, put its files into a folder of their own and name "
             "that."
@@ -159,11 +160,6 @@ def _load_model(
         return _from_pretrained(auto, folder, settings)
 
 
-def say(line: str) -> None:
-    """Tell the user, on standard error, what was decided about a model."""
-    print(f"entangle: {line}", file=sys.stderr, flush=True)
-
-
 @contextlib.contextmanager
 def quiet(*, catch_stderr: bool = False) -> Iterator[None]:
     """Silence transformers' warnings and, off a terminal, every progress bar; restore both after.
@@ -173,7 +169,7 @@ def quiet(*, catch_stderr: bool = False) -> Iterator[None]:
     verbosity = hf_logging.get_verbosity()
     bars = hf_logging.is_progress_bar_enabled()
     hub_bars = not hub_utils.are_progress_bars_disabled()
-    terminal = sys.stderr.isatty()
+    terminal = on_terminal(sys.stderr)
     with contextlib.ExitStack() as stack:
         stack.callback(_switch_bars, bars, hub_bars)
         stack.callback(hf_logging.set_verbosity, verbosity)

@@ -2,7 +2,6 @@
 
 import json
 import struct
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from math import prod
@@ -13,6 +12,7 @@ import torch
 
 from entangle.errors import InvalidInput
 from entangle.models.sources import indexed_files
+from entangle.progress import tell
 
 FLOATS = {
     "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
@@ -48,11 +48,10 @@ def stored_dtype(folder: Path) -> torch.dtype | None:
     rounded = sum(floats[kind] for kind in finer)
     if rounded:
         wide = max((FLOATS[kind] for kind in floats), key=lambda one: torch.finfo(one).bits)
-        print(
-            f"entangle: {str(folder)!r} stores {rounded:,} of {floats.total():,} weights more "
+        tell(
+            f"{str(folder)!r} stores {rounded:,} of {floats.total():,} weights more "
             f"finely than the others: all are loaded as {_name(chosen)}; dtype={_name(wide)} "
-            "keeps every one.",
-            file=sys.stderr,
+            "keeps every one."
         )
     return chosen
 

@@ -7,7 +7,7 @@ from functools import cache, lru_cache
 
 from transformers import PreTrainedTokenizerBase
 
-from entangle.html_tables import visible
+from entangle.escapes import visible
 
 
 class TokenText:
@@ -24,7 +24,7 @@ class TokenText:
     Llama 3), SentencePiece pieces with ``<0x..>`` for single bytes (Llama 2, Gemma), WordPiece
     pieces (BERT). A run is decoded as a whole, so that characters spread over several tokens come
     out right. A byte that is no part of a character is written as ``<0xE2>``; what cannot be seen
-    as ``\n`` or ``\u200b`` (`entangle.html_tables.visible`).
+    as ``\n`` or ``\u200b`` (`entangle.escapes.visible`).
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None) -> None:

@@ -240,7 +240,7 @@ def _join(
     title = join_clauses(notes, inches=column_width(column))
     shared_legend(figure, axes, column=column, title=title)
     (key,) = figure.legends
-    key.get_title().set(multialignment="center", parse_math=False)
+    key.get_title().set_multialignment("center")
     return key
 
 

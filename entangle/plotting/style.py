@@ -202,7 +202,7 @@ def add_legend(
     size = _points("legend.fontsize")
     labels = [wrap(ax, label, size=1.2 * size) for _, label in entries]  # leaves the keys' place
     place: Literal["upper left", "upper right"] = "upper left" if side == "left" else "upper right"
-    ax.legend([handle for handle, _ in entries], labels, loc=place)
+    take_literally(ax.legend([handle for handle, _ in entries], labels, loc=place))
     _keep_clear(ax, "\n".join(labels), side=side, skyline=skyline)
 
 
@@ -235,8 +235,14 @@ def legend_above(
         title=join_clauses(clauses, inches=_inches(ax)[0], size=size),
         alignment="left",
     )
-    legend.get_title().set_parse_math(False)
+    take_literally(legend)
     return legend
+
+
+def take_literally(legend: Legend) -> None:
+    """Show a dollar in a legend as it is: names come from models and files (no TeX)."""
+    for text in (legend.get_title(), *legend.get_texts()):
+        text.set_parse_math(False)
 
 
 def make_room(legend: Legend) -> None:
@@ -260,7 +266,17 @@ def add_note(ax: Axes, lines: Sequence[str], *, side: Side, skyline: Skyline) ->
     size = _points("legend.fontsize")
     text = wrap(ax, "\n".join(lines), size=size)
     x = 0.02 if side == "left" else 0.98
-    ax.text(x, 0.99, text, transform=ax.transAxes, ha=side, va="top", fontsize=size, bbox=_PAPER)
+    ax.text(
+        x,
+        0.99,
+        text,
+        transform=ax.transAxes,
+        ha=side,
+        va="top",
+        fontsize=size,
+        bbox=_PAPER,
+        parse_math=False,
+    )
     _keep_clear(ax, text, side=side, skyline=skyline)
 
 
@@ -353,9 +369,7 @@ def shared_legend(
     """Write one legend above several panels: every label once, and a closing line of text."""
     if len(axes) == 1:
         return
-    entries: dict[str, Artist] = {}
-    for ax in axes:
-        entries |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+    entries = _labelled(axes)
     if extra:
         entries[extra] = text_handle()
     labels = list(entries)
@@ -367,16 +381,15 @@ def shared_legend(
         columnspacing=1.2,
         title=title or None,
     )
-    key.get_title().set(multialignment="center", parse_math=False)
+    key.get_title().set(multialignment="center")
+    take_literally(key)
 
 
 def header_legend(
     figure: Figure, axes: Sequence[Axes], *, column: Column, clauses: Sequence[str]
 ) -> None:
     """Write clauses, centred and taken literally, and below them one legend of all panels."""
-    entries: dict[str, Artist] = {}
-    for ax in axes:
-        entries |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+    entries = _labelled(axes)
     key = figure.legend(
         list(entries.values()),
         list(entries),
@@ -385,8 +398,18 @@ def header_legend(
         columnspacing=1.2,
         title=join_clauses(clauses, inches=column_width(column)),
     )
-    key.get_title().set(multialignment="center", parse_math=False)
+    key.get_title().set(multialignment="center")
+    take_literally(key)
     make_room(key)
+
+
+def _labelled(axes: Sequence[Axes]) -> dict[str, Artist]:
+    """Return an artist for every label of the panels, in which every character is visible."""
+    return {
+        "\n".join(map(printable, label.split("\n"))): artist
+        for ax in axes
+        for artist, label in zip(*ax.get_legend_handles_labels(), strict=True)
+    }
 
 
 def _fitting_columns(labels: Sequence[str], *, inches: float) -> int:

@@ -8,7 +8,7 @@ import matplotlib as mpl
 from matplotlib import font_manager
 from matplotlib.ft2font import FT2Font
 
-from entangle.html_tables import is_unseen, spelled
+from entangle.escapes import is_unseen, spelled
 
 MONO_FAMILY = "DejaVu Sans Mono"
 """Comes with matplotlib; every character is 0.602 of the font size wide."""
@@ -35,7 +35,7 @@ def mono_families() -> list[str]:
 def printable(text: str) -> str:
     r"""Return text with every character visible.
 
-    What `entangle.html_tables.visible` spells out, and characters that none of `text_families` has,
+    What `entangle.escapes.visible` spells out, and characters that none of `text_families` has,
     are written as Python escapes (``\n``, ``\u4e2d``); accents are joined to their letters.
     """
     families = tuple(text_families())

@@ -44,7 +44,7 @@ def test_arguments_that_cannot_be_parsed(run: Run, arguments: list[str], message
 @pytest.mark.parametrize(
     ("error", "status", "message"),
     [
-        (InvalidInput("two\n  lines"), 2, "entangle: error: two lines\n"),
+        (InvalidInput("a\n\x1b[31m  b"), 2, "entangle: error: a\\n\\x1b[31m  b\n"),
         (NumericalError("not positive definite"), 1, "entangle: error: not positive definite\n"),
         (KeyboardInterrupt(), 130, "entangle: interrupted\n"),
     ],
@@ -109,3 +109,28 @@ def test_another_exit_keeps_its_status(run: Run, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(layers, "run", leave)
     assert run("layers").status == 3
+
+
+NO_ROOM = "entangle: error: standard output cannot be written: No space left on device"
+
+
+@pytest.mark.parametrize(
+    ("command", "status", "said"),
+    [
+        ("--version > /dev/full", 1, NO_ROOM),
+        ("layers model > /dev/full", 1, NO_ROOM),
+        ("layers model --json > /dev/full", 1, NO_ROOM),
+        ("layers model --json >&-", 0, ""),
+        ("layers ./nowhere >&-", 2, "entangle: error: unknown model './nowhere'"),
+        ("layers ./nowhere 2>&-", 2, ""),
+        ("layers ./nowhere 2> /dev/full", 2, ""),
+        ("--nonsense 2>&-", 2, ""),
+    ],
+)
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no full device")
+def test_streams_that_are_full_or_closed(place: Path, command: str, status: int, said: str) -> None:
+    shell = f'exec "{sys.executable}" -m entangle {command}'
+    done = subprocess.run(["/bin/sh", "-c", shell], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (status, "")
+    assert done.stderr.startswith(said)
+    assert done.stderr.count("\n") == bool(said)

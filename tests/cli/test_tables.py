@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from entangle.cli.tables import print_json, print_table, records
+from entangle.cli.tables import print_json, print_table, records, say
 
 FRAME = pd.DataFrame(
     {
@@ -42,6 +42,22 @@ def test_off_a_terminal_nothing_is_cropped(capsys: pytest.CaptureFixture[str]) -
     frame = pd.DataFrame({"layer": ["x" * 300], "wd": [0.5]})
     print_table(frame, title="T", formats=FORMATS, optional=["wd"])
     assert "x" * 300 + "   0.5000" in capsys.readouterr().out
+
+
+def test_names_are_shown_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    odd, spelled = "[bold]\x1b[31m\n\x9b\u202e[/]", r"[bold]\x1b[31m\n\x9b\u202e[/]"
+    print_table(pd.DataFrame({odd: [odd]}), title=odd, formats={odd: ""})
+    say(odd, "日本語")
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert [line for line in lines if line.strip("─")] == [*[spelled] * 4, "日本語"]
+
+
+def test_json_is_ascii_and_loses_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    content = {"\x9b\u202e\udcff": "日"}
+    print_json(content)
+    out = capsys.readouterr().out
+    assert out.isascii()
+    assert json.loads(out) == content
 
 
 @pytest.mark.parametrize(

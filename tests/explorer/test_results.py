@@ -1,10 +1,12 @@
 """Results of every kind, as a notebook shows them."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 import pytest
 import torch
 
@@ -12,6 +14,11 @@ from entangle.ablation import ablate
 from entangle.allocation import allocate
 from entangle.evaluation import load_evaluation
 from entangle.expansion import expand
+from entangle.explorer.evidence import ModeFinder
+from entangle.explorer.modes_view import modes_view
+from entangle.explorer.table import NeuronTable
+from entangle.explorer.views import heading
+from entangle.html_tables import html_table
 from entangle.seeding import torch_rng
 
 if TYPE_CHECKING:
@@ -89,6 +96,30 @@ def test_a_title_facts_and_a_table(make: Make, kind: str, title: str, told: str,
     shown = Elements(named._repr_html_())
     assert "script" not in shown.tags
     assert shown.texts[0].endswith("<script>alert('&')</script>\\x1b")
+
+
+def test_layers_and_tokens_are_no_elements(
+    scores: "NeuronScores", decomposition: "Decomposition"
+) -> None:
+    layer = decomposition.neurons["layer"].iloc[0]
+    tables: dict[str, Any] = {
+        name: table.assign(layer=EVIL)
+        for name, table in vars(decomposition).items()
+        if isinstance(table, pd.DataFrame)
+    }
+    tables["contexts"] = tables["contexts"].assign(before=EVIL, token=EVIL, after=EVIL)
+    tables["modes"] = tables["modes"].assign(top_tokens=json.dumps([[EVIL, 3, 0.5]]))
+    finder = ModeFinder(replace(decomposition, **tables), None, memory=None, seed=0)
+    frame = scores.layer(layer).frame.assign(layer=EVIL, flag=EVIL)
+    for source, names in (
+        (modes_view(finder, EVIL, 3, asked=False).html, 4),
+        (heading(NeuronTable.of(frame), EVIL, 3, 0.01), 2),
+        (html_table(frame), 2),
+    ):
+        shown = Elements(source)
+        assert "script" not in shown.tags
+        assert "".join(shown.texts).count("<script>alert('&')</script>\\x1b") >= names
+        assert "\x1b" not in source
 
 
 def test_an_allocation_tells_its_budget(make: Make) -> None:

@@ -5,14 +5,17 @@ from collections.abc import Callable
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from entangle import plotting
+from entangle.escapes import is_unseen
 from entangle.plotting.style import Column
 from tests.plotting.ablation_frames import ablation_frame
 from tests.plotting.decomposition_frames import TOP, Decomposed
 from tests.plotting.layout import outside, overlapping, smallest_text, texts
 
-Draw = Callable[[Column, str], Figure]
+Draw = Callable[..., Figure]
+"""Called with the column, the digest and, if need be, what changes the frames."""
 DIGEST = "0123456789abcdef"
 
 
@@ -76,7 +79,16 @@ def draw(
     options: dict[str, float] = {"n_boot": 20} if name in ("predictors", "wd_against_md") else {}
     if name in ("separated_pairs", "modes"):
         options = {"mean": item.mean, "std": item.std, "wd": item.wd}
-    return lambda column, digest: function(*frames[name], column=column, digest=digest, **options)
+
+    def draw(
+        column: Column,
+        digest: str,
+        change: Callable[[pd.DataFrame], pd.DataFrame] = lambda frame: frame,
+    ) -> Figure:
+        changed = [change(one) if isinstance(one, pd.DataFrame) else one for one in frames[name]]
+        return function(*changed, column=column, digest=digest, **options)
+
+    return draw
 
 
 @pytest.mark.parametrize("column", ["single", "double"])
@@ -88,6 +100,27 @@ def test_nothing_covers_anything_or_leaves_the_paper(draw: Draw, column: Column)
     assert texts(figure).count("run 0123456789ab") == 1
     assert smallest_text(figure) >= 6.0
     assert len(plotting.drawn(figure)) > 0
+
+
+ODD = "$a_{\\foo $\x1b[31m\n\u202e<b>"
+NAMES = {
+    "layer", "layers", "projection", "model", "method", "selection", "intervention", "by",
+    "token_a", "token_b", "token", "before", "after",
+}  # fmt: skip
+
+
+def oddly_named(frame: pd.DataFrame) -> pd.DataFrame:
+    """Put what acts on a terminal, and what TeX cannot read, into every name in a table."""
+    return frame.assign(**{name: ODD + frame[name].astype(str) for name in NAMES & {*frame}})
+
+
+def test_names_are_shown_as_they_are(draw: Draw) -> None:
+    figure = draw("double", DIGEST, oddly_named)
+    figure.draw_without_rendering()
+    for text in figure.findobj(Text):
+        assert isinstance(text, Text)
+        assert not any(map(is_unseen, text.get_text().replace("\n", "")))
+        assert "$" not in text.get_text() or not text.get_parse_math()
 
 
 def test_the_helpers_see_what_is_wrong() -> None:

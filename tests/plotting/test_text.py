@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from entangle.html_tables import visible
+from entangle.escapes import visible
 from entangle.plotting import paper_style
 from entangle.plotting.style import PaperFigure
 from entangle.plotting.text import printable, shorten, text_families, width
