@@ -58,9 +58,11 @@ def read_csv(path: Path) -> dict[str, Any]:
     for name in ("neuron", "in_features", "zeros"):
         if table[name].dtype.kind not in "iu":
             raise _damaged(path, f"column {name!r} must hold whole numbers")
-    off = (table["sparsity"] * table["in_features"] - table["zeros"]).abs() > 1e-6
-    if table["sparsity"].dtype.kind != "f" or off.any():
+    if table["sparsity"].dtype.kind not in "fiu" or _differ(table).any():
         raise _damaged(path, "column 'sparsity' must be 'zeros' / 'in_features'")
+    for name in ("block", "experts"):
+        if name in table.columns and table[name].dtype.kind not in "fiu":
+            raise _damaged(path, f"column {name!r} must hold whole numbers")
     fields: dict[str, Any] = {"zeros": {}, "in_features": {}, "blocks": {}, "experts": None}
     if "pattern" in table.columns:
         patterns = table["pattern"].unique().tolist()
@@ -78,6 +80,12 @@ def read_csv(path: Path) -> dict[str, Any]:
         if "experts" in table.columns:
             fields["experts"] = (fields["experts"] or {}) | {name: _single(path, part, "experts")}
     return fields
+
+
+def _differ(table: pd.DataFrame) -> pd.Series:
+    """Tell for each neuron whether its sparsity is not its zeros' share; so is NaN."""
+    off = table["sparsity"] * table["in_features"] - table["zeros"]
+    return ~(off.abs() <= 1e-6)
 
 
 def write_rows(allocation: Allocation) -> bytes:
