@@ -58,8 +58,6 @@ def read_csv(path: Path) -> dict[str, Any]:
     for name in ("neuron", "in_features", "zeros"):
         if table[name].dtype.kind not in "iu":
             raise _damaged(path, f"column {name!r} must hold whole numbers")
-    if table["sparsity"].dtype.kind not in "fiu" or _differ(table).any():
-        raise _damaged(path, "column 'sparsity' must be 'zeros' / 'in_features'")
     for name in ("block", "experts"):
         if name in table.columns and table[name].dtype.kind not in "fiu":
             raise _damaged(path, f"column {name!r} must hold whole numbers")
@@ -79,6 +77,8 @@ def read_csv(path: Path) -> dict[str, Any]:
             fields["blocks"][name] = _single(path, part, "block")
         if "experts" in table.columns:
             fields["experts"] = (fields["experts"] or {}) | {name: _single(path, part, "experts")}
+    if table["sparsity"].dtype.kind not in "fiu" or _differ(table).any():
+        raise _damaged(path, "column 'sparsity' must be 'zeros' / 'in_features'")
     return fields
 
 

@@ -166,7 +166,8 @@ def test_mistakes_in_imports_are_one_clear_line(tmp_path: Path) -> None:
 
 def test_zeros_beyond_a_row_are_refused(tmp_path: Path) -> None:
     export(BY_HAND, tmp_path / "x.csv", "csv")
-    text = (tmp_path / "x.csv").read_text().replace(",3,", ",5,")
+    text = (tmp_path / "x.csv").read_text().replace(",3,0.75", ",5,1.25")
+    assert ",5,1.25" in text
     (tmp_path / "x.csv").write_text(text)
     with pytest.raises(InvalidInput, match=r"x\.csv.*\[0, 4\]"):
         import_allocation(tmp_path / "x.csv", "csv")
