@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "entangle"
 FLOORS = (
     {"errors", "jupyter"},
-    {"checks"},
+    {"checks", "reading"},
     {"claims"},
     {
         "seeding",

@@ -1,7 +1,6 @@
 """Adapters (PEFT, LoRA): a folder without a model of its own, merged into the base it names."""
 
 import importlib.util
-import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from entangle.models import pretrained
 from entangle.models.pretrained import Loaded
 from entangle.models.sources import ADAPTER_CONFIG, model_source
 from entangle.provenance import expanded
+from entangle.reading import read_object
 
 
 def load_adapter(folder: Path, *, dtype: torch.dtype | None) -> Loaded:
@@ -53,14 +53,7 @@ def load_adapter(folder: Path, *, dtype: torch.dtype | None) -> Loaded:
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    path = folder / ADAPTER_CONFIG
-    try:
-        settings = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise InvalidInput(f"{str(path)!r} cannot be read ({error}); save it again.") from error
-    if not isinstance(settings, dict):
-        raise InvalidInput(f"{str(path)!r} must hold an object; got {type(settings).__name__}.")
-    return settings
+    return read_object(folder / ADAPTER_CONFIG, remedy="save the adapter again")
 
 
 def _base_folder(folder: Path, base: str, revision: str | None) -> Path:

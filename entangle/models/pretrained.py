@@ -10,10 +10,10 @@ import io
 import json
 import logging
 import re
-import struct
 import sys
+import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,12 @@ import huggingface_hub
 import torch
 import transformers as hf
 from huggingface_hub import errors as hub_errors
-from safetensors import SafetensorError
 
 from entangle.errors import EntangleError, InvalidInput, MemoryLimit, Unavailable, UnknownName
 from entangle.models import hub
 from entangle.models.sources import ADAPTER_CONFIG, TOKENIZER_FILES, check_folder
-from entangle.models.stored import stored_dtype
+from entangle.models.stored import stored_dtype, stored_sizes
+from entangle.reading import regular_files
 
 Loaded = tuple[hf.PreTrainedModel, hf.PreTrainedTokenizerBase | None]
 """A model in the state that transformers leaves it in, and its tokenizer where there is one."""
@@ -37,19 +37,12 @@ FLAGS = ("add_bos_token", "add_eos_token")
 hf_logging: Any = hf.utils.logging
 hub_utils: Any = huggingface_hub.utils
 
-BROKEN = (  # what transformers raises over a config, weights or an architecture it cannot use
-    OSError,
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    ImportError,
-    RuntimeError,
-    SafetensorError,
-    struct.error,
-    hub_errors.StrictDataclassError,
-)
+ROOM = 2**28
+"""Values that a model may have in any case; beyond, it is held against the weights that are stored.
+"""
+_MOST = 8  # times the stored values: buffers, tied and missing weights
+_PANIC = "PanicException"  # of a library in Rust, no subclass of Exception
+_OWN = (OSError, ValueError)  # raised by a block of ours over what it reads
 
 
 def fetch_snapshot(name: str, *, revision: str | None) -> tuple[Path, str | None]:
@@ -115,6 +108,7 @@ def load_folder(
         When the folder is not a model that can be used, naming what is wrong with it.
     """
     check_folder(folder)
+    regular_files(folder)
     if (folder / ADAPTER_CONFIG).is_file():
         say(
             f"{str(folder)!r} holds a model and an adapter ({ADAPTER_CONFIG}): the model is loaded "
@@ -148,9 +142,10 @@ def _load_model(
     with quiet():
         with broken_as(f"model folder {str(folder)!r}"):
             config = hf.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-            stored = dtype or stored_dtype(folder)
+        stored = dtype or stored_dtype(folder)
         _refuse_quantised(config, folder)
         auto = auto_class(config, folder)
+        check_size(config, auto, [n for _, n in stored_sizes(folder)], folder)
         settings: dict[str, Any] = {"dtype": stored or "auto", "device_map": device_map}
         return _from_pretrained(auto, folder, settings)
 
@@ -190,7 +185,11 @@ def _switch_bars(bars: bool, hub_bars: bool) -> None:
 
 @contextlib.contextmanager
 def broken_as(what: str) -> Iterator[None]:
-    """Turn what transformers raises over broken files into one line about ``what``."""
+    """Turn whatever libraries raise over broken files into one line about ``what``.
+
+    What the package raises that opened the block stays itself, but for errors about a file or its
+    content.
+    """
     try:
         yield
     except EntangleError:
@@ -200,8 +199,22 @@ def broken_as(what: str) -> Iterator[None]:
             f"memory ran out while loading {what}; use dtype=bfloat16, a device_map, or a smaller "
             "model."
         ) from error
-    except BROKEN as error:
+    except BaseException as error:
+        if not isinstance(error, _OWN) and not _is_of_a_library(error):
+            raise
         raise InvalidInput(f"{what} cannot be loaded: {_first_line(error)}") from error
+
+
+def _is_of_a_library(error: BaseException) -> bool:
+    """Tell whether an error was raised by another package than the one whose block it left."""
+    if not isinstance(error, Exception) and type(error).__name__ != _PANIC:
+        return False  # Ctrl-C, the end of the program
+    packages = [
+        str(frame.f_globals.get("__name__")).partition(".")[0]
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+    ]
+    block = packages[1:2]  # after the context manager's own
+    return packages[-1:] != block
 
 
 def _first_line(error: BaseException) -> str:
@@ -230,6 +243,41 @@ def auto_class(config: hf.PreTrainedConfig, source: Path) -> Any:
     decoder = not masked or getattr(config, "is_decoder", False)
     causal = decoder and type(config) in hf.MODEL_FOR_CAUSAL_LM_MAPPING
     return hf.AutoModelForCausalLM if causal else hf.AutoModel
+
+
+def check_size(config: hf.PreTrainedConfig, auto: Any, stored: Sequence[int], source: Path) -> None:
+    """Refuse a config that asks for far more than is stored, before memory is taken for it.
+
+    Parameters
+    ----------
+    config
+        Of the model.
+    auto
+        The class that builds it.
+    stored
+        Number of values of every stored tensor.
+    source
+        Folder or file, for the message.
+
+    Raises
+    ------
+    InvalidInput
+        If there are more layers than tensors, or many times as many values as stored.
+    """
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > len(stored):
+        raise InvalidInput(
+            f"model {str(source)!r} must hold every weight its config asks for; it asks for "
+            f"{layers:,} layers, and {len(stored):,} tensors are stored: check config.json."
+        )
+    with broken_as(f"model {str(source)!r}"), torch.device("meta"):
+        empty = auto.from_config(config, trust_remote_code=False)
+    asked = sum(one.numel() for one in (*empty.parameters(), *empty.buffers()))
+    if asked > ROOM + _MOST * sum(stored):
+        raise InvalidInput(
+            f"model {str(source)!r} must hold every weight its config asks for; it asks for "
+            f"{asked:,} values, and {sum(stored):,} are stored: check config.json."
+        )
 
 
 def _refuse_quantised(config: hf.PreTrainedConfig, folder: Path) -> None:
@@ -288,7 +336,9 @@ def tokenizer_of(folder: Path) -> hf.PreTrainedTokenizerBase | None:
             tokenizer: hf.PreTrainedTokenizerBase = hf.AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=False, local_files_only=True
             )
-    except Exception as error:  # the tokenizers library raises the bare class
+    except BaseException as error:  # the tokenizers library raises the bare class, and panics
+        if not isinstance(error, Exception) and type(error).__name__ != _PANIC:
+            raise
         raise InvalidInput(
             f"the tokenizer of model folder {str(folder)!r} cannot be loaded "
             f"({_first_line(error)}); copy its files again, or remove them all to work with "
