@@ -40,7 +40,7 @@ READ_ERRORS: tuple[type[Exception], ...] = (
 )
 """What reading raises, but for the classes of `FOREIGN`."""
 
-FOREIGN = ("pyarrow",)
+FOREIGN = ("pyarrow", "datasets")
 """Libraries with errors of their own, told by name as importing them takes long."""
 
 _LONGEST = 200  # characters of a reason

@@ -32,11 +32,13 @@ from entangle.calibration.token_files import (
 )
 from entangle.errors import InvalidInput, unknown_name
 from entangle.progress import tell
+from entangle.reading import decoding, regular_files
 
 Source = object
 """Whatever `find` takes."""
 
 IDS, MASK = "input_ids", "attention_mask"
+_AHEAD = 10_000  # rows that the `datasets` library may read at a time
 KINDS = (
     "a name, a path, a list of strings, a pandas column or table, an object of the `datasets` "
     "library, or token ids (array, lists, a tokenizer's output)"
@@ -123,13 +125,10 @@ def _is_saved(path: Path) -> bool:
 def _from_saved(path: Path, wanted: Wanted) -> TokenFile | TextSource:
     import datasets
 
-    try:
+    for folder in (path, *(one for one in path.iterdir() if one.is_dir())):
+        regular_files(folder)
+    with decoding(path, remedy="save the data set again"):
         saved = datasets.load_from_disk(str(path))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InvalidInput(
-            f"'{path}' cannot be read as a saved data set ({reason}); save it again."
-        ) from error
     return _from_dataset(saved, f"'{path}'", wanted)
 
 
@@ -310,8 +309,27 @@ def _from_dataset(source: Any, label: str, wanted: Wanted) -> TokenFile | TextSo
     if wanted.split not in (None, known, str(known).partition("[")[0]):
         raise unknown_name(f"split of {label}", str(wanted.split), [str(known)])
     columns = feature_columns(source.features)
-    rows = iter(source.with_format(None))
-    return _from_records(rows, columns, label, wanted, settings)
+    return _from_records(_checked_rows(source, label), columns, label, wanted, settings)
+
+
+def _checked_rows(source: Any, label: str) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a data set, its Arrow blocks checked before they are read.
+
+    They may be mapped from a file, where a damaged offset would end the process.
+    """
+    table = getattr(getattr(source, "data", None), "table", None)
+    blocks = iter(() if table is None else table.to_batches())
+    rows, read, checked = iter(source.with_format(None)), 0, 0
+    while True:
+        with decoding(label.strip("'"), remedy="save the data set again"):
+            while checked < read + _AHEAD and (block := next(blocks, None)) is not None:
+                block.validate(full=True)
+                checked += len(block)
+            row = next(rows, None)
+        if row is None:
+            return
+        read += 1
+        yield row
 
 
 def _split(present: list[str], label: str, wanted: Wanted) -> str:

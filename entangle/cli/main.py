@@ -4,7 +4,7 @@ import argparse
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 from entangle import __version__
@@ -21,6 +21,7 @@ from entangle.cli import (
     options,
     score,
 )
+from entangle.cli.meaning import given_options
 from entangle.errors import EntangleError
 from entangle.provenance import claimed
 
@@ -39,6 +40,11 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line."""
+    return _parsers()[0]
+
+
+def _parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
+    """Return the parser of the whole command line, and that of every command by its name."""
     parser = _Parser(
         prog="entangle",
         description="Neuron-entanglement analysis for language models.",
@@ -48,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add_parser(subparsers)
-    return parser
+    return parser, subparsers.choices
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,8 +88,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> int:
-    given = sys.argv[1:] if argv is None else argv
-    arguments = build_parser().parse_args(options.spell_out(given))
+    written = options.spell_out(sys.argv[1:] if argv is None else argv)
+    parser, commands = _parsers()
+    arguments = parser.parse_args(written)
+    arguments.given = given_options(commands[arguments.command], written[1:], arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
         from entangle.cli.early import check_arguments

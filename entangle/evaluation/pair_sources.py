@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from entangle.calibration.files import json_object, numbered_lines
+from entangle.calibration.files import json_object, numbered_lines, well_formed
 from entangle.calibration.hub import HubRequest, hub_request, plain_errors
 from entangle.calibration.special_tokens import DEFAULT_POLICY, check_policy
 from entangle.calibration.texts import as_path
@@ -41,7 +41,7 @@ class _Pair:
                 raise InvalidInput(
                     f"field {field!r} must hold text; {where} has {type(value).__name__}."
                 )
-        good, bad, paradigm = values
+        good, bad, paradigm = map(well_formed, values)
         check_pair(good, bad, where)
         return cls(good, bad, paradigm)
 
