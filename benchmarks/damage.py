@@ -474,6 +474,8 @@ def main() -> None:
             seconds=arguments.seconds,
         ):  # fmt: skip
             found.append(one)
+            if len(found) % 100 == 0:
+                print(f"{len(found)} cases", file=sys.stderr)
             if arguments.all or one.outcome in FAILURES:
                 print(
                     f"{one.outcome}: {one.kind}: {one.damage}: {one.command}\n  {one.said}",

@@ -158,6 +158,7 @@ def _load(file: Path, dtype: torch.dtype | None, parsed: Callable[[Path], _Parse
             field = parsed(file).fields.get(f"tokenizer.ggml.{flag}")
             if field is not None:
                 tokenizer.init_kwargs.setdefault(flag, bool(field.contents()))
+        pretrained.check_tokenizer(tokenizer)
     return model, tokenizer
 
 

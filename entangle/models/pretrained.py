@@ -131,6 +131,7 @@ def load_converted_folder(folder: Path, *, dtype: torch.dtype | None) -> Loaded:
             written = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
             flags = {flag: written[flag] for flag in FLAGS if flag in written}
             tokenizer.init_kwargs.update(flags)  # of which transformers keeps none
+            check_tokenizer(tokenizer)
     return _load_model(folder, dtype=dtype or torch.float32, device_map=None), tokenizer
 
 
@@ -336,6 +337,7 @@ def tokenizer_of(folder: Path) -> hf.PreTrainedTokenizerBase | None:
             tokenizer: hf.PreTrainedTokenizerBase = hf.AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=False, local_files_only=True
             )
+            check_tokenizer(tokenizer)
     except BaseException as error:  # the tokenizers library raises the bare class, and panics
         if not isinstance(error, Exception) and type(error).__name__ != _PANIC:
             raise
@@ -345,3 +347,17 @@ def tokenizer_of(folder: Path) -> hf.PreTrainedTokenizerBase | None:
             "token ids only."
         ) from error
     return tokenizer
+
+
+def check_tokenizer(tokenizer: hf.PreTrainedTokenizerBase) -> None:
+    """Use a tokenizer once, so that settings which it cannot use are told of at once.
+
+    Raises
+    ------
+    Exception
+        Whatever the libraries raise.
+    """
+    tokenizer("a", add_special_tokens=False)
+    tokenizer("a")
+    tokenizer.get_vocab()
+    tokenizer.convert_ids_to_tokens(tokenizer.all_special_ids)

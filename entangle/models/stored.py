@@ -80,11 +80,12 @@ def _weight_files(folder: Path) -> list[Path]:
     found = read_object(index, remedy=_AGAIN)
     with decoding(index, remedy=_AGAIN):
         shards = {str(name) for name in found["weight_map"].values()}
-    for name in sorted(shards):
-        if not (folder / name).is_file():
-            raise InvalidInput(
-                f"model folder {str(folder)!r} must hold {name!r}, which its index names; {_AGAIN}."
-            )
+        missing = [name for name in sorted(shards) if not (folder / name).is_file()]
+    if missing:
+        raise InvalidInput(
+            f"model folder {str(folder)!r} must hold {missing[0]!r}, which its index names; "
+            f"{_AGAIN}."
+        )
     return [folder / name for name in sorted(shards)]
 
 
