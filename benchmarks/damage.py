@@ -385,7 +385,11 @@ def judge(kind: Kind, ended: tuple[str, str, str], intact: str) -> str:
         return REFUSED if told and errors == 1 and not out else LINES
     if status != "status 0":
         return ENDED
-    if numbers(out) == intact:
+    try:
+        found = numbers(out)
+    except ValueError:
+        return LINES
+    if found == intact:
         return UNCHANGED
     return WRONG if kind.exact else CHANGED
 
@@ -433,8 +437,10 @@ def campaign(
         ended = run_command(kind, command, place)
         outcome = judge(kind, ended, intact[kind.name, index])
         shutil.rmtree(place)
-        said = ended[2].strip() if outcome in FAILURES else ended[2].strip()[:300]
-        yield Outcome(kind.name, told, " ".join(command), outcome, f"{ended[0]}: {said}")
+        said = f"{ended[0]}: {ended[2].strip()}"
+        if outcome in FAILURES:
+            said += f"\n{ended[1][:1000]}"
+        yield Outcome(kind.name, told, " ".join(command), outcome, said)
 
 
 def table(found: Sequence[Outcome]) -> str:

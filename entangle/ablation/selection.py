@@ -228,7 +228,9 @@ def read_selection(path: str | os.PathLike[str], scores: pd.DataFrame) -> Select
     missing = [name for name in ("layer", "neuron") if name not in table.columns]
     if missing:
         raise InvalidInput(f"{str(path)!r} must have the column {missing[0]!r}; add it.")
-    if not pd.api.types.is_integer_dtype(table["neuron"]) or table["layer"].isna().any():
+    layers = table["layer"].tolist()
+    named = all(isinstance(one, str | int) for one in layers)
+    if not pd.api.types.is_integer_dtype(table["neuron"]) or not named:
         raise InvalidInput(
             f"{str(path)!r} must hold a layer name and an integer neuron in every row; mend it."
         )

@@ -9,6 +9,7 @@ import importlib.util
 import io
 import json
 import logging
+import os
 import re
 import sys
 import traceback
@@ -126,7 +127,7 @@ def load_converted_folder(folder: Path, *, dtype: torch.dtype | None) -> Loaded:
     """
     tokenizer = None
     if (folder / "tokenizer.json").is_file():
-        with quiet(), broken_as(f"tokenizer of {str(folder)!r}"):
+        with quiet(), unheard(), broken_as(f"tokenizer of {str(folder)!r}"):
             tokenizer = hf.PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
             written = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
             flags = {flag: written[flag] for flag in FLAGS if flag in written}
@@ -175,6 +176,28 @@ def quiet(*, catch_stderr: bool = False) -> Iterator[None]:
             if catch_stderr:
                 stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
         yield
+
+
+@contextlib.contextmanager
+def unheard() -> Iterator[None]:
+    """Send to nowhere what is written past Python, as the tokenizers library does it.
+
+    Both standard streams of the process, for the time of the block; closed ones stay closed.
+    """
+    kept: dict[int, int] = {}
+    for number in (1, 2):
+        with contextlib.suppress(OSError):
+            kept[number] = os.dup(number)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        for number in kept:
+            os.dup2(nowhere, number)
+        yield
+    finally:
+        for number, before in kept.items():
+            os.dup2(before, number)
+            os.close(before)
+        os.close(nowhere)
 
 
 def _switch_bars(bars: bool, hub_bars: bool) -> None:
@@ -333,7 +356,7 @@ def tokenizer_of(folder: Path) -> hf.PreTrainedTokenizerBase | None:
     if not any(path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)):
         return None
     try:
-        with quiet():
+        with quiet(), unheard():
             tokenizer: hf.PreTrainedTokenizerBase = hf.AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=False, local_files_only=True
             )
