@@ -182,12 +182,16 @@ def claimed(path: str | os.PathLike[str] | None) -> Iterator[None]:
 
     Raises
     ------
+    InvalidInput
+        If it is the root of the file system.
     Unavailable
         If another process is writing it, or its folder cannot be written.
     """
     with ExitStack() as stack:
         if path is not None:
             target = Path(os.path.realpath(expanded(path)))
+            if not target.name:
+                raise InvalidInput(f"a result must have a name of its own; got {str(path)!r}.")
             with disk_errors(target):
                 _check_parent(target)
                 stack.enter_context(claim(target))

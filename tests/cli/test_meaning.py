@@ -1,6 +1,7 @@
 """Options that would change nothing are refused, by name, before anything is loaded."""
 
 import argparse
+from pathlib import Path
 
 import pytest
 
@@ -68,6 +69,18 @@ def test_an_option_that_changes_nothing_is_refused(
     assert said.count("\n") == 1
     assert "no meaning" in said
     assert all(word in said for word in IGNORED[line].split()), said
+
+
+@pytest.mark.parametrize("option", ["--plot /", "--plot ..", "--out /"])
+def test_what_is_written_needs_a_name(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "manifest.json").write_text('{"kind": "scores", "schema_version": 1}')
+    assert main(["allocate", str(tmp_path), "--sparsity", "0.5", *option.split()]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "name" in said
+    assert f"got {option.split()[1]!r}" in said
 
 
 @pytest.mark.parametrize("line", MEANT)
