@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from benchmarks.damage import damage
 from entangle.ablation.selection import read_selection
-from entangle.calibration import load_texts
+from entangle.calibration import load_calibration, load_texts
 from entangle.calibration.token_files import read_token_file
 from entangle.errors import EntangleError, InvalidInput, Unavailable, UnknownName
 from entangle.evaluation import load_minimal_pairs
@@ -212,3 +212,17 @@ def test_impossible_values_of_a_config(
     with pytest.raises(InvalidInput, match=r"model'") as caught:
         load_model(folder)
     assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_that_cannot_tokenise_the_text(
+    tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_folder("llama"), tmp_path / "model"))
+    written = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = {one: i for one, i in written["model"]["vocab"].items() if one != "<unk>"}
+    written["model"] |= {"type": "WordPiece", "vocab": vocabulary, "unk_token": "[UNK]"}
+    written["model"] |= {"continuing_subword_prefix": "", "max_input_chars_per_word": 9}
+    (folder / "tokenizer.json").write_text(json.dumps(written))
+    model = load_model(folder)
+    with pytest.raises(InvalidInput, match=r"model'.*UNK"):
+        load_calibration(["é" * 99], model.tokenizer, n_seq=1, seq_len=4)

@@ -208,7 +208,7 @@ def _switch_bars(bars: bool, hub_bars: bool) -> None:
 
 
 @contextlib.contextmanager
-def broken_as(what: str) -> Iterator[None]:
+def broken_as(what: str, *, verb: str = "loaded") -> Iterator[None]:
     """Turn whatever libraries raise over broken files into one line about ``what``.
 
     What the package raises that opened the block stays itself, but for errors about a file or its
@@ -220,13 +220,13 @@ def broken_as(what: str) -> Iterator[None]:
         raise
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise MemoryLimit(
-            f"memory ran out while loading {what}; use dtype=bfloat16, a device_map, or a smaller "
-            "model."
+            f"memory ran out: {what} cannot be {verb}; use dtype=bfloat16, a device_map, or a "
+            "smaller model."
         ) from error
     except BaseException as error:
         if not isinstance(error, _OWN) and not _is_of_a_library(error):
             raise
-        raise InvalidInput(f"{what} cannot be loaded: {_first_line(error)}") from error
+        raise InvalidInput(f"{what} cannot be {verb}: {_first_line(error)}") from error
 
 
 def _is_of_a_library(error: BaseException) -> bool:
@@ -381,6 +381,6 @@ def check_tokenizer(tokenizer: hf.PreTrainedTokenizerBase) -> None:
         Whatever the libraries raise.
     """
     tokenizer("a", add_special_tokens=False)
-    tokenizer("a")
+    tokenizer(["", "a"])
     tokenizer.get_vocab()
     tokenizer.convert_ids_to_tokens(tokenizer.all_special_ids)
