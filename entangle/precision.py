@@ -4,13 +4,17 @@ The model runs in its own dtype; statistics are accumulated in the widest type t
 TensorFloat-32 inside solvers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 
 from entangle.errors import InvalidInput
+
+PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential", "disk")
+"""What a ``device_map`` may say beside devices."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -42,8 +46,14 @@ def _as_torch(dtype: object) -> torch.dtype | None:
     return found if isinstance(found, torch.dtype) else None
 
 
-def resolve_device(device: str | torch.device = "auto") -> torch.device:
-    """Translate a device's name; ``"auto"`` prefers CUDA, then Apple's MPS, then the CPU."""
+def resolve_device(device: str | torch.device = "auto", *, setting: str = "device") -> torch.device:
+    """Translate a device's name; ``"auto"`` prefers CUDA, then Apple's MPS, then the CPU.
+
+    Raises
+    ------
+    InvalidInput
+        If it is no device, or one that is not there; ``setting`` is what the message calls it.
+    """
     if device == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -54,12 +64,34 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
     except RuntimeError:
         known = False
     if not known:
-        raise InvalidInput(f"`device` must be auto, cpu, cuda, cuda:N or mps; got {str(device)!r}.")
-    if resolved.type == "cuda" and not torch.cuda.is_available():
         raise InvalidInput(
-            f"`device` {str(device)!r} was asked for, but torch sees no CUDA device; use cpu."
+            f"`{setting}` must be auto, cpu, cuda, cuda:N or mps; got {str(device)!r}."
+        )
+    n_cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if resolved.type == "cuda" and (resolved.index or 0) >= n_cuda:
+        raise InvalidInput(
+            f"`{setting}` {str(device)!r} was asked for, but torch sees {n_cuda or 'no'} CUDA "
+            "device(s); use cpu, or a lower index."
+        )
+    if resolved.type == "mps" and not torch.backends.mps.is_available():
+        raise InvalidInput(
+            f"`{setting}` {str(device)!r} was asked for, but torch sees no MPS device; use cpu."
         )
     return resolved
+
+
+def check_device_map(device_map: str | Mapping[str, Any] | None) -> None:
+    """Check that the devices exist which a ``device_map`` names.
+
+    Raises
+    ------
+    InvalidInput
+        If one does not.
+    """
+    places = device_map.values() if isinstance(device_map, Mapping) else [device_map]
+    for place in places:
+        if isinstance(place, str) and place not in PLACEMENTS:
+            resolve_device(place, setting="device_map")
 
 
 def accumulator_dtype(device: torch.device) -> torch.dtype:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, ParamSpec, TypeVar, cast
 from entangle.checks import path_of
 from entangle.claims import check_claimed, claim
 from entangle.errors import EntangleError, InvalidInput, Unavailable
+from entangle.reading import decoding, read_json, regular_file
 from entangle.schema import Schema, check_table
 from entangle.sealing import sealed, unsealed
 
@@ -33,6 +34,7 @@ _Given = ParamSpec("_Given")
 _Made = TypeVar("_Made")
 
 SCHEMA_VERSION = 1
+_ANEW = "make the result anew"
 PACKAGES = (
     "entangle", "torch", "transformers", "numpy", "scipy", "pandas", "datasets", "safetensors",
 )  # fmt: skip
@@ -184,12 +186,16 @@ def claimed(path: str | os.PathLike[str] | None) -> Iterator[None]:
 
     Raises
     ------
+    InvalidInput
+        If it is the root of the file system.
     Unavailable
         If another process is writing it, or its folder cannot be written.
     """
     with ExitStack() as stack:
         if path is not None:
             target = Path(os.path.realpath(expanded(path)))
+            if not target.name:
+                raise InvalidInput(f"a result must have a name of its own; got {str(path)!r}.")
             with disk_errors(target):
                 _check_parent(target)
                 stack.enter_context(claim(target))
@@ -309,20 +315,13 @@ def read_manifest(
         altered after it was written.
     """
     path = expanded(folder) / "manifest.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+    with decoding(path, remedy=_ANEW):
+        there = path.exists()
+    if not there:
         raise InvalidInput(
             f"{str(folder)!r} is no result folder: it has no manifest.json; name another one."
-        ) from None
-    except OSError as error:
-        raise Unavailable(
-            f"{str(path)!r} cannot be read ({error.strerror or error}); check the path."
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise InvalidInput(
-            f"{str(path)!r} is not valid JSON ({error}); make the result anew."
-        ) from error
+        )
+    content = read_json(path, remedy=_ANEW)
     if not isinstance(content, dict) or content.get("kind") != kind:
         found = content.get("kind") if isinstance(content, dict) else type(content).__name__
         raise InvalidInput(f"{str(folder)!r} must hold a result of kind {kind!r}; got {found!r}.")
@@ -356,14 +355,10 @@ def read_table(path: Path, schema: Schema) -> "pd.DataFrame":
         If the file is missing or corrupt, or breaks the schema.
     """
     import pandas as pd
-    from pyarrow import ArrowException
 
-    try:
-        table = pd.read_parquet(path)
-    except (OSError, ArrowException, ValueError, TypeError, KeyError, OverflowError) as error:
-        raise InvalidInput(
-            f"{str(path)!r} cannot be read ({error}); make the result anew."
-        ) from error
+    file = regular_file(path)
+    with decoding(file, remedy=_ANEW):
+        table = pd.read_parquet(file)
     if len(table):
         check_table(table, schema, path)
     return table

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "entangle"
 FLOORS = (
     {"escapes", "jupyter"},
     {"errors"},
-    {"checks", "paths"},
+    {"checks", "paths", "reading"},
     {"claims", "schema", "sealing"},
     {
         "seeding",

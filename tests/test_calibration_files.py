@@ -198,7 +198,7 @@ def test_corrupt_parquet(tmp_path: Path, damage: str) -> None:
     middle = good[:30] + b"\xff" * (len(good) // 2) + good[30 + len(good) // 2 :]
     content = {"empty": b"", "short": good[:-9], "text": b"hello" * 10, "middle": middle}[damage]
     path.write_bytes(content)
-    assert "not a valid Parquet file" in _error(InvalidInput, path)
+    assert "valid Parquet file" in _error(InvalidInput, path)
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
@@ -234,7 +234,7 @@ def test_impossible_paths(name: str) -> None:
 
 def test_unreadable_file(tmp_path: Path) -> None:
     (tmp_path / "a.txt").mkdir()
-    with pytest.raises(Unavailable, match=r"a\.txt"):
+    with pytest.raises(InvalidInput, match=r"a\.txt.*folder"):
         list(files.read_file(tmp_path / "a.txt").__next__())
 
 

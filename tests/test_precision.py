@@ -4,6 +4,7 @@ import torch
 from entangle.errors import InvalidInput
 from entangle.precision import (
     accumulator_dtype,
+    check_device_map,
     full_precision,
     resolve_device,
     resolve_dtype,
@@ -28,8 +29,23 @@ def test_devices_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert resolve_device("auto") == torch.device("mps")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert resolve_device("auto") == torch.device("cuda")
     assert resolve_device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(InvalidInput, match=r"`device`.*'cuda:2'.* 2 "):
+        resolve_device("cuda:2")
+
+
+@pytest.mark.parametrize("device_map", ["cuda", "mps", "nowhere", {"a": "cpu", "b": "cuda:0"}])
+def test_devices_of_a_map_must_be_there(
+    device_map: str | dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(InvalidInput, match="`device_map`"):
+        check_device_map(device_map)
+    for placement in (None, "auto", "cpu", {"a": "cpu", "b": 0, "c": "disk"}):
+        check_device_map(placement)
 
 
 @pytest.mark.parametrize("device", ["gpu", "", "meta", "cuda:x", torch.device("meta")])

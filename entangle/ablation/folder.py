@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from safetensors.numpy import save as to_safetensors
 
 from entangle.errors import InvalidInput
 from entangle.provenance import expanded
+from entangle.reading import READ_ERRORS
 from entangle.unfinished import Unfinished, is_made
 
 
@@ -85,7 +85,7 @@ class ArmFolder:
             return None
         try:
             found = dict(load_file(path))
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        except READ_ERRORS as error:
             raise _damaged(path, str(error)) from error
         kinds = {name: (one.dtype, one.shape) for name, one in found.items()}
         wanted = {name: (np.dtype(np.float64), one.shape) for name, one in like.items()}

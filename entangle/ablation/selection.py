@@ -16,6 +16,7 @@ from entangle.errors import InvalidInput, unknown_name
 from entangle.models.layers import list_layers
 from entangle.models.loading import LanguageModel
 from entangle.provenance import expanded
+from entangle.reading import decoding, regular_file
 from entangle.scoring.scores import NeuronScores
 from entangle.seeding import check_seed, numpy_rng
 
@@ -210,11 +211,11 @@ def read_selection(path: str | os.PathLike[str], scores: pd.DataFrame) -> Select
 
     Raises
     ------
+    Unavailable
+        If there is no such file, or it may not be read.
     UnknownName, InvalidInput
-        If the file cannot be read, has other columns, or as `select_listed`.
+        If its content cannot be read, it has other columns, or as `select_listed`.
     """
-    from pyarrow import ArrowException
-
     readers: dict[str, Callable[..., pd.DataFrame]] = {
         ".csv": pd.read_csv,
         ".parquet": pd.read_parquet,
@@ -222,16 +223,14 @@ def read_selection(path: str | os.PathLike[str], scores: pd.DataFrame) -> Select
     file = expanded(path)
     if file.suffix.lower() not in readers:
         raise InvalidInput(f"a list of neurons must end in .csv or .parquet; got {str(path)!r}.")
-    try:
+    with decoding(regular_file(file), remedy="give a table with columns layer and neuron"):
         table = readers[file.suffix.lower()](file)
-    except (OSError, ValueError, ArrowException) as error:
-        raise InvalidInput(
-            f"{str(path)!r} cannot be read ({error}); give a table with columns layer and neuron."
-        ) from error
     missing = [name for name in ("layer", "neuron") if name not in table.columns]
     if missing:
         raise InvalidInput(f"{str(path)!r} must have the column {missing[0]!r}; add it.")
-    if not pd.api.types.is_integer_dtype(table["neuron"]) or table["layer"].isna().any():
+    layers = table["layer"].tolist()
+    named = all(isinstance(one, str | int) for one in layers)
+    if not pd.api.types.is_integer_dtype(table["neuron"]) or not named:
         raise InvalidInput(
             f"{str(path)!r} must hold a layer name and an integer neuron in every row; mend it."
         )

@@ -10,19 +10,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from entangle.allocation.allocation import Allocation
 from entangle.allocation.steps import ROW
 from entangle.errors import InvalidInput
+from entangle.reading import READ_ERRORS
 from entangle.sealing import manifest_digest
 
-_UNREADABLE = (
-    OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError, OverflowError,
-    RecursionError,
-)  # fmt: skip
 _COLUMNS = ("layer", "block", "neuron", "in_features", "zeros", "sparsity")
 _METADATA, _DIGEST = "entangle rows", "sha256"
 
@@ -50,7 +47,7 @@ def read_csv(path: Path) -> dict[str, Any]:
     """Return the fields of an allocation from what `write_csv` wrote, all but its manifest."""
     try:
         table = pd.read_csv(io.BytesIO(path.read_bytes()), dtype={"layer": "str"})
-    except _UNREADABLE as error:
+    except READ_ERRORS as error:
         raise _damaged(path, str(error)) from error
     for name in _COLUMNS:
         if name not in table.columns:
@@ -117,7 +114,7 @@ def read_rows(path: Path) -> dict[str, Any]:
             del described["layers"]
             widths = described["in_features"]
             zeros = {name: _zeros(share, widths[name]) for name, share in shares.items()}
-    except _UNREADABLE as error:
+    except READ_ERRORS as error:
         raise _damaged(path, str(error)) from error
     return {"zeros": zeros, **described}
 

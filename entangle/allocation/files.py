@@ -9,12 +9,13 @@ from typing import Any
 from uuid import uuid4
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from entangle.errors import InvalidInput
 from entangle.provenance import SCHEMA_VERSION, disk_errors, expanded
+from entangle.reading import READ_ERRORS
 from entangle.sealing import DIGESTS, check_digest, manifest_digest
 
 KIND = "allocation"
@@ -87,7 +88,7 @@ def read_zeros(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[st
         with safe_open(source, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, ValueError) as error:
+    except READ_ERRORS as error:
         raise InvalidInput(f"{str(path)!r} cannot be read ({error}); allocate anew.") from error
     if _METADATA not in metadata:
         raise InvalidInput(

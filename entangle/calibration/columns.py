@@ -82,11 +82,17 @@ def _kind(value: object) -> str:
 
 
 def _holds_text(value: object) -> bool:
-    if isinstance(value, Mapping):
-        return any(map(_holds_text, value.values()))
-    if isinstance(value, list | tuple):
-        return any(map(_holds_text, value))
-    return isinstance(value, str | bytes)
+    """Tell whether there is a text anywhere in a value, which may be nested to any depth."""
+    inside = [value]
+    while inside:
+        one = inside.pop()
+        if isinstance(one, str | bytes):
+            return True
+        if isinstance(one, Mapping):
+            inside += one.values()
+        elif isinstance(one, list | tuple):
+            inside += one
+    return False
 
 
 def _column(kinds: Mapping[str, bool]) -> Column:

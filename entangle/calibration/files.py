@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from entangle.calibration.columns import Column, Look, choose_column, named_kind
-from entangle.errors import InvalidInput, Unavailable
+from entangle.errors import InvalidInput
+from entangle.reading import decoding, reason, regular_file
 
 Document = Iterable[str]
 _BLOCK = 2**20  # characters of a plain-text file held at a time
 _ROWS = 1024  # rows of a Parquet file held at a time
+_UTF_8 = "convert it to UTF-8 text"
 
 
 def read_file(
@@ -64,21 +66,6 @@ def _ending(path: Path) -> str:
     return path.suffix.lower()
 
 
-@contextmanager
-def readable(path: Path) -> Iterator[None]:
-    """Turn what goes wrong while ``path`` is read into one clear line."""
-    try:
-        yield
-    except UnicodeDecodeError as error:
-        raise InvalidInput(
-            f"'{path}' is not UTF-8 text ({error.reason}); convert it to UTF-8."
-        ) from error
-    except OSError as error:
-        raise Unavailable(
-            f"'{path}' cannot be read ({error.strerror or error}); check the path."
-        ) from error
-
-
 def _plain_text(path: Path, column: str | None) -> Iterator[Document]:
     if column is not None:
         raise InvalidInput(
@@ -88,23 +75,34 @@ def _plain_text(path: Path, column: str | None) -> Iterator[Document]:
 
 
 def _blocks(path: Path) -> Iterator[str]:
-    with readable(path), path.open(encoding="utf-8-sig") as handle:
+    with decoding(regular_file(path), remedy=_UTF_8), path.open(encoding="utf-8-sig") as handle:
         while block := handle.read(_BLOCK):
             if "\0" in block:
                 raise InvalidInput(f"'{path}' is not plain text: it holds NUL characters.")
             yield block
 
 
-def _json_lines(path: Path, column: str | None, *, named: bool = True) -> Iterator[Document]:
-    chosen = file_column(path, column) or ""
-    with readable(path), path.open("rb") as handle:
+def numbered_lines(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Yield every line of a file that is not blank, after what to call it in a message.
+
+    Raises
+    ------
+    Unavailable, InvalidInput
+        If the file is missing or unreadable, or no regular file.
+    """
+    with decoding(regular_file(path), remedy=_UTF_8), path.open("rb") as handle:
         for number, line in enumerate(handle, start=1):
             if line.strip():
-                where = f"line {number} of '{path}'"
-                row = json_object(line, where)
-                if not named:
-                    refuse_late_text(row, chosen, where)
-                yield [text_value(row.get(chosen), chosen, where)]
+                yield f"line {number} of '{path}'", line
+
+
+def _json_lines(path: Path, column: str | None, *, named: bool = True) -> Iterator[Document]:
+    chosen = file_column(path, column) or ""
+    for where, line in numbered_lines(path):
+        row = json_object(line, where)
+        if not named:
+            refuse_late_text(row, chosen, where)
+        yield [text_value(row.get(chosen), chosen, where)]
 
 
 def refuse_late_text(row: Mapping[str, Any], chosen: str, where: str) -> None:
@@ -119,18 +117,15 @@ def refuse_late_text(row: Mapping[str, Any], chosen: str, where: str) -> None:
 def _json_columns(path: Path, column: str | None) -> Mapping[str, Column]:
     """Look at the first rows; a line that is wrong is left to the reading."""
     look = Look(column)
-    with readable(path), path.open("rb") as handle:
-        for number, line in enumerate(handle, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json_object(line, f"line {number} of '{path}'")
-            except InvalidInput:
-                if not look.rows:
-                    raise
-                break
-            if look.enough(row, size=len(line)):
-                break
+    for where, line in numbered_lines(path):
+        try:
+            row = json_object(line, where)
+        except InvalidInput:
+            if not look.rows:
+                raise
+            break
+        if look.enough(row, size=len(line)):
+            break
     return look.columns
 
 
@@ -139,7 +134,7 @@ def json_object(line: bytes, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise InvalidInput(f"{where} is not valid JSON ({error}).") from error
+        raise InvalidInput(f"{where} is not valid JSON ({reason(error)}).") from error
     if not isinstance(row, dict):
         raise InvalidInput(
             f"{where} is not a JSON object; every line must be one object with a column of text."
@@ -181,15 +176,11 @@ def _parquet_columns(path: Path) -> Mapping[str, Column]:
 
 @contextmanager
 def _parquet_file(path: Path) -> Iterator[Any]:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with readable(path), path.open("rb") as handle:
-        try:
-            yield pq.ParquetFile(handle)
-        except (pa.ArrowException, OSError) as error:
-            reason = " ".join(str(error).split())
-            raise InvalidInput(f"'{path}' is not a valid Parquet file ({reason}).") from error
+    remedy = "give a valid Parquet file"
+    with decoding(regular_file(path), remedy=remedy), path.open("rb") as handle:
+        yield pq.ParquetFile(handle)
 
 
 def _plain(kind: Any) -> Any:

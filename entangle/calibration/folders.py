@@ -12,9 +12,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from entangle.calibration.files import READERS, readable
+from entangle.calibration.files import READERS
 from entangle.errors import InvalidInput, unknown_name
 from entangle.progress import tell
+from entangle.reading import decoding, regular_file
 
 EVERY_SPLIT = "all"
 """The split that means all files of a folder."""
@@ -191,7 +192,9 @@ def _above(name: PurePosixPath) -> Iterator[str]:
 
 def _readable(folder: Path) -> list[PurePosixPath]:
     """Return the names of files with a readable ending, hidden ones left out, sorted."""
-    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    with decoding(folder, remedy="give a folder that can be listed"):
+        found = [path for path in folder.rglob("*") if path.is_file()]
+    names = {path.relative_to(folder).as_posix() for path in found}
     return [
         PurePosixPath(name)
         for name in sorted(names)
@@ -217,7 +220,7 @@ def _is_about(folder: Path, name: PurePosixPath, column: str | None) -> bool:
 
 def _single_object(path: Path) -> dict[str, object] | None:
     """Return the JSON object that is all that a file holds; None for lines of objects."""
-    with readable(path):
+    with decoding(regular_file(path), remedy="give UTF-8 text"):
         if path.stat().st_size > _LARGEST:
             return None
         content = path.read_bytes()
@@ -238,7 +241,7 @@ def has_configurations(folder: Path) -> bool:
     path = folder / "README.md"
     if not path.is_file():
         return False
-    with readable(path):
+    with decoding(path, remedy="give UTF-8 text"):
         text = path.read_text(encoding="utf-8", errors="replace")
     head = re.match(r"---\n(.*?)\n---", text, flags=re.DOTALL)
     return head is not None and re.search(r"^configs:", head[1], flags=re.MULTILINE) is not None

@@ -31,15 +31,17 @@ from entangle.calibration.token_files import (
     read_token_file,
 )
 from entangle.errors import InvalidInput, unknown_name
-from entangle.models.sources import json_object
 from entangle.models.unpickling import no_pickles
 from entangle.paths import inside
 from entangle.progress import tell
+from entangle.reading import decoding, read_object, regular_files
 
 Source = object
 """Whatever `find` takes."""
 
 IDS, MASK = "input_ids", "attention_mask"
+_AGAIN = "save the data set again"
+_AHEAD = 10_000  # rows that the `datasets` library may read at a time
 KINDS = (
     "a name, a path, a list of strings, a pandas column or table, an object of the `datasets` "
     "library, or token ids (array, lists, a tokenizer's output)"
@@ -126,17 +128,11 @@ def _is_saved(path: Path) -> bool:
 def _from_saved(path: Path, wanted: Wanted) -> TokenFile | TextSource:
     import datasets
 
-    try:
-        _check_listed(path)
-        with no_pickles(f"'{path}'"):
-            saved = datasets.load_from_disk(str(path))
-    except InvalidInput:
-        raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InvalidInput(
-            f"'{path}' cannot be read as a saved data set ({reason}); save it again."
-        ) from error
+    for folder in (path, *(one for one in path.iterdir() if one.is_dir())):
+        regular_files(folder)
+    _check_listed(path)
+    with decoding(path, remedy=_AGAIN), no_pickles(f"'{path}'"):
+        saved = datasets.load_from_disk(str(path))
     return _from_dataset(saved, f"'{path}'", wanted)
 
 
@@ -144,10 +140,10 @@ def _check_listed(folder: Path) -> None:
     """Check that what a saved data set lists, its splits and their files, lies in its folder."""
     places, splits = [folder], folder / "dataset_dict.json"
     if splits.is_file():
-        listed = json_object(splits).get("splits") or ()
+        listed = read_object(splits, remedy=_AGAIN).get("splits") or ()
         places += [inside(folder, name, what=f"the list '{splits}'") for name in listed]
     for state in (place / "state.json" for place in places):
-        files = json_object(state).get("_data_files") if state.is_file() else None
+        files = read_object(state, remedy=_AGAIN).get("_data_files") if state.is_file() else None
         for file in files or ():
             name = file.get("filename") if isinstance(file, dict) else file
             inside(state.parent, name, what=f"the list '{state}'")
@@ -330,8 +326,27 @@ def _from_dataset(source: Any, label: str, wanted: Wanted) -> TokenFile | TextSo
     if wanted.split not in (None, known, str(known).partition("[")[0]):
         raise unknown_name(f"split of {label}", str(wanted.split), [str(known)])
     columns = feature_columns(source.features)
-    rows = iter(source.with_format(None))
-    return _from_records(rows, columns, label, wanted, settings)
+    return _from_records(_checked_rows(source, label), columns, label, wanted, settings)
+
+
+def _checked_rows(source: Any, label: str) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a data set, its Arrow blocks checked before they are read.
+
+    They may be mapped from a file, where a damaged offset would end the process.
+    """
+    table = getattr(getattr(source, "data", None), "table", None)
+    blocks = iter(() if table is None else table.to_batches())
+    rows, read, checked = iter(source.with_format(None)), 0, 0
+    while True:
+        with decoding(label.strip("'"), remedy="save the data set again"):
+            while checked < read + _AHEAD and (block := next(blocks, None)) is not None:
+                block.validate(full=True)
+                checked += len(block)
+            row = next(rows, None)
+        if row is None:
+            return
+        read += 1
+        yield row
 
 
 def _split(present: list[str], label: str, wanted: Wanted) -> str:

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from entangle.errors import InvalidInput
 from entangle.models.unpickling import no_pickles
+from entangle.reading import READ_ERRORS
 
 FLAGS = ("add_bos_token", "add_eos_token")
 _SETTINGS = "tokenizer_config.json"
@@ -151,7 +152,7 @@ def _stored_flags(tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
             cached = try_to_load_from_cache(name, _SETTINGS)
             beside = Path(cached) if isinstance(cached, str) else None
         settings = {} if beside is None else json.loads(beside.read_text("utf-8"))
-    except (OSError, ValueError):  # no name of a model, or no file that can be read
+    except READ_ERRORS:  # no name of a model, or no file that can be read
         return {}
     if not isinstance(settings, dict):
         return {}

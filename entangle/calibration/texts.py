@@ -22,6 +22,7 @@ from entangle.calibration.hub import (
 )
 from entangle.errors import InvalidInput, Unavailable
 from entangle.progress import tell
+from entangle.reading import regular_file
 
 _OTHER_FILES: tuple[str, ...] = (
     ".csv",
@@ -64,7 +65,17 @@ def as_path(source: str | Path) -> Path | None:
 
 
 def existing(path: Path) -> Path:
-    """Return ``path`` if something is there, raise `Unavailable` otherwise."""
+    """Return the path of a file or folder.
+
+    Raises
+    ------
+    Unavailable
+        If nothing is there.
+    InvalidInput
+        If it is a pipe or a device, whose reading might never end.
+    """
+    if _exists(path) and not path.is_dir():
+        regular_file(path)
     if not _exists(path):
         raise Unavailable(
             f"'{path}' does not exist; give a {', '.join(READERS)} or .safetensors file, a folder, "

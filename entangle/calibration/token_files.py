@@ -9,15 +9,17 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Int64
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from entangle.calibration.padding import checked_mask
-from entangle.errors import InvalidInput, Unavailable
+from entangle.errors import InvalidInput
+from entangle.reading import decoding, regular_file
 
 METADATA_KEY = "entangle.calibration_set"
 _NAMES = ("ids", "input_ids")
 _MASK = "attention_mask"
+_REMEDY = "give a valid safetensors file"
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,17 +69,10 @@ def read_token_file(path: Path) -> TokenFile:
     InvalidInput
         If it is corrupt or holds no such integer tensor, or its ``attention_mask`` does not fit.
     """
-    try:
-        with path.open("rb"), safe_open(path, framework="pt") as file:
-            name = _name(path, list(file.keys()))
-            tensor, metadata = file.get_tensor(name), file.metadata() or {}
-            masked = file.get_tensor(_MASK) if _MASK in list(file.keys()) else None
-    except OSError as error:
-        raise Unavailable(
-            f"'{path}' cannot be read ({error.strerror or error}); check the path."
-        ) from error
-    except SafetensorError as error:
-        raise InvalidInput(f"'{path}' is not a valid safetensors file ({error}).") from error
+    with decoding(regular_file(path), remedy=_REMEDY), safe_open(path, framework="pt") as file:
+        name = _name(path, list(file.keys()))
+        tensor, metadata = file.get_tensor(name), file.metadata() or {}
+        masked = file.get_tensor(_MASK) if _MASK in list(file.keys()) else None
     ids = integer_ids(tensor, name=f"tensor `{name}` of '{path}'")
     return TokenFile(*masked_ids(ids, masked, _origin(path, metadata), name=f"{_MASK} of '{path}'"))
 
@@ -121,10 +116,7 @@ def _name(path: Path, names: list[str]) -> str:
 def _origin(path: Path, metadata: dict[str, str]) -> dict[str, Any] | None:
     if METADATA_KEY not in metadata:
         return None
-    try:
+    remedy = f"its metadata `{METADATA_KEY}` is corrupt: make the set again"
+    with decoding(path, remedy=remedy):
         origin = json.loads(metadata[METADATA_KEY])
         return {key: origin[key] for key in ("source", "settings", "digest")}
-    except (ValueError, TypeError, KeyError) as error:
-        raise InvalidInput(
-            f"the metadata `{METADATA_KEY}` of '{path}' is corrupt; make the set again."
-        ) from error

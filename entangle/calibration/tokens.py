@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from entangle.calibration.joined_text import JoinedText
+from entangle.models.pretrained import broken_as
 
 CHUNK = 2**18
 """Characters tokenised at a time."""
@@ -136,13 +137,14 @@ def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str) -> Int64[Tensor, " 
 
 
 def _call(tokenizer: PreTrainedTokenizerBase, text: str, **options: Any) -> Any:
-    return tokenizer(
-        text,
-        add_special_tokens=False,
-        truncation=False,
-        padding=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,  # a text longer than the model's context is meant
-        **options,
-    )
+    with broken_as(f"tokenizer {str(tokenizer.name_or_path)!r}", verb="used"):
+        return tokenizer(
+            text,
+            add_special_tokens=False,
+            truncation=False,
+            padding=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,  # a text longer than the model's context is meant
+            **options,
+        )

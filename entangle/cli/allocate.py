@@ -208,6 +208,8 @@ def save_plot(allocation: "Allocation", arguments: argparse.Namespace) -> list[s
 def _stem(plot: str) -> Path:
     """Return the path of a figure without its ending, if it was given with one."""
     path = Path(plot)
+    if path.name in ("", ".."):
+        raise InvalidInput(f"--plot must name a file, such as allocation.pdf; got {plot!r}.")
     return path.with_suffix("") if path.suffix in (".png", ".pdf", ".csv") else path
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from entangle.calibration.texts import as_path, existing, interpret_escapes
 from entangle.checks import choice, share, shares, whole, wholes
+from entangle.cli.meaning import check_meaning
 from entangle.cli.options import names, numbers, parse_memory
 from entangle.errors import InvalidInput
 from entangle.memory import check_memory
@@ -59,6 +60,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         for one in names(given[name]) if isinstance(given.get(name), str) else ():
             choice(name, one, known, kind=kind)
     _check_selections(given)
+    check_meaning(arguments)
     _check_files(given)
     _check_models(given)
     _check_texts(given)

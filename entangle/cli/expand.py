@@ -179,7 +179,14 @@ def _keep(summary: "pd.DataFrame", folder: str) -> None:
 def _allocation(arguments: argparse.Namespace) -> "Allocation | None":
     if arguments.allocation is not None and arguments.sparsity is not None:
         raise InvalidInput("give --sparsity or --allocation, which has its own; got both.")
-    return options.load_allocation(arguments)
+    allocation = options.load_allocation(arguments)
+    own = allocation is not None and allocation.experts is not None
+    if own and "experts" in arguments.given:
+        raise InvalidInput(
+            f"--experts {arguments.experts} has no meaning beside an allocation that has its own "
+            "numbers of experts; drop it."
+        )
+    return allocation
 
 
 def _experts(arguments: argparse.Namespace, allocation: "Allocation | None") -> str:

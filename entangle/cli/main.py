@@ -5,7 +5,7 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
@@ -25,6 +25,7 @@ from entangle.cli import (
     options,
     score,
 )
+from entangle.cli.meaning import given_options
 from entangle.cli.tables import abandon, no_output
 from entangle.errors import EntangleError, Unavailable
 from entangle.escapes import visible
@@ -46,6 +47,11 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line."""
+    return _parsers()[0]
+
+
+def _parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
+    """Return the parser of the whole command line, and that of every command by its name."""
     parser = _Parser(
         prog="entangle",
         description="Neuron-entanglement analysis for language models.",
@@ -55,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add_parser(subparsers)
-    return parser
+    return parser, subparsers.choices
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -118,8 +124,10 @@ def _warnings_told() -> Iterator[None]:
 
 
 def _run(argv: Sequence[str] | None) -> int:
-    given = sys.argv[1:] if argv is None else argv
-    arguments = build_parser().parse_args(options.spell_out(given))
+    written = options.spell_out(sys.argv[1:] if argv is None else argv)
+    parser, commands = _parsers()
+    arguments = parser.parse_args(written)
+    arguments.given = given_options(commands[arguments.command], written[1:], arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
         from entangle.cli.early import check_arguments

@@ -257,7 +257,13 @@ def load_calibration(arguments: argparse.Namespace, model: "LanguageModel") -> "
     from entangle.calibration import interpret_escapes, load_calibration
 
     n_seq, seq_len, limit = arguments.n_seq, arguments.seq_len, model.context_length
-    if not _is_table(arguments.calibration):
+    table = _is_table(arguments.calibration)
+    if table and "sampling" in arguments.given:
+        raise InvalidInput(
+            "--sampling has no meaning for a table of token ids, whose first rows are taken; drop "
+            "it."
+        )
+    if not table:
         n_seq = arguments.default_n_seq if n_seq is None else n_seq
         longest = min(arguments.default_seq_len, limit or arguments.default_seq_len)
         seq_len = longest if seq_len is None else seq_len

@@ -25,6 +25,7 @@ from entangle.evaluation.pair_scores import PairScores
 from entangle.evaluation.pairs import MinimalPairs
 from entangle.models.evaluating import evaluates
 from entangle.models.loading import AnyModel, LanguageModel
+from entangle.models.pretrained import broken_as
 from entangle.progress import ProgressBar
 
 BATCH_TOKENS = 4096
@@ -127,12 +128,13 @@ def _encode(
     sentences: Sequence[str], tokenizer: PreTrainedTokenizerBase, front: list[int]
 ) -> list[list[int]]:
     """Return the token ids of each sentence after those in front."""
-    encoded: Any = tokenizer(
-        [_BEFORE + sentence for sentence in sentences],
-        add_special_tokens=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-    )
+    with broken_as(f"tokenizer {str(tokenizer.name_or_path)!r}", verb="used"):
+        encoded: Any = tokenizer(
+            [_BEFORE + sentence for sentence in sentences],
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )
     ids: list[list[int]] = encoded["input_ids"]
     return [row if row[: len(front)] == front else [*front, *row] for row in ids]
 

@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from entangle.calibration.files import json_object, readable
+from entangle.calibration.files import json_object, numbered_lines, well_formed
 from entangle.calibration.hub import HubRequest, hub_request, plain_errors
 from entangle.calibration.special_tokens import DEFAULT_POLICY, check_policy
 from entangle.calibration.texts import as_path
 from entangle.checks import names, whole
 from entangle.errors import InvalidInput, unknown_name
 from entangle.evaluation.pairs import MinimalPairs, check_pair
+from entangle.reading import decoding
 from entangle.seeding import check_seed, numpy_rng
 
 BLIMP = "nyu-mll/blimp"
@@ -40,7 +41,7 @@ class _Pair:
                 raise InvalidInput(
                     f"field {field!r} must hold text; {where} has {type(value).__name__}."
                 )
-        good, bad, paradigm = values
+        good, bad, paradigm = map(well_formed, values)
         check_pair(good, bad, where)
         return cls(good, bad, paradigm)
 
@@ -132,7 +133,7 @@ def _from_files(
 
 def _files(path: Path) -> list[Path]:
     """Return the file, or the JSON-lines files of the folder."""
-    with readable(path):
+    with decoding(path, remedy="give a .jsonl file, or a folder of them"):
         path.stat()
         inside = sorted(path.iterdir()) if path.is_dir() else [path]
     files = [f for f in inside if f.suffix.lower() == ".jsonl" and not f.name.startswith(".")]
@@ -144,11 +145,8 @@ def _files(path: Path) -> list[Path]:
 
 
 def _read(path: Path) -> Iterator[_Pair]:
-    with readable(path), path.open("rb") as handle:
-        for number, line in enumerate(handle, start=1):
-            if line.strip():
-                where = f"line {number} of '{path}'"
-                yield _Pair.of(json_object(line, where), where, unnamed=path.stem)
+    for where, line in numbered_lines(path):
+        yield _Pair.of(json_object(line, where), where, unnamed=path.stem)
 
 
 def _from_hub(name: str, paradigms: Sequence[str] | None) -> tuple[list[_Pair], dict[str, object]]:

@@ -15,14 +15,10 @@ from entangle.expansion.build import ExpandedLayer
 from entangle.expansion.linear import ExpandedLinear, SharedRouting
 from entangle.expansion.packing import pack, unpack
 from entangle.models.layers import Layer
+from entangle.reading import READ_ERRORS
 from entangle.routing import Router
 
 _METADATA = "entangle"
-_UNREADABLE = (
-    OSError, SafetensorError, KeyError, IndexError, ValueError, TypeError, AttributeError,
-    RuntimeError, OverflowError,
-)  # fmt: skip
-"""What reading a file raises that is no block, or whose description was forged."""
 
 
 def block_file(index: int) -> str:
@@ -84,7 +80,7 @@ def read_block(
             described = json.loads((file.metadata() or {})[_METADATA])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         return _rebuild(described["layers"], tensors, layers), described["report"]
-    except _UNREADABLE as error:
+    except READ_ERRORS as error:
         raise InvalidInput(
             f"{str(path)!r} is damaged or does not fit the model ({error}); build it anew."
         ) from error

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from safetensors.numpy import save as to_safetensors
 from torch import tensor
@@ -50,6 +49,7 @@ from entangle.memory import check_memory, memory_for
 from entangle.models.evaluating import evaluates
 from entangle.models.loading import AnyModel, LanguageModel, as_language_model
 from entangle.provenance import RunClock, claims_out, make_manifest
+from entangle.reading import READ_ERRORS
 from entangle.seeding import check_seed
 from entangle.unfinished import Unfinished, is_made
 
@@ -89,7 +89,7 @@ class _Measured:
             if losses.shape != (text.n_windows,) or losses.dtype != np.float64:
                 raise ValueError(f"losses of shape {losses.shape} for {text.n_windows} windows")
             return cls(losses, {name: float(found[name]) for name in _NUMBERS})
-        except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+        except READ_ERRORS as error:
             raise InvalidInput(
                 f"{str(path)!r} is damaged ({error}); remove it and go on with --resume "
                 "(resume=True)."

@@ -10,9 +10,10 @@ import torch
 from entangle.errors import InvalidInput
 from entangle.models import pretrained
 from entangle.models.pretrained import Loaded
-from entangle.models.sources import ADAPTER_CONFIG, json_object, model_source
+from entangle.models.sources import ADAPTER_CONFIG, model_source
 from entangle.progress import tell
 from entangle.provenance import expanded
+from entangle.reading import read_object
 
 
 def load_adapter(folder: Path, *, dtype: torch.dtype | None) -> Loaded:
@@ -34,7 +35,7 @@ def load_adapter(folder: Path, *, dtype: torch.dtype | None) -> Loaded:
         When peft is not installed, the base is no local folder or hub model, or the adapter has no
         merged form.
     """
-    settings = json_object(folder / ADAPTER_CONFIG)
+    settings = read_object(folder / ADAPTER_CONFIG, remedy="save the adapter again")
     base = settings.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise InvalidInput(f"adapter {str(folder)!r} must name its base model; it names none.")

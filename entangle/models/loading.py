@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from entangle.errors import InvalidInput
 from entangle.models import adapters, demo, gguf_files, pretrained
 from entangle.models.sources import check_folder, check_settings, model_source
-from entangle.precision import resolve_device, resolve_dtype
+from entangle.precision import check_device_map, resolve_device, resolve_dtype
 from entangle.provenance import expanded
 
 CHUNK = 1 << 24  # elements hashed at a time; bounds what is copied from a GPU
@@ -155,13 +155,27 @@ def load_model(
         source, name, revision=revision, dtype=dtype, device=device, device_map=device_map
     )
     wanted, target = resolve_dtype(dtype), resolve_device(device)
+    check_device_map(device_map)
     (module, own), commit = _load(source, name, revision, wanted, device_map)
     if device_map is None:
         with pretrained.broken_as(f"model {name!r} on {target}"):
             module.to(target)  # type: ignore[arg-type]
-    return LanguageModel(
+    found = LanguageModel(
         _frozen(module), own if tokenizer is None else tokenizer, name, source, commit
     )
+    if source != "demo" and device_map is None:
+        _check_runs(found)
+    return found
+
+
+def _check_runs(model: LanguageModel) -> None:
+    """Run a few tokens, so that a config that no token passes is told of at once."""
+    n_tokens = min(4, model.context_length or 4)
+    ids = torch.zeros(1, n_tokens, dtype=torch.int64, device=model.device)
+    accepted = inspect.signature(model.module.forward).parameters
+    options = {"use_cache": False} if "use_cache" in accepted else {}
+    with pretrained.broken_as(f"model {model.name!r}"), torch.no_grad():
+        model.module(ids, **options)
 
 
 def _load(

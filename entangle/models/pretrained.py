@@ -9,11 +9,12 @@ import importlib.util
 import io
 import json
 import logging
+import os
 import re
-import struct
 import sys
+import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,14 @@ import huggingface_hub
 import torch
 import transformers as hf
 from huggingface_hub import errors as hub_errors
-from safetensors import SafetensorError
 
 from entangle.errors import EntangleError, InvalidInput, MemoryLimit, Unavailable, UnknownName
 from entangle.models import hub
 from entangle.models.sources import ADAPTER_CONFIG, TOKENIZER_FILES, check_folder
-from entangle.models.stored import stored_dtype
+from entangle.models.stored import stored_dtype, stored_sizes
 from entangle.models.unpickling import no_pickles
 from entangle.progress import on_terminal, tell
+from entangle.reading import regular_files
 
 Loaded = tuple[hf.PreTrainedModel, hf.PreTrainedTokenizerBase | None]
 """A model in the state that transformers leaves it in, and its tokenizer where there is one."""
@@ -42,19 +43,12 @@ NO_ADAPTER = {"subfolder": "none"}
 hf_logging: Any = hf.utils.logging
 hub_utils: Any = huggingface_hub.utils
 
-BROKEN = (  # what transformers raises over a config, weights or an architecture it cannot use
-    OSError,
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    ImportError,
-    RuntimeError,
-    SafetensorError,
-    struct.error,
-    hub_errors.StrictDataclassError,
-)
+ROOM = 2**28
+"""Values that a model may have in any case; beyond, it is held against the weights that are stored.
+"""
+_MOST = 8  # times the stored values: buffers, tied and missing weights
+_PANIC = "PanicException"  # of a library in Rust, no subclass of Exception
+_OWN = (OSError, ValueError)  # raised by a block of ours over what it reads
 
 
 def fetch_snapshot(name: str, *, revision: str | None) -> tuple[Path, str | None]:
@@ -120,6 +114,7 @@ def load_folder(
         When the folder is not a model that can be used, naming what is wrong with it.
     """
     check_folder(folder)
+    regular_files(folder)
     if (folder / ADAPTER_CONFIG).is_file():
         tell(
             f"{str(folder)!r} holds a model and an adapter ({ADAPTER_CONFIG}): the model is loaded "
@@ -137,11 +132,12 @@ def load_converted_folder(folder: Path, *, dtype: torch.dtype | None) -> Loaded:
     """
     tokenizer = None
     if (folder / "tokenizer.json").is_file():
-        with quiet(), broken_as(f"tokenizer of {str(folder)!r}"):
+        with quiet(), unheard(), broken_as(f"tokenizer of {str(folder)!r}"):
             tokenizer = hf.PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
             written = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
             flags = {flag: written[flag] for flag in FLAGS if flag in written}
             tokenizer.init_kwargs.update(flags)  # of which transformers keeps none
+            check_tokenizer(tokenizer)
     return _load_model(folder, dtype=dtype or torch.float32, device_map=None), tokenizer
 
 
@@ -153,9 +149,10 @@ def _load_model(
     with quiet():
         with broken_as(f"model folder {str(folder)!r}"):
             config = hf.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-            stored = dtype or stored_dtype(folder)
+        stored = dtype or stored_dtype(folder)
         _refuse_quantised(config, folder)
         auto = auto_class(config, folder)
+        check_size(config, auto, [n for _, n in stored_sizes(folder)], folder)
         settings: dict[str, Any] = {"dtype": stored or "auto", "device_map": device_map}
         return _from_pretrained(auto, folder, settings)
 
@@ -181,6 +178,28 @@ def quiet(*, catch_stderr: bool = False) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def unheard() -> Iterator[None]:
+    """Send to nowhere what is written past Python, as the tokenizers library does it.
+
+    Both standard streams of the process, for the time of the block; closed ones stay closed.
+    """
+    kept: dict[int, int] = {}
+    for number in (1, 2):
+        with contextlib.suppress(OSError):
+            kept[number] = os.dup(number)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        for number in kept:
+            os.dup2(nowhere, number)
+        yield
+    finally:
+        for number, before in kept.items():
+            os.dup2(before, number)
+            os.close(before)
+        os.close(nowhere)
+
+
 def _switch_bars(bars: bool, hub_bars: bool) -> None:
     with warnings.catch_warnings():  # the hub warns where an environment variable fixed the choice
         warnings.simplefilter("ignore", UserWarning)
@@ -189,10 +208,11 @@ def _switch_bars(bars: bool, hub_bars: bool) -> None:
 
 
 @contextlib.contextmanager
-def broken_as(what: str) -> Iterator[None]:
-    """Turn what transformers raises over broken files into one line about ``what``.
+def broken_as(what: str, *, verb: str = "loaded") -> Iterator[None]:
+    """Turn whatever libraries raise over broken files into one line about ``what``.
 
-    Nothing is unpickled inside the block.
+    What the package raises that opened the block stays itself, but for errors about a file or its
+    content. Nothing is unpickled inside the block.
     """
     try:
         with no_pickles(what):
@@ -201,11 +221,25 @@ def broken_as(what: str) -> Iterator[None]:
         raise
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise MemoryLimit(
-            f"memory ran out while loading {what}; use dtype=bfloat16, a device_map, or a smaller "
-            "model."
+            f"memory ran out: {what} cannot be {verb}; use dtype=bfloat16, a device_map, or a "
+            "smaller model."
         ) from error
-    except BROKEN as error:
-        raise InvalidInput(f"{what} cannot be loaded: {_first_line(error)}") from error
+    except BaseException as error:
+        if not isinstance(error, _OWN) and not _is_of_a_library(error):
+            raise
+        raise InvalidInput(f"{what} cannot be {verb}: {_first_line(error)}") from error
+
+
+def _is_of_a_library(error: BaseException) -> bool:
+    """Tell whether an error was raised by another package than the one whose block it left."""
+    if not isinstance(error, Exception) and type(error).__name__ != _PANIC:
+        return False  # Ctrl-C, the end of the program
+    packages = [
+        str(frame.f_globals.get("__name__")).partition(".")[0]
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+    ]
+    block = packages[1:2]  # after the context manager's own
+    return packages[-1:] != block
 
 
 def _first_line(error: BaseException) -> str:
@@ -234,6 +268,41 @@ def auto_class(config: hf.PreTrainedConfig, source: Path) -> Any:
     decoder = not masked or getattr(config, "is_decoder", False)
     causal = decoder and type(config) in hf.MODEL_FOR_CAUSAL_LM_MAPPING
     return hf.AutoModelForCausalLM if causal else hf.AutoModel
+
+
+def check_size(config: hf.PreTrainedConfig, auto: Any, stored: Sequence[int], source: Path) -> None:
+    """Refuse a config that asks for far more than is stored, before memory is taken for it.
+
+    Parameters
+    ----------
+    config
+        Of the model.
+    auto
+        The class that builds it.
+    stored
+        Number of values of every stored tensor.
+    source
+        Folder or file, for the message.
+
+    Raises
+    ------
+    InvalidInput
+        If there are more layers than tensors, or many times as many values as stored.
+    """
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > len(stored):
+        raise InvalidInput(
+            f"model {str(source)!r} must hold every weight its config asks for; it asks for "
+            f"{layers:,} layers, and {len(stored):,} tensors are stored: check config.json."
+        )
+    with broken_as(f"model {str(source)!r}"), torch.device("meta"):
+        empty = auto.from_config(config, trust_remote_code=False)
+    asked = sum(one.numel() for one in (*empty.parameters(), *empty.buffers()))
+    if asked > ROOM + _MOST * sum(stored):
+        raise InvalidInput(
+            f"model {str(source)!r} must hold every weight its config asks for; it asks for "
+            f"{asked:,} values, and {sum(stored):,} are stored: check config.json."
+        )
 
 
 def _refuse_quantised(config: hf.PreTrainedConfig, folder: Path) -> None:
@@ -288,16 +357,33 @@ def tokenizer_of(folder: Path) -> hf.PreTrainedTokenizerBase | None:
     if not any(path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)):
         return None
     try:
-        with quiet(), no_pickles("it"):
+        with quiet(), unheard(), no_pickles("it"):
             tokenizer: hf.PreTrainedTokenizerBase = hf.AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=False, local_files_only=True
             )
-        if not isinstance(tokenizer, hf.PreTrainedTokenizerBase):
-            raise TypeError(f"{type(tokenizer).__name__} is none")
-    except Exception as error:  # the tokenizers library raises the bare class
+            if not isinstance(tokenizer, hf.PreTrainedTokenizerBase):
+                raise TypeError(f"{type(tokenizer).__name__} is none")
+            check_tokenizer(tokenizer)
+    except BaseException as error:  # the tokenizers library raises the bare class, and panics
+        if not isinstance(error, Exception) and type(error).__name__ != _PANIC:
+            raise
         raise InvalidInput(
             f"the tokenizer of model folder {str(folder)!r} cannot be loaded "
             f"({_first_line(error)}); copy its files again, or remove them all to work with "
             "token ids only."
         ) from error
     return tokenizer
+
+
+def check_tokenizer(tokenizer: hf.PreTrainedTokenizerBase) -> None:
+    """Use a tokenizer once, so that settings which it cannot use are told of at once.
+
+    Raises
+    ------
+    Exception
+        Whatever the libraries raise.
+    """
+    tokenizer("a", add_special_tokens=False)
+    tokenizer(["", "a"])
+    tokenizer.get_vocab()
+    tokenizer.convert_ids_to_tokens(tokenizer.all_special_ids)

@@ -1,14 +1,13 @@
 """What the name of a model means, and whether it can be one: told before torch is imported."""
 
-import json
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 from entangle.errors import InvalidInput, UnknownName
 from entangle.paths import inside
 from entangle.provenance import expanded
+from entangle.reading import read_object
 
 ADAPTER_CONFIG = "adapter_config.json"
 """File that a folder of an adapter (PEFT) has."""
@@ -26,6 +25,7 @@ _CONVERT = (
     "is no safetensors file, and a pickle can run code and is never loaded: convert it once with "
     "transformers' `save_pretrained` where you trust it."
 )
+_AGAIN = "copy it again"
 _LONGEST_ID = 96  # characters of a hub id
 _LONGEST_NAME = 2000  # characters; no path or hub id is longer
 
@@ -154,7 +154,7 @@ def _check_named_weights(folder: Path) -> None:
     """Check the weight file or index that a config names in place of the usual one."""
     path = folder / "config.json"
     try:
-        named = json_object(path).get("transformers_weights")
+        named = read_object(path, remedy=_AGAIN).get("transformers_weights")
     except InvalidInput:  # what is wrong with a config, its loading tells
         return
     if named is not None:
@@ -175,7 +175,7 @@ def indexed_files(index: Path) -> list[Path]:
         When it cannot be read, or names anything but safetensors files of its own folder.
     """
     what = f"the weight index {str(index)!r}"
-    names = json_object(index).get("weight_map")
+    names = read_object(index, remedy=_AGAIN).get("weight_map")
     if not isinstance(names, dict):
         raise InvalidInput(
             f"{what} must hold an object `weight_map`; got {type(names).__name__}: copy it again."
@@ -184,23 +184,6 @@ def indexed_files(index: Path) -> list[Path]:
     if wrong := sorted(path.name for path in files if path.suffix != SAFE):
         raise InvalidInput(f"{what} must name {SAFE} files only; {wrong[0]!r} {_CONVERT}")
     return sorted(files)
-
-
-def json_object(path: Path) -> dict[str, Any]:
-    """Return the object that a JSON file holds.
-
-    Raises
-    ------
-    InvalidInput
-        When it cannot be read or holds something else.
-    """
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InvalidInput(f"{str(path)!r} cannot be read ({error}); copy it again.") from error
-    if not isinstance(found, dict):
-        raise InvalidInput(f"{str(path)!r} must hold an object; got {type(found).__name__}.")
-    return found
 
 
 def _remedy(folder: Path, otherwise: str) -> str:

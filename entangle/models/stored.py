@@ -1,22 +1,33 @@
 """In which dtype a folder's weights are stored, read from the headers of its safetensors files."""
 
-import json
-import struct
 from collections import Counter
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from entangle.errors import InvalidInput
 from entangle.models.sources import indexed_files
 from entangle.progress import tell
+from entangle.reading import decoding, regular_file
 
 FLOATS = {
     "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
 }  # fmt: skip
+_AGAIN = "copy it again"
+
+
+def stored_sizes(folder: Path) -> list[tuple[str, int]]:
+    """Return dtype and number of values of every tensor that transformers would load.
+
+    Raises
+    ------
+    InvalidInput
+        If a file of weights, or their index, is damaged.
+    """
+    return [found for file in _weight_files(folder) for found in _tensors(file)]
 
 
 def stored_dtype(folder: Path) -> torch.dtype | None:
@@ -29,10 +40,11 @@ def stored_dtype(folder: Path) -> torch.dtype | None:
     Raises
     ------
     InvalidInput
-        If weights are stored in 8 bits or less, whose values are nothing without their scales.
+        If weights are stored in 8 bits or less, whose values are nothing without their scales; and
+        as `stored_sizes`.
     """
     counts: Counter[str] = Counter()
-    for kind, n_values in _tensors(folder):
+    for kind, n_values in stored_sizes(folder):
         counts[kind] += n_values
     packed = [kind for kind in counts if kind.startswith("F") and kind not in FLOATS]
     if packed:
@@ -60,28 +72,23 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _tensors(folder: Path) -> Iterator[tuple[str, int]]:
-    """Yield dtype and number of values of every tensor that transformers would load."""
-    for file in _weight_files(folder):
-        for name, facts in _header(file).items():
-            if name != "__metadata__":
-                yield facts["dtype"], prod(facts["shape"])
-
-
 def _weight_files(folder: Path) -> list[Path]:
     single = folder / "model.safetensors"
     index = folder / "model.safetensors.index.json"
     if single.is_file() or not index.is_file():
         return [single] if single.is_file() else []
-    return [path for path in indexed_files(index) if path.is_file()]
+    files = indexed_files(index)
+    missing = [path.name for path in files if not path.is_file()]
+    if missing:
+        raise InvalidInput(
+            f"model folder {str(folder)!r} must hold {missing[0]!r}, which its index names; "
+            f"{_AGAIN}."
+        )
+    return files
 
 
-def _header(file: Path) -> dict[str, Any]:
-    """Return a file's header, empty where it is damaged, which the loading itself will tell."""
-    try:
-        with file.open("rb") as stream:
-            (size,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(min(size, 1 << 28)))
-    except (struct.error, ValueError):
-        return {}
-    return header if isinstance(header, dict) else {}
+def _tensors(file: Path) -> Iterator[tuple[str, int]]:
+    with decoding(regular_file(file), remedy=_AGAIN), safe_open(file, framework="np") as opened:
+        for name in opened.keys():  # noqa: SIM118 (no mapping)
+            stored = opened.get_slice(name)
+            yield stored.get_dtype(), prod(stored.get_shape())

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save as to_safetensors
 
 from entangle.affixes import special_tokens_of
 from entangle.checks import choice, whole
 from entangle.html_tables import described, html_result, number
 from entangle.provenance import expanded, output_folder, read_manifest, read_table, write_json
+from entangle.reading import decoding
 from entangle.schema import broken, integers, reals, shares, texts
 from entangle.scoring.histograms import LayerHistograms
 
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
     from entangle.models.layers import Layer
 
 KIND = "scores"
-_UNREADABLE = (
-    OSError, SafetensorError, KeyError, AttributeError, ValueError, TypeError, RecursionError,
-)  # fmt: skip
 _NUMERIC = "Choose a numeric column of the scores."
 _ARRAYS = ("counts", "location", "scale", "low", "high")
 _FLAGS = ("", "constant", "nan", "inf", "coarse")
@@ -202,15 +200,12 @@ def _fault(scores: NeuronScores) -> str | None:
 
 
 def _read_histograms(path: Path) -> dict[str, LayerHistograms]:
-    try:
-        with safe_open(path, framework="np") as file:
-            first = json.loads((file.metadata() or {})["first_bin"])
-            return {
-                name: LayerHistograms(
-                    first_bin=first_bin,
-                    **{key: file.get_tensor(f"{name}:{key}") for key in _ARRAYS},
-                )
-                for name, first_bin in first.items()
-            }
-    except _UNREADABLE as error:
-        raise broken(path, f"cannot be read ({error})") from error
+    with decoding(path, remedy="make the result anew"), safe_open(path, framework="np") as file:
+        first = json.loads((file.metadata() or {})["first_bin"])
+        return {
+            name: LayerHistograms(
+                first_bin=first_bin,
+                **{key: file.get_tensor(f"{name}:{key}") for key in _ARRAYS},
+            )
+            for name, first_bin in first.items()
+        }

@@ -19,7 +19,7 @@ from entangle.ablation.selection import (
     select_listed,
 )
 from entangle.calibration import CalibrationSet
-from entangle.errors import InvalidInput, UnknownName
+from entangle.errors import InvalidInput, Unavailable, UnknownName
 from entangle.models.loading import LanguageModel, as_language_model
 from entangle.scoring.score import score
 from entangle.scoring.scores import NeuronScores
@@ -279,7 +279,6 @@ def test_a_selection_can_be_written_and_read(tmp_path: Path) -> None:
     ("name", "content", "error"),
     [
         ("a.txt", "layer,neuron\n", r"parquet.*a\.txt"),
-        ("a.csv", None, r"a\.csv'.*read"),
         ("a.csv", "", r"a\.csv'.*read"),
         ("a.parquet", "layer,neuron\n", r"a\.parquet'.*read"),
         ("a.csv", "layer,row\nl0,1\n", "'neuron'"),
@@ -294,6 +293,11 @@ def test_files_that_are_refused(name: str, content: str | None, error: str, tmp_
         (tmp_path / name).write_text(content)
     with pytest.raises(InvalidInput, match=error):
         read_selection(tmp_path / name, frame_of({}))
+
+
+def test_a_list_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(Unavailable, match=r"none\.csv"):
+        read_selection(tmp_path / "none.csv", frame_of({}))
 
 
 @pytest.fixture(scope="module")

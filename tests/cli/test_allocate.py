@@ -40,7 +40,7 @@ def made(
     tiny_folder: Callable[[str], Path],
     text_file: Path,
 ) -> Path:
-    """A folder with the model's scores, ``scores``, and an allocation, ``a.safetensors``."""
+    """A folder with the model's scores, ``scores``, and two allocations."""
     folder = tmp_path_factory.mktemp("made")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -48,7 +48,8 @@ def made(
         shutil.copy(text_file, "text.txt")
         score = ("score", "model", "--proj", "mlp", "--no-md", "--out", "scores", *TEXT)
         allocate = (*ALLOCATE, "--protect", 0.1, "--out", "a.safetensors")
-        for command in (score, allocate):
+        shared = (*ALLOCATE, "--experts", 2, "--out", "shared.safetensors")
+        for command in (score, allocate, shared):
             assert main([str(part) for part in command]) == 0
     return folder
 
@@ -62,8 +63,9 @@ def scored(place: Path, made: Path) -> Path:
 
 @pytest.fixture
 def allocated(scored: Path, made: Path) -> Path:
-    """The same, with an allocation in ``a.safetensors``."""
+    """The same, with an allocation in ``a.safetensors``, one with experts of its own beside it."""
     shutil.copy(made / "a.safetensors", "a.safetensors")
+    shutil.copy(made / "shared.safetensors", "shared.safetensors")
     return scored
 
 
@@ -187,8 +189,9 @@ def test_an_expansion_is_built_from_it(run: Run, allocated: Path, experts: bool)
         extra = ("--protect", 0.1, "--out", "a.safetensors", "--force")
         assert run(*ALLOCATE, *extra, "--experts", 3, "--entangled", 0.2).status == 0
     allocation = load_allocation("a.safetensors")
+    own = () if experts else ("--experts", 2)
     status, out, err = run(
-        "expand", "model", *TEXT, "--experts", 2, "--allocation", "a.safetensors", "--out", "x",
+        "expand", "model", *TEXT, *own, "--allocation", "a.safetensors", "--out", "x",
         "--evaluate", "text.txt", *EVALUATE,
     )  # fmt: skip
     assert (status, err) == (0, "")
@@ -304,7 +307,8 @@ def test_one_clear_line(run: Run, case: str) -> None:
     options = case.split()
     if "--out" not in options:
         options += ["--out", "a.safetensors"]
-    check_one_line(run(*ALLOCATE, *TEXT[:6], *options), MISTAKES[case])
+    text = TEXT[:6] if "search" in options else ()
+    check_one_line(run(*ALLOCATE, *text, *options), MISTAKES[case])
     assert listing() == before
 
 
@@ -327,6 +331,7 @@ CONSUMERS = {
     "ablate --data text.txt --allocation a.safetensors --select top": "--select meaning",
     "ablate --data text.txt --allocation a.safetensors --strength 0.5": "--strength meaning",
     "ablate --data text.txt --allocation a.safetensors --experts 4": "`experts` 1 [4]",
+    "expand --allocation shared.safetensors --experts 4": "--experts 4 meaning",
 }
 
 

@@ -68,7 +68,7 @@ CASES = {
     "no-config": "config.json 'no-config'",
     "bad-config": "'bad-config' loaded",
     "bad-tokenizer": "tokenizer 'bad-tokenizer' loaded",
-    "cut": "'cut' loaded",
+    "cut": "'cut/model.safetensors' read",
     "bad.gguf": "GGUF 'bad.gguf' loaded",
     "weights.bin": ".gguf 'weights.bin'",
     "model --revision main": "`revision` hub 'main'",

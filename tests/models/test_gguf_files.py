@@ -16,7 +16,7 @@ from entangle.errors import InvalidInput
 from entangle.models import cache, gguf_files
 from entangle.models.loading import load_model
 from entangle.models.pretrained import FLAGS
-from tests.tiny_models import GROUPED
+from tests.tiny_models import GROUPED, WORDS, write_gguf
 
 
 @pytest.fixture(autouse=True)
@@ -41,55 +41,19 @@ def test_corrupt_gguf(data: bytes, tmp_path: Path, capfd: pytest.CaptureFixture[
     assert capfd.readouterr() == ("", "")
 
 
-WORDS = ["<unk>", "<s>", "</s>", "a", "b", "ab", *(f"w{i}" for i in range(10))]
-
-
-def _write_gguf(file: Path, model: hf.LlamaForCausalLM, **flags: bool) -> None:
-    """Write a tiny Llama as llama.cpp would, query and key rows in its order for rotation."""
-    config: Any = model.config
-    writer = gguf.GGUFWriter(file, "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(len(WORDS))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(WORDS)
-    writer.add_token_merges(["a b"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_chat_template("{{ messages[0]['content'] }}")
-    for flag, on in flags.items():
-        writer.add_bool(f"tokenizer.ggml.{flag}", on)
-    names: Any = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, parameter in model.named_parameters():
-        weight = parameter.detach()
-        if "q_proj" in name or "k_proj" in name:
-            weight = weight.reshape(-1, 2, 4, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
-        writer.add_tensor(names.get_name(name, (".weight",)), weight.contiguous().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
 @pytest.fixture
 def tiny_gguf(tmp_path: Path) -> Path:
     """A tiny Llama, two tokens wide at its flags."""
     torch.manual_seed(0)
     model = hf.LlamaForCausalLM(hf.LlamaConfig(**{**GROUPED, "vocab_size": len(WORDS)}))
-    _write_gguf(tmp_path / "tiny.gguf", model, add_bos_token=True, add_eos_token=False)
+    write_gguf(tmp_path / "tiny.gguf", model, add_bos_token=True, add_eos_token=False)
     return tmp_path / "tiny.gguf"
 
 
 def test_a_gguf_gives_a_plain_model(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     config = hf.LlamaConfig(**{**GROUPED, "vocab_size": len(WORDS)})
     original = hf.LlamaForCausalLM(config)
-    _write_gguf(tmp_path / "tiny.gguf", original)
+    write_gguf(tmp_path / "tiny.gguf", original)
     capfd.readouterr()
     model = load_model(str(tmp_path / "tiny.gguf"), device="cpu")
     assert "tiny.gguf" in capfd.readouterr().err  # converted, once
@@ -156,7 +120,7 @@ def test_the_flags_and_the_chat_template_are_carried_on(
 ) -> None:
     model = hf.LlamaForCausalLM(hf.LlamaConfig(**{**GROUPED, "vocab_size": len(WORDS)}))
     named = dict(zip(FLAGS, flags, strict=True))
-    _write_gguf(tmp_path / "x.gguf", model, **named)
+    write_gguf(tmp_path / "x.gguf", model, **named)
     for _ in range(2):  # converted, and opened again
         tokenizer = load_model(tmp_path / "x.gguf", device="cpu").tokenizer
         assert tokenizer is not None
@@ -182,7 +146,7 @@ def test_an_adapter_beside_it_is_not_applied(
 
 def test_no_flags_stay_none(tmp_path: Path) -> None:
     model = hf.LlamaForCausalLM(hf.LlamaConfig(**{**GROUPED, "vocab_size": len(WORDS)}))
-    _write_gguf(tmp_path / "x.gguf", model)
+    write_gguf(tmp_path / "x.gguf", model)
     tokenizer = load_model(tmp_path / "x.gguf", device="cpu").tokenizer
     assert tokenizer is not None
     assert not set(FLAGS) & set(tokenizer.init_kwargs)
