@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,7 +13,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from entangle.errors import InvalidInput
-from entangle.provenance import SCHEMA_VERSION, disk_errors, expanded
+from entangle.provenance import SCHEMA_VERSION, expanded, output_file
 
 KIND = "allocation"
 _METADATA = "entangle"
@@ -59,14 +58,8 @@ def write_zeros(
     whole = head | dict(described) | {"sha256": _digest(zeros)}
     metadata = {_METADATA: json.dumps(whole, allow_nan=False)}  # one key: keys have no order
     content = to_safetensors({name: part.contiguous() for name, part in zeros.items()}, metadata)
-    temporary = target.with_name(f".{target.name[:40]}.{uuid4().hex}")
-    with disk_errors(target, remedy="name another file"):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(content)
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with output_file(target) as temporary:
+        temporary.write_bytes(content)
     return target
 
 

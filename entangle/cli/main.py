@@ -3,8 +3,12 @@
 import argparse
 import io
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from types import FrameType
 from typing import NoReturn
 
 from entangle import __version__
@@ -28,6 +32,19 @@ CLOSED_PIPE = 128 + 13
 """As a shell reports a program that the signal SIGPIPE (13) has ended."""
 
 COMMANDS = (ablate, allocate, compare, decompose, demo, evaluate, expand, figures, layers, score)
+
+
+STOPPING = ("SIGTERM", "SIGHUP")
+"""Signals that end a command as Ctrl-C does: what it was writing is removed, pieces are kept."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asks the command to end; no code that handles errors keeps it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.signal = signal.Signals(number)
+        """The signal."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -63,14 +80,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     -------
     int
         0 on success, 2 for a user's mistake, 1 for a failure of the program, 130 if interrupted,
-        141 if the reader of a pipe, such as head, had seen enough.
+        141 if the reader of a pipe, such as head, had seen enough, 128 + n if the signal n
+        (SIGTERM, SIGHUP) has ended it.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal of another encoding gets a "?"
             stream.reconfigure(errors="replace")
     try:
         try:
-            return _run(argv)
+            with _stoppable():
+                return _run(argv)
+        except Stopped as stopped:
+            with suppress(OSError):  # the terminal may be gone
+                print(f"entangle: ended by {stopped.signal.name}", file=sys.stderr)
+            return 128 + stopped.signal
         finally:
             print(end="", flush=True)  # what is still buffered meets a closed pipe here
     except BrokenPipeError:
@@ -95,10 +118,32 @@ def _run(argv: Sequence[str] | None) -> int:
     except EntangleError as error:
         print(f"entangle: error: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
+    except Stopped:
+        raise
     except KeyboardInterrupt:
         print("entangle: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Let signals that end a program raise `Stopped` in the block, unless they are ignored."""
+    ours = []
+    if threading.current_thread() is threading.main_thread():
+        numbers = [getattr(signal, name) for name in STOPPING if hasattr(signal, name)]
+        ours = [one for one in numbers if signal.getsignal(one) is signal.SIG_DFL]
+    for one in ours:
+        signal.signal(one, _stop)
+    try:
+        yield
+    finally:
+        for one in ours:
+            signal.signal(one, signal.SIG_DFL)
+
+
+def _stop(number: int, _frame: FrameType | None) -> NoReturn:
+    raise Stopped(number)
 
 
 def _leave_pipe() -> int:
