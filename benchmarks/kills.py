@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from safetensors.numpy import load_file
 
 import entangle
 from entangle.cli.figures import open_run
@@ -173,13 +174,20 @@ def ran(arguments: Sequence[str], *, number: int = 0, end: str = "") -> int:
 
 
 def content(path: Path) -> dict[str, str]:
-    """Return a digest of every file of a result that is the same for every run; "" for others."""
-    files = [path] if path.is_file() else sorted(path.rglob("*"))
+    """Return a digest of every file of a result that is the same for every run; "" for others.
+
+    Of an allocation, which says when it was made, that of its vectors.
+    """
+    if path.is_file():
+        vectors = sorted(load_file(path).items())
+        return {
+            path.name: hashlib.sha256(b"".join(one.tobytes() for _, one in vectors)).hexdigest()
+        }
     return {
         str(one.relative_to(path.parent)): ""
         if one.name in VOLATILE
         else hashlib.sha256(one.read_bytes()).hexdigest()
-        for one in files
+        for one in sorted(path.rglob("*"))
         if one.is_file()
     }
 

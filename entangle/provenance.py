@@ -244,9 +244,16 @@ def discard(path: Path, target: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a file or a folder as far as the disk lets; `tidy` tries again."""
+    """Remove a file or a folder as far as the disk lets, also if a signal comes between.
+
+    What is left nevertheless, `tidy` removes.
+    """
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
+        try:
+            shutil.rmtree(path, ignore_errors=True)
+        except KeyboardInterrupt:
+            shutil.rmtree(path, ignore_errors=True)
+            raise
     else:
         with suppress(OSError):
             path.unlink(missing_ok=True)
