@@ -291,14 +291,13 @@ class Case:
             return f"status {status}"
         path = Path(self._command.makes)
         kept = content(path)
-        whole = kept in (self._old, self._new) if self._command.arguments[0] != "figures" else True
-        if path.exists() and not whole:
+        if path.exists() and not self._whole(kept):
             return f"half a result: {sorted(kept)}"
         if self._end != "kill" and (hidden := self._hidden()):
             return f"left behind: {hidden}"
         if not loads(path):
             return "what is there does not load"
-        if self._replacing and whole and content(path) not in (self._old, self._new):
+        if self._replacing and not self._whole(content(path)):
             return "the old version is gone"
         counts["absent" if not kept else "old" if kept == self._old else "new"] += 1
         counts["put back"] += bool(not kept and content(path))
@@ -317,7 +316,20 @@ class Case:
         counts["made again"] += 1
         return ""
 
+    def _whole(self, kept: dict[str, str]) -> bool:
+        """Tell whether a result is the old one or the new one; of figures, each with its table."""
+        if self._command.arguments[0] != "figures":
+            return kept in (self._old, self._new)
+        stems = [name.removesuffix(".csv") for name in kept if name.endswith(".csv")]
+        figures = [{f"{stem}.{e}" for e in ("csv", "pdf", "png")} for stem in stems]
+        return all(
+            any({name: kept.get(name) for name in names} == {name: one.get(name) for name in names}
+                for one in (self._old, self._new))
+            for names in figures
+        )  # fmt: skip
+
     def _hidden(self) -> list[str]:
+        """Return what a run leaves that could clean up, but for pieces that the next one takes."""
         endings = (".building", ".ablating", ".comparing")
         found = (one for one in everything() if "/." in f"/{one}")
         return [one for one in found if not Path(one).parts[0].endswith(endings)]

@@ -12,10 +12,10 @@ import os
 import platform
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from threading import get_ident
 
@@ -129,11 +129,20 @@ def claim(target: Path) -> Iterator[bool]:
             _remove_asides(target)
             yield True
         finally:
-            _release(target, _HELD.pop(target).writer)
+            insist(partial(_release, target, _HELD.pop(target).writer))
     finally:
         for folder in made:
             with suppress(OSError):  # it is not empty
                 folder.rmdir()
+
+
+def insist(clean: Callable[[], object]) -> None:
+    """Call a function that cleans up, again where a signal stops it, and then let that go on."""
+    try:
+        clean()
+    except KeyboardInterrupt:
+        clean()
+        raise
 
 
 def check_claimed(target: Path) -> None:
@@ -181,6 +190,9 @@ def _claim(target: Path) -> Writer:
         try:
             if _link(path, writer):
                 return writer
+        except KeyboardInterrupt:
+            _release(target, writer)
+            raise
         except FileNotFoundError:  # the folder was new, and its maker has removed it
             path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -210,7 +222,7 @@ def _link(path: Path, writer: Writer) -> bool:
         except FileExistsError:
             return False
     finally:
-        own.unlink(missing_ok=True)
+        insist(partial(own.unlink, missing_ok=True))
     return True
 
 

@@ -14,14 +14,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec, TypeVar, cast
 from uuid import uuid4
 
 from entangle.checks import path_of
-from entangle.claims import beside, check_claimed, claim
+from entangle.claims import beside, check_claimed, claim, insist
 from entangle.errors import EntangleError, InvalidInput, Unavailable
 
 if TYPE_CHECKING:
@@ -236,11 +236,22 @@ def tidy(target: Path) -> None:
 
 
 def discard(path: Path, target: Path) -> None:
-    """Remove a folder that belongs to a result in one step, so that none is seen in part."""
+    """Remove a folder that belongs to a result in one step, so that none is seen in part.
+
+    Where the disk is too full to rename it, it is removed where it is.
+    """
     aside = scratch(target)
-    with suppress(OSError):
-        path.rename(aside)
+
+    def clean() -> None:
+        try:
+            path.rename(aside)
+        except FileNotFoundError:
+            pass
+        except OSError:
+            _remove(path)
         _remove(aside)
+
+    insist(clean)
 
 
 def _remove(path: Path) -> None:
@@ -249,11 +260,7 @@ def _remove(path: Path) -> None:
     What is left nevertheless, `tidy` removes.
     """
     if path.is_dir() and not path.is_symlink():
-        try:
-            shutil.rmtree(path, ignore_errors=True)
-        except KeyboardInterrupt:
-            shutil.rmtree(path, ignore_errors=True)
-            raise
+        insist(partial(shutil.rmtree, path, ignore_errors=True))
     else:
         with suppress(OSError):
             path.unlink(missing_ok=True)
