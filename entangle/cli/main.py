@@ -34,6 +34,7 @@ CLOSED_PIPE = 128 + 13
 COMMANDS = (ablate, allocate, compare, decompose, demo, evaluate, expand, figures, layers, score)
 
 
+_AGAIN = 0.1  # seconds until a signal that was lost is sent again
 STOPPING = ("SIGTERM", "SIGHUP")
 """Signals that end a command as Ctrl-C does: what it was writing is removed, pieces are kept."""
 
@@ -128,16 +129,31 @@ def _run(argv: Sequence[str] | None) -> int:
 
 @contextmanager
 def _stoppable() -> Iterator[None]:
-    """Let signals that end a program raise `Stopped` in the block, unless they are ignored."""
+    """Let signals that end a program raise `Stopped` in the block, unless they are ignored.
+
+    Where Python cannot let one through, as while it frees an object, it is sent again.
+    """
     ours = []
     if threading.current_thread() is threading.main_thread():
         numbers = [getattr(signal, name) for name in STOPPING if hasattr(signal, name)]
         ours = [one for one in numbers if signal.getsignal(one) is signal.SIG_DFL]
     for one in ours:
         signal.signal(one, _stop)
+    usual = sys.unraisablehook
+
+    def send_again(lost: "sys.UnraisableHookArgs") -> None:
+        if not issubclass(lost.exc_type, KeyboardInterrupt):
+            usual(lost)
+            return
+        value = lost.exc_value
+        number = value.signal if isinstance(value, Stopped) else signal.SIGINT
+        threading.Timer(_AGAIN, os.kill, (os.getpid(), number)).start()
+
+    sys.unraisablehook = send_again
     try:
         yield
     finally:
+        sys.unraisablehook = usual
         for one in ours:
             signal.signal(one, signal.SIG_DFL)
 

@@ -84,6 +84,24 @@ def test_a_signal_ends_a_command_with_a_line(
     assert signal.getsignal(number) == before
 
 
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_that_comes_while_an_object_is_freed_is_not_lost(
+    run: Run, monkeypatch: pytest.MonkeyPatch, number: int, status: int
+) -> None:
+    class Freed:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), number)
+            time.sleep(0.01)
+
+    def stop(_arguments: object) -> None:
+        Freed()
+        time.sleep(60)
+
+    monkeypatch.setattr(layers, "run", stop)
+    done = run("layers")
+    assert (done.status, done.err.count("\n")) == (status, 1)
+
+
 def test_a_signal_that_is_ignored_stays_so(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """As by nohup."""
     monkeypatch.setattr(layers, "run", lambda _: os.kill(os.getpid(), signal.SIGHUP))
