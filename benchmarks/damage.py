@@ -263,6 +263,8 @@ def edit_table(rng: random.Random, path: Path) -> str | None:
         return None
     read = pd.read_parquet if path.suffix == ".parquet" else pd.read_csv
     table = read(path)
+    if table.empty:
+        return None
     column = rng.choice(list(table.columns))
     action = rng.choice(
         ("drop", "rename", "null", "text", "float", "nested", "bytes", "empty", "one")

@@ -12,10 +12,10 @@ import os
 import platform
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from threading import get_ident
 
@@ -92,8 +92,11 @@ _HELD: dict[Path, _Held] = {}
 
 
 @contextmanager
-def claim(target: Path) -> Iterator[None]:
+def claim(target: Path) -> Iterator[bool]:
     """Claim a result for this process while the block runs; again in the block does nothing.
+
+    Yields True where the claim is new, so that whatever other processes have left beside the result
+    belongs to nobody.
 
     Parameters
     ----------
@@ -115,7 +118,7 @@ def claim(target: Path) -> Iterator[None]:
     if held is not None:
         held.depth += 1
         try:
-            yield
+            yield False
         finally:
             held.depth -= 1
         return
@@ -123,13 +126,23 @@ def claim(target: Path) -> Iterator[None]:
     try:
         _HELD[target] = _Held(_claim(target), get_ident())
         try:
-            yield
+            _remove_asides(target)
+            yield True
         finally:
-            _release(target, _HELD.pop(target).writer)
+            insist(partial(_release, target, _HELD.pop(target).writer))
     finally:
         for folder in made:
             with suppress(OSError):  # it is not empty
                 folder.rmdir()
+
+
+def insist(clean: Callable[[], object]) -> None:
+    """Call a function that cleans up, again where a signal stops it, and then let that go on."""
+    try:
+        clean()
+    except KeyboardInterrupt:
+        clean()
+        raise
 
 
 def check_claimed(target: Path) -> None:
@@ -159,10 +172,15 @@ def check_claimed(target: Path) -> None:
 
 def claim_file(target: Path) -> Path:
     """Return the file that tells who writes ``target``."""
+    return beside(target, "lock")
+
+
+def beside(target: Path, ending: str) -> Path:
+    """Return the hidden path beside ``target`` that is named after it and ends so."""
     name = target.name
     if len(os.fsencode(name)) > _LONGEST:
         name = hashlib.sha256(os.fsencode(name)).hexdigest()
-    return target.with_name(f".{name}.lock")
+    return target.with_name(f".{name}.{ending}")
 
 
 def _claim(target: Path) -> Writer:
@@ -172,6 +190,9 @@ def _claim(target: Path) -> Writer:
         try:
             if _link(path, writer):
                 return writer
+        except KeyboardInterrupt:
+            _release(target, writer)
+            raise
         except FileNotFoundError:  # the folder was new, and its maker has removed it
             path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -190,24 +211,30 @@ def _claim(target: Path) -> Writer:
 def _link(path: Path, writer: Writer) -> bool:
     """Make the file with its content in one step; False if one is there."""
     own = path.with_name(f"{path.name}.{writer.token}")
-    with _new(own) as file:
-        json.dump(asdict(writer), file)
+    _make(own, writer)
     try:
         os.link(own, path)
     except FileExistsError:
         return own.stat().st_nlink == 2  # of a network: done, though its answer was lost
     except OSError:  # a file system without links
-        with suppress(FileExistsError), _new(path) as file:
-            json.dump(asdict(writer), file)
-            return True
-        return False
+        try:
+            _make(path, writer)
+        except FileExistsError:
+            return False
     finally:
-        own.unlink(missing_ok=True)
+        insist(partial(own.unlink, missing_ok=True))
     return True
 
 
-def _new(path: Path):  # type: ignore[no-untyped-def]
-    return os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666), "w")
+def _make(path: Path, writer: Writer) -> None:
+    """Make a file that was not there; nothing is left of it where the disk is full."""
+    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            json.dump(asdict(writer), file)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def _read_patiently(path: Path) -> Writer | None:
@@ -229,7 +256,18 @@ def _set_aside(path: Path, dead: Writer | None) -> None:
     if found is not None and (dead is None or found.token != dead.token):
         with suppress(OSError):  # if a third came, its owner finds out: `check_claimed`
             os.link(aside, path)
-    aside.unlink()
+    aside.unlink(missing_ok=True)
+
+
+def _remove_asides(target: Path) -> None:
+    """Remove the files of processes that died while they claimed, or while they followed one."""
+    start = f"{claim_file(target).name}."
+    for path in target.parent.iterdir():
+        if path.name.startswith(start):
+            with suppress(OSError):
+                found = Writer.read(path)
+                if found is None or found.is_known_dead:  # who lives makes it again
+                    path.unlink()
 
 
 def _release(target: Path, writer: Writer) -> None:

@@ -11,17 +11,17 @@ import platform
 import shlex
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import cache, wraps
+from contextlib import ExitStack, contextmanager, suppress
+from functools import cache, partial, wraps
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec, TypeVar, cast
+from uuid import uuid4
 
 from entangle.checks import path_of
-from entangle.claims import check_claimed, claim
+from entangle.claims import beside, check_claimed, claim, insist
 from entangle.errors import EntangleError, InvalidInput, Unavailable
 from entangle.reading import decoding, read_json, regular_file
 from entangle.schema import Schema, check_table
@@ -35,6 +35,7 @@ _Made = TypeVar("_Made")
 
 SCHEMA_VERSION = 1
 _ANEW = "make the result anew"
+_WRITING, _REPLACED = "writing-", "replaced"
 PACKAGES = (
     "entangle", "torch", "transformers", "numpy", "scipy", "pandas", "datasets", "safetensors",
 )  # fmt: skip
@@ -179,6 +180,8 @@ def expanded(path: str | os.PathLike[str]) -> Path:
 def claimed(path: str | os.PathLike[str] | None) -> Iterator[None]:
     """Keep other processes from writing a result while the block runs (`entangle.claims`).
 
+    What processes that were killed have left beside it is removed or put back first (`tidy`).
+
     Parameters
     ----------
     path
@@ -198,7 +201,8 @@ def claimed(path: str | os.PathLike[str] | None) -> Iterator[None]:
                 raise InvalidInput(f"a result must have a name of its own; got {str(path)!r}.")
             with disk_errors(target):
                 _check_parent(target)
-                stack.enter_context(claim(target))
+                if stack.enter_context(claim(target)):
+                    tidy(target)
         yield
 
 
@@ -213,9 +217,99 @@ def claims_out(function: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
     return under_claim
 
 
+def scratch(target: Path) -> Path:
+    """Return a new hidden path beside ``target`` to write under; `tidy` removes what is left there.
+
+    No two are alike, so that a process that has lost its claim never writes into another's.
+    """
+    return beside(target, f"{_WRITING}{uuid4().hex}")
+
+
+def tidy(target: Path) -> None:
+    """Remove what killed processes left beside a result, and put back what they had moved away.
+
+    Only who has just claimed the result may do so. An old version that was to be replaced is whole
+    until the new one has its name; then it is left over.
+    """
+    if not target.parent.is_dir():
+        return
+    start = beside(target, _WRITING).name
+    for path in target.parent.iterdir():
+        if path.name.startswith(start):
+            _remove(path)
+    replaced = beside(target, _REPLACED)
+    if replaced.exists() and not target.exists():
+        replaced.rename(target)
+    discard(replaced, target)
+
+
+def discard(path: Path, target: Path) -> None:
+    """Remove a folder that belongs to a result in one step, so that none is seen in part.
+
+    Where the disk is too full to rename it, it is removed where it is.
+    """
+    aside = scratch(target)
+
+    def clean() -> None:
+        try:
+            path.rename(aside)
+        except FileNotFoundError:
+            pass
+        except OSError:
+            _remove(path)
+        _remove(aside)
+
+    insist(clean)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a folder as far as the disk lets, also if a signal comes between.
+
+    What is left nevertheless, `tidy` removes.
+    """
+    if path.is_dir() and not path.is_symlink():
+        insist(partial(shutil.rmtree, path, ignore_errors=True))
+    else:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def output_file(
+    path: str | os.PathLike[str], *, remedy: str = "name another file"
+) -> Iterator[Path]:
+    """Yield a temporary path that becomes ``path`` when the block ends without an error.
+
+    Parameters
+    ----------
+    path
+        The final file, which is replaced if it exists; folders above it are made.
+    remedy
+        What to do where the disk refuses.
+
+    Raises
+    ------
+    Unavailable
+        If the disk refuses, or another process is writing the file.
+    """
+    with claimed(path):
+        target = Path(os.path.realpath(expanded(path)))
+        temporary = scratch(target)
+        try:
+            with disk_errors(target, remedy=remedy):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                yield temporary
+                check_claimed(target)
+                temporary.replace(target)
+        finally:
+            _remove(temporary)
+
+
 @contextmanager
 def output_folder(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[Path]:
     """Yield a temporary folder that becomes ``path`` when the block ends without an error.
+
+    Whatever belongs to the result, its figures too, is written in the block.
 
     Parameters
     ----------
@@ -236,23 +330,32 @@ def output_folder(path: str | os.PathLike[str], *, force: bool = False) -> Itera
 
 def _output_folder(path: str | os.PathLike[str], *, force: bool) -> Iterator[Path]:
     target = check_output(path, force=force)
-    with disk_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name[:40]}.", dir=target.parent))
+    temporary = scratch(target)
     try:
         with disk_errors(target):
-            temporary.chmod(0o777 & ~_umask())
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary.mkdir()
             yield temporary
             _seal(temporary)
             check_claimed(target)
             check_output(path, force=force)  # by now there may be one
-            retired = temporary.with_name(temporary.name + ".old")
-            if target.exists():
-                target.rename(retired)
-            temporary.rename(target)
-            shutil.rmtree(retired, ignore_errors=True)
+            _take_name(temporary, target)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
+
+
+def _take_name(temporary: Path, target: Path) -> None:
+    """Rename a whole folder to ``target``; an old version is whole until the new one is there."""
+    replaced = beside(target, _REPLACED)
+    try:
+        if target.exists():
+            target.rename(replaced)
+        temporary.rename(target)
+    except BaseException:
+        if replaced.exists() and not target.exists():
+            replaced.rename(target)
+        raise
+    discard(replaced, target)
 
 
 def _seal(folder: Path) -> None:
@@ -331,12 +434,6 @@ def read_manifest(
             f"of entangle reads {SCHEMA_VERSION}; make the result anew."
         )
     return unsealed(path.parent, content, files)
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
 
 
 def read_table(path: Path, schema: Schema) -> "pd.DataFrame":

@@ -3,18 +3,20 @@
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
-from entangle.claims import check_claimed
+from entangle.claims import beside, check_claimed
 from entangle.errors import InvalidInput
 from entangle.paths import inside
 from entangle.provenance import (
     check_output,
+    discard,
     disk_errors,
     expanded,
     read_manifest,
+    scratch,
     without_run,
     write_json,
 )
@@ -26,12 +28,26 @@ _SAME = ("model", "calibration", "evaluation", "settings")
 _REMEDY = "name another folder; --resume goes on with what is written"
 
 
-def is_made(final: str | os.PathLike[str], kind: str, manifest: Mapping[str, object]) -> bool:
-    """Tell whether ``final`` is the finished result of the same model, texts and settings."""
+def is_made(
+    final: str | os.PathLike[str], kind: str, manifest: Mapping[str, object], *, ending: str
+) -> bool:
+    """Tell whether ``final`` is the finished result of the same model, texts and settings.
+
+    If so, pieces of it that a killed process has left beside it are removed; ``ending`` is that of
+    their folder.
+    """
     if not (expanded(final) / "manifest.json").is_file():
         return False
     found = read_manifest(final, kind)
-    return _plan({key: found.get(key) for key in _SAME}) == _plan(manifest)
+    plan = _plan(manifest)
+    if _plan({key: found.get(key) for key in _SAME}) != plan:
+        return False
+    target = Path(os.path.realpath(expanded(final)))
+    pieces = beside(target, ending)
+    with suppress(OSError, ValueError):
+        if json.loads((pieces / PLAN).read_text(encoding="utf-8")) == plan:
+            discard(pieces, target)
+    return True
 
 
 def _plan(manifest: Mapping[str, object]) -> dict[str, object]:
@@ -83,7 +99,7 @@ class Unfinished:
     ) -> None:
         self.final = check_output(final, force=force)
         """Where the result will be."""
-        self.path = self.final.with_name(f".{self.final.name}.{ending}")
+        self.path = beside(self.final, ending)
         """Where its pieces are kept."""
         self._what, self._plan = what, _plan(manifest)
         self._digest = _plan_digest(self._plan)
@@ -100,7 +116,7 @@ class Unfinished:
                     "(resume=True) or start anew with --force (force=True)."
                 )
             if found and not resume:
-                shutil.rmtree(self.path)
+                discard(self.path, self.final)
         self._begun = found and resume
         if self._begun:
             self._check_same()
@@ -110,15 +126,13 @@ class Unfinished:
         if self._begun:
             return
         with disk_errors(self.path):
-            fresh = self.path.with_name(f"{self.path.name}.new")
-            shutil.rmtree(fresh, ignore_errors=True)
+            fresh = scratch(self.final)
             fresh.mkdir(parents=True)
             try:
                 write_json(fresh / PLAN, self._plan)
                 os.replace(fresh, self.path)  # noqa: PTH105  (from here on it can be resumed)
-            except BaseException:
-                shutil.rmtree(fresh)
-                raise
+            finally:
+                discard(fresh, self.final)
         self._begun = True
 
     def keep(self, name: str, write: Callable[[Path], None]) -> None:
@@ -208,7 +222,7 @@ class Unfinished:
 
     def remove(self) -> None:
         """Remove all pieces, once the result is saved."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        discard(self.path, self.final)
 
     def _read(self, name: str) -> dict[str, object]:
         try:

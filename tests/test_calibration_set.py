@@ -94,8 +94,10 @@ def test_save_never_overwrites_unasked(small: CalibrationSet, tmp_path: Path) ->
 def test_save_where_it_cannot(small: CalibrationSet, tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match=r"c\.pt'"):
         small.save(tmp_path / "c.pt")
-    with pytest.raises(Unavailable, match=r"c\.safetensors'.*directory"):
-        small.save(tmp_path / "no" / "c.safetensors")
+    (tmp_path / "file").touch()
+    with pytest.raises(Unavailable, match=r"c\.safetensors'.*file'"):
+        small.save(tmp_path / "file" / "c.safetensors")
+    assert small.save(tmp_path / "new" / "c.safetensors").exists()
 
 
 def test_failed_write_leaves_nothing(

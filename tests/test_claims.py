@@ -1,5 +1,6 @@
 """One process at a time writes a result, whatever became of the others."""
 
+import errno
 import json
 import os
 import threading
@@ -108,6 +109,32 @@ def test_of_many_that_follow_a_killed_process_one_begins(target: Path, dead: Wri
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(follow, range(8)))
     assert (len(begun), len(refused)) == (1, 7)
+
+
+def test_files_of_processes_that_died_while_they_claimed_are_removed(
+    target: Path, dead: Writer
+) -> None:
+    beside = claim_file(target)
+    for name, content in (("0", ""), ("1", json.dumps(vars(dead)))):
+        beside.with_name(f"{beside.name}.{name}").write_text(content)
+    living = beside.with_name(f"{beside.name}.2")
+    living.write_text(json.dumps(vars(Writer.this())))
+    with claim(target):
+        assert sorted(target.parent.iterdir()) == [beside, living]
+
+
+def test_a_full_disk_leaves_no_claim(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for stage in (["dump"], ["link", "dump"]):
+        with monkeypatch.context() as patch:
+            patch.setattr(json if stage[0] == "dump" else os, stage[0], full)
+            if len(stage) > 1:
+                patch.setattr(claims, "_make", full)
+            with pytest.raises(OSError, match="space"), claim(target):
+                pass
+        assert list(target.parent.iterdir()) == []
 
 
 def test_another_process_of_the_same_number_is_no_writer(target: Path) -> None:

@@ -2,7 +2,6 @@ import errno
 import json
 import os
 import stat
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,18 +9,23 @@ from types import SimpleNamespace
 import pytest
 
 from entangle import provenance
+from entangle.claims import beside
 from entangle.errors import EntangleError, InvalidInput, Unavailable
 from entangle.provenance import (
     RunClock,
     check_output,
+    claimed,
     disk_errors,
     make_manifest,
+    output_file,
     output_folder,
     package_versions,
     peak_memory_bytes,
     read_manifest,
+    scratch,
     write_json,
 )
+from tests.claiming import claimer, said
 
 
 def names(folder: Path) -> list[str]:
@@ -101,6 +105,83 @@ def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
     assert names(tmp_path) == ["empty"]
 
 
+def test_a_result_that_was_moved_away_is_put_back(tmp_path: Path) -> None:
+    """As after a kill between two renames: the old one away, the new one to its name."""
+    save(tmp_path / "x")
+    (tmp_path / "x").rename(beside(tmp_path / "x", "replaced"))
+    left = scratch(tmp_path / "x")
+    left.mkdir()
+    (left / "manifest.json").write_text("two")
+    for others in (".xy.writing-0", ".x.building"):
+        (tmp_path / others).mkdir()
+    with claimed(tmp_path / "x"):
+        assert (tmp_path / "x" / "manifest.json").read_text() == "one"
+        assert names(tmp_path) == [".x.building", ".x.lock", ".xy.writing-0", "x"]
+
+
+def test_a_result_that_was_replaced_is_not_put_back(tmp_path: Path) -> None:
+    save(tmp_path / "x", "two")
+    beside(tmp_path / "x", "replaced").mkdir()
+    with claimed(tmp_path / "x"):
+        assert names(tmp_path) == [".x.lock", "x"]
+    assert (tmp_path / "x" / "manifest.json").read_text() == "two"
+
+
+def test_what_another_process_writes_stays(tmp_path: Path) -> None:
+    process = claimer(tmp_path / "x")
+    assert said(process) == "claimed"
+    left = scratch(tmp_path / "x")
+    left.mkdir()
+    with pytest.raises(Unavailable, match=rf"x'.*{process.pid}"), claimed(tmp_path / "x"):
+        pass
+    assert left.exists()
+    process.kill()
+    process.communicate()
+    with claimed(tmp_path / "x"):
+        assert not left.exists()
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt()])
+@pytest.mark.parametrize("moved", [True, False])
+def test_the_old_version_stays_where_the_new_one_gets_no_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, moved: bool
+) -> None:
+    save(tmp_path / "x")
+    rename = Path.rename
+
+    def refuse(source: Path, target: Path) -> Path:
+        last = target.name == "x" and "writing" in source.name
+        if last and not moved:
+            raise error
+        done = rename(source, target)
+        if moved and target.name == ".x.replaced":
+            raise error
+        return done
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises((Unavailable, KeyboardInterrupt)):
+        save(tmp_path / "x", "two", force=True)
+    assert names(tmp_path) == ["x"]
+    assert (tmp_path / "x" / "manifest.json").read_text() == "one"
+
+
+def test_a_file_appears_when_it_is_complete(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "a.bin"
+
+    def write(content: bytes, error: BaseException | None = None) -> None:
+        with output_file(path) as temporary:
+            temporary.write_bytes(content)
+            if error is not None:
+                raise error
+
+    for content in (b"one", b"two"):
+        write(content)
+        assert (names(path.parent), path.read_bytes()) == (["a.bin"], content)
+    with pytest.raises(ValueError, match="stop"):
+        write(b"three", ValueError("stop"))
+    assert (names(path.parent), path.read_bytes()) == (["a.bin"], b"two")
+
+
 def test_a_link_to_a_folder_is_followed(tmp_path: Path) -> None:
     (tmp_path / "big").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "big")
@@ -156,7 +237,7 @@ def test_a_disk_that_refuses(
         raise OSError(code, os.strerror(code))
 
     if moment == "begin":
-        monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+        monkeypatch.setattr(Path, "mkdir", refuse)
     if moment == "rename":
         monkeypatch.setattr(Path, "rename", refuse)
     error = OSError(code, os.strerror(code)) if moment == "write" else None

@@ -9,7 +9,7 @@ from entangle import claims
 from entangle.errors import InvalidInput, Unavailable
 from entangle.provenance import claimed
 from entangle.sealing import file_digest
-from entangle.unfinished import DIGESTS, PLAN, Unfinished
+from entangle.unfinished import DIGESTS, PLAN, Unfinished, is_made
 
 MANIFEST = {"model": "m", "calibration": "c", "evaluation": None, "settings": {"k": 2}}
 
@@ -48,6 +48,23 @@ def test_pieces_are_found_by_a_later_run(tmp_path: Path) -> None:
     assert later.digests() == {name: file_digest(work.path / name) for name in ("a.bin", "b.bin")}
     later.remove()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_pieces_of_a_finished_result_are_removed(tmp_path: Path) -> None:
+    """As after a kill between its name and their removal; those of another plan stay."""
+    begin(tmp_path / "x").keep("a.bin", piece(b"first"))
+    (tmp_path / "x").mkdir()
+    made = MANIFEST | {"schema_version": 1, "kind": "job"}
+    (tmp_path / "x" / "manifest.json").write_text(json.dumps(made))
+    other = MANIFEST | {"settings": {"k": 3}}
+    assert not is_made(tmp_path / "x", "job", other, ending="working")
+    assert (tmp_path / ".x.working").exists()
+    (tmp_path / ".x.working" / PLAN).write_text(json.dumps(other))
+    assert is_made(tmp_path / "x", "job", MANIFEST, ending="working")
+    assert (tmp_path / ".x.working").exists()
+    (tmp_path / ".x.working" / PLAN).write_text(json.dumps(MANIFEST))
+    assert is_made(tmp_path / "x", "job", MANIFEST, ending="working")
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
 def test_work_with_other_settings_is_refused(tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ from entangle.provenance import expanded
 from entangle.reading import READ_ERRORS
 from entangle.unfinished import Unfinished, is_made
 
+_ENDING = "ablating"
+
 
 def is_finished(
     final: str | os.PathLike[str], kind: str, manifest: Mapping[str, object], *, force: bool
@@ -29,7 +31,7 @@ def is_finished(
     """
     if force or not (expanded(final) / "manifest.json").is_file():
         return False
-    if not is_made(final, kind, manifest):
+    if not is_made(final, kind, manifest, ending=_ENDING):
         raise InvalidInput(
             f"{str(final)!r} holds a finished ablation of another model, text or settings, which "
             "cannot be resumed; name another folder or use --force (force=True) to replace it."
@@ -66,7 +68,7 @@ class ArmFolder:
         force: bool,
     ) -> None:
         self._unfinished = Unfinished(
-            final, manifest, what="ablation", ending="ablating", resume=resume, force=force
+            final, manifest, what="ablation", ending=_ENDING, resume=resume, force=force
         )
 
     def read(

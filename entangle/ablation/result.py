@@ -1,7 +1,7 @@
 """The result of an ablation: a tidy table, the raw numbers behind it, and what they say."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -220,14 +220,25 @@ class AblationResult:
         column: Column = "single" if panels == 1 else "double"
         return figure_ablation(self.frame, measure=measure, column=column)
 
-    def save(self, path: str | os.PathLike[str], *, force: bool = False) -> Path:
-        """Write tables, scores and manifest to a folder, complete or not at all."""
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        force: bool = False,
+        extra: Callable[[Path], object] | None = None,
+    ) -> Path:
+        """Write tables, scores and manifest to a folder, complete or not at all.
+
+        Before the folder takes its name, ``extra`` is called with it, to add files.
+        """
         with output_folder(path, force=force) as folder:
             for name in _SCHEMAS:
                 table = self.frame if name == KIND else getattr(self, name)
                 table.to_parquet(folder / f"{name}.parquet", index=False)
             self.scores.save(folder / "scores")
             write_json(folder / "manifest.json", self.manifest)
+            if extra is not None:
+                extra(folder)
         return Path(path)
 
     def _compared(self, measure: str) -> Compared:

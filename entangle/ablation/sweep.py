@@ -1,7 +1,9 @@
 """`ablate`: arms × strengths × seeds, each measured on the same texts."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
 
 from entangle.ablation.arms import INTERVENTIONS, ROUTERS
 from entangle.ablation.checks import scores_of, silent_layers
@@ -57,6 +59,7 @@ def ablate(
     out: str | os.PathLike[str] | None = None,
     resume: bool = False,
     force: bool = False,
+    extra: Callable[[AblationResult, Path], object] | None = None,
     progress: bool | None = None,
 ) -> AblationResult:
     """Change chosen neurons of a model, and measure what that costs.
@@ -130,6 +133,9 @@ def ablate(
         return the result.
     force
         Replace an existing result, or an unfinished run.
+    extra
+        Called with the result and its folder, before that takes the name ``out``, to add files,
+        such as figures.
     progress
         Show a progress bar on standard error; by default if that is a terminal.
 
@@ -196,6 +202,6 @@ def ablate(
     fields = sweep.run(folder, progress=progress)
     result = AblationResult(**fields, manifest=manifest | clock.read(budget))
     if folder is not None and out is not None:
-        result.save(out, force=force)
+        result.save(out, force=force, extra=None if extra is None else partial(extra, result))
         folder.remove()
     return result

@@ -4,7 +4,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 
@@ -23,7 +22,7 @@ from entangle.allocation.recipe import read_recipe, recipe_losses, rest_lost, wr
 from entangle.checks import choice
 from entangle.errors import InvalidInput, Unavailable, unknown_name
 from entangle.models.layers import Layer
-from entangle.provenance import disk_errors, expanded, make_manifest
+from entangle.provenance import expanded, make_manifest, output_file
 
 FORMATS: Mapping[str, str] = {
     "llmcompressor": ".yaml",
@@ -232,11 +231,5 @@ def _notes(allocation: Allocation, name: str, order: Sequence[tuple[str, int]]) 
 
 
 def _write(target: Path, content: bytes) -> None:
-    temporary = target.with_name(f".{target.name[:40]}.{uuid4().hex}")
-    with disk_errors(target, remedy="name another file"):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(content)
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with output_file(target) as temporary:
+        temporary.write_bytes(content)

@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 from safetensors import safe_open
@@ -14,7 +13,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from entangle.errors import InvalidInput
-from entangle.provenance import SCHEMA_VERSION, disk_errors, expanded
+from entangle.provenance import SCHEMA_VERSION, expanded, output_file
 from entangle.reading import READ_ERRORS
 from entangle.sealing import DIGESTS, check_digest, manifest_digest
 
@@ -62,14 +61,8 @@ def write_zeros(
     whole |= {DIGESTS: {"manifest": manifest_digest(whole)}}
     metadata = {_METADATA: json.dumps(whole, allow_nan=False)}  # one key: keys have no order
     content = to_safetensors({name: part.contiguous() for name, part in zeros.items()}, metadata)
-    temporary = target.with_name(f".{target.name[:40]}.{uuid4().hex}")
-    with disk_errors(target, remedy="name another file"):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(content)
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with output_file(target) as temporary:
+        temporary.write_bytes(content)
     return target
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from uuid import uuid4
 
 import numpy as np
 import safetensors.torch
@@ -19,7 +18,8 @@ from torch import Tensor
 from entangle.calibration.padding import Rows, check_filled, checked_mask
 from entangle.calibration.token_files import METADATA_KEY, read_token_file
 from entangle.checks import whole
-from entangle.errors import InvalidInput, Unavailable
+from entangle.errors import InvalidInput
+from entangle.provenance import output_file
 
 _TOKENS_IN_A_PASS = 4096
 
@@ -159,7 +159,8 @@ class CalibrationSet:
         if self.mask is not None:
             tensors["attention_mask"] = self.mask.to(torch.int64)
         content = safetensors.torch.save(tensors, metadata=metadata)
-        _write(target, content)
+        with output_file(target, remedy="choose another folder") as temporary:
+            temporary.write_bytes(content)
         return target
 
     @classmethod
@@ -183,20 +184,6 @@ class CalibrationSet:
         if loaded.digest != file.origin["digest"]:
             raise InvalidInput(f"the ids in '{path}' do not match its digest; make the set again.")
         return loaded
-
-
-def _write(target: Path, content: bytes) -> None:
-    temporary = target.with_name(f".{target.name}.{uuid4().hex}")
-    try:
-        try:
-            temporary.write_bytes(content)
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise Unavailable(
-            f"'{target}' cannot be written ({error.strerror or error}); choose another folder."
-        ) from error
 
 
 def check_ids(

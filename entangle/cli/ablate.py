@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from entangle.cli import options
@@ -134,7 +135,7 @@ def _add_measure_options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Ablate, print and save."""
-    from entangle.provenance import check_output
+    from entangle.provenance import check_output, expanded
     from entangle.seeding import check_seed
 
     check_seed(arguments.seed)
@@ -188,9 +189,10 @@ def run(arguments: argparse.Namespace) -> None:
         out=arguments.out,
         resume=arguments.resume,
         force=arguments.force,
+        extra=save_figures,
         progress=False if arguments.quiet else None,
     )
-    figures = [] if arguments.out is None else save_figures(result, arguments.out)
+    figures = [] if arguments.out is None else save_figures(result, expanded(arguments.out))
     if arguments.json:
         print_json(
             {
@@ -244,19 +246,19 @@ def print_result(result: "AblationResult") -> None:
         print_table(table, title=title, formats=FORMATS)
 
 
-def save_figures(result: "AblationResult", out: str) -> list[str]:
-    """Draw every measure against strength into the result's folder; return the files."""
-    from pathlib import Path
-
+def save_figures(result: "AblationResult", folder: Path) -> list[str]:
+    """Draw every measure against strength into a result's folder, if missing; return the files."""
     from entangle.plotting import save_figure
 
     wanted = ("perplexity_ratio", "kl", "accuracy")
     found = [name for name in wanted if name in set(result.frame["measure"])]
-    files = [
-        save_figure(result.plot(name), Path(out) / "figures" / f"ablation_{name}", force=True)
-        for name in found
+    stems = {name: folder / "figures" / f"ablation_{name}" for name in found}
+    for name, stem in stems.items():
+        if not stem.with_suffix(".csv").exists():  # written last
+            save_figure(result.plot(name), stem, force=True)
+    return [
+        str(stem.with_suffix(f".{e}")) for stem in stems.values() for e in ("pdf", "png", "csv")
     ]
-    return [str(path) for several in files for path in several]
 
 
 def _contrasts(result: "AblationResult", measure: str = "perplexity") -> "pd.DataFrame":

@@ -137,13 +137,13 @@ def run(arguments: argparse.Namespace) -> None:
     allocation = _allocate(arguments, scores, model, memory)
     if arguments.experts is not None:
         allocation = _with_experts(arguments, allocation, scores, model)
-    if arguments.out is not None:
-        allocation.save(arguments.out, force=arguments.force)
     notes = {}
     for name, path in exports:
         layers = find_layers(model.module, "all") if name == "alphapruning" else None
         notes[path] = export(allocation, path, name, layers=layers, force=arguments.force)
     figures = [] if arguments.plot is None else save_plot(allocation, arguments)
+    if arguments.out is not None:  # last: where it is there, so is all else
+        allocation.save(arguments.out, force=arguments.force)
     if arguments.json:
         print_json(
             {

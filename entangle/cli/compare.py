@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from entangle.cli import options
@@ -78,15 +79,22 @@ def run(arguments: argparse.Namespace) -> None:
     options.tell_special_tokens(arguments, model, text)
     from entangle.expansion.compare import compare
     from entangle.expansion.comparison import at_equal_nonzeros
+    from entangle.provenance import expanded
+
+    evaluated = f"{text.source}, n = {text.n_windows} windows of {text.seq_len} tokens"
+    drawn = []
+
+    def add_figure(found: "Comparison", folder: Path) -> None:
+        drawn.append(draw(found, folder, evaluated=evaluated))
 
     found = compare(
         model, calibration, text, chosen, seed=arguments.seed, memory=memory,
         allocations=allocations, out=arguments.out, resume=arguments.resume, force=arguments.force,
+        extra=add_figure,
         told=tell if not arguments.quiet else lambda _line: None,
     )  # fmt: skip
-    if arguments.out is not None:
-        evaluated = f"{text.source}, n = {text.n_windows} windows of {text.seq_len} tokens"
-        draw(found, arguments.out, evaluated=evaluated)
+    if arguments.out is not None and not drawn:  # read, for it was made before
+        add_figure(found, expanded(arguments.out))
     equal = at_equal_nonzeros(found.frame)
     if arguments.json:
         tables = {"results": records(found.frame), "equal_nonzeros": records(equal)}
@@ -110,17 +118,20 @@ def _sparsities(arguments: argparse.Namespace, allocations: "Sequence[Named]") -
     return options.numbers(asked, float)
 
 
-def draw(found: "Comparison", out: str, *, evaluated: str) -> None:
-    """Draw the figure, which names the text ``evaluated``, into the result's folder, if missing."""
-    from entangle.plotting import figure_comparison, save_figure
-    from entangle.provenance import expanded
+def draw(found: "Comparison", folder: Path, *, evaluated: str) -> bool:
+    """Draw the figure, which names the text ``evaluated``, into the result's folder, if missing.
 
-    stem = expanded(out) / "figures" / "perplexity"
+    False is returned where there is nothing to draw.
+    """
+    from entangle.plotting import figure_comparison, save_figure
+
+    stem = folder / "figures" / "perplexity"
     if stem.with_suffix(".csv").exists():  # written last
-        return
+        return True
     try:
         figure = figure_comparison(found.frame, text=evaluated)
     except InvalidInput as error:  # no arm has a finite perplexity: the tables say so
         tell(f"no figure: {error}")
-        return
+        return False
     save_figure(figure, stem, force=True)
+    return True

@@ -83,10 +83,10 @@ def _ablate(arguments: argparse.Namespace, model: "LanguageModel", out: Path) ->
         seeds=SEEDS,
         md=False,
         out=out,
+        extra=save_figures,
         progress=not arguments.quiet,
     )
     print_result(result)
-    save_figures(result, str(out))
 
 
 def first_figures(scores: "NeuronScores") -> dict[str, "Figure"]:

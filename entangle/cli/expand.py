@@ -2,6 +2,7 @@
 
 import argparse
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from entangle.cli import options
@@ -101,6 +102,20 @@ def run(arguments: argparse.Namespace) -> None:
         "progress": progress,
     }
     from entangle.expansion import expand
+    from entangle.provenance import expanded as expanded_path
+
+    k = _experts(arguments, allocation)
+    summaries: list[pd.DataFrame] = []
+
+    def evaluate(expanded: "Expansion", folder: Path | None) -> None:
+        dense = None if text is None else perplexity(model, text, progress=progress)
+        plain = None
+        if text is not None and k != "1" and not arguments.no_baseline:
+            one = None if allocation is None else replace(allocation, experts=None)
+            plain = expand(model, calibration, experts=1, allocation=one, **settings)
+        summaries.append(summarise(dense, plain, expanded, experts=k))
+        if text is not None and folder is not None:
+            _keep(summaries[0].drop(columns=["seconds", "peak MiB"]), folder)
 
     expanded = expand(
         model,
@@ -110,17 +125,12 @@ def run(arguments: argparse.Namespace) -> None:
         out=arguments.out,
         resume=arguments.resume,
         force=arguments.force,
+        extra=evaluate,
         **settings,
     )
-    dense = None if text is None else perplexity(model, text, progress=progress)
-    plain = None
-    k = _experts(arguments, allocation)
-    if text is not None and k != "1" and not arguments.no_baseline:
-        one = None if allocation is None else replace(allocation, experts=None)
-        plain = expand(model, calibration, experts=1, allocation=one, **settings)
-    summary = summarise(dense, plain, expanded, experts=k)
-    if arguments.out is not None and text is not None:
-        _keep(summary.drop(columns=["seconds", "peak MiB"]), arguments.out)
+    if not summaries:  # nothing is written, or the build was finished before
+        evaluate(expanded, None if arguments.out is None else expanded_path(arguments.out))
+    summary = summaries[0]
     if arguments.json:
         print_json(
             {
@@ -165,15 +175,14 @@ def summarise(
     return pd.DataFrame(rows)
 
 
-def _keep(summary: "pd.DataFrame", folder: str) -> None:
-    """Write the closing table beside the checkpoint: dense and plain pruning belong to it."""
-    from entangle.provenance import disk_errors, expanded
+def _keep(summary: "pd.DataFrame", folder: Path) -> None:
+    """Write the closing table, of dense and plain pruning too, into a checkpoint without one."""
+    from entangle.provenance import output_file
 
-    path = expanded(folder) / "model.parquet"
-    with disk_errors(path):
-        partial = path.with_name(f".{path.name}.part")
-        summary.to_parquet(partial, index=False)
-        partial.replace(path)
+    path = folder / "model.parquet"
+    if not path.exists():
+        with output_file(path, remedy="name another folder") as temporary:
+            summary.to_parquet(temporary, index=False)
 
 
 def _allocation(arguments: argparse.Namespace) -> "Allocation | None":

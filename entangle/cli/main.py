@@ -4,10 +4,13 @@ import argparse
 import io
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
 from entangle import __version__
@@ -36,6 +39,20 @@ CLOSED_PIPE = 128 + 13
 """As a shell reports a program that the signal SIGPIPE (13) has ended."""
 
 COMMANDS = (ablate, allocate, compare, decompose, demo, evaluate, expand, figures, layers, score)
+
+
+_AGAIN = 0.1  # seconds until a signal that was lost is sent again
+STOPPING = ("SIGTERM", "SIGHUP")
+"""Signals that end a command as Ctrl-C does: what it was writing is removed, pieces are kept."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asks the command to end; no code that handles errors keeps it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.signal = signal.Signals(number)
+        """The signal."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -77,13 +94,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     int
         0 on success, 2 for a user's mistake, 1 for a failure of the program or of standard output
         (no room, for example), 130 if interrupted, 141 if the reader of a pipe, such as head, had
-        seen enough. Standard output and error that are closed before the start count as /dev/null.
+        seen enough, 128 + n if the signal n (SIGTERM, SIGHUP) has ended it. Standard output and
+        error that are closed before the start count as /dev/null.
     """
     _prepare_streams()
     try:
         try:
-            with _warnings_told():
+            with _stoppable(), _warnings_told():
                 return _run(argv)
+        except Stopped as stopped:
+            with suppress(OSError):  # the terminal may be gone
+                tell(f"ended by {stopped.signal.name}")
+            return 128 + stopped.signal
         finally:
             print(end="", flush=True)  # what is buffered meets a closed pipe or full disk
     except BrokenPipeError:
@@ -139,7 +161,7 @@ def _run(argv: Sequence[str] | None) -> int:
     except EntangleError as error:
         tell(f"error: {error}")
         return error.exit_code
-    except BrokenPipeError:
+    except (BrokenPipeError, Stopped):
         raise
     except OSError as error:  # of a file whose name is too long, or that vanished, for example
         tell(f"error: {_said(error)}")
@@ -155,6 +177,41 @@ def _said(error: OSError) -> str:
     if error.filename is None:
         return f"the operating system refuses: {reason}."
     return f"{shown(error.filename)} cannot be used: {reason}; check the path."
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Let signals that end a program raise `Stopped` in the block, unless they are ignored.
+
+    Where Python cannot let one through, as while it frees an object, it is sent again.
+    """
+    ours = []
+    if threading.current_thread() is threading.main_thread():
+        numbers = [getattr(signal, name) for name in STOPPING if hasattr(signal, name)]
+        ours = [one for one in numbers if signal.getsignal(one) is signal.SIG_DFL]
+    for one in ours:
+        signal.signal(one, _stop)
+    usual = sys.unraisablehook
+
+    def send_again(lost: "sys.UnraisableHookArgs") -> None:
+        if not issubclass(lost.exc_type, KeyboardInterrupt):
+            usual(lost)
+            return
+        value = lost.exc_value
+        number = value.signal if isinstance(value, Stopped) else signal.SIGINT
+        threading.Timer(_AGAIN, os.kill, (os.getpid(), number)).start()
+
+    sys.unraisablehook = send_again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = usual
+        for one in ours:
+            signal.signal(one, signal.SIG_DFL)
+
+
+def _stop(number: int, _frame: FrameType | None) -> NoReturn:
+    raise Stopped(number)
 
 
 def _leave_pipe() -> int:

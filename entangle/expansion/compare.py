@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,7 @@ __all__ = [
 
 SPARSITIES, EXPERTS = (0.5, 0.7), 16
 """What is compared unless something else is asked for."""
+_ENDING = "comparing"
 _EVEN = ("uniform_ratio", "uniform_low", "uniform_high")
 _COSTS = ("flops", "nonzeros", "bytes")
 _NUMBERS = (*_COSTS, "relative_error", "seconds")
@@ -113,6 +115,7 @@ def compare(
     out: str | os.PathLike[str] | None = None,
     resume: bool = False,
     force: bool = False,
+    extra: Callable[[Comparison, Path], object] | None = None,
     told: Callable[[str], None] = lambda _line: None,
 ) -> Comparison:
     """Build every arm from the dense weights and measure its perplexity; experts are not kept.
@@ -146,6 +149,9 @@ def compare(
         one of the same settings is read.
     force
         Replace an existing result, or an unfinished comparison.
+    extra
+        Called with the result and its folder, before that takes the name ``out``, to add files,
+        such as figures.
     told
         Called with one line after each arm.
 
@@ -176,10 +182,10 @@ def compare(
     )
     kept = None
     if out is not None:
-        if resume and not force and is_made(out, KIND, manifest):
+        if resume and not force and is_made(out, KIND, manifest, ending=_ENDING):
             return load_comparison(out)
         kept = Unfinished(
-            out, manifest, what="comparison", ending="comparing", resume=resume, force=force
+            out, manifest, what="comparison", ending=_ENDING, resume=resume, force=force
         )
     results: dict[Arm, _Measured] = {}
     for arm in (Arm(DENSE, 0.0, 1), *chosen):
@@ -189,7 +195,7 @@ def compare(
     frame, windows = _tables(results, text, seed=seed)
     found = Comparison(frame, windows, manifest | clock.read(budget))
     if kept is not None and out is not None:
-        found.save(out, force=force)
+        found.save(out, force=force, extra=None if extra is None else partial(extra, found))
         kept.remove()
     return found
 

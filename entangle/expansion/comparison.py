@@ -1,7 +1,7 @@
 """What a comparison found: its tables, and the expansions beside plain methods of their size."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,11 +53,18 @@ class Comparison:
     manifest: Mapping[str, object] = field(default_factory=dict)
     """Model, calibration set, evaluation protocol, arms, versions, seconds and peak memory."""
 
-    def save(self, path: str | os.PathLike[str], *, force: bool = False) -> Path:
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        force: bool = False,
+        extra: Callable[[Path], object] | None = None,
+    ) -> Path:
         """Write the tables and the manifest to a folder, complete or not at all.
 
         The seconds of every arm go to ``seconds.parquet``, so that the other tables are the same
-        for every run of the same settings.
+        for every run of the same settings. Before the folder takes its name, ``extra`` is called
+        with it, to add files.
         """
         with output_folder(path, force=force) as folder:
             frame = self.frame.drop(columns="seconds")
@@ -68,6 +75,8 @@ class Comparison:
             equal = at_equal_nonzeros(self.frame)
             equal.to_parquet(folder / "equal_nonzeros.parquet", index=False)
             write_json(folder / "manifest.json", self.manifest)
+            if extra is not None:
+                extra(folder)
         return Path(path)
 
 

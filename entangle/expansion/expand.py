@@ -2,9 +2,10 @@
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -128,6 +129,7 @@ def expand(
     keep: bool = True,
     resume: bool = False,
     force: bool = False,
+    extra: Callable[[Expansion, Path], object] | None = None,
     progress: bool | None = None,
 ) -> Expansion:
     """Expand a model: one router and k sparse experts in place of each chosen linear layer.
@@ -180,6 +182,8 @@ def expand(
         Go on with an unfinished build of the same settings in ``out``.
     force
         Replace an existing checkpoint, or an unfinished build.
+    extra
+        Called with the expansion and its folder, before that takes the name ``out``, to add files.
     progress
         Show a progress bar on standard error; by default if that is a terminal.
 
@@ -255,12 +259,17 @@ def expand(
     manifest |= {
         "costs": costs, **_describe_perplexity(perplexity), "layers_without_tokens": silent,
     }  # fmt: skip
-    spent: Mapping[str, object] = clock.read(memory)
-    if folder is not None:
-        spent = folder.finish(table, manifest, {"command": command, **spent})
     refuse_saving(copied)
     expanded = LanguageModel(copied, dense.tokenizer, dense.name, "expansion", dense.revision)
-    return Expansion(expanded if sink.keep else None, table, costs, perplexity, manifest, spent)
+    result = Expansion(
+        expanded if sink.keep else None, table, costs, perplexity, manifest, clock.read(memory)
+    )
+    if folder is None:
+        return result
+    del streams, runner  # what is added may need as much memory
+    result = replace(result, run={"command": command, **result.run})
+    add = None if extra is None else partial(extra, result)
+    return replace(result, run=folder.finish(table, manifest, result.run, extra=add))
 
 
 def _streams(

@@ -3,23 +3,22 @@
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import pandas as pd
 
-from entangle.claims import check_claimed
 from entangle.errors import InvalidInput
 from entangle.expansion.build import ExpandedLayer
 from entangle.expansion.checkpoint import block_file, read_block, write_block
 from entangle.models.layers import Layer
 from entangle.paths import inside
-from entangle.provenance import disk_errors, expanded, read_manifest, write_json
-from entangle.sealing import file_digest, manifest_digest, sealed
-from entangle.unfinished import DIGESTS, PLAN, Unfinished, is_made
+from entangle.provenance import expanded, output_folder, read_manifest, write_json
+from entangle.sealing import file_digest, manifest_digest
+from entangle.unfinished import Unfinished, is_made
 
-_RUN, _DIGEST = "run.json", "sha256"
+_RUN, _DIGEST, _ENDING = "run.json", "sha256", "building"
 
 
 class BuildFolder:
@@ -46,17 +45,18 @@ class BuildFolder:
     def __init__(
         self, final: Path, manifest: Mapping[str, object], *, resume: bool, force: bool
     ) -> None:
-        self._finished = resume and is_made(final, str(manifest["kind"]), manifest)
+        kind = str(manifest["kind"])
+        self._finished = resume and is_made(final, kind, manifest, ending=_ENDING)
         if self._finished:  # killed after the last block, for example while it was evaluated
             self.final = self.path = Path(os.path.realpath(expanded(final)))
-            made = read_manifest(final, str(manifest["kind"]))
+            made = read_manifest(final, kind)
             self._files = made.get("files")
             silent = made.get("layers_without_tokens")
             self._silent = set(silent) if isinstance(silent, list) else set()
-            _tidy(self.path)
             return
+        self._force = force
         self._unfinished = Unfinished(
-            final, manifest, what="build", ending="building", resume=resume, force=force
+            final, manifest, what="build", ending=_ENDING, resume=resume, force=force
         )
         self.final, self.path = self._unfinished.final, self._unfinished.path
 
@@ -98,30 +98,31 @@ class BuildFolder:
         return path
 
     def finish(
-        self, table: pd.DataFrame, manifest: Mapping[str, object], run: Mapping[str, object]
+        self,
+        table: pd.DataFrame,
+        manifest: Mapping[str, object],
+        run: Mapping[str, object],
+        *,
+        extra: Callable[[Path], object] | None = None,
     ) -> Mapping[str, object]:
         """Write the table and the manifest with every file's digest, and take the final name.
 
         Seconds and memory of the run go to ``run.json``, so that all other files are the same for
         every build of the same settings. Returned are those of the build, which was another run
-        where a finished one is read.
+        where a finished one is read. Before the folder takes its name, ``extra`` is called with it.
         """
         if self._finished:
             return self._recorded() or run
-        with disk_errors(self.path):
-            table.to_parquet(self.path / "layers.parquet", index=False)
-            files = dict(sorted(self._unfinished.digests().items()))
-            whole = sealed(self.path, {**manifest, "files": files})
-            write_json(self.path / "manifest.json", whole)
-            write_json(self.path / _RUN, {**run, _DIGEST: manifest_digest(run)})
-            check_claimed(self.final)
-            retired = self.path.with_name(f"{self.path.name}.old")
-            shutil.rmtree(retired, ignore_errors=True)
-            if self.final.exists():
-                self.final.rename(retired)
-            self.path.rename(self.final)
-            _tidy(self.final)
-            shutil.rmtree(retired, ignore_errors=True)
+        digests = dict(sorted(self._unfinished.digests().items()))
+        with output_folder(self.final, force=self._force) as folder:
+            for name in digests:
+                _place(self.path / name, folder / name)
+            table.to_parquet(folder / "layers.parquet", index=False)
+            write_json(folder / "manifest.json", {**manifest, "files": digests})
+            write_json(folder / _RUN, {**run, _DIGEST: manifest_digest(run)})
+            if extra is not None:
+                extra(folder)
+        self._unfinished.remove()
         return run
 
     def _recorded(self) -> Mapping[str, object]:
@@ -136,7 +137,11 @@ class BuildFolder:
         return found if digest in (None, manifest_digest(found)) else {}
 
 
-def _tidy(folder: Path) -> None:
-    """Remove what only an unfinished build needs."""
-    for name in (PLAN, DIGESTS):
-        (folder / name).unlink(missing_ok=True)
+def _place(piece: Path, file: Path) -> None:
+    """Give a piece a second name; where the file system knows no links, copy it."""
+    try:
+        os.link(piece, file)
+    except FileExistsError:
+        raise
+    except OSError:
+        shutil.copyfile(piece, file)

@@ -5,7 +5,6 @@ as long as the artist is part of the figure: clearing an axes or removing a line
 """
 
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,8 @@ from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 
 from entangle.checks import choices, path_of
-from entangle.errors import InvalidInput, Unavailable
+from entangle.errors import EntangleError, InvalidInput, Unavailable
+from entangle.provenance import claimed, discard, scratch
 
 FORMATS = ("pdf", "png")
 _METADATA: dict[str, dict[str, None]] = {"pdf": {"CreationDate": None}, "png": {"Software": None}}
@@ -83,7 +83,8 @@ def save_figure(
     """Write a figure and the CSV table of what it shows.
 
     Text in the PDF stays text (font type 42), and no file holds a date: the same figure gives the
-    same bytes. All files are written under temporary names first and then renamed.
+    same bytes. All files are written under temporary names first and then renamed, the CSV last:
+    where it is there, the pictures are its own.
 
     Parameters
     ----------
@@ -107,7 +108,7 @@ def save_figure(
     InvalidInput
         No or an unknown format; a file exists and ``force`` is False; nothing to save.
     Unavailable
-        The disk refuses.
+        The disk refuses, or another process is writing this figure.
     """
     endings = (*check_formats(formats), "csv")
     stem = path_of("path_stem", path_stem)
@@ -120,7 +121,9 @@ def save_figure(
         )
     table = drawn(figure)
     try:
-        _write(figure, table, targets)
+        _write(figure, table, stem, targets)
+    except EntangleError:
+        raise
     except OSError as error:
         raise Unavailable(
             f"the figure cannot be written to {str(stem)!r}: {error.strerror or error}; "
@@ -134,17 +137,21 @@ def check_formats(formats: str | Iterable[str]) -> tuple[str, ...]:
     return tuple(choices("formats", formats, FORMATS, kind="figure format"))
 
 
-def _write(figure: Figure, table: pd.DataFrame, targets: Sequence[Path]) -> None:
-    folder = targets[0].parent
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".figure-", dir=folder) as temporary:
-        written = [Path(temporary) / path.name for path in targets]
-        with _laid_out(figure):
-            for path in written[:-1]:
-                _write_picture(figure, path)
-        table.to_csv(written[-1], index=False, lineterminator="\n")
-        for source, target in zip(written, targets, strict=True):
-            os.replace(source, target)  # noqa: PTH105 - the atomic one
+def _write(figure: Figure, table: pd.DataFrame, stem: Path, targets: Sequence[Path]) -> None:
+    with claimed(stem):
+        temporary = scratch(stem)
+        try:
+            temporary.mkdir()
+            written = [temporary / path.name for path in targets]
+            with _laid_out(figure):
+                for path in written[:-1]:
+                    _write_picture(figure, path)
+            table.to_csv(written[-1], index=False, lineterminator="\n")
+            targets[-1].unlink(missing_ok=True)  # that of an old figure is not beside a new one
+            for source, target in zip(written, targets, strict=True):
+                source.replace(target)
+        finally:
+            discard(temporary, stem)
 
 
 @contextmanager

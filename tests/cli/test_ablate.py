@@ -1,4 +1,5 @@
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 
 from entangle import evaluation
 from entangle.ablation import load_ablation
-from entangle.errors import InvalidInput
+from entangle.errors import InvalidInput, Unavailable
 from tests.cli.runs import Run, holds
 
 Folder = Callable[[str], Path]
@@ -257,6 +258,26 @@ def test_resume_prints_a_finished_result_again(
     assert (status, printed, err.count("\n")) == (2, "", 1)
     assert holds(err, "'ablation' 'scores'"), err
     assert (tmp_path / "out" / "manifest.json").read_bytes() == manifest
+
+
+def test_a_result_has_its_name_once_its_figures_are_there(
+    run: Run, base: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise Unavailable("the figure cannot be written: the disk is full.")
+
+    edit = (*base, "--intervention", "zero", "--out", tmp_path / "out", "--quiet")
+    with monkeypatch.context() as patch:
+        patch.setattr("entangle.plotting.save_figure", full)
+        assert run(*edit).status == 2
+    assert [path.name for path in tmp_path.iterdir()] == [".out.ablating"]
+    assert run(*edit, "--resume").status == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    figures = tmp_path / "out" / "figures"
+    assert len(list(figures.iterdir())) == 3
+    shutil.rmtree(figures)  # as of a result that was made by the function
+    assert run(*edit, "--resume").status == 0
+    assert len(list(figures.iterdir())) == 3
 
 
 def test_resume_needs_a_folder(run: Run, base: tuple[object, ...]) -> None:

@@ -2,12 +2,15 @@
 
 import errno
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 
+from entangle import plotting
 from entangle.errors import Unavailable
 from entangle.expansion.compare import at_equal_nonzeros, load_comparison
 from tests.cli.runs import Run, holds
@@ -75,8 +78,17 @@ def test_a_figure_that_cannot_be_written_is_drawn_by_resume(
         done = run(*command, "--out", tmp_path / "c")
     assert done.status == 2
     assert holds(done.err, "disk full"), done.err
-    assert len(load_comparison(tmp_path / "c").frame) == 5
-    assert not (tmp_path / "c" / "figures").exists()
+    assert [path.name for path in tmp_path.iterdir()] == [".c.comparing"]
+    assert run(*command, "--out", tmp_path / "c", "--resume").status == 0
+    assert len(list((tmp_path / "c" / "figures").iterdir())) == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+def test_a_result_that_was_made_without_its_figure_gets_one(
+    run: Run, command: Sequence[object], tmp_path: Path
+) -> None:
+    assert run(*command, "--out", tmp_path / "c").status == 0
+    shutil.rmtree(tmp_path / "c" / "figures")
     assert run(*command, "--out", tmp_path / "c", "--resume").status == 0
     assert len(list((tmp_path / "c" / "figures").iterdir())) == 3
 
@@ -100,19 +112,16 @@ def test_a_disk_that_refuses_the_tables_keeps_the_arms(
 def test_tables_are_kept_where_nothing_can_be_drawn(
     run: Run, command: Sequence[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from entangle.expansion import compare
+    whole = plotting.figure_comparison
 
-    whole = compare.compare
+    def hopeless(frame: pd.DataFrame, **settings: str) -> Figure:
+        worse = frame["method"] != "dense"
+        return whole(frame.assign(ratio=frame["ratio"].mask(worse, float("inf"))), **settings)  # type: ignore[arg-type]
 
-    def hopeless(*arguments: object, **settings: object) -> compare.Comparison:
-        found = whole(*arguments, **settings)  # type: ignore[arg-type]
-        worse = found.frame["method"] != "dense"
-        frame = found.frame.assign(ratio=found.frame["ratio"].mask(worse, float("inf")))
-        return compare.Comparison(frame, found.windows, found.manifest)
-
-    monkeypatch.setattr(compare, "compare", hopeless)
+    monkeypatch.setattr(plotting, "figure_comparison", hopeless)
     done = run(*command, "--out", tmp_path / "c")
     assert done.status == 0
     assert holds(done.err, "no figure `comparison` 2"), done.err
+    assert done.err.count("no figure") == 1
     assert len(load_comparison(tmp_path / "c").frame) == 5
     assert not (tmp_path / "c" / "figures").exists()

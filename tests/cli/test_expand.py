@@ -128,6 +128,23 @@ def test_the_closing_table_is_kept_beside_the_checkpoint(run: Run) -> None:
     assert kept["model"].tolist() == ["dense", "plain pruning (k = 1)", "expansion (k = 3)"]
 
 
+def test_a_checkpoint_has_its_name_once_its_closing_table_is_there(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    before = listing()
+    with monkeypatch.context() as patch:
+        patch.setattr("entangle.evaluation.perplexity", interrupted)
+        assert run(*SMALL, *EVALUATE, "--out", "x").status == 130
+    assert sorted(content_of(".x.building")) == [*BLOCKS, "digests.json", "plan.json"]
+    assert not Path("x").exists()
+    assert run(*SMALL, *EVALUATE, "--out", "x", "--resume").status == 0
+    assert sorted(content_of("x")) == sorted([*FILES, "model.parquet"])
+    assert {one for one in listing() if not one.startswith("x")} == set(before)
+
+
 def test_the_control_router(run: Run) -> None:
     content = json.loads(run(*SMALL, "--router", "random", "--json").out)
     layers = pd.DataFrame(content["layers"])

@@ -2,6 +2,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import entangle
 from entangle.cli import layers
 from entangle.cli.main import COMMANDS, main
 from entangle.errors import InvalidInput, NumericalError
+from entangle.provenance import output_folder
 from tests.cli.runs import Run, holds
 
 
@@ -61,6 +63,54 @@ def test_errors_become_a_line_and_a_status(
 
     monkeypatch.setattr(layers, "run", fail)
     assert run("layers") == (status, "", message)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_ends_a_command_with_a_line(
+    run: Run, monkeypatch: pytest.MonkeyPatch, name: str, tmp_path: Path
+) -> None:
+    number = getattr(signal, name)
+
+    def stop(_arguments: object) -> None:
+        with output_folder(tmp_path / "x") as folder:
+            (folder / "half").touch()
+            os.kill(os.getpid(), number)
+            time.sleep(60)
+
+    monkeypatch.setattr(layers, "run", stop)
+    before = signal.getsignal(number)
+    assert run("layers") == (128 + number, "", f"entangle: ended by {name}\n")
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(number) == before
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_that_comes_while_an_object_is_freed_is_not_lost(
+    run: Run, monkeypatch: pytest.MonkeyPatch, number: int, status: int
+) -> None:
+    class Freed:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), number)
+            time.sleep(0.01)
+
+    def stop(_arguments: object) -> None:
+        Freed()
+        time.sleep(60)
+
+    monkeypatch.setattr(layers, "run", stop)
+    done = run("layers")
+    assert (done.status, done.err.count("\n")) == (status, 1)
+
+
+def test_a_signal_that_is_ignored_stays_so(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by nohup."""
+    monkeypatch.setattr(layers, "run", lambda _: os.kill(os.getpid(), signal.SIGHUP))
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert run("layers").status == 0
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_mistake_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:

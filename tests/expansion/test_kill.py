@@ -39,7 +39,14 @@ checkpoint.os.replace = killed
 BEFORE_THE_FINAL_NAME = """
 from pathlib import Path
 
-Path.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+rename = Path.rename
+
+def killed(source, target):
+    if Path(target).name == "x":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return rename(source, target)
+
+Path.rename = killed
 """
 DRIVER = "import os, signal, sys\nfrom entangle.cli.main import main\n{}\nmain(sys.argv[1:])\n"
 

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from entangle.errors import InvalidInput, Unavailable, UnknownName
 from entangle.plotting import drawn, plot_wd_distribution, save_figure
 from entangle.plotting import save as save_module
+from entangle.provenance import scratch
 
 
 @pytest.fixture
@@ -107,6 +108,33 @@ def test_a_full_disk_leaves_nothing_behind(
     with pytest.raises(Unavailable, match=r"a'.*device"):
         save_figure(figure, tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_process_left_goes_with_the_next_figure(
+    figure: Figure, tmp_path: Path
+) -> None:
+    left = scratch(tmp_path / "a")
+    left.mkdir()
+    (left / "a.pdf").touch()
+    paths = save_figure(figure, tmp_path / "a", formats=["png"])
+    assert set(tmp_path.iterdir()) == set(paths)
+
+
+def test_an_old_table_is_never_beside_a_new_picture(
+    figure: Figure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_figure(figure, tmp_path / "a")
+    replace = Path.replace
+
+    def stop(source: Path, target: Path) -> Path:
+        if target.suffix == ".png":
+            raise KeyboardInterrupt
+        return replace(source, target)
+
+    monkeypatch.setattr(Path, "replace", stop)
+    with pytest.raises(KeyboardInterrupt):
+        save_figure(figure, tmp_path / "a", force=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pdf", "a.png"]
 
 
 def test_a_file_in_the_place_of_a_folder_is_one_clear_line(figure: Figure, tmp_path: Path) -> None:
