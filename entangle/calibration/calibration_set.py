@@ -99,9 +99,9 @@ class CalibrationSet:
         Where there are pads, a byte for every id follows: 1 for a token of the text, 0 for a pad.
         """
         found = hashlib.sha256(np.array(self.ids.shape, dtype="<i8").tobytes())
-        found.update(memoryview(np.ascontiguousarray(self.ids.numpy(), dtype="<i8")))
+        found.update(np.ascontiguousarray(self.ids.numpy(), dtype="<i8").data)
         if self.mask is not None:
-            found.update(memoryview(np.ascontiguousarray(self.mask.numpy())))
+            found.update(np.ascontiguousarray(self.mask.numpy()).data)
         return found.hexdigest()
 
     def describe(self) -> dict[str, object]:

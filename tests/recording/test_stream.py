@@ -401,3 +401,13 @@ def test_rows_in_ram_are_not_joined(far: SpareRam) -> None:
         assert (store.in_memory, store.in_file) == (False, False)
         with pytest.raises(InvalidInput, match="RAM"):
             store.joined()
+
+
+def test_rows_in_ram_lie_behind_each_other() -> None:
+    matrix, budget = rows(20), ByteBudget(2**20)
+    with TokenStore(budget) as store:
+        for chunk in matrix.split([4, 6, 5, 1, 4]):
+            store.append(chunk)
+        (whole,) = store.chunks()
+        assert torch.equal(whole, matrix)
+        assert budget.left == 2**20 - store.n_bytes
