@@ -5,8 +5,10 @@ Rows that were recorded fill it as they come. What is computed piece by piece ha
 machine that has twice as much to give.
 """
 
+import ctypes
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import cache
 from numbers import Real
 from pathlib import Path
 from threading import Lock
@@ -28,6 +30,8 @@ LEAST_BYTES = 2**20
 WORK_BYTES = 2**30
 """Most memory for what is computed piece by piece."""
 
+_MMAP_THRESHOLD = -3  # its number in malloc.h
+_LEAST_MAPPED, _MOST_MAPPED = 2**17, 2**25
 _MOST_BYTES = 2**62
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUP = Path("/proc/self/cgroup")
@@ -136,6 +140,35 @@ def _statistic(folder: Path, name: str) -> int:
 def work_bytes(memory: int, most: int = WORK_BYTES) -> int:
     """Return the bytes for what is computed piece by piece: up to half of a budget."""
     return min(most, memory // 2)
+
+
+def give_back() -> None:
+    """Return the pages that the C library keeps without use, where it is glibc."""
+    libc = _glibc()
+    if libc is not None:
+        libc.malloc_trim(0)
+
+
+def keep_little(memory: int) -> None:
+    """Let this process keep no free block larger than a 64th of a budget, where glibc lets it.
+
+    By default glibc keeps free blocks of up to 32 MiB for those to come, and what is smaller and
+    lives longer is put into them, so that they fit no more: with a small budget the process takes
+    some times of it. Blocks above the limit are mapped, which costs time, and unmapped when freed.
+    """
+    libc = _glibc()
+    if libc is not None:
+        libc.mallopt(_MMAP_THRESHOLD, max(_LEAST_MAPPED, min(_MOST_MAPPED, memory // 64)))
+
+
+@cache
+def _glibc() -> ctypes.CDLL | None:
+    """Return the C library if it is glibc: not on macOS, Windows, or with musl."""
+    try:
+        libc = ctypes.CDLL(None)
+    except (OSError, TypeError):
+        return None
+    return libc if hasattr(libc, "malloc_trim") and hasattr(libc, "mallopt") else None
 
 
 class SpareRam:

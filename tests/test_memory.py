@@ -12,7 +12,15 @@ from torch import nn
 
 from entangle import memory
 from entangle.errors import InvalidInput
-from entangle.memory import SpareRam, check_memory, free_ram, memory_for, work_bytes
+from entangle.memory import (
+    SpareRam,
+    check_memory,
+    free_ram,
+    give_back,
+    keep_little,
+    memory_for,
+    work_bytes,
+)
 
 GIB = 2**30
 
@@ -139,3 +147,22 @@ def test_spare_ram_is_half_of_what_would_be_free_without_it(
     assert not spare.take(1)
     spare.give(50)
     assert spare.held == 0
+
+
+@pytest.mark.parametrize(
+    ("budget", "limit"), [(2**20, 2**17), (32 * 2**20, 2**19), (8 * GIB, 2**25)]
+)
+def test_free_blocks_are_kept_up_to_a_share_of_the_budget(
+    budget: int, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, int]] = []
+    library = SimpleNamespace(mallopt=lambda option, value: asked.append((option, value)))
+    monkeypatch.setattr(memory, "_glibc", lambda: library)
+    keep_little(budget)
+    assert asked == [(-3, limit)]  # M_MMAP_THRESHOLD
+
+
+def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_glibc", lambda: None)
+    keep_little(GIB)
+    give_back()

@@ -115,7 +115,7 @@ def single_neuron_damage(
         Bytes of hidden states in memory, half of what is free by default; what is beyond spills
         (`entangle.recording.stream.TokenStore`).
     batch_size
-        Windows in one forward pass; by default as many as give 2²⁷ logits.
+        Windows in one forward pass; by default as `entangle.evaluation.perplexity.perplexity`.
     progress
         Show a progress bar on standard error; by default if that is a terminal.
 

@@ -98,10 +98,11 @@ class CalibrationSet:
 
         Where there are pads, a byte for every id follows: 1 for a token of the text, 0 for a pad.
         """
-        shape = np.array(self.ids.shape, dtype="<i8").tobytes()
-        ids = np.ascontiguousarray(self.ids.numpy(), dtype="<i8").tobytes()
-        mask = b"" if self.mask is None else self.mask.to(torch.uint8).numpy().tobytes()
-        return hashlib.sha256(shape + ids + mask).hexdigest()
+        found = hashlib.sha256(np.array(self.ids.shape, dtype="<i8").tobytes())
+        found.update(np.ascontiguousarray(self.ids.numpy(), dtype="<i8").data)
+        if self.mask is not None:
+            found.update(np.ascontiguousarray(self.mask.numpy()).data)
+        return found.hexdigest()
 
     def describe(self) -> dict[str, object]:
         """Return source, sizes, digest and settings, JSON-serialisable, for a run's manifest."""

@@ -155,6 +155,7 @@ def _run(argv: Sequence[str] | None) -> int:
         from entangle.cli.early import check_arguments
 
         check_arguments(arguments)
+        _keep_to_memory(getattr(arguments, "memory", options.AUTO))
         shared = arguments.command == "figures"  # files that any number of commands may add to
         with claimed(None if shared else getattr(arguments, "out", None)):  # before all else
             arguments.run(arguments)
@@ -212,6 +213,15 @@ def _stoppable() -> Iterator[None]:
 
 def _stop(number: int, _frame: FrameType | None) -> NoReturn:
     raise Stopped(number)
+
+
+def _keep_to_memory(asked: str) -> None:
+    """Let the process keep no more than it uses, if a size of memory was asked for."""
+    from entangle.memory import keep_little
+
+    memory = options.parse_memory(asked)
+    if memory is not None:
+        keep_little(memory)
 
 
 def _leave_pipe() -> int:

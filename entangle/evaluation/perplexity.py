@@ -20,12 +20,14 @@ from entangle.evaluation.forward import (
     next_token_logits,
 )
 from entangle.evaluation.text import EvaluationText, as_evaluation
+from entangle.memory import give_back
 from entangle.models.evaluating import evaluates
 from entangle.models.loading import AnyModel, LanguageModel
 from entangle.progress import ProgressBar
 
 LOGITS_IN_A_PASS = 2**27
-"""By default as many windows run in one forward pass as give this many logits."""
+TOKENS_IN_A_PASS = 2**14
+"""By default as many windows run in one forward pass as give so many logits, and tokens at most."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +129,7 @@ def perplexity(
         From `load_evaluation`, or whatever else that takes, with its default settings.
     batch_size
         Windows in one forward pass, which only rounding depends on; by default as many as give
-        2²⁷ logits.
+        2²⁷ logits, of 2¹⁴ tokens at most.
     progress
         Show a progress bar on standard error; by default if that is a terminal. With False nothing
         is written there, the note on special tokens neither.
@@ -173,15 +175,21 @@ def measure_perplexity(
         bar.start(text.n_windows, "windows")
         for _, ids in text.rows.batches(per_pass):
             losses.append(text.losses(next_token_logits(language_model, ids), ids))
+            give_back()
             bar.advance(len(ids))
     return Perplexity.of(torch.cat(losses), text)
 
 
 def windows_in_a_pass(asked: int | None, model: LanguageModel, text: EvaluationText) -> int:
-    """Return the batch size asked for, or as many windows as give `LOGITS_IN_A_PASS` logits."""
+    """Return the batch size asked for, or `windows_by_default`."""
     if asked is None:
-        return max(1, LOGITS_IN_A_PASS // (text.seq_len * model.vocab_size))
+        return windows_by_default(text.seq_len, model.vocab_size)
     return whole("batch_size", asked, least=1)
+
+
+def windows_by_default(seq_len: int, vocab_size: int) -> int:
+    """Return how many windows give `LOGITS_IN_A_PASS` logits, of `TOKENS_IN_A_PASS` at most."""
+    return max(1, min(LOGITS_IN_A_PASS // vocab_size, TOKENS_IN_A_PASS) // seq_len)
 
 
 def window_memory(per_pass: int) -> AbstractContextManager[None]:

@@ -15,6 +15,7 @@ from entangle.errors import InvalidInput, NumericalError
 from entangle.expansion.linear import ExpandedLinear, SharedRouting
 from entangle.expansion.parts import solve_in_parts
 from entangle.expansion.solve import Experts, SolverSettings, Sparsity, solve_experts
+from entangle.memory import give_back
 from entangle.models.blocks import BlockRunner
 from entangle.models.layers import Layer
 from entangle.recording.order import Habits, look_at
@@ -171,6 +172,7 @@ class HiddenStates:
             raise
         self._store.close()
         self._store = following
+        give_back()
 
     def close(self) -> None:
         """Give the memory and the temporary file back."""
@@ -298,6 +300,7 @@ def _expand_block(
                 expanded += _expand_group(members, store, plan)
             except (InvalidInput, NumericalError) as error:
                 raise type(error)(f"{names}: {error}") from error
+            give_back()
     order = {layer.name: i for i, layer in enumerate(layers)}
     return sorted(expanded, key=lambda one: order[one.layer.name])
 

@@ -17,6 +17,7 @@ from entangle.calibration import CalibrationSet, Source, as_calibration
 from entangle.checks import choice, finite, whole
 from entangle.errors import InvalidInput, MemoryLimit
 from entangle.evaluation import EvaluationText, Perplexity, as_evaluation
+from entangle.evaluation.perplexity import windows_by_default
 from entangle.expansion.allocated import (
     Allocated,
     check_shared,
@@ -62,7 +63,6 @@ from entangle.routing.router import KINDS, Kind
 from entangle.seeding import check_seed
 
 KIND = "expansion"
-_LOGITS = 2**27
 _PROBE = 4  # tokens that show which layers read one input
 _SHOWN = (
     "layer", "experts", "sparsity", "relative_error", "smallest_cluster", "largest_cluster",
@@ -281,7 +281,7 @@ def _streams(
     """Return the hidden states that follow the build."""
     streams = [HiddenStates([ids for _, ids in calibration.batches()], memory=budget)]
     if evaluation is not None:
-        batch = max(1, _LOGITS // (evaluation.seq_len * vocab_size))
+        batch = windows_by_default(evaluation.seq_len, vocab_size)
         streams.append(
             HiddenStates([ids for _, ids in evaluation.rows.batches(batch)], memory=budget)
         )

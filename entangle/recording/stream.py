@@ -16,6 +16,13 @@ from entangle.errors import InvalidInput
 from entangle.memory import SPARE_RAM
 from entangle.provenance import disk_errors
 
+_SLAB_BYTES = 2**25
+"""Of the pieces of RAM that rows are put into, of which as much is taken as is written to.
+
+The C library maps pieces so large, so that nothing of them remains when they are freed, and so that
+they do not lie between what is soon freed and cut it into pieces too small to be used again.
+"""
+
 
 class ByteBudget:
     """Bytes that several stores may hold in memory together."""
@@ -78,6 +85,8 @@ class TokenStore:
         self._far: list[Tensor] = []
         self._far_bytes = 0
         self._room: Tensor | None = None
+        self._slab: Tensor | None = None
+        self._in_slab = 0
         self._file: IO[bytes] | None = None
         self._reading = Lock()
         self._features, self._dtype, self._in_memory = 0, torch.float32, 0
@@ -123,7 +132,7 @@ class TokenStore:
         """Give the memory back to the budget and remove the file; again does nothing."""
         self._chunks.clear()
         self._far.clear()
-        self._room = None
+        self._room = self._slab = None
         self._budget.left += self._held
         SPARE_RAM.give(self._far_bytes)
         self._held = self._far_bytes = 0
@@ -169,7 +178,7 @@ class TokenStore:
         if self._fill(chunk):
             self._in_memory += chunk.shape[0]
         elif self.in_memory and self._budget.take(n_bytes):
-            self._chunks.append(chunk.clone())
+            self._keep(chunk)
             self._held += n_bytes
             self._in_memory += chunk.shape[0]
         elif self._file is None and _is_far(chunk) and SPARE_RAM.take(n_bytes):
@@ -264,6 +273,23 @@ class TokenStore:
         room[self.n_tokens : end] = chunk
         self._chunks = [room[:end]]
         return True
+
+    def _keep(self, chunk: Tensor) -> None:
+        """Put rows where they are: on the CPU behind those before them."""
+        count = chunk.shape[0]
+        if chunk.device.type != "cpu" or not chunk.numel():
+            self._chunks.append(chunk.clone())
+            return
+        slab, start = self._slab, self._in_slab
+        if slab is None or start + count > len(slab):
+            row = chunk.shape[1] * chunk.element_size()
+            rows = max(count, _SLAB_BYTES // row)
+            slab, start = chunk.new_empty(rows, chunk.shape[1]), 0
+            self._slab = slab
+            self._chunks.append(slab[:0])
+        slab[start : start + count] = chunk
+        self._in_slab = start + count
+        self._chunks[-1] = slab[: self._in_slab]
 
     def _spill(self, chunk: Tensor) -> None:
         remedy = "set TMPDIR to another folder or raise --memory (memory)"

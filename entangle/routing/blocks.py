@@ -10,6 +10,8 @@ from entangle.errors import InvalidInput
 
 BLOCK_BYTES = 2**26
 """Size of a block of float32 tokens."""
+BLOCK_TOKENS = 2**15
+"""Most tokens of a block, but on a GPU: a block of few features would hold a whole text."""
 _BLOCK_BYTES_GPU = 2**28
 
 
@@ -46,8 +48,10 @@ def fixed_blocks(
             pending.append(piece.detach().to(target, _dtype(chunk, target)))
             held += piece.shape[0]
             if held == size:
-                yield torch.cat(pending)
-                pending, held = [], 0
+                whole, pending, held = torch.cat(pending), [], 0
+                del piece  # what is put together is not held twice
+                yield whole
+                del whole
     if empty:
         raise InvalidInput("`stream` must give at least one token; it is empty.")
     if held:
@@ -57,7 +61,8 @@ def fixed_blocks(
 def rows_per_block(features: int, *, item_bytes: int = 4, on_gpu: bool = False) -> int:
     """Return how many tokens of this width fit in a block, at least one."""
     size = _BLOCK_BYTES_GPU if on_gpu else BLOCK_BYTES
-    return max(1, size // (item_bytes * max(features, 1)))
+    rows = max(1, size // (item_bytes * max(features, 1)))
+    return rows if on_gpu else min(rows, BLOCK_TOKENS)
 
 
 def _dtype(chunk: Tensor, device: torch.device) -> torch.dtype:

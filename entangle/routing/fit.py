@@ -137,7 +137,8 @@ def _fit_kmeans(
     pca = fit_pca(blocks(), n_components)
     if k > pca.tokens:
         raise InvalidInput(f"`k` must be at most the number of tokens, {pca.tokens}; got {k}.")
-    found = kmeans(_projected(blocks, pca, max_tokens, seed), k, restarts=restarts, seed=seed)
+    points = _projected(blocks, pca, max_tokens, seed)
+    found = kmeans(points, k, restarts=restarts, seed=seed)
     router = Router(
         kind="kmeans",
         mean=pca.mean,
@@ -162,17 +163,21 @@ def _projected(blocks: Blocks, pca: Pca, max_tokens: int, seed: int) -> Float32[
         rng = numpy_rng(seed, "routing", "subsample")
         keep = torch.zeros(pca.tokens, dtype=torch.bool)
         keep[torch.from_numpy(rng.choice(pca.tokens, size=max_tokens, replace=False))] = True
-    projected, start = [], 0
+    count = min(pca.tokens, max_tokens)
+    found, start, filled = pca.mean.new_empty(count, len(pca.components)), 0, 0
     for block in blocks():
         stop = start + block.shape[0]
         rows = pca.project(block)
-        projected.append(rows if keep is None else rows[keep[start:stop].to(block.device)])
-        start = stop
+        if keep is not None:
+            rows = rows[keep[start:stop].to(block.device)]
+        if stop <= pca.tokens:
+            found[filled : filled + len(rows)] = rows
+        start, filled = stop, filled + len(rows)
     if start != pca.tokens:
         raise InvalidInput(
             f"`stream` must give the same tokens every time; got {pca.tokens}, then {start}."
         )
-    return torch.cat(projected)
+    return found
 
 
 def _fit_control(blocks: Blocks, k: int, seed: int, kind: Kind) -> Router:

@@ -33,6 +33,8 @@ TOLERANCE = 1e-4
 _BLOCK_SCORES = 2**20
 """Scores (tokens × restarts × k) held at a time."""
 _BLOCK_SCORES_GPU = 2**26
+_BLOCK_POINTS = 2**16
+"""Points whose norms are held at a time."""
 _SAME = 8 * torch.finfo(torch.float32).eps
 """Squared distances below this share of the squared norms are rounding: the points are equal."""
 
@@ -101,10 +103,12 @@ def _plus_plus(points: Tensor, k: int, seed: int, restart: int) -> Tensor:
     closest = _squared_distances(points, chosen[0][None])[0]
     for step in range(1, k):
         drawn = points[_draw(closest, uniform[step], found=step, k=k)]
-        reduced = torch.minimum(_squared_distances(points, drawn), closest)
+        reduced = _squared_distances(points, drawn)
+        torch.minimum(reduced, closest, out=reduced)
         best = int(reduced.sum(1, dtype=accumulator_dtype(points.device)).argmin())
         chosen.append(drawn[best])
-        closest = reduced[best]
+        closest = closest.copy_(reduced[best])
+        del reduced
     return torch.stack(chosen)
 
 
@@ -116,17 +120,22 @@ def _draw(closest: Tensor, uniform: Tensor, *, found: int, k: int) -> Tensor:
             f"`k` must be at most the number of tokens that differ after projection; "
             f"got k={k}, and only {found} differ."
         )
-    cumulative = (closest * (2.0**40 / total)).to(torch.int64).cumsum(0)
+    cumulative = (closest * (2.0**40 / total)).to(torch.int64).cumsum_(0)
     targets = (uniform * float(cumulative[-1])).to(torch.int64).to(closest.device)
     return torch.searchsorted(cumulative, targets, right=True)
 
 
 def _squared_distances(points: Tensor, centres: Tensor) -> Tensor:
     """Return the squared distances, (centres, points); exactly zero where only rounding is left."""
-    norms = points.square().sum(1) + centres.square().sum(1, keepdim=True)
+    own = centres.square().sum(1, keepdim=True)
     with full_precision():
-        distances = norms - 2.0 * (centres @ points.mT)
-    return distances.where(distances > _SAME * norms, 0.0)
+        distances: Tensor = centres @ points.mT
+    columns = distances.split(_BLOCK_POINTS, 1)
+    for part, some in zip(columns, points.split(_BLOCK_POINTS), strict=True):
+        norms = some.square().sum(1) + own
+        torch.sub(norms, part, alpha=2.0, out=part)
+        part.masked_fill_(~(part > _SAME * norms), 0.0)
+    return distances
 
 
 def _lloyd(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -199,12 +208,14 @@ def _scored(
 
 def _nearest(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     """Return each point's nearest of (k, dims) centroids and its squared distance."""
-    labels, distances = [], []
+    labels = torch.empty(len(points), dtype=torch.int64, device=points.device)
+    distances, start = points.new_empty(len(points)), 0
     for block, scores in _scored(points, centroids[None]):
-        lowest, label = scores[:, 0].min(1)
-        labels.append(label)
-        distances.append((lowest + block.square().sum(1)).clamp_min(0.0))
-    return torch.cat(labels), torch.cat(distances)
+        own = slice(start, start + len(block))
+        lowest, labels[own] = scores[:, 0].min(1)
+        distances[own] = (lowest + block.square().sum(1)).clamp_min(0.0)
+        start = own.stop
+    return labels, distances
 
 
 def _fill_empty(points: Tensor, before: Tensor, means: Tensor, empty: Tensor) -> Tensor:

@@ -75,7 +75,9 @@ def fit_pca(blocks: Iterable[Float[Tensor, "_ _"]], n_components: int | None = N
     if first.dtype != torch.float32:
         shift.zero_()
     gram = Gram(features, device=first.device)
-    for block in chain([first], rest):
+    blocks = chain([first], rest)
+    del first
+    for block in blocks:
         gram.update(block if block.dtype != torch.float32 else block - shift)
     moments = gram.result()
     covariance = _centred_(moments.gram.div_(moments.count), moments.mean)

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from entangle.kernels.sketch import fits, row_distances
-from entangle.memory import WORK_BYTES, work_bytes
+from entangle.memory import WORK_BYTES, give_back, work_bytes
 from entangle.models.layers import Layer
 from entangle.precision import full_precision
 from entangle.recording.recorder import Batch, Recorded, Recorder, told
@@ -106,6 +106,7 @@ def score_exact(
         recorded, recorder = _record(
             module, layers, watched, budget, stack, watch, may_be_silent, passes
         )
+        give_back()
         heard = [layer for layer in layers if layer.name in recorded]
         if md and at_once > 1:  # here, as to wait for each of them would keep a thread from work
             for layer in heard:
@@ -114,9 +115,10 @@ def score_exact(
         def work(layer: Layer) -> LayerSummary:
             share = work_space // at_once
             one = recorded[layer.name]
-            return summarise(
-                _score_layer(layer, one, n_groups=n_groups, md=md, seed=seed, memory=share)
-            )
+            measured = _score_layer(layer, one, n_groups=n_groups, md=md, seed=seed, memory=share)
+            found = summarise(measured)
+            give_back()
+            return found
 
         for found in mapped(work, heard, at_once=at_once):
             summaries.append(found)

@@ -94,8 +94,10 @@ def draw_pairs(
         Token indices, int64; no index occurs twice.
     """
     pairs = min(max_pairs, n_tokens // 2)
-    order = torch.randperm(n_tokens, generator=torch_rng(seed, "mapping difficulty"))
-    return order[: 2 * pairs].view(2, pairs)
+    narrow = torch.int32 if n_tokens < 2**31 else torch.int64  # the same draws in half the memory
+    generator = torch_rng(seed, "mapping difficulty")
+    order = torch.randperm(n_tokens, generator=generator, dtype=narrow)
+    return order[: 2 * pairs].to(torch.int64, copy=True).view(2, pairs)  # keeps no order alive
 
 
 @dataclass(frozen=True, eq=False)

@@ -30,6 +30,8 @@ _SORT_BYTES = 64 * 2**20
 _SORT_BYTES_GPU = 2**30
 _SAMPLE = 512
 _CACHE_BYTES = 4 * 2**20
+_STRETCH = 2**16
+"""Numbers of a row that is longer than `_CACHE_BYTES` looked at together."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,9 +153,42 @@ def _columns(ordered: Tensor) -> list[Tensor]:
         density = normal_density(ordered.shape[1], ordered.device)
         return list(distance.sorted_statistics(ordered, density))
     on_cpu = ordered.device.type == "cpu"
+    if on_cpu and 8 * ordered.shape[1] > _CACHE_BYTES:
+        return _in_stretches(ordered)
     rows = max(1, (_CACHE_BYTES if on_cpu else _SORT_BYTES) // (8 * ordered.shape[1]))
     parts = [_sorted_statistics(part) for part in ordered.split(rows)]
     return [torch.cat(column) for column in zip(*parts, strict=True)]
+
+
+def _in_stretches(ordered: Tensor) -> list[Tensor]:
+    """Return WD, KS, mean, std, skewness, excess kurtosis of sorted rows, a stretch at a time.
+
+    A row of a million numbers would take a hundred megabytes of intermediate results.
+    """
+    n = ordered.shape[1]
+    wide = accumulator_dtype(ordered.device)
+    mean = sum(part.sum(1, dtype=wide) for part in ordered.split(_STRETCH, 1)) / n
+    found = torch.zeros(5, len(ordered), dtype=wide)
+    rows = max(1, _CACHE_BYTES // (8 * _STRETCH))
+    for part in ordered.split(_STRETCH, 1):
+        for some, centre, total in zip(
+            part.split(rows), mean.split(rows), found[0].split(rows), strict=True
+        ):
+            centred = some.to(wide) - centre[:, None]
+            total += torch.linalg.vecdot(centred, centred)
+    std = (found[0] / n).sqrt()
+    for start in range(0, n, _STRETCH):
+        cells = _cells(n, start, min(start + _STRETCH, n))
+        for own in (slice(i, i + rows) for i in range(0, len(ordered), rows)):
+            z = ordered[own, start : start + _STRETCH].to(wide)
+            z = z.sub_(mean[own, None]).div_(std[own, None])
+            square = z.square()
+            found[1, own] += torch.linalg.vecdot(square, z)
+            found[2, own] += torch.linalg.vecdot(square, square)
+            distance, ks = _distances_of(z, start, n, cells)
+            found[3, own] += distance
+            found[4, own] = torch.maximum(found[4, own], ks)
+    return [found[3], found[4], mean, std, found[1] / n, found[2] / n - 3]
 
 
 def _sorted_statistics(ordered: Tensor) -> tuple[Tensor, ...]:
@@ -197,8 +232,14 @@ def sort_rows(values: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows colu
 @lru_cache(maxsize=8)
 def _normal_cells(n: int) -> tuple[np.ndarray, np.ndarray]:
     """Return φ(Φ⁻¹(i/n)) for i = 0…n and the cell integrals of Φ⁻¹, both float64."""
-    quantiles = ndtri(np.arange(n + 1) / n)
-    density = np.exp(-0.5 * quantiles**2) / math.sqrt(2 * math.pi)
+    return _cells(n, 0, n)
+
+
+def _cells(n: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return `_normal_cells` of the cells from ``start`` up to ``stop``."""
+    density = ndtri(np.arange(start, stop + 1) / n)
+    np.exp(np.multiply(density, density, out=density) * -0.5, out=density)
+    density /= math.sqrt(2 * math.pi)
     return density, density[:-1] - density[1:]
 
 
@@ -210,9 +251,18 @@ def normal_density(n: int, device: torch.device) -> Float[Tensor, " edges"]:
 
 def _sorted_distances(z: Tensor) -> tuple[Tensor, Tensor]:
     """Return WD and KS of rows that are sorted and standardised."""
-    n = z.shape[1]
-    density, cells = (torch.from_numpy(a).to(z) for a in _normal_cells(n))
-    index = torch.arange(1, n + 1, device=z.device, dtype=z.dtype)
+    return _distances_of(z, 0, z.shape[1], _normal_cells(z.shape[1]))
+
+
+def _distances_of(
+    z: Tensor, start: int, n: int, normal: tuple[np.ndarray, np.ndarray]
+) -> tuple[Tensor, Tensor]:
+    """Return what the numbers from ``start`` on, of ``n``, add to WD, and their KS.
+
+    ``normal`` has the density at the edges of their cells, and the cells.
+    """
+    density, cells = (torch.from_numpy(a).to(z) for a in normal)
+    index = torch.arange(start + 1, start + z.shape[1] + 1, device=z.device, dtype=z.dtype)
     rank = torch.special.erf(z / math.sqrt(2)).add_(1).mul_(n / 2)  # n Φ(z)
     above = rank.sub_(index)  # n Φ(z_i) − i: in (−1, 0) where the cell contains Φ(z_i)
     ks = torch.maximum(-above.amin(1), above.amax(1) + 1) / n

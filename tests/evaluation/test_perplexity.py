@@ -12,7 +12,7 @@ from torch import nn
 
 from entangle.errors import InvalidInput, MemoryLimit
 from entangle.evaluation import EvaluationText, Perplexity, load_evaluation, perplexity
-from entangle.evaluation.perplexity import measure_perplexity
+from entangle.evaluation.perplexity import measure_perplexity, windows_by_default
 from entangle.models.loading import LanguageModel, load_model
 from tests.reference import perplexity as reference
 from tests.tiny_models import CONFIGS, TINY, WIDE
@@ -223,3 +223,10 @@ def test_the_demo_model_on_the_demo_text() -> None:
     assert 10 < got.value < 60
     assert got.bits_per_byte is not None
     assert 0.7 < got.bits_per_byte < 1.5
+
+
+@pytest.mark.parametrize(
+    ("seq_len", "vocabulary", "windows"), [(512, 256, 32), (2048, 32_000, 2), (2048, 262_144, 1)]
+)
+def test_default_batch_is_bounded_in_tokens(seq_len: int, vocabulary: int, windows: int) -> None:
+    assert windows_by_default(seq_len, vocabulary) == windows

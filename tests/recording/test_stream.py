@@ -108,10 +108,13 @@ def test_what_fits_into_reserved_memory_is_one_piece(everywhere: None) -> None:
         store.reserve([4, 11], matrix[:4])
         for chunk in matrix.split([4, 6, 5, 1, 4]):
             store.append(chunk)
-        assert [len(part) for part in store.chunks()] == [15, 1, 4]
+        assert [len(part) for part in store.chunks()] == [
+            15,
+            5,
+        ]  # rows beyond it lie behind each other
         store.reserve([20, 100], matrix)  # too late
         store.append(matrix)
-        assert [len(part) for part in store.chunks()] == [15, 1, 4, 20]
+        assert [len(part) for part in store.chunks()] == [15, 25]
         held = weakref.ref(next(store.chunks()).untyped_storage())
     assert budget.left == 2**20
     assert held() is None
@@ -398,3 +401,13 @@ def test_rows_in_ram_are_not_joined(far: SpareRam) -> None:
         assert (store.in_memory, store.in_file) == (False, False)
         with pytest.raises(InvalidInput, match="RAM"):
             store.joined()
+
+
+def test_rows_in_ram_lie_behind_each_other() -> None:
+    matrix, budget = rows(20), ByteBudget(2**20)
+    with TokenStore(budget) as store:
+        for chunk in matrix.split([4, 6, 5, 1, 4]):
+            store.append(chunk)
+        (whole,) = store.chunks()
+        assert torch.equal(whole, matrix)
+        assert budget.left == 2**20 - store.n_bytes

@@ -39,3 +39,8 @@ def test_wrong_chunks_are_refused() -> None:
         list(fixed_blocks([torch.ones(1, 3, dtype=torch.int64)]))
     with pytest.raises(InvalidInput, match=r"`stream`.*\b3\b.*\b4\b"):
         list(fixed_blocks([torch.ones(1, 3), torch.ones(1, 4)]))
+
+
+@pytest.mark.parametrize(("features", "rows"), [(32, 2**15), (512, 2**15), (768, 21_845)])
+def test_a_block_of_few_features_is_bounded_in_tokens(features: int, rows: int) -> None:
+    assert rows_per_block(features) == rows

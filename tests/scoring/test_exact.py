@@ -105,6 +105,7 @@ def test_records_of_dense_layers_are_taken_in_one_piece(
         close(self)
 
     monkeypatch.setattr(TokenStore, "close", noted)
+    monkeypatch.setattr("entangle.recording.stream._SLAB_BYTES", 1)
     before = score(tiny("llama"), calibration, layers=1, method="exact")
     assert max(map(len, pieces.values())) > 1
     pieces.clear()

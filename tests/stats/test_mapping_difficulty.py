@@ -366,3 +366,8 @@ def test_pairs_at_any_distance_above_zero_count() -> None:
         assert (found.n_pairs, found.n_identical) == (2, 0)
         expected = (1 / distance[0] + 3 / distance[1]) / 2
         assert found.slope.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_pairs_keep_no_order_of_all_tokens() -> None:
+    pairs = draw_pairs(1000, seed=0, max_pairs=3)
+    assert pairs.untyped_storage().nbytes() == 6 * 8

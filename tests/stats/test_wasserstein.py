@@ -416,3 +416,18 @@ def test_null_floor_is_exceeded_by_one_draw_in_forty(n_tokens: int) -> None:
     scale = math.sqrt(min(n_tokens, 8192) / n_tokens)
     assert int((drawn * scale > high).sum()) == 5
     assert floor == pytest.approx(scale * math.fsum(drawn) / 200, rel=1e-12)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_long_row_in_stretches_is_the_row_at_once(
+    shape: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = torch.from_numpy(np.stack([_sample(shape, 1000, seed) for seed in range(3)]))
+    expected = shape_statistics(rows)
+    monkeypatch.setattr(wasserstein, "_CACHE_BYTES", 2 * 8 * 96)
+    monkeypatch.setattr(wasserstein, "_STRETCH", 96)
+    monkeypatch.setattr(wasserstein, "_sorted_statistics", None)
+    found = shape_statistics(rows)
+    for name in FIELDS:
+        ours, theirs = getattr(found, name), getattr(expected, name)
+        assert torch.allclose(ours, theirs, rtol=1e-11, atol=1e-13, equal_nan=True), name
