@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from entangle import provenance
 from entangle.errors import EntangleError, InvalidInput, Unavailable
@@ -20,6 +21,7 @@ from entangle.provenance import (
     package_versions,
     peak_memory_bytes,
     read_manifest,
+    without_run,
     write_json,
 )
 
@@ -263,6 +265,8 @@ def test_the_clock(ticks: list[float]) -> None:
     reading = RunClock().read()
     assert reading["seconds"] == 1.235
     assert isinstance(reading["peak_memory_bytes"], int)
+    assert reading["threads"] == torch.get_num_threads()
+    assert without_run({**reading, "seed": 1}) == {"seed": 1}
 
 
 def test_peak_memory_is_in_bytes_and_never_falls() -> None:
