@@ -69,8 +69,11 @@ def peak_memory_bytes() -> int:
 
 
 RUN_KEYS = frozenset(
-    ("seconds", "peak_memory_bytes", "peak_gpu_memory_bytes", "memory_bytes", "command")
-)
+    (
+        "seconds", "peak_memory_bytes", "peak_gpu_memory_bytes", "memory_bytes", "command",
+        "threads",
+    )
+)  # fmt: skip
 """What a manifest says about one run, and not about its result."""
 
 
@@ -92,15 +95,18 @@ class RunClock:
     def read(self, memory: int | None = None) -> dict[str, object]:
         """Return ``seconds`` and ``peak_memory_bytes`` (also of the GPU where one was used).
 
-        And ``memory_bytes``, what the run was allowed to take, if ``memory`` is given.
+        And ``threads``, how many torch computes with where it is imported, and ``memory_bytes``,
+        what the run was allowed to take, if ``memory`` is given.
         """
         reading: dict[str, object] = {
             "seconds": round(time.perf_counter() - self._start, 3),
             "peak_memory_bytes": peak_memory_bytes(),
         }
         torch = sys.modules.get("torch")
-        if torch is not None and torch.cuda.is_available():
-            reading["peak_gpu_memory_bytes"] = int(torch.cuda.max_memory_allocated())
+        if torch is not None:
+            reading["threads"] = int(torch.get_num_threads())
+            if torch.cuda.is_available():
+                reading["peak_gpu_memory_bytes"] = int(torch.cuda.max_memory_allocated())
         return reading if memory is None else reading | {"memory_bytes": memory}
 
 

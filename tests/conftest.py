@@ -1,7 +1,7 @@
 """Fixtures that several rooms share; heavy imports happen when a fixture is first used."""
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,6 +44,16 @@ def any_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     from entangle import memory
 
     monkeypatch.setattr(memory, "LEAST_BYTES", 0)
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Return a function that sets the number of threads of torch until the test ends."""
+    import torch
+
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

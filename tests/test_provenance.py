@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from entangle import provenance
 from entangle.claims import beside
@@ -23,6 +24,7 @@ from entangle.provenance import (
     peak_memory_bytes,
     read_manifest,
     scratch,
+    without_run,
     write_json,
 )
 from tests.claiming import claimer, said
@@ -344,6 +346,8 @@ def test_the_clock(ticks: list[float]) -> None:
     reading = RunClock().read()
     assert reading["seconds"] == 1.235
     assert isinstance(reading["peak_memory_bytes"], int)
+    assert reading["threads"] == torch.get_num_threads()
+    assert without_run({**reading, "seed": 1}) == {"seed": 1}
 
 
 def test_peak_memory_is_in_bytes_and_never_falls() -> None:

@@ -13,6 +13,7 @@ from entangle.precision import accumulator_dtype
 from entangle.recording.stream import TokenStore
 from entangle.stats.mapping_difficulty import draw_pairs, mapping_difficulty
 from entangle.stats.rounding import Judge
+from entangle.stats.tiles import multiply
 from entangle.stats.wasserstein import ShapeStatistics, shape_statistics
 
 _BLOCK_TOKENS = 8192
@@ -170,7 +171,7 @@ def dense_outputs(
     outputs = torch.empty(weight.shape[0], inputs.n_tokens, device=weight.device)
     for start, rows in inputs.blocks(_BLOCK_TOKENS):
         target = outputs[:, start : start + rows.shape[0]]
-        torch.matmul(weight.float(), rows.to(weight.device).float().T, out=target)
+        multiply(weight.float(), rows.to(weight.device).float(), out=target)
         target += bias[:, None]
     return outputs
 
@@ -195,7 +196,9 @@ def output_errors(
         own = Clusters.of(clusters.labels[start : start + tokens.shape[0]], change.shape[0])
         for expert, index in enumerate(own.order.split(list(own.sizes))):
             if index.numel():
-                errors[:, start + index] = change[expert] @ tokens[index].T
+                found = errors.new_empty(errors.shape[0], index.numel())
+                multiply(change[expert], tokens[index], out=found)
+                errors[:, start + index] = found
     return errors
 
 

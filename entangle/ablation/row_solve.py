@@ -33,6 +33,7 @@ from entangle.seeding import check_seed
 from entangle.stats.gram import ClusterGrams, ClusterGramsResult
 from entangle.stats.mapping_difficulty import mapping_difficulty
 from entangle.stats.rounding import judge_products
+from entangle.stats.tiles import row_parts
 from entangle.stats.wasserstein import ShapeStatistics, shape_statistics, sort_rows
 
 _SOLVE_BYTES = 2**30
@@ -227,11 +228,10 @@ def measure_group(
     everything = Clusters.of(torch.zeros_like(next(iter(fits.values())).clusters.labels), 1)
     pairs = pair_tokens(everything, inputs, seed=settings.seed) if settings.md else None
     names = group.columns()
-    at_once = max(1, memory // (_BYTES_A_TOKEN * inputs.n_tokens))
+    at_once = memory // (_BYTES_A_TOKEN * inputs.n_tokens)
     frames = []
     with full_precision():
-        for start in range(0, len(names), at_once):
-            part = slice(start, start + at_once)
+        for part in row_parts(len(names), at_once):
             dense = _Dense.of(group, inputs, part, pairs, fits)
             for fit in fits.values():
                 frames += [

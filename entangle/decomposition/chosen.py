@@ -15,6 +15,7 @@ from entangle.errors import InvalidInput, MemoryLimit, NumericalError
 from entangle.models.layers import Layer
 from entangle.recording.stream import TokenStore
 from entangle.stats.rounding import FeatureSizes, judge_products
+from entangle.stats.tiles import row_parts
 from entangle.stats.wasserstein import ShapeStatistics, shape_statistics
 
 TOP = 3
@@ -50,10 +51,9 @@ def score_rows(group: RowGroup, inputs: TokenStore, *, memory: int) -> pd.DataFr
     """
     n_rows = group.weight.shape[0]
     sizes = FeatureSizes.of(inputs).rms()[None]
-    at_once = max(1, memory // (_BYTES_A_TOKEN * inputs.n_tokens))
+    at_once = memory // (_BYTES_A_TOKEN * inputs.n_tokens)
     parts = []
-    for start in range(0, n_rows, at_once):
-        part = slice(start, start + at_once)
+    for part in row_parts(n_rows, at_once):
         weight = group.weight[part].float()
         bias = group.bias[part]
         judge = judge_products(weight, bias, sizes)

@@ -9,6 +9,7 @@ from entangle.ablation.row_measures import Clusters, dense_outputs, output_error
 from entangle.precision import accumulator_dtype
 from entangle.recording.stream import TokenStore
 from entangle.stats.gram import Gram
+from entangle.stats.tiles import row_parts
 
 SHARE = 0.9
 """Share of the variance that the components hold."""
@@ -94,26 +95,28 @@ def relative_errors(
     ndarray of shape (experts,)
         Summed over all neurons; NaN where the dense outputs do not vary.
     """
-    at_once = max(1, memory // (_BYTES_A_TOKEN * inputs.n_tokens))
-    lost = np.zeros(len(clusters.sizes))
-    spread = np.zeros(len(clusters.sizes))
-    for start in range(0, weight.shape[0], at_once):
-        part = slice(start, start + at_once)
+    at_once = memory // (_BYTES_A_TOKEN * inputs.n_tokens)
+    lost_by_neuron, spread_by_neuron = [], []
+    for part in row_parts(weight.shape[0], at_once):
         dense = weight[part].float()
         change = sparse[:, part].float() - dense
-        lost += _by_cluster(output_errors(change, inputs, clusters), clusters, centred=False)
-        spread += _by_cluster(dense_outputs(dense, bias[part], inputs), clusters, centred=True)
+        errors = output_errors(change, inputs, clusters)
+        lost_by_neuron.append(_by_cluster(errors, clusters, centred=False))
+        outputs = dense_outputs(dense, bias[part], inputs)
+        spread_by_neuron.append(_by_cluster(outputs, clusters, centred=True))
+    lost = np.concatenate(lost_by_neuron, axis=1).sum(1)
+    spread = np.concatenate(spread_by_neuron, axis=1).sum(1)
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(spread > 0, lost / spread, np.nan)
 
 
 def _by_cluster(values: Tensor, clusters: Clusters, *, centred: bool) -> np.ndarray:
-    """Sum the squares of (neurons, tokens) over neurons and a cluster's tokens, (clusters,)."""
+    """Sum the squares of (neurons, tokens) over a cluster's tokens, (clusters, neurons)."""
     wide = accumulator_dtype(values.device)
     sums = []
     for own in values[:, clusters.order].split(list(clusters.sizes), dim=1):
         own = own.to(wide)
         if centred and own.shape[1]:
             own = own - own.mean(1, keepdim=True)
-        sums.append(float(own.square().sum()))
-    return np.array(sums)
+        sums.append(own.square().sum(1).cpu().double().numpy())
+    return np.stack(sums)

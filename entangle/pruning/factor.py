@@ -66,8 +66,8 @@ def inverse_factor(
     Notes
     -----
     With ``J`` the reversal of rows and columns and ``J H J = L L^T``, ``U = J inv(L) J``: a single
-    Cholesky factorisation, of the damped gram itself and not of its inverse. On a GPU it is done
-    by `entangle.pruning.blocked`.
+    Cholesky factorisation, of the damped gram itself and not of its inverse. On the CPU it is done
+    in float64, on a GPU by `entangle.pruning.blocked`.
     """
     if not 0 <= damping < math.inf:
         raise InvalidInput(f"`damping` must be finite and at least 0; got {damping:g}.")
@@ -75,11 +75,8 @@ def inverse_factor(
     dead = gram.diagonal(dim1=-2, dim2=-1) == 0
     gram = _raised(gram)
     with full_precision():
-        if gram.device.type != "cpu":
-            return Factor(_escalate(gram, used, first, _factor), used, dead)
-        flipped = gram.flip(-2, -1)
-        lower = _escalate(flipped, used, first, _cholesky)
-        return Factor(_invert_lower(lower).flip(-2, -1), used, dead)
+        factorise = _factor_in_double if gram.device.type == "cpu" else _factor
+        return Factor(_escalate(gram, used, first, factorise), used, dead)
 
 
 def _raised(gram: Float[Tensor, "experts cols cols"]) -> Float[Tensor, "experts cols cols"]:
@@ -127,27 +124,36 @@ def _factor(
     return damped, factorise_(damped).nonzero()[:, 0]
 
 
-def _cholesky(
+def _factor_in_double(
     gram: Float[Tensor, "experts cols cols"], shift: Float[Tensor, "experts cols"]
 ) -> tuple[Float[Tensor, "experts cols cols"], Int[Tensor, " failed"]]:
-    """Factorise ``gram + diag(shift)``; the indices of those where that fails come second."""
-    damped = gram.clone()
-    damped.diagonal(dim1=-2, dim2=-1).add_(shift)
-    lower, info = torch.linalg.cholesky_ex(damped)
-    return lower, info.nonzero()[:, 0]
+    """Do what `_factor` does in float64, one matrix after the other, and round the result.
+
+    The last bits of a library's factor depend on the number of threads. Rounding takes them away.
+    """
+    upper, failed = torch.empty_like(gram, memory_format=torch.contiguous_format), []
+    for expert, (own, added) in enumerate(zip(gram, shift, strict=True)):
+        damped = own.to(torch.float64, copy=True)
+        damped.diagonal().add_(added)
+        lower, info = torch.linalg.cholesky_ex(damped.flip(-2, -1))
+        if int(info):
+            failed.append(expert)
+        else:
+            upper[expert] = _invert_lower(lower).flip(-2, -1)
+    return upper, torch.tensor(failed, dtype=torch.int64)
 
 
-def _invert_lower(lower: Float[Tensor, "experts n n"]) -> Float[Tensor, "experts n n"]:
-    """Invert lower-triangular matrices by halves, so that the work is in matrix products."""
+def _invert_lower(lower: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+    """Invert a lower-triangular matrix by halves, so that the work is in matrix products."""
     n = lower.shape[-1]
     if n <= _SMALL:
-        unit = torch.eye(n, dtype=lower.dtype, device=lower.device).expand_as(lower)
+        unit = torch.eye(n, dtype=lower.dtype)
         corner: Tensor = torch.linalg.solve_triangular(lower, unit, upper=False)
         return corner
     inverse, half = torch.zeros_like(lower), n // 2
     first, last = slice(half), slice(half, n)
-    inverse[:, first, first] = _invert_lower(lower[:, first, first])
-    inverse[:, last, last] = _invert_lower(lower[:, last, last])
-    product = lower[:, last, first] @ inverse[:, first, first]
-    inverse[:, last, first] = inverse[:, last, last] @ product.neg_()
+    inverse[first, first] = _invert_lower(lower[first, first])
+    inverse[last, last] = _invert_lower(lower[last, last])
+    product = lower[last, first] @ inverse[first, first]
+    inverse[last, first] = inverse[last, last] @ product.neg_()
     return inverse

@@ -25,6 +25,7 @@ from entangle.stats.mapping_difficulty import MappingDifficulty, TokenPairs, dra
 from entangle.stats.rounding import FeatureSizes, OutputError, output_error, reach
 from entangle.stats.rows import can_measure, measure_rows
 from entangle.stats.sketch import OutputSketch, SketchResult
+from entangle.stats.tiles import multiply, row_parts
 from entangle.stats.transfer import fetched
 from entangle.stats.wasserstein import ShapeStatistics, shape_statistics
 
@@ -171,11 +172,10 @@ def _score_layer(
     store = inputs.store
     pairs = inputs.pairs(seed=seed, device=layer.device) if md else None
     parts: list[_Measured] = []
-    neurons = max(1, memory // (_BYTES_AN_OUTPUT * store.n_tokens))
+    neurons = memory // (_BYTES_AN_OUTPUT * store.n_tokens)
     observed = inputs.outputs.get(layer.name)
     weight, bias = (None, None) if observed is not None else (layer.weight, layer.bias)
-    for start in range(0, layer.out_features, neurons):
-        part = slice(start, start + neurons)
+    for part in row_parts(layer.out_features, neurons):
         if weight is None:
             assert observed is not None  # noqa: S101
             outputs = _columns(observed, part, layer.device)
@@ -267,7 +267,7 @@ def _outputs(dense: Tensor, all_bias: Tensor | None, store: TokenStore, part: sl
     for start, rows in _inputs(store, on_gpu=weight.is_cuda, whole=as_is):
         rows, target = rows.to(weight.device), outputs[:, start : start + rows.shape[0]]
         if not as_is:
-            torch.matmul(factor, rows.float().T, out=target)
+            multiply(factor, rows.float(), out=target)
         elif target.is_contiguous():
             torch.mm(factor, rows.T, out_dtype=torch.float32, out=target)
         else:

@@ -50,10 +50,15 @@ def binned_distances(
     left, right = gap[:, :-1], gap[:, 1:]
     change = (right - left).abs().clamp_min(1e-300)
     crossing = width * (left.square() + right.square()) / (2 * change)
-    inside = torch.where(left * right < 0, crossing.maximum(area.abs()), area.abs()).sum(1)
+    inside = torch.where(left * right < 0, crossing.maximum(area.abs()), area.abs())
     tails = _normal_tail(edges[:, 0]) + _normal_tail(-edges[:, -1])
     bound = mass * width / 2 + 2 * _chord_area(width, normal)
-    return BinnedDistances(inside + tails, bound.sum(1), gap.abs().amax(1))
+    return BinnedDistances(_in_order(inside) + tails, _in_order(bound), gap.abs().amax(1))
+
+
+def _in_order(values: Tensor) -> Tensor:
+    """Sum rows from left to right, so that zeros on either side change no bit."""
+    return values.cumsum(1)[:, -1]
 
 
 def _chord_area(width: Tensor, normal: Tensor) -> Tensor:

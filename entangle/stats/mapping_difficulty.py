@@ -189,7 +189,7 @@ def _pair_statistics(outputs: Tensor, pairs: Tensor, slant: Tensor) -> tuple[Ten
         return tuple(exact.pair_statistics(outputs, pairs, slant))
     wide = slant.dtype
     dy = (outputs[:, pairs[0]].float() - outputs[:, pairs[1]].float()).abs_()
-    slope = dy.to(wide) @ slant / slant.numel()
+    slope = dy.to(wide).mul_(slant).mean(1)
     return slope, _median(dy).to(wide), dy.mean(1, dtype=wide), dy.amax(1).to(wide)
 
 

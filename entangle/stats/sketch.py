@@ -8,6 +8,7 @@ the text merge into the sketch of the whole.
 
 import math
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from jaxtyping import Float, Int32
@@ -28,6 +29,7 @@ from entangle.stats.resampling import (
     resample_on_gpu,
 )
 from entangle.stats.scratch import Scratch
+from entangle.stats.tiles import row_parts
 from entangle.stats.transfer import to_host
 from entangle.stats.wasserstein import ShapeStatistics, is_constant, sort_rows
 
@@ -120,9 +122,8 @@ class OutputSketch:
         if kernels.fits(outputs, bins.N_BINS):
             self._update_on_gpu(outputs, group)
         else:
-            columns = _block_columns(outputs)
-            for start in range(0, self.n_neurons, columns):
-                self._update_block(outputs, slice(start, start + columns), group)
+            for part in row_parts(self.n_neurons, _block_columns(outputs)):
+                self._update_block(outputs, part, group)
         self.n_tokens += outputs.shape[0]
         self._group_tokens[group] += outputs.shape[0]
 
@@ -227,10 +228,14 @@ class OutputSketch:
 
     def _update_block(self, outputs: Tensor, part: slice, group: int) -> None:
         values = outputs[:, part].float()
+        turned = values.stride(0) == 1  # each neuron's outputs lie together, and are summed so
+        shape = tuple(values.T.shape if turned else values.shape)
         x, square, work = (
-            self._scratch.take(name, tuple(values.shape), torch.float32, values.device)
+            self._scratch.take(name, shape, torch.float32, values.device)
             for name in ("x", "square", "work")
         )
+        if turned:
+            x, square, work = x.T, square.T, work.T
         torch.sub(values, self._location[part], out=x).div_(self._scale[part])
         powers = power_sums(x, square, work)
         if not bool(powers[-1].isfinite().all()):
@@ -292,7 +297,11 @@ class OutputSketch:
         for i in range(0, self.n_neurons, rows):
             part = slice(i, i + rows)
             low, high = self._low[part, None].to(shift), self._high[part, None].to(shift)
-            first, last = _occupied(counts[part])
+            firsts, lasts = _occupied(counts[part])
+            # Empty bins at a row's ends get no width, so that no other row's bins matter.
+            low = low.where(firsts == 0, low.maximum(edges[firsts]))
+            high = high.where(lasts == counts.shape[1] - 1, high.minimum(edges[lasts + 1]))
+            first, last = int(firsts.min()), int(lasts.max())
             placed = edges[first : last + 2].expand(low.shape[0], -1).clone()
             if first == 0:  # the outermost bins are open
                 placed[:, :1] = placed[:, :1].minimum(low)
@@ -321,7 +330,7 @@ class OutputSketch:
             nothing = torch.full_like(self._powers[:2], math.nan)
             return nothing[0], nothing
         total = int(self._group_tokens.sum())
-        powers = self._group_powers.sum(0)
+        powers = _sum(self._group_powers)
         without = torch.stack(
             [
                 self._subset_wd(
@@ -332,12 +341,13 @@ class OutputSketch:
                 for g in used
             ]
         )
-        se = ((len(used) - 1) * without.var(0, correction=0)).sqrt()
+        spread = without - _sum(without) / len(used)
+        se = ((len(used) - 1) / len(used) * _sum(spread.square())).sqrt()
         halves = torch.stack(
             [
                 self._subset_wd(
                     self._group_counts[half].sum(0, dtype=torch.int32),
-                    self._group_powers[half].sum(0),
+                    _sum(self._group_powers[half]),
                     int(self._group_tokens[half].sum()),
                 )
                 for half in (used[::2], used[1::2])
@@ -346,10 +356,17 @@ class OutputSketch:
         return se, halves
 
 
-def _occupied(counts: Tensor) -> tuple[int, int]:
-    """Return the first and the last bin that any row has counts in."""
-    used = counts.any(0).nonzero()
-    return (int(used[0]), int(used[-1])) if len(used) else (0, 0)
+def _sum(groups: Tensor) -> Tensor:
+    """Sum (groups, …) over the groups one after the other, whatever lies beside a neuron."""
+    total: Tensor = reduce(torch.add, groups)
+    return total
+
+
+def _occupied(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the first and the last bin that each row has counts in, (rows, 1)."""
+    used = (counts > 0).byte()
+    last = counts.shape[1] - 1 - used.flip(1).argmax(1, keepdim=True)
+    return used.argmax(1, keepdim=True), last
 
 
 def _block_columns(outputs: Tensor) -> int:

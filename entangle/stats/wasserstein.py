@@ -25,6 +25,7 @@ from entangle.errors import InvalidInput
 from entangle.kernels import distance, exact
 from entangle.precision import accumulator_dtype
 from entangle.seeding import numpy_rng
+from entangle.stats.tiles import row_parts
 
 _SORT_BYTES = 64 * 2**20
 _SORT_BYTES_GPU = 2**30
@@ -88,8 +89,7 @@ def shape_statistics(outputs: Float[Tensor, "neurons tokens"]) -> ShapeStatistic
     if tokens == 0:
         raise InvalidInput("`outputs` must hold at least one token; got shape with 0 tokens.")
     at_once = _SORT_BYTES if outputs.device.type == "cpu" else _SORT_BYTES_GPU
-    rows = max(1, at_once // (4 * tokens))
-    parts = [_statistics(outputs[i : i + rows]) for i in range(0, max(neurons, 1), rows)]
+    parts = [_statistics(outputs[part]) for part in row_parts(neurons, at_once // (4 * tokens))]
     columns = ([getattr(part, f.name) for part in parts] for f in fields(ShapeStatistics))
     return ShapeStatistics(*(torch.cat(column) for column in columns))
 
@@ -155,8 +155,8 @@ def _columns(ordered: Tensor) -> list[Tensor]:
     on_cpu = ordered.device.type == "cpu"
     if on_cpu and 8 * ordered.shape[1] > _CACHE_BYTES:
         return _in_stretches(ordered)
-    rows = max(1, (_CACHE_BYTES if on_cpu else _SORT_BYTES) // (8 * ordered.shape[1]))
-    parts = [_sorted_statistics(part) for part in ordered.split(rows)]
+    rows = (_CACHE_BYTES if on_cpu else _SORT_BYTES) // (8 * ordered.shape[1])
+    parts = [_sorted_statistics(ordered[part]) for part in row_parts(len(ordered), rows)]
     return [torch.cat(column) for column in zip(*parts, strict=True)]
 
 

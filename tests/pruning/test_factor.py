@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -18,6 +20,17 @@ def test_is_the_upper_cholesky_factor_of_the_inverse(cols: int) -> None:
     torch.testing.assert_close(factor, expected)
     assert torch.equal(used, torch.full_like(used, 0.01))
     assert torch.equal(gram, before)
+
+
+@pytest.mark.parametrize("cols", [150, 600])
+def test_number_of_threads_changes_hardly_a_bit(cols: int, threads: Callable[[int], None]) -> None:
+    _, gram = make(2, 1, cols, dtype=torch.float32)
+    found = []
+    for number in (1, 2):
+        threads(number)
+        found.append(inverse_factor(gram, damping=0.01).upper)
+    assert (found[0] != found[1]).float().mean() < 1e-4
+    torch.testing.assert_close(*found, rtol=2**-22, atol=1e-12)
 
 
 def test_by_hand() -> None:
