@@ -329,8 +329,13 @@ class Case:
         )  # fmt: skip
 
     def _hidden(self) -> list[str]:
-        """Return what a run leaves that could clean up, but for pieces that the next one takes."""
-        endings = (".building", ".ablating", ".comparing")
+        """Return what a run leaves that could clean up, but for what the next one takes.
+
+        That is pieces, and an old version that could not be put back, for the disk is full.
+        """
+        endings: tuple[str, ...] = (".building", ".ablating", ".comparing")
+        if not Path(self._command.makes).exists():
+            endings += (".replaced",)
         found = (one for one in everything() if "/." in f"/{one}")
         return [one for one in found if not Path(one).parts[0].endswith(endings)]
 
