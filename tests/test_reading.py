@@ -5,6 +5,7 @@ import json
 import lzma
 import os
 import random
+import re
 import shutil
 import struct
 import zipfile
@@ -25,6 +26,7 @@ from entangle.calibration import load_calibration, load_texts
 from entangle.calibration.token_files import read_token_file
 from entangle.errors import EntangleError, InvalidInput, Unavailable, UnknownName
 from entangle.evaluation import load_minimal_pairs
+from entangle.models.adapters import load_adapter
 from entangle.models.loading import load_model
 from entangle.reading import decoding, read_json, read_object, regular_file, regular_files
 
@@ -226,3 +228,25 @@ def test_a_tokenizer_that_cannot_tokenise_the_text(
     model = load_model(folder)
     with pytest.raises(InvalidInput, match=r"model'.*UNK"):
         load_calibration(["é" * 99], model.tokenizer, n_seq=1, seq_len=4)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[1]", "{", "[" * 100_000, '{"base_model_name_or_path": 7}',
+        '{"base_model_name_or_path": "b", "revision": [1]}',
+        *(
+            json.dumps({"base_model_name_or_path": base})
+            for base in ("x" * 9000, "\0", "\ud800", "/")
+        ),
+    ],
+    ids=range(9),
+)  # fmt: skip
+def test_settings_of_an_adapter_that_cannot_be(
+    content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: True)
+    (tmp_path / "adapter_config.json").write_text(content)
+    with pytest.raises((InvalidInput, Unavailable), match=re.escape(str(tmp_path))) as caught:
+        load_adapter(tmp_path, dtype=None)
+    assert "\n" not in str(caught.value)

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
+from entangle.checks import shown
 from entangle.errors import InvalidInput
 from entangle.models import pretrained
 from entangle.models.pretrained import Loaded
 from entangle.models.sources import ADAPTER_CONFIG, model_source
 from entangle.progress import tell
 from entangle.provenance import expanded
-from entangle.reading import read_object
+from entangle.reading import decoding, read_object
 
 
 def load_adapter(folder: Path, *, dtype: torch.dtype | None) -> Loaded:
@@ -37,15 +38,23 @@ def load_adapter(folder: Path, *, dtype: torch.dtype | None) -> Loaded:
     """
     settings = read_object(folder / ADAPTER_CONFIG, remedy="save the adapter again")
     base = settings.get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
-        raise InvalidInput(f"adapter {str(folder)!r} must name its base model; it names none.")
+    if not isinstance(base, str) or not base or "\0" in base:
+        raise InvalidInput(
+            f"adapter {str(folder)!r} must name its base model, a folder or a hub id; got "
+            f"{shown(base)}."
+        )
     if importlib.util.find_spec("peft") is None:
         raise InvalidInput(
             f"{str(folder)!r} is an adapter of {base!r}, no model of its own, and needs the "
             "package peft: `pip install peft` adds it; or save the merged model "
             "(`merge_and_unload`)."
         )
-    place = _base_folder(folder, base, settings.get("revision"))
+    revision = settings.get("revision")
+    if revision is not None and not isinstance(revision, str):
+        raise InvalidInput(
+            f"adapter {str(folder)!r} must name the revision of its base; got {shown(revision)}."
+        )
+    place = _base_folder(folder, base, revision)
     model, tokenizer = pretrained.load_folder(place, dtype=dtype, device_map=None)
     merged = _merged(model, folder)
     tell(f"{str(folder)!r} is an adapter: merged into its base, {base!r}.")
@@ -55,7 +64,9 @@ def load_adapter(folder: Path, *, dtype: torch.dtype | None) -> Loaded:
 
 def _base_folder(folder: Path, base: str, revision: str | None) -> Path:
     beside = folder / base
-    if not expanded(base).exists() and beside.is_dir():  # named from where the adapter lies
+    with decoding(folder / ADAPTER_CONFIG, remedy="save the adapter again"):
+        is_beside = not expanded(base).exists() and beside.is_dir()
+    if is_beside:  # named from where the adapter lies
         base = str(beside)
     try:
         source = model_source(base)
