@@ -39,7 +39,7 @@ _SCHEMAS: Mapping[str, Schema] = {
     },
     "windows": {
         "window": integers(), **_ARM, "loss": reals(0), "kl": reals(optional=True),
-        "agreement": shares(optional=True),
+        "agreement": reals(0, optional=True),
     },
     "pairs": {
         "pair": integers(), **_ARM, "paradigm": texts(), "good": reals(high=0), "bad": reals(high=0)

@@ -203,6 +203,7 @@ def rewrite(
 ) -> None:
     with safe_open(path, framework="pt") as file:
         described = json.loads(file.metadata()["entangle"])
+    del described["digests"]  # as an earlier version wrote it
     tensors = safetensors.torch.load_file(path)
     change(described, tensors)
     safetensors.torch.save_file(tensors, path, {"entangle": json.dumps(described)})
@@ -231,6 +232,20 @@ def test_altered_files(tmp_path: Path, change: Any, message: str) -> None:
     with pytest.raises(InvalidInput, match=message) as caught:
         load_allocation(path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change", [{"in_features": {"blocks.1.up": 8, "head": 8}}, {"blocks": {}}, {"pattern": "n:1"}]
+)
+def test_a_file_with_digests_that_was_altered(tmp_path: Path, change: dict[str, Any]) -> None:
+    path = make().save(tmp_path / "a.safetensors")
+    with safe_open(path, framework="pt") as file:
+        described = json.loads(file.metadata()["entangle"])
+    tensors = safetensors.torch.load_file(path)
+    metadata = {"entangle": json.dumps(described | change)}
+    safetensors.torch.save_file(tensors, path, metadata)
+    with pytest.raises(InvalidInput, match=r"a\.safetensors'"):
+        load_allocation(path)
 
 
 def test_other_files(tmp_path: Path) -> None:
