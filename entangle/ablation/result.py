@@ -42,7 +42,8 @@ _SCHEMAS: Mapping[str, Schema] = {
         "agreement": reals(0, optional=True),
     },
     "pairs": {
-        "pair": integers(), **_ARM, "paradigm": texts(), "good": reals(high=0), "bad": reals(high=0)
+        "pair": integers(), **_ARM, "paradigm": texts(optional=True), "good": reals(high=0),
+        "bad": reals(high=0),
     },
     "selections": {**_LAYER, "selection": texts(), "by": texts(), "seed": _SEED},
     "neurons": {
