@@ -14,6 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from entangle.calibration import CalibrationSet
+from entangle.models.loading import LanguageModel
+from entangle.scoring.score import score
+from entangle.seeding import torch_rng
 from tests.tiny_models import save_tiny
 
 TEXT = ["--n-seq", "24", "--seq-len", "50"]
@@ -132,3 +136,18 @@ def test_threads_leave_masks_and_weights_of_an_expansion(runs: Callable[..., Pat
             torch.testing.assert_close(before[kept], after[kept], rtol=0, atol=1e-5)
     assert weights > 0
     assert flipped <= 1e-4 * weights
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_other_batches_move_a_sketch_within_its_tolerance(
+    tiny: Callable[[str], LanguageModel], size: int
+) -> None:
+    ids = torch.randint(4, 112, (64, 16), generator=torch_rng(0, "sketched"))
+    text = CalibrationSet(ids, "random ids", {})
+    usual, other = (
+        score(tiny("gpt2"), text, proj="mlp", method="sketch", batch_size=batch).frame
+        for batch in (None, size)
+    )
+    assert (other["wd"] - usual["wd"]).abs().le(other["wd_bound"] + usual["wd_bound"]).all()
+    assert (other["md"] / usual["md"]).between(0.5, 2).all()
+    assert not other["md"].equals(usual["md"])
