@@ -17,7 +17,7 @@ from entangle.cli.main import main
 COMMAND = (
     "compare", "model", "--calibration", "text.txt", "--data", "text.txt", "--n-seq", "6",
     "--seq-len", "32", "--eval-seq-len", "32", "--eval-windows", "4", "--methods",
-    "magnitude,wanda", "--experts", "2", "--device", "cpu", "--quiet", "--out", "x",
+    "magnitude,wanda", "--device", "cpu", "--quiet", "--out", "x",
 )  # fmt: skip
 _STOPPED = """
 import os, sys, time
