@@ -320,7 +320,8 @@ class Case:
         """Tell whether a result is the old one or the new one; of figures, each with its table."""
         if self._command.arguments[0] != "figures":
             return kept in (self._old, self._new)
-        stems = [name.removesuffix(".csv") for name in kept if name.endswith(".csv")]
+        tables = [name for name in kept if name.endswith(".csv") and "/." not in name]
+        stems = [name.removesuffix(".csv") for name in tables]
         figures = [{f"{stem}.{e}" for e in ("csv", "pdf", "png")} for stem in stems]
         return all(
             any({name: kept.get(name) for name in names} == {name: one.get(name) for name in names}
