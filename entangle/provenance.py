@@ -24,7 +24,7 @@ from entangle.checks import path_of
 from entangle.claims import beside, check_claimed, claim, insist
 from entangle.errors import EntangleError, InvalidInput, Unavailable
 from entangle.reading import decoding, read_json, regular_file
-from entangle.schema import Schema, check_table
+from entangle.schema import Schema, broken, check_table
 from entangle.sealing import sealed, unsealed
 
 if TYPE_CHECKING:
@@ -459,6 +459,8 @@ def read_table(path: Path, schema: Schema) -> "pd.DataFrame":
     """
     import pandas as pd
 
+    if not path.exists():
+        raise broken(path, "is missing")
     file = regular_file(path)
     with decoding(file, remedy=_ANEW):
         table = pd.read_parquet(file)

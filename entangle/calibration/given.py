@@ -130,8 +130,8 @@ def _from_saved(path: Path, wanted: Wanted) -> TokenFile | TextSource:
 
     for folder in (path, *(one for one in path.iterdir() if one.is_dir())):
         regular_files(folder)
-    _check_listed(path)
     with decoding(path, remedy=_AGAIN), no_pickles(f"'{path}'"):
+        _check_listed(path)
         saved = datasets.load_from_disk(str(path))
     return _from_dataset(saved, f"'{path}'", wanted)
 

@@ -64,11 +64,11 @@ def load_adapter(folder: Path, *, dtype: torch.dtype | None) -> Loaded:
 
 def _base_folder(folder: Path, base: str, revision: str | None) -> Path:
     beside = folder / base
-    with decoding(folder / ADAPTER_CONFIG, remedy="save the adapter again"):
-        is_beside = not expanded(base).exists() and beside.is_dir()
-    if is_beside:  # named from where the adapter lies
-        base = str(beside)
     try:
+        with decoding(folder / ADAPTER_CONFIG, remedy="save the adapter again"):
+            is_beside = not expanded(base).exists() and beside.is_dir()
+        if is_beside:  # named from where the adapter lies
+            base = str(beside)
         source = model_source(base)
     except InvalidInput as error:
         raise InvalidInput(

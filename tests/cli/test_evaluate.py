@@ -16,6 +16,7 @@ from entangle.evaluation import load_evaluation, perplexity, perplexity_ratio
 from entangle.expansion import expand
 from entangle.models.loading import load_model
 from entangle.provenance import read_manifest
+from entangle.sealing import sealed
 from tests.cli.runs import Run, holds
 from tests.tiny_models import TINY, save_tiny, tiny_tokenizer
 
@@ -346,9 +347,10 @@ def test_checkpoints_that_cannot_be_evaluated(
     module.lm_head.weight[0, 0] += 1
     module.save_pretrained("other")
     manifest = json.loads((expansion / "x" / "manifest.json").read_text())
+    empty = sealed(Path("none"), manifest | {"model": {"name": "model"}})
     for name, content in (
         ("broken", "{"),
-        ("empty", json.dumps(manifest | {"model": {"name": "model"}, "digests": None})),
+        ("empty", json.dumps(empty)),
         ("scores", json.dumps(manifest | {"kind": "scores"})),
     ):
         shutil.copytree("x", name)

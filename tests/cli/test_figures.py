@@ -13,6 +13,7 @@ from entangle.cli.drawings import FIGURES, drawings_of, text_of
 from entangle.cli.figures import MAKERS, missing_lines, open_run
 from entangle.cli.main import main
 from tests.cli.runs import Run, holds
+from tests.results import resealed
 
 KINDS = ("scores", "ablation", "comparison", "decomposition", "allocation")
 
@@ -136,6 +137,10 @@ def test_a_layer_each_where_there_are_several(made: Path, tmp_path: Path) -> Non
     for file in folder.glob("*.parquet"):
         table = pd.read_parquet(file)
         pd.concat([table, table.assign(layer="other")]).to_parquet(file, index=False)
+    manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+    manifest["settings"]["layers"].append("other")
+    (folder / "manifest.json").write_text(json.dumps(manifest), "utf-8")
+    resealed(folder)
     drawings = {one.name: one.draw for one in drawings_of(open_run(str(folder)), "single")}
     assert list(drawings) == [
         f"{name}_{layer}"
@@ -153,6 +158,7 @@ def test_a_result_that_lacks_something_is_drawn_as_far_as_it_goes(
     shutil.copytree(made / "scores", folder)
     frame = pd.read_parquet(folder / "scores.parquet")
     frame.assign(md=float("nan")).to_parquet(folder / "scores.parquet", index=False)
+    resealed(folder)
     done = run("figures", folder, "--out", tmp_path / "f", "--format", "png")
     assert done.status == 0
     assert "Skipped: wd_against_md: `scores` must hold" in done.out
@@ -160,6 +166,7 @@ def test_a_result_that_lacks_something_is_drawn_as_far_as_it_goes(
     frame.assign(md=float("nan"), wd=float("nan")).to_parquet(
         folder / "scores.parquet", index=False
     )
+    resealed(folder)
     nothing = run("figures", folder, "--out", tmp_path / "g", "--format", "png")
     assert nothing.status == 2
     assert "nothing" in nothing.err
@@ -176,6 +183,7 @@ def test_a_table_that_was_not_asked_for_is_named_with_its_option(
     file = folder / "neurons.parquet"
     neurons = pd.read_parquet(file)
     neurons[neurons["experts"] == 1].to_parquet(file, index=False)
+    resealed(folder)
     done = run("figures", folder, "--out", tmp_path / "f", "--format", "png")
     assert (done.status, done.err) == (0, "")
     said = {line.split(":")[1].strip(): line for line in done.out.splitlines() if "Skipped" in line}

@@ -8,6 +8,8 @@ import pytest
 from entangle.allocation.registry import RULES
 from entangle.cli import meaning
 from entangle.cli.main import build_parser, main
+from entangle.provenance import write_json
+from tests.results import resealed
 
 ALLOCATE = "allocate nowhere --sparsity 0.5"
 COMPARE = "compare --data demo"
@@ -75,7 +77,8 @@ def test_an_option_that_changes_nothing_is_refused(
 def test_what_is_written_needs_a_name(
     option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "manifest.json").write_text('{"kind": "scores", "schema_version": 1}')
+    write_json(tmp_path / "manifest.json", {"kind": "scores", "schema_version": 1})
+    resealed(tmp_path)
     assert main(["allocate", str(tmp_path), "--sparsity", "0.5", *option.split()]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1

@@ -165,7 +165,9 @@ def test_layers_of_odd_names_are_drawn_and_shown(
     model = as_language_model(module)
     layers = [f"model.layers.1.mlp.down_proj.{ODD}/x", "model.layers.0.mlp.down_proj"]
     scores = score(model, calibration, layers=layers)
-    replace(scores, manifest=dict(scores.manifest) | {"model": {"name": ODD}}).save("scores")
+    named = scores.frame.assign(model=ODD)
+    manifest = dict(scores.manifest) | {"model": {"name": ODD}}
+    replace(scores, frame=named, manifest=manifest).save("scores")
     check(run("figures", "scores", "--out", "drawn"), 0, "Figure: drawn/")
     check(run("allocate", "scores", "--sparsity", 0.5, "--model", ODD), 2)
 
