@@ -57,7 +57,7 @@ MISTAKES = {
     "--eval-windows 2": "--eval-windows needs --evaluate SOURCE",
     "--out text.txt": "output 'text.txt' file",
     "--out text.txt/x": "folder write",
-    f"--out {'x' * 250}": "written long",
+    f"--out {'x' * 300}": "written long",
 }
 
 
