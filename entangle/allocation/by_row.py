@@ -70,7 +70,7 @@ def read_csv(path: Path) -> dict[str, Any]:
             raise _damaged(path, f"the neurons of {name!r} are not 0 to {len(part) - 1}, once each")
         fields["zeros"][name] = torch.from_numpy(part["zeros"].to_numpy(np.int64).copy())
         fields["in_features"][name] = _single(path, part, "in_features")
-        if part["block"].notna().all():
+        if part["block"].notna().any():
             fields["blocks"][name] = _single(path, part, "block")
         if "experts" in table.columns:
             fields["experts"] = (fields["experts"] or {}) | {name: _single(path, part, "experts")}
