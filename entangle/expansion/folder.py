@@ -129,7 +129,7 @@ class BuildFolder:
         """Return what ``run.json`` of a finished build says; nothing where it was removed."""
         try:
             found = json.loads((self.path / _RUN).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return {}
         if not isinstance(found, dict) or not found.keys() >= {"seconds", "peak_memory_bytes"}:
             return {}
