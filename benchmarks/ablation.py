@@ -13,12 +13,12 @@ from collections.abc import Callable
 import pandas as pd
 import torch
 
-from entangle.ablation import ablate
-from entangle.calibration import load_calibration
 from entangle.cli.demo import ABLATED, EVAL_SEQ_LEN, EVAL_WINDOWS, N_SEQ, SEEDS, SEQ_LEN, STRENGTHS
 from entangle.evaluation import load_evaluation, perplexity
+from entangle.experiments.ablate import ablate
 from entangle.models.loading import load_model
-from entangle.provenance import package_versions
+from entangle.runs.provenance import package_versions
+from entangle.texts.calibration import load_calibration
 
 
 def seconds(work: Callable[[], object]) -> float:

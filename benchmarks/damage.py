@@ -398,7 +398,7 @@ def judge(kind: Kind, ended: tuple[str, str, str], intact: str) -> str:
 
 def numbers(out: str) -> str:
     """Return what a command printed without what differs from run to run."""
-    from entangle.provenance import without_run
+    from entangle.runs.provenance import without_run
 
     return json.dumps(without_run(json.loads(out)), sort_keys=True) if out else ""
 

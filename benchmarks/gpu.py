@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 
 from benchmarks import published
-from entangle.calibration import CalibrationSet
-from entangle.expansion import ExpandedLinear, expand
+from entangle.experts.expand import expand
+from entangle.experts.linear import ExpandedLinear
 from entangle.models.loading import LanguageModel, as_language_model
-from entangle.provenance import package_versions
 from entangle.pruning import prune
+from entangle.runs.provenance import package_versions
 from entangle.scoring.score import Method, score
 from entangle.stats.wasserstein import shape_statistics
+from entangle.texts.calibration_set import CalibrationSet
 
 EXPERTS = 16
 GIB = 2**30

@@ -30,8 +30,8 @@ from safetensors.numpy import load_file
 import entangle
 from entangle.cli.figures import open_run
 from entangle.cli.main import main as entangle_main
-from entangle.expansion.loading import load_expanded
-from entangle.provenance import claimed
+from entangle.experts.loading import load_expanded
+from entangle.runs.provenance import claimed
 from tests.tiny_models import save_tiny
 
 TEXT = ("--calibration", "text.txt", "--n-seq", "4", "--seq-len", "32", "--device", "cpu")

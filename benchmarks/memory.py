@@ -27,9 +27,9 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 if TYPE_CHECKING:
-    from entangle.calibration import CalibrationSet
     from entangle.evaluation import EvaluationText
     from entangle.models.loading import LanguageModel
+    from entangle.texts.calibration_set import CalibrationSet
 
 GIB = 2**30
 MIB = 2**20
@@ -181,9 +181,9 @@ def measure(
     sparsity: float,
 ) -> pd.DataFrame:
     """Time an expansion, and a comparison of the dense model and one arm, at every budget."""
-    from entangle.expansion import expand
-    from entangle.expansion.arms import arms
-    from entangle.expansion.compare import compare
+    from entangle.experiments.compare import compare
+    from entangle.experiments.compare_arms import arms
+    from entangle.experts.expand import expand
     from entangle.memory import memory_for
 
     chosen = arms(["expansion"], [sparsity], [experts])
@@ -219,10 +219,10 @@ def budgets(asked: argparse.Namespace) -> int:
     """Print the table of seconds; return 1 where the default is slower than 1.1 × the best."""
     import torch
 
-    from entangle.calibration import load_calibration
     from entangle.evaluation import load_evaluation
     from entangle.models.loading import load_model
-    from entangle.provenance import package_versions
+    from entangle.runs.provenance import package_versions
+    from entangle.texts.calibration import load_calibration
 
     model = load_model(asked.model, device=asked.device)
     calibration = load_calibration(

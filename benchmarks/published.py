@@ -14,7 +14,7 @@ import torch
 from scipy.stats import wasserstein_distance
 from torch import Tensor
 
-from entangle.routing.kmeans import kmeans
+from entangle.experts.clusters import kmeans
 
 Assign = Callable[[str, Tensor], Tensor]
 """From a layer's name and its inputs (tokens, features) to the tokens' clusters."""
@@ -96,7 +96,7 @@ def expand_block(
 
     ``body`` maps token ids (sequences, tokens) to hidden states. The inputs of gate and up are
     given back before those of down are recorded. Principal components come from torch (randomised),
-    k-means from `entangle.routing.kmeans` with 10 restarts (published: 100), unless ``assign``
+    k-means from `entangle.experts.clusters` with 10 restarts (published: 100), unless ``assign``
     gives the clusters of the tokens (of the inputs of the layer that it names). The pass through
     the experts, which would feed a next block, is left out, as there is none.
     """

@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 from scipy.stats import wasserstein_distance
 
-from entangle.provenance import package_versions, peak_memory_bytes
+from entangle.runs.provenance import package_versions, peak_memory_bytes
 from entangle.stats.sketch import OutputSketch
 from entangle.stats.wasserstein import shape_statistics
 
@@ -106,9 +106,9 @@ def _one_thread() -> None:
 
 def forward_pass(n_seq: int, seq_len: int, repeats: int) -> list[dict[str, object]]:
     """Time scoring all MLP linears of the demo model against the bare pass, alternating."""
-    from entangle.calibration import load_calibration
     from entangle.models.loading import load_model
     from entangle.scoring.score import score
+    from entangle.texts.calibration import load_calibration
 
     model = load_model("demo")
     calibration = load_calibration("demo", model.tokenizer, n_seq=n_seq, seq_len=seq_len)

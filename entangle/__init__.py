@@ -9,18 +9,23 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from entangle.ablation import AblationResult, ablate, load_ablation
     from entangle.allocation import allocate, load_allocation
-    from entangle.calibration import CalibrationSet, load_calibration
-    from entangle.decomposition import Decomposition, decompose, load_decomposition
     from entangle.evaluation import load_evaluation, load_minimal_pairs, perplexity
-    from entangle.expansion import expand, load_expanded
-    from entangle.expansion.compare import compare, load_comparison
+    from entangle.experiments.ablate import ablate
+    from entangle.experiments.compare import compare
+    from entangle.experts.expand import expand
+    from entangle.experts.loading import load_expanded
     from entangle.explorer import explore
     from entangle.models.loading import LanguageModel, load_model
     from entangle.modes import neuron_modes
+    from entangle.modes.decompose import decompose
+    from entangle.results.ablation import AblationResult, load_ablation
+    from entangle.results.comparison import load_comparison
+    from entangle.results.decomposition import Decomposition, load_decomposition
+    from entangle.results.scores import NeuronScores, load_scores
     from entangle.scoring.score import score
-    from entangle.scoring.scores import NeuronScores, load_scores
+    from entangle.texts.calibration import load_calibration
+    from entangle.texts.calibration_set import CalibrationSet
 
 try:
     __version__ = version("entangle")
@@ -28,27 +33,27 @@ except PackageNotFoundError:  # a source tree that is not installed
     __version__ = "0+unknown"
 
 _HOMES = {
-    "AblationResult": "entangle.ablation",
-    "CalibrationSet": "entangle.calibration",
-    "Decomposition": "entangle.decomposition",
+    "AblationResult": "entangle.results.ablation",
+    "CalibrationSet": "entangle.texts.calibration_set",
+    "Decomposition": "entangle.results.decomposition",
     "LanguageModel": "entangle.models.loading",
-    "NeuronScores": "entangle.scoring.scores",
-    "ablate": "entangle.ablation",
+    "NeuronScores": "entangle.results.scores",
+    "ablate": "entangle.experiments.ablate",
     "allocate": "entangle.allocation",
-    "compare": "entangle.expansion.compare",
-    "decompose": "entangle.decomposition",
-    "expand": "entangle.expansion",
+    "compare": "entangle.experiments.compare",
+    "decompose": "entangle.modes.decompose",
+    "expand": "entangle.experts.expand",
     "explore": "entangle.explorer",
-    "load_ablation": "entangle.ablation",
+    "load_ablation": "entangle.results.ablation",
     "load_allocation": "entangle.allocation",
-    "load_calibration": "entangle.calibration",
-    "load_comparison": "entangle.expansion.compare",
-    "load_decomposition": "entangle.decomposition",
+    "load_calibration": "entangle.texts.calibration",
+    "load_comparison": "entangle.results.comparison",
+    "load_decomposition": "entangle.results.decomposition",
     "load_evaluation": "entangle.evaluation",
-    "load_expanded": "entangle.expansion",
+    "load_expanded": "entangle.experts.loading",
     "load_minimal_pairs": "entangle.evaluation",
     "load_model": "entangle.models.loading",
-    "load_scores": "entangle.scoring.scores",
+    "load_scores": "entangle.results.scores",
     "neuron_modes": "entangle.modes",
     "perplexity": "entangle.evaluation",
     "score": "entangle.scoring.score",

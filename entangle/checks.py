@@ -25,6 +25,7 @@ from entangle.errors import InvalidInput, unknown_name
 if TYPE_CHECKING:
     from torch import Tensor, dtype
 
+
 T = TypeVar("T")
 S = TypeVar("S", bound=str)
 

@@ -21,6 +21,7 @@ from entangle.errors import InvalidInput
 if TYPE_CHECKING:
     import torch
 
+
 SHARE = 2
 """One part in so many of what is free is taken where nothing was asked for."""
 

@@ -8,7 +8,7 @@ _DRIVER = """
 import sys, time
 from pathlib import Path
 from entangle.errors import EntangleError
-from entangle.provenance import claimed
+from entangle.runs.provenance import claimed
 
 target, seconds = Path(sys.argv[1]), float(sys.argv[2])
 try:

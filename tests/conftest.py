@@ -11,8 +11,10 @@ import pytest
 if TYPE_CHECKING:
     from torch import nn
 
-    from entangle.calibration import CalibrationSet
+    from entangle.evaluation import EvaluationText
+    from entangle.experiments.compare import Comparison
     from entangle.models.loading import LanguageModel
+    from entangle.texts.calibration_set import CalibrationSet
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -86,8 +88,8 @@ def calibration() -> "CalibrationSet":
     """Return 12 sequences of 16 random tokens."""
     import torch
 
-    from entangle.calibration import CalibrationSet
     from entangle.seeding import torch_rng
+    from entangle.texts.calibration_set import CalibrationSet
 
     ids = torch.randint(4, 112, (12, 16), generator=torch_rng(0, "test tokens"))
     return CalibrationSet(ids, "random ids", {})
@@ -110,3 +112,26 @@ def count_hooks() -> "Callable[[nn.Module], int]":
         return sum(len(getattr(child, kind)) for child in module.modules() for kind in kinds)
 
     return count
+
+
+@pytest.fixture(scope="session")
+def text() -> "EvaluationText":
+    """Return 5 windows of 16 random tokens."""
+    import torch
+
+    from entangle.evaluation import EvaluationText
+    from entangle.seeding import torch_rng
+
+    ids = torch.randint(4, 90, (5, 16), generator=torch_rng(1, "evaluation"))
+    return EvaluationText(ids, "random ids", {})
+
+
+@pytest.fixture(scope="session")
+def found(
+    tiny: "Callable[[str], LanguageModel]", calibration: "CalibrationSet", text: "EvaluationText"
+) -> "Comparison":
+    """Magnitude, SparseGPT and both routers at two sparsities, on a tiny model, compared once."""
+    from entangle.experiments.compare import arms, compare
+
+    chosen = arms(["magnitude", "sparsegpt", "expansion", "expansion-random"], [0.5, 0.8], [1, 3])
+    return compare(tiny("llama"), calibration, text, chosen)

@@ -18,15 +18,16 @@ import torch
 
 import entangle
 from entangle import plotting
-from entangle.ablation import select
 from entangle.allocation import expert_budget, search
-from entangle.analysis import gmm_components, predictor_table
-from entangle.calibration import CalibrationSet
 from entangle.errors import InvalidInput
 from entangle.evaluation import EvaluationText
+from entangle.experiments.outliers import gmm_components
+from entangle.experiments.predictors import predictor_table
+from entangle.experiments.selection import select
 from entangle.models.layers import find_layers
 from entangle.models.loading import as_language_model
 from entangle.seeding import torch_rng
+from entangle.texts.calibration_set import CalibrationSet
 from tests.tiny_models import TINY
 
 MODEL = as_language_model(TINY["llama"]())

@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from entangle.calibration import CalibrationSet
 from entangle.models.loading import LanguageModel
 from entangle.scoring.score import score
 from entangle.seeding import torch_rng
+from entangle.texts.calibration_set import CalibrationSet
 from tests.tiny_models import save_tiny
 
 TEXT = ["--n-seq", "24", "--seq-len", "50"]

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from entangle.escapes import visible
+from entangle.errors import visible
 
 
 @pytest.mark.parametrize(

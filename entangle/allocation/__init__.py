@@ -5,7 +5,7 @@ from entangle.allocation.allocation import Allocation, load_allocation
 from entangle.allocation.budget import InfeasibleBudget
 from entangle.allocation.experts import expert_budget
 from entangle.allocation.export import FORMATS, export, import_allocation
-from entangle.allocation.registry import RULES
+from entangle.allocation.rules import RULES
 from entangle.allocation.search import search
 
 __all__ = [

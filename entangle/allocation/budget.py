@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from entangle.allocation.rows import Counts, Reals
+from entangle.allocation.allocation import Counts, Reals
 from entangle.errors import InvalidInput
 
 _HALVINGS = 110

@@ -13,9 +13,9 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from entangle.errors import InvalidInput
-from entangle.provenance import SCHEMA_VERSION, expanded, output_file
-from entangle.reading import READ_ERRORS
-from entangle.sealing import DIGESTS, check_digest, manifest_digest
+from entangle.runs.provenance import SCHEMA_VERSION, expanded, output_file
+from entangle.runs.reading import READ_ERRORS
+from entangle.runs.sealing import DIGESTS, check_digest, manifest_digest
 
 KIND = "allocation"
 _METADATA = "entangle"

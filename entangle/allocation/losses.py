@@ -1,19 +1,108 @@
-"""Rules that equalise what the last zero costs, neuron for neuron."""
+"""Rules that equalise what the last zero costs, neuron for neuron.
+
+How much the model's own loss cares about each neuron's output.
+
+Run a model with every block twice: dense, and pruned on the same inputs.
+
+NeuroAL: the schedule of sparsities that leaves the layers' inputs most alike.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Float, Int, Int64
+from torch import Tensor, nn
 
+from entangle.allocation.allocation import Reals, Rows
 from entangle.allocation.budget import Wish
-from entangle.allocation.measurements import Measurements
-from entangle.allocation.request import Request
-from entangle.allocation.rows import Reals
-from entangle.allocation.sensitivity import output_sensitivity
+from entangle.allocation.measurements import Measurements, square_sum
+from entangle.allocation.request import Request, keep_more
 from entangle.errors import InvalidInput, NumericalError
-from entangle.models.layers import Layer
+from entangle.models.layers import Layer, find_blocks
 from entangle.precision import accumulator_dtype, full_precision
 from entangle.pruning import prune
+from entangle.pruning.masks import prune_smallest
+from entangle.recording.hooks import Change, Edit, changed_rows, edit, forward, look_at
+from entangle.recording.recorder import Recorded, Recorder
+from entangle.seeding import torch_rng
+from entangle.texts.calibration_set import CalibrationSet
+
+
+class _Tap(torch.autograd.Function):
+    """The identity, whose backward pass shows the gradient to ``sink``."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, sink: Callable[[Tensor], None]) -> Tensor:
+        ctx.sink = sink
+        return output.clone()  # a model may add to it in place
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        ctx.sink(grads[0])
+        return grads[0], None
+
+
+def output_sensitivity(measured: Measurements) -> dict[str, Float[Tensor, " _"]]:
+    """Return the mean squared gradient of the loss with respect to each neuron's output.
+
+    Times the mean squared error that pruning makes in that output, and halved, it estimates what
+    the error adds to the loss of a token (empirical Fisher information, with gradients and errors
+    taken as independent).
+
+    One forward and backward pass, a sequence at a time. The loss is the summed cross-entropy of the
+    next token; for a model without logits (an encoder) it is a random projection of its last
+    hidden states, whose squared gradient is in expectation that of all of them together.
+
+    Parameters
+    ----------
+    measured
+        Model, layers and calibration set.
+
+    Returns
+    -------
+    dict
+        (out_features,) by layer name, float64 on the CPU.
+    """
+    module = measured.model.module
+    sums: dict[str, Tensor] = {}
+
+    def add(name: str, gradient: Tensor) -> None:
+        square = square_sum(gradient.detach().flatten(0, -2)).cpu().double()
+        sums[name] = sums[name] + square if name in sums else square
+
+    def tap(name: str, output: Tensor) -> Tensor:
+        followed = output if output.requires_grad else output.detach().requires_grad_()
+        tapped: Tensor = _Tap.apply(followed, partial(add, name))  # type: ignore[no-untyped-call]
+        return tapped
+
+    edits: list[Edit] = [(layer, partial(tap, layer.name)) for layer in measured.layers]
+    measured.progress.start(measured.calibration.n_seq, "sequences")
+    with torch.inference_mode(False), torch.enable_grad(), edit(edits):
+        for index, ids in measured.calibration.batches(1):
+            _loss(module, ids.to(measured.model.device), index).backward()
+            measured.progress.advance()
+    tokens = measured.calibration.n_tokens
+    return {layer.name: sums[layer.name] / tokens for layer in measured.layers}
+
+
+def _loss(module: nn.Module, ids: Int[Tensor, "sequences tokens"], index: int) -> Tensor:
+    accepted = inspect.signature(module.forward).parameters
+    found = module(ids, **({"use_cache": False} if "use_cache" in accepted else {}))
+    logits = getattr(found, "logits", None)
+    if isinstance(logits, Tensor):
+        flat = logits[:, :-1].flatten(0, 1).float()
+        return nn.functional.cross_entropy(flat, ids[:, 1:].flatten(), reduction="sum")
+    hidden = found if isinstance(found, Tensor) else found[0]
+    signs = torch.randint(2, hidden.shape, generator=torch_rng(0, "projection", index)) * 2 - 1
+    return (hidden.float() * signs.to(hidden.device)).sum()
+
 
 REACH = 0.2
 """How far a neuron's sparsity may be from its layer's, where that leaves room on both sides."""
@@ -140,3 +229,220 @@ def _solve(
     except (InvalidInput, NumericalError) as error:
         raise type(error)(f"{layer.name}: {error}") from error
     return torch.stack(found).cpu().double()
+
+
+SEQUENCES = 8
+"""Calibration sequences that are run, all in one batch, so of one length (`_first`)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Alignment:
+    """How much pruning changes the inputs of layers inside their own block."""
+
+    error: float
+    """Sum over layers of ``‖n / Σn − n' / Σn'‖₂ / in_features``, n and n' the norms of the inputs
+    over the tokens, dense and pruned."""
+    difference: Mapping[str, Float[Tensor, " _"]]
+    """``n − n'`` of each layer, (in_features,)."""
+
+
+@contextmanager
+def aligner(
+    measured: Measurements,
+) -> Iterator[Callable[[Mapping[str, Float[Tensor, " _"]]], Alignment]]:
+    """Yield a function that tells how much pruning to given sparsities changes layers' inputs.
+
+    Sparsities are of each neuron, by layer name. Block after block is pruned by Wanda, and the
+    inputs of its layers are compared before and after: each block runs twice on what comes out of
+    the pruned blocks before it, dense, which also gives the norms for Wanda, and pruned, which is
+    handed on. Weights are put back bit for bit. Layers outside the blocks are not pruned.
+
+    Parameters
+    ----------
+    measured
+        Model, layers and calibration set.
+    """
+    doubled = _Doubled(measured)
+    blocks = find_blocks(measured.model.module)[1]
+    with doubled.recorder.watching(), _replaced(blocks, doubled.run_twice):
+        yield doubled.align
+
+
+class _Doubled:
+    """What is pruned, and the sums of squares of inputs seen so far."""
+
+    def __init__(self, measured: Measurements) -> None:
+        self.layers = tuple(layer for layer in measured.layers if layer.block is not None)
+        self._module, self._ids = measured.model.module, _first(measured.calibration)
+        self._sparsity: Mapping[str, Tensor] = {}
+        self._squares: dict[str, Tensor] = {}
+        dense = Recorder(self.layers, lambda _seen: None, affine="pruning")
+        dense.run(self._module, [(0, self._ids)])
+        habits = look_at(self._module, self.layers, self._ids)
+        self.recorder = Recorder(self.layers, self._note, compared=False, habits=habits)
+        """Watches the layers, whose weights change meanwhile."""
+
+    def align(self, sparsity: Mapping[str, Float[Tensor, " _"]]) -> Alignment:
+        """Run the model once, every block twice."""
+        self._sparsity = sparsity
+        self._dense: dict[str, Tensor] = {}
+        self._sparse: dict[str, Tensor] = {}
+        with self.recorder.one_pass(tuple(self._ids.shape)):
+            forward(self._module, self._ids)
+        norms = {
+            name: (self._dense[name].sqrt(), after.sqrt()) for name, after in self._sparse.items()
+        }
+        error = sum(
+            float((before / before.sum() - after / after.sum()).nan_to_num().norm()) / len(before)
+            for before, after in norms.values()
+        )
+        return Alignment(error, {name: before - after for name, (before, after) in norms.items()})
+
+    def _note(self, seen: Recorded) -> None:
+        """Add the squares of an input to the sums of the run that is on."""
+        name = seen.layer.name
+        self._squares[name] = self._squares.get(name, 0) + square_sum(seen.inputs)
+
+    def run_twice(self, index: int, run: Callable[[], Any]) -> Any:
+        """Run a block dense, then pruned; return what the pruned one gives."""
+        layers = [layer for layer in self.layers if layer.block == index]
+        self._squares = self._dense
+        found = run()
+        seen = [layer for layer in layers if layer.name in self._dense]
+        if not seen:
+            return found
+        self._squares = self._sparse
+        with _pruned(seen, self._dense, self._sparsity):
+            return run()
+
+
+def _first(calibration: CalibrationSet) -> Int64[Tensor, "sequences tokens"]:
+    """Return the first sequences that are long enough; of unequal ones as makes most tokens."""
+    rows = calibration.rows
+    falling = sorted(rows.lengths, reverse=True)[:SEQUENCES]
+    count = max(range(1, len(falling) + 1), key=lambda n: (n * falling[n - 1], n))
+    length = falling[count - 1]
+    long = (i for i, own in enumerate(rows.lengths) if own >= length)
+    return torch.stack([rows.sequence(i)[:length] for i in islice(long, count)])
+
+
+@contextmanager
+def _pruned(
+    layers: Sequence[Layer], squares: Mapping[str, Tensor], sparsity: Mapping[str, Tensor]
+) -> Iterator[None]:
+    """Zero the weights of least ``|w| · ‖X_j‖₂`` of each row inside the ``with`` block."""
+    changes: list[Change] = []
+    for layer in layers:
+        weight = layer.weight
+        saliency = weight.abs().float() * squares[layer.name].sqrt().float()
+        budget = (sparsity[layer.name] * weight.shape[1]).long().to(weight.device)
+        pruned = weight.masked_fill(prune_smallest(saliency, budget), 0)
+        changes.append((layer, torch.arange(layer.out_features), pruned))
+    with changed_rows(changes):
+        yield
+
+
+@contextmanager
+def _replaced(
+    blocks: nn.ModuleList, call: Callable[[int, Callable[[], Any]], Any]
+) -> Iterator[None]:
+    """Call ``call(index, run)`` where block ``index`` is called; ``run()`` is the block itself."""
+    own = [block.__dict__.get("forward") for block in blocks]  # accelerate, for one, sets it
+    try:
+        for index, block in enumerate(blocks):
+            block.__dict__["forward"] = partial(_call, call, index, block.forward)
+        yield
+    finally:
+        for block, kept in zip(blocks, own, strict=True):
+            block.__dict__.pop("forward", None)
+            block.__dict__.update({} if kept is None else {"forward": kept})
+
+
+def _call(
+    call: Callable[[int, Callable[[], Any]], Any],
+    index: int,
+    run: Callable[..., Any],
+    *args: object,
+    **kwargs: object,
+) -> Any:
+    return call(index, partial(run, *args, **kwargs))
+
+
+_RANGES = (0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.09, 0.1, 0.12, 0.15, 0.2, 0.25)
+_WIDE_UP_TO = 0.8  # at this sparsity and above the widest range is not tried for blocks
+_LOWEST, _HIGHEST = 0.01, 0.99
+
+
+def neuroal_blocks(request: Request) -> Wish:
+    """Let sparsity grow linearly with depth, by the range that aligns the inputs best.
+
+    Of the ranges ± λ, λ from 0.01 to 0.25, that with the smallest sum over the layers of
+    ``‖n / Σn − n' / Σn'‖₂ / in_features``, with n and n' the norms of a layer's inputs before and
+    after its block is pruned by Wanda (`entangle.allocation.losses.aligner`), on the first 8
+    sequences of the calibration set.
+
+    References
+    ----------
+    Cunegatti, Custode, Iacca, "Zeroth-Order Adaptive Neuron Alignment Based Pruning without
+    Re-Training", arXiv 2411.07066; rule as in ``sparsity_distribution.py`` and ``lib/neuroal.py``
+    of github.com/eliacunegatti/NeuroAL.
+    """
+    rows, measured = request.rows, request.measurements()
+    sparsity = request.settings.sparsity
+    chosen = measured.once(("neuroal", sparsity), lambda: _best_schedule(measured, rows, sparsity))
+    return request.wish(chosen)
+
+
+def neuroal(request: Request) -> Wish:
+    """Give fewer zeros to neurons whose output, as the next layer's input, pruning shrinks most.
+
+    Within each layer's sparsity, which `neuroal_blocks` gives by default. A neuron's score is
+    ``n − n'`` of the input that it feeds: the input of the layers that run next, where that has as
+    many features as the layer has neurons. The share kept is the score scaled to a range of ± λ and
+    recentred; λ from 0 to 0.25 is chosen as for the blocks. Layers of the last block, and those
+    that feed no such input (fused or grouped projections), stay uniform.
+
+    References
+    ----------
+    As `neuroal_blocks`. The published code uses this step with Wanda and magnitude pruning only.
+    """
+    rows, measured = request.rows, request.measurements()
+    base = request.base
+    target = dict(zip(rows.names, base[rows.starts].tolist(), strict=True))
+    best = base
+    with aligner(measured) as align:
+        found = align(rows.split_reals(base))
+        scores, error = _fed(measured, found.difference), found.error
+        for strength in _RANGES:
+            tried = {name: part.numpy() for name, part in rows.split_reals(base).items()}
+            for name, score in scores.items():
+                tried[name] = keep_more(score, target[name], strength).clip(_LOWEST, _HIGHEST)
+            joined = np.concatenate([tried[name] for name in rows.names])
+            reached = align(rows.split_reals(joined)).error
+            if reached < error:
+                best, error = joined, reached
+    return request.wish(best)
+
+
+def _best_schedule(measured: Measurements, rows: Rows, sparsity: float | int) -> Reals:
+    """Return the sparsity of each layer under the best linear schedule."""
+    depth = np.arange(int(rows.groups.max()) + 1, dtype=np.float64)
+    ranges = [one for one in _RANGES if sparsity < _WIDE_UP_TO or one <= 0.2]
+    schedules = [keep_more(-depth, sparsity, one).clip(_LOWEST, _HIGHEST) for one in ranges]
+    with aligner(measured) as align:
+        spread = (rows.split_reals(rows.spread(one[rows.groups])) for one in schedules)
+        errors = [align(one).error for one in spread]
+    return schedules[int(np.argmin(errors))][rows.groups]
+
+
+def _fed(measured: Measurements, difference: Mapping[str, Float[Tensor, " _"]]) -> dict[str, Reals]:
+    """Return the score of each neuron of every layer that feeds the next input."""
+    last = max((layer.block for layer in measured.layers if layer.block is not None), default=-1)
+    scores = {}
+    for group, following in zip(measured.groups, measured.groups[1:], strict=False):
+        score = difference.get(following[0].name)
+        for layer in group:
+            fits = score is not None and len(score) == layer.out_features
+            if fits and score is not None and layer.block not in (None, last):
+                scores[layer.name] = score.double().cpu().numpy()
+    return scores

@@ -7,15 +7,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from entangle.allocation.rows import Reals
-from entangle.calibration import CalibrationSet, Source, as_calibration
+from entangle.allocation.allocation import Reals
 from entangle.errors import InvalidInput, NumericalError
 from entangle.models.layers import Layer
 from entangle.models.loading import LanguageModel
 from entangle.precision import accumulator_dtype
-from entangle.progress import Progress
 from entangle.recording.recorder import Batch, Recorded, Recorder, shared_inputs
+from entangle.runs.progress import Progress
 from entangle.stats.gram import Gram, GramResult
+from entangle.texts.calibration import as_calibration
+from entangle.texts.calibration_set import CalibrationSet
+from entangle.texts.given import Source
 
 _PROBE_TOKENS = 4
 

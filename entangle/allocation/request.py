@@ -1,16 +1,152 @@
-"""What an allocation rule is asked, and what it may use to answer."""
+"""What an allocation rule is asked, and what it may use to answer.
 
+Columns of the scores, put into the order of the neurons and combined into one number each.
+
+Which layers share the budget, and whether scores and model belong together.
+"""
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import pandas as pd
+from torch import nn
 
+from entangle.allocation.allocation import Reals, Rows, step_sizes
 from entangle.allocation.budget import Wish
-from entangle.allocation.columns import Columns
 from entangle.allocation.measurements import Measurements
-from entangle.allocation.rows import Reals, Rows
-from entangle.allocation.steps import step_sizes
-from entangle.checks import finite, share
-from entangle.errors import InvalidInput
+from entangle.checks import choice, finite, share, shown, whole
+from entangle.errors import InvalidInput, unknown_name
+from entangle.models.layers import LISTING, Layer, LayerSpec, Projections, find_layers, list_layers
+from entangle.models.loading import AnyModel, LanguageModel, as_language_model
+from entangle.results.scores import NeuronScores
+
+COMBINATIONS = ("zscore", "rank")
+"""How several columns become one: mean of z-scores, or mean of ranks."""
+
+
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """The scores of exactly the neurons of some layers, in their order."""
+
+    rows: Rows
+    frame: pd.DataFrame
+    """One row a neuron, in the order of ``rows``."""
+
+    def combined(self, by: Sequence[str], *, combine: str, across_layers: bool) -> Reals:
+        """Return one score a neuron from one or several columns.
+
+        Parameters
+        ----------
+        by
+            Numeric columns. One alone is returned as it is.
+        combine
+            ``zscore``: mean of ``(x − mean) / std`` (population; 0 where all values are equal).
+            ``rank``: mean of the average ranks, each scaled to (0, 1).
+        across_layers
+            Standardise or rank over all neurons; otherwise within each layer.
+
+        Raises
+        ------
+        UnknownName
+            For a column that does not exist or is not numeric.
+        InvalidInput
+            For another combination, or a column without a single finite value.
+
+        Notes
+        -----
+        A neuron without a value (flagged constant, nan, inf or coarse) gets the mean of the others
+        of its layer, or of all layers where its layer has none.
+        """
+        combine = choice("combine", combine, COMBINATIONS)
+        if not by:
+            raise InvalidInput("`by` must name at least one column; got none.")
+        values = [self.values(name) for name in by]
+        if len(values) == 1:
+            return values[0]
+        transform = self.zscores if combine == "zscore" else self.ranks
+        parts = [transform(one, across_layers=across_layers) for one in values]
+        mean: Reals = np.mean(parts, axis=0, dtype=np.float64)
+        return mean
+
+    def values(self, name: str) -> Reals:
+        """Return a column, with the mean of its layer where a neuron has no finite value."""
+        known = self.frame.select_dtypes("number").columns.drop(
+            ["neuron", "block"], errors="ignore"
+        )
+        if name not in known:
+            raise unknown_name("column", name, known, "Choose a numeric column of the scores.")
+        column = self.frame[name].to_numpy(np.float64, copy=True)
+        found = np.isfinite(column)
+        if found.all():
+            return column
+        if not found.any():
+            raise InvalidInput(
+                f"column {name!r} has no finite value in any of the {len(column):,} neurons; "
+                "choose another column or score anew."
+            )
+        column[~found] = 0.0
+        count = self.rows.total(found.astype(np.float64))
+        means = np.full(len(count), column.sum() / found.sum())
+        np.divide(self.rows.total(column), count, out=means, where=count > 0)
+        return np.where(found, column, self.rows.spread(means))
+
+    def missing(self, name: str) -> int:
+        """Return the number of neurons without a finite value in a column."""
+        return int((~np.isfinite(self.frame[name].to_numpy(np.float64))).sum())
+
+    def zscores(self, values: Reals, *, across_layers: bool) -> Reals:
+        """Standardise values over all neurons or within each layer; 0 where all are equal."""
+        if across_layers:
+            center, scale = np.full_like(values, values.mean()), np.full_like(values, values.std())
+        else:
+            center = self.rows.spread(self.rows.mean(values))
+            scale = self.rows.spread(np.sqrt(self.rows.mean((values - center) ** 2)))
+        level = scale <= 1e-12 * np.abs(center)
+        return np.where(level, 0.0, (values - center) / np.where(level, 1.0, scale))
+
+    def ranks(self, values: Reals, *, across_layers: bool) -> Reals:
+        """Return the average rank of each value, scaled to (0, 1), over all or in each layer."""
+        group = np.zeros_like(self.rows.layer) if across_layers else self.rows.layer
+        ranks = pd.Series(values).groupby(group).rank().to_numpy(np.float64)
+        return (ranks - 0.5) / np.bincount(group)[group]
+
+
+def gather(scores: pd.DataFrame, rows: Rows) -> Columns:
+    """Put the scores into the order of ``rows``; scores of other layers are left out.
+
+    Raises
+    ------
+    InvalidInput
+        If a column is missing, or a layer's neurons are not all there exactly once.
+    """
+    for name in ("layer", "neuron"):
+        if name not in scores.columns:
+            raise InvalidInput(f"the scores must have a column {name!r}; it is missing.")
+    index = {name: i for i, name in enumerate(rows.names)}
+    layer = scores["layer"].map(index)
+    kept = scores[layer.notna()]
+    position = layer[layer.notna()].to_numpy(np.int64)
+    neuron = kept["neuron"].to_numpy(np.int64)
+    order = np.lexsort((neuron, position))
+    counts = np.bincount(position, minlength=len(rows.names))
+    whole = np.array_equal(counts, rows.counts)
+    expected = np.arange(len(order)) - np.repeat(rows.starts, rows.counts) if whole else None
+    if expected is None or not np.array_equal(neuron[order], expected):
+        _refuse_incomplete(rows, position, neuron)
+    return Columns(rows, kept.iloc[order].reset_index(drop=True))
+
+
+def _refuse_incomplete(rows: Rows, position: np.ndarray, neuron: np.ndarray) -> None:
+    for i, name in enumerate(rows.names):
+        found = neuron[position == i]
+        count = int(rows.counts[i])
+        if not np.array_equal(np.sort(found), np.arange(count)):
+            listed = f"{len(found)} row(s)" if len(found) else "none"
+            raise InvalidInput(
+                f"the scores must hold each of the {count} neurons of layer {name!r} once; got "
+                f"{listed}: score the whole layer of this model."
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,3 +254,112 @@ def keep_more(score: Reals, sparsity: float | int, strength: float | int) -> Rea
     kept = 2 * strength * min_max(score)
     moved: Reals = sparsity - (kept - kept.mean())
     return moved
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """The layers to allocate to."""
+
+    rows: Rows
+    model: LanguageModel | None
+    layers: tuple[Layer, ...]
+    """The layers of the model; empty without one."""
+    described: Mapping[str, object] | None
+    """What the manifest says about the model; None where nothing is known."""
+
+
+def find_subject(
+    scores: NeuronScores | pd.DataFrame,
+    *,
+    model: AnyModel | None,
+    layers: LayerSpec | None,
+    proj: Projections,
+    in_features: Mapping[str, int] | None,
+) -> Subject:
+    """Find the layers to allocate to; arguments as in `entangle.allocation.allocate`.
+
+    Raises
+    ------
+    InvalidInput, UnknownName
+        If the scores are of another model, or lack a layer that was asked for.
+    """
+    frame = scores.frame if isinstance(scores, NeuronScores) else scores
+    if "layer" not in frame.columns or not len(frame):
+        raise InvalidInput("the scores must have a column 'layer' and at least one row.")
+    described = scores.manifest.get("model") if isinstance(scores, NeuronScores) else None
+    if not isinstance(described, Mapping):
+        described = None
+    scored = [str(name) for name in frame["layer"].unique()]
+    if model is None:
+        if layers is not None or proj is not None:
+            raise InvalidInput("`layers` and `proj` choose layers of a model: give `model`.")
+        rows = _rows_of_scores(frame, scored, {} if in_features is None else in_features)
+        return Subject(rows, None, (), described)
+    dense = as_language_model(model)
+    if described is not None:
+        _check_digest(dense, str(described.get("digest")))
+    chosen = _chosen(dense.module, scored, layers, proj)
+    return Subject(_rows_of_layers(chosen), dense, chosen, described or dense.describe())
+
+
+def _check_digest(model: LanguageModel, digest: str) -> None:
+    if model.digest != digest:
+        raise InvalidInput(
+            f"the model {model.name!r} has digest {model.digest[:12]}…, but the scores were made "
+            f"from {digest[:12]}…; score this model, or pass the model that was scored."
+        )
+
+
+def _chosen(
+    module: nn.Module,
+    scored: Sequence[str],
+    layers: LayerSpec | None,
+    proj: Projections,
+) -> tuple[Layer, ...]:
+    """Return the layers asked for, or all that were scored."""
+    if layers is None and proj is None:
+        found = {layer.name: layer for layer in list_layers(module)}
+        for name in scored:
+            if name not in found:
+                raise unknown_name(
+                    "layer", name, found, "The scores are of another model than the one given."
+                )
+        return tuple(layer for name, layer in found.items() if name in set(scored))
+    chosen = find_layers(module, "all" if layers is None else layers, proj)
+    for layer in chosen:
+        if layer.name not in scored:
+            raise InvalidInput(
+                f"the scores hold no layer {layer.name!r}: score it too, or choose among the "
+                f"{len(scored)} layer(s) that were scored. {LISTING}"
+            )
+    return chosen
+
+
+def _rows_of_layers(layers: Sequence[Layer]) -> Rows:
+    return Rows(
+        names=tuple(layer.name for layer in layers),
+        blocks=tuple(layer.block for layer in layers),
+        counts=np.array([layer.out_features for layer in layers], dtype=np.int64),
+        widths=np.array([layer.in_features for layer in layers], dtype=np.int64),
+    )
+
+
+def _rows_of_scores(
+    frame: pd.DataFrame, names: Sequence[str], in_features: Mapping[str, int]
+) -> Rows:
+    for name in names:
+        if in_features.get(name) is None:
+            raise InvalidInput(
+                f"the weights of a neuron of layer {name!r} must be known: give `model`, or their "
+                f"number in `in_features`; got none in {shown(dict(in_features))}."
+            )
+        whole(f"in_features[{name!r}]", in_features[name], least=1)
+    first = frame.drop_duplicates("layer")
+    found = first["block"] if "block" in frame.columns else pd.Series([None] * len(first))
+    counts = frame["layer"].value_counts(sort=False)
+    return Rows(
+        names=tuple(names),
+        blocks=tuple(None if pd.isna(block) else int(block) for block in found),
+        counts=np.array([int(counts[name]) for name in names], dtype=np.int64),
+        widths=np.array([int(in_features[name]) for name in names], dtype=np.int64),
+    )

@@ -1,7 +1,10 @@
-"""Tune the strength of a rule on held-out calibration text."""
+"""Tune the strength of a rule on held-out calibration text.
+
+Look for the smallest value of an expensive function on an interval.
+"""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -9,30 +12,91 @@ from typing import Any
 import pandas as pd
 import torch
 
-from entangle.affixes import around_each
 from entangle.allocation.allocate import allocate
 from entangle.allocation.allocation import Allocation
 from entangle.allocation.budget import InfeasibleBudget
-from entangle.allocation.golden import Tried, minimise
 from entangle.allocation.measurements import Measurements
-from entangle.allocation.registry import RULES
-from entangle.allocation.subject import find_subject
-from entangle.calibration import CalibrationSet, Source, as_calibration
+from entangle.allocation.request import find_subject
+from entangle.allocation.rules import RULES
 from entangle.checks import choice, finite, share, whole
 from entangle.errors import InvalidInput, NumericalError
 from entangle.evaluation import EvaluationText
 from entangle.evaluation.perplexity import measure_perplexity
 from entangle.memory import check_memory, memory_for
-from entangle.models.evaluating import evaluates
+from entangle.models.blocks import evaluates
 from entangle.models.layers import Layer, layer_specs, projections
 from entangle.models.loading import AnyModel, as_language_model
-from entangle.progress import ProgressBar
-from entangle.provenance import RunClock
 from entangle.pruning import prune
 from entangle.pruning.methods import METHODS
-from entangle.recording.surgery import Change, changed_rows
-from entangle.scoring.scores import NeuronScores
+from entangle.recording.hooks import Change, changed_rows
+from entangle.results.scores import NeuronScores
+from entangle.runs.affixes import around_each
+from entangle.runs.progress import ProgressBar
+from entangle.runs.provenance import RunClock
 from entangle.stats.gram import GramResult
+from entangle.texts.calibration import as_calibration
+from entangle.texts.calibration_set import CalibrationSet
+from entangle.texts.given import Source
+
+GRID = 5
+_RATIO = (math.sqrt(5.0) - 1.0) / 2.0
+
+Tried = list[tuple[float, float]]
+"""Every (x, value), in the order of the evaluations."""
+
+
+def minimise(
+    function: Callable[[float], float], low: float, high: float, *, evaluations: int
+) -> Tried:
+    """Evaluate a grid with both ends, then close in on its best point by golden section.
+
+    The grid has `GRID` points, or fewer if there are fewer evaluations. The rest go into the
+    interval between the neighbours of the best point, where the function is taken to have one
+    minimum; a NaN counts as infinite.
+
+    Parameters
+    ----------
+    function
+        What to minimise.
+    low, high
+        The interval.
+    evaluations
+        How often the function is called, at least 2.
+
+    Returns
+    -------
+    list of (x, value)
+        All evaluations; the minimum is the smallest of them.
+    """
+    tried: Tried = []
+
+    def at(x: float) -> float:
+        value = function(x)
+        tried.append((x, math.inf if math.isnan(value) else value))
+        return tried[-1][1]
+
+    points = min(GRID, evaluations)
+    grid = [low + (high - low) * i / (points - 1) for i in range(points)]
+    values = [at(x) for x in grid]
+    best = values.index(min(values))
+    left, right = grid[max(0, best - 1)], grid[min(points - 1, best + 1)]
+    inner: dict[float, float] = {}
+    while len(tried) < evaluations:
+        first, second = right - _RATIO * (right - left), left + _RATIO * (right - left)
+        for x in (first, second):
+            known = [value for other, value in inner.items() if math.isclose(other, x)]
+            if known:
+                inner[x] = known[0]
+            elif len(tried) < evaluations:
+                inner[x] = at(x)
+        if first not in inner or second not in inner:
+            break
+        if inner[first] <= inner[second]:
+            right = second
+        else:
+            left = first
+    return tried
+
 
 STAND_IN = "all layers pruned at once by one expert, on the inputs that the dense model gives them"
 """What is built of every candidate in place of an expansion."""

@@ -12,12 +12,13 @@ from entangle.errors import InvalidInput
 if TYPE_CHECKING:
     import pandas as pd
 
-    from entangle.ablation import AblationResult
-    from entangle.ablation.selection import Selection
     from entangle.allocation import Allocation
     from entangle.evaluation import EvaluationText, MinimalPairs
+    from entangle.experiments.selection import Selection
     from entangle.models.loading import LanguageModel
-    from entangle.scoring import NeuronScores
+    from entangle.results.ablation import AblationResult
+    from entangle.results.scores import NeuronScores
+
 
 N_SEQ, SEQ_LEN, EVAL_SEQ_LEN = 32, 1024, 1024
 SELECTIONS, STRENGTHS = "top,bottom,random", "0.9,0.95,0.99"
@@ -135,7 +136,7 @@ def _add_measure_options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Ablate, print and save."""
-    from entangle.provenance import check_output, expanded
+    from entangle.runs.provenance import check_output, expanded
     from entangle.seeding import check_seed
 
     check_seed(arguments.seed)
@@ -153,8 +154,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise InvalidInput("--resume goes on with an unfinished folder; name it with --out.")
     if arguments.out is not None and not (arguments.resume and _is_result(arguments.out)):
         check_output(arguments.out, force=arguments.force)
-    from entangle.ablation import ablate
-    from entangle.ablation.arms import check_settings
+    from entangle.experiments.ablate import ablate
+    from entangle.experiments.arms import check_settings
 
     routers = options.names(arguments.router)
     check_settings(**settings, routers=routers)
@@ -215,7 +216,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _is_result(out: str) -> bool:
     """Tell whether a folder holds a finished result, which may be the one that is asked for."""
-    from entangle.provenance import expanded
+    from entangle.runs.provenance import expanded
 
     return (expanded(out) / "manifest.json").is_file()
 
@@ -305,7 +306,7 @@ def _allocation(arguments: argparse.Namespace) -> "Allocation | None":
 def _scores(arguments: argparse.Namespace) -> "NeuronScores | None":
     if arguments.scores is None:
         return None
-    from entangle.scoring import load_scores
+    from entangle.results.scores import load_scores
 
     return load_scores(arguments.scores)
 
@@ -323,7 +324,7 @@ def _selections(
             raise InvalidInput(
                 f"the neurons in {name!r} are looked up in the scores; give --scores DIR."
             )
-        from entangle.ablation.selection import read_selection
+        from entangle.experiments.selection import read_selection
 
         found.append(read_selection(name, scores.frame))
     return found

@@ -11,7 +11,8 @@ from entangle.errors import InvalidInput
 if TYPE_CHECKING:
     from entangle.allocation import Allocation
     from entangle.models.loading import LanguageModel
-    from entangle.scoring import NeuronScores
+    from entangle.results.scores import NeuronScores
+
 
 N_SEQ, SEQ_LEN = 32, 1024
 SEARCH, PROTECT = "search", "protect"
@@ -130,7 +131,7 @@ def run(arguments: argparse.Namespace) -> None:
     memory = options.parse_memory(arguments.memory)
     from entangle.allocation import export
     from entangle.models.layers import find_layers
-    from entangle.scoring import load_scores
+    from entangle.results.scores import load_scores
 
     scores = load_scores(arguments.scores)
     model = _load_model(arguments, scores)
@@ -194,9 +195,9 @@ def print_allocation(allocation: "Allocation") -> None:
 
 def save_plot(allocation: "Allocation", arguments: argparse.Namespace) -> list[str]:
     """Draw the allocation; return the files."""
-    from entangle.allocation.labels import rule_label
+    from entangle.allocation.experts import rule_label
     from entangle.plotting import figure_allocation, save_figure
-    from entangle.sealing import manifest_digest
+    from entangle.runs.sealing import manifest_digest
 
     title = f"{rule_label(allocation)}, {100 * allocation.overall:.4g} % zeros"
     digest = manifest_digest(allocation.manifest)
@@ -239,7 +240,7 @@ def _check_outputs(arguments: argparse.Namespace, exports: list[tuple[str, str]]
     """Check that everything can be written, each to a file of its own, before any work is done."""
     from entangle.allocation.export import check_export
     from entangle.allocation.files import check_file
-    from entangle.provenance import expanded
+    from entangle.runs.provenance import expanded
 
     for name, path in exports:
         check_export(path, name, force=arguments.force)

@@ -9,10 +9,11 @@ from entangle.cli import options
 from entangle.cli.expand import N_SEQ, SEQ_LEN
 from entangle.cli.tables import print_json, print_table, records, say
 from entangle.errors import InvalidInput
-from entangle.progress import tell
+from entangle.runs.progress import tell
 
 if TYPE_CHECKING:
-    from entangle.expansion.compare import Comparison, Named
+    from entangle.experiments.compare import Comparison, Named
+
 
 SPARSITIES = "0.5,0.6,0.7,0.8"
 FORMATS = {
@@ -62,7 +63,7 @@ def add_parser(subparsers: options.Subparsers) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Compare, print and save."""
-    from entangle.expansion.arms import arms
+    from entangle.experiments.compare_arms import arms
 
     options.check_run(arguments)
     allocations = options.load_allocations(arguments)
@@ -77,9 +78,9 @@ def run(arguments: argparse.Namespace) -> None:
     calibration = options.load_calibration(arguments, model)
     text = options.load_evaluation(arguments, model, arguments.data)
     options.tell_special_tokens(arguments, model, text)
-    from entangle.expansion.compare import compare
-    from entangle.expansion.comparison import at_equal_nonzeros
-    from entangle.provenance import expanded
+    from entangle.experiments.compare import compare
+    from entangle.results.comparison import at_equal_nonzeros
+    from entangle.runs.provenance import expanded
 
     evaluated = f"{text.source}, n = {text.n_windows} windows of {text.seq_len} tokens"
     drawn = []
@@ -111,7 +112,7 @@ def run(arguments: argparse.Namespace) -> None:
 def _sparsities(arguments: argparse.Namespace, allocations: "Sequence[Named]") -> list[float]:
     """Return the sparsities asked for, or those of the allocations."""
     if arguments.sparsity is None and allocations:
-        from entangle.allocation.labels import nominal_sparsity
+        from entangle.allocation.experts import nominal_sparsity
 
         return list(dict.fromkeys(nominal_sparsity(one) for _, one in allocations))
     asked = SPARSITIES if arguments.sparsity is None else arguments.sparsity

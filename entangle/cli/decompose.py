@@ -9,7 +9,8 @@ from entangle.cli.tables import print_json, print_table, records, say
 from entangle.errors import InvalidInput
 
 if TYPE_CHECKING:
-    from entangle.decomposition import Decomposition
+    from entangle.results.decomposition import Decomposition
+
 
 N_SEQ, SEQ_LEN = 32, 1024
 
@@ -62,7 +63,7 @@ def add_parser(subparsers: options.Subparsers) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Decompose, save and print."""
     from entangle.checks import share
-    from entangle.provenance import check_output
+    from entangle.runs.provenance import check_output
     from entangle.seeding import check_seed
 
     check_seed(arguments.seed)
@@ -76,8 +77,8 @@ def run(arguments: argparse.Namespace) -> None:
     share("--sparsity", arguments.sparsity)
     if arguments.out is not None:
         check_output(arguments.out, force=arguments.force)
-    from entangle.decomposition import decompose
     from entangle.models.layers import find_layers
+    from entangle.modes.decompose import decompose
 
     model = options.load_model(arguments)
     find_layers(model.module, arguments.layer, arguments.proj)

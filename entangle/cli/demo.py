@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING
 
 from entangle.cli.options import Subparsers
 from entangle.cli.tables import say
-from entangle.progress import tell
+from entangle.runs.progress import tell
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from entangle.models.loading import LanguageModel
-    from entangle.scoring import NeuronScores
+    from entangle.results.scores import NeuronScores
+
 
 LAYER = "model.layers.1.mlp.gate_proj"
 N_SEQ, SEQ_LEN, TOP = 32, 1024, 10
@@ -39,13 +40,13 @@ def add_parser(subparsers: Subparsers) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Fetch, score, ablate, print and draw."""
     from entangle.cli.score import print_scores
-    from entangle.provenance import check_output, output_folder
+    from entangle.runs.provenance import check_output, output_folder
 
     check_output(arguments.out, force=arguments.force)
-    from entangle.calibration import load_calibration
     from entangle.models.loading import load_model
     from entangle.plotting import save_figure
     from entangle.scoring.score import score
+    from entangle.texts.calibration import load_calibration
 
     _say(arguments, "loading the demo model")
     model = load_model("demo")
@@ -65,10 +66,10 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _ablate(arguments: argparse.Namespace, model: "LanguageModel", out: Path) -> None:
     """Prune the top 3 % of all gate and up rows against controls, on articles of their own."""
-    from entangle.ablation import ablate
-    from entangle.calibration import load_calibration
     from entangle.cli.ablate import print_result, save_figures
     from entangle.evaluation import load_evaluation
+    from entangle.experiments.ablate import ablate
+    from entangle.texts.calibration import load_calibration
 
     _say(arguments, "pruning the top 3 % of all gate and up rows, and controls")
     result = ablate(

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from entangle.evaluation import EvaluationText, Perplexity
     from entangle.models.loading import LanguageModel
 
+
 KIND = "evaluation"
 DENSE = "dense"
 EXPANSION = "expansion"
@@ -78,7 +79,7 @@ def add_parser(subparsers: options.Subparsers) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Evaluate, print and save."""
-    from entangle.provenance import RunClock, check_output, make_manifest
+    from entangle.runs.provenance import RunClock, check_output, make_manifest
     from entangle.seeding import check_seed
 
     clock = RunClock()
@@ -122,7 +123,7 @@ def _effect(result: "Perplexity") -> dict[str, object] | None:
 
 def load_models(arguments: argparse.Namespace) -> dict[str, "LanguageModel"]:
     """Load the model, or the dense model of a Sparse Expansion and the expansion, by label."""
-    from entangle.provenance import expanded
+    from entangle.runs.provenance import expanded
 
     named = expanded(arguments.model)
     checkpoint = (named / "manifest.json").is_file() and not (named / "config.json").is_file()
@@ -137,7 +138,7 @@ def load_models(arguments: argparse.Namespace) -> dict[str, "LanguageModel"]:
 
 
 def _load_expansion(arguments: argparse.Namespace) -> dict[str, "LanguageModel"]:
-    from entangle.expansion.loading import load_base, load_expanded
+    from entangle.experts.loading import load_base, load_expanded
 
     fixed = {"--dtype": arguments.dtype != "auto", "--device-map": arguments.device_map is not None}
     fixed["--revision"] = arguments.revision is not None and arguments.base is None
@@ -155,8 +156,8 @@ def _load_expansion(arguments: argparse.Namespace) -> dict[str, "LanguageModel"]
 
 def load_text(arguments: argparse.Namespace, model: "LanguageModel") -> "EvaluationText":
     """Load the text that the options describe, fitted to the model."""
-    from entangle.calibration import interpret_escapes
     from entangle.evaluation import load_evaluation
+    from entangle.texts.documents import interpret_escapes
 
     return load_evaluation(
         arguments.data,
@@ -184,7 +185,7 @@ def save(
     """Write the manifest, the table, and every window's loss (``windows.parquet``)."""
     import pandas as pd
 
-    from entangle.provenance import output_folder, write_json
+    from entangle.runs.provenance import output_folder, write_json
 
     windows = pd.concat(
         pd.DataFrame({"model": label, "loss": result.window_losses}).rename_axis("window")

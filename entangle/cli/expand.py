@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 
     from entangle.allocation import Allocation
     from entangle.evaluation import EvaluationText, Perplexity
-    from entangle.expansion import Expansion
+    from entangle.experts.expand import Expansion
     from entangle.models.loading import LanguageModel
+
 
 N_SEQ, SEQ_LEN = 32, 1024
 LAYER_COLUMNS = ("layer", "sparsity", "relative_error", "damping", "smallest_cluster",
@@ -101,8 +102,8 @@ def run(arguments: argparse.Namespace) -> None:
         "keep": False,
         "progress": progress,
     }
-    from entangle.expansion import expand
-    from entangle.provenance import expanded as expanded_path
+    from entangle.experts.expand import expand
+    from entangle.runs.provenance import expanded as expanded_path
 
     k = _experts(arguments, allocation)
     summaries: list[pd.DataFrame] = []
@@ -177,7 +178,7 @@ def summarise(
 
 def _keep(summary: "pd.DataFrame", folder: Path) -> None:
     """Write the closing table, of dense and plain pruning too, into a checkpoint without one."""
-    from entangle.provenance import output_file
+    from entangle.runs.provenance import output_file
 
     path = folder / "model.parquet"
     if not path.exists():

@@ -1,14 +1,298 @@
-"""``entangle figures``: the paper's figures from the folders that other commands wrote."""
+"""``entangle figures``: the paper's figures from the folders that other commands wrote.
 
+Which figures ``entangle figures`` draws of each kind of result, and how.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+from urllib.parse import quote
+
+from entangle.errors import InvalidInput
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    from entangle.plotting.figures import HistogramOf
+    from entangle.results.decomposition import Decomposition
 import argparse
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
-from entangle.cli.drawings import FIGURES, Drawing, Run, drawings_of
 from entangle.cli.options import Subparsers
 from entangle.cli.tables import say
-from entangle.errors import InvalidInput
+
+Column = Literal["single", "double"]
+Draw = Callable[[], "Figure"]
+"""Raises `InvalidInput` where the result lacks something."""
+
+ABLATION_MEASURES: dict[str, str] = {
+    "perplexity_ratio": "perplexity",
+    "kl": "divergence",
+    "top1_agreement": "divergence",
+    "accuracy": "blimp",
+}
+"""Measures that are drawn, and what ``entangle ablate --measure`` calls them."""
+
+DECOMPOSED: dict[str, tuple[str, ...]] = {
+    "sparse_outputs": ("outputs", "neurons"),
+    "experts": ("outputs", "neurons"),
+    "distances": ("pairs", "neurons"),
+    "disentanglement": ("neurons",),
+    "recovery": ("outputs", "neurons"),
+    "predictors": ("neurons",),
+    "components": ("components",),
+    "router_map": ("router_map",),
+}
+"""Figures of a layer, and the tables of its decomposition that each takes."""
+
+EMPTY: dict[str, str] = {
+    "pairs": "--pairs 2000",
+    "separated": "--separated 20 and more tokens",
+    "contexts": "--contexts 8",
+    "router_map": "--experts 1,4,16",
+}
+"""Options of ``entangle decompose`` that fill a table which may be empty."""
+
+ONE_NEURON: dict[str, tuple[str, ...]] = {
+    "separated_pairs": ("separated",),
+    "modes": ("modes", "contexts"),
+}
+"""Figures of one neuron, likewise."""
+
+FIGURES: dict[str, tuple[str, ...]] = {
+    "scores": (
+        "wd_distribution", "wd_by_layer", "top_and_typical", "top_outputs", "wd_against_md",
+    ),
+    "ablation": tuple(f"ablation_{name}" for name in ABLATION_MEASURES),
+    "comparison": ("comparison",),
+    "decomposition": (*DECOMPOSED, *ONE_NEURON),
+    "allocation": ("allocation",),
+}  # fmt: skip
+"""What is drawn of a result, by its kind."""
+
+MOST_LAYERS, BLOCK, TOP_OUTPUTS = 12, 1, 6
+"""Scores of more layers than these show those of one block (the second, as in arXiv 2405.15756) in
+figures with a panel a layer; neurons whose outputs are drawn."""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure that can be drawn."""
+
+    name: str
+    """Of its files."""
+    draw: Draw
+
+
+@dataclass(frozen=True)
+class Run:
+    """One result on the disk."""
+
+    path: Path
+    kind: str
+    digest: str
+    """SHA-256 of its manifest."""
+    manifest: Mapping[str, object]
+
+
+def drawings_of(one: Run, column: Column) -> Iterator[Drawing]:
+    """Load a result and yield its figures, if any, signed with the run's digest and seed."""
+    makers = {
+        "scores": _of_scores,
+        "ablation": _of_ablation,
+        "comparison": _of_comparison,
+        "decomposition": _of_decomposition,
+        "allocation": _of_allocation,
+    }
+    settings = one.manifest.get("settings")
+    seed = settings.get("seed") if isinstance(settings, Mapping) else None
+    for drawing in makers[one.kind](one, column) if one.kind in makers else ():
+        draw = partial(_with_seed, drawing.draw, seed) if isinstance(seed, int) else drawing.draw
+        yield Drawing(drawing.name, draw)
+
+
+def _with_seed(draw: Draw, seed: int) -> "Figure":
+    from entangle.plotting.save import add_seed
+
+    return add_seed(draw(), seed)
+
+
+def _of_scores(one: Run, column: Column) -> Iterator[Drawing]:
+    from entangle import plotting
+    from entangle.results.scores import load_scores
+
+    scores = load_scores(one.path)
+    layers, histogram, sign = scores.layers, scores.histogram, one.digest
+    few = _block_rows(scores.frame)
+    draw: dict[str, Draw] = {
+        "wd_distribution": lambda: plotting.figure_wd_distribution(
+            few, layers, column=column, digest=sign
+        ),
+        "wd_by_layer": lambda: _wd_by_layer(scores.frame, column, sign),
+        "top_and_typical": lambda: plotting.figure_top_and_typical(
+            _first_layer(few), histogram, column=column, digest=sign
+        ),
+        "top_outputs": lambda: _top_outputs(few, histogram, column, sign),
+        "wd_against_md": lambda: plotting.figure_wd_against_md(few, column=column, digest=sign),
+    }
+    yield from (Drawing(name, draw[name]) for name in FIGURES["scores"])
+
+
+def _block_rows(frame: "pd.DataFrame") -> "pd.DataFrame":
+    """Return all layers if they are few, else those of block 1, or else the first layer."""
+    if frame["layer"].nunique() <= MOST_LAYERS:
+        return frame
+    rows: pd.DataFrame = frame[(frame["block"] == BLOCK).fillna(value=False)]
+    return rows if 1 <= rows["layer"].nunique() <= MOST_LAYERS else _first_layer(frame)
+
+
+def _first_layer(frame: "pd.DataFrame") -> "pd.DataFrame":
+    rows: pd.DataFrame = frame[frame["layer"] == frame["layer"].iloc[0]]
+    return rows
+
+
+def _wd_by_layer(frame: "pd.DataFrame", column: Column, digest: str) -> "Figure":
+    from entangle.plotting import figure_wd_by_layer
+
+    if frame["layer"].nunique() < 2:
+        raise InvalidInput("these scores hold one layer; `entangle score --layer all` scores all.")
+    return figure_wd_by_layer(frame, column=column, digest=digest)
+
+
+def _top_outputs(
+    frame: "pd.DataFrame", histogram_of: "HistogramOf", column: Column, digest: str
+) -> "Figure":
+    from entangle.plotting import NeuronOutput, figure_output_distributions
+
+    several = frame["layer"].nunique() > 1
+    best = frame[frame["wd"].notna()].nlargest(TOP_OUTPUTS, "wd")
+    items = [
+        NeuronOutput.of(
+            row,
+            histogram_of(str(row["layer"]), int(row["neuron"])),
+            label="" if several else f"neuron {row['neuron']}",
+            role="top",
+        )
+        for _, row in best.iterrows()
+    ]
+    return figure_output_distributions(items, column=column, digest=digest)
+
+
+def _of_ablation(one: Run, column: Column) -> Iterator[Drawing]:
+    from entangle.results.ablation import load_ablation
+
+    frame = load_ablation(one.path).frame
+    for measure in ABLATION_MEASURES:
+        text = text_of(one.manifest, pairs=measure == "accuracy")
+        draw = partial(_ablation, frame, measure, text, column, one.digest)
+        yield Drawing(f"ablation_{measure}", draw)
+
+
+def _ablation(
+    frame: "pd.DataFrame", measure: str, text: str | None, column: Column, digest: str
+) -> "Figure":
+    from entangle.plotting import figure_ablation
+
+    if measure not in set(frame["measure"]):
+        wanted = ABLATION_MEASURES[measure]
+        raise InvalidInput(
+            f"this ablation holds no {measure}; `entangle ablate --measure {wanted}` measures it."
+        )
+    return figure_ablation(frame, measure=measure, text=text, column=column, digest=digest)
+
+
+def _of_comparison(one: Run, column: Column) -> Iterator[Drawing]:
+    from entangle.experiments.compare import load_comparison
+    from entangle.plotting import figure_comparison
+
+    frame, text = load_comparison(one.path).frame, text_of(one.manifest)
+    yield Drawing(
+        "comparison",
+        lambda: figure_comparison(frame, text=text, column=column, digest=one.digest),
+    )
+
+
+def text_of(manifest: Mapping[str, object], *, pairs: bool = False) -> str | None:
+    """Return what a result was evaluated on: a text and its windows, or minimal pairs."""
+    said = manifest.get("evaluation")
+    if isinstance(said, Mapping) and "n_windows" not in said:
+        said = said.get("pairs" if pairs else "text")
+    if not isinstance(said, Mapping):
+        return None
+    source = str(said.get("source"))
+    source = Path(source).name if Path(source).is_absolute() else source
+    if "n_pairs" in said:
+        kinds = said.get("paradigms")
+        n = len(kinds) if isinstance(kinds, Mapping) else 0
+        return f"{source}, {said['n_pairs']:,} pairs of {n} paradigms"
+    return f"{source}, {said.get('n_windows')} windows of {said.get('seq_len')} tokens"
+
+
+def _of_decomposition(one: Run, column: Column) -> Iterator[Drawing]:
+    from entangle.results.decomposition import load_decomposition
+
+    found = load_decomposition(one.path)
+    layers = found.neurons["layer"].unique().tolist()
+    for layer in layers:
+        ending = f"_{quote(layer, safe='')}" if len(layers) > 1 else ""  # no "/" in names of files
+        for name in FIGURES["decomposition"]:
+            make = _of_one_neuron if name in ONE_NEURON else _of_layer
+            yield Drawing(name + ending, partial(make, name, found, layer, column, one.digest))
+
+
+def _of_layer(
+    name: str, found: "Decomposition", layer: str, column: Column, digest: str
+) -> "Figure":
+    from entangle import plotting
+
+    draw: Callable[..., Figure] = getattr(plotting, f"figure_{name}")
+    frames = _tables(found, DECOMPOSED[name], layer)
+    return draw(*frames, layer=layer, column=column, digest=digest)
+
+
+def _tables(found: "Decomposition", names: Sequence[str], layer: str) -> "list[pd.DataFrame]":
+    for name in names:
+        if name in EMPTY and not (getattr(found, name)["layer"] == layer).any():
+            raise InvalidInput(
+                f"this decomposition holds no {name.replace('_', ' ')} of layer {layer!r}; "
+                f"`entangle decompose {EMPTY[name]}` makes them."
+            )
+    return [getattr(found, name) for name in names]
+
+
+def _of_one_neuron(
+    name: str, found: "Decomposition", layer: str, column: Column, digest: str
+) -> "Figure":
+    """Draw the neuron with the largest WD, whose outputs are needed too."""
+    from entangle import plotting
+
+    histogram, item = plotting.dense_output(found.outputs, found.neurons, layer=layer)
+    draw: Callable[..., Figure] = getattr(plotting, f"figure_{name}")
+    frames = _tables(found, ONE_NEURON[name], layer)
+    return draw(
+        *frames, histogram, mean=item.mean, std=item.std, wd=item.wd, layer=layer,
+        neuron=item.neuron, column=column, digest=digest,
+    )  # fmt: skip
+
+
+def _of_allocation(one: Run, column: Column) -> Iterator[Drawing]:
+    from entangle.allocation import load_allocation
+    from entangle.allocation.experts import rule_label
+    from entangle.plotting import figure_allocation
+
+    allocation = load_allocation(one.path)
+
+    def draw() -> "Figure":
+        title = f"{rule_label(allocation)}, {100 * allocation.overall:.4g} % zeros"
+        return figure_allocation(
+            allocation.layers, allocation.neurons, title=title, column=column, digest=one.digest
+        )
+
+    yield Drawing("allocation", draw)
+
 
 MAKERS: dict[str, str] = {
     "scores": "entangle score",
@@ -80,7 +364,7 @@ def _draw(
     What is added to the folder of a result is listed in it, apart from what it was made with.
     """
     from entangle.plotting import save_figure
-    from entangle.sealing import list_added
+    from entangle.runs.sealing import list_added
 
     for stem, drawing, one in drawings:
         try:
@@ -102,8 +386,8 @@ def open_run(path: str) -> Run:
     InvalidInput
         If it is none of ours.
     """
-    from entangle.provenance import expanded, read_manifest
-    from entangle.sealing import manifest_digest
+    from entangle.runs.provenance import expanded, read_manifest
+    from entangle.runs.sealing import manifest_digest
 
     place = expanded(path)
     if place.is_file():

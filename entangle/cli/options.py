@@ -5,17 +5,18 @@ import re
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from entangle.affixes import POLICIES
 from entangle.errors import InvalidInput
+from entangle.runs.affixes import POLICIES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from entangle.allocation import Allocation
-    from entangle.calibration import CalibrationSet
     from entangle.evaluation import EvaluationText
-    from entangle.evaluation.affix_effect import AffixEffect
+    from entangle.evaluation.perplexity import AffixEffect
     from entangle.models.loading import LanguageModel
+    from entangle.texts.calibration_set import CalibrationSet
+
 
 Number = TypeVar("Number", int, float)
 
@@ -244,7 +245,7 @@ def tell_special_tokens(
     arguments: argparse.Namespace, model: "LanguageModel", text: "CalibrationSet | EvaluationText"
 ) -> "AffixEffect | None":
     """Say so where special tokens matter much to the model; return how much."""
-    from entangle.evaluation.affix_effect import affix_effect, tell
+    from entangle.evaluation.perplexity import affix_effect, tell
 
     effect = affix_effect(model, text.rows.sequence(0), text.settings)
     if not arguments.quiet:
@@ -254,7 +255,8 @@ def tell_special_tokens(
 
 def load_calibration(arguments: argparse.Namespace, model: "LanguageModel") -> "CalibrationSet":
     """Build the calibration set that the options describe, fitted to the model."""
-    from entangle.calibration import interpret_escapes, load_calibration
+    from entangle.texts.calibration import load_calibration
+    from entangle.texts.documents import interpret_escapes
 
     n_seq, seq_len, limit = arguments.n_seq, arguments.seq_len, model.context_length
     table = _is_table(arguments.calibration)
@@ -333,7 +335,7 @@ def _is_table(source: str) -> bool:
         return False
     from pathlib import Path
 
-    from entangle.calibration.token_files import read_token_file
+    from entangle.texts.token_files import read_token_file
 
     path = Path(source).expanduser()
     return not path.is_file() or read_token_file(path).ids.ndim == 2
@@ -353,7 +355,7 @@ def check_run(arguments: argparse.Namespace) -> None:
 
     A finished result can be resumed too: whether it is the same is known later.
     """
-    from entangle.provenance import check_output
+    from entangle.runs.provenance import check_output
     from entangle.seeding import check_seed
 
     check_seed(arguments.seed)

@@ -9,7 +9,8 @@ from entangle.cli.tables import print_json, print_table, records, say
 if TYPE_CHECKING:
     import pandas as pd
 
-    from entangle.scoring import NeuronScores
+    from entangle.results.scores import NeuronScores
+
 
 N_SEQ, SEQ_LEN = 32, 1024
 
@@ -55,7 +56,7 @@ def add_parser(subparsers: options.Subparsers) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Score, print and save."""
     from entangle.checks import whole
-    from entangle.provenance import check_output
+    from entangle.runs.provenance import check_output
     from entangle.seeding import check_seed
 
     check_seed(arguments.seed)

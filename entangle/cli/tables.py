@@ -8,19 +8,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from entangle.errors import EntangleError
-from entangle.escapes import visible
-from entangle.progress import on_terminal
+from entangle.errors import EntangleError, visible
+from entangle.runs.progress import on_terminal
 
 if TYPE_CHECKING:
     import pandas as pd
     from rich.table import Table
 
+
 _WIDEST = 10_000
 
 
 def say(*lines: str) -> None:
-    """Print lines in which what cannot be seen is spelled out (`entangle.escapes.visible`).
+    """Print lines in which what cannot be seen is spelled out (`entangle.errors.visible`).
 
     Raises
     ------

@@ -2,18 +2,15 @@
 
 from collections.abc import Iterable, Mapping
 
-import numpy as np
 import pandas as pd
 
-from entangle.affixes import special_tokens_of
-from entangle.calibration import Source
-from entangle.checks import bootstrap
 from entangle.errors import InvalidInput
 from entangle.evaluation.perplexity import Perplexity, measure_perplexity, perplexity
-from entangle.evaluation.text import as_evaluation
 from entangle.models.loading import AnyModel, as_language_model
-from entangle.seeding import numpy_rng
-from entangle.stats.intervals import Interval, percentiles, resampled_means
+from entangle.runs.affixes import special_tokens_of
+from entangle.stats.intervals import Interval, perplexity_ratio_interval
+from entangle.texts.evaluation import as_evaluation
+from entangle.texts.given import Source
 
 
 def evaluate_models(
@@ -146,14 +143,7 @@ def perplexity_ratio(
             "perplexities must be of the same windows to be compared; got digests "
             f"{result.protocol['digest']} and {baseline.protocol['digest']}."
         )
-    n_boot, level = bootstrap(n_boot, level)
-    n = len(result.window_losses)
-    with np.errstate(invalid="ignore", over="ignore"):
-        gaps = result.window_losses - baseline.window_losses
-        value = float(np.exp(gaps.sum() / result.n_tokens))
-        if n < 2 or not np.isfinite(gaps).all():
-            return Interval(value, np.nan, np.nan)
-        rng = numpy_rng(seed, "perplexity ratio")
-        means = resampled_means(gaps, result.window_tokens, n_boot=n_boot, rng=rng)
-        low, high = np.exp(percentiles(means, level))
-    return Interval(value, float(low), float(high))
+    return perplexity_ratio_interval(
+        result.window_losses, baseline.window_losses, result.window_tokens, result.n_tokens,
+        n_boot=n_boot, seed=seed, level=level,
+    )  # fmt: skip

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Tokenizer, processors
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from entangle.calibration.special_tokens import DEFAULT_POLICY, affixes, check_policy
 from entangle.checks import whole
 from entangle.errors import InvalidInput, Unavailable
 from entangle.models.loading import AnyModel, as_language_model
+from entangle.texts.special_tokens import DEFAULT_POLICY, affixes, check_policy
 
 if TYPE_CHECKING:
     HarnessModel = Any

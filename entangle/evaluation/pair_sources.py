@@ -5,15 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from entangle.calibration.files import json_object, numbered_lines, well_formed
-from entangle.calibration.hub import HubRequest, hub_request, plain_errors
-from entangle.calibration.special_tokens import DEFAULT_POLICY, check_policy
-from entangle.calibration.texts import as_path
 from entangle.checks import names, whole
 from entangle.errors import InvalidInput, unknown_name
-from entangle.evaluation.pairs import MinimalPairs, check_pair
-from entangle.reading import decoding
+from entangle.evaluation.minimal_pairs import MinimalPairs, check_pair
+from entangle.runs.reading import decoding
 from entangle.seeding import check_seed, numpy_rng
+from entangle.texts.documents import as_path
+from entangle.texts.files import json_object, numbered_lines, well_formed
+from entangle.texts.hub import HubRequest, hub_request, plain_errors
+from entangle.texts.special_tokens import DEFAULT_POLICY, check_policy
 
 BLIMP = "nyu-mll/blimp"
 """Data set that the name ``blimp`` stands for: 67 paradigms of 1,000 pairs each."""

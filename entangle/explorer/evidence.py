@@ -1,25 +1,32 @@
-"""What scores do not hold: modes and experts, from a decomposition or from the model itself."""
+"""What scores do not hold: modes and experts, from a decomposition or from the model itself.
 
+What a view of the explorer shows: pictures, HTML below them, and work it offers to do.
+"""
+
+import base64
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 
-from entangle.calibration import CalibrationSet
-from entangle.decomposition import Decomposition, decompose
-from entangle.decomposition.histograms import output_histogram
 from entangle.memory import memory_for
-from entangle.models.evaluating import evaluating
+from entangle.models.blocks import evaluating
 from entangle.models.layers import Layer, find_layers
 from entangle.models.loading import LanguageModel
 from entangle.modes import describe_modes
+from entangle.modes.decompose import decompose
+from entangle.modes.groups import output_histogram
 from entangle.plotting import dense_output
 from entangle.precision import full_precision
 from entangle.recording.recorder import Recorded, Recorder, of_one_group
 from entangle.recording.stream import ByteBudget, TokenStore
+from entangle.results.decomposition import Decomposition
+from entangle.texts.calibration_set import CalibrationSet
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,3 +227,38 @@ class ExpertFinder:
             progress=False,
         )
         self._known.append(found)
+
+
+_DPI = 200.0
+_SHOWN_DPI = 115.0
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a view shows of one neuron."""
+
+    pictures: tuple[bytes, ...] = ()
+    """PNGs, at most two."""
+    html: str = ""
+    """Escaped, shown below the pictures."""
+    offer: str = ""
+    """What a click would compute; empty if there is nothing more to compute."""
+
+
+def picture(figure: Figure) -> bytes:
+    """Return a figure as a PNG."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def shown_width(png: bytes) -> int:
+    """Return how wide a PNG of `picture` is shown, in pixels, so that its text can be read."""
+    return round(int.from_bytes(png[16:20], "big") / _DPI * _SHOWN_DPI)
+
+
+def image(png: bytes) -> str:
+    """Return an HTML element that shows a PNG without a file beside it."""
+    data = base64.b64encode(png).decode("ascii")
+    style = f"width: {shown_width(png)}px; max-width: 100%"
+    return f'<img alt="" style="{style}" src="data:image/png;base64,{data}">'

@@ -1,4 +1,9 @@
-"""`Explorer`: scores of neurons to look through in a notebook."""
+"""`Explorer`: scores of neurons to look through in a notebook.
+
+The explorer where nothing can be clicked: a table and a figure as HTML.
+
+`explore`: look through the neurons of a model, or of scores made before, in a notebook.
+"""
 
 from functools import cache, cached_property
 from importlib.util import find_spec
@@ -7,21 +12,58 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from entangle.errors import InvalidInput, Unavailable
-from entangle.explorer.content import Content
-from entangle.explorer.evidence import ExpertFinder, ModeFinder
-from entangle.explorer.experts_view import experts_view
-from entangle.explorer.layers import LayerMenu
-from entangle.explorer.modes_view import modes_view
-from entangle.explorer.static import static_html
-from entangle.explorer.table import NeuronTable
-from entangle.explorer.views import distribution_view, heading, layer_view
-from entangle.jupyter import in_browser
-from entangle.scoring.scores import NeuronScores
+from entangle.explorer.evidence import Content, ExpertFinder, ModeFinder, image, picture
+from entangle.explorer.views import (
+    LayerMenu,
+    NeuronTable,
+    distribution_view,
+    experts_view,
+    heading,
+    layer_view,
+    modes_view,
+)
+from entangle.plotting import figure_top_and_typical
+from entangle.results.scores import NeuronScores
+from entangle.runs.html_tables import escaped
+from entangle.runs.progress import in_browser
 
 if TYPE_CHECKING:
     import ipywidgets
 
     from entangle.explorer.widgets import Board, Render
+import os
+from collections.abc import Iterable
+
+from entangle.checks import share, wholes
+from entangle.experiments.selection import check_scores_fit
+from entangle.explorer.evidence import Subject
+from entangle.memory import check_memory
+from entangle.models.blocks import evaluates
+from entangle.models.layers import LayerSpec, Projections
+from entangle.models.loading import AnyModel, as_language_model
+from entangle.results.decomposition import Decomposition, load_decomposition
+from entangle.results.scores import load_scores
+from entangle.runs.provenance import expanded
+from entangle.scoring.score import score
+from entangle.seeding import check_seed
+from entangle.texts.calibration import as_calibration
+from entangle.texts.given import Source
+
+_NO_CLICKS = (
+    "Nothing can be clicked here: in JupyterLab or a classic notebook with a running kernel and "
+    "ipywidgets, run the cell again."
+)
+
+
+def static_html(scores: NeuronScores, layer: str) -> str:
+    """Return the top neurons of a layer, and the distributions of the top and a typical one."""
+    one = scores.layer(layer)
+    try:
+        shown = image(picture(figure_top_and_typical(one.frame, one.histogram)))
+    except InvalidInput as error:
+        shown = f"<p>{escaped(error)}</p>"
+    return f"{one._repr_html_()}{shown}<p><small>{escaped(_NO_CLICKS)}</small></p>"
+
 
 _VIEW = "application/vnd.jupyter.widget-view+json"
 
@@ -156,3 +198,119 @@ class Explorer:
 
 def _has_widgets() -> bool:
     return find_spec("ipywidgets") is not None
+
+
+@evaluates
+def explore(
+    source: NeuronScores | AnyModel,
+    calibration: Source | None = None,
+    *,
+    model: AnyModel | None = None,
+    decomposition: Decomposition | str | os.PathLike[str] | None = None,
+    layers: LayerSpec = "all",
+    proj: Projections = "mlp",
+    by: str = "wd",
+    experts: int | Iterable[int] = (1, 4, 16),
+    sparsity: float = 0.9,
+    widgets: bool | None = None,
+    seed: int = 0,
+    memory: int | None = None,
+    progress: bool | None = None,
+) -> Explorer:
+    """Look through neurons in a notebook: leave the result as the last line of a cell.
+
+    Menus choose a layer; its neurons stand in a table that a click on a title sorts; a click on a
+    neuron shows the distribution of its outputs over the fitted Gaussian, what sparse experts make
+    of it, what its modes mean, and its place in the layer. Where nothing can be clicked (no
+    ipywidgets, no kernel, an exported notebook) a table and a figure are shown.
+
+    Parameters
+    ----------
+    source
+        Scores, the folder of saved ones, or a model, whose neurons are then scored: a name or path
+        for `entangle.load_model`, a module or a `LanguageModel`.
+    calibration
+        Text that a model is scored and looked at on: a calibration set, or whatever else
+        `entangle.load_calibration` takes, with its default settings. The demo text by default where
+        ``source`` is a model.
+    model
+        The model of the scores, as in `entangle.score`, so that modes and experts can be found;
+        needs ``calibration``.
+    decomposition
+        A decomposition of the same model, or its folder: its experts and modes are shown at once.
+    layers, proj
+        Layers of a model that are scored, as in `entangle.models.layers.find_layers`.
+    by
+        Column that the neurons are sorted by at first.
+    experts, sparsity
+        Experts that a click fits, as in `entangle.decompose`.
+    widgets
+        Whether to show widgets; by default where they can be clicked: in a page with a running
+        kernel, if ipywidgets is installed.
+    seed
+        Of the scores, of the contexts that are drawn, and of the experts.
+    memory
+        Bytes for the recorded inputs of the layer whose modes are looked at; half of what is free
+        when they are recorded by default.
+    progress
+        Show a progress bar of the scoring; by default in a notebook and on a terminal.
+
+    Raises
+    ------
+    InvalidInput, UnknownName
+        If the scores or the decomposition are of another model, there is no neuron, ``model`` comes
+        without ``calibration``, or what `entangle.load_scores` and `entangle.score` refuse.
+    """
+    check_memory(memory)
+    experts, sparsity = wholes("experts", experts, least=1), share("sparsity", sparsity)
+    seed = check_seed(seed)
+    if isinstance(source, str | os.PathLike) and (expanded(source) / "manifest.json").is_file():
+        source = load_scores(source)
+    if isinstance(decomposition, str | os.PathLike):
+        decomposition = load_decomposition(decomposition)
+    if isinstance(source, NeuronScores):
+        scores, subject = source, _subject(source, model, calibration)
+    elif model is None:
+        scored = as_language_model(source)
+        text = as_calibration("demo" if calibration is None else calibration, scored)
+        subject = Subject(scored, text)
+        scores = score(scored, text, layers=layers, proj=proj, seed=seed, progress=progress)
+    else:
+        raise InvalidInput("`model` must be left out where `source` is a model; got both.")
+    if decomposition is not None:
+        _check_same_model(scores, decomposition)
+    return Explorer(
+        scores,
+        modes=ModeFinder(decomposition, subject, memory=memory, seed=seed),
+        experts=ExpertFinder(decomposition, subject, experts=experts, sparsity=sparsity, seed=seed),
+        by=by,
+        widgets=widgets,
+    )
+
+
+def _subject(
+    scores: NeuronScores,
+    model: AnyModel | None,
+    calibration: Source | None,
+) -> Subject | None:
+    if model is None:
+        if calibration is not None:
+            raise InvalidInput("`calibration` must come with `model` where `source` is scores.")
+        return None
+    if calibration is None:
+        raise InvalidInput("`model` must come with `calibration`, the text that it is run on.")
+    known = as_language_model(model)
+    check_scores_fit(scores, known)
+    return Subject(known, as_calibration(calibration, known))
+
+
+def _check_same_model(scores: NeuronScores, decomposition: Decomposition) -> None:
+    ours, theirs = (
+        str(model.get("digest")) if isinstance(model, dict) else "unknown"
+        for model in (one.manifest.get("model") for one in (scores, decomposition))
+    )
+    if ours != theirs:
+        raise InvalidInput(
+            f"`decomposition` must be of the model of the scores (digest {ours[:12]}…); got one of "
+            f"a model with digest {theirs[:12]}…; decompose that model."
+        )

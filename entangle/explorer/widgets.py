@@ -8,10 +8,9 @@ from typing import Any
 
 import ipywidgets as w
 
-from entangle.explorer.content import Content, shown_width
-from entangle.explorer.layers import LayerMenu
-from entangle.explorer.table import PAGE, NeuronTable
-from entangle.html_tables import escaped
+from entangle.explorer.evidence import Content, shown_width
+from entangle.explorer.views import PAGE, LayerMenu, NeuronTable
+from entangle.runs.html_tables import escaped
 
 Render = Callable[[str, int, bool], Content]
 """Called as ``render(layer, neuron, asked)``; ``asked`` if the offered work may be done."""

@@ -1,4 +1,9 @@
-"""Exact statistics of rows that fit into a GPU's shared memory."""
+"""Exact statistics of rows that fit into a GPU's shared memory.
+
+Distances of binned distributions from N(0, 1), on a GPU.
+
+Distances of sorted rows from a fitted Gaussian, on a GPU.
+"""
 
 from dataclasses import dataclass
 
@@ -146,5 +151,77 @@ def pair_statistics(
         threads=1024,
         arguments=[values, pairs.int().contiguous(), slant, found, rows, columns, count, int(held)],
         shared_bytes=bytes_held if held else 4 * count,
+    )
+    return found
+
+
+def fused_binned_distances(
+    counts: Int[Tensor, "groups rows bins"],
+    weights: Int[Tensor, "sets groups"],
+    *,
+    shift: Float[Tensor, "sets rows"],
+    spread: Float[Tensor, "sets rows"],
+    low: Float[Tensor, " rows"],
+    high: Float[Tensor, " rows"],
+    edges: Float[Tensor, " edges"],
+) -> Float[Tensor, "three=3 sets rows"]:
+    """Return WD, its bound and KS of several sets of groups, float64.
+
+    As `entangle.stats.bins.binned_distances`, on bins that end at each row's extremes.
+
+    Parameters
+    ----------
+    counts
+        Histograms of the groups, int32.
+    weights
+        What each group counts in each set, int32.
+    shift, spread
+        Mean and standard deviation of each set, in the units of the edges.
+    low, high
+        Smallest and largest value of each row; the outermost bins reach that far.
+    edges
+        Ascending, float64.
+    """
+    groups, rows, bins = counts.shape
+    sets = weights.shape[0]
+    found = torch.empty(3, sets, rows, dtype=torch.float64, device=counts.device)
+    launch(
+        "binned",
+        "binned_distances",
+        grid=(-(-rows * sets // 8),),
+        threads=256,
+        arguments=[
+            counts, weights, shift, spread, low, high, edges, found, rows, sets, groups, bins,
+        ],
+        shared_bytes=8 * 4 * bins,
+    )  # fmt: skip
+    return found
+
+
+def fits_sorted(ordered: Float[Tensor, "rows columns"]) -> bool:
+    """Tell whether `sorted_statistics` takes these rows."""
+    return usable(ordered) and ordered.dtype == torch.float32 and ordered.is_contiguous()
+
+
+def sorted_statistics(
+    ordered: Float[Tensor, "rows columns"], density: Float[Tensor, " edges"]
+) -> Float[Tensor, "six=6 rows"]:
+    """Return WD, KS, mean, std, skewness and excess kurtosis of ascending rows, float64.
+
+    Parameters
+    ----------
+    ordered
+        Float32, ascending.
+    density
+        Density of N(0, 1) at its quantiles i / columns, i = 0 … columns, float64.
+    """
+    rows, columns = ordered.shape
+    found = torch.empty(6, rows, dtype=torch.float64, device=ordered.device)
+    launch(
+        "distance",
+        "sorted_statistics",
+        grid=(rows,),
+        threads=512,
+        arguments=[ordered, density, found, rows, columns],
     )
     return found

@@ -98,7 +98,7 @@ def eliminate(
 ) -> Float[Tensor, "experts rows width"]:
     """Settle the columns ``[start, stop)`` in place and return their errors.
 
-    As `entangle.pruning.eliminate.eliminate` without a grid, on rows instead of columns.
+    As `entangle.pruning.solver.eliminate` without a grid, on rows instead of columns.
     """
     experts, rows, cols = weight.shape
     errors = torch.empty(experts, rows, stop - start, dtype=torch.float32, device=weight.device)

@@ -3,14 +3,16 @@
 Nothing about a block's signature is written down here. The model's own forward runs with stand-ins
 in place of its blocks: one kind notes what every block receives, another gives the hidden states
 to end with, so that the model's own final norm, head and logit scaling follow.
+
+A module is in eval mode and without gradients only while it is looked at.
 """
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from functools import partial, wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -19,6 +21,7 @@ from transformers import Cache
 
 from entangle.errors import InvalidInput
 from entangle.models.layers import find_blocks
+from entangle.models.loading import LanguageModel
 
 Hidden = Float[Tensor, "*batch features"]
 Ids = Int[Tensor, "sequences tokens"]
@@ -213,3 +216,56 @@ def _logits(module: nn.Module, ids: Tensor) -> Tensor:
 def _refusal(module: nn.Module, reason: str) -> InvalidInput:
     name = type(module).__name__
     return InvalidInput(f"{name} cannot be run block by block: {reason}; choose another model.")
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Hold a module in eval mode, and its parameters without gradients, while the block runs.
+
+    Training mode of every submodule and ``requires_grad`` of every parameter come back however the
+    block ends. Contexts may be nested. A module that is frozen already is not touched.
+    """
+    modes = [(child, child.training) for child in module.modules()]
+    trained = [p for p in module.parameters() if p.requires_grad and not p.is_inference()]
+    try:
+        if any(training for _, training in modes):
+            module.eval()
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        _restore(modes)
+
+
+def evaluates(function: Callable[P, R]) -> Callable[P, R]:
+    """Make a function hold every module and `LanguageModel` among its arguments in `evaluating`."""
+
+    @wraps(function)
+    def held(*args: P.args, **kwargs: P.kwargs) -> R:
+        with ExitStack() as stack:
+            for value in (*args, *kwargs.values()):
+                module = value.module if isinstance(value, LanguageModel) else value
+                if isinstance(module, nn.Module):
+                    stack.enter_context(evaluating(module))
+            return function(*args, **kwargs)
+
+    return held
+
+
+def _restore(modes: list[tuple[nn.Module, bool]]) -> None:
+    """Give every module its mode back, outer ones first.
+
+    By ``train``, since some modules do more in it than set a flag (an adapter that is merged into
+    its weight meanwhile); then flag by flag, since it also sets those of all modules inside.
+    """
+    for child, training in modes:
+        if child.training != training:
+            child.train(training)
+    for child, training in modes:
+        child.training = training

@@ -27,7 +27,7 @@ from transformers import modeling_gguf_pytorch_utils as hf_gguf
 from entangle.errors import Unavailable
 from entangle.models import cache, pretrained
 from entangle.models.pretrained import FLAGS, Loaded
-from entangle.progress import tell
+from entangle.runs.progress import tell
 
 VERSION = 2
 """Of what a converted folder holds; 2 has the tokenizer's flags."""

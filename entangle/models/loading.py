@@ -1,23 +1,123 @@
-"""Loading a language model from the hub, a folder, a GGUF file or the embedded demo."""
+"""Loading a language model from the hub, a folder, a GGUF file or the embedded demo.
+
+Adapters (PEFT, LoRA): a folder without a model of its own, merged into the base it names.
+"""
 
 import hashlib
+import importlib.util
 import inspect
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from entangle.checks import shown
 from entangle.errors import InvalidInput
-from entangle.models import adapters, demo, gguf_files, pretrained
-from entangle.models.sources import check_folder, check_settings, model_source
+from entangle.models import demo, gguf_files, pretrained
+from entangle.models.hub import ADAPTER_CONFIG, check_folder, check_settings, model_source
+from entangle.models.pretrained import Loaded
 from entangle.precision import check_device_map, resolve_device, resolve_dtype
-from entangle.provenance import expanded
+from entangle.runs.progress import tell
+from entangle.runs.provenance import expanded
+from entangle.runs.reading import decoding, read_object
+
+
+def load_adapter(folder: Path, *, dtype: torch.dtype | None) -> Loaded:
+    """Load the base that an adapter names and merge the adapter into its weights.
+
+    The result is an ordinary model: its neurons are those of the base, with the adapter's part.
+    The adapter is merged in float32 and the sum rounded once to the base's dtype, or ``dtype``.
+
+    Parameters
+    ----------
+    folder
+        Holds ``adapter_config.json`` and ``adapter_model.safetensors``.
+    dtype
+        Of the parameters; None keeps the one that the base is stored in.
+
+    Raises
+    ------
+    InvalidInput
+        When peft is not installed, the base is no local folder or hub model, or the adapter has no
+        merged form.
+    """
+    settings = read_object(folder / ADAPTER_CONFIG, remedy="save the adapter again")
+    base = settings.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base or "\0" in base:
+        raise InvalidInput(
+            f"adapter {str(folder)!r} must name its base model, a folder or a hub id; got "
+            f"{shown(base)}."
+        )
+    if importlib.util.find_spec("peft") is None:
+        raise InvalidInput(
+            f"{str(folder)!r} is an adapter of {base!r}, no model of its own, and needs the "
+            "package peft: `pip install peft` adds it; or save the merged model "
+            "(`merge_and_unload`)."
+        )
+    revision = settings.get("revision")
+    if revision is not None and not isinstance(revision, str):
+        raise InvalidInput(
+            f"adapter {str(folder)!r} must name the revision of its base; got {shown(revision)}."
+        )
+    place = _base_folder(folder, base, revision)
+    model, tokenizer = pretrained.load_folder(place, dtype=dtype, device_map=None)
+    merged = _merged(model, folder)
+    tell(f"{str(folder)!r} is an adapter: merged into its base, {base!r}.")
+    own = pretrained.tokenizer_of(folder)
+    return merged, tokenizer if own is None else own
+
+
+def _base_folder(folder: Path, base: str, revision: str | None) -> Path:
+    beside = folder / base
+    try:
+        with decoding(folder / ADAPTER_CONFIG, remedy="save the adapter again"):
+            is_beside = not expanded(base).exists() and beside.is_dir()
+        if is_beside:  # named from where the adapter lies
+            base = str(beside)
+        source = model_source(base)
+    except InvalidInput as error:
+        raise InvalidInput(
+            f"the base of adapter {str(folder)!r} cannot be used: {error}"
+        ) from error
+    if source == "hub":
+        return pretrained.fetch_snapshot(base, revision=revision)[0]
+    if source != "folder":
+        raise InvalidInput(
+            f"the base of adapter {str(folder)!r} must be a model folder or a hub id; got "
+            f"{base!r} ({source})."
+        )
+    return expanded(base)
+
+
+def _merged(model: Any, folder: Path) -> Any:
+    from peft import PeftModel
+
+    kept = {name: one.dtype for name, one in model.named_parameters() if one.is_floating_point()}
+    with pretrained.quiet(), pretrained.broken_as(f"adapter {str(folder)!r}"):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            wide = PeftModel.from_pretrained(model.float(), str(folder), local_files_only=True)
+        if lacking := next((str(one.message) for one in said if "missing" in str(one.message)), ""):
+            raise ValueError(lacking)
+        if not hasattr(wide.base_model, "merge_and_unload"):
+            raise InvalidInput(
+                f"an adapter must have a merged form to be analysed; {str(folder)!r} is of type "
+                f"{wide.active_peft_config.peft_type}: load it with peft and pass the module."
+            )
+        merged = wide.merge_and_unload()
+    for name, parameter in merged.named_parameters():
+        if name in kept:
+            parameter.data = parameter.data.to(kept[name])
+    return merged
+
 
 CHUNK = 1 << 24  # elements hashed at a time; bounds what is copied from a GPU
 
@@ -28,7 +128,7 @@ class LanguageModel:
 
     module: nn.Module
     """The model. One from `load_model` is in eval mode and no parameter requires a gradient; a
-    module of the user's is so only while it is looked at (`entangle.models.evaluating`)."""
+    module of the user's is so only while it is looked at (`entangle.models.blocks`)."""
     tokenizer: PreTrainedTokenizerBase | None
     """None for a model without one, which runs on token ids only."""
     name: str
@@ -197,7 +297,7 @@ def _load(
             raise InvalidInput(
                 f"`device_map` applies to whole models; got {device_map!r} for adapter {name!r}."
             )
-        return adapters.load_adapter(path, dtype=dtype), commit
+        return load_adapter(path, dtype=dtype), commit
     return pretrained.load_folder(path, dtype=dtype, device_map=device_map), commit
 
 
@@ -234,7 +334,7 @@ def as_language_model(
     model
         A `LanguageModel` (returned as it is), a name or path for `load_model`, or a module, which
         is left as it is: functions that run it hold it in eval mode meanwhile
-        (`entangle.models.evaluating.evaluates`).
+        (`entangle.models.blocks.evaluates`).
     tokenizer
         Replaces the model's own.
 

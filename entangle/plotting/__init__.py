@@ -6,21 +6,20 @@ of what is drawn.
 """
 
 from entangle.plotting.ablation import figure_ablation, plot_ablation
-from entangle.plotting.allocation import (
-    figure_allocation,
-    plot_layer_profile,
-    plot_row_sparsity,
-)
+from entangle.plotting.allocation import figure_allocation, plot_layer_profile, plot_row_sparsity
 from entangle.plotting.axes import (
     plot_output_distribution,
     plot_wd_against_md,
     plot_wd_distribution,
 )
-from entangle.plotting.changes import figure_disentanglement, plot_change
+from entangle.plotting.changes import (
+    figure_disentanglement,
+    figure_distances,
+    plot_change,
+    plot_distances,
+)
 from entangle.plotting.comparison import figure_comparison, plot_perplexity
 from entangle.plotting.components import figure_components, plot_components
-from entangle.plotting.contexts import plot_contexts
-from entangle.plotting.distances import figure_distances, plot_distances
 from entangle.plotting.expert_outputs import figure_experts, plot_experts
 from entangle.plotting.figures import (
     NeuronOutput,
@@ -31,19 +30,18 @@ from entangle.plotting.figures import (
     top_and_typical,
 )
 from entangle.plotting.layers import figure_wd_by_layer, plot_wd_heatmap, plot_wd_ridge
-from entangle.plotting.modes import figure_modes, plot_modes
+from entangle.plotting.modes import figure_modes, plot_contexts, plot_modes
 from entangle.plotting.predictors import figure_predictors, plot_predictor
 from entangle.plotting.router_map import figure_router_map, plot_router_map
-from entangle.plotting.save import drawn, save_figure
+from entangle.plotting.save import drawn, save_figure, sign
 from entangle.plotting.separated import figure_separated_pairs, plot_separated_pairs
-from entangle.plotting.signature import sign
 from entangle.plotting.sparse_outputs import (
     dense_output,
     figure_recovery,
     figure_sparse_outputs,
+    figure_sparsities,
     plot_sparse_output,
 )
-from entangle.plotting.sparsities import figure_sparsities
 from entangle.plotting.style import COLUMN_INCHES, PALETTE, paper_style
 
 __all__ = [

@@ -10,8 +10,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from entangle.checks import choice
 from entangle.errors import InvalidInput
-from entangle.plotting.save import record
-from entangle.plotting.signature import sign
+from entangle.plotting.save import record, sign
 from entangle.plotting.style import (
     PALETTE,
     SPARE_COLORS,
@@ -23,9 +22,9 @@ from entangle.plotting.style import (
     make_room,
     panel_grid,
     paper_style,
+    plain_number,
 )
 from entangle.plotting.summaries import Floats, check_columns
-from entangle.plotting.ticks import plain_number
 
 VALUE_LABELS: dict[str, str] = {
     "sparsity": "zeros of the layer (%)",
@@ -188,7 +187,7 @@ def figure_allocation(
     column
         Width: ``"single"`` or ``"double"``.
     digest
-        Of the run, for the small print; see `entangle.plotting.signature.sign`.
+        Of the run, for the small print; see `entangle.plotting.save.sign`.
 
     Returns
     -------

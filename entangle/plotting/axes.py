@@ -26,13 +26,7 @@ from entangle.plotting.style import (
     axes_or_new,
     text_handle,
 )
-from entangle.plotting.summaries import (
-    Floats,
-    OutputDensity,
-    TopSplit,
-    output_density,
-    split_top,
-)
+from entangle.plotting.summaries import Floats, OutputDensity, TopSplit, output_density, split_top
 from entangle.stats.intervals import spearman_interval
 
 Entry = tuple[Artist, str]

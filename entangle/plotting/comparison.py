@@ -13,8 +13,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 from entangle.checks import choice
 from entangle.errors import InvalidInput
-from entangle.plotting.save import record
-from entangle.plotting.signature import sign
+from entangle.plotting.save import record, sign
 from entangle.plotting.style import (
     METHOD_PALETTE,
     PALETTE,
@@ -25,14 +24,15 @@ from entangle.plotting.style import (
     column_width,
     join_clauses,
     legend_above,
+    log_locator,
     make_room,
     note_above,
     panel_grid,
     paper_style,
+    plain_number,
     shared_legend,
 )
 from entangle.plotting.summaries import Floats, check_columns
-from entangle.plotting.ticks import log_locator, plain_number
 
 COST_LABELS: dict[str, str] = {
     "sparsity": "zeros in the pruned layers (%)",
@@ -148,9 +148,9 @@ def plot_perplexity(
     Parameters
     ----------
     comparison
-        One row a model, as `entangle.expansion.compare.Comparison.frame`: ``method``, ``sparsity``
-        (share of zeros), ``experts``, ``perplexity``, ``ratio`` to dense with its 95 % interval
-        ``ratio_low`` and ``ratio_high``, and the column ``x``. The row of method ``dense`` is the
+        One row a model, as the ``frame`` of `entangle.results.comparison.Comparison`: ``method``,
+        ``sparsity`` (share of zeros), ``experts``, ``perplexity``, ``ratio`` to dense with its 95 %
+        interval ``ratio_low`` and ``ratio_high``, and the column ``x``. The row of method ``dense`` is the
         baseline.
     x
         ``"sparsity"``, drawn in %, or a cost as a multiple of the dense model's: ``"flops"`` (for
@@ -208,7 +208,7 @@ def figure_comparison(
     column
         Width: ``"single"`` or ``"double"``.
     digest
-        Of the run, for the small print; see `entangle.plotting.signature.sign`.
+        Of the run, for the small print; see `entangle.plotting.save.sign`.
 
     Returns
     -------

@@ -9,22 +9,21 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 from entangle.errors import InvalidInput
 from entangle.plotting.axes import Entry, bootstrap_text
-from entangle.plotting.choices import DECOMPOSE, choose
-from entangle.plotting.fits import lower_front, power_law
-from entangle.plotting.save import record
-from entangle.plotting.signature import sign
+from entangle.plotting.predictors import lower_front, power_law
+from entangle.plotting.save import record, sign
 from entangle.plotting.style import (
     PALETTE,
     Column,
     axes_or_new,
     legend_above,
+    log_locator,
     make_room,
     note_above,
     panel_grid,
     paper_style,
+    plain_number,
 )
-from entangle.plotting.summaries import Floats, check_columns
-from entangle.plotting.ticks import log_locator, plain_number
+from entangle.plotting.summaries import DECOMPOSE, Floats, check_columns, choose
 from entangle.stats.intervals import spearman_interval
 
 X_LABEL = "components for 90 % of the inputs' variance"
@@ -120,7 +119,7 @@ def figure_components(
     column
         Width: ``"single"`` or ``"double"``.
     digest
-        Of the run, for the small print; see `entangle.plotting.signature.sign`.
+        Of the run, for the small print; see `entangle.plotting.save.sign`.
 
     Returns
     -------

@@ -13,16 +13,7 @@ from matplotlib.figure import Figure
 
 from entangle.errors import InvalidInput
 from entangle.plotting.axes import Entry, output_limits, wd_text
-from entangle.plotting.choices import (
-    DECOMPOSE,
-    TWO_EXPERTS,
-    SparseNeuron,
-    choose,
-    sparse_neuron,
-    usual_neurons,
-)
-from entangle.plotting.save import record
-from entangle.plotting.signature import sign
+from entangle.plotting.save import record, sign
 from entangle.plotting.sparse_outputs import ALL_TOKENS, X_LABEL, Y_LABEL
 from entangle.plotting.style import (
     KIND_PALETTE,
@@ -38,7 +29,17 @@ from entangle.plotting.style import (
     paper_style,
     share_axes,
 )
-from entangle.plotting.summaries import Floats, OutputDensity, output_density
+from entangle.plotting.summaries import (
+    DECOMPOSE,
+    TWO_EXPERTS,
+    Floats,
+    OutputDensity,
+    SparseNeuron,
+    choose,
+    output_density,
+    sparse_neuron,
+    usual_neurons,
+)
 
 MOST_NAMED = 8
 """Largest number of experts that a legend names one by one."""
@@ -150,7 +151,7 @@ def figure_experts(
     column
         Width: ``"single"`` or ``"double"``.
     digest
-        Of the run, for the small print; see `entangle.plotting.signature.sign`.
+        Of the run, for the small print; see `entangle.plotting.save.sign`.
 
     Returns
     -------

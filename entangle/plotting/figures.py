@@ -24,7 +24,7 @@ from entangle.plotting.axes import (
     wd_edges,
     wd_text,
 )
-from entangle.plotting.signature import sign
+from entangle.plotting.save import sign
 from entangle.plotting.style import (
     Column,
     Role,
@@ -119,7 +119,7 @@ def figure_wd_distribution(
     column
         Width: ``"single"`` or ``"double"``.
     digest
-        Of the run, for the small print; see `entangle.plotting.signature.sign`.
+        Of the run, for the small print; see `entangle.plotting.save.sign`.
 
     Returns
     -------
@@ -168,7 +168,7 @@ def figure_output_distributions(
     column
         Width: ``"single"`` or ``"double"``.
     digest
-        Of the run, for the small print; see `entangle.plotting.signature.sign`.
+        Of the run, for the small print; see `entangle.plotting.save.sign`.
 
     Returns
     -------
@@ -207,7 +207,7 @@ def figure_top_and_typical(
     column
         Width: ``"single"`` or ``"double"``.
     digest
-        Of the run, for the small print; see `entangle.plotting.signature.sign`.
+        Of the run, for the small print; see `entangle.plotting.save.sign`.
 
     Returns
     -------
@@ -275,7 +275,7 @@ def figure_wd_against_md(
     column
         Width: ``"single"`` or ``"double"``.
     digest
-        Of the run, for the small print; see `entangle.plotting.signature.sign`.
+        Of the run, for the small print; see `entangle.plotting.save.sign`.
 
     Returns
     -------

@@ -14,8 +14,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullForm
 
 from entangle.errors import InvalidInput
 from entangle.plotting.axes import WD_LABEL
-from entangle.plotting.save import record
-from entangle.plotting.signature import sign
+from entangle.plotting.save import record, sign
 from entangle.plotting.style import (
     PALETTE,
     Column,
@@ -25,10 +24,10 @@ from entangle.plotting.style import (
     column_width,
     header_legend,
     paper_style,
+    plain_number,
     settle_ticks,
 )
 from entangle.plotting.summaries import Floats, check_columns, check_top
-from entangle.plotting.ticks import plain_number
 
 MOST_RIDGES = 32
 """Largest number of layers in a ridge plot; of more, evenly spaced ones are drawn."""
@@ -139,7 +138,7 @@ def figure_wd_by_layer(
     column
         Width: ``"single"`` or ``"double"``.
     digest
-        Of the run, for the small print; see `entangle.plotting.signature.sign`.
+        Of the run, for the small print; see `entangle.plotting.save.sign`.
 
     Returns
     -------

@@ -10,9 +10,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
 from entangle.errors import InvalidInput
-from entangle.plotting.choices import DECOMPOSE, TWO_EXPERTS, choose
-from entangle.plotting.save import record
-from entangle.plotting.signature import sign
+from entangle.plotting.save import record, sign
 from entangle.plotting.style import (
     Column,
     add_title,
@@ -23,7 +21,7 @@ from entangle.plotting.style import (
     paper_style,
     share_axes,
 )
-from entangle.plotting.summaries import Floats, check_columns
+from entangle.plotting.summaries import DECOMPOSE, TWO_EXPERTS, Floats, check_columns, choose
 
 MAX_PANELS = 12
 X_LABEL, Y_LABEL = "first component (input units)", "second component (input units)"
@@ -91,7 +89,7 @@ def figure_router_map(
     column
         Width: ``"single"`` or ``"double"``.
     digest
-        Of the run, for the small print; see `entangle.plotting.signature.sign`.
+        Of the run, for the small print; see `entangle.plotting.save.sign`.
 
     Returns
     -------

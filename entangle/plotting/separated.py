@@ -8,14 +8,26 @@ from matplotlib.figure import Figure
 
 from entangle.checks import whole
 from entangle.plotting.axes import Entry, output_limits
-from entangle.plotting.choices import DECOMPOSE, choose
-from entangle.plotting.contexts import ContextLine, HeadLine, Line, signed, write_lines
-from entangle.plotting.modes import X_LABEL, beside_table, neuron_title
-from entangle.plotting.save import record
-from entangle.plotting.signature import sign
+from entangle.plotting.modes import (
+    X_LABEL,
+    ContextLine,
+    HeadLine,
+    Line,
+    beside_table,
+    neuron_title,
+    signed,
+    write_lines,
+)
+from entangle.plotting.save import record, sign
 from entangle.plotting.sparse_outputs import Y_LABEL
 from entangle.plotting.style import PALETTE, Column, add_title, axes_or_new, paper_style
-from entangle.plotting.summaries import OutputDensity, check_columns, output_density
+from entangle.plotting.summaries import (
+    DECOMPOSE,
+    OutputDensity,
+    check_columns,
+    choose,
+    output_density,
+)
 
 MOST_PAIRS = 12
 _SIDES = ("a", "b")
@@ -98,7 +110,7 @@ def figure_separated_pairs(
     column
         Width: ``"single"`` puts the texts below the distribution, ``"double"`` beside it.
     digest
-        Of the run, for the small print; see `entangle.plotting.signature.sign`.
+        Of the run, for the small print; see `entangle.plotting.save.sign`.
 
     Returns
     -------

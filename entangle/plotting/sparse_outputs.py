@@ -1,4 +1,7 @@
-"""A neuron's outputs before and after its weights are made sparse, by number of experts."""
+"""A neuron's outputs before and after its weights are made sparse, by number of experts.
+
+A neuron's outputs as more and more of its weights become zero.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -11,15 +14,7 @@ from scipy import stats
 from entangle.checks import wholes
 from entangle.errors import InvalidInput
 from entangle.plotting.axes import Entry, output_limits, wd_text
-from entangle.plotting.choices import (
-    DECOMPOSE,
-    SparseNeuron,
-    choose,
-    sparse_neuron,
-    usual_neurons,
-)
-from entangle.plotting.save import record
-from entangle.plotting.signature import sign
+from entangle.plotting.save import record, sign
 from entangle.plotting.style import (
     KIND_PALETTE,
     PALETTE,
@@ -35,7 +30,16 @@ from entangle.plotting.style import (
     paper_style,
     share_axes,
 )
-from entangle.plotting.summaries import OutputDensity, check_columns, output_density
+from entangle.plotting.summaries import (
+    DECOMPOSE,
+    OutputDensity,
+    SparseNeuron,
+    check_columns,
+    choose,
+    output_density,
+    sparse_neuron,
+    usual_neurons,
+)
 
 MAX_EXPERTS = 8
 ALL_TOKENS = -1
@@ -143,7 +147,7 @@ def figure_sparse_outputs(
     column
         Width: ``"single"`` or ``"double"``.
     digest
-        Of the run, for the small print; see `entangle.plotting.signature.sign`.
+        Of the run, for the small print; see `entangle.plotting.save.sign`.
 
     Returns
     -------
@@ -370,3 +374,78 @@ def _draw(
     ax.set(xlabel=X_LABEL, ylabel=Y_LABEL, xlim=xlim)
     heights = [bell, *(shape.at(x) for shape in shapes.values())]
     return entries, (x, np.max(heights, axis=0))
+
+
+MAX_SPARSITIES = 10
+
+
+def figure_sparsities(
+    outputs: pd.DataFrame,
+    neurons: pd.DataFrame,
+    *,
+    layer: str | None = None,
+    neuron: int | None = None,
+    experts: int = 1,
+    column: Column = "double",
+    digest: str | None = None,
+) -> Figure:
+    """Draw what sparsity makes of one neuron's outputs, one panel a sparsity.
+
+    Parameters
+    ----------
+    outputs, neurons
+        As in `entangle.plotting.figure_recovery`: tables of several decompositions of one layer on
+        one text, at several sparsities, joined by `pandas.concat`.
+    layer
+        Which; may be left out where the tables hold only one.
+    neuron
+        None takes the one with the largest WD.
+    experts
+        Number of experts.
+    column
+        Width: ``"single"`` or ``"double"``.
+    digest
+        Of the run, for the small print; see `entangle.plotting.save.sign`.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        Panels with common axes, from the lowest sparsity to the highest; each states W1 between the
+        sparse and dense outputs, and RI where there are several experts.
+
+    Raises
+    ------
+    InvalidInput, UnknownName
+        What `entangle.plotting.plot_sparse_output` refuses, or too many sparsities.
+
+    References
+    ----------
+    arXiv 2405.15756, figure A9.
+    """
+    rows = choose(outputs, name="outputs", layer=layer, experts=experts)
+    check_columns(rows, ("layer", "neuron", "sparsity"), name="outputs", writer=DECOMPOSE)
+    sparsities = sorted(map(float, rows["sparsity"].unique()))
+    if len(sparsities) > MAX_SPARSITIES:
+        raise InvalidInput(
+            f"`outputs` must hold 1 to {MAX_SPARSITIES} sparsities for one figure; got "
+            f"{len(sparsities)}; choose some of them."
+        )
+    name = str(rows["layer"].iloc[0])
+    known = [int(number) for number in rows["neuron"].unique()]
+    of_layer = choose(neurons, name="neurons", layer=name, sparsity=sparsities[0])
+    usual = dict(usual_neurons(of_layer, known))
+    wanted = next(iter(usual)) if neuron is None else neuron
+    role = usual.get(wanted, "output")
+    panels: list[Panel] = [
+        (
+            sparse_neuron(neurons, layer=name, neuron=wanted, sparsity=sparsity, role=role),
+            experts,
+            f"{100 * sparsity:.4g}\u00a0% zeros",
+        )
+        for sparsity in sparsities
+    ]
+    down = -(-len(panels) // MOST_ACROSS[column])
+    across = -(-len(panels) // down)
+    return draw_panels(
+        outputs, panels, said=experts_text(experts), across=across, column=column, digest=digest
+    )

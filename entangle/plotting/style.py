@@ -2,28 +2,106 @@
 
 Nothing global is changed: `paper_style` restores matplotlib's settings when it ends, and
 `PaperFigure` lives and dies like any Python object.
+
+Text from tokenizers as a figure can show it: no control characters, no missing glyphs.
+
+Ticks of logarithmic axes, their numbers on one line: superscripts would be too small.
 """
 
 import io
+import re
 import textwrap
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
+from itertools import accumulate, takewhile
 from types import MappingProxyType
 from typing import Literal
 
 import matplotlib as mpl
 import numpy as np
 import seaborn as sns
+from matplotlib import font_manager
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
+from matplotlib.ft2font import FT2Font
 from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
+from matplotlib.ticker import Locator, LogLocator, MaxNLocator
 from numpy.typing import NDArray
 
 from entangle.checks import choice
-from entangle.plotting.text import printable, text_families
+from entangle.errors import is_unseen, spelled
+
+MONO_FAMILY = "DejaVu Sans Mono"
+"""Comes with matplotlib; every character is 0.602 of the font size wide."""
+MONO_ADVANCE = 1233.0 / 2048.0
+_ELLIPSIS = "…"
+
+
+def text_families() -> list[str]:
+    """Return the font families of text in a figure, first to last resort.
+
+    DejaVu Sans comes with matplotlib and gives the same figure on every machine. It has Latin,
+    Greek, Cyrillic, Arabic, Hebrew and more, but no Chinese, Japanese or Korean. Families that the
+    user names in ``rcParams["font.family"]`` follow it, for the characters that it lacks.
+    """
+    generic = {*font_manager.font_family_aliases, "DejaVu Sans"}
+    return ["DejaVu Sans", *(name for name in mpl.rcParams["font.family"] if name not in generic)]
+
+
+def mono_families() -> list[str]:
+    """Return the families of text in columns; characters that it lacks come from the others."""
+    return [MONO_FAMILY, *text_families()]
+
+
+def printable(text: str) -> str:
+    r"""Return text with every character visible.
+
+    What `entangle.errors.visible` spells out, and characters that none of `text_families` has,
+    are written as Python escapes (``\n``, ``\u4e2d``); accents are joined to their letters.
+    """
+    families = tuple(text_families())
+    joined = unicodedata.normalize("NFC", text)
+    return "".join(c if _visible(c, families) else spelled(c) for c in joined)
+
+
+def shorten(text: str, cells: int, *, keep: str = "start") -> str:
+    """Cut text to so many cells of a fixed-width font; ``keep`` its ``"start"`` or ``"end"``."""
+    if width(text) <= cells:
+        return text
+    ordered = text if keep == "start" else text[::-1]
+    ends = accumulate(map(_cells, ordered))
+    kept = ordered[: sum(1 for _ in takewhile(lambda end: end < cells, ends))]
+    return kept + _ELLIPSIS if keep == "start" else _ELLIPSIS + kept[::-1]
+
+
+def width(text: str) -> int:
+    """Return the cells that text takes in a fixed-width font: wide characters take two."""
+    return sum(_cells(c) for c in text)
+
+
+def _cells(character: str) -> int:
+    if unicodedata.combining(character):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
+
+
+@lru_cache(maxsize=65_536)
+def _visible(character: str, families: tuple[str, ...]) -> bool:
+    return not is_unseen(character) and any(
+        _font(family).get_char_index(ord(character)) for family in families
+    )
+
+
+@lru_cache(maxsize=32)
+def _font(family: str) -> FT2Font:
+    found = font_manager.findfont(font_manager.FontProperties(family=[family]))
+    return font_manager.get_font(found)
+
 
 Column = Literal["single", "double"]
 Role = Literal["output", "top", "typical"]
@@ -177,7 +255,7 @@ def text_handle() -> Line2D:
 def wrap(ax: Axes, text: str, *, size: float) -> str:
     """Break every line of ``text`` where it would be wider than ``ax`` at ``size`` points.
 
-    What cannot be seen, and what no font has, is spelled out (`entangle.plotting.text.printable`).
+    What cannot be seen, and what no font has, is spelled out (`entangle.plotting.style.printable`).
     """
     characters = max(12, int(_inches(ax)[0] * CHARACTERS_PER_INCH * 7.0 / size))
     return "\n".join(_fill(line, characters) for line in text.split("\n"))
@@ -419,3 +497,20 @@ def _fitting_columns(labels: Sequence[str], *, inches: float) -> int:
         if sum(column.max() / CHARACTERS_PER_INCH + 0.35 for column in columns) <= inches:
             return n
     return 1
+
+
+_EXPONENT = re.compile(r"e\+?(-?)0*")
+
+
+def plain_number(value: float, _position: int | None = None) -> str:
+    """Return a number as ``"0.1"``, ``"10,000"`` or, from a million and below 1e-4, ``"2e6"``."""
+    return _EXPONENT.sub(r"e\1", f"{value:,g}").replace("-", "−")
+
+
+def log_locator(span: float) -> Locator:
+    """Return what places the ticks of a logarithmic axis whose ends have the ratio ``span``."""
+    if span < 4.0:
+        return MaxNLocator(5, steps=(1, 2, 5, 10))
+    if span < 50.0:
+        return LogLocator(subs=(1.0, 2.0, 5.0))
+    return LogLocator(subs=(1.0, 3.0) if span < 1000.0 else (1.0,))

@@ -1,12 +1,146 @@
-"""One entrance to all pruning methods."""
+"""One entrance to all pruning methods.
 
+Magnitude pruning: the smallest weights go.
+
+Random pruning: the honest floor.
+
+Wanda: the smallest products of a weight and the norm of its input go.
+"""
+
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from entangle.checks import choice, finite, seed_of
-from entangle.pruning import magnitude, randomly, sparsegpt, wanda
-from entangle.pruning.problem import Problem, Rows, prepare
-from entangle.pruning.result import PruneResult
+from entangle.pruning import solver
+from entangle.pruning.masks import dead_first
+from entangle.pruning.problem import Problem, PruneResult, Rows, mask_only, prepare, select
+from entangle.seeding import torch_rng
+
+
+def prune_magnitude(
+    weight: Float[Tensor, "*experts rows cols"],
+    gram: Float[Tensor, "*experts cols cols"] | None = None,
+    *,
+    sparsity: float | int | Float[Tensor, "..."] | None = None,
+    pattern: str = "row",
+    rows: Rows = None,
+    bits: int | None = None,
+) -> PruneResult:
+    """Prune the weights of smallest absolute value.
+
+    Parameters
+    ----------
+    weight, gram, sparsity, pattern, rows, bits
+        As in `entangle.pruning.prune`; `gram` serves only to compute the loss.
+
+    Returns
+    -------
+    PruneResult
+
+    Raises
+    ------
+    InvalidInput, NumericalError
+        As in `entangle.pruning.prune`.
+    """
+    problem = prepare(weight, gram, sparsity=sparsity, pattern=pattern, rows=rows, bits=bits)
+    return solve_magnitude(problem)
+
+
+def solve_magnitude(problem: Problem) -> PruneResult:
+    """Prune a checked problem by magnitude (see `prune_magnitude`)."""
+    return mask_only(problem, select(problem.weight.abs(), problem))
+
+
+def prune_random(
+    weight: Float[Tensor, "*experts rows cols"],
+    gram: Float[Tensor, "*experts cols cols"] | None = None,
+    *,
+    seed: int,
+    sparsity: float | int | Float[Tensor, "..."] | None = None,
+    pattern: str = "row",
+    rows: Rows = None,
+    bits: int | None = None,
+) -> PruneResult:
+    """Prune weights at random.
+
+    Every weight draws one uniform number, and the smallest are pruned: with one seed, the zeros at
+    a lower sparsity are among those at a higher one, and a row's zeros do not depend on `rows`.
+
+    Parameters
+    ----------
+    weight, gram, sparsity, pattern, rows, bits
+        As in `entangle.pruning.prune`; `gram` serves only to compute the loss.
+    seed
+        Names the random stream; the same on every device.
+
+    Returns
+    -------
+    PruneResult
+
+    Raises
+    ------
+    InvalidInput, NumericalError
+        As in `entangle.pruning.prune`.
+    """
+    problem = prepare(weight, gram, sparsity=sparsity, pattern=pattern, rows=rows, bits=bits)
+    return solve_random(problem, seed=seed)
+
+
+def solve_random(problem: Problem, *, seed: int) -> PruneResult:
+    """Prune a checked problem at random (see `prune_random`)."""
+    rng, shape = torch_rng(seed, "pruning", "random"), problem.dense.shape
+    for _ in range(problem.first):
+        torch.rand(shape[1:], generator=rng)
+    draws = torch.rand(shape, generator=rng)
+    chosen = draws if problem.rows is None else draws[:, problem.rows.cpu()]
+    return mask_only(problem, select(chosen.to(problem.dense.device), problem))
+
+
+def prune_wanda(
+    weight: Float[Tensor, "*experts rows cols"],
+    gram: Float[Tensor, "*experts cols cols"],
+    *,
+    sparsity: float | int | Float[Tensor, "..."] | None = None,
+    pattern: str = "row",
+    rows: Rows = None,
+    bits: int | None = None,
+) -> PruneResult:
+    """Prune the weights of smallest ``|w_j| * ||X_j||``; the others stay as they are.
+
+    Only the gram's diagonal, ``||X_j||**2``, decides; all of it enters the loss. Weights of dead
+    inputs (zero diagonal) go first, the smallest before the larger.
+
+    Parameters
+    ----------
+    weight, gram, sparsity, pattern, rows, bits
+        As in `entangle.pruning.prune`.
+
+    Returns
+    -------
+    PruneResult
+
+    Raises
+    ------
+    InvalidInput, NumericalError
+        As in `entangle.pruning.prune`.
+
+    References
+    ----------
+    Sun, Liu, Bair, Kolter, "A Simple and Effective Pruning Approach for Large Language Models",
+    ICLR 2024, equation 1.
+    """
+    problem = prepare(weight, gram, sparsity=sparsity, pattern=pattern, rows=rows, bits=bits)
+    return solve_wanda(problem)
+
+
+def solve_wanda(problem: Problem) -> PruneResult:
+    """Prune a checked problem by Wanda's rule (see `prune_wanda`)."""
+    power = problem.need_gram().diagonal(dim1=-2, dim2=-1)
+    saliency = problem.weight.abs() * power.sqrt()[:, None, :]
+    ranked = dead_first(saliency, problem.weight, power == 0)
+    return mask_only(problem, select(ranked, problem))
+
 
 METHODS = ("random", "magnitude", "wanda", "sparsegpt")
 """Names of the pruning methods, the weakest first."""
@@ -99,9 +233,9 @@ def solve(problem: Problem, *, method: str, damping: float | int, seed: int) -> 
     """Prune a checked problem by one of `METHODS` (see `prune`)."""
     method = choice("method", method, METHODS, kind="pruning method")
     if method == "random":
-        return randomly.solve(problem, seed=seed)
+        return solve_random(problem, seed=seed)
     if method == "magnitude":
-        return magnitude.solve(problem)
+        return solve_magnitude(problem)
     if method == "wanda":
-        return wanda.solve(problem)
-    return sparsegpt.solve(problem, damping=damping)
+        return solve_wanda(problem)
+    return solver.solve_sparsegpt(problem, damping=damping)

@@ -1,17 +1,98 @@
-"""The common entrance of all pruners: arguments checked, shapes and dtypes made uniform."""
+"""The common entrance of all pruners: arguments checked, shapes and dtypes made uniform.
 
-from collections.abc import Sequence
+Round-to-nearest quantisation on a per-row asymmetric min-max grid.
+
+Quadratic forms of rows: what a change of a weight does to the squared error of the output.
+
+A GPU's float32 products are slow. Its TensorFloat-32 units multiply numbers of 11 significant bits,
+and cut off what they add instead of rounding it. Rows and grams are therefore split in two such
+numbers, and at most 1,024 products of them are summed before the sum is added in float32. Of
+SparseGPT's changes of bfloat16 weights (2048 and 4096 inputs, 50 % and 80 % zeros, sums that cancel
+to 1/300 to 1/1400), with such units imitated in float64, the largest relative errors beside float64
+are:
+
+==========================================  ===========  ==================
+sum                                         of a row     of all rows
+==========================================  ===========  ==================
+float32, one product after another          1.6e-6       1.4e-7
+only the first parts of both                4.7e-4       3.2e-5
+all but the second part of the rows         4.0e-5       3.0e-6
+both parts of both, all products together   8.9e-5       8.0e-5
+both parts of both, 1,024 products at most  2.3e-6       5.0e-7
+==========================================  ===========  ==================
+
+What a pruner returns.
+
+The choice of a whole mask at once, for pruners that leave the kept weights alone.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from entangle.checks import tensor_of
+from entangle.checks import tensor_of, whole
 from entangle.errors import InvalidInput, NumericalError
+from entangle.precision import full_precision, tensor_cores
 from entangle.pruning.factor import Factor
-from entangle.pruning.masks import Pattern, count_zeros, parse_pattern
-from entangle.pruning.quantize import check_bits
+from entangle.pruning.masks import (
+    BLOCK,
+    Pattern,
+    count_zeros,
+    parse_pattern,
+    prune_block,
+    prune_groups,
+    prune_smallest,
+)
+
+MAX_BITS = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """One grid of ``2**bits`` evenly spaced values per row; zero is always one of them."""
+
+    scale: Float[Tensor, "experts rows *one"]
+    """Distance of neighbouring values, in units of the weight."""
+    zero: Float[Tensor, "experts rows *one"]
+    """Index of the value 0, an integer in [0, top]."""
+    top: int
+    """Largest index, ``2**bits - 1``."""
+
+    def round(self, weight: Float[Tensor, "experts rows *n"]) -> Float[Tensor, "experts rows *n"]:
+        """Return the grid value nearest to each weight; the shapes must broadcast."""
+        index = (weight / self.scale).round_().add_(self.zero).clamp_(0, self.top)
+        return index.sub_(self.zero).mul_(self.scale)
+
+
+def check_bits(bits: object) -> int | None:
+    """Return ``bits`` if it is None or an integer in [1, 16], raise `InvalidInput` otherwise."""
+    return None if bits is None else whole("bits", bits, least=1, most=MAX_BITS)
+
+
+def fit_grid(weight: Float[Tensor, "experts rows cols"], bits: int) -> Grid:
+    """Fit the grid that spans each row's smallest and largest weight, and zero.
+
+    A row of zeros gets the range [-1, 1].
+
+    Source: ``Quantizer.find_params`` (asymmetric, per channel) in github.com/IST-DASLab/sparsegpt.
+    """
+    low, high = weight.amin(-1).clamp(max=0), weight.amax(-1).clamp(min=0)
+    empty = low == high
+    low, high = torch.where(empty, -1, low), torch.where(empty, 1, high)
+    scale = (high - low) / (2**bits - 1)
+    return Grid(scale=scale, zero=(-low / scale).round(), top=2**bits - 1)
+
+
+def quantize(
+    weight: Float[Tensor, "experts rows cols"], bits: int
+) -> Float[Tensor, "experts rows cols"]:
+    """Round every weight to its row's grid."""
+    grid = fit_grid(weight, bits)
+    return Grid(grid.scale[..., None], grid.zero[..., None], grid.top).round(weight)
+
 
 Rows = Bool[Tensor, " rows"] | Int[Tensor, " chosen"] | Sequence[int] | Sequence[bool] | None
 """Rows to prune: a mask or indices; None for all."""
@@ -239,3 +320,171 @@ def _budget(
             f"its {step} groups of {pattern.group} columns; got {count}: use pattern 'row'."
         )
     return zeros
+
+
+_PANEL = 1024
+_PART_BYTES = 2**28
+_WITH_TF32 = 8  # compute capability
+
+AddProduct = Callable[[Tensor, slice, Tensor], None]
+"""Adds to a (experts, rows, panel) the product of some columns of the rows with a gram's part."""
+Multiplier = Callable[[Tensor], AddProduct]
+"""Prepares the products with some rows."""
+
+
+def quadratic(
+    rows: Float[Tensor, "experts rows cols"], gram: Float[Tensor, "experts cols cols"]
+) -> Float[Tensor, "experts rows"]:
+    """Return ``r G r^T`` of every row, for symmetric ``G`` of the rows' dtype.
+
+    On a GPU the products are those of the upper triangle only, a panel of columns at a time. Those
+    of float32 are exact to float32 if an NVIDIA GPU does them, whatever the precision that is set.
+    """
+    if rows.device.type == "cpu":
+        return torch.einsum("erc,erc->er", rows @ gram, rows)
+    multiplier: Multiplier = _split if _has_tf32(rows) else _plain
+    bytes_each = rows.shape[1:].numel() * rows.element_size()
+    at_once = max(1, _PART_BYTES // max(1, bytes_each))
+    parts = zip(rows.split(at_once), gram.split(at_once), strict=True)
+    return torch.cat([_by_panels(some, own, multiplier(some)) for some, own in parts])
+
+
+def _has_tf32(rows: Tensor) -> bool:
+    if not rows.is_cuda or rows.dtype != torch.float32:
+        return False
+    return torch.cuda.get_device_capability(rows.device)[0] >= _WITH_TF32
+
+
+def _by_panels(
+    rows: Float[Tensor, "experts rows cols"],
+    gram: Float[Tensor, "experts cols cols"],
+    add_product: AddProduct,
+) -> Float[Tensor, "experts rows"]:
+    total = rows.new_zeros(rows.shape[:2])
+    for start in range(0, rows.shape[2], _PANEL):
+        panel = slice(start, min(start + _PANEL, rows.shape[2]))
+        product = torch.zeros_like(rows[..., panel], memory_format=torch.contiguous_format)
+        for left in range(0, start, _PANEL):
+            above = slice(left, left + _PANEL)
+            add_product(product, above, gram[:, above, panel])
+        product.mul_(2)
+        add_product(product, panel, gram[:, panel, panel])
+        total += product.mul_(rows[..., panel]).sum(-1)
+    return total
+
+
+def _plain(rows: Float[Tensor, "experts rows cols"]) -> AddProduct:
+    """Multiply in the precision that is set."""
+
+    def add_product(product: Tensor, columns: slice, gram: Tensor) -> None:
+        product.baddbmm_(rows[..., columns], gram)
+
+    return add_product
+
+
+def _split(rows: Float[Tensor, "experts rows cols"]) -> AddProduct:
+    """Multiply as float32 does, by TensorFloat-32."""
+    high, low = _two_parts(rows)
+    exact = not bool(low.any())
+
+    def add_product(product: Tensor, columns: slice, gram: Tensor) -> None:
+        gram_high, gram_low = _two_parts(gram)
+        with tensor_cores():
+            product.baddbmm_(high[..., columns], gram_low)
+            if not exact:
+                product.baddbmm_(low[..., columns], gram_high)
+            product.baddbmm_(high[..., columns], gram_high)
+
+    return add_product
+
+
+def _two_parts(values: Float[Tensor, "*shape"]) -> tuple[Tensor, Tensor]:
+    """Round float32 numbers to 11 significant bits, and return what that leaves over, too."""
+    bits = values.view(torch.int32).add(0x1000).bitwise_and_(~0x1FFF)
+    high = bits.view(torch.float32)
+    return high, values - high
+
+
+@dataclass(frozen=True, eq=False)
+class PruneResult:
+    """A pruned layer, or a stack of them; without an axis of experts if the input had none."""
+
+    weight: Float[Tensor, "*experts rows cols"]
+    """The sparse weight, in the dtype and on the device of the dense one."""
+    mask: Bool[Tensor, "*experts rows cols"]
+    """True where the weight was kept. A kept weight may still have the value zero."""
+    loss_per_neuron: Float[Tensor, "*experts rows"]
+    """Squared error of each neuron's output, summed over the tokens of the gram: ``d H d^T`` with
+    ``d`` the change of the row and ``H`` the undamped gram; NaN if no gram was given, or no loss
+    asked for."""
+    damping: Float[Tensor, "*experts"]
+    """Damping used for each expert, as a multiple of its gram's mean diagonal; 0 if none was."""
+    realised_sparsity: Float[Tensor, "*experts rows"]
+    """Share of each row's weights that the mask removes, in [0, 1]."""
+
+
+def mask_only(problem: Problem, pruned: Bool[Tensor, "experts rows cols"]) -> PruneResult:
+    """Zero the marked weights and leave the others alone, save for quantisation."""
+    weight = problem.weight
+    solved = weight if problem.bits is None else quantize(weight, problem.bits)
+    sparse = solved.to(problem.dense.dtype).masked_fill(pruned, 0)
+    return finish(problem, sparse, pruned, weight.new_zeros(len(weight)))
+
+
+def finish(
+    problem: Problem,
+    sparse: Float[Tensor, "experts rows cols"],
+    pruned: Bool[Tensor, "experts rows cols"],
+    damping: Float[Tensor, " experts"],
+) -> PruneResult:
+    """Assemble the result: untouched rows bit-identical, losses in the end dtype.
+
+    `sparse` holds 0 where `pruned` and is of the end dtype; it becomes the result's weight.
+    """
+    chosen = slice(None) if problem.rows is None else problem.rows
+    untouched = ~pruned.any(-1, keepdim=True)
+    if problem.bits is None and untouched.any():
+        sparse = torch.where(untouched, problem.dense[:, chosen], sparse)
+    if not is_finite(sparse):
+        raise NumericalError(
+            f"the pruned weight overflows {sparse.dtype}: raise `damping`, or use a wider dtype."
+        )
+    weight, kept, loss = sparse.contiguous(), ~pruned, _loss(problem, sparse)
+    if problem.rows is not None:
+        weight = problem.dense.clone(memory_format=torch.contiguous_format)
+        weight[:, chosen] = sparse
+        kept = torch.ones_like(weight, dtype=torch.bool).index_copy_(1, problem.rows, kept)
+        loss = loss.new_zeros(weight.shape[:2]).index_copy_(1, problem.rows, loss)
+    zeros = [(~own).mean(-1, dtype=loss.dtype) for own in kept]  # one by one: it makes a copy
+    fields = weight, kept, loss, damping, torch.stack(zeros)
+    return PruneResult(*(fields if problem.batched else (field[0] for field in fields)))
+
+
+def _loss(
+    problem: Problem, sparse: Float[Tensor, "experts rows cols"]
+) -> Float[Tensor, "experts rows"]:
+    if problem.gram is None or not problem.wants_loss:
+        return problem.weight.new_full(sparse.shape[:2], torch.nan)
+    with full_precision():
+        return quadratic(problem.weight - sparse, problem.gram).clamp_(min=0)
+
+
+def select(
+    saliency: Float[Tensor, "experts rows cols"], problem: Problem
+) -> Bool[Tensor, "experts rows cols"]:
+    """Mark the least salient weights of `problem` in its pattern; equal ones in reading order.
+
+    Returns
+    -------
+    Tensor
+        True where pruned.
+    """
+    pattern = problem.pattern
+    if pattern.kind == "row":
+        return prune_smallest(saliency, problem.budget)
+    if pattern.kind == "layer":
+        return prune_smallest(saliency.flatten(1), problem.budget).view_as(saliency)
+    if pattern.kind == "block":
+        blocks = torch.split(saliency, BLOCK, dim=-1)
+        return torch.cat([prune_block(block, problem.sparsity) for block in blocks], -1)
+    return prune_groups(saliency, problem.zeros_a_group, pattern.group)

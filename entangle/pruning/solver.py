@@ -1,14 +1,72 @@
-"""The plain SparseGPT solver: masks and updates of one block of columns after another."""
+"""SparseGPT: optimal-brain-surgeon pruning, one column after another, for all rows at once.
+
+The inner loop of SparseGPT: settle a few columns whose mask is known.
+
+The plain SparseGPT solver: masks and updates of one block of columns after another.
+
+The SparseGPT solver on an NVIDIA GPU: one kernel a step instead of one or more a column.
+
+As many experts at a time as a GPU's memory holds.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import fields, replace
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from entangle.pruning.eliminate import eliminate
-from entangle.pruning.factor import Factor
-from entangle.pruning.masks import dead_first, prune_block, prune_groups, prune_smallest
-from entangle.pruning.problem import Problem
-from entangle.pruning.quantize import fit_grid
+from entangle.checks import whole
+from entangle.kernels import solver as kernels
+from entangle.kernels.compiled import usable
+from entangle.precision import full_precision
+from entangle.pruning.factor import Factor, inverse_factor
+from entangle.pruning.masks import BLOCK, dead_first, prune_block, prune_groups, prune_smallest
+from entangle.pruning.problem import Grid, Problem, PruneResult, Rows, finish, fit_grid, prepare
+
+
+def eliminate(
+    columns: Float[Tensor, "experts width rows"],
+    factor: Float[Tensor, "experts width width"],
+    pruned: Bool[Tensor, "experts width rows"],
+    *,
+    grid: Grid | None = None,
+) -> Float[Tensor, "experts width rows"]:
+    """Settle neighbouring columns from left to right, each making up for those before it.
+
+    Parameters
+    ----------
+    columns
+        The columns as the columns left of them require them, transposed so that a column is
+        contiguous. Overwritten by the final values.
+    factor
+        The diagonal block of ``U`` that belongs to these columns.
+    pruned
+        True where the final value is 0.
+    grid
+        Rounds the kept values; None keeps them as they are.
+
+    Returns
+    -------
+    Tensor
+        The errors ``(w_j - q_j) / U_jj``. The columns right of these are still to be lowered by
+        ``errors^T U_right``.
+
+    Notes
+    -----
+    Summed over all columns, a row's squared errors are its loss under the damped gram.
+    """
+    errors = torch.empty_like(columns)
+    for j in range(columns.shape[1]):
+        column, error, later = columns[:, j], errors[:, j], columns[:, j + 1 :]
+        final = (column if grid is None else grid.round(column)).masked_fill(pruned[:, j], 0)
+        torch.sub(column, final, out=error).div_(factor[:, j, j, None])
+        column.copy_(final)
+        later.addcmul_(factor[:, j, j + 1 :, None], error[:, None], value=-1)
+    return errors
+
 
 _PANEL = 16
 
@@ -80,3 +138,188 @@ class Solver:
         flat = prune_smallest(line, self.left, here[0].numel())
         self.left = self.left - flat.sum(-1)
         return flat.view(here.shape)
+
+
+def can_fuse(problem: Problem, block_size: int) -> bool:
+    """Tell whether `FusedSolver` can take the place of `Solver`.
+
+    It solves float32 weights in blocks of at most 128 columns, in the patterns ``row`` and
+    ``block``, without quantisation.
+    """
+    weight = problem.weight
+    return (
+        usable(weight)
+        and weight.numel() > 0
+        and weight.element_size() == 4
+        and problem.bits is None
+        and block_size <= kernels.WIDTH
+        and problem.pattern.kind in ("row", "block")
+        and weight.shape[2] <= kernels.longest_row(weight.device)
+    )
+
+
+class FusedSolver(Solver):
+    """Chooses and settles whole blocks of columns by kernels; what it does is in `Solver`."""
+
+    def __init__(self, problem: Problem, factor: Factor) -> None:
+        super().__init__(problem, factor)
+        self.factor, self.power = self.factor.contiguous(), self.power.contiguous()
+        self.left = self.left.clone()
+
+    def choose(self, start: int, stop: int) -> Bool[Tensor, "experts rows width"]:
+        """Mark the weights of a block to prune, and take them off the budget."""
+        inputs = self.weight, self.power, self.dead
+        pruned = self.pruned[..., start:stop]
+        if self.pattern.kind == "row":
+            kernels.choose_rows(*inputs, self.left, self.pruned, start, stop)
+            return pruned
+        weights = pruned[0].numel()
+        rank = int(weights * self.sparsity)
+        if self.sparsity == 0 or rank == weights:
+            return pruned.fill_(self.sparsity != 0)
+        kernels.choose_block(*inputs, rank + 1, self.pruned, start, stop)
+        return pruned
+
+    def visit(self, start: int, stop: int) -> None:
+        """Settle one block and update all columns right of it."""
+        errors = kernels.eliminate(self.weight, self.factor, self.pruned, start, stop)
+        right = self.weight[..., stop:]
+        right.baddbmm_(errors, self.factor[:, start:stop, stop:], alpha=-1)
+
+
+_LOG = logging.getLogger(__name__)
+
+
+def in_groups(problem: Problem, solve: Callable[[Problem], PruneResult]) -> PruneResult:
+    """Solve all experts together or, where a GPU's memory runs out, fewer and fewer at a time.
+
+    On the CPU, where memory does not run out with an error, they are solved together.
+    """
+    experts = len(problem.weight)
+    if problem.weight.device.type == "cpu" or experts == 1:
+        return solve(problem)
+    parts: list[PruneResult] = []
+    start, size = 0, experts
+    while start < experts:
+        part = _try(_some_of(problem, start, start + size), solve)
+        if part is None:
+            size = (size + 1) // 2
+            _LOG.warning("GPU memory ran out: pruning %d of %d experts at a time", size, experts)
+            torch.cuda.empty_cache()
+            continue
+        parts.append(part)
+        start += size
+    if len(parts) == 1:
+        return parts[0]
+    names = [field.name for field in fields(PruneResult)]
+    return PruneResult(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+
+
+def _try(problem: Problem, solve: Callable[[Problem], PruneResult]) -> PruneResult | None:
+    """Solve a problem; None if memory runs out with more than one expert."""
+    try:
+        return solve(problem)
+    except torch.OutOfMemoryError:
+        if len(problem.weight) == 1:
+            raise
+        return None
+
+
+def _some_of(problem: Problem, start: int, stop: int) -> Problem:
+    """Return the problem of the experts ``[start, stop)``."""
+    factor = problem.factor
+    return replace(
+        problem,
+        dense=problem.dense[start:stop],
+        weight=problem.weight[start:stop],
+        gram=None if problem.gram is None else problem.gram[start:stop],
+        budget=problem.budget[start:stop],
+        first=problem.first + start,
+        factor=None if factor is None else Factor(*(part[start:stop] for part in factor)),
+        batched=True,
+    )
+
+
+def prune_sparsegpt(
+    weight: Float[Tensor, "*experts rows cols"],
+    gram: Float[Tensor, "*experts cols cols"],
+    *,
+    sparsity: float | int | Float[Tensor, "..."] | None = None,
+    pattern: str = "row",
+    rows: Rows = None,
+    bits: int | None = None,
+    damping: float | int = 0.01,
+    block_size: int = BLOCK,
+) -> PruneResult:
+    """Prune by saliency ``w_j**2 / U_jj**2`` and let the columns to the right make up for it.
+
+    With ``U`` the upper factor of the damped gram's inverse (`inverse_factor`), the columns are
+    visited from left to right. Setting ``w_j`` to ``q`` costs ``err**2`` with
+    ``err = (w_j - q) / U_jj``, and ``err * U_j,j+1:`` is taken from the later columns. Masks are
+    chosen a block of columns at a time:
+
+    ``row``, ``layer``
+        The zeros still to be placed in the row (layer) are given to the least salient of *all*
+        columns not yet visited, and those that fall into this block are pruned. The total is exact,
+        and with an identity gram this is magnitude pruning.
+    ``block``
+        `entangle.pruning.masks.prune_block` on every block (published rule, total not exact).
+    ``n:m``
+        The ``n`` most salient of every group of ``m`` columns stay, chosen when the group is
+        reached. Blocks are cut to whole groups. With the letter n, every row has its own ``n``.
+
+    Weights of dead inputs are pruned first, the smallest before the larger, and the others of them
+    stay as they are. Equal saliencies fall from left to right (``layer``: block by block, in
+    reading order). A row without zeros comes back bit-identical unless it is quantised.
+
+    Parameters
+    ----------
+    weight, gram, sparsity, pattern, rows, bits
+        As in `entangle.pruning.prune`. The gram is not normalised: its scale does not matter as
+        long as the solver's dtype holds it (in float32, elements below 1e-38 lose digits).
+    damping
+        Multiple of the gram's mean diagonal (over all inputs, dead ones included) added to the
+        diagonal; grows by factors of 10 for an expert whose gram is not positive definite.
+    block_size
+        Columns per block.
+
+    Returns
+    -------
+    PruneResult
+
+    Raises
+    ------
+    InvalidInput
+        As in `entangle.pruning.prune`.
+    NumericalError
+        As in `entangle.pruning.prune`, and if a gram cannot be factorised.
+
+    References
+    ----------
+    Frantar and Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot",
+    ICML 2023, algorithm 1; code at github.com/IST-DASLab/sparsegpt.
+    """
+    problem = prepare(weight, gram, sparsity=sparsity, pattern=pattern, rows=rows, bits=bits)
+    return solve_sparsegpt(problem, damping=damping, block_size=block_size)
+
+
+def solve_sparsegpt(
+    problem: Problem, *, damping: float | int, block_size: int = BLOCK
+) -> PruneResult:
+    """Prune a checked problem by SparseGPT (see `prune_sparsegpt`)."""
+    block_size = whole("block_size", block_size, least=1)
+    return in_groups(problem, partial(_solve, damping=damping, block_size=block_size))
+
+
+def _solve(problem: Problem, *, damping: float | int, block_size: int) -> PruneResult:
+    factor = problem.factor or inverse_factor(
+        problem.need_gram(), damping=damping, first=problem.first
+    )
+    solver = (FusedSolver if can_fuse(problem, block_size) else Solver)(problem, factor)
+    with full_precision():
+        solver.run(block_size)
+    solved, pruned = solver.weight, solver.pruned
+    used = factor.damping
+    del solver, factor
+    solved = solved.to(problem.dense.dtype)
+    return finish(problem, solved, pruned, used)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from entangle.errors import InvalidInput
 from entangle.memory import SPARE_RAM
-from entangle.provenance import disk_errors
+from entangle.runs.provenance import disk_errors
 
 _SLAB_BYTES = 2**25
 """Of the pieces of RAM that rows are put into, of which as much is taken as is written to.

@@ -1,5 +1,5 @@
 """From a model and a calibration set to one row of scores a neuron."""
 
-from entangle.scoring.scores import NeuronScores, load_scores
+from entangle.results.scores import NeuronScores, load_scores
 
 __all__ = ["NeuronScores", "load_scores"]

@@ -18,16 +18,19 @@ from entangle.models.layers import Layer
 from entangle.precision import full_precision
 from entangle.recording.recorder import Batch, Recorded, Recorder, told
 from entangle.recording.stream import ByteBudget, TokenStore
-from entangle.scoring.measured import MeasuredLayer
-from entangle.scoring.side_by_side import how_many, mapped
-from entangle.scoring.tables import LayerSummary, summarise
+from entangle.scoring.layer_scores import LayerSummary, MeasuredLayer, how_many, mapped, summarise
+from entangle.stats.bins import fetched
 from entangle.stats.mapping_difficulty import MappingDifficulty, TokenPairs, draw_pairs
-from entangle.stats.rounding import FeatureSizes, OutputError, output_error, reach
-from entangle.stats.rows import can_measure, measure_rows
-from entangle.stats.sketch import OutputSketch, SketchResult
+from entangle.stats.sketch import OutputSketch, SketchResult, can_measure, measure_rows
 from entangle.stats.tiles import multiply, row_parts
-from entangle.stats.transfer import fetched
-from entangle.stats.wasserstein import ShapeStatistics, shape_statistics
+from entangle.stats.wasserstein import (
+    FeatureSizes,
+    OutputError,
+    ShapeStatistics,
+    output_error,
+    reach,
+    shape_statistics,
+)
 
 _LOG = logging.getLogger(__name__)
 

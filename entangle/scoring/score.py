@@ -6,11 +6,10 @@ from typing import Literal
 
 import torch
 
-from entangle.calibration import CalibrationSet, Source, as_calibration
 from entangle.checks import choice, whole
 from entangle.errors import InvalidInput, MemoryLimit
 from entangle.memory import check_memory, memory_for
-from entangle.models.evaluating import evaluates
+from entangle.models.blocks import evaluates
 from entangle.models.layers import (
     Layer,
     LayerSpec,
@@ -20,15 +19,18 @@ from entangle.models.layers import (
     layer_specs,
 )
 from entangle.models.loading import AnyModel, LanguageModel, as_language_model
-from entangle.progress import Progress, ProgressBar
-from entangle.provenance import RunClock, make_manifest
 from entangle.recording.recorder import Batch, Recorded, Recorder
+from entangle.results.scores import KIND, NeuronScores
+from entangle.runs.progress import Progress, ProgressBar
+from entangle.runs.provenance import RunClock, make_manifest
 from entangle.scoring.exact import score_exact
-from entangle.scoring.scores import KIND, NeuronScores
+from entangle.scoring.layer_scores import LayerSummary, layer_table, neuron_table
 from entangle.scoring.sketched import score_sketched
-from entangle.scoring.tables import LayerSummary, layer_table, neuron_table
 from entangle.seeding import check_seed
 from entangle.stats.mapping_difficulty import MAX_PAIRS
+from entangle.texts.calibration import as_calibration
+from entangle.texts.calibration_set import CalibrationSet
+from entangle.texts.given import Source
 
 Method = Literal["auto", "exact", "sketch"]
 METHODS: tuple[Method, ...] = ("auto", "exact", "sketch")

@@ -13,13 +13,18 @@ from entangle.kernels import sketch as kernels
 from entangle.models.layers import Layer
 from entangle.precision import full_precision
 from entangle.recording.recorder import Batch, Recorded, Recorder
-from entangle.scoring.finer import FinerOutputs, SharedSquares
-from entangle.scoring.measured import MeasuredLayer
-from entangle.scoring.side_by_side import how_many, mapped
-from entangle.scoring.tables import LayerSummary, summarise
+from entangle.scoring.layer_scores import (
+    FinerOutputs,
+    LayerSummary,
+    MeasuredLayer,
+    SharedSquares,
+    how_many,
+    mapped,
+    summarise,
+)
 from entangle.seeding import numpy_rng
-from entangle.stats.pair_sketch import PairSketch
-from entangle.stats.scratch import Scratch
+from entangle.stats.bins import Scratch
+from entangle.stats.mapping_difficulty import PairSketch
 from entangle.stats.sketch import OutputSketch
 
 

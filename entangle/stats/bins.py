@@ -4,23 +4,62 @@ A value x (in units of a neuron's core width, from its median) is binned by the 
 1 + |x| as a float32 number: 64 bins of equal width over [0, 1), 64 over [1, 3), 64 over [3, 7)
 and so on, mirrored for negative values. Integer arithmetic on the bits replaces a search, and a
 distribution with a sharp core and far outliers is resolved in both.
+
+Work space that is used again instead of being allocated for every batch.
+
+A large block that is freed goes back to the operating system, and the next one of its size is
+mapped page by page when it is first written to, which takes longer than the arithmetic.
+
+Distances from a fitted Gaussian, computed from binned outputs.
+
+Results from a GPU to the CPU, with one wait.
+
+Moments from the sums of powers that a sketch keeps.
+
+The jackknife over groups of sequences on a GPU, from the groups' histograms.
 """
 
-from functools import lru_cache
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cache, lru_cache
+from threading import Lock
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int32
+from jaxtyping import Float, Int32, Int64, Shaped
 from torch import Tensor
 
-from entangle.stats.scratch import Scratch
+from entangle.kernels.exact import fused_binned_distances
+from entangle.stats.edges import (
+    HALF,
+    PER_OCTAVE,
+    signed_edges,
+)
 
-PER_OCTAVE = 64
-OCTAVES = 12
-HALF = PER_OCTAVE * OCTAVES
-N_BINS = 2 * HALF
-SAVED_FOLD = 4
-"""Bins that are one in the histograms that are kept."""
+
+class Scratch:
+    """Hands out tensors of undefined content; those taken under one name share their memory.
+
+    One object may serve any number of accumulators that are updated one after the other, but not
+    two threads.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+
+    def take(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        """Return a contiguous tensor; what was taken under this name before is overwritten."""
+        key = name, dtype, device
+        size = math.prod(shape)
+        held = self._held.get(key)
+        if held is None or held.numel() < size:
+            held = self._held[key] = torch.empty(size, dtype=dtype, device=device)
+        return held[:size].view(shape)
+
 
 _SHIFT = 23 - PER_OCTAVE.bit_length() + 1
 _LANES = 4
@@ -77,22 +116,254 @@ def add_counts(
     counts.view(rows, lanes * n_bins).scatter_add_(1, wide, one.expand_as(wide))
 
 
-@lru_cache(maxsize=8)
-def magnitude_edges(n_bins: int) -> np.ndarray:
-    """Return the n_bins + 1 edges of the bins of `magnitude_index`, float64."""
-    k = np.arange(n_bins + 1)
-    octave, step = np.divmod(k, PER_OCTAVE)
-    return np.exp2(octave) * (1 + step / PER_OCTAVE) - 1
-
-
-@lru_cache(maxsize=8)
-def signed_edges(fold: int = 1) -> np.ndarray:
-    """Return the edges of the bins of `signed_index`, every ``fold`` bins joined; float64."""
-    edges = magnitude_edges(HALF)
-    return np.concatenate([-edges[:0:-1], edges])[::fold]
-
-
 def fold_counts(counts: Tensor, fold: int) -> Tensor:
     """Join every ``fold`` neighbouring bins of counts of shape (..., bins)."""
     grouped = counts.reshape(*counts.shape[:-1], -1, fold)
     return grouped.sum(-1, dtype=counts.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class BinnedDistances:
+    """Distances of binned distributions to N(0, 1); every field has shape (rows,)."""
+
+    wd: Float[Tensor, " rows"]
+    """1-Wasserstein distance with the mass spread evenly inside each bin."""
+    wd_bound: Float[Tensor, " rows"]
+    """Largest possible error of ``wd``, wherever the mass lies inside the bins."""
+    ks: Float[Tensor, " rows"]
+    """Kolmogorov-Smirnov distance at the bin edges (a lower bound of the exact one)."""
+
+
+def binned_distances(
+    counts: Shaped[Tensor, "rows bins"], edges: Float[Tensor, "rows edges"]
+) -> BinnedDistances:
+    """Integrate |F − Φ| over standardised bins.
+
+    Parameters
+    ----------
+    counts
+        Number of values in each bin, shape (rows, bins).
+    edges
+        Standardised bin edges, ascending, of shape (rows, bins + 1), in standard deviations.
+
+    Returns
+    -------
+    BinnedDistances
+        The distribution function F is exact at the edges and linear between them. A monotone
+        function with the same ends differs from it by at most half of mass times width in each
+        bin. Where F crosses Φ inside a bin, Φ is taken as its chord there, which errs by at most
+        twice the area between the two. The bound is the sum of both over the bins.
+    """
+    mass = counts.to(edges.dtype)
+    mass = mass / mass.sum(1, keepdim=True)
+    cumulative = torch.nn.functional.pad(mass.cumsum(1), (1, 0))
+    normal = torch.special.ndtr(edges)
+    gap = cumulative - normal
+    width = edges.diff(dim=1)
+    area = width * (cumulative[:, :-1] + mass / 2) - _normal_area(edges, normal)
+    left, right = gap[:, :-1], gap[:, 1:]
+    change = (right - left).abs().clamp_min(1e-300)
+    crossing = width * (left.square() + right.square()) / (2 * change)
+    inside = torch.where(left * right < 0, crossing.maximum(area.abs()), area.abs())
+    tails = _normal_tail(edges[:, 0]) + _normal_tail(-edges[:, -1])
+    bound = mass * width / 2 + 2 * _chord_area(width, normal)
+    return BinnedDistances(_in_order(inside) + tails, _in_order(bound), gap.abs().amax(1))
+
+
+def _in_order(values: Tensor) -> Tensor:
+    """Sum rows from left to right, so that zeros on either side change no bit."""
+    return values.cumsum(1)[:, -1]
+
+
+def _chord_area(width: Tensor, normal: Tensor) -> Tensor:
+    """Bound the area between Φ and its chord over each bin, given Φ at the edges.
+
+    It is at most w³ max|Φ''| / 12 by Taylor, and half of rise times width as both are monotone.
+    """
+    steepest = math.exp(-0.5) / math.sqrt(2 * math.pi)  # max|Φ''|, at ±1
+    return (width**3 * (steepest / 12)).minimum(width * normal.diff(dim=1) / 2)
+
+
+def _normal_area(edges: Tensor, normal: Tensor) -> Tensor:
+    """Integrate Φ over each bin: ∫Φ = zΦ + φ."""
+    density = torch.exp(-edges.square() / 2) / math.sqrt(2 * math.pi)
+    primitive: Tensor = edges * normal + density
+    return primitive.diff(dim=1)
+
+
+def _normal_tail(z: Tensor) -> Tensor:
+    """Integrate Φ from −∞ to z."""
+    density = torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
+    integral: Tensor = z * torch.special.ndtr(z) + density
+    return integral
+
+
+First = TypeVar("First")
+Second = TypeVar("Second")
+
+_SMALL, _LARGE = 2**22, 2**26
+_BEGINNING = Lock()
+
+
+def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return tensors of any devices on the CPU; those that are there are not copied.
+
+    What comes from a GPU goes through pinned memory, beside the work that the GPU has, and is
+    waited for once, for all of it. Until then other threads can give the GPU more work, which a
+    copy to ordinary memory would not let them. That is how tensors of more than 64 MiB go, so that
+    little memory is pinned. Tensors of more than 4 MiB are returned as they lie there: copy what is
+    to be kept of them.
+    """
+    found = [
+        torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        if _is_pinned(tensor)
+        else tensor.cpu()
+        for tensor in tensors
+    ]
+    pairs = list(zip(tensors, found, strict=True))
+    devices = {tensor.device for tensor in tensors if _is_pinned(tensor)}
+    events = [
+        _copied([pair for pair in pairs if pair[0].device == device], device) for device in devices
+    ]
+    for event in events:
+        event.synchronize()
+    return [here.clone() if _is_pinned(there, _SMALL) else here for there, here in pairs]
+
+
+def _copied(pairs: Sequence[tuple[Tensor, Tensor]], device: torch.device) -> torch.cuda.Event:
+    """Begin to copy tensors of a GPU into pinned ones; return what happens when that is done."""
+    stream, before = _copying(device), torch.cuda.current_stream(device)
+    with _BEGINNING, torch.cuda.stream(stream):
+        stream.wait_stream(before)
+        for there, here in pairs:
+            if _is_pinned(there):
+                here.copy_(there, non_blocking=True)
+        done: torch.cuda.Event = stream.record_event()
+    return done
+
+
+@cache
+def _copying(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream of a GPU that copies to the CPU, which several threads share."""
+    return torch.cuda.Stream(device)
+
+
+def _is_pinned(tensor: Tensor, most: int = _LARGE) -> bool:
+    """Tell whether a tensor goes through pinned memory, and has at most so many bytes."""
+    return tensor.is_cuda and tensor.numel() * tensor.element_size() <= most
+
+
+def fetched(first: First, second: Second) -> tuple[First, Second]:
+    """Return two dataclasses with all their tensors on the CPU, as `to_host` brings them.
+
+    Parameters
+    ----------
+    first, second
+        Frozen dataclasses, or None, which stays None.
+    """
+    held = [_tensors(first), _tensors(second)]
+    here = iter(to_host([tensor for one in held for tensor in one.values()]))
+    moved: list[dict[str, Any]] = [{name: next(here) for name in one} for one in held]
+    return _with(first, moved[0]), _with(second, moved[1])
+
+
+def _tensors(part: object) -> dict[str, Tensor]:
+    """Return the fields of a dataclass that are tensors."""
+    names = [f.name for f in fields(part)] if is_dataclass(part) else []
+    return {name: getattr(part, name) for name in names if isinstance(getattr(part, name), Tensor)}
+
+
+def _with(part: Any, tensors: dict[str, Any]) -> Any:
+    """Return a dataclass with other tensors."""
+    return replace(part, **tensors) if tensors else part
+
+
+def power_sums(x: Tensor, square: Tensor, cube: Tensor) -> tuple[Tensor, ...]:
+    """Return the sums over tokens of the first four powers of x; the others are work space."""
+    torch.mul(x, x, out=square)
+    torch.mul(square, x, out=cube)
+    first, second, third = x.sum(0), square.sum(0), cube.sum(0)
+    return first, second, third, square.mul_(square).sum(0)
+
+
+def mean_and_std(moments: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and population standard deviation from the first two raw moments."""
+    shift = moments[0]
+    return shift, (moments[1] - shift.square()).clamp_min(0).sqrt()
+
+
+def higher_moments(moments: Tensor, shift: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
+    """Return skewness and excess kurtosis from four raw moments."""
+    _, second, third, fourth = moments
+    central3 = third - 3 * shift * second + 2 * shift**3
+    central4 = fourth - 4 * shift * third + 6 * shift.square() * second - 3 * shift**4
+    return central3 / spread**3, central4 / spread**4 - 3
+
+
+GROUP_FOLD = 8
+"""Bins that are one in the histograms of the groups."""
+
+LEAST_SPREAD = 1e-3
+"""Of |mean − location|: squares summed in float32 resolve no smaller spread."""
+
+
+def resample_on_gpu(
+    counts: Int32[Tensor, "groups neurons folded"],
+    powers: Float[Tensor, "groups two=2 neurons"],
+    tokens: Int64[Tensor, " groups"],
+    low: Float[Tensor, " neurons"],
+    high: Float[Tensor, " neurons"],
+) -> tuple[Float[Tensor, " neurons"], Float[Tensor, "halves=2 neurons"]]:
+    """Return the jackknife's standard error of WD and the WD of the even and the odd groups.
+
+    Parameters
+    ----------
+    counts
+        Histogram of each group, `GROUP_FOLD` bins joined.
+    powers
+        Sums of x and its square over each group, in units of the bins, float64.
+    tokens
+        Tokens of each group, on the CPU; empty groups are left out. NaN below two others.
+    low, high
+        Smallest and largest x.
+    """
+    used = tokens.nonzero()[:, 0].tolist()
+    if len(used) < 2:
+        nothing = torch.full_like(powers[0], math.nan)
+        return nothing[0], nothing
+    sets = [*([g for g in used if g != left_out] for left_out in used), used[::2], used[1::2]]
+    chosen = torch.zeros(len(sets), len(tokens), dtype=torch.int32)
+    for row, members in zip(chosen, sets, strict=True):
+        row[members] = 1
+    totals = (chosen.long() * tokens).sum(1).to(powers.device, non_blocking=True)
+    chosen = chosen.to(powers.device, non_blocking=True)
+    moments = torch.einsum("sg,gpn->psn", chosen.to(powers), powers) / totals[:, None]
+    shift, spread = mean_and_std(moments)
+    wd = binned_on_gpu(counts, chosen, shift, spread, low, high, fold=GROUP_FOLD)[0]
+    wd = wd.masked_fill(spread <= LEAST_SPREAD * shift.abs(), math.nan)
+    without = wd[: len(used)]
+    return ((len(used) - 1) * without.var(0, correction=0)).sqrt(), wd[len(used) :]
+
+
+def binned_on_gpu(
+    counts: Tensor,
+    weights: Tensor,
+    shift: Tensor,
+    spread: Tensor,
+    low: Tensor,
+    high: Tensor,
+    *,
+    fold: int,
+) -> Tensor:
+    """Return WD, its bound and KS of sets of groups, (3, sets, neurons), in one kernel."""
+    return fused_binned_distances(
+        counts, weights, shift=shift.contiguous(), spread=spread.contiguous(),
+        low=low.contiguous(), high=high.contiguous(),
+        edges=joined_edges(fold, shift.dtype, shift.device),
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=16)
+def joined_edges(fold: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the edges of the bins, every ``fold`` bins joined."""
+    return torch.from_numpy(np.ascontiguousarray(signed_edges(fold))).to(device, dtype)

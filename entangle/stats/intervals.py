@@ -101,6 +101,55 @@ def resampled_means(
     return draws
 
 
+def perplexity_ratio_interval(
+    losses: Floats,
+    baseline: Floats,
+    counts: NDArray[np.generic],
+    n_tokens: int,
+    *,
+    n_boot: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Interval:
+    """Return the ratio of two perplexities on the same windows with a paired bootstrap interval.
+
+    Windows are resampled with replacement, the same ones for both: what a window's text makes easy
+    or hard cancels.
+
+    Parameters
+    ----------
+    losses, baseline
+        Summed loss of every window in nats, shape (windows,); the ratio is of the first to the
+        second.
+    counts
+        Predicted tokens of every window, shape (windows,).
+    n_tokens
+        Of all windows.
+    n_boot, seed, level
+        Number of resamples, what seeds them, and the probability mass of the interval.
+
+    Returns
+    -------
+    Interval
+        Ends are NaN if there is one window only. All is NaN if a loss is NaN or both are infinite.
+
+    Notes
+    -----
+    Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13 (percentile interval).
+    """
+    n_boot, level = bootstrap(n_boot, level)
+    with np.errstate(invalid="ignore", over="ignore"):
+        gaps = losses - baseline
+        value = float(np.exp(gaps.sum() / n_tokens))
+        if len(losses) < 2 or not np.isfinite(gaps).all():
+            return Interval(value, np.nan, np.nan)
+        rng = numpy_rng(seed, "perplexity ratio")
+        low, high = np.exp(
+            percentiles(resampled_means(gaps, counts, n_boot=n_boot, rng=rng), level)
+        )
+    return Interval(value, float(low), float(high))
+
+
 def _check_bootstrap(x: Floats, y: Floats, *, n_boot: int, level: float) -> None:
     _check_options(n_boot=n_boot, level=level)
     if x.ndim != 1 or x.shape != y.shape or len(x) < 3:

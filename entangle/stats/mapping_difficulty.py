@@ -6,9 +6,12 @@ Over random disjoint pairs of tokens (a, b), with N_x and N_y normalisers,
 
 (arXiv 2405.15756, eq. 2; the published code takes the maximum over the pairs as N_x and the
 median as N_y). Pairs with identical inputs are left out and counted.
+
+The pair statistics of the mapping difficulty from a stream of outputs.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,8 +22,12 @@ from torch import Tensor
 
 from entangle.errors import InvalidInput
 from entangle.kernels import exact
+from entangle.kernels import sketch as kernels
+from entangle.kernels.compiled import usable
 from entangle.precision import accumulator_dtype
 from entangle.seeding import torch_rng
+from entangle.stats import bins
+from entangle.stats.bins import Scratch, to_host
 
 MAX_PAIRS = 50_000
 
@@ -61,7 +68,7 @@ class MappingDifficulty:
         The input normaliser is common to all neurons of a layer and leaves their order alone.
         NaN where the output normaliser is 0, for example if most pairs have equal outputs, or no
         more than twice the ``noise``: the rounding of a usual output, in output units, (neurons,),
-        from `entangle.stats.rounding`.
+        from `entangle.stats.wasserstein`.
         """
         if output_norm not in ("median", "mean", "max") or input_norm not in ("max", "mean"):
             raise InvalidInput(
@@ -212,3 +219,211 @@ def _median(values: Tensor) -> Tensor:
     if values.device.type == "cpu":
         return torch.from_numpy(np.median(values.numpy(), axis=1))
     return values.quantile(0.5, dim=1)
+
+
+_BINS, _PILOT_PAIRS = 3 * bins.PER_OCTAVE, 512
+
+
+class PairSketch:
+    """Accumulate the pair statistics of one layer from a stream, in memory that does not grow.
+
+    Parameters
+    ----------
+    n_neurons
+        Number of neurons.
+    scratch
+        Work space, which sketches that are updated one after the other may share.
+
+    Notes
+    -----
+    The median of |y_a − y_b| comes from a histogram with 1/64 of the first batch's median as bin
+    width (1/32 from one to three times that median, 1/16 up to seven times), interpolated, and is
+    NaN where it lies beyond the last bin; the other statistics are exact.
+    """
+
+    def __init__(self, n_neurons: int, *, scratch: Scratch | None = None) -> None:
+        self.n_neurons, self.n_pairs, self.n_identical = n_neurons, 0, 0
+        self._scratch = scratch or Scratch()
+        self._dx_max = self._dx_sum = 0.0
+        self._placed = False
+        self._uncounted: list[Tensor] = []
+
+    def fork(self) -> "PairSketch":
+        """Return an empty sketch with the same bins, to be merged later."""
+        if not self._placed:
+            raise InvalidInput("a sketch can be forked only after its first `update`.")
+        other = PairSketch(self.n_neurons)
+        other._place(self._scale)
+        return other
+
+    def update(
+        self,
+        first: Float[Tensor, "rows neurons"],
+        second: Float[Tensor, "rows neurons"],
+        input_distance: Float[Tensor, " pairs"],
+        *,
+        starts: tuple[int, int] = (0, 0),
+    ) -> None:
+        """Add the outputs at both tokens of some pairs.
+
+        Pair i joins row (a + i) % rows of ``first`` with row (b + i) % rows of ``second``, where
+        ``starts`` is (a, b). There are at most as many pairs as rows.
+        """
+        rows, pairs = first.shape[0], input_distance.shape[0]
+        if pairs == 0:
+            return
+        if pairs > rows or not all(0 <= start < rows for start in starts):
+            raise InvalidInput(
+                f"there must be at most as many pairs as rows, {rows}, and `starts` be rows; "
+                f"got {pairs} pairs and {starts}."
+            )
+        dx = input_distance.to(first.device)
+        if self._on_gpu(first, second, dx, starts):
+            return
+        if pairs < rows or starts != (0, 0):
+            order = torch.arange(pairs, device=first.device)
+            first, second = first[(starts[0] + order) % rows], second[(starts[1] + order) % rows]
+        self._update(first, second, dx)
+
+    def _update(self, first: Tensor, second: Tensor, dx: Tensor) -> None:
+        """Add pairs of rows in their order."""
+        distinct = dx > 0
+        if not bool(distinct.all()):
+            self.n_identical += int((~distinct).sum())
+            first, second, dx = first[distinct], second[distinct], dx[distinct]
+        if dx.numel() == 0:
+            return
+        if not self._placed:
+            self._place_by(first[:_PILOT_PAIRS], second[:_PILOT_PAIRS])
+        at_once = 2**18 if first.device.type == "cpu" else 2**26
+        columns = max(4, at_once // dx.numel() // 4 * 4)
+        for start in range(0, self.n_neurons, columns):
+            part = slice(start, start + columns)
+            left, right = first[:, part].float(), second[:, part].float()
+            dy = self._scratch.take("x", tuple(left.shape), torch.float32, left.device)
+            torch.sub(left, right, out=dy).abs_()
+            self._update_block(dy, (1 / dx).to(dy.dtype), part)
+        self._count(dx)
+
+    def merge(self, other: "PairSketch") -> None:
+        """Add another sketch of the same neurons with the same bins."""
+        if not (self._placed and other._placed and torch.equal(self._scale, other._scale)):
+            raise InvalidInput("only sketches made from one another with `fork` can be merged.")
+        self.settle([self])
+        self.settle([other])
+        self._counts += other._counts
+        self._sums += other._sums
+        torch.maximum(self._dy_max, other._dy_max, out=self._dy_max)
+        self._dx_max = max(self._dx_max, other._dx_max)
+        self._dx_sum += other._dx_sum
+        self.n_pairs += other.n_pairs
+        self.n_identical += other.n_identical
+
+    def result(self) -> MappingDifficulty:
+        """Return the pair statistics of all pairs seen so far, on the CPU."""
+        self.settle([self])
+        if self.n_pairs == 0:
+            nothing = torch.full((self.n_neurons,), torch.nan, dtype=torch.float64)
+            return no_pairs(nothing, self.n_identical)
+        (found,) = to_host([self._statistics()])
+        slope, median, mean, most = found
+        return MappingDifficulty(
+            slope=slope,
+            dy_median=median,
+            dy_mean=mean,
+            dy_max=most,
+            dx_max=self._dx_max,
+            dx_mean=self._dx_sum / self.n_pairs,
+            n_pairs=self.n_pairs,
+            n_identical=self.n_identical,
+        )
+
+    def _place_by(self, first: Tensor, second: Tensor) -> None:
+        """Place the bins by the outputs of some pairs."""
+        sample = (first.float() - second.float()).abs_()
+        typical = sample.nan_to_num_(0.0, 0.0, 0.0).median(dim=0).values
+        self._place(torch.where(typical > 0, typical, 1.0))
+
+    def _place(self, scale: Tensor) -> None:
+        wide = accumulator_dtype(scale.device)
+        self._scale, self._placed = scale, True
+        self._counts = torch.zeros(self.n_neurons, _BINS, dtype=torch.int32, device=scale.device)
+        self._sums = torch.zeros(2, self.n_neurons, dtype=wide, device=scale.device)
+        self._dy_max = torch.zeros(self.n_neurons, device=scale.device)
+
+    def _count(self, dx: Tensor) -> None:
+        """Count pairs of distinct inputs at these distances."""
+        self.n_pairs += dx.numel()
+        self._dx_max = max(self._dx_max, float(dx.max()))
+        self._dx_sum += float(dx.sum(dtype=accumulator_dtype(dx.device)))
+
+    def _on_gpu(self, first: Tensor, second: Tensor, dx: Tensor, starts: tuple[int, int]) -> bool:
+        """Do what `update` does in one kernel, without waiting for it; False where it cannot."""
+        if not kernels.fits(first, _BINS, bytes_a_count=4) or first.stride() != second.stride():
+            return False
+        if not self._placed:
+            run = (dx[: first.shape[0] - max(starts)] > 0).nonzero()[:_PILOT_PAIRS, 0]
+            if run.numel():
+                self._place_by(first[starts[0] + run], second[starts[1] + run])
+        if self._placed:
+            kernels.add_pairs(
+                first, second, dx.float(), self._scale,
+                starts=starts, counts=self._counts, sums=self._sums, highest=self._dy_max,
+            )  # fmt: skip
+            self._uncounted.append(dx)
+        return self._placed
+
+    @staticmethod
+    def settle(sketches: Iterable["PairSketch"]) -> None:
+        """Count the pairs that went to the GPU, of all sketches with one wait."""
+        waiting = [sketch for sketch in sketches if sketch._uncounted]
+        for sketch, known in zip(
+            waiting, to_host([sketch._known() for sketch in waiting]), strict=True
+        ):
+            pairs, most, total = known.tolist()
+            sketch.n_pairs += int(pairs)
+            sketch.n_identical += sum(map(len, sketch._uncounted)) - int(pairs)
+            sketch._dx_max = max(sketch._dx_max, most)
+            sketch._dx_sum += total
+            sketch._uncounted.clear()
+
+    def _known(self) -> Tensor:
+        """Return number, maximum and sum of the uncounted distances that are not 0."""
+        dx = torch.cat(self._uncounted)
+        kept = dx.where(dx > 0, 0.0).double()
+        return torch.stack([(kept > 0).sum(dtype=kept.dtype), kept.max(), kept.sum()])
+
+    def _update_block(self, dy: Tensor, weight: Tensor, part: slice) -> None:
+        """Add |y_a − y_b| of shape (pairs, block neurons)."""
+        work = self._scratch.take("work", tuple(dy.shape), dy.dtype, dy.device)
+        torch.mul(dy, weight[:, None], out=work)
+        self._sums[0, part] += work.sum(0)  # by halves: a matrix product is less exact
+        self._sums[1, part] += dy.sum(0)
+        torch.maximum(self._dy_max[part], dy.amax(0), out=self._dy_max[part])
+        index = bins.magnitude_index_(dy.div_(self._scale[part]), _BINS)
+        bins.add_counts(self._counts[part], index, self._scratch)
+
+    def _statistics(self) -> Tensor:
+        """Return slope, and median, mean and maximum of |y_a − y_b|, of every neuron."""
+        if usable(self._counts):
+            return kernels.pair_statistics(
+                self._counts, self._sums, self._dy_max, self._scale, n_pairs=self.n_pairs
+            )
+        slope, mean = self._sums / self.n_pairs
+        return torch.stack([slope, self._median() * self._scale, mean, self._dy_max.to(slope)])
+
+    def _median(self) -> Tensor:
+        """Interpolate the median inside its bin, in units of the scale.
+
+        NaN in the open last bin and in the first, where most pairs have next to equal outputs.
+        """
+        edges = torch.from_numpy(bins.magnitude_edges(_BINS)).to(self._sums)
+        cumulative = self._counts.cumsum(1).to(edges)
+        half = self.n_pairs / 2
+        bin_ = (cumulative < half).sum(1).clamp_max(_BINS - 1)
+        count = self._counts.gather(1, bin_[:, None])[:, 0].to(edges)
+        before = cumulative.gather(1, bin_[:, None])[:, 0] - count
+        inside = (half - before) / count.clamp_min(1)
+        median = edges[bin_] + inside * (edges[bin_ + 1] - edges[bin_])
+        unresolved = (bin_ == 0) | (bin_ == _BINS - 1)
+        return median.masked_fill(unresolved | self._sums[0].isnan(), math.nan)

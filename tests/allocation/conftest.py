@@ -5,10 +5,10 @@ from functools import cache
 
 import pytest
 
-from entangle.calibration import CalibrationSet
 from entangle.models.loading import LanguageModel
+from entangle.results.scores import NeuronScores
 from entangle.scoring.score import score
-from entangle.scoring.scores import NeuronScores
+from entangle.texts.calibration_set import CalibrationSet
 
 
 @pytest.fixture(scope="session")

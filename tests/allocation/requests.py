@@ -6,9 +6,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from entangle.allocation.columns import Columns
-from entangle.allocation.request import Request, Settings
-from entangle.allocation.rows import Rows
+from entangle.allocation.allocation import Rows
+from entangle.allocation.request import Columns, Request, Settings
 
 
 def request_of(

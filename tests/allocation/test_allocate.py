@@ -6,15 +6,15 @@ import pandas as pd
 import pytest
 import torch
 
-from entangle.allocation import RULES, Allocation, InfeasibleBudget, allocate, neuroal, trim
+from entangle.allocation import RULES, Allocation, InfeasibleBudget, allocate, losses, rules
 from entangle.allocation.measurements import Measurements
-from entangle.calibration import CalibrationSet
 from entangle.errors import InvalidInput, UnknownName
 from entangle.models.layers import Layer, find_layers
 from entangle.models.loading import LanguageModel
 from entangle.pruning import prune
+from entangle.results.scores import NeuronScores
 from entangle.scoring.score import score
-from entangle.scoring.scores import NeuronScores
+from entangle.texts.calibration_set import CalibrationSet
 from tests.tiny_models import TINY
 
 Tiny = Callable[[str], LanguageModel]
@@ -41,9 +41,9 @@ def test_budget_is_exact_for_every_rule(
     tiny: Tiny, calibration: CalibrationSet, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """How long rules look for the best of what they try is cut short: no matter here."""
-    monkeypatch.setattr(neuroal, "_RANGES", (0.04, 0.2))
-    monkeypatch.setattr(trim, "_RATES", (0.04, 0.08))
-    monkeypatch.setattr(trim, "_STEPS", 2)
+    monkeypatch.setattr(losses, "_RANGES", (0.04, 0.2))
+    monkeypatch.setattr(rules, "_RATES", (0.04, 0.08))
+    monkeypatch.setattr(rules, "_STEPS", 2)
     model = tiny(name)
     before = [parameter.clone() for parameter in model.module.parameters()]
     layers = find_layers(model.module, "all")

@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from entangle.allocation import allocate
-from entangle.allocation.alphapruning import power_law_exponent
+from entangle.allocation.rules import power_law_exponent
 from entangle.errors import InvalidInput, NumericalError
 from entangle.models.layers import find_layers
 from entangle.models.loading import LanguageModel
-from entangle.scoring.scores import NeuronScores
+from entangle.results.scores import NeuronScores
 from entangle.seeding import torch_rng
 from tests.reference import allocation as reference
 

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from entangle.allocation.allocation import Counts, Reals
 from entangle.allocation.budget import (
     InfeasibleBudget,
     Wish,
@@ -13,7 +14,6 @@ from entangle.allocation.budget import (
     round_zeros,
     whole_bounds,
 )
-from entangle.allocation.rows import Counts, Reals
 from tests.reference.allocation import shifted
 
 ONE = np.zeros(1, dtype=np.int64)

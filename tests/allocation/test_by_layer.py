@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from numpy.typing import NDArray
 
 from entangle.allocation import Allocation
-from entangle.allocation.by_layer import (
+from entangle.allocation.by_row import (
     EVOPRESS_LEVELS,
     alphapruning_usage,
     evopress_step,

@@ -3,8 +3,8 @@ import pandas as pd
 import pytest
 from scipy.stats import rankdata
 
-from entangle.allocation.columns import Columns, gather
-from entangle.allocation.rows import Rows
+from entangle.allocation.allocation import Rows
+from entangle.allocation.request import Columns, gather
 from entangle.errors import InvalidInput, UnknownName
 
 ROWS = Rows(("a", "b"), (0, None), np.array([3, 2]), np.array([4, 10]))

@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from entangle.allocation.doubled import aligner
+from entangle.allocation.losses import aligner
 from entangle.allocation.measurements import Measurements
-from entangle.calibration import CalibrationSet
 from entangle.models.blocks import BlockRunner
 from entangle.models.layers import Layer, find_layers
 from entangle.models.loading import LanguageModel, as_language_model
 from entangle.recording.hooks import observe
+from entangle.texts.calibration_set import CalibrationSet
 from tests.tiny_models import TINY
 
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 
 from entangle.allocation import Allocation
-from entangle.allocation.even import _handed_out, even
+from entangle.allocation.allocation import _handed_out, even
 from tests.allocation.samples import allocations, grouped_allocations, made, same_zeros
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from entangle.allocation import Allocation, expert_budget
 from entangle.allocation.experts import mean_experts
 from entangle.errors import InvalidInput, UnknownName
-from entangle.scoring.scores import NeuronScores
+from entangle.results.scores import NeuronScores
 from tests.allocation.samples import made, random_allocation
 
 EVEN = made({"b.0.up": [2] * 4, "b.1.up": [2] * 4}, {"b.0.up": 4, "b.1.up": 4})

@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from entangle.allocation import FORMATS, Allocation, export, import_allocation
-from entangle.allocation.by_layer import evopress_step
+from entangle.allocation.by_row import evopress_step
 from entangle.errors import EntangleError, InvalidInput, UnknownName
 from entangle.models.layers import find_layers
 from entangle.models.loading import LanguageModel

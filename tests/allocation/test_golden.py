@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from entangle.allocation.golden import GRID, minimise
+from entangle.allocation.search import GRID, minimise
 
 
 @settings(max_examples=50, deadline=None)

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from entangle.allocation.labels import nominal_sparsity, rule_label, zeros_digest
+from entangle.allocation.experts import nominal_sparsity, rule_label, zeros_digest
 from tests.allocation.samples import made
 
 ONE = made({"b.0.up": [1, 2], "b.1.up": [3]}, {"b.0.up": 4, "b.1.up": 4})

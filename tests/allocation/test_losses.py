@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from entangle.allocation import allocate, losses
+from entangle.allocation.losses import output_sensitivity
 from entangle.allocation.measurements import Measurements
-from entangle.allocation.sensitivity import output_sensitivity
-from entangle.calibration import CalibrationSet
 from entangle.errors import InvalidInput
 from entangle.models.layers import Layer, find_layers
 from entangle.models.loading import LanguageModel, as_language_model
 from entangle.pruning import prune
+from entangle.results.scores import NeuronScores
 from entangle.scoring.score import score
-from entangle.scoring.scores import NeuronScores
+from entangle.texts.calibration_set import CalibrationSet
 from tests.allocation.test_measurements import inputs_of
 from tests.reference import allocation as reference
 from tests.tiny_models import TINY

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from entangle.allocation.measurements import Measurements
-from entangle.calibration import CalibrationSet
 from entangle.errors import InvalidInput, NumericalError
 from entangle.models.layers import Layer, find_layers
 from entangle.models.loading import LanguageModel, as_language_model
-from entangle.progress import Progress
 from entangle.recording.hooks import observe
+from entangle.runs.progress import Progress
+from entangle.texts.calibration_set import CalibrationSet
 from tests.tiny_models import TINY
 
 

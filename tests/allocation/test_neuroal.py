@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from entangle.allocation import allocate
-from entangle.allocation.doubled import aligner
+from entangle.allocation.losses import aligner
 from entangle.allocation.measurements import Measurements
-from entangle.calibration import CalibrationSet
 from entangle.models.layers import find_layers
 from entangle.models.loading import LanguageModel
-from entangle.scoring.scores import NeuronScores
+from entangle.results.scores import NeuronScores
+from entangle.texts.calibration_set import CalibrationSet
 
 RANGES = [0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.09, 0.1, 0.12, 0.15, 0.2, 0.25]
 

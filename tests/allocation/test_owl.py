@@ -6,12 +6,12 @@ import torch
 
 from entangle.allocation import allocate
 from entangle.allocation.measurements import Measurements
-from entangle.allocation.owl import OUTLIER, outlier_share, outlier_shares
-from entangle.calibration import CalibrationSet
+from entangle.allocation.rules import OUTLIER, outlier_share, outlier_shares
 from entangle.models.layers import find_layers
 from entangle.models.loading import LanguageModel
-from entangle.scoring.scores import NeuronScores
+from entangle.results.scores import NeuronScores
 from entangle.seeding import torch_rng
+from entangle.texts.calibration_set import CalibrationSet
 from tests.allocation.test_measurements import inputs_of
 from tests.reference import allocation as reference
 

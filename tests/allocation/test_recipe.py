@@ -8,7 +8,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 
 from entangle.allocation import Allocation, import_allocation
-from entangle.allocation.recipe import read_recipe, recipe_losses, write_recipe
+from entangle.allocation.export import read_recipe, recipe_losses, write_recipe
 from entangle.errors import InvalidInput
 from tests.allocation.samples import allocations, layers_of, made
 

@@ -10,14 +10,14 @@ import torch
 
 from entangle.allocation import Allocation, allocate, search
 from entangle.allocation.search import split
-from entangle.calibration import CalibrationSet
 from entangle.errors import InvalidInput, NumericalError, UnknownName
 from entangle.evaluation import EvaluationText, perplexity
 from entangle.models.layers import find_layers
 from entangle.models.loading import LanguageModel, as_language_model
 from entangle.pruning import prune
+from entangle.results.scores import NeuronScores
 from entangle.scoring.score import score
-from entangle.scoring.scores import NeuronScores
+from entangle.texts.calibration_set import CalibrationSet
 from tests.tiny_models import TINY
 
 Tiny = Callable[[str], LanguageModel]

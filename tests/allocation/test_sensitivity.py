@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from entangle.allocation.losses import output_sensitivity
 from entangle.allocation.measurements import Measurements
-from entangle.allocation.sensitivity import output_sensitivity
-from entangle.calibration import CalibrationSet
 from entangle.models.layers import find_layers
 from entangle.models.loading import LanguageModel, as_language_model
 from entangle.recording.hooks import edit
+from entangle.texts.calibration_set import CalibrationSet
 from tests.tiny_models import TINY
 
 

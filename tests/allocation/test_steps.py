@@ -1,8 +1,7 @@
 import numpy as np
 import pytest
 
-from entangle.allocation.rows import Rows
-from entangle.allocation.steps import step_size, step_sizes
+from entangle.allocation.allocation import Rows, step_size, step_sizes
 from entangle.errors import InvalidInput
 
 ROWS = Rows(("up", "down"), (0, 0), np.array([3, 2]), np.array([8, 12]))

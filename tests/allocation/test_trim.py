@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from entangle.allocation import allocate
-from entangle.allocation.trim import trim_rows
-from entangle.calibration import CalibrationSet
+from entangle.allocation.rules import trim_rows
 from entangle.models.layers import find_layers
 from entangle.models.loading import LanguageModel
-from entangle.scoring.scores import NeuronScores
+from entangle.results.scores import NeuronScores
 from entangle.seeding import torch_rng
+from entangle.texts.calibration_set import CalibrationSet
 from tests.allocation.test_measurements import inputs_of
 from tests.reference import allocation as reference
 

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import torch
 
-from entangle.calibration import load_calibration
-from entangle.expansion import ExpandedLinear, Expansion, expand
+from entangle.experts.expand import Expansion, expand
+from entangle.experts.linear import ExpandedLinear
 from entangle.models.loading import LanguageModel, load_model
+from entangle.texts.calibration import load_calibration
 from tests.cli.runs import Ran, holds
 
 N_SEQ, SEQ_LEN = 6, 32

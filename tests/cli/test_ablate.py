@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 
 from entangle import evaluation
-from entangle.ablation import load_ablation
 from entangle.errors import InvalidInput, Unavailable
+from entangle.results.ablation import load_ablation
 from tests.cli.runs import Run, holds
 
 Folder = Callable[[str], Path]

@@ -11,13 +11,14 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from entangle.ablation import load_ablation
 from entangle.allocation import FORMATS, RULES, import_allocation, load_allocation
-from entangle.allocation.even import even
+from entangle.allocation.allocation import even
 from entangle.cli.main import main
-from entangle.expansion import ExpandedLinear, load_expanded
-from entangle.expansion.compare import load_comparison
-from entangle.sealing import manifest_digest
+from entangle.experiments.compare import load_comparison
+from entangle.experts.linear import ExpandedLinear
+from entangle.experts.loading import load_expanded
+from entangle.results.ablation import load_ablation
+from entangle.runs.sealing import manifest_digest
 from tests.cli.expansions import check_one_line, listing
 from tests.cli.runs import Run
 

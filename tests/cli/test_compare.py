@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from entangle.errors import NumericalError
-from entangle.provenance import read_manifest
+from entangle.runs.provenance import read_manifest
 from tests.cli.expansions import check_one_line, listing
 from tests.cli.runs import Run, holds
 
@@ -96,7 +96,7 @@ def test_a_finished_comparison_is_printed_again(run: Run) -> None:
 def test_an_arm_that_fails_is_named_and_the_finished_ones_stay(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = import_module("entangle.expansion.build")
+    module = import_module("entangle.experts.build")
     fit = module.fit_router_and_labels
 
     def fail(*arguments: object, kind: str, **settings: object) -> object:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from entangle import plotting
 from entangle.errors import Unavailable
-from entangle.expansion.compare import at_equal_nonzeros, load_comparison
+from entangle.experiments.compare import at_equal_nonzeros, load_comparison
 from tests.cli.runs import Run, holds
 
 

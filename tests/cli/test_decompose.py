@@ -8,8 +8,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from entangle.decomposition import load_decomposition
-from entangle.provenance import read_manifest
+from entangle.results.decomposition import load_decomposition
+from entangle.runs.provenance import read_manifest
 from tests.cli.expansions import check_one_line, listing
 from tests.cli.runs import Run
 from tests.tiny_models import TINY

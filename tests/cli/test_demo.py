@@ -5,11 +5,11 @@ import pytest
 from matplotlib import pyplot as plt
 
 import entangle
-from entangle.calibration import CalibrationSet
 from entangle.cli import demo
 from entangle.errors import Unavailable
 from entangle.evaluation import EvaluationText
 from entangle.models.loading import LanguageModel
+from entangle.texts.calibration_set import CalibrationSet
 from tests.cli.runs import Run, holds
 
 FIGURES = ["top_and_typical", "top_outputs", "wd_against_md", "wd_distribution"]
@@ -24,7 +24,7 @@ def tiny_demo(
 ) -> None:
     """A tiny model and random ids in the place of the demo's."""
     monkeypatch.setattr("entangle.models.loading.load_model", lambda _name: tiny("llama"))
-    monkeypatch.setattr("entangle.calibration.load_calibration", lambda *_, **__: calibration)
+    monkeypatch.setattr("entangle.texts.calibration.load_calibration", lambda *_, **__: calibration)
     text = EvaluationText(calibration.ids[:4], "ids", {})
     monkeypatch.setattr("entangle.evaluation.load_evaluation", lambda *_, **__: text)
 
@@ -66,7 +66,7 @@ def test_an_interrupted_demo_leaves_nothing(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("entangle.ablation.ablate", interrupt)
+    monkeypatch.setattr("entangle.experiments.ablate.ablate", interrupt)
     assert run("demo", "--out", tmp_path / "demo").status == 130
     assert list(tmp_path.iterdir()) == []
 

@@ -6,16 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from entangle.ablation import INTERVENTIONS
-from entangle.ablation.arms import ROUTERS
-from entangle.ablation.candidates import DERIVED, SCORED
-from entangle.ablation.request import DEFAULT
-from entangle.ablation.selection import MATCHED
-from entangle.allocation.registry import RULES
-from entangle.cli import early
+from entangle.allocation.rules import RULES
+from entangle.cli import main
 from entangle.cli.ablate import MEASURES
 from entangle.cli.main import build_parser
-from entangle.expansion.arms import METHODS
+from entangle.experiments.arms import INTERVENTIONS, ROUTERS
+from entangle.experiments.request import DEFAULT
+from entangle.experiments.selection import DERIVED, MATCHED, SCORED
+from entangle.results.comparison import METHODS
 
 HEAVY = {"torch", "transformers", "pandas", "datasets", "scipy", "sklearn", "matplotlib"}
 WRONG = [
@@ -86,13 +84,13 @@ for arguments in {WRONG!r}:
 
 
 def test_the_names_are_those_that_exist() -> None:
-    assert early.NAMES["intervention"][1] == INTERVENTIONS
-    assert early.NAMES["methods"][1] == tuple(METHODS)
-    assert early.NAMES["router"][1] == ROUTERS
-    assert early.NAMES["measure"][1] == tuple(MEASURES)
-    assert set(early.COLUMNS) == {*SCORED, *DERIVED}
-    assert set(early.SELECTIONS) == {*DEFAULT, *MATCHED, "all"}
-    assert set(early.RULES) == {*RULES, "search"}
+    assert main.NAMES["intervention"][1] == INTERVENTIONS
+    assert main.NAMES["methods"][1] == tuple(METHODS)
+    assert main.NAMES["router"][1] == ROUTERS
+    assert main.NAMES["measure"][1] == tuple(MEASURES)
+    assert set(main.COLUMNS) == {*SCORED, *DERIVED}
+    assert set(main.SELECTIONS) == {*DEFAULT, *MATCHED, "all"}
+    assert set(main.RULES) == {*RULES, "search"}
 
 
 @pytest.mark.parametrize(
@@ -110,4 +108,4 @@ def test_the_names_are_those_that_exist() -> None:
     ],
 )
 def test_what_is_right_passes(command: str) -> None:
-    early.check_arguments(build_parser().parse_args(command.split()))
+    main.check_arguments(build_parser().parse_args(command.split()))

@@ -10,13 +10,14 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from entangle.calibration import CalibrationSet, interpret_escapes
 from entangle.cli.main import main
 from entangle.evaluation import load_evaluation, perplexity, perplexity_ratio
-from entangle.expansion import expand
+from entangle.experts.expand import expand
 from entangle.models.loading import load_model
-from entangle.provenance import read_manifest
-from entangle.sealing import sealed
+from entangle.runs.provenance import read_manifest
+from entangle.runs.sealing import sealed
+from entangle.texts.calibration_set import CalibrationSet
+from entangle.texts.documents import interpret_escapes
 from tests.cli.runs import Run, holds
 from tests.tiny_models import TINY, save_tiny, tiny_tokenizer
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from entangle.evaluation import load_evaluation, perplexity
-from entangle.expansion import build, load_expanded
+from entangle.experts import build
+from entangle.experts.loading import load_expanded
 from entangle.models.loading import load_model
 from tests.cli.expansions import (
     BLOCKS,

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from entangle import unfinished
+from entangle.runs import unfinished
 from tests.cli.expansions import (
     BLOCKS,
     SMALL,

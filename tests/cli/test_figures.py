@@ -9,11 +9,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from entangle.cli.drawings import FIGURES, drawings_of, text_of
-from entangle.cli.figures import MAKERS, missing_lines, open_run
+from entangle.cli.figures import FIGURES, MAKERS, drawings_of, missing_lines, open_run, text_of
 from entangle.cli.main import main
 from tests.cli.runs import Run, holds
-from tests.results import resealed
+from tests.saved import resealed
 
 KINDS = ("scores", "ablation", "comparison", "decomposition", "allocation")
 

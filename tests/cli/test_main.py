@@ -11,7 +11,7 @@ import entangle
 from entangle.cli import layers
 from entangle.cli.main import COMMANDS, main
 from entangle.errors import InvalidInput, NumericalError
-from entangle.provenance import output_folder
+from entangle.runs.provenance import output_folder
 from tests.cli.runs import Run, holds
 
 

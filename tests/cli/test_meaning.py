@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from entangle.allocation.registry import RULES
+from entangle.allocation.rules import RULES
 from entangle.cli import meaning
 from entangle.cli.main import build_parser, main
-from entangle.provenance import write_json
-from tests.results import resealed
+from entangle.runs.provenance import write_json
+from tests.saved import resealed
 
 ALLOCATE = "allocate nowhere --sparsity 0.5"
 COMPARE = "compare --data demo"

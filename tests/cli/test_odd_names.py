@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from entangle.escapes import is_unseen
+from entangle.errors import is_unseen
 from tests.cli.runs import Ran, Run
 
 if TYPE_CHECKING:
-    from entangle.calibration import CalibrationSet
+    from entangle.texts.calibration_set import CalibrationSet
 
 ODD = "\x1b[31m\n[bold]\x07\u202e\x85$a_{\\foo$<script>"
 """Colours a terminal, ends a line, rings, turns text around, is markup of rich, TeX and HTML."""
@@ -151,10 +151,9 @@ def test_layers_of_odd_names_are_drawn_and_shown(
 ) -> None:
     from torch import nn
 
-    from entangle.cli.drawings import drawings_of
-    from entangle.cli.figures import open_run
-    from entangle.decomposition import decompose
+    from entangle.cli.figures import drawings_of, open_run
     from entangle.models.loading import as_language_model
+    from entangle.modes.decompose import decompose
     from entangle.scoring.score import score
     from tests.tiny_models import TINY
 

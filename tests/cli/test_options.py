@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from entangle import calibration, evaluation
+from entangle import evaluation, texts
 from entangle.cli.main import build_parser
 from entangle.cli.options import (
     add_calibration_options,
@@ -98,7 +98,7 @@ def test_what_fits_weights_leaves_the_demo_s_test_articles_out(
 ) -> None:
     asked: list[object] = []
     monkeypatch.setattr(
-        calibration, "load_calibration", lambda *_names, **settings: asked.append(settings["split"])
+        texts, "load_calibration", lambda *_names, **settings: asked.append(settings["split"])
     )
     model = SimpleNamespace(context_length=None, tokenizer=None, vocab_size=None)
     load_calibration(build_parser().parse_args(command.split()), cast("LanguageModel", model))

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from entangle.claims import claim_file
 from entangle.cli.main import main
+from entangle.runs.claims import claim_file
 
 COMMAND = (
     "compare", "model", "--calibration", "text.txt", "--data", "text.txt", "--n-seq", "6",

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 if TYPE_CHECKING:
-    from entangle.calibration import CalibrationSet
-    from entangle.decomposition import Decomposition
     from entangle.models.loading import LanguageModel
-    from entangle.scoring import NeuronScores
+    from entangle.results.decomposition import Decomposition
+    from entangle.results.scores import NeuronScores
+    from entangle.texts.calibration_set import CalibrationSet
 
 LAYERS = ["model.layers.1.mlp.gate_proj", "model.layers.1.mlp.down_proj", "lm_head"]
 
@@ -42,7 +42,7 @@ def flawed(scores: "NeuronScores") -> "NeuronScores":
 @pytest.fixture(scope="session")
 def decomposition(llama: "LanguageModel", calibration: "CalibrationSet") -> "Decomposition":
     """Experts of the first layer; neurons 3 and 5 are looked at closely."""
-    from entangle.decomposition import decompose
+    from entangle.modes.decompose import decompose
 
     return decompose(
         llama, calibration, layer=LAYERS[0], neurons=[3, 5], experts=(1, 2), contexts=3, seed=0

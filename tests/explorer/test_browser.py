@@ -23,7 +23,7 @@ from tests.explorer.servers import (
 if TYPE_CHECKING:
     from playwright.sync_api import Locator, Page
 
-    from entangle.scoring import NeuronScores
+    from entangle.results.scores import NeuronScores
 
 GATE, DOWN = "model.layers.1.mlp.gate_proj", "model.layers.1.mlp.down_proj"
 CELL = "import entangle\nentangle.explore('scores')"

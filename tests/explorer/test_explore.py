@@ -11,12 +11,13 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 import entangle
-from entangle.calibration import CalibrationSet
-from entangle.decomposition import Decomposition, decompose
 from entangle.errors import InvalidInput, Unavailable, UnknownName
 from entangle.explorer import Explorer, explore
 from entangle.models.loading import LanguageModel
-from entangle.scoring import NeuronScores
+from entangle.modes.decompose import decompose
+from entangle.results.decomposition import Decomposition
+from entangle.results.scores import NeuronScores
+from entangle.texts.calibration_set import CalibrationSet
 
 GATE, DOWN = "model.layers.1.mlp.gate_proj", "model.layers.1.mlp.down_proj"
 VIEW = "application/vnd.jupyter.widget-view+json"
@@ -272,7 +273,7 @@ def test_a_model_is_scored(llama: LanguageModel, calibration: CalibrationSet) ->
 def test_pictures_are_shown_at_one_size_of_text() -> None:
     from matplotlib.figure import Figure
 
-    from entangle.explorer.content import image, picture, shown_width
+    from entangle.explorer.evidence import image, picture, shown_width
 
     narrow, wide = (picture(Figure(figsize=(inches, 1.0))) for inches in (2.0, 4.0))
     assert (shown_width(narrow), shown_width(wide)) == (230, 460)

@@ -1,6 +1,6 @@
 import pandas as pd
 
-from entangle.explorer.layers import OUTSIDE, LayerMenu
+from entangle.explorer.views import OUTSIDE, LayerMenu
 
 
 def menu(*rows: tuple[str, int | None]) -> LayerMenu:

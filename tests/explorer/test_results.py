@@ -10,22 +10,20 @@ import pandas as pd
 import pytest
 import torch
 
-from entangle.ablation import ablate
 from entangle.allocation import allocate
 from entangle.evaluation import load_evaluation
-from entangle.expansion import expand
+from entangle.experiments.ablate import ablate
+from entangle.experts.expand import expand
 from entangle.explorer.evidence import ModeFinder
-from entangle.explorer.modes_view import modes_view
-from entangle.explorer.table import NeuronTable
-from entangle.explorer.views import heading
-from entangle.html_tables import html_table
+from entangle.explorer.views import NeuronTable, heading, modes_view
+from entangle.runs.html_tables import html_table
 from entangle.seeding import torch_rng
 
 if TYPE_CHECKING:
-    from entangle.calibration import CalibrationSet
-    from entangle.decomposition import Decomposition
     from entangle.models.loading import LanguageModel
-    from entangle.scoring import NeuronScores
+    from entangle.results.decomposition import Decomposition
+    from entangle.results.scores import NeuronScores
+    from entangle.texts.calibration_set import CalibrationSet
 
 Make = Callable[[str], Any]
 EVIL = "<script>alert('&')</script>\x1b"

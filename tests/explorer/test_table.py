@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from entangle.errors import InvalidInput, UnknownName
-from entangle.explorer.table import PAGE, NeuronTable
-from entangle.scoring import NeuronScores
+from entangle.explorer.views import PAGE, NeuronTable
+from entangle.results.scores import NeuronScores
 
 FRAME = pd.DataFrame(
     {

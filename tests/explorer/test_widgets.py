@@ -4,9 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from entangle.explorer.content import Content
-from entangle.explorer.layers import LayerMenu
-from entangle.explorer.table import PAGE, NeuronTable
+from entangle.explorer.evidence import Content
+from entangle.explorer.views import PAGE, LayerMenu, NeuronTable
 from entangle.explorer.widgets import Board, NeuronList, Pane, Render
 
 if TYPE_CHECKING:

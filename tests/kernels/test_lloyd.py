@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from entangle.experts import clusters
 from entangle.kernels import lloyd
-from entangle.routing import kmeans
 from entangle.seeding import torch_rng
 
 
@@ -44,7 +44,7 @@ def test_iterations_of_halves_are_plain_ones_of_the_rounded_points(
     centroids = seeds
     for _ in range(4):
         rounded = centroids.bfloat16().float()
-        centroids, inertias, emptied = kmeans._step(points, rounded, squares)
+        centroids, inertias, emptied = clusters._step(points, rounded, squares)
         assert not emptied.any()
     assert found.iterations.tolist() == [4, 4, 4]
     assert found.active.tolist() == [0, 0, 0]

@@ -6,11 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from entangle.routing.kmeans import kmeans
+from entangle.experts.clusters import kmeans
 from entangle.scoring.sketched import _Pairing
 from entangle.seeding import torch_rng
-from entangle.stats.mapping_difficulty import draw_pairs, mapping_difficulty
-from entangle.stats.pair_sketch import PairSketch
+from entangle.stats.mapping_difficulty import PairSketch, draw_pairs, mapping_difficulty
 from entangle.stats.sketch import OutputSketch
 from entangle.stats.wasserstein import shape_statistics
 

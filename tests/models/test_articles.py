@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from entangle.models.articles import clean, read_pages
+from entangle.models.demo import clean, read_pages
 
 PAGE = "<page><title>{}</title><ns>{}</ns>{}<revision><text>{}</text></revision></page>"
 

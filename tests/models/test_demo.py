@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-from entangle.calibration import load_calibration
-from entangle.calibration.habit import model_habit
 from entangle.errors import Unavailable
-from entangle.models import articles as cleaning
 from entangle.models import demo, gguf_files
-from entangle.models.articles import VERSION
+from entangle.models import demo as cleaning
 from entangle.models.cache import cache_folder
+from entangle.models.demo import VERSION
 from entangle.models.layers import find_blocks, find_layers
 from entangle.models.loading import as_language_model, load_model
+from entangle.texts.calibration import load_calibration
+from entangle.texts.special_tokens import model_habit
 
 FAKE = {
     name: demo.Asset(f"demo {name}", f"{name}==1.0", f"{name}-1.0-*.whl", f"pkg/{name}.bin", sha)

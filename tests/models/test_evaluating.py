@@ -9,10 +9,7 @@ import torch
 from torch import nn
 
 import entangle
-from entangle.ablation.routed import fit_rows
 from entangle.allocation import search
-from entangle.analysis import outlier_overlap, residual_variance, single_neuron_damage
-from entangle.calibration import CalibrationSet
 from entangle.errors import InvalidInput
 from entangle.evaluation import (
     DenseReference,
@@ -21,10 +18,14 @@ from entangle.evaluation import (
     compare_with_dense,
     minimal_pair_scores,
 )
+from entangle.experiments.damage import residual_variance, single_neuron_damage
+from entangle.experiments.outliers import outlier_overlap
+from entangle.experts.routed_rows import fit_rows
 from entangle.explorer import explore
-from entangle.models.evaluating import evaluates, evaluating
+from entangle.models.blocks import evaluates, evaluating
 from entangle.models.layers import find_layers
 from entangle.models.loading import LanguageModel, as_language_model
+from entangle.texts.calibration_set import CalibrationSet
 from tests.tiny_models import CONFIGS, TINY, tiny_tokenizer
 
 GATE = "model.layers.0.mlp.gate_proj"

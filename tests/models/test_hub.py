@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from entangle.calibration import load_texts
 from entangle.errors import Unavailable
 from entangle.models import hub
 from entangle.models.loading import load_model
+from entangle.texts.documents import load_texts
 
 ANSWERS = hub.answers
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from entangle.errors import InvalidInput, UnknownName
-from entangle.models.sources import check_folder, indexed_files, model_source
+from entangle.models.hub import check_folder, indexed_files, model_source
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from entangle.errors import InvalidInput
+from entangle.models.cache import stored_dtype
 from entangle.models.loading import load_model
-from entangle.models.stored import stored_dtype
 from tests.tiny_models import save_tiny
 
 

@@ -19,12 +19,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from entangle.allocation.by_layer import read_alphapruning
+from entangle.allocation.by_row import read_alphapruning
 from entangle.allocation.files import read_zeros
-from entangle.calibration import load_calibration, load_texts
 from entangle.errors import EntangleError, InvalidInput
 from entangle.models.loading import load_model
-from entangle.models.unpickling import no_pickles
+from entangle.models.pretrained import no_pickles
+from entangle.texts.calibration import load_calibration
+from entangle.texts.documents import load_texts
 from tests.planted import planted_pickle, planted_weights
 from tests.tiny_models import save_tiny
 

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from entangle.modes.density import bandwidth_scale, kernel_density
+from entangle.modes.modes import bandwidth_scale, kernel_density
 from entangle.seeding import numpy_rng
 from tests.reference.modes import density_at
 

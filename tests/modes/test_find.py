@@ -6,8 +6,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from entangle.errors import InvalidInput
-from entangle.modes.density import kernel_density
-from entangle.modes.find import PROMINENCE, find_modes, mode_of
+from entangle.modes.modes import PROMINENCE, find_modes, kernel_density, mode_of
 from entangle.seeding import numpy_rng
 from tests.reference.modes import joined_peaks
 

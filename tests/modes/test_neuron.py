@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from entangle.calibration import CalibrationSet
 from entangle.errors import InvalidInput, UnknownName
 from entangle.models.layers import find_layers
 from entangle.models.loading import LanguageModel, as_language_model
 from entangle.modes import NeuronModes, describe_modes, find_modes, neuron_modes
-from entangle.modes.find import mode_of
+from entangle.modes.modes import mode_of
 from entangle.seeding import torch_rng
+from entangle.texts.calibration_set import CalibrationSet
 from tests.tiny_models import TINY, tiny_tokenizer
 
 Tiny = Callable[[str], LanguageModel]

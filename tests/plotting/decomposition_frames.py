@@ -18,7 +18,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Decomposed:
-    """The frames of `entangle.decomposition.Decomposition` by their names."""
+    """The frames of `entangle.results.decomposition.Decomposition` by their names."""
 
     neurons: pd.DataFrame
     outputs: pd.DataFrame

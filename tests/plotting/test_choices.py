@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 
 from entangle.errors import InvalidInput, UnknownName
-from entangle.plotting.choices import choose, sparse_neuron, usual_neurons
+from entangle.plotting.summaries import choose, sparse_neuron, usual_neurons
 from tests.plotting.decomposition_frames import LAYER, TOP, TYPICAL, Decomposed
 
 

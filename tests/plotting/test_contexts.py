@@ -4,8 +4,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 
 from entangle.errors import InvalidInput
-from entangle.plotting import contexts, drawn, plot_contexts
-from entangle.plotting.contexts import HeadLine, signed, write_lines
+from entangle.plotting import drawn, modes, plot_contexts
+from entangle.plotting.modes import HeadLine, signed, write_lines
 from entangle.plotting.style import PaperFigure
 from tests.plotting.layout import outside, overlapping, texts
 
@@ -77,13 +77,13 @@ def test_no_more_is_measured_of_a_text_than_a_line_can_hold(
 ) -> None:
     """Laying out thousands of characters to cut all but a hundred of them takes minutes."""
     measured: list[str] = []
-    measure = contexts._width
+    measure = modes._width
 
     def counted(text: Annotation) -> float:
         measured.append(text.get_text())
         return measure(text)
 
-    monkeypatch.setattr(contexts, "_width", counted)
+    monkeypatch.setattr(modes, "_width", counted)
     figure = figure_of(
         frame(("x" * 20_000 + " tail", " to" + "z" * 20_000, " head " + "y" * 20_000, 0.5)),
         inches=3.3,

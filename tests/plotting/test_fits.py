@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from entangle.errors import InvalidInput
-from entangle.plotting.fits import fit_line, lower_front, power_law
+from entangle.plotting.predictors import fit_line, lower_front, power_law
 
 Floats = NDArray[np.float64]
 

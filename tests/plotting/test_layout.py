@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from entangle import plotting
-from entangle.escapes import is_unseen
+from entangle.errors import is_unseen
 from entangle.plotting.style import Column
 from tests.plotting.ablation_frames import ablation_frame
 from tests.plotting.decomposition_frames import TOP, Decomposed

@@ -8,7 +8,7 @@ from matplotlib.patches import StepPatch
 
 from entangle.errors import InvalidInput
 from entangle.plotting import dense_output, drawn, figure_modes, plot_modes
-from entangle.plotting.choices import SparseNeuron
+from entangle.plotting.summaries import SparseNeuron
 from tests.plotting.decomposition_frames import TOP, Decomposed
 from tests.plotting.layout import outside, overlapping, texts
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from entangle.errors import InvalidInput, Unavailable, UnknownName
 from entangle.plotting import drawn, plot_wd_distribution, save_figure
 from entangle.plotting import save as save_module
-from entangle.provenance import scratch
+from entangle.runs.provenance import scratch
 
 
 @pytest.fixture

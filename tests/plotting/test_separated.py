@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from entangle.errors import InvalidInput
 from entangle.plotting import dense_output, drawn, figure_separated_pairs, plot_separated_pairs
-from entangle.plotting.choices import SparseNeuron
+from entangle.plotting.summaries import SparseNeuron
 from tests.plotting.decomposition_frames import TOP, Decomposed
 from tests.plotting.layout import outside, overlapping, texts
 

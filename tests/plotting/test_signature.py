@@ -3,7 +3,7 @@ from matplotlib.figure import Figure
 
 from entangle.errors import InvalidInput
 from entangle.plotting import sign
-from entangle.plotting.signature import add_seed
+from entangle.plotting.save import add_seed
 from entangle.plotting.style import panel_grid, paper_style
 from tests.plotting.layout import outside, overlapping, texts
 

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from entangle.errors import InvalidInput, UnknownName
 from entangle.plotting import figure_sparsities
-from entangle.plotting.sparsities import MAX_SPARSITIES
+from entangle.plotting.sparse_outputs import MAX_SPARSITIES
 from tests.plotting.decomposition_frames import LAYER, TOP, TYPICAL, Decomposed
 
 Tables = tuple[pd.DataFrame, pd.DataFrame]

@@ -24,10 +24,10 @@ from entangle.plotting.style import (
     legend_above,
     make_room,
     panel_grid,
+    printable,
     shared_legend,
     wrap,
 )
-from entangle.plotting.text import printable
 
 
 @pytest.mark.parametrize(("column", "width"), [("single", 3.3), ("double", 6.9)])

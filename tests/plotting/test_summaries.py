@@ -6,11 +6,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from entangle.errors import InvalidInput
-from entangle.plotting.summaries import (
-    check_columns,
-    output_density,
-    split_top,
-)
+from entangle.plotting.summaries import check_columns, output_density, split_top
 
 Floats = NDArray[np.float64]
 

@@ -7,10 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from entangle.escapes import visible
+from entangle.errors import visible
 from entangle.plotting import paper_style
-from entangle.plotting.style import PaperFigure
-from entangle.plotting.text import printable, shorten, text_families, width
+from entangle.plotting.style import PaperFigure, printable, shorten, text_families, width
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,7 @@
 import numpy as np
 import pytest
 
-from entangle.plotting.style import PaperFigure
-from entangle.plotting.ticks import log_locator, plain_number
+from entangle.plotting.style import PaperFigure, log_locator, plain_number
 
 
 @pytest.mark.parametrize(

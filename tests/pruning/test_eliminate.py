@@ -1,9 +1,9 @@
 import torch
 
 from entangle.pruning import prune_wanda
-from entangle.pruning.eliminate import eliminate
 from entangle.pruning.factor import inverse_factor
-from entangle.pruning.quantize import fit_grid
+from entangle.pruning.problem import fit_grid
+from entangle.pruning.solver import eliminate
 from tests.pruning.problems import make
 
 

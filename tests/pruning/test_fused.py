@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from entangle.pruning import prune
-from entangle.pruning.fused import can_fuse
 from entangle.pruning.problem import prepare
+from entangle.pruning.solver import can_fuse
 from tests.pruning.problems import make
 
 SHAPES = [(1, 1, 1), (2, 40, 1), (2, 1, 200), (3, 20, 300), (2, 7, 129), (64, 3, 40), (5, 33, 1100)]

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from entangle.pruning.factor import Factor
-from entangle.pruning.groups import _some_of, in_groups
-from entangle.pruning.problem import Problem, prepare
-from entangle.pruning.result import PruneResult
+from entangle.pruning.problem import Problem, PruneResult, prepare
+from entangle.pruning.solver import _some_of, in_groups
 
 
 class Solver:

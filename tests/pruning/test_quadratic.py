@@ -2,9 +2,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from entangle.pruning import problem as module
 from entangle.pruning import prune
-from entangle.pruning import quadratic as module
-from entangle.pruning.quadratic import quadratic
+from entangle.pruning.problem import quadratic
 from tests.pruning.problems import make
 
 

@@ -3,8 +3,8 @@ from dataclasses import replace
 import torch
 
 from entangle.pruning import prune_random
+from entangle.pruning.methods import solve_random
 from entangle.pruning.problem import prepare
-from entangle.pruning.randomly import solve
 
 
 def test_seed_decides() -> None:
@@ -41,4 +41,4 @@ def test_experts_solved_later_draw_as_among_all() -> None:
     weight = torch.ones(5, 6, 32)
     together = prune_random(weight, sparsity=0.5, seed=0)
     rest = prepare(weight[2:], None, sparsity=0.5, pattern="row", rows=None, bits=None)
-    assert torch.equal(solve(replace(rest, first=2), seed=0).mask, together.mask[2:])
+    assert torch.equal(solve_random(replace(rest, first=2), seed=0).mask, together.mask[2:])

@@ -5,11 +5,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from entangle.calibration import CalibrationSet
 from entangle.errors import InvalidInput, UnknownName
 from entangle.models.layers import Layer, find_layers, list_layers
 from entangle.models.loading import LanguageModel
 from entangle.recording.hooks import SeenTensor, edit, forward, observe
+from entangle.texts.calibration_set import CalibrationSet
 from tests.recording.toys import Toy
 from tests.tiny_models import CONFIGS
 

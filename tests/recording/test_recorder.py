@@ -8,13 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from entangle.calibration import CalibrationSet
 from entangle.errors import InvalidInput
 from entangle.models.layers import find_layers
 from entangle.models.loading import LanguageModel
-from entangle.recording.hooks import observe
-from entangle.recording.order import joined, look_at
+from entangle.recording.hooks import joined, look_at, observe
 from entangle.recording.recorder import Recorded, Recorder
+from entangle.texts.calibration_set import CalibrationSet
 from tests.recording.toys import (
     Adding,
     ByPlace,

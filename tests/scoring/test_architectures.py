@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from entangle.calibration import CalibrationSet
 from entangle.models.layers import list_layers
 from entangle.scoring.score import Method, score
+from entangle.texts.calibration_set import CalibrationSet
 from tests.reference import scoring as reference
 from tests.tiny_models import OTHERS, TINY, build_other
 

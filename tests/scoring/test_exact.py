@@ -12,17 +12,22 @@ import torch
 from pandas.testing import assert_frame_equal
 from torch import Tensor, nn
 
-from entangle.calibration import CalibrationSet
 from entangle.errors import InvalidInput, Unavailable
 from entangle.models.layers import find_layers
 from entangle.models.loading import LanguageModel
 from entangle.recording.stream import ByteBudget, TokenStore
+from entangle.results.scores import NeuronScores
 from entangle.scoring import exact
-from entangle.scoring.measured import MeasuredLayer
+from entangle.scoring.layer_scores import (
+    LayerSummary,
+    MeasuredLayer,
+    layer_table,
+    neuron_table,
+    summarise,
+)
 from entangle.scoring.score import Method, score
-from entangle.scoring.scores import NeuronScores
-from entangle.scoring.tables import LayerSummary, layer_table, neuron_table, summarise
 from entangle.stats.mapping_difficulty import draw_pairs
+from entangle.texts.calibration_set import CalibrationSet
 from tests.reference import scoring as reference
 
 Tiny = Callable[[str], LanguageModel]

@@ -7,13 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from entangle.calibration import CalibrationSet
 from entangle.models.layers import find_layers
-from entangle.scoring.finer import FinerOutputs, SharedSquares
+from entangle.results.scores import NeuronScores
+from entangle.scoring.layer_scores import COARSE, FinerOutputs, SharedSquares
 from entangle.scoring.score import Method, score
-from entangle.scoring.scores import NeuronScores
-from entangle.scoring.tables import COARSE
 from entangle.stats.wasserstein import shape_statistics
+from entangle.texts.calibration_set import CalibrationSet
 from tests.reference.wasserstein import exact_wd
 
 METHODS: tuple[Method, ...] = ("exact", "sketch")

@@ -10,15 +10,15 @@ import torch
 from pandas.testing import assert_frame_equal
 from torch import nn
 
-from entangle.calibration import CalibrationSet
 from entangle.errors import InvalidInput, MemoryLimit, UnknownName
 from entangle.models.layers import find_layers
 from entangle.models.loading import LanguageModel
+from entangle.results.scores import NeuronScores
 from entangle.scoring import score as score_module
 from entangle.scoring.score import Method, score
-from entangle.scoring.scores import NeuronScores
 from entangle.stats.mapping_difficulty import draw_pairs
 from entangle.stats.wasserstein import null_floor
+from entangle.texts.calibration_set import CalibrationSet
 from tests.reference import scoring as reference
 from tests.tiny_models import CONFIGS, TINY
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from entangle.calibration import CalibrationSet, load_calibration
 from entangle.errors import InvalidInput
 from entangle.models.loading import LanguageModel, as_language_model, load_model
+from entangle.results.scores import NeuronScores
 from entangle.scoring.score import Method, score
-from entangle.scoring.scores import NeuronScores
+from entangle.texts.calibration import load_calibration
+from entangle.texts.calibration_set import CalibrationSet
 from tests.tiny_models import TINY
 
 Tiny = Callable[[str], LanguageModel]

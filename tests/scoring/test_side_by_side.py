@@ -7,7 +7,7 @@ import torch
 from entangle.errors import NumericalError
 from entangle.models.layers import Layer, find_layers
 from entangle.models.loading import LanguageModel
-from entangle.scoring.side_by_side import how_many, mapped
+from entangle.scoring.layer_scores import how_many, mapped
 
 Tiny = Callable[[str], LanguageModel]
 

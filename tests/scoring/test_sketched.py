@@ -7,12 +7,12 @@ import pytest
 import torch
 from pandas.testing import assert_frame_equal
 
-from entangle.calibration import CalibrationSet
 from entangle.models.loading import LanguageModel
+from entangle.results.scores import NeuronScores
 from entangle.scoring.score import Method, score
-from entangle.scoring.scores import NeuronScores
 from entangle.scoring.sketched import _Pairing, _runs
 from entangle.seeding import numpy_rng
+from entangle.texts.calibration_set import CalibrationSet
 from tests.reference import scoring as reference
 from tests.tiny_models import CONFIGS
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from entangle.scoring.tables import rank_correlation
+from entangle.scoring.layer_scores import rank_correlation
 
 NAN = float("nan")
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.special import ndtr
 
-from entangle.stats.histogram import BinnedDistances, binned_distances
+from entangle.stats.bins import BinnedDistances, binned_distances
 from tests.reference.wasserstein import w1_along_x, w1_of_histogram
 
 Array = NDArray[np.float64]

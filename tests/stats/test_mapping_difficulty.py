@@ -16,10 +16,10 @@ from entangle.stats.mapping_difficulty import (
     InputNorm,
     MappingDifficulty,
     OutputNorm,
+    PairSketch,
     draw_pairs,
     mapping_difficulty,
 )
-from entangle.stats.pair_sketch import PairSketch
 from tests.reference.mapping_difficulty import mapping_difficulty as slow
 
 STATISTICS = ("slope", "dy_median", "dy_mean", "dy_max", "dx_max", "dx_mean")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from entangle.stats.rounding import (
+from entangle.stats.wasserstein import (
     MOST,
     FeatureSizes,
     feature_squares,
@@ -14,9 +14,9 @@ from entangle.stats.rounding import (
     judged,
     output_error,
     reach,
+    shape_statistics,
     wd_error,
 )
-from entangle.stats.wasserstein import shape_statistics
 from tests.reference.wasserstein import exact_wd
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from entangle.seeding import torch_rng
-from entangle.stats.rows import can_measure, measure_rows
-from entangle.stats.sketch import OutputSketch, SketchResult
-from entangle.stats.transfer import fetched
+from entangle.stats.bins import fetched
+from entangle.stats.sketch import OutputSketch, SketchResult, can_measure, measure_rows
 from entangle.stats.wasserstein import ShapeStatistics, shape_statistics
 
 COLUMNS = ("wd", "ks", "mean", "std", "skewness", "excess_kurtosis")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from entangle.seeding import torch_rng
-from entangle.stats.transfer import fetched, to_host
+from entangle.stats.bins import fetched, to_host
 
 DEVICES = [
     "cpu",

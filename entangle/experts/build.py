@@ -1,0 +1,406 @@
+"""Expand a model block by block, on the hidden states of the blocks already expanded."""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field
+from types import CellType, FunctionType, MethodType
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from entangle.errors import InvalidInput, NumericalError
+from entangle.experts.linear import ExpandedLinear, SharedRouting
+from entangle.experts.router import Kind, Router, fit_router_and_labels
+from entangle.experts.solver import Experts, SolverSettings, Sparsity, solve_experts, solve_in_parts
+from entangle.memory import give_back
+from entangle.models.blocks import BlockRunner
+from entangle.models.layers import Layer
+from entangle.recording.hooks import Habits, look_at
+from entangle.recording.recorder import Recorded, Recorder
+from entangle.recording.stream import ByteBudget, TokenStore, as_budget
+from entangle.stats.gram import ClusterGrams
+
+_RAM = torch.device("cpu")
+_PASS_TOKENS_GPU = 2**15
+_PASS_NUMBERS_GPU = 2**27
+"""Of the widest activation of a pass, so that what a block holds beside its records stays small."""
+_GRAM_TOKENS = 2**13
+_GRAM_NUMBERS_GPU = 2**28
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What is to be built; the fields are explained at `entangle.expand`."""
+
+    layers: Mapping[int, Sequence[Layer]]
+    """Layers to expand, by block."""
+    sparsity: Mapping[str, Sparsity]
+    """Sparsity of each layer, by its full name."""
+    experts: Mapping[str, int]
+    """Number of experts of each layer, equal where layers read one input."""
+    named: bool = True
+    """Whether the layers were asked for by name, so that one that sees no token is refused; else
+    it is left as it is."""
+    router: Kind = "kmeans"
+    """Of the layers with several experts."""
+    restarts: int = 10
+    seed: int = 0
+    solver: SolverSettings = field(default_factory=SolverSettings)
+
+    @property
+    def last(self) -> int:
+        """Index of the last block with layers to expand; -1 if there is none."""
+        return max(self.layers, default=-1)
+
+
+@dataclass(frozen=True, eq=False)
+class ExpandedLayer:
+    """One layer that was expanded."""
+
+    layer: Layer
+    """The dense layer."""
+    module: ExpandedLinear
+    """What takes its place."""
+    experts: Experts | None
+    """What its experts lost; None for a layer that was read from a checkpoint."""
+
+
+def structural_copy(module: nn.Module) -> nn.Module:
+    """Copy a model's modules but not its tensors, so that layers can be replaced in the copy.
+
+    A ``forward`` that was set on a module, and that holds modules of the model, holds those of the
+    copy.
+    """
+    tensors = [*module.parameters(), *module.buffers()]
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors}
+    copied = copy.deepcopy(module, memo)
+    for one in copied.modules():
+        if isinstance(one.__dict__.get("forward"), FunctionType):
+            one.__dict__["forward"] = _with_copies(one.__dict__["forward"], memo)
+    return copied
+
+
+def _with_copies(value: Any, memo: Mapping[int, Any]) -> Any:
+    """Return a function with its closure's modules, functions and methods those of the copy."""
+    if isinstance(value, nn.Module):
+        return memo.get(id(value), value)
+    if isinstance(value, MethodType):
+        return MethodType(value.__func__, _with_copies(value.__self__, memo))
+    if not isinstance(value, FunctionType) or value.__closure__ is None:
+        return value
+    cells = [CellType(_with_copies(cell.cell_contents, memo)) for cell in value.__closure__]
+    made = FunctionType(
+        value.__code__, value.__globals__, value.__name__, value.__defaults__, tuple(cells)
+    )
+    made.__kwdefaults__ = value.__kwdefaults__
+    return made
+
+
+class HiddenStates:
+    """Hidden states of fixed batches of sequences, kept within a byte budget.
+
+    Parameters
+    ----------
+    batches
+        Token ids of each batch, (sequences, tokens).
+    memory
+        Bytes in memory, or a budget shared with others; what is beyond spills (`TokenStore`). While
+        they advance, the states before and after a block are held.
+    """
+
+    def __init__(self, batches: Sequence[Int[Tensor, "_ _"]], *, memory: int | ByteBudget) -> None:
+        self._batches, self._budget = batches, as_budget(memory)
+        self._passes = batches
+        self._store = TokenStore(self._budget)
+
+    def enter(self, runner: BlockRunner) -> None:
+        """Fill with what enters the first block."""
+        if self._batches and runner.enter(self._batches[0])[0].is_cuda:
+            self._passes = _joined(self._batches, _most_tokens(runner.widest))
+        for ids in self._passes:
+            self._store.append(runner.enter(ids)[0].flatten(0, -2))
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (token ids, hidden states of shape (sequences, tokens, features)), in order."""
+        return self._split(self._batches)
+
+    @property
+    def first(self) -> Int[Tensor, "sequences tokens"]:
+        """Token ids of the first batch."""
+        return self._batches[0]
+
+    @property
+    def pass_tokens(self) -> list[int]:
+        """Tokens of each batch of `passes`."""
+        return [ids.numel() for ids in self._passes]
+
+    def passes(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """As iterating, in batches to run a block on: larger ones on a GPU."""
+        return self._split(self._passes)
+
+    def _split(self, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        start = 0
+        for ids in batches:
+            rows = self._store.span(start, start + ids.numel())
+            yield ids, rows.unflatten(0, tuple(ids.shape))
+            start += ids.numel()
+
+    def run(
+        self, runner: BlockRunner, index: int, recorder: Recorder | None = None
+    ) -> Iterator[Tensor]:
+        """Yield what block ``index`` makes of every pass, recorded if so asked."""
+        with nullcontext() if recorder is None else recorder.watching():
+            for ids, hidden in self.passes():
+                with nullcontext() if recorder is None else recorder.one_pass(tuple(ids.shape)):
+                    found = runner.run(index, hidden, runner.enter(ids)[1])
+                yield found
+
+    def advance(self, runner: BlockRunner, index: int, recorder: Recorder | None = None) -> None:
+        """Replace the states of every batch by what block ``index`` makes of them."""
+        following = TokenStore(self._budget)
+        try:
+            for found in self.run(runner, index, recorder):
+                following.append(found.flatten(0, -2))
+        except BaseException:
+            following.close()
+            raise
+        self._store.close()
+        self._store = following
+        give_back()
+
+    def close(self) -> None:
+        """Give the memory and the temporary file back."""
+        self._store.close()
+
+
+def _most_tokens(widest: int) -> int:
+    """Return how many tokens to run a block on at once on a GPU, its widest layer so wide."""
+    return max(1, min(_PASS_TOKENS_GPU, _PASS_NUMBERS_GPU // widest))
+
+
+def _joined(batches: Sequence[Tensor], most: int) -> list[Tensor]:
+    """Join neighbouring batches of sequences of one length, up to so many tokens."""
+    joined: list[Tensor] = []
+    for ids in batches:
+        last = joined[-1] if joined else None
+        fits = last is not None and last.numel() + ids.numel() <= most
+        if fits and last is not None and last.shape[1] == ids.shape[1]:
+            joined[-1] = torch.cat([last, ids])
+        else:
+            joined.append(ids)
+    return joined
+
+
+def check_own_modules(layers: Iterable[Layer]) -> None:
+    """Raise `InvalidInput` for a layer whose module is also used elsewhere in the model.
+
+    Its experts would be fitted on what it receives at one of these places only.
+    """
+    for layer in layers:
+        if layer.aliases:
+            raise InvalidInput(
+                f"layer {layer.name!r} is also used as {layer.aliases[0]!r}, so that it cannot "
+                "have experts of its own; leave it out, or give both places modules of their own."
+            )
+
+
+def build_blocks(
+    module: nn.Module,
+    plan: Plan,
+    streams: Sequence[HiddenStates],
+    *,
+    memory: int | ByteBudget,
+    finished: Callable[[int], Sequence[ExpandedLayer] | None],
+    done: Callable[[int, Sequence[ExpandedLayer]], None],
+) -> BlockRunner:
+    """Replace the planned layers of ``module``, one block after the other.
+
+    Parameters
+    ----------
+    module
+        The model; its layers are replaced in place (see `structural_copy`).
+    plan
+        Which layers, and how.
+    streams
+        Hidden states that follow the build. The first is the calibration set, whose inputs to the
+        block's dense layers the experts are fitted on; it goes no further than the last of them,
+        and is closed there.
+    memory
+        Bytes for the recorded inputs of one block, or a budget shared with the streams.
+    finished
+        Gives the layers of a block that an earlier run has built, or None.
+    done
+        Called with the index and the layers of each block, after all streams have passed it.
+
+    Returns
+    -------
+    BlockRunner
+        The model's blocks, to leave the last one with (`BlockRunner.leave`).
+    """
+    runner = BlockRunner(module)
+    planned = [layer for layers in plan.layers.values() for layer in layers]
+    check_own_modules(planned)
+    made = 0
+    habits = look_at(module, planned, streams[0].first) if planned else {}
+    for stream in streams:
+        stream.enter(runner)
+    for index in range(runner.n_blocks):
+        layers = plan.layers.get(index, ())
+        expanded = finished(index) if layers else ()
+        if expanded is None:
+            expanded = _expand_block(runner, streams[0], index, layers, plan, memory, habits)
+        for one in expanded:
+            module.set_submodule(one.layer.name, one.module)
+        for stream in streams if index < plan.last else streams[1:]:
+            stream.advance(runner, index)
+        for one in expanded:
+            one.module.routing.forget()
+        made += len(expanded)
+        done(index, expanded)
+    if planned and not made:
+        raise InvalidInput(
+            f"none of {len(planned)} layers, such as {planned[0].name!r}, sees a token in a "
+            "forward pass; give a model that runs its layers as modules."
+        )
+    return runner
+
+
+def _expand_block(
+    runner: BlockRunner,
+    calibration: HiddenStates,
+    index: int,
+    layers: Sequence[Layer],
+    plan: Plan,
+    memory: int | ByteBudget,
+    habits: Mapping[str, Habits],
+) -> list[ExpandedLayer]:
+    """Expand the layers of one block; the last one closes the calibration stream."""
+    expanded: list[ExpandedLayer] = []
+
+    def replay(recorder: Recorder) -> None:
+        for _ in calibration.run(runner, index, recorder):
+            pass
+
+    with ExitStack() as stack:
+        groups = record_inputs(
+            layers, replay, memory=memory, stack=stack, passes=calibration.pass_tokens,
+            habits=habits, named=plan.named,
+        )  # fmt: skip
+        if index == plan.last:
+            calibration.close()
+        for members, store in groups:
+            names = ", ".join(layer.name for layer in members)
+            try:
+                expanded += _expand_group(members, store, plan)
+            except (InvalidInput, NumericalError) as error:
+                raise type(error)(f"{names}: {error}") from error
+            give_back()
+    order = {layer.name: i for i, layer in enumerate(layers)}
+    return sorted(expanded, key=lambda one: order[one.layer.name])
+
+
+def record_inputs(
+    layers: Sequence[Layer],
+    run: Callable[[Recorder], None],
+    *,
+    memory: int | ByteBudget,
+    stack: ExitStack,
+    passes: Sequence[int],
+    habits: Mapping[str, Habits],
+    named: bool = True,
+) -> list[tuple[list[Layer], TokenStore]]:
+    """Record what layers of a block receive; neighbours with one input share a record.
+
+    Parameters
+    ----------
+    layers
+        Layers to watch.
+    run
+        Called once; runs the block with the recorder that it receives.
+    memory
+        Bytes for the records, or a budget shared with others; what is beyond spills (`TokenStore`).
+    stack
+        Closes the records when it is closed.
+    passes
+        Tokens of each pass, for `TokenStore.reserve`.
+    habits
+        From `entangle.recording.hooks.look_at`.
+    named
+        Whether the layers were asked for by name. If not, those that see no token are left out.
+
+    Returns
+    -------
+    list of (layers, record)
+        Every distinct input, (tokens, in_features), with the layers that read it, in the order in
+        which they ran.
+
+    Raises
+    ------
+    InvalidInput
+        If a layer sees no token, or does something else than to multiply by its weight.
+    """
+    budget, stores = as_budget(memory), dict[int, TokenStore]()
+
+    def keep(found: Recorded) -> None:
+        if found.source not in stores:
+            stores[found.source] = stack.enter_context(TokenStore(budget))
+            stores[found.source].reserve(passes, found.inputs)
+        if found.leads:
+            stores[found.source].append(found.inputs)
+
+    recorder = Recorder(layers, keep, affine="pruning", lenient=not named, habits=habits)
+    run(recorder)
+    if named and layers:
+        recorder.check_all_seen()
+    recorder.check_sources()
+    return [(own, stores[source]) for source, own in enumerate(recorder.sources)]
+
+
+def _expand_group(layers: Sequence[Layer], store: TokenStore, plan: Plan) -> list[ExpandedLayer]:
+    """Fit one router on the common input of some layers, then solve every layer's experts."""
+    device, k = layers[0].device, plan.experts[layers[0].name]
+    router, labels = fit_router_and_labels(
+        store, k, seed=plan.seed, kind="single" if k == 1 else plan.router,
+        restarts=plan.restarts, device=device,
+    )  # fmt: skip
+    if _lies_on_gpu(store):
+        if labels is None:
+            blocks = store.blocks(_PASS_TOKENS_GPU)
+            labels = torch.cat([router.route(rows.to(device)) for _, rows in blocks])
+        sparsity = [plan.sparsity[layer.name] for layer in layers]
+        solved = solve_in_parts(layers, store, labels, sparsity, plan.solver, k=k)
+        store.close()
+    else:
+        solved = _solve_streamed(layers, store, router, plan)
+    routing = SharedRouting(router)
+    return [
+        ExpandedLayer(layer, ExpandedLinear(experts.weight, layer.bias, routing), experts)
+        for layer, experts in zip(layers, solved, strict=True)
+    ]
+
+
+def _lies_on_gpu(store: TokenStore) -> bool:
+    """Tell whether all rows of a record are on one GPU, or in RAM where that had no room."""
+    if store.in_file or store.device.type != "cuda":
+        return False
+    return all(rows.device in (store.device, _RAM) for rows in store.chunks())
+
+
+def _solve_streamed(
+    layers: Sequence[Layer], store: TokenStore, router: Router, plan: Plan
+) -> list[Experts]:
+    """Solve every layer's experts with the grams of all clusters, from one pass over the input."""
+    device, k = layers[0].device, router.k
+    grams = ClusterGrams(k, layers[0].in_features, device=device)
+    at_once = _GRAM_TOKENS
+    if device.type == "cuda":
+        at_once = min(_PASS_TOKENS_GPU, max(1, _GRAM_NUMBERS_GPU // layers[0].in_features))
+    for _, rows in store.blocks(at_once):
+        rows = rows.to(device)
+        grams.update(rows, router.route(rows))
+    store.close()
+    found = grams.result()
+    return [solve_experts(layer, found, plan.sparsity[layer.name], plan.solver) for layer in layers]

@@ -1,0 +1,495 @@
+"""`expand`: replace the MLP linears of a model by routed sparse experts.
+
+What an expansion costs and loses: one row a layer, and sums over the model.
+"""
+
+import hashlib
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from entangle.checks import choice, finite, whole
+from entangle.errors import InvalidInput, MemoryLimit
+from entangle.evaluation import EvaluationText, Perplexity, as_evaluation
+from entangle.evaluation.perplexity import windows_by_default
+from entangle.experts.build import ExpandedLayer, HiddenStates, Plan, build_blocks, structural_copy
+from entangle.experts.checkpoint import BuildFolder, distinct_routers, refuse_saving
+from entangle.experts.linear import (
+    Allocated,
+    check_shared,
+    describe_allocation,
+    planned_experts,
+    planned_pattern,
+    planned_sparsity,
+)
+from entangle.experts.router import KINDS, Kind
+from entangle.experts.solver import SolverSettings, Sparsity, check_solvable
+from entangle.memory import check_memory, memory_for
+from entangle.models.blocks import evaluates
+from entangle.models.layers import (
+    Layer,
+    LayerSpec,
+    Projections,
+    asked_by_name,
+    find_blocks,
+    find_layers,
+    layer_specs,
+    list_fused_experts,
+    list_layers,
+    projections,
+)
+from entangle.models.loading import AnyModel, LanguageModel, as_language_model
+from entangle.pruning.methods import METHODS
+from entangle.pruning.problem import check_bits
+from entangle.recording.recorder import shared_inputs
+from entangle.recording.stream import ByteBudget
+from entangle.runs.affixes import special_tokens_of
+from entangle.runs.html_tables import described, html_result, number
+from entangle.runs.progress import Progress, ProgressBar
+from entangle.runs.provenance import RunClock, claims_out, make_manifest
+from entangle.runs.provenance import expanded as expanded_path
+from entangle.seeding import check_seed
+from entangle.texts.calibration import as_calibration
+from entangle.texts.calibration_set import CalibrationSet
+from entangle.texts.given import Source
+
+
+def block_rows(expanded: Sequence[ExpandedLayer]) -> list[dict[str, object]]:
+    """Return the row of every layer of a block: see `layer_row`."""
+    routers = distinct_routers(expanded)
+    return [layer_row(one, router=routers.index(one.module.routing)) for one in expanded]
+
+
+def layer_row(expanded: ExpandedLayer, *, router: int) -> dict[str, object]:
+    """Return one layer's row: sparsity, error, damping, clusters, and costs beside the dense ones.
+
+    ``relative_error`` is the squared output error over the calibration tokens divided by that of a
+    zero output. ``flops`` are multiplications and additions for a token of average cluster;
+    ``router_flops`` those of the router's product with its k directions. ``bytes`` are what the
+    checkpoint stores of the experts, bitmaps and non-zeros; ``router_bytes`` what it stores of the
+    router: mean, components and centroids, or the keys of the random control. The layers of a block
+    with one number ``router`` share it, and its costs are in the row of each of them.
+
+    Parameters
+    ----------
+    expanded
+        A layer that was built, not read.
+    router
+        Number of its router within the block.
+    """
+    layer, module, experts = expanded.layer, expanded.module, expanded.experts
+    assert experts is not None  # noqa: S101
+    k, rows, columns = module.weight.shape
+    nonzeros = int(module.weight.count_nonzero())
+    fitted = module.routing.router
+    statistics = fitted.statistics
+    width = module.weight.element_size()
+    kept = (module.weight != 0).sum((1, 2)).double().cpu()
+    share = experts.tokens.double().cpu() / max(1, int(experts.tokens.sum()))
+    return {
+        "layer": layer.name,
+        "block": layer.block,
+        "projection": layer.projection,
+        "experts": k,
+        "sparsity": experts.realised_sparsity,
+        "relative_error": float(experts.squared_error.sum()) / max(experts.energy, 1e-300),
+        "damping": float(experts.damping.max()),
+        "smallest_cluster": int(experts.tokens.min()),
+        "largest_cluster": int(experts.tokens.max()),
+        "effective_clusters": statistics.effective_clusters,
+        "explained_variance": float(statistics.explained_variance.sum()),
+        "inertia": statistics.inertia,
+        "shrunk": experts.shrunk,
+        "nonzeros": nonzeros,
+        "bytes": nonzeros * width + (k * rows * columns + 7) // 8,
+        "flops": 2 * float((kept * share).sum()),
+        "router": router,
+        "router_flops": 2 * columns * k if fitted.centroids.shape[1] else 0,
+        "router_bytes": fitted.stored_bytes,
+        "dense_weights": rows * columns,
+        "dense_bytes": rows * columns * width,
+    }
+
+
+def model_costs(module: nn.Module, rows: Iterable[Mapping[str, object]]) -> dict[str, float]:
+    """Return costs of the whole model as multiples of the dense one's.
+
+    Counted are all linear layers, the head included: ``flops`` for a token, stored ``nonzeros`` of
+    the weights, and stored ``bytes`` (bitmaps included). Routers are included in flops and bytes,
+    once for layers that share one.
+
+    Parameters
+    ----------
+    module
+        The dense model.
+    rows
+        From `block_rows`.
+    """
+    table = pd.DataFrame(list(rows))
+    width = next(module.parameters()).element_size()
+    dense = sum(math.prod(layer.shape) for layer in list_layers(module))
+    if table.empty:
+        return {"flops": 1.0, "nonzeros": 1.0, "bytes": 1.0}
+    others = dense - int(table["dense_weights"].sum())
+    routers = table.drop_duplicates(["block", "router"])[["router_flops", "router_bytes"]].sum()
+    flops = float(table["flops"].sum() + routers["router_flops"])
+    stored = float(table["bytes"].sum() + routers["router_bytes"])
+    return {
+        "flops": (2 * others + flops) / (2 * dense),
+        "nonzeros": (others + float(table["nonzeros"].sum())) / dense,
+        "bytes": (others * width + stored) / (dense * width),
+    }
+
+
+KIND = "expansion"
+_PROBE = 4  # tokens that show which layers read one input
+_SHOWN = (
+    "layer", "experts", "sparsity", "relative_error", "smallest_cluster", "largest_cluster",
+    "effective_clusters", "damping",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Expansion:
+    """An expanded model and what it cost."""
+
+    model: LanguageModel | None
+    """The expanded model; None if its experts were dropped after they were written. Its module
+    cannot ``save_pretrained``, which knows no routers: checkpoints are written with ``out``."""
+    layers: pd.DataFrame
+    """One row a layer, from `entangle.experts.expand.block_rows`."""
+    costs: Mapping[str, float]
+    """Multiples of the dense model: flops, nonzeros, bytes."""
+    perplexity: Perplexity | None
+    """On the evaluation text, if one was given."""
+    manifest: Mapping[str, object]
+    """Model, calibration set, settings, versions."""
+    run: Mapping[str, object]
+    """Seconds and peak memory of the process that built it."""
+
+    def _repr_html_(self) -> str:
+        costs = ", ".join(f"{number(value)} × {name}" for name, value in self.costs.items())
+        lines = [
+            f"{len(self.layers):,} layer(s) of {described(self.manifest, 'settings', 'experts')} "
+            f"expert(s), router {described(self.manifest, 'settings', 'router')}",
+            f"the dense model's cost times: {costs}",
+        ]
+        if self.perplexity is not None:
+            lines.append(
+                f"perplexity {number(self.perplexity.value)}, special tokens: "
+                f"{special_tokens_of(self.perplexity.protocol)}"
+            )
+        title = f"Expansion of {described(self.manifest, 'model', 'name')}"
+        shown = [name for name in _SHOWN if name in self.layers.columns]
+        return html_result(title, lines, self.layers[shown])
+
+
+@claims_out
+@evaluates
+def expand(
+    model: AnyModel,
+    calibration: Source,
+    *,
+    experts: int = 16,
+    sparsity: float | None = 0.7,
+    pattern: str = "row",
+    pruner: str = "sparsegpt",
+    layers: LayerSpec = "all",
+    proj: Projections = "mlp",
+    allocation: Allocated | None = None,
+    router: Kind = "kmeans",
+    restarts: int = 10,
+    bits: int | None = None,
+    damping: float = 0.01,
+    seed: int = 0,
+    memory: int | None = None,
+    evaluation: Source | None = None,
+    out: str | os.PathLike[str] | None = None,
+    keep: bool = True,
+    resume: bool = False,
+    force: bool = False,
+    extra: Callable[[Expansion, Path], object] | None = None,
+    progress: bool | None = None,
+) -> Expansion:
+    """Expand a model: one router and k sparse experts in place of each chosen linear layer.
+
+    Block by block, on the hidden states that come out of the already expanded blocks, the inputs of
+    the block's dense layers are recorded, a router (PCA and k-means) is fitted on each distinct
+    input, and every layer's own dense weight is pruned once for each cluster with that cluster's
+    gram matrix.
+
+    Parameters
+    ----------
+    model
+        A name or path for `entangle.load_model`, a module that takes token ids, or a
+        `LanguageModel`. Left unchanged; the expanded model shares all tensors that were not
+        replaced.
+    calibration
+        Text that the routers and experts are fitted on: a calibration set, or whatever else
+        `entangle.load_calibration` takes, with its default settings.
+    experts
+        Experts (clusters) a layer; 1 is plain pruning.
+    sparsity
+        Share of zeros in [0, 1]; None with an n:m pattern of numbers, such as ``2:4``.
+    pattern, pruner, bits, damping
+        As in `entangle.pruning.prune` (``pruner`` is its ``method``).
+    layers, proj
+        Layers to expand, as in `entangle.models.layers.find_layers`; the MLP linears by default.
+    allocation
+        In place of ``sparsity``: an `entangle.allocation.Allocation` for these layers of this
+        model, whose number of zeros every row of every expert gets exactly, in groups if it was
+        made for n:m, and whose numbers of experts, if it has any, replace ``experts``; or
+        sparsities by layer name, for all rows or one value a row.
+    router
+        ``kmeans``, or the controls ``random`` (clusters without meaning) and ``single``.
+    restarts
+        k-means seedings, of which the best is kept.
+    seed
+        Seed of the routers and of random pruning.
+    memory
+        Bytes for hidden states and recorded inputs, half of what is free on the model's device by
+        default; what is beyond spills (`entangle.recording.stream.TokenStore`).
+    evaluation
+        Text (from `entangle.load_evaluation`, or what that takes) whose hidden states follow the
+        build, so that the perplexity is known at its end even if the experts do not fit into
+        memory.
+    out
+        Folder of the checkpoint (`entangle.load_expanded`). Blocks are written as they are made.
+    keep
+        Whether to keep the experts in memory; with ``out`` they need not be.
+    resume
+        Go on with an unfinished build of the same settings in ``out``.
+    force
+        Replace an existing checkpoint, or an unfinished build.
+    extra
+        Called with the expansion and its folder, before that takes the name ``out``, to add files.
+    progress
+        Show a progress bar on standard error; by default if that is a terminal.
+
+    Raises
+    ------
+    InvalidInput, UnknownName
+        If a setting is out of range or does not fit the model.
+    NumericalError
+        If activations are not finite or a gram cannot be factorised; the message names the layer.
+
+    References
+    ----------
+    arXiv 2405.15756, algorithms A1 and A2.
+    """
+    clock = RunClock()
+    check_memory(memory)
+    restarts, bits = whole("restarts", restarts, least=1), check_bits(bits)
+    seed, damping = check_seed(seed), finite("damping", damping, least=0)
+    pruner = choice("pruner", pruner, METHODS, kind="pruning method")
+    router, proj = choice("router", router, KINDS), projections(proj)
+    layers = layer_specs(layers)
+    dense = as_language_model(model)
+    calibration = as_calibration(calibration, dense)
+    text = None if evaluation is None else as_evaluation(evaluation, dense)
+    memory = memory_for(memory, dense.module)
+    copied = structural_copy(dense.module)
+    chosen = find_layers(copied, layers, proj)
+    if "mlp" in (proj or ()):
+        _refuse_fused(copied, chosen)
+    counts = planned_experts(chosen, allocation, experts, tokens=calibration.n_tokens)
+    plan = _plan(
+        chosen, named=asked_by_name(layers, chosen), experts=counts, router=router,
+        restarts=restarts, seed=seed,
+        sparsity=planned_sparsity(
+            chosen, allocation, sparsity=sparsity, pattern=pattern, digest=dense.digest
+        ),
+        solver=SolverSettings(
+            pruner, planned_pattern(allocation, pattern), bits, damping, seed
+        ),
+    )  # fmt: skip
+    if len(set(counts.values())) > 1:
+        check_shared(
+            shared_inputs(copied, chosen, calibration.rows.sequence(0)[None, :_PROBE]), counts
+        )
+    manifest = make_manifest(
+        KIND,
+        model=_describe_model(dense),
+        calibration=calibration.describe(),
+        evaluation=None if text is None else text.describe(),
+        settings=_settings(plan) | describe_allocation(allocation),
+    )
+    command = manifest.pop("command")
+    folder = None
+    if out is not None:
+        folder = BuildFolder(Path(out), manifest, resume=resume, force=force)
+    sink = _Sink(plan, folder, copied, keep=keep)
+    budget = ByteBudget(memory)
+    streams = _streams(calibration, text, dense.vocab_size, budget)
+    with ProgressBar("expanding", enabled=progress) as bar, _memory_limit():
+        bar.start(len(find_blocks(copied)[1]), "blocks")
+        runner = build_blocks(
+            copied, plan, streams, memory=budget, finished=sink.finished,
+            done=lambda index, expanded: sink.done(index, expanded, bar),
+        )  # fmt: skip
+        perplexity = None
+        if text is not None:
+            losses = [text.losses(runner.leave(h, ids), ids) for ids, h in streams[1]]
+            perplexity = Perplexity.of(torch.cat(losses), text)
+    costs = model_costs(dense.module, sink.rows)
+    table = pd.DataFrame(sink.rows)
+    made = {row["layer"] for row in sink.rows}
+    silent = [layer.name for layer in chosen if layer.name not in made]
+    manifest |= {
+        "costs": costs, **_describe_perplexity(perplexity), "layers_without_tokens": silent,
+    }  # fmt: skip
+    refuse_saving(copied)
+    expanded = LanguageModel(copied, dense.tokenizer, dense.name, "expansion", dense.revision)
+    result = Expansion(
+        expanded if sink.keep else None, table, costs, perplexity, manifest, clock.read(memory)
+    )
+    if folder is None:
+        return result
+    del streams, runner  # what is added may need as much memory
+    result = replace(result, run={"command": command, **result.run})
+    add = None if extra is None else partial(extra, result)
+    return replace(result, run=folder.finish(table, manifest, result.run, extra=add))
+
+
+def _streams(
+    calibration: CalibrationSet,
+    evaluation: EvaluationText | None,
+    vocab_size: int,
+    budget: ByteBudget,
+) -> list[HiddenStates]:
+    """Return the hidden states that follow the build."""
+    streams = [HiddenStates([ids for _, ids in calibration.batches()], memory=budget)]
+    if evaluation is not None:
+        batch = windows_by_default(evaluation.seq_len, vocab_size)
+        streams.append(
+            HiddenStates([ids for _, ids in evaluation.rows.batches(batch)], memory=budget)
+        )
+    return streams
+
+
+class _Sink:
+    """Takes finished blocks: notes their report, writes them, and drops them if so asked."""
+
+    def __init__(
+        self, plan: Plan, folder: BuildFolder | None, module: nn.Module, *, keep: bool
+    ) -> None:
+        self.rows: list[dict[str, object]] = []
+        self.keep = keep
+        self._plan, self._folder, self._module = plan, folder, module
+        self._read: list[dict[str, object]] = []
+
+    def finished(self, index: int) -> Sequence[ExpandedLayer] | None:
+        """Return what an earlier run has made of a block, or None."""
+        found = None
+        if self._folder is not None:
+            found = self._folder.read(index, self._plan.layers[index])
+        if found is None:
+            return None
+        self._read = found[1]
+        return found[0]
+
+    def done(self, index: int, expanded: Sequence[ExpandedLayer], bar: Progress) -> None:
+        """Take over the layers of a block."""
+        made = [one for one in expanded if one.experts is not None]
+        rows = block_rows(made) if made else self._read if expanded else []
+        self.rows += rows
+        if self._folder is not None and made:
+            self._folder.write(index, made, rows)
+        for one in () if self.keep else expanded:
+            self._module.set_submodule(one.layer.name, one.layer.module)
+        bar.advance()
+
+
+def _plan(
+    layers: Sequence[Layer],
+    *,
+    named: bool,
+    experts: Mapping[str, int],
+    sparsity: Mapping[str, Sparsity],
+    router: Kind,
+    restarts: int,
+    seed: int,
+    solver: SolverSettings,
+) -> Plan:
+    by_block: dict[int, list[Layer]] = {}
+    for layer in layers:
+        if layer.block is None:
+            raise InvalidInput(f"layer {layer.name!r} lies outside the blocks; leave it out.")
+        by_block.setdefault(layer.block, []).append(layer)
+        check_solvable(layer, sparsity[layer.name], solver)
+    return Plan(
+        layers=by_block,
+        named=named,
+        sparsity=sparsity,
+        experts=experts,
+        router="single" if set(experts.values()) == {1} else router,
+        restarts=restarts,
+        seed=seed,
+        solver=solver,
+    )
+
+
+def _refuse_fused(module: nn.Module, chosen: Sequence[Layer]) -> None:
+    """Raise where the feed-forward part of a chosen block is a mixture held in one parameter."""
+    blocks = {layer.block for layer in chosen}
+    for fused in list_fused_experts(module):
+        if fused.block in blocks and "experts" in fused.name.split("."):
+            raise InvalidInput(
+                f"the mixture {fused.name!r} holds its experts in one parameter, which cannot be "
+                "expanded; name the linear layers to expand (layers=…, proj=None)."
+            )
+
+
+def _settings(plan: Plan) -> dict[str, object]:
+    """Describe a plan for the manifest; vectors of sparsities by their digest."""
+    counts = set(plan.experts.values())
+    return {
+        "sparsity": {name: _describe_sparsity(share) for name, share in plan.sparsity.items()},
+        "experts": counts.pop() if len(counts) == 1 else dict(plan.experts),
+        "router": plan.router,
+        "restarts": plan.restarts,
+        "seed": plan.seed,
+        **asdict(plan.solver),
+    }
+
+
+def _describe_perplexity(perplexity: Perplexity | None) -> dict[str, object]:
+    """Describe a perplexity for the manifest: NaN and infinity, which JSON lacks, by their flag."""
+    if perplexity is None:
+        return {"perplexity": None}
+    finite = None if perplexity.flag else perplexity.value
+    return {"perplexity": finite, "perplexity_flag": perplexity.flag}
+
+
+def _describe_model(model: LanguageModel) -> dict[str, object]:
+    """Describe a model for the manifest, with the place of one that is not known by its name."""
+    if model.source not in ("folder", "gguf"):
+        return model.describe()
+    return model.describe() | {"path": os.path.realpath(expanded_path(model.name))}
+
+
+def _describe_sparsity(share: Sparsity) -> object:
+    if not isinstance(share, Tensor):
+        return share
+    values = share.detach().cpu().double().contiguous()
+    digest = hashlib.sha256(values.numpy().tobytes()).hexdigest()
+    return {"mean": float(values.mean()), "rows": values.numel(), "sha256": digest}
+
+
+@contextmanager
+def _memory_limit() -> Iterator[None]:
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise MemoryLimit(
+            "memory ran out while expanding; lower --experts (experts), --n-seq or --memory "
+            "(memory), or drop the experts as they are written (keep=False)."
+        ) from error

@@ -1,0 +1,527 @@
+"""Experts of the layers that read one input, a few clusters at a time.
+
+The grams of 16 clusters of a 7B model's down projection are 7.8 GB. Where the recorded inputs lie
+on a GPU, the tokens of a cluster can be gathered from them, so that only the grams of a few
+clusters are held, until the experts of all layers are solved with them.
+
+Turn one dense layer into pruned experts, one a cluster.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from entangle.checks import choice
+from entangle.errors import InvalidInput
+from entangle.models.layers import Layer
+from entangle.precision import full_precision
+from entangle.pruning import METHODS
+from entangle.pruning.factor import Factor, inverse_factor
+from entangle.pruning.methods import solve
+from entangle.pruning.problem import check_gram, prepare, quadratic
+from entangle.recording.stream import TokenStore
+from entangle.stats.gram import ClusterGramsResult, sum_grams
+
+Sparsity = float | Float[Tensor, " out_features"] | None
+
+_WORK_BYTES = 2 * 2**30
+_GPU_SHARE = 4
+_COPIES = 6  # of the gram and of the rows, at most, inside a solver
+_CHANGE_BYTES = 2**28
+
+
+@dataclass(frozen=True, eq=False)
+class SolverSettings:
+    """How experts are pruned; the fields are the arguments of `entangle.pruning.prune`."""
+
+    pruner: str = "sparsegpt"
+    pattern: str = "row"
+    bits: int | None = None
+    damping: float = 0.01
+    seed: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Experts:
+    """The experts of one layer and what they lost."""
+
+    weight: Float[Tensor, "experts out_features in_features"]
+    """Sparse weights with their zeros, in the layer's dtype."""
+    squared_error: Float[Tensor, " experts"]
+    """Sum over the cluster's tokens and all neurons of the squared output error, float64."""
+    energy: float
+    """Sum over all tokens and neurons of the squared dense output (without bias)."""
+    damping: Float[Tensor, " experts"]
+    """Multiple of the gram's mean diagonal that was needed; 0 where none is used."""
+    tokens: Int64[Tensor, " experts"]
+    """Calibration tokens of every cluster."""
+    realised_sparsity: float
+    """Share of zeros over all experts."""
+    shrunk: int
+    """Clusters with fewer tokens than inputs, whose gram was shrunk toward the layer's."""
+
+
+def check_solvable(layer: Layer, sparsity: Sparsity, settings: SolverSettings) -> None:
+    """Raise what `solve_experts` would about its settings, before anything is recorded.
+
+    Raises
+    ------
+    UnknownName
+        For a pruner that does not exist.
+    InvalidInput
+        If the sparsity, the pattern or the weight breaks a rule; the message names the layer.
+    """
+    choice("pruner", settings.pruner, METHODS, kind="pruning method")
+    try:
+        prepare(
+            layer.weight, None, sparsity=sparsity, pattern=settings.pattern, rows=None,
+            bits=settings.bits,
+        )  # fmt: skip
+    except InvalidInput as error:
+        raise InvalidInput(f"{layer.name}: {error}") from error
+
+
+def solve_experts(
+    layer: Layer, grams: ClusterGramsResult, sparsity: Sparsity, settings: SolverSettings
+) -> Experts:
+    """Prune a layer's own dense weight once for every cluster.
+
+    Parameters
+    ----------
+    layer
+        Its weight is the starting point of every expert; it is not changed.
+    grams
+        ``XᵀX`` and token count of every cluster, over the layer's inputs.
+    sparsity
+        For all rows, or one value a row; None with an n:m pattern of numbers, such as ``2:4``.
+    settings
+        Pruner, pattern and the like.
+
+    Notes
+    -----
+    Clusters are solved with `shrunk_grams`; errors are computed with their own grams.
+    """
+    parts = []
+    beside = 0 if layer.device.type == "cpu" else layer.out_features
+    for part, gram in shrunk_grams(grams, rows=beside):
+        pruned = prune_part(layer, gram, sparsity, settings, experts=len(gram), first=part.start)
+        lost = squared_errors(layer, pruned.weight, grams.gram[part])
+        parts.append(SolvedPart(pruned, lost))
+    energy = dense_energy(layer, grams.gram.sum(0))
+    return join_parts(parts, energy=energy, tokens=grams.count, shrunk=count_shrunk(grams))
+
+
+@dataclass(frozen=True, eq=False)
+class PrunedPart:
+    """The experts of some neighbouring clusters; fields as in `Experts`."""
+
+    weight: Float[Tensor, "part out_features in_features"]
+    damping: Float[Tensor, " part"]
+    zeros: int
+
+
+@dataclass(frozen=True, eq=False)
+class SolvedPart:
+    """The experts of some neighbouring clusters, and what they lost (see `Experts`)."""
+
+    pruned: PrunedPart
+    squared_error: Float[Tensor, " part"]
+
+
+def prune_part(
+    layer: Layer,
+    gram: Float[Tensor, "part in_features in_features"] | None,
+    sparsity: Sparsity,
+    settings: SolverSettings,
+    *,
+    experts: int,
+    first: int = 0,
+    factor: Factor | None = None,
+) -> PrunedPart:
+    """Prune a layer's dense weight once for every gram.
+
+    Parameters
+    ----------
+    layer, sparsity, settings
+        As in `solve_experts`.
+    gram
+        Of some neighbouring clusters, as `shrunk_grams` gives them; None if the factor is enough.
+    experts
+        Number of these clusters.
+    first
+        Number of the first cluster.
+    factor
+        Of the grams' inverses, if it is known: layers with one input have the same.
+    """
+    problem = prepare(
+        layer.weight.expand(experts, -1, -1), gram, sparsity=sparsity,
+        pattern=settings.pattern, rows=None, bits=settings.bits, loss=False,
+    )  # fmt: skip
+    result = solve(
+        replace(problem, first=first, factor=factor),
+        method=settings.pruner, damping=settings.damping, seed=settings.seed,
+    )  # fmt: skip
+    zeros = int((result.realised_sparsity.double() * layer.in_features).round().sum())
+    return PrunedPart(result.weight, result.damping.flatten(), zeros)
+
+
+def squared_errors(
+    layer: Layer,
+    sparse: Float[Tensor, "part out_features in_features"],
+    gram: Float[Tensor, "part in_features in_features"],
+) -> Float[Tensor, " part"]:
+    """Return the squared output error of experts, summed over tokens and neurons, in float64.
+
+    Parameters
+    ----------
+    layer
+        The dense layer.
+    sparse
+        Its experts.
+    gram
+        ``XᵀX`` of each expert's own tokens.
+    """
+    dense = layer.weight.float()
+    at_once = len(sparse)
+    if sparse.device.type != "cpu":
+        at_once = max(1, _CHANGE_BYTES // (4 * dense.numel()))
+    parts = zip(sparse.split(at_once), gram.split(at_once), strict=True)
+    return torch.cat([_quadratic(some.float() - dense, own) for some, own in parts])
+
+
+def dense_energy(layer: Layer, gram: Float[Tensor, "in_features in_features"]) -> float:
+    """Return the squared dense output (without bias), summed over tokens and neurons."""
+    return float(_quadratic(layer.weight.float()[None], gram[None]).sum())
+
+
+def join_parts(
+    parts: Sequence[SolvedPart],
+    *,
+    energy: float,
+    tokens: Int64[Tensor, " experts"],
+    shrunk: int,
+    weight: Float[Tensor, "experts out_features in_features"] | None = None,
+) -> Experts:
+    """Put the experts of all clusters, in order, together; the other fields are given.
+
+    ``weight`` is given where the parts' weights lie in one tensor already.
+    """
+    if weight is None:
+        weight = torch.cat([part.pruned.weight for part in parts])
+    return Experts(
+        weight=weight,
+        squared_error=torch.cat([part.squared_error for part in parts]),
+        energy=energy,
+        damping=torch.cat([part.pruned.damping for part in parts]),
+        tokens=tokens,
+        realised_sparsity=sum(part.pruned.zeros for part in parts) / weight.numel(),
+        shrunk=shrunk,
+    )
+
+
+def shrunk_grams(
+    grams: ClusterGramsResult, *, rows: int = 0
+) -> Iterator[tuple[slice, Float[Tensor, "part features features"]]]:
+    """Yield the grams to solve experts with, as many clusters at a time as the work memory holds.
+
+    A cluster with fewer tokens n_c than inputs d has a singular gram. It is shrunk toward the
+    layer's: ``G_c + (d − n_c) · G / n``, as if d − n_c average tokens of the layer had been seen.
+
+    Parameters
+    ----------
+    grams
+        ``XᵀX`` and token count of every cluster.
+    rows
+        Weight rows that are solved with every gram, where they count beside it in memory.
+
+    Yields
+    ------
+    tuple
+        The clusters, and their grams.
+    """
+    k, features = grams.gram.shape[:2]
+    work = _work_bytes(grams.gram.device)
+    per_batch = max(1, work // (_COPIES * 4 * features * (features + rows)))
+    parts = [slice(start, start + per_batch) for start in range(0, k, per_batch)]
+    if not count_shrunk(grams):
+        yield from ((part, grams.gram[part]) for part in parts)
+        return
+    average = grams.gram.sum(0) / max(1, int(grams.count.sum()))
+    for part in parts:
+        own = grams.gram[part]
+        missing = (features - grams.count[part]).clamp_min(0).to(own)
+        yield part, own + missing[:, None, None] * average
+
+
+def _work_bytes(device: torch.device) -> int:
+    """Return the work memory: fixed on the CPU, a share of what is free on a GPU."""
+    if device.type != "cuda":
+        return _WORK_BYTES
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return max(_WORK_BYTES, (torch.cuda.mem_get_info(device)[0] + unused) // _GPU_SHARE)
+
+
+def count_shrunk(grams: ClusterGramsResult) -> int:
+    """Count the clusters whose gram `shrunk_grams` shrinks."""
+    return int((grams.count < grams.gram.shape[1]).sum())
+
+
+def _quadratic(rows: Tensor, gram: Tensor) -> Tensor:
+    """Return the sum over rows of ``row · gram · rowᵀ``, shape (experts,), float64."""
+    with full_precision():
+        if rows.device.type != "cpu":
+            return quadratic(rows, gram.to(rows.dtype)).sum(1, dtype=torch.float64)
+        return (rows @ gram.to(rows.dtype) * rows).sum((1, 2), dtype=torch.float64)
+
+
+_LOG = logging.getLogger(__name__)
+
+_BATCH = 2**13
+_WORK_BYTES_AT_ONCE = 2**30
+_WORK_SHARE = 1 / 3
+_FACTOR_WORK = 1 / 3  # of a gram, beside the gram and its factor
+_COPIES_FUSED, _COPIES_OF_ROWS = (
+    1.75,
+    6,
+)  # of an expert's rows in float32, at most, while it is solved
+
+
+class ClusterTokens:
+    """The tokens of a record, cluster by cluster.
+
+    Parameters
+    ----------
+    store
+        None of it in a file; what is not on its device is brought there as it is asked for.
+    labels
+        Cluster of every token.
+    k
+        Number of clusters.
+    """
+
+    def __init__(self, store: TokenStore, labels: Int64[Tensor, " tokens"], k: int) -> None:
+        self._store, self._chunks = store, list(store.chunks())
+        self._features = self._chunks[0].shape[1]
+        self._order: list[tuple[Tensor, ...]] = []
+        sizes = []
+        for rows, own in zip(
+            self._chunks, labels.split([len(rows) for rows in self._chunks]), strict=True
+        ):
+            order = own.to(rows.device).argsort(stable=True)
+            sizes.append(torch.bincount(own, minlength=k))
+            self._order.append(order.split(sizes[-1].tolist()))
+        self.count: Int64[Tensor, " k"] = torch.stack(sizes).sum(0)
+        """Tokens of each cluster."""
+
+    def batches(self, cluster: int) -> Iterator[Float[Tensor, "tokens features"]]:
+        """Yield a cluster's tokens in order, 8,192 at a time, each time in the same memory."""
+        size = max(1, min(_BATCH, sum(len(order[cluster]) for order in self._order)))
+        rows, held = self._chunks[0].new_empty(size, self._features, device=self._store.device), 0
+        for chunk, order in zip(self._chunks, self._order, strict=True):
+            left = order[cluster]
+            while len(left):
+                some, left = left.tensor_split([size - held])
+                place = rows[held : held + len(some)]
+                if chunk.device == rows.device:
+                    torch.index_select(chunk, 0, some, out=place)
+                else:
+                    place.copy_(chunk.index_select(0, some))
+                held += len(some)
+                if held == size:
+                    yield rows
+                    held = 0
+        if held:
+            yield rows[:held]
+
+    def grams(self, clusters: Sequence[int], device: torch.device) -> Float[Tensor, "part _ _"]:
+        """Return ``XᵀX`` of some clusters."""
+        sets = [self.batches(cluster) for cluster in clusters]
+        return sum_grams(sets, self._features, device=device)
+
+    def whole(self, device: torch.device) -> Float[Tensor, "_ _"]:
+        """Return ``XᵀX`` of all tokens."""
+        everything = (rows.to(device) for _, rows in self._store.blocks(_BATCH))
+        return sum_grams([everything], self._features, device=device)[0]
+
+
+def solve_in_parts(
+    layers: Sequence[Layer],
+    store: TokenStore,
+    labels: Int64[Tensor, " tokens"],
+    sparsity: Sequence[Sparsity],
+    settings: SolverSettings,
+    *,
+    k: int,
+) -> list[Experts]:
+    """Prune the dense weights of layers with one input once for every cluster.
+
+    As `entangle.experts.solver.solve_experts` on the clusters' grams, to rounding.
+
+    Parameters
+    ----------
+    layers
+        They read one input.
+    store
+        That input, none of it in a file.
+    labels
+        Cluster of every token.
+    sparsity
+        Of each layer.
+    settings
+        Pruner, pattern and the like.
+    k
+        Number of clusters.
+
+    Raises
+    ------
+    torch.OutOfMemoryError
+        If memory runs out with one cluster. With more, half as many are tried.
+    """
+    size = _clusters_at_once(layers, store.n_bytes, settings, k)
+    return _solve_in_parts(layers, store, labels, sparsity, settings, k=k, size=size)
+
+
+def _clusters_at_once(
+    layers: Sequence[Layer], input_bytes: int, settings: SolverSettings, k: int
+) -> int:
+    """Return how many clusters to solve together, so that the parts are of about one size.
+
+    The work memory is a third of what inputs and experts take, which is held anyway, and at least
+    1 GiB. It does not depend on what is free, so that one seed gives one result.
+    """
+    weights = [layer.weight for layer in layers]
+    held = input_bytes + k * sum(weight.numel() * weight.element_size() for weight in weights)
+    work = max(_WORK_BYTES_AT_ONCE, _WORK_SHARE * held)
+    most = max(1, int(work / _bytes_a_cluster(weights, settings)))
+    parts = -(-k // most)
+    return -(-k // parts)
+
+
+def _bytes_a_cluster(weights: Sequence[Tensor], settings: SolverSettings) -> int:
+    """Return the most that solving one cluster takes: gram, factor, and copies of the rows."""
+    width = max(4, *(weight.element_size() for weight in weights))
+    alone = settings.pruner == "sparsegpt" and width == 4  # the factor, without the gram
+    fused = alone and settings.bits is None and settings.pattern in ("row", "block")
+    gram = width * weights[0].shape[1] ** 2
+    rows = width * max(weight.numel() for weight in weights)
+    solving = (1 if alone else 2) * gram + (_COPIES_FUSED if fused else _COPIES_OF_ROWS) * rows
+    return int(max((2 + _FACTOR_WORK) * gram, solving))
+
+
+class _Group:
+    """Layers with one input, and how the experts of some of its clusters are solved."""
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        tokens: ClusterTokens,
+        sparsity: Sequence[Sparsity],
+        settings: SolverSettings,
+    ) -> None:
+        self.tokens = tokens
+        self.missing: list[int] = (layers[0].in_features - tokens.count).clamp_min(0).tolist()
+        self._layers, self._sparsity, self._settings = layers, sparsity, settings
+        self._device = layers[0].device
+        whole = tokens.whole(self._device)
+        self.energies = [dense_energy(layer, whole) for layer in layers]
+        """Of each layer, over all tokens."""
+        self._average = whole.div_(int(tokens.count.sum())) if any(self.missing) else None
+
+    def solve(self, clusters: range, into: Sequence[Tensor]) -> list[SolvedPart]:
+        """Return each layer's experts of some clusters, their weights put into ``into``.
+
+        SparseGPT needs no grams but their factor, so that the two are held together only while it
+        is made: the grams are then summed again for the errors.
+        """
+        grams = self.tokens.grams(clusters, self._device)
+        self._shrink_(grams, clusters)
+        factor = self._factor(grams, clusters.start)
+        held = grams if factor is None else None
+        del grams
+        pruned = []
+        for layer, share, place in zip(self._layers, self._sparsity, into, strict=True):
+            part = prune_part(
+                layer, held, share, self._settings, first=clusters.start, factor=factor,
+                experts=len(clusters),
+            )  # fmt: skip
+            pruned.append(replace(part, weight=place.copy_(part.weight)))
+            del part
+        del factor
+        if held is None:
+            grams = self.tokens.grams(clusters, self._device)
+        else:
+            grams = self._restored_(held, clusters)
+        errors = [
+            squared_errors(layer, experts.weight, grams)
+            for layer, experts in zip(self._layers, pruned, strict=True)
+        ]
+        return list(map(SolvedPart, pruned, errors))
+
+    def _shrink_(self, grams: Tensor, clusters: range) -> None:
+        """Shrink the grams of short clusters as `entangle.experts.solver.shrunk_grams` does."""
+        for gram, cluster in zip(grams, clusters, strict=True):
+            if self._average is not None and self.missing[cluster]:
+                gram.add_(self._average, alpha=self.missing[cluster])
+
+    def _restored_(self, grams: Tensor, clusters: range) -> Tensor:
+        """Undo `_shrink_`, by summing again what few tokens such a cluster has."""
+        for gram, cluster in zip(grams, clusters, strict=True):
+            if self.missing[cluster]:
+                gram.copy_(self.tokens.grams([cluster], self._device)[0])
+        return grams
+
+    def _factor(self, grams: Tensor, first: int) -> Factor | None:
+        """Factorise the grams for all layers, where that is all that they are solved with."""
+        weights = [layer.weight for layer in self._layers]
+        wide = any(weight.dtype == torch.float64 for weight in weights)
+        if wide or self._settings.pruner != "sparsegpt":
+            return None
+        grams = check_gram(grams, weights[0].expand(len(grams), -1, -1), grams.dtype)
+        return inverse_factor(grams, damping=self._settings.damping, first=first)
+
+
+def _solve_in_parts(
+    layers: Sequence[Layer],
+    store: TokenStore,
+    labels: Tensor,
+    sparsity: Sequence[Sparsity],
+    settings: SolverSettings,
+    *,
+    k: int,
+    size: int,
+) -> list[Experts]:
+    """Solve ``size`` clusters at a time, or fewer and fewer where a GPU's memory runs out."""
+    group = _Group(layers, ClusterTokens(store, labels, k), sparsity, settings)
+    weights = [layer.weight.new_empty(k, *layer.weight.shape) for layer in layers]
+    found: list[list[SolvedPart]] = []
+    start = 0
+    while start < k:
+        clusters = range(start, min(start + size, k))
+        solved = _try(group, clusters, [weight[start : clusters.stop] for weight in weights])
+        if solved is None:
+            size = (len(clusters) + 1) // 2
+            _LOG.warning("GPU memory ran out: solving %d of %d experts at a time", size, k)
+            torch.cuda.empty_cache()
+            continue
+        found.append(solved)
+        start = clusters.stop
+    shrunk = sum(missing > 0 for missing in group.missing)
+    by_layer = zip(zip(*found, strict=True), group.energies, weights, strict=True)
+    return [
+        join_parts(parts, energy=energy, tokens=group.tokens.count, shrunk=shrunk, weight=weight)
+        for parts, energy, weight in by_layer
+    ]
+
+
+def _try(group: _Group, clusters: range, into: Sequence[Tensor]) -> list[SolvedPart] | None:
+    """Solve a part; None if memory runs out with more than one cluster."""
+    try:
+        return group.solve(clusters, into)
+    except torch.OutOfMemoryError:
+        if len(clusters) == 1:
+            raise
+        return None

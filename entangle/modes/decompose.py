@@ -1,0 +1,453 @@
+"""`decompose`: everything that the figures about neurons and experts need, from one pass.
+
+Decompose the layers that read one input: every table's part.
+
+Record the inputs of layers during one pass over the text.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from entangle.checks import share, whole, wholes
+from entangle.errors import InvalidInput, NumericalError
+from entangle.experts.router import Kind
+from entangle.experts.row_measures import output_errors
+from entangle.experts.rows import RowFit, RowGroup, RowSettings, fit_group, measure_group
+from entangle.memory import check_memory, memory_for, work_bytes
+from entangle.models.blocks import evaluates
+from entangle.models.layers import Layer, LayerSpec, Projections, find_layers
+from entangle.models.loading import AnyModel, LanguageModel, as_language_model
+from entangle.modes import TokenText, describe_modes
+from entangle.modes.groups import (
+    Chosen,
+    CommonBins,
+    choose,
+    components_needed,
+    histogram_rows,
+    relative_errors,
+    score_rows,
+)
+from entangle.modes.modes import Neurons, check_neurons
+from entangle.modes.pairs import RouterMap, draw_all, near_pairs, pair_rows, separated_rows
+from entangle.precision import full_precision
+from entangle.recording.recorder import Recorded, Recorder, of_one_group, told
+from entangle.recording.stream import ByteBudget, TokenStore
+from entangle.results.decomposition import COLUMNS, KIND, Decomposition, joined
+from entangle.runs.progress import Progress, ProgressBar
+from entangle.runs.provenance import RunClock, make_manifest
+from entangle.texts.calibration import as_calibration
+from entangle.texts.calibration_set import CalibrationSet
+from entangle.texts.given import Source
+
+Parts = dict[str, list[pd.DataFrame]]
+"""Parts of the tables, by the table's name."""
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """What is to be done; the fields are explained at `decompose`."""
+
+    rows: RowSettings
+    neurons: Sequence[int] | None
+    contexts: int
+    pairs: int
+    separated: int
+    near: float
+    memory: int
+    """Bytes for outputs and weights that are worked on."""
+    most_outputs: int
+    """Bytes that the outputs of the neurons looked at closely may take."""
+
+
+def decompose_group(
+    layers: Sequence[Layer],
+    inputs: TokenStore,
+    calibration: CalibrationSet,
+    tokenizer: PreTrainedTokenizerBase | None,
+    request: Request,
+    *,
+    report: Callable[[int], None],
+) -> Parts:
+    """Make the tables of the layers that read one input.
+
+    Parameters
+    ----------
+    layers
+        The layers.
+    inputs
+        What they receive, (tokens, in_features), in the order of the calibration set.
+    calibration, tokenizer
+        The tokens and what writes them.
+    request
+        What to do.
+    report
+        Called with the number of (layer, number of experts) that have been dealt with.
+    """
+    rows = {layer.name: torch.arange(layer.out_features) for layer in layers}
+    group = RowGroup.of(layers, rows)
+    scored = score_rows(group, inputs, memory=request.memory)
+    chosen = []
+    for number, layer in enumerate(layers):
+        own = scored[scored["layer"] == layer.name]
+        wanted = choose(own) if request.neurons is None else list(request.neurons)
+        chosen.append(Chosen.of(group, number, wanted, inputs, request.most_outputs))
+    parts: Parts = defaultdict(list)
+    _add_outputs(parts, group, scored, chosen, inputs, request, report)
+    _add_tokens(parts, chosen, inputs, calibration, tokenizer, request)
+    return parts
+
+
+def _add_outputs(
+    parts: Parts,
+    group: RowGroup,
+    scored: pd.DataFrame,
+    chosen: Sequence[Chosen],
+    inputs: TokenStore,
+    request: Request,
+    report: Callable[[int], None],
+) -> None:
+    """Add what depends on the experts: neurons, outputs, components, router_map."""
+    device = group.weight.device
+    on_map = RouterMap(inputs, device, seed=request.rows.seed)
+    common = [CommonBins(one.outputs) for one in chosen]
+    for settings in _runs(request.rows, group, request.memory):
+        fits = dict(fit_group(group, inputs, settings))
+        measured = measure_group(group, inputs, fits, settings, memory=request.memory)
+        parts["neurons"].append(measured.merge(scored.drop(columns="wd"), on=["layer", "neuron"]))
+        for fit in fits.values():
+            needed = components_needed(inputs, fit.clusters, device)
+            start = 0
+            for one, bins in zip(chosen, common, strict=True):
+                rows = slice(start, start + one.layer.out_features)
+                start = rows.stop
+                arm: dict[str, str | int | float] = {
+                    "layer": one.layer.name,
+                    "experts": fit.router.k,
+                    "sparsity": settings.sparsities[0],
+                }
+                errors = relative_errors(
+                    group.weight[rows], group.bias[rows], fit.weight[0][:, rows], inputs,
+                    fit.clusters, memory=request.memory,
+                )  # fmt: skip
+                parts["router_map"].append(on_map.rows(fit.clusters).assign(**arm))
+                parts["components"].append(_clusters(fit, needed, errors).assign(**arm))
+                parts["outputs"] += [
+                    histogram.assign(**arm)
+                    for histogram in _histograms(group, one, bins, fit, inputs)
+                ]
+            report(len(chosen))
+
+
+def _clusters(fit: RowFit, needed: Sequence[int], errors: NDArray[np.float64]) -> pd.DataFrame:
+    """Return one row a cluster."""
+    columns = {"tokens": fit.clusters.sizes, "components_90": needed, "error": errors}
+    return pd.DataFrame({"cluster": range(fit.router.k), **columns})
+
+
+def _histograms(
+    group: RowGroup, chosen: Chosen, bins: CommonBins, fit: RowFit, inputs: TokenStore
+) -> Iterator[pd.DataFrame]:
+    """Yield the histograms of the chosen neurons for one number of experts."""
+    change = fit.weight[0][:, chosen.place].float() - group.weight[chosen.place].float()
+    sparse = output_errors(change, inputs, fit.clusters).add_(chosen.outputs)
+    for kind, outputs in (("dense", chosen.outputs), ("sparse", sparse)):
+        for rows in histogram_rows(bins, chosen.neurons, outputs, fit.clusters):
+            yield rows.assign(kind=kind)
+
+
+def _add_tokens(
+    parts: Parts,
+    chosen: Sequence[Chosen],
+    inputs: TokenStore,
+    calibration: CalibrationSet,
+    tokenizer: PreTrainedTokenizerBase | None,
+    request: Request,
+) -> None:
+    """Add what does not depend on the experts: pairs, separated, modes, contexts."""
+    seed = request.rows.seed
+    drawn = draw_all(inputs, seed=seed)
+    near = near_pairs(inputs, drawn, near=request.near, seed=seed)
+    text = TokenText(tokenizer)
+    for one in chosen:
+        found = {
+            "pairs": pair_rows(one.outputs, one.neurons, drawn, most=request.pairs),
+            "separated": separated_rows(
+                one.outputs, one.neurons, near, inputs, calibration, text, most=request.separated
+            ),
+        }
+        outputs = dict(zip(one.neurons, one.outputs.cpu().numpy(), strict=True))
+        found["modes"], found["contexts"] = describe_modes(
+            outputs, calibration, tokenizer, one.layer.name, per_mode=request.contexts, seed=seed
+        )
+        for name, rows in found.items():
+            parts[name].append(rows.assign(layer=one.layer.name))
+
+
+def _runs(settings: RowSettings, group: RowGroup, memory: int) -> Iterator[RowSettings]:
+    """Part the numbers of experts so that the solved rows of a part fit into memory, if they can.
+
+    Rows that are measured together share their dense outputs.
+    """
+    one_expert = group.weight.numel() * group.weight.element_size()
+    run: list[int] = []
+    for k in settings.experts:
+        if run and (sum(run) + k) * one_expert > memory:
+            yield replace(settings, experts=tuple(run))
+            run = []
+        run.append(k)
+    yield replace(settings, experts=tuple(run))
+
+
+Group = tuple[tuple[Layer, ...], TokenStore]
+"""Layers that read one input, and that input, (tokens, in_features)."""
+
+
+def record_groups(
+    module: nn.Module,
+    layers: Sequence[Layer],
+    calibration: CalibrationSet,
+    *,
+    memory: int,
+    stack: ExitStack,
+    report: Callable[[int], None],
+) -> list[Group]:
+    """Run the model once, up to the last of the layers, and record what they receive.
+
+    Parameters
+    ----------
+    module, calibration
+        The model and the token ids.
+    layers
+        Layers to watch; those that run one after the other on one input, such as gate and up, share
+        a record.
+    memory
+        Bytes for the records; what is beyond goes to a temporary file.
+    stack
+        Closes the records when it is closed.
+    report
+        Called with the number of sequences that have passed.
+
+    Raises
+    ------
+    InvalidInput
+        If a layer does not run exactly once on every token, or does not multiply by its weight.
+    """
+    budget, stores = ByteBudget(memory), dict[int, TokenStore]()
+
+    def keep(found: Recorded) -> None:
+        if found.source not in stores:
+            stores[found.source] = stack.enter_context(TokenStore(budget))
+        if found.leads:
+            stores[found.source].append(found.inputs)
+
+    recorder = Recorder(layers, keep, once=True, affine="decomposition")
+    recorder.run(module, told(of_one_group(calibration), report))
+    recorder.check_sources()
+    for name, count in recorder.tokens.items():
+        if count != calibration.n_tokens:
+            raise InvalidInput(
+                f"layer {name!r} ran on {count} tokens where the text has {calibration.n_tokens}; "
+                "choose layers that run once on every token."
+            )
+    return [(tuple(own), stores[source]) for source, own in enumerate(recorder.sources)]
+
+
+@evaluates
+def decompose(
+    model: AnyModel,
+    calibration: Source,
+    *,
+    layer: LayerSpec,
+    proj: Projections = None,
+    neurons: Neurons | None = None,
+    experts: int | Iterable[int] = (1, 2, 4, 8, 16),
+    sparsity: float = 0.9,
+    pruner: str = "sparsegpt",
+    router: Kind = "kmeans",
+    contexts: int = 8,
+    pairs: int = 2000,
+    separated: int = 20,
+    near: float = 0.01,
+    damping: float = 0.01,
+    restarts: int = 10,
+    seed: int = 0,
+    memory: int | None = None,
+    progress: bool | None = None,
+) -> Decomposition:
+    """Decompose the neurons of some layers into routed sparse experts, and describe both.
+
+    One pass over the text records what the layers of the *dense* model receive. Each is then
+    treated by itself, as by `entangle.experts.routed_rows.fit_rows`: routers with k clusters, all
+    rows pruned for each cluster, outputs compared with the dense ones on the same tokens.
+
+    Parameters
+    ----------
+    model
+        A name or path for `entangle.load_model`, a module that takes token ids, or a
+        `LanguageModel`. Left unchanged.
+    calibration
+        Text that everything is fitted and measured on: a calibration set, or whatever else
+        `entangle.load_calibration` takes, with its default settings.
+    layer, proj
+        One or several layers, as in `entangle.models.layers.find_layers`.
+    neurons
+        Neurons to look at closely (histograms, pairs, modes), the same of every layer; by default
+        the 3 of largest WD and the one nearest to the median WD.
+    experts
+        Numbers of experts; 1 is plain pruning, and the reference of the relative improvement.
+    sparsity, pruner, damping
+        Share of zeros in [0, 1], exact in every row; the others as in `entangle.pruning.prune`.
+    router, restarts
+        ``"kmeans"`` or the control ``"random"``; k-means seedings, of which the best is kept.
+    contexts, pairs
+        Examples of each mode; random pairs of tokens whose distances are kept.
+    separated, near
+        Pairs of tokens that a neuron separates most, among the nearest share of all pairs.
+    seed
+        Of routers, pairs, samples and random pruning. One seed gives the same bytes.
+    memory
+        Bytes for recorded inputs, which spill beyond it, and for outputs, which take 1 GiB of it,
+        at most a half; by default half of what is free on the model's device. The solved rows of
+        the largest number of experts and the solver come on top.
+    progress
+        Show a progress bar on standard error; by default if that is a terminal.
+
+    Raises
+    ------
+    InvalidInput, UnknownName, MemoryLimit
+        If a setting is out of range or does not fit the model, the text or the memory.
+    NumericalError
+        If outputs are not finite or a gram cannot be factorised; the message names the layers.
+
+    References
+    ----------
+    arXiv 2405.15756, algorithm A1, figures 1, 2, 5 to 8; arXiv 2509.24198 (separated tokens).
+    """
+    clock = RunClock()
+    rows = RowSettings.checked(
+        share("sparsity", sparsity), experts, pruner=pruner, router=router, damping=damping,
+        restarts=restarts, seed=seed, md=True,
+    )  # fmt: skip
+    check_memory(memory)
+    near = share("near", near, zero=False)
+    contexts, pairs = whole("contexts", contexts, least=0), whole("pairs", pairs, least=0)
+    separated = whole("separated", separated, least=0)
+    neurons = None if neurons is None else wholes("neurons", neurons, least=0)
+    dense = as_language_model(model)
+    calibration = as_calibration(calibration, dense)
+    layers = find_layers(dense.module, layer, proj)
+    _check_fit(layers, neurons, calibration, rows)
+    budget = memory_for(memory, dense.module)
+    request = Request(
+        rows, neurons, contexts, pairs, separated, near, work_bytes(budget), budget // 2
+    )
+    with ProgressBar("decomposing", enabled=progress) as bar:
+        tables = _tables(dense, calibration, layers, request, budget - request.memory, bar)
+    manifest = _manifest(dense, calibration, layers, request, clock.read(budget))
+    return Decomposition(**tables, manifest=manifest)
+
+
+def _manifest(
+    model: LanguageModel,
+    calibration: CalibrationSet,
+    layers: Sequence[Layer],
+    request: Request,
+    spent: Mapping[str, object],
+) -> dict[str, object]:
+    rows = request.rows
+    settings = {
+        "layers": [one.name for one in layers], "neurons": request.neurons,
+        "experts": list(rows.experts), "sparsity": rows.sparsities[0], "pruner": rows.pruner,
+        "router": rows.router, "damping": rows.damping, "restarts": rows.restarts,
+        "contexts": request.contexts, "pairs": request.pairs, "separated": request.separated,
+        "near": request.near, "seed": rows.seed,
+    }  # fmt: skip
+    return make_manifest(
+        KIND,
+        model=model.describe(),
+        calibration=calibration.describe(),
+        settings=settings,
+        **spent,
+    )
+
+
+def _tables(
+    model: LanguageModel,
+    calibration: CalibrationSet,
+    layers: Sequence[Layer],
+    request: Request,
+    memory: int,
+    bar: Progress,
+) -> dict[str, pd.DataFrame]:
+    parts: Parts = {name: [] for name in COLUMNS}
+    with ExitStack() as stack, full_precision():
+        steps = len(layers) * len(request.rows.experts)
+        bar.start(calibration.n_seq + steps, "sequences and routers")
+        groups = record_groups(
+            model.module, layers, calibration, memory=memory, stack=stack, report=bar.advance
+        )
+        for members, inputs in groups:
+            try:
+                found = decompose_group(
+                    members, inputs, calibration, model.tokenizer, request,
+                    report=bar.advance,
+                )  # fmt: skip
+            except NumericalError as error:
+                names = ", ".join(one.name for one in members)
+                raise NumericalError(f"{names}: {error}") from error
+            inputs.close()
+            for name, own in found.items():
+                parts[name] += own
+    order = [one.name for one in layers]
+    tables = {name: joined(name, own, order) for name, own in parts.items()}
+    tables["neurons"] = _with_ri(tables["neurons"], order, request.rows.experts)
+    return tables
+
+
+def _with_ri(neurons: pd.DataFrame, layers: Sequence[str], experts: Sequence[int]) -> pd.DataFrame:
+    """Sort by layer, neuron and number of experts, and fill in the relative improvement."""
+    place: dict[object, Mapping[object, int]] = {
+        "layer": {name: i for i, name in enumerate(layers)},
+        "experts": {k: i for i, k in enumerate(experts)},
+    }
+    neurons = neurons.sort_values(
+        ["layer", "neuron", "experts"],
+        key=lambda column: column.map(place[column.name]) if column.name in place else column,
+        ignore_index=True,
+    )
+    key = ["layer", "neuron"]
+    single = neurons.loc[neurons["experts"] == 1].set_index(key)["rmse"]
+    before = single.reindex(pd.MultiIndex.from_frame(neurons[key])).to_numpy()
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ri = np.where(neurons["experts"] == 1, 1.0, before / neurons["rmse"].to_numpy())
+    return neurons.assign(ri=ri)
+
+
+def _check_fit(
+    layers: Sequence[Layer],
+    neurons: Neurons | None,
+    calibration: CalibrationSet,
+    rows: RowSettings,
+) -> None:
+    for layer in layers:
+        if layer.offloaded:
+            raise InvalidInput(
+                f"the weights of layer {layer.name!r} are offloaded, so it cannot be decomposed; "
+                "choose a device map that keeps it on a device."
+            )
+        if neurons is not None:
+            check_neurons(layer, neurons)
+    if max(rows.experts) > calibration.n_tokens:
+        raise InvalidInput(
+            f"`experts` must be at most the number of tokens to calibrate on, "
+            f"{calibration.n_tokens}; got {max(rows.experts)}."
+        )

@@ -1,0 +1,1 @@
+"""What was measured: frames with a manifest. Read, compared and drawn without torch."""

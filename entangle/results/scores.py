@@ -1,0 +1,323 @@
+"""Scores of neurons: a table with its provenance, saved and loaded.
+
+The output distribution of every neuron of a layer, as it is saved and drawn again.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+from safetensors import safe_open
+from safetensors.numpy import save as to_safetensors
+
+from entangle.checks import choice, whole
+from entangle.runs.affixes import special_tokens_of
+from entangle.runs.html_tables import described, html_result, number
+from entangle.runs.provenance import expanded, output_folder, read_manifest, read_table, write_json
+from entangle.runs.reading import decoding
+from entangle.runs.sealing import broken, integers, reals, shares, texts
+from entangle.stats import edges as bins
+
+if TYPE_CHECKING:
+    from entangle.models.layers import Layer
+    from entangle.stats.sketch import SketchResult
+
+
+N_SAVED = bins.N_BINS // bins.SAVED_FOLD
+
+
+@dataclass(frozen=True, eq=False)
+class LayerHistograms:
+    """Counts over bins that are fine near each neuron's median and wider towards the tails."""
+
+    counts: np.ndarray
+    """int32, shape (neurons, bins): tokens in each bin; outer bins that are empty for all neurons
+    of the layer are left out."""
+    first_bin: int
+    """Index of the first column among the bins of `edges`."""
+    location: np.ndarray
+    """float64, shape (neurons,): centre of the bins, in the neuron's own units."""
+    scale: np.ndarray
+    """float64, shape (neurons,): unit of the bins, in the neuron's own units."""
+    low: np.ndarray
+    """float64, shape (neurons,): smallest output, in the neuron's own units."""
+    high: np.ndarray
+    """float64, shape (neurons,): largest output, in the neuron's own units."""
+
+    @classmethod
+    def from_sketch(cls, sketch: "SketchResult") -> "LayerHistograms":
+        """Leave out the bins of a sketch that are empty for all neurons, at both ends."""
+        counts = sketch.counts.numpy()
+        used = np.flatnonzero(counts.max(0))
+        first, last = (int(used[0]), int(used[-1])) if len(used) else (0, 0)
+        return cls(
+            counts=counts[:, first : last + 1].copy(),
+            first_bin=first,
+            location=sketch.location.numpy(),
+            scale=sketch.scale.numpy(),
+            low=sketch.low.numpy(),
+            high=sketch.high.numpy(),
+        )
+
+    def fault(self, n_neurons: int) -> str | None:
+        """Return what is no histogram of so many neurons, None if all is well."""
+        bins_there = self.counts.shape[1] if self.counts.ndim == 2 else 0
+        if self.counts.shape != (n_neurons, bins_there) or self.counts.dtype != np.int32:
+            got = f"{self.counts.dtype} of shape {self.counts.shape}"
+            return f"must be int32 for {n_neurons} neurons; got {got}"
+        if not isinstance(self.first_bin, int) or not 0 <= self.first_bin <= N_SAVED - bins_there:
+            return f"begin at a bin in [0, {N_SAVED - bins_there}]; got {self.first_bin!r}"
+        if self.counts.size and self.counts.min() < 0:
+            return "hold negative counts"
+        for name in ("location", "scale", "low", "high"):
+            values = getattr(self, name)
+            if values.shape != (n_neurons,) or values.dtype != np.float64:
+                return (
+                    f"need a float64 {name!r} a neuron; got {values.dtype} of shape {values.shape}"
+                )
+        return None
+
+    def neuron(self, index: int) -> pd.DataFrame:
+        """Return the histogram of one neuron as a frame.
+
+        Parameters
+        ----------
+        index
+            Index of the neuron.
+
+        Returns
+        -------
+        pandas.DataFrame
+            Columns ``left``, ``right`` (bin edges in the neuron's own units, between its smallest
+            and largest output) and ``count`` (tokens); empty bins at the ends are left out, and an
+            end bin of which less than half lies inside the outputs' range is joined to the next. A
+            constant neuron has one bin around its value.
+        """
+        index = whole("neuron", index, least=0, most=len(self.counts) - 1)
+        low, high = self.low[index], self.high[index]
+        used = np.flatnonzero(self.counts[index])
+        if len(used) == 0:
+            return pd.DataFrame({"left": [low], "right": [high], "count": [0]})
+        counts = self.counts[index, used[0] : used[-1] + 1]
+        first = self.first_bin + used[0]
+        edges = bins.signed_edges(bins.SAVED_FOLD)[first : first + len(counts) + 1]
+        edges = self.location[index] + self.scale[index] * edges
+        if low < high:
+            widths = np.diff(edges)
+            if first == 0:  # the outermost bins are open
+                edges[0] = min(edges[0], low)
+            if first + len(counts) == N_SAVED:
+                edges[-1] = max(edges[-1], high)
+            edges, counts = _trimmed(edges.clip(low, high), counts, widths)
+        return pd.DataFrame({"left": edges[:-1], "right": edges[1:], "count": counts})
+
+
+def _trimmed(
+    edges: np.ndarray, counts: np.ndarray, widths: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Join an end bin that was clipped below half its width to the bin beside it.
+
+    A single token in what is left of its bin would otherwise be drawn as a spike.
+    """
+    wide = np.flatnonzero(np.diff(edges) >= widths / 2)
+    if len(wide) == 0:
+        return edges[[0, -1]], counts.sum(keepdims=True)
+    first, last = wide[0], wide[-1]
+    kept = np.concatenate([edges[:1], edges[first + 1 : last + 1], edges[-1:]])
+    joined = counts[first : last + 1].copy()
+    joined[0] += counts[:first].sum()
+    joined[-1] += counts[last + 1 :].sum()
+    return kept, joined
+
+
+KIND = "scores"
+_NUMERIC = "Choose a numeric column of the scores."
+_ARRAYS = ("counts", "location", "scale", "low", "high")
+_FLAGS = ("", "constant", "nan", "inf", "coarse")
+_SCORES = {
+    "model": texts(), "layer": texts(), "block": integers(null=True), "projection": texts(),
+    "neuron": integers(), "wd": reals(0), "wd_se": reals(0), "wd_bound": reals(0), "ks": shares(),
+    "mean": reals(), "std": reals(0), "skewness": reals(), "excess_kurtosis": reals(),
+    "weight_norm": reals(0), "md": reals(0), "n_tokens": integers(), "flag": texts(*_FLAGS),
+}  # fmt: skip
+_LAYERS = {
+    "layer": texts(), "block": integers(null=True), "projection": texts(), "n_neurons": integers(),
+    "n_tokens": integers(), "method": texts("exact", "sketch"), "null_floor": reals(0),
+    "null_floor_high": reals(0), "split_half": reals(-1, 1), "n_pairs": integers(),
+    "n_identical_pairs": integers(), "md_rank_agreement_mean": reals(-1, 1),
+    "md_rank_agreement_max": reals(-1, 1),
+}  # fmt: skip
+_FILES = ("scores.parquet", "layers.parquet", "scores.safetensors", "histograms.safetensors")
+
+
+@dataclass(frozen=True, eq=False)
+class NeuronScores:
+    """Scores of the neurons of some layers of one model."""
+
+    frame: pd.DataFrame
+    """One row a neuron: model, layer, block, projection, neuron, wd, wd_se, wd_bound, ks, mean,
+    std, skewness, excess_kurtosis, weight_norm, md, n_tokens, flag ("", constant, nan,
+    inf, or coarse where a sketch's histogram or the rounding of the outputs cannot resolve the WD).
+    ``wd_bound`` is the largest error of WD through both."""
+    layers: pd.DataFrame
+    """One row a layer: layer, block, projection, n_neurons, n_tokens, method, null_floor,
+    null_floor_high, split_half, n_pairs, n_identical_pairs and the rank agreement of MD with its
+    versions normalised by the mean and the maximum of the output distances."""
+    histograms: Mapping[str, LayerHistograms] = field(repr=False)
+    """Output distributions, by layer name."""
+    manifest: Mapping[str, object] = field(repr=False)
+    """Model, calibration set, settings, versions, seconds and peak memory."""
+
+    @property
+    def special_tokens(self) -> str:
+        """The special tokens around the text in words: ``<s> …``, ``none``, ``unknown`` of ids."""
+        return special_tokens_of(self.manifest, "calibration")
+
+    def with_settings(self, **settings: object) -> "NeuronScores":
+        """Return the same scores with more settings in the manifest."""
+        known = self.manifest.get("settings")
+        together = {**(known if isinstance(known, Mapping) else {}), **settings}
+        return replace(self, manifest={**self.manifest, "settings": together})
+
+    def top(self, k: int = 20, *, by: str = "wd") -> pd.DataFrame:
+        """Return the ``k`` rows with the largest value of column ``by``, flagged rows left out."""
+        numeric = self.frame.select_dtypes("number").columns.tolist()
+        by = choice("by", by, numeric, kind="column", remedy=_NUMERIC)
+        k = whole("k", k, least=1)
+        valid = self.frame[self.frame[by].notna()]
+        return valid.sort_values(by, ascending=False, kind="stable").head(k)
+
+    def layer(self, name: "str | Layer") -> "NeuronScores":
+        """Return the scores of one layer, by its full dotted name."""
+        name = self._known(name)
+        return NeuronScores(
+            frame=self.frame[self.frame["layer"] == name].reset_index(drop=True),
+            layers=self.layers[self.layers["layer"] == name].reset_index(drop=True),
+            histograms={name: self.histograms[name]},
+            manifest=self.manifest,
+        )
+
+    def histogram(self, layer: "str | Layer", neuron: int) -> pd.DataFrame:
+        """Return the output histogram of one neuron: columns left, right, count."""
+        return self.histograms[self._known(layer)].neuron(neuron)
+
+    def save(self, path: str | os.PathLike[str], *, force: bool = False) -> Path:
+        """Write the scores to a folder, under a temporary name until it is complete.
+
+        The folder holds ``scores.parquet`` and ``layers.parquet`` (the tables),
+        ``scores.safetensors`` (one vector of WD a layer, float64), ``histograms.safetensors`` and
+        ``manifest.json``. An existing result is replaced only with ``force``.
+        """
+        with output_folder(path, force=force) as folder:
+            self.write(folder)
+        return Path(path)
+
+    def write(self, folder: Path) -> None:
+        """Write the files of `save` into a folder that exists."""
+        self.frame.to_parquet(folder / "scores.parquet", index=False)
+        self.layers.to_parquet(folder / "layers.parquet", index=False)
+        vectors = {
+            str(name): np.ascontiguousarray(part["wd"].to_numpy(np.float64))
+            for name, part in self.frame.groupby("layer", sort=False)
+        }
+        content = to_safetensors(vectors, {"column": "wd"})
+        (folder / "scores.safetensors").write_bytes(content)
+        arrays = {
+            f"{name}:{key}": np.ascontiguousarray(getattr(histograms, key))
+            for name, histograms in self.histograms.items()
+            for key in _ARRAYS
+        }
+        first = {name: h.first_bin for name, h in self.histograms.items()}
+        content = to_safetensors(arrays, {"first_bin": json.dumps(first)})
+        (folder / "histograms.safetensors").write_bytes(content)
+        write_json(folder / "manifest.json", self.manifest)
+
+    def _known(self, layer: "str | Layer") -> str:
+        name = getattr(layer, "name", layer)
+        remedy = "These scores hold no other layers."
+        return choice("layer", name, self.histograms, remedy=remedy)
+
+    def _repr_html_(self) -> str:
+        flags = self.frame["flag"].value_counts()
+        flagged = [f"{count:,} {name}" for name, count in flags.items() if name]
+        text = described(self.manifest, "calibration", "source")
+        lines = [
+            f"{len(self.frame):,} neurons in {len(self.layers):,} layer(s), "
+            f"{described(self.manifest, 'calibration', 'n_tokens')} tokens of {text}, "
+            f"special tokens: {self.special_tokens}",
+            f"WD: median {number(float(self.frame['wd'].median()))} σ, "
+            f"largest {number(float(self.frame['wd'].max()))} σ",
+            *([f"no score: {', '.join(flagged)}"] if flagged else []),
+        ]
+        order = self.frame.sort_values("wd", ascending=False, kind="stable", na_position="last")
+        columns = ["layer", "neuron", "wd", "wd_se", "ks", "skewness", "excess_kurtosis", "md"]
+        if flagged:
+            columns.append("flag")
+        title = f"Scores of {described(self.manifest, 'model', 'name')}"
+        return html_result(title, lines, order[columns])
+
+
+def load_scores(path: str | os.PathLike[str]) -> NeuronScores:
+    """Load scores that `NeuronScores.save` wrote.
+
+    Raises
+    ------
+    InvalidInput
+        If the folder is missing, of another kind or schema, incomplete or corrupt.
+    """
+    manifest = read_manifest(path, KIND, _FILES)
+    folder = expanded(path)
+    frame = read_table(folder / _FILES[0], _SCORES)
+    layers = read_table(folder / _FILES[1], _LAYERS)
+    histograms = _read_histograms(folder / _FILES[3])
+    found = NeuronScores(frame=frame, layers=layers, histograms=histograms, manifest=manifest)
+    fault = _fault(found)
+    if fault is not None:
+        raise broken(folder, fault)
+    return found
+
+
+def _fault(scores: NeuronScores) -> str | None:
+    """Return what does not fit together in scores, None if nothing."""
+    frame, layers, manifest = scores.frame, scores.layers, scores.manifest
+    names = layers["layer"].tolist()
+    if frame["layer"].drop_duplicates().tolist() != names or set(scores.histograms) != set(names):
+        return "its files do not hold the same layers"
+    settings, model = manifest.get("settings"), manifest.get("model")
+    known = settings.get("layers") if isinstance(settings, Mapping) else None
+    if isinstance(known, list) and not set(names) <= set(known):
+        return f"layer {min(set(names) - set(known))!r} is not among the manifest's"
+    name = model.get("name") if isinstance(model, Mapping) else None
+    others = frame.loc[frame["model"] != name, "model"] if isinstance(name, str) else frame[:0]
+    if len(others):
+        return f"its scores are of the model {others.iloc[0]!r}, its manifest of {name!r}"
+    sizes = layers["n_neurons"].tolist()
+    if frame["neuron"].tolist() != [neuron for size in sizes for neuron in range(size)]:
+        return "its neurons are not all there, once and in order"
+    for column in ("block", "projection", "n_tokens"):
+        once = frame.drop_duplicates("layer")[column].reset_index(drop=True)
+        same = (once == layers[column]) | (once.isna() & layers[column].isna())
+        if not same.all() or frame.groupby("layer")[column].nunique(dropna=False).max() > 1:
+            return f"its tables differ in {column!r}"
+    for name, size in zip(names, sizes, strict=True):
+        fault = scores.histograms[name].fault(size)
+        if fault is not None:
+            return f"the histograms of {name!r} {fault}"
+    return None
+
+
+def _read_histograms(path: Path) -> dict[str, LayerHistograms]:
+    with decoding(path, remedy="make the result anew"), safe_open(path, framework="np") as file:
+        first = json.loads((file.metadata() or {})["first_bin"])
+        return {
+            name: LayerHistograms(
+                first_bin=first_bin,
+                **{key: file.get_tensor(f"{name}:{key}") for key in _ARRAYS},
+            )
+            for name, first_bin in first.items()
+        }

@@ -1,0 +1,107 @@
+"""A model that is interrupted inside an arm, in the midst of a forward pass, is as it was."""
+
+import signal
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from entangle.evaluation import load_evaluation
+from entangle.experiments.ablate import ablate
+from entangle.experiments.arms import Arm
+from entangle.experiments.engine import Bench
+from entangle.experiments.measures import layer_statistics
+from entangle.experiments.selection import select
+from entangle.models.layers import Layer, find_layers
+from entangle.models.loading import as_language_model
+from entangle.seeding import torch_rng
+from entangle.texts.calibration_set import CalibrationSet
+from tests.experiments.toys import bits, differing
+from tests.tiny_models import CONFIGS, TINY
+
+KINDS = (
+    ("prune", 0.5, 1), ("prune-wanda", 0.5, 1), ("prune", 0.5, 2),
+    ("zero", 1.0, 1), ("mean", 0.5, 1), ("clamp-negative", 1.0, 1), ("flip-negative", 1.0, 1),
+)  # fmt: skip
+
+
+def _interrupt(*_: object) -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+def _fail(*_: object) -> None:
+    raise ZeroDivisionError
+
+
+def _layers(module: nn.Module, name: str) -> Sequence[Layer]:
+    proj = "q_proj" if name == "mixtral" else "mlp"  # its MLP is fused experts
+    if name == "bert":
+        return [layer for layer in find_layers(module, 1) if layer.name.endswith("dense")
+                and layer.block is not None]  # fmt: skip
+    return find_layers(module, 1, proj)
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_every_arm_restores_every_architecture(
+    name: str, calibration: CalibrationSet, count_hooks: Callable[[nn.Module], int]
+) -> None:
+    model = as_language_model(TINY[name]())
+    module, layers = model.module, _layers(model.module, name)
+    before, modules = bits(module), list(module.modules())
+    plain = module(calibration.ids)[0]
+    known = layer_statistics(model, calibration, layers, md=False, progress=False)
+    top = select(known.scores.frame, "top", fraction=0.2)
+    kinds = [one for one in KINDS if one[2] == 1 or name != "bert"]  # needs logits, block by block
+    arms = [
+        Arm(top, kind, strength, experts, router="kmeans" if experts > 1 else "")
+        for kind, strength, experts in kinds
+    ]
+    bench = Bench(model, layers, known, calibration, arms, damping=0.01, seed=0)
+    bench.fit(memory=2**24, md=False, progress=False)
+
+    def use(stop: Callable[..., None]) -> None:
+        assert not torch.equal(module(calibration.ids)[0], plain)
+        _run_until(module, calibration, stop)
+
+    for arm in arms:
+        for stop, error in ((_interrupt, KeyboardInterrupt), (_fail, ZeroDivisionError)):
+            with pytest.raises(error), bench.applied(arm):
+                use(stop)
+            assert differing(before, bits(module)) == set(), arm.label
+            assert list(module.modules()) == modules
+            assert count_hooks(module) == 0
+    assert torch.equal(module(calibration.ids)[0], plain)
+
+
+def _run_until(module: nn.Module, calibration: CalibrationSet, stop: Callable[..., None]) -> None:
+    """Run the model, and stop it in the middle of its second block."""
+    inner = next(m for name, m in module.named_modules() if name.rpartition(".")[2] == "1")
+    with inner.register_forward_hook(stop):
+        module(calibration.ids)
+    pytest.fail("the model ran to its end")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "phi3", "opt"])
+def test_a_sweep_interrupted_in_a_forward_pass_restores(
+    name: str, calibration: CalibrationSet, count_hooks: Callable[[nn.Module], int]
+) -> None:
+    model = as_language_model(TINY[name]())
+    before = bits(model.module)
+    ids = torch.randint(4, 112, (5, 12), generator=torch_rng(1, "evaluation tokens"))
+    calls: list[int] = []
+
+    def count(*_: object) -> None:
+        calls.append(1)
+        if differing(before, bits(model.module)):  # an arm
+            _interrupt()
+
+    settings: dict[str, Any] = {"fraction": 0.1, "strengths": (0.5, 0.9), "seeds": 2}
+    handle = model.module.register_forward_hook(count)
+    with pytest.raises(KeyboardInterrupt):
+        ablate(model, calibration, evaluation=load_evaluation(ids), md=False, **settings)
+    handle.remove()
+    assert len(calls) > 2
+    assert differing(before, bits(model.module)) == set()
+    assert count_hooks(model.module) == 0
