@@ -8,6 +8,8 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
+from entangle import _renamed
+
 if TYPE_CHECKING:
     from entangle.allocation import allocate, load_allocation
     from entangle.evaluation import load_evaluation, load_minimal_pairs, perplexity
@@ -31,6 +33,8 @@ try:
     __version__ = version("entangle")
 except PackageNotFoundError:  # a source tree that is not installed
     __version__ = "0+unknown"
+
+_renamed.install()
 
 _HOMES = {
     "AblationResult": "entangle.results.ablation",

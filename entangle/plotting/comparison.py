@@ -150,8 +150,8 @@ def plot_perplexity(
     comparison
         One row a model, as the ``frame`` of `entangle.results.comparison.Comparison`: ``method``,
         ``sparsity`` (share of zeros), ``experts``, ``perplexity``, ``ratio`` to dense with its 95 %
-        interval ``ratio_low`` and ``ratio_high``, and the column ``x``. The row of method ``dense`` is the
-        baseline.
+        interval ``ratio_low`` and ``ratio_high``, and the column ``x``. The row of method ``dense``
+        is the baseline.
     x
         ``"sparsity"``, drawn in %, or a cost as a multiple of the dense model's: ``"flops"`` (for
         a token), ``"nonzeros"`` or ``"bytes"`` (both stored), on a log scale if it spans much.

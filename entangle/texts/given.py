@@ -19,7 +19,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from entangle.errors import InvalidInput, unknown_name
-from entangle.models.pretrained import no_pickles
+from entangle.models.unpickling import no_pickles
 from entangle.runs.progress import tell
 from entangle.runs.reading import decoding, inside, read_object, regular_files
 from entangle.texts.calibration_set import CalibrationSet

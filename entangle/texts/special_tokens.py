@@ -31,7 +31,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from entangle.errors import InvalidInput, unknown_name
-from entangle.models.pretrained import no_pickles
+from entangle.models.unpickling import no_pickles
 from entangle.runs.affixes import POLICIES
 from entangle.runs.reading import READ_ERRORS
 

@@ -23,7 +23,7 @@ from entangle.allocation.by_row import read_alphapruning
 from entangle.allocation.files import read_zeros
 from entangle.errors import EntangleError, InvalidInput
 from entangle.models.loading import load_model
-from entangle.models.pretrained import no_pickles
+from entangle.models.unpickling import no_pickles
 from entangle.texts.calibration import load_calibration
 from entangle.texts.documents import load_texts
 from tests.planted import planted_pickle, planted_weights
