@@ -39,7 +39,10 @@ class Finder(MetaPathFinder, Loader):
     """Finds the modules of `MOVED`; installed by ``import entangle``."""
 
     def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+        self,
+        name: str,
+        path: Sequence[str] | None,  # noqa: ARG002
+        target: ModuleType | None = None,  # noqa: ARG002
     ) -> ModuleSpec | None:
         """Return a spec for a module that moved, None for all others."""
         old = name.removeprefix("entangle.")

@@ -22,7 +22,9 @@ NAMES = {
 def test_what_moved_is_found_with_a_note(old: str) -> None:
     module = importlib.import_module(f"entangle.{old}")
     for name in NAMES[old]:
-        with pytest.warns(DeprecationWarning, match=rf"entangle\.{old}\.{name} is now in entangle\."):
+        with pytest.warns(
+            DeprecationWarning, match=rf"entangle\.{old}\.{name} is now in entangle\."
+        ):
             found = getattr(module, name)
         assert found.__name__ == name
 

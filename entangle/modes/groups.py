@@ -21,6 +21,7 @@ from entangle.models.layers import Layer
 from entangle.precision import accumulator_dtype
 from entangle.recording.stream import TokenStore
 from entangle.stats import bins
+from entangle.stats.edges import N_BINS, SAVED_FOLD, signed_edges
 from entangle.stats.gram import Gram
 from entangle.stats.tiles import row_parts
 from entangle.stats.wasserstein import (
@@ -290,15 +291,15 @@ class CommonBins:
         relative = (outputs - self._location[:, None]) / self._unit[:, None]
         found = []
         for row in relative:
-            cells = labels * bins.N_BINS + bins.signed_index(row)
-            counts = torch.bincount(cells, minlength=k * bins.N_BINS).unflatten(0, (k, -1))
-            found.append(bins.fold_counts(counts, bins.SAVED_FOLD))
+            cells = labels * N_BINS + bins.signed_index(row)
+            counts = torch.bincount(cells, minlength=k * N_BINS).unflatten(0, (k, -1))
+            found.append(bins.fold_counts(counts, SAVED_FOLD))
         return torch.stack(found).cpu().numpy()
 
     def edges(self, neuron: int) -> Float[np.ndarray, " edges"]:
         """Return the edges of the bins of a neuron (its place among them), in output units."""
         unit, location = float(self._unit[neuron]), float(self._location[neuron])
-        return location + unit * bins.signed_edges(bins.SAVED_FOLD)
+        return location + unit * signed_edges(SAVED_FOLD)
 
 
 def histogram_rows(

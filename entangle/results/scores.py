@@ -21,14 +21,14 @@ from entangle.runs.html_tables import described, html_result, number
 from entangle.runs.provenance import expanded, output_folder, read_manifest, read_table, write_json
 from entangle.runs.reading import decoding
 from entangle.runs.sealing import broken, integers, reals, shares, texts
-from entangle.stats import edges as bins
+from entangle.stats.edges import N_BINS, SAVED_FOLD, signed_edges
 
 if TYPE_CHECKING:
     from entangle.models.layers import Layer
     from entangle.stats.sketch import SketchResult
 
 
-N_SAVED = bins.N_BINS // bins.SAVED_FOLD
+N_SAVED = N_BINS // SAVED_FOLD
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +105,7 @@ class LayerHistograms:
             return pd.DataFrame({"left": [low], "right": [high], "count": [0]})
         counts = self.counts[index, used[0] : used[-1] + 1]
         first = self.first_bin + used[0]
-        edges = bins.signed_edges(bins.SAVED_FOLD)[first : first + len(counts) + 1]
+        edges = signed_edges(SAVED_FOLD)[first : first + len(counts) + 1]
         edges = self.location[index] + self.scale[index] * edges
         if low < high:
             widths = np.diff(edges)

@@ -28,6 +28,7 @@ from entangle.precision import accumulator_dtype
 from entangle.seeding import torch_rng
 from entangle.stats import bins
 from entangle.stats.bins import Scratch, to_host
+from entangle.stats.edges import PER_OCTAVE, magnitude_edges
 
 MAX_PAIRS = 50_000
 
@@ -221,7 +222,7 @@ def _median(values: Tensor) -> Tensor:
     return values.quantile(0.5, dim=1)
 
 
-_BINS, _PILOT_PAIRS = 3 * bins.PER_OCTAVE, 512
+_BINS, _PILOT_PAIRS = 3 * PER_OCTAVE, 512
 
 
 class PairSketch:
@@ -417,7 +418,7 @@ class PairSketch:
 
         NaN in the open last bin and in the first, where most pairs have next to equal outputs.
         """
-        edges = torch.from_numpy(bins.magnitude_edges(_BINS)).to(self._sums)
+        edges = torch.from_numpy(magnitude_edges(_BINS)).to(self._sums)
         cumulative = self._counts.cumsum(1).to(edges)
         half = self.n_pairs / 2
         bin_ = (cumulative < half).sum(1).clamp_max(_BINS - 1)

@@ -40,6 +40,7 @@ from entangle.stats.bins import (
     resample_on_gpu,
     to_host,
 )
+from entangle.stats.edges import N_BINS, SAVED_FOLD
 from entangle.stats.tiles import row_parts
 from entangle.stats.wasserstein import (
     ShapeStatistics,
@@ -70,7 +71,7 @@ class SketchResult:
     wd_halves: Float[Tensor, "halves=2 neurons"]
     """WD in the even and in the odd groups; NaN below two groups."""
     counts: Int32[Tensor, "neurons bins"]
-    """The histogram over ``entangle.stats.bins.signed_edges(SAVED_FOLD)`` in units of ``scale``."""
+    """The histogram over ``entangle.stats.signed_edges(SAVED_FOLD)`` in units of ``scale``."""
     location: Float[Tensor, " neurons"]
     """Where the bins are centred, in the neuron's own units."""
     scale: Float[Tensor, " neurons"]
@@ -136,7 +137,7 @@ class OutputSketch:
         if group != self._open_group:
             self._close_group()
             self._open_group = group
-        if kernels.fits(outputs, bins.N_BINS):
+        if kernels.fits(outputs, N_BINS):
             self._update_on_gpu(outputs, group)
         else:
             for part in row_parts(self.n_neurons, _block_columns(outputs)):
@@ -194,7 +195,7 @@ class OutputSketch:
         table, counts = to_host(
             [
                 torch.cat([columns, places, flags.to(places)]),
-                bins.fold_counts(self._counts, bins.SAVED_FOLD),
+                bins.fold_counts(self._counts, SAVED_FOLD),
             ]
         )
         columns, places, flags = table.split(sizes)
@@ -215,9 +216,9 @@ class OutputSketch:
         device, n, groups = location.device, self.n_neurons, self.n_groups
         wide = accumulator_dtype(device)
         self._location, self._scale, self._placed = location, scale, True
-        self._counts = torch.zeros(n, bins.N_BINS, dtype=torch.int32, device=device)
+        self._counts = torch.zeros(n, N_BINS, dtype=torch.int32, device=device)
         self._group_counts = torch.zeros(
-            groups, n, bins.N_BINS // GROUP_FOLD, dtype=torch.int32, device=device
+            groups, n, N_BINS // GROUP_FOLD, dtype=torch.int32, device=device
         )
         self._closed_counts = torch.zeros_like(self._group_counts[0])
         self._powers = torch.zeros(4, n, dtype=wide, device=device)
@@ -294,7 +295,7 @@ class OutputSketch:
         All of them on a GPU, which would have to be waited for.
         """
         if self._counts.device.type != "cpu":
-            return 0, bins.N_BINS // GROUP_FOLD - 1
+            return 0, N_BINS // GROUP_FOLD - 1
         extremes = torch.stack([self._low.min(), self._high.max()])
         first, last = (int(i) // GROUP_FOLD for i in bins.signed_index(extremes))
         return first, last
@@ -499,6 +500,6 @@ def measure_rows(outputs: Float[Tensor, "neurons tokens"], bounds: Sequence[int]
     numbers = [found, what.double()[None], se[None], halves, location[None], scale[None], sides]
     return MeasuredRows(
         numbers=torch.cat([part.double() for part in numbers]),
-        counts=bins.fold_counts(histograms.counts, bins.SAVED_FOLD),
+        counts=bins.fold_counts(histograms.counts, SAVED_FOLD),
         n_tokens=tokens,
     )

@@ -7,6 +7,7 @@ from torch import Tensor
 from entangle.kernels import sketch as kernels
 from entangle.seeding import torch_rng
 from entangle.stats import bins
+from entangle.stats.edges import N_BINS, PER_OCTAVE, magnitude_edges
 
 pytestmark = [
     pytest.mark.gpu,
@@ -39,7 +40,7 @@ def _add_outputs(
 ) -> dict[str, Tensor]:
     n = y.shape[1]
     state = {
-        "counts": torch.zeros(n, bins.N_BINS, dtype=torch.int32),
+        "counts": torch.zeros(n, N_BINS, dtype=torch.int32),
         "powers": torch.zeros(4, n, dtype=torch.float64),
         "group_powers": torch.ones(2, n, dtype=torch.float64),
         "low": torch.full((n,), torch.inf),
@@ -64,7 +65,7 @@ def _assert_added(
     x.nan_to_num_(0.0, 0.0, 0.0)
     assert torch.equal(found["low"], x.amin(0))
     assert torch.equal(found["high"], x.amax(0))
-    assert torch.equal(found["counts"], _counted(bins.signed_index(x), bins.N_BINS))
+    assert torch.equal(found["counts"], _counted(bins.signed_index(x), N_BINS))
     for k, power in enumerate(found["powers"], start=1):
         size = x.double().abs().pow(k).sum(0)
         assert ((power - x.double().pow(k).sum(0)).abs() <= 1e-5 * size).all()
@@ -108,7 +109,7 @@ def test_outputs_give_the_same_bytes_each_time() -> None:
 def _assert_pairs_added(
     first: Tensor, second: Tensor, distance: Tensor, scale: Tensor, starts: tuple[int, int]
 ) -> None:
-    (rows, n), n_bins = first.shape, 3 * bins.PER_OCTAVE
+    (rows, n), n_bins = first.shape, 3 * PER_OCTAVE
     state = {
         "counts": torch.zeros(n, n_bins, dtype=torch.int32, device=DEVICE),
         "sums": torch.zeros(2, n, dtype=torch.float64, device=DEVICE),
@@ -136,7 +137,7 @@ def _assert_pairs_added(
 
 def _assert_medians(found: Tensor, dy: Tensor, scale: Tensor) -> None:
     """Medians are interpolated in the bin of the middle one; NaN in the first and the last bin."""
-    edges = torch.from_numpy(bins.magnitude_edges(3 * bins.PER_OCTAVE))
+    edges = torch.from_numpy(magnitude_edges(3 * PER_OCTAVE))
     index = bins.magnitude_index(dy / scale, len(edges) - 1).long()
     bin_ = index.sort(0).values[(len(dy) - 1) // 2]
     below, inside = (index < bin_).sum(0), (index == bin_).sum(0)
@@ -181,10 +182,10 @@ def test_row_distances(dtype: torch.dtype, features: int) -> None:
 
 @pytest.mark.parametrize("neurons", [1, 70])
 def test_close_group(neurons: int) -> None:
-    fold, joined = 8, bins.N_BINS // 8
+    fold, joined = 8, N_BINS // 8
     x = 5 * torch.randn(200, neurons, generator=torch_rng(6, "sketch kernels")).exp()
     x[:, ::3] *= -1
-    counts = _counted(bins.signed_index(x), bins.N_BINS)
+    counts = _counted(bins.signed_index(x), N_BINS)
     now = counts.view(neurons, joined, fold).sum(2, dtype=torch.int32)
     closed, group = now // 3, torch.ones_like(now)
     there = {"closed": closed.to(DEVICE), "group": group.to(DEVICE)}

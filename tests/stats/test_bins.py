@@ -5,16 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from entangle.stats.bins import (
-    HALF,
-    N_BINS,
-    PER_OCTAVE,
-    fold_counts,
-    magnitude_edges,
-    magnitude_index,
-    signed_edges,
-    signed_index,
-)
+from entangle.stats.bins import fold_counts, magnitude_index, signed_index
+from entangle.stats.edges import HALF, N_BINS, PER_OCTAVE, magnitude_edges, signed_edges
 
 float32 = st.floats(width=32, allow_nan=False, allow_infinity=False)
 

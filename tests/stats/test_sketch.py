@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from entangle.errors import InvalidInput
-from entangle.stats import bins, sketch
+from entangle.stats import sketch
+from entangle.stats.edges import HALF
 from entangle.stats.sketch import OutputSketch
 from entangle.stats.wasserstein import shape_statistics
 from tests.reference.wasserstein import exact_wd
@@ -85,7 +86,7 @@ def test_hand_worked_counts() -> None:
     found = sketched(torch.arange(9.0)[:, None])
     assert found.location.tolist() == [4.0]
     assert found.scale.tolist() == pytest.approx([4 / 1.3489795])
-    full = found.counts[0].nonzero()[:, 0] - bins.HALF // 4
+    full = found.counts[0].nonzero()[:, 0] - HALF // 4
     assert full.tolist() == [-19, -17, -11, -6, 0, 5, 10, 16, 18]
     assert (found.low.item(), found.high.item()) == pytest.approx((0.0, 8.0), abs=1e-6)
     assert found.n_tokens == 9
