@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from entangle.plotting.figures import HistogramOf
     from entangle.results.decomposition import Decomposition
 import argparse
-import json
 
 from entangle.cli.options import Subparsers
 from entangle.cli.tables import say
+from entangle.errors import Unavailable
 
 Column = Literal["single", "double"]
 Draw = Callable[[], "Figure"]
@@ -402,9 +402,11 @@ def open_run(path: str) -> Run:
 
 def _kind(path: Path) -> str:
     """Return what a manifest says; where it says nothing, a kind whose reading fails clearly."""
+    from entangle.runs.reading import read_object
+
     try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["kind"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return str(read_object(path, remedy="make the result anew").get("kind"))
+    except (InvalidInput, Unavailable):
         return "scores"
 
 
