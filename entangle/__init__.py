@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from entangle.models.loading import LanguageModel, load_model
     from entangle.modes import neuron_modes
     from entangle.modes.decompose import decompose
+    from entangle.results import load_result
     from entangle.results.ablation import AblationResult, load_ablation
     from entangle.results.comparison import load_comparison
     from entangle.results.decomposition import Decomposition, load_decomposition
@@ -57,6 +58,7 @@ _HOMES = {
     "load_expanded": "entangle.experts.loading",
     "load_minimal_pairs": "entangle.evaluation",
     "load_model": "entangle.models.loading",
+    "load_result": "entangle.results",
     "load_scores": "entangle.results.scores",
     "neuron_modes": "entangle.modes",
     "perplexity": "entangle.evaluation",
@@ -85,6 +87,7 @@ __all__ = [
     "load_expanded",
     "load_minimal_pairs",
     "load_model",
+    "load_result",
     "load_scores",
     "neuron_modes",
     "perplexity",

@@ -11,7 +11,6 @@ import pandas as pd
 
 from entangle.allocation.allocation import Allocation, Counts, Reals, Rows, step_sizes
 from entangle.allocation.budget import Wish, check_reachable, fill, round_zeros, whole_bounds
-from entangle.allocation.files import KIND
 from entangle.allocation.measurements import Measurements
 from entangle.allocation.request import Columns, Request, Settings, Subject, find_subject, gather
 from entangle.allocation.rules import MODEL, RULES
@@ -21,6 +20,7 @@ from entangle.memory import check_memory, memory_for
 from entangle.models.blocks import evaluates
 from entangle.models.layers import LayerSpec, Projections
 from entangle.models.loading import AnyModel
+from entangle.results.allocation import KIND
 from entangle.results.scores import NeuronScores
 from entangle.runs.progress import Progress, ProgressBar
 from entangle.runs.provenance import RunClock, make_manifest

@@ -2,21 +2,16 @@
 
 The neurons that share a budget, layer after layer, as flat vectors.
 
-How many weights a neuron can lose at a time.
-
 The same budget, spread evenly: what an allocation is compared with.
 """
 
-import json
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -25,11 +20,10 @@ from jaxtyping import Float, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
-from entangle.allocation.files import read_zeros, write_zeros
-from entangle.checks import choice, whole
 from entangle.errors import InvalidInput
 from entangle.models.layers import Layer
-from entangle.runs.html_tables import described, html_result
+from entangle.results.allocation import ROW as ROW
+from entangle.results.allocation import AllocationReport, step_size
 
 Reals = NDArray[np.float64]
 Counts = NDArray[np.int64]
@@ -110,10 +104,6 @@ class Rows:
         return {name: part.clone() for name, part in zip(self.names, parts, strict=True)}
 
 
-ROW = "row"
-"""The pattern that lets a neuron lose any number of weights."""
-
-
 def step_sizes(rows: Rows, pattern: str) -> Counts:
     """Return the weights that a neuron can lose at a time: 1, or ``in_features / m``.
 
@@ -124,24 +114,6 @@ def step_sizes(rows: Rows, pattern: str) -> Counts:
     """
     layers = zip(rows.names, rows.widths.tolist(), strict=True)
     return np.repeat([step_size(name, width, pattern) for name, width in layers], rows.counts)
-
-
-def step_size(layer: str, width: int, pattern: str) -> int:
-    """Return the step of the neurons of one layer, of ``width`` weights; errors as `step_sizes`."""
-    if pattern == ROW:
-        return 1
-    match = re.fullmatch(r"n:([1-9]\d*)", pattern)
-    if match is None:
-        raise InvalidInput(
-            f"`pattern` must be row, or n:m with a number for m, such as n:4; got {pattern!r}."
-        )
-    group = int(match[1])
-    if width % group:
-        raise InvalidInput(
-            f"`pattern` {pattern!r} needs a multiple of {group} inputs; layer {layer!r} has "
-            f"{width}: use another m, or pattern 'row'."
-        )
-    return width // group
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,19 +135,23 @@ class Allocation:
     for m, such as ``n:4``: equally many in each group of m neighbouring weights."""
 
     def __post_init__(self) -> None:
-        names = list(self.zeros)
-        if not names or list(self.in_features) != names:
-            raise InvalidInput(
-                "`zeros` and `in_features` must name the same layers in one order, at least one; "
-                f"got {len(names)} and {len(self.in_features)} layer(s)."
-            )
         for name, zeros in self.zeros.items():
-            check_zeros(name, zeros, self.in_features[name], self.pattern)
-        if self.experts is not None:
-            _check_experts(self.experts, names)
-        object.__setattr__(self, "manifest", json.loads(json.dumps(dict(self.manifest))))
-        for key in ("zeros", "in_features", "manifest", "blocks"):
-            object.__setattr__(self, key, MappingProxyType(dict(getattr(self, key))))
+            _check_vector(name, zeros)
+        for key in ("in_features", "experts", "manifest", "blocks"):
+            object.__setattr__(self, key, getattr(self.report, key))
+        object.__setattr__(self, "zeros", MappingProxyType(dict(self.zeros)))
+
+    @cached_property
+    def report(self) -> AllocationReport:
+        """The allocation as results know it: NumPy's arrays of the same memory, tables, figure."""
+        return AllocationReport(
+            zeros={name: zeros.numpy() for name, zeros in self.zeros.items()},
+            in_features=self.in_features,
+            experts=self.experts,
+            manifest=self.manifest,
+            blocks=self.blocks,
+            pattern=self.pattern,
+        )
 
     def rows(self, layer: str | Layer) -> int:
         """Return the number of neurons of a layer, by its full name.
@@ -185,9 +161,7 @@ class Allocation:
         UnknownName
             If the allocation does not hold the layer.
         """
-        remedy = "The allocation holds no other layers."
-        name = choice("layer", getattr(layer, "name", layer), self.zeros, remedy=remedy)
-        return self.zeros[name].shape[0]
+        return self.report.rows(layer)
 
     @cached_property
     def sparsity(self) -> dict[str, Float[Tensor, " _"]]:
@@ -196,63 +170,32 @@ class Allocation:
         Times ``in_features`` and rounded it is ``zeros`` again, which is what
         `entangle.pruning.prune` makes of it.
         """
-        return {name: zeros / self.in_features[name] for name, zeros in self._doubles()}
+        return {name: one.double() / self.in_features[name] for name, one in self.zeros.items()}
 
     @property
     def n_zeros(self) -> int:
         """Zeros of all layers together."""
-        return sum(int(zeros.sum()) for zeros in self.zeros.values())
+        return self.report.n_zeros
 
     @property
     def n_weights(self) -> int:
         """Weights of all layers together."""
-        return sum(self.rows(name) * width for name, width in self.in_features.items())
+        return self.report.n_weights
 
     @property
     def overall(self) -> float:
         """Share of zeros of all layers together."""
-        return self.n_zeros / self.n_weights
+        return self.report.overall
 
-    @cached_property
+    @property
     def layers(self) -> pd.DataFrame:
-        """One row a layer: its sparsity and the range of its rows' sparsities.
-
-        Columns layer, block, projection, rows, in_features, zeros, sparsity, lowest, highest; and
-        experts where the allocation gives them.
-        """
-        rows = []
-        for name, zeros in self._doubles():
-            width = self.in_features[name]
-            rows.append(
-                {
-                    "layer": name,
-                    "block": self.blocks.get(name),
-                    "projection": name.rpartition(".")[2],
-                    "rows": zeros.shape[0],
-                    "in_features": width,
-                    "zeros": int(zeros.sum()),
-                    "sparsity": float(zeros.mean()) / width,
-                    "lowest": float(zeros.min()) / width,
-                    "highest": float(zeros.max()) / width,
-                }
-            )
-        frame = pd.DataFrame(rows).astype({"block": "Int64"})
-        if self.experts is not None:
-            frame["experts"] = [self.experts[name] for name in self.zeros]
-        return frame
+        """One row a layer, as `entangle.results.allocation.AllocationReport.layers`."""
+        return self.report.layers
 
     @property
     def neurons(self) -> pd.DataFrame:
         """One row a neuron: layer, neuron, zeros, sparsity."""
-        counts = [self.rows(name) for name in self.zeros]
-        return pd.DataFrame(
-            {
-                "layer": np.repeat(np.array(list(self.zeros), dtype=object), counts),
-                "neuron": np.concatenate([np.arange(count) for count in counts]),
-                "zeros": torch.cat(list(self.zeros.values())).numpy(),
-                "sparsity": torch.cat(list(self.sparsity.values())).numpy(),
-            }
-        ).astype({"layer": "str"})
+        return self.report.neurons
 
     def check(self, layers: Sequence[Layer], digest: str | None = None) -> None:
         """Check that the allocation is for these layers of this model.
@@ -300,24 +243,10 @@ class Allocation:
         Unavailable
             If the file cannot be written.
         """
-        described = {
-            "in_features": dict(self.in_features),
-            "experts": None if self.experts is None else dict(self.experts),
-            "blocks": dict(self.blocks),
-            "pattern": self.pattern,
-            "manifest": dict(self.manifest),
-        }
-        return write_zeros(path, self.zeros, described, force=force)
+        return self.report.save(path, force=force)
 
     def _repr_html_(self) -> str:
-        lines = [
-            f"{100 * self.overall:.4g} % zeros: {self.n_zeros:,} of {self.n_weights:,} weights in "
-            f"{len(self.zeros):,} layer(s)",
-            f"rule {described(self.manifest, 'settings', 'rule')}, "
-            f"by {described(self.manifest, 'settings', 'by')}",
-        ]
-        title = f"Allocation for {described(self.manifest, 'model', 'name')}"
-        return html_result(title, lines, self.layers.drop(columns=["block", "projection"]))
+        return self.report._repr_html_()
 
     def _check_layer(self, layer: Layer) -> None:
         if layer.name not in self.zeros:
@@ -332,9 +261,6 @@ class Allocation:
                 "allocate from scores of this model."
             )
 
-    def _doubles(self) -> list[tuple[str, Tensor]]:
-        return [(name, zeros.double()) for name, zeros in self.zeros.items()]
-
 
 def load_allocation(path: str | os.PathLike[str]) -> Allocation:
     """Load an allocation that `Allocation.save` wrote.
@@ -344,53 +270,23 @@ def load_allocation(path: str | os.PathLike[str]) -> Allocation:
     InvalidInput
         If the file is missing, truncated, altered, or something else.
     """
-    zeros, described = read_zeros(path)
-    keys = ("in_features", "experts", "manifest", "blocks")
-    fields: dict[str, Any] = {key: described.get(key) for key in keys}
-    for key, value in fields.items():
-        if not isinstance(value, dict) and not (key == "experts" and value is None):
-            raise InvalidInput(f"{str(path)!r} was altered (no {key}); allocate anew.")
-    settings = fields["manifest"].get("settings")
-    noted = settings.get("pattern", ROW) if isinstance(settings, dict) else ROW
-    try:
-        for name, width in fields["in_features"].items():
-            whole(f"in_features[{name!r}]", width, least=1)
-        for name, block in fields["blocks"].items():
-            whole(f"blocks[{name!r}]", block, least=0)
-        return Allocation(zeros=zeros, **fields, pattern=str(described.get("pattern", noted)))
-    except InvalidInput as error:
-        raise InvalidInput(f"{str(path)!r} was altered ({error}); allocate anew.") from error
+    found = AllocationReport.load(path)
+    return Allocation(
+        zeros={name: torch.from_numpy(zeros) for name, zeros in found.zeros.items()},
+        in_features=found.in_features,
+        experts=found.experts,
+        manifest=found.manifest,
+        blocks=found.blocks,
+        pattern=found.pattern,
+    )
 
 
-def check_zeros(name: str, zeros: Tensor, width: int, pattern: str = ROW) -> None:
-    """Raise `InvalidInput` unless ``zeros`` counts the zeros of neurons of so many weights."""
-    step = step_size(name, width, pattern)
+def _check_vector(name: str, zeros: Tensor) -> None:
     if zeros.ndim != 1 or zeros.dtype != torch.int64 or not len(zeros) or zeros.is_cuda:
         raise InvalidInput(
             f"`zeros` of {name!r} must be a CPU vector of int64, one a neuron; got "
             f"{tuple(zeros.shape)} of {zeros.dtype} on {zeros.device}."
         )
-    low, high = int(zeros.min()), int(zeros.max())
-    if low < 0 or high > width:
-        raise InvalidInput(
-            f"`zeros` of {name!r} must be in [0, {width}], the neuron's weights; got values from "
-            f"{low} to {high}."
-        )
-    for count in zeros[zeros % step != 0].tolist()[:1]:
-        raise InvalidInput(
-            f"`zeros` of {name!r} must be multiples of {step}, equally many in each of {step} "
-            f"groups (`pattern` {pattern!r}); got {count}."
-        )
-
-
-def _check_experts(experts: Mapping[str, int], names: Sequence[str]) -> None:
-    if list(experts) != list(names):
-        raise InvalidInput(
-            f"`experts` must name the {len(names)} layer(s) of the allocation in their order; got "
-            f"{len(experts)} layer(s)."
-        )
-    for name, count in experts.items():
-        whole(f"experts[{name!r}]", count, least=1)
 
 
 def even(allocation: Allocation) -> Allocation:

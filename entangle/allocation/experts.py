@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 
 from entangle.allocation.allocation import ROW, Allocation, Reals
-from entangle.allocation.rules import RULES
 from entangle.checks import choice, several, share, whole
 from entangle.errors import InvalidInput
 from entangle.models.layers import Layer
@@ -242,16 +241,7 @@ def rule_label(allocation: Allocation) -> str:
 
     A rule whose strength was searched for is ``search: linear wd``.
     """
-    settings = allocation.manifest.get("settings")
-    if not isinstance(settings, Mapping):
-        return "given"
-    by, rule = settings.get("by"), settings.get("rule", "given")
-    columns = "+".join(map(str, by)) if isinstance(by, list) else str(by or "")
-    used = [str(name) for name in (rule, settings.get("across")) if str(name) in RULES]
-    if used and not any(RULES[name].scored for name in used):
-        columns = ""
-    searched = "search: " if "search" in allocation.manifest else ""
-    return f"{searched}{rule} {columns}".strip()
+    return allocation.report.rule
 
 
 def nominal_sparsity(allocation: Allocation) -> float:

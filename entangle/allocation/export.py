@@ -24,10 +24,10 @@ from entangle.allocation.by_row import (
     write_evopress,
     write_rows,
 )
-from entangle.allocation.files import KIND
 from entangle.checks import choice
 from entangle.errors import InvalidInput, Unavailable, unknown_name
 from entangle.models.layers import Layer
+from entangle.results.allocation import KIND
 from entangle.runs.provenance import expanded, make_manifest, output_file
 
 MODIFIER = "SparseGPTModifier"

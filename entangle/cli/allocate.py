@@ -195,13 +195,10 @@ def print_allocation(allocation: "Allocation") -> None:
 
 def save_plot(allocation: "Allocation", arguments: argparse.Namespace) -> list[str]:
     """Draw the allocation; return the files."""
-    from entangle.allocation.experts import rule_label
-    from entangle.plotting import figure_allocation, save_figure
+    from entangle.plotting import save_figure
     from entangle.runs.sealing import manifest_digest
 
-    title = f"{rule_label(allocation)}, {100 * allocation.overall:.4g} % zeros"
-    digest = manifest_digest(allocation.manifest)
-    figure = figure_allocation(allocation.layers, allocation.neurons, title=title, digest=digest)
+    figure = allocation.report.plot(digest=manifest_digest(allocation.manifest))
     files = save_figure(figure, _stem(arguments.plot), force=arguments.force)
     return [str(path) for path in files]
 
@@ -239,7 +236,7 @@ def _check_meaning(arguments: argparse.Namespace) -> None:
 def _check_outputs(arguments: argparse.Namespace, exports: list[tuple[str, str]]) -> None:
     """Check that everything can be written, each to a file of its own, before any work is done."""
     from entangle.allocation.export import check_export
-    from entangle.allocation.files import check_file
+    from entangle.results.allocation import check_file
     from entangle.runs.provenance import expanded
 
     for name, path in exports:

@@ -1,28 +1,25 @@
 """``entangle figures``: the paper's figures from the folders that other commands wrote.
 
-Which figures ``entangle figures`` draws of each kind of result, and how.
+Which figures are drawn of each kind of result, and how.
 """
 
+import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 from urllib.parse import quote
 
+from entangle.cli.options import Subparsers
+from entangle.cli.tables import say
 from entangle.errors import InvalidInput
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-    from entangle.plotting.figures import HistogramOf
-    from entangle.results.decomposition import Decomposition
-import argparse
-
-from entangle.cli.options import Subparsers
-from entangle.cli.tables import say
-from entangle.errors import Unavailable
+    from entangle.results.base import Result
 
 Column = Literal["single", "double"]
 Draw = Callable[[], "Figure"]
@@ -73,9 +70,24 @@ FIGURES: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 """What is drawn of a result, by its kind."""
 
-MOST_LAYERS, BLOCK, TOP_OUTPUTS = 12, 1, 6
-"""Scores of more layers than these show those of one block (the second, as in arXiv 2405.15756) in
-figures with a panel a layer; neurons whose outputs are drawn."""
+MAKERS: dict[str, str] = {
+    "scores": "entangle score",
+    "ablation": "entangle ablate",
+    "comparison": "entangle compare",
+    "decomposition": "entangle decompose",
+    "allocation": "entangle allocate",
+}
+"""Command that makes a result, by its kind."""
+
+TOP_OUTPUTS = 6
+"""Neurons whose outputs are drawn."""
+
+
+class Style(TypedDict):
+    """What all figures of a run are given."""
+
+    column: Column
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -96,74 +108,73 @@ class Run:
     digest: str
     """SHA-256 of its manifest."""
     manifest: Mapping[str, object]
+    result: "Result | None" = field(repr=False)
+    """None of a kind that no figures are drawn of."""
+
+
+def open_run(path: str) -> Run:
+    """Recognise and load a result.
+
+    Raises
+    ------
+    InvalidInput
+        If it is none of ours.
+    """
+    from entangle.results import kind_of, load_result
+    from entangle.runs.provenance import expanded, read_manifest
+    from entangle.runs.sealing import manifest_digest
+
+    kind = kind_of(path)
+    result = load_result(path) if kind in FIGURES else None
+    manifest = read_manifest(path, kind) if result is None else result.manifest
+    return Run(expanded(path), kind, manifest_digest(manifest), manifest, result)
 
 
 def drawings_of(one: Run, column: Column) -> Iterator[Drawing]:
-    """Load a result and yield its figures, if any, signed with the run's digest and seed."""
-    makers = {
+    """Yield the figures of a result, if any, signed with the run's digest and seed."""
+    makers: dict[str, Callable[[Any, Style], Iterator[tuple[str, Draw]]]] = {
         "scores": _of_scores,
         "ablation": _of_ablation,
         "comparison": _of_comparison,
         "decomposition": _of_decomposition,
-        "allocation": _of_allocation,
+        "allocation": lambda found, style: iter([("allocation", partial(found.plot, **style))]),
     }
-    settings = one.manifest.get("settings")
-    seed = settings.get("seed") if isinstance(settings, Mapping) else None
-    for drawing in makers[one.kind](one, column) if one.kind in makers else ():
-        draw = partial(_with_seed, drawing.draw, seed) if isinstance(seed, int) else drawing.draw
-        yield Drawing(drawing.name, draw)
+    if one.result is not None:
+        for name, draw in makers[one.kind](one.result, Style(column=column, digest=one.digest)):
+            yield Drawing(name, partial(_with_seed, draw, one.manifest))
 
 
-def _with_seed(draw: Draw, seed: int) -> "Figure":
+def _with_seed(draw: Draw, manifest: Mapping[str, object]) -> "Figure":
     from entangle.plotting.save import add_seed
+    from entangle.results.base import settings_of
 
-    return add_seed(draw(), seed)
+    seed = settings_of(manifest).get("seed")
+    return add_seed(draw(), seed) if isinstance(seed, int) else draw()
 
 
-def _of_scores(one: Run, column: Column) -> Iterator[Drawing]:
+def _of_scores(scores: Any, style: Style) -> Iterator[tuple[str, Draw]]:
     from entangle import plotting
-    from entangle.results.scores import load_scores
+    from entangle.results.scores import few_layers, first_layer
 
-    scores = load_scores(one.path)
-    layers, histogram, sign = scores.layers, scores.histogram, one.digest
-    few = _block_rows(scores.frame)
-    draw: dict[str, Draw] = {
-        "wd_distribution": lambda: plotting.figure_wd_distribution(
-            few, layers, column=column, digest=sign
-        ),
-        "wd_by_layer": lambda: _wd_by_layer(scores.frame, column, sign),
-        "top_and_typical": lambda: plotting.figure_top_and_typical(
-            _first_layer(few), histogram, column=column, digest=sign
-        ),
-        "top_outputs": lambda: _top_outputs(few, histogram, column, sign),
-        "wd_against_md": lambda: plotting.figure_wd_against_md(few, column=column, digest=sign),
-    }
-    yield from (Drawing(name, draw[name]) for name in FIGURES["scores"])
+    few, histogram = few_layers(scores.frame), scores.histogram
+    yield "wd_distribution", partial(plotting.figure_wd_distribution, few, scores.layers, **style)
+    yield "wd_by_layer", partial(_wd_by_layer, scores.frame, style)
+    first = first_layer(few)
+    yield "top_and_typical", partial(plotting.figure_top_and_typical, first, histogram, **style)
+    yield "top_outputs", partial(_top_outputs, few, histogram, style)
+    yield "wd_against_md", partial(plotting.figure_wd_against_md, few, **style)
 
 
-def _block_rows(frame: "pd.DataFrame") -> "pd.DataFrame":
-    """Return all layers if they are few, else those of block 1, or else the first layer."""
-    if frame["layer"].nunique() <= MOST_LAYERS:
-        return frame
-    rows: pd.DataFrame = frame[(frame["block"] == BLOCK).fillna(value=False)]
-    return rows if 1 <= rows["layer"].nunique() <= MOST_LAYERS else _first_layer(frame)
-
-
-def _first_layer(frame: "pd.DataFrame") -> "pd.DataFrame":
-    rows: pd.DataFrame = frame[frame["layer"] == frame["layer"].iloc[0]]
-    return rows
-
-
-def _wd_by_layer(frame: "pd.DataFrame", column: Column, digest: str) -> "Figure":
+def _wd_by_layer(frame: "pd.DataFrame", style: Style) -> "Figure":
     from entangle.plotting import figure_wd_by_layer
 
     if frame["layer"].nunique() < 2:
         raise InvalidInput("these scores hold one layer; `entangle score --layer all` scores all.")
-    return figure_wd_by_layer(frame, column=column, digest=digest)
+    return figure_wd_by_layer(frame, **style)
 
 
 def _top_outputs(
-    frame: "pd.DataFrame", histogram_of: "HistogramOf", column: Column, digest: str
+    frame: "pd.DataFrame", histogram_of: Callable[[str, int], "pd.DataFrame"], style: Style
 ) -> "Figure":
     from entangle.plotting import NeuronOutput, figure_output_distributions
 
@@ -178,41 +189,31 @@ def _top_outputs(
         )
         for _, row in best.iterrows()
     ]
-    return figure_output_distributions(items, column=column, digest=digest)
+    return figure_output_distributions(items, **style)
 
 
-def _of_ablation(one: Run, column: Column) -> Iterator[Drawing]:
-    from entangle.results.ablation import load_ablation
-
-    frame = load_ablation(one.path).frame
+def _of_ablation(found: Any, style: Style) -> Iterator[tuple[str, Draw]]:
     for measure in ABLATION_MEASURES:
-        text = text_of(one.manifest, pairs=measure == "accuracy")
-        draw = partial(_ablation, frame, measure, text, column, one.digest)
-        yield Drawing(f"ablation_{measure}", draw)
+        yield f"ablation_{measure}", partial(_ablation, found, measure, style)
 
 
-def _ablation(
-    frame: "pd.DataFrame", measure: str, text: str | None, column: Column, digest: str
-) -> "Figure":
+def _ablation(found: Any, measure: str, style: Style) -> "Figure":
     from entangle.plotting import figure_ablation
 
-    if measure not in set(frame["measure"]):
+    if measure not in set(found.frame["measure"]):
         wanted = ABLATION_MEASURES[measure]
         raise InvalidInput(
             f"this ablation holds no {measure}; `entangle ablate --measure {wanted}` measures it."
         )
-    return figure_ablation(frame, measure=measure, text=text, column=column, digest=digest)
+    text = text_of(found.manifest, pairs=measure == "accuracy")
+    return figure_ablation(found.frame, measure=measure, text=text, **style)
 
 
-def _of_comparison(one: Run, column: Column) -> Iterator[Drawing]:
-    from entangle.experiments.compare import load_comparison
+def _of_comparison(found: Any, style: Style) -> Iterator[tuple[str, Draw]]:
     from entangle.plotting import figure_comparison
 
-    frame, text = load_comparison(one.path).frame, text_of(one.manifest)
-    yield Drawing(
-        "comparison",
-        lambda: figure_comparison(frame, text=text, column=column, digest=one.digest),
-    )
+    text = text_of(found.manifest)
+    yield "comparison", partial(figure_comparison, found.frame, text=text, **style)
 
 
 def text_of(manifest: Mapping[str, object], *, pairs: bool = False) -> str | None:
@@ -231,29 +232,30 @@ def text_of(manifest: Mapping[str, object], *, pairs: bool = False) -> str | Non
     return f"{source}, {said.get('n_windows')} windows of {said.get('seq_len')} tokens"
 
 
-def _of_decomposition(one: Run, column: Column) -> Iterator[Drawing]:
-    from entangle.results.decomposition import load_decomposition
-
-    found = load_decomposition(one.path)
+def _of_decomposition(found: Any, style: Style) -> Iterator[tuple[str, Draw]]:
     layers = found.neurons["layer"].unique().tolist()
     for layer in layers:
         ending = f"_{quote(layer, safe='')}" if len(layers) > 1 else ""  # no "/" in names of files
         for name in FIGURES["decomposition"]:
-            make = _of_one_neuron if name in ONE_NEURON else _of_layer
-            yield Drawing(name + ending, partial(make, name, found, layer, column, one.digest))
+            yield name + ending, partial(_of_layer, name, found, layer, style)
 
 
-def _of_layer(
-    name: str, found: "Decomposition", layer: str, column: Column, digest: str
-) -> "Figure":
+def _of_layer(name: str, found: Any, layer: str, style: Style) -> "Figure":
+    """Draw a layer, or of it the neuron with the largest WD, whose outputs are needed too."""
     from entangle import plotting
 
     draw: Callable[..., Figure] = getattr(plotting, f"figure_{name}")
-    frames = _tables(found, DECOMPOSED[name], layer)
-    return draw(*frames, layer=layer, column=column, digest=digest)
+    if name not in ONE_NEURON:
+        return draw(*_tables(found, DECOMPOSED[name], layer), layer=layer, **style)
+    histogram, item = plotting.dense_output(found.outputs, found.neurons, layer=layer)
+    frames = _tables(found, ONE_NEURON[name], layer)
+    return draw(
+        *frames, histogram, mean=item.mean, std=item.std, wd=item.wd, layer=layer,
+        neuron=item.neuron, **style,
+    )  # fmt: skip
 
 
-def _tables(found: "Decomposition", names: Sequence[str], layer: str) -> "list[pd.DataFrame]":
+def _tables(found: Any, names: Sequence[str], layer: str) -> "list[pd.DataFrame]":
     for name in names:
         if name in EMPTY and not (getattr(found, name)["layer"] == layer).any():
             raise InvalidInput(
@@ -261,47 +263,6 @@ def _tables(found: "Decomposition", names: Sequence[str], layer: str) -> "list[p
                 f"`entangle decompose {EMPTY[name]}` makes them."
             )
     return [getattr(found, name) for name in names]
-
-
-def _of_one_neuron(
-    name: str, found: "Decomposition", layer: str, column: Column, digest: str
-) -> "Figure":
-    """Draw the neuron with the largest WD, whose outputs are needed too."""
-    from entangle import plotting
-
-    histogram, item = plotting.dense_output(found.outputs, found.neurons, layer=layer)
-    draw: Callable[..., Figure] = getattr(plotting, f"figure_{name}")
-    frames = _tables(found, ONE_NEURON[name], layer)
-    return draw(
-        *frames, histogram, mean=item.mean, std=item.std, wd=item.wd, layer=layer,
-        neuron=item.neuron, column=column, digest=digest,
-    )  # fmt: skip
-
-
-def _of_allocation(one: Run, column: Column) -> Iterator[Drawing]:
-    from entangle.allocation import load_allocation
-    from entangle.allocation.experts import rule_label
-    from entangle.plotting import figure_allocation
-
-    allocation = load_allocation(one.path)
-
-    def draw() -> "Figure":
-        title = f"{rule_label(allocation)}, {100 * allocation.overall:.4g} % zeros"
-        return figure_allocation(
-            allocation.layers, allocation.neurons, title=title, column=column, digest=one.digest
-        )
-
-    yield Drawing("allocation", draw)
-
-
-MAKERS: dict[str, str] = {
-    "scores": "entangle score",
-    "ablation": "entangle ablate",
-    "comparison": "entangle compare",
-    "decomposition": "entangle decompose",
-    "allocation": "entangle allocate",
-}
-"""Command that makes a result, by its kind."""
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -376,38 +337,6 @@ def _draw(
         say(f"Figure: {stem} ({', '.join(path.suffix[1:] for path in files)})")
         if one.path.is_dir() and one.path.resolve() in stem.resolve().parents:
             list_added(one.path.resolve(), [path.resolve() for path in files], one.digest)
-
-
-def open_run(path: str) -> Run:
-    """Recognise a result by its manifest.
-
-    Raises
-    ------
-    InvalidInput
-        If it is none of ours.
-    """
-    from entangle.runs.provenance import expanded, read_manifest
-    from entangle.runs.sealing import manifest_digest
-
-    place = expanded(path)
-    if place.is_file():
-        from entangle.allocation import load_allocation
-
-        manifest: Mapping[str, object] = load_allocation(place).manifest
-        return Run(place, "allocation", manifest_digest(manifest), manifest)
-    kind = _kind(place / "manifest.json")
-    manifest = read_manifest(path, kind)
-    return Run(place, kind, manifest_digest(manifest), manifest)
-
-
-def _kind(path: Path) -> str:
-    """Return what a manifest says; where it says nothing, a kind whose reading fails clearly."""
-    from entangle.runs.reading import read_object
-
-    try:
-        return str(read_object(path, remedy="make the result anew").get("kind"))
-    except (InvalidInput, Unavailable):
-        return "scores"
 
 
 def _folders(out: Path, runs: Sequence[Run]) -> list[Path]:

@@ -23,9 +23,10 @@ from entangle.experts.build import ExpandedLayer
 from entangle.experts.linear import ExpandedLinear, SharedRouting, pack, unpack
 from entangle.experts.router import Router
 from entangle.models.layers import Layer
+from entangle.results.expansion import read_run, write_run
 from entangle.runs.provenance import expanded, output_folder, read_manifest, write_json
 from entangle.runs.reading import READ_ERRORS, inside
-from entangle.runs.sealing import file_digest, manifest_digest
+from entangle.runs.sealing import file_digest
 from entangle.runs.unfinished import Unfinished, is_made
 
 _METADATA = "entangle"
@@ -148,7 +149,7 @@ def _refuse(*_arguments: object, **_settings: object) -> None:
     )
 
 
-_RUN, _DIGEST, _ENDING = "run.json", "sha256", "building"
+_ENDING = "building"
 
 
 class BuildFolder:
@@ -242,29 +243,18 @@ class BuildFolder:
         where a finished one is read. Before the folder takes its name, ``extra`` is called with it.
         """
         if self._finished:
-            return self._recorded() or run
+            return read_run(self.path) or run
         digests = dict(sorted(self._unfinished.digests().items()))
         with output_folder(self.final, force=self._force) as folder:
             for name in digests:
                 _place(self.path / name, folder / name)
             table.to_parquet(folder / "layers.parquet", index=False)
             write_json(folder / "manifest.json", {**manifest, "files": digests})
-            write_json(folder / _RUN, {**run, _DIGEST: manifest_digest(run)})
+            write_run(folder, run)
             if extra is not None:
                 extra(folder)
         self._unfinished.remove()
         return run
-
-    def _recorded(self) -> Mapping[str, object]:
-        """Return what ``run.json`` of a finished build says; nothing where it was removed."""
-        try:
-            found = json.loads((self.path / _RUN).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
-            return {}
-        if not isinstance(found, dict) or not found.keys() >= {"seconds", "peak_memory_bytes"}:
-            return {}
-        digest = found.pop(_DIGEST, None)
-        return found if digest in (None, manifest_digest(found)) else {}
 
 
 def _place(piece: Path, file: Path) -> None:

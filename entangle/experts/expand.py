@@ -51,8 +51,7 @@ from entangle.pruning.methods import METHODS
 from entangle.pruning.problem import check_bits
 from entangle.recording.recorder import shared_inputs
 from entangle.recording.stream import ByteBudget
-from entangle.runs.affixes import special_tokens_of
-from entangle.runs.html_tables import described, html_result, number
+from entangle.results.expansion import KIND, ExpansionReport
 from entangle.runs.progress import Progress, ProgressBar
 from entangle.runs.provenance import RunClock, claims_out, make_manifest
 from entangle.runs.provenance import expanded as expanded_path
@@ -149,12 +148,7 @@ def model_costs(module: nn.Module, rows: Iterable[Mapping[str, object]]) -> dict
     }
 
 
-KIND = "expansion"
 _PROBE = 4  # tokens that show which layers read one input
-_SHOWN = (
-    "layer", "experts", "sparsity", "relative_error", "smallest_cluster", "largest_cluster",
-    "effective_clusters", "damping",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,21 +169,13 @@ class Expansion:
     run: Mapping[str, object]
     """Seconds and peak memory of the process that built it."""
 
+    @property
+    def report(self) -> ExpansionReport:
+        """What it cost, without the model: as it is loaded from the folder of a checkpoint."""
+        return ExpansionReport(self.layers, self.manifest, self.run)
+
     def _repr_html_(self) -> str:
-        costs = ", ".join(f"{number(value)} × {name}" for name, value in self.costs.items())
-        lines = [
-            f"{len(self.layers):,} layer(s) of {described(self.manifest, 'settings', 'experts')} "
-            f"expert(s), router {described(self.manifest, 'settings', 'router')}",
-            f"the dense model's cost times: {costs}",
-        ]
-        if self.perplexity is not None:
-            lines.append(
-                f"perplexity {number(self.perplexity.value)}, special tokens: "
-                f"{special_tokens_of(self.perplexity.protocol)}"
-            )
-        title = f"Expansion of {described(self.manifest, 'model', 'name')}"
-        shown = [name for name in _SHOWN if name in self.layers.columns]
-        return html_result(title, lines, self.layers[shown])
+        return self.report._repr_html_()
 
 
 @claims_out

@@ -10,10 +10,10 @@ import torch
 from entangle.errors import InvalidInput, Unavailable
 from entangle.experts.build import structural_copy
 from entangle.experts.checkpoint import install, read_block, refuse_saving
-from entangle.experts.expand import KIND
 from entangle.models.blocks import evaluates
 from entangle.models.layers import list_layers
 from entangle.models.loading import AnyModel, LanguageModel, as_language_model, load_model
+from entangle.results.expansion import KIND
 from entangle.runs.provenance import expanded, read_manifest
 from entangle.runs.reading import inside
 from entangle.runs.sealing import file_digest

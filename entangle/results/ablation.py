@@ -5,24 +5,22 @@ Names of many layers in one short text.
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from entangle.checks import choice
+from entangle.results.base import Result, settings_of
 from entangle.results.contrasts import ARM, RATIOS, SETTING, Compared
-from entangle.results.scores import NeuronScores, load_scores
+from entangle.results.scores import NeuronScores
 from entangle.runs.affixes import special_tokens_of
-from entangle.runs.html_tables import described, html_result
-from entangle.runs.provenance import expanded, output_folder, read_manifest, read_table, write_json
-from entangle.runs.sealing import Schema, broken, integers, reals, shares, texts
-from entangle.stats.intervals import (
-    Interval,
-)
+from entangle.runs.html_tables import described
+from entangle.runs.sealing import Schema, integers, reals, shares, texts
+from entangle.stats.intervals import Interval
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -122,8 +120,10 @@ _SCHEMAS: Mapping[str, Schema] = {
 
 
 @dataclass(frozen=True, eq=False)
-class AblationResult:
+class AblationResult(Result):
     """What happened to a model when some of its neurons were changed."""
+
+    KIND, TITLE, SHOWN, TABLES = KIND, "Ablation of", 20, _SCHEMAS
 
     frame: pd.DataFrame
     """One row an arm and measure: model, layers (how many), layer_set (which;
@@ -271,35 +271,21 @@ class AblationResult:
             compared.arm(a), compared.arm(b), n_boot=n_boot, level=level, seed=seed
         )
 
-    def plot(self, measure: str = "perplexity_ratio") -> "Figure":
+    def plot(
+        self, measure: str = "perplexity_ratio", *, column: "Column | None" = None
+    ) -> "Figure":
         """Draw a measure against strength, one line a selection; see `figure_ablation`."""
         from entangle.plotting import figure_ablation  # matplotlib is slow to import
 
         arms = self.frame[self.frame["selection"] != "dense"]
         panels = len(arms[["intervention", "experts"]].drop_duplicates())
-        column: Column = "single" if panels == 1 else "double"
-        return figure_ablation(self.frame, measure=measure, column=column)
+        width: Column = "single" if panels == 1 else "double"
+        return figure_ablation(self.frame, measure=measure, column=column or width)
 
-    def save(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        force: bool = False,
-        extra: Callable[[Path], object] | None = None,
-    ) -> Path:
-        """Write tables, scores and manifest to a folder, complete or not at all.
-
-        Before the folder takes its name, ``extra`` is called with it, to add files.
-        """
-        with output_folder(path, force=force) as folder:
-            for name in _SCHEMAS:
-                table = self.frame if name == KIND else getattr(self, name)
-                table.to_parquet(folder / f"{name}.parquet", index=False)
-            self.scores.save(folder / "scores")
-            write_json(folder / "manifest.json", self.manifest)
-            if extra is not None:
-                extra(folder)
-        return Path(path)
+    def write(self, folder: Path) -> None:
+        """Write the files of `save`, the scores in a folder of their own, into one that exists."""
+        self.scores.save(folder / "scores")
+        super().write(folder)
 
     def _compared(self, measure: str) -> Compared:
         said = self.manifest.get("evaluation")
@@ -320,7 +306,7 @@ class AblationResult:
         )
         return table.drop_duplicates(key)[[*key, *ends]]
 
-    def _repr_html_(self) -> str:
+    def _told(self) -> tuple[list[str], pd.DataFrame]:
         measures = [str(name) for name in self.frame["measure"].unique()]
         shown = "perplexity" if "perplexity" in measures else measures[0]
         changed = self.selections["layer"].nunique()
@@ -331,8 +317,36 @@ class AblationResult:
             f"special tokens: {special_tokens_of(self.manifest, 'evaluation', 'text')}",
             f"{shown}; measured: {', '.join(measures)}",
         ]
-        title = f"Ablation of {described(self.manifest, 'model', 'name')}"
-        return html_result(title, lines, self.summary(shown), rows=20)
+        return lines, self.summary(shown)
+
+    @classmethod
+    def _completed(
+        cls, folder: Path, fields: dict[str, Any], manifest: Mapping[str, object]
+    ) -> dict[str, Any]:
+        """Load the scores, and add the columns that tables of earlier versions lack."""
+        router = settings_of(manifest).get("router")
+        tables = {name: _with_router(table, router) for name, table in fields.items()}
+        if "layer_set" not in tables["frame"]:
+            tables["frame"] = _with_layer_set(tables["frame"], tables["selections"])
+        return tables | {"scores": NeuronScores.load(folder / "scores")}
+
+    def _fault(self) -> str | None:
+        model, scored = (one.get("model") for one in (self.manifest, self.scores.manifest))
+        known = [one if isinstance(one, Mapping) else {} for one in (model, scored)]
+        names, digests = ([one.get(key) for one in known] for key in ("name", "digest"))
+        others = self.frame.loc[self.frame["model"] != names[0], "model"]
+        if isinstance(names[0], str) and len(others):
+            return f"its table is of the model {others.iloc[0]!r}, its manifest of {names[0]!r}"
+        if None not in digests and digests[0] != digests[1]:
+            return (
+                f"its scores are of another model ({names[1]!r}) than its manifest ({names[0]!r})"
+            )
+        if self.frame.duplicated([*ARM, "measure"]).any():
+            return "an arm has a measure twice"
+        strange = set(self.selections["layer"]) - set(self.scores.layers["layer"])
+        if strange:
+            return f"layer {min(strange)!r} of its selections is not among its scores"
+        return None
 
 
 def load_ablation(path: str | os.PathLike[str]) -> AblationResult:
@@ -343,55 +357,15 @@ def load_ablation(path: str | os.PathLike[str]) -> AblationResult:
     InvalidInput
         If the folder is missing, of another kind or schema, incomplete or corrupt.
     """
-    manifest = read_manifest(path, KIND, [f"{name}.parquet" for name in _SCHEMAS])
-    folder = expanded(path)
-    tables = {
-        name: read_table(folder / f"{name}.parquet", schema) for name, schema in _SCHEMAS.items()
+    return AblationResult.load(path)
+
+
+def _with_layer_set(frame: pd.DataFrame, selections: pd.DataFrame) -> pd.DataFrame:
+    chosen, arm = selections.fillna({"seed": -1}), ["selection", "by", "seed"]
+    sets = {
+        tuple(key): layer_set(dict.fromkeys(part["layer"])) for key, part in chosen.groupby(arm)
     }
-    frame = _completed(tables.pop(KIND), tables, manifest)
-    found = AblationResult(
-        frame=frame, **tables, scores=load_scores(folder / "scores"), manifest=manifest
-    )
-    fault = _fault(found)
-    if fault is not None:
-        raise broken(folder, fault)
-    return found
-
-
-def _fault(result: AblationResult) -> str | None:
-    """Return what does not fit together in a result, None if nothing."""
-    model, scored = (one.get("model") for one in (result.manifest, result.scores.manifest))
-    names = [one.get("name") if isinstance(one, Mapping) else None for one in (model, scored)]
-    digests = [one.get("digest") if isinstance(one, Mapping) else None for one in (model, scored)]
-    others = result.frame.loc[result.frame["model"] != names[0], "model"]
-    if isinstance(names[0], str) and len(others):
-        return f"its table is of the model {others.iloc[0]!r}, its manifest of {names[0]!r}"
-    if None not in digests and digests[0] != digests[1]:
-        return f"its scores are of another model ({names[1]!r}) than its manifest ({names[0]!r})"
-    if result.frame.duplicated([*ARM, "measure"]).any():
-        return "an arm has a measure twice"
-    strange = set(result.selections["layer"]) - set(result.scores.layers["layer"])
-    if strange:
-        return f"layer {min(strange)!r} of its selections is not among its scores"
-    return None
-
-
-def _completed(
-    frame: pd.DataFrame, tables: dict[str, pd.DataFrame], manifest: Mapping[str, object]
-) -> pd.DataFrame:
-    """Add the columns that tables of earlier versions lack, and return the frame."""
-    settings = manifest.get("settings")
-    router = settings.get("router") if isinstance(settings, Mapping) else None
-    for name in ("windows", "pairs", "neurons"):
-        tables[name] = _with_router(tables[name], router)
-    frame = _with_router(frame, router)
-    if "layer_set" in frame:
-        return frame
-    chosen = tables["selections"].fillna({"seed": -1})
-    sets: dict[tuple[object, ...], str] = {}
-    for key, part in chosen.groupby(["selection", "by", "seed"]):
-        sets[tuple(key)] = layer_set(dict.fromkeys(part["layer"]))
-    keys = frame.fillna({"seed": -1})[["selection", "by", "seed"]].to_numpy().tolist()
+    keys = frame.fillna({"seed": -1})[arm].to_numpy().tolist()
     return _after(frame, "layers", "layer_set", [sets.get(tuple(key), "") for key in keys])
 
 

@@ -1,18 +1,26 @@
 """What a comparison found: its tables, and the expansions beside plain methods of their size."""
 
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
 
 from entangle.checks import choice
 from entangle.errors import InvalidInput
-from entangle.runs.provenance import expanded, output_folder, read_manifest, read_table, write_json
-from entangle.runs.sealing import broken, integers, reals, shares, texts
+from entangle.results.base import Result
+from entangle.runs.affixes import special_tokens_of
+from entangle.runs.html_tables import described
+from entangle.runs.provenance import read_table
+from entangle.runs.sealing import integers, reals, shares, texts
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from entangle.plotting.style import Column
 
 KIND = "comparison"
 DENSE = "dense"
@@ -49,8 +57,15 @@ _EQUAL_COLUMNS = {
 
 
 @dataclass(frozen=True, eq=False)
-class Comparison:
-    """A tidy table, and every window's loss for later tests."""
+class Comparison(Result):
+    """A tidy table, and every window's loss for later tests.
+
+    In its folder the seconds of every arm are in ``seconds.parquet``, so that the other tables are
+    the same for every run of the same settings; `at_equal_nonzeros` is ``equal_nonzeros.parquet``.
+    """
+
+    KIND, TITLE, SHOWN = KIND, "Comparison of", 20
+    TABLES = {"comparison": _FRAME, "windows": _WINDOWS}  # noqa: RUF012
 
     frame: pd.DataFrame
     """One row an arm: method, sparsity, experts, allocation, perplexity, ratio to dense with its
@@ -64,31 +79,41 @@ class Comparison:
     manifest: Mapping[str, object] = field(default_factory=dict)
     """Model, calibration set, evaluation protocol, arms, versions, seconds and peak memory."""
 
-    def save(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        force: bool = False,
-        extra: Callable[[Path], object] | None = None,
-    ) -> Path:
-        """Write the tables and the manifest to a folder, complete or not at all.
+    def plot(self, *, column: "Column" = "double") -> "Figure":
+        """Draw perplexities at equal FLOPs and at equal memory; see `figure_comparison`."""
+        from entangle.plotting import figure_comparison
 
-        The seconds of every arm go to ``seconds.parquet``, so that the other tables are the same
-        for every run of the same settings. Before the folder takes its name, ``extra`` is called
-        with it, to add files.
-        """
-        with output_folder(path, force=force) as folder:
-            frame = self.frame.drop(columns="seconds")
-            frame.to_parquet(folder / "comparison.parquet", index=False)
-            seconds = self.frame[[*KEY, "seconds"]]
-            seconds.to_parquet(folder / "seconds.parquet", index=False)
-            self.windows.to_parquet(folder / "windows.parquet", index=False)
-            equal = at_equal_nonzeros(self.frame)
-            equal.to_parquet(folder / "equal_nonzeros.parquet", index=False)
-            write_json(folder / "manifest.json", self.manifest)
-            if extra is not None:
-                extra(folder)
-        return Path(path)
+        return figure_comparison(self.frame, column=column)
+
+    def write(self, folder: Path) -> None:
+        """Write the files of `save` into a folder that exists."""
+        seconds, equal = self.frame[[*KEY, "seconds"]], at_equal_nonzeros(self.frame)
+        seconds.to_parquet(folder / "seconds.parquet", index=False)
+        equal.to_parquet(folder / "equal_nonzeros.parquet", index=False)
+        Result.write(replace(self, frame=self.frame.drop(columns="seconds")), folder)
+
+    def _told(self) -> tuple[list[str], pd.DataFrame]:
+        text = described(self.manifest, "evaluation", "source")
+        lines = [
+            f"{len(self.frame) - 1:,} models and the dense one, measured on {text}, "
+            f"special tokens: {special_tokens_of(self.manifest, 'evaluation')}"
+        ]
+        return lines, self.frame.drop(columns="relative_error")
+
+    @classmethod
+    def _completed(
+        cls, folder: Path, fields: dict[str, Any], _manifest: Mapping[str, object]
+    ) -> dict[str, Any]:
+        frame, windows = (_with_allocation(fields[name]) for name in ("frame", "windows"))
+        if "seconds" not in frame.columns:
+            seconds = read_table(folder / "seconds.parquet", _SECONDS)
+            joined = frame[list(KEY)].merge(seconds, on=list(KEY), how="left")
+            place = list(frame.columns).index("relative_error") + 1
+            frame.insert(place, "seconds", joined["seconds"])
+        return {"frame": frame, "windows": windows}
+
+    def _fault(self) -> str | None:
+        return "an arm is there twice" if self.frame.duplicated(list(KEY)).any() else None
 
 
 def at_equal_nonzeros(frame: pd.DataFrame) -> pd.DataFrame:
@@ -163,18 +188,7 @@ def load_comparison(path: str | os.PathLike[str]) -> Comparison:
     InvalidInput
         If the folder is missing, of another kind or schema, incomplete or corrupt.
     """
-    manifest = read_manifest(path, KIND, ("comparison.parquet", "windows.parquet"))
-    folder = expanded(path)
-    frame = _with_allocation(read_table(folder / "comparison.parquet", _FRAME))
-    if frame.duplicated(list(KEY)).any():
-        raise broken(folder, "an arm is there twice")
-    if "seconds" not in frame.columns:
-        seconds = read_table(folder / "seconds.parquet", _SECONDS)
-        joined = frame[list(KEY)].merge(seconds, on=list(KEY), how="left")
-        place = list(frame.columns).index("relative_error") + 1
-        frame.insert(place, "seconds", joined["seconds"])
-    windows = _with_allocation(read_table(folder / "windows.parquet", _WINDOWS))
-    return Comparison(frame, windows, manifest)
+    return Comparison.load(path)
 
 
 def _with_allocation(frame: pd.DataFrame) -> pd.DataFrame:

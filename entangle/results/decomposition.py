@@ -6,14 +6,19 @@ The tables of a decomposition: their columns, in order, with their types.
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from entangle.results.base import Result, strange_layer
 from entangle.runs.affixes import special_tokens_of
-from entangle.runs.html_tables import described, html_result
-from entangle.runs.provenance import expanded, output_folder, read_manifest, read_table, write_json
-from entangle.runs.sealing import Schema, broken, integers, reals, shares, texts
+from entangle.runs.html_tables import described
+from entangle.runs.sealing import Schema, integers, reals, shares, texts
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from entangle.plotting.style import Column
 
 _TEXT, _WHOLE, _ANY = texts(), integers(), reals()
 _AT, _PLACE = {"layer": _TEXT, "neuron": _WHOLE}, integers(-1)
@@ -90,12 +95,14 @@ KIND = "decomposition"
 
 
 @dataclass(frozen=True, eq=False)
-class Decomposition:
+class Decomposition(Result):
     """What experts make of one or several layers; every figure is drawn from these tables alone.
 
     A ``position`` is the index of a token in the calibration set, sequence by sequence. The
     *chosen* neurons are those asked for, or the 3 of largest WD and the typical one of a layer.
     """
+
+    KIND, TITLE, TABLES = KIND, "Decomposition of", SCHEMAS
 
     neurons: pd.DataFrame
     """One row a (neuron, experts), of all neurons: the columns of
@@ -131,6 +138,11 @@ class Decomposition:
     manifest: Mapping[str, object] = field(repr=False)
     """Model, calibration set, settings, versions, seconds and peak memory."""
 
+    @property
+    def frame(self) -> pd.DataFrame:
+        """The table ``neurons``."""
+        return self.neurons
+
     def summary(self) -> pd.DataFrame:
         """Return one row a chosen neuron.
 
@@ -153,7 +165,14 @@ class Decomposition:
         most["weighted_wd_change"] = weighted / most["wd"] - 1
         return most
 
-    def _repr_html_(self) -> str:
+    def plot(self, layer: str | None = None, *, column: "Column" = "double") -> "Figure":
+        """Draw dense and sparse outputs of a layer, by default the first."""
+        from entangle.plotting import figure_sparse_outputs
+
+        name = str(self.neurons["layer"].iloc[0]) if layer is None else layer
+        return figure_sparse_outputs(self.outputs, self.neurons, layer=name, column=column)
+
+    def _told(self) -> tuple[list[str], pd.DataFrame]:
         numbers = ", ".join(map(str, self.neurons["experts"].drop_duplicates().tolist()))
         lines = [
             f"{self.neurons['layer'].nunique():,} layer(s), {numbers} experts, "
@@ -163,19 +182,20 @@ class Decomposition:
             f"special tokens: {special_tokens_of(self.manifest, 'calibration')}",
             "the neurons looked at closely:",
         ]
-        title = f"Decomposition of {described(self.manifest, 'model', 'name')}"
-        return html_result(title, lines, self.summary())
+        return lines, self.summary()
 
-    def save(self, path: str | os.PathLike[str], *, force: bool = False) -> Path:
-        """Write tables and manifest to a folder, complete or not at all.
-
-        An existing result is replaced only with ``force``.
-        """
-        with output_folder(path, force=force) as folder:
-            for name in SCHEMAS:
-                getattr(self, name).to_parquet(folder / f"{name}.parquet", index=False)
-            write_json(folder / "manifest.json", self.manifest)
-        return Path(path)
+    def _fault(self) -> str | None:
+        """Return what does not fit: each neuron is there once for every number of experts."""
+        strange = strange_layer(self.neurons["layer"].unique().tolist(), self.manifest)
+        if strange is not None:
+            return strange
+        for (layer, experts), part in self.neurons.groupby(["layer", "experts"], sort=False):
+            if part["neuron"].tolist() != list(range(len(part))):
+                return (
+                    f"the neurons of {layer!r} with {experts} experts are not 0 to "
+                    f"{len(part) - 1}, once and in order"
+                )
+        return None
 
 
 def load_decomposition(path: str | os.PathLike[str]) -> Decomposition:
@@ -186,26 +206,4 @@ def load_decomposition(path: str | os.PathLike[str]) -> Decomposition:
     InvalidInput
         If the folder is missing, of another kind or schema, incomplete or corrupt.
     """
-    manifest = read_manifest(path, KIND, [f"{name}.parquet" for name in SCHEMAS])
-    folder = expanded(path)
-    tables = {
-        name: read_table(folder / f"{name}.parquet", schema) for name, schema in SCHEMAS.items()
-    }
-    _check(folder, tables["neurons"], manifest)
-    return Decomposition(**tables, manifest=manifest)
-
-
-def _check(folder: Path, neurons: pd.DataFrame, manifest: Mapping[str, object]) -> None:
-    """Raise `InvalidInput` unless every neuron is there once for every number of experts."""
-    settings = manifest.get("settings")
-    known = settings.get("layers") if isinstance(settings, Mapping) else None
-    layers = neurons["layer"].unique().tolist()
-    strange = [one for one in layers if one not in known] if isinstance(known, list) else []
-    if strange:
-        raise broken(folder, f"layer {min(strange)!r} is not among the manifest's")
-    for (layer, experts), part in neurons.groupby(["layer", "experts"], sort=False):
-        if part["neuron"].tolist() != list(range(len(part))):
-            raise broken(
-                folder, f"the neurons of {layer!r} with {experts} experts are not 0 to "
-                f"{len(part) - 1}, once and in order"
-            )  # fmt: skip
+    return Decomposition.load(path)

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -16,15 +16,17 @@ from safetensors import safe_open
 from safetensors.numpy import save as to_safetensors
 
 from entangle.checks import choice, whole
+from entangle.results.base import Named, Result, settings_of, strange_layer
 from entangle.runs.affixes import special_tokens_of
-from entangle.runs.html_tables import described, html_result, number
-from entangle.runs.provenance import expanded, output_folder, read_manifest, read_table, write_json
+from entangle.runs.html_tables import described, number
 from entangle.runs.reading import decoding
-from entangle.runs.sealing import broken, integers, reals, shares, texts
+from entangle.runs.sealing import integers, reals, shares, texts
 from entangle.stats.edges import N_BINS, SAVED_FOLD, signed_edges
 
 if TYPE_CHECKING:
-    from entangle.models.layers import Layer
+    from matplotlib.figure import Figure
+
+    from entangle.plotting.style import Column
     from entangle.stats.sketch import SketchResult
 
 
@@ -152,12 +154,22 @@ _LAYERS = {
     "n_identical_pairs": integers(), "md_rank_agreement_mean": reals(-1, 1),
     "md_rank_agreement_max": reals(-1, 1),
 }  # fmt: skip
-_FILES = ("scores.parquet", "layers.parquet", "scores.safetensors", "histograms.safetensors")
+MOST_LAYERS, BLOCK = 12, 1
+"""Figures with a panel a layer show so many layers, of more than these one block (the second, as in
+arXiv 2405.15756)."""
 
 
 @dataclass(frozen=True, eq=False)
-class NeuronScores:
-    """Scores of the neurons of some layers of one model."""
+class NeuronScores(Result):
+    """Scores of the neurons of some layers of one model.
+
+    Its folder holds ``scores.parquet`` and ``layers.parquet`` (the tables), ``scores.safetensors``
+    (one vector of WD a layer, float64), ``histograms.safetensors`` and ``manifest.json``.
+    """
+
+    KIND, TITLE = KIND, "Scores of"
+    TABLES = {"scores": _SCORES, "layers": _LAYERS}  # noqa: RUF012
+    FILES = ("scores.safetensors", "histograms.safetensors")
 
     frame: pd.DataFrame
     """One row a neuron: model, layer, block, projection, neuron, wd, wd_se, wd_bound, ks, mean,
@@ -180,8 +192,7 @@ class NeuronScores:
 
     def with_settings(self, **settings: object) -> "NeuronScores":
         """Return the same scores with more settings in the manifest."""
-        known = self.manifest.get("settings")
-        together = {**(known if isinstance(known, Mapping) else {}), **settings}
+        together = {**settings_of(self.manifest), **settings}
         return replace(self, manifest={**self.manifest, "settings": together})
 
     def top(self, k: int = 20, *, by: str = "wd") -> pd.DataFrame:
@@ -192,7 +203,7 @@ class NeuronScores:
         valid = self.frame[self.frame[by].notna()]
         return valid.sort_values(by, ascending=False, kind="stable").head(k)
 
-    def layer(self, name: "str | Layer") -> "NeuronScores":
+    def layer(self, name: "str | Named") -> "NeuronScores":
         """Return the scores of one layer, by its full dotted name."""
         name = self._known(name)
         return NeuronScores(
@@ -202,25 +213,18 @@ class NeuronScores:
             manifest=self.manifest,
         )
 
-    def histogram(self, layer: "str | Layer", neuron: int) -> pd.DataFrame:
+    def histogram(self, layer: "str | Named", neuron: int) -> pd.DataFrame:
         """Return the output histogram of one neuron: columns left, right, count."""
         return self.histograms[self._known(layer)].neuron(neuron)
 
-    def save(self, path: str | os.PathLike[str], *, force: bool = False) -> Path:
-        """Write the scores to a folder, under a temporary name until it is complete.
+    def plot(self, *, column: "Column" = "double") -> "Figure":
+        """Draw the distributions of WD by layer; of many layers those of block 1."""
+        from entangle.plotting import figure_wd_distribution
 
-        The folder holds ``scores.parquet`` and ``layers.parquet`` (the tables),
-        ``scores.safetensors`` (one vector of WD a layer, float64), ``histograms.safetensors`` and
-        ``manifest.json``. An existing result is replaced only with ``force``.
-        """
-        with output_folder(path, force=force) as folder:
-            self.write(folder)
-        return Path(path)
+        return figure_wd_distribution(few_layers(self.frame), self.layers, column=column)
 
     def write(self, folder: Path) -> None:
         """Write the files of `save` into a folder that exists."""
-        self.frame.to_parquet(folder / "scores.parquet", index=False)
-        self.layers.to_parquet(folder / "layers.parquet", index=False)
         vectors = {
             str(name): np.ascontiguousarray(part["wd"].to_numpy(np.float64))
             for name, part in self.frame.groupby("layer", sort=False)
@@ -235,14 +239,14 @@ class NeuronScores:
         first = {name: h.first_bin for name, h in self.histograms.items()}
         content = to_safetensors(arrays, {"first_bin": json.dumps(first)})
         (folder / "histograms.safetensors").write_bytes(content)
-        write_json(folder / "manifest.json", self.manifest)
+        super().write(folder)
 
-    def _known(self, layer: "str | Layer") -> str:
+    def _known(self, layer: "str | Named") -> str:
         name = getattr(layer, "name", layer)
         remedy = "These scores hold no other layers."
         return choice("layer", name, self.histograms, remedy=remedy)
 
-    def _repr_html_(self) -> str:
+    def _told(self) -> tuple[list[str], pd.DataFrame]:
         flags = self.frame["flag"].value_counts()
         flagged = [f"{count:,} {name}" for name, count in flags.items() if name]
         text = described(self.manifest, "calibration", "source")
@@ -258,8 +262,54 @@ class NeuronScores:
         columns = ["layer", "neuron", "wd", "wd_se", "ks", "skewness", "excess_kurtosis", "md"]
         if flagged:
             columns.append("flag")
-        title = f"Scores of {described(self.manifest, 'model', 'name')}"
-        return html_result(title, lines, order[columns])
+        return lines, order[columns]
+
+    @classmethod
+    def _completed(
+        cls, folder: Path, fields: dict[str, Any], _manifest: Mapping[str, object]
+    ) -> dict[str, Any]:
+        return fields | {"histograms": _read_histograms(folder / cls.FILES[1])}
+
+    def _fault(self) -> str | None:
+        frame, layers, manifest = self.frame, self.layers, self.manifest
+        names = layers["layer"].tolist()
+        listed = frame["layer"].drop_duplicates().tolist()
+        if listed != names or set(self.histograms) != set(names):
+            return "its files do not hold the same layers"
+        strange, model = strange_layer(names, manifest), manifest.get("model")
+        if strange is not None:
+            return strange
+        name = model.get("name") if isinstance(model, Mapping) else None
+        others = frame.loc[frame["model"] != name, "model"] if isinstance(name, str) else frame[:0]
+        if len(others):
+            return f"its scores are of the model {others.iloc[0]!r}, its manifest of {name!r}"
+        sizes = layers["n_neurons"].tolist()
+        if frame["neuron"].tolist() != [neuron for size in sizes for neuron in range(size)]:
+            return "its neurons are not all there, once and in order"
+        for column in ("block", "projection", "n_tokens"):
+            once = frame.drop_duplicates("layer")[column].reset_index(drop=True)
+            same = (once == layers[column]) | (once.isna() & layers[column].isna())
+            if not same.all() or frame.groupby("layer")[column].nunique(dropna=False).max() > 1:
+                return f"its tables differ in {column!r}"
+        for name, size in zip(names, sizes, strict=True):
+            fault = self.histograms[name].fault(size)
+            if fault is not None:
+                return f"the histograms of {name!r} {fault}"
+        return None
+
+
+def few_layers(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return all layers of a frame if they are few, else those of block 1, or else the first."""
+    if frame["layer"].nunique() <= MOST_LAYERS:
+        return frame
+    rows: pd.DataFrame = frame[(frame["block"] == BLOCK).fillna(value=False)]
+    return rows if 1 <= rows["layer"].nunique() <= MOST_LAYERS else first_layer(frame)
+
+
+def first_layer(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of a frame's first layer."""
+    rows: pd.DataFrame = frame[frame["layer"] == frame["layer"].iloc[0]]
+    return rows
 
 
 def load_scores(path: str | os.PathLike[str]) -> NeuronScores:
@@ -270,46 +320,7 @@ def load_scores(path: str | os.PathLike[str]) -> NeuronScores:
     InvalidInput
         If the folder is missing, of another kind or schema, incomplete or corrupt.
     """
-    manifest = read_manifest(path, KIND, _FILES)
-    folder = expanded(path)
-    frame = read_table(folder / _FILES[0], _SCORES)
-    layers = read_table(folder / _FILES[1], _LAYERS)
-    histograms = _read_histograms(folder / _FILES[3])
-    found = NeuronScores(frame=frame, layers=layers, histograms=histograms, manifest=manifest)
-    fault = _fault(found)
-    if fault is not None:
-        raise broken(folder, fault)
-    return found
-
-
-def _fault(scores: NeuronScores) -> str | None:
-    """Return what does not fit together in scores, None if nothing."""
-    frame, layers, manifest = scores.frame, scores.layers, scores.manifest
-    names = layers["layer"].tolist()
-    if frame["layer"].drop_duplicates().tolist() != names or set(scores.histograms) != set(names):
-        return "its files do not hold the same layers"
-    settings, model = manifest.get("settings"), manifest.get("model")
-    known = settings.get("layers") if isinstance(settings, Mapping) else None
-    strange = [one for one in names if one not in known] if isinstance(known, list) else []
-    if strange:
-        return f"layer {min(strange)!r} is not among the manifest's"
-    name = model.get("name") if isinstance(model, Mapping) else None
-    others = frame.loc[frame["model"] != name, "model"] if isinstance(name, str) else frame[:0]
-    if len(others):
-        return f"its scores are of the model {others.iloc[0]!r}, its manifest of {name!r}"
-    sizes = layers["n_neurons"].tolist()
-    if frame["neuron"].tolist() != [neuron for size in sizes for neuron in range(size)]:
-        return "its neurons are not all there, once and in order"
-    for column in ("block", "projection", "n_tokens"):
-        once = frame.drop_duplicates("layer")[column].reset_index(drop=True)
-        same = (once == layers[column]) | (once.isna() & layers[column].isna())
-        if not same.all() or frame.groupby("layer")[column].nunique(dropna=False).max() > 1:
-            return f"its tables differ in {column!r}"
-    for name, size in zip(names, sizes, strict=True):
-        fault = scores.histograms[name].fault(size)
-        if fault is not None:
-            return f"the histograms of {name!r} {fault}"
-    return None
+    return NeuronScores.load(path)
 
 
 def _read_histograms(path: Path) -> dict[str, LayerHistograms]:

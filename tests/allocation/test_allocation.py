@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 
 from entangle.allocation import Allocation, load_allocation
-from entangle.allocation.allocation import check_zeros
+from entangle.allocation.allocation import _check_vector
 from entangle.errors import InvalidInput, UnknownName
 from entangle.models.layers import find_layers
 from entangle.models.loading import LanguageModel
@@ -161,7 +161,7 @@ def test_what_is_no_allocation(changes: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize("wrong", [torch.tensor([0.5]), torch.zeros(1, 1).long()])
 def test_counts_are_vectors_of_integers(wrong: torch.Tensor) -> None:
     with pytest.raises(InvalidInput, match=r"CPU.*int64"):
-        check_zeros("a", wrong, 4)
+        _check_vector("a", wrong)
 
 
 def test_check_names_what_does_not_fit(tiny: Callable[[str], LanguageModel]) -> None:

@@ -3,6 +3,8 @@ from dataclasses import replace
 import pytest
 
 from entangle.allocation.experts import nominal_sparsity, rule_label, zeros_digest
+from entangle.allocation.rules import RULES
+from entangle.results.allocation import SCORED
 from tests.allocation.samples import made
 
 ONE = made({"b.0.up": [1, 2], "b.1.up": [3]}, {"b.0.up": 4, "b.1.up": 4})
@@ -30,6 +32,10 @@ def test_the_rule_and_its_columns() -> None:
 def test_columns_that_are_not_read_are_not_named(rule: str, across: str | None, label: str) -> None:
     settings = {"rule": rule, "by": ["wd"], "across": across}
     assert rule_label(replace(ONE, manifest={"settings": settings})) == label
+
+
+def test_the_rules_that_read_scores() -> None:
+    assert {name: rule.scored for name, rule in RULES.items()} == SCORED
 
 
 def test_a_searched_rule_says_so() -> None:

@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
-from entangle.allocation.allocation import Rows, step_size, step_sizes
+from entangle.allocation.allocation import Rows, step_sizes
 from entangle.errors import InvalidInput
+from entangle.results.allocation import step_size
 
 ROWS = Rows(("up", "down"), (0, 0), np.array([3, 2]), np.array([8, 12]))
 

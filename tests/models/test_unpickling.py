@@ -20,10 +20,10 @@ import pytest
 import torch
 
 from entangle.allocation.by_row import read_alphapruning
-from entangle.allocation.files import read_zeros
 from entangle.errors import EntangleError, InvalidInput
 from entangle.models.loading import load_model
 from entangle.models.unpickling import no_pickles
+from entangle.results.allocation import read_zeros
 from entangle.texts.calibration import load_calibration
 from entangle.texts.documents import load_texts
 from tests.planted import planted_pickle, planted_weights

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from entangle.errors import InvalidInput, Unavailable, UnknownName
-from entangle.results import scores as scores_module
+from entangle.results import base as base_module
 from entangle.results.scores import NeuronScores, load_scores
 from entangle.scoring.score import Method
 from tests.saved import without_digests
@@ -96,7 +96,7 @@ def test_a_disk_that_fills_up_leaves_nothing(
     if file.endswith("parquet"):
         monkeypatch.setattr(pd.DataFrame, "to_parquet", full)
     if file.endswith("json"):
-        monkeypatch.setattr(scores_module, "write_json", full)
+        monkeypatch.setattr(base_module, "write_json", full)
     with pytest.raises(Unavailable, match=r"run'.*full"):
         scores.save(tmp_path / "run")
     assert names(tmp_path) == []
@@ -108,7 +108,7 @@ def test_ctrl_c_while_saving_leaves_nothing(
     def interrupt(*_args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(scores_module, "write_json", interrupt)
+    monkeypatch.setattr(base_module, "write_json", interrupt)
     with pytest.raises(KeyboardInterrupt):
         scores.save(tmp_path / "run")
     assert names(tmp_path) == []

@@ -1,0 +1,91 @@
+"""Tables of results in LaTeX: rules of ``booktabs``, units in the head, intervals beside values."""
+
+from typing import Any
+
+import pandas as pd
+
+from entangle.errors import visible
+from entangle.runs.html_tables import number
+
+UNITS = {
+    "wd": r"$\sigma$", "wd_se": r"$\sigma$", "output_distance": r"$\sigma$", "seconds": "s",
+    **dict.fromkeys(("sparsity", "realised_sparsity", "lowest", "highest", "share"), r"\%"),
+}  # fmt: skip
+"""Units by column; what is in percent is held as a share."""
+
+_SPECIAL = str.maketrans({
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+    **{sign: f"\\{sign}" for sign in "&%$#_{}"},
+})  # fmt: skip
+
+
+def latex(text: object) -> str:
+    """Return a text as LaTeX that shows it as it is; what cannot be seen is spelled out."""
+    return visible(str(text)).translate(_SPECIAL)
+
+
+def latex_table(frame: pd.DataFrame, caption: str = "", label: str = "") -> str:
+    r"""Return a frame as a LaTeX table.
+
+    Floats have four significant digits, missing values are a dash. The ends of an interval, columns
+    ``x_low`` and ``x_high``, stand in brackets behind ``x`` (or ``x_…``); ``low`` and ``high``
+    behind the column to their left.
+
+    Parameters
+    ----------
+    frame
+        Any frame; its index is not written.
+    caption, label
+        A plain text, escaped here, and a name for ``\ref``; neither is written where it is empty.
+    """
+    ends = _ends(list(frame.columns))
+    hidden = {name for pair in ends.values() for name in pair}
+    shown = [name for name in frame.columns if name not in hidden]
+    sides = "".join("r" if pd.api.types.is_numeric_dtype(frame[n].dtype) else "l" for n in shown)
+    rows = [
+        " & ".join(_cell(name, row, ends.get(name, ())) for name in shown) + r" \\"
+        for row in frame.to_dict("records")
+    ]
+    lines = [
+        r"\begin{table}", r"\centering",
+        *([rf"\caption{{{latex(caption)}}}"] if caption else []),
+        *([rf"\label{{{label}}}"] if label else []),
+        rf"\begin{{tabular}}{{{sides}}}", r"\toprule",
+        " & ".join(map(_head, shown)) + r" \\", r"\midrule", *rows, r"\bottomrule",
+        r"\end{tabular}", r"\end{table}",
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def _ends(columns: list[str]) -> dict[str, tuple[str, str]]:
+    """Return the columns with the ends of an interval, by the column that it belongs to."""
+    found = {}
+    for place, name in enumerate(columns):
+        for stem in (name, name.rpartition("_")[0]):
+            if stem and {f"{stem}_low", f"{stem}_high"} <= {*columns} and name not in found:
+                found[name] = (f"{stem}_low", f"{stem}_high")
+        if columns[place + 1 : place + 3] == ["low", "high"]:
+            found[name] = ("low", "high")
+    return {name: pair for name, pair in found.items() if name not in pair}
+
+
+def _head(name: str) -> str:
+    text = latex(name.replace("_", " "))
+    return f"{text} ({UNITS[name]})" if name in UNITS else text
+
+
+def _cell(name: str, row: dict[Any, Any], ends: tuple[str, ...]) -> str:
+    times = 100.0 if UNITS.get(name) == r"\%" else 1.0
+    told = _value(row[name], times)
+    if any(pd.notna(row[end]) for end in ends):
+        told += f" [{', '.join(_value(row[end], times) for end in ends)}]"
+    return told
+
+
+def _value(value: Any, times: float) -> str:
+    if isinstance(value, float) and value == value:
+        told = number(value * times).replace("−", "-").replace("∞", r"\infty")
+        digits, _, power = told.partition("e")
+        exponent = rf" \times 10^{{{int(power)}}}" if power else ""
+        return f"${digits}{exponent}$" if exponent or not digits[0].isdigit() else digits
+    return "--" if pd.api.types.is_scalar(value) and pd.isna(value) else latex(value)

@@ -1,0 +1,3 @@
+from tests.scoring.conftest import scored
+
+__all__ = ["scored"]
