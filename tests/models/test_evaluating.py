@@ -59,7 +59,7 @@ CALLS: dict[str, Callable[[Any, CalibrationSet, EvaluationText, Path], object]] 
     ),
     "expand": lambda m, c, t, _p: entangle.expand(m, c, experts=2, restarts=1, evaluation=t),
     "compare": lambda m, c, t, _p: entangle.compare(m, c, t, methods="wanda", sparsity=[0.5]),
-    "decompose": lambda m, c, _t, _p: entangle.decompose(m, c, layer=GATE, experts=[1, 2]),
+    "decompose": lambda m, c, _t, _p: entangle.decompose(m, c, layers=GATE, experts=[1, 2]),
     "neuron_modes": lambda m, c, _t, _p: entangle.neuron_modes(m, c, GATE, [1]),
     "allocate": lambda m, c, _t, _p: entangle.allocate(
         entangle.score(m, c, layers=GATE), sparsity=0.5, rule="sensitivity", model=m, calibration=c
