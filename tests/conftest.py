@@ -135,3 +135,36 @@ def found(
 
     chosen = arms(["magnitude", "sparsegpt", "expansion", "expansion-random"], [0.5, 0.8], [1, 3])
     return compare(tiny("llama"), calibration, text, chosen)
+
+
+@pytest.fixture(scope="session")
+def made(
+    tmp_path_factory: pytest.TempPathFactory, tiny_folder: Callable[[str], Path], text_file: Path
+) -> dict[str, Path]:
+    """Return a result of every kind, of two layers and few tokens, by its kind; only read."""
+    from entangle.cli.main import main
+
+    folder, model = tmp_path_factory.mktemp("runs"), tiny_folder("llama")
+    text = ("--calibration", text_file, "--n-seq", 4, "--seq-len", 32, "--quiet")
+    mlp = ("--layer", 1, "--proj", "mlp")
+    evaluated = ("--evaluation", text_file, "--eval-seq-len", 32, "--eval-windows", 2)
+    commands: dict[str, tuple[object, ...]] = {
+        "scores": ("score", model, *mlp, *text),
+        "ablation": (
+            "ablate", model, *mlp, *text, *evaluated, "--seeds", 1, "--strength", "0.5",
+            "--count", 2, "--measure", "perplexity,divergence",
+        ),
+        "comparison": (
+            "compare", model, *text, *evaluated, "--methods", "wanda", "--sparsity", "0.5",
+        ),
+        "decomposition": (
+            "decompose", model, "--layer", 1, "--proj", "mlp.gate_proj", *text, "--experts", "1,2",
+        ),
+        "expansion": ("expand", model, *text, "--proj", "up_proj", "--experts", 2),
+        "allocation": ("allocate", folder / "scores", "--sparsity", 0.5, "--quiet"),
+    }  # fmt: skip
+    paths = {kind: folder / kind for kind in commands}
+    paths["allocation"] = folder / "allocation.safetensors"
+    for kind, command in commands.items():
+        assert main([*map(str, command), "--out", str(paths[kind])]) == 0
+    return paths

@@ -3,10 +3,12 @@
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+
+from entangle.cli.figures import FIGURES
 
 PACKAGE = Path(__file__).parent.parent / "entangle"
 FLOORS = (
@@ -91,6 +93,27 @@ def test_light_imports(code: str, absent: set[str]) -> None:
     command = [sys.executable, "-c", f"{check}\n{code}"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == ""
+
+
+KINDS = ("scores", "ablation", "comparison", "decomposition", "allocation", "expansion")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_results_are_read_and_drawn_without_a_model(
+    kind: str, made: Mapping[str, Path], tmp_path: Path
+) -> None:
+    run = str(made[kind])
+    loading = f"import entangle; entangle.load_result({run!r})"
+    drawing = ["figures", run, "--out", str(tmp_path), "--format", "png"]
+    absent = "import sys; print('modules', *sys.modules)"
+    for code in (loading, f"import entangle.cli.main as m; m.main({drawing})"):
+        command = [sys.executable, "-c", f"{code}\n{absent}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        modules = done.stdout.splitlines()[-1].split()[1:]
+        assert not {"torch", "transformers"} & set(modules)
+        if kind == "ablation":
+            assert sum(name.partition(".")[0] == "entangle" for name in modules) <= 60
+    assert bool(list(tmp_path.glob("*.png"))) == (kind in FIGURES)
 
 
 UNPICKLERS = {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}

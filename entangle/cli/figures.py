@@ -284,7 +284,7 @@ def add_parser(subparsers: Subparsers) -> None:
         "--format", default="pdf,png", help="comma-separated: pdf, png (default: %(default)s)"
     )
     parser.add_argument(
-        "--column", default="double", choices=("single", "double"),
+        "--width", default="double", choices=("single", "double"),
         help="width: one column of a paper (3.3 inches) or two (6.9) (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--force", action="store_true", help="replace existing figures")
@@ -301,7 +301,7 @@ def run(arguments: argparse.Namespace) -> None:
     drawings = [
         (folders[number] / drawing.name, drawing, one)
         for number, one in enumerate(found)
-        for drawing in drawings_of(one, arguments.column)
+        for drawing in drawings_of(one, arguments.width)
     ]
     if not arguments.force:
         _check_new([stem for stem, *_ in drawings], (*formats, "csv"))

@@ -39,12 +39,9 @@ from entangle.cli.options import names, numbers, parse_memory
 from entangle.cli.tables import abandon, no_output
 from entangle.errors import EntangleError, InvalidInput, Unavailable, visible
 from entangle.memory import check_memory
-from entangle.models import hub
-from entangle.models.hub import check_settings, model_source
 from entangle.runs.progress import tell
 from entangle.runs.provenance import check_output, claimed, expanded, read_manifest
 from entangle.seeding import check_seed
-from entangle.texts.documents import as_path, existing, interpret_escapes
 
 CLOSED_PIPE = 128 + 13
 """As a shell reports a program that the signal SIGPIPE (13) has ended."""
@@ -314,6 +311,8 @@ def _check_numbers(given: Mapping[str, object]) -> None:
     if isinstance(sparsity, float):
         share("sparsity", sparsity)
     if isinstance(given.get("join"), str):
+        from entangle.texts.documents import interpret_escapes
+
         interpret_escapes(str(given["join"]))
     memory = given.get("memory")
     if isinstance(memory, str):
@@ -350,6 +349,9 @@ def _check_models(given: Mapping[str, object]) -> None:
         name = given.get(option)
         if not isinstance(name, str) or _is_result(name):
             continue
+        from entangle.models import hub
+        from entangle.models.hub import check_settings, model_source
+
         source = model_source(name)
         loading = {key: given.get(key) for key in ("revision", "dtype", "device", "device_map")}
         if given.get("base") is None or option == "base":
@@ -372,10 +374,13 @@ def _check_texts(given: Mapping[str, object]) -> None:
         source = given.get(option)
         if not isinstance(source, str | os.PathLike):
             continue
+        from entangle.texts.documents import as_path, existing
+
         path = as_path(source if isinstance(source, str) else Path(source))
         if path is not None:
             existing(path)
         elif source != "demo":
+            from entangle.models import hub
             from entangle.texts.hub import hub_request
 
             request = hub_request(str(source), split=None, config=None, column=None)

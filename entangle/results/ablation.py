@@ -25,8 +25,6 @@ from entangle.stats.intervals import Interval
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from entangle.plotting.style import Column
-
 
 _FIRST_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 _RANGES = re.compile(r"\{([\d,-]+)\}")
@@ -271,16 +269,14 @@ class AblationResult(Result):
             compared.arm(a), compared.arm(b), n_boot=n_boot, level=level, seed=seed
         )
 
-    def plot(
-        self, measure: str = "perplexity_ratio", *, column: "Column | None" = None
-    ) -> "Figure":
+    def plot(self, measure: str = "perplexity_ratio", **options: Any) -> "Figure":
         """Draw a measure against strength, one line a selection; see `figure_ablation`."""
         from entangle.plotting import figure_ablation  # matplotlib is slow to import
 
         arms = self.frame[self.frame["selection"] != "dense"]
         panels = len(arms[["intervention", "experts"]].drop_duplicates())
-        width: Column = "single" if panels == 1 else "double"
-        return figure_ablation(self.frame, measure=measure, column=column or width)
+        options = {"column": "single" if panels == 1 else "double", **options}
+        return figure_ablation(self.frame, measure=measure, **options)
 
     def write(self, folder: Path) -> None:
         """Write the files of `save`, the scores in a folder of their own, into one that exists."""

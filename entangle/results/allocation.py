@@ -31,8 +31,6 @@ from entangle.runs.sealing import DIGESTS, check_digest, manifest_digest
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from entangle.plotting.style import Column
-
 KIND, ROW = "allocation", "row"
 """Of the file; and the pattern that lets a neuron lose any number of weights."""
 SCORED = {
@@ -179,14 +177,12 @@ class AllocationReport(Result):
             }
         ).astype({"layer": "str"})
 
-    def plot(self, *, column: "Column" = "double", digest: str | None = None) -> "Figure":
-        """Draw sparsities of rows and layers, and experts where there are any."""
+    def plot(self, **options: Any) -> "Figure":
+        """Draw sparsities of rows and layers, and experts if any; see `figure_allocation`."""
         from entangle.plotting import figure_allocation
 
         title = f"{self.rule}, {100 * self.overall:.4g} % zeros"
-        return figure_allocation(
-            self.layers, self.neurons, title=title, column=column, digest=digest
-        )
+        return figure_allocation(self.layers, self.neurons, **{"title": title, **options})
 
     def save(
         self,

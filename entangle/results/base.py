@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_chec
 
 import pandas as pd
 
-from entangle.results.latex import latex_table
 from entangle.runs.html_tables import described, html_result
 from entangle.runs.provenance import expanded, output_folder, read_manifest, read_table, write_json
 from entangle.runs.sealing import Schema, broken
@@ -116,8 +115,14 @@ class Result(ABC):
         return found
 
     @abstractmethod
-    def plot(self) -> "Figure":
-        """Draw the result's main figure in the style of a paper."""
+    def plot(self, **options: Any) -> "Figure":
+        """Draw the result's main figure in the style of a paper.
+
+        Parameters
+        ----------
+        options
+            Of the figure, such as ``column``; as its function in `entangle.plotting` takes them.
+        """
 
     def to_latex(
         self, table: pd.DataFrame | None = None, *, caption: str = "", label: str = ""
@@ -132,6 +137,8 @@ class Result(ABC):
         caption, label
             Of the table: a plain text and a name; neither is written where it is empty.
         """
+        from entangle.results.latex import latex_table
+
         return latex_table(self._told()[1] if table is None else table, caption, label)
 
     def _repr_html_(self) -> str:

@@ -20,8 +20,6 @@ from entangle.runs.sealing import integers, reals, shares, texts
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from entangle.plotting.style import Column
-
 KIND = "comparison"
 DENSE = "dense"
 UNIFORM = "uniform"
@@ -79,11 +77,11 @@ class Comparison(Result):
     manifest: Mapping[str, object] = field(default_factory=dict)
     """Model, calibration set, evaluation protocol, arms, versions, seconds and peak memory."""
 
-    def plot(self, *, column: "Column" = "double") -> "Figure":
+    def plot(self, **options: Any) -> "Figure":
         """Draw perplexities at equal FLOPs and at equal memory; see `figure_comparison`."""
         from entangle.plotting import figure_comparison
 
-        return figure_comparison(self.frame, column=column)
+        return figure_comparison(self.frame, **options)
 
     def write(self, folder: Path) -> None:
         """Write the files of `save` into a folder that exists."""

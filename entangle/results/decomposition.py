@@ -6,7 +6,7 @@ The tables of a decomposition: their columns, in order, with their types.
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -17,8 +17,6 @@ from entangle.runs.sealing import Schema, integers, reals, shares, texts
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from entangle.plotting.style import Column
 
 _TEXT, _WHOLE, _ANY = texts(), integers(), reals()
 _AT, _PLACE = {"layer": _TEXT, "neuron": _WHOLE}, integers(-1)
@@ -165,12 +163,12 @@ class Decomposition(Result):
         most["weighted_wd_change"] = weighted / most["wd"] - 1
         return most
 
-    def plot(self, layer: str | None = None, *, column: "Column" = "double") -> "Figure":
-        """Draw dense and sparse outputs of a layer, by default the first."""
+    def plot(self, layer: str | None = None, **options: Any) -> "Figure":
+        """Draw outputs of a layer, by default the first; see `figure_sparse_outputs`."""
         from entangle.plotting import figure_sparse_outputs
 
         name = str(self.neurons["layer"].iloc[0]) if layer is None else layer
-        return figure_sparse_outputs(self.outputs, self.neurons, layer=name, column=column)
+        return figure_sparse_outputs(self.outputs, self.neurons, layer=name, **options)
 
     def _told(self) -> tuple[list[str], pd.DataFrame]:
         numbers = ", ".join(map(str, self.neurons["experts"].drop_duplicates().tolist()))

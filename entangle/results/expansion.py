@@ -67,11 +67,12 @@ class ExpansionReport(Result):
         value = {"nan": float("nan"), "infinite": float("inf")}.get(str(flag), found)
         return float(value) if isinstance(value, int | float) else None
 
-    def plot(self, value: str = "sparsity") -> "Figure":
-        """Draw a value of every layer along the model: ``sparsity`` or ``experts``."""
-        from entangle.plotting import plot_layer_profile
+    def plot(self, value: str = "sparsity", **options: Any) -> "Figure":
+        """Draw a value of every layer, ``sparsity`` or ``experts``; see `plot_layer_profile`."""
+        from entangle.plotting import paper_style, plot_layer_profile
 
-        figure = plot_layer_profile(self.layers, value=value).get_figure(root=True)
+        with paper_style(column="single"):
+            figure = plot_layer_profile(self.layers, value=value, **options).get_figure(root=True)
         assert figure is not None  # noqa: S101 - the axes are new
         return figure
 

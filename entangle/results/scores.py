@@ -26,7 +26,6 @@ from entangle.stats.edges import N_BINS, SAVED_FOLD, signed_edges
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from entangle.plotting.style import Column
     from entangle.stats.sketch import SketchResult
 
 
@@ -217,11 +216,14 @@ class NeuronScores(Result):
         """Return the output histogram of one neuron: columns left, right, count."""
         return self.histograms[self._known(layer)].neuron(neuron)
 
-    def plot(self, *, column: "Column" = "double") -> "Figure":
-        """Draw the distributions of WD by layer; of many layers those of block 1."""
+    def plot(self, **options: Any) -> "Figure":
+        """Draw the distributions of WD by layer (`entangle.plotting.figure_wd_distribution`).
+
+        Of more than 12 layers those of block 1.
+        """
         from entangle.plotting import figure_wd_distribution
 
-        return figure_wd_distribution(few_layers(self.frame), self.layers, column=column)
+        return figure_wd_distribution(few_layers(self.frame), self.layers, **options)
 
     def write(self, folder: Path) -> None:
         """Write the files of `save` into a folder that exists."""

@@ -4,64 +4,30 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from entangle.cli.figures import FIGURES, MAKERS, drawings_of, missing_lines, open_run, text_of
-from entangle.cli.main import main
 from tests.cli.runs import Run, holds
 from tests.saved import resealed
 
 KINDS = ("scores", "ablation", "comparison", "decomposition", "allocation")
 
 
-@pytest.fixture(scope="module")
-def made(
-    tmp_path_factory: pytest.TempPathFactory, tiny_folder: Callable[[str], Path], text_file: Path
-) -> Path:
-    """A folder with a result of every kind, of two layers and few tokens; only read."""
-    folder, model = tmp_path_factory.mktemp("runs"), tiny_folder("llama")
-    text = ("--calibration", text_file, "--n-seq", 4, "--seq-len", 32, "--quiet")
-    mlp = ("--layer", 1, "--proj", "mlp")
-    evaluated = ("--evaluation", text_file, "--eval-seq-len", 32, "--eval-windows", 2)
-    commands: dict[str, tuple[object, ...]] = {
-        "scores": ("score", model, *mlp, *text),
-        "ablation": (
-            "ablate", model, *mlp, *text, *evaluated, "--seeds", 1, "--strength", "0.5",
-            "--count", 2, "--measure", "perplexity,divergence",
-        ),
-        "comparison": (
-            "compare", model, *text, *evaluated, "--methods", "wanda", "--sparsity", "0.5",
-        ),
-        "decomposition": (
-            "decompose", model, "--layer", 1, "--proj", "mlp.gate_proj", *text, "--experts", "1,2",
-        ),
-    }  # fmt: skip
-    for name, command in commands.items():
-        assert main([*map(str, command), "--out", str(folder / name)]) == 0
-    allocate = ("allocate", folder / "scores", "--sparsity", 0.5, "--quiet")
-    assert main([*map(str, allocate), "--out", str(folder / "allocation.safetensors")]) == 0
-    return folder
-
-
-def path_of(made: Path, kind: str) -> Path:
-    return made / ("allocation.safetensors" if kind == "allocation" else kind)
-
-
 def test_everything_is_drawn_and_the_rest_named_with_its_command(
-    run: Run, made: Path, tmp_path: Path
+    run: Run, made: Mapping[str, Path], tmp_path: Path
 ) -> None:
     done = run(
         "figures",
-        *(path_of(made, kind) for kind in KINDS),
+        *(made[kind] for kind in KINDS),
         "--out",
         tmp_path,
         "--format",
         "png",
-        "--column",
+        "--width",
         "single",
     )
     assert (done.status, done.err) == (0, "")
@@ -77,18 +43,18 @@ def test_everything_is_drawn_and_the_rest_named_with_its_command(
     assert not list(tmp_path.glob("*.pdf"))
 
 
-def test_each_figure_states_the_digest_of_its_manifest(made: Path) -> None:
-    file = made / "scores" / "manifest.json"
+def test_each_figure_states_the_digest_of_its_manifest(made: Mapping[str, Path]) -> None:
+    file = made["scores"] / "manifest.json"
     manifest = json.loads(file.read_text("utf-8"))
     digest = manifest.pop("digests")["manifest"]
     text = json.dumps(manifest, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     assert digest == hashlib.sha256(text.encode()).hexdigest()
-    assert open_run(str(made / "scores")).digest == digest
+    assert open_run(str(made["scores"])).digest == digest
 
 
-def test_vector_text_and_width(run: Run, made: Path, tmp_path: Path) -> None:
+def test_vector_text_and_width(run: Run, made: Mapping[str, Path], tmp_path: Path) -> None:
     done = run(
-        "figures", made / "comparison", "--out", tmp_path, "--column", "single", "--format", "pdf"
+        "figures", made["comparison"], "--out", tmp_path, "--width", "single", "--format", "pdf"
     )
     assert done.status == 0
     pdf = (tmp_path / "comparison.pdf").read_bytes()
@@ -98,9 +64,9 @@ def test_vector_text_and_width(run: Run, made: Path, tmp_path: Path) -> None:
 
 
 def test_missing_results_are_named_with_the_command_that_makes_them(
-    run: Run, made: Path, tmp_path: Path
+    run: Run, made: Mapping[str, Path], tmp_path: Path
 ) -> None:
-    done = run("figures", made / "comparison", "--out", tmp_path, "--format", "png")
+    done = run("figures", made["comparison"], "--out", tmp_path, "--format", "png")
     for kind in set(KINDS) - {"comparison"}:
         line = next(line for line in done.out.splitlines() if f"`{MAKERS[kind]}`" in line)
         assert all(name in line for name in FIGURES[kind])
@@ -108,22 +74,24 @@ def test_missing_results_are_named_with_the_command_that_makes_them(
 
 
 def test_results_of_one_kind_go_to_folders_of_their_own(
-    run: Run, made: Path, tmp_path: Path
+    run: Run, made: Mapping[str, Path], tmp_path: Path
 ) -> None:
-    shutil.copytree(made / "comparison", tmp_path / "other")
-    runs = made / "comparison", tmp_path / "other"
+    shutil.copytree(made["comparison"], tmp_path / "other")
+    runs = made["comparison"], tmp_path / "other"
     assert run("figures", *runs, "--out", tmp_path / "f", "--format", "png").status == 0
     assert sorted(str(p.relative_to(tmp_path / "f")) for p in tmp_path.glob("f/*/*.png")) == [
         "comparison/comparison.png",
         "other/comparison.png",
     ]
-    same = run("figures", made / "comparison", made / "comparison", "--out", tmp_path / "g")
+    same = run("figures", made["comparison"], made["comparison"], "--out", tmp_path / "g")
     assert same.status == 2
     assert holds(same.err, "two comparison 'comparison'"), same.err
 
 
-def test_figures_are_replaced_only_by_force(run: Run, made: Path, tmp_path: Path) -> None:
-    command = ("figures", made / "comparison", "--out", tmp_path, "--format", "png")
+def test_figures_are_replaced_only_by_force(
+    run: Run, made: Mapping[str, Path], tmp_path: Path
+) -> None:
+    command = ("figures", made["comparison"], "--out", tmp_path, "--format", "png")
     assert run(*command).status == 0
     again = run(*command)
     assert again.status == 2
@@ -131,9 +99,9 @@ def test_figures_are_replaced_only_by_force(run: Run, made: Path, tmp_path: Path
     assert run(*command, "--force").status == 0
 
 
-def test_a_layer_each_where_there_are_several(made: Path, tmp_path: Path) -> None:
+def test_a_layer_each_where_there_are_several(made: Mapping[str, Path], tmp_path: Path) -> None:
     folder = tmp_path / "two"
-    shutil.copytree(made / "decomposition", folder)
+    shutil.copytree(made["decomposition"], folder)
     for file in folder.glob("*.parquet"):
         table = pd.read_parquet(file)
         pd.concat([table, table.assign(layer="other")]).to_parquet(file, index=False)
@@ -152,10 +120,10 @@ def test_a_layer_each_where_there_are_several(made: Path, tmp_path: Path) -> Non
 
 
 def test_a_result_that_lacks_something_is_drawn_as_far_as_it_goes(
-    made: Path, run: Run, tmp_path: Path
+    made: Mapping[str, Path], run: Run, tmp_path: Path
 ) -> None:
     folder = tmp_path / "scores"
-    shutil.copytree(made / "scores", folder)
+    shutil.copytree(made["scores"], folder)
     frame = pd.read_parquet(folder / "scores.parquet")
     frame.assign(md=float("nan")).to_parquet(folder / "scores.parquet", index=False)
     resealed(folder)
@@ -173,10 +141,10 @@ def test_a_result_that_lacks_something_is_drawn_as_far_as_it_goes(
 
 
 def test_a_table_that_was_not_asked_for_is_named_with_its_option(
-    made: Path, run: Run, tmp_path: Path
+    made: Mapping[str, Path], run: Run, tmp_path: Path
 ) -> None:
     folder = tmp_path / "decomposition"
-    shutil.copytree(made / "decomposition", folder)
+    shutil.copytree(made["decomposition"], folder)
     for name in ("pairs", "separated", "contexts", "router_map"):
         file = folder / f"{name}.parquet"
         pd.read_parquet(file).head(0).to_parquet(file, index=False)
@@ -196,9 +164,9 @@ def test_a_table_that_was_not_asked_for_is_named_with_its_option(
         assert "2 experts or more; got 1; `entangle decompose --experts 1,4,16`" in said[name]
 
 
-def test_a_figure_names_the_seed_of_its_run(made: Path) -> None:
+def test_a_figure_names_the_seed_of_its_run(made: Mapping[str, Path]) -> None:
     for kind, seed in (("decomposition", ", seed 0"), ("scores", ", seed 0"), ("allocation", "")):
-        one = open_run(str(path_of(made, kind)))
+        one = open_run(str(made[kind]))
         drawing = next(iter(drawings_of(one, "single")))
         texts = [text.get_text() for text in drawing.draw().texts]
         assert f"run {one.digest[:12]}{seed}" in texts
@@ -246,13 +214,13 @@ def test_a_manifest_that_is_a_pipe_is_not_waited_for(run: Run, tmp_path: Path) -
 
 
 def test_results_without_figures_are_named_and_passed_over(
-    run: Run, made: Path, tmp_path: Path
+    run: Run, made: Mapping[str, Path], tmp_path: Path
 ) -> None:
     other = tmp_path / "x16"
     other.mkdir()
     (other / "manifest.json").write_text('{"kind": "expansion", "schema_version": 1}')
     said = f"Skipped: {other}: no figures of a result of kind 'expansion'"
-    both = run("figures", other, made / "comparison", "--out", tmp_path / "f", "--format", "png")
+    both = run("figures", other, made["comparison"], "--out", tmp_path / "f", "--format", "png")
     assert both.status == 0
     assert said in both.out
     alone = run("figures", other, "--out", tmp_path / "g")
@@ -263,7 +231,7 @@ def test_results_without_figures_are_named_and_passed_over(
 
 def test_bad_options_are_refused_before_anything_is_read(run: Run, tmp_path: Path) -> None:
     assert "'svg'" in run("figures", tmp_path, "--format", "svg").err
-    assert run("figures", tmp_path, "--column", "triple").status == 2
+    assert run("figures", tmp_path, "--width", "triple").status == 2
     file = tmp_path / "x.safetensors"
     file.write_bytes(b"nothing")
     assert run("figures", file).status == 2
