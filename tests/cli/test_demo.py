@@ -1,3 +1,4 @@
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def test_an_interrupted_demo_leaves_nothing(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("entangle.experiments.ablate.ablate", interrupt)
+    monkeypatch.setattr(sys.modules["entangle.experiments.ablate"], "ablate", interrupt)
     assert run("demo", "--out", tmp_path / "demo").status == 130
     assert list(tmp_path.iterdir()) == []
 
