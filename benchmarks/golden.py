@@ -58,7 +58,7 @@ IGNORED: Mapping[str, str] = {
     "files": "SHA-256 of files of an expansion, whose tensors are compared themselves",
     "sha256": "of an allocation with its manifest, compared themselves",
 }
-"""Keys of JSON and columns of tables that are not compared, with all beneath them, and why."""
+"""Keys of JSON, columns and names of files that are not compared, with all beneath, and why."""
 FIGURES = (".png", ".pdf")
 """Files that only have to be there."""
 WORKERS = 2
@@ -230,8 +230,9 @@ def compare(old: Path, new: Path, names: Names) -> Comparison:
     for name in sorted(renamed.keys() | news.keys()):
         if name in renamed and name in news:
             found.files += 1
-            kind = KINDS.get(Path(name).suffix, compare_bytes)
-            kind(found, name, renamed[name], news[name])
+            if Path(name).stem not in IGNORED:
+                kind = KINDS.get(Path(name).suffix, compare_bytes)
+                kind(found, name, renamed[name], news[name])
         else:
             found.tell(name, *("file" if name in one else "missing" for one in (renamed, news)))
     return found
@@ -308,7 +309,8 @@ def compare_json(found: Comparison, where: str, old: Path, new: Path) -> None:
 
 def _compare_json(found: Comparison, where: str, old: object, new: object) -> None:
     a: dict[str, object] = {}
-    for keys, value in _leaves(old):
+    stem = Path(where).stem  # a manifest that is no JSON as a whole has a file a key
+    for keys, value in _leaves(old, inside=stem):
         records = [found.new_column(key) if before.isdigit() else key
                    for before, key in zip(("", *keys), keys, strict=False)]  # fmt: skip
         key = _moved(".".join(records), found.names.get("manifest", {}))
@@ -316,7 +318,7 @@ def _compare_json(found: Comparison, where: str, old: object, new: object) -> No
             value = found.names.get("options", {}).get(value, value)
         named = [part for part in key.split(".") if not part.isdigit()]
         a[key] = found.new_value(named[-1] if named else "", value)
-    b = {".".join(keys): value for keys, value in _leaves(new)}
+    b = {".".join(keys): value for keys, value in _leaves(new, inside=stem)}
     for key in [*a, *(key for key in b if key not in a)]:
         found.check(f"{where} {key}", a.get(key, "absent"), b.get(key, "absent"))
 
@@ -329,14 +331,14 @@ def _moved(key: str, names: Mapping[str, str]) -> str:
 
 
 def _leaves(
-    content: object, keys: tuple[str, ...] = ()
+    content: object, keys: tuple[str, ...] = (), *, inside: str
 ) -> Iterator[tuple[tuple[str, ...], object]]:
     if isinstance(content, dict | list) and content:
         items = content.items() if isinstance(content, dict) else enumerate(content)
         pairs: Iterable[tuple[Any, Any]] = items
         for key, one in pairs:
-            if not {key, f"{keys[-1] if keys else ''}.{key}"} & IGNORED.keys():
-                yield from _leaves(one, (*keys, str(key)))
+            if not {key, f"{inside}.{key}"} & IGNORED.keys():
+                yield from _leaves(one, (*keys, str(key)), inside=str(key))
     else:
         yield keys, content
 
