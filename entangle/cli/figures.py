@@ -1,14 +1,13 @@
 """``entangle figures``: the paper's figures from the folders that other commands wrote."""
 
 import argparse
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from entangle.cli.drawings import FIGURES, Drawing, Run, drawings_of
 from entangle.cli.options import Subparsers
 from entangle.cli.tables import say
-from entangle.errors import InvalidInput
+from entangle.errors import InvalidInput, Unavailable
 
 MAKERS: dict[str, str] = {
     "scores": "entangle score",
@@ -118,9 +117,11 @@ def open_run(path: str) -> Run:
 
 def _kind(path: Path) -> str:
     """Return what a manifest says; where it says nothing, a kind whose reading fails clearly."""
+    from entangle.reading import read_object
+
     try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["kind"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return str(read_object(path, remedy="make the result anew").get("kind"))
+    except (InvalidInput, Unavailable):
         return "scores"
 
 

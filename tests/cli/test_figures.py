@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -222,6 +223,7 @@ def test_figures_say_what_was_measured_on() -> None:
         (None, "no result"),
         ("{", "valid JSON"),
         ("[]", "'list'"),
+        ("[" * 100_000, "cannot be read"),
         ('{"kind": "scores", "schema_version": 99}', "schema version 99"),
     ],
 )
@@ -235,6 +237,13 @@ def test_what_is_no_result_is_one_line(
     assert holds(done.err, said), done.err
     assert len(done.err.splitlines()) == 1
     assert not (tmp_path / "f").exists()
+
+
+def test_a_manifest_that_is_a_pipe_is_not_waited_for(run: Run, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "manifest.json")
+    done = run("figures", tmp_path, "--out", tmp_path / "f")
+    assert done.status == 2
+    assert holds(done.err, "a pipe"), done.err
 
 
 def test_results_without_figures_are_named_and_passed_over(
