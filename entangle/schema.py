@@ -44,9 +44,10 @@ class Column:
         if len(known) < len(values) and not self.null:
             return "has a missing value"
         if self.kind == "text":
-            wrong = [one for one in known.unique().tolist() if not isinstance(one, str)]
-            if self.among:
-                wrong += [one for one in known.unique().tolist() if one not in self.among]
+            typed = known.dtype == self.dtype
+            wrong = [] if typed else [one for one in known if not isinstance(one, str)]
+            if self.among and not wrong:
+                wrong = [one for one in known.unique().tolist() if one not in self.among]
             return f"must hold {self._rule()}; got {shown(wrong[0])}" if wrong else None
         of_kind = types.is_integer_dtype if self.kind == "whole" else types.is_numeric_dtype
         if not of_kind(values.dtype) and (len(known) or self.kind == "whole"):

@@ -29,6 +29,8 @@ def test_a_good_table_passes() -> None:
     [
         ("layer", ["a", None], "missing"),
         ("layer", [b"a", "a"], "b'a'"),
+        ("layer", [["a"], "a"], "'a'"),
+        ("flag", ["", {"inf": 1}], "'inf'"),
         ("flag", ["", "nan"], "'nan'"),
         ("block", [0.5, 1.0], "float64"),
         ("neuron", [0, 10], "10"),

@@ -126,7 +126,8 @@ def _check(folder: Path, neurons: pd.DataFrame, manifest: Mapping[str, object]) 
     """Raise `InvalidInput` unless every neuron is there once for every number of experts."""
     settings = manifest.get("settings")
     known = settings.get("layers") if isinstance(settings, Mapping) else None
-    strange = set(neurons["layer"]) - set(known) if isinstance(known, list) else set()
+    layers = neurons["layer"].unique().tolist()
+    strange = [one for one in layers if one not in known] if isinstance(known, list) else []
     if strange:
         raise broken(folder, f"layer {min(strange)!r} is not among the manifest's")
     for (layer, experts), part in neurons.groupby(["layer", "experts"], sort=False):

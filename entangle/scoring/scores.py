@@ -178,8 +178,9 @@ def _fault(scores: NeuronScores) -> str | None:
         return "its files do not hold the same layers"
     settings, model = manifest.get("settings"), manifest.get("model")
     known = settings.get("layers") if isinstance(settings, Mapping) else None
-    if isinstance(known, list) and not set(names) <= set(known):
-        return f"layer {min(set(names) - set(known))!r} is not among the manifest's"
+    strange = [one for one in names if one not in known] if isinstance(known, list) else []
+    if strange:
+        return f"layer {min(strange)!r} is not among the manifest's"
     name = model.get("name") if isinstance(model, Mapping) else None
     others = frame.loc[frame["model"] != name, "model"] if isinstance(name, str) else frame[:0]
     if len(others):

@@ -83,6 +83,14 @@ def test_another_kind(result: Decomposition, tmp_path: Path) -> None:
         load_decomposition(tmp_path / "run")
 
 
+def test_a_manifest_may_list_anything_as_layers(result: Decomposition, tmp_path: Path) -> None:
+    path = without_digests(result.save(tmp_path / "run")) / "manifest.json"
+    layers: list[object] = [["a"], {}, None]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"settings": {"layers": layers}}))
+    with pytest.raises(InvalidInput, match="not among the manifest's"):
+        load_decomposition(tmp_path / "run")
+
+
 def test_parts_are_joined_in_the_order_of_the_layers() -> None:
     parts = [
         pd.DataFrame({"layer": ["b", "b"], "experts": [1, 2]}),

@@ -156,6 +156,14 @@ def test_the_files_must_belong_together(scores: NeuronScores, tmp_path: Path) ->
             load_scores(without_digests(mixed))
 
 
+def test_a_manifest_may_list_anything_as_layers(scores: NeuronScores, tmp_path: Path) -> None:
+    path = without_digests(scores.save(tmp_path / "run")) / "manifest.json"
+    layers: list[object] = [[GATE], {}, None]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"settings": {"layers": layers}}))
+    with pytest.raises(InvalidInput, match="not among the manifest's"):
+        load_scores(tmp_path / "run")
+
+
 @pytest.mark.parametrize("first", ["[]", "{", "{}", '{"a": 0}', None])
 def test_histograms_without_their_metadata(
     scores: NeuronScores, tmp_path: Path, first: str | None
