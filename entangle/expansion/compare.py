@@ -48,6 +48,7 @@ from entangle.expansion.comparison import (
 from entangle.expansion.expand import expand
 from entangle.memory import check_memory, memory_for
 from entangle.models.evaluating import evaluates
+from entangle.models.layers import find_layers
 from entangle.models.loading import AnyModel, LanguageModel, as_language_model
 from entangle.provenance import RunClock, claims_out, make_manifest
 from entangle.reading import READ_ERRORS
@@ -173,6 +174,8 @@ def compare(
     for arm in chosen:
         check_experts(arm.experts, tokens=calibration.n_tokens)
     bench = _Bench(dense, calibration, text, allocations, seed=seed, memory=budget)
+    for _, one in allocations:  # told before anything is built
+        one.check(find_layers(dense.module, list(one.zeros), None), dense.digest)
     manifest = make_manifest(
         KIND,
         model=dense.describe(),

@@ -93,6 +93,22 @@ def test_every_method_is_built_with_every_allocation_beside_uniform(
     assert equal["allocation"].tolist() == ["uniform", "uniform", "a", "b"]
 
 
+def test_an_allocation_that_does_not_fit_is_told_before_anything_is_built(
+    tiny: Tiny, calibration: CalibrationSet, text: EvaluationText, tmp_path: Path
+) -> None:
+    model, lines = tiny("llama"), list[str]()
+    allocation = random_allocation(model)
+    name = next(iter(allocation.zeros))
+    wide = replace(allocation, in_features={**allocation.in_features, name: 1000})
+    with pytest.raises(InvalidInput, match=f"{name}.*1000"):
+        compare(
+            model, calibration, text, methods="wanda", sparsity=0.5, allocations=("a", wide),
+            out=tmp_path / "c", told=lines.append,
+        )  # fmt: skip
+    assert lines == []
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_allocation_with_experts_is_built_with_them(
     tiny: Tiny, calibration: CalibrationSet, text: EvaluationText
 ) -> None:
