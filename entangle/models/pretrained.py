@@ -23,13 +23,14 @@ import torch
 import transformers as hf
 from huggingface_hub import errors as hub_errors
 
+from entangle.checks import shown
 from entangle.errors import EntangleError, InvalidInput, MemoryLimit, Unavailable, UnknownName
 from entangle.models import hub
 from entangle.models.sources import ADAPTER_CONFIG, TOKENIZER_FILES, check_folder
 from entangle.models.stored import stored_dtype, stored_sizes
 from entangle.models.unpickling import no_pickles
 from entangle.progress import on_terminal, tell
-from entangle.reading import regular_files
+from entangle.reading import read_object, regular_files
 
 Loaded = tuple[hf.PreTrainedModel, hf.PreTrainedTokenizerBase | None]
 """A model in the state that transformers leaves it in, and its tokenizer where there is one."""
@@ -46,6 +47,8 @@ hub_utils: Any = huggingface_hub.utils
 ROOM = 2**28
 """Values that a model may have in any case; beyond, it is held against the weights that are stored.
 """
+LABELS = 2**20
+"""Labels that a config may ask for."""
 _MOST = 8  # times the stored values: buffers, tied and missing weights
 _PANIC = "PanicException"  # of a library in Rust, no subclass of Exception
 _OWN = (OSError, ValueError)  # raised by a block of ours over what it reads
@@ -146,6 +149,7 @@ def _load_model(
 ) -> hf.PreTrainedModel:
     if device_map is not None:
         need_accelerate("`device_map`")
+    _check_labels(folder)
     with quiet():
         with broken_as(f"model folder {str(folder)!r}"):
             config = hf.AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -303,6 +307,21 @@ def check_size(config: hf.PreTrainedConfig, auto: Any, stored: Sequence[int], so
             f"model {str(source)!r} must hold every weight its config asks for; it asks for "
             f"{asked:,} values, and {sum(stored):,} are stored: check config.json."
         )
+
+
+def _check_labels(folder: Path) -> None:
+    """Refuse a number of labels so large that transformers, naming each, would fill the memory."""
+    try:
+        config = read_object(folder / "config.json", remedy="copy it again")
+    except (InvalidInput, Unavailable):  # what is wrong with a config, its loading tells
+        return
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    for asked in (part.get("num_labels") for part in parts):
+        if isinstance(asked, int) and asked > LABELS:
+            raise InvalidInput(
+                f"`num_labels` of {str(folder / 'config.json')!r} must be at most {LABELS:,}; got "
+                f"{shown(asked)}: check config.json."
+            )
 
 
 def _refuse_quantised(config: hf.PreTrainedConfig, folder: Path) -> None:

@@ -91,6 +91,8 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "unknown activation": (_config(hidden_act="zorgon"), "KeyError: 'zorgon'"),
     "config shape": (_config(intermediate_size=40), r"is \(.*48.*\), not \(.*40.*\)"),
     "config depth": (_config(num_hidden_layers=5), r"18 are missing, .*'model\.layers\.3\."),
+    "config labels": (_config(num_labels=10**9), r"`num_labels` .*at most .*1000000000"),
+    "config labels of the text": (_config(text_config={"num_labels": 10**9}), "`num_labels`"),
     "a weight missing": (_without_a_weight, r"\b1\b.*\b1\b.*mlp\.up_proj\.weight"),
     "quantised": (_config(quantization_config={"quant_method": "gptq", "bits": 4}), "gptq"),
     "weights cut off": (_truncate, "not fully covered"),
