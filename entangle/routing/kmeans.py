@@ -37,6 +37,8 @@ _BLOCK_POINTS = 2**16
 """Points whose norms are held at a time."""
 _SAME = 8 * torch.finfo(torch.float32).eps
 """Squared distances below this share of the squared norms are rounding: the points are equal."""
+_TIED = 1e-6
+"""Inertias that differ by no more than this share of the smallest differ by rounding."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +66,7 @@ def kmeans(points: Float32[Tensor, "tokens dims"], k: int, *, restarts: int, see
     k
         Number of clusters.
     restarts
-        Independent seedings; the smallest inertia wins.
+        Independent seedings; the smallest inertia wins, the first of those equal but for rounding.
     seed
         Seed of the k-means++ draws.
 
@@ -75,7 +77,7 @@ def kmeans(points: Float32[Tensor, "tokens dims"], k: int, *, restarts: int, see
     """
     centroids = _seeds(points, k, restarts, seed)
     centroids, inertias, iterations = _lloyd(points, centroids)
-    best = centroids[int(inertias.argmin())]
+    best = centroids[_first_best(inertias)]
     labels, distances = _nearest(points, best)
     return KMeans(
         centroids=best,
@@ -204,6 +206,15 @@ def _scored(
         with product():
             scores = torch.addmm(norms, block, flat.mT, alpha=-2.0)
         yield block, scores.view(-1, *centroids.shape[:2])
+
+
+def _first_best(inertias: Tensor) -> int:
+    """Return the first restart that is as good as the best, but for rounding.
+
+    Restarts often end in the same clusters, in other orders: rounding, which differs with the
+    number of threads, must not decide which order is kept.
+    """
+    return int((inertias <= inertias.min() * (1 + _TIED)).int().argmax())
 
 
 def _nearest(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:

@@ -36,6 +36,16 @@ def test_finds_the_best_of_all_partitions(seed: int) -> None:
     assert found.inertia == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("seed", [3, 10, 11])  # the smallest inertia alone changes them
+def test_rounding_changes_no_order_of_clusters(seed: int) -> None:
+    points = blobs(400, 4, 3, seed=seed)
+    noise = torch.randn(points.shape, generator=torch.Generator().manual_seed(seed))
+    found = kmeans(points, 3, restarts=20, seed=seed)
+    for size in (1e-6, 3e-6):
+        moved = kmeans(points + size * noise, 3, restarts=20, seed=seed)
+        assert torch.equal(found.labels, moved.labels)
+
+
 def test_the_result_is_a_fixed_point() -> None:
     points = blobs(300, 4, 9, spread=1.0)
     found = kmeans(points, 5, restarts=3, seed=1)
