@@ -146,4 +146,6 @@ def scored(
     """Scores of block 1 of a tiny model by a method, computed once and only read."""
     from entangle.scoring.score import score
 
-    return cache(lambda name, method: score(tiny(name), calibration, layers=1, method=method))
+    return cache(
+        lambda name, method: score(tiny(name), calibration, layers=1, proj=None, method=method)
+    )

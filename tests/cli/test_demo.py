@@ -10,6 +10,7 @@ from entangle.cli import demo
 from entangle.errors import Unavailable
 from entangle.evaluation import EvaluationText
 from entangle.models.loading import LanguageModel
+from entangle.texts import calibration_set
 from entangle.texts.calibration_set import CalibrationSet
 from tests.cli.runs import Run, holds
 
@@ -81,8 +82,8 @@ def real_demo(monkeypatch: pytest.MonkeyPatch) -> None:
         demo_folder()
     except Unavailable as error:
         pytest.skip(f"the demo files cannot be had: {error}")
-    monkeypatch.setattr(demo, "N_SEQ", 2)
-    monkeypatch.setattr(demo, "SEQ_LEN", 256)
+    monkeypatch.setattr(calibration_set, "N_SEQ", 2)
+    monkeypatch.setattr(calibration_set, "SEQ_LEN", 256)
     monkeypatch.setattr(demo, "EVAL_SEQ_LEN", 64)
     monkeypatch.setattr(demo, "EVAL_WINDOWS", 2)
     monkeypatch.setattr(demo, "SEEDS", 1)
