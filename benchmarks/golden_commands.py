@@ -138,8 +138,8 @@ DEMO = {
     "expand-demo": f"expand demo {_RUN} --layer 1 --proj gate_proj,up_proj {_DEMO} --experts 2 "
     "--sparsity 0.7 --pattern row --pruner sparsegpt --router kmeans --damping 0.01 "
     f"--evaluation {_DEMO_DATA}",
-    "evaluate-demo": f"evaluate demo {_RUN} --evaluation demo --eval-seq-len 128 --eval-windows 6 --join "
-    "'\\n\\n' --special-tokens model --seed 0 --batch-size 3",
+    "evaluate-demo": f"evaluate demo {_RUN} --evaluation demo --eval-seq-len 128 --eval-windows 6 "
+    "--join '\\n\\n' --special-tokens model --seed 0 --batch-size 3",
 }
 
 

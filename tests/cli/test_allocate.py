@@ -278,7 +278,7 @@ MISTAKES = {
     "--by dw": "unknown column 'dw'",
     "--sparsity 1.5": "`sparsity` [0, 1] 1.5",
     "--highest 0.6": "0.6",
-    "--tune uniform --rule search": "rule 'uniform' strength tune",
+    "--tune uniform --rule search": "rule 'uniform' spread tune",
     "--export yaml:x.yaml": "unknown format 'yaml'",
     "--export llmcompressor:x.yml": ".yaml 'x.yml'",
     "--export recipe.yaml": "--export llmcompressor:recipe.yaml 'recipe.yaml'",

@@ -98,7 +98,7 @@ def test_the_names_are_those_that_exist() -> None:
     [
         "score",
         "score demo --calibration demo",
-        "evaluate --seq-len 2",
+        "evaluate --eval-seq-len 2",
         "ablate --select top,random --experts 1,16 --router kmeans,random",
         "compare --evaluation demo",
         "expand --out x --bits 4",

@@ -174,7 +174,7 @@ def test_a_nan_perplexity_is_said_and_saved(
     ("options", "message"),
     [
         (["--eval-seq-len", "129"], "`seq_len` context 128 129"),
-        (["--eval-seq-len", "1"], "`seq_len` integer 2 1"),
+        (["--eval-seq-len", "1"], "`eval_seq_len` integer 2 1"),
         (["--eval-windows", "9999"], "`n_windows` most"),
         (["--eval-seq-len", "64", "--batch-size", "0"], "`batch_size` integer 1"),
         (["--seed", "-1"], "`seed` integer [0, 2**63)"),

@@ -4,7 +4,6 @@ from typing import TYPE_CHECKING, cast
 
 import pytest
 
-from entangle import texts
 from entangle.cli.main import build_parser
 from entangle.cli.options import (
     add_calibration_options,
@@ -16,6 +15,7 @@ from entangle.cli.options import (
     spell_out,
 )
 from entangle.errors import InvalidInput
+from entangle.texts import calibration
 
 if TYPE_CHECKING:
     from entangle.models.loading import LanguageModel
@@ -82,7 +82,7 @@ def test_blanks_around_the_parts_of_a_list_do_not_matter() -> None:
         ("score", None),
         ("decompose --layer 1 --proj up_proj", None),
         ("expand --out x", "train"),
-        ("compare --data wikitext2", "train"),
+        ("compare --evaluation wikitext2", "train"),
         ("ablate", "train"),
         ("allocate scores --sparsity 0.7 --out x", "train"),
         ("expand --out x --split test", "test"),
@@ -94,7 +94,7 @@ def test_what_fits_weights_leaves_the_demo_s_test_articles_out(
 ) -> None:
     asked: list[object] = []
     monkeypatch.setattr(
-        texts, "load_calibration", lambda *_names, **settings: asked.append(settings["split"])
+        calibration, "load_calibration", lambda *_names, **settings: asked.append(settings["split"])
     )
     model = SimpleNamespace(context_length=None, tokenizer=None, vocab_size=None)
     load_calibration(build_parser().parse_args(command.split()), cast("LanguageModel", model))

@@ -1,3 +1,0 @@
-from tests.scoring.conftest import scored
-
-__all__ = ["scored"]
