@@ -8,13 +8,10 @@ The same budget, spread evenly: what an allocation is compared with.
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 from functools import cached_property
-from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
-import pandas as pd
 import torch
 from jaxtyping import Float, Int64
 from numpy.typing import NDArray
@@ -117,51 +114,16 @@ def step_sizes(rows: Rows, pattern: str) -> Counts:
 
 
 @dataclass(frozen=True, eq=False)
-class Allocation:
-    """Zeros of every neuron of some layers of one model."""
+class Allocation(AllocationReport):
+    """Zeros of every neuron of some layers of one model, to prune with."""
 
     zeros: Mapping[str, Int64[Tensor, " _"]]
     """Zeros per neuron, (rows,), by full layer name in module order, int64 on the CPU."""
-    in_features: Mapping[str, int]
-    """Weights of one neuron, by layer name."""
-    experts: Mapping[str, int] | None
-    """Experts by layer name; None leaves their number to the consumer."""
-    manifest: Mapping[str, object] = field(repr=False)
-    """Rule, settings, budget, model, scores, versions; JSON-serialisable."""
-    blocks: Mapping[str, int] = field(default_factory=dict, repr=False)
-    """Transformer block by layer name; a layer outside the blocks is absent."""
-    pattern: str = ROW
-    """Where a row's zeros lie, as in `entangle.pruning.prune`: ``row``, or ``n:m`` with a number
-    for m, such as ``n:4``: equally many in each group of m neighbouring weights."""
 
     def __post_init__(self) -> None:
         for name, zeros in self.zeros.items():
             _check_vector(name, zeros)
-        for key in ("in_features", "experts", "manifest", "blocks"):
-            object.__setattr__(self, key, getattr(self.report, key))
-        object.__setattr__(self, "zeros", MappingProxyType(dict(self.zeros)))
-
-    @cached_property
-    def report(self) -> AllocationReport:
-        """The allocation as results know it: NumPy's arrays of the same memory, tables, figure."""
-        return AllocationReport(
-            zeros={name: zeros.numpy() for name, zeros in self.zeros.items()},
-            in_features=self.in_features,
-            experts=self.experts,
-            manifest=self.manifest,
-            blocks=self.blocks,
-            pattern=self.pattern,
-        )
-
-    def rows(self, layer: str | Layer) -> int:
-        """Return the number of neurons of a layer, by its full name.
-
-        Raises
-        ------
-        UnknownName
-            If the allocation does not hold the layer.
-        """
-        return self.report.rows(layer)
+        super().__post_init__()
 
     @cached_property
     def sparsity(self) -> dict[str, Float[Tensor, " _"]]:
@@ -171,31 +133,6 @@ class Allocation:
         `entangle.pruning.prune` makes of it.
         """
         return {name: one.double() / self.in_features[name] for name, one in self.zeros.items()}
-
-    @property
-    def n_zeros(self) -> int:
-        """Zeros of all layers together."""
-        return self.report.n_zeros
-
-    @property
-    def n_weights(self) -> int:
-        """Weights of all layers together."""
-        return self.report.n_weights
-
-    @property
-    def overall(self) -> float:
-        """Share of zeros of all layers together."""
-        return self.report.overall
-
-    @property
-    def layers(self) -> pd.DataFrame:
-        """One row a layer, as `entangle.results.allocation.AllocationReport.layers`."""
-        return self.report.layers
-
-    @property
-    def neurons(self) -> pd.DataFrame:
-        """One row a neuron: layer, neuron, zeros, sparsity."""
-        return self.report.neurons
 
     def check(self, layers: Sequence[Layer], digest: str | None = None) -> None:
         """Check that the allocation is for these layers of this model.
@@ -230,24 +167,6 @@ class Allocation:
                     f"{len(found)} layer(s) to prune: choose the layers that it was made for."
                 )
 
-    def save(self, path: str | os.PathLike[str], *, force: bool = False) -> Path:
-        """Write the allocation to one ``.safetensors`` file, which appears when it is complete.
-
-        One int64 vector of zeros a layer, named after it; the rest is JSON in the file's metadata.
-        `load_allocation` reads it.
-
-        Raises
-        ------
-        InvalidInput
-            If the name has another ending or is a folder, or the file exists without ``force``.
-        Unavailable
-            If the file cannot be written.
-        """
-        return self.report.save(path, force=force)
-
-    def _repr_html_(self) -> str:
-        return self.report._repr_html_()
-
     def _check_layer(self, layer: Layer) -> None:
         if layer.name not in self.zeros:
             raise InvalidInput(
@@ -271,14 +190,9 @@ def load_allocation(path: str | os.PathLike[str]) -> Allocation:
         If the file is missing, truncated, altered, or something else.
     """
     found = AllocationReport.load(path)
-    return Allocation(
-        zeros={name: torch.from_numpy(zeros) for name, zeros in found.zeros.items()},
-        in_features=found.in_features,
-        experts=found.experts,
-        manifest=found.manifest,
-        blocks=found.blocks,
-        pattern=found.pattern,
-    )
+    given = {one.name: getattr(found, one.name) for one in fields(found)}
+    zeros = {name: torch.from_numpy(one) for name, one in found.zeros.items()}
+    return Allocation(**given | {"zeros": zeros})
 
 
 def _check_vector(name: str, zeros: Tensor) -> None:

@@ -241,7 +241,7 @@ def rule_label(allocation: Allocation) -> str:
 
     A rule whose strength was searched for is ``search: linear wd``.
     """
-    return allocation.report.rule
+    return allocation.rule
 
 
 def nominal_sparsity(allocation: Allocation) -> float:

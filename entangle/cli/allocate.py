@@ -197,7 +197,7 @@ def save_plot(allocation: "Allocation", arguments: argparse.Namespace) -> list[s
     from entangle.plotting import save_figure
     from entangle.runs.sealing import manifest_digest
 
-    figure = allocation.report.plot(digest=manifest_digest(allocation.manifest))
+    figure = allocation.plot(digest=manifest_digest(allocation.manifest))
     files = save_figure(figure, _stem(arguments.plot), force=arguments.force)
     return [str(path) for path in files]
 

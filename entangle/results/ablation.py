@@ -3,7 +3,6 @@
 Names of many layers in one short text.
 """
 
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -345,15 +344,8 @@ class AblationResult(Result):
         return None
 
 
-def load_ablation(path: str | os.PathLike[str]) -> AblationResult:
-    """Load a result that `AblationResult.save` wrote.
-
-    Raises
-    ------
-    InvalidInput
-        If the folder is missing, of another kind or schema, incomplete or corrupt.
-    """
-    return AblationResult.load(path)
+load_ablation = AblationResult.load
+"""Load a result that `AblationResult.save` wrote."""
 
 
 def _with_layer_set(frame: pd.DataFrame, selections: pd.DataFrame) -> pd.DataFrame:

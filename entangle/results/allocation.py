@@ -47,12 +47,13 @@ Counts = NDArray[np.int64]
 class AllocationReport(Result):
     """Zeros of every neuron of some layers of one model, without torch.
 
-    `entangle.load_allocation` loads the same file to prune with.
+    `entangle.load_allocation` loads the same file to prune with, as an
+    `entangle.allocation.Allocation`: the same with torch's vectors.
     """
 
     KIND, TITLE = KIND, "Allocation for"
 
-    zeros: Mapping[str, Counts]
+    zeros: Mapping[str, Any]
     """Zeros per neuron, (rows,), by full layer name in module order, int64."""
     in_features: Mapping[str, int]
     """Weights of one neuron, by layer name."""
@@ -73,7 +74,7 @@ class AllocationReport(Result):
                 "`zeros` and `in_features` must name the same layers in one order, at least one; "
                 f"got {len(names)} and {len(self.in_features)} layer(s)."
             )
-        for name, zeros in self.zeros.items():
+        for name, zeros in self._counts():
             _check_zeros(name, zeros, self.in_features[name], self.pattern)
         if self.experts is not None and list(self.experts) != names:
             raise InvalidInput(
@@ -106,7 +107,7 @@ class AllocationReport(Result):
     @property
     def n_zeros(self) -> int:
         """Zeros of all layers together."""
-        return sum(int(zeros.sum()) for zeros in self.zeros.values())
+        return sum(int(zeros.sum()) for _, zeros in self._counts())
 
     @property
     def n_weights(self) -> int:
@@ -143,7 +144,7 @@ class AllocationReport(Result):
         experts where the allocation gives them.
         """
         rows = []
-        for name, zeros in self.zeros.items():
+        for name, zeros in self._counts():
             width = self.in_features[name]
             rows.append(
                 {
@@ -167,7 +168,7 @@ class AllocationReport(Result):
     def neurons(self) -> pd.DataFrame:
         """One row a neuron: layer, neuron, zeros, sparsity."""
         counts = [len(zeros) for zeros in self.zeros.values()]
-        zeros = np.concatenate(list(self.zeros.values()))
+        zeros = np.concatenate([one for _, one in self._counts()])
         return pd.DataFrame(
             {
                 "layer": np.repeat(np.array(list(self.zeros), dtype=object), counts),
@@ -213,11 +214,11 @@ class AllocationReport(Result):
             "blocks": dict(self.blocks),
             "pattern": self.pattern,
             "manifest": dict(self.manifest),
-            "sha256": _digest(self.zeros),
+            "sha256": _digest(dict(self._counts())),
         }
         described |= {DIGESTS: {"manifest": manifest_digest(described)}}
         metadata = {_METADATA: json.dumps(described, allow_nan=False)}  # one key: no order
-        vectors = {name: np.ascontiguousarray(part) for name, part in self.zeros.items()}
+        vectors = {name: np.ascontiguousarray(part) for name, part in self._counts()}
         with output_file(target) as temporary:
             temporary.write_bytes(to_safetensors(vectors, metadata))
             if extra is not None:
@@ -248,6 +249,9 @@ class AllocationReport(Result):
             return cls(zeros=zeros, **fields, pattern=str(described.get("pattern", noted)))
         except InvalidInput as error:
             raise InvalidInput(f"{str(path)!r} was altered ({error}); allocate anew.") from error
+
+    def _counts(self) -> list[tuple[str, Counts]]:
+        return [(name, np.asarray(zeros)) for name, zeros in self.zeros.items()]
 
     def _told(self) -> tuple[list[str], pd.DataFrame]:
         lines = [

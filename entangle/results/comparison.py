@@ -1,6 +1,5 @@
 """What a comparison found: its tables, and the expansions beside plain methods of their size."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -178,15 +177,8 @@ def plain_method(method: str) -> str:
     return next(name for name, made in METHODS.items() if made == wanted)
 
 
-def load_comparison(path: str | os.PathLike[str]) -> Comparison:
-    """Load what `Comparison.save` or ``entangle compare --out`` wrote.
-
-    Raises
-    ------
-    InvalidInput
-        If the folder is missing, of another kind or schema, incomplete or corrupt.
-    """
-    return Comparison.load(path)
+load_comparison = Comparison.load
+"""Load what `Comparison.save` or ``entangle compare --out`` wrote."""
 
 
 def _with_allocation(frame: pd.DataFrame) -> pd.DataFrame:

@@ -101,7 +101,8 @@ class Compared:
             if name not in ARM:
                 raise unknown_name("column of an arm", name, ARM)
             known = part[name].dropna().unique().tolist()
-            part = part[part[name].eq(_plain(value)).fillna(value=False)]
+            same: Any = plain_value(value)
+            part = part[part[name].eq(same).fillna(value=False)]
             if part.empty:
                 raise InvalidInput(f"no arm of {wanted} was measured; `{name}` may be {known}.")
         open_to = [name for name in ARM[:-1] if part[name].nunique(dropna=False) > 1]
@@ -138,10 +139,6 @@ class Compared:
         each = int(str(self.text["n_tokens"])) // int(str(self.text["n_windows"]))
         told: Any = self.text.get("window_tokens")
         return np.full(windows, each) if told is None else np.array(told, dtype=np.int64)
-
-
-def _plain(value: object) -> Any:
-    return plain_value(value)
 
 
 def paired_difference(

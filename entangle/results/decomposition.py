@@ -3,7 +3,6 @@
 The tables of a decomposition: their columns, in order, with their types.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -196,12 +195,5 @@ class Decomposition(Result):
         return None
 
 
-def load_decomposition(path: str | os.PathLike[str]) -> Decomposition:
-    """Load a result that `Decomposition.save` wrote.
-
-    Raises
-    ------
-    InvalidInput
-        If the folder is missing, of another kind or schema, incomplete or corrupt.
-    """
-    return Decomposition.load(path)
+load_decomposition = Decomposition.load
+"""Load a result that `Decomposition.save` wrote."""

@@ -4,7 +4,6 @@ The output distribution of every neuron of a layer, as it is saved and drawn aga
 """
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -314,15 +313,8 @@ def first_layer(frame: pd.DataFrame) -> pd.DataFrame:
     return rows
 
 
-def load_scores(path: str | os.PathLike[str]) -> NeuronScores:
-    """Load scores that `NeuronScores.save` wrote.
-
-    Raises
-    ------
-    InvalidInput
-        If the folder is missing, of another kind or schema, incomplete or corrupt.
-    """
-    return NeuronScores.load(path)
+load_scores = NeuronScores.load
+"""Load scores that `NeuronScores.save` wrote."""
 
 
 def _read_histograms(path: Path) -> dict[str, LayerHistograms]:
