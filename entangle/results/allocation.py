@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -250,8 +250,8 @@ class AllocationReport(Result):
         except InvalidInput as error:
             raise InvalidInput(f"{str(path)!r} was altered ({error}); allocate anew.") from error
 
-    def _counts(self) -> list[tuple[str, Counts]]:
-        return [(name, np.asarray(zeros)) for name, zeros in self.zeros.items()]
+    def _counts(self) -> Iterator[tuple[str, Counts]]:
+        return ((name, np.asarray(zeros)) for name, zeros in self.zeros.items())
 
     def _told(self) -> tuple[list[str], pd.DataFrame]:
         lines = [
