@@ -3,6 +3,7 @@
 Names of many layers in one short text.
 """
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -344,8 +345,9 @@ class AblationResult(Result):
         return None
 
 
-load_ablation = AblationResult.load
-"""Load a result that `AblationResult.save` wrote."""
+def load_ablation(path: str | os.PathLike[str]) -> AblationResult:
+    """Load an ablation that `AblationResult.save` wrote; errors as `entangle.results.base.Result.load`."""
+    return AblationResult.load(path)
 
 
 def _with_layer_set(frame: pd.DataFrame, selections: pd.DataFrame) -> pd.DataFrame:

@@ -177,8 +177,9 @@ def plain_method(method: str) -> str:
     return next(name for name, made in METHODS.items() if made == wanted)
 
 
-load_comparison = Comparison.load
-"""Load what `Comparison.save` or ``entangle compare --out`` wrote."""
+def load_comparison(path: str | os.PathLike[str]) -> Comparison:
+    """Load a comparison that `Comparison.save` wrote; errors as `entangle.results.base.Result.load`."""
+    return Comparison.load(path)
 
 
 def _with_allocation(frame: pd.DataFrame) -> pd.DataFrame:

@@ -3,6 +3,7 @@
 The tables of a decomposition: their columns, in order, with their types.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -195,5 +196,6 @@ class Decomposition(Result):
         return None
 
 
-load_decomposition = Decomposition.load
-"""Load a result that `Decomposition.save` wrote."""
+def load_decomposition(path: str | os.PathLike[str]) -> Decomposition:
+    """Load a decomposition that `Decomposition.save` wrote; errors as `entangle.results.base.Result.load`."""
+    return Decomposition.load(path)

@@ -4,6 +4,7 @@ The output distribution of every neuron of a layer, as it is saved and drawn aga
 """
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -313,8 +314,9 @@ def first_layer(frame: pd.DataFrame) -> pd.DataFrame:
     return rows
 
 
-load_scores = NeuronScores.load
-"""Load scores that `NeuronScores.save` wrote."""
+def load_scores(path: str | os.PathLike[str]) -> NeuronScores:
+    """Load scores that `NeuronScores.save` wrote; errors as `entangle.results.base.Result.load`."""
+    return NeuronScores.load(path)
 
 
 def _read_histograms(path: Path) -> dict[str, LayerHistograms]:
