@@ -36,9 +36,8 @@ def arguments(function: Callable[..., object]) -> Iterator[str]:
     yield "| argument | default |\n|---|---|"
     for parameter in inspect.signature(function).parameters.values():
         given = parameter.default
-        told = (
-            "needed" if given is parameter.empty else f"`{textwrap.shorten(repr(given), _SHOWN)}`"
-        )
+        shown = "a function" if callable(given) else textwrap.shorten(repr(given), _SHOWN)
+        told = "needed" if given is parameter.empty else f"`{shown}`"
         yield f"| `{parameter.name}` | {told} |"
 
 

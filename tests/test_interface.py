@@ -10,6 +10,4 @@ from benchmarks.interface import page
 
 def test_the_page_is_that_of_the_code() -> None:
     kept = Path(__file__).parent.parent / "docs" / "INTERFACE.md"
-    assert kept.read_text("utf-8") == page(), (
-        "run python -m benchmarks.interface > docs/INTERFACE.md"
-    )
+    assert kept.read_text("utf-8") == page()
