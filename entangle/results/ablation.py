@@ -121,7 +121,7 @@ _SCHEMAS: Mapping[str, Schema] = {
 class AblationResult(Result):
     """What happened to a model when some of its neurons were changed."""
 
-    KIND, TITLE, SHOWN, TABLES = KIND, "Ablation of", 20, _SCHEMAS
+    KIND, _TITLE, _SHOWN, _TABLES = KIND, "Ablation of", 20, _SCHEMAS
 
     frame: pd.DataFrame
     """One row an arm and measure: model, layers (how many), layer_set (which;
@@ -346,7 +346,7 @@ class AblationResult(Result):
 
 
 def load_ablation(path: str | os.PathLike[str]) -> AblationResult:
-    """Load an ablation that `AblationResult.save` wrote; errors as `entangle.results.base.Result.load`."""
+    """Load an ablation that `AblationResult.save` wrote; errors as `Result.load`."""
     return AblationResult.load(path)
 
 

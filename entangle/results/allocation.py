@@ -51,7 +51,7 @@ class AllocationReport(Result):
     `entangle.allocation.Allocation`: the same with torch's vectors.
     """
 
-    KIND, TITLE = KIND, "Allocation for"
+    KIND, _TITLE = KIND, "Allocation for"
 
     zeros: Mapping[str, Any]
     """Zeros per neuron, (rows,), by full layer name in module order, int64."""

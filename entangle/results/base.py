@@ -36,14 +36,14 @@ class Result(ABC):
 
     KIND: ClassVar[str]
     """What a manifest calls such a result."""
-    TITLE: ClassVar[str]
+    _TITLE: ClassVar[str]
     """Stands before the model's name where a result is shown."""
-    TABLES: ClassVar[Mapping[str, Schema]] = {}
+    _TABLES: ClassVar[Mapping[str, Schema]] = {}
     """What each Parquet table of the folder may hold, by its name; that of the result's own kind is
     the field ``frame``, all others are fields of their names."""
-    FILES: ClassVar[Sequence[str]] = ()
+    _FILES: ClassVar[Sequence[str]] = ()
     """Other files that must be there."""
-    SHOWN: ClassVar[int] = 10
+    _SHOWN: ClassVar[int] = 10
     """Rows that a notebook shows."""
 
     if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class Result(ABC):
 
     def write(self, folder: Path) -> None:
         """Write the files of `save` into a folder that exists."""
-        for name in self.TABLES:
+        for name in self._TABLES:
             table = getattr(self, self._field(name))
             table.to_parquet(folder / f"{name}.parquet", index=False)
         write_json(folder / "manifest.json", self.manifest)
@@ -101,11 +101,11 @@ class Result(ABC):
         InvalidInput
             If the folder is missing, of another kind or schema, incomplete or corrupt.
         """
-        files = [f"{name}.parquet" for name in cls.TABLES]
-        manifest, folder = read_manifest(path, cls.KIND, [*files, *cls.FILES]), expanded(path)
+        files = [f"{name}.parquet" for name in cls._TABLES]
+        manifest, folder = read_manifest(path, cls.KIND, [*files, *cls._FILES]), expanded(path)
         fields: dict[str, Any] = {
             cls._field(name): read_table(folder / f"{name}.parquet", schema)
-            for name, schema in cls.TABLES.items()
+            for name, schema in cls._TABLES.items()
         }
         make: Callable[..., Loaded] = cls
         found = make(**cls._completed(folder, fields, manifest), manifest=manifest)
@@ -143,8 +143,8 @@ class Result(ABC):
 
     def _repr_html_(self) -> str:
         lines, table = self._told()
-        title = f"{self.TITLE} {described(self.manifest, 'model', 'name')}"
-        return html_result(title, lines, table, rows=self.SHOWN)
+        title = f"{self._TITLE} {described(self.manifest, 'model', 'name')}"
+        return html_result(title, lines, table, rows=self._SHOWN)
 
     @abstractmethod
     def _told(self) -> tuple[list[str], pd.DataFrame]:

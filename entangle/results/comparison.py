@@ -1,5 +1,6 @@
 """What a comparison found: its tables, and the expansions beside plain methods of their size."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -61,8 +62,8 @@ class Comparison(Result):
     the same for every run of the same settings; `at_equal_nonzeros` is ``equal_nonzeros.parquet``.
     """
 
-    KIND, TITLE, SHOWN = KIND, "Comparison of", 20
-    TABLES = {"comparison": _FRAME, "windows": _WINDOWS}  # noqa: RUF012
+    KIND, _TITLE, _SHOWN = KIND, "Comparison of", 20
+    _TABLES = {"comparison": _FRAME, "windows": _WINDOWS}  # noqa: RUF012
 
     frame: pd.DataFrame
     """One row an arm: method, sparsity, experts, allocation, perplexity, ratio to dense with its
@@ -178,7 +179,7 @@ def plain_method(method: str) -> str:
 
 
 def load_comparison(path: str | os.PathLike[str]) -> Comparison:
-    """Load a comparison that `Comparison.save` wrote; errors as `entangle.results.base.Result.load`."""
+    """Load a comparison that `Comparison.save` wrote; errors as `Result.load`."""
     return Comparison.load(path)
 
 

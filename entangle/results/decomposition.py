@@ -100,7 +100,7 @@ class Decomposition(Result):
     *chosen* neurons are those asked for, or the 3 of largest WD and the typical one of a layer.
     """
 
-    KIND, TITLE, TABLES = KIND, "Decomposition of", SCHEMAS
+    KIND, _TITLE, _TABLES = KIND, "Decomposition of", SCHEMAS
 
     neurons: pd.DataFrame
     """One row a (neuron, experts), of all neurons: the columns of
@@ -197,5 +197,5 @@ class Decomposition(Result):
 
 
 def load_decomposition(path: str | os.PathLike[str]) -> Decomposition:
-    """Load a decomposition that `Decomposition.save` wrote; errors as `entangle.results.base.Result.load`."""
+    """Load a decomposition that `Decomposition.save` wrote; errors as `Result.load`."""
     return Decomposition.load(path)

@@ -40,7 +40,7 @@ class ExpansionReport(Result):
     `entangle.load_expanded` loads the model. A folder that `save` wrote holds the report alone.
     """
 
-    KIND, TITLE, TABLES = KIND, "Expansion of", {"layers": _LAYERS}
+    KIND, _TITLE, _TABLES = KIND, "Expansion of", {"layers": _LAYERS}
 
     layers: pd.DataFrame
     """One row a layer, as `entangle.experts.expand.layer_row` says."""

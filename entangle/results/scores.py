@@ -166,9 +166,9 @@ class NeuronScores(Result):
     (one vector of WD a layer, float64), ``histograms.safetensors`` and ``manifest.json``.
     """
 
-    KIND, TITLE = KIND, "Scores of"
-    TABLES = {"scores": _SCORES, "layers": _LAYERS}  # noqa: RUF012
-    FILES = ("scores.safetensors", "histograms.safetensors")
+    KIND, _TITLE = KIND, "Scores of"
+    _TABLES = {"scores": _SCORES, "layers": _LAYERS}  # noqa: RUF012
+    _FILES = ("scores.safetensors", "histograms.safetensors")
 
     frame: pd.DataFrame
     """One row a neuron: model, layer, block, projection, neuron, wd, wd_se, wd_bound, ks, mean,
@@ -270,7 +270,7 @@ class NeuronScores(Result):
     def _completed(
         cls, folder: Path, fields: dict[str, Any], _manifest: Mapping[str, object]
     ) -> dict[str, Any]:
-        return fields | {"histograms": _read_histograms(folder / cls.FILES[1])}
+        return fields | {"histograms": _read_histograms(folder / cls._FILES[1])}
 
     def _fault(self) -> str | None:
         frame, layers, manifest = self.frame, self.layers, self.manifest
@@ -315,7 +315,7 @@ def first_layer(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def load_scores(path: str | os.PathLike[str]) -> NeuronScores:
-    """Load scores that `NeuronScores.save` wrote; errors as `entangle.results.base.Result.load`."""
+    """Load scores that `NeuronScores.save` wrote; errors as `Result.load`."""
     return NeuronScores.load(path)
 
 

@@ -50,7 +50,7 @@ def test_saved_and_loaded_again(kind: str, result: Result, tmp_path: Path) -> No
 
 def test_drawn_and_shown(kind: str, result: Result) -> None:
     assert isinstance(result.plot(), Figure)
-    assert type(result).TITLE in result._repr_html_()
+    assert type(result)._TITLE in result._repr_html_()
     text = result.to_latex(caption=f"50 % of {kind}", label="tab:x")
     assert rf"\caption{{50 \% of {kind}}}" in text
     assert r"\label{tab:x}" in text
