@@ -1,10 +1,9 @@
 import torch
 
-from entangle.pruning import prune_wanda
 from entangle.pruning.factor import inverse_factor
 from entangle.pruning.problem import fit_grid
 from entangle.pruning.solver import eliminate
-from tests.pruning.problems import make
+from tests.pruning.problems import make, wanda
 
 
 def test_errors_add_up_to_the_damped_loss() -> None:
@@ -23,15 +22,15 @@ def test_errors_add_up_to_the_damped_loss() -> None:
 
 def test_update_lowers_the_loss_of_wandas_mask() -> None:
     weight, gram = make(2, 16, 48)
-    wanda = prune_wanda(weight, gram, sparsity=0.6)
+    masked = wanda(weight, gram, sparsity=0.6)
     factor, _, _ = inverse_factor(gram, damping=0.01)
     columns = weight.mT.contiguous()
-    eliminate(columns, factor, ~wanda.mask.mT)
+    eliminate(columns, factor, ~masked.mask.mT)
     change = weight - columns.mT
     loss = (change @ gram * change).sum(-1)
     # Not in every row: each column is settled before those right of it are known.
-    assert (loss < wanda.loss_per_neuron).double().mean() > 0.9
-    assert (loss.sum(-1) < 0.9 * wanda.loss_per_neuron.sum(-1)).all()
+    assert (loss < masked.loss_per_neuron).double().mean() > 0.9
+    assert (loss.sum(-1) < 0.9 * masked.loss_per_neuron.sum(-1)).all()
 
 
 def test_pruning_the_first_column_alone_is_least_squares() -> None:

@@ -11,9 +11,8 @@ SHAPES = [(1, 1, 1), (2, 40, 1), (2, 1, 200), (3, 20, 300), (2, 7, 129), (64, 3,
 
 def test_the_cpu_is_left_to_the_plain_solver() -> None:
     weight, gram = make(1, 2, 8, dtype=torch.float32)
-    assert not can_fuse(
-        prepare(weight, gram, sparsity=0.5, pattern="row", rows=None, bits=None), 128
-    )
+    problem = prepare(weight, gram, sparsity=0.5, pattern="row", rows=None, bits=None)
+    assert not can_fuse(problem, None, 128)
 
 
 @pytest.mark.gpu
