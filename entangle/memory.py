@@ -91,10 +91,20 @@ def memory_for(memory: object, module: "torch.nn.Module") -> int:
     return max(LEAST_BYTES, free // SHARE)
 
 
+def by_device(device: "torch.device", *, cpu: int, gpu: int) -> int:
+    """Return how much to work on at once: what a CPU's cache holds, or what keeps a GPU busy."""
+    return cpu if device.type == "cpu" else gpu
+
+
 def free_on_gpu(device: "torch.device") -> int:
-    """Return the free bytes of a GPU: the driver's, and what PyTorch holds without use."""
+    """Return the free bytes of a GPU: the driver's, and what PyTorch holds without use.
+
+    0 where the device is no NVIDIA GPU.
+    """
     import torch
 
+    if device.type != "cuda":
+        return 0
     held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(torch.cuda.mem_get_info(device)[0]) + held
 

@@ -13,15 +13,20 @@ from torch import Tensor, nn
 
 from entangle.errors import InvalidInput, NumericalError
 from entangle.experts.linear import ExpandedLinear, SharedRouting
-from entangle.experts.router import Kind, Router, fit_router_and_labels
-from entangle.experts.solver import Experts, SolverSettings, Sparsity, solve_experts, solve_in_parts
-from entangle.memory import give_back
+from entangle.experts.solver import (
+    Experts,
+    ExpertSettings,
+    Sparsity,
+    cluster_grams,
+    solve_experts,
+    solve_in_parts,
+)
+from entangle.memory import by_device, give_back
 from entangle.models.blocks import BlockRunner
 from entangle.models.layers import Layer
 from entangle.recording.hooks import Habits, look_at
 from entangle.recording.recorder import Recorded, Recorder
 from entangle.recording.stream import ByteBudget, TokenStore, as_budget
-from entangle.stats.gram import ClusterGrams
 
 _RAM = torch.device("cpu")
 _PASS_TOKENS_GPU = 2**15
@@ -44,11 +49,8 @@ class Plan:
     named: bool = True
     """Whether the layers were asked for by name, so that one that sees no token is refused; else
     it is left as it is."""
-    router: Kind = "kmeans"
-    """Of the layers with several experts."""
-    restarts: int = 10
-    seed: int = 0
-    solver: SolverSettings = field(default_factory=SolverSettings)
+    settings: ExpertSettings = field(default_factory=ExpertSettings)
+    """How; the router is that of the layers with several experts."""
 
     @property
     def last(self) -> int:
@@ -118,8 +120,10 @@ class HiddenStates:
 
     def enter(self, runner: BlockRunner) -> None:
         """Fill with what enters the first block."""
-        if self._batches and runner.enter(self._batches[0])[0].is_cuda:
-            self._passes = _joined(self._batches, _most_tokens(runner.widest))
+        if self._batches:
+            device = runner.enter(self._batches[0])[0].device
+            most = by_device(device, cpu=0, gpu=_most_tokens(runner.widest))
+            self._passes = _joined(self._batches, most)
         for ids in self._passes:
             self._store.append(runner.enter(ids)[0].flatten(0, -2))
 
@@ -362,19 +366,23 @@ def record_inputs(
 def _expand_group(layers: Sequence[Layer], store: TokenStore, plan: Plan) -> list[ExpandedLayer]:
     """Fit one router on the common input of some layers, then solve every layer's experts."""
     device, k = layers[0].device, plan.experts[layers[0].name]
-    router, labels = fit_router_and_labels(
-        store, k, seed=plan.seed, kind="single" if k == 1 else plan.router,
-        restarts=plan.restarts, device=device,
-    )  # fmt: skip
+    router, labels = plan.settings.fit(store, k, device)
+    sparsity = [plan.sparsity[layer.name] for layer in layers]
+    most = max(1, _GRAM_NUMBERS_GPU // layers[0].in_features)
+    at_once = by_device(device, cpu=_GRAM_TOKENS, gpu=min(_PASS_TOKENS_GPU, most))
     if _lies_on_gpu(store):
         if labels is None:
             blocks = store.blocks(_PASS_TOKENS_GPU)
             labels = torch.cat([router.route(rows.to(device)) for _, rows in blocks])
-        sparsity = [plan.sparsity[layer.name] for layer in layers]
-        solved = solve_in_parts(layers, store, labels, sparsity, plan.solver, k=k)
+        solved = solve_in_parts(layers, store, labels, sparsity, plan.settings, k=k)
         store.close()
     else:
-        solved = _solve_streamed(layers, store, router, plan)
+        grams, _ = cluster_grams(store, router, device, at_once=at_once)
+        store.close()
+        solved = [
+            solve_experts(layer, grams, share, plan.settings)
+            for layer, share in zip(layers, sparsity, strict=True)
+        ]
     routing = SharedRouting(router)
     return [
         ExpandedLayer(layer, ExpandedLinear(experts.weight, layer.bias, routing), experts)
@@ -387,20 +395,3 @@ def _lies_on_gpu(store: TokenStore) -> bool:
     if store.in_file or store.device.type != "cuda":
         return False
     return all(rows.device in (store.device, _RAM) for rows in store.chunks())
-
-
-def _solve_streamed(
-    layers: Sequence[Layer], store: TokenStore, router: Router, plan: Plan
-) -> list[Experts]:
-    """Solve every layer's experts with the grams of all clusters, from one pass over the input."""
-    device, k = layers[0].device, router.k
-    grams = ClusterGrams(k, layers[0].in_features, device=device)
-    at_once = _GRAM_TOKENS
-    if device.type == "cuda":
-        at_once = min(_PASS_TOKENS_GPU, max(1, _GRAM_NUMBERS_GPU // layers[0].in_features))
-    for _, rows in store.blocks(at_once):
-        rows = rows.to(device)
-        grams.update(rows, router.route(rows))
-    store.close()
-    found = grams.result()
-    return [solve_experts(layer, found, plan.sparsity[layer.name], plan.solver) for layer in layers]

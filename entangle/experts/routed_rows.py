@@ -14,12 +14,13 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from entangle.checks import several, whole
+from entangle.checks import different, several, shares, whole, wholes
 from entangle.errors import InvalidInput, NumericalError, unknown_name
 from entangle.experts.build import HiddenStates, check_own_modules, record_inputs
 from entangle.experts.linear import Packed, SharedRouting, pack, unpack
 from entangle.experts.router import Kind, Router
-from entangle.experts.rows import RowExperts, RowGroup, RowSettings, fit_group, measure_group
+from entangle.experts.rows import RowExperts, RowGroup, fit_group, measure_group
+from entangle.experts.solver import ExpertSettings
 from entangle.memory import check_memory, memory_for, work_bytes
 from entangle.models.blocks import BlockRunner, evaluates
 from entangle.models.layers import LISTING, Layer, find_layers, list_layers
@@ -286,9 +287,12 @@ def fit_rows(
     ----------
     arXiv 2405.15756: algorithm A1, relative improvement, weighted WD and MD, figure 3.
     """
-    settings = RowSettings.checked(
-        sparsities, experts, pruner=pruner, router=router, damping=damping, restarts=restarts,
-        seed=seed, md=md,
+    settings = ExpertSettings(
+        router=router, restarts=restarts, seed=seed, pruner=pruner, damping=damping
+    )
+    sweep = _Sweep(
+        tuple(different("experts", wholes("experts", experts, least=1))),
+        tuple(different("sparsities", shares("sparsities", sparsities))), settings, md,
     )  # fmt: skip
     check_memory(memory)
     dense = as_language_model(model)
@@ -296,7 +300,7 @@ def fit_rows(
     chosen = chosen_rows(dense.module, rows)
     with ProgressBar("solving rows", enabled=progress) as bar:
         parts = _fit_blocks(
-            dense.module, calibration, chosen, settings, memory_for(memory, dense.module), bar
+            dense.module, calibration, chosen, sweep, memory_for(memory, dense.module), bar
         )
     order = {layer.name: i for i, (layer, _) in enumerate(chosen)}
     neurons = _with_ri(pd.concat([table for table, _ in parts], ignore_index=True))
@@ -307,11 +311,21 @@ def fit_rows(
     return RoutedRows(neurons, {name: fitted[name] for name in order})
 
 
+@dataclass(frozen=True, eq=False)
+class _Sweep:
+    """All that rows are solved for; the fields are explained at `fit_rows`."""
+
+    experts: tuple[int, ...]
+    sparsities: tuple[float, ...]
+    settings: ExpertSettings
+    md: bool
+
+
 def _fit_blocks(
     module: nn.Module,
     calibration: CalibrationSet,
     chosen: Sequence[tuple[Layer, Tensor]],
-    settings: RowSettings,
+    sweep: _Sweep,
     memory: int,
     bar: Progress,
 ) -> list[tuple[pd.DataFrame, dict[str, FittedRows]]]:
@@ -334,28 +348,31 @@ def _fit_blocks(
                 )  # fmt: skip
                 for members, inputs in groups:
                     group = RowGroup.of(members, rows)
-                    parts.append(_fit_one(group, inputs, settings, work))
+                    parts.append(_fit_one(group, inputs, sweep, work))
             bar.advance()
     return parts
 
 
 def _fit_one(
-    group: RowGroup, inputs: TokenStore, settings: RowSettings, memory: int
+    group: RowGroup, inputs: TokenStore, sweep: _Sweep, memory: int
 ) -> tuple[pd.DataFrame, dict[str, FittedRows]]:
     try:
-        fits = dict(fit_group(group, inputs, settings))
-        table = measure_group(group, inputs, fits, settings, memory=memory)
+        fits = [
+            fit_group(group, inputs, k, sweep.sparsities, sweep.settings, md=sweep.md)
+            for k in sweep.experts
+        ]
+        table = measure_group(group, inputs, fits, seed=sweep.settings.seed, memory=memory)
     except NumericalError as error:
         names = ", ".join(layer.name for layer in group.layers)
         raise NumericalError(f"{names}: {error}") from error
     fitted, start = {}, 0
-    routers = {k: fit.router for k, fit in fits.items()}
+    routers = {fit.router.k: fit.router for fit in fits}
     for layer, index in zip(group.layers, group.index, strict=True):
         own = slice(start, start + index.numel())
         packed = {
-            (k, sparsity): pack(weight[:, own])
-            for k, fit in fits.items()
-            for sparsity, weight in zip(settings.sparsities, fit.weight, strict=True)
+            (fit.router.k, sparsity): pack(weight[:, own])
+            for fit in fits
+            for sparsity, weight in zip(fit.sparsities, fit.weight, strict=True)
         }
         fitted[layer.name] = FittedRows(index.cpu(), layer.in_features, routers, packed)
         start = own.stop

@@ -5,7 +5,7 @@ Pruned rows of every layer, solved once for all the arms that use them.
 Routed experts for some rows of a dense layer, and their installation for a while.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -17,10 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from entangle.allocation.allocation import ROW, Allocation
-from entangle.checks import choice, different, finite, shares, whole, wholes
 from entangle.errors import InvalidInput, NumericalError, unknown_name
 from entangle.experts.linear import SharedRouting
-from entangle.experts.router import KINDS, Kind, Router, fit_router
+from entangle.experts.router import Router
 from entangle.experts.row_measures import (
     ClusterPairs,
     Clusters,
@@ -32,14 +31,17 @@ from entangle.experts.row_measures import (
     weighted_md,
     weighted_wd,
 )
-from entangle.experts.solver import count_shrunk, shrunk_grams
+from entangle.experts.solver import (
+    ExpertSettings,
+    cluster_grams,
+    count_shrunk,
+    prune_part,
+    solve_clusters,
+)
 from entangle.models.layers import Layer
 from entangle.precision import full_precision
-from entangle.pruning import prune
-from entangle.pruning.methods import METHODS
 from entangle.recording.stream import TokenStore
-from entangle.seeding import check_seed
-from entangle.stats.gram import ClusterGrams, ClusterGramsResult, GramResult
+from entangle.stats.gram import ClusterGramsResult, GramResult
 from entangle.stats.mapping_difficulty import mapping_difficulty
 from entangle.stats.tiles import row_parts
 from entangle.stats.wasserstein import ShapeStatistics, judge_products, shape_statistics, sort_rows
@@ -47,45 +49,6 @@ from entangle.stats.wasserstein import ShapeStatistics, judge_products, shape_st
 _SOLVE_BYTES = 2**30
 _COPIES = 6  # of the stacked rows, at most, inside a solver
 _BYTES_A_TOKEN = 40  # of every neuron that is measured: outputs, errors, sorted copies, pairs
-
-
-@dataclass(frozen=True, eq=False)
-class RowSettings:
-    """How rows are routed and solved; the fields are explained at `fit_rows`."""
-
-    sparsities: tuple[float, ...]
-    experts: tuple[int, ...]
-    pruner: str
-    router: Kind
-    damping: float
-    restarts: int
-    seed: int
-    md: bool
-
-    @classmethod
-    def checked(
-        cls,
-        sparsities: float | Iterable[float],
-        experts: int | Iterable[int],
-        *,
-        pruner: str,
-        router: Kind,
-        damping: float,
-        restarts: int,
-        seed: int,
-        md: bool,
-    ) -> "RowSettings":
-        """Check what a user gives."""
-        return cls(
-            tuple(different("sparsities", shares("sparsities", sparsities))),
-            tuple(different("experts", wholes("experts", experts, least=1))),
-            choice("pruner", pruner, METHODS, kind="pruning method"),
-            choice("router", router, KINDS),
-            finite("damping", damping, least=0),
-            whole("restarts", restarts, least=1),
-            check_seed(seed),
-            md,
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,6 +94,9 @@ class RowFit:
     router: Router
     clusters: Clusters
     pairs: ClusterPairs | None
+    """None without mapping difficulty."""
+    sparsities: tuple[float, ...]
+    """Shares of zeros asked for."""
     weight: Float[Tensor, "sparsities k rows in_features"]
     """Sparse weights, in the layers' dtype."""
     realised: Float[Tensor, "sparsities rows"]
@@ -144,9 +110,15 @@ class RowFit:
 
 
 def fit_group(
-    group: RowGroup, inputs: TokenStore, settings: RowSettings
-) -> Iterator[tuple[int, RowFit]]:
-    """Yield (k, fit) for every number of experts.
+    group: RowGroup,
+    inputs: TokenStore,
+    k: int,
+    sparsities: Sequence[float],
+    settings: ExpertSettings,
+    *,
+    md: bool,
+) -> RowFit:
+    """Fit a router and solve the rows in its clusters.
 
     Parameters
     ----------
@@ -154,27 +126,25 @@ def fit_group(
         The rows to solve.
     inputs
         What their layers received, (tokens, in_features).
+    k
+        Number of experts.
+    sparsities
+        Shares of zeros in [0, 1].
     settings
         How.
+    md
+        Whether to draw pairs of tokens for the mapping difficulty.
     """
-    device, features = group.weight.device, group.weight.shape[1]
-    for k in settings.experts:
-        router = fit_router(
-            inputs, k, seed=settings.seed, kind="single" if k == 1 else settings.router,
-            restarts=settings.restarts, device=device,
-        )  # fmt: skip
-        grams, labels = ClusterGrams(k, features, device=device), []
-        for rows in inputs:
-            rows = rows.to(device)
-            labels.append(router.route(rows))
-            grams.update(rows, labels[-1])
-        clusters, found = Clusters.of(torch.cat(labels), k), grams.result()
-        weight, realised, damping = _solve(group.weight, found, settings)
-        pairs = pair_tokens(clusters, inputs, seed=settings.seed) if settings.md else None
-        yield k, RowFit(
-            router, clusters, pairs, weight, realised, damping, count_shrunk(found),
-            sizes=_sizes(found),
-        )  # fmt: skip
+    device = group.weight.device
+    router, _ = settings.fit(inputs, k, device)
+    grams, labels = cluster_grams(inputs, router, device)
+    clusters = Clusters.of(labels, k)
+    weight, realised, damping = _solve(group.weight, grams, sparsities, settings)
+    pairs = pair_tokens(clusters, inputs, seed=settings.seed) if md else None
+    return RowFit(
+        router, clusters, pairs, tuple(sparsities), weight, realised, damping,
+        count_shrunk(grams), sizes=_sizes(grams),
+    )  # fmt: skip
 
 
 def _sizes(grams: ClusterGramsResult) -> Tensor:
@@ -184,7 +154,7 @@ def _sizes(grams: ClusterGramsResult) -> Tensor:
 
 
 def _solve(
-    weight: Tensor, grams: ClusterGramsResult, settings: RowSettings
+    weight: Tensor, grams: ClusterGramsResult, sparsities: Sequence[float], settings: ExpertSettings
 ) -> tuple[Tensor, Tensor, float]:
     """Solve all rows at all sparsities, stacked, so that every gram is factorised once.
 
@@ -192,21 +162,17 @@ def _solve(
     (sparsities, rows), and the largest damping.
     """
     n_rows, features = weight.shape
-    shares = torch.tensor(settings.sparsities, dtype=torch.float64).repeat_interleave(n_rows)
-    stacked = weight.repeat(len(settings.sparsities), 1)
+    shares = torch.tensor(sparsities, dtype=torch.float64).repeat_interleave(n_rows)
+    stacked = weight.repeat(len(sparsities), 1)
     at_once = min(len(stacked), max(1, _SOLVE_BYTES // (_COPIES * 4 * features)))
     solved = torch.empty(len(grams.count), *stacked.shape, dtype=weight.dtype, device=weight.device)
     zeros, damping = torch.zeros(len(stacked), dtype=torch.float64), 0.0
-    for clusters, gram in shrunk_grams(grams, rows=at_once):
-        for start in range(0, len(stacked), at_once):
-            part = slice(start, start + at_once)
-            result = prune(
-                stacked[part].expand(len(gram), -1, -1), gram, method=settings.pruner,
-                sparsity=shares[part], damping=settings.damping, seed=settings.seed,
-            )  # fmt: skip
-            solved[clusters, part] = result.weight
-            zeros[part] += (~result.mask).sum((0, 2)).cpu()
-            damping = max(damping, float(result.damping.max()))
+    for clusters, rows, part in solve_clusters(
+        stacked, grams, shares, settings, beside=at_once, at_once=at_once, numbered=False
+    ):
+        solved[clusters, rows] = part.weight
+        zeros[rows] += part.zeros.cpu()
+        damping = max(damping, float(part.damping.max()))
     by_sparsity = solved.unflatten(1, (-1, n_rows)).transpose(0, 1)
     realised = zeros / (len(grams.count) * features)
     return by_sparsity, realised.unflatten(0, (-1, n_rows)), damping
@@ -215,9 +181,9 @@ def _solve(
 def measure_group(
     group: RowGroup,
     inputs: TokenStore,
-    fits: Mapping[int, RowFit],
-    settings: RowSettings,
+    fits: Sequence[RowFit],
     *,
+    seed: int,
     memory: int,
 ) -> pd.DataFrame:
     """Measure all rows, one frame row a (row, k, sparsity); columns as in `RoutedRows.neurons`.
@@ -226,26 +192,28 @@ def measure_group(
 
     Parameters
     ----------
-    group, inputs, settings
+    group, inputs
         As in `fit_group`.
     fits
-        From `fit_group`.
+        From `fit_group`, of at least one number of experts.
+    seed
+        Seed of the pairs of all tokens.
     memory
         Bytes for the outputs of the rows that are worked on.
     """
-    everything = Clusters.of(torch.zeros_like(next(iter(fits.values())).clusters.labels), 1)
-    pairs = pair_tokens(everything, inputs, seed=settings.seed) if settings.md else None
+    everything = Clusters.of(torch.zeros_like(fits[0].clusters.labels), 1)
+    pairs = None if fits[0].pairs is None else pair_tokens(everything, inputs, seed=seed)
     names = group.columns()
     at_once = memory // (_BYTES_A_TOKEN * inputs.n_tokens)
     frames = []
     with full_precision():
         for part in row_parts(len(names), at_once):
-            dense = _Dense.of(group, inputs, part, pairs, fits)
-            for fit in fits.values():
-                frames += [
-                    pd.concat([names[part].reset_index(drop=True), table], axis=1)
-                    for table in _tables(dense, fit, inputs, settings)
-                ]
+            dense = _Dense.of(group, inputs, part, pairs, fits[0])
+            frames += [
+                pd.concat([names[part].reset_index(drop=True), table], axis=1)
+                for fit in fits
+                for table in _tables(dense, fit, inputs)
+            ]
     return pd.concat(frames, ignore_index=True)
 
 
@@ -268,11 +236,10 @@ class _Dense:
         inputs: TokenStore,
         part: slice,
         pairs: ClusterPairs | None,
-        fits: Mapping[int, RowFit],
+        fit: RowFit,
     ) -> "_Dense":
         weight, bias = group.weight[part].float(), group.bias[part]
         outputs = dense_outputs(weight, bias, inputs)
-        fit = next(iter(fits.values()))
         share = torch.tensor(fit.clusters.sizes).to(fit.sizes)[:, None] / inputs.n_tokens
         sizes = (share * fit.sizes.square()).sum(0)[None].sqrt()
         shape = judge_products(weight, bias, sizes)(0, shape_statistics(outputs))
@@ -283,14 +250,10 @@ class _Dense:
         return cls(part, weight, bias, outputs, sort_rows(outputs), shape, md)
 
 
-def _tables(
-    dense: _Dense, fit: RowFit, inputs: TokenStore, settings: RowSettings
-) -> Iterator[pd.DataFrame]:
+def _tables(dense: _Dense, fit: RowFit, inputs: TokenStore) -> Iterator[pd.DataFrame]:
     """Yield a frame a sparsity, one row a dense row."""
     shape = _cluster_columns(dense, fit)
-    for weight, realised, sparsity in zip(
-        fit.weight, fit.realised, settings.sparsities, strict=True
-    ):
+    for weight, realised, sparsity in zip(fit.weight, fit.realised, fit.sparsities, strict=True):
         change = weight[:, dense.part].float() - dense.weight
         errors = output_errors(change, inputs, fit.clusters)
         error = rmse(errors)
@@ -386,7 +349,9 @@ def solve_rows(
     NumericalError
         If a gram cannot be factorised; the message names the layers.
     """
-    pattern = _pattern(sparsities)
+    settings = ExpertSettings(
+        pruner=pruner, pattern=_pattern(sparsities), damping=damping, seed=seed
+    )
     solved: dict[str, SolvedRows] = {}
     groups: dict[int, list[Layer]] = {}
     for layer in layers:
@@ -399,17 +364,17 @@ def solve_rows(
         )
         shares = torch.cat([_shares(level, members, chosen) for level in sparsities])
         try:
-            result = prune(
+            found = prune_part(
                 dense.repeat(len(sparsities), 1),
-                grams[members[0].name].gram.to(dense.device),
-                method=pruner, sparsity=shares.to(dense.device), pattern=pattern,
-                damping=damping, seed=seed,
-            )  # fmt: skip
+                grams[members[0].name].gram[None].to(dense.device),
+                shares.to(dense.device),
+                settings,
+            )
         except NumericalError as error:
             names = ", ".join(layer.name for layer in members)
             raise NumericalError(f"{names}: {error}") from error
-        weight = result.weight.cpu().unflatten(0, (len(sparsities), -1))
-        zeros = result.realised_sparsity.cpu().unflatten(0, (len(sparsities), -1))
+        weight = found.weight[0].cpu().unflatten(0, (len(sparsities), -1))
+        zeros = found.realised[0].cpu().unflatten(0, (len(sparsities), -1))
         start = 0
         for layer, index in zip(members, chosen, strict=True):
             own = slice(start, start + len(index))

@@ -12,7 +12,7 @@ Callers name no device. What is tested against what is in `OPERATIONS`.
 
 from collections.abc import Callable
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from torch import Tensor
 
@@ -24,7 +24,7 @@ OPERATIONS: dict[str, list[Callable[..., object]]] = {}
 
 
 def dispatch(
-    version: Callable[..., Found], *, where: Callable[..., bool]
+    version: Callable[..., Any], *, where: Callable[..., bool]
 ) -> Callable[[Callable[P, Found]], Callable[P, Found]]:
     """Put a version before a plain function; the decorator nearest to it is asked last.
 
