@@ -6,7 +6,7 @@ machine that has twice as much to give.
 """
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import cache
 from numbers import Real
@@ -85,8 +85,7 @@ def memory_for(memory: object, module: "torch.nn.Module") -> int:
     asked = check_memory(memory)
     if asked is not None:
         return asked
-    devices = {parameter.device for parameter in module.parameters()}
-    gpus = [device for device in devices if device.type == "cuda"]
+    gpus = set(gpus_among(parameter.device for parameter in module.parameters()))
     free = min(map(free_on_gpu, gpus)) if gpus else free_ram()
     return max(LEAST_BYTES, free // SHARE)
 
@@ -94,6 +93,11 @@ def memory_for(memory: object, module: "torch.nn.Module") -> int:
 def by_device(device: "torch.device", *, cpu: int, gpu: int) -> int:
     """Return how much to work on at once: what a CPU's cache holds, or what keeps a GPU busy."""
     return cpu if device.type == "cpu" else gpu
+
+
+def gpus_among(devices: "Iterable[torch.device]") -> "list[torch.device]":
+    """Return the NVIDIA GPUs among devices."""
+    return [device for device in devices if device.type == "cuda"]
 
 
 def free_on_gpu(device: "torch.device") -> int:

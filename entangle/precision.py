@@ -101,13 +101,13 @@ def accumulator_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def exact_in_half(values: torch.Tensor) -> bool:
+def exact_in_half(dtype: torch.dtype, device: torch.device) -> bool:
     """Tell whether 16-bit factors of a product are multiplied as they are.
 
     A product of two 16-bit numbers is a float32 number, and an NVIDIA GPU sums such products in
     float32: the result is that of float32 factors, many times as fast.
     """
-    return values.is_cuda and values.dtype in (torch.float16, torch.bfloat16)
+    return device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
 
 
 def has_tf32(values: torch.Tensor) -> bool:

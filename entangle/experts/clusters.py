@@ -37,7 +37,9 @@ from torch import Tensor
 
 from entangle.errors import InvalidInput
 from entangle.kernels import lloyd
-from entangle.precision import accumulator_dtype, full_precision, tensor_cores
+from entangle.kernels.dispatch import dispatch, on_cpu, on_gpu
+from entangle.memory import by_device
+from entangle.precision import accumulator_dtype, exact_in_half, full_precision, tensor_cores
 from entangle.seeding import numpy_rng, torch_rng
 from entangle.stats.gram import Gram, require_finite
 
@@ -89,6 +91,18 @@ def seeds(
     return None if float(lowest) == 0.0 else torch.stack(chosen, 1)
 
 
+def _iterate_at_once(
+    points: Tensor, centroids: Tensor, step: Step, _cluster_sums: ClusterSums, *,
+    squares: Tensor, enough: float, most: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Iterate points of few dimensions by one kernel."""
+    found = lloyd.Restarts.of(centroids)
+    limits = torch.cat([squares[None], squares.new_tensor([enough, -torch.inf])])
+    _run(found, partial(lloyd.iterate, points, limits=limits), step, most=most)
+    return found.centroids, found.inertias, found.iterations.long()
+
+
+@dispatch(_iterate_at_once, where=lloyd.fits)
 def iterate(
     points: Float32[Tensor, "tokens dims"],
     centroids: Float32[Tensor, "restarts k dims"],
@@ -133,17 +147,7 @@ def iterate(
     tuple
         Centroids, inertias and iterations of the restarts.
     """
-    count, device = centroids.shape[0], points.device
-    found = lloyd.Restarts(
-        centroids.contiguous(),
-        torch.full((count,), torch.inf, dtype=torch.float64, device=device),
-        torch.zeros(count, dtype=torch.int32, device=device),
-        torch.ones(count, dtype=torch.int32, device=device),
-    )
-    if lloyd.fits(points, centroids.shape[1]):
-        limits = torch.cat([squares[None], squares.new_tensor([enough, -torch.inf])])
-        _run(found, partial(lloyd.iterate, points, limits=limits), step, most=most)
-        return found.centroids, found.inertias, found.iterations.long()
+    found = lloyd.Restarts.of(centroids)
     limits = torch.cat([squares[None], squares.new_tensor([enough, _SETTLED])])
     first = max(1, most - _LAST)
     rough = _rough(points, centroids, cluster_sums, limits)
@@ -159,14 +163,21 @@ def iterate(
     return found.centroids, found.inertias, before.long()
 
 
-def _rough(points: Tensor, centroids: Tensor, cluster_sums: ClusterSums, limits: Tensor) -> Advance:
-    """Choose what iterates the restarts at first: one that takes them, ``times`` and ``most``."""
-    if not lloyd.fits_halves(points, *centroids.shape[:2]):
-        return partial(_by_products, points, cluster_sums, tensor_cores, limits=limits)
+def _by_halves(
+    points: Tensor, _centroids: Tensor, _cluster_sums: ClusterSums, limits: Tensor
+) -> Advance:
     halves = lloyd.halves(points)
     squares = torch.linalg.vector_norm(halves, dtype=torch.float64).square()
     limits = torch.cat([squares[None], limits[1:]])
     return partial(lloyd.iterate_halves, halves, limits=limits, tokens=points.shape[0])
+
+
+@dispatch(_by_halves, where=lloyd.fits_halves)
+def _rough(
+    points: Tensor, _centroids: Tensor, cluster_sums: ClusterSums, limits: Tensor
+) -> Advance:
+    """Choose what iterates the restarts at first: one that takes them, ``times`` and ``most``."""
+    return partial(_by_products, points, cluster_sums, tensor_cores, limits=limits)
 
 
 def _run(
@@ -294,13 +305,19 @@ def kmeans(points: Float32[Tensor, "tokens dims"], k: int, *, restarts: int, see
     )
 
 
+def _one_by_one(points: Tensor, k: int, restarts: int, seed: int) -> Tensor:
+    return torch.stack([_plus_plus(points, k, seed, restart) for restart in range(restarts)])
+
+
+def _side_by_side(points: Tensor, k: int, restarts: int, seed: int) -> Tensor:
+    found = seeds(points, k, restarts=restarts, seed=seed)
+    return _one_by_one(points, k, restarts, seed) if found is None else found
+
+
+@dispatch(_side_by_side, where=on_gpu)
 def _seeds(points: Tensor, k: int, restarts: int, seed: int) -> Tensor:
     """Seed all restarts, (restarts, k, dims)."""
-    if points.device.type == "cuda":
-        found = seeds(points, k, restarts=restarts, seed=seed)
-        if found is not None:
-            return found
-    return torch.stack([_plus_plus(points, k, seed, restart) for restart in range(restarts)])
+    return _one_by_one(points, k, restarts, seed)
 
 
 def _plus_plus(points: Tensor, k: int, seed: int, restart: int) -> Tensor:
@@ -346,17 +363,25 @@ def _squared_distances(points: Tensor, centres: Tensor) -> Tensor:
     return distances
 
 
+def _limits(points: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the points' summed squares, and the squared move that is no longer one."""
+    squares = points.square().sum(dtype=accumulator_dtype(points.device))
+    return squares, TOLERANCE * points.var(0, correction=0).mean()
+
+
+def _seldom_waited_for(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    squares, enough = _limits(points)
+    return iterate(
+        points, centroids, lambda before: _step(points, before, squares)[:2], _cluster_sums,
+        squares=squares, enough=float(enough), most=MAX_ITERATIONS,
+    )  # fmt: skip
+
+
+@dispatch(_seldom_waited_for, where=on_gpu)
 def _lloyd(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Iterate all restarts, (restarts, k, dims), until each stands still."""
-    wide = accumulator_dtype(points.device)
-    restarts = centroids.shape[0]
-    squares = points.square().sum(dtype=wide)
-    enough = TOLERANCE * points.var(0, correction=0).mean()
-    if points.device.type == "cuda":
-        return iterate(
-            points, centroids, lambda before: _step(points, before, squares)[:2], _cluster_sums,
-            squares=squares, enough=float(enough), most=MAX_ITERATIONS,
-        )  # fmt: skip
+    wide, restarts = accumulator_dtype(points.device), centroids.shape[0]
+    squares, enough = _limits(points)
     inertias = torch.zeros(restarts, dtype=wide, device=points.device)
     iterations = torch.zeros(restarts, dtype=torch.int64, device=points.device)
     active = torch.arange(restarts, device=points.device)
@@ -390,15 +415,18 @@ def _cluster_sums(
     sums = torch.zeros(centroids.shape, dtype=wide, device=points.device)
     counts = torch.zeros(shape, dtype=wide, device=points.device)
     for block, scores in _scored(points, centroids, product):
-        if lloyd.can_mark(scores):
-            member, here = scores, lloyd.mark_members(scores)
-        else:
-            member = torch.zeros_like(scores).scatter_(2, scores.argmin(2, keepdim=True), 1.0)
-            here = member.sum(0)
+        member, here = _members(scores)
         counts += here
         with product():
             sums += (member.flatten(1).mT @ block).view_as(sums)
     return sums, counts
+
+
+@dispatch(lambda scores: (scores, lloyd.mark_members(scores)), where=lloyd.can_mark)
+def _members(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Return 1 at the lowest score of each k, and their sums; may overwrite the scores."""
+    member = torch.zeros_like(scores).scatter_(2, scores.argmin(2, keepdim=True), 1.0)
+    return member, member.sum(0)
 
 
 def _scored(
@@ -407,7 +435,7 @@ def _scored(
     """Yield blocks of points with ``‖c‖² − 2 x·c``, (tokens, restarts, k): lowest is nearest."""
     flat = centroids.flatten(0, 1)
     norms = flat.square().sum(1)
-    at_once = _BLOCK_SCORES if points.device.type == "cpu" else _BLOCK_SCORES_GPU
+    at_once = by_device(points.device, cpu=_BLOCK_SCORES, gpu=_BLOCK_SCORES_GPU)
     for block in points.split(max(1, at_once // flat.shape[0])):
         with product():
             scores = torch.addmm(norms, block, flat.mT, alpha=-2.0)
@@ -556,7 +584,7 @@ class Pca:
         numbers: the products are exact and summed in float32.
         """
         with full_precision():
-            if not (x.is_cuda and x.dtype == torch.bfloat16):
+            if not (exact_in_half(x.dtype, x.device) and x.dtype == torch.bfloat16):
                 return (x.float() - self.mean) @ self.components.mT
             products = torch.mm(x, self._pieces.flatten(0, 1).mT, out_dtype=torch.float32)
             return products.view(x.shape[0], 3, -1).sum(1) - self.components @ self.mean
@@ -615,17 +643,29 @@ def _centred_(products: Float[Tensor, "n n"], mean: Float[Tensor, " n"]) -> Tens
     return products
 
 
+def _by_lapack(covariance: Tensor, n_components: int) -> tuple[Tensor, Tensor]:
+    """Find a few of many on the CPU, which is faster than all."""
+    size = covariance.shape[0]
+    wanted = (size - n_components, size - 1)
+    found = scipy.linalg.eigh(covariance.numpy(), subset_by_index=wanted, driver="evr")
+    values, vectors = (torch.from_numpy(array) for array in found)
+    return values, vectors
+
+
+@dispatch(_by_lapack, where=on_cpu)
+def _rising(covariance: Tensor, n_components: int) -> tuple[Tensor, Tensor]:
+    """Return rising eigenvalues with their unit vectors as columns, the largest among them."""
+    large = covariance.shape[0] > _ALL_AT_ONCE
+    pairs = leading_pairs(covariance, n_components) if large else None
+    if pairs is not None:
+        return pairs[0].flip(0), pairs[1].flip(1)
+    values, vectors = torch.linalg.eigh(covariance)
+    return values, vectors
+
+
 def _leading(covariance: Tensor, n_components: int) -> tuple[Tensor, Tensor]:
     """Return the largest eigenvalues and their signed unit vectors as rows."""
-    size = covariance.shape[0]
-    if covariance.device.type == "cpu":  # LAPACK finds a few of many faster than all
-        wanted = (size - n_components, size - 1)
-        found = scipy.linalg.eigh(covariance.numpy(), subset_by_index=wanted, driver="evr")
-        values, vectors = (torch.from_numpy(array) for array in found)
-    else:
-        pairs = leading_pairs(covariance, n_components) if size > _ALL_AT_ONCE else None
-        values, vectors = pairs or torch.linalg.eigh(covariance)
-        values, vectors = (values.flip(0), vectors.flip(1)) if pairs else (values, vectors)
+    values, vectors = _rising(covariance, n_components)
     values = values.flip(0)[:n_components].clamp_min(0.0)
     rows = vectors.mT.flip(0)[:n_components]
     peak = rows.gather(1, rows.abs().argmax(1, keepdim=True))

@@ -34,7 +34,8 @@ from torch import Tensor
 from entangle.checks import choice, whole
 from entangle.errors import InvalidInput
 from entangle.experts.clusters import Pca, fit_pca, kmeans
-from entangle.precision import accumulator_dtype, full_precision
+from entangle.memory import by_device
+from entangle.precision import accumulator_dtype, exact_in_half, full_precision
 from entangle.seeding import check_seed, numpy_rng
 from entangle.stats.gram import require_finite
 
@@ -43,6 +44,7 @@ BLOCK_BYTES = 2**26
 BLOCK_TOKENS = 2**15
 """Most tokens of a block, but on a GPU: a block of few features would hold a whole text."""
 _BLOCK_BYTES_GPU = 2**28
+_CPU = torch.device("cpu")
 
 
 def fixed_blocks(
@@ -70,12 +72,13 @@ def fixed_blocks(
     for chunk in stream:
         features = _width(chunk, features)
         target = torch.device(device or chunk.device)
-        size = rows_per_block(features, on_gpu=target.type == "cuda")
+        size = rows_per_block(features, device=target)
         rest = chunk
         while rest.shape[0]:
             empty = False
             piece, rest = rest[: size - held], rest[size - held :]
-            pending.append(piece.detach().to(target, _dtype(chunk, target)))
+            as_is = exact_in_half(chunk.dtype, target)
+            pending.append(piece.detach().to(target, chunk.dtype if as_is else torch.float32))
             held += piece.shape[0]
             if held == size:
                 whole, pending, held = torch.cat(pending), [], 0
@@ -88,16 +91,11 @@ def fixed_blocks(
         yield torch.cat(pending)
 
 
-def rows_per_block(features: int, *, item_bytes: int = 4, on_gpu: bool = False) -> int:
+def rows_per_block(features: int, *, item_bytes: int = 4, device: torch.device = _CPU) -> int:
     """Return how many tokens of this width fit in a block, at least one."""
-    size = _BLOCK_BYTES_GPU if on_gpu else BLOCK_BYTES
+    size = by_device(device, cpu=BLOCK_BYTES, gpu=_BLOCK_BYTES_GPU)
     rows = max(1, size // (item_bytes * max(features, 1)))
-    return rows if on_gpu else min(rows, BLOCK_TOKENS)
-
-
-def _dtype(chunk: Tensor, device: torch.device) -> torch.dtype:
-    half = chunk.dtype in (torch.float16, torch.bfloat16)
-    return chunk.dtype if half and device.type == "cuda" else torch.float32
+    return min(rows, by_device(device, cpu=BLOCK_TOKENS, gpu=rows))
 
 
 def _width(chunk: Tensor, expected: int | None) -> int:
@@ -386,11 +384,10 @@ def fit_router_and_labels(
     tuple
         The router, and the cluster of every token in the order of the stream, on the device of the
         fit. They are those of ``router.route``, except where two centroids are equally far to
-        float32's rounding. None where the fit saw only some of the tokens, for a control, and
-        where the fit did not run on a GPU: route the tokens then.
+        float32's rounding. None where the fit saw only some of the tokens, and for a control: route
+        the tokens then.
     """
-    router, labels = _fit(stream, k, seed, kind, None, restarts, _MAX_TOKENS, device)
-    return router, labels if labels is not None and labels.is_cuda else None
+    return _fit(stream, k, seed, kind, None, restarts, _MAX_TOKENS, device)
 
 
 def _fit(

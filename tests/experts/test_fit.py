@@ -181,10 +181,11 @@ def test_bad_parameters(arguments: dict[str, object], message: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_on_the_cpu_the_tokens_are_left_to_be_routed(kind: Kind) -> None:
+def test_controls_leave_the_tokens_to_be_routed(kind: Kind) -> None:
     x, k = tokens(), 1 if kind == "single" else 6
     router, labels = fit_router_and_labels([x], k, seed=1, kind=kind, restarts=2, device="cpu")
-    assert labels is None
+    assert (labels is None) == (kind != "kmeans")
+    assert labels is None or torch.equal(labels, router.route(x))
     assert same_bytes(router, fit_router([x], k, seed=1, kind=kind, restarts=2))
 
 
