@@ -248,9 +248,7 @@ class OutputSketch:
     @dispatch(_add_at_once, where=lambda _sketch, outputs, _group: kernels.fits(outputs, N_BINS))
     def _add(self, outputs: Tensor, group: int) -> None:
         """Add outputs, a block of neurons after the other."""
-        values = by_device(outputs.device, cpu=2**18, gpu=2**26)  # on the CPU of a cache's size
-        columns = max(4, values // outputs.shape[0] // 4 * 4)
-        for part in row_parts(self.n_neurons, columns):
+        for part in row_parts(self.n_neurons, _block_columns(outputs)):
             self._update_block(outputs, part, group)
 
     def _update_block(self, outputs: Tensor, part: slice, group: int) -> None:
@@ -402,6 +400,12 @@ def _occupied(counts: Tensor) -> tuple[Tensor, Tensor]:
     used = (counts > 0).byte()
     last = counts.shape[1] - 1 - used.flip(1).argmax(1, keepdim=True)
     return used.argmax(1, keepdim=True), last
+
+
+def _block_columns(outputs: Tensor) -> int:
+    """Choose how many neurons to treat at once: a cache-sized block on the CPU."""
+    values = by_device(outputs.device, cpu=2**18, gpu=2**26)
+    return max(4, values // outputs.shape[0] // 4 * 4)
 
 
 def place_bins(
