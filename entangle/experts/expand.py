@@ -19,16 +19,20 @@ from torch import Tensor, nn
 from entangle.errors import InvalidInput, MemoryLimit
 from entangle.evaluation import EvaluationText, Perplexity, as_evaluation
 from entangle.evaluation.perplexity import windows_by_default
-from entangle.experts.build import ExpandedLayer, HiddenStates, Plan, build_blocks, structural_copy
-from entangle.experts.checkpoint import BuildFolder, distinct_routers, refuse_saving
-from entangle.experts.linear import (
+from entangle.experts.build import (
     Allocated,
+    ExpandedLayer,
+    HiddenStates,
+    Plan,
+    build_blocks,
     check_shared,
     describe_allocation,
     planned_experts,
     planned_pattern,
     planned_sparsity,
+    structural_copy,
 )
+from entangle.experts.checkpoint import KIND, BuildFolder, distinct_routers, refuse_saving
 from entangle.experts.router import Kind
 from entangle.experts.solver import ExpertSettings, Sparsity, check_solvable
 from entangle.memory import check_memory, memory_for
@@ -145,7 +149,6 @@ def model_costs(module: nn.Module, rows: Iterable[Mapping[str, object]]) -> dict
     }
 
 
-KIND = "expansion"
 _PROBE = 4  # tokens that show which layers read one input
 _SHOWN = (
     "layer", "experts", "sparsity", "relative_error", "smallest_cluster", "largest_cluster",

@@ -1,24 +1,19 @@
 """The router: a fixed function from a token to the expert it goes to.
 
-Reads a stream of tokens in blocks whose size does not depend on how the stream was chunked.
+It is fitted on a stream of tokens that is never held at full width: principal components, then
+k-means on the projected tokens (Sparse Expansion, arXiv 2405.15756, algorithm A1).
 
-Random clusters that are a function of the token: a keyed hash of its float32 bits.
-
-The control must give each token a cluster that says nothing about where the token lies, and the
-same vector the same cluster every time. A random projection or a hyperplane code would keep
-neighbours together; a draw per token would not be repeatable. A hash does both: one flipped bit of
-one feature gives an unrelated cluster. Clusters are equally likely, so their sizes over distinct
-tokens are binomial, n/k with a standard deviation of √(n/k · (1 − 1/k)).
+The control of random clusters must give each token a cluster that says nothing about where the
+token lies, and the same vector the same cluster every time. A random projection or a hyperplane
+code would keep neighbours together; a draw per token would not be repeatable. A keyed hash of the
+token's float32 bits does both: one flipped bit of one feature gives an unrelated cluster. Clusters
+are equally likely, so their sizes over distinct tokens are binomial, n/k with a standard deviation
+of √(n/k · (1 − 1/k)).
 
 Its weakness: it sees bits, not values. A token computed again in another batch shape, dtype or
 machine usually differs in its last bits and then goes to another cluster, so the experts' own
 calibration tokens reach them again only where the activations are reproduced exactly. And tokens
 that are the same vector (the first token of every sequence) stay together.
-
-Fits a router on a stream of tokens without ever holding them at full width.
-
-Sparse Expansion (arXiv 2405.15756, algorithm A1): principal components of the calibration tokens,
-then k-means on the projected tokens.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -33,7 +28,8 @@ from torch import Tensor
 
 from entangle.checks import choice, whole
 from entangle.errors import InvalidInput
-from entangle.experts.clusters import Pca, fit_pca, kmeans
+from entangle.experts.clusters import kmeans
+from entangle.experts.pca import Pca, fit_pca
 from entangle.memory import by_device
 from entangle.precision import accumulator_dtype, exact_in_half, full_precision
 from entangle.seeding import check_seed, numpy_rng

@@ -210,9 +210,11 @@ def solve_clusters(
     for clusters, gram in shrunk_grams(grams, rows=beside):
         for start in range(0, len(weight), size):
             rows = slice(start, start + size)
-            several = isinstance(sparsity, Tensor) and sparsity.ndim > 0
+            share = sparsity
+            if isinstance(sparsity, Tensor) and sparsity.ndim:
+                share = sparsity[..., rows]
             part = prune_part(
-                weight[rows], gram, sparsity[..., rows] if several else sparsity, settings,
+                weight[rows], gram, share, settings,
                 experts=len(gram), first=clusters.start if numbered else 0,
             )  # fmt: skip
             yield clusters, rows, part

@@ -90,6 +90,7 @@ def iterate(
     parts = max(1, min(_BLOCKS // count, -(-tokens // _THREADS)))
     sums = points.new_empty(parts, count, k, dims)
     counts = torch.empty(parts, count, k, dtype=torch.int32, device=points.device)
+    first: list[Tensor | int]
     first = [points, restarts.centroids, restarts.active, sums, counts, tokens, dims, k]
     then = [sums, counts, limits, restarts.centroids, restarts.inertias, restarts.iterations]
     for _ in range(times):

@@ -20,8 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from entangle.checks import different, share, whole, wholes
 from entangle.errors import InvalidInput, NumericalError
 from entangle.experts.router import Kind
-from entangle.experts.row_measures import output_errors
-from entangle.experts.rows import RowFit, RowGroup, fit_group, measure_group
+from entangle.experts.rows import RowFit, RowGroup, fit_group, measure_group, output_errors
 from entangle.experts.solver import ExpertSettings
 from entangle.memory import check_memory, memory_for, work_bytes
 from entangle.models.blocks import evaluates

@@ -14,10 +14,9 @@ from transformers.pytorch_utils import Conv1D
 from entangle.errors import InvalidInput
 from entangle.experts import checkpoint
 from entangle.experts.build import ExpandedLayer
-from entangle.experts.checkpoint import block_file, install, read_block, write_block
+from entangle.experts.checkpoint import block_file, install, load_expanded, read_block, write_block
 from entangle.experts.expand import expand
 from entangle.experts.linear import ExpandedLinear, SharedRouting
-from entangle.experts.loading import load_expanded
 from entangle.experts.router import fit_router
 from entangle.models.layers import Layer, find_layers
 from entangle.models.loading import LanguageModel

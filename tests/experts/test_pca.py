@@ -4,7 +4,7 @@ import torch
 from sklearn.decomposition import PCA
 from torch import Tensor
 
-from entangle.experts.clusters import fit_pca
+from entangle.experts.pca import fit_pca
 
 
 def correlated(count: int, features: int) -> Tensor:
@@ -18,7 +18,7 @@ def correlated(count: int, features: int) -> Tensor:
 def test_equals_scikit_learn_also_far_from_the_origin(
     far: float, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("entangle.experts.clusters._ROWS", rows)
+    monkeypatch.setattr("entangle.experts.pca._ROWS", rows)
     tokens = correlated(400, 12) + far
     oracle = PCA(5, svd_solver="full").fit(tokens.double().numpy())
     pca = fit_pca(tokens.split(150), 5)

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from entangle.errors import EntangleError, InvalidInput, NumericalError, UnknownName
 from entangle.experts.expand import expand
-from entangle.experts.linear import ExpandedLinear
+from entangle.experts.linear import ExpandedLinear, installed
 from entangle.experts.routed_rows import RoutedRows, fit_rows
-from entangle.experts.rows import installed
 from entangle.models.layers import Layer, find_layers
 from entangle.models.loading import LanguageModel, as_language_model
 from entangle.pruning import prune

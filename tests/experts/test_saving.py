@@ -7,9 +7,8 @@ import torch
 
 from entangle.errors import InvalidInput
 from entangle.experts.build import structural_copy
-from entangle.experts.checkpoint import refuse_saving
+from entangle.experts.checkpoint import load_expanded, refuse_saving
 from entangle.experts.expand import expand
-from entangle.experts.loading import load_expanded
 from entangle.models.loading import LanguageModel
 from entangle.texts.calibration_set import CalibrationSet
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from entangle.experts.clusters import LARGEST_RESIDUAL, _orthonormal, leading_pairs
+from entangle.experts.pca import LARGEST_RESIDUAL, _orthonormal, leading_pairs
 from entangle.seeding import torch_rng
 
 
