@@ -22,11 +22,8 @@ from entangle.errors import InvalidInput, NumericalError, unknown_name
 from entangle.experts.build import HiddenStates, check_own_modules, record_inputs
 from entangle.experts.linear import Packed, RowExperts, SharedRouting, pack, unpack
 from entangle.experts.router import Kind, Router
-from entangle.experts.rows import RowGroup, fit_group, measure_group
-from entangle.experts.solver import (
-    ExpertSettings,
-    prune_part,
-)
+from entangle.experts.rows import RowGroup, fit_group, measure_group, with_ri
+from entangle.experts.solver import ExpertSettings, prune_part
 from entangle.memory import check_memory, memory_for, work_bytes
 from entangle.models.blocks import BlockRunner, evaluates
 from entangle.models.layers import LISTING, Layer, find_layers, list_layers
@@ -92,12 +89,6 @@ class RoutedRows:
     layers: Mapping[str, FittedRows] = field(repr=False)
     """The solved rows by the layer's name."""
 
-    @property
-    def realised_sparsity(self) -> pd.Series:
-        """Mean share of zeros by layer, number of experts and (asked) sparsity."""
-        by_arm = self.neurons.groupby(["layer", "experts", "sparsity"], sort=False)
-        return by_arm["realised_sparsity"].mean()
-
     def router(self, layer: str, k: int) -> Router:
         """Return the router with k clusters of a layer's inputs."""
         routers = self._layer(layer).routers
@@ -142,11 +133,7 @@ class RoutedRows:
         return whole[:, [place[row] for row in wanted.tolist()]]
 
     def modules(
-        self,
-        model: AnyModel,
-        selection: Mapping[str, RowIndices],
-        k: int,
-        sparsity: float,
+        self, model: AnyModel, selection: Mapping[str, RowIndices], k: int, sparsity: float
     ) -> dict[str, RowExperts]:
         """Make the modules that take the place of the selected layers.
 
@@ -307,7 +294,7 @@ def fit_rows(
             dense.module, calibration, chosen, sweep, memory_for(memory, dense.module), bar
         )
     order = {layer.name: i for i, (layer, _) in enumerate(chosen)}
-    neurons = _with_ri(pd.concat([table for table, _ in parts], ignore_index=True))
+    neurons = with_ri(pd.concat([table for table, _ in parts], ignore_index=True))
     neurons = neurons.sort_values(
         ["layer", "neuron"], key=lambda c: c.map(order) if c.name == "layer" else c, kind="stable"
     ).reset_index(drop=True)
@@ -381,17 +368,6 @@ def _fit_one(
         fitted[layer.name] = FittedRows(index.cpu(), layer.in_features, routers, packed)
         start = own.stop
     return table, fitted
-
-
-def _with_ri(neurons: pd.DataFrame) -> pd.DataFrame:
-    """Fill in the relative improvement."""
-    key = ["layer", "neuron", "sparsity"]
-    single = neurons.loc[neurons["experts"] == 1].set_index(key)["rmse"]
-    before = single.reindex(pd.MultiIndex.from_frame(neurons[key])).to_numpy()
-    after = neurons["rmse"].to_numpy()
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ri = np.where(neurons["experts"] == 1, 1.0, before / after)
-    return neurons.assign(ri=ri)
 
 
 Rows = Mapping[str, NDArray[np.int64]]

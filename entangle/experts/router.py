@@ -359,7 +359,10 @@ def fit_router(
     NumericalError
         If a token holds NaN or infinity.
     """
-    return _fit(stream, k, seed, kind, n_components, restarts, max_tokens, device)[0]
+    return fit_router_and_labels(
+        stream, k, seed=seed, kind=kind, n_components=n_components, restarts=restarts,
+        max_tokens=max_tokens, device=device,
+    )[0]  # fmt: skip
 
 
 def fit_router_and_labels(
@@ -368,7 +371,9 @@ def fit_router_and_labels(
     *,
     seed: int,
     kind: Kind = "kmeans",
+    n_components: int | None = None,
     restarts: int = 10,
+    max_tokens: int = _MAX_TOKENS,
     device: torch.device | str | None = None,
 ) -> tuple[Router, Int64[Tensor, " tokens"] | None]:
     """Fit a router as `fit_router` does, and keep the clusters of the tokens it was fitted on.
@@ -383,20 +388,6 @@ def fit_router_and_labels(
         float32's rounding. None where the fit saw only some of the tokens, and for a control: route
         the tokens then.
     """
-    return _fit(stream, k, seed, kind, None, restarts, _MAX_TOKENS, device)
-
-
-def _fit(
-    stream: Iterable[Tensor],
-    k: int,
-    seed: int,
-    kind: Kind,
-    n_components: int | None,
-    restarts: int,
-    max_tokens: int,
-    device: torch.device | str | None,
-) -> tuple[Router, Tensor | None]:
-    """Check what was asked for; fit, and give the clusters of all tokens where they are known."""
     k, restarts = whole("k", k, least=1), whole("restarts", restarts, least=1)
     if n_components is not None:
         n_components = whole("n_components", n_components, least=1)

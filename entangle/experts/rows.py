@@ -16,12 +16,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from entangle.experts.router import Router
-from entangle.experts.solver import (
-    ExpertSettings,
-    cluster_grams,
-    count_shrunk,
-    solve_clusters,
-)
+from entangle.experts.solver import ExpertSettings, cluster_grams, count_shrunk, solve_clusters
 from entangle.models.layers import Layer
 from entangle.precision import accumulator_dtype, full_precision
 from entangle.recording.stream import TokenStore
@@ -379,12 +374,7 @@ def _solve(
 
 
 def measure_group(
-    group: RowGroup,
-    inputs: TokenStore,
-    fits: Sequence[RowFit],
-    *,
-    seed: int,
-    memory: int,
+    group: RowGroup, inputs: TokenStore, fits: Sequence[RowFit], *, seed: int, memory: int
 ) -> pd.DataFrame:
     """Measure all rows, one frame row a (row, k, sparsity); columns as in `RoutedRows.neurons`.
 
@@ -487,3 +477,14 @@ def _cluster_columns(dense: _Dense, fit: RowFit) -> dict[str, np.ndarray]:
 def _numpy(values: Tensor) -> np.ndarray:
     array: np.ndarray = values.cpu().numpy()
     return array
+
+
+def with_ri(neurons: pd.DataFrame) -> pd.DataFrame:
+    """Fill in the relative improvement; see `entangle.experts.routed_rows.RoutedRows.neurons`."""
+    key = ["layer", "neuron", "sparsity"]
+    single = neurons.loc[neurons["experts"] == 1].set_index(key)["rmse"]
+    before = single.reindex(pd.MultiIndex.from_frame(neurons[key])).to_numpy()
+    after = neurons["rmse"].to_numpy()
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ri = np.where(neurons["experts"] == 1, 1.0, before / after)
+    return neurons.assign(ri=ri)

@@ -10,7 +10,6 @@ expansion lie on a GPU, the tokens of a cluster can be gathered from them, so th
 a few clusters are held, until the experts of all layers are solved with them (`solve_in_parts`).
 """
 
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -22,7 +21,7 @@ from entangle.checks import choice, finite, whole
 from entangle.errors import InvalidInput
 from entangle.experts.router import KINDS, Kind, Router, fit_router_and_labels
 from entangle.kernels.dispatch import dispatch, on_cpu
-from entangle.memory import by_device, free_on_gpu
+from entangle.memory import by_device, free_on_gpu, in_fitting_parts
 from entangle.models.layers import Layer
 from entangle.precision import full_precision
 from entangle.pruning import METHODS
@@ -362,8 +361,6 @@ def _quadratic(rows: Tensor, gram: Tensor) -> Tensor:
         return quadratic(rows, gram.to(rows.dtype)).sum(1, dtype=torch.float64)
 
 
-_LOG = logging.getLogger(__name__)
-
 _BATCH = 2**13
 _WORK_BYTES_AT_ONCE = 2**30
 _WORK_SHARE = 1 / 3
@@ -437,6 +434,7 @@ def solve_in_parts(
     settings: ExpertSettings,
     *,
     k: int,
+    size: int | None = None,
 ) -> list[Experts]:
     """Prune the dense weights of layers with one input once for every cluster.
 
@@ -456,14 +454,28 @@ def solve_in_parts(
         Pruner, pattern and the like.
     k
         Number of clusters.
+    size
+        Clusters at a time; None for as many as seem to fit.
 
     Raises
     ------
     torch.OutOfMemoryError
         If memory runs out with one cluster. With more, half as many are tried.
     """
-    size = _clusters_at_once(layers, store.n_bytes, settings, k)
-    return _solve_in_parts(layers, store, labels, sparsity, settings, k=k, size=size)
+    group = _Group(layers, ClusterTokens(store, labels, k), sparsity, settings)
+    weights = [layer.weight.new_empty(k, *layer.weight.shape) for layer in layers]
+    found = in_fitting_parts(
+        k,
+        size or _clusters_at_once(layers, store.n_bytes, settings, k),
+        lambda some: group.solve(some, [weight[some.start : some.stop] for weight in weights]),
+        told="solving",
+    )
+    shrunk = sum(missing > 0 for missing in group.missing)
+    by_layer = zip(zip(*found, strict=True), group.energies, weights, strict=True)
+    return [
+        join_parts(parts, energy=energy, tokens=group.tokens.count, shrunk=shrunk, weight=weight)
+        for parts, energy, weight in by_layer
+    ]
 
 
 def _clusters_at_once(
@@ -565,48 +577,3 @@ class _Group:
             return None
         grams = check_gram(grams, weights[0].expand(len(grams), -1, -1), grams.dtype)
         return inverse_factor(grams, damping=self._settings.damping, first=first)
-
-
-def _solve_in_parts(
-    layers: Sequence[Layer],
-    store: TokenStore,
-    labels: Tensor,
-    sparsity: Sequence[Sparsity],
-    settings: ExpertSettings,
-    *,
-    k: int,
-    size: int,
-) -> list[Experts]:
-    """Solve ``size`` clusters at a time, or fewer and fewer where a GPU's memory runs out."""
-    group = _Group(layers, ClusterTokens(store, labels, k), sparsity, settings)
-    weights = [layer.weight.new_empty(k, *layer.weight.shape) for layer in layers]
-    found: list[list[tuple[PrunedPart, Tensor]]] = []
-    start = 0
-    while start < k:
-        clusters = range(start, min(start + size, k))
-        solved = _try(group, clusters, [weight[start : clusters.stop] for weight in weights])
-        if solved is None:
-            size = (len(clusters) + 1) // 2
-            _LOG.warning("GPU memory ran out: solving %d of %d experts at a time", size, k)
-            torch.cuda.empty_cache()
-            continue
-        found.append(solved)
-        start = clusters.stop
-    shrunk = sum(missing > 0 for missing in group.missing)
-    by_layer = zip(zip(*found, strict=True), group.energies, weights, strict=True)
-    return [
-        join_parts(parts, energy=energy, tokens=group.tokens.count, shrunk=shrunk, weight=weight)
-        for parts, energy, weight in by_layer
-    ]
-
-
-def _try(
-    group: _Group, clusters: range, into: Sequence[Tensor]
-) -> list[tuple[PrunedPart, Tensor]] | None:
-    """Solve a part; None if memory runs out with more than one cluster."""
-    try:
-        return group.solve(clusters, into)
-    except torch.OutOfMemoryError:
-        if len(clusters) == 1:
-            raise
-        return None

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from entangle.checks import different, share, whole, wholes
 from entangle.errors import InvalidInput, NumericalError
 from entangle.experts.router import Kind
-from entangle.experts.rows import RowFit, RowGroup, fit_group, measure_group, output_errors
+from entangle.experts.rows import RowFit, RowGroup, fit_group, measure_group, output_errors, with_ri
 from entangle.experts.solver import ExpertSettings
 from entangle.memory import check_memory, memory_for, work_bytes
 from entangle.models.blocks import evaluates
@@ -440,12 +440,7 @@ def _with_ri(neurons: pd.DataFrame, layers: Sequence[str], experts: Sequence[int
         key=lambda column: column.map(place[column.name]) if column.name in place else column,
         ignore_index=True,
     )
-    key = ["layer", "neuron"]
-    single = neurons.loc[neurons["experts"] == 1].set_index(key)["rmse"]
-    before = single.reindex(pd.MultiIndex.from_frame(neurons[key])).to_numpy()
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ri = np.where(neurons["experts"] == 1, 1.0, before / neurons["rmse"].to_numpy())
-    return neurons.assign(ri=ri)
+    return with_ri(neurons)
 
 
 def _check_fit(

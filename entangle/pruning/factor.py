@@ -23,9 +23,7 @@ _PANEL = 512
 _SLAB = 2048
 
 
-def factorise_(
-    gram: Float[Tensor, "experts cols cols"],
-) -> Bool[Tensor, " experts"]:
+def factorise_(gram: Float[Tensor, "experts cols cols"]) -> Bool[Tensor, " experts"]:
     """Overwrite positive definite matrices by ``U``, upper triangular, ``inv(H) = U^T U``.
 
     Returns
@@ -168,9 +166,7 @@ def _raised(gram: Float[Tensor, "experts cols cols"]) -> Float[Tensor, "experts 
 
 
 def _escalate(
-    gram: Float[Tensor, "experts cols cols"],
-    used: Float[Tensor, " experts"],
-    first: int,
+    gram: Float[Tensor, "experts cols cols"], used: Float[Tensor, " experts"], first: int
 ) -> Float[Tensor, "experts cols cols"]:
     """Factorise the damped grams, and raise the damping in `used` where it takes more."""
     diagonal = gram.diagonal(dim1=-2, dim2=-1)

@@ -4,7 +4,6 @@ The masks and updates of one block of columns after another, plainly or, on an N
 kernel a step instead of one or more a column; as many experts at a time as a GPU's memory holds.
 """
 
-import logging
 from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
@@ -16,6 +15,7 @@ from torch import Tensor
 from entangle.checks import whole
 from entangle.kernels import solver as kernels
 from entangle.kernels.dispatch import dispatch
+from entangle.memory import in_fitting_parts
 from entangle.precision import full_precision
 from entangle.pruning.factor import Factor, inverse_factor
 from entangle.pruning.masks import BLOCK, dead_first, prune_block, prune_groups, prune_smallest
@@ -180,52 +180,31 @@ def _solver(problem: Problem, factor: Factor, block_size: int) -> Solver:
     return Solver(problem, factor, block_size)
 
 
-_LOG = logging.getLogger(__name__)
-
-
 def in_groups(problem: Problem, solve: Callable[[Problem], PruneResult]) -> PruneResult:
     """Solve all experts together or, where a GPU's memory runs out, fewer and fewer at a time."""
     experts = len(problem.weight)
     if experts == 1:
         return solve(problem)
-    parts: list[PruneResult] = []
-    start, size = 0, experts
-    while start < experts:
-        part = _try(_some_of(problem, start, start + size), solve)
-        if part is None:
-            size = (size + 1) // 2
-            _LOG.warning("GPU memory ran out: pruning %d of %d experts at a time", size, experts)
-            torch.cuda.empty_cache()
-            continue
-        parts.append(part)
-        start += size
+    parts = in_fitting_parts(
+        experts, experts, lambda some: solve(_some_of(problem, some)), told="pruning"
+    )
     if len(parts) == 1:
         return parts[0]
     names = [field.name for field in fields(PruneResult)]
     return PruneResult(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
 
 
-def _try(problem: Problem, solve: Callable[[Problem], PruneResult]) -> PruneResult | None:
-    """Solve a problem; None if memory runs out with more than one expert."""
-    try:
-        return solve(problem)
-    except torch.OutOfMemoryError:
-        if len(problem.weight) == 1:
-            raise
-        return None
-
-
-def _some_of(problem: Problem, start: int, stop: int) -> Problem:
-    """Return the problem of the experts ``[start, stop)``."""
-    factor = problem.factor
+def _some_of(problem: Problem, experts: range) -> Problem:
+    """Return the problem of some neighbouring experts."""
+    factor, own = problem.factor, slice(experts.start, experts.stop)
     return replace(
         problem,
-        dense=problem.dense[start:stop],
-        weight=problem.weight[start:stop],
-        gram=None if problem.gram is None else problem.gram[start:stop],
-        budget=problem.budget[start:stop],
-        first=problem.first + start,
-        factor=None if factor is None else Factor(*(part[start:stop] for part in factor)),
+        dense=problem.dense[own],
+        weight=problem.weight[own],
+        gram=None if problem.gram is None else problem.gram[own],
+        budget=problem.budget[own],
+        first=problem.first + experts.start,
+        factor=None if factor is None else Factor(*(part[own] for part in factor)),
         batched=True,
     )
 

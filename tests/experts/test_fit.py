@@ -15,7 +15,6 @@ from entangle.experts.router import (
     Kind,
     Router,
     _check_parameters,
-    _fit,
     fit_router,
     fit_router_and_labels,
 )
@@ -191,10 +190,10 @@ def test_controls_leave_the_tokens_to_be_routed(kind: Kind) -> None:
 
 def test_the_fit_knows_the_clusters_of_all_its_tokens_or_of_none() -> None:
     x = tokens()
-    router, labels = _fit(x.split(70), 6, 0, "kmeans", None, 2, 500, None)
+    router, labels = fit_router_and_labels(x.split(70), 6, seed=0, restarts=2, max_tokens=500)
     assert labels is not None
     assert torch.equal(labels, router.route(x))
-    assert _fit([x], 6, 0, "kmeans", None, 2, 499, None)[1] is None
+    assert fit_router_and_labels([x], 6, seed=0, restarts=2, max_tokens=499)[1] is None
 
 
 @pytest.mark.gpu

@@ -17,9 +17,9 @@ from entangle.experts.solver import (
     Experts,
     ExpertSettings,
     _clusters_at_once,
-    _solve_in_parts,
     prune_part,
     solve_experts,
+    solve_in_parts,
 )
 from entangle.models.layers import Layer
 from entangle.models.loading import LanguageModel
@@ -76,7 +76,7 @@ def in_parts(
     settings: ExpertSettings | None = None,
 ) -> list[Experts]:  # fmt: skip
     shares = [0.5] * len(layers)
-    return _solve_in_parts(
+    return solve_in_parts(
         layers, store, labels, shares, settings or ExpertSettings(), k=k, size=size
     )
 

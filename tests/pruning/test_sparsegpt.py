@@ -4,6 +4,9 @@ from torch import Tensor
 
 from entangle.errors import InvalidInput, NumericalError
 from entangle.pruning import PruneResult, prune
+from entangle.pruning.factor import inverse_factor
+from entangle.pruning.problem import fit_grid, prepare
+from entangle.pruning.solver import can_fuse, eliminate
 from tests.pruning.problems import magnitude, make, wanda
 from tests.reference.sparsegpt import sparsegpt as reference
 
@@ -193,3 +196,80 @@ def test_rank_deficient_gram_is_damped() -> None:
 def test_bad_block_size() -> None:
     with pytest.raises(InvalidInput, match=r"block_size.*\b1\b.*\b0\b"):
         prune(torch.ones(1, 2), torch.eye(2), sparsity=0.5, block_size=0)
+
+
+def test_errors_add_up_to_the_damped_loss() -> None:
+    weight, gram = make(2, 5, 24)
+    factor, used, _ = inverse_factor(gram, damping=0.1)
+    mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)
+    damped = gram + (used * mean)[:, None, None] * torch.eye(24)
+    columns = weight.mT.contiguous()
+    pruned = torch.rand(2, 24, 5, generator=torch.Generator().manual_seed(1)) < 0.6
+    errors = eliminate(columns, factor, pruned, grid=fit_grid(weight, 3))
+    change = weight - columns.mT
+    loss = (change @ damped * change).sum(-1)
+    torch.testing.assert_close(errors.square().sum(1), loss)
+    assert not columns[pruned].any()
+
+
+def test_update_lowers_the_loss_of_wandas_mask() -> None:
+    weight, gram = make(2, 16, 48)
+    masked = wanda(weight, gram, sparsity=0.6)
+    factor, _, _ = inverse_factor(gram, damping=0.01)
+    columns = weight.mT.contiguous()
+    eliminate(columns, factor, ~masked.mask.mT)
+    change = weight - columns.mT
+    loss = (change @ gram * change).sum(-1)
+    # Not in every row: each column is settled before those right of it are known.
+    assert (loss < masked.loss_per_neuron).double().mean() > 0.9
+    assert (loss.sum(-1) < 0.9 * masked.loss_per_neuron.sum(-1)).all()
+
+
+def test_pruning_the_first_column_alone_is_least_squares() -> None:
+    weight, gram = make(1, 3, 6)
+    factor, _, _ = inverse_factor(gram, damping=0)
+    columns = weight.mT.contiguous()
+    pruned = torch.zeros_like(columns, dtype=torch.bool)
+    pruned[:, 0] = True
+    eliminate(columns, factor, pruned)
+    # The best others solve H_oo x = H_o: w^T.
+    best = torch.linalg.solve(gram[0, 1:, 1:], gram[0, 1:] @ weight[0].T)
+    torch.testing.assert_close(columns[0, 1:], best)
+
+
+SHAPES = [(1, 1, 1), (2, 40, 1), (2, 1, 200), (3, 20, 300), (2, 7, 129), (64, 3, 40), (5, 33, 1100)]
+
+
+def test_the_cpu_is_left_to_the_plain_solver() -> None:
+    weight, gram = make(1, 2, 8, dtype=torch.float32)
+    problem = prepare(weight, gram, sparsity=0.5, pattern="row", rows=None, bits=None)
+    assert not can_fuse(problem, None, 128)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("pattern", ["row", "block"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_is_the_plain_solver(shape: tuple[int, int, int], pattern: str, dtype: torch.dtype) -> None:
+    weight, gram = make(*shape, dtype=torch.float32)
+    weight = weight.to(dtype)
+    if shape[2] > 20:
+        gram[0, 3] = gram[0, :, 3] = 0
+    for sparsity in (0.0, 0.3, 0.8, 1.0):
+        here = prune(weight, gram, sparsity=sparsity, pattern=pattern)
+        there = prune(weight.cuda(), gram.cuda(), sparsity=sparsity, pattern=pattern)
+        same = here.mask == there.mask.cpu()
+        assert same.double().mean() >= 0.999
+        error = ((here.weight - there.weight.cpu()).float() * same).norm()
+        assert error <= 1e-2 * weight.float().norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_grams_that_need_more_damping() -> None:
+    weight = torch.tensor([[[1.0, 3]]]).expand(3, -1, -1)
+    bad = torch.tensor([[1.0, 2], [2, 1]])
+    gram = torch.stack([bad, torch.eye(2), 4 * bad])
+    result = prune(weight.cuda(), gram.cuda(), sparsity=0.5, damping=0.05)
+    torch.testing.assert_close(result.damping.cpu(), torch.tensor([5, 0.05, 5]))
