@@ -92,9 +92,9 @@ def test_zeros_are_exact_in_every_expert(fitted: RoutedRows) -> None:
                 weight = fitted.weight(name, rows, k, sparsity)
                 zeros = round(sparsity * weight.shape[2])
                 assert (weight == 0).sum(2).eq(zeros).all()
-                own = fitted.neurons.query("layer == @name and experts == @k")
-                own = own.query("sparsity == @sparsity")["realised_sparsity"]
-                assert (own == zeros / weight.shape[2]).all()
+                arm = "layer == @name and experts == @k and sparsity == @sparsity"
+                own = fitted.neurons.query(arm)["realised_sparsity"]
+                assert own.eq(zeros / weight.shape[2]).all()
 
 
 @pytest.mark.parametrize("name", DECODERS)
