@@ -5,9 +5,8 @@ the sparse rows do to the outputs of neurons, and the clusters to their shape.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -123,8 +122,16 @@ def weighted_wd(
     ----------
     arXiv 2405.15756.
     """
-    parts = enumerate(_split(outputs, clusters))
-    return _weighted((_wd_or_zero(own, partial(judge, i)) for i, own in parts), clusters)
+    found = []
+    for cluster, own in enumerate(_split(outputs, clusters)):
+        if own.shape[1] < 2:
+            wide = accumulator_dtype(own.device)
+            nothing = torch.zeros(own.shape[0], dtype=wide, device=own.device)
+            found.append((nothing, torch.ones_like(nothing, dtype=torch.bool)))
+            continue
+        shape = judge(cluster, shape_statistics(own))
+        found.append((shape.wd.masked_fill(shape.constant, 0.0), shape.constant))
+    return _weighted(found, clusters)
 
 
 def weighted_md(
@@ -218,18 +225,6 @@ def output_errors(
                 multiply(change[expert], tokens[index], out=found)
                 errors[:, start + index] = found
     return errors
-
-
-def _wd_or_zero(
-    outputs: Tensor, judge: Callable[[ShapeStatistics], ShapeStatistics]
-) -> tuple[Tensor, Tensor]:
-    """Return the WD of every row, 0 where it cannot be measured, and where that is."""
-    if outputs.shape[1] < 2:
-        wide = accumulator_dtype(outputs.device)
-        nothing = torch.zeros(outputs.shape[0], dtype=wide, device=outputs.device)
-        return nothing, torch.ones_like(nothing, dtype=torch.bool)
-    shape = judge(shape_statistics(outputs))
-    return shape.wd.masked_fill(shape.constant, 0.0), shape.constant
 
 
 def _split(outputs: Tensor, clusters: Clusters) -> Sequence[Tensor]:
