@@ -30,7 +30,7 @@ from safetensors.numpy import load_file
 import entangle
 from entangle.cli.figures import open_run
 from entangle.cli.main import main as entangle_main
-from entangle.experts.loading import load_expanded
+from entangle.experts.checkpoint import load_expanded
 from entangle.runs.provenance import claimed
 from tests.tiny_models import save_tiny
 

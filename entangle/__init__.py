@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from entangle.evaluation import load_evaluation, load_minimal_pairs, perplexity
     from entangle.experiments.ablate import ablate
     from entangle.experiments.compare import compare
+    from entangle.experts.checkpoint import load_expanded
     from entangle.experts.expand import expand
-    from entangle.experts.loading import load_expanded
     from entangle.explorer import explore
     from entangle.models.loading import LanguageModel, load_model
     from entangle.modes import neuron_modes
@@ -55,7 +55,7 @@ _HOMES = {
     "load_comparison": "entangle.results.comparison",
     "load_decomposition": "entangle.results.decomposition",
     "load_evaluation": "entangle.evaluation",
-    "load_expanded": "entangle.experts.loading",
+    "load_expanded": "entangle.experts.checkpoint",
     "load_minimal_pairs": "entangle.evaluation",
     "load_model": "entangle.models.loading",
     "load_result": "entangle.results",

@@ -6,13 +6,14 @@ machine that has twice as much to give.
 """
 
 import ctypes
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import cache
 from numbers import Real
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import psutil
 
@@ -21,6 +22,9 @@ from entangle.errors import InvalidInput
 if TYPE_CHECKING:
     import torch
 
+
+_LOG = logging.getLogger(__name__)
+Part = TypeVar("Part")
 
 SHARE = 2
 """One part in so many of what is free is taken where nothing was asked for."""
@@ -85,16 +89,69 @@ def memory_for(memory: object, module: "torch.nn.Module") -> int:
     asked = check_memory(memory)
     if asked is not None:
         return asked
-    devices = {parameter.device for parameter in module.parameters()}
-    gpus = [device for device in devices if device.type == "cuda"]
+    gpus = set(gpus_among(parameter.device for parameter in module.parameters()))
     free = min(map(free_on_gpu, gpus)) if gpus else free_ram()
     return max(LEAST_BYTES, free // SHARE)
 
 
-def free_on_gpu(device: "torch.device") -> int:
-    """Return the free bytes of a GPU: the driver's, and what PyTorch holds without use."""
+def by_device(device: "torch.device", *, cpu: int, gpu: int) -> int:
+    """Return how much to work on at once: what a CPU's cache holds, or what keeps a GPU busy."""
+    return cpu if device.type == "cpu" else gpu
+
+
+def gpus_among(devices: "Iterable[torch.device]") -> "list[torch.device]":
+    """Return the NVIDIA GPUs among devices."""
+    return [device for device in devices if device.type == "cuda"]
+
+
+def in_fitting_parts(
+    count: int, size: int, work: "Callable[[range], Part]", *, told: str
+) -> "list[Part]":
+    """Work on so many things, ``size`` at a time, or ever fewer where a GPU's memory runs out.
+
+    Parameters
+    ----------
+    count, size
+        How many there are, and to begin with.
+    work
+        Does some of them; what it leaves half done is done again.
+    told
+        What is being done, for the log.
+
+    Raises
+    ------
+    torch.OutOfMemoryError
+        If memory runs out with one of them.
+    """
     import torch
 
+    parts, start = [], 0
+    while start < count:
+        some, part = range(start, min(start + size, count)), None
+        try:
+            part = work(some)
+        except torch.OutOfMemoryError:
+            if len(some) == 1:
+                raise
+        if part is None:  # the error, which holds what was being worked on, is gone
+            size = (len(some) + 1) // 2
+            _LOG.warning("GPU memory ran out: %s %d of %d experts at a time", told, size, count)
+            torch.cuda.empty_cache()
+            continue
+        parts.append(part)
+        start = some.stop
+    return parts
+
+
+def free_on_gpu(device: "torch.device") -> int:
+    """Return the free bytes of a GPU: the driver's, and what PyTorch holds without use.
+
+    0 where the device is no NVIDIA GPU.
+    """
+    import torch
+
+    if device.type != "cuda":
+        return 0
     held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(torch.cuda.mem_get_info(device)[0]) + held
 

@@ -16,6 +16,8 @@ from entangle.errors import InvalidInput
 PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential", "disk")
 """What a ``device_map`` may say beside devices."""
 
+_WITH_TF32 = 8  # compute capability
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -97,6 +99,22 @@ def check_device_map(device_map: str | Mapping[str, Any] | None) -> None:
 def accumulator_dtype(device: torch.device) -> torch.dtype:
     """Return the dtype of running sums on ``device``: float64, or float32 where there is none."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def exact_in_half(dtype: torch.dtype, device: torch.device) -> bool:
+    """Tell whether 16-bit factors of a product are multiplied as they are.
+
+    A product of two 16-bit numbers is a float32 number, and an NVIDIA GPU sums such products in
+    float32: the result is that of float32 factors, many times as fast.
+    """
+    return device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
+
+
+def has_tf32(values: torch.Tensor) -> bool:
+    """Tell whether `tensor_cores` makes a difference to products of these numbers."""
+    if not values.is_cuda or values.dtype != torch.float32:
+        return False
+    return torch.cuda.get_device_capability(values.device)[0] >= _WITH_TF32
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import pytest
 import transformers as hf
 
-from entangle.experts import loading as expanded_loading
+from entangle.experts import checkpoint as expanded_loading
 from entangle.models import demo, loading
 from entangle.models.loading import LanguageModel
 from entangle.seeding import numpy_rng

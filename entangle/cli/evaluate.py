@@ -119,7 +119,7 @@ def load_models(arguments: argparse.Namespace) -> dict[str, "LanguageModel"]:
 
 
 def _load_expansion(arguments: argparse.Namespace) -> dict[str, "LanguageModel"]:
-    from entangle.experts.loading import load_base, load_expanded
+    from entangle.experts.checkpoint import load_base, load_expanded
 
     fixed = {"--dtype": arguments.dtype != "auto", "--device-map": arguments.device_map is not None}
     fixed["--revision"] = arguments.revision is not None and arguments.base is None

@@ -20,7 +20,7 @@ from entangle.errors import InvalidInput, NumericalError
 from entangle.experiments.interventions import OUTPUT_EDITS
 from entangle.experiments.measures import Arrays, Protocol, measure_rows
 from entangle.experiments.selection import Selection
-from entangle.experts.rows import Level
+from entangle.experts.routed_rows import Level
 from entangle.results.ablation import layer_set
 
 ROUTERS = ("kmeans", "random")

@@ -27,8 +27,8 @@ from entangle.experiments.compare_arms import (
     common_layers,
     several_named,
 )
+from entangle.experts.build import check_experts
 from entangle.experts.expand import expand
-from entangle.experts.linear import check_experts
 from entangle.memory import check_memory, memory_for
 from entangle.models.blocks import evaluates
 from entangle.models.layers import find_layers

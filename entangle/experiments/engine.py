@@ -40,9 +40,9 @@ from entangle.experiments.request import (
     check_match,
 )
 from entangle.experiments.selection import Selection, select
-from entangle.experts.routed_rows import RoutedRows, fit_rows
+from entangle.experts.linear import installed
+from entangle.experts.routed_rows import Level, RoutedRows, SolvedRows, fit_rows, solve_rows
 from entangle.experts.router import Kind
-from entangle.experts.rows import Level, SolvedRows, installed, solve_rows
 from entangle.models.layers import Layer
 from entangle.models.loading import LanguageModel
 from entangle.pruning.masks import count_zeros

@@ -1,4 +1,8 @@
-"""Expand a model block by block, on the hidden states of the blocks already expanded."""
+"""Expand a model block by block, on the hidden states of the blocks already expanded.
+
+First the plan: sparsity of every row and experts of every layer, as they are asked for or as an
+allocation says.
+"""
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -9,19 +13,27 @@ from typing import Any
 
 import torch
 from jaxtyping import Int
-from torch import Tensor, nn
+from numpy import ndarray
+from torch import Tensor, float64, nn
 
+from entangle.allocation.allocation import Allocation
+from entangle.checks import real, tensor_of, whole
 from entangle.errors import InvalidInput, NumericalError
 from entangle.experts.linear import ExpandedLinear, SharedRouting
-from entangle.experts.router import Kind, Router, fit_router_and_labels
-from entangle.experts.solver import Experts, SolverSettings, Sparsity, solve_experts, solve_in_parts
-from entangle.memory import give_back
+from entangle.experts.solver import (
+    Experts,
+    ExpertSettings,
+    Sparsity,
+    cluster_grams,
+    solve_experts,
+    solve_in_parts,
+)
+from entangle.memory import by_device, give_back
 from entangle.models.blocks import BlockRunner
 from entangle.models.layers import Layer
 from entangle.recording.hooks import Habits, look_at
 from entangle.recording.recorder import Recorded, Recorder
 from entangle.recording.stream import ByteBudget, TokenStore, as_budget
-from entangle.stats.gram import ClusterGrams
 
 _RAM = torch.device("cpu")
 _PASS_TOKENS_GPU = 2**15
@@ -44,16 +56,141 @@ class Plan:
     named: bool = True
     """Whether the layers were asked for by name, so that one that sees no token is refused; else
     it is left as it is."""
-    router: Kind = "kmeans"
-    """Of the layers with several experts."""
-    restarts: int = 10
-    seed: int = 0
-    solver: SolverSettings = field(default_factory=SolverSettings)
+    settings: ExpertSettings = field(default_factory=ExpertSettings)
+    """How; the router is that of the layers with several experts."""
 
     @property
     def last(self) -> int:
         """Index of the last block with layers to expand; -1 if there is none."""
         return max(self.layers, default=-1)
+
+
+Allocated = Allocation | Mapping[str, float | Tensor]
+"""An allocation, or sparsities by layer name: for all rows, or one value a row."""
+
+
+def planned_sparsity(
+    layers: Sequence[Layer],
+    allocation: Allocated | None,
+    *,
+    sparsity: float | None,
+    pattern: str,
+    digest: str,
+) -> dict[str, Sparsity]:
+    """Return the sparsity of every layer.
+
+    Parameters
+    ----------
+    layers
+        Layers to expand.
+    allocation
+        Decides, if given; one of class `Allocation` must be for these layers, and no others, of
+        this model.
+    sparsity
+        Of all layers without an allocation.
+    pattern
+        As in `entangle.pruning.prune`; with an allocation ``row``, or the allocation's own.
+    digest
+        Of the model.
+
+    Raises
+    ------
+    InvalidInput
+        Naming what does not fit.
+    """
+    if allocation is None:
+        share = _share(sparsity)
+        return {layer.name: share for layer in layers}
+    if isinstance(allocation, Allocation):
+        if pattern not in ("row", allocation.pattern):
+            own = "" if allocation.pattern == "row" else f" or its own, {allocation.pattern!r}"
+            raise InvalidInput(
+                "an allocation gives every row a number of zeros, which needs `pattern` 'row'"
+                f"{own}; got {pattern!r}."
+            )
+        allocation.check(layers, digest)
+        return {layer.name: allocation.sparsity[layer.name] for layer in layers}
+    if not isinstance(allocation, Mapping):
+        raise InvalidInput(
+            "`allocation` must be an Allocation, from entangle.allocation.load_allocation, or "
+            f"sparsities by layer name; got {type(allocation).__name__}."
+        )
+    for layer in layers:
+        if allocation.get(layer.name) is None:
+            raise InvalidInput(f"`allocation` must name every layer; {layer.name!r} is missing.")
+    return {layer.name: _share(allocation[layer.name]) for layer in layers}
+
+
+def _share(sparsity: object) -> Sparsity:
+    """Return one sparsity as a float, several as a tensor."""
+    if sparsity is None or isinstance(sparsity, Tensor):
+        return sparsity
+    if isinstance(sparsity, Sequence | ndarray) and not isinstance(sparsity, str):
+        return tensor_of("sparsity", sparsity, float64)
+    return real("sparsity", sparsity)
+
+
+def planned_pattern(allocation: Allocated | None, pattern: str) -> str:
+    """Return the pattern to prune in: that of an allocation that was made for n:m is its own."""
+    return allocation.pattern if isinstance(allocation, Allocation) else pattern
+
+
+def planned_experts(
+    layers: Sequence[Layer], allocation: Allocated | None, experts: int, *, tokens: int
+) -> dict[str, int]:
+    """Return the number of experts of every layer: the allocation's, if it has any.
+
+    Raises
+    ------
+    InvalidInput
+        If a number is below 1 or above the number of ``tokens`` to calibrate on.
+    """
+    experts = whole("experts", experts, least=1)
+    counts = {layer.name: experts for layer in layers}
+    if isinstance(allocation, Allocation) and allocation.experts is not None:
+        counts = {name: allocation.experts[name] for name in counts}
+    for count in dict.fromkeys(counts.values()):
+        check_experts(count, tokens=tokens)
+    return counts
+
+
+def check_experts(count: int, *, tokens: int) -> None:
+    """Raise `InvalidInput` unless so many experts can be fitted on so many tokens."""
+    if whole("experts", count, least=1) > tokens:
+        raise InvalidInput(
+            f"`experts` must be at most the number of tokens to calibrate on, {tokens}; got "
+            f"{count}."
+        )
+
+
+def describe_allocation(allocation: Allocated | None) -> dict[str, object]:
+    """Return what a manifest's settings record of an allocation; nothing for other sparsities."""
+    if not isinstance(allocation, Allocation):
+        return {}
+    return {"allocation": dict(allocation.manifest) | {"overall": allocation.overall}}
+
+
+def check_shared(groups: Sequence[Sequence[Layer]], experts: Mapping[str, int]) -> None:
+    """Raise `InvalidInput` unless layers that read one input have equally many experts.
+
+    They share a router, so that a token goes to the expert of one number in all of them.
+
+    Parameters
+    ----------
+    groups
+        From `entangle.recording.recorder.shared_inputs`.
+    experts
+        By layer name.
+    """
+    for members in groups:
+        first = members[0].name
+        for layer in members[1:]:
+            if experts[layer.name] != experts[first]:
+                raise InvalidInput(
+                    f"layers {first!r} and {layer.name!r} read one input and share a router, so "
+                    f"their numbers of experts must be equal; got {experts[first]} and "
+                    f"{experts[layer.name]}."
+                )
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,8 +255,10 @@ class HiddenStates:
 
     def enter(self, runner: BlockRunner) -> None:
         """Fill with what enters the first block."""
-        if self._batches and runner.enter(self._batches[0])[0].is_cuda:
-            self._passes = _joined(self._batches, _most_tokens(runner.widest))
+        if self._batches:
+            device = runner.enter(self._batches[0])[0].device
+            most = by_device(device, cpu=0, gpu=_most_tokens(runner.widest))
+            self._passes = _joined(self._batches, most)
         for ids in self._passes:
             self._store.append(runner.enter(ids)[0].flatten(0, -2))
 
@@ -362,19 +501,23 @@ def record_inputs(
 def _expand_group(layers: Sequence[Layer], store: TokenStore, plan: Plan) -> list[ExpandedLayer]:
     """Fit one router on the common input of some layers, then solve every layer's experts."""
     device, k = layers[0].device, plan.experts[layers[0].name]
-    router, labels = fit_router_and_labels(
-        store, k, seed=plan.seed, kind="single" if k == 1 else plan.router,
-        restarts=plan.restarts, device=device,
-    )  # fmt: skip
+    router, labels = plan.settings.fit(store, k, device)
+    sparsity = [plan.sparsity[layer.name] for layer in layers]
+    most = max(1, _GRAM_NUMBERS_GPU // layers[0].in_features)
+    at_once = by_device(device, cpu=_GRAM_TOKENS, gpu=min(_PASS_TOKENS_GPU, most))
     if _lies_on_gpu(store):
         if labels is None:
             blocks = store.blocks(_PASS_TOKENS_GPU)
             labels = torch.cat([router.route(rows.to(device)) for _, rows in blocks])
-        sparsity = [plan.sparsity[layer.name] for layer in layers]
-        solved = solve_in_parts(layers, store, labels, sparsity, plan.solver, k=k)
+        solved = solve_in_parts(layers, store, labels, sparsity, plan.settings, k=k)
         store.close()
     else:
-        solved = _solve_streamed(layers, store, router, plan)
+        grams, _ = cluster_grams(store, router, device, at_once=at_once)
+        store.close()
+        solved = [
+            solve_experts(layer, grams, share, plan.settings)
+            for layer, share in zip(layers, sparsity, strict=True)
+        ]
     routing = SharedRouting(router)
     return [
         ExpandedLayer(layer, ExpandedLinear(experts.weight, layer.bias, routing), experts)
@@ -387,20 +530,3 @@ def _lies_on_gpu(store: TokenStore) -> bool:
     if store.in_file or store.device.type != "cuda":
         return False
     return all(rows.device in (store.device, _RAM) for rows in store.chunks())
-
-
-def _solve_streamed(
-    layers: Sequence[Layer], store: TokenStore, router: Router, plan: Plan
-) -> list[Experts]:
-    """Solve every layer's experts with the grams of all clusters, from one pass over the input."""
-    device, k = layers[0].device, router.k
-    grams = ClusterGrams(k, layers[0].in_features, device=device)
-    at_once = _GRAM_TOKENS
-    if device.type == "cuda":
-        at_once = min(_PASS_TOKENS_GPU, max(1, _GRAM_NUMBERS_GPU // layers[0].in_features))
-    for _, rows in store.blocks(at_once):
-        rows = rows.to(device)
-        grams.update(rows, router.route(rows))
-    store.close()
-    found = grams.result()
-    return [solve_experts(layer, found, plan.sparsity[layer.name], plan.solver) for layer in layers]

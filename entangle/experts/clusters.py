@@ -2,44 +2,32 @@
 
 All restarts share one matrix product per block of tokens. On CUDA, what
 `entangle.kernels.lloyd.fits` refuses (more than 64 dimensions, or 256 clusters) is iterated with
-products of less precision first, and then in full precision (`entangle.experts.clusters`).
-Everything drawn comes from the seed, one stream per restart, and no operation depends on the order
-of atomic additions, so a seed gives the same bytes on one machine, and more restarts extend fewer.
+products of less precision first, and then in full precision (`iterate`); restarts are seeded and
+iterated together there, and the GPU is seldom waited for. Everything drawn comes from the seed, one
+stream per restart, and no operation depends on the order of atomic additions, so a seed gives the
+same bytes on one machine, and more restarts extend fewer.
 
 On the CPU 32 768 points of 18 dimensions with 10 restarts and k = 16 take 1.1 s on 2 cores.
 scikit-learn, the oracle in the tests, takes 0.4 to 2.7 times the processor time there and does not
 run on CUDA.
-
-k-means on a GPU: all restarts are seeded and iterated together, and it is seldom waited for.
-
-What it does is in `entangle.experts.clusters`, where the plain version works on one restart's
-seeds, and waits for every iteration.
-
-A few leading eigenvectors of a large symmetric matrix, in matrix products.
-
-A library's eigensolver computes all of them by a long chain of small steps, which takes a GPU
-seconds for some thousand features.
-
-Principal components of a stream of tokens, exact, from one pass.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cached_property, partial
-from itertools import chain
+from functools import partial
 from math import log
 
-import scipy.linalg
 import torch
-from jaxtyping import BFloat16, Float, Float32, Float64, Int64
+from jaxtyping import Float32, Float64, Int64
 from torch import Tensor
 
 from entangle.errors import InvalidInput
 from entangle.kernels import lloyd
+from entangle.kernels.dispatch import dispatch, on_gpu
+from entangle.memory import by_device
 from entangle.precision import accumulator_dtype, full_precision, tensor_cores
-from entangle.seeding import numpy_rng, torch_rng
-from entangle.stats.gram import Gram, require_finite
+from entangle.seeding import numpy_rng
 
 _CHECK_EVERY, _CHECK_EVERY_LAST = 8, 2
 """Iterations after which finished restarts are left out, in the first and in the last phase."""
@@ -47,7 +35,6 @@ _LAST = 10
 """Iterations in full precision at most."""
 _SETTLED = 1e-5
 """A restart leaves a phase when its inertia falls by no more than this share of itself."""
-
 Product = Callable[[], AbstractContextManager[None]]
 """Sets the precision of matrix products."""
 Advance = Callable[..., None]
@@ -89,6 +76,18 @@ def seeds(
     return None if float(lowest) == 0.0 else torch.stack(chosen, 1)
 
 
+def _iterate_at_once(
+    points: Tensor, centroids: Tensor, step: Step, _cluster_sums: ClusterSums, *,
+    squares: Tensor, enough: float, most: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Iterate points of few dimensions by one kernel."""
+    found = lloyd.Restarts.of(centroids)
+    limits = torch.cat([squares[None], squares.new_tensor([enough, -torch.inf])])
+    _run(found, partial(lloyd.iterate, points, limits=limits), step, most=most)
+    return found.centroids, found.inertias, found.iterations.long()
+
+
+@dispatch(_iterate_at_once, where=lloyd.fits)
 def iterate(
     points: Float32[Tensor, "tokens dims"],
     centroids: Float32[Tensor, "restarts k dims"],
@@ -133,17 +132,7 @@ def iterate(
     tuple
         Centroids, inertias and iterations of the restarts.
     """
-    count, device = centroids.shape[0], points.device
-    found = lloyd.Restarts(
-        centroids.contiguous(),
-        torch.full((count,), torch.inf, dtype=torch.float64, device=device),
-        torch.zeros(count, dtype=torch.int32, device=device),
-        torch.ones(count, dtype=torch.int32, device=device),
-    )
-    if lloyd.fits(points, centroids.shape[1]):
-        limits = torch.cat([squares[None], squares.new_tensor([enough, -torch.inf])])
-        _run(found, partial(lloyd.iterate, points, limits=limits), step, most=most)
-        return found.centroids, found.inertias, found.iterations.long()
+    found = lloyd.Restarts.of(centroids)
     limits = torch.cat([squares[None], squares.new_tensor([enough, _SETTLED])])
     first = max(1, most - _LAST)
     rough = _rough(points, centroids, cluster_sums, limits)
@@ -159,14 +148,21 @@ def iterate(
     return found.centroids, found.inertias, before.long()
 
 
-def _rough(points: Tensor, centroids: Tensor, cluster_sums: ClusterSums, limits: Tensor) -> Advance:
-    """Choose what iterates the restarts at first: one that takes them, ``times`` and ``most``."""
-    if not lloyd.fits_halves(points, *centroids.shape[:2]):
-        return partial(_by_products, points, cluster_sums, tensor_cores, limits=limits)
+def _by_halves(
+    points: Tensor, _centroids: Tensor, _cluster_sums: ClusterSums, limits: Tensor
+) -> Advance:
     halves = lloyd.halves(points)
     squares = torch.linalg.vector_norm(halves, dtype=torch.float64).square()
     limits = torch.cat([squares[None], limits[1:]])
     return partial(lloyd.iterate_halves, halves, limits=limits, tokens=points.shape[0])
+
+
+@dispatch(_by_halves, where=lloyd.fits_halves)
+def _rough(
+    points: Tensor, _centroids: Tensor, cluster_sums: ClusterSums, limits: Tensor
+) -> Advance:
+    """Choose what iterates the restarts at first: one that takes them, ``times`` and ``most``."""
+    return partial(_by_products, points, cluster_sums, tensor_cores, limits=limits)
 
 
 def _run(
@@ -294,13 +290,19 @@ def kmeans(points: Float32[Tensor, "tokens dims"], k: int, *, restarts: int, see
     )
 
 
+def _one_by_one(points: Tensor, k: int, restarts: int, seed: int) -> Tensor:
+    return torch.stack([_plus_plus(points, k, seed, restart) for restart in range(restarts)])
+
+
+def _side_by_side(points: Tensor, k: int, restarts: int, seed: int) -> Tensor:
+    found = seeds(points, k, restarts=restarts, seed=seed)
+    return _one_by_one(points, k, restarts, seed) if found is None else found
+
+
+@dispatch(_side_by_side, where=on_gpu)
 def _seeds(points: Tensor, k: int, restarts: int, seed: int) -> Tensor:
     """Seed all restarts, (restarts, k, dims)."""
-    if points.device.type == "cuda":
-        found = seeds(points, k, restarts=restarts, seed=seed)
-        if found is not None:
-            return found
-    return torch.stack([_plus_plus(points, k, seed, restart) for restart in range(restarts)])
+    return _one_by_one(points, k, restarts, seed)
 
 
 def _plus_plus(points: Tensor, k: int, seed: int, restart: int) -> Tensor:
@@ -346,17 +348,25 @@ def _squared_distances(points: Tensor, centres: Tensor) -> Tensor:
     return distances
 
 
+def _limits(points: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the points' summed squares, and the squared move that is no longer one."""
+    squares = points.square().sum(dtype=accumulator_dtype(points.device))
+    return squares, TOLERANCE * points.var(0, correction=0).mean()
+
+
+def _seldom_waited_for(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    squares, enough = _limits(points)
+    return iterate(
+        points, centroids, lambda before: _step(points, before, squares)[:2], _cluster_sums,
+        squares=squares, enough=float(enough), most=MAX_ITERATIONS,
+    )  # fmt: skip
+
+
+@dispatch(_seldom_waited_for, where=on_gpu)
 def _lloyd(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Iterate all restarts, (restarts, k, dims), until each stands still."""
-    wide = accumulator_dtype(points.device)
-    restarts = centroids.shape[0]
-    squares = points.square().sum(dtype=wide)
-    enough = TOLERANCE * points.var(0, correction=0).mean()
-    if points.device.type == "cuda":
-        return iterate(
-            points, centroids, lambda before: _step(points, before, squares)[:2], _cluster_sums,
-            squares=squares, enough=float(enough), most=MAX_ITERATIONS,
-        )  # fmt: skip
+    wide, restarts = accumulator_dtype(points.device), centroids.shape[0]
+    squares, enough = _limits(points)
     inertias = torch.zeros(restarts, dtype=wide, device=points.device)
     iterations = torch.zeros(restarts, dtype=torch.int64, device=points.device)
     active = torch.arange(restarts, device=points.device)
@@ -390,15 +400,18 @@ def _cluster_sums(
     sums = torch.zeros(centroids.shape, dtype=wide, device=points.device)
     counts = torch.zeros(shape, dtype=wide, device=points.device)
     for block, scores in _scored(points, centroids, product):
-        if lloyd.can_mark(scores):
-            member, here = scores, lloyd.mark_members(scores)
-        else:
-            member = torch.zeros_like(scores).scatter_(2, scores.argmin(2, keepdim=True), 1.0)
-            here = member.sum(0)
+        member, here = _members(scores)
         counts += here
         with product():
             sums += (member.flatten(1).mT @ block).view_as(sums)
     return sums, counts
+
+
+@dispatch(lambda scores: (scores, lloyd.mark_members(scores)), where=lloyd.can_mark)
+def _members(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Return 1 at the lowest score of each k, and their sums; may overwrite the scores."""
+    member = torch.zeros_like(scores).scatter_(2, scores.argmin(2, keepdim=True), 1.0)
+    return member, member.sum(0)
 
 
 def _scored(
@@ -407,7 +420,7 @@ def _scored(
     """Yield blocks of points with ``‖c‖² − 2 x·c``, (tokens, restarts, k): lowest is nearest."""
     flat = centroids.flatten(0, 1)
     norms = flat.square().sum(1)
-    at_once = _BLOCK_SCORES if points.device.type == "cpu" else _BLOCK_SCORES_GPU
+    at_once = by_device(points.device, cpu=_BLOCK_SCORES, gpu=_BLOCK_SCORES_GPU)
     for block in points.split(max(1, at_once // flat.shape[0])):
         with product():
             scores = torch.addmm(norms, block, flat.mT, alpha=-2.0)
@@ -443,190 +456,3 @@ def _fill_empty(points: Tensor, before: Tensor, means: Tensor, empty: Tensor) ->
         farthest = distances.argsort(descending=True, stable=True)[: clusters.shape[0]]
         means[restart, clusters] = points[farthest]
     return means
-
-
-LARGEST_RESIDUAL = 1e-4
-"""Largest residual ``‖A v − λ v‖``, as a share of the smallest eigenvalue sought."""
-
-_CYCLES = 40
-_NOTHING = 1e-12
-_NEARLY = 0.1
-"""‖QᵀQ − I‖ up to which one more Cholesky QR makes Q orthonormal to rounding."""
-
-
-def leading_pairs(
-    matrix: Float[Tensor, "n n"], count: int
-) -> tuple[Float[Tensor, " count"], Float[Tensor, "n count"]] | None:
-    """Return the largest eigenvalues, falling, and their unit vectors as columns.
-
-    Parameters
-    ----------
-    matrix
-        Symmetric, without negative eigenvalues beyond rounding; best float64.
-    count
-        How many.
-
-    Returns
-    -------
-    tuple or None
-        None if the basis would be as large as the matrix, its rank is too small, or the residuals
-        do not get small.
-
-    Notes
-    -----
-    Block Lanczos with full orthogonalisation and thick restarts. Blocks are made orthonormal by
-    Cholesky QR done twice (Yamamoto et al., ETNA 44, 2015), which is matrix products and little
-    else; one so ill-conditioned that this would cost digits goes to Householder's QR. The start is
-    random, the same every time. An error of ``TOLERANCE`` in the residuals changes the variance
-    that the vectors explain by its square.
-    """
-    size = matrix.shape[0]
-    width = max(8, count // 4)
-    most = 3 * count + 4 * width
-    if most > size // 2:
-        return None
-    rng = torch_rng(0, "routing", "subspace", size, count)
-    start = torch.randn(size, width, generator=rng, dtype=torch.float64).to(matrix)
-    basis = image = matrix.new_zeros(size, 0)
-    block = _orthonormal(basis, matrix @ start)
-    for _ in range(_CYCLES):
-        basis, image, block = _grown(matrix, basis, image, block, most)
-        values, vectors = torch.linalg.eigh(basis.mT @ image)
-        vectors = vectors[:, -(count + width) :].flip(1)
-        values = values.flip(0)[: vectors.shape[1]]
-        if not bool(values[count - 1] > _NOTHING * values[0]):
-            return None
-        basis, image = basis @ vectors, image @ vectors
-        residual = image[:, :count] - basis[:, :count] * values[:count]
-        worst = torch.linalg.vector_norm(residual, dim=0).max()
-        if bool(worst <= LARGEST_RESIDUAL * values[count - 1]):
-            return values[:count], basis[:, :count]
-    return None
-
-
-def _grown(
-    matrix: Tensor, basis: Tensor, image: Tensor, block: Tensor, most: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Add Lanczos blocks to a basis and its image; the block that would come next is third."""
-    while basis.shape[1] + block.shape[1] <= most:
-        product = matrix @ block
-        basis, image = torch.cat([basis, block], 1), torch.cat([image, product], 1)
-        block = _orthonormal(basis, product)
-    return basis, image, block
-
-
-def _orthonormal(basis: Tensor, block: Tensor) -> Tensor:
-    """Return orthonormal columns that span what ``block`` has outside an orthonormal basis."""
-    found, off = block, block.new_zeros(())
-    identity = torch.eye(block.shape[1], dtype=block.dtype, device=block.device)
-    for _ in range(2):
-        found = found - basis @ (basis.mT @ found)
-        products = found.mT @ found
-        off = torch.linalg.matrix_norm(products - identity)
-        factor, _info = torch.linalg.cholesky_ex(products)
-        found = torch.linalg.solve_triangular(factor.mT, found, upper=True, left=False)
-    if bool(off <= _NEARLY):  # False for what a failed factorisation leaves, NaN among it
-        return found
-    for _ in range(2):
-        block = torch.linalg.qr(block - basis @ (basis.mT @ block)).Q
-    return block
-
-
-_ALL_AT_ONCE = 512
-_ROWS = 1024
-
-
-@dataclass(frozen=True, eq=False)
-class Pca:
-    """The affine map onto the leading principal components."""
-
-    mean: Float32[Tensor, " features"]
-    """Mean of the tokens, (features,)."""
-    components: Float32[Tensor, "n_components features"]
-    """Orthonormal rows, falling variance; the entry largest in size of each row is positive."""
-    explained: Float64[Tensor, " n_components"]
-    """Share of the total variance along each component, in [0, 1]; 0 where there is no variance."""
-    tokens: int
-    """Number of tokens seen."""
-
-    def project(self, x: Float[Tensor, "tokens features"]) -> Float32[Tensor, "tokens _"]:
-        """Return the coordinates of the tokens along the components.
-
-        On a GPU bfloat16 tokens are multiplied as they are, by the components as sums of bfloat16
-        numbers: the products are exact and summed in float32.
-        """
-        with full_precision():
-            if not (x.is_cuda and x.dtype == torch.bfloat16):
-                return (x.float() - self.mean) @ self.components.mT
-            products = torch.mm(x, self._pieces.flatten(0, 1).mT, out_dtype=torch.float32)
-            return products.view(x.shape[0], 3, -1).sum(1) - self.components @ self.mean
-
-    @cached_property
-    def _pieces(self) -> BFloat16[Tensor, "three=3 n_components features"]:
-        """The components as the sum of three bfloat16 matrices, largest first."""
-        pieces, rest = [], self.components
-        for _ in range(3):
-            pieces.append(rest.bfloat16())
-            rest = rest - pieces[-1].float()
-        return torch.stack(pieces)
-
-
-def fit_pca(blocks: Iterable[Float[Tensor, "_ _"]], n_components: int | None = None) -> Pca:
-    """Fit the leading principal components of the tokens in ``blocks``.
-
-    There must be at least one block; by default ``features // 32`` components, at least 1. The
-    covariance is summed about the mean of the first block, so that a mean far from zero costs no
-    digits (16-bit tokens, whose own rounding is coarser, are summed as they are), and decomposed by
-    LAPACK (float64 where the device has it), on a GPU by `entangle.experts.clusters`.
-    """
-    rest = iter(blocks)
-    first = next(rest)
-    require_finite(first)
-    features = first.shape[1]
-    wanted = max(1, features // 32) if n_components is None else n_components
-    if wanted > features:
-        raise InvalidInput(
-            f"`n_components` must be at most the {features} features of a token; got {wanted}."
-        )
-    shift = first.mean(0, dtype=accumulator_dtype(first.device)).float()
-    if first.dtype != torch.float32:
-        shift.zero_()
-    gram = Gram(features, device=first.device)
-    blocks = chain([first], rest)
-    del first
-    for block in blocks:
-        gram.update(block if block.dtype != torch.float32 else block - shift)
-    moments = gram.result()
-    covariance = _centred_(moments.gram.div_(moments.count), moments.mean)
-    variances, components = _leading(covariance, wanted)
-    total = covariance.diagonal().sum().clamp_min(torch.finfo(covariance.dtype).tiny)
-    return Pca(
-        mean=(shift + moments.mean).float(),
-        components=components.float().contiguous(),
-        explained=(variances / total).cpu().double(),
-        tokens=moments.count,
-    )
-
-
-def _centred_(products: Float[Tensor, "n n"], mean: Float[Tensor, " n"]) -> Tensor:
-    """Subtract the mean's products in place, some rows at a time."""
-    for rows, part in zip(products.split(_ROWS), mean.split(_ROWS), strict=True):
-        rows -= torch.outer(part, mean)
-    return products
-
-
-def _leading(covariance: Tensor, n_components: int) -> tuple[Tensor, Tensor]:
-    """Return the largest eigenvalues and their signed unit vectors as rows."""
-    size = covariance.shape[0]
-    if covariance.device.type == "cpu":  # LAPACK finds a few of many faster than all
-        wanted = (size - n_components, size - 1)
-        found = scipy.linalg.eigh(covariance.numpy(), subset_by_index=wanted, driver="evr")
-        values, vectors = (torch.from_numpy(array) for array in found)
-    else:
-        pairs = leading_pairs(covariance, n_components) if size > _ALL_AT_ONCE else None
-        values, vectors = pairs or torch.linalg.eigh(covariance)
-        values, vectors = (values.flip(0), vectors.flip(1)) if pairs else (values, vectors)
-    values = values.flip(0)[:n_components].clamp_min(0.0)
-    rows = vectors.mT.flip(0)[:n_components]
-    peak = rows.gather(1, rows.abs().argmax(1, keepdim=True))
-    return values, rows * peak.sign()

@@ -16,22 +16,25 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from entangle.checks import choice, finite, whole
 from entangle.errors import InvalidInput, MemoryLimit
 from entangle.evaluation import EvaluationText, Perplexity, as_evaluation
 from entangle.evaluation.perplexity import windows_by_default
-from entangle.experts.build import ExpandedLayer, HiddenStates, Plan, build_blocks, structural_copy
-from entangle.experts.checkpoint import BuildFolder, distinct_routers, refuse_saving
-from entangle.experts.linear import (
+from entangle.experts.build import (
     Allocated,
+    ExpandedLayer,
+    HiddenStates,
+    Plan,
+    build_blocks,
     check_shared,
     describe_allocation,
     planned_experts,
     planned_pattern,
     planned_sparsity,
+    structural_copy,
 )
-from entangle.experts.router import KINDS, Kind
-from entangle.experts.solver import SolverSettings, Sparsity, check_solvable
+from entangle.experts.checkpoint import BuildFolder, distinct_routers, refuse_saving
+from entangle.experts.router import Kind
+from entangle.experts.solver import ExpertSettings, Sparsity, check_solvable
 from entangle.memory import check_memory, memory_for
 from entangle.models.blocks import evaluates
 from entangle.models.layers import (
@@ -48,15 +51,12 @@ from entangle.models.layers import (
     projections,
 )
 from entangle.models.loading import AnyModel, LanguageModel, as_language_model
-from entangle.pruning.methods import METHODS
-from entangle.pruning.problem import check_bits
 from entangle.recording.recorder import shared_inputs
 from entangle.recording.stream import ByteBudget
 from entangle.results.expansion import KIND, ExpansionReport
 from entangle.runs.progress import Progress, ProgressBar
 from entangle.runs.provenance import RunClock, claims_out, make_manifest
 from entangle.runs.provenance import expanded as expanded_path
-from entangle.seeding import check_seed
 from entangle.texts.calibration import as_calibration
 from entangle.texts.calibration_set import CalibrationSet
 from entangle.texts.given import Source
@@ -274,10 +274,11 @@ def expand(
     """
     clock = RunClock()
     check_memory(memory)
-    restarts, bits = whole("restarts", restarts, least=1), check_bits(bits)
-    seed, damping = check_seed(seed), finite("damping", damping, least=0)
-    pruner = choice("pruner", pruner, METHODS, kind="pruning method")
-    router, proj = choice("router", router, KINDS), projections(proj)
+    settings = ExpertSettings(
+        router=router, restarts=restarts, seed=seed, pruner=pruner,
+        pattern=planned_pattern(allocation, pattern), bits=bits, damping=damping,
+    )  # fmt: skip
+    proj = projections(proj)
     layers = layer_specs(layers)
     dense = as_language_model(model)
     calibration = as_calibration(calibration, dense)
@@ -288,15 +289,12 @@ def expand(
     if "mlp" in (proj or ()):
         _refuse_fused(copied, chosen)
     counts = planned_experts(chosen, allocation, experts, tokens=calibration.n_tokens)
+    sparsities = planned_sparsity(
+        chosen, allocation, sparsity=sparsity, pattern=pattern, digest=dense.digest
+    )
     plan = _plan(
-        chosen, named=asked_by_name(layers, chosen), experts=counts, router=router,
-        restarts=restarts, seed=seed,
-        sparsity=planned_sparsity(
-            chosen, allocation, sparsity=sparsity, pattern=pattern, digest=dense.digest
-        ),
-        solver=SolverSettings(
-            pruner, planned_pattern(allocation, pattern), bits, damping, seed
-        ),
+        chosen, named=asked_by_name(layers, chosen), experts=counts, sparsity=sparsities,
+        settings=settings,
     )  # fmt: skip
     if len(set(counts.values())) > 1:
         check_shared(
@@ -401,27 +399,17 @@ def _plan(
     named: bool,
     experts: Mapping[str, int],
     sparsity: Mapping[str, Sparsity],
-    router: Kind,
-    restarts: int,
-    seed: int,
-    solver: SolverSettings,
+    settings: ExpertSettings,
 ) -> Plan:
     by_block: dict[int, list[Layer]] = {}
     for layer in layers:
         if layer.block is None:
             raise InvalidInput(f"layer {layer.name!r} lies outside the blocks; leave it out.")
         by_block.setdefault(layer.block, []).append(layer)
-        check_solvable(layer, sparsity[layer.name], solver)
-    return Plan(
-        layers=by_block,
-        named=named,
-        sparsity=sparsity,
-        experts=experts,
-        router="single" if set(experts.values()) == {1} else router,
-        restarts=restarts,
-        seed=seed,
-        solver=solver,
-    )
+        check_solvable(layer, sparsity[layer.name], settings)
+    if set(experts.values()) == {1}:
+        settings = replace(settings, router="single")
+    return Plan(by_block, sparsity, experts, named, settings)
 
 
 def _refuse_fused(module: nn.Module, chosen: Sequence[Layer]) -> None:
@@ -441,10 +429,7 @@ def _settings(plan: Plan) -> dict[str, object]:
     return {
         "sparsity": {name: _describe_sparsity(share) for name, share in plan.sparsity.items()},
         "experts": counts.pop() if len(counts) == 1 else dict(plan.experts),
-        "router": plan.router,
-        "restarts": plan.restarts,
-        "seed": plan.seed,
-        **asdict(plan.solver),
+        **asdict(plan.settings),
     }
 
 

@@ -1,24 +1,20 @@
-"""A linear layer whose weight depends on the cluster that its input belongs to.
+"""Modules that compute with experts, and how a checkpoint stores their weights.
 
-Sparse experts as a bitmap and their non-zeros: how a checkpoint stores them.
-
-What an allocation asks of an expansion: sparsity of every row, experts of every layer.
+The dense output is never computed where all neurons have experts (`ExpandedLinear`); where only
+some have (`RowExperts`), the others are the dense layer's. Stored are a bitmap and the non-zeros.
 """
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int64, UInt8
-from numpy import ndarray
-from torch import Tensor, float64, nn
+from torch import Tensor, nn
 
-from entangle.allocation.allocation import Allocation
-from entangle.checks import real, tensor_of, whole
-from entangle.errors import InvalidInput
+from entangle.errors import InvalidInput, unknown_name
 from entangle.experts.router import Router
-from entangle.experts.solver import Sparsity
 from entangle.models.layers import Layer
 
 
@@ -108,6 +104,141 @@ class ExpandedLinear(nn.Module):
         return f"in_features={in_features}, out_features={out_features}, experts={experts}"
 
 
+class RowExperts(nn.Module):
+    """A dense layer whose chosen neurons are computed by the expert of each token's cluster.
+
+    All other neurons, and all neurons where every expert equals the dense rows, are the dense
+    layer's, bit for bit. A token costs the dense layer and the chosen rows of one expert.
+
+    Parameters
+    ----------
+    layer
+        The dense layer; its module is called as it is, and its bias is that of the experts.
+    rows
+        Indices of the chosen neurons, all different, shape (rows,).
+    weight
+        Their weights in every expert, (experts, rows, in_features).
+    routing
+        Which expert a token goes to; shared by the layers that read the same input. Not needed for
+        a single expert.
+
+    Raises
+    ------
+    InvalidInput
+        If the indices or shapes do not fit the layer or the routing.
+    """
+
+    def __init__(
+        self,
+        layer: Layer,
+        rows: Int64[Tensor, " rows"],
+        weight: Float[Tensor, "experts rows in_features"],
+        routing: SharedRouting | None = None,
+    ) -> None:
+        super().__init__()
+        _check(layer, rows, weight, routing)
+        dense = layer.weight
+        rows, weight = rows.to(dense.device), weight.to(dense.device)
+        bias = None if layer.bias is None else layer.bias[rows]
+        self.dense = layer.module
+        self.rows: Int64[Tensor, " rows"]
+        self.register_buffer("rows", rows, persistent=False)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.routing = routing
+        self._unchanged = bool((weight == dense[rows]).all())
+
+    def forward(
+        self, x: Float[Tensor, "*batch in_features"]
+    ) -> Float[Tensor, "*batch out_features"]:
+        """Return the dense layer's output, the chosen columns overwritten by the experts'."""
+        outputs: Tensor = self.dense(x)
+        if self._unchanged:
+            return outputs
+        chosen = self._chosen(x).to(outputs.dtype)
+        shape = (*x.shape[:-1], self.rows.numel())
+        return outputs.index_copy(-1, self.rows, chosen.reshape(shape))
+
+    def _chosen(self, x: Tensor) -> Tensor:
+        """Return the outputs of the chosen rows, (tokens, rows), in the order of the tokens."""
+        tokens = x.reshape(-1, x.shape[-1])
+        if self.routing is None or self.weight.shape[0] == 1:
+            return nn.functional.linear(tokens, self.weight[0], self.bias)
+        clusters = self.routing(x)
+        counts = torch.bincount(clusters, minlength=self.weight.shape[0]).tolist()
+        outputs = tokens.new_empty(tokens.shape[0], self.weight.shape[1])
+        for expert, index in enumerate(clusters.argsort(stable=True).split(counts)):
+            if index.numel():
+                chosen = nn.functional.linear(tokens[index], self.weight[expert], self.bias)
+                outputs[index] = chosen.to(outputs.dtype)
+        return outputs
+
+    def extra_repr(self) -> str:
+        """Describe the shape for ``print(model)``."""
+        experts, rows, in_features = self.weight.shape
+        return f"rows={rows}, in_features={in_features}, experts={experts}"
+
+
+def _check(layer: Layer, rows: Tensor, weight: Tensor, routing: SharedRouting | None) -> None:
+    index = rows.tolist()
+    if len(set(index)) < len(index) or not all(0 <= row < layer.out_features for row in index):
+        raise InvalidInput(
+            f"`rows` must be different indices in [0, {layer.out_features}) of layer "
+            f"{layer.name!r}; got {index[:8]}."
+        )
+    experts = weight.shape[0] if routing is None else routing.router.k
+    if experts < 1 or tuple(weight.shape) != (experts, len(index), layer.in_features):
+        raise InvalidInput(
+            f"`weight` must have shape (experts, rows, in_features) = ({experts}, {len(index)}, "
+            f"{layer.in_features}) for layer {layer.name!r}; got {tuple(weight.shape)}."
+        )
+    if routing is None and experts > 1:
+        raise InvalidInput(f"`routing` must tell which of {experts} experts to take; got None.")
+    if routing is not None and routing.router.features != layer.in_features:
+        raise InvalidInput(
+            f"`routing` must be fitted on tokens of {layer.in_features} features; "
+            f"got {routing.router.features}."
+        )
+
+
+@contextmanager
+def installed(
+    module: nn.Module, replacements: Mapping[str, nn.Module]
+) -> Iterator[Mapping[str, nn.Module]]:
+    """Put modules in the place of others inside the ``with`` block.
+
+    Parameters
+    ----------
+    module
+        The model, changed in place; however the block ends, the very objects that were there
+        before are put back.
+    replacements
+        New modules by full dotted name.
+
+    Yields
+    ------
+    Mapping
+        The modules that were replaced, by name.
+
+    Raises
+    ------
+    UnknownName
+        If the model has no module of a name; nothing is replaced then.
+    """
+    present = dict(module.named_modules(remove_duplicate=False))
+    for name in replacements:
+        if not name or name not in present:
+            raise unknown_name("module", name, present)
+    originals = {name: present[name] for name in replacements}
+    try:
+        for name, replacement in replacements.items():
+            module.set_submodule(name, replacement)
+        yield originals
+    finally:
+        for name, original in originals.items():
+            module.set_submodule(name, original)
+
+
 Packed = tuple[UInt8[Tensor, " bytes"], Float[Tensor, " nonzeros"]]
 
 
@@ -139,131 +270,3 @@ def unpack(packed: Packed, shape: tuple[int, ...]) -> Float[Tensor, "*shape"]:
     dense = torch.zeros(size, dtype=values.dtype)
     dense[kept] = values.cpu()
     return dense.reshape(shape)
-
-
-Allocated = Allocation | Mapping[str, float | Tensor]
-"""An allocation, or sparsities by layer name: for all rows, or one value a row."""
-
-
-def planned_sparsity(
-    layers: Sequence[Layer],
-    allocation: Allocated | None,
-    *,
-    sparsity: float | None,
-    pattern: str,
-    digest: str,
-) -> dict[str, Sparsity]:
-    """Return the sparsity of every layer.
-
-    Parameters
-    ----------
-    layers
-        Layers to expand.
-    allocation
-        Decides, if given; one of class `Allocation` must be for these layers, and no others, of
-        this model.
-    sparsity
-        Of all layers without an allocation.
-    pattern
-        As in `entangle.pruning.prune`; with an allocation ``row``, or the allocation's own.
-    digest
-        Of the model.
-
-    Raises
-    ------
-    InvalidInput
-        Naming what does not fit.
-    """
-    if allocation is None:
-        share = _share(sparsity)
-        return {layer.name: share for layer in layers}
-    if isinstance(allocation, Allocation):
-        if pattern not in ("row", allocation.pattern):
-            own = "" if allocation.pattern == "row" else f" or its own, {allocation.pattern!r}"
-            raise InvalidInput(
-                "an allocation gives every row a number of zeros, which needs `pattern` 'row'"
-                f"{own}; got {pattern!r}."
-            )
-        allocation.check(layers, digest)
-        return {layer.name: allocation.sparsity[layer.name] for layer in layers}
-    if not isinstance(allocation, Mapping):
-        raise InvalidInput(
-            "`allocation` must be an Allocation, from entangle.allocation.load_allocation, or "
-            f"sparsities by layer name; got {type(allocation).__name__}."
-        )
-    for layer in layers:
-        if allocation.get(layer.name) is None:
-            raise InvalidInput(f"`allocation` must name every layer; {layer.name!r} is missing.")
-    return {layer.name: _share(allocation[layer.name]) for layer in layers}
-
-
-def _share(sparsity: object) -> Sparsity:
-    """Return one sparsity as a float, several as a tensor."""
-    if sparsity is None or isinstance(sparsity, Tensor):
-        return sparsity
-    if isinstance(sparsity, Sequence | ndarray) and not isinstance(sparsity, str):
-        return tensor_of("sparsity", sparsity, float64)
-    return real("sparsity", sparsity)
-
-
-def planned_pattern(allocation: Allocated | None, pattern: str) -> str:
-    """Return the pattern to prune in: that of an allocation that was made for n:m is its own."""
-    return allocation.pattern if isinstance(allocation, Allocation) else pattern
-
-
-def planned_experts(
-    layers: Sequence[Layer], allocation: Allocated | None, experts: int, *, tokens: int
-) -> dict[str, int]:
-    """Return the number of experts of every layer: the allocation's, if it has any.
-
-    Raises
-    ------
-    InvalidInput
-        If a number is below 1 or above the number of ``tokens`` to calibrate on.
-    """
-    experts = whole("experts", experts, least=1)
-    counts = {layer.name: experts for layer in layers}
-    if isinstance(allocation, Allocation) and allocation.experts is not None:
-        counts = {name: allocation.experts[name] for name in counts}
-    for count in dict.fromkeys(counts.values()):
-        check_experts(count, tokens=tokens)
-    return counts
-
-
-def check_experts(count: int, *, tokens: int) -> None:
-    """Raise `InvalidInput` unless so many experts can be fitted on so many tokens."""
-    if whole("experts", count, least=1) > tokens:
-        raise InvalidInput(
-            f"`experts` must be at most the number of tokens to calibrate on, {tokens}; got "
-            f"{count}."
-        )
-
-
-def describe_allocation(allocation: Allocated | None) -> dict[str, object]:
-    """Return what a manifest's settings record of an allocation; nothing for other sparsities."""
-    if not isinstance(allocation, Allocation):
-        return {}
-    return {"allocation": dict(allocation.manifest) | {"overall": allocation.overall}}
-
-
-def check_shared(groups: Sequence[Sequence[Layer]], experts: Mapping[str, int]) -> None:
-    """Raise `InvalidInput` unless layers that read one input have equally many experts.
-
-    They share a router, so that a token goes to the expert of one number in all of them.
-
-    Parameters
-    ----------
-    groups
-        From `entangle.recording.recorder.shared_inputs`.
-    experts
-        By layer name.
-    """
-    for members in groups:
-        first = members[0].name
-        for layer in members[1:]:
-            if experts[layer.name] != experts[first]:
-                raise InvalidInput(
-                    f"layers {first!r} and {layer.name!r} read one input and share a router, so "
-                    f"their numbers of experts must be equal; got {experts[first]} and "
-                    f"{experts[layer.name]}."
-                )

@@ -1,6 +1,7 @@
-"""`fit_rows`: Sparse Expansion of chosen neurons only, all arms in one pass over the text.
+"""Sparse rows of chosen neurons, solved once for all the arms that use them.
 
-Routed sparse experts of chosen neurons, and what they do to the neurons' outputs.
+`fit_rows`: routed experts, from one pass over the text, and what they do to the neurons' outputs.
+`solve_rows`: plainly pruned rows, from grams that are known.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,14 +13,17 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int64
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from entangle.checks import several, whole
+from entangle.allocation.allocation import ROW, Allocation
+from entangle.checks import different, several, shares, whole, wholes
 from entangle.errors import InvalidInput, NumericalError, unknown_name
 from entangle.experts.build import HiddenStates, check_own_modules, record_inputs
-from entangle.experts.linear import Packed, SharedRouting, pack, unpack
+from entangle.experts.linear import Packed, RowExperts, SharedRouting, pack, unpack
 from entangle.experts.router import Kind, Router
-from entangle.experts.rows import RowExperts, RowGroup, RowSettings, fit_group, measure_group
+from entangle.experts.rows import RowGroup, fit_group, measure_group, with_ri
+from entangle.experts.solver import ExpertSettings, prune_part
 from entangle.memory import check_memory, memory_for, work_bytes
 from entangle.models.blocks import BlockRunner, evaluates
 from entangle.models.layers import LISTING, Layer, find_layers, list_layers
@@ -27,6 +31,7 @@ from entangle.models.loading import AnyModel, as_language_model
 from entangle.recording.hooks import look_at
 from entangle.recording.stream import ByteBudget, TokenStore
 from entangle.runs.progress import Progress, ProgressBar
+from entangle.stats.gram import GramResult
 from entangle.texts.calibration import as_calibration
 from entangle.texts.calibration_set import CalibrationSet
 from entangle.texts.given import Source
@@ -84,12 +89,6 @@ class RoutedRows:
     layers: Mapping[str, FittedRows] = field(repr=False)
     """The solved rows by the layer's name."""
 
-    @property
-    def realised_sparsity(self) -> pd.Series:
-        """Mean share of zeros by layer, number of experts and (asked) sparsity."""
-        by_arm = self.neurons.groupby(["layer", "experts", "sparsity"], sort=False)
-        return by_arm["realised_sparsity"].mean()
-
     def router(self, layer: str, k: int) -> Router:
         """Return the router with k clusters of a layer's inputs."""
         routers = self._layer(layer).routers
@@ -134,11 +133,7 @@ class RoutedRows:
         return whole[:, [place[row] for row in wanted.tolist()]]
 
     def modules(
-        self,
-        model: AnyModel,
-        selection: Mapping[str, RowIndices],
-        k: int,
-        sparsity: float,
+        self, model: AnyModel, selection: Mapping[str, RowIndices], k: int, sparsity: float
     ) -> dict[str, RowExperts]:
         """Make the modules that take the place of the selected layers.
 
@@ -215,9 +210,6 @@ def chosen_rows(
     return chosen
 
 
-__all__ = ["RoutedRows", "fit_rows"]
-
-
 @evaluates
 def fit_rows(
     model: AnyModel,
@@ -286,9 +278,12 @@ def fit_rows(
     ----------
     arXiv 2405.15756: algorithm A1, relative improvement, weighted WD and MD, figure 3.
     """
-    settings = RowSettings.checked(
-        sparsities, experts, pruner=pruner, router=router, damping=damping, restarts=restarts,
-        seed=seed, md=md,
+    settings = ExpertSettings(
+        router=router, restarts=restarts, seed=seed, pruner=pruner, damping=damping
+    )
+    sweep = _Sweep(
+        tuple(different("experts", wholes("experts", experts, least=1))),
+        tuple(different("sparsities", shares("sparsities", sparsities))), settings, md,
     )  # fmt: skip
     check_memory(memory)
     dense = as_language_model(model)
@@ -296,10 +291,10 @@ def fit_rows(
     chosen = chosen_rows(dense.module, rows)
     with ProgressBar("solving rows", enabled=progress) as bar:
         parts = _fit_blocks(
-            dense.module, calibration, chosen, settings, memory_for(memory, dense.module), bar
+            dense.module, calibration, chosen, sweep, memory_for(memory, dense.module), bar
         )
     order = {layer.name: i for i, (layer, _) in enumerate(chosen)}
-    neurons = _with_ri(pd.concat([table for table, _ in parts], ignore_index=True))
+    neurons = with_ri(pd.concat([table for table, _ in parts], ignore_index=True))
     neurons = neurons.sort_values(
         ["layer", "neuron"], key=lambda c: c.map(order) if c.name == "layer" else c, kind="stable"
     ).reset_index(drop=True)
@@ -307,11 +302,21 @@ def fit_rows(
     return RoutedRows(neurons, {name: fitted[name] for name in order})
 
 
+@dataclass(frozen=True, eq=False)
+class _Sweep:
+    """All that rows are solved for; the fields are explained at `fit_rows`."""
+
+    experts: tuple[int, ...]
+    sparsities: tuple[float, ...]
+    settings: ExpertSettings
+    md: bool
+
+
 def _fit_blocks(
     module: nn.Module,
     calibration: CalibrationSet,
     chosen: Sequence[tuple[Layer, Tensor]],
-    settings: RowSettings,
+    sweep: _Sweep,
     memory: int,
     bar: Progress,
 ) -> list[tuple[pd.DataFrame, dict[str, FittedRows]]]:
@@ -334,40 +339,151 @@ def _fit_blocks(
                 )  # fmt: skip
                 for members, inputs in groups:
                     group = RowGroup.of(members, rows)
-                    parts.append(_fit_one(group, inputs, settings, work))
+                    parts.append(_fit_one(group, inputs, sweep, work))
             bar.advance()
     return parts
 
 
 def _fit_one(
-    group: RowGroup, inputs: TokenStore, settings: RowSettings, memory: int
+    group: RowGroup, inputs: TokenStore, sweep: _Sweep, memory: int
 ) -> tuple[pd.DataFrame, dict[str, FittedRows]]:
     try:
-        fits = dict(fit_group(group, inputs, settings))
-        table = measure_group(group, inputs, fits, settings, memory=memory)
+        fits = [
+            fit_group(group, inputs, k, sweep.sparsities, sweep.settings, md=sweep.md)
+            for k in sweep.experts
+        ]
+        table = measure_group(group, inputs, fits, seed=sweep.settings.seed, memory=memory)
     except NumericalError as error:
         names = ", ".join(layer.name for layer in group.layers)
         raise NumericalError(f"{names}: {error}") from error
     fitted, start = {}, 0
-    routers = {k: fit.router for k, fit in fits.items()}
+    routers = {fit.router.k: fit.router for fit in fits}
     for layer, index in zip(group.layers, group.index, strict=True):
         own = slice(start, start + index.numel())
         packed = {
-            (k, sparsity): pack(weight[:, own])
-            for k, fit in fits.items()
-            for sparsity, weight in zip(settings.sparsities, fit.weight, strict=True)
+            (fit.router.k, sparsity): pack(weight[:, own])
+            for fit in fits
+            for sparsity, weight in zip(fit.sparsities, fit.weight, strict=True)
         }
         fitted[layer.name] = FittedRows(index.cpu(), layer.in_features, routers, packed)
         start = own.stop
     return table, fitted
 
 
-def _with_ri(neurons: pd.DataFrame) -> pd.DataFrame:
-    """Fill in the relative improvement."""
-    key = ["layer", "neuron", "sparsity"]
-    single = neurons.loc[neurons["experts"] == 1].set_index(key)["rmse"]
-    before = single.reindex(pd.MultiIndex.from_frame(neurons[key])).to_numpy()
-    after = neurons["rmse"].to_numpy()
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ri = np.where(neurons["experts"] == 1, 1.0, before / after)
-    return neurons.assign(ri=ri)
+Rows = Mapping[str, NDArray[np.int64]]
+Level = float | Allocation
+"""How sparse rows are: a share of zeros in [0, 1] for all, or each as an allocation says."""
+
+
+@dataclass(frozen=True, eq=False)
+class SolvedRows:
+    """Sparse weights of some rows of a layer at several levels."""
+
+    rows: Int64[Tensor, " rows"]
+    """Indices in ascending order."""
+    weight: Mapping[Level, Float[Tensor, "rows in_features"]]
+    """By level, in the layer's dtype, on the CPU."""
+    realised: Mapping[Level, Float[Tensor, " rows"]]
+    """Share of zeros of every row, by level."""
+
+    def take(
+        self, wanted: NDArray[np.int64], level: Level
+    ) -> tuple[Float[Tensor, "chosen in_features"], Float[Tensor, " chosen"]]:
+        """Return the weights and realised sparsities of some of the rows."""
+        place = torch.searchsorted(self.rows, torch.tensor(wanted))
+        return self.weight[level][place], self.realised[level][place]
+
+
+def solve_rows(
+    layers: Sequence[Layer],
+    rows: Rows,
+    grams: Mapping[str, GramResult],
+    *,
+    sparsities: Sequence[Level],
+    pruner: str = "sparsegpt",
+    damping: float = 0.01,
+    seed: int = 0,
+) -> dict[str, SolvedRows]:
+    """Prune rows of dense layers to an exact number of zeros each.
+
+    Rows do not depend on one another, so all rows and sparsities of the layers that read one input
+    are solved together, with one factorisation of its gram.
+
+    Parameters
+    ----------
+    layers
+        Layers of the dense model.
+    rows
+        Indices in ascending order by layer name; layers without any are left out.
+    grams
+        ``XᵀX`` of each layer's inputs, by layer name.
+    sparsities
+        Shares of zeros in [0, 1], or allocations that hold all of the layers, all of one pattern.
+    pruner, damping, seed
+        As in `entangle.pruning.prune` (``pruner`` is its ``method``). The zeros of ``"random"``
+        also depend on which rows and sparsities are solved together.
+
+    Raises
+    ------
+    InvalidInput
+        If the allocations' patterns differ.
+    NumericalError
+        If a gram cannot be factorised; the message names the layers.
+    """
+    settings = ExpertSettings(
+        pruner=pruner, pattern=_pattern(sparsities), damping=damping, seed=seed
+    )
+    solved: dict[str, SolvedRows] = {}
+    groups: dict[int, list[Layer]] = {}
+    for layer in layers:
+        if len(rows.get(layer.name, ())):
+            groups.setdefault(id(grams[layer.name]), []).append(layer)
+    for members in groups.values():
+        chosen = [torch.tensor(rows[layer.name]) for layer in members]
+        dense = torch.cat(
+            [layer.weight[i.to(layer.device)] for layer, i in zip(members, chosen, strict=True)]
+        )
+        shares = torch.cat([_shares(level, members, chosen) for level in sparsities])
+        try:
+            found = prune_part(
+                dense.repeat(len(sparsities), 1),
+                grams[members[0].name].gram[None].to(dense.device),
+                shares.to(dense.device),
+                settings,
+            )
+        except NumericalError as error:
+            names = ", ".join(layer.name for layer in members)
+            raise NumericalError(f"{names}: {error}") from error
+        weight = found.weight[0].cpu().unflatten(0, (len(sparsities), -1))
+        zeros = found.realised[0].cpu().unflatten(0, (len(sparsities), -1))
+        start = 0
+        for layer, index in zip(members, chosen, strict=True):
+            own = slice(start, start + len(index))
+            solved[layer.name] = SolvedRows(
+                index,
+                {level: weight[i, own] for i, level in enumerate(sparsities)},
+                {level: zeros[i, own] for i, level in enumerate(sparsities)},
+            )
+            start = own.stop
+    return solved
+
+
+def _pattern(levels: Sequence[Level]) -> str:
+    """Return the pattern of all levels; that of a share of zeros is ``row``."""
+    patterns = {one.pattern if isinstance(one, Allocation) else ROW for one in levels} or {ROW}
+    if len(patterns) > 1:
+        raise InvalidInput(
+            f"`sparsities` must have one pattern; got {' and '.join(sorted(patterns))}: solve them "
+            "one after the other."
+        )
+    return patterns.pop()
+
+
+def _shares(
+    level: Level, layers: Sequence[Layer], rows: Sequence[Int64[Tensor, " _"]]
+) -> Float[Tensor, " all_rows"]:
+    """Return the share of zeros of every chosen row of some layers, float64."""
+    if not isinstance(level, Allocation):
+        return torch.full((sum(map(len, rows)),), float(level), dtype=torch.float64)
+    pairs = zip(layers, rows, strict=True)
+    return torch.cat([level.sparsity[layer.name][index] for layer, index in pairs])

@@ -1,24 +1,19 @@
 """The router: a fixed function from a token to the expert it goes to.
 
-Reads a stream of tokens in blocks whose size does not depend on how the stream was chunked.
+It is fitted on a stream of tokens that is never held at full width: principal components, then
+k-means on the projected tokens (Sparse Expansion, arXiv 2405.15756, algorithm A1).
 
-Random clusters that are a function of the token: a keyed hash of its float32 bits.
-
-The control must give each token a cluster that says nothing about where the token lies, and the
-same vector the same cluster every time. A random projection or a hyperplane code would keep
-neighbours together; a draw per token would not be repeatable. A hash does both: one flipped bit of
-one feature gives an unrelated cluster. Clusters are equally likely, so their sizes over distinct
-tokens are binomial, n/k with a standard deviation of √(n/k · (1 − 1/k)).
+The control of random clusters must give each token a cluster that says nothing about where the
+token lies, and the same vector the same cluster every time. A random projection or a hyperplane
+code would keep neighbours together; a draw per token would not be repeatable. A keyed hash of the
+token's float32 bits does both: one flipped bit of one feature gives an unrelated cluster. Clusters
+are equally likely, so their sizes over distinct tokens are binomial, n/k with a standard deviation
+of √(n/k · (1 − 1/k)).
 
 Its weakness: it sees bits, not values. A token computed again in another batch shape, dtype or
 machine usually differs in its last bits and then goes to another cluster, so the experts' own
 calibration tokens reach them again only where the activations are reproduced exactly. And tokens
 that are the same vector (the first token of every sequence) stay together.
-
-Fits a router on a stream of tokens without ever holding them at full width.
-
-Sparse Expansion (arXiv 2405.15756, algorithm A1): principal components of the calibration tokens,
-then k-means on the projected tokens.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -33,8 +28,10 @@ from torch import Tensor
 
 from entangle.checks import choice, whole
 from entangle.errors import InvalidInput
-from entangle.experts.clusters import Pca, fit_pca, kmeans
-from entangle.precision import accumulator_dtype, full_precision
+from entangle.experts.clusters import kmeans
+from entangle.experts.pca import Pca, fit_pca
+from entangle.memory import by_device
+from entangle.precision import accumulator_dtype, exact_in_half, full_precision
 from entangle.seeding import check_seed, numpy_rng
 from entangle.stats.gram import require_finite
 
@@ -43,6 +40,7 @@ BLOCK_BYTES = 2**26
 BLOCK_TOKENS = 2**15
 """Most tokens of a block, but on a GPU: a block of few features would hold a whole text."""
 _BLOCK_BYTES_GPU = 2**28
+_CPU = torch.device("cpu")
 
 
 def fixed_blocks(
@@ -70,12 +68,13 @@ def fixed_blocks(
     for chunk in stream:
         features = _width(chunk, features)
         target = torch.device(device or chunk.device)
-        size = rows_per_block(features, on_gpu=target.type == "cuda")
+        size = rows_per_block(features, device=target)
         rest = chunk
         while rest.shape[0]:
             empty = False
             piece, rest = rest[: size - held], rest[size - held :]
-            pending.append(piece.detach().to(target, _dtype(chunk, target)))
+            as_is = exact_in_half(chunk.dtype, target)
+            pending.append(piece.detach().to(target, chunk.dtype if as_is else torch.float32))
             held += piece.shape[0]
             if held == size:
                 whole, pending, held = torch.cat(pending), [], 0
@@ -88,16 +87,11 @@ def fixed_blocks(
         yield torch.cat(pending)
 
 
-def rows_per_block(features: int, *, item_bytes: int = 4, on_gpu: bool = False) -> int:
+def rows_per_block(features: int, *, item_bytes: int = 4, device: torch.device = _CPU) -> int:
     """Return how many tokens of this width fit in a block, at least one."""
-    size = _BLOCK_BYTES_GPU if on_gpu else BLOCK_BYTES
+    size = by_device(device, cpu=BLOCK_BYTES, gpu=_BLOCK_BYTES_GPU)
     rows = max(1, size // (item_bytes * max(features, 1)))
-    return rows if on_gpu else min(rows, BLOCK_TOKENS)
-
-
-def _dtype(chunk: Tensor, device: torch.device) -> torch.dtype:
-    half = chunk.dtype in (torch.float16, torch.bfloat16)
-    return chunk.dtype if half and device.type == "cuda" else torch.float32
+    return min(rows, by_device(device, cpu=BLOCK_TOKENS, gpu=rows))
 
 
 def _width(chunk: Tensor, expected: int | None) -> int:
@@ -365,7 +359,10 @@ def fit_router(
     NumericalError
         If a token holds NaN or infinity.
     """
-    return _fit(stream, k, seed, kind, n_components, restarts, max_tokens, device)[0]
+    return fit_router_and_labels(
+        stream, k, seed=seed, kind=kind, n_components=n_components, restarts=restarts,
+        max_tokens=max_tokens, device=device,
+    )[0]  # fmt: skip
 
 
 def fit_router_and_labels(
@@ -374,7 +371,9 @@ def fit_router_and_labels(
     *,
     seed: int,
     kind: Kind = "kmeans",
+    n_components: int | None = None,
     restarts: int = 10,
+    max_tokens: int = _MAX_TOKENS,
     device: torch.device | str | None = None,
 ) -> tuple[Router, Int64[Tensor, " tokens"] | None]:
     """Fit a router as `fit_router` does, and keep the clusters of the tokens it was fitted on.
@@ -386,24 +385,9 @@ def fit_router_and_labels(
     tuple
         The router, and the cluster of every token in the order of the stream, on the device of the
         fit. They are those of ``router.route``, except where two centroids are equally far to
-        float32's rounding. None where the fit saw only some of the tokens, for a control, and
-        where the fit did not run on a GPU: route the tokens then.
+        float32's rounding. None where the fit saw only some of the tokens, and for a control: route
+        the tokens then.
     """
-    router, labels = _fit(stream, k, seed, kind, None, restarts, _MAX_TOKENS, device)
-    return router, labels if labels is not None and labels.is_cuda else None
-
-
-def _fit(
-    stream: Iterable[Tensor],
-    k: int,
-    seed: int,
-    kind: Kind,
-    n_components: int | None,
-    restarts: int,
-    max_tokens: int,
-    device: torch.device | str | None,
-) -> tuple[Router, Tensor | None]:
-    """Check what was asked for; fit, and give the clusters of all tokens where they are known."""
     k, restarts = whole("k", k, least=1), whole("restarts", restarts, least=1)
     if n_components is not None:
         n_components = whole("n_components", n_components, least=1)

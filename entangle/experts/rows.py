@@ -1,91 +1,244 @@
-"""Fit routers on one recorded input, and solve and measure the chosen rows that read it.
+"""Chosen rows of the layers that read one input: experts of theirs, and what these do to outputs.
 
-Pruned rows of every layer, solved once for all the arms that use them.
-
-Routed experts for some rows of a dense layer, and their installation for a while.
+Rows are fitted (`fit_group`) by the solver of whole layers, and measured (`measure_group`) by what
+the sparse rows do to the outputs of neurons, and the clusters to their shape.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int64
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-from entangle.allocation.allocation import ROW, Allocation
-from entangle.checks import choice, different, finite, shares, whole, wholes
-from entangle.errors import InvalidInput, NumericalError, unknown_name
-from entangle.experts.linear import SharedRouting
-from entangle.experts.router import KINDS, Kind, Router, fit_router
-from entangle.experts.row_measures import (
-    ClusterPairs,
-    Clusters,
-    dense_outputs,
-    output_errors,
-    pair_tokens,
-    rmse,
-    sorted_distance,
-    weighted_md,
-    weighted_wd,
-)
-from entangle.experts.solver import count_shrunk, shrunk_grams
+from entangle.experts.router import Router
+from entangle.experts.solver import ExpertSettings, cluster_grams, count_shrunk, solve_clusters
 from entangle.models.layers import Layer
-from entangle.precision import full_precision
-from entangle.pruning import prune
-from entangle.pruning.methods import METHODS
+from entangle.precision import accumulator_dtype, full_precision
 from entangle.recording.stream import TokenStore
-from entangle.seeding import check_seed
-from entangle.stats.gram import ClusterGrams, ClusterGramsResult, GramResult
-from entangle.stats.mapping_difficulty import mapping_difficulty
-from entangle.stats.tiles import row_parts
-from entangle.stats.wasserstein import ShapeStatistics, judge_products, shape_statistics, sort_rows
+from entangle.stats.gram import ClusterGramsResult
+from entangle.stats.mapping_difficulty import draw_pairs, mapping_difficulty
+from entangle.stats.tiles import multiply, row_parts
+from entangle.stats.wasserstein import (
+    Judge,
+    ShapeStatistics,
+    judge_products,
+    shape_statistics,
+    sort_rows,
+)
 
 _SOLVE_BYTES = 2**30
 _COPIES = 6  # of the stacked rows, at most, inside a solver
 _BYTES_A_TOKEN = 40  # of every neuron that is measured: outputs, errors, sorted copies, pairs
+_BLOCK_TOKENS = 8192
 
 
 @dataclass(frozen=True, eq=False)
-class RowSettings:
-    """How rows are routed and solved; the fields are explained at `fit_rows`."""
+class Clusters:
+    """Tokens parted into clusters."""
 
-    sparsities: tuple[float, ...]
-    experts: tuple[int, ...]
-    pruner: str
-    router: Kind
-    damping: float
-    restarts: int
-    seed: int
-    md: bool
+    labels: Int64[Tensor, " tokens"]
+    """Cluster of every token, (tokens,)."""
+    order: Int64[Tensor, " tokens"]
+    """Indices of the tokens, cluster by cluster, each in reading order, (tokens,)."""
+    sizes: tuple[int, ...]
+    """Number of tokens of every cluster."""
 
     @classmethod
-    def checked(
-        cls,
-        sparsities: float | Iterable[float],
-        experts: int | Iterable[int],
-        *,
-        pruner: str,
-        router: Kind,
-        damping: float,
-        restarts: int,
-        seed: int,
-        md: bool,
-    ) -> "RowSettings":
-        """Check what a user gives."""
-        return cls(
-            tuple(different("sparsities", shares("sparsities", sparsities))),
-            tuple(different("experts", wholes("experts", experts, least=1))),
-            choice("pruner", pruner, METHODS, kind="pruning method"),
-            choice("router", router, KINDS),
-            finite("damping", damping, least=0),
-            whole("restarts", restarts, least=1),
-            check_seed(seed),
-            md,
-        )
+    def of(cls, labels: Int64[Tensor, " tokens"], k: int) -> "Clusters":
+        """Sort the tokens of k clusters."""
+        sizes = torch.bincount(labels, minlength=k).tolist()
+        return cls(labels, labels.argsort(stable=True), tuple(sizes))
+
+
+@dataclass(frozen=True, eq=False)
+class ClusterPairs:
+    """Random pairs of tokens, the two of a pair in one cluster."""
+
+    pairs: Int64[Tensor, "two=2 pairs"]
+    """Indices of the tokens, (2, pairs), cluster by cluster."""
+    distance: Float[Tensor, " pairs"]
+    """‖x_a − x_b‖₂ of every pair, in input units, (pairs,)."""
+    sizes: tuple[int, ...]
+    """Number of pairs of every cluster."""
+
+
+def pair_tokens(clusters: Clusters, inputs: TokenStore, *, seed: int) -> ClusterPairs:
+    """Draw disjoint pairs of tokens in every cluster (`draw_pairs`) and measure their distance.
+
+    Parameters
+    ----------
+    clusters
+        A single cluster gives the pairs that all tokens are scored with.
+    inputs
+        The layer's inputs, (tokens, in_features).
+    seed
+        Seed of the draw.
+    """
+    drawn = [
+        own[draw_pairs(own.numel(), seed=seed)]
+        for own in clusters.order.cpu().split(list(clusters.sizes))
+    ]
+    pairs = torch.cat(drawn, dim=1)
+    distance = [
+        (inputs.take(a).float() - inputs.take(b).float()).norm(dim=1).cpu()
+        for a, b in pairs.split(_BLOCK_TOKENS, dim=1)
+    ]
+    return ClusterPairs(pairs, torch.cat(distance), tuple(part.shape[1] for part in drawn))
+
+
+def weighted_wd(
+    outputs: Float[Tensor, "neurons tokens"],
+    clusters: Clusters,
+    *,
+    judge: Judge = lambda _cluster, shape: shape,
+) -> tuple[Float[Tensor, " neurons"], Int64[Tensor, " neurons"]]:
+    """Average the WD of a neuron's outputs inside every cluster, weighted by the cluster's tokens.
+
+    ``Σ_c (n_c / n) · WD_c``, every cluster standardised by itself. A cluster with fewer than two
+    tokens, or in which the outputs are constant, contributes 0.
+
+    Parameters
+    ----------
+    outputs
+        Dense outputs, (neurons, tokens).
+    clusters
+        Of the same tokens.
+    judge
+        Tells by the rounding of the outputs which of them are constant in a cluster, from
+        `entangle.stats.wasserstein.judge_products`.
+
+    Returns
+    -------
+    weighted : Tensor
+        Shape (neurons,), in standard deviations.
+    skipped : Tensor
+        Number of clusters that contribute 0, (neurons,).
+
+    References
+    ----------
+    arXiv 2405.15756.
+    """
+    found = []
+    for cluster, own in enumerate(_split(outputs, clusters)):
+        if own.shape[1] < 2:
+            wide = accumulator_dtype(own.device)
+            nothing = torch.zeros(own.shape[0], dtype=wide, device=own.device)
+            found.append((nothing, torch.ones_like(nothing, dtype=torch.bool)))
+            continue
+        shape = judge(cluster, shape_statistics(own))
+        found.append((shape.wd.masked_fill(shape.constant, 0.0), shape.constant))
+    return _weighted(found, clusters)
+
+
+def weighted_md(
+    outputs: Float[Tensor, "neurons tokens"], clusters: Clusters, drawn: ClusterPairs
+) -> tuple[Float[Tensor, " neurons"], Int64[Tensor, " neurons"]]:
+    """Average the mapping difficulty inside every cluster, weighted by the cluster's tokens.
+
+    Both normalisers are the cluster's own. A cluster without pairs of different inputs, or whose
+    outputs are equal in most pairs, contributes 0.
+
+    Parameters
+    ----------
+    outputs
+        Dense outputs, (neurons, tokens).
+    clusters
+        Of the same tokens.
+    drawn
+        Pairs inside the clusters, from `pair_tokens`.
+
+    Returns
+    -------
+    weighted : Tensor
+        Shape (neurons,), no unit.
+    skipped : Tensor
+        Number of clusters that contribute 0, (neurons,).
+    """
+    sizes = list(drawn.sizes)
+    difficulties = []
+    parts = zip(drawn.pairs.split(sizes, dim=1), drawn.distance.split(sizes), strict=True)
+    for pairs, distance in parts:
+        md = mapping_difficulty(outputs, pairs, distance.to(outputs.device)).md()
+        difficulties.append((md.nan_to_num(nan=0.0, posinf=math.inf), md.isnan()))
+    return _weighted(difficulties, clusters)
+
+
+def sorted_distance(
+    first: Float[Tensor, "neurons tokens"], second: Float[Tensor, "neurons tokens"]
+) -> Float[Tensor, " neurons"]:
+    """Return W1 between two empirical distributions of equal size, (neurons,).
+
+    Parameters
+    ----------
+    first, second
+        Values in ascending order along the tokens, (neurons, tokens).
+    """
+    return (first - second).abs_().mean(1, dtype=accumulator_dtype(first.device))
+
+
+def rmse(errors: Float[Tensor, "neurons tokens"]) -> Float[Tensor, " neurons"]:
+    """Return the root of the mean square over the tokens, (neurons,)."""
+    wide = accumulator_dtype(errors.device)
+    norm: Tensor = torch.linalg.vector_norm(errors, dim=1, dtype=wide)
+    return norm / math.sqrt(errors.shape[1])
+
+
+def dense_outputs(
+    weight: Float[Tensor, "neurons in_features"],
+    bias: Float[Tensor, " neurons"],
+    inputs: TokenStore,
+) -> Float[Tensor, "neurons tokens"]:
+    """Compute outputs on all recorded tokens in float32, (neurons, tokens)."""
+    outputs = torch.empty(weight.shape[0], inputs.n_tokens, device=weight.device)
+    for start, rows in inputs.blocks(_BLOCK_TOKENS):
+        target = outputs[:, start : start + rows.shape[0]]
+        multiply(weight.float(), rows.to(weight.device).float(), out=target)
+        target += bias[:, None]
+    return outputs
+
+
+def output_errors(
+    change: Float[Tensor, "experts neurons in_features"], inputs: TokenStore, clusters: Clusters
+) -> Float[Tensor, "neurons tokens"]:
+    """Compute what a change of the experts' weights does to outputs, float32, (neurons, tokens).
+
+    Parameters
+    ----------
+    change
+        Sparse minus dense weights.
+    inputs
+        The layer's inputs, (tokens, in_features).
+    clusters
+        Of the same tokens.
+    """
+    errors = torch.empty(change.shape[1], inputs.n_tokens, device=change.device)
+    for start, rows in inputs.blocks(_BLOCK_TOKENS):
+        tokens = rows.to(change.device).float()
+        own = Clusters.of(clusters.labels[start : start + tokens.shape[0]], change.shape[0])
+        for expert, index in enumerate(own.order.split(list(own.sizes))):
+            if index.numel():
+                found = errors.new_empty(errors.shape[0], index.numel())
+                multiply(change[expert], tokens[index], out=found)
+                errors[:, start + index] = found
+    return errors
+
+
+def _split(outputs: Tensor, clusters: Clusters) -> Sequence[Tensor]:
+    parts: Sequence[Tensor] = outputs[:, clusters.order].split(list(clusters.sizes), dim=1)
+    return parts
+
+
+def _weighted(values: Iterable[tuple[Tensor, Tensor]], clusters: Clusters) -> tuple[Tensor, Tensor]:
+    """Sum (value, whether it was skipped) over the clusters."""
+    n_tokens = sum(clusters.sizes)
+    shares = [size / n_tokens for size in clusters.sizes]
+    found = list(zip(shares, values, strict=True))
+    total = torch.stack([share * value for share, (value, _) in found]).sum(0)
+    return total, torch.stack([skipped for _, (_, skipped) in found]).sum(0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,6 +284,9 @@ class RowFit:
     router: Router
     clusters: Clusters
     pairs: ClusterPairs | None
+    """None without mapping difficulty."""
+    sparsities: tuple[float, ...]
+    """Shares of zeros asked for."""
     weight: Float[Tensor, "sparsities k rows in_features"]
     """Sparse weights, in the layers' dtype."""
     realised: Float[Tensor, "sparsities rows"]
@@ -144,9 +300,15 @@ class RowFit:
 
 
 def fit_group(
-    group: RowGroup, inputs: TokenStore, settings: RowSettings
-) -> Iterator[tuple[int, RowFit]]:
-    """Yield (k, fit) for every number of experts.
+    group: RowGroup,
+    inputs: TokenStore,
+    k: int,
+    sparsities: Sequence[float],
+    settings: ExpertSettings,
+    *,
+    md: bool,
+) -> RowFit:
+    """Fit a router and solve the rows in its clusters.
 
     Parameters
     ----------
@@ -154,27 +316,25 @@ def fit_group(
         The rows to solve.
     inputs
         What their layers received, (tokens, in_features).
+    k
+        Number of experts.
+    sparsities
+        Shares of zeros in [0, 1].
     settings
         How.
+    md
+        Whether to draw pairs of tokens for the mapping difficulty.
     """
-    device, features = group.weight.device, group.weight.shape[1]
-    for k in settings.experts:
-        router = fit_router(
-            inputs, k, seed=settings.seed, kind="single" if k == 1 else settings.router,
-            restarts=settings.restarts, device=device,
-        )  # fmt: skip
-        grams, labels = ClusterGrams(k, features, device=device), []
-        for rows in inputs:
-            rows = rows.to(device)
-            labels.append(router.route(rows))
-            grams.update(rows, labels[-1])
-        clusters, found = Clusters.of(torch.cat(labels), k), grams.result()
-        weight, realised, damping = _solve(group.weight, found, settings)
-        pairs = pair_tokens(clusters, inputs, seed=settings.seed) if settings.md else None
-        yield k, RowFit(
-            router, clusters, pairs, weight, realised, damping, count_shrunk(found),
-            sizes=_sizes(found),
-        )  # fmt: skip
+    device = group.weight.device
+    router, _ = settings.fit(inputs, k, device)
+    grams, labels = cluster_grams(inputs, router, device)
+    clusters = Clusters.of(labels, k)
+    weight, realised, damping = _solve(group.weight, grams, sparsities, settings)
+    pairs = pair_tokens(clusters, inputs, seed=settings.seed) if md else None
+    return RowFit(
+        router, clusters, pairs, tuple(sparsities), weight, realised, damping,
+        count_shrunk(grams), sizes=_sizes(grams),
+    )  # fmt: skip
 
 
 def _sizes(grams: ClusterGramsResult) -> Tensor:
@@ -184,7 +344,7 @@ def _sizes(grams: ClusterGramsResult) -> Tensor:
 
 
 def _solve(
-    weight: Tensor, grams: ClusterGramsResult, settings: RowSettings
+    weight: Tensor, grams: ClusterGramsResult, sparsities: Sequence[float], settings: ExpertSettings
 ) -> tuple[Tensor, Tensor, float]:
     """Solve all rows at all sparsities, stacked, so that every gram is factorised once.
 
@@ -192,33 +352,24 @@ def _solve(
     (sparsities, rows), and the largest damping.
     """
     n_rows, features = weight.shape
-    shares = torch.tensor(settings.sparsities, dtype=torch.float64).repeat_interleave(n_rows)
-    stacked = weight.repeat(len(settings.sparsities), 1)
+    shares = torch.tensor(sparsities, dtype=torch.float64).repeat_interleave(n_rows)
+    stacked = weight.repeat(len(sparsities), 1)
     at_once = min(len(stacked), max(1, _SOLVE_BYTES // (_COPIES * 4 * features)))
     solved = torch.empty(len(grams.count), *stacked.shape, dtype=weight.dtype, device=weight.device)
     zeros, damping = torch.zeros(len(stacked), dtype=torch.float64), 0.0
-    for clusters, gram in shrunk_grams(grams, rows=at_once):
-        for start in range(0, len(stacked), at_once):
-            part = slice(start, start + at_once)
-            result = prune(
-                stacked[part].expand(len(gram), -1, -1), gram, method=settings.pruner,
-                sparsity=shares[part], damping=settings.damping, seed=settings.seed,
-            )  # fmt: skip
-            solved[clusters, part] = result.weight
-            zeros[part] += (~result.mask).sum((0, 2)).cpu()
-            damping = max(damping, float(result.damping.max()))
+    for clusters, rows, part in solve_clusters(
+        stacked, grams, shares, settings, beside=at_once, at_once=at_once, numbered=False
+    ):
+        solved[clusters, rows] = part.weight
+        zeros[rows] += part.zeros.cpu()
+        damping = max(damping, float(part.damping.max()))
     by_sparsity = solved.unflatten(1, (-1, n_rows)).transpose(0, 1)
     realised = zeros / (len(grams.count) * features)
     return by_sparsity, realised.unflatten(0, (-1, n_rows)), damping
 
 
 def measure_group(
-    group: RowGroup,
-    inputs: TokenStore,
-    fits: Mapping[int, RowFit],
-    settings: RowSettings,
-    *,
-    memory: int,
+    group: RowGroup, inputs: TokenStore, fits: Sequence[RowFit], *, seed: int, memory: int
 ) -> pd.DataFrame:
     """Measure all rows, one frame row a (row, k, sparsity); columns as in `RoutedRows.neurons`.
 
@@ -226,26 +377,28 @@ def measure_group(
 
     Parameters
     ----------
-    group, inputs, settings
+    group, inputs
         As in `fit_group`.
     fits
-        From `fit_group`.
+        From `fit_group`, of at least one number of experts.
+    seed
+        Seed of the pairs of all tokens.
     memory
         Bytes for the outputs of the rows that are worked on.
     """
-    everything = Clusters.of(torch.zeros_like(next(iter(fits.values())).clusters.labels), 1)
-    pairs = pair_tokens(everything, inputs, seed=settings.seed) if settings.md else None
+    everything = Clusters.of(torch.zeros_like(fits[0].clusters.labels), 1)
+    pairs = None if fits[0].pairs is None else pair_tokens(everything, inputs, seed=seed)
     names = group.columns()
     at_once = memory // (_BYTES_A_TOKEN * inputs.n_tokens)
     frames = []
     with full_precision():
         for part in row_parts(len(names), at_once):
-            dense = _Dense.of(group, inputs, part, pairs, fits)
-            for fit in fits.values():
-                frames += [
-                    pd.concat([names[part].reset_index(drop=True), table], axis=1)
-                    for table in _tables(dense, fit, inputs, settings)
-                ]
+            dense = _Dense.of(group, inputs, part, pairs, fits[0])
+            frames += [
+                pd.concat([names[part].reset_index(drop=True), table], axis=1)
+                for fit in fits
+                for table in _tables(dense, fit, inputs)
+            ]
     return pd.concat(frames, ignore_index=True)
 
 
@@ -268,11 +421,10 @@ class _Dense:
         inputs: TokenStore,
         part: slice,
         pairs: ClusterPairs | None,
-        fits: Mapping[int, RowFit],
+        fit: RowFit,
     ) -> "_Dense":
         weight, bias = group.weight[part].float(), group.bias[part]
         outputs = dense_outputs(weight, bias, inputs)
-        fit = next(iter(fits.values()))
         share = torch.tensor(fit.clusters.sizes).to(fit.sizes)[:, None] / inputs.n_tokens
         sizes = (share * fit.sizes.square()).sum(0)[None].sqrt()
         shape = judge_products(weight, bias, sizes)(0, shape_statistics(outputs))
@@ -283,14 +435,10 @@ class _Dense:
         return cls(part, weight, bias, outputs, sort_rows(outputs), shape, md)
 
 
-def _tables(
-    dense: _Dense, fit: RowFit, inputs: TokenStore, settings: RowSettings
-) -> Iterator[pd.DataFrame]:
+def _tables(dense: _Dense, fit: RowFit, inputs: TokenStore) -> Iterator[pd.DataFrame]:
     """Yield a frame a sparsity, one row a dense row."""
     shape = _cluster_columns(dense, fit)
-    for weight, realised, sparsity in zip(
-        fit.weight, fit.realised, settings.sparsities, strict=True
-    ):
+    for weight, realised, sparsity in zip(fit.weight, fit.realised, fit.sparsities, strict=True):
         change = weight[:, dense.part].float() - dense.weight
         errors = output_errors(change, inputs, fit.clusters)
         error = rmse(errors)
@@ -326,253 +474,12 @@ def _numpy(values: Tensor) -> np.ndarray:
     return array
 
 
-Rows = Mapping[str, NDArray[np.int64]]
-Level = float | Allocation
-"""How sparse rows are: a share of zeros in [0, 1] for all, or each as an allocation says."""
-
-
-@dataclass(frozen=True, eq=False)
-class SolvedRows:
-    """Sparse weights of some rows of a layer at several levels."""
-
-    rows: Int64[Tensor, " rows"]
-    """Indices in ascending order."""
-    weight: Mapping[Level, Float[Tensor, "rows in_features"]]
-    """By level, in the layer's dtype, on the CPU."""
-    realised: Mapping[Level, Float[Tensor, " rows"]]
-    """Share of zeros of every row, by level."""
-
-    def take(
-        self, wanted: NDArray[np.int64], level: Level
-    ) -> tuple[Float[Tensor, "chosen in_features"], Float[Tensor, " chosen"]]:
-        """Return the weights and realised sparsities of some of the rows."""
-        place = torch.searchsorted(self.rows, torch.tensor(wanted))
-        return self.weight[level][place], self.realised[level][place]
-
-
-def solve_rows(
-    layers: Sequence[Layer],
-    rows: Rows,
-    grams: Mapping[str, GramResult],
-    *,
-    sparsities: Sequence[Level],
-    pruner: str = "sparsegpt",
-    damping: float = 0.01,
-    seed: int = 0,
-) -> dict[str, SolvedRows]:
-    """Prune rows of dense layers to an exact number of zeros each.
-
-    Rows do not depend on one another, so all rows and sparsities of the layers that read one input
-    are solved together, with one factorisation of its gram.
-
-    Parameters
-    ----------
-    layers
-        Layers of the dense model.
-    rows
-        Indices in ascending order by layer name; layers without any are left out.
-    grams
-        ``XᵀX`` of each layer's inputs, by layer name.
-    sparsities
-        Shares of zeros in [0, 1], or allocations that hold all of the layers, all of one pattern.
-    pruner, damping, seed
-        As in `entangle.pruning.prune` (``pruner`` is its ``method``). The zeros of ``"random"``
-        also depend on which rows and sparsities are solved together.
-
-    Raises
-    ------
-    InvalidInput
-        If the allocations' patterns differ.
-    NumericalError
-        If a gram cannot be factorised; the message names the layers.
-    """
-    pattern = _pattern(sparsities)
-    solved: dict[str, SolvedRows] = {}
-    groups: dict[int, list[Layer]] = {}
-    for layer in layers:
-        if len(rows.get(layer.name, ())):
-            groups.setdefault(id(grams[layer.name]), []).append(layer)
-    for members in groups.values():
-        chosen = [torch.tensor(rows[layer.name]) for layer in members]
-        dense = torch.cat(
-            [layer.weight[i.to(layer.device)] for layer, i in zip(members, chosen, strict=True)]
-        )
-        shares = torch.cat([_shares(level, members, chosen) for level in sparsities])
-        try:
-            result = prune(
-                dense.repeat(len(sparsities), 1),
-                grams[members[0].name].gram.to(dense.device),
-                method=pruner, sparsity=shares.to(dense.device), pattern=pattern,
-                damping=damping, seed=seed,
-            )  # fmt: skip
-        except NumericalError as error:
-            names = ", ".join(layer.name for layer in members)
-            raise NumericalError(f"{names}: {error}") from error
-        weight = result.weight.cpu().unflatten(0, (len(sparsities), -1))
-        zeros = result.realised_sparsity.cpu().unflatten(0, (len(sparsities), -1))
-        start = 0
-        for layer, index in zip(members, chosen, strict=True):
-            own = slice(start, start + len(index))
-            solved[layer.name] = SolvedRows(
-                index,
-                {level: weight[i, own] for i, level in enumerate(sparsities)},
-                {level: zeros[i, own] for i, level in enumerate(sparsities)},
-            )
-            start = own.stop
-    return solved
-
-
-def _pattern(levels: Sequence[Level]) -> str:
-    """Return the pattern of all levels; that of a share of zeros is ``row``."""
-    patterns = {one.pattern if isinstance(one, Allocation) else ROW for one in levels} or {ROW}
-    if len(patterns) > 1:
-        raise InvalidInput(
-            f"`sparsities` must have one pattern; got {' and '.join(sorted(patterns))}: solve them "
-            "one after the other."
-        )
-    return patterns.pop()
-
-
-def _shares(
-    level: Level, layers: Sequence[Layer], rows: Sequence[Int64[Tensor, " _"]]
-) -> Float[Tensor, " all_rows"]:
-    """Return the share of zeros of every chosen row of some layers, float64."""
-    if not isinstance(level, Allocation):
-        return torch.full((sum(map(len, rows)),), float(level), dtype=torch.float64)
-    pairs = zip(layers, rows, strict=True)
-    return torch.cat([level.sparsity[layer.name][index] for layer, index in pairs])
-
-
-class RowExperts(nn.Module):
-    """A dense layer whose chosen neurons are computed by the expert of each token's cluster.
-
-    All other neurons, and all neurons where every expert equals the dense rows, are the dense
-    layer's, bit for bit. A token costs the dense layer and the chosen rows of one expert.
-
-    Parameters
-    ----------
-    layer
-        The dense layer; its module is called as it is, and its bias is that of the experts.
-    rows
-        Indices of the chosen neurons, all different, shape (rows,).
-    weight
-        Their weights in every expert, (experts, rows, in_features).
-    routing
-        Which expert a token goes to; shared by the layers that read the same input. Not needed for
-        a single expert.
-
-    Raises
-    ------
-    InvalidInput
-        If the indices or shapes do not fit the layer or the routing.
-    """
-
-    def __init__(
-        self,
-        layer: Layer,
-        rows: Int64[Tensor, " rows"],
-        weight: Float[Tensor, "experts rows in_features"],
-        routing: SharedRouting | None = None,
-    ) -> None:
-        super().__init__()
-        _check(layer, rows, weight, routing)
-        dense = layer.weight
-        rows, weight = rows.to(dense.device), weight.to(dense.device)
-        bias = None if layer.bias is None else layer.bias[rows]
-        self.dense = layer.module
-        self.rows: Int64[Tensor, " rows"]
-        self.register_buffer("rows", rows, persistent=False)
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self.routing = routing
-        self._unchanged = bool((weight == dense[rows]).all())
-
-    def forward(
-        self, x: Float[Tensor, "*batch in_features"]
-    ) -> Float[Tensor, "*batch out_features"]:
-        """Return the dense layer's output, the chosen columns overwritten by the experts'."""
-        outputs: Tensor = self.dense(x)
-        if self._unchanged:
-            return outputs
-        chosen = self._chosen(x).to(outputs.dtype)
-        shape = (*x.shape[:-1], self.rows.numel())
-        return outputs.index_copy(-1, self.rows, chosen.reshape(shape))
-
-    def _chosen(self, x: Tensor) -> Tensor:
-        """Return the outputs of the chosen rows, (tokens, rows), in the order of the tokens."""
-        tokens = x.reshape(-1, x.shape[-1])
-        if self.routing is None or self.weight.shape[0] == 1:
-            return nn.functional.linear(tokens, self.weight[0], self.bias)
-        clusters = self.routing(x)
-        counts = torch.bincount(clusters, minlength=self.weight.shape[0]).tolist()
-        outputs = tokens.new_empty(tokens.shape[0], self.weight.shape[1])
-        for expert, index in enumerate(clusters.argsort(stable=True).split(counts)):
-            if index.numel():
-                chosen = nn.functional.linear(tokens[index], self.weight[expert], self.bias)
-                outputs[index] = chosen.to(outputs.dtype)
-        return outputs
-
-    def extra_repr(self) -> str:
-        """Describe the shape for ``print(model)``."""
-        experts, rows, in_features = self.weight.shape
-        return f"rows={rows}, in_features={in_features}, experts={experts}"
-
-
-def _check(layer: Layer, rows: Tensor, weight: Tensor, routing: SharedRouting | None) -> None:
-    index = rows.tolist()
-    if len(set(index)) < len(index) or not all(0 <= row < layer.out_features for row in index):
-        raise InvalidInput(
-            f"`rows` must be different indices in [0, {layer.out_features}) of layer "
-            f"{layer.name!r}; got {index[:8]}."
-        )
-    experts = weight.shape[0] if routing is None else routing.router.k
-    if experts < 1 or tuple(weight.shape) != (experts, len(index), layer.in_features):
-        raise InvalidInput(
-            f"`weight` must have shape (experts, rows, in_features) = ({experts}, {len(index)}, "
-            f"{layer.in_features}) for layer {layer.name!r}; got {tuple(weight.shape)}."
-        )
-    if routing is None and experts > 1:
-        raise InvalidInput(f"`routing` must tell which of {experts} experts to take; got None.")
-    if routing is not None and routing.router.features != layer.in_features:
-        raise InvalidInput(
-            f"`routing` must be fitted on tokens of {layer.in_features} features; "
-            f"got {routing.router.features}."
-        )
-
-
-@contextmanager
-def installed(
-    module: nn.Module, replacements: Mapping[str, nn.Module]
-) -> Iterator[Mapping[str, nn.Module]]:
-    """Put modules in the place of others inside the ``with`` block.
-
-    Parameters
-    ----------
-    module
-        The model, changed in place; however the block ends, the very objects that were there
-        before are put back.
-    replacements
-        New modules by full dotted name.
-
-    Yields
-    ------
-    Mapping
-        The modules that were replaced, by name.
-
-    Raises
-    ------
-    UnknownName
-        If the model has no module of a name; nothing is replaced then.
-    """
-    present = dict(module.named_modules(remove_duplicate=False))
-    for name in replacements:
-        if not name or name not in present:
-            raise unknown_name("module", name, present)
-    originals = {name: present[name] for name in replacements}
-    try:
-        for name, replacement in replacements.items():
-            module.set_submodule(name, replacement)
-        yield originals
-    finally:
-        for name, original in originals.items():
-            module.set_submodule(name, original)
+def with_ri(neurons: pd.DataFrame) -> pd.DataFrame:
+    """Fill in the relative improvement; see `entangle.experts.routed_rows.RoutedRows.neurons`."""
+    key = ["layer", "neuron", "sparsity"]
+    single = neurons.loc[neurons["experts"] == 1].set_index(key)["rmse"]
+    before = single.reindex(pd.MultiIndex.from_frame(neurons[key])).to_numpy()
+    after = neurons["rmse"].to_numpy()
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ri = np.where(neurons["experts"] == 1, 1.0, before / after)
+    return neurons.assign(ri=ri)

@@ -1,13 +1,15 @@
-"""Experts of the layers that read one input, a few clusters at a time.
+"""The one solver of sparse experts: rows of layers, pruned once for every cluster of their inputs.
 
-The grams of 16 clusters of a 7B model's down projection are 7.8 GB. Where the recorded inputs lie
-on a GPU, the tokens of a cluster can be gathered from them, so that only the grams of a few
-clusters are held, until the experts of all layers are solved with them.
+Rows of an ablation or a decomposition and whole layers of an expansion go one way: a router is
+fitted on the layer's inputs (`ExpertSettings.fit`), the tokens are routed and their grams summed by
+cluster (`cluster_grams`), and the rows are pruned in all clusters, a few at a time
+(`solve_clusters`).
 
-Turn one dense layer into pruned experts, one a cluster.
+The grams of 16 clusters of a 7B model's down projection are 7.8 GB. Where the recorded inputs of an
+expansion lie on a GPU, the tokens of a cluster can be gathered from them, so that only the grams of
+a few clusters are held, until the experts of all layers are solved with them (`solve_in_parts`).
 """
 
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,16 +17,20 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from entangle.checks import choice
+from entangle.checks import choice, finite, whole
 from entangle.errors import InvalidInput
+from entangle.experts.router import KINDS, Kind, Router, fit_router_and_labels
+from entangle.kernels.dispatch import dispatch, on_cpu
+from entangle.memory import by_device, free_on_gpu, in_fitting_parts
 from entangle.models.layers import Layer
 from entangle.precision import full_precision
 from entangle.pruning import METHODS
 from entangle.pruning.factor import Factor, inverse_factor
 from entangle.pruning.methods import solve
-from entangle.pruning.problem import check_gram, prepare, quadratic
+from entangle.pruning.problem import check_bits, check_gram, prepare, quadratic
 from entangle.recording.stream import TokenStore
-from entangle.stats.gram import ClusterGramsResult, sum_grams
+from entangle.seeding import check_seed
+from entangle.stats.gram import ClusterGrams, ClusterGramsResult, sum_grams
 
 Sparsity = float | Float[Tensor, " out_features"] | None
 
@@ -32,17 +38,59 @@ _WORK_BYTES = 2 * 2**30
 _GPU_SHARE = 4
 _COPIES = 6  # of the gram and of the rows, at most, inside a solver
 _CHANGE_BYTES = 2**28
+_GRAM_TOKENS = 2**13
 
 
-@dataclass(frozen=True, eq=False)
-class SolverSettings:
-    """How experts are pruned; the fields are the arguments of `entangle.pruning.prune`."""
+@dataclass(frozen=True)
+class ExpertSettings:
+    """How tokens are routed and experts pruned; the fields are explained at `entangle.expand`.
 
+    Raises
+    ------
+    InvalidInput, UnknownName
+        If a value is out of range; patterns are checked with the layers (`check_solvable`).
+    """
+
+    router: Kind = "kmeans"
+    restarts: int = 10
+    seed: int = 0
     pruner: str = "sparsegpt"
     pattern: str = "row"
     bits: int | None = None
     damping: float = 0.01
-    seed: int = 0
+
+    def __post_init__(self) -> None:
+        checked = {
+            "restarts": whole("restarts", self.restarts, least=1),
+            "bits": check_bits(self.bits),
+            "seed": check_seed(self.seed),
+            "damping": finite("damping", self.damping, least=0),
+            "pruner": choice("pruner", self.pruner, METHODS, kind="pruning method"),
+            "router": choice("router", self.router, KINDS),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+    def fit(
+        self, inputs: TokenStore, k: int, device: torch.device
+    ) -> tuple[Router, Int64[Tensor, " tokens"] | None]:
+        """Fit a router to k clusters, and find the tokens' where `fit_router_and_labels` does."""
+        return fit_router_and_labels(
+            inputs, k, seed=self.seed, kind="single" if k == 1 else self.router,
+            restarts=self.restarts, device=device,
+        )  # fmt: skip
+
+
+def cluster_grams(
+    inputs: TokenStore, router: Router, device: torch.device, *, at_once: int = _GRAM_TOKENS
+) -> tuple[ClusterGramsResult, Int64[Tensor, " tokens"]]:
+    """Route tokens, so many at once, and return the grams by cluster and the tokens' clusters."""
+    grams, labels = ClusterGrams(router.k, router.features, device=device), []
+    for _, rows in inputs.blocks(at_once):
+        rows = rows.to(device)
+        labels.append(router.route(rows))
+        grams.update(rows, labels[-1])
+    return grams.result(), torch.cat(labels)
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,17 +113,14 @@ class Experts:
     """Clusters with fewer tokens than inputs, whose gram was shrunk toward the layer's."""
 
 
-def check_solvable(layer: Layer, sparsity: Sparsity, settings: SolverSettings) -> None:
+def check_solvable(layer: Layer, sparsity: Sparsity, settings: ExpertSettings) -> None:
     """Raise what `solve_experts` would about its settings, before anything is recorded.
 
     Raises
     ------
-    UnknownName
-        For a pruner that does not exist.
     InvalidInput
         If the sparsity, the pattern or the weight breaks a rule; the message names the layer.
     """
-    choice("pruner", settings.pruner, METHODS, kind="pruning method")
     try:
         prepare(
             layer.weight, None, sparsity=sparsity, pattern=settings.pattern, rows=None,
@@ -86,7 +131,7 @@ def check_solvable(layer: Layer, sparsity: Sparsity, settings: SolverSettings) -
 
 
 def solve_experts(
-    layer: Layer, grams: ClusterGramsResult, sparsity: Sparsity, settings: SolverSettings
+    layer: Layer, grams: ClusterGramsResult, sparsity: Sparsity, settings: ExpertSettings
 ) -> Experts:
     """Prune a layer's own dense weight once for every cluster.
 
@@ -105,51 +150,95 @@ def solve_experts(
     -----
     Clusters are solved with `shrunk_grams`; errors are computed with their own grams.
     """
-    parts = []
-    beside = 0 if layer.device.type == "cpu" else layer.out_features
-    for part, gram in shrunk_grams(grams, rows=beside):
-        pruned = prune_part(layer, gram, sparsity, settings, experts=len(gram), first=part.start)
-        lost = squared_errors(layer, pruned.weight, grams.gram[part])
-        parts.append(SolvedPart(pruned, lost))
+    beside = by_device(layer.device, cpu=0, gpu=layer.out_features)
+    parts = [
+        (part, squared_errors(layer, part.weight, grams.gram[clusters]))
+        for clusters, _, part in solve_clusters(
+            layer.weight, grams, sparsity, settings, beside=beside
+        )
+    ]
     energy = dense_energy(layer, grams.gram.sum(0))
     return join_parts(parts, energy=energy, tokens=grams.count, shrunk=count_shrunk(grams))
 
 
 @dataclass(frozen=True, eq=False)
 class PrunedPart:
-    """The experts of some neighbouring clusters; fields as in `Experts`."""
+    """Some rows in some neighbouring clusters."""
 
-    weight: Float[Tensor, "part out_features in_features"]
+    weight: Float[Tensor, "part rows in_features"]
+    """Sparse weights with their zeros, in the dense weight's dtype."""
     damping: Float[Tensor, " part"]
-    zeros: int
+    """As in `Experts`."""
+    realised: Float[Tensor, "part rows"]
+    """Share of zeros of every row."""
+
+    @property
+    def zeros(self) -> Float[Tensor, " rows"]:
+        """Zeros of every row, summed over the clusters; whole numbers, float64."""
+        return (self.realised.double() * self.weight.shape[2]).round().sum(0)
 
 
-@dataclass(frozen=True, eq=False)
-class SolvedPart:
-    """The experts of some neighbouring clusters, and what they lost (see `Experts`)."""
-
-    pruned: PrunedPart
-    squared_error: Float[Tensor, " part"]
-
-
-def prune_part(
-    layer: Layer,
-    gram: Float[Tensor, "part in_features in_features"] | None,
+def solve_clusters(
+    weight: Float[Tensor, "rows in_features"],
+    grams: ClusterGramsResult,
     sparsity: Sparsity,
-    settings: SolverSettings,
+    settings: ExpertSettings,
     *,
-    experts: int,
-    first: int = 0,
-    factor: Factor | None = None,
-) -> PrunedPart:
-    """Prune a layer's dense weight once for every gram.
+    beside: int,
+    at_once: int | None = None,
+    numbered: bool = True,
+) -> Iterator[tuple[slice, slice, PrunedPart]]:
+    """Prune rows in all clusters, some of both at a time; yield (clusters, rows, experts).
 
     Parameters
     ----------
-    layer, sparsity, settings
+    weight
+        All rows of a layer, or some of several that read one input. They are pruned independently
+        of one another in the patterns ``row`` and ``n:m``.
+    grams, sparsity, settings
         As in `solve_experts`.
+    beside
+        Rows that count in memory beside a gram, for the number of clusters (see `shrunk_grams`).
+    at_once
+        Rows at a time; None for all, as the patterns ``layer`` and ``block`` need.
+    numbered
+        Whether ``"random"`` draws anew for every part of the clusters, as one draw for all would.
+        If not, every part of clusters and rows begins with the same draws.
+    """
+    size = at_once or len(weight)
+    for clusters, gram in shrunk_grams(grams, rows=beside):
+        for start in range(0, len(weight), size):
+            rows = slice(start, start + size)
+            share = sparsity
+            if isinstance(sparsity, Tensor) and sparsity.ndim:
+                share = sparsity[..., rows]
+            part = prune_part(
+                weight[rows], gram, share, settings,
+                experts=len(gram), first=clusters.start if numbered else 0,
+            )  # fmt: skip
+            yield clusters, rows, part
+
+
+def prune_part(
+    weight: Float[Tensor, "rows in_features"],
+    gram: Float[Tensor, "part in_features in_features"] | None,
+    sparsity: Sparsity,
+    settings: ExpertSettings,
+    *,
+    experts: int = 1,
+    first: int = 0,
+    factor: Factor | None = None,
+) -> PrunedPart:
+    """Prune rows once for every gram.
+
+    Parameters
+    ----------
+    weight
+        Dense rows; not changed.
     gram
         Of some neighbouring clusters, as `shrunk_grams` gives them; None if the factor is enough.
+    sparsity, settings
+        As in `solve_experts`.
     experts
         Number of these clusters.
     first
@@ -158,15 +247,14 @@ def prune_part(
         Of the grams' inverses, if it is known: layers with one input have the same.
     """
     problem = prepare(
-        layer.weight.expand(experts, -1, -1), gram, sparsity=sparsity,
+        weight.expand(experts, -1, -1), gram, sparsity=sparsity,
         pattern=settings.pattern, rows=None, bits=settings.bits, loss=False,
     )  # fmt: skip
     result = solve(
         replace(problem, first=first, factor=factor),
         method=settings.pruner, damping=settings.damping, seed=settings.seed,
     )  # fmt: skip
-    zeros = int((result.realised_sparsity.double() * layer.in_features).round().sum())
-    return PrunedPart(result.weight, result.damping.flatten(), zeros)
+    return PrunedPart(result.weight, result.damping.flatten(), result.realised_sparsity)
 
 
 def squared_errors(
@@ -186,9 +274,8 @@ def squared_errors(
         ``XᵀX`` of each expert's own tokens.
     """
     dense = layer.weight.float()
-    at_once = len(sparse)
-    if sparse.device.type != "cpu":
-        at_once = max(1, _CHANGE_BYTES // (4 * dense.numel()))
+    few = max(1, _CHANGE_BYTES // (4 * dense.numel()))
+    at_once = by_device(sparse.device, cpu=len(sparse), gpu=few)
     parts = zip(sparse.split(at_once), gram.split(at_once), strict=True)
     return torch.cat([_quadratic(some.float() - dense, own) for some, own in parts])
 
@@ -199,26 +286,26 @@ def dense_energy(layer: Layer, gram: Float[Tensor, "in_features in_features"]) -
 
 
 def join_parts(
-    parts: Sequence[SolvedPart],
+    parts: Sequence[tuple[PrunedPart, Float[Tensor, " _"]]],
     *,
     energy: float,
     tokens: Int64[Tensor, " experts"],
     shrunk: int,
     weight: Float[Tensor, "experts out_features in_features"] | None = None,
 ) -> Experts:
-    """Put the experts of all clusters, in order, together; the other fields are given.
+    """Put the experts of all clusters, in order, and what they lost, together.
 
     ``weight`` is given where the parts' weights lie in one tensor already.
     """
     if weight is None:
-        weight = torch.cat([part.pruned.weight for part in parts])
+        weight = torch.cat([part.weight for part, _ in parts])
     return Experts(
         weight=weight,
-        squared_error=torch.cat([part.squared_error for part in parts]),
+        squared_error=torch.cat([lost for _, lost in parts]),
         energy=energy,
-        damping=torch.cat([part.pruned.damping for part in parts]),
+        damping=torch.cat([part.damping for part, _ in parts]),
         tokens=tokens,
-        realised_sparsity=sum(part.pruned.zeros for part in parts) / weight.numel(),
+        realised_sparsity=sum(int(part.zeros.sum()) for part, _ in parts) / weight.numel(),
         shrunk=shrunk,
     )
 
@@ -244,7 +331,7 @@ def shrunk_grams(
         The clusters, and their grams.
     """
     k, features = grams.gram.shape[:2]
-    work = _work_bytes(grams.gram.device)
+    work = max(_WORK_BYTES, free_on_gpu(grams.gram.device) // _GPU_SHARE)
     per_batch = max(1, work // (_COPIES * 4 * features * (features + rows)))
     parts = [slice(start, start + per_batch) for start in range(0, k, per_batch)]
     if not count_shrunk(grams):
@@ -257,37 +344,28 @@ def shrunk_grams(
         yield part, own + missing[:, None, None] * average
 
 
-def _work_bytes(device: torch.device) -> int:
-    """Return the work memory: fixed on the CPU, a share of what is free on a GPU."""
-    if device.type != "cuda":
-        return _WORK_BYTES
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return max(_WORK_BYTES, (torch.cuda.mem_get_info(device)[0] + unused) // _GPU_SHARE)
-
-
 def count_shrunk(grams: ClusterGramsResult) -> int:
     """Count the clusters whose gram `shrunk_grams` shrinks."""
     return int((grams.count < grams.gram.shape[1]).sum())
 
 
-def _quadratic(rows: Tensor, gram: Tensor) -> Tensor:
-    """Return the sum over rows of ``row · gram · rowᵀ``, shape (experts,), float64."""
+def _in_one_product(rows: Tensor, gram: Tensor) -> Tensor:
     with full_precision():
-        if rows.device.type != "cpu":
-            return quadratic(rows, gram.to(rows.dtype)).sum(1, dtype=torch.float64)
         return (rows @ gram.to(rows.dtype) * rows).sum((1, 2), dtype=torch.float64)
 
 
-_LOG = logging.getLogger(__name__)
+@dispatch(_in_one_product, where=on_cpu)
+def _quadratic(rows: Tensor, gram: Tensor) -> Tensor:
+    """Return the sum over rows of ``row · gram · rowᵀ``, shape (experts,), float64."""
+    with full_precision():
+        return quadratic(rows, gram.to(rows.dtype)).sum(1, dtype=torch.float64)
+
 
 _BATCH = 2**13
 _WORK_BYTES_AT_ONCE = 2**30
 _WORK_SHARE = 1 / 3
 _FACTOR_WORK = 1 / 3  # of a gram, beside the gram and its factor
-_COPIES_FUSED, _COPIES_OF_ROWS = (
-    1.75,
-    6,
-)  # of an expert's rows in float32, at most, while it is solved
+_COPIES_FUSED, _COPIES_OF_ROWS = 1.75, 6  # of an expert's float32 rows, at most, while it is solved
 
 
 class ClusterTokens:
@@ -353,9 +431,10 @@ def solve_in_parts(
     store: TokenStore,
     labels: Int64[Tensor, " tokens"],
     sparsity: Sequence[Sparsity],
-    settings: SolverSettings,
+    settings: ExpertSettings,
     *,
     k: int,
+    size: int | None = None,
 ) -> list[Experts]:
     """Prune the dense weights of layers with one input once for every cluster.
 
@@ -375,18 +454,32 @@ def solve_in_parts(
         Pruner, pattern and the like.
     k
         Number of clusters.
+    size
+        Clusters at a time; None for as many as seem to fit.
 
     Raises
     ------
     torch.OutOfMemoryError
         If memory runs out with one cluster. With more, half as many are tried.
     """
-    size = _clusters_at_once(layers, store.n_bytes, settings, k)
-    return _solve_in_parts(layers, store, labels, sparsity, settings, k=k, size=size)
+    group = _Group(layers, ClusterTokens(store, labels, k), sparsity, settings)
+    weights = [layer.weight.new_empty(k, *layer.weight.shape) for layer in layers]
+    found = in_fitting_parts(
+        k,
+        size or _clusters_at_once(layers, store.n_bytes, settings, k),
+        lambda some: group.solve(some, [weight[some.start : some.stop] for weight in weights]),
+        told="solving",
+    )
+    shrunk = sum(missing > 0 for missing in group.missing)
+    by_layer = zip(zip(*found, strict=True), group.energies, weights, strict=True)
+    return [
+        join_parts(parts, energy=energy, tokens=group.tokens.count, shrunk=shrunk, weight=weight)
+        for parts, energy, weight in by_layer
+    ]
 
 
 def _clusters_at_once(
-    layers: Sequence[Layer], input_bytes: int, settings: SolverSettings, k: int
+    layers: Sequence[Layer], input_bytes: int, settings: ExpertSettings, k: int
 ) -> int:
     """Return how many clusters to solve together, so that the parts are of about one size.
 
@@ -401,7 +494,7 @@ def _clusters_at_once(
     return -(-k // parts)
 
 
-def _bytes_a_cluster(weights: Sequence[Tensor], settings: SolverSettings) -> int:
+def _bytes_a_cluster(weights: Sequence[Tensor], settings: ExpertSettings) -> int:
     """Return the most that solving one cluster takes: gram, factor, and copies of the rows."""
     width = max(4, *(weight.element_size() for weight in weights))
     alone = settings.pruner == "sparsegpt" and width == 4  # the factor, without the gram
@@ -420,7 +513,7 @@ class _Group:
         layers: Sequence[Layer],
         tokens: ClusterTokens,
         sparsity: Sequence[Sparsity],
-        settings: SolverSettings,
+        settings: ExpertSettings,
     ) -> None:
         self.tokens = tokens
         self.missing: list[int] = (layers[0].in_features - tokens.count).clamp_min(0).tolist()
@@ -431,8 +524,10 @@ class _Group:
         """Of each layer, over all tokens."""
         self._average = whole.div_(int(tokens.count.sum())) if any(self.missing) else None
 
-    def solve(self, clusters: range, into: Sequence[Tensor]) -> list[SolvedPart]:
-        """Return each layer's experts of some clusters, their weights put into ``into``.
+    def solve(
+        self, clusters: range, into: Sequence[Tensor]
+    ) -> list[tuple[PrunedPart, Float[Tensor, " part"]]]:
+        """Return each layer's experts of some clusters, put into ``into``, and what they lost.
 
         SparseGPT needs no grams but their factor, so that the two are held together only while it
         is made: the grams are then summed again for the errors.
@@ -445,7 +540,7 @@ class _Group:
         pruned = []
         for layer, share, place in zip(self._layers, self._sparsity, into, strict=True):
             part = prune_part(
-                layer, held, share, self._settings, first=clusters.start, factor=factor,
+                layer.weight, held, share, self._settings, first=clusters.start, factor=factor,
                 experts=len(clusters),
             )  # fmt: skip
             pruned.append(replace(part, weight=place.copy_(part.weight)))
@@ -459,7 +554,7 @@ class _Group:
             squared_errors(layer, experts.weight, grams)
             for layer, experts in zip(self._layers, pruned, strict=True)
         ]
-        return list(map(SolvedPart, pruned, errors))
+        return list(zip(pruned, errors, strict=True))
 
     def _shrink_(self, grams: Tensor, clusters: range) -> None:
         """Shrink the grams of short clusters as `entangle.experts.solver.shrunk_grams` does."""
@@ -482,46 +577,3 @@ class _Group:
             return None
         grams = check_gram(grams, weights[0].expand(len(grams), -1, -1), grams.dtype)
         return inverse_factor(grams, damping=self._settings.damping, first=first)
-
-
-def _solve_in_parts(
-    layers: Sequence[Layer],
-    store: TokenStore,
-    labels: Tensor,
-    sparsity: Sequence[Sparsity],
-    settings: SolverSettings,
-    *,
-    k: int,
-    size: int,
-) -> list[Experts]:
-    """Solve ``size`` clusters at a time, or fewer and fewer where a GPU's memory runs out."""
-    group = _Group(layers, ClusterTokens(store, labels, k), sparsity, settings)
-    weights = [layer.weight.new_empty(k, *layer.weight.shape) for layer in layers]
-    found: list[list[SolvedPart]] = []
-    start = 0
-    while start < k:
-        clusters = range(start, min(start + size, k))
-        solved = _try(group, clusters, [weight[start : clusters.stop] for weight in weights])
-        if solved is None:
-            size = (len(clusters) + 1) // 2
-            _LOG.warning("GPU memory ran out: solving %d of %d experts at a time", size, k)
-            torch.cuda.empty_cache()
-            continue
-        found.append(solved)
-        start = clusters.stop
-    shrunk = sum(missing > 0 for missing in group.missing)
-    by_layer = zip(zip(*found, strict=True), group.energies, weights, strict=True)
-    return [
-        join_parts(parts, energy=energy, tokens=group.tokens.count, shrunk=shrunk, weight=weight)
-        for parts, energy, weight in by_layer
-    ]
-
-
-def _try(group: _Group, clusters: range, into: Sequence[Tensor]) -> list[SolvedPart] | None:
-    """Solve a part; None if memory runs out with more than one cluster."""
-    try:
-        return group.solve(clusters, into)
-    except torch.OutOfMemoryError:
-        if len(clusters) == 1:
-            raise
-        return None

@@ -200,7 +200,8 @@ def fused_binned_distances(
 
 def fits_sorted(ordered: Float[Tensor, "rows columns"]) -> bool:
     """Tell whether `sorted_statistics` takes these rows."""
-    return usable(ordered) and ordered.dtype == torch.float32 and ordered.is_contiguous()
+    right = usable(ordered) and ordered.dtype == torch.float32 and ordered.is_contiguous()
+    return right and ordered.numel() > 0
 
 
 def sorted_statistics(

@@ -31,9 +31,26 @@ class Restarts:
     active: Int32[Tensor, " restarts"]
     """`RUNNING`; `STALLED` at an iteration that leaves a cluster empty; or 0."""
 
+    @classmethod
+    def of(cls, centroids: Float32[Tensor, "restarts k dims"]) -> "Restarts":
+        """Begin at these centroids, all running."""
+        count, device = centroids.shape[0], centroids.device
+        return cls(
+            centroids.contiguous(),
+            torch.full((count,), torch.inf, dtype=torch.float64, device=device),
+            torch.zeros(count, dtype=torch.int32, device=device),
+            torch.ones(count, dtype=torch.int32, device=device),
+        )
 
-def fits(points: Float[Tensor, "tokens dims"], k: int) -> bool:
+
+def fits(
+    points: Float[Tensor, "tokens dims"],
+    centroids: Float[Tensor, "restarts k dims"],
+    *_others: object,
+    **_settings: object,
+) -> bool:
     """Tell whether `iterate` can work on these points: few dimensions and few clusters."""
+    k = centroids.shape[1]
     return (
         usable(points)
         and points.dtype == torch.float32
@@ -73,16 +90,8 @@ def iterate(
     parts = max(1, min(_BLOCKS // count, -(-tokens // _THREADS)))
     sums = points.new_empty(parts, count, k, dims)
     counts = torch.empty(parts, count, k, dtype=torch.int32, device=points.device)
-    first: list[Tensor | int] = [
-        points,
-        restarts.centroids,
-        restarts.active,
-        sums,
-        counts,
-        tokens,
-        dims,
-        k,
-    ]
+    first: list[Tensor | int]
+    first = [points, restarts.centroids, restarts.active, sums, counts, tokens, dims, k]
     then = [sums, counts, limits, restarts.centroids, restarts.inertias, restarts.iterations]
     for _ in range(times):
         launch(
@@ -102,8 +111,13 @@ def iterate(
         )
 
 
-def fits_halves(points: Float[Tensor, "tokens dims"], restarts: int, k: int) -> bool:
+def fits_halves(
+    points: Float[Tensor, "tokens dims"],
+    centroids: Float[Tensor, "restarts k dims"],
+    *_others: object,
+) -> bool:
     """Tell whether `iterate_halves` can work on these points: not too many centroids."""
+    restarts, k = centroids.shape[:2]
     right = usable(points) and points.dtype == torch.float32 and k <= _MOST_CLUSTERS
     if not right or torch.cuda.get_device_capability(points.device)[0] < _WITH_BFLOAT16:
         return False

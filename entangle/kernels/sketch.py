@@ -125,6 +125,11 @@ def add_pairs(
     )  # fmt: skip
 
 
+def fits_rows(first: Tensor, second: Tensor, **_settings: object) -> bool:
+    """Tell whether `row_distances` takes these rows."""
+    return fits(first, 1) and first.stride() == second.stride()
+
+
 def row_distances(
     first: Float[Tensor, "rows features"],
     second: Float[Tensor, "rows features"],

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from entangle.kernels.compiled import launch, shared_limit
+from entangle.kernels.compiled import launch, shared_limit, usable
 
 WIDTH = 128
 """Columns of a block at most."""
@@ -14,9 +14,15 @@ _ROWS_PER_BLOCK = 32
 _DIGITS = ((21, 11), (10, 11), (0, 10))
 
 
-def longest_row(device: torch.device) -> int:
-    """Return how many columns `choose_rows` can compare."""
-    return shared_limit(device) // 4 - 512
+def fits(weight: Float[Tensor, "experts rows cols"], block_size: int) -> bool:
+    """Tell whether the kernels take these weights, in blocks of so many columns."""
+    return (
+        usable(weight)
+        and weight.numel() > 0
+        and weight.element_size() == 4
+        and block_size <= WIDTH
+        and weight.shape[2] <= shared_limit(weight.device) // 4 - 512  # `choose_rows` compares them
+    )
 
 
 def choose_rows(

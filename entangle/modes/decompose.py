@@ -8,7 +8,7 @@ Record the inputs of layers during one pass over the text.
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from entangle.checks import renamed, share, whole, wholes
+from entangle.checks import different, renamed, share, whole, wholes
 from entangle.errors import InvalidInput, NumericalError
 from entangle.experts.router import Kind
-from entangle.experts.row_measures import output_errors
-from entangle.experts.rows import RowFit, RowGroup, RowSettings, fit_group, measure_group
+from entangle.experts.rows import RowFit, RowGroup, fit_group, measure_group, output_errors, with_ri
+from entangle.experts.solver import ExpertSettings
 from entangle.memory import check_memory, memory_for, work_bytes
 from entangle.models.blocks import evaluates
 from entangle.models.layers import DEFAULT_PROJ, Layer, LayerSpec, Projections, find_layers
@@ -56,7 +56,9 @@ Parts = dict[str, list[pd.DataFrame]]
 class Request:
     """What is to be done; the fields are explained at `decompose`."""
 
-    rows: RowSettings
+    experts: Sequence[int]
+    sparsity: float
+    settings: ExpertSettings
     neurons: Sequence[int] | None
     contexts: int
     pairs: int
@@ -117,13 +119,17 @@ def _add_outputs(
 ) -> None:
     """Add what depends on the experts: neurons, outputs, components, router_map."""
     device = group.weight.device
-    on_map = RouterMap(inputs, device, seed=request.rows.seed)
+    on_map = RouterMap(inputs, device, seed=request.settings.seed)
     common = [CommonBins(one.outputs) for one in chosen]
-    for settings in _runs(request.rows, group, request.memory):
-        fits = dict(fit_group(group, inputs, settings))
-        measured = measure_group(group, inputs, fits, settings, memory=request.memory)
+    for run in _runs(request.experts, group, request.memory):
+        fits = [
+            fit_group(group, inputs, k, [request.sparsity], request.settings, md=True) for k in run
+        ]
+        measured = measure_group(
+            group, inputs, fits, seed=request.settings.seed, memory=request.memory
+        )
         parts["neurons"].append(measured.merge(scored.drop(columns="wd"), on=["layer", "neuron"]))
-        for fit in fits.values():
+        for fit in fits:
             needed = components_needed(inputs, fit.clusters, device)
             start = 0
             for one, bins in zip(chosen, common, strict=True):
@@ -132,7 +138,7 @@ def _add_outputs(
                 arm: dict[str, str | int | float] = {
                     "layer": one.layer.name,
                     "experts": fit.router.k,
-                    "sparsity": settings.sparsities[0],
+                    "sparsity": request.sparsity,
                 }
                 errors = relative_errors(
                     group.weight[rows], group.bias[rows], fit.weight[0][:, rows], inputs,
@@ -173,7 +179,7 @@ def _add_tokens(
     request: Request,
 ) -> None:
     """Add what does not depend on the experts: pairs, separated, modes, contexts."""
-    seed = request.rows.seed
+    seed = request.settings.seed
     drawn = draw_all(inputs, seed=seed)
     near = near_pairs(inputs, drawn, near=request.near, seed=seed)
     text = TokenText(tokenizer)
@@ -192,19 +198,19 @@ def _add_tokens(
             parts[name].append(rows.assign(layer=one.layer.name))
 
 
-def _runs(settings: RowSettings, group: RowGroup, memory: int) -> Iterator[RowSettings]:
+def _runs(experts: Sequence[int], group: RowGroup, memory: int) -> Iterator[list[int]]:
     """Part the numbers of experts so that the solved rows of a part fit into memory, if they can.
 
     Rows that are measured together share their dense outputs.
     """
     one_expert = group.weight.numel() * group.weight.element_size()
     run: list[int] = []
-    for k in settings.experts:
+    for k in experts:
         if run and (sum(run) + k) * one_expert > memory:
-            yield replace(settings, experts=tuple(run))
+            yield run
             run = []
         run.append(k)
-    yield replace(settings, experts=tuple(run))
+    yield run
 
 
 Group = tuple[tuple[Layer, ...], TokenStore]
@@ -334,10 +340,11 @@ def decompose(
     arXiv 2405.15756, algorithm A1, figures 1, 2, 5 to 8; arXiv 2509.24198 (separated tokens).
     """
     clock = RunClock()
-    rows = RowSettings.checked(
-        share("sparsity", sparsity), experts, pruner=pruner, router=router, damping=damping,
-        restarts=restarts, seed=seed, md=True,
-    )  # fmt: skip
+    settings = ExpertSettings(
+        router=router, restarts=restarts, seed=seed, pruner=pruner, damping=damping
+    )
+    sparsity = share("sparsity", sparsity)
+    experts = different("experts", wholes("experts", experts, least=1))
     check_memory(memory)
     near = share("near", near, zero=False)
     contexts = whole("contexts", contexts, least=0)
@@ -347,10 +354,19 @@ def decompose(
     dense = as_language_model(model)
     calibration = as_calibration(calibration, dense)
     chosen = find_layers(dense.module, layers, proj)
-    _check_fit(chosen, neurons, calibration, rows)
+    _check_fit(chosen, neurons, calibration, max(experts))
     budget = memory_for(memory, dense.module)
     request = Request(
-        rows, neurons, contexts, token_pairs, separated, near, work_bytes(budget), budget // 2
+        experts,
+        sparsity,
+        settings,
+        neurons,
+        contexts,
+        token_pairs,
+        separated,
+        near,
+        work_bytes(budget),
+        budget // 2,
     )
     with ProgressBar("decomposing", enabled=progress) as bar:
         tables = _tables(dense, calibration, chosen, request, budget - request.memory, bar)
@@ -365,13 +381,13 @@ def _manifest(
     request: Request,
     spent: Mapping[str, object],
 ) -> dict[str, object]:
-    rows = request.rows
+    used = request.settings
     settings = {
         "layers": [one.name for one in layers], "neurons": request.neurons,
-        "experts": list(rows.experts), "sparsity": rows.sparsities[0], "pruner": rows.pruner,
-        "router": rows.router, "damping": rows.damping, "restarts": rows.restarts,
+        "experts": list(request.experts), "sparsity": request.sparsity, "pruner": used.pruner,
+        "router": used.router, "damping": used.damping, "restarts": used.restarts,
         "contexts": request.contexts, "pairs": request.pairs, "separated": request.separated,
-        "near": request.near, "seed": rows.seed,
+        "near": request.near, "seed": used.seed,
     }  # fmt: skip
     return make_manifest(
         KIND,
@@ -392,7 +408,7 @@ def _tables(
 ) -> dict[str, pd.DataFrame]:
     parts: Parts = {name: [] for name in COLUMNS}
     with ExitStack() as stack, full_precision():
-        steps = len(layers) * len(request.rows.experts)
+        steps = len(layers) * len(request.experts)
         bar.start(calibration.n_seq + steps, "sequences and routers")
         groups = record_groups(
             model.module, layers, calibration, memory=memory, stack=stack, report=bar.advance
@@ -411,7 +427,7 @@ def _tables(
                 parts[name] += own
     order = [one.name for one in layers]
     tables = {name: joined(name, own, order) for name, own in parts.items()}
-    tables["neurons"] = _with_ri(tables["neurons"], order, request.rows.experts)
+    tables["neurons"] = _with_ri(tables["neurons"], order, request.experts)
     return tables
 
 
@@ -426,19 +442,14 @@ def _with_ri(neurons: pd.DataFrame, layers: Sequence[str], experts: Sequence[int
         key=lambda column: column.map(place[column.name]) if column.name in place else column,
         ignore_index=True,
     )
-    key = ["layer", "neuron"]
-    single = neurons.loc[neurons["experts"] == 1].set_index(key)["rmse"]
-    before = single.reindex(pd.MultiIndex.from_frame(neurons[key])).to_numpy()
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ri = np.where(neurons["experts"] == 1, 1.0, before / neurons["rmse"].to_numpy())
-    return neurons.assign(ri=ri)
+    return with_ri(neurons)
 
 
 def _check_fit(
     layers: Sequence[Layer],
     neurons: Neurons | None,
     calibration: CalibrationSet,
-    rows: RowSettings,
+    experts: int,
 ) -> None:
     for layer in layers:
         if layer.offloaded:
@@ -448,8 +459,8 @@ def _check_fit(
             )
         if neurons is not None:
             check_neurons(layer, neurons)
-    if max(rows.experts) > calibration.n_tokens:
+    if experts > calibration.n_tokens:
         raise InvalidInput(
             f"`experts` must be at most the number of tokens to calibrate on, "
-            f"{calibration.n_tokens}; got {max(rows.experts)}."
+            f"{calibration.n_tokens}; got {experts}."
         )

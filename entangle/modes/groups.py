@@ -15,8 +15,7 @@ from jaxtyping import Float, Float32, Float64, Int64
 from torch import Tensor
 
 from entangle.errors import InvalidInput, MemoryLimit, NumericalError
-from entangle.experts.row_measures import Clusters, dense_outputs, output_errors
-from entangle.experts.rows import RowGroup
+from entangle.experts.rows import Clusters, RowGroup, dense_outputs, output_errors
 from entangle.models.layers import Layer
 from entangle.precision import accumulator_dtype
 from entangle.recording.stream import TokenStore

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
-from entangle.experts.clusters import fit_pca
+from entangle.experts.pca import fit_pca
 from entangle.experts.router import fixed_blocks
-from entangle.experts.row_measures import ClusterPairs, Clusters, pair_tokens
+from entangle.experts.rows import ClusterPairs, Clusters, pair_tokens
 from entangle.modes import TokenText
 from entangle.recording.stream import TokenStore
 from entangle.seeding import numpy_rng

@@ -8,7 +8,6 @@ library.
 """
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -16,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from entangle.errors import InvalidInput, NumericalError
+from entangle.kernels.dispatch import dispatch, on_cpu
 from entangle.precision import full_precision
 
 _CORNER = 128
@@ -23,9 +23,7 @@ _PANEL = 512
 _SLAB = 2048
 
 
-def factorise_(
-    gram: Float[Tensor, "experts cols cols"],
-) -> Bool[Tensor, " experts"]:
+def factorise_(gram: Float[Tensor, "experts cols cols"]) -> Bool[Tensor, " experts"]:
     """Overwrite positive definite matrices by ``U``, upper triangular, ``inv(H) = U^T U``.
 
     Returns
@@ -154,8 +152,7 @@ def inverse_factor(
     dead = gram.diagonal(dim1=-2, dim2=-1) == 0
     gram = _raised(gram)
     with full_precision():
-        factorise = _factor_in_double if gram.device.type == "cpu" else _factor
-        return Factor(_escalate(gram, used, first, factorise), used, dead)
+        return Factor(_escalate(gram, used, first), used, dead)
 
 
 def _raised(gram: Float[Tensor, "experts cols cols"]) -> Float[Tensor, "experts cols cols"]:
@@ -169,22 +166,19 @@ def _raised(gram: Float[Tensor, "experts cols cols"]) -> Float[Tensor, "experts 
 
 
 def _escalate(
-    gram: Float[Tensor, "experts cols cols"],
-    used: Float[Tensor, " experts"],
-    first: int,
-    factorise: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    gram: Float[Tensor, "experts cols cols"], used: Float[Tensor, " experts"], first: int
 ) -> Float[Tensor, "experts cols cols"]:
     """Factorise the damped grams, and raise the damping in `used` where it takes more."""
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     step = diagonal.mean(-1)
     dead = diagonal == 0
-    found, left = factorise(gram, dead + (used * step)[:, None])
+    found, left = _factor(gram, dead + (used * step)[:, None])
     for _ in range(MAX_TRIES - 1):
         if not len(left):
             break
         used[left] = (used[left] * 10).clamp(min=FIRST_AFTER_ZERO)
         shift = dead[left] + (used[left] * step[left])[:, None]
-        found[left], failed = factorise(gram[left], shift)
+        found[left], failed = _factor(gram[left], shift)
         left = left[failed]
     for expert in left.tolist():
         raise NumericalError(
@@ -192,15 +186,6 @@ def _escalate(
             f"{float(used[expert]):g} times its mean diagonal: check that it is X^T X."
         )
     return found
-
-
-def _factor(
-    gram: Float[Tensor, "experts cols cols"], shift: Float[Tensor, "experts cols"]
-) -> tuple[Float[Tensor, "experts cols cols"], Int[Tensor, " failed"]]:
-    """Factorise the inverse of ``gram + diag(shift)``; the indices where that fails come second."""
-    damped = gram.clone(memory_format=torch.contiguous_format)
-    damped.diagonal(dim1=-2, dim2=-1).add_(shift)
-    return damped, factorise_(damped).nonzero()[:, 0]
 
 
 def _factor_in_double(
@@ -220,6 +205,16 @@ def _factor_in_double(
         else:
             upper[expert] = _invert_lower(lower).flip(-2, -1)
     return upper, torch.tensor(failed, dtype=torch.int64)
+
+
+@dispatch(_factor_in_double, where=on_cpu)
+def _factor(
+    gram: Float[Tensor, "experts cols cols"], shift: Float[Tensor, "experts cols"]
+) -> tuple[Float[Tensor, "experts cols cols"], Int[Tensor, " failed"]]:
+    """Factorise the inverse of ``gram + diag(shift)``; the indices where that fails come second."""
+    damped = gram.clone(memory_format=torch.contiguous_format)
+    damped.diagonal(dim1=-2, dim2=-1).add_(shift)
+    return damped, factorise_(damped).nonzero()[:, 0]
 
 
 def _invert_lower(lower: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:

@@ -1,146 +1,14 @@
-"""One entrance to all pruning methods.
-
-Magnitude pruning: the smallest weights go.
-
-Random pruning: the honest floor.
-
-Wanda: the smallest products of a weight and the norm of its input go.
-"""
+"""One entrance to all pruning methods, and those that choose a whole mask at once."""
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from entangle.checks import choice, finite, seed_of
-from entangle.pruning import solver
-from entangle.pruning.masks import dead_first
+from entangle.pruning.masks import BLOCK, dead_first
 from entangle.pruning.problem import Problem, PruneResult, Rows, mask_only, prepare, select
+from entangle.pruning.solver import solve_sparsegpt
 from entangle.seeding import torch_rng
-
-
-def prune_magnitude(
-    weight: Float[Tensor, "*experts rows cols"],
-    gram: Float[Tensor, "*experts cols cols"] | None = None,
-    *,
-    sparsity: float | int | Float[Tensor, "..."] | None = None,
-    pattern: str = "row",
-    rows: Rows = None,
-    bits: int | None = None,
-) -> PruneResult:
-    """Prune the weights of smallest absolute value.
-
-    Parameters
-    ----------
-    weight, gram, sparsity, pattern, rows, bits
-        As in `entangle.pruning.prune`; `gram` serves only to compute the loss.
-
-    Returns
-    -------
-    PruneResult
-
-    Raises
-    ------
-    InvalidInput, NumericalError
-        As in `entangle.pruning.prune`.
-    """
-    problem = prepare(weight, gram, sparsity=sparsity, pattern=pattern, rows=rows, bits=bits)
-    return solve_magnitude(problem)
-
-
-def solve_magnitude(problem: Problem) -> PruneResult:
-    """Prune a checked problem by magnitude (see `prune_magnitude`)."""
-    return mask_only(problem, select(problem.weight.abs(), problem))
-
-
-def prune_random(
-    weight: Float[Tensor, "*experts rows cols"],
-    gram: Float[Tensor, "*experts cols cols"] | None = None,
-    *,
-    seed: int,
-    sparsity: float | int | Float[Tensor, "..."] | None = None,
-    pattern: str = "row",
-    rows: Rows = None,
-    bits: int | None = None,
-) -> PruneResult:
-    """Prune weights at random.
-
-    Every weight draws one uniform number, and the smallest are pruned: with one seed, the zeros at
-    a lower sparsity are among those at a higher one, and a row's zeros do not depend on `rows`.
-
-    Parameters
-    ----------
-    weight, gram, sparsity, pattern, rows, bits
-        As in `entangle.pruning.prune`; `gram` serves only to compute the loss.
-    seed
-        Names the random stream; the same on every device.
-
-    Returns
-    -------
-    PruneResult
-
-    Raises
-    ------
-    InvalidInput, NumericalError
-        As in `entangle.pruning.prune`.
-    """
-    problem = prepare(weight, gram, sparsity=sparsity, pattern=pattern, rows=rows, bits=bits)
-    return solve_random(problem, seed=seed)
-
-
-def solve_random(problem: Problem, *, seed: int) -> PruneResult:
-    """Prune a checked problem at random (see `prune_random`)."""
-    rng, shape = torch_rng(seed, "pruning", "random"), problem.dense.shape
-    for _ in range(problem.first):
-        torch.rand(shape[1:], generator=rng)
-    draws = torch.rand(shape, generator=rng)
-    chosen = draws if problem.rows is None else draws[:, problem.rows.cpu()]
-    return mask_only(problem, select(chosen.to(problem.dense.device), problem))
-
-
-def prune_wanda(
-    weight: Float[Tensor, "*experts rows cols"],
-    gram: Float[Tensor, "*experts cols cols"],
-    *,
-    sparsity: float | int | Float[Tensor, "..."] | None = None,
-    pattern: str = "row",
-    rows: Rows = None,
-    bits: int | None = None,
-) -> PruneResult:
-    """Prune the weights of smallest ``|w_j| * ||X_j||``; the others stay as they are.
-
-    Only the gram's diagonal, ``||X_j||**2``, decides; all of it enters the loss. Weights of dead
-    inputs (zero diagonal) go first, the smallest before the larger.
-
-    Parameters
-    ----------
-    weight, gram, sparsity, pattern, rows, bits
-        As in `entangle.pruning.prune`.
-
-    Returns
-    -------
-    PruneResult
-
-    Raises
-    ------
-    InvalidInput, NumericalError
-        As in `entangle.pruning.prune`.
-
-    References
-    ----------
-    Sun, Liu, Bair, Kolter, "A Simple and Effective Pruning Approach for Large Language Models",
-    ICLR 2024, equation 1.
-    """
-    problem = prepare(weight, gram, sparsity=sparsity, pattern=pattern, rows=rows, bits=bits)
-    return solve_wanda(problem)
-
-
-def solve_wanda(problem: Problem) -> PruneResult:
-    """Prune a checked problem by Wanda's rule (see `prune_wanda`)."""
-    power = problem.need_gram().diagonal(dim1=-2, dim2=-1)
-    saliency = problem.weight.abs() * power.sqrt()[:, None, :]
-    ranked = dead_first(saliency, problem.weight, power == 0)
-    return mask_only(problem, select(ranked, problem))
-
 
 METHODS = ("random", "magnitude", "wanda", "sparsegpt")
 """Names of the pruning methods, the weakest first."""
@@ -158,6 +26,7 @@ def prune(
     damping: float | int = 0.01,
     seed: int = 0,
     loss: bool = True,
+    block_size: int = BLOCK,
 ) -> PruneResult:
     """Prune one layer, or a stack of layers of one shape, without changing the inputs.
 
@@ -170,7 +39,18 @@ def prune(
         ``X^T X`` over the calibration tokens, (cols, cols) or (experts, cols, cols), symmetric.
         Only ``"wanda"`` and ``"sparsegpt"`` need it; the others report a loss if they get it.
     method
-        One of `METHODS`.
+        One of `METHODS`:
+
+        ``"random"``
+            Every weight draws one uniform number, and the smallest go: with one seed, the zeros at
+            a lower sparsity are among those at a higher one, and a row's do not depend on `rows`.
+        ``"magnitude"``
+            The smallest absolute values go.
+        ``"wanda"``
+            The smallest ``|w_j| * ||X_j||`` go; only the gram's diagonal ``||X_j||**2`` decides.
+            Weights of dead inputs (zero diagonal) go first, the smallest before the larger.
+        ``"sparsegpt"``
+            See `entangle.pruning.solver.solve_sparsegpt`; the weights that stay are changed, too.
     sparsity
         Share of zeros in [0, 1]: one value, or with pattern ``"row"`` or ``"n:4"`` one per row, of
         shape (rows,) or (experts, rows).
@@ -206,6 +86,8 @@ def prune(
         For ``"random"``.
     loss
         Whether to compute the losses, which costs about as many operations as a solve.
+    block_size
+        For ``"sparsegpt"``: columns whose masks are chosen together.
 
     Returns
     -------
@@ -220,22 +102,41 @@ def prune(
         fit each other, or a weight that is not finite.
     NumericalError
         For a gram that is not finite or cannot be factorised, or a result that overflows.
+
+    References
+    ----------
+    Sun, Liu, Bair, Kolter, "A Simple and Effective Pruning Approach for Large Language Models",
+    ICLR 2024, equation 1 (Wanda).
     """
     method = choice("method", method, METHODS, kind="pruning method")
     damping, seed = finite("damping", damping, least=0), seed_of(seed)
     problem = prepare(
         weight, gram, sparsity=sparsity, pattern=pattern, rows=rows, bits=bits, loss=loss
     )
-    return solve(problem, method=method, damping=damping, seed=seed)
+    return solve(problem, method=method, damping=damping, seed=seed, block_size=block_size)
 
 
-def solve(problem: Problem, *, method: str, damping: float | int, seed: int) -> PruneResult:
+def solve(
+    problem: Problem, *, method: str, damping: float | int, seed: int, block_size: int = BLOCK
+) -> PruneResult:
     """Prune a checked problem by one of `METHODS` (see `prune`)."""
     method = choice("method", method, METHODS, kind="pruning method")
+    if method == "sparsegpt":
+        return solve_sparsegpt(problem, damping=damping, block_size=block_size)
     if method == "random":
-        return solve_random(problem, seed=seed)
-    if method == "magnitude":
-        return solve_magnitude(problem)
+        saliency = _draws(problem, seed).to(problem.dense.device)
+    else:
+        saliency = problem.weight.abs()
     if method == "wanda":
-        return solve_wanda(problem)
-    return solver.solve_sparsegpt(problem, damping=damping)
+        power = problem.need_gram().diagonal(dim1=-2, dim2=-1)
+        saliency = dead_first(saliency * power.sqrt()[:, None, :], problem.weight, power == 0)
+    return mask_only(problem, select(saliency, problem))
+
+
+def _draws(problem: Problem, seed: int) -> Tensor:
+    """Draw a uniform number for every weight to prune, as among all of the caller's experts."""
+    rng, shape = torch_rng(seed, "pruning", "random"), problem.dense.shape
+    for _ in range(problem.first):
+        torch.rand(shape[1:], generator=rng)
+    draws = torch.rand(shape, generator=rng)
+    return draws if problem.rows is None else draws[:, problem.rows.cpu()]

@@ -35,7 +35,8 @@ from torch import Tensor
 
 from entangle.checks import tensor_of, whole
 from entangle.errors import InvalidInput, NumericalError
-from entangle.precision import full_precision, tensor_cores
+from entangle.kernels.dispatch import dispatch, on_cpu
+from entangle.precision import full_precision, has_tf32, tensor_cores
 from entangle.pruning.factor import Factor
 from entangle.pruning.masks import (
     BLOCK,
@@ -324,7 +325,6 @@ def _budget(
 
 _PANEL = 1024
 _PART_BYTES = 2**28
-_WITH_TF32 = 8  # compute capability
 
 AddProduct = Callable[[Tensor, slice, Tensor], None]
 """Adds to a (experts, rows, panel) the product of some columns of the rows with a gram's part."""
@@ -332,6 +332,11 @@ Multiplier = Callable[[Tensor], AddProduct]
 """Prepares the products with some rows."""
 
 
+def _in_one_product(rows: Tensor, gram: Tensor) -> Tensor:
+    return torch.einsum("erc,erc->er", rows @ gram, rows)
+
+
+@dispatch(_in_one_product, where=on_cpu)
 def quadratic(
     rows: Float[Tensor, "experts rows cols"], gram: Float[Tensor, "experts cols cols"]
 ) -> Float[Tensor, "experts rows"]:
@@ -340,19 +345,11 @@ def quadratic(
     On a GPU the products are those of the upper triangle only, a panel of columns at a time. Those
     of float32 are exact to float32 if an NVIDIA GPU does them, whatever the precision that is set.
     """
-    if rows.device.type == "cpu":
-        return torch.einsum("erc,erc->er", rows @ gram, rows)
-    multiplier: Multiplier = _split if _has_tf32(rows) else _plain
+    multiplier: Multiplier = _split if has_tf32(rows) else _plain
     bytes_each = rows.shape[1:].numel() * rows.element_size()
     at_once = max(1, _PART_BYTES // max(1, bytes_each))
     parts = zip(rows.split(at_once), gram.split(at_once), strict=True)
     return torch.cat([_by_panels(some, own, multiplier(some)) for some, own in parts])
-
-
-def _has_tf32(rows: Tensor) -> bool:
-    if not rows.is_cuda or rows.dtype != torch.float32:
-        return False
-    return torch.cuda.get_device_capability(rows.device)[0] >= _WITH_TF32
 
 
 def _by_panels(

@@ -1,15 +1,9 @@
 """SparseGPT: optimal-brain-surgeon pruning, one column after another, for all rows at once.
 
-The inner loop of SparseGPT: settle a few columns whose mask is known.
-
-The plain SparseGPT solver: masks and updates of one block of columns after another.
-
-The SparseGPT solver on an NVIDIA GPU: one kernel a step instead of one or more a column.
-
-As many experts at a time as a GPU's memory holds.
+The masks and updates of one block of columns after another, plainly or, on an NVIDIA GPU, by one
+kernel a step instead of one or more a column; as many experts at a time as a GPU's memory holds.
 """
 
-import logging
 from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
@@ -20,11 +14,12 @@ from torch import Tensor
 
 from entangle.checks import whole
 from entangle.kernels import solver as kernels
-from entangle.kernels.compiled import usable
+from entangle.kernels.dispatch import dispatch
+from entangle.memory import in_fitting_parts
 from entangle.precision import full_precision
 from entangle.pruning.factor import Factor, inverse_factor
 from entangle.pruning.masks import BLOCK, dead_first, prune_block, prune_groups, prune_smallest
-from entangle.pruning.problem import Grid, Problem, PruneResult, Rows, finish, fit_grid, prepare
+from entangle.pruning.problem import Grid, Problem, PruneResult, finish, fit_grid
 
 
 def eliminate(
@@ -74,7 +69,8 @@ _PANEL = 16
 class Solver:
     """The state of one solve: weights final left of the current block, up to date right of it."""
 
-    def __init__(self, problem: Problem, factor: Factor) -> None:
+    def __init__(self, problem: Problem, factor: Factor, block_size: int) -> None:
+        self.block_size = block_size
         self.pattern, self.sparsity = problem.pattern, problem.sparsity
         self.factor, self.dead = factor.upper, factor.dead
         self.power = factor.upper.diagonal(dim1=-2, dim2=-1).square()
@@ -84,10 +80,10 @@ class Solver:
         self.left = problem.budget
         self.zeros_a_group = problem.zeros_a_group
 
-    def run(self, block_size: int) -> None:
+    def run(self) -> None:
         """Visit all columns."""
         group, cols = self.pattern.group, self.weight.shape[-1]
-        width = max(block_size // group, 1) * group
+        width = max(self.block_size // group, 1) * group
         for start in range(0, cols, width):
             stop = min(start + width, cols)
             if self.pattern.kind != "n:m":
@@ -140,29 +136,11 @@ class Solver:
         return flat.view(here.shape)
 
 
-def can_fuse(problem: Problem, block_size: int) -> bool:
-    """Tell whether `FusedSolver` can take the place of `Solver`.
-
-    It solves float32 weights in blocks of at most 128 columns, in the patterns ``row`` and
-    ``block``, without quantisation.
-    """
-    weight = problem.weight
-    return (
-        usable(weight)
-        and weight.numel() > 0
-        and weight.element_size() == 4
-        and problem.bits is None
-        and block_size <= kernels.WIDTH
-        and problem.pattern.kind in ("row", "block")
-        and weight.shape[2] <= kernels.longest_row(weight.device)
-    )
-
-
 class FusedSolver(Solver):
     """Chooses and settles whole blocks of columns by kernels; what it does is in `Solver`."""
 
-    def __init__(self, problem: Problem, factor: Factor) -> None:
-        super().__init__(problem, factor)
+    def __init__(self, problem: Problem, factor: Factor, block_size: int) -> None:
+        super().__init__(problem, factor, block_size)
         self.factor, self.power = self.factor.contiguous(), self.power.contiguous()
         self.left = self.left.clone()
 
@@ -187,69 +165,52 @@ class FusedSolver(Solver):
         right.baddbmm_(errors, self.factor[:, start:stop, stop:], alpha=-1)
 
 
-_LOG = logging.getLogger(__name__)
+def can_fuse(problem: Problem, _factor: Factor | None, block_size: int) -> bool:
+    """Tell whether `FusedSolver` can take the place of `Solver`.
+
+    It solves float32 weights in blocks of at most 128 columns, in the patterns ``row`` and
+    ``block``, without quantisation.
+    """
+    known = problem.bits is None and problem.pattern.kind in ("row", "block")
+    return known and kernels.fits(problem.weight, block_size)
+
+
+@dispatch(FusedSolver, where=can_fuse)
+def _solver(problem: Problem, factor: Factor, block_size: int) -> Solver:
+    return Solver(problem, factor, block_size)
 
 
 def in_groups(problem: Problem, solve: Callable[[Problem], PruneResult]) -> PruneResult:
-    """Solve all experts together or, where a GPU's memory runs out, fewer and fewer at a time.
-
-    On the CPU, where memory does not run out with an error, they are solved together.
-    """
+    """Solve all experts together or, where a GPU's memory runs out, fewer and fewer at a time."""
     experts = len(problem.weight)
-    if problem.weight.device.type == "cpu" or experts == 1:
+    if experts == 1:
         return solve(problem)
-    parts: list[PruneResult] = []
-    start, size = 0, experts
-    while start < experts:
-        part = _try(_some_of(problem, start, start + size), solve)
-        if part is None:
-            size = (size + 1) // 2
-            _LOG.warning("GPU memory ran out: pruning %d of %d experts at a time", size, experts)
-            torch.cuda.empty_cache()
-            continue
-        parts.append(part)
-        start += size
+    parts = in_fitting_parts(
+        experts, experts, lambda some: solve(_some_of(problem, some)), told="pruning"
+    )
     if len(parts) == 1:
         return parts[0]
     names = [field.name for field in fields(PruneResult)]
     return PruneResult(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
 
 
-def _try(problem: Problem, solve: Callable[[Problem], PruneResult]) -> PruneResult | None:
-    """Solve a problem; None if memory runs out with more than one expert."""
-    try:
-        return solve(problem)
-    except torch.OutOfMemoryError:
-        if len(problem.weight) == 1:
-            raise
-        return None
-
-
-def _some_of(problem: Problem, start: int, stop: int) -> Problem:
-    """Return the problem of the experts ``[start, stop)``."""
-    factor = problem.factor
+def _some_of(problem: Problem, experts: range) -> Problem:
+    """Return the problem of some neighbouring experts."""
+    factor, own = problem.factor, slice(experts.start, experts.stop)
     return replace(
         problem,
-        dense=problem.dense[start:stop],
-        weight=problem.weight[start:stop],
-        gram=None if problem.gram is None else problem.gram[start:stop],
-        budget=problem.budget[start:stop],
-        first=problem.first + start,
-        factor=None if factor is None else Factor(*(part[start:stop] for part in factor)),
+        dense=problem.dense[own],
+        weight=problem.weight[own],
+        gram=None if problem.gram is None else problem.gram[own],
+        budget=problem.budget[own],
+        first=problem.first + experts.start,
+        factor=None if factor is None else Factor(*(part[own] for part in factor)),
         batched=True,
     )
 
 
-def prune_sparsegpt(
-    weight: Float[Tensor, "*experts rows cols"],
-    gram: Float[Tensor, "*experts cols cols"],
-    *,
-    sparsity: float | int | Float[Tensor, "..."] | None = None,
-    pattern: str = "row",
-    rows: Rows = None,
-    bits: int | None = None,
-    damping: float | int = 0.01,
-    block_size: int = BLOCK,
+def solve_sparsegpt(
+    problem: Problem, *, damping: float | int, block_size: int = BLOCK
 ) -> PruneResult:
     """Prune by saliency ``w_j**2 / U_jj**2`` and let the columns to the right make up for it.
 
@@ -270,43 +231,30 @@ def prune_sparsegpt(
 
     Weights of dead inputs are pruned first, the smallest before the larger, and the others of them
     stay as they are. Equal saliencies fall from left to right (``layer``: block by block, in
-    reading order). A row without zeros comes back bit-identical unless it is quantised.
+    reading order). A row without zeros comes back bit-identical unless it is quantised. The gram's
+    scale does not matter as long as the solver's dtype holds it (in float32, elements below 1e-38
+    lose digits).
 
     Parameters
     ----------
-    weight, gram, sparsity, pattern, rows, bits
-        As in `entangle.pruning.prune`. The gram is not normalised: its scale does not matter as
-        long as the solver's dtype holds it (in float32, elements below 1e-38 lose digits).
+    problem
+        From `entangle.pruning.problem.prepare`.
     damping
         Multiple of the gram's mean diagonal (over all inputs, dead ones included) added to the
         diagonal; grows by factors of 10 for an expert whose gram is not positive definite.
     block_size
         Columns per block.
 
-    Returns
-    -------
-    PruneResult
-
     Raises
     ------
-    InvalidInput
+    InvalidInput, NumericalError
         As in `entangle.pruning.prune`.
-    NumericalError
-        As in `entangle.pruning.prune`, and if a gram cannot be factorised.
 
     References
     ----------
     Frantar and Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot",
     ICML 2023, algorithm 1; code at github.com/IST-DASLab/sparsegpt.
     """
-    problem = prepare(weight, gram, sparsity=sparsity, pattern=pattern, rows=rows, bits=bits)
-    return solve_sparsegpt(problem, damping=damping, block_size=block_size)
-
-
-def solve_sparsegpt(
-    problem: Problem, *, damping: float | int, block_size: int = BLOCK
-) -> PruneResult:
-    """Prune a checked problem by SparseGPT (see `prune_sparsegpt`)."""
     block_size = whole("block_size", block_size, least=1)
     return in_groups(problem, partial(_solve, damping=damping, block_size=block_size))
 
@@ -315,9 +263,9 @@ def _solve(problem: Problem, *, damping: float | int, block_size: int) -> PruneR
     factor = problem.factor or inverse_factor(
         problem.need_gram(), damping=damping, first=problem.first
     )
-    solver = (FusedSolver if can_fuse(problem, block_size) else Solver)(problem, factor)
+    solver = _solver(problem, factor, block_size)
     with full_precision():
-        solver.run(block_size)
+        solver.run()
     solved, pruned = solver.weight, solver.pruned
     used = factor.damping
     del solver, factor

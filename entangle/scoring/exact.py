@@ -12,16 +12,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from entangle.kernels.sketch import fits, row_distances
-from entangle.memory import WORK_BYTES, give_back, work_bytes
+from entangle.kernels import exact
+from entangle.kernels import sketch as kernels
+from entangle.kernels.dispatch import dispatch, on_gpu
+from entangle.memory import WORK_BYTES, by_device, give_back, gpus_among, work_bytes
 from entangle.models.layers import Layer
-from entangle.precision import full_precision
+from entangle.precision import exact_in_half, full_precision
 from entangle.recording.recorder import Batch, Recorded, Recorder, told
 from entangle.recording.stream import ByteBudget, TokenStore
 from entangle.scoring.layer_scores import LayerSummary, MeasuredLayer, how_many, mapped, summarise
 from entangle.stats.bins import fetched
 from entangle.stats.mapping_difficulty import MappingDifficulty, TokenPairs, draw_pairs
-from entangle.stats.sketch import OutputSketch, SketchResult, can_measure, measure_rows
+from entangle.stats.sketch import OutputSketch, SketchResult, measure_rows
 from entangle.stats.tiles import multiply, row_parts
 from entangle.stats.wasserstein import (
     FeatureSizes,
@@ -226,28 +228,38 @@ class _Measured(NamedTuple):
     pairs: MappingDifficulty | None
 
 
-def _measured(
-    outputs: Tensor,
-    spans: Sequence[tuple[int, int, int]],
-    pairs: TokenPairs | None,
-    *,
-    n_groups: int,
+def _measured_at_once(
+    outputs: Tensor, spans: Sequence[tuple[int, int, int]], pairs: TokenPairs | None, **_: int
 ) -> _Measured:
-    """Measure outputs of shape (neurons, tokens), whose groups of sequences are ``spans``.
-
-    A GPU is waited for once, where its kernel takes the rows.
-    """
+    """Do what `_measured` does; the GPU is waited for once."""
     difference = None if pairs is None else pairs.difficulty(outputs)
-    if can_measure(outputs, groups=len(spans)):
-        rows = measure_rows(outputs, [0, *(end for _, _, end in spans)])
-        rows, difference = fetched(rows, difference)
-        return _Measured(*rows.results(outputs), difference)
+    bounds = [0, *(end for _, _, end in spans)]
+    rows, difference = fetched(measure_rows(outputs, bounds), difference)
+    return _Measured(*rows.results(outputs), difference)
+
+
+def _fits(outputs: Tensor, spans: Sequence[tuple[int, int, int]], _pairs: object, **_: int) -> bool:
+    return exact.fits(outputs, groups=len(spans))
+
+
+@dispatch(_measured_at_once, where=_fits)
+def _measured(
+    outputs: Tensor, spans: Sequence[tuple[int, int, int]], pairs: TokenPairs | None, n_groups: int
+) -> _Measured:
+    """Measure outputs of shape (neurons, tokens), whose groups of sequences are ``spans``."""
+    difference = None if pairs is None else pairs.difficulty(outputs)
     sketch = OutputSketch(outputs.shape[0], n_groups=n_groups)
-    by_token = outputs.t().contiguous() if outputs.is_cuda else outputs.t()
+    by_token = _by_token(outputs)
     for group, first, end in spans:
         sketch.update(by_token[first:end], group=group)
     shape, difference = fetched(shape_statistics(outputs), difference)
     return _Measured(shape, sketch.result(distances=False), difference)
+
+
+@dispatch(lambda outputs: outputs.t().contiguous(), where=on_gpu)
+def _by_token(outputs: Tensor) -> Tensor:
+    """Return outputs by token: on the CPU as they lie, on a GPU as kernels want them."""
+    return outputs.t()
 
 
 def _columns(store: TokenStore, part: slice, device: torch.device) -> Tensor:
@@ -263,11 +275,12 @@ def _outputs(dense: Tensor, all_bias: Tensor | None, store: TokenStore, part: sl
     and inputs as they are.
     """
     weight = dense[part]
-    as_is = weight.is_cuda and weight.element_size() == 2 and store.dtype == weight.dtype
+    as_is = exact_in_half(weight.dtype, weight.device) and store.dtype == weight.dtype
     factor = weight if as_is else weight.float()
     bias = None if all_bias is None else all_bias[part, None].float()
     outputs = torch.empty(weight.shape[0], store.n_tokens, device=weight.device)
-    for start, rows in _inputs(store, on_gpu=weight.is_cuda, whole=as_is):
+    at_once = by_device(weight.device, cpu=_BLOCK_TOKENS, gpu=_BLOCK_TOKENS_GPU)
+    for start, rows in _inputs(store, at_once, whole=as_is):
         rows, target = rows.to(weight.device), outputs[:, start : start + rows.shape[0]]
         if not as_is:
             multiply(factor, rows.float(), out=target)
@@ -280,13 +293,13 @@ def _outputs(dense: Tensor, all_bias: Tensor | None, store: TokenStore, part: sl
     return outputs
 
 
-def _inputs(store: TokenStore, *, on_gpu: bool, whole: bool) -> Iterator[tuple[int, Tensor]]:
+def _inputs(store: TokenStore, at_once: int, *, whole: bool) -> Iterator[tuple[int, Tensor]]:
     """Yield (index of the first token, inputs) in order: if ``whole``, all at once on a GPU."""
     tokens = _joined_rows(store) if whole else None
     if tokens is not None:
         yield 0, tokens
     else:
-        yield from store.blocks(_BLOCK_TOKENS_GPU if on_gpu else _BLOCK_TOKENS)
+        yield from store.blocks(at_once)
 
 
 @lru_cache(maxsize=4)
@@ -297,8 +310,8 @@ def _drawn(n_tokens: int, seed: int, device: torch.device) -> Tensor:
 
 def _joined_rows(store: TokenStore) -> Tensor | None:
     """Return a record as one tensor if a GPU holds it, and has room for it twice for a moment."""
-    on_gpu = store.device.type == "cuda" and store.in_memory
-    if not on_gpu or store.n_bytes > _JOINED_BYTES_GPU:
+    held = store.in_memory and gpus_among([store.device])
+    if not held or store.n_bytes > _JOINED_BYTES_GPU:
         return None
     try:
         return store.joined()
@@ -307,12 +320,20 @@ def _joined_rows(store: TokenStore) -> Tensor | None:
         return None
 
 
+def _distance_at_once(store: TokenStore, pairs: Tensor) -> Tensor:
+    tokens = store.joined()
+    first, second = pairs.to(tokens.device)
+    return kernels.row_distances(tokens[first], tokens[second])
+
+
+def _is_joined(store: TokenStore, _pairs: Tensor) -> bool:
+    tokens = _joined_rows(store)
+    return tokens is not None and tokens.is_contiguous() and kernels.fits(tokens, 1)
+
+
+@dispatch(_distance_at_once, where=_is_joined)
 def _input_distance(store: TokenStore, pairs: Tensor) -> Tensor:
     """Return ‖x_a − x_b‖₂ of every pair, float32, shape (pairs,)."""
-    tokens = _joined_rows(store)
-    if tokens is not None and tokens.is_contiguous() and fits(tokens, 1):
-        first, second = pairs.to(tokens.device)
-        return row_distances(tokens[first], tokens[second])
     parts = pairs.split(_BLOCK_TOKENS, dim=1)
     return torch.cat(
         [(store.take(a).float() - store.take(b).float()).norm(dim=1).cpu() for a, b in parts]

@@ -25,6 +25,7 @@ from jaxtyping import Float, Int64
 from scipy.stats import rankdata
 from torch import Tensor
 
+from entangle.memory import gpus_among
 from entangle.models.layers import Layer
 from entangle.recording.hooks import SeenTensor
 from entangle.results.scores import LayerHistograms
@@ -383,7 +384,8 @@ Found = TypeVar("Found")
 
 def how_many(layers: Sequence[Layer]) -> int:
     """Return how many layers to have under way: several if all are on GPUs, else one."""
-    return ON_GPU if layers and all(layer.device.type == "cuda" for layer in layers) else 1
+    on_gpus = len(gpus_among(layer.device for layer in layers))
+    return ON_GPU if layers and on_gpus == len(layers) else 1
 
 
 def mapped(
@@ -393,7 +395,7 @@ def mapped(
     if at_once == 1:
         yield from map(work, layers)
         return
-    devices = {layer.device for layer in layers if layer.device.type == "cuda"}
+    devices = set(gpus_among(layer.device for layer in layers))
     streams = {device: torch.cuda.current_stream(device) for device in devices}
 
     def on_stream(layer: Layer) -> Found:

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from entangle.kernels import sketch as kernels
+from entangle.kernels.dispatch import dispatch, on_gpu
 from entangle.models.layers import Layer
 from entangle.precision import full_precision
 from entangle.recording.recorder import Batch, Recorded, Recorder
@@ -40,12 +41,18 @@ class _Pairs:
 
     def add_to(self, sketch: PairSketch, rows: Tensor) -> None:
         """Add the rows (tokens, neurons) of both tokens of each pair."""
-        first, second = _halves(rows)
-        if rows.is_cuda:
-            sketch.update(first, second, self.distance, starts=self.starts)
-            return
-        for one, two, pairs in _runs(first.shape[0], self.starts, self.distance.shape[0]):
-            sketch.update(first[one], second[two], self.distance[pairs])
+        _add_pairs(rows, sketch, self)
+
+
+def _add_at_once(rows: Tensor, sketch: PairSketch, pairs: _Pairs) -> None:
+    sketch.update(*_halves(rows), pairs.distance, starts=pairs.starts)
+
+
+@dispatch(_add_at_once, where=on_gpu)
+def _add_pairs(rows: Tensor, sketch: PairSketch, pairs: _Pairs) -> None:
+    first, second = _halves(rows)
+    for one, two, own in _runs(first.shape[0], pairs.starts, pairs.distance.shape[0]):
+        sketch.update(first[one], second[two], pairs.distance[own])
 
 
 class _Pairing:
@@ -66,7 +73,7 @@ class _Pairing:
     def of(self, rows: Float[Tensor, "tokens features"]) -> _Pairs:
         """Return the pairs of the tokens that a layer received."""
         starts, count = self._drawn(rows.shape[0])
-        return _Pairs(starts, _distances(*_halves(rows), starts, count))
+        return _Pairs(starts, _distances(*_halves(rows), starts=starts, n_pairs=count))
 
     def _drawn(self, n_tokens: int) -> tuple[tuple[int, int], int]:
         """Draw which tokens make pair 0, and return how many pairs there are."""
@@ -95,11 +102,10 @@ def _runs(half: int, starts: tuple[int, int], count: int) -> list[tuple[slice, s
     return runs
 
 
-def _distances(first: Tensor, second: Tensor, starts: tuple[int, int], count: int) -> Tensor:
+@dispatch(kernels.row_distances, where=kernels.fits_rows)
+def _distances(first: Tensor, second: Tensor, starts: tuple[int, int], n_pairs: int) -> Tensor:
     """Return the Euclidean distances of pairs of rows, float32."""
-    if kernels.fits(first, 1) and first.stride() == second.stride():
-        return kernels.row_distances(first, second, starts=starts, n_pairs=count)
-    runs = _runs(first.shape[0], starts, count)
+    runs = _runs(first.shape[0], starts, n_pairs)
     parts = [(first[one].float() - second[two].float()).norm(dim=1) for one, two, _ in runs]
     return torch.cat(parts) if parts else torch.empty(0, device=first.device)
 

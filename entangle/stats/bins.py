@@ -307,7 +307,7 @@ LEAST_SPREAD = 1e-3
 """Of |mean − location|: squares summed in float32 resolve no smaller spread."""
 
 
-def resample_on_gpu(
+def resampled(
     counts: Int32[Tensor, "groups neurons folded"],
     powers: Float[Tensor, "groups two=2 neurons"],
     tokens: Int64[Tensor, " groups"],
@@ -339,13 +339,13 @@ def resample_on_gpu(
     chosen = chosen.to(powers.device, non_blocking=True)
     moments = torch.einsum("sg,gpn->psn", chosen.to(powers), powers) / totals[:, None]
     shift, spread = mean_and_std(moments)
-    wd = binned_on_gpu(counts, chosen, shift, spread, low, high, fold=GROUP_FOLD)[0]
+    wd = binned_at_once(counts, chosen, shift, spread, low, high, fold=GROUP_FOLD)[0]
     wd = wd.masked_fill(spread <= LEAST_SPREAD * shift.abs(), math.nan)
     without = wd[: len(used)]
     return ((len(used) - 1) * without.var(0, correction=0)).sqrt(), wd[len(used) :]
 
 
-def binned_on_gpu(
+def binned_at_once(
     counts: Tensor,
     weights: Tensor,
     shift: Tensor,

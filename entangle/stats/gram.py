@@ -23,7 +23,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from entangle.errors import InvalidInput, NumericalError
-from entangle.precision import accumulator_dtype, full_precision
+from entangle.memory import by_device
+from entangle.precision import accumulator_dtype, exact_in_half, full_precision
 
 PANEL = 256
 """Columns of the Gram matrix computed at a time."""
@@ -235,7 +236,7 @@ def sum_grams(
 def _checked(batch: Tensor, device: torch.device) -> Tensor:
     """Return tokens where their sums live, in the dtype that they are multiplied in."""
     batch = batch.to(device)
-    if not _exact_in_half(batch):
+    if not exact_in_half(batch.dtype, batch.device):
         batch = batch.to(torch.float32)
     require_finite(batch)
     return batch
@@ -258,18 +259,9 @@ def require_finite(batch: Float[Tensor, "tokens features"]) -> None:
 
 
 def _norm(batch: Tensor) -> Tensor:
-    work = batch if _exact_in_half(batch) else batch.float()
+    work = batch if exact_in_half(batch.dtype, batch.device) else batch.float()
     norm: Tensor = torch.linalg.vector_norm(work, dtype=torch.float32)
     return norm
-
-
-def _exact_in_half(batch: Tensor) -> bool:
-    """Tell whether 16-bit tokens are multiplied as they are.
-
-    A product of two 16-bit numbers is a float32 number, and an NVIDIA GPU sums such products in
-    float32: the result is that of float32 tokens, many times as fast.
-    """
-    return batch.is_cuda and batch.dtype in (torch.float16, torch.bfloat16)
 
 
 def _wide(device: torch.device | str) -> torch.dtype:
@@ -288,21 +280,21 @@ def _check_shapes(batch: Tensor, assignment: Tensor, *, features: int) -> None:
 
 def _add_upper_(gram: Tensor, tokens: Tensor) -> None:
     """Add ``tokensᵀ tokens`` to the upper triangle of ``gram``, panel by panel."""
-    panel = PANEL if gram.device.type == "cpu" else _panel_on_gpu(gram.shape[0])
+    panel = by_device(gram.device, cpu=PANEL, gpu=_wide_panel(gram.shape[0]))
     with full_precision():
         for start in range(0, gram.shape[0], panel):
             stop = start + panel
             left, right = tokens[:, start:stop].mT, tokens[:, start:]
             if gram.dtype == tokens.dtype:
                 gram[start:stop, start:].addmm_(left, right)
-            elif _exact_in_half(tokens):
+            elif exact_in_half(tokens.dtype, tokens.device):
                 gram[start:stop, start:] += torch.mm(left, right, out_dtype=torch.float32)
             else:
                 gram[start:stop, start:] += left @ right
 
 
-def _panel_on_gpu(features: int) -> int:
-    """Return a width of panels: about a sixth, in 16-byte pieces, which multiply fastest."""
+def _wide_panel(features: int) -> int:
+    """Return a GPU's width of panels: about a sixth, in 16-byte pieces, which multiply fastest."""
     return max(_PANEL_GPU, -(-features // (6 * _PANEL_STEP)) * _PANEL_STEP)
 
 

@@ -24,6 +24,8 @@ from entangle.errors import InvalidInput
 from entangle.kernels import exact
 from entangle.kernels import sketch as kernels
 from entangle.kernels.compiled import usable
+from entangle.kernels.dispatch import dispatch, on_cpu
+from entangle.memory import by_device
 from entangle.precision import accumulator_dtype
 from entangle.seeding import torch_rng
 from entangle.stats import bins
@@ -191,10 +193,13 @@ def mapping_difficulty(
     return TokenPairs.of(pairs, input_distance, device=outputs.device).difficulty(outputs)
 
 
+def _fits_pairs(outputs: Tensor, pairs: Tensor, _slant: Tensor) -> bool:
+    return exact.fits_pairs(outputs, pairs.shape[1])
+
+
+@dispatch(lambda *of_pairs: tuple(exact.pair_statistics(*of_pairs)), where=_fits_pairs)
 def _pair_statistics(outputs: Tensor, pairs: Tensor, slant: Tensor) -> tuple[Tensor, ...]:
     """Return slope, and median, mean and maximum of |y_a − y_b|, of every neuron."""
-    if exact.fits_pairs(outputs, pairs.shape[1]):
-        return tuple(exact.pair_statistics(outputs, pairs, slant))
     wide = slant.dtype
     dy = (outputs[:, pairs[0]].float() - outputs[:, pairs[1]].float()).abs_()
     slope = dy.to(wide).mul_(slant).mean(1)
@@ -215,14 +220,21 @@ def no_pairs(nothing: Float[Tensor, " neurons"], n_identical: int) -> MappingDif
     )
 
 
+def _median_by_numpy(values: Tensor) -> Tensor:
+    return torch.from_numpy(np.median(values.numpy(), axis=1))
+
+
+@dispatch(_median_by_numpy, where=on_cpu)
 def _median(values: Tensor) -> Tensor:
     """Return the median of every row; the mean of the middle two where there are two."""
-    if values.device.type == "cpu":
-        return torch.from_numpy(np.median(values.numpy(), axis=1))
     return values.quantile(0.5, dim=1)
 
 
 _BINS, _PILOT_PAIRS = 3 * PER_OCTAVE, 512
+
+
+def _can_add_at_once(_sketch: object, first: Tensor, second: Tensor, *_: object) -> bool:
+    return kernels.fits(first, _BINS, bytes_a_count=4) and first.stride() == second.stride()
 
 
 class PairSketch:
@@ -279,12 +291,36 @@ class PairSketch:
                 f"got {pairs} pairs and {starts}."
             )
         dx = input_distance.to(first.device)
-        if self._on_gpu(first, second, dx, starts):
-            return
+        self._add(first, second, dx, starts)
+
+    def _add_at_once(
+        self, first: Tensor, second: Tensor, dx: Tensor, starts: tuple[int, int]
+    ) -> None:
+        """Do what `_add_gathered` does in one kernel that is not waited for."""
+        if not self._placed:
+            run = (dx[: first.shape[0] - max(starts)] > 0).nonzero()[:_PILOT_PAIRS, 0]
+            if not run.numel():
+                self._add_gathered(first, second, dx, starts)
+                return
+            self._place_by(first[starts[0] + run], second[starts[1] + run])
+        kernels.add_pairs(
+            first, second, dx.float(), self._scale,
+            starts=starts, counts=self._counts, sums=self._sums, highest=self._dy_max,
+        )  # fmt: skip
+        self._uncounted.append(dx)
+
+    def _add_gathered(
+        self, first: Tensor, second: Tensor, dx: Tensor, starts: tuple[int, int]
+    ) -> None:
+        rows, pairs = first.shape[0], dx.shape[0]
         if pairs < rows or starts != (0, 0):
             order = torch.arange(pairs, device=first.device)
             first, second = first[(starts[0] + order) % rows], second[(starts[1] + order) % rows]
         self._update(first, second, dx)
+
+    @dispatch(_add_at_once, where=_can_add_at_once)
+    def _add(self, first: Tensor, second: Tensor, dx: Tensor, starts: tuple[int, int]) -> None:
+        self._add_gathered(first, second, dx, starts)
 
     def _update(self, first: Tensor, second: Tensor, dx: Tensor) -> None:
         """Add pairs of rows in their order."""
@@ -296,7 +332,7 @@ class PairSketch:
             return
         if not self._placed:
             self._place_by(first[:_PILOT_PAIRS], second[:_PILOT_PAIRS])
-        at_once = 2**18 if first.device.type == "cpu" else 2**26
+        at_once = by_device(first.device, cpu=2**18, gpu=2**26)
         columns = max(4, at_once // dx.numel() // 4 * 4)
         for start in range(0, self.n_neurons, columns):
             part = slice(start, start + columns)
@@ -358,22 +394,6 @@ class PairSketch:
         self._dx_max = max(self._dx_max, float(dx.max()))
         self._dx_sum += float(dx.sum(dtype=accumulator_dtype(dx.device)))
 
-    def _on_gpu(self, first: Tensor, second: Tensor, dx: Tensor, starts: tuple[int, int]) -> bool:
-        """Do what `update` does in one kernel, without waiting for it; False where it cannot."""
-        if not kernels.fits(first, _BINS, bytes_a_count=4) or first.stride() != second.stride():
-            return False
-        if not self._placed:
-            run = (dx[: first.shape[0] - max(starts)] > 0).nonzero()[:_PILOT_PAIRS, 0]
-            if run.numel():
-                self._place_by(first[starts[0] + run], second[starts[1] + run])
-        if self._placed:
-            kernels.add_pairs(
-                first, second, dx.float(), self._scale,
-                starts=starts, counts=self._counts, sums=self._sums, highest=self._dy_max,
-            )  # fmt: skip
-            self._uncounted.append(dx)
-        return self._placed
-
     @staticmethod
     def settle(sketches: Iterable["PairSketch"]) -> None:
         """Count the pairs that went to the GPU, of all sketches with one wait."""
@@ -404,12 +424,14 @@ class PairSketch:
         index = bins.magnitude_index_(dy.div_(self._scale[part]), _BINS)
         bins.add_counts(self._counts[part], index, self._scratch)
 
+    def _statistics_at_once(self) -> Tensor:
+        return kernels.pair_statistics(
+            self._counts, self._sums, self._dy_max, self._scale, n_pairs=self.n_pairs
+        )
+
+    @dispatch(_statistics_at_once, where=lambda sketch: usable(sketch._counts))
     def _statistics(self) -> Tensor:
         """Return slope, and median, mean and maximum of |y_a − y_b|, of every neuron."""
-        if usable(self._counts):
-            return kernels.pair_statistics(
-                self._counts, self._sums, self._dy_max, self._scale, n_pairs=self.n_pairs
-            )
         slope, mean = self._sums / self.n_pairs
         return torch.stack([slope, self._median() * self._scale, mean, self._dy_max.to(slope)])
 

@@ -24,6 +24,8 @@ from entangle.errors import InvalidInput
 from entangle.kernels import exact
 from entangle.kernels import sketch as kernels
 from entangle.kernels.compiled import usable
+from entangle.kernels.dispatch import dispatch, on_cpu
+from entangle.memory import by_device
 from entangle.precision import accumulator_dtype
 from entangle.stats import bins
 from entangle.stats.bins import (
@@ -31,13 +33,13 @@ from entangle.stats.bins import (
     LEAST_SPREAD,
     BinnedDistances,
     Scratch,
+    binned_at_once,
     binned_distances,
-    binned_on_gpu,
     higher_moments,
     joined_edges,
     mean_and_std,
     power_sums,
-    resample_on_gpu,
+    resampled,
     to_host,
 )
 from entangle.stats.edges import N_BINS, SAVED_FOLD
@@ -82,6 +84,10 @@ class SketchResult:
     """Largest output, in the neuron's own units."""
     n_tokens: int
     """Number of tokens seen."""
+
+
+def _is_counted_by_kernels(sketch: "OutputSketch", *_: object, **__: object) -> bool:
+    return usable(sketch._counts)
 
 
 class OutputSketch:
@@ -137,11 +143,7 @@ class OutputSketch:
         if group != self._open_group:
             self._close_group()
             self._open_group = group
-        if kernels.fits(outputs, N_BINS):
-            self._update_on_gpu(outputs, group)
-        else:
-            for part in row_parts(self.n_neurons, _block_columns(outputs)):
-                self._update_block(outputs, part, group)
+        self._add(outputs, group)
         self.n_tokens += outputs.shape[0]
         self._group_tokens[group] += outputs.shape[0]
 
@@ -229,8 +231,7 @@ class OutputSketch:
         self._nan = torch.zeros(n, dtype=torch.bool, device=device)
         self._inf = torch.zeros(n, dtype=torch.bool, device=device)
 
-    def _update_on_gpu(self, outputs: Tensor, group: int) -> None:
-        """Do what `_update_block` does, for all neurons in one kernel."""
+    def _add_at_once(self, outputs: Tensor, group: int) -> None:
         kernels.add_outputs(
             outputs,
             self._location,
@@ -243,6 +244,12 @@ class OutputSketch:
             nan=self._nan,
             inf=self._inf,
         )
+
+    @dispatch(_add_at_once, where=lambda _sketch, outputs, _group: kernels.fits(outputs, N_BINS))
+    def _add(self, outputs: Tensor, group: int) -> None:
+        """Add outputs, a block of neurons after the other."""
+        for part in row_parts(self.n_neurons, _block_columns(outputs)):
+            self._update_block(outputs, part, group)
 
     def _update_block(self, outputs: Tensor, part: slice, group: int) -> None:
         values = outputs[:, part].float()
@@ -271,17 +278,17 @@ class OutputSketch:
 
     def _close_group(self) -> None:
         """Credit what was counted since the last call to the open group."""
-        if self.n_tokens == 0:
-            return
-        if usable(self._counts):
-            kernels.close_group(
-                self._counts,
-                closed=self._closed_counts,
-                group=self._group_counts[self._open_group],
-                low=self._low,
-                high=self._high,
-            )
-            return
+        if self.n_tokens:
+            self._credit()
+
+    def _credit_at_once(self) -> None:
+        kernels.close_group(
+            self._counts, closed=self._closed_counts, group=self._group_counts[self._open_group],
+            low=self._low, high=self._high,
+        )  # fmt: skip
+
+    @dispatch(_credit_at_once, where=_is_counted_by_kernels)
+    def _credit(self) -> None:
         first, last = self._used_groups()
         used = slice(first, last + 1)
         counts = self._counts[:, first * GROUP_FOLD : (last + 1) * GROUP_FOLD]
@@ -289,27 +296,33 @@ class OutputSketch:
         self._group_counts[self._open_group, :, used] += now - self._closed_counts[:, used]
         self._closed_counts[:, used] = now
 
+    def _groups_between_ends(self) -> tuple[int, int]:
+        extremes = torch.stack([self._low.min(), self._high.max()])
+        first, last = (int(i) // GROUP_FOLD for i in bins.signed_index(extremes))
+        return first, last
+
+    @dispatch(_groups_between_ends, where=lambda sketch: on_cpu(sketch._counts))
     def _used_groups(self) -> tuple[int, int]:
         """Return the first and the last joined bin that may hold counts.
 
         All of them on a GPU, which would have to be waited for.
         """
-        if self._counts.device.type != "cpu":
-            return 0, N_BINS // GROUP_FOLD - 1
-        extremes = torch.stack([self._low.min(), self._high.max()])
-        first, last = (int(i) // GROUP_FOLD for i in bins.signed_index(extremes))
-        return first, last
+        return 0, N_BINS // GROUP_FOLD - 1
 
+    def _distances_at_once(
+        self, counts: Tensor, shift: Tensor, spread: Tensor, *, fold: int
+    ) -> BinnedDistances:
+        one = torch.ones(1, 1, dtype=torch.int32, device=counts.device)
+        found = binned_at_once(
+            counts[None], one, shift[None], spread[None], self._low, self._high, fold=fold
+        )
+        return BinnedDistances(*found[:, 0])
+
+    @dispatch(_distances_at_once, where=_is_counted_by_kernels)
     def _distances(
         self, counts: Tensor, shift: Tensor, spread: Tensor, *, fold: int
     ) -> BinnedDistances:
-        if usable(counts):
-            one = torch.ones(1, 1, dtype=torch.int32, device=counts.device)
-            found = binned_on_gpu(
-                counts[None], one, shift[None], spread[None], self._low, self._high, fold=fold
-            )
-            return BinnedDistances(*found[:, 0])
-        rows = max(1, (2**17 if shift.device.type == "cpu" else 2**25) // counts.shape[1])
+        rows = max(1, by_device(shift.device, cpu=2**17, gpu=2**25) // counts.shape[1])
         edges = joined_edges(fold, shift.dtype, shift.device)
         parts = []
         for i in range(0, self.n_neurons, rows):
@@ -337,12 +350,14 @@ class OutputSketch:
         wd = self._distances(counts, shift, spread, fold=GROUP_FOLD).wd
         return wd.masked_fill(spread <= LEAST_SPREAD * shift.abs(), math.nan)
 
+    def _resample_at_once(self) -> tuple[Tensor, Tensor]:
+        return resampled(
+            self._group_counts, self._group_powers, self._group_tokens, self._low, self._high
+        )
+
+    @dispatch(_resample_at_once, where=_is_counted_by_kernels)
     def _resample(self) -> tuple[Tensor, Tensor]:
         """Return the jackknife's standard error and the WD of the two halves."""
-        if usable(self._counts):
-            return resample_on_gpu(
-                self._group_counts, self._group_powers, self._group_tokens, self._low, self._high
-            )
         used = [g for g in range(self.n_groups) if self._group_tokens[g] > 0]
         if len(used) < 2:
             nothing = torch.full_like(self._powers[:2], math.nan)
@@ -389,7 +404,7 @@ def _occupied(counts: Tensor) -> tuple[Tensor, Tensor]:
 
 def _block_columns(outputs: Tensor) -> int:
     """Choose how many neurons to treat at once: a cache-sized block on the CPU."""
-    values = 2**18 if outputs.device.type == "cpu" else 2**26
+    values = by_device(outputs.device, cpu=2**18, gpu=2**26)
     return max(4, values // outputs.shape[0] // 4 * 4)
 
 
@@ -409,11 +424,6 @@ def place_bins(
     floor = location.abs() * torch.finfo(torch.float32).eps
     scale = torch.where(scale > floor, scale, floor)
     return location, torch.where(scale > torch.finfo(torch.float32).tiny, scale, 1.0)
-
-
-def can_measure(outputs: Float[Tensor, "neurons tokens"], *, groups: int) -> bool:
-    """Tell whether `measure_rows` takes these outputs: rows that fit into shared memory."""
-    return exact.fits(outputs, groups=groups)
 
 
 @dataclass(frozen=True, eq=False)
@@ -474,7 +484,7 @@ def measure_rows(outputs: Float[Tensor, "neurons tokens"], bounds: Sequence[int]
     Parameters
     ----------
     outputs
-        As `can_measure` wants them.
+        As `entangle.kernels.exact.fits` wants them.
     bounds
         Tokens ``bounds[g]`` to ``bounds[g + 1]`` are group g of the jackknife; the first group that
         is not empty places the bins.
@@ -493,7 +503,7 @@ def measure_rows(outputs: Float[Tensor, "neurons tokens"], bounds: Sequence[int]
         bounds=ends.to(device, non_blocking=True),
     )  # fmt: skip
     assert histograms is not None  # noqa: S101
-    se, halves = resample_on_gpu(
+    se, halves = resampled(
         histograms.group_counts, histograms.powers, ends.diff().long(), *histograms.ends
     )
     sides = location.double() + scale.double() * histograms.ends.double()

@@ -12,6 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
+from entangle.kernels.dispatch import dispatch, on_cpu
+
 ROWS = 64
 """Rows of a tile."""
 
@@ -29,6 +31,21 @@ def row_parts(n_rows: int, at_once: int) -> Iterator[slice]:
     return map(slice, starts[:-1], starts[1:])
 
 
+def _in_tiles(rows: Tensor, tokens: Tensor, *, out: Tensor) -> None:
+    filled = pad(rows, (0, 0, 0, -rows.shape[0] % ROWS))
+    work = rows.new_empty(ROWS, _TOKENS)
+    for start in range(0, tokens.shape[0], _TOKENS):
+        some = tokens[start : start + _TOKENS]
+        count = some.shape[0]
+        some = pad(some, (0, 0, 0, -count % _STEP))
+        product = work if some.shape[0] == _TOKENS else rows.new_empty(ROWS, some.shape[0])
+        for first in range(0, rows.shape[0], ROWS):
+            place = out[first : first + ROWS, start : start + count]
+            torch.mm(filled[first : first + ROWS], some.T, out=product)
+            place.copy_(product[: place.shape[0], :count])
+
+
+@dispatch(_in_tiles, where=on_cpu)
 def multiply(
     rows: Float[Tensor, "rows features"],
     tokens: Float[Tensor, "tokens features"],
@@ -46,17 +63,4 @@ def multiply(
     out
         What is written.
     """
-    if rows.device.type != "cpu":
-        torch.matmul(rows, tokens.T, out=out)
-        return
-    filled = pad(rows, (0, 0, 0, -rows.shape[0] % ROWS))
-    work = rows.new_empty(ROWS, _TOKENS)
-    for start in range(0, tokens.shape[0], _TOKENS):
-        some = tokens[start : start + _TOKENS]
-        count = some.shape[0]
-        some = pad(some, (0, 0, 0, -count % _STEP))
-        product = work if some.shape[0] == _TOKENS else rows.new_empty(ROWS, some.shape[0])
-        for first in range(0, rows.shape[0], ROWS):
-            place = out[first : first + ROWS, start : start + count]
-            torch.mm(filled[first : first + ROWS], some.T, out=product)
-            place.copy_(product[: place.shape[0], :count])
+    torch.matmul(rows, tokens.T, out=out)

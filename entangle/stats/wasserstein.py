@@ -29,6 +29,8 @@ from torch import Tensor
 
 from entangle.errors import InvalidInput
 from entangle.kernels import exact
+from entangle.kernels.dispatch import dispatch, on_cpu
+from entangle.memory import by_device
 from entangle.precision import accumulator_dtype
 from entangle.seeding import numpy_rng
 from entangle.stats.tiles import row_parts
@@ -94,7 +96,7 @@ def shape_statistics(outputs: Float[Tensor, "neurons tokens"]) -> ShapeStatistic
     neurons, tokens = outputs.shape
     if tokens == 0:
         raise InvalidInput("`outputs` must hold at least one token; got shape with 0 tokens.")
-    at_once = _SORT_BYTES if outputs.device.type == "cpu" else _SORT_BYTES_GPU
+    at_once = by_device(outputs.device, cpu=_SORT_BYTES, gpu=_SORT_BYTES_GPU)
     parts = [_statistics(outputs[part]) for part in row_parts(neurons, at_once // (4 * tokens))]
     columns = ([getattr(part, f.name) for part in parts] for f in fields(ShapeStatistics))
     return ShapeStatistics(*(torch.cat(column) for column in columns))
@@ -102,15 +104,8 @@ def shape_statistics(outputs: Float[Tensor, "neurons tokens"]) -> ShapeStatistic
 
 def _statistics(outputs: Tensor) -> ShapeStatistics:
     work = outputs.detach()
-    if work.is_cuda:
-        work = work.float() if work.element_size() == 2 else work
-        if exact.fits(work):
-            return with_flags(*_by_buckets(work), outputs.dtype)
-    ordered = sort_rows(work)
-    first, last = ordered[:, 0], ordered[:, -1]
-    nan = last.isnan()
-    inf = (first.isinf() | last.isinf()) & ~nan
-    return with_flags(_columns(ordered), nan, inf, first == last, outputs.dtype)
+    work = work.float() if work.element_size() == 2 else work
+    return with_flags(*_columns_and_flags(work), outputs.dtype)
 
 
 def with_flags(
@@ -139,7 +134,7 @@ def sorted_columns(rows: Float[Tensor, "rows columns"]) -> Float[Tensor, "six=6 
 
 
 def _by_buckets(outputs: Tensor) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-    """Return WD, KS and moments, and which rows hold NaN, infinities, equal values, on a GPU."""
+    """Do what `_columns_and_flags` does without sorting all of a row."""
     density = normal_density(outputs.shape[1], outputs.device)
     stride = max(1, outputs.shape[1] // _SAMPLE)
     sample = sort_rows(outputs[:, ::stride][:, :_SAMPLE].nan_to_num(0.0, 0.0, 0.0))
@@ -153,17 +148,19 @@ def _by_buckets(outputs: Tensor) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
     return list(found), what == exact.NAN, what == exact.INFINITE, what == exact.EQUAL
 
 
-def _columns(ordered: Tensor) -> list[Tensor]:
-    """Return WD, KS, mean, std, skewness and excess kurtosis of sorted rows."""
-    if exact.fits_sorted(ordered) and ordered.numel():
-        density = normal_density(ordered.shape[1], ordered.device)
-        return list(exact.sorted_statistics(ordered, density))
-    on_cpu = ordered.device.type == "cpu"
-    if on_cpu and 8 * ordered.shape[1] > _CACHE_BYTES:
-        return _in_stretches(ordered)
-    rows = (_CACHE_BYTES if on_cpu else _SORT_BYTES) // (8 * ordered.shape[1])
-    parts = [_sorted_statistics(ordered[part]) for part in row_parts(len(ordered), rows)]
-    return [torch.cat(column) for column in zip(*parts, strict=True)]
+@dispatch(_by_buckets, where=exact.fits)
+def _columns_and_flags(outputs: Tensor) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """Return WD, KS and moments, and which rows hold NaN, infinities, equal values."""
+    ordered = sort_rows(outputs)
+    first, last = ordered[:, 0], ordered[:, -1]
+    nan = last.isnan()
+    inf = (first.isinf() | last.isinf()) & ~nan
+    return _columns(ordered), nan, inf, first == last
+
+
+def _fused_columns(ordered: Tensor) -> list[Tensor]:
+    density = normal_density(ordered.shape[1], ordered.device)
+    return list(exact.sorted_statistics(ordered, density))
 
 
 def _in_stretches(ordered: Tensor) -> list[Tensor]:
@@ -197,6 +194,20 @@ def _in_stretches(ordered: Tensor) -> list[Tensor]:
     return [found[3], found[4], mean, std, found[1] / n, found[2] / n - 3]
 
 
+def _is_long(ordered: Tensor) -> bool:
+    return on_cpu(ordered) and 8 * ordered.shape[1] > _CACHE_BYTES
+
+
+@dispatch(_fused_columns, where=exact.fits_sorted)
+@dispatch(_in_stretches, where=_is_long)
+def _columns(ordered: Tensor) -> list[Tensor]:
+    """Return WD, KS, mean, std, skewness and excess kurtosis of sorted rows."""
+    at_once = by_device(ordered.device, cpu=_CACHE_BYTES, gpu=_SORT_BYTES)
+    size = at_once // (8 * ordered.shape[1])
+    parts = [_sorted_statistics(ordered[part]) for part in row_parts(len(ordered), size)]
+    return [torch.cat(column) for column in zip(*parts, strict=True)]
+
+
 def _sorted_statistics(ordered: Tensor) -> tuple[Tensor, ...]:
     """Return the same of few rows, by plain torch."""
     ordered = ordered.to(accumulator_dtype(ordered.device))
@@ -217,14 +228,8 @@ def is_constant(
     return std <= 4 * torch.finfo(dtype).eps * mean.abs()
 
 
-def sort_rows(values: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
-    """Sort every row into ascending order, on any device.
-
-    NaNs go last. NumPy sorts faster than torch on the CPU and lets threads run beside it.
-    """
-    if values.device.type != "cpu" or values.dtype not in (torch.float32, torch.float64):
-        work = values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
-        return work.sort(dim=1).values
+def _sort_by_numpy(values: Tensor) -> Tensor:
+    """Sort on the CPU, where NumPy is faster than torch and lets threads run beside it."""
     ordered = values.clone(memory_format=torch.contiguous_format)
     threads = min(torch.get_num_threads(), ordered.shape[0])
     if threads < 2:
@@ -233,6 +238,17 @@ def sort_rows(values: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows colu
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(lambda part: part.sort(axis=1), np.array_split(ordered.numpy(), threads)))
     return ordered
+
+
+def _numpy_sorts(values: Tensor) -> bool:
+    return on_cpu(values) and values.dtype in (torch.float32, torch.float64)
+
+
+@dispatch(_sort_by_numpy, where=_numpy_sorts)
+def sort_rows(values: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
+    """Sort every row into ascending order, NaNs last."""
+    work = values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+    return work.sort(dim=1).values
 
 
 @lru_cache(maxsize=8)
@@ -478,18 +494,21 @@ class FeatureSizes:
         return mean.sqrt().clamp_min(_LEAST).cpu()
 
 
-def feature_squares(rows: Float[Tensor, "tokens features"]) -> Float[Tensor, " features"]:
-    """Return the sum over tokens of every input's square, in the widest dtype of the device."""
+def _squares_in_blocks(rows: Tensor) -> Tensor:
     wide = accumulator_dtype(rows.device)
-    if rows.device.type != "cpu":
-        norm: Tensor = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32)
-        return norm.to(wide).square()
     found = torch.zeros(rows.shape[1], dtype=wide)
     for part in rows.split(max(1, _BLOCK // max(1, rows.shape[1]))):
         found += part.float().square().sum(0)
     if not bool(found.isfinite().all()):  # squares may overflow float32
         found = rows.to(wide).square().sum(0)
     return found
+
+
+@dispatch(_squares_in_blocks, where=on_cpu)
+def feature_squares(rows: Float[Tensor, "tokens features"]) -> Float[Tensor, " features"]:
+    """Return the sum over tokens of every input's square, in the widest dtype of the device."""
+    norm: Tensor = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32)
+    return norm.to(accumulator_dtype(rows.device)).square()
 
 
 def judged(shape: ShapeStatistics, error: Float[Tensor, " neurons"]) -> ShapeStatistics:

@@ -15,8 +15,8 @@ from entangle.allocation import FORMATS, RULES, import_allocation, load_allocati
 from entangle.allocation.allocation import even
 from entangle.cli.main import main
 from entangle.experiments.compare import load_comparison
+from entangle.experts.checkpoint import load_expanded
 from entangle.experts.linear import ExpandedLinear
-from entangle.experts.loading import load_expanded
 from entangle.results.ablation import load_ablation
 from entangle.runs.sealing import manifest_digest
 from tests.cli.expansions import check_one_line, listing

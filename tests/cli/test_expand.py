@@ -11,7 +11,7 @@ import torch
 
 from entangle.evaluation import load_evaluation, perplexity
 from entangle.experts import build
-from entangle.experts.loading import load_expanded
+from entangle.experts.checkpoint import load_expanded
 from entangle.models.loading import load_model
 from tests.cli.expansions import (
     BLOCKS,

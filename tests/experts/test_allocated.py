@@ -9,9 +9,10 @@ import torch
 
 from entangle.allocation import Allocation
 from entangle.errors import InvalidInput
+from entangle.experts.build import check_shared, planned_experts
+from entangle.experts.checkpoint import load_expanded
 from entangle.experts.expand import Expansion, expand
-from entangle.experts.linear import ExpandedLinear, check_shared, planned_experts
-from entangle.experts.loading import load_expanded
+from entangle.experts.linear import ExpandedLinear
 from entangle.models.layers import find_layers
 from entangle.models.loading import LanguageModel
 from entangle.recording.recorder import shared_inputs

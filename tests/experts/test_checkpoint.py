@@ -13,11 +13,17 @@ from transformers.pytorch_utils import Conv1D
 
 from entangle.errors import InvalidInput
 from entangle.experts import checkpoint
-from entangle.experts.build import ExpandedLayer
-from entangle.experts.checkpoint import block_file, install, read_block, write_block
+from entangle.experts.build import ExpandedLayer, structural_copy
+from entangle.experts.checkpoint import (
+    block_file,
+    install,
+    load_expanded,
+    read_block,
+    refuse_saving,
+    write_block,
+)
 from entangle.experts.expand import expand
 from entangle.experts.linear import ExpandedLinear, SharedRouting
-from entangle.experts.loading import load_expanded
 from entangle.experts.router import fit_router
 from entangle.models.layers import Layer, find_layers
 from entangle.models.loading import LanguageModel
@@ -194,3 +200,35 @@ def test_what_is_not_of_the_disk_stays(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setattr(checkpoint, "save_file", fails)
     with pytest.raises(SafetensorError, match="header"):
         written(tmp_path / "x", [linear("up", 7, 6, bias=False, dtype=torch.float32)])
+
+
+MESSAGE = r"transformers cannot write the routers .*expand\(\.\.\., out=DIR\).*load_expanded"
+
+
+def test_an_expanded_model_says_how_it_is_saved(
+    tiny: Callable[[str], LanguageModel], calibration: CalibrationSet, tmp_path: Path
+) -> None:
+    dense: Any = tiny("llama").module
+    found = expand(
+        tiny("llama"), calibration, experts=2, layers=[0], restarts=1, out=tmp_path / "x",
+        progress=False,
+    )  # fmt: skip
+    assert found.model is not None
+    loaded = load_expanded(tmp_path / "x", base=tiny("llama"))
+    for model in (found.model, loaded):
+        module: Any = model.module
+        again: Any = structural_copy(module)
+        for broken in (module, again):
+            with pytest.raises(InvalidInput, match=MESSAGE):
+                broken.save_pretrained(tmp_path / "y")
+            with pytest.raises(InvalidInput, match=MESSAGE):
+                broken.push_to_hub("owner/name")
+    assert not (tmp_path / "y").exists()
+    dense.save_pretrained(tmp_path / "dense")  # the dense model is not touched
+    assert (tmp_path / "dense" / "model.safetensors").exists()
+
+
+def test_a_module_without_the_method_is_left_alone() -> None:
+    module = torch.nn.Linear(2, 2)
+    refuse_saving(module)
+    assert not hasattr(module, "save_pretrained")

@@ -10,9 +10,9 @@ from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from entangle.errors import EntangleError, InvalidInput, NumericalError
 from entangle.evaluation import EvaluationText, perplexity
+from entangle.experts.checkpoint import load_expanded
 from entangle.experts.expand import Expansion, expand
 from entangle.experts.linear import ExpandedLinear
-from entangle.experts.loading import load_expanded
 from entangle.models.layers import find_layers
 from entangle.models.loading import LanguageModel, as_language_model
 from entangle.seeding import torch_rng

@@ -15,7 +15,6 @@ from entangle.experts.router import (
     Kind,
     Router,
     _check_parameters,
-    _fit,
     fit_router,
     fit_router_and_labels,
 )
@@ -181,19 +180,20 @@ def test_bad_parameters(arguments: dict[str, object], message: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_on_the_cpu_the_tokens_are_left_to_be_routed(kind: Kind) -> None:
+def test_controls_leave_the_tokens_to_be_routed(kind: Kind) -> None:
     x, k = tokens(), 1 if kind == "single" else 6
     router, labels = fit_router_and_labels([x], k, seed=1, kind=kind, restarts=2, device="cpu")
-    assert labels is None
+    assert (labels is None) == (kind != "kmeans")
+    assert labels is None or torch.equal(labels, router.route(x))
     assert same_bytes(router, fit_router([x], k, seed=1, kind=kind, restarts=2))
 
 
 def test_the_fit_knows_the_clusters_of_all_its_tokens_or_of_none() -> None:
     x = tokens()
-    router, labels = _fit(x.split(70), 6, 0, "kmeans", None, 2, 500, None)
+    router, labels = fit_router_and_labels(x.split(70), 6, seed=0, restarts=2, max_tokens=500)
     assert labels is not None
     assert torch.equal(labels, router.route(x))
-    assert _fit([x], 6, 0, "kmeans", None, 2, 499, None)[1] is None
+    assert fit_router_and_labels([x], 6, seed=0, restarts=2, max_tokens=499)[1] is None
 
 
 @pytest.mark.gpu

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from entangle.cli.main import main
 from entangle.evaluation import EvaluationText, perplexity
-from entangle.experts.loading import load_expanded
+from entangle.experts.checkpoint import load_expanded
 from entangle.models.loading import load_model
 from entangle.texts.calibration_set import CalibrationSet
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from entangle.errors import InvalidInput, Unavailable
-from entangle.experts import loading
+from entangle.experts import checkpoint as loading
+from entangle.experts.checkpoint import load_base, load_expanded
 from entangle.experts.expand import expand
-from entangle.experts.loading import load_base, load_expanded
 from entangle.models.loading import LanguageModel
 from entangle.texts.calibration_set import CalibrationSet
 from tests.saved import without_digests

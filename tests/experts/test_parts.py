@@ -15,11 +15,11 @@ from entangle.experts.router import Kind
 from entangle.experts.solver import (
     ClusterTokens,
     Experts,
-    SolverSettings,
+    ExpertSettings,
     _clusters_at_once,
-    _solve_in_parts,
     prune_part,
     solve_experts,
+    solve_in_parts,
 )
 from entangle.models.layers import Layer
 from entangle.models.loading import LanguageModel
@@ -63,7 +63,7 @@ def stored(tokens: Tensor, *sizes: int) -> TokenStore:
 
 
 def at_once(
-    layers: Sequence[Layer], tokens: Tensor, labels: Tensor, settings: SolverSettings, k: int
+    layers: Sequence[Layer], tokens: Tensor, labels: Tensor, settings: ExpertSettings, k: int
 ) -> list[Experts]:
     """Solve all clusters together, with all grams held."""
     grams = ClusterGrams(k, tokens.shape[1])
@@ -73,11 +73,11 @@ def at_once(
 
 def in_parts(
     layers: Sequence[Layer], store: TokenStore, labels: Tensor, k: int, size: int,
-    settings: SolverSettings | None = None,
+    settings: ExpertSettings | None = None,
 ) -> list[Experts]:  # fmt: skip
     shares = [0.5] * len(layers)
-    return _solve_in_parts(
-        layers, store, labels, shares, settings or SolverSettings(), k=k, size=size
+    return solve_in_parts(
+        layers, store, labels, shares, settings or ExpertSettings(), k=k, size=size
     )
 
 
@@ -99,7 +99,7 @@ def assert_same(found: Sequence[Experts], expected: Sequence[Experts]) -> None:
 def test_parts_give_what_all_clusters_together_give(size: int, n_layers: int) -> None:
     layers, (tokens, labels) = make_layers()[:n_layers], make_tokens()
     found = in_parts(layers, stored(tokens, 100, 1, 125), labels, len(SIZES), size)
-    expected = at_once(layers, tokens, labels, SolverSettings(), len(SIZES))
+    expected = at_once(layers, tokens, labels, ExpertSettings(), len(SIZES))
     assert_same(found, expected)
     assert [experts.shrunk for experts in found] == [3] * n_layers
     assert all(experts.squared_error[2] == 0 for experts in found)
@@ -109,16 +109,16 @@ def test_parts_give_what_all_clusters_together_give(size: int, n_layers: int) ->
 @pytest.mark.parametrize(
     "settings",
     [
-        SolverSettings(pattern="block"),
-        SolverSettings(pattern="layer"),
-        SolverSettings(pruner="wanda"),
-        SolverSettings(pruner="magnitude"),
-        SolverSettings(pruner="random", seed=3),
-        SolverSettings(bits=4),
+        ExpertSettings(pattern="block"),
+        ExpertSettings(pattern="layer"),
+        ExpertSettings(pruner="wanda"),
+        ExpertSettings(pruner="magnitude"),
+        ExpertSettings(pruner="random", seed=3),
+        ExpertSettings(bits=4),
     ],
     ids=str,
 )
-def test_whatever_the_pruner(settings: SolverSettings, size: int) -> None:
+def test_whatever_the_pruner(settings: ExpertSettings, size: int) -> None:
     layers, (tokens, labels) = make_layers(torch.bfloat16), make_tokens()
     found = in_parts(layers, stored(tokens), labels, len(SIZES), size, settings)
     assert_same(found, at_once(layers, tokens, labels, settings, len(SIZES)))
@@ -127,14 +127,14 @@ def test_whatever_the_pruner(settings: SolverSettings, size: int) -> None:
 def test_one_cluster() -> None:
     layers, (tokens, labels) = make_layers(), make_tokens([200])
     found = in_parts(layers, stored(tokens, 150, 50), labels, 1, 1)
-    assert_same(found, at_once(layers, tokens, labels, SolverSettings(), 1))
+    assert_same(found, at_once(layers, tokens, labels, ExpertSettings(), 1))
 
 
 def test_weights_of_float64_are_solved_in_float64() -> None:
     layers, (tokens, labels) = make_layers(torch.float64), make_tokens()
     found = in_parts(layers, stored(tokens), labels, len(SIZES), 2)
     assert found[0].weight.dtype == torch.float64
-    assert_same(found, at_once(layers, tokens, labels, SolverSettings(), len(SIZES)))
+    assert_same(found, at_once(layers, tokens, labels, ExpertSettings(), len(SIZES)))
 
 
 def test_grams_are_factorised_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,7 +155,7 @@ def test_grams_are_factorised_once_for_all_layers(monkeypatch: pytest.MonkeyPatc
         assert calls == [0, 4]
         in_parts(layers[:1], stored(tokens), labels, len(SIZES), 3)
         assert calls == [0, 4, 0, 3]
-        in_parts(layers, stored(tokens), labels, len(SIZES), 4, SolverSettings(pruner="wanda"))
+        in_parts(layers, stored(tokens), labels, len(SIZES), 4, ExpertSettings(pruner="wanda"))
     in_parts(make_layers(torch.float64), stored(tokens), labels, len(SIZES), 4)
     assert calls == [0, 4, 0, 3]
 
@@ -173,11 +173,10 @@ def test_parts_are_halved_until_they_fit(
         return prune_part(*args, experts=experts, **kwargs)  # type: ignore[arg-type]
 
     layers, (tokens, labels) = make_layers(), make_tokens()
-    expected = at_once(layers, tokens, labels, SolverSettings(), len(SIZES))
-    monkeypatch.setattr(solver, "prune_part", limited)
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING), monkeypatch.context() as patched:
+        patched.setattr(solver, "prune_part", limited)
         found = in_parts(layers, stored(tokens), labels, len(SIZES), len(SIZES))
-    assert_same(found, expected)
+    assert_same(found, at_once(layers, tokens, labels, ExpertSettings(), len(SIZES)))
     assert tried[0] == 6
     assert max(tried[-2:]) <= most
     assert "GPU memory ran out: solving 3 of 6 experts at a time" in caplog.text
@@ -199,7 +198,7 @@ def test_parts_that_were_half_written_are_solved_again(
 
     monkeypatch.setattr(solver, where, limited)
     layers, (tokens, labels) = make_layers(), make_tokens()
-    settings = SolverSettings(pruner=pruner)
+    settings = ExpertSettings(pruner=pruner)
     found = in_parts(layers, stored(tokens), labels, len(SIZES), 4, settings)
     assert_same(found, at_once(layers, tokens, labels, settings, len(SIZES)))
     assert len(calls) > 6
@@ -208,21 +207,21 @@ def test_parts_that_were_half_written_are_solved_again(
 @pytest.mark.parametrize(
     ("settings", "dtype", "held"),
     [
-        (SolverSettings(), torch.float32, False),
-        (SolverSettings(pattern="2:4"), torch.bfloat16, False),
-        (SolverSettings(), torch.float64, True),
-        (SolverSettings(pruner="wanda"), torch.float32, True),
+        (ExpertSettings(), torch.float32, False),
+        (ExpertSettings(pattern="2:4"), torch.bfloat16, False),
+        (ExpertSettings(), torch.float64, True),
+        (ExpertSettings(pruner="wanda"), torch.float32, True),
     ],
     ids=str,
 )
 def test_grams_are_held_only_for_those_who_need_them(
-    settings: SolverSettings, dtype: torch.dtype, held: bool, monkeypatch: pytest.MonkeyPatch
+    settings: ExpertSettings, dtype: torch.dtype, held: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = list[bool]()
 
-    def watched(layer: Layer, gram: Tensor | None, *args: object, **kwargs: object) -> object:
+    def watched(weight: Tensor, gram: Tensor | None, *args: object, **kwargs: object) -> object:
         seen.append(gram is not None)
-        return prune_part(layer, gram, *args, **kwargs)  # type: ignore[arg-type]
+        return prune_part(weight, gram, *args, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(solver, "prune_part", watched)
     layers, (tokens, labels) = make_layers(dtype), make_tokens()
@@ -285,23 +284,23 @@ def test_size_of_the_parts_of_a_7b_block() -> None:
     # a factor of 67 MB and 1.75 times 180 MB: 4.4 clusters. Down: inputs 5.77 GB, experts 1.44 GB,
     # a third is 2.40 GB; 2⅓ grams of 485 MB: 2.1 clusters.
     first, second = _meta_layers((11008, 4096), (11008, 4096)), _meta_layers((4096, 11008))
-    settings = SolverSettings(pattern="block")
+    settings = ExpertSettings(pattern="block")
     tokens = 2 * 2**18
     assert _clusters_at_once(first, tokens * 4096, settings, 16) == 4
     assert _clusters_at_once(second, tokens * 11008, settings, 16) == 2
-    assert _clusters_at_once(first, tokens * 4096, SolverSettings(pattern="2:4"), 16) == 1
+    assert _clusters_at_once(first, tokens * 4096, ExpertSettings(pattern="2:4"), 16) == 1
 
 
 def test_small_layers_are_solved_in_one_part() -> None:
     for shape in ((1536, 576), (576, 1536)):
-        for settings in (SolverSettings(), SolverSettings(bits=4)):
+        for settings in (ExpertSettings(), ExpertSettings(bits=4)):
             assert _clusters_at_once(_meta_layers(shape), 2**20, settings, 16) == 16
 
 
 def test_parts_are_of_about_one_size() -> None:
     layers = _meta_layers((4096, 11008))  # of one cluster 1.13 GB, so that 11 of 16 have room
-    assert _clusters_at_once(layers, 35 * 10**9, SolverSettings(), 16) == 8
-    assert _clusters_at_once(layers, 0, SolverSettings(), 16) == 1
+    assert _clusters_at_once(layers, 35 * 10**9, ExpertSettings(), 16) == 8
+    assert _clusters_at_once(layers, 0, ExpertSettings(), 16) == 1
 
 
 @pytest.mark.parametrize("router", ["kmeans", "random"])
@@ -338,7 +337,7 @@ def test_on_a_gpu_as_on_the_cpu(size: int) -> None:
     tokens, labels = make_tokens(sizes, features)
     tokens = tokens.bfloat16()
     layers = make_layers(torch.bfloat16, features)
-    expected = at_once(layers, tokens.float(), labels, SolverSettings(), len(sizes))
+    expected = at_once(layers, tokens.float(), labels, ExpertSettings(), len(sizes))
     there = [layer_of(layer.weight.cuda()) for layer in layers]
     found = in_parts(there, stored(tokens.cuda(), 1000, 1260), labels.cuda(), len(sizes), size)
     for one, other in zip(found, expected, strict=True):
@@ -362,7 +361,7 @@ def test_a_gpu_holds_what_was_reckoned(rows: int, features: int, n_layers: int) 
         for _ in range(n_layers)
     ]
     labels = torch.arange(len(tokens), device="cuda") % k
-    layers, settings = [layer_of(weight) for weight in weights], SolverSettings(pattern="block")
+    layers, settings = [layer_of(weight) for weight in weights], ExpertSettings(pattern="block")
     store = stored(tokens)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

@@ -3,9 +3,8 @@ import torch
 from torch import Tensor, nn
 
 from entangle.errors import InvalidInput, UnknownName
-from entangle.experts.linear import SharedRouting
+from entangle.experts.linear import RowExperts, SharedRouting, installed
 from entangle.experts.router import fit_router
-from entangle.experts.rows import RowExperts, installed
 from entangle.models.layers import Layer, find_layers
 from entangle.seeding import torch_rng
 from tests.reference.routed_rows import routed_outputs

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from entangle.experts.row_measures import (
+from entangle.experts.rows import (
     Clusters,
     dense_outputs,
     output_errors,

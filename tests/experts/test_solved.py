@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from entangle.errors import InvalidInput, NumericalError
-from entangle.experts.rows import solve_rows
+from entangle.experts.routed_rows import solve_rows
 from entangle.models.layers import find_layers
 from entangle.models.loading import LanguageModel
 from entangle.pruning import prune

@@ -32,7 +32,7 @@ def test_iterations_of_halves_are_plain_ones_of_the_rounded_points(
     squares = points.double().square().sum()
     seeds = points[: 3 * k].view(3, k, dims)
     limits = torch.stack([squares, torch.zeros(()).double(), torch.full((), -torch.inf).double()])
-    assert lloyd.fits_halves(points.cuda(), 3, k)
+    assert lloyd.fits_halves(points.cuda(), seeds.cuda())
     found = lloyd.Restarts(
         seeds.cuda(),
         torch.full((3,), torch.inf, dtype=torch.float64, device="cuda"),

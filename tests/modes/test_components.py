@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from entangle.experts.row_measures import Clusters
+from entangle.experts.rows import Clusters
 from entangle.modes.groups import components_needed, relative_errors
 from tests.modes.stores import normal, store_of
 from tests.reference import decomposition as reference

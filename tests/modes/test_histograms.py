@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 import torch
 
-from entangle.experts.row_measures import Clusters
+from entangle.experts.rows import Clusters
 from entangle.modes.groups import CommonBins, histogram_rows, output_histogram
 from tests.modes.stores import normal
 from tests.reference.decomposition import count_between

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from entangle.experts.row_measures import Clusters
+from entangle.experts.rows import Clusters
 from entangle.modes import pairs
 from entangle.modes.pairs import RouterMap
 from tests.modes.stores import normal, store_of

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from entangle.experts.row_measures import ClusterPairs
+from entangle.experts.rows import ClusterPairs
 from entangle.modes import TokenText, pairs
 from entangle.modes.pairs import draw_all, near_pairs, separated_rows
 from entangle.texts.calibration_set import CalibrationSet

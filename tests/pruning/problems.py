@@ -1,9 +1,16 @@
 """Layers to prune, shared by the tests."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
+from entangle.pruning import prune
 from entangle.seeding import torch_rng
+
+magnitude, randomly, wanda = (
+    partial(prune, method=method) for method in ("magnitude", "random", "wanda")
+)
 
 
 def make(

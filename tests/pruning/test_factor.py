@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from entangle.errors import InvalidInput, NumericalError
+from entangle.pruning import factor
 from entangle.pruning.factor import inverse_factor
 from tests.pruning.problems import make
 
@@ -73,3 +74,19 @@ def test_gives_up_with_the_expert_and_the_last_damping() -> None:
 def test_bad_damping(damping: float) -> None:
     with pytest.raises(InvalidInput, match=r"`damping`.*\b0\b"):
         inverse_factor(torch.eye(2)[None], damping=damping)
+
+
+@pytest.mark.parametrize(("corner", "panel", "slab"), [(4, 8, 16), (16, 64, 32), (128, 512, 2048)])
+@pytest.mark.parametrize("cols", [1, 5, 50, 129])
+def test_is_the_upper_factor_of_the_inverse(
+    monkeypatch: pytest.MonkeyPatch, corner: int, panel: int, slab: int, cols: int
+) -> None:
+    for name, size in (("_CORNER", corner), ("_PANEL", panel), ("_SLAB", slab)):
+        monkeypatch.setattr(factor, name, size)
+    _, gram = make(3, 1, cols)
+    work = gram.triu() + 7 * torch.ones_like(gram).tril(-1)  # what lies below is not read
+    work[1].diagonal().neg_()
+    failed = factor.factorise_(work)
+    assert failed.tolist() == [False, True, False]
+    expected = torch.linalg.cholesky(torch.linalg.inv(gram[[0, 2]]), upper=True)
+    torch.testing.assert_close(work[[0, 2]], expected)

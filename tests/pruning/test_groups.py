@@ -87,7 +87,7 @@ def test_every_part_has_the_budgets_of_its_own_experts() -> None:
         weight = part.dense
         return PruneResult(weight, weight > 0, weight[..., 0], torch.zeros(1), weight[..., 0])
 
-    parts = [_some_of(problem, i, i + 1) for i in range(3)]
+    parts = [_some_of(problem, range(i, i + 1)) for i in range(3)]
     for part in parts:
         solve(part)
     assert seen == [[[0, 1]], [[1, 2]], [[2, 3]]]

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from entangle.kernels.exact import fits
 from entangle.seeding import torch_rng
 from entangle.stats.bins import fetched
-from entangle.stats.sketch import OutputSketch, SketchResult, can_measure, measure_rows
+from entangle.stats.sketch import OutputSketch, SketchResult, measure_rows
 from entangle.stats.wasserstein import ShapeStatistics, shape_statistics
 
 COLUMNS = ("wd", "ks", "mean", "std", "skewness", "excess_kurtosis")
@@ -62,7 +63,7 @@ def _measured(y: Tensor, bounds: list[int]) -> tuple[ShapeStatistics, SketchResu
 )
 def test_is_the_plain_version(bounds: list[int]) -> None:
     y = _outputs(bounds[-1])
-    assert can_measure(y.cuda(), groups=len(bounds) - 1)
+    assert fits(y.cuda(), groups=len(bounds) - 1)
     shape, sketch = _plain(y, bounds)
     found, found_sketch = _measured(y.cuda(), bounds)
     for name in COLUMNS:
@@ -95,15 +96,15 @@ def test_repeats_to_the_bit(bounds: list[int]) -> None:
     [pytest.param(s, g, marks=on_gpu) for s, g in [((2, 60_000), 1), ((2, 100), 33), ((0, 5), 1)]],
 )
 def test_refuses_long_rows_many_groups_and_nothing(shape: tuple[int, int], groups: int) -> None:
-    assert not can_measure(torch.zeros(shape, device="cuda"), groups=groups)
+    assert not fits(torch.zeros(shape, device="cuda"), groups=groups)
 
 
 @pytest.mark.parametrize("offset", [pytest.param(1, marks=on_gpu)])
 def test_leaves_rows_off_16_bytes_to_the_plain_version(offset: int) -> None:
     y = torch.randn(4 * 64 + offset, generator=torch_rng(1, "rows")).cuda()[offset:].view(4, 64)
-    assert not can_measure(y, groups=1)
+    assert not fits(y, groups=1)
     torch.testing.assert_close(shape_statistics(y).wd.cpu(), shape_statistics(y.cpu()).wd)
 
 
 def test_leaves_other_devices_to_the_plain_version() -> None:
-    assert not can_measure(torch.zeros(2, 100), groups=1)
+    assert not fits(torch.zeros(2, 100), groups=1)
