@@ -121,13 +121,13 @@ def open_run(path: str) -> Run:
         If it is none of ours.
     """
     from entangle.results import kind_of, load_result
-    from entangle.runs.provenance import expanded, read_manifest
+    from entangle.runs.provenance import expand_user, read_manifest
     from entangle.runs.sealing import manifest_digest
 
     kind = kind_of(path)
     result = load_result(path) if kind in FIGURES else None
     manifest = read_manifest(path, kind) if result is None else result.manifest
-    return Run(expanded(path), kind, manifest_digest(manifest), manifest, result)
+    return Run(expand_user(path), kind, manifest_digest(manifest), manifest, result)
 
 
 def drawings_of(one: Run, column: Column) -> Iterator[Drawing]:

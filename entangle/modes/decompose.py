@@ -53,7 +53,7 @@ Parts = dict[str, list[pd.DataFrame]]
 
 
 @dataclass(frozen=True, eq=False)
-class Request:
+class DecompositionPlan:
     """What is to be done; the fields are explained at `decompose`."""
 
     experts: Sequence[int]
@@ -75,7 +75,7 @@ def decompose_group(
     inputs: TokenStore,
     calibration: CalibrationSet,
     tokenizer: PreTrainedTokenizerBase | None,
-    request: Request,
+    request: DecompositionPlan,
     *,
     report: Callable[[int], None],
 ) -> Parts:
@@ -114,7 +114,7 @@ def _add_outputs(
     scored: pd.DataFrame,
     chosen: Sequence[Chosen],
     inputs: TokenStore,
-    request: Request,
+    request: DecompositionPlan,
     report: Callable[[int], None],
 ) -> None:
     """Add what depends on the experts: neurons, outputs, components, router_map."""
@@ -176,7 +176,7 @@ def _add_tokens(
     inputs: TokenStore,
     calibration: CalibrationSet,
     tokenizer: PreTrainedTokenizerBase | None,
-    request: Request,
+    request: DecompositionPlan,
 ) -> None:
     """Add what does not depend on the experts: pairs, separated, modes, contexts."""
     seed = request.settings.seed
@@ -356,7 +356,7 @@ def decompose(
     chosen = find_layers(dense.module, layers, proj)
     _check_fit(chosen, neurons, calibration, max(experts))
     budget = memory_for(memory, dense.module)
-    request = Request(
+    request = DecompositionPlan(
         experts,
         sparsity,
         settings,
@@ -378,7 +378,7 @@ def _manifest(
     model: LanguageModel,
     calibration: CalibrationSet,
     layers: Sequence[Layer],
-    request: Request,
+    request: DecompositionPlan,
     spent: Mapping[str, object],
 ) -> dict[str, object]:
     used = request.settings
@@ -402,7 +402,7 @@ def _tables(
     model: LanguageModel,
     calibration: CalibrationSet,
     layers: Sequence[Layer],
-    request: Request,
+    request: DecompositionPlan,
     memory: int,
     bar: Progress,
 ) -> dict[str, pd.DataFrame]:

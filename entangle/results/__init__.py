@@ -24,10 +24,10 @@ def kind_of(path: str | os.PathLike[str]) -> str:
     Where no manifest can be read, it is a kind whose loading says so.
     """
     from entangle.errors import InvalidInput, Unavailable
-    from entangle.runs.provenance import expanded
+    from entangle.runs.provenance import expand_user
     from entangle.runs.reading import read_object
 
-    place = expanded(path)
+    place = expand_user(path)
     if place.is_file():
         return "allocation"
     try:

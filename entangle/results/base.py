@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_chec
 import pandas as pd
 
 from entangle.runs.html_tables import described, html_result
-from entangle.runs.provenance import expanded, output_folder, read_manifest, read_table, write_json
+from entangle.runs.provenance import (
+    expand_user,
+    output_folder,
+    read_manifest,
+    read_table,
+    write_json,
+)
 from entangle.runs.sealing import Schema, broken
 
 if TYPE_CHECKING:
@@ -102,7 +108,7 @@ class Result(ABC):
             If the folder is missing, of another kind or schema, incomplete or corrupt.
         """
         files = [f"{name}.parquet" for name in cls._TABLES]
-        manifest, folder = read_manifest(path, cls.KIND, [*files, *cls._FILES]), expanded(path)
+        manifest, folder = read_manifest(path, cls.KIND, [*files, *cls._FILES]), expand_user(path)
         fields: dict[str, Any] = {
             cls._field(name): read_table(folder / f"{name}.parquet", schema)
             for name, schema in cls._TABLES.items()
