@@ -28,7 +28,7 @@ from entangle.allocation.files import KIND
 from entangle.checks import choice
 from entangle.errors import InvalidInput, Unavailable, unknown_name
 from entangle.models.layers import Layer
-from entangle.runs.provenance import expanded, make_manifest, output_file
+from entangle.runs.provenance import expand_user, make_manifest, output_file
 
 MODIFIER = "SparseGPTModifier"
 _STAGE, _GROUP = "sparsity_stage", "_modifiers"
@@ -244,7 +244,7 @@ def import_allocation(
         not fit the layers.
     """
     format = choice("format", format, FORMATS)  # noqa: A001
-    source = expanded(path)
+    source = expand_user(path)
     if not source.is_file():
         raise InvalidInput(f"{str(path)!r} is no file; name one in format {format}.")
     try:
@@ -269,7 +269,7 @@ def check_export(
 ) -> Path:
     """Check that `export` can write a file, before any work is done; errors as there."""
     format = choice("format", format, FORMATS)  # noqa: A001
-    target = expanded(path)
+    target = expand_user(path)
     if target.suffix != FORMATS[format]:
         raise InvalidInput(
             f"a file in format {format} must end in {FORMATS[format]}; got {str(path)!r}."

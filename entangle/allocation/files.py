@@ -13,7 +13,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from entangle.errors import InvalidInput
-from entangle.runs.provenance import SCHEMA_VERSION, expanded, output_file
+from entangle.runs.provenance import SCHEMA_VERSION, expand_user, output_file
 from entangle.runs.reading import READ_ERRORS
 from entangle.runs.sealing import DIGESTS, check_digest, manifest_digest
 
@@ -31,7 +31,7 @@ def check_file(path: str | os.PathLike[str], *, force: bool = False) -> Path:
         If the name has another ending than ``.safetensors``, is a folder, or exists and ``force``
         is off.
     """
-    target = expanded(path)
+    target = expand_user(path)
     if target.suffix != _SUFFIX:
         raise InvalidInput(f"an allocation's file must end in {_SUFFIX}; got {str(path)!r}.")
     if target.is_dir():
@@ -74,7 +74,7 @@ def read_zeros(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[st
     InvalidInput
         If the file is missing, truncated, altered, or something else.
     """
-    source = expanded(path)
+    source = expand_user(path)
     if not source.is_file():
         raise InvalidInput(f"{str(path)!r} is no file; name one that `entangle allocate` wrote.")
     try:

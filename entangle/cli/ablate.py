@@ -136,7 +136,7 @@ def _add_measure_options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Ablate, print and save."""
-    from entangle.runs.provenance import check_output, expanded
+    from entangle.runs.provenance import check_output, expand_user
     from entangle.seeding import check_seed
 
     check_seed(arguments.seed)
@@ -193,7 +193,7 @@ def run(arguments: argparse.Namespace) -> None:
         extra=save_figures,
         progress=False if arguments.quiet else None,
     )
-    figures = [] if arguments.out is None else save_figures(result, expanded(arguments.out))
+    figures = [] if arguments.out is None else save_figures(result, expand_user(arguments.out))
     if arguments.json:
         print_json(
             {
@@ -216,9 +216,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _is_result(out: str) -> bool:
     """Tell whether a folder holds a finished result, which may be the one that is asked for."""
-    from entangle.runs.provenance import expanded
+    from entangle.runs.provenance import expand_user
 
-    return (expanded(out) / "manifest.json").is_file()
+    return (expand_user(out) / "manifest.json").is_file()
 
 
 def print_result(result: "AblationResult") -> None:

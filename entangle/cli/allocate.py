@@ -240,7 +240,7 @@ def _check_outputs(arguments: argparse.Namespace, exports: list[tuple[str, str]]
     """Check that everything can be written, each to a file of its own, before any work is done."""
     from entangle.allocation.export import check_export
     from entangle.allocation.files import check_file
-    from entangle.runs.provenance import expanded
+    from entangle.runs.provenance import expand_user
 
     for name, path in exports:
         check_export(path, name, force=arguments.force)
@@ -255,7 +255,7 @@ def _check_outputs(arguments: argparse.Namespace, exports: list[tuple[str, str]]
     out = [] if arguments.out is None else [arguments.out]
     written = set()
     for path in (*out, *(path for _, path in exports), *figures):
-        place = expanded(path).resolve()
+        place = expand_user(path).resolve()
         if place in written:
             raise InvalidInput(f"{str(path)!r} is to be written twice; name another file.")
         written.add(place)

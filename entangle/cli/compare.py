@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> None:
     options.tell_special_tokens(arguments, model, text)
     from entangle.experiments.compare import compare
     from entangle.results.comparison import at_equal_nonzeros
-    from entangle.runs.provenance import expanded
+    from entangle.runs.provenance import expand_user
 
     evaluated = f"{text.source}, n = {text.n_windows} windows of {text.seq_len} tokens"
     drawn = []
@@ -95,7 +95,7 @@ def run(arguments: argparse.Namespace) -> None:
         told=tell if not arguments.quiet else lambda _line: None,
     )  # fmt: skip
     if arguments.out is not None and not drawn:  # read, for it was made before
-        add_figure(found, expanded(arguments.out))
+        add_figure(found, expand_user(arguments.out))
     equal = at_equal_nonzeros(found.frame)
     if arguments.json:
         tables = {"results": records(found.frame), "equal_nonzeros": records(equal)}

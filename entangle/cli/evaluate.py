@@ -123,9 +123,9 @@ def _effect(result: "Perplexity") -> dict[str, object] | None:
 
 def load_models(arguments: argparse.Namespace) -> dict[str, "LanguageModel"]:
     """Load the model, or the dense model of a Sparse Expansion and the expansion, by label."""
-    from entangle.runs.provenance import expanded
+    from entangle.runs.provenance import expand_user
 
-    named = expanded(arguments.model)
+    named = expand_user(arguments.model)
     checkpoint = (named / "manifest.json").is_file() and not (named / "config.json").is_file()
     if arguments.model != "demo" and checkpoint:
         return _load_expansion(arguments)

@@ -103,7 +103,7 @@ def run(arguments: argparse.Namespace) -> None:
         "progress": progress,
     }
     from entangle.experts.expand import expand
-    from entangle.runs.provenance import expanded as expanded_path
+    from entangle.runs.provenance import expand_user
 
     k = _experts(arguments, allocation)
     summaries: list[pd.DataFrame] = []
@@ -130,7 +130,7 @@ def run(arguments: argparse.Namespace) -> None:
         **settings,
     )
     if not summaries:  # nothing is written, or the build was finished before
-        evaluate(expanded, None if arguments.out is None else expanded_path(arguments.out))
+        evaluate(expanded, None if arguments.out is None else expand_user(arguments.out))
     summary = summaries[0]
     if arguments.json:
         print_json(

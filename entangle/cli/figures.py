@@ -386,10 +386,10 @@ def open_run(path: str) -> Run:
     InvalidInput
         If it is none of ours.
     """
-    from entangle.runs.provenance import expanded, read_manifest
+    from entangle.runs.provenance import expand_user, read_manifest
     from entangle.runs.sealing import manifest_digest
 
-    place = expanded(path)
+    place = expand_user(path)
     if place.is_file():
         from entangle.allocation import load_allocation
 

@@ -42,7 +42,7 @@ from entangle.memory import check_memory
 from entangle.models import hub
 from entangle.models.hub import check_settings, model_source
 from entangle.runs.progress import tell
-from entangle.runs.provenance import check_output, claimed, expanded, read_manifest
+from entangle.runs.provenance import check_output, claimed, expand_user, read_manifest
 from entangle.seeding import check_seed
 from entangle.texts.documents import as_path, existing, interpret_escapes
 
@@ -294,7 +294,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     if given.get("scores") is not None:
         read_manifest(given["scores"], "scores")
     for run in given.get("runs") or ():
-        if not expanded(run).exists():
+        if not expand_user(run).exists():
             read_manifest(run, "result")
 
 
@@ -341,7 +341,7 @@ def _check_files(given: Mapping[str, object]) -> None:
     """Check that allocations exist, and that the result's folder does not."""
     allocation, out = given.get("allocation"), given.get("out")
     for one in names(allocation) if isinstance(allocation, str) else ():
-        path = expanded(one.partition("=")[2].strip() if "=" in one else one)
+        path = expand_user(one.partition("=")[2].strip() if "=" in one else one)
         if not path.exists():
             raise InvalidInput(f"{str(path)!r} is no file; name one that allocate wrote.")
     folder = given.get("command") in ("ablate", "expand", "compare", "score", "decompose")
@@ -364,7 +364,7 @@ def _check_models(given: Mapping[str, object]) -> None:
 
 def _is_result(name: str) -> bool:
     """Tell whether a folder is a Sparse Expansion, which stands for a model in some commands."""
-    path = expanded(name)
+    path = expand_user(name)
     try:
         return (path / "manifest.json").is_file() and not (path / "config.json").is_file()
     except OSError:  # no name that the file system could hold: told with what a model may be

@@ -37,7 +37,7 @@ from entangle.experiments.selection import (
 from entangle.models.layers import Layer
 from entangle.models.loading import LanguageModel
 from entangle.results.scores import NeuronScores
-from entangle.runs.provenance import expanded
+from entangle.runs.provenance import expand_user
 from entangle.runs.reading import READ_ERRORS
 from entangle.runs.unfinished import Unfinished, is_made
 from entangle.texts.calibration import as_calibration
@@ -304,7 +304,7 @@ def is_finished(
     InvalidInput
         If a result is there that is of another model, texts or settings, or no ablation.
     """
-    if force or not (expanded(final) / "manifest.json").is_file():
+    if force or not (expand_user(final) / "manifest.json").is_file():
         return False
     if not is_made(final, kind, manifest, ending=_ENDING):
         raise InvalidInput(

@@ -19,7 +19,7 @@ from entangle.errors import InvalidInput, unknown_name
 from entangle.models.layers import list_layers
 from entangle.models.loading import LanguageModel
 from entangle.results.scores import NeuronScores
-from entangle.runs.provenance import expanded
+from entangle.runs.provenance import expand_user
 from entangle.runs.reading import decoding, regular_file
 from entangle.seeding import check_seed, numpy_rng
 
@@ -376,7 +376,7 @@ def read_selection(path: str | os.PathLike[str], scores: pd.DataFrame) -> Select
         ".csv": pd.read_csv,
         ".parquet": pd.read_parquet,
     }
-    file = expanded(path)
+    file = expand_user(path)
     if file.suffix.lower() not in readers:
         raise InvalidInput(f"a list of neurons must end in .csv or .parquet; got {str(path)!r}.")
     with decoding(regular_file(file), remedy="give a table with columns layer and neuron"):

@@ -23,7 +23,7 @@ from entangle.experts.build import ExpandedLayer
 from entangle.experts.linear import ExpandedLinear, SharedRouting, pack, unpack
 from entangle.experts.router import Router
 from entangle.models.layers import Layer
-from entangle.runs.provenance import expanded, output_folder, read_manifest, write_json
+from entangle.runs.provenance import expand_user, output_folder, read_manifest, write_json
 from entangle.runs.reading import READ_ERRORS, inside
 from entangle.runs.sealing import file_digest, manifest_digest
 from entangle.runs.unfinished import Unfinished, is_made
@@ -178,7 +178,7 @@ class BuildFolder:
         kind = str(manifest["kind"])
         self._finished = resume and is_made(final, kind, manifest, ending=_ENDING)
         if self._finished:  # killed after the last block, for example while it was evaluated
-            self.final = self.path = Path(os.path.realpath(expanded(final)))
+            self.final = self.path = Path(os.path.realpath(expand_user(final)))
             made = read_manifest(final, kind)
             self._files = made.get("files")
             silent = made.get("layers_without_tokens")

@@ -54,8 +54,7 @@ from entangle.recording.stream import ByteBudget
 from entangle.runs.affixes import special_tokens_of
 from entangle.runs.html_tables import described, html_result, number
 from entangle.runs.progress import Progress, ProgressBar
-from entangle.runs.provenance import RunClock, claims_out, make_manifest
-from entangle.runs.provenance import expanded as expanded_path
+from entangle.runs.provenance import RunClock, claims_out, expand_user, make_manifest
 from entangle.seeding import check_seed
 from entangle.texts.calibration import as_calibration
 from entangle.texts.calibration_set import CalibrationSet
@@ -473,7 +472,7 @@ def _describe_model(model: LanguageModel) -> dict[str, object]:
     """Describe a model for the manifest, with the place of one that is not known by its name."""
     if model.source not in ("folder", "gguf"):
         return model.describe()
-    return model.describe() | {"path": os.path.realpath(expanded_path(model.name))}
+    return model.describe() | {"path": os.path.realpath(expand_user(model.name))}
 
 
 def _describe_sparsity(share: Sparsity) -> object:

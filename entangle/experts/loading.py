@@ -14,7 +14,7 @@ from entangle.experts.expand import KIND
 from entangle.models.blocks import evaluates
 from entangle.models.layers import list_layers
 from entangle.models.loading import AnyModel, LanguageModel, as_language_model, load_model
-from entangle.runs.provenance import expanded, read_manifest
+from entangle.runs.provenance import expand_user, read_manifest
 from entangle.runs.reading import inside
 from entangle.runs.sealing import file_digest
 
@@ -64,7 +64,7 @@ def load_expanded(
     layers = {layer.name: layer for layer in list_layers(module)}
     missing = set(manifest["settings"]["sparsity"]) - set(manifest.get("layers_without_tokens", ()))
     for name, digest in manifest["files"].items():
-        file = expanded(path) / name
+        file = expand_user(path) / name
         _check_file(file, digest)
         found = read_block(file, layers)[0]
         install(module, found)
@@ -107,7 +107,7 @@ def load_base(
     if base is None:
         base, revision = str(made_from["name"]), made_from["revision"]
         if made_from["source"] in ("folder", "gguf"):
-            places = (str(made_from.get("path")), str(expanded(base)))
+            places = (str(made_from.get("path")), str(expand_user(base)))
             there = [place for place in places if os.path.exists(place)]  # noqa: PTH110
             if not there:
                 raise _no_base(path, made_from, "is no longer there")
@@ -131,7 +131,7 @@ def _manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not complete or not isinstance(files, dict):
         raise InvalidInput(f"{str(path)!r} has a damaged manifest.json; build it anew.")
     for name in files:
-        inside(expanded(path), name, what=f"the manifest.json of {str(path)!r}")
+        inside(expand_user(path), name, what=f"the manifest.json of {str(path)!r}")
     return manifest
 
 

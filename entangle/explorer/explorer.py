@@ -43,7 +43,7 @@ from entangle.models.layers import LayerSpec, Projections
 from entangle.models.loading import AnyModel, as_language_model
 from entangle.results.decomposition import Decomposition, load_decomposition
 from entangle.results.scores import load_scores
-from entangle.runs.provenance import expanded
+from entangle.runs.provenance import expand_user
 from entangle.scoring.score import score
 from entangle.seeding import check_seed
 from entangle.texts.calibration import as_calibration
@@ -264,7 +264,7 @@ def explore(
     check_memory(memory)
     experts, sparsity = wholes("experts", experts, least=1), share("sparsity", sparsity)
     seed = check_seed(seed)
-    if isinstance(source, str | os.PathLike) and (expanded(source) / "manifest.json").is_file():
+    if isinstance(source, str | os.PathLike) and (expand_user(source) / "manifest.json").is_file():
         source = load_scores(source)
     if isinstance(decomposition, str | os.PathLike):
         decomposition = load_decomposition(decomposition)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from entangle.errors import InvalidInput, Unavailable, UnknownName
-from entangle.runs.provenance import expanded
+from entangle.runs.provenance import expand_user
 from entangle.runs.reading import inside, read_object
 
 SECONDS = 5.0
@@ -201,7 +201,7 @@ def _existing_path(name: str) -> Path | None:
         )
     if len(name) > _LONGEST_NAME:
         raise UnknownName(f"unknown model {name[:40]!r}…: a name of {len(name)} characters.")
-    path = expanded(name)
+    path = expand_user(name)
     try:
         found = path.exists()
     except OSError:  # no name that the file system could hold, or no right to look

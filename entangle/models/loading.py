@@ -26,7 +26,7 @@ from entangle.models.hub import ADAPTER_CONFIG, check_folder, check_settings, mo
 from entangle.models.pretrained import Loaded
 from entangle.precision import check_device_map, resolve_device, resolve_dtype
 from entangle.runs.progress import tell
-from entangle.runs.provenance import expanded
+from entangle.runs.provenance import expand_user
 from entangle.runs.reading import decoding, read_object
 
 
@@ -79,7 +79,7 @@ def _base_folder(folder: Path, base: str, revision: str | None) -> Path:
     beside = folder / base
     try:
         with decoding(folder / ADAPTER_CONFIG, remedy="save the adapter again"):
-            is_beside = not expanded(base).exists() and beside.is_dir()
+            is_beside = not expand_user(base).exists() and beside.is_dir()
         if is_beside:  # named from where the adapter lies
             base = str(beside)
         source = model_source(base)
@@ -94,7 +94,7 @@ def _base_folder(folder: Path, base: str, revision: str | None) -> Path:
             f"the base of adapter {str(folder)!r} must be a model folder or a hub id; got "
             f"{base!r} ({source})."
         )
-    return expanded(base)
+    return expand_user(base)
 
 
 def _merged(model: Any, folder: Path) -> Any:
@@ -285,7 +285,7 @@ def _load(
     dtype: torch.dtype | None,
     device_map: str | Mapping[str, Any] | None,
 ) -> tuple[pretrained.Loaded, str | None]:
-    path, commit = expanded(name), None
+    path, commit = expand_user(name), None
     if source == "demo":
         return demo.load_demo(dtype=dtype), None
     if source == "gguf":

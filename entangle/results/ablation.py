@@ -18,7 +18,13 @@ from entangle.results.contrasts import ARM, RATIOS, SETTING, Compared
 from entangle.results.scores import NeuronScores, load_scores
 from entangle.runs.affixes import special_tokens_of
 from entangle.runs.html_tables import described, html_result
-from entangle.runs.provenance import expanded, output_folder, read_manifest, read_table, write_json
+from entangle.runs.provenance import (
+    expand_user,
+    output_folder,
+    read_manifest,
+    read_table,
+    write_json,
+)
 from entangle.runs.sealing import Schema, broken, integers, reals, shares, texts
 from entangle.stats.intervals import (
     Interval,
@@ -344,7 +350,7 @@ def load_ablation(path: str | os.PathLike[str]) -> AblationResult:
         If the folder is missing, of another kind or schema, incomplete or corrupt.
     """
     manifest = read_manifest(path, KIND, [f"{name}.parquet" for name in _SCHEMAS])
-    folder = expanded(path)
+    folder = expand_user(path)
     tables = {
         name: read_table(folder / f"{name}.parquet", schema) for name, schema in _SCHEMAS.items()
     }

@@ -11,7 +11,13 @@ import pandas as pd
 
 from entangle.checks import choice
 from entangle.errors import InvalidInput
-from entangle.runs.provenance import expanded, output_folder, read_manifest, read_table, write_json
+from entangle.runs.provenance import (
+    expand_user,
+    output_folder,
+    read_manifest,
+    read_table,
+    write_json,
+)
 from entangle.runs.sealing import broken, integers, reals, shares, texts
 
 KIND = "comparison"
@@ -164,7 +170,7 @@ def load_comparison(path: str | os.PathLike[str]) -> Comparison:
         If the folder is missing, of another kind or schema, incomplete or corrupt.
     """
     manifest = read_manifest(path, KIND, ("comparison.parquet", "windows.parquet"))
-    folder = expanded(path)
+    folder = expand_user(path)
     frame = _with_allocation(read_table(folder / "comparison.parquet", _FRAME))
     if frame.duplicated(list(KEY)).any():
         raise broken(folder, "an arm is there twice")

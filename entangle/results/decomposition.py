@@ -12,7 +12,13 @@ import pandas as pd
 
 from entangle.runs.affixes import special_tokens_of
 from entangle.runs.html_tables import described, html_result
-from entangle.runs.provenance import expanded, output_folder, read_manifest, read_table, write_json
+from entangle.runs.provenance import (
+    expand_user,
+    output_folder,
+    read_manifest,
+    read_table,
+    write_json,
+)
 from entangle.runs.sealing import Schema, broken, integers, reals, shares, texts
 
 _TEXT, _WHOLE, _ANY = texts(), integers(), reals()
@@ -187,7 +193,7 @@ def load_decomposition(path: str | os.PathLike[str]) -> Decomposition:
         If the folder is missing, of another kind or schema, incomplete or corrupt.
     """
     manifest = read_manifest(path, KIND, [f"{name}.parquet" for name in SCHEMAS])
-    folder = expanded(path)
+    folder = expand_user(path)
     tables = {
         name: read_table(folder / f"{name}.parquet", schema) for name, schema in SCHEMAS.items()
     }

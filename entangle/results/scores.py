@@ -18,7 +18,13 @@ from safetensors.numpy import save as to_safetensors
 from entangle.checks import choice, whole
 from entangle.runs.affixes import special_tokens_of
 from entangle.runs.html_tables import described, html_result, number
-from entangle.runs.provenance import expanded, output_folder, read_manifest, read_table, write_json
+from entangle.runs.provenance import (
+    expand_user,
+    output_folder,
+    read_manifest,
+    read_table,
+    write_json,
+)
 from entangle.runs.reading import decoding
 from entangle.runs.sealing import broken, integers, reals, shares, texts
 from entangle.stats.edges import N_BINS, SAVED_FOLD, signed_edges
@@ -271,7 +277,7 @@ def load_scores(path: str | os.PathLike[str]) -> NeuronScores:
         If the folder is missing, of another kind or schema, incomplete or corrupt.
     """
     manifest = read_manifest(path, KIND, _FILES)
-    folder = expanded(path)
+    folder = expand_user(path)
     frame = read_table(folder / _FILES[0], _SCORES)
     layers = read_table(folder / _FILES[1], _LAYERS)
     histograms = _read_histograms(folder / _FILES[3])

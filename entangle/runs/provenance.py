@@ -133,7 +133,7 @@ def check_output(path: str | os.PathLike[str], *, force: bool = False) -> Path:
     Unavailable
         If its parent cannot be written.
     """
-    target = path_of("path", os.path.realpath(expanded(path)))
+    target = path_of("path", os.path.realpath(expand_user(path)))
     with disk_errors(target):
         if target.exists():
             _check_replaceable(target, str(path), force=force)
@@ -167,7 +167,7 @@ def _check_replaceable(target: Path, named: str, *, force: bool) -> None:
         )
 
 
-def expanded(path: str | os.PathLike[str]) -> Path:
+def expand_user(path: str | os.PathLike[str]) -> Path:
     """Return a path with ``~`` replaced by the home folder, or as it is if there is none.
 
     Raises
@@ -202,7 +202,7 @@ def claimed(path: str | os.PathLike[str] | None) -> Iterator[None]:
     """
     with ExitStack() as stack:
         if path is not None:
-            target = Path(os.path.realpath(expanded(path)))
+            target = Path(os.path.realpath(expand_user(path)))
             if not target.name:
                 raise InvalidInput(f"a result must have a name of its own; got {str(path)!r}.")
             with disk_errors(target):
@@ -299,7 +299,7 @@ def output_file(
         If the disk refuses, or another process is writing the file.
     """
     with claimed(path):
-        target = Path(os.path.realpath(expanded(path)))
+        target = Path(os.path.realpath(expand_user(path)))
         temporary = scratch(target)
         try:
             with disk_errors(target, remedy=remedy):
@@ -423,7 +423,7 @@ def read_manifest(
         If the folder is missing, holds no readable manifest, is of another kind or schema, or was
         altered after it was written.
     """
-    path = expanded(folder) / "manifest.json"
+    path = expand_user(folder) / "manifest.json"
     with decoding(path, remedy=_ANEW):
         there = path.exists()
     if not there:

@@ -13,7 +13,7 @@ from entangle.runs.provenance import (
     check_output,
     discard,
     disk_errors,
-    expanded,
+    expand_user,
     read_manifest,
     scratch,
     without_run,
@@ -36,13 +36,13 @@ def is_made(
     If so, pieces of it that a killed process has left beside it are removed; ``ending`` is that of
     their folder.
     """
-    if not (expanded(final) / "manifest.json").is_file():
+    if not (expand_user(final) / "manifest.json").is_file():
         return False
     found = read_manifest(final, kind)
     plan = _plan(manifest)
     if _plan({key: found.get(key) for key in _SAME}) != plan:
         return False
-    target = Path(os.path.realpath(expanded(final)))
+    target = Path(os.path.realpath(expand_user(final)))
     pieces = beside(target, ending)
     with suppress(OSError, ValueError):
         if json.loads((pieces / PLAN).read_text(encoding="utf-8")) == plan:
