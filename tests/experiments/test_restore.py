@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from entangle.evaluation import load_evaluation
-from entangle.experiments.ablate import ablate
-from entangle.experiments.arms import Arm
-from entangle.experiments.engine import Bench
-from entangle.experiments.measures import layer_statistics
+from entangle.experiments.ablate import Ablation, ablate
+from entangle.experiments.arms import AblationArm, ArmPlan
+from entangle.experiments.experiment import Evaluation
+from entangle.experiments.interventions import layer_statistics
 from entangle.experiments.selection import select
 from entangle.models.layers import Layer, find_layers
 from entangle.models.loading import as_language_model
@@ -55,11 +55,14 @@ def test_every_arm_restores_every_architecture(
     top = select(known.scores.frame, "top", fraction=0.2)
     kinds = [one for one in KINDS if one[2] == 1 or name != "bert"]  # needs logits, block by block
     arms = [
-        Arm(top, kind, strength, experts, router="kmeans" if experts > 1 else "")
+        AblationArm(top, kind, strength, experts, router="kmeans" if experts > 1 else "")
         for kind, strength, experts in kinds
     ]
-    bench = Bench(model, layers, known, calibration, arms, damping=0.01, seed=0)
-    bench.fit(memory=2**24, md=False, progress=False)
+    plan = ArmPlan(["top"], ["wd"], 0.2, None, "layer", 1, 0, ["prune"], [0.5])
+    experiment = Ablation(
+        model, calibration, Evaluation(None), layers=layers, plan=plan, md=False, memory=2**24
+    )
+    experiment.prepare(known, arms, memory=2**24, progress=False)
 
     def use(stop: Callable[..., None]) -> None:
         assert not torch.equal(module(calibration.ids)[0], plain)
@@ -67,7 +70,7 @@ def test_every_arm_restores_every_architecture(
 
     for arm in arms:
         for stop, error in ((_interrupt, KeyboardInterrupt), (_fail, ZeroDivisionError)):
-            with pytest.raises(error), bench.applied(arm):
+            with pytest.raises(error), experiment.applied(arm):
                 use(stop)
             assert differing(before, bits(module)) == set(), arm.label
             assert list(module.modules()) == modules
