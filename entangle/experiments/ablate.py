@@ -66,7 +66,7 @@ from entangle.models.loading import AnyModel, LanguageModel
 from entangle.pruning.masks import count_zeros
 from entangle.results.ablation import KIND, AblationResult, layer_set, load_ablation
 from entangle.results.scores import NeuronScores
-from entangle.runs.progress import ProgressBar
+from entangle.runs.progress import Progress
 from entangle.runs.provenance import RunClock, claimed
 from entangle.seeding import check_seed
 from entangle.texts.calibration import as_calibration
@@ -283,6 +283,8 @@ class Ablation(Experiment[AblationArm]):
         self.plan, self._scores, self._named = plan, scores, named
         self._damping, self._md = damping, md
         self._reference: DenseReference | None = None
+        self._matched = Matched(pd.DataFrame({"intervention": []}), (), ())
+        self._known: LayerStatistics
         self._solved: dict[tuple[str, Level], dict[str, SolvedRows]] = {}
         self._routed: dict[tuple[str, str], RoutedRows] = {}
 
@@ -345,61 +347,29 @@ class Ablation(Experiment[AblationArm]):
             settings["allocation"] = dict(one.manifest) | zeros
         return settings
 
-    def tables(self, *, progress: bool | None) -> dict[str, Any]:
-        """Calibrate, measure every arm, and return the fields of an `AblationResult`.
+    def prepare(self, held: ExitStack, *, progress: bool | None) -> list[AblationArm]:
+        """Measure the dense model, calibrate, and solve the rows of all arms.
 
         The dense model is measured first, so that a text or pairs that it cannot be measured on
-        are refused before the calibration.
+        are refused before the calibration. Routers are fitted where there are several experts.
         """
-        divergence = "divergence" in self.evaluation.measures
+        text, divergence = self.evaluation.text, "divergence" in self.evaluation.measures
         shared = divergence and self.plan.prunes and max(self.plan.experts) > 1
         memory = self.memory // 2 if shared else self.memory
-        with ExitStack() as held:
-            text = self.evaluation.text
-            if text is not None and progress is not False:
-                tell(affix_effect(self.model, text.rows.sequence(0), text.settings))
-            if text is not None and divergence:
-                self._reference = held.enter_context(
-                    DenseReference(self.model, text, memory=memory, progress=progress)
-                )
-            self.dense = self.evaluation.measure(self.model, self._reference, progress=progress)
-            known = layer_statistics(
-                self.model, self.calibration, list(self.layers.values()), scores=self._scores,
-                grams=self.plan.prunes and (1 in self.plan.experts or self.plan.match),
-                md=self._md, seed=self.seed, progress=progress, named=self._named,
-            )  # fmt: skip
-            arms = self.plan.arms(known.scores.frame) or []
-            self.prepare(known, arms, memory=memory, progress=progress)
-            found, matched = self._measure(arms, progress)
-        every = [*arms, *matched.arms], [*found, *matched.found]
-        return self._results(*every, dict.fromkeys(arm.selection for arm in arms)) | {
-            "neurons": self.neurons, "matched": matched.steps, "scores": known.scores,
-        }  # fmt: skip
-
-    def _measure(
-        self, arms: Sequence[AblationArm], progress: bool | None
-    ) -> tuple[list[Arrays], Matched]:
-        """Measure every arm that is not finished yet, and search for matched controls."""
-        by = self.plan.columns[0]
-        searches = len(to_match(arms, by)) if self.plan.match else 0
-        with ProgressBar(self.ending, enabled=progress) as bar:
-            bar.start(len(arms) + searches * MOST_STEPS, "arms")
-            found = [self.measured(arm, bar) for arm in arms]
-            if not self.plan.match:
-                return found, Matched(pd.DataFrame({"intervention": []}), (), ())
-            return found, search_matched(self, arms, found, by=by, bar=bar)
-
-    def prepare(
-        self,
-        known: LayerStatistics,
-        arms: Sequence[AblationArm],
-        *,
-        memory: int,
-        progress: bool | None,
-    ) -> None:
-        """Solve the rows of all arms; fit routers and solve experts where there are several."""
-        self._known = known
+        if text is not None and progress is not False:
+            tell(affix_effect(self.model, text.rows.sequence(0), text.settings))
+        if text is not None and divergence:
+            self._reference = held.enter_context(
+                DenseReference(self.model, text, memory=memory, progress=progress)
+            )
+        self.dense = self.evaluation.measure(self.model, self._reference, progress=progress)
+        self._known = known = layer_statistics(
+            self.model, self.calibration, list(self.layers.values()), scores=self._scores,
+            grams=self.plan.prunes and (1 in self.plan.experts or self.plan.match),
+            md=self._md, seed=self.seed, progress=progress, named=self._named,
+        )  # fmt: skip
         self.layers = {n: one for n, one in self.layers.items() if n in known.scores.histograms}
+        arms = self.plan.arms(known.scores.frame) or []
         for pruner in dict.fromkeys(arm.pruner for arm in arms if arm.pruner):
             self._solve(pruner, [a for a in arms if a.pruner == pruner and a.experts == 1])
         routed = [(arm, (arm.pruner, arm.router)) for arm in arms if arm.pruner and arm.experts > 1]
@@ -412,6 +382,16 @@ class Ablation(Experiment[AblationArm]):
                 pruner=str(pruner), router=cast("Kind", router), damping=self._damping,
                 seed=self.seed, memory=memory, md=self._md, progress=progress,
             )  # fmt: skip
+        return arms
+
+    def steps(self, arms: Sequence[AblationArm]) -> int:
+        """Return how many measurements the search for matched controls counts."""
+        return len(to_match(arms, self.plan.columns[0])) * MOST_STEPS if self.plan.match else 0
+
+    def search(self, arms: Sequence[AblationArm], found: Sequence[Arrays], bar: Progress) -> None:
+        """Search for matched controls, if they are asked for."""
+        if self.plan.match:
+            self._matched = search_matched(self, arms, found, by=self.plan.columns[0], bar=bar)
 
     def _solve(self, pruner: str, arms: Sequence[AblationArm]) -> None:
         strengths = sorted({arm.strength for arm in arms if arm.allocation is None})
@@ -522,15 +502,12 @@ class Ablation(Experiment[AblationArm]):
         names.insert(names.index("experts") + 1, "router")
         return joined[names].drop_duplicates(key, ignore_index=True)
 
-    def _results(
-        self,
-        arms: Sequence[AblationArm],
-        found: Sequence[Arrays],
-        selections: Iterable[Selection],
-    ) -> dict[str, Any]:
-        """Return the tables ``frame``, ``windows``, ``pairs`` and ``selections``."""
+    def tables(self, arms: Sequence[AblationArm], found: Sequence[Arrays]) -> dict[str, Any]:
+        """Return the fields of an `AblationResult`."""
+        matched, picked = self._matched, dict.fromkeys(arm.selection for arm in arms)
+        every = zip([*arms, *matched.arms], [*found, *matched.found], strict=True)
         rows, windows, pairs = [], [], []
-        for arm, arrays in [(None, self.dense), *zip(arms, found, strict=True)]:
+        for arm, arrays in [(None, self.dense), *every]:
             zeros = np.zeros(0) if arm is None else self.realised(arm)
             if arm is not None:
                 check_sparsity(arm, zeros, self.planned(arm))
@@ -553,15 +530,17 @@ class Ablation(Experiment[AblationArm]):
             pair = numbered("pair", key, arrays, PAIR)
             if pair is not None and self.evaluation.pairs is not None:
                 pairs.append(pair.assign(paradigm=list(self.evaluation.pairs.paradigms)))
-        picked = [
-            one.frame.assign(selection=one.rule, by=one.by or "", seed=one.seed)
-            for one in selections
+        chosen_rows = [
+            one.frame.assign(selection=one.rule, by=one.by or "", seed=one.seed) for one in picked
         ]
         return {
             "frame": _typed(pd.DataFrame(rows)),
             "windows": _joined(windows, "window"),
             "pairs": _joined(pairs, "pair"),
-            "selections": _typed(pd.concat(picked, ignore_index=True)),
+            "selections": _typed(pd.concat(chosen_rows, ignore_index=True)),
+            "neurons": self.neurons,
+            "matched": matched.steps,
+            "scores": self._known.scores,
         }
 
 

@@ -40,7 +40,6 @@ from entangle.results.comparison import (
     at_equal_nonzeros,
     load_comparison,
 )
-from entangle.runs.progress import ProgressBar
 from entangle.runs.provenance import RunClock, claimed
 from entangle.seeding import check_seed
 from entangle.texts.calibration import as_calibration
@@ -320,20 +319,25 @@ class Comparing(Experiment[ComparisonArm]):
             label = DENSE_ARM.label if arm is None else arm.label
             self._told(f"{label}: {value}{' (finished before)' if known else ''}")
 
-    def tables(self, *, progress: bool | None) -> dict[str, Any]:
-        """Measure the dense model and every arm; one row an arm, and one an arm and window."""
+    def prepare(
+        self,
+        held: ExitStack,  # noqa: ARG002
+        *,
+        progress: bool | None,  # noqa: ARG002
+    ) -> Sequence[ComparisonArm]:
+        """Measure the dense model."""
         ones = {name: np.array(1.0 if name in _COSTS else np.nan) for name in _NUMBERS}
         self.dense = self.evaluation.measure(self.model) | ones
         self.done(None, self.dense)
-        with ProgressBar(self.ending, enabled=progress) as bar:
-            bar.start(len(self.arms), "arms")
-            measured = {arm: self.measured(arm, bar) for arm in self.arms}
-        measured = {DENSE_ARM: self.dense, **measured}
+        return self.arms
+
+    def tables(self, arms: Sequence[ComparisonArm], found: Sequence[Arrays]) -> dict[str, Any]:
+        """Return one row an arm, and one an arm and window."""
+        measured = {DENSE_ARM: self.dense, **dict(zip(arms, found, strict=True))}
         windows = [numbered("window", arm.columns, a, WINDOW) for arm, a in measured.items()]
-        joined = pd.concat(windows, ignore_index=True)
         return {
             "frame": pd.DataFrame([self._row(arm, measured) for arm in measured]),
-            "windows": joined[["window", *KEY, "loss"]],
+            "windows": pd.concat(windows, ignore_index=True)[["window", *KEY, "loss"]],
         }
 
     def _row(

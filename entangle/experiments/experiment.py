@@ -9,6 +9,7 @@ import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,7 +37,7 @@ from entangle.evaluation import (
 )
 from entangle.evaluation.perplexity import measure_perplexity
 from entangle.models.loading import LanguageModel
-from entangle.runs.progress import Progress
+from entangle.runs.progress import Progress, ProgressBar
 from entangle.runs.provenance import RunClock, expand_user, make_manifest
 from entangle.runs.reading import READ_ERRORS
 from entangle.runs.unfinished import Unfinished, is_made
@@ -221,12 +222,26 @@ class Experiment(ABC, Generic[AnyArm]):
         """Return what a manifest records of the settings, JSON-serialisable."""
 
     @abstractmethod
-    def tables(self, *, progress: bool | None) -> dict[str, Any]:
-        """Measure the dense model (`dense`) and every arm (`measured`); return the tables."""
+    def prepare(self, held: ExitStack, *, progress: bool | None) -> Sequence[AnyArm]:
+        """Measure the dense model (`dense`), make what arms need, and return them.
+
+        ``held`` is closed when all are measured.
+        """
 
     @abstractmethod
     def measure(self, arm: AnyArm) -> Arrays:
         """Make an arm from the dense weights and return its raw numbers, those of `dense`."""
+
+    @abstractmethod
+    def tables(self, arms: Sequence[AnyArm], found: Sequence[Arrays]) -> dict[str, Any]:
+        """Return the result's fields from the raw numbers of all arms."""
+
+    def steps(self, arms: Sequence[AnyArm]) -> int:  # noqa: ARG002
+        """Return how many measurements `search` counts, at most."""
+        return 0
+
+    def search(self, arms: Sequence[AnyArm], found: Sequence[Arrays], bar: Progress) -> None:
+        """Measure arms that depend on what the others came to (`measured`); none by default."""
 
     def evaluated(self) -> dict[str, object]:
         """Return what a manifest records of the evaluation."""
@@ -268,7 +283,13 @@ class Experiment(ABC, Generic[AnyArm]):
             self._kept = Unfinished(
                 out, manifest, what=self.kind, ending=self.ending, resume=resume, force=force
             )
-        tables = self.tables(progress=progress)
+        with ExitStack() as held:
+            arms = self.prepare(held, progress=progress)
+            bar = held.enter_context(ProgressBar(self.ending, enabled=progress))
+            bar.start(len(arms) + self.steps(arms), "arms")
+            found = [self.measured(arm, bar) for arm in arms]
+            self.search(arms, found, bar)
+        tables = self.tables(arms, found)
         result = type(self).result(**tables, manifest=manifest | clock.read(self.memory))
         if self._kept is not None:
             result.save(out, force=force, extra=None if extra is None else partial(extra, result))

@@ -89,7 +89,7 @@ def test_what_says_one_thing_twice_is_refused(
             pytest.warns(DeprecationWarning, match="arms"),
             pytest.raises(InvalidInput, match=next(iter(twice))),
         ):
-            compare(tiny("gpt2"), calibration, text, [arm], **twice)  # type: ignore[arg-type]
+            compare(tiny("gpt2"), calibration, text, [arm], **twice)
     with (
         pytest.warns(DeprecationWarning, match="`text`"),
         pytest.raises(InvalidInput, match="`evaluation`"),

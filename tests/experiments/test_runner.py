@@ -104,7 +104,7 @@ def test_the_bar_counts_steps_and_ends_full(
     tiny: Tiny, calibration: CalibrationSet, text: EvaluationText, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bars = _Bars()
-    monkeypatch.setattr(import_module("entangle.experiments.ablate"), "ProgressBar", bars)
+    monkeypatch.setattr(import_module("entangle.experiments.experiment"), "ProgressBar", bars)
     ablate(tiny("llama"), calibration, evaluation=text, **MATCH)
     assert bars.counts == [[4 + 2 * MOST_STEPS, 4 + 2 * MOST_STEPS]]
     assert MOST_STEPS == STEPS + 1
@@ -144,7 +144,7 @@ def test_a_finished_result_is_given_back_on_resume(
     first = ablate(tiny("llama"), calibration, evaluation=text, out=out, **settings)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     with monkeypatch.context() as patch:
-        patch.setattr(Ablation, "tables", lambda *_a, **_k: pytest.fail("it runs"))
+        patch.setattr(Ablation, "prepare", lambda *_a, **_k: pytest.fail("it runs"))
         again = ablate(tiny("llama"), calibration, evaluation=text, out=out, **settings)
         assert again.frame.equals(first.frame)
         with pytest.raises(InvalidInput, match=r"out'.*settings"):
