@@ -30,7 +30,7 @@ figures: install
 	    --eval-seq-len 512 --eval-windows 8 --pairs $(PAIRS) \
 	    --pairs-per-paradigm $(PAIRS_PER_PARADIGM) --no-md --out $(GALLERY)/ablation --force
 	$(BIN)/entangle compare --methods wanda,sparsegpt,expansion,expansion-random \
-	    --sparsity 0.5,0.7 --experts 4 --n-seq 16 --seq-len 512 --data $(DATA) \
+	    --sparsity 0.5,0.7 --experts 4 --n-seq 16 --seq-len 512 --evaluation $(DATA) \
 	    --eval-seq-len 512 --eval-windows 8 --out $(GALLERY)/comparison --force
 	$(BIN)/entangle figures $(GALLERY)/scores $(GALLERY)/allocation.safetensors \
 	    $(GALLERY)/decomposition $(GALLERY)/ablation $(GALLERY)/comparison \

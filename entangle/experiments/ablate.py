@@ -55,6 +55,7 @@ from entangle.experts.rows import Level, SolvedRows, installed, solve_rows
 from entangle.memory import check_memory, memory_for
 from entangle.models.blocks import evaluating
 from entangle.models.layers import (
+    DEFAULT_PROJ,
     Layer,
     LayerSpec,
     Projections,
@@ -83,7 +84,7 @@ def ablate(
     measures: str | Iterable[str] | None = None,
     scores: NeuronScores | None = None,
     layers: LayerSpec = "all",
-    proj: Projections = "mlp",
+    proj: Projections = DEFAULT_PROJ,
     selections: str | Selection | Iterable[str | Selection] = SELECTIONS,
     by: str | Iterable[str] = "wd",
     fraction: float | None = None,
