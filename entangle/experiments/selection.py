@@ -9,6 +9,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from warnings import warn
 
 import numpy as np
 import pandas as pd
@@ -147,7 +148,7 @@ def draw_alike(
     Returns
     -------
     tuple
-        The rows drawn, and how close they came (see `Selection.match`).
+        The rows drawn, and how close they came (see `Selection.likeness`).
 
     Raises
     ------
@@ -184,7 +185,7 @@ def draw_alike(
     }
 
 
-RULES = ("top", "bottom", "random", "random-norm", "random-variance", "all", "listed")
+SELECTION_RULES = ("top", "bottom", "random", "random-norm", "random-variance", "all", "listed")
 """Names of the rules; `select` knows all of them but ``"listed"``."""
 SCOPES = ("layer", "model")
 """Where rows are chosen: in every layer by itself, or from all layers together."""
@@ -197,17 +198,23 @@ class Selection:
     """Some neurons of some layers, and the rule that chose them."""
 
     rule: str
-    """One of `RULES`; ``matched`` for the neurons that a search for equal perplexity ended with."""
+    """One of `SELECTION_RULES`; ``matched`` for those that a search for equal perplexity found."""
     by: str | None
     """Column that was ranked or matched; None where the rule looks at none."""
     seed: int | None
     """Seed of a random rule, None for the others."""
     rows: Mapping[str, NDArray[np.int64]]
     """Full layer name → sorted, read-only row indices; layers without a row are absent."""
-    match: Mapping[str, float] | None = None
+    likeness: Mapping[str, float] | None = None
     """How close a matched control came, over all its rows, with q = log(value of the drawn row /
     value of the row it stands for): ``median_abs_log_ratio`` (of \\|q\\|), ``max_abs_log_ratio``,
     and ``median_log_ratio`` (of q; not 0 if the drawn rows lie on one side)."""
+
+    @property
+    def match(self) -> Mapping[str, float] | None:
+        """The former name of ``likeness``."""
+        warn("Selection.match is Selection.likeness now", DeprecationWarning, 2)
+        return self.likeness
 
     @property
     def n_rows(self) -> int:
@@ -242,7 +249,7 @@ class Selection:
             "n_rows": self.n_rows,
             "layers": {name: len(rows) for name, rows in self.rows.items()},
             "sha256": hashlib.sha256(text.encode()).hexdigest(),
-            "match": None if self.match is None else dict(self.match),
+            "match": None if self.likeness is None else dict(self.likeness),
         }
 
 
@@ -313,8 +320,8 @@ def select(
     if rule == "all":
         return _selection(rule, rows_of(table))
     if like is not None:
-        rows, match = draw_alike(table, like.rows, ALIKE[rule], seed=seed)
-        return _selection(rule, rows, by=ALIKE[rule], seed=seed, match=match)
+        rows, likeness = draw_alike(table, like.rows, ALIKE[rule], seed=seed)
+        return _selection(rule, rows, by=ALIKE[rule], seed=seed, likeness=likeness)
     pools = [("the model", table)]
     if scope == "layer":
         pools = [(f"layer {name!r}", part) for name, part in table.groupby("layer", sort=False)]
@@ -460,7 +467,7 @@ def _check_request(
     scope: str,
     like: Selection | None,
 ) -> None:
-    choice("rule", rule, RULES[:-1], remedy="Rows of your own: select_listed.")
+    choice("rule", rule, SELECTION_RULES[:-1], remedy="Rows of your own: select_listed.")
     choice("scope", scope, SCOPES)
     if (like is not None) != (rule in ALIKE):
         raise InvalidInput(
@@ -501,7 +508,7 @@ def _selection(
     *,
     by: str | None = None,
     seed: int | None = None,
-    match: Mapping[str, float] | None = None,
+    likeness: Mapping[str, float] | None = None,
 ) -> Selection:
     """Sort and freeze the rows, and leave out layers without any."""
     kept = {name: np.sort(chosen).astype(np.int64) for name, chosen in rows.items() if len(chosen)}
@@ -509,4 +516,4 @@ def _selection(
         raise InvalidInput(f"a selection must hold at least one neuron; got none by {rule!r}.")
     for chosen in kept.values():
         chosen.flags.writeable = False
-    return Selection(rule, by, seed, kept, match)
+    return Selection(rule, by, seed, kept, likeness)

@@ -53,7 +53,7 @@ Parts = dict[str, list[pd.DataFrame]]
 
 
 @dataclass(frozen=True, eq=False)
-class Request:
+class DecompositionPlan:
     """What is to be done; the fields are explained at `decompose`."""
 
     rows: RowSettings
@@ -73,7 +73,7 @@ def decompose_group(
     inputs: TokenStore,
     calibration: CalibrationSet,
     tokenizer: PreTrainedTokenizerBase | None,
-    request: Request,
+    request: DecompositionPlan,
     *,
     report: Callable[[int], None],
 ) -> Parts:
@@ -112,7 +112,7 @@ def _add_outputs(
     scored: pd.DataFrame,
     chosen: Sequence[Chosen],
     inputs: TokenStore,
-    request: Request,
+    request: DecompositionPlan,
     report: Callable[[int], None],
 ) -> None:
     """Add what depends on the experts: neurons, outputs, components, router_map."""
@@ -170,7 +170,7 @@ def _add_tokens(
     inputs: TokenStore,
     calibration: CalibrationSet,
     tokenizer: PreTrainedTokenizerBase | None,
-    request: Request,
+    request: DecompositionPlan,
 ) -> None:
     """Add what does not depend on the experts: pairs, separated, modes, contexts."""
     seed = request.rows.seed
@@ -349,7 +349,7 @@ def decompose(
     chosen = find_layers(dense.module, layers, proj)
     _check_fit(chosen, neurons, calibration, rows)
     budget = memory_for(memory, dense.module)
-    request = Request(
+    request = DecompositionPlan(
         rows, neurons, contexts, token_pairs, separated, near, work_bytes(budget), budget // 2
     )
     with ProgressBar("decomposing", enabled=progress) as bar:
@@ -362,7 +362,7 @@ def _manifest(
     model: LanguageModel,
     calibration: CalibrationSet,
     layers: Sequence[Layer],
-    request: Request,
+    request: DecompositionPlan,
     spent: Mapping[str, object],
 ) -> dict[str, object]:
     rows = request.rows
@@ -386,7 +386,7 @@ def _tables(
     model: LanguageModel,
     calibration: CalibrationSet,
     layers: Sequence[Layer],
-    request: Request,
+    request: DecompositionPlan,
     memory: int,
     bar: Progress,
 ) -> dict[str, pd.DataFrame]:

@@ -34,7 +34,7 @@ from entangle.texts.calibration_set import CalibrationSet
 from entangle.texts.given import Source
 
 Method = Literal["auto", "exact", "sketch"]
-METHODS: tuple[Method, ...] = ("auto", "exact", "sketch")
+SCORING_METHODS: tuple[Method, ...] = ("auto", "exact", "sketch")
 
 AUTO_EXACT_BYTES = 2**30
 """Recorded inputs up to which ``auto`` is exact where no memory was asked for."""
@@ -208,7 +208,7 @@ def _resolve_method(
     calibration: CalibrationSet,
     memory: int | None,
 ) -> Literal["exact", "sketch"]:
-    method = choice("method", method, METHODS)
+    method = choice("method", method, SCORING_METHODS)
     recorded = sum(layer.in_features for layer in layers)
     needed = calibration.n_tokens * recorded * model.dtype.itemsize
     most = AUTO_EXACT_BYTES if memory is None else memory // 2
