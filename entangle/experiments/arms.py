@@ -185,20 +185,11 @@ class ArmPlan:
         scores
             Table of scores made before, if there are some.
         """
-        check_settings(
-            self.interventions, strengths=self.strengths, edit_strengths=self.edit_strengths,
-            experts=self.experts, routers=self.routers,
-        )  # fmt: skip
         for one in self.wanted:
             if not isinstance(one, Selection):
                 choice("selections", one, (*SELECTIONS, *ALIKE, "all"), kind="selection")
         if not self.wanted or not self.columns:
             raise InvalidInput("`selections` and `by` must name at least one; got none.")
-        whole("seeds", self.seeds, least=1)
-        if self.count is not None:
-            whole("count", self.count, least=1)
-        if self.fraction is not None:
-            share("fraction", self.fraction, zero=False)
         if (self.fraction is None) == (self.count is None):
             raise InvalidInput(
                 "a selection takes exactly one of `fraction` and `count`; got "
@@ -369,10 +360,6 @@ def plan_arms(
 
     Several experts only where rows are pruned, and routers only where there are several experts.
     """
-    check_settings(
-        interventions, strengths=strengths, edit_strengths=edit_strengths, experts=experts,
-        routers=routers,
-    )  # fmt: skip
     return [
         AblationArm(selection, intervention, float(strength), count, router=router)
         for intervention in dict.fromkeys(interventions)
