@@ -1,8 +1,9 @@
 """What sparse rows do to the outputs of neurons, and what the clusters do to their shape."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int64
@@ -12,7 +13,7 @@ from entangle.precision import accumulator_dtype
 from entangle.recording.stream import TokenStore
 from entangle.stats.mapping_difficulty import draw_pairs, mapping_difficulty
 from entangle.stats.tiles import multiply
-from entangle.stats.wasserstein import Judge, shape_statistics
+from entangle.stats.wasserstein import Judge, ShapeStatistics, shape_statistics
 
 _BLOCK_TOKENS = 8192
 
@@ -103,16 +104,8 @@ def weighted_wd(
     ----------
     arXiv 2405.15756.
     """
-    found = []
-    for cluster, own in enumerate(_split(outputs, clusters)):
-        if own.shape[1] < 2:
-            wide = accumulator_dtype(own.device)
-            nothing = torch.zeros(own.shape[0], dtype=wide, device=own.device)
-            found.append((nothing, torch.ones_like(nothing, dtype=torch.bool)))
-            continue
-        shape = judge(cluster, shape_statistics(own))
-        found.append((shape.wd.masked_fill(shape.constant, 0.0), shape.constant))
-    return _weighted(found, clusters)
+    parts = enumerate(_split(outputs, clusters))
+    return _weighted((_wd_or_zero(own, partial(judge, i)) for i, own in parts), clusters)
 
 
 def weighted_md(
@@ -206,6 +199,18 @@ def output_errors(
                 multiply(change[expert], tokens[index], out=found)
                 errors[:, start + index] = found
     return errors
+
+
+def _wd_or_zero(
+    outputs: Tensor, judge: Callable[[ShapeStatistics], ShapeStatistics]
+) -> tuple[Tensor, Tensor]:
+    """Return the WD of every row, 0 where it cannot be measured, and where that is."""
+    if outputs.shape[1] < 2:
+        wide = accumulator_dtype(outputs.device)
+        nothing = torch.zeros(outputs.shape[0], dtype=wide, device=outputs.device)
+        return nothing, torch.ones_like(nothing, dtype=torch.bool)
+    shape = judge(shape_statistics(outputs))
+    return shape.wd.masked_fill(shape.constant, 0.0), shape.constant
 
 
 def _split(outputs: Tensor, clusters: Clusters) -> Sequence[Tensor]:

@@ -95,21 +95,22 @@ def shape_statistics(outputs: Float[Tensor, "neurons tokens"]) -> ShapeStatistic
     if tokens == 0:
         raise InvalidInput("`outputs` must hold at least one token; got shape with 0 tokens.")
     at_once = _SORT_BYTES if outputs.device.type == "cpu" else _SORT_BYTES_GPU
-    parts = []
-    for part in row_parts(neurons, at_once // (4 * tokens)):
-        work = outputs[part].detach()
-        if work.is_cuda:
-            work = work.float() if work.element_size() == 2 else work
-            if exact.fits(work):
-                parts.append(with_flags(*_by_buckets(work), outputs.dtype))
-                continue
-        ordered = sort_rows(work)
-        first, last = ordered[:, 0], ordered[:, -1]
-        nan = last.isnan()
-        inf = (first.isinf() | last.isinf()) & ~nan
-        parts.append(with_flags(_columns(ordered), nan, inf, first == last, outputs.dtype))
+    parts = [_statistics(outputs[part]) for part in row_parts(neurons, at_once // (4 * tokens))]
     columns = ([getattr(part, f.name) for part in parts] for f in fields(ShapeStatistics))
     return ShapeStatistics(*(torch.cat(column) for column in columns))
+
+
+def _statistics(outputs: Tensor) -> ShapeStatistics:
+    work = outputs.detach()
+    if work.is_cuda:
+        work = work.float() if work.element_size() == 2 else work
+        if exact.fits(work):
+            return with_flags(*_by_buckets(work), outputs.dtype)
+    ordered = sort_rows(work)
+    first, last = ordered[:, 0], ordered[:, -1]
+    nan = last.isnan()
+    inf = (first.isinf() | last.isinf()) & ~nan
+    return with_flags(_columns(ordered), nan, inf, first == last, outputs.dtype)
 
 
 def with_flags(
@@ -161,18 +162,7 @@ def _columns(ordered: Tensor) -> list[Tensor]:
     if on_cpu and 8 * ordered.shape[1] > _CACHE_BYTES:
         return _in_stretches(ordered)
     rows = (_CACHE_BYTES if on_cpu else _SORT_BYTES) // (8 * ordered.shape[1])
-    parts = []
-    for part in row_parts(len(ordered), rows):
-        centred = ordered[part].to(accumulator_dtype(ordered.device))
-        n, mean = centred.shape[1], centred.mean(1)
-        centred = centred - mean[:, None]
-        std = (torch.linalg.vecdot(centred, centred) / n).sqrt()
-        z = centred.div_(std[:, None])
-        square = z.square()
-        skewness = torch.linalg.vecdot(square, z) / n
-        kurtosis = torch.linalg.vecdot(square, square) / n - 3
-        distances = _distances_of(z, 0, n, _normal_cells(n))
-        parts.append((*distances, mean, std, skewness, kurtosis))
+    parts = [_sorted_statistics(ordered[part]) for part in row_parts(len(ordered), rows)]
     return [torch.cat(column) for column in zip(*parts, strict=True)]
 
 
@@ -205,6 +195,19 @@ def _in_stretches(ordered: Tensor) -> list[Tensor]:
             found[3, own] += exact
             found[4, own] = torch.maximum(found[4, own], ks)
     return [found[3], found[4], mean, std, found[1] / n, found[2] / n - 3]
+
+
+def _sorted_statistics(ordered: Tensor) -> tuple[Tensor, ...]:
+    """Return the same of few rows, by plain torch."""
+    ordered = ordered.to(accumulator_dtype(ordered.device))
+    mean = ordered.mean(1)
+    centred = ordered - mean[:, None]
+    std = (torch.linalg.vecdot(centred, centred) / ordered.shape[1]).sqrt()
+    z = centred.div_(std[:, None])
+    square = z.square()
+    skewness = torch.linalg.vecdot(square, z) / z.shape[1]
+    kurtosis = torch.linalg.vecdot(square, square) / z.shape[1] - 3
+    return (*_sorted_distances(z), mean, std, skewness, kurtosis)
 
 
 def is_constant(
@@ -252,6 +255,11 @@ def normal_density(n: int, device: torch.device) -> Float[Tensor, " edges"]:
     return torch.from_numpy(_normal_cells(n)[0]).to(device)
 
 
+def _sorted_distances(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Return WD and KS of rows that are sorted and standardised."""
+    return _distances_of(z, 0, z.shape[1], _normal_cells(z.shape[1]))
+
+
 def _distances_of(
     z: Tensor, start: int, n: int, normal: tuple[np.ndarray, np.ndarray]
 ) -> tuple[Tensor, Tensor]:
@@ -259,7 +267,7 @@ def _distances_of(
 
     ``normal`` has the density at the edges of their cells, and the cells.
     """
-    density, cells = torch.from_numpy(normal[0]).to(z), torch.from_numpy(normal[1]).to(z)
+    density, cells = (torch.from_numpy(a).to(z) for a in normal)
     index = torch.arange(start + 1, start + z.shape[1] + 1, device=z.device, dtype=z.dtype)
     rank = torch.special.erf(z / math.sqrt(2)).add_(1).mul_(n / 2)  # n Φ(z)
     above = rank.sub_(index)  # n Φ(z_i) − i: in (−1, 0) where the cell contains Φ(z_i)
