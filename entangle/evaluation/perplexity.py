@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from entangle.checks import whole
 from entangle.errors import InvalidInput, MemoryLimit
 from entangle.memory import give_back
-from entangle.models.blocks import evaluates
+from entangle.models.blocks import evaluates, evaluating
 from entangle.models.loading import AnyModel, LanguageModel, as_language_model
 from entangle.runs.affixes import recorded, special_tokens_of
 from entangle.runs.progress import ProgressBar
@@ -329,7 +329,6 @@ def perplexity(
     return replace(found, special_tokens_effect=effect)
 
 
-@evaluates
 def measure_perplexity(
     model: AnyModel,
     text: EvaluationText,
@@ -345,7 +344,8 @@ def measure_perplexity(
     text = as_evaluation(text, language_model)
     per_pass = windows_in_a_pass(batch_size, language_model, text)
     losses = []
-    with ProgressBar("perplexity", enabled=progress) as bar, window_memory(per_pass):
+    held = evaluating(language_model.module)
+    with held, ProgressBar("perplexity", enabled=progress) as bar, window_memory(per_pass):
         bar.start(text.n_windows, "windows")
         for _, ids in text.rows.batches(per_pass):
             losses.append(text.losses(next_token_logits(language_model, ids), ids))

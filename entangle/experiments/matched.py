@@ -137,23 +137,20 @@ def bisect_fraction(
     NaN if the loss at 1 stays below the target. Where no loss below the target was seen, that at
     ``low`` is measured too; if it reaches the target, the answer is NaN and the bracket (0, low).
     """
-
-    def at(fraction: float) -> float:
-        tried.append((fraction, loss(fraction)))
-        return tried[-1][1]
-
-    top, bottom = (1.0, at(1.0)), (low, -math.inf)
+    top, bottom = (1.0, loss(1.0)), (low, -math.inf)
+    tried.append(top)
     if not top[1] >= target:
         return math.nan, math.nan, math.nan
     for _ in range(steps - 1):
         middle = math.sqrt(bottom[0] * top[0])
-        value = at(middle)
-        if value >= target:
-            top = middle, value
+        tried.append((middle, loss(middle)))
+        if tried[-1][1] >= target:
+            top = tried[-1]
         else:
-            bottom = middle, value
+            bottom = tried[-1]
     if bottom[1] == -math.inf and low < 1.0:
-        bottom = low, at(low)
+        bottom = low, loss(low)
+        tried.append(bottom)
         if bottom[1] >= target:
             return math.nan, 0.0, low
     share = 0.5
