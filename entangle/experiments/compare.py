@@ -13,7 +13,7 @@ import pandas as pd
 
 from entangle.allocation.allocation import Allocation, even
 from entangle.allocation.experts import mean_experts, nominal_sparsity, zeros_digest
-from entangle.checks import choice, named, several, share, shown, whole
+from entangle.checks import choice, named, renamed, several, share, shown, whole
 from entangle.errors import InvalidInput
 from entangle.evaluation import as_evaluation, perplexity_ratio
 from entangle.experiments.experiment import (
@@ -91,13 +91,13 @@ class ComparisonArm(Arm):
         return f"{self.method} {self.sparsity:g} k={self.experts}{allocated}"
 
 
+@renamed(text="evaluation", chosen="methods", told="progress")
 def compare(
     model: AnyModel,
     calibration: Source,
-    evaluation: Source | None = None,
-    chosen: ComparisonArm | Iterable[ComparisonArm] | None = None,
+    evaluation: Source,
+    methods: str | Iterable[str | ComparisonArm] = tuple(METHODS),
     *,
-    methods: str | Iterable[str] = tuple(METHODS),
     sparsity: float | Iterable[float] | None = None,
     experts: int | Iterable[int] = EXPERTS,
     allocations: Named | Iterable[Named] = (),
@@ -107,9 +107,7 @@ def compare(
     resume: bool = False,
     force: bool = False,
     extra: Callable[[Comparison, Path], object] | None = None,
-    progress: bool | None = None,
-    told: Callable[[str], None] | None = None,
-    text: Source | None = None,
+    progress: bool | Callable[[str], None] | None = None,
 ) -> Comparison:
     """Build every arm from the dense weights and measure its perplexity; experts are not kept.
 
@@ -149,10 +147,8 @@ def compare(
         Called with the result and its folder, before that takes the name ``out``, to add files,
         such as figures.
     progress
-        Show a progress bar on standard error; by default if that is a terminal.
-    chosen, told, text
-        Deprecated: a list from `arms`, in place of ``methods``, ``sparsity`` and ``experts``;
-        called with one line after each arm, see ``progress``; see ``evaluation``.
+        Show a progress bar on standard error; by default if that is a terminal. A function is
+        called with one line after each arm instead, for one release.
 
     Raises
     ------
@@ -163,62 +159,46 @@ def compare(
         before it are kept.
     """
     clock, seed = RunClock(), check_seed(seed)
-    given = _evaluation(evaluation, text)
     with ExitStack() as held:
         held.enter_context(claimed(out))
         check_memory(memory)
         allocations = several_named(allocations)
-        if chosen is None:
-            default = [nominal_sparsity(one) for _, one in allocations] or SPARSITIES
-            shares = default if sparsity is None else sparsity
-            planned = arms(methods, shares, experts, allocations=allocations)
-        else:
-            planned = _given_arms(chosen, methods=methods, sparsity=sparsity, experts=experts)
-        if told is not None:
-            _deprecated("`told` is `progress` now")
+        default = [nominal_sparsity(one) for _, one in allocations] or SPARSITIES
+        shares = default if sparsity is None else sparsity
+        planned = _former_arms(methods, sparsity=sparsity, experts=experts)
+        planned = planned or arms(methods, shares, experts, allocations=allocations)
+        told, bar = (progress, False) if callable(progress) else (None, progress)
         dense = as_language_model(model)
         held.enter_context(evaluating(dense.module))
         experiment = Comparing(
-            dense, as_calibration(calibration, dense), Evaluation(as_evaluation(given, dense)),
+            dense, as_calibration(calibration, dense), Evaluation(as_evaluation(evaluation, dense)),
             arms=planned, allocations=allocations, told=told, seed=seed,
             memory=memory_for(memory, dense.module),
         )  # fmt: skip
         experiment.check()
         found: Comparison = experiment.run(
-            clock, out, resume=resume, force=force, extra=extra, progress=progress
+            clock, out, resume=resume, force=force, extra=extra, progress=bar
         )
         return found
 
 
-def _deprecated(note: str) -> None:
-    warn(f"compare: {note}; the former one goes with the next release", DeprecationWarning, 3)
-
-
-def _evaluation(evaluation: Source | None, text: Source | None) -> Source:
-    """Return the text to evaluate on, which was called ``text``."""
-    if text is not None:
-        _deprecated("`text` is `evaluation` now")
-    given = text if evaluation is None else evaluation
-    if given is None or (text is not None and evaluation is not None):
-        raise InvalidInput("`evaluation` must be one text to evaluate on; got none, or two.")
-    return given
-
-
-def _given_arms(chosen: Any, **others: object) -> "list[ComparisonArm]":
-    """Return the arms of the former way to ask for them."""
-    _deprecated("instead of a list of arms, give `methods`, `sparsity` and `experts`")
-    usual = {"methods": tuple(METHODS), "sparsity": None, "experts": EXPERTS}
-    for name, value in others.items():
-        if value is not usual[name] and value != usual[name]:
+def _former_arms(methods: object, **others: object) -> "list[ComparisonArm] | None":
+    """Return a list of arms that is given in place of methods, as the version before took it."""
+    listed = methods if isinstance(methods, list | tuple) else [methods]
+    if not any(isinstance(one, ComparisonArm) for one in listed):
+        return None
+    note = "compare: give `methods`, `sparsity` and `experts` instead of a list of arms"
+    warn(note, DeprecationWarning, stacklevel=4)
+    for name, usual in (("sparsity", None), ("experts", EXPERTS)):
+        if others[name] is not usual:
             raise InvalidInput(
-                f"`{name}` makes arms, which `chosen` has already; got {shown(value)}: leave one "
-                "of them out."
+                f"`{name}` makes arms, which are given already; got {shown(others[name])}: leave "
+                "one of them out."
             )
-    found = several("chosen", chosen, ComparisonArm)
-    for arm in found:
+    for arm in listed:
         if not isinstance(arm, ComparisonArm):
-            raise InvalidInput(f"`chosen` must be arms, from `arms`; got {shown(arm)}.")
-    return found
+            raise InvalidInput(f"`methods` must be names of methods; got {shown(arm)} among arms.")
+    return list(listed)
 
 
 class Comparing(Experiment[ComparisonArm]):
@@ -361,7 +341,7 @@ DENSE_ARM = ComparisonArm(DENSE, 0.0, 1)
 
 
 def arms(
-    methods: str | Iterable[str],
+    methods: str | Iterable[Any],
     sparsities: float | Iterable[float],
     experts: int | Iterable[int],
     *,

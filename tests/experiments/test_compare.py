@@ -61,20 +61,19 @@ def test_perplexities_are_those_of_the_windows_and_of_a_build(
 @pytest.mark.parametrize(
     ("former", "now"),
     [
-        ({"chosen": ComparisonArm("magnitude", 0.0, 1)}, "methods"),
+        ({"chosen": [ComparisonArm("magnitude", 0.0, 1)]}, "methods"),
+        ({"methods": [ComparisonArm("magnitude", 0.0, 1)]}, "methods"),
         ({"told": print, "methods": "magnitude", "sparsity": 0.0}, "progress"),
-        ({"evaluation": None, "methods": "magnitude", "sparsity": 0.0}, "evaluation"),
+        ({"text": None, "methods": "magnitude", "sparsity": 0.0}, "evaluation"),
     ],
 )
 def test_the_former_names_are_accepted_with_a_note(
     former: dict[str, Any], now: str, tiny: Tiny, calibration: CalibrationSet,
     text: EvaluationText, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    given = {"evaluation": text} | former
-    if given["evaluation"] is None:
-        given = former | {"text": text}
+    given = {"text" if "text" in former else "evaluation": text}
     with pytest.warns(DeprecationWarning, match=f"`{now}`"):
-        found = compare(tiny("gpt2"), calibration, **given)
+        found = compare(tiny("gpt2"), calibration, **former | given)
     assert found.frame["ratio"].tolist() == pytest.approx([1.0, 1.0], abs=1e-5)
     labels = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()]
     assert labels == (["dense 0 k=1", "magnitude 0 k=1"] if "told" in former else [])
@@ -84,19 +83,14 @@ def test_what_says_one_thing_twice_is_refused(
     tiny: Tiny, calibration: CalibrationSet, text: EvaluationText
 ) -> None:
     arm = ComparisonArm("magnitude", 0.0, 1)
-    for twice in ({"methods": "wanda"}, {"sparsity": 0.5}, {"experts": 4}):
+    for twice in ({"sparsity": 0.5}, {"experts": 4}):
         with (
             pytest.warns(DeprecationWarning, match="arms"),
             pytest.raises(InvalidInput, match=next(iter(twice))),
         ):
             compare(tiny("gpt2"), calibration, text, [arm], **twice)
-    with (
-        pytest.warns(DeprecationWarning, match="`text`"),
-        pytest.raises(InvalidInput, match="`evaluation`"),
-    ):
-        compare(tiny("gpt2"), calibration, text, text=text)
-    with pytest.raises(InvalidInput, match="`evaluation`"):
-        compare(tiny("gpt2"), calibration)
+    with pytest.warns(DeprecationWarning, match="arms"), pytest.raises(InvalidInput, match="wanda"):
+        compare(tiny("gpt2"), calibration, text, [arm, "wanda"])
 
 
 @pytest.mark.parametrize("group", [None, 4])
