@@ -182,11 +182,8 @@ def measure(
 ) -> pd.DataFrame:
     """Time an expansion, and a comparison of the dense model and one arm, at every budget."""
     from entangle.experiments.compare import compare
-    from entangle.experiments.compare_arms import arms
     from entangle.experts.expand import expand
     from entangle.memory import memory_for
-
-    chosen = arms(["expansion"], [sparsity], [experts])
 
     def expanded(memory: int | None) -> object:
         return expand(
@@ -195,7 +192,10 @@ def measure(
         )  # fmt: skip
 
     def compared(memory: int | None) -> object:
-        return compare(model, calibration, text, chosen, memory=memory)
+        return compare(
+            model, calibration, text, methods="expansion", sparsity=sparsity, experts=experts,
+            memory=memory,
+        )  # fmt: skip
 
     expanded(None)
     rows = []

@@ -23,7 +23,9 @@ def check_seed(seed: int) -> int:
 def _sequence(seed: int, names: tuple[str | int, ...]) -> np.random.SeedSequence:
     key = hashlib.sha256("\x1f".join(map(str, names)).encode()).digest()
     words = np.frombuffer(key, dtype=np.uint32).tolist()
-    return np.random.SeedSequence(check_seed(seed), spawn_key=tuple(words))
+    if type(seed) is not int or not 0 <= seed < 2**63:  # one that is right is not looked at again
+        seed = check_seed(seed)
+    return np.random.SeedSequence(seed, spawn_key=tuple(words))
 
 
 def numpy_rng(seed: int, *names: str | int) -> np.random.Generator:

@@ -133,10 +133,11 @@ def found(
     tiny: "Callable[[str], LanguageModel]", calibration: "CalibrationSet", text: "EvaluationText"
 ) -> "Comparison":
     """Magnitude, SparseGPT and both routers at two sparsities, on a tiny model, compared once."""
-    from entangle.experiments.compare import arms, compare
+    from entangle.experiments.compare import compare
 
-    chosen = arms(["magnitude", "sparsegpt", "expansion", "expansion-random"], [0.5, 0.8], [1, 3])
-    return compare(tiny("llama"), calibration, text, chosen)
+    methods = ("magnitude", "sparsegpt", "expansion", "expansion-random")
+    settings = {"methods": methods, "sparsity": (0.5, 0.8), "experts": (1, 3)}
+    return compare(tiny("llama"), calibration, text, **settings)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="session")

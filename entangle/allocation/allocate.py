@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pandas as pd
 
-from entangle.allocation.allocation import Allocation, Counts, Reals, Rows, step_sizes
+from entangle.allocation.allocation import Allocation, Counts, LayerRows, Reals, step_sizes
 from entangle.allocation.budget import Wish, check_reachable, fill, round_zeros, whole_bounds
 from entangle.allocation.measurements import Measurements
 from entangle.allocation.request import Columns, Request, Settings, Subject, find_subject, gather
@@ -77,12 +77,12 @@ def _as_layer_rule(request: Request) -> Request:
     return replace(request, settings=settings)
 
 
-def _spread(wish: Wish, rows: Rows) -> Wish:
+def _spread(wish: Wish, rows: LayerRows) -> Wish:
     """Turn a wish for layers into one for their neurons."""
     return Wish(*(rows.spread(getattr(wish, f)) for f in ("sparsity", "gain", "low", "high")))
 
 
-def _fill_layers(wish: Wish, rows: Rows, low: Reals, high: Reals, budget: int) -> Reals:
+def _fill_layers(wish: Wish, rows: LayerRows, low: Reals, high: Reals, budget: int) -> Reals:
     """Return zeros of each layer, not whole, that add up to the budget within shares of zeros."""
     weights = rows.layer_weights
     start, total = np.zeros(1, dtype=np.int64), np.array([float(budget)])

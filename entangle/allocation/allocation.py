@@ -27,7 +27,7 @@ Counts = NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class LayerRows:
     """Layers and their neurons; a vector over neurons runs through the layers in order."""
 
     names: tuple[str, ...]
@@ -101,7 +101,7 @@ class Rows:
         return {name: part.clone() for name, part in zip(self.names, parts, strict=True)}
 
 
-def step_sizes(rows: Rows, pattern: str) -> Counts:
+def step_sizes(rows: LayerRows, pattern: str) -> Counts:
     """Return the weights that a neuron can lose at a time: 1, or ``in_features / m``.
 
     Raises

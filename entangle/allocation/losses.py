@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, Int, Int64
 from torch import Tensor, nn
 
-from entangle.allocation.allocation import Reals, Rows
+from entangle.allocation.allocation import LayerRows, Reals
 from entangle.allocation.budget import Wish
 from entangle.allocation.measurements import Measurements, square_sum
 from entangle.allocation.request import Request, keep_more
@@ -424,7 +424,7 @@ def neuroal(request: Request) -> Wish:
     return request.wish(best)
 
 
-def _best_schedule(measured: Measurements, rows: Rows, sparsity: float | int) -> Reals:
+def _best_schedule(measured: Measurements, rows: LayerRows, sparsity: float | int) -> Reals:
     """Return the sparsity of each layer under the best linear schedule."""
     depth = np.arange(int(rows.groups.max()) + 1, dtype=np.float64)
     ranges = [one for one in _RANGES if sparsity < _WIDE_UP_TO or one <= 0.2]

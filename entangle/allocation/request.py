@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from entangle.allocation.allocation import Reals, Rows, step_sizes
+from entangle.allocation.allocation import LayerRows, Reals, step_sizes
 from entangle.allocation.budget import Wish
 from entangle.allocation.measurements import Measurements
 from entangle.checks import choice, finite, share, shown, whole
@@ -29,7 +29,7 @@ COMBINATIONS = ("zscore", "rank")
 class Columns:
     """The scores of exactly the neurons of some layers, in their order."""
 
-    rows: Rows
+    rows: LayerRows
     frame: pd.DataFrame
     """One row a neuron, in the order of ``rows``."""
 
@@ -112,7 +112,7 @@ class Columns:
         return (ranks - 0.5) / np.bincount(group)[group]
 
 
-def gather(scores: pd.DataFrame, rows: Rows) -> Columns:
+def gather(scores: pd.DataFrame, rows: LayerRows) -> Columns:
     """Put the scores into the order of ``rows``; scores of other layers are left out.
 
     Raises
@@ -137,7 +137,7 @@ def gather(scores: pd.DataFrame, rows: Rows) -> Columns:
     return Columns(rows, kept.iloc[order].reset_index(drop=True))
 
 
-def _refuse_incomplete(rows: Rows, position: np.ndarray, neuron: np.ndarray) -> None:
+def _refuse_incomplete(rows: LayerRows, position: np.ndarray, neuron: np.ndarray) -> None:
     for i, name in enumerate(rows.names):
         found = neuron[position == i]
         count = int(rows.counts[i])
@@ -192,7 +192,7 @@ class Request:
     compete."""
 
     @property
-    def rows(self) -> Rows:
+    def rows(self) -> LayerRows:
         """The neurons."""
         return self.columns.rows
 
@@ -260,7 +260,7 @@ def keep_more(score: Reals, sparsity: float | int, strength: float | int) -> Rea
 class Subject:
     """The layers to allocate to."""
 
-    rows: Rows
+    rows: LayerRows
     model: LanguageModel | None
     layers: tuple[Layer, ...]
     """The layers of the model; empty without one."""
@@ -335,8 +335,8 @@ def _chosen(
     return chosen
 
 
-def _rows_of_layers(layers: Sequence[Layer]) -> Rows:
-    return Rows(
+def _rows_of_layers(layers: Sequence[Layer]) -> LayerRows:
+    return LayerRows(
         names=tuple(layer.name for layer in layers),
         blocks=tuple(layer.block for layer in layers),
         counts=np.array([layer.out_features for layer in layers], dtype=np.int64),
@@ -346,7 +346,7 @@ def _rows_of_layers(layers: Sequence[Layer]) -> Rows:
 
 def _rows_of_scores(
     frame: pd.DataFrame, names: Sequence[str], in_features: Mapping[str, int]
-) -> Rows:
+) -> LayerRows:
     for name in names:
         if in_features.get(name) is None:
             raise InvalidInput(
@@ -357,7 +357,7 @@ def _rows_of_scores(
     first = frame.drop_duplicates("layer")
     found = first["block"] if "block" in frame.columns else pd.Series([None] * len(first))
     counts = frame["layer"].value_counts(sort=False)
-    return Rows(
+    return LayerRows(
         names=tuple(names),
         blocks=tuple(None if pd.isna(block) else int(block) for block in found),
         counts=np.array([int(counts[name]) for name in names], dtype=np.int64),

@@ -58,22 +58,18 @@ def add_parser(subparsers: options.Subparsers) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Compare, print and save."""
-    from entangle.experiments.compare_arms import arms
+    from entangle.experiments.compare import arms, compare
 
     options.check_run(arguments)
     allocations = options.load_allocations(arguments)
-    chosen = arms(
-        options.names(arguments.methods),
-        _sparsities(arguments, allocations),
-        options.numbers(arguments.experts, int),
-        allocations=allocations,
-    )
+    methods, sparsity = options.names(arguments.methods), _sparsities(arguments, allocations)
+    experts = options.numbers(arguments.experts, int)
+    arms(methods, sparsity, experts, allocations=allocations)  # checked before anything is loaded
     memory = options.parse_memory(arguments.memory)
     model = options.load_model(arguments)
     calibration = options.load_calibration(arguments, model)
     text = options.load_evaluation(arguments, model)
     options.tell_special_tokens(arguments, model, text)
-    from entangle.experiments.compare import compare
     from entangle.results.comparison import at_equal_nonzeros
     from entangle.runs.provenance import expand_user
 
@@ -84,10 +80,10 @@ def run(arguments: argparse.Namespace) -> None:
         drawn.append(draw(found, folder, evaluated=evaluated))
 
     found = compare(
-        model, calibration, text, chosen, seed=arguments.seed, memory=memory,
-        allocations=allocations, out=arguments.out, resume=arguments.resume, force=arguments.force,
-        extra=add_figure,
-        told=tell if not arguments.quiet else lambda _line: None,
+        model, calibration, text, methods=methods, sparsity=sparsity, experts=experts,
+        allocations=allocations, seed=arguments.seed, memory=memory, out=arguments.out,
+        resume=arguments.resume, force=arguments.force, extra=add_figure,
+        progress=False if arguments.quiet else None,
     )  # fmt: skip
     if arguments.out is not None and not drawn:  # read, for it was made before
         add_figure(found, expand_user(arguments.out))

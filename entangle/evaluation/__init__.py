@@ -1,6 +1,5 @@
 """Evaluation: protocols written down, and the dense model always beside the changed one."""
 
-from entangle.evaluation.comparison import evaluate_models, perplexity_ratio, perplexity_table
 from entangle.evaluation.divergence import DenseReference, Divergence, compare_with_dense
 from entangle.evaluation.minimal_pairs import (
     MinimalPairs,
@@ -9,7 +8,13 @@ from entangle.evaluation.minimal_pairs import (
     minimal_pair_scores,
 )
 from entangle.evaluation.pair_sources import load_minimal_pairs
-from entangle.evaluation.perplexity import Perplexity, perplexity
+from entangle.evaluation.perplexity import (
+    Perplexity,
+    evaluate_models,
+    perplexity,
+    perplexity_ratio,
+    perplexity_table,
+)
 from entangle.texts.evaluation import EvaluationText, as_evaluation, load_evaluation, window_losses
 
 __all__ = [

@@ -23,7 +23,7 @@ from entangle.evaluation.perplexity import (
     windows_in_a_pass,
 )
 from entangle.memory import memory_for
-from entangle.models.blocks import BlockRunner, evaluates, evaluating
+from entangle.models.blocks import BlockRunner, evaluating
 from entangle.models.loading import AnyModel
 from entangle.precision import accumulator_dtype
 from entangle.recording.stream import ByteBudget, TokenStore
@@ -199,7 +199,6 @@ class Divergence:
         )
 
 
-@evaluates
 def compare_with_dense(
     model: AnyModel,
     reference: DenseReference,
@@ -241,7 +240,8 @@ def compare_with_dense(
     asked = reference.batch_size if batch_size is None else batch_size
     per_pass = windows_in_a_pass(asked, language_model, text)
     losses, divergences, agreements = [], [], []
-    with ProgressBar("divergence", enabled=progress) as bar, window_memory(per_pass):
+    held = evaluating(language_model.module)
+    with held, ProgressBar("divergence", enabled=progress) as bar, window_memory(per_pass):
         bar.start(text.n_windows, "windows")
         for start, ids in text.rows.batches(per_pass):
             changed = next_token_logits(language_model, ids)

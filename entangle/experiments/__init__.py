@@ -1,5 +1,7 @@
 """Ablations: which neurons are touched, how the model is changed, and what that does to it."""
 
+from warnings import warn
+
 from entangle.experiments.ablate import ablate
 from entangle.experiments.arms import INTERVENTIONS
 from entangle.experiments.interventions import (
@@ -11,7 +13,7 @@ from entangle.experiments.interventions import (
     swapped_rows,
 )
 from entangle.experiments.selection import (
-    RULES,
+    SELECTION_RULES,
     Selection,
     check_scores_fit,
     read_selection,
@@ -23,7 +25,7 @@ from entangle.results.ablation import AblationResult, load_ablation
 __all__ = [
     "INTERVENTIONS",
     "OUTPUT_EDITS",
-    "RULES",
+    "SELECTION_RULES",
     "AblationResult",
     "RowEdit",
     "Selection",
@@ -38,3 +40,10 @@ __all__ = [
     "select_listed",
     "swapped_rows",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name == "RULES":
+        warn("experiments.RULES is SELECTION_RULES now", DeprecationWarning, 2)
+        return SELECTION_RULES
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

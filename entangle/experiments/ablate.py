@@ -1,47 +1,80 @@
 """`ablate`: arms × strengths × seeds, each measured on the same texts."""
 
 import os
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from functools import cached_property
 from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
 
 from entangle.allocation.allocation import Allocation
+from entangle.allocation.experts import zeros_digest
 from entangle.checks import choices, finite, names, several, share, shares, whole, wholes
-from entangle.evaluation import MinimalPairs, as_evaluation
-from entangle.evaluation.perplexity import as_causal_model
-from entangle.experiments.arms import INTERVENTIONS, ROUTERS
-from entangle.experiments.engine import Sweep
-from entangle.experiments.measures import Protocol
-from entangle.experiments.request import (
-    DEFAULT,
-    ArmFolder,
-    Request,
-    is_finished,
-    scores_of,
-    silent_layers,
+from entangle.errors import InvalidInput, NumericalError
+from entangle.evaluation import DenseReference, MinimalPairs, as_evaluation
+from entangle.evaluation.perplexity import affix_effect, as_causal_model, check_fits, tell
+from entangle.experiments.arms import (
+    INTERVENTIONS,
+    ROUTERS,
+    SELECTIONS,
+    AblationArm,
+    ArmPlan,
 )
-from entangle.experiments.selection import Selection
+from entangle.experiments.experiment import (
+    PAIR,
+    WINDOW,
+    Arrays,
+    Evaluation,
+    Experiment,
+    numbered,
+)
+from entangle.experiments.interventions import (
+    LayerStatistics,
+    RowEdit,
+    edited_outputs,
+    layer_statistics,
+    mean_outputs,
+    swapped_rows,
+)
+from entangle.experiments.matched import MOST_STEPS, Matched, search_matched, to_match
+from entangle.experiments.selection import (
+    Selection,
+    scores_of,
+    select,
+    silent_layers,
+    union_rows,
+)
+from entangle.experts.linear import installed
+from entangle.experts.routed_rows import Level, RoutedRows, SolvedRows, fit_rows, solve_rows
+from entangle.experts.router import Kind
 from entangle.memory import check_memory, memory_for
-from entangle.models.blocks import evaluates
+from entangle.models.blocks import evaluating
 from entangle.models.layers import (
     DEFAULT_PROJ,
+    Layer,
     LayerSpec,
     Projections,
     asked_by_name,
     find_layers,
     layer_specs,
 )
-from entangle.models.loading import AnyModel
-from entangle.results.ablation import KIND, AblationResult, load_ablation
+from entangle.models.loading import AnyModel, LanguageModel
+from entangle.pruning.masks import count_zeros
+from entangle.results.ablation import KIND, AblationResult, layer_set, load_ablation
 from entangle.results.scores import NeuronScores
-from entangle.runs.provenance import RunClock, claims_out, make_manifest
+from entangle.runs.progress import Progress
+from entangle.runs.provenance import RunClock, claimed
 from entangle.seeding import check_seed
 from entangle.texts.calibration import as_calibration
+from entangle.texts.calibration_set import CalibrationSet
 from entangle.texts.given import Source
 
 
-@claims_out
-@evaluates
 def ablate(
     model: AnyModel,
     calibration: Source,
@@ -52,7 +85,7 @@ def ablate(
     scores: NeuronScores | None = None,
     layers: LayerSpec = "all",
     proj: Projections = DEFAULT_PROJ,
-    selections: str | Selection | Iterable[str | Selection] = DEFAULT,
+    selections: str | Selection | Iterable[str | Selection] = SELECTIONS,
     by: str | Iterable[str] = "wd",
     fraction: float | None = None,
     count: int | None = None,
@@ -165,56 +198,384 @@ def ablate(
     arXiv 2405.15756, figures 3 and 5; arXiv 2509.24198 (edits of outputs).
     """
     clock = RunClock()
-    seed, layers = check_seed(seed), layer_specs(layers)
-    check_memory(memory)
-    dense = as_causal_model(model)
-    budget = memory_for(memory, dense.module)
-    chosen = find_layers(dense.module, layers, proj)
-    named = asked_by_name(layers, chosen)
-    if scores is not None and not named:
-        silent = silent_layers(scores)
-        chosen = tuple(layer for layer in chosen if layer.name not in silent)
-    text = None if evaluation is None else as_evaluation(evaluation, dense)
-    size = 0.03 if fraction is None and count is None else fraction
-    request = Request(
-        several("selections", selections, Selection), names("by", by),
-        None if size is None else share("fraction", size, zero=False),
-        None if count is None else whole("count", count, least=1),
-        scope, whole("seeds", seeds, least=1), seed,
-    )  # fmt: skip
-    sweep = Sweep(
-        model=dense,
-        layers=chosen,
-        calibration=as_calibration(calibration, dense),
-        protocol=Protocol.of(text, pairs, measures),
-        request=request,
-        interventions=choices("interventions", interventions, INTERVENTIONS, kind="intervention"),
-        strengths=shares("strengths", strengths),
-        edit_strengths=shares("edit_strengths", edit_strengths),
-        experts=wholes("experts", experts, least=1),
-        routers=choices("router", router, ROUTERS),
-        allocation=allocation,
-        scores=None if scores is None else scores_of(scores, chosen, dense),
-        damping=finite("damping", damping, least=0),
-        match=match,
-        md=md,
-        seed=seed,
-        memory=budget,
-        named=named,
-    )
-    sweep.check()
-    manifest = make_manifest(
-        KIND, model=dense.describe(), calibration=sweep.calibration.describe(),
-        evaluation=sweep.protocol.describe(), settings=sweep.settings(),
-    )  # fmt: skip
-    folder = None
-    if out is not None:
-        if resume and is_finished(out, KIND, manifest, force=force):
-            return load_ablation(out)
-        folder = ArmFolder(out, manifest, resume=resume, force=force)
-    fields = sweep.run(folder, progress=progress)
-    result = AblationResult(**fields, manifest=manifest | clock.read(budget))
-    if folder is not None and out is not None:
-        result.save(out, force=force, extra=None if extra is None else partial(extra, result))
-        folder.remove()
-    return result
+    with ExitStack() as held:
+        held.enter_context(claimed(out))
+        seed, layers = check_seed(seed), layer_specs(layers)
+        check_memory(memory)
+        dense = as_causal_model(model)
+        held.enter_context(evaluating(dense.module))
+        chosen = find_layers(dense.module, layers, proj)
+        named = asked_by_name(layers, chosen)
+        if scores is not None and not named:
+            silent = silent_layers(scores)
+            chosen = tuple(layer for layer in chosen if layer.name not in silent)
+        text = None if evaluation is None else as_evaluation(evaluation, dense)
+        size = 0.03 if fraction is None and count is None else fraction
+        plan = ArmPlan(
+            wanted=several("selections", selections, Selection),
+            columns=names("by", by),
+            fraction=None if size is None else share("fraction", size, zero=False),
+            count=None if count is None else whole("count", count, least=1),
+            scope=scope,
+            seeds=whole("seeds", seeds, least=1),
+            seed=seed,
+            interventions=choices(
+                "interventions", interventions, INTERVENTIONS, kind="intervention"
+            ),
+            strengths=shares("strengths", strengths),
+            edit_strengths=shares("edit_strengths", edit_strengths),
+            experts=wholes("experts", experts, least=1),
+            routers=choices("router", router, ROUTERS),
+            allocation=allocation,
+            match=match,
+        )
+        experiment = Ablation(
+            dense, as_calibration(calibration, dense), Evaluation.of(text, pairs, measures),
+            layers=chosen, plan=plan, damping=finite("damping", damping, least=0), md=md,
+            scores=None if scores is None else scores_of(scores, chosen, dense), named=named,
+            seed=seed, memory=memory_for(memory, dense.module),
+        )  # fmt: skip
+        experiment.check()
+        found: AblationResult = experiment.run(
+            clock, out, resume=resume, force=force, extra=extra, progress=progress
+        )
+        return found
+
+
+class Ablation(Experiment[AblationArm]):
+    """Neurons that are changed, with everything solved that the arms need.
+
+    Parameters
+    ----------
+    model, calibration, evaluation, seed, memory
+        As in `Experiment`.
+    layers
+        Those whose neurons are changed.
+    plan
+        Which arms there are.
+    scores
+        Of these layers, made before.
+    damping, md
+        As in `ablate`.
+    named
+        Whether the layers were asked for by name. If not, those that see no token are left out.
+    """
+
+    kind, ending = KIND, "ablating"
+    result, load = AblationResult, staticmethod(load_ablation)
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        calibration: CalibrationSet,
+        evaluation: Evaluation,
+        *,
+        layers: Sequence[Layer],
+        plan: ArmPlan,
+        scores: NeuronScores | None = None,
+        damping: float = 0.01,
+        md: bool = True,
+        named: bool = True,
+        seed: int = 0,
+        memory: int,
+    ) -> None:
+        super().__init__(model, calibration, evaluation, seed=seed, memory=memory)
+        self.layers = {layer.name: layer for layer in layers}
+        self.plan, self._scores, self._named = plan, scores, named
+        self._damping, self._md = damping, md
+        self._reference: DenseReference | None = None
+        self._matched = Matched(pd.DataFrame({"intervention": []}), (), ())
+        self._known: LayerStatistics
+        self._solved: dict[tuple[str, Level], dict[str, SolvedRows]] = {}
+        self._routed: dict[tuple[str, str], RoutedRows] = {}
+
+    def check(self) -> None:
+        """Refuse what can be seen to fail before any model runs.
+
+        Raises
+        ------
+        UnknownName, InvalidInput
+            As `ablate`.
+        """
+        table, plan = None if self._scores is None else self._scores.frame, self.plan
+        plan.check(list(self.layers.values()), self.evaluation, md=self._md, scores=table)
+        self._check_fit(max(plan.experts))
+        if plan.allocation is not None:
+            plan.allocation.check(list(self.layers.values()), self.model.digest)
+        plan.arms(table)
+
+    def _check_fit(self, experts: int) -> None:
+        """Check that texts and numbers of experts fit the model and one another."""
+        as_calibration(self.calibration, self.model)
+        if self.evaluation.text is not None:
+            check_fits(self.model, self.evaluation.text)
+        if self.evaluation.pairs is not None and self.model.tokenizer is None:
+            raise InvalidInput("minimal pairs need a tokenizer; load the model with its own.")
+        if experts > self.calibration.n_tokens:
+            raise InvalidInput(
+                "`experts` must be at most the number of calibration tokens, "
+                f"{self.calibration.n_tokens}; got {experts}: give more text or fewer experts."
+            )
+        outside = [name for name, layer in self.layers.items() if layer.block is None]
+        if "divergence" in self.evaluation.measures and outside:
+            raise InvalidInput(
+                f"divergence must be measured with layers inside the blocks only; got "
+                f"{outside[0]!r}, which the dense model's own logits pass too: leave it out, or "
+                "measure perplexity."
+            )
+        if experts > 1 and outside:
+            raise InvalidInput(
+                f"several experts must hold rows of layers inside the blocks; got {outside[0]!r}: "
+                "leave it out, or take 1 expert."
+            )
+
+    def settings(self) -> dict[str, object]:
+        """Return what a manifest records, JSON-serialisable."""
+        settings: dict[str, object] = {
+            "layers": list(self.layers),
+            **self.plan.describe(),
+            "damping": self._damping,
+            "match": self.plan.match,
+            "md": self._md,
+            "seed": self.seed,
+        }
+        if self._scores is not None:
+            known_by = ("calibration", "settings")
+            settings["scores"] = {name: self._scores.manifest.get(name) for name in known_by}
+        one = self.plan.allocation
+        if one is not None:
+            zeros = {"zeros_sha256": zeros_digest(one), "overall": one.overall}
+            settings["allocation"] = dict(one.manifest) | zeros
+        return settings
+
+    def prepare(self, held: ExitStack, *, progress: bool | None) -> list[AblationArm]:
+        """Measure the dense model, calibrate, and solve the rows of all arms.
+
+        The dense model is measured first, so that a text or pairs that it cannot be measured on
+        are refused before the calibration. Routers are fitted where there are several experts.
+        """
+        text, divergence = self.evaluation.text, "divergence" in self.evaluation.measures
+        shared = divergence and self.plan.prunes and max(self.plan.experts) > 1
+        memory = self.memory // 2 if shared else self.memory
+        if text is not None and progress is not False:
+            tell(affix_effect(self.model, text.rows.sequence(0), text.settings))
+        if text is not None and divergence:
+            self._reference = held.enter_context(
+                DenseReference(self.model, text, memory=memory, progress=progress)
+            )
+        self.dense = self.evaluation.measure(self.model, self._reference, progress=progress)
+        self._known = known = layer_statistics(
+            self.model, self.calibration, list(self.layers.values()), scores=self._scores,
+            grams=self.plan.prunes and (1 in self.plan.experts or self.plan.match),
+            md=self._md, seed=self.seed, progress=progress, named=self._named,
+        )  # fmt: skip
+        self.layers = {n: one for n, one in self.layers.items() if n in known.scores.histograms}
+        arms = self.plan.arms(known.scores.frame) or []
+        for pruner in dict.fromkeys(arm.pruner for arm in arms if arm.pruner):
+            self._solve(pruner, [a for a in arms if a.pruner == pruner and a.experts == 1])
+        routed = [(arm, (arm.pruner, arm.router)) for arm in arms if arm.pruner and arm.experts > 1]
+        for pruner, router in dict.fromkeys(key for _, key in routed):
+            own = [arm for arm, key in routed if key == (pruner, router)]
+            self._routed[str(pruner), router] = fit_rows(
+                self.model, self.calibration, union_rows(arm.selection.rows for arm in own),
+                sparsities=sorted({arm.strength for arm in own}),
+                experts=[1, *dict.fromkeys(arm.experts for arm in own)],
+                pruner=str(pruner), router=cast("Kind", router), damping=self._damping,
+                seed=self.seed, memory=memory, md=self._md, progress=progress,
+            )  # fmt: skip
+        return arms
+
+    def steps(self, arms: Sequence[AblationArm]) -> int:
+        """Return how many measurements the search for matched controls counts."""
+        return len(to_match(arms, self.plan.columns[0])) * MOST_STEPS if self.plan.match else 0
+
+    def search(self, arms: Sequence[AblationArm], found: Sequence[Arrays], bar: Progress) -> None:
+        """Search for matched controls, if they are asked for."""
+        if self.plan.match:
+            self._matched = search_matched(self, arms, found, by=self.plan.columns[0], bar=bar)
+
+    def _solve(self, pruner: str, arms: Sequence[AblationArm]) -> None:
+        strengths = sorted({arm.strength for arm in arms if arm.allocation is None})
+        allocations = dict.fromkeys(arm.allocation for arm in arms if arm.allocation is not None)
+        levels: list[Level] = [*strengths, *allocations]
+        if not levels:
+            return
+        solved = solve_rows(
+            list(self.layers.values()), union_rows(arm.selection.rows for arm in arms),
+            self._known.grams, sparsities=levels, pruner=pruner, damping=self._damping,
+            seed=self.seed,
+        )  # fmt: skip
+        self._solved |= {(pruner, level): solved for level in levels}
+
+    def measure(self, arm: AblationArm) -> Arrays:
+        """Change the model as an arm says, measure it, and restore it."""
+        with self.applied(arm):
+            return self.evaluation.measure(self.model, self._reference)
+
+    def applied(self, arm: AblationArm) -> AbstractContextManager[object]:
+        """Return a context in which the model is changed as the arm says, and restored after."""
+        rows = arm.selection.rows
+        if arm.pruner is None:
+            layers = [self.layers[name] for name in rows]
+            return edited_outputs(
+                layers, arm.selection, arm.intervention, strength=arm.strength, means=self._means
+            )
+        if arm.experts > 1:
+            routed = self._routed[arm.pruner, arm.router]
+            made = routed.modules(self.model, rows, arm.experts, arm.strength)
+            return installed(self.model.module, made)
+        solved = self._solved[arm.pruner, arm.level]
+        edits = [
+            RowEdit(
+                self.layers[name],
+                torch.from_numpy(chosen.copy()),
+                solved[name].take(chosen, arm.level)[0],
+            )
+            for name, chosen in rows.items()
+        ]
+        return swapped_rows(edits)
+
+    @cached_property
+    def _means(self) -> dict[str, torch.Tensor]:
+        return mean_outputs(self._known.scores)
+
+    def realised(self, arm: AblationArm) -> NDArray[np.float64]:
+        """Return the share of zeros of every selected row; empty where outputs are edited."""
+        if arm.pruner is None:
+            return np.zeros(0)
+        if arm.experts > 1:
+            table = self._routed[arm.pruner, arm.router].neurons
+            own = table[(table["experts"] == arm.experts) & (table["sparsity"] == arm.strength)]
+            index = own.set_index(["layer", "neuron"])["realised_sparsity"]
+            wanted = pd.MultiIndex.from_frame(arm.selection.frame[["layer", "neuron"]])
+            return np.asarray(index.reindex(wanted), dtype=np.float64)
+        solved, rows = self._solved[arm.pruner, arm.level], arm.selection.rows.items()
+        parts = [solved[layer].take(own, arm.level)[1] for layer, own in rows]
+        return np.concatenate([part.double().numpy() for part in parts])
+
+    def planned(self, arm: AblationArm) -> NDArray[np.float64]:
+        """Return the share of zeros that every selected row is to have, to whole weights.
+
+        In the order of `realised`; empty where outputs are edited.
+        """
+        shares = [np.zeros(0)]
+        for name, own in arm.selection.rows.items() if arm.pruner else ():
+            width = self.layers[name].in_features
+            if arm.allocation is None:
+                share = torch.full((len(own),), arm.strength, dtype=torch.float64)
+                zeros = count_zeros(share, width)
+            else:
+                zeros = arm.allocation.zeros[name][torch.tensor(own)]
+            shares.append(zeros.double().numpy() / width)
+        return np.concatenate(shares)
+
+    def nested(self, arm: AblationArm) -> None:
+        """Solve all rows for the pruner and strength of an arm, so that any part can be pruned."""
+        if arm.pruner is not None:
+            whole = select(self._known.scores.frame, "all")
+            self._solve(arm.pruner, [AblationArm(whole, arm.intervention, arm.strength)])
+
+    def bottom(self, arm: AblationArm, *, by: str, fraction: float) -> AblationArm:
+        """Return the same intervention on a share of the scored neurons, lowest in ``by`` first."""
+        frame = self._known.scores.frame
+        frame = frame[frame["flag"] == ""]
+        lowest = select(frame, "bottom", by=by, fraction=fraction)
+        return AblationArm(lowest, arm.intervention, arm.strength)
+
+    @property
+    def n_neurons(self) -> int:
+        """Neurons of all layers."""
+        return len(self._known.scores.frame)
+
+    @property
+    def neurons(self) -> pd.DataFrame:
+        """One row a routed neuron; see `RoutedRows.neurons`."""
+        tables = [
+            routed.neurons.assign(pruner=pruner, router=router)
+            for (pruner, router), routed in self._routed.items()
+        ]
+        if not tables:
+            return pd.DataFrame({"layer": []})
+        joined = pd.concat(tables, ignore_index=True)
+        joined.loc[joined["experts"] == 1, "router"] = ""
+        key = ["layer", "neuron", "experts", "sparsity", "pruner", "router"]
+        names = [name for name in joined.columns if name != "router"]
+        names.insert(names.index("experts") + 1, "router")
+        return joined[names].drop_duplicates(key, ignore_index=True)
+
+    def tables(self, arms: Sequence[AblationArm], found: Sequence[Arrays]) -> dict[str, Any]:
+        """Return the fields of an `AblationResult`."""
+        matched, picked = self._matched, dict.fromkeys(arm.selection for arm in arms)
+        every = zip([*arms, *matched.arms], [*found, *matched.found], strict=True)
+        rows, windows, pairs = [], [], []
+        for arm, arrays in [(None, self.dense), *every]:
+            zeros = np.zeros(0) if arm is None else self.realised(arm)
+            if arm is not None:
+                check_sparsity(arm, zeros, self.planned(arm))
+            chosen = {} if arm is None else arm.selection.rows
+            where = {
+                "model": self.model.name,
+                "layers": f"{len(chosen)} layer{'s' * (len(chosen) > 1)}" if chosen else "none",
+                "layer_set": layer_set(chosen),
+            }
+            extra = {
+                "n_rows": 0 if arm is None else arm.selection.n_rows,
+                "realised_sparsity": zeros.mean() if len(zeros) else np.nan,
+                "realised_low": zeros.min() if len(zeros) else np.nan,
+                "realised_high": zeros.max() if len(zeros) else np.nan,
+            }
+            key = DENSE if arm is None else arm.columns
+            measured = self.evaluation.rows(arrays, self.dense, seed=self.seed)
+            rows += [{**where, **key, **row, **extra} for row in measured]
+            windows.append(numbered("window", key, arrays, WINDOW))
+            pair = numbered("pair", key, arrays, PAIR)
+            if pair is not None and self.evaluation.pairs is not None:
+                pairs.append(pair.assign(paradigm=list(self.evaluation.pairs.paradigms)))
+        chosen_rows = [
+            one.frame.assign(selection=one.rule, by=one.by or "", seed=one.seed) for one in picked
+        ]
+        return {
+            "frame": _typed(pd.DataFrame(rows)),
+            "windows": _joined(windows, "window"),
+            "pairs": _joined(pairs, "pair"),
+            "selections": _typed(pd.concat(chosen_rows, ignore_index=True)),
+            "neurons": self.neurons,
+            "matched": matched.steps,
+            "scores": self._known.scores,
+        }
+
+
+DENSE = {"selection": "dense", "by": "", "seed": None, "intervention": "dense", "strength": 0.0,
+         "experts": 1, "router": ""}  # fmt: skip
+_TOLERANCE = 1e-6  # of a share of zeros, a float32: less than one weight of any row
+
+
+def check_sparsity(
+    arm: AblationArm, zeros: NDArray[np.float64], wanted: NDArray[np.float64]
+) -> None:
+    """Raise `NumericalError` unless every row of an arm holds the zeros planned for its width.
+
+    A strength is a share of a row's weights, rounded to whole ones. So arms of one strength are
+    equally sparse wherever their rows are equally wide, and differ by that rounding elsewhere.
+    """
+    if zeros.shape != wanted.shape:
+        raise NumericalError(f"{arm.label} must have {len(wanted)} pruned rows; got {len(zeros)}.")
+    wrong = np.flatnonzero(~(np.abs(zeros - wanted) <= _TOLERANCE))
+    if len(wrong):
+        layer, row = arm.selection.frame.iloc[wrong[0]]
+        raise NumericalError(
+            f"row {row} of layer {layer!r} must hold a share of {wanted[wrong[0]]:.6f} zeros "
+            f"in the arm {arm.label}; got {zeros[wrong[0]]:.6f} ({len(wrong)} such rows)."
+        )
+
+
+def _joined(tables: Sequence[pd.DataFrame | None], name: str) -> pd.DataFrame:
+    known = [_typed(table) for table in tables if table is not None]
+    if not known:
+        return pd.DataFrame({name: pd.Series(dtype="int64")})
+    return _typed(pd.concat(known, ignore_index=True))
+
+
+def _typed(table: pd.DataFrame) -> pd.DataFrame:
+    """Store seeds as integers that may be missing."""
+    return table.astype({"seed": "Int64"})

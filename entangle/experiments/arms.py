@@ -1,27 +1,29 @@
-"""The arms of an ablation: who is touched, how, and how strongly.
+"""The arms of an ablation: who is touched, how, and how strongly; checked before any work."""
 
-Tidy tables of a sweep.
-"""
-
-import hashlib
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from entangle.allocation.allocation import Allocation, even
 from entangle.allocation.experts import nominal_sparsity, rule_label, zeros_digest
 from entangle.checks import choice, share, whole
-from entangle.errors import InvalidInput, NumericalError
+from entangle.errors import InvalidInput, unknown_name
+from entangle.experiments.experiment import Arm, Evaluation
 from entangle.experiments.interventions import OUTPUT_EDITS
-from entangle.experiments.measures import Arrays, Protocol, measure_rows
-from entangle.experiments.selection import Selection
+from entangle.experiments.selection import (
+    ALIKE,
+    DERIVED,
+    SCOPES,
+    SCORED,
+    Selection,
+    column,
+    select,
+)
 from entangle.experts.routed_rows import Level
-from entangle.results.ablation import layer_set
+from entangle.models.layers import Layer
 
 ROUTERS = ("kmeans", "random")
 """Routers of several experts; ``random`` is the control, whose clusters mean nothing."""
@@ -38,9 +40,13 @@ INTERVENTIONS = (*PRUNERS, *OUTPUT_EDITS)
 """All interventions: pruners of rows, and edits of outputs."""
 
 
+SELECTIONS = ("top", "bottom", "random")
+"""Selections of an ablation, unless others are asked for."""
+
+
 @dataclass(frozen=True, eq=False)
-class Arm:
-    """One changed model."""
+class AblationArm(Arm):
+    """Some neurons of the model, changed."""
 
     selection: Selection
     """Which neurons."""
@@ -57,14 +63,27 @@ class Arm:
     """From `ROUTERS` where there are several experts, else empty."""
 
     @property
-    def prunes(self) -> bool:
-        """Whether rows are pruned; otherwise outputs are edited."""
-        return self.intervention in PRUNERS
+    def pruner(self) -> str | None:
+        """The pruner of its rows; None where outputs are edited."""
+        return PRUNERS.get(self.intervention)
 
     @property
     def level(self) -> Level:
         """How sparse its rows are."""
         return self.strength if self.allocation is None else self.allocation
+
+    @property
+    def columns(self) -> dict[str, object]:
+        """Columns of the tables that name the arm."""
+        return {
+            "selection": self.selection.rule,
+            "by": self.selection.by or "",
+            "seed": self.selection.seed,
+            "intervention": self.intervention,
+            "strength": self.strength,
+            "experts": self.experts,
+            "router": self.router,
+        }
 
     def describe(self) -> dict[str, object]:
         """Return what makes the arm, JSON-serialisable."""
@@ -81,14 +100,8 @@ class Arm:
         return described
 
     @property
-    def key(self) -> str:
-        """Digest of `describe`, which names the arm's file."""
-        content = json.dumps(self.describe(), sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()[:16]
-
-    @property
     def label(self) -> str:
-        """A short line for progress bars."""
+        """A short line for messages."""
         seed = "" if self.selection.seed is None else f" (seed {self.selection.seed})"
         routed = "" if self.experts == 1 else f", {self.experts} experts"
         routed += " of random clusters" if self.router == "random" else ""
@@ -127,6 +140,213 @@ def check_settings(
         )
 
 
+@dataclass(frozen=True, eq=False)
+class ArmPlan:
+    """Which arms are asked for; the fields are explained at `entangle.ablate`."""
+
+    wanted: Sequence[str | Selection]
+    columns: Sequence[str]
+    fraction: float | None
+    count: int | None
+    scope: str
+    seeds: int
+    seed: int
+    interventions: Sequence[str]
+    strengths: Sequence[float]
+    edit_strengths: Sequence[float] = (1.0,)
+    experts: Sequence[int] = (1,)
+    routers: Sequence[str] = ROUTERS[:1]
+    allocation: Allocation | None = None
+    match: bool = False
+
+    @property
+    def prunes(self) -> bool:
+        """Whether an arm prunes rows."""
+        return bool(PRUNERS.keys() & set(self.interventions))
+
+    def check(
+        self,
+        layers: Sequence[Layer],
+        evaluation: Evaluation,
+        *,
+        md: bool = True,
+        scores: pd.DataFrame | None = None,
+    ) -> None:
+        """Raise `UnknownName` or `InvalidInput` for what can be seen before neurons are scored.
+
+        Parameters
+        ----------
+        layers
+            Those whose neurons are changed.
+        evaluation
+            What arms are measured on.
+        md
+            Whether mapping difficulty will be computed.
+        scores
+            Table of scores made before, if there are some.
+        """
+        for one in self.wanted:
+            if not isinstance(one, Selection):
+                choice("selections", one, (*SELECTIONS, *ALIKE, "all"), kind="selection")
+        if not self.wanted or not self.columns:
+            raise InvalidInput("`selections` and `by` must name at least one; got none.")
+        if (self.fraction is None) == (self.count is None):
+            raise InvalidInput(
+                "a selection takes exactly one of `fraction` and `count`; got "
+                f"{self.fraction} and {self.count}: drop one of them."
+            )
+        choice("scope", self.scope, SCOPES)
+        self._check_columns(md=md, scores=scores)
+        sizes = {layer.name: layer.out_features for layer in layers}
+        self._check_sizes(sizes)
+        for one in self.wanted:
+            if isinstance(one, Selection):
+                _check_rows(one, sizes)
+        if self.match:
+            self._check_match(evaluation)
+        if self.allocation is not None:
+            self._check_alone()
+
+    def _check_columns(self, *, md: bool, scores: pd.DataFrame | None) -> None:
+        known = (*SCORED, *(name for name, (source, _) in DERIVED.items() if source in SCORED))
+        for name in self.columns:
+            if scores is None and name not in known:
+                raise unknown_name("column", name, known, "Choose a column of the scores.")
+            missing = not md if scores is None else column(scores, name).isna().all()
+            if missing and (scores is not None or name == "md"):
+                raise InvalidInput(
+                    f"`by` {name} needs scores that hold it; compute it (for md: md=True, without "
+                    "--no-md), or rank by another column."
+                )
+
+    def _check_sizes(self, sizes: Mapping[str, int]) -> None:
+        """Refuse more neurons than there are, with as many again for controls alike."""
+        pools = {f"layer {name!r}": size for name, size in sizes.items()}
+        if self.scope == "model":
+            pools = {"the model": sum(sizes.values())}
+        alike = any(isinstance(one, str) and one in ALIKE for one in self.wanted)
+        if not alike and not {*SELECTIONS} & {one for one in self.wanted if isinstance(one, str)}:
+            return
+        for name, size in pools.items():
+            count = self.count or max(1, round((self.fraction or 0.0) * size))
+            if count > size:
+                raise InvalidInput(
+                    f"a selection of {count} neurons does not fit {name}, which has {size}; lower "
+                    "`fraction` or `count`."
+                )
+            if alike and self.scope == "layer" and 2 * count > size:
+                raise InvalidInput(
+                    f"matched controls of {count} neurons do not fit {name} beside the top ones, "
+                    f"as it has {size}; lower `fraction` or `count`."
+                )
+
+    def _check_match(self, evaluation: Evaluation) -> None:
+        """Refuse a search for equal perplexity that would have nothing to match."""
+        if not {"perplexity", "divergence"} & set(evaluation.measures):
+            raise InvalidInput(
+                "`match` compares perplexities; give `evaluation`, and measure perplexity."
+            )
+        first = self.columns[0]
+        tops = [one for one in self.wanted if isinstance(one, Selection) and one.rule == "top"]
+        if "top" not in self.wanted and first not in [one.by for one in tops]:
+            raise InvalidInput(f"`match` needs the selection top {first}; add top to `selections`.")
+        if 1 not in self.experts and set(self.interventions) <= set(PRUNERS):
+            raise InvalidInput(
+                f"`match` needs arms with 1 expert; got `experts` {list(self.experts)}."
+            )
+
+    def _check_alone(self) -> None:
+        """Refuse what has no meaning beside an allocation, which says how sparse each row is."""
+        if tuple(self.wanted) not in (SELECTIONS, ("all",)):
+            raise InvalidInput(
+                "with `allocation` all rows of its layers are pruned; leave `selections` out."
+            )
+        if self.match:
+            raise InvalidInput(
+                "`match` needs a top selection, which `allocation` has not; drop one."
+            )
+
+    def describe(self) -> dict[str, object]:
+        """Return what a manifest records of it, JSON-serialisable."""
+        settings: dict[str, object] = {
+            "selections": [s if isinstance(s, str) else s.describe() for s in self.wanted],
+            "by": list(self.columns),
+            "fraction": self.fraction,
+            "count": self.count,
+            "scope": self.scope,
+            "seeds": self.seeds,
+            "interventions": list(self.interventions),
+            "strengths": list(self.strengths),
+            "edit_strengths": list(self.edit_strengths),
+            "experts": list(self.experts),
+            "router": self.routers[0] if len(self.routers) == 1 else list(self.routers),
+        }
+        if self.allocation is not None:
+            settings["selections"] = ["all", "allocation"]
+            settings["strengths"] = [self.allocation.overall]
+        return settings
+
+    def arms(self, scores: pd.DataFrame | None) -> list[AblationArm] | None:
+        """Return the arms, each once; None while they wait for a table of scores."""
+        if self.allocation is not None:
+            return plan_allocated(self.allocation, self.interventions, experts=self.experts)
+        if scores is None:
+            return None
+        return plan_arms(
+            self.selections(scores), self.interventions, strengths=self.strengths,
+            edit_strengths=self.edit_strengths, experts=self.experts, routers=self.routers,
+        )  # fmt: skip
+
+    def selections(self, frame: pd.DataFrame) -> list[Selection]:
+        """Return every selection, random ones once a seed; no two may have one name."""
+        found = list(self._each(frame))
+        names = [(one.rule, one.by, one.seed) for one in found]
+        for name, one in zip(names, found, strict=True):
+            if names.count(name) > 1:
+                raise InvalidInput(
+                    f"two selections are called {one.name!r} and could not be told apart; ablate "
+                    "them one after the other."
+                )
+        return found
+
+    def _each(self, frame: pd.DataFrame) -> Iterator[Selection]:
+        size: dict[str, Any] = {"fraction": self.fraction, "count": self.count, "scope": self.scope}
+        for one in dict.fromkeys(self.wanted):
+            if isinstance(one, Selection):
+                yield one
+            elif one == "all":
+                yield select(frame, one)
+            elif one in ("top", "bottom"):
+                for column in self.columns:
+                    yield select(frame, one, by=column, **size)
+            else:
+                like = None
+                if one in ALIKE:
+                    like = select(frame, "top", by=self.columns[0], **size)
+                for draw in range(self.seed, self.seed + self.seeds):
+                    options: dict[str, Any] = size if like is None else {"like": like}
+                    yield select(frame, one, seed=draw, **options)
+
+
+def _check_rows(selection: Selection, sizes: Mapping[str, int]) -> None:
+    """Check that the rows of a selection are neurons of the chosen layers, given by their sizes."""
+    if not selection.n_rows:
+        raise InvalidInput(f"the selection {selection.name!r} must hold a neuron; got none.")
+    for name, rows in selection.rows.items():
+        if name not in sizes:
+            raise unknown_name(
+                f"layer of the selection {selection.name!r} among the chosen ones:", name, sizes,
+                "Choose its layer too (`layers`, --layer).",
+            )  # fmt: skip
+        outside = [int(row) for row in rows if not 0 <= row < sizes[name]]
+        if outside or len(set(rows.tolist())) < len(rows):
+            raise InvalidInput(
+                f"rows of layer {name!r} in the selection {selection.name!r} must be different "
+                f"and in 0..{sizes[name] - 1}; got {outside[:1] or 'one twice'}: select from the "
+                "scores of this model."
+            )
+
+
 def plan_arms(
     selections: Sequence[Selection],
     interventions: Sequence[str],
@@ -135,17 +355,13 @@ def plan_arms(
     edit_strengths: Sequence[float],
     experts: Sequence[int],
     routers: Sequence[str] = ROUTERS[:1],
-) -> list[Arm]:
+) -> list[AblationArm]:
     """Return every combination that makes sense, once.
 
     Several experts only where rows are pruned, and routers only where there are several experts.
     """
-    check_settings(
-        interventions, strengths=strengths, edit_strengths=edit_strengths, experts=experts,
-        routers=routers,
-    )  # fmt: skip
     return [
-        Arm(selection, intervention, float(strength), count, router=router)
+        AblationArm(selection, intervention, float(strength), count, router=router)
         for intervention in dict.fromkeys(interventions)
         for strength in dict.fromkeys(strengths if intervention in PRUNERS else edit_strengths)
         for count in (dict.fromkeys(experts) if intervention in PRUNERS else (1,))
@@ -156,7 +372,7 @@ def plan_arms(
 
 def plan_allocated(
     allocation: Allocation, interventions: Sequence[str], *, experts: Sequence[int]
-) -> list[Arm]:
+) -> list[AblationArm]:
     """Return two arms an intervention: every row as the allocation says, and the same zeros evenly.
 
     Parameters
@@ -193,151 +409,7 @@ def plan_allocated(
         Selection("allocation", rule_label(allocation), None, rows),
     )
     return [
-        Arm(selection, intervention, nominal_sparsity(allocation), 1, level)
+        AblationArm(selection, intervention, nominal_sparsity(allocation), 1, level)
         for intervention in dict.fromkeys(interventions)
         for selection, level in zip(selections, (even(allocation), allocation), strict=True)
     ]
-
-
-FRAME = [
-    "model", "layers", "layer_set", "selection", "by", "seed", "intervention", "strength",
-    "experts", "router", "measure", "value", "low", "high", "n_rows", "realised_sparsity",
-    "realised_low", "realised_high",
-]  # fmt: skip
-DENSE = {"selection": "dense", "by": "", "seed": None, "intervention": "dense", "strength": 0.0,
-         "experts": 1, "router": ""}  # fmt: skip
-_TOLERANCE = 1e-6  # of a share of zeros, a float32: less than one weight of any row
-
-
-def arm_key(arm: Arm) -> dict[str, object]:
-    """Return the columns that name an arm."""
-    chosen = arm.selection
-    return {
-        "selection": chosen.rule,
-        "by": chosen.by or "",
-        "seed": chosen.seed,
-        "intervention": arm.intervention,
-        "strength": arm.strength,
-        "experts": arm.experts,
-        "router": arm.router,
-    }
-
-
-def result_tables(
-    model: str,
-    arms: Sequence[Arm],
-    found: Sequence[Arrays],
-    dense: Arrays,
-    protocol: Protocol,
-    selections: Sequence[Selection],
-    *,
-    realised: Mapping[int, NDArray[np.float64]],
-    planned: Mapping[int, NDArray[np.float64]],
-    seed: int,
-) -> dict[str, Any]:
-    """Return the tables ``frame``, ``windows``, ``pairs`` and ``selections`` of a sweep.
-
-    Parameters
-    ----------
-    model
-        Name of the model.
-    arms, found
-        The arms and the raw numbers of each.
-    dense
-        Raw numbers of the dense model.
-    protocol, selections
-        What was measured, and the selections to list.
-    realised, planned
-        Share of zeros of every selected row, and what it is to be, by ``id`` of the arm.
-    seed
-        Of the bootstraps.
-
-    Raises
-    ------
-    NumericalError
-        If a row holds another number of zeros than planned.
-    """
-    check_sparsity(arms, realised, planned)
-    rows, windows, pairs = [], [], []
-    for arm, arrays in [(None, dense), *zip(arms, found, strict=True)]:
-        key = DENSE if arm is None else arm_key(arm)
-        zeros = np.zeros(0) if arm is None else realised[id(arm)]
-        extra = {
-            "n_rows": 0 if arm is None else arm.selection.n_rows,
-            "realised_sparsity": zeros.mean() if len(zeros) else np.nan,
-            "realised_low": zeros.min() if len(zeros) else np.nan,
-            "realised_high": zeros.max() if len(zeros) else np.nan,
-        }
-        count = 0 if arm is None else len(arm.selection.rows)
-        layers = "none" if arm is None else f"{count} layer{'s' if count > 1 else ''}"
-        measured = measure_rows(arrays, dense, protocol, seed=seed)
-        where = {
-            "layers": layers,
-            "layer_set": layer_set(() if arm is None else arm.selection.rows),
-        }
-        rows += [{"model": model, **where, **key, **row, **extra} for row in measured]
-        per_window = {k: v for k, v in arrays.items() if k in ("loss", "kl", "agreement")}
-        if per_window:
-            windows.append(_numbered("window", key, per_window))
-        per_pair = {k: v for k, v in arrays.items() if k in ("good", "bad")}
-        if per_pair and protocol.pairs is not None:
-            table = _numbered("pair", key, per_pair)
-            pairs.append(table.assign(paradigm=list(protocol.pairs.paradigms)))
-    picked = [
-        one.frame.assign(selection=one.rule, by=one.by or "", seed=one.seed) for one in selections
-    ]
-    return {
-        "frame": _typed(pd.DataFrame(rows)[FRAME]),
-        "windows": _joined(windows, "window"),
-        "pairs": _joined(pairs, "pair"),
-        "selections": _typed(pd.concat(picked, ignore_index=True)),
-    }
-
-
-def check_sparsity(
-    arms: Sequence[Arm],
-    realised: Mapping[int, NDArray[np.float64]],
-    planned: Mapping[int, NDArray[np.float64]],
-) -> None:
-    """Raise `NumericalError` unless every row of every arm holds the zeros planned for its width.
-
-    A strength is a share of a row's weights, rounded to whole ones. So arms of one strength are
-    equally sparse wherever their rows are equally wide, and differ by that rounding elsewhere.
-    """
-    for arm in arms:
-        zeros, wanted = realised[id(arm)], planned[id(arm)]
-        if zeros.shape != wanted.shape:
-            raise NumericalError(
-                f"{arm.label} must have {len(wanted)} pruned rows; got {len(zeros)}."
-            )
-        wrong = np.flatnonzero(~(np.abs(zeros - wanted) <= _TOLERANCE))
-        if len(wrong):
-            layer, row = arm.selection.frame.iloc[wrong[0]]
-            raise NumericalError(
-                f"row {row} of layer {layer!r} must hold a share of {wanted[wrong[0]]:.6f} zeros "
-                f"in the arm {arm.label}; got {zeros[wrong[0]]:.6f} ({len(wrong)} such rows)."
-            )
-
-
-def realised_sparsity(neurons: pd.DataFrame, arm: Arm) -> NDArray[np.float64]:
-    """Return the realised sparsity of an arm's rows from the table of routed neurons."""
-    own = neurons[(neurons["experts"] == arm.experts) & (neurons["sparsity"] == arm.strength)]
-    index = own.set_index(["layer", "neuron"])["realised_sparsity"]
-    wanted = pd.MultiIndex.from_frame(arm.selection.frame[["layer", "neuron"]])
-    return np.asarray(index.reindex(wanted), dtype=np.float64)
-
-
-def _numbered(name: str, key: Mapping[str, object], arrays: Arrays) -> pd.DataFrame:
-    table = pd.DataFrame(dict(arrays)).rename_axis(name).reset_index()
-    return table.assign(**key)  # type: ignore[arg-type]
-
-
-def _joined(tables: Sequence[pd.DataFrame], name: str) -> pd.DataFrame:
-    if not tables:
-        return pd.DataFrame({name: pd.Series(dtype="int64")})
-    return _typed(pd.concat([_typed(table) for table in tables], ignore_index=True))
-
-
-def _typed(table: pd.DataFrame) -> pd.DataFrame:
-    """Store seeds as integers that may be missing."""
-    return table.astype({"seed": "Int64"})

@@ -1,36 +1,33 @@
-"""Compare pruning methods and expansions at several sparsities, on one text."""
+"""`compare`: pruning methods and expansions at several sparsities, on one text."""
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
+from warnings import warn
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
-from safetensors.numpy import load_file
-from safetensors.numpy import save as to_safetensors
-from torch import tensor
 
 from entangle.allocation.allocation import Allocation, even
-from entangle.allocation.experts import nominal_sparsity, zeros_digest
-from entangle.checks import several, shown
-from entangle.errors import EntangleError, InvalidInput
-from entangle.evaluation import EvaluationText, Perplexity, as_evaluation, perplexity_ratio
-from entangle.evaluation.perplexity import measure_perplexity
-from entangle.experiments.compare_arms import (
+from entangle.allocation.experts import mean_experts, nominal_sparsity, zeros_digest
+from entangle.checks import choice, named, renamed, several, share, shown, whole
+from entangle.errors import InvalidInput
+from entangle.evaluation import as_evaluation, perplexity_ratio
+from entangle.experiments.experiment import (
+    WINDOW,
     Arm,
-    Named,
-    arms,
-    by_name,
-    common_layers,
-    several_named,
+    Arrays,
+    Evaluation,
+    Experiment,
+    numbered,
 )
 from entangle.experts.build import check_experts
 from entangle.experts.expand import expand
 from entangle.memory import check_memory, memory_for
-from entangle.models.blocks import evaluates
+from entangle.models.blocks import evaluating
 from entangle.models.layers import find_layers
 from entangle.models.loading import AnyModel, LanguageModel, as_language_model
 from entangle.results.comparison import (
@@ -43,69 +40,66 @@ from entangle.results.comparison import (
     at_equal_nonzeros,
     load_comparison,
 )
-from entangle.runs.provenance import RunClock, claims_out, make_manifest
-from entangle.runs.reading import READ_ERRORS
-from entangle.runs.unfinished import Unfinished, is_made
+from entangle.runs.provenance import RunClock, claimed
 from entangle.seeding import check_seed
 from entangle.texts.calibration import as_calibration
 from entangle.texts.calibration_set import CalibrationSet
 from entangle.texts.given import Source
 
 __all__ = [
-    "KIND", "METHODS", "Arm", "Comparison", "Named", "arms", "at_equal_nonzeros", "compare",
-    "load_comparison",
+    "KIND", "METHODS", "Comparison", "ComparisonArm", "Named", "arms", "at_equal_nonzeros",
+    "compare", "load_comparison",
 ]  # fmt: skip
 
-SPARSITIES, EXPERTS = (0.5, 0.7), 16
+SPARSITIES, EXPERTS = (0.5, 0.7), (1, 16)
 """What is compared unless something else is asked for."""
-_ENDING = "comparing"
 _EVEN = ("uniform_ratio", "uniform_low", "uniform_high")
 _COSTS = ("flops", "nonzeros", "bytes")
 _NUMBERS = (*_COSTS, "relative_error", "seconds")
 
-
-@dataclass(frozen=True, eq=False)
-class _Measured:
-    """What one arm came to."""
-
-    losses: NDArray[np.float64]
-    """Of every window, (n_windows,), nats."""
-    numbers: Mapping[str, float]
-    """Values of `_NUMBERS`."""
-
-    def perplexity(self, text: EvaluationText) -> Perplexity:
-        return Perplexity.of(tensor(self.losses), text)
-
-    def write(self, path: Path) -> None:
-        arrays = {name: np.array(self.numbers[name], np.float64) for name in _NUMBERS}
-        path.write_bytes(to_safetensors({"losses": self.losses, **arrays}))
-
-    @classmethod
-    def read(cls, path: Path, text: EvaluationText) -> "_Measured":
-        try:
-            found = load_file(path)
-            losses = found["losses"]
-            if losses.shape != (text.n_windows,) or losses.dtype != np.float64:
-                raise ValueError(f"losses of shape {losses.shape} for {text.n_windows} windows")
-            return cls(losses, {name: float(found[name]) for name in _NUMBERS})
-        except READ_ERRORS as error:
-            raise InvalidInput(
-                f"{str(path)!r} is damaged ({error}); remove it and go on with --resume "
-                "(resume=True)."
-            ) from error
+Named = tuple[str, Allocation]
+"""What an allocation is called in the tables, and the allocation. Those of several sparsities may
+have one name."""
 
 
-@claims_out
-@evaluates
+@dataclass(frozen=True)
+class ComparisonArm(Arm):
+    """One model to build."""
+
+    method: str
+    """A key of `METHODS`."""
+    sparsity: float
+    """Share of zeros: in every row, or of all layers together with an allocation."""
+    experts: int
+    """Experts a layer (on average with an allocation that has its own); 1 without a router."""
+    allocation: str = UNIFORM
+    """Name of the allocation, or ``uniform``: ``sparsity`` in every row."""
+
+    def describe(self) -> dict[str, object]:
+        """Return what makes the arm, JSON-serialisable."""
+        return asdict(self)
+
+    @property
+    def columns(self) -> dict[str, object]:
+        """Columns of the tables that name the arm."""
+        return {name: getattr(self, name) for name in KEY}
+
+    @property
+    def label(self) -> str:
+        """A short line for messages."""
+        allocated = "" if self.allocation == UNIFORM else f" {self.allocation}"
+        return f"{self.method} {self.sparsity:g} k={self.experts}{allocated}"
+
+
+@renamed(text="evaluation", chosen="methods", told="progress")
 def compare(
     model: AnyModel,
     calibration: Source,
-    text: Source,
-    chosen: Arm | Iterable[Arm] | None = None,
+    evaluation: Source,
+    methods: str | Iterable[str | ComparisonArm] = tuple(METHODS),
     *,
-    methods: str | Iterable[str] | None = None,
     sparsity: float | Iterable[float] | None = None,
-    experts: int | Iterable[int] | None = None,
+    experts: int | Iterable[int] = EXPERTS,
     allocations: Named | Iterable[Named] = (),
     seed: int = 0,
     memory: int | None = None,
@@ -113,7 +107,7 @@ def compare(
     resume: bool = False,
     force: bool = False,
     extra: Callable[[Comparison, Path], object] | None = None,
-    told: Callable[[str], None] = lambda _line: None,
+    progress: bool | Callable[[str], None] | None = None,
 ) -> Comparison:
     """Build every arm from the dense weights and measure its perplexity; experts are not kept.
 
@@ -124,17 +118,20 @@ def compare(
         `LanguageModel`. Dense, and left unchanged.
     calibration
         Text that the arms are fitted on, as in `entangle.expand`.
-    text
-        Text to evaluate on, as ``evaluation`` in `entangle.expand`.
-    chosen
-        From `arms`; in place of ``methods``, ``sparsity`` and ``experts``.
-    methods, sparsity, experts
-        What `arms` makes arms of: by default all `METHODS`, 0.5 and 0.7 (the allocations' own where
-        there are some), and 16.
+    evaluation
+        Text to evaluate on, as in `entangle.expand`.
+    methods
+        Of ``magnitude``, ``wanda``, ``sparsegpt``, ``expansion`` and ``expansion-random``.
+    sparsity
+        Shares of zeros in [0, 1], the same in every row; by default 0.5 and 0.7, or those of the
+        allocations where there are some.
+    experts
+        Numbers of experts a layer, of methods with a router. One expert is the plain method.
     allocations
-        Those that the arms were made with. All must be for the same layers, which all arms prune;
-        the MLP linears without allocations. Uniform arms of an allocation's sparsity spread its
-        very number of zeros evenly.
+        Pairs of a name and an allocation: every method is built with each of them too. All must be
+        for the same layers, which all arms prune; the MLP linears without allocations. Uniform arms
+        of an allocation's sparsity spread its very number of zeros evenly. One that has numbers of
+        experts of its own is built with those, in place of ``experts``.
     seed
         Seed of the routers and of the bootstrap.
     memory
@@ -149,8 +146,9 @@ def compare(
     extra
         Called with the result and its folder, before that takes the name ``out``, to add files,
         such as figures.
-    told
-        Called with one line after each arm.
+    progress
+        Show a progress bar on standard error; by default if that is a terminal. A function is
+        called with one line after each arm instead, for one release.
 
     Raises
     ------
@@ -161,180 +159,289 @@ def compare(
         before it are kept.
     """
     clock, seed = RunClock(), check_seed(seed)
-    check_memory(memory)
-    allocations = several_named(allocations)
-    chosen = _chosen(chosen, methods, sparsity, experts, allocations)
-    dense = as_language_model(model)
-    calibration, text = as_calibration(calibration, dense), as_evaluation(text, dense)
-    budget = memory_for(memory, dense.module)
-    for arm in chosen:
-        check_experts(arm.experts, tokens=calibration.n_tokens)
-    bench = _Bench(dense, calibration, text, allocations, seed=seed, memory=budget)
-    for _, one in allocations:  # told before anything is built
-        one.check(find_layers(dense.module, list(one.zeros), None), dense.digest)
-    manifest = make_manifest(
-        KIND,
-        model=dense.describe(),
-        calibration=calibration.describe(),
-        evaluation=text.describe(),
-        settings=_settings(chosen, allocations, seed),
-    )
-    kept = None
-    if out is not None:
-        if resume and not force and is_made(out, KIND, manifest, ending=_ENDING):
-            return load_comparison(out)
-        kept = Unfinished(
-            out, manifest, what="comparison", ending=_ENDING, resume=resume, force=force
+    with ExitStack() as held:
+        held.enter_context(claimed(out))
+        check_memory(memory)
+        allocations = several_named(allocations)
+        default = [nominal_sparsity(one) for _, one in allocations] or SPARSITIES
+        shares = default if sparsity is None else sparsity
+        planned = _former_arms(methods, sparsity=sparsity, experts=experts)
+        planned = planned or arms(methods, shares, experts, allocations=allocations)
+        told, bar = (progress, False) if callable(progress) else (None, progress)
+        dense = as_language_model(model)
+        held.enter_context(evaluating(dense.module))
+        experiment = Comparing(
+            dense, as_calibration(calibration, dense), Evaluation(as_evaluation(evaluation, dense)),
+            arms=planned, allocations=allocations, told=told, seed=seed,
+            memory=memory_for(memory, dense.module),
+        )  # fmt: skip
+        experiment.check()
+        found: Comparison = experiment.run(
+            clock, out, resume=resume, force=force, extra=extra, progress=bar
         )
-    results: dict[Arm, _Measured] = {}
-    for arm in (Arm(DENSE, 0.0, 1), *chosen):
-        results[arm], before = _measured(bench, arm, kept)
-        value = f"perplexity {results[arm].perplexity(text).value:.3f}"
-        told(f"{arm.label}: {value}{' (finished before)' if before else ''}")
-    frame, windows = _tables(results, text, seed=seed)
-    found = Comparison(frame, windows, manifest | clock.read(budget))
-    if kept is not None and out is not None:
-        found.save(out, force=force, extra=None if extra is None else partial(extra, found))
-        kept.remove()
-    return found
+        return found
 
 
-def _chosen(
-    chosen: Arm | Iterable[Arm] | None,
-    methods: str | Iterable[str] | None,
-    sparsity: float | Iterable[float] | None,
-    experts: int | Iterable[int] | None,
-    allocations: Sequence[Named],
-) -> list[Arm]:
-    """Return the arms given, or those that methods, sparsities and numbers of experts make."""
-    if chosen is None:
-        return arms(
-            METHODS if methods is None else methods,
-            _sparsities(allocations) if sparsity is None else sparsity,
-            EXPERTS if experts is None else experts,
-            allocations=allocations,
-        )
-    for name, value in (("methods", methods), ("sparsity", sparsity), ("experts", experts)):
-        if value is not None:
+def _former_arms(methods: object, **others: object) -> "list[ComparisonArm] | None":
+    """Return a list of arms that is given in place of methods, as the version before took it."""
+    listed = methods if isinstance(methods, list | tuple) else [methods]
+    if not any(isinstance(one, ComparisonArm) for one in listed):
+        return None
+    note = "compare: give `methods`, `sparsity` and `experts` instead of a list of arms"
+    warn(note, DeprecationWarning, stacklevel=4)
+    for name, usual in (("sparsity", None), ("experts", EXPERTS)):
+        if others[name] is not usual:
             raise InvalidInput(
-                f"`{name}` makes arms, which `chosen` has already; got {shown(value)}: leave one "
-                "of them out."
+                f"`{name}` makes arms, which are given already; got {shown(others[name])}: leave "
+                "one of them out."
             )
-    found = several("chosen", chosen, Arm)
-    for arm in found:
-        if not isinstance(arm, Arm):
-            raise InvalidInput(f"`chosen` must be arms, from `arms`; got {shown(arm)}.")
-    return found
+    for arm in listed:
+        if not isinstance(arm, ComparisonArm):
+            raise InvalidInput(f"`methods` must be names of methods; got {shown(arm)} among arms.")
+    return list(listed)
 
 
-def _sparsities(allocations: Sequence[Named]) -> Sequence[float]:
-    """Return the sparsities of allocations, the usual ones where there are none."""
-    return [nominal_sparsity(one) for _, one in allocations] or SPARSITIES
+class Comparing(Experiment[ComparisonArm]):
+    """Whole models that are built by several methods.
 
+    Parameters
+    ----------
+    model, calibration, evaluation, seed, memory
+        As in `Experiment`.
+    arms, allocations
+        What is built, and the allocations that it was made with.
+    told
+        Called with one line after each arm.
+    """
 
-def _settings(chosen: Sequence[Arm], allocations: Sequence[Named], seed: int) -> dict[str, object]:
-    settings: dict[str, object] = {
-        "methods": list(dict.fromkeys(arm.method for arm in chosen)),
-        "arms": [[arm.method, arm.sparsity, arm.experts, arm.allocation] for arm in chosen],
-        "seed": seed,
-    }
-    if allocations:
-        settings["allocations"] = [
-            {"name": name, **one.manifest, "zeros_sha256": zeros_digest(one)}
-            for name, one in allocations
-        ]
-    return settings
-
-
-class _Bench:
-    """Builds and measures arms, each from the dense weights."""
+    kind, ending = KIND, "comparing"
+    result, load = Comparison, staticmethod(load_comparison)
 
     def __init__(
         self,
         model: LanguageModel,
         calibration: CalibrationSet,
-        text: EvaluationText,
-        allocations: Sequence[Named],
+        evaluation: Evaluation,
         *,
-        seed: int,
+        arms: Sequence[ComparisonArm],
+        allocations: Sequence[Named] = (),
+        told: Callable[[str], None] | None = None,
+        seed: int = 0,
         memory: int,
     ) -> None:
-        self._model, self._calibration, self.text = model, calibration, text
-        self._seed, self._memory = seed, memory
+        super().__init__(model, calibration, evaluation, seed=seed, memory=memory)
+        self.arms, self._allocations, self._told = arms, allocations, told
         self._layers, self._by_name = common_layers(allocations), by_name(allocations)
         self._evenly = {sparsity: even(one) for (_, sparsity), one in self._by_name.items()}
 
-    def measure(self, arm: Arm) -> _Measured:
-        """Build an arm, unless it is the dense model, and measure it."""
-        if arm.method == DENSE:
-            losses = measure_perplexity(self._model, self.text, progress=False).window_losses
-            costs = dict.fromkeys(_COSTS, 1.0)
-            return _Measured(losses, costs | dict.fromkeys(_NUMBERS[3:], float("nan")))
+    def check(self) -> None:
+        """Refuse numbers of experts and allocations that do not fit, before anything is built."""
+        for arm in self.arms:
+            check_experts(arm.experts, tokens=self.calibration.n_tokens)
+        for _, one in self._allocations:
+            layers = find_layers(self.model.module, list(one.zeros), None)
+            one.check(layers, self.model.digest)
+
+    def settings(self) -> dict[str, object]:
+        """Return what a manifest records, JSON-serialisable."""
+        settings: dict[str, object] = {
+            "methods": list(dict.fromkeys(arm.method for arm in self.arms)),
+            "arms": [[arm.method, arm.sparsity, arm.experts, arm.allocation] for arm in self.arms],
+            "seed": self.seed,
+        }
+        if self._allocations:
+            settings["allocations"] = [
+                {"name": name, **one.manifest, "zeros_sha256": zeros_digest(one)}
+                for name, one in self._allocations
+            ]
+        return settings
+
+    def evaluated(self) -> dict[str, object]:
+        """Return what a manifest records of the evaluation: the text alone."""
+        return dict(self.evaluation.describe()["text"])  # type: ignore[call-overload, no-any-return]
+
+    def measure(self, arm: ComparisonArm) -> Arrays:
+        """Build an arm and return its losses, costs, relative error and seconds."""
         pruner, router = METHODS[arm.method]
-        everywhere = self._layers is None
-        expanded = expand(
-            self._model,
-            self._calibration,
+        built = expand(
+            self.model,
+            self.calibration,
             experts=arm.experts,
             sparsity=arm.sparsity,
             pruner=pruner,
             layers="all" if self._layers is None else self._layers,
-            proj="mlp" if everywhere else None,
+            proj="mlp" if self._layers is None else None,
             allocation=self._allocation(arm),
             router=router,
-            seed=self._seed,
-            memory=self._memory,
-            evaluation=self.text,
+            seed=self.seed,
+            memory=self.memory,
+            evaluation=self.evaluation.text,
             keep=False,
             progress=False,
         )
-        assert expanded.perplexity is not None  # noqa: S101
-        error = float(expanded.layers["relative_error"].mean())
-        seconds = float(str(expanded.run["seconds"]))
-        numbers = {**expanded.costs, "relative_error": error, "seconds": seconds}
-        return _Measured(expanded.perplexity.window_losses, numbers)
+        assert built.perplexity is not None  # noqa: S101
+        error, seconds = built.layers["relative_error"].mean(), float(str(built.run["seconds"]))
+        numbers = {**built.costs, "relative_error": error, "seconds": seconds}
+        arrays = {name: np.array(numbers[name], np.float64) for name in _NUMBERS}
+        return {"loss": built.perplexity.window_losses, **arrays}
 
-    def _allocation(self, arm: Arm) -> Allocation | None:
+    def _allocation(self, arm: ComparisonArm) -> Allocation | None:
         key = arm.allocation, arm.sparsity
         allocation = self._by_name.get(key, self._evenly.get(arm.sparsity))
         if allocation is not None and METHODS[arm.method][1] == "single":
             return replace(allocation, experts=None)
         return allocation
 
+    def done(self, arm: ComparisonArm | None, found: Arrays, *, known: bool = False) -> None:
+        """Tell of an arm that is finished."""
+        if self._told is not None:
+            value = f"perplexity {self.evaluation.perplexity(found).value:.3f}"
+            label = DENSE_ARM.label if arm is None else arm.label
+            self._told(f"{label}: {value}{' (finished before)' if known else ''}")
 
-def _measured(bench: _Bench, arm: Arm, kept: Unfinished | None) -> tuple[_Measured, bool]:
-    """Return what an arm came to, and whether an earlier run had finished it."""
-    name = f"arm-{arm.key}.safetensors"
-    path = None if kept is None else kept.find(name)
-    if path is not None:
-        return _Measured.read(path, bench.text), True
-    try:
-        found = bench.measure(arm)
-    except EntangleError as error:
-        raise type(error)(f"{arm.label}: {error}") from error
-    if kept is not None:
-        kept.keep(name, found.write)
-    return found, False
+    def prepare(
+        self,
+        held: ExitStack,  # noqa: ARG002
+        *,
+        progress: bool | None,  # noqa: ARG002
+    ) -> Sequence[ComparisonArm]:
+        """Measure the dense model."""
+        ones = {name: np.array(1.0 if name in _COSTS else np.nan) for name in _NUMBERS}
+        self.dense = self.evaluation.measure(self.model) | ones
+        self.done(None, self.dense)
+        return self.arms
 
+    def tables(self, arms: Sequence[ComparisonArm], found: Sequence[Arrays]) -> dict[str, Any]:
+        """Return one row an arm, and one an arm and window."""
+        measured = {DENSE_ARM: self.dense, **dict(zip(arms, found, strict=True))}
+        windows = [numbered("window", arm.columns, a, WINDOW) for arm, a in measured.items()]
+        return {
+            "frame": pd.DataFrame([self._row(arm, measured) for arm in measured]),
+            "windows": pd.concat(windows, ignore_index=True)[["window", *KEY, "loss"]],
+        }
 
-def _tables(
-    measured: Mapping[Arm, _Measured], text: EvaluationText, *, seed: int
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return one row an arm, and one an arm and window."""
-    rows, losses = [], []
-    known = {arm: one.perplexity(text) for arm, one in measured.items()}
-    dense = next(iter(known.values()))
-    for arm, one in measured.items():
-        result = known[arm]
+    def _row(
+        self, arm: ComparisonArm, measured: Mapping[ComparisonArm, Arrays]
+    ) -> dict[str, object]:
+        found, seed = measured[arm], self.seed
+        result, dense = self.evaluation.perplexity(found), self.evaluation.perplexity(self.dense)
         ratio = perplexity_ratio(result, dense, seed=seed)
-        key = dict(zip(KEY, (arm.method, arm.sparsity, arm.experts, arm.allocation), strict=True))
-        row: dict[str, object] = {**key, "perplexity": result.value, "ratio": ratio.value}
-        row |= {"ratio_low": ratio.low, "ratio_high": ratio.high, **one.numbers}
-        uniform = known.get(replace(arm, allocation=UNIFORM))
+        row = {**arm.columns, "perplexity": result.value, "ratio": ratio.value}
+        row |= {"ratio_low": ratio.low, "ratio_high": ratio.high}
+        row |= {name: float(found[name]) for name in _NUMBERS}
+        uniform = measured.get(replace(arm, allocation=UNIFORM))
         if arm.allocation != UNIFORM and uniform is not None:
-            ratio = perplexity_ratio(result, uniform, seed=seed)
+            ratio = perplexity_ratio(result, self.evaluation.perplexity(uniform), seed=seed)
             row |= dict(zip(_EVEN, (ratio.value, ratio.low, ratio.high), strict=True))
-        rows.append(row)
-        window = pd.DataFrame({**key, "loss": result.window_losses})
-        losses.append(window.rename_axis("window").reset_index())
-    return pd.DataFrame(rows), pd.concat(losses, ignore_index=True)
+        return row
+
+
+DENSE_ARM = ComparisonArm(DENSE, 0.0, 1)
+"""The dense model, as the tables name it."""
+
+
+def arms(
+    methods: str | Iterable[Any],
+    sparsities: float | Iterable[float],
+    experts: int | Iterable[int],
+    *,
+    allocations: Named | Iterable[Named] = (),
+) -> list[ComparisonArm]:
+    """Return the models to build: methods without a router once, others for every count above 1.
+
+    What is listed twice is built once. One expert of a method with a router is the plain method.
+
+    Parameters
+    ----------
+    methods
+        Keys of `METHODS`.
+    sparsities
+        Shares of zeros in [0, 1], the same in every row.
+    experts
+        Numbers of experts a layer.
+    allocations
+        Every method is built with each of them too. One that has numbers of experts of its own is
+        built with those, in place of ``experts``.
+
+    Raises
+    ------
+    InvalidInput, UnknownName
+        A method that does not exist, a number out of range, or nothing to build.
+    """
+    methods = [choice("method", one, METHODS) for one in several("methods", methods, empty=True)]
+    sparsities = [share("sparsity", one) for one in several("sparsity", sparsities, empty=True)]
+    experts = [whole("experts", k, least=1) for k in several("experts", experts, empty=True)]
+    allocations = several_named(allocations)
+    routed = {method for method in methods if METHODS[method][1] != "single"}
+    levels: list[tuple[float, str, Allocation | None]]
+    levels = [(sparsity, UNIFORM, None) for sparsity in sparsities]
+    levels += [(sparsity, name, one) for (name, sparsity), one in by_name(allocations).items()]
+    found = [
+        ComparisonArm(method, sparsity, k, name)
+        for sparsity, name, allocation in levels
+        for method in methods
+        for k in (_counts(allocation, experts) if method in routed else [1])
+    ]
+    if not found:
+        raise InvalidInput(
+            "there is nothing to build: name at least one method, one `sparsity` and, for methods "
+            f"with a router, a number of `experts` above 1; got methods {list(methods)}, "
+            f"sparsity {list(sparsities)} and experts {list(experts)}."
+        )
+    return list(dict.fromkeys(found))
+
+
+def several_named(allocations: Named | Iterable[Named]) -> list[Named]:
+    """Return named allocations, or one, as a list."""
+    if isinstance(allocations, tuple) and len(allocations) == 2:
+        name, one = allocations
+        if isinstance(name, str) and isinstance(one, Allocation):
+            return [(name, one)]
+    found = several("allocations", allocations, empty=True)
+    for one in found:
+        if not (isinstance(one, tuple) and len(one) == 2 and isinstance(one[1], Allocation)):
+            raise InvalidInput(
+                f"`allocations` must be pairs of a name and an Allocation; got {shown(one)}."
+            )
+    return [(named("allocations", name), one) for name, one in found]
+
+
+def by_name(allocations: Sequence[Named]) -> dict[tuple[str, float], Allocation]:
+    """Return allocations by name and sparsity, which must tell them apart."""
+    found: dict[tuple[str, float], Allocation] = {}
+    for name, allocation in allocations:
+        key = name, nominal_sparsity(allocation)
+        if name == UNIFORM:
+            raise InvalidInput(f"an allocation must not be called {UNIFORM!r}; rename it.")
+        if key in found:
+            raise InvalidInput(
+                f"two allocations of sparsity {key[1]:g} are called {name!r} and could not be told "
+                "apart; rename one."
+            )
+        found[key] = allocation
+    return found
+
+
+def _counts(allocation: Allocation | None, experts: Sequence[int]) -> list[int]:
+    if allocation is None or allocation.experts is None:
+        return [k for k in experts if k > 1]
+    return [round(mean_experts(allocation))]
+
+
+def common_layers(allocations: Sequence[Named]) -> list[str] | None:
+    """Return the layers of all allocations, None without any; they must have one pattern too."""
+    first: tuple[str, list[str]] | None = None
+    patterns = sorted({allocation.pattern for _, allocation in allocations})
+    if len(patterns) > 1:
+        raise InvalidInput(
+            f"allocations that are compared must have one pattern; got {' and '.join(patterns)}."
+        )
+    for name, allocation in allocations:
+        layers = list(allocation.zeros)
+        first = first or (name, layers)
+        if layers != first[1]:
+            raise InvalidInput(
+                f"allocations that are compared must be for the same layers; {first[0]!r} has "
+                f"{len(first[1])} and {name!r} has {len(layers)}, or others."
+            )
+    return None if first is None else first[1]

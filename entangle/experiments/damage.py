@@ -107,7 +107,7 @@ def single_neuron_damage(
         In [0, 1]: share of the edit that is mixed in, or share of weights that become zero.
     grams
         ``XᵀX`` of the layers' inputs by name, for pruners that need it
-        (`entangle.experiments.measures.layer_statistics`).
+        (`entangle.experiments.interventions.layer_statistics`).
     means
         Mean outputs by layer name, for ``mean`` (`entangle.experiments.interventions.mean_outputs`
         of the scores).

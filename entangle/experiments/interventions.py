@@ -1,5 +1,7 @@
 """Changes to some neurons of a model that end, bit for bit, with a ``with`` block.
 
+And what they need to know of the dense model: scores and gram matrices, from one pass.
+
 Rows of a weight are swapped, or outputs edited. The blocks nest, and an ``ExitStack`` takes any
 number of them::
 
@@ -9,6 +11,7 @@ number of them::
         result = perplexity(model, text)
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -22,12 +25,18 @@ from torch import Tensor
 
 from entangle.checks import choice, share
 from entangle.errors import InvalidInput, unknown_name
-from entangle.experiments.selection import Selection, neuron_table
+from entangle.experiments.selection import Selection, in_module_order
 from entangle.models.layers import Layer
+from entangle.models.loading import LanguageModel
 from entangle.pruning import PruneResult, prune
 from entangle.recording.hooks import changed_rows, edit
+from entangle.recording.recorder import Recorded, Recorder, of_one_group, told
 from entangle.results.scores import NeuronScores
+from entangle.runs.progress import ProgressBar
+from entangle.scoring.score import score_layers
 from entangle.seeding import numpy_rng
+from entangle.stats.gram import Gram, GramResult
+from entangle.texts.calibration_set import CalibrationSet
 
 OUTPUT_EDITS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
     "zero": lambda output, _mean: torch.zeros_like(output),
@@ -201,7 +210,7 @@ def mean_outputs(
     """
     frame = scores.frame if isinstance(scores, NeuronScores) else scores
     found = {}
-    for name, part in neuron_table(frame).groupby("layer", sort=False):
+    for name, part in in_module_order(frame).groupby("layer", sort=False):
         known = part.set_index("neuron")["mean"]
         means = known.reindex(range(int(known.index.max()) + 1)).to_numpy(np.float64, copy=True)
         if isinstance(scores, NeuronScores):
@@ -210,6 +219,90 @@ def mean_outputs(
             means[constant] = (saved.low[constant] + saved.high[constant]) / 2.0
         found[str(name)] = torch.from_numpy(means)
     return found
+
+
+@dataclass(frozen=True, eq=False)
+class LayerStatistics:
+    """Scores of some layers' neurons, and the gram matrix of each layer's inputs."""
+
+    scores: NeuronScores
+    """One row a neuron."""
+    grams: Mapping[str, GramResult]
+    """``XᵀX`` by layer name; layers that read one input share the object; empty if not wanted."""
+
+
+class GramWatch:
+    """Accumulates the grams of watched layers; layers with one input share an accumulator."""
+
+    def __init__(self) -> None:
+        self._source: dict[str, int] = {}
+        self._grams: dict[int, Gram] = {}
+        self._tokens: Counter[str | int] = Counter()
+
+    def __call__(self, seen: Recorded) -> None:
+        """Add what one layer received in one pass."""
+        seen.check_affine("pruning")
+        self._source[seen.layer.name] = seen.source
+        self._tokens[seen.layer.name] += len(seen.inputs)
+        if not seen.leads:
+            return
+        self._tokens[seen.source] += len(seen.inputs)
+        if seen.source not in self._grams:
+            self._grams[seen.source] = Gram(
+                seen.layer.in_features, device=seen.inputs.device, dtype=torch.float32
+            )
+        self._grams[seen.source].update(seen.inputs)
+
+    def result(self) -> dict[str, GramResult]:
+        """Return the gram of every layer."""
+        for name, source in self._source.items():
+            if self._tokens[name] != self._tokens[source]:
+                raise InvalidInput(
+                    f"layer {name!r} has the input of another layer in some of its runs only; "
+                    "take it alone."
+                )
+        results = {source: gram.result() for source, gram in self._grams.items()}
+        return {name: results[source] for name, source in self._source.items()}
+
+
+def layer_statistics(
+    model: LanguageModel,
+    calibration: CalibrationSet,
+    layers: Sequence[Layer],
+    *,
+    scores: NeuronScores | None = None,
+    grams: bool = True,
+    md: bool = True,
+    seed: int = 0,
+    progress: bool | None = None,
+    named: bool = True,
+) -> LayerStatistics:
+    """Score layers and accumulate their grams in one pass over the calibration set.
+
+    Parameters
+    ----------
+    model, calibration, layers
+        What to run, on what, and which layers to watch.
+    scores
+        Scores made before; then only the grams are accumulated, and without them nothing runs.
+    grams
+        Whether pruning needs the grams.
+    md, seed, progress
+        As in `entangle.score`.
+    named
+        Whether the layers were asked for by name. If not, those that see no token are left out.
+    """
+    watch = GramWatch()
+    if scores is None:
+        scores = score_layers(
+            model, calibration, layers, may_be_silent=not named, method="sketch", md=md,
+            seed=seed, progress=progress, watch=watch if grams else None,
+        )  # fmt: skip
+    elif grams:
+        with ProgressBar("calibrating", enabled=progress) as bar:
+            bar.start(calibration.n_seq, "sequences")
+            Recorder(layers, watch).run(model.module, told(of_one_group(calibration), bar.advance))
+    return LayerStatistics(scores, watch.result())
 
 
 def _edited(output: Tensor, *, rows: Tensor, kind: str, strength: float, mean: Tensor) -> Tensor:

@@ -81,7 +81,8 @@ def outlier_overlap(
     by, fraction
         Which neurons are the top ones of a layer, as in `entangle.experiments.selection.select`.
     grams
-        ``XᵀX`` of layers' inputs by name (`entangle.experiments.measures.layer_statistics`), for
+        ``XᵀX`` of layers' inputs by name
+        (`entangle.experiments.interventions.layer_statistics`), for
         ``inputs``; layers without one have no such row.
     residual
         Variance of the residual stream's dimensions by name of the layers that write to it

@@ -7,6 +7,7 @@ Pearson's correlation with a bootstrap interval.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,7 +19,7 @@ from entangle.checks import bootstrap, named, several
 from entangle.errors import InvalidInput
 from entangle.experiments.selection import column
 from entangle.seeding import check_seed, numpy_rng
-from entangle.stats.intervals import Interval, percentiles, spearman_interval
+from entangle.stats.intervals import Interval, percentiles, resamples, spearman_interval
 
 Floats = NDArray[np.float64]
 
@@ -116,7 +117,6 @@ def _check(x: Floats, y: Floats, given: Floats, *, n_boot: int, level: float) ->
         raise InvalidInput("values to correlate must be finite; got NaN or infinity: drop them.")
 
 
-_AT_ONCE = 2**20  # numbers drawn at a time
 _NO_VARIANCE_LEFT = 1e-12  # share of the variance below which that of a resample is rounding
 
 
@@ -161,11 +161,8 @@ def pearson_interval(
     if n < 3 or np.ptp(x) == 0.0 or np.ptp(y) == 0.0:
         return Interval(np.nan, np.nan, np.nan)
     a, b = ((values - values.mean()) / values.std() for values in (x, y))
-    rng, draws = numpy_rng(seed, "bootstrap"), []
-    per_draw = max(1, _AT_ONCE // n)
-    for start in range(0, n_boot, per_draw):
-        chosen = rng.integers(n, size=(min(per_draw, n_boot - start), n))
-        draws.append(_coefficients(a[chosen], b[chosen]))
+    drawn = resamples(n, n_boot=n_boot, rng=numpy_rng(seed, "bootstrap"))
+    draws = [_coefficients(a[chosen], b[chosen]) for chosen in drawn]
     value = float(np.clip(a @ b / n, -1.0, 1.0))
     return Interval(value, *percentiles(np.concatenate(draws), level, otherwise=value))
 
@@ -199,9 +196,11 @@ class _Question:
 
     target: str
     given: tuple[str, ...]
-    n_boot: int
-    seed: int
-    level: float
+    boot: dict[str, Any]
+    """Options of the bootstrap: n_boot, seed, level."""
+
+    def row(self, scope: str, layer: str, name: str) -> dict[str, object]:
+        return {"scope": scope, "layer": layer, "predictor": name, "target": self.target}
 
 
 def predictor_table(
@@ -273,7 +272,8 @@ def predictor_table(
         named("target", target),
         [named("given", one) for one in several("given", given, empty=True)],
     )
-    question = _Question(target, tuple(dict.fromkeys(given)), n_boot, check_seed(seed), level)
+    boot = {"n_boot": n_boot, "seed": check_seed(seed), "level": level}
+    question = _Question(target, tuple(dict.fromkeys(given)), boot)
     if predictors is not None:
         asked = several("predictors", predictors, empty=True)
         predictors = [named("predictors", one) for one in asked]
@@ -284,7 +284,7 @@ def predictor_table(
     values = values.mask(np.isinf(values))
     layers = table["layer"]
     single = [
-        _row("layer", str(layer), name, question) | _correlate(part, part, name, question)
+        question.row("layer", str(layer), name) | _correlate(part, part, name, question)
         for layer, part in values.groupby(layers, sort=False)
         for name in names
     ]
@@ -333,19 +333,17 @@ def _has(table: pd.DataFrame, name: str) -> bool:
     return True
 
 
-def _row(scope: str, layer: str, name: str, question: _Question) -> dict[str, object]:
-    return {"scope": scope, "layer": layer, "predictor": name, "target": question.target}
-
-
 def _correlate(
     ranked: pd.DataFrame, linear: pd.DataFrame, name: str, question: _Question, n_layers: int = 1
 ) -> dict[str, object]:
     """Return all coefficients of one predictor: rank ones from one frame, r2 from another."""
     x, y = ranked[[name, question.target]].dropna().to_numpy().T
     columns: dict[str, object] = {"n": len(x), "n_layers": n_layers}
-    columns |= _ends("spearman", _spearman(x, y, question))
+    varied = len(x) >= 3 and np.ptp(x) > 0.0 and np.ptp(y) > 0.0
+    spearman = spearman_interval(x, y, **question.boot) if varied else _NONE
+    columns |= _ends("spearman", spearman)
     x, y = linear[[name, question.target]].dropna().to_numpy().T
-    pearson = _pearson(x, y, question)
+    pearson = pearson_interval(x, y, **question.boot)
     columns |= _ends("pearson", pearson)
     columns["r2"] = pearson.value**2
     if question.given:
@@ -357,12 +355,6 @@ def _ends(name: str, interval: Interval) -> dict[str, object]:
     return {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
 
 
-def _spearman(x: Floats, y: Floats, question: _Question) -> Interval:
-    if len(x) < 3 or np.ptp(x) == 0.0 or np.ptp(y) == 0.0:
-        return _NONE
-    return spearman_interval(x, y, n_boot=question.n_boot, seed=question.seed, level=question.level)
-
-
 def _partial(ranked: pd.DataFrame, name: str, question: _Question) -> Interval:
     given = question.given
     if name in given:
@@ -370,27 +362,20 @@ def _partial(ranked: pd.DataFrame, name: str, question: _Question) -> Interval:
     x, y, *others = ranked[[name, question.target, *given]].dropna().to_numpy().T
     if len(x) < len(given) + 3:
         return _NONE
-    return partial_interval(
-        x, y, np.column_stack(others),
-        n_boot=question.n_boot, seed=question.seed, level=question.level,
-    )  # fmt: skip
-
-
-def _pearson(x: Floats, y: Floats, question: _Question) -> Interval:
-    return pearson_interval(x, y, n_boot=question.n_boot, seed=question.seed, level=question.level)
+    return partial_interval(x, y, np.column_stack(others), **question.boot)
 
 
 def _mean_of_layers(found: pd.DataFrame, name: str, question: _Question) -> dict[str, object]:
     """Average the rows of one predictor over layers."""
     used = found[found["spearman"].notna()]
-    row = _row("mean of layers", "", name, question)
+    row, level = question.row("mean of layers", "", name), question.boot["level"]
     row |= {"n": int(used["n"].sum()), "n_layers": len(used)}
-    row |= _ends("spearman", _mean(used["spearman"].to_numpy(), question.level))
-    row |= _ends("pearson", _mean(found["pearson"].dropna().to_numpy(), question.level))
+    row |= _ends("spearman", _mean(used["spearman"].to_numpy(), level))
+    row |= _ends("pearson", _mean(found["pearson"].dropna().to_numpy(), level))
     row["r2"] = float(used["r2"].mean())
     if question.given:
         partial = found["partial"].dropna().to_numpy()
-        row |= _ends("partial", _mean(partial, question.level))
+        row |= _ends("partial", _mean(partial, level))
     return row
 
 
@@ -416,5 +401,5 @@ def _pooled(
     ranks = groups.rank(pct=True) - 0.5 / groups.transform("count")
     spread = groups.transform("std", ddof=0)
     linear = (pairs - groups.transform("mean")) / spread.where(spread > 0.0)
-    row = _row("pooled ranks", "", name, question)
+    row = question.row("pooled ranks", "", name)
     return row | _correlate(ranks, linear, name, question, n_layers=groups.ngroups)

@@ -7,8 +7,9 @@ Drawing a control that resembles a selection in one quantity.
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from warnings import warn
 
 import numpy as np
 import pandas as pd
@@ -16,15 +17,12 @@ from numpy.typing import NDArray
 
 from entangle.checks import choice, several, share, whole
 from entangle.errors import InvalidInput, unknown_name
-from entangle.models.layers import list_layers
+from entangle.models.layers import Layer, list_layers
 from entangle.models.loading import LanguageModel
 from entangle.results.scores import NeuronScores
 from entangle.runs.provenance import expand_user
 from entangle.runs.reading import decoding, regular_file
 from entangle.seeding import check_seed, numpy_rng
-
-Rows = dict[str, NDArray[np.int64]]
-"""Full layer name → row indices."""
 
 DERIVED: dict[str, tuple[str, Callable[..., "pd.Series[float]"]]] = {
     "variance": ("std", np.square),
@@ -41,7 +39,7 @@ SCORED = (
 """Numeric columns that scores have."""
 
 
-def neuron_table(scores: pd.DataFrame) -> pd.DataFrame:
+def in_module_order(scores: pd.DataFrame) -> pd.DataFrame:
     """Return the scores sorted by block, layer and neuron, whatever the order of the rows.
 
     Raises
@@ -78,10 +76,21 @@ def column(table: pd.DataFrame, by: str) -> "pd.Series[float]":
     return table[by]
 
 
-def rows_of(table: pd.DataFrame) -> Rows:
+def rows_of(table: pd.DataFrame) -> dict[str, NDArray[np.int64]]:
     """Return the rows of every layer, in the order of the table."""
     groups = table.groupby("layer", sort=False)["neuron"]
     return {str(name): neurons.to_numpy(np.int64) for name, neurons in groups}
+
+
+def union_rows(
+    several: Iterable[Mapping[str, NDArray[np.int64]]],
+) -> dict[str, NDArray[np.int64]]:
+    """Return the rows that are in any of some selections, sorted, by layer name."""
+    joined: dict[str, list[NDArray[np.int64]]] = {}
+    for rows in several:
+        for name, chosen in rows.items():
+            joined.setdefault(name, []).append(chosen)
+    return {name: np.unique(np.concatenate(parts)) for name, parts in joined.items()}
 
 
 NEAREST = 5
@@ -120,15 +129,15 @@ def draw_nearest(
     return drawn
 
 
-def match_rows(
+def draw_alike(
     table: pd.DataFrame, rows: Mapping[str, NDArray[np.int64]], by: str, *, seed: int
-) -> tuple[Rows, dict[str, float]]:
+) -> tuple[dict[str, NDArray[np.int64]], dict[str, float]]:
     """Draw for every row another one of its layer with a similar value.
 
     Parameters
     ----------
     table
-        From `entangle.experiments.selection.neuron_table`.
+        From `entangle.experiments.selection.in_module_order`.
     rows
         The rows to match.
     by
@@ -139,7 +148,7 @@ def match_rows(
     Returns
     -------
     tuple
-        The rows drawn, and how close they came (see `Selection.match`).
+        The rows drawn, and how close they came (see `Selection.likeness`).
 
     Raises
     ------
@@ -151,7 +160,7 @@ def match_rows(
     known = list(dict.fromkeys(table["layer"]))
     table = table.assign(value=column(table, by))
     table = table[(table["flag"] == "") & (table["value"] > 0)]
-    drawn: Rows = {}
+    drawn: dict[str, NDArray[np.int64]] = {}
     ratios = []
     for name, wanted in rows.items():
         if name not in known:
@@ -176,11 +185,11 @@ def match_rows(
     }
 
 
-RULES = ("top", "bottom", "random", "random-norm", "random-variance", "all", "listed")
+SELECTION_RULES = ("top", "bottom", "random", "random-norm", "random-variance", "all", "listed")
 """Names of the rules; `select` knows all of them but ``"listed"``."""
 SCOPES = ("layer", "model")
 """Where rows are chosen: in every layer by itself, or from all layers together."""
-MATCHED = {"random-norm": "weight_norm", "random-variance": "variance"}
+ALIKE = {"random-norm": "weight_norm", "random-variance": "variance"}
 """Rule that draws rows like those of another selection → the column that is matched."""
 
 
@@ -189,17 +198,23 @@ class Selection:
     """Some neurons of some layers, and the rule that chose them."""
 
     rule: str
-    """One of `RULES`; ``matched`` for the neurons that a search for equal perplexity ended with."""
+    """One of `SELECTION_RULES`; ``matched`` for those that a search for equal perplexity found."""
     by: str | None
     """Column that was ranked or matched; None where the rule looks at none."""
     seed: int | None
     """Seed of a random rule, None for the others."""
     rows: Mapping[str, NDArray[np.int64]]
     """Full layer name → sorted, read-only row indices; layers without a row are absent."""
-    match: Mapping[str, float] | None = None
+    likeness: Mapping[str, float] | None = None
     """How close a matched control came, over all its rows, with q = log(value of the drawn row /
     value of the row it stands for): ``median_abs_log_ratio`` (of \\|q\\|), ``max_abs_log_ratio``,
     and ``median_log_ratio`` (of q; not 0 if the drawn rows lie on one side)."""
+
+    @property
+    def match(self) -> Mapping[str, float] | None:
+        """The former name of ``likeness``."""
+        warn("Selection.match is Selection.likeness now", DeprecationWarning, 2)
+        return self.likeness
 
     @property
     def n_rows(self) -> int:
@@ -210,7 +225,7 @@ class Selection:
     def name(self) -> str:
         """Short label, such as ``"top wd"`` or ``"random matched in weight norm"``."""
         column = (self.by or "").replace("_", " ")
-        if self.rule in MATCHED:
+        if self.rule in ALIKE:
             return f"random matched in {column}"
         if self.rule == "matched":
             return f"bottom {column} matched in perplexity"
@@ -234,7 +249,7 @@ class Selection:
             "n_rows": self.n_rows,
             "layers": {name: len(rows) for name, rows in self.rows.items()},
             "sha256": hashlib.sha256(text.encode()).hexdigest(),
-            "match": None if self.match is None else dict(self.match),
+            "match": None if self.likeness is None else dict(self.likeness),
         }
 
 
@@ -301,12 +316,12 @@ def select(
     fraction = None if fraction is None else share("fraction", fraction, zero=False)
     count = None if count is None else whole("count", count, least=1)
     _check_request(rule, fraction, count, scope, like)
-    table = neuron_table(scores)
+    table = in_module_order(scores)
     if rule == "all":
         return _selection(rule, rows_of(table))
     if like is not None:
-        rows, match = match_rows(table, like.rows, MATCHED[rule], seed=seed)
-        return _selection(rule, rows, by=MATCHED[rule], seed=seed, match=match)
+        rows, likeness = draw_alike(table, like.rows, ALIKE[rule], seed=seed)
+        return _selection(rule, rows, by=ALIKE[rule], seed=seed, likeness=likeness)
     pools = [("the model", table)]
     if scope == "layer":
         pools = [(f"layer {name!r}", part) for name, part in table.groupby("layer", sort=False)]
@@ -337,8 +352,8 @@ def select_listed(rows: Mapping[str, Iterable[int]], scores: pd.DataFrame) -> Se
     InvalidInput
         If an index is listed twice or is no neuron of its layer, or nothing is listed.
     """
-    known = rows_of(neuron_table(scores))
-    checked: Rows = {}
+    known = rows_of(in_module_order(scores))
+    checked: dict[str, NDArray[np.int64]] = {}
     for name, listed in rows.items():
         if name not in known:
             raise unknown_name("layer", name, known, "The scores hold no other layers.")
@@ -410,7 +425,7 @@ def check_scores_fit(scores: NeuronScores, model: LanguageModel) -> None:
             f"from {digest[:12]}…; score this model, or pass the model that was scored."
         )
     sizes = {layer.name: layer.out_features for layer in list_layers(model.module)}
-    for name, rows in rows_of(neuron_table(scores.frame)).items():
+    for name, rows in rows_of(in_module_order(scores.frame)).items():
         if name not in sizes:
             raise unknown_name("layer", name, sizes, "Score the model anew.")
         if not np.array_equal(rows, np.arange(sizes[name])):
@@ -420,6 +435,31 @@ def check_scores_fit(scores: NeuronScores, model: LanguageModel) -> None:
             )
 
 
+def silent_layers(scores: NeuronScores) -> set[str]:
+    """Return the layers that scores left out because they saw no token."""
+    settings = scores.manifest.get("settings")
+    found = settings.get("layers_without_tokens") if isinstance(settings, dict) else None
+    return {str(name) for name in found or ()}
+
+
+def scores_of(scores: NeuronScores, layers: Sequence[Layer], model: LanguageModel) -> NeuronScores:
+    """Return the scores of some layers; refuse those of another model, or that lack a layer."""
+    check_scores_fit(scores, model)
+    names = [layer.name for layer in layers]
+    for name in names:
+        if name not in scores.histograms:
+            raise unknown_name(
+                "scored layer", name, scores.histograms,
+                "Score it too, or ablate only the layers that were scored.",
+            )  # fmt: skip
+    return NeuronScores(
+        frame=scores.frame[scores.frame["layer"].isin(names)].reset_index(drop=True),
+        layers=scores.layers[scores.layers["layer"].isin(names)].reset_index(drop=True),
+        histograms={name: scores.histograms[name] for name in names},
+        manifest=scores.manifest,
+    )
+
+
 def _check_request(
     rule: str,
     fraction: float | None,
@@ -427,14 +467,14 @@ def _check_request(
     scope: str,
     like: Selection | None,
 ) -> None:
-    choice("rule", rule, RULES[:-1], remedy="Rows of your own: select_listed.")
+    choice("rule", rule, SELECTION_RULES[:-1], remedy="Rows of your own: select_listed.")
     choice("scope", scope, SCOPES)
-    if (like is not None) != (rule in MATCHED):
+    if (like is not None) != (rule in ALIKE):
         raise InvalidInput(
-            f"`like` must be the selection to match for {' and '.join(MATCHED)} and None for the "
+            f"`like` must be the selection to match for {' and '.join(ALIKE)} and None for the "
             f"other rules; got {None if like is None else like.name!r} for {rule!r}."
         )
-    wanted = 0 if rule == "all" or rule in MATCHED else 1
+    wanted = 0 if rule == "all" or rule in ALIKE else 1
     if (fraction is not None) + (count is not None) != wanted:
         asked = "exactly one of" if wanted else "neither of"
         raise InvalidInput(
@@ -468,7 +508,7 @@ def _selection(
     *,
     by: str | None = None,
     seed: int | None = None,
-    match: Mapping[str, float] | None = None,
+    likeness: Mapping[str, float] | None = None,
 ) -> Selection:
     """Sort and freeze the rows, and leave out layers without any."""
     kept = {name: np.sort(chosen).astype(np.int64) for name, chosen in rows.items() if len(chosen)}
@@ -476,4 +516,4 @@ def _selection(
         raise InvalidInput(f"a selection must hold at least one neuron; got none by {rule!r}.")
     for chosen in kept.values():
         chosen.flags.writeable = False
-    return Selection(rule, by, seed, kept, match)
+    return Selection(rule, by, seed, kept, likeness)

@@ -393,20 +393,24 @@ class Recorder:
         gathered.pieces.append(_Piece(seen, inputs, outputs))
         gathered.rows += rows
         if gathered.rows >= wanted:
-            self._finish(layer, now, gathered)
+            found = self._joined(layer, now, gathered)
+            if found is not None:
+                self._emit(layer, now, gathered, *found)
         active = (one.name for one in self.layers if one.name not in self.left_out)
         if now.stops and all(now.gathered[one].depths for one in active):
             raise _AllSeen
 
-    def _finish(self, layer: Layer, now: _Pass, gathered: _Gathered) -> None:
-        """Hand on the rows of a layer whose tokens are complete."""
+    def _joined(
+        self, layer: Layer, now: _Pass, gathered: _Gathered
+    ) -> tuple[Tensor, Tensor] | None:
+        """Return the rows of a layer whose tokens are complete; None if it is left out."""
         habits = self._habits.get(layer.name)
         by_place = habits is not None and habits.by_place
         inputs = joined([one.inputs for one in gathered.pieces], now.shape, by_place=by_place)
         outputs = joined([one.outputs for one in gathered.pieces], now.shape, by_place=by_place)
         if inputs is None or outputs is None:
             self._refuse(layer, now, gathered)
-            return
+            return None
         if self._once and habits is not None and not habits.in_order:
             raise InvalidInput(
                 f"layer {layer.name!r} sees the tokens in another order than the text's, so its "
@@ -420,7 +424,7 @@ class Recorder:
                     "layers that run once on every token."
                 )
             self.depths[layer.name] = max(gathered.depths, self.depths.get(layer.name, 1))
-        self._emit(layer, now, gathered, inputs, outputs)
+        return inputs, outputs
 
     def _emit(
         self, layer: Layer, now: _Pass, gathered: _Gathered, inputs: Tensor, outputs: Tensor

@@ -1,6 +1,7 @@
 """Score the neurons of a model's layers."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Literal
 
@@ -34,7 +35,7 @@ from entangle.texts.calibration_set import CalibrationSet
 from entangle.texts.given import Source
 
 Method = Literal["auto", "exact", "sketch"]
-METHODS: tuple[Method, ...] = ("auto", "exact", "sketch")
+SCORING_METHODS: tuple[Method, ...] = ("auto", "exact", "sketch")
 
 AUTO_EXACT_BYTES = 2**30
 """Recorded inputs up to which ``auto`` is exact where no memory was asked for."""
@@ -146,11 +147,11 @@ def score_layers(
     per_pass = _batch_size(batch_size, calibration)
     with ProgressBar(f"scoring ({resolved})", enabled=progress) as bar:
         try:
-            measured, recorder = _measure(
+            measured, recorder = _measuring(
                 resolved, language_model, chosen, calibration,
                 n_groups=groups, per_pass=per_pass, md=md, seed=seed, memory=budget, bar=bar,
                 watch=watch, may_be_silent=may_be_silent,
-            )  # fmt: skip
+            )()  # fmt: skip
             frame = neuron_table(measured, language_model.name)
         except (RuntimeError, MemoryError) as error:
             if not _out_of_memory(error):
@@ -208,7 +209,7 @@ def _resolve_method(
     calibration: CalibrationSet,
     memory: int | None,
 ) -> Literal["exact", "sketch"]:
-    method = choice("method", method, METHODS)
+    method = choice("method", method, SCORING_METHODS)
     recorded = sum(layer.in_features for layer in layers)
     needed = calibration.n_tokens * recorded * model.dtype.itemsize
     most = AUTO_EXACT_BYTES if memory is None else memory // 2
@@ -237,7 +238,7 @@ def _batches(calibration: CalibrationSet, n_groups: int, per_pass: int) -> Itera
             yield group, ids
 
 
-def _measure(
+def _measuring(
     method: str,
     model: LanguageModel,
     layers: Sequence[Layer],
@@ -251,19 +252,20 @@ def _measure(
     bar: Progress,
     watch: Callable[[Recorded], None] | None,
     may_be_silent: bool,
-) -> tuple[list[LayerSummary], Recorder]:
+) -> Callable[[], tuple[list[LayerSummary], Recorder]]:
+    """Return the call that measures the layers by a method."""
     batches = _batches(calibration, n_groups, per_pass)
     if method == "exact":
         bar.start(calibration.n_seq + len(layers), "sequences and layers")
-        return score_exact(
-            model.module, layers, batches,
+        return partial(
+            score_exact, model.module, layers, batches,
             n_groups=n_groups, md=md, seed=seed, memory=memory, report=bar.advance, watch=watch,
             may_be_silent=may_be_silent,
         )  # fmt: skip
     bar.start(calibration.n_seq, "sequences")
     paired = min(MAX_PAIRS, calibration.n_tokens // 2) if md else 0
-    return score_sketched(
-        model.module, layers, batches,
+    return partial(
+        score_sketched, model.module, layers, batches,
         n_groups=n_groups, pair_share=2 * paired / calibration.n_tokens, seed=seed,
         report=bar.advance, watch=watch, may_be_silent=may_be_silent,
     )  # fmt: skip

@@ -1,6 +1,6 @@
 """Bootstrap intervals of correlation coefficients and of means over windows of a text."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,13 +92,15 @@ def resampled_means(
     ``values`` and ``counts`` have shape (windows,). A bounded number of draws is held at a time,
     and one generator gives the same draws however many that is.
     """
-    n = len(values)
-    per_draw = max(1, _AT_ONCE // n)
-    draws = np.empty(n_boot)
-    for start in range(0, n_boot, per_draw):
-        chosen = rng.integers(n, size=(min(per_draw, n_boot - start), n))
-        draws[start : start + per_draw] = values[chosen].sum(1) / counts[chosen].sum(1)
-    return draws
+    drawn = resamples(len(values), n_boot=n_boot, rng=rng)
+    return np.concatenate([values[some].sum(1) / counts[some].sum(1) for some in drawn])
+
+
+def resamples(n: int, *, n_boot: int, rng: np.random.Generator) -> Iterator[NDArray[np.int64]]:
+    """Yield ``n_boot`` draws of ``n`` of ``n`` points with replacement, some rows at a time."""
+    at_once = max(1, _AT_ONCE // n)
+    for start in range(0, n_boot, at_once):
+        yield rng.integers(n, size=(min(at_once, n_boot - start), n))
 
 
 def perplexity_ratio_interval(
@@ -151,7 +153,7 @@ def perplexity_ratio_interval(
 
 
 def _check_bootstrap(x: Floats, y: Floats, *, n_boot: int, level: float) -> None:
-    _check_options(n_boot=n_boot, level=level)
+    bootstrap(n_boot, level)
     if x.ndim != 1 or x.shape != y.shape or len(x) < 3:
         raise InvalidInput(
             f"a rank correlation must have at least 3 pairs; got {x.shape} and {y.shape} values; "
@@ -162,10 +164,6 @@ def _check_bootstrap(x: Floats, y: Floats, *, n_boot: int, level: float) -> None
             "a rank correlation must have two different values on each side; got "
             f"{len(x)} points that all have {x[0] if np.ptp(x) == 0.0 else y[0]:.4g}."
         )
-
-
-def _check_options(*, n_boot: int, level: float) -> None:
-    bootstrap(n_boot, level)
 
 
 def _weighted_spearman(groups: Sequence[NDArray[np.intp]], repeats: NDArray[np.generic]) -> float:
@@ -262,7 +260,7 @@ def window_difference_interval(
 
 
 def _check_windows(values: Floats, counts: Counts, *, n_boot: int, level: float) -> None:
-    _check_options(n_boot=n_boot, level=level)
+    bootstrap(n_boot, level)
     if values.ndim != 1 or values.shape != counts.shape or len(values) == 0:
         raise InvalidInput(
             "a mean over windows must have one value and one count for each of at least 1 window; "

@@ -31,7 +31,7 @@ from entangle.seeding import check_seed, numpy_rng
 from entangle.texts import N_SEQ, SEQ_LEN
 from entangle.texts.token_files import (
     METADATA_KEY,
-    Rows,
+    TokenRows,
     check_filled,
     checked_mask,
     first_columns,
@@ -96,9 +96,9 @@ class CalibrationSet:
         return max(self.rows.lengths)
 
     @cached_property
-    def rows(self) -> Rows:
+    def rows(self) -> TokenRows:
         """The sequences without their pads."""
-        return Rows(self.ids, self.mask)
+        return TokenRows(self.ids, self.mask)
 
     def place(self, position: int) -> tuple[int, int]:
         """Return the sequence and the place in it of a token, counted over all sequences."""

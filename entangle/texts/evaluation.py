@@ -35,7 +35,13 @@ from entangle.texts.special_tokens import (
     describe_tokenizer,
     no_policy,
 )
-from entangle.texts.token_files import Rows, TokenFile, first_columns, note_unmasked_pads, real_rows
+from entangle.texts.token_files import (
+    TokenFile,
+    TokenRows,
+    first_columns,
+    note_unmasked_pads,
+    real_rows,
+)
 from entangle.texts.words import count_predicted
 
 LOGITS_AT_ONCE = 2**24
@@ -288,9 +294,9 @@ class EvaluationText:
         return max(self.rows.lengths)
 
     @cached_property
-    def rows(self) -> Rows:
+    def rows(self) -> TokenRows:
         """The windows without their pads."""
-        return Rows(self.windows, self.mask)
+        return TokenRows(self.windows, self.mask)
 
     @cached_property
     def digest(self) -> str:

@@ -138,11 +138,11 @@ def first_columns(
     """Cut every row to its first tokens, of which pads are none."""
     if mask is None or columns == ids.shape[1]:
         return ids[:, :columns], mask
-    rows = Rows(ids, mask)
+    rows = TokenRows(ids, mask)
     return pad_rows([rows.sequence(i)[:columns] for i in range(len(ids))])
 
 
-class Rows:
+class TokenRows:
     """The sequences in rows of ids, without their pads.
 
     Parameters

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from entangle.allocation.allocation import Rows
+from entangle.allocation.allocation import LayerRows
 from entangle.allocation.request import Columns, Request, Settings
 
 
@@ -20,7 +20,7 @@ def request_of(
 ) -> Request:
     """Ask about one layer for each list of scores."""
     names = tuple(f"layer {i}" for i in range(len(scores)))
-    rows = Rows(
+    rows = LayerRows(
         names=names,
         blocks=tuple(range(len(scores)) if blocks is None else blocks),
         counts=np.array([len(one) for one in scores]),

@@ -3,11 +3,11 @@ import pandas as pd
 import pytest
 from scipy.stats import rankdata
 
-from entangle.allocation.allocation import Rows
+from entangle.allocation.allocation import LayerRows
 from entangle.allocation.request import Columns, gather
 from entangle.errors import InvalidInput, UnknownName
 
-ROWS = Rows(("a", "b"), (0, None), np.array([3, 2]), np.array([4, 10]))
+ROWS = LayerRows(("a", "b"), (0, None), np.array([3, 2]), np.array([4, 10]))
 
 
 def frame(**columns: object) -> pd.DataFrame:
@@ -35,7 +35,7 @@ def test_rows_by_hand() -> None:
 
 def test_layers_of_one_block_are_a_group_and_others_stand_alone() -> None:
     sizes = np.ones(5, dtype=np.int64)
-    rows = Rows(tuple("abcde"), (0, 0, None, 3, None), sizes, sizes)
+    rows = LayerRows(tuple("abcde"), (0, 0, None, 3, None), sizes, sizes)
     assert rows.groups.tolist() == [0, 0, 1, 2, 3]
 
 

@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
 
-from entangle.allocation.allocation import Rows, step_sizes
+from entangle.allocation.allocation import LayerRows, step_sizes
 from entangle.errors import InvalidInput
 from entangle.results.allocation import step_size
 
-ROWS = Rows(("up", "down"), (0, 0), np.array([3, 2]), np.array([8, 12]))
+ROWS = LayerRows(("up", "down"), (0, 0), np.array([3, 2]), np.array([8, 12]))
 
 
 def test_a_row_loses_one_weight_at_a_time() -> None:

@@ -10,9 +10,8 @@ from entangle.allocation.rules import RULES
 from entangle.cli import main
 from entangle.cli.ablate import MEASURES
 from entangle.cli.main import build_parser
-from entangle.experiments.arms import INTERVENTIONS, ROUTERS
-from entangle.experiments.request import DEFAULT
-from entangle.experiments.selection import DERIVED, MATCHED, SCORED
+from entangle.experiments.arms import INTERVENTIONS, ROUTERS, SELECTIONS
+from entangle.experiments.selection import ALIKE, DERIVED, SCORED
 from entangle.results.comparison import METHODS
 
 HEAVY = {"torch", "transformers", "pandas", "datasets", "scipy", "sklearn", "matplotlib"}
@@ -89,7 +88,7 @@ def test_the_names_are_those_that_exist() -> None:
     assert main.NAMES["router"][1] == ROUTERS
     assert main.NAMES["measure"][1] == tuple(MEASURES)
     assert set(main.COLUMNS) == {*SCORED, *DERIVED}
-    assert set(main.SELECTIONS) == {*DEFAULT, *MATCHED, "all"}
+    assert set(main.SELECTIONS) == {*SELECTIONS, *ALIKE, "all"}
     assert set(main.RULES) == {*RULES, "search"}
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from entangle.errors import InvalidInput, UnknownName
-from entangle.experiments.arms import INTERVENTIONS, PRUNERS, Arm, check_settings, plan_arms
+from entangle.experiments.arms import INTERVENTIONS, PRUNERS, AblationArm, check_settings, plan_arms
 from entangle.experiments.interventions import OUTPUT_EDITS
 from entangle.experiments.selection import Selection
 
@@ -19,9 +19,9 @@ def test_the_names_of_interventions() -> None:
 
 def test_experts_and_sparsities_are_for_pruners_only() -> None:
     arms = plan_arms([TOP, RANDOM], ["prune", "zero"], **SETTINGS)
-    pruned = [(a.strength, a.experts) for a in arms if a.prunes and a.selection is TOP]
+    pruned = [(a.strength, a.experts) for a in arms if a.pruner and a.selection is TOP]
     assert pruned == [(0.5, 1), (0.5, 4), (0.9, 1), (0.9, 4)]
-    assert [(a.strength, a.experts) for a in arms if not a.prunes] == [(1.0, 1)] * 2
+    assert [(a.strength, a.experts) for a in arms if a.pruner is None] == [(1.0, 1)] * 2
 
 
 def test_an_arm_is_planned_once() -> None:
@@ -33,12 +33,12 @@ def test_keys_differ_whenever_arms_differ() -> None:
     other = Selection("top", "wd", None, {"a": np.array([0, 3])})
     arms = plan_arms([TOP, RANDOM, other], ["prune", "zero"], **SETTINGS)
     assert len({arm.key for arm in arms}) == len(arms)
-    assert Arm(TOP, "prune", 0.5).key == Arm(TOP, "prune", 0.5).key
+    assert AblationArm(TOP, "prune", 0.5).key == AblationArm(TOP, "prune", 0.5).key
 
 
 def test_labels() -> None:
-    assert Arm(TOP, "prune", 0.95, 16).label == "prune top wd at 0.95, 16 experts"
-    assert Arm(RANDOM, "zero", 1.0).label == "zero random (seed 3) at 1"
+    assert AblationArm(TOP, "prune", 0.95, 16).label == "prune top wd at 0.95, 16 experts"
+    assert AblationArm(RANDOM, "zero", 1.0).label == "zero random (seed 3) at 1"
 
 
 @pytest.mark.parametrize(

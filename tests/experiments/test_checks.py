@@ -1,6 +1,7 @@
 """What cannot work is refused before any model runs."""
 
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ import torch
 
 from entangle.errors import InvalidInput, UnknownName
 from entangle.evaluation import EvaluationText, MinimalPairs, load_evaluation
-from entangle.experiments.ablate import ablate
-from entangle.experiments.engine import Sweep
+from entangle.experiments.ablate import Ablation, ablate
+from entangle.experiments.experiment import Evaluation
 from entangle.experiments.selection import SCORED, Selection
 from entangle.models.loading import LanguageModel, as_language_model
 from entangle.scoring.score import score
@@ -117,7 +118,7 @@ def test_what_cannot_work_is_refused_before_anything_runs(
     error: type[Exception],
     message: str,
 ) -> None:
-    monkeypatch.setattr(Sweep, "run", lambda *_args, **_kwargs: pytest.fail("it runs"))
+    monkeypatch.setattr(Ablation, "run", lambda *_args, **_kwargs: pytest.fail("it runs"))
     arguments = {"evaluation": text, **QUICK, **wrong}
     with pytest.raises(error, match=message):
         ablate(tiny("llama"), calibration, out=tmp_path / "out", **arguments)
@@ -127,7 +128,7 @@ def test_what_cannot_work_is_refused_before_anything_runs(
 def test_an_encoder_is_refused_before_anything_runs(
     calibration: CalibrationSet, text: EvaluationText, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Sweep, "run", lambda *_args, **_kwargs: pytest.fail("it runs"))
+    monkeypatch.setattr(Ablation, "run", lambda *_args, **_kwargs: pytest.fail("it runs"))
     with pytest.raises(InvalidInput, match=r"BertModel.*encoder"):
         ablate(as_language_model(TINY["bert"]()), calibration, evaluation=text, **QUICK)
 
@@ -135,7 +136,7 @@ def test_an_encoder_is_refused_before_anything_runs(
 def test_a_column_that_given_scores_do_not_hold(
     tiny: Tiny, calibration: CalibrationSet, text: EvaluationText, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Sweep, "run", lambda *_args, **_kwargs: pytest.fail("it runs"))
+    monkeypatch.setattr(Ablation, "run", lambda *_args, **_kwargs: pytest.fail("it runs"))
     model = tiny("llama")
     scores = score(model, calibration, proj="mlp", method="sketch", md=False)
     with pytest.raises(InvalidInput, match=r"`by`.*scores"):
@@ -149,15 +150,14 @@ def test_a_column_that_given_scores_do_not_hold(
 def test_a_text_that_the_dense_model_fails_on_is_met_before_the_calibration(
     tiny: Tiny, calibration: CalibrationSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from entangle.experiments import engine
-
-    monkeypatch.setattr(engine, "layer_statistics", lambda *_a, **_k: pytest.fail("calibrates"))
-    monkeypatch.setattr(engine, "Meter", _failing_meter)
+    home = import_module("entangle.experiments.ablate")
+    monkeypatch.setattr(home, "layer_statistics", lambda *_a, **_k: pytest.fail("calibrates"))
+    monkeypatch.setattr(Evaluation, "measure", _failing)
     with pytest.raises(InvalidInput, match="logits"):
         ablate(tiny("llama"), calibration, evaluation=_text_of(4), **QUICK)
 
 
-def _failing_meter(*_args: object, **_kwargs: object) -> None:
+def _failing(*_args: object, **_kwargs: object) -> None:
     raise InvalidInput("logits")
 
 

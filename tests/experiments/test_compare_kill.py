@@ -26,7 +26,7 @@ def test_a_comparison_that_was_killed_resumes_to_the_same_tables(
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny_folder("llama"), "model")
     shutil.copy(text_file, "text.txt")
-    killed_before("arm-", 4, [*COMMAND, "cut"])  # dense and two arms have their names
+    killed_before("arm-", 4, [*COMMAND, "cut"])  # three arms have their names
     assert not Path("cut").exists()
     assert len(list(Path(".cut.comparing").glob("arm-*.safetensors"))) == 3
     assert main([*COMMAND, "cut"]) == 2  # not without --resume

@@ -11,8 +11,13 @@ from entangle.errors import InvalidInput, UnknownName
 from entangle.evaluation import EvaluationText, perplexity
 from entangle.experiments import damage
 from entangle.experiments.damage import single_neuron_damage
-from entangle.experiments.interventions import RowEdit, edited_outputs, pruned_rows, swapped_rows
-from entangle.experiments.measures import layer_statistics
+from entangle.experiments.interventions import (
+    RowEdit,
+    edited_outputs,
+    layer_statistics,
+    pruned_rows,
+    swapped_rows,
+)
 from entangle.experiments.selection import Selection
 from entangle.models.blocks import BlockRunner
 from entangle.models.layers import Layer, find_layers

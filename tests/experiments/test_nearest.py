@@ -51,7 +51,7 @@ def test_the_match_is_reported() -> None:
     frame = frame_of({"weight_norm": [1.0, 2.0, 8.0, 0.0, 4.0, 1.0], "std": [1.0, 3.0] + [2.0] * 4})
     frame.loc[[3, 4, 5], "flag"] = ["", "nan", "constant"]
     like = select_listed({"l0": [1]}, frame.iloc[[1, 2]])
-    match = select(frame.iloc[[1, 2]], "random-norm", like=like).match
+    match = select(frame.iloc[[1, 2]], "random-norm", like=like).likeness
     assert match is not None
     assert match.keys() == {"median_abs_log_ratio", "max_abs_log_ratio", "median_log_ratio"}
     assert list(match.values()) == pytest.approx([np.log(4)] * 3)
@@ -59,8 +59,8 @@ def test_the_match_is_reported() -> None:
         drawn = select(frame, "random-norm", like=select_listed({"l0": [1]}, frame), seed=seed)
         assert drawn.rows["l0"][0] in (0, 2)
     variance = select(frame.iloc[[0, 1]], "random-variance", like=like)
-    assert variance.match is not None
-    assert variance.match["median_log_ratio"] == pytest.approx(-np.log(9))
+    assert variance.likeness is not None
+    assert variance.likeness["median_log_ratio"] == pytest.approx(-np.log(9))
 
 
 def test_all_rows_can_be_drawn_when_half_are_matched() -> None:

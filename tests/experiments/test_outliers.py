@@ -9,7 +9,7 @@ import torch
 
 from entangle.errors import InvalidInput, UnknownName
 from entangle.experiments.damage import residual_variance
-from entangle.experiments.measures import layer_statistics
+from entangle.experiments.interventions import layer_statistics
 from entangle.experiments.outliers import OUTLIERS, outlier_overlap
 from entangle.models.layers import Layer, find_layers
 from entangle.models.loading import LanguageModel, as_language_model

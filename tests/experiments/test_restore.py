@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -9,11 +10,9 @@ import torch
 from torch import nn
 
 from entangle.evaluation import load_evaluation
-from entangle.experiments.ablate import ablate
-from entangle.experiments.arms import Arm
-from entangle.experiments.engine import Bench
-from entangle.experiments.measures import layer_statistics
-from entangle.experiments.selection import select
+from entangle.experiments.ablate import Ablation, ablate
+from entangle.experiments.arms import ArmPlan
+from entangle.experiments.experiment import Evaluation
 from entangle.models.layers import Layer, find_layers
 from entangle.models.loading import as_language_model
 from entangle.seeding import torch_rng
@@ -21,10 +20,7 @@ from entangle.texts.calibration_set import CalibrationSet
 from tests.experiments.toys import bits, differing
 from tests.tiny_models import CONFIGS, TINY
 
-KINDS = (
-    ("prune", 0.5, 1), ("prune-wanda", 0.5, 1), ("prune", 0.5, 2),
-    ("zero", 1.0, 1), ("mean", 0.5, 1), ("clamp-negative", 1.0, 1), ("flip-negative", 1.0, 1),
-)  # fmt: skip
+EDITS = ("zero", "mean", "clamp-negative", "flip-negative")
 
 
 def _interrupt(*_: object) -> None:
@@ -51,15 +47,16 @@ def test_every_arm_restores_every_architecture(
     module, layers = model.module, _layers(model.module, name)
     before, modules = bits(module), list(module.modules())
     plain = module(calibration.ids)[0]
-    known = layer_statistics(model, calibration, layers, md=False, progress=False)
-    top = select(known.scores.frame, "top", fraction=0.2)
-    kinds = [one for one in KINDS if one[2] == 1 or name != "bert"]  # needs logits, block by block
-    arms = [
-        Arm(top, kind, strength, experts, router="kmeans" if experts > 1 else "")
-        for kind, strength, experts in kinds
-    ]
-    bench = Bench(model, layers, known, calibration, arms, damping=0.01, seed=0)
-    bench.fit(memory=2**24, md=False, progress=False)
+    experts = (1,) if name == "bert" else (1, 2)  # needs logits, block by block
+    plan = ArmPlan(
+        ["top"], ["wd"], 0.2, None, "layer", 1, 0, ["prune", "prune-wanda", *EDITS], [0.5],
+        edit_strengths=[0.5, 1.0], experts=experts,
+    )  # fmt: skip
+    experiment = Ablation(
+        model, calibration, Evaluation(None), layers=layers, plan=plan, md=False, memory=2**24
+    )
+    arms = experiment.prepare(ExitStack(), progress=False)
+    assert len(arms) == 2 * len(experts) + 2 * len(EDITS)
 
     def use(stop: Callable[..., None]) -> None:
         assert not torch.equal(module(calibration.ids)[0], plain)
@@ -67,7 +64,7 @@ def test_every_arm_restores_every_architecture(
 
     for arm in arms:
         for stop, error in ((_interrupt, KeyboardInterrupt), (_fail, ZeroDivisionError)):
-            with pytest.raises(error), bench.applied(arm):
+            with pytest.raises(error), experiment.applied(arm):
                 use(stop)
             assert differing(before, bits(module)) == set(), arm.label
             assert list(module.modules()) == modules

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,9 @@ import torch
 
 from entangle.errors import InvalidInput
 from entangle.evaluation import EvaluationText, load_evaluation
-from entangle.experiments import engine
-from entangle.experiments.ablate import ablate
-from entangle.experiments.engine import MOST_STEPS, STEPS, Sweep
-from entangle.experiments.measures import Meter
+from entangle.experiments.ablate import Ablation, ablate
+from entangle.experiments.experiment import Evaluation
+from entangle.experiments.matched import MOST_STEPS, STEPS
 from entangle.experiments.selection import select
 from entangle.models.loading import LanguageModel
 from entangle.runs.progress import Progress
@@ -59,18 +59,18 @@ class _Bars(Progress):
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
     """Count measurements, and interrupt the one of a number."""
-    measure = Meter.measure
+    measure = Evaluation.measure
 
     def stop_at(limit: int) -> list[int]:
         made: list[int] = []
 
-        def counted(meter: Meter) -> object:
+        def counted(*given: Any, **options: Any) -> object:
             made.append(1)
             if len(made) == limit:
                 raise KeyboardInterrupt
-            return measure(meter)
+            return measure(*given, **options)
 
-        monkeypatch.setattr(Meter, "measure", counted)
+        monkeypatch.setattr(Evaluation, "measure", counted)
         return made
 
     return stop_at
@@ -104,7 +104,7 @@ def test_the_bar_counts_steps_and_ends_full(
     tiny: Tiny, calibration: CalibrationSet, text: EvaluationText, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bars = _Bars()
-    monkeypatch.setattr(engine, "ProgressBar", bars)
+    monkeypatch.setattr(import_module("entangle.experiments.experiment"), "ProgressBar", bars)
     ablate(tiny("llama"), calibration, evaluation=text, **MATCH)
     assert bars.counts == [[4 + 2 * MOST_STEPS, 4 + 2 * MOST_STEPS]]
     assert MOST_STEPS == STEPS + 1
@@ -144,7 +144,7 @@ def test_a_finished_result_is_given_back_on_resume(
     first = ablate(tiny("llama"), calibration, evaluation=text, out=out, **settings)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     with monkeypatch.context() as patch:
-        patch.setattr(Sweep, "run", lambda *_a, **_k: pytest.fail("it runs"))
+        patch.setattr(Ablation, "prepare", lambda *_a, **_k: pytest.fail("it runs"))
         again = ablate(tiny("llama"), calibration, evaluation=text, out=out, **settings)
         assert again.frame.equals(first.frame)
         with pytest.raises(InvalidInput, match=r"out'.*settings"):

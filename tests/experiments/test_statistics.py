@@ -3,7 +3,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from entangle.experiments.measures import layer_statistics
+from entangle.experiments.interventions import layer_statistics
 from entangle.models.layers import find_layers
 from entangle.models.loading import LanguageModel
 from entangle.recording.hooks import observe

@@ -10,8 +10,8 @@ import torch
 
 from entangle.errors import InvalidInput, NumericalError
 from entangle.evaluation import EvaluationText, load_evaluation, perplexity
-from entangle.experiments.ablate import ablate
-from entangle.experiments.measures import Meter
+from entangle.experiments.ablate import Ablation, ablate
+from entangle.experiments.experiment import Evaluation
 from entangle.experiments.selection import select
 from entangle.models.layers import find_layers
 from entangle.models.loading import LanguageModel, as_language_model
@@ -173,15 +173,15 @@ def test_a_broken_sweep_restores_the_model(
 ) -> None:
     model = as_language_model(TINY["llama"]())
     before, modules = _state(model), list(model.module.modules())
-    measure, calls = Meter.measure, []
+    measure, calls = Evaluation.measure, []
 
-    def break_later(meter: Meter) -> object:
+    def break_later(*given: Any, **options: Any) -> object:
         calls.append(1)
         if len(calls) == 3:
             raise error
-        return measure(meter)
+        return measure(*given, **options)
 
-    monkeypatch.setattr(Meter, "measure", break_later)
+    monkeypatch.setattr(Evaluation, "measure", break_later)
     with pytest.raises(type(error)):
         ablate(
             model, calibration, evaluation=text, experts=(experts,),
@@ -200,23 +200,23 @@ def test_resume_skips_finished_arms_and_ends_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     whole = ablate(tiny("llama"), calibration, evaluation=text, out=tmp_path / "whole", **QUICK)
-    measure, calls = Meter.measure, []
+    measure, calls = Evaluation.measure, []
 
-    def stop_at(limit: int) -> Callable[[Meter], object]:
-        def counted(meter: Meter) -> object:
+    def stop_at(limit: int) -> Callable[..., object]:
+        def counted(*given: Any, **options: Any) -> object:
             calls.append(1)
             if len(calls) == limit:
                 raise KeyboardInterrupt
-            return measure(meter)
+            return measure(*given, **options)
 
         return counted
 
-    monkeypatch.setattr(Meter, "measure", stop_at(4))
+    monkeypatch.setattr(Evaluation, "measure", stop_at(4))
     with pytest.raises(KeyboardInterrupt):
         ablate(tiny("llama"), calibration, evaluation=text, out=tmp_path / "cut", **QUICK)
     assert not (tmp_path / "cut").exists()
     calls.clear()
-    monkeypatch.setattr(Meter, "measure", stop_at(-1))
+    monkeypatch.setattr(Evaluation, "measure", stop_at(-1))
     with pytest.raises(InvalidInput, match="--resume"):
         ablate(tiny("llama"), calibration, evaluation=text, out=tmp_path / "cut", **QUICK)
     with pytest.raises(InvalidInput, match="another settings"):
@@ -268,15 +268,13 @@ def test_unequal_sparsity_is_refused(
     text: EvaluationText,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from entangle.experiments.engine import Bench
+    realised = Ablation.realised
 
-    realised = Bench.realised
-
-    def skewed(bench: Bench, arm: object) -> object:
-        zeros = realised(bench, arm)  # type: ignore[arg-type]
+    def skewed(one: Ablation, arm: object) -> object:
+        zeros = realised(one, arm)  # type: ignore[arg-type]
         return zeros * 0.9 if arm.selection.rule == "bottom" else zeros  # type: ignore[attr-defined]
 
-    monkeypatch.setattr(Bench, "realised", skewed)
+    monkeypatch.setattr(Ablation, "realised", skewed)
     with pytest.raises(NumericalError, match=r"\b0\.5\d*.*prune bottom wd"):
         ablate(tiny("llama"), calibration, evaluation=text, **QUICK)
 
@@ -299,15 +297,15 @@ def test_resume_refuses_other_scores(
     model = tiny("llama")
     one, other = (score(model, calibration, proj="mlp", method="sketch", seed=s) for s in (0, 1))
     edits: dict[str, Any] = {**QUICK, "interventions": ("mean",), "resume": True}
-    measure, calls = Meter.measure, []
+    measure, calls = Evaluation.measure, []
 
-    def stop(meter: Meter) -> object:
+    def stop(*given: Any, **options: Any) -> object:
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return measure(meter)
+        return measure(*given, **options)
 
-    monkeypatch.setattr(Meter, "measure", stop)
+    monkeypatch.setattr(Evaluation, "measure", stop)
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         ablate(model, calibration, evaluation=text, scores=one, out=out, **edits)

@@ -3,24 +3,25 @@ import pytest
 from numpy.typing import NDArray
 
 from entangle.errors import NumericalError
-from entangle.experiments.arms import Arm, check_sparsity
+from entangle.experiments.ablate import check_sparsity
+from entangle.experiments.arms import AblationArm
 from entangle.experiments.selection import Selection
 
 ROWS = {"wide": np.array([4, 7]), "narrow": np.array([0])}
-ARM = Arm(Selection("top", "wd", None, ROWS), "prune", 0.9)
+ARM = AblationArm(Selection("top", "wd", None, ROWS), "prune", 0.9)
 PLANNED = np.array([0.9, 0.9, 43 / 48])
 """48 inputs cannot hold a share of 0.9 zeros."""
 
 
 def check(realised: NDArray[np.float64], planned: NDArray[np.float64] = PLANNED) -> None:
-    check_sparsity([ARM], {id(ARM): realised}, {id(ARM): planned})
+    check_sparsity(ARM, realised, planned)
 
 
 def test_rows_of_different_widths_may_differ_by_the_rounding() -> None:
     check(PLANNED)
     check(PLANNED.astype(np.float32).astype(np.float64))
-    edited = Arm(ARM.selection, "zero", 1.0)
-    check_sparsity([edited], {id(edited): np.zeros(0)}, {id(edited): np.zeros(0)})
+    edited = AblationArm(ARM.selection, "zero", 1.0)
+    check_sparsity(edited, np.zeros(0), np.zeros(0))
 
 
 @pytest.mark.parametrize(

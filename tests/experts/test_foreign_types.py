@@ -43,8 +43,11 @@ def pruned(**settings):
 
 
 def compared(*lists):
-    chosen = arms(["expansion"], *lists)
-    found = compare(model, calibration, text, chosen, seed=lists[-1][0], memory=lists[-1][0] << 20)
+    sparsity, experts = lists
+    found = compare(
+        model, calibration, text, methods="expansion", sparsity=sparsity, experts=experts,
+        seed=experts[0], memory=experts[0] << 20,
+    )
     return [found.frame.drop(columns="seconds").to_csv(), json.dumps(found.manifest["settings"])]
 
 

@@ -21,7 +21,7 @@ from entangle.evaluation import (
     window_losses,
 )
 from entangle.evaluation.perplexity import next_token_logits
-from entangle.experiments.compare import arms, compare
+from entangle.experiments.compare import compare
 from entangle.models.layers import find_layers
 from entangle.models.loading import LanguageModel, as_language_model
 from entangle.recording.recorder import Recorder
@@ -152,7 +152,7 @@ def _frames(model: LanguageModel, calibration: Any, text: Any) -> dict[str, pd.D
     )
     assert expanded.perplexity is not None
     found["expansion"] = pd.DataFrame({"loss": expanded.perplexity.window_losses})
-    compared = compare(model, calibration, text, arms(["expansion"], [0.5], [1, 2]))
+    compared = compare(model, calibration, text, methods="expansion", sparsity=0.5, experts=(1, 2))
     found["comparison"] = compared.frame.drop(columns="seconds")
     pieces = decompose(model, calibration, layers=name, neurons=[0, 3], experts=(1, 2), **quiet)
     found |= {"decomposition": pieces.neurons, "separated": pieces.separated}

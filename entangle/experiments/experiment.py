@@ -1,0 +1,360 @@
+"""The one way of experimenting: arms are made from the dense model, measured, and kept.
+
+`entangle.ablate` and `entangle.compare` say which arms there are, how each is made and what tables
+come of their raw numbers; everything else about them is here, and the same for both.
+"""
+
+import hashlib
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
+from safetensors.numpy import save as to_safetensors
+
+from entangle.checks import choices
+from entangle.errors import EntangleError, InvalidInput
+from entangle.evaluation import (
+    DenseReference,
+    Divergence,
+    EvaluationText,
+    MinimalPairs,
+    PairScores,
+    Perplexity,
+    accuracy_difference,
+    compare_with_dense,
+    minimal_pair_scores,
+    perplexity_ratio,
+)
+from entangle.evaluation.perplexity import measure_perplexity
+from entangle.models.loading import LanguageModel
+from entangle.runs.progress import Progress, ProgressBar
+from entangle.runs.provenance import RunClock, expand_user, make_manifest
+from entangle.runs.reading import READ_ERRORS
+from entangle.runs.unfinished import Unfinished, is_made
+from entangle.stats.intervals import Interval, window_mean_interval
+from entangle.texts.calibration_set import CalibrationSet
+
+Arrays = Mapping[str, NDArray[np.float64]]
+"""Raw numbers of one arm: ``loss``, ``kl`` and ``agreement`` a window; ``good`` and ``bad`` a
+pair; others that an experiment has of its own."""
+
+MEASURES = ("perplexity", "divergence", "pairs")
+"""What can be asked for: perplexity; KL and top-1 agreement with the dense model; minimal pairs."""
+WINDOW, PAIR = ("loss", "kl", "agreement"), ("good", "bad")
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What arms are measured on."""
+
+    text: EvaluationText | None
+    """For perplexity and divergence."""
+    pairs: MinimalPairs | None = None
+    """For minimal-pair accuracy."""
+    measures: tuple[str, ...] = MEASURES[:1]
+    """From `MEASURES`."""
+
+    @classmethod
+    def of(
+        cls,
+        text: EvaluationText | None,
+        pairs: MinimalPairs | None,
+        measures: str | Iterable[str] | None,
+    ) -> "Evaluation":
+        """Check what is asked for; by default everything that there is text or pairs for."""
+        if measures is None:
+            measures = [*(["perplexity"] if text else []), *(["pairs"] if pairs else [])]
+            if not measures:
+                raise InvalidInput("nothing is measured; give `evaluation` (a text) or `pairs`.")
+        measures = choices("measures", measures, MEASURES, kind="measure")
+        needs_text = {"perplexity", "divergence"} & set(measures)
+        if needs_text and text is None:
+            raise InvalidInput(f"{min(needs_text)} needs a text; give `evaluation`.")
+        if "pairs" in measures and pairs is None:
+            raise InvalidInput("minimal-pair accuracy needs pairs; give `pairs`.")
+        return cls(text, pairs, tuple(measures))
+
+    def describe(self) -> dict[str, object]:
+        """Return the texts and measures, JSON-serialisable."""
+        return {
+            "text": None if self.text is None else self.text.describe(),
+            "pairs": None if self.pairs is None else self.pairs.describe(),
+            "measures": list(self.measures),
+        }
+
+    def measure(
+        self,
+        model: LanguageModel,
+        reference: DenseReference | None = None,
+        *,
+        progress: bool | None = False,
+    ) -> dict[str, NDArray[np.float64]]:
+        """Return the raw numbers of a model as it is; divergence is from ``reference``."""
+        found = {}
+        if reference is not None:
+            seen = compare_with_dense(model, reference, progress=progress)
+            found["loss"] = seen.perplexity.window_losses
+            found["kl"] = seen.window_kl
+            found["agreement"] = seen.window_agreements.astype(np.float64)
+        elif self.text is not None and "perplexity" in self.measures:
+            found["loss"] = measure_perplexity(model, self.text, progress=progress).window_losses
+        if self.pairs is not None and "pairs" in self.measures:
+            scores = minimal_pair_scores(model, self.pairs, progress=progress)
+            found["good"], found["bad"] = scores.good, scores.bad
+        return {name: np.ascontiguousarray(values) for name, values in found.items()}
+
+    def perplexity(self, found: Arrays) -> Perplexity:
+        """Return the perplexity that the losses of windows amount to."""
+        text = self.text
+        assert text is not None  # noqa: S101  (there are losses)
+        return Perplexity(found["loss"], text.describe(), text.n_tokens, text.n_words, text.n_bytes)
+
+    def rows(self, found: Arrays, dense: Arrays, *, seed: int) -> list[dict[str, object]]:
+        """Return ``measure``, ``value``, ``low``, ``high`` of everything measured of an arm.
+
+        ``perplexity`` (percentile bootstrap over windows), ``perplexity_ratio`` to the dense model
+        (the same windows resampled for both), ``kl`` in nats a token and ``top1_agreement``,
+        ``accuracy`` and ``accuracy:PARADIGM`` (Wilson), and ``accuracy_difference`` to the dense
+        model (the same pairs resampled for both).
+        """
+        known: list[tuple[str, Interval]] = []
+        if "loss" in found and self.text is not None:
+            result, base = self.perplexity(found), self.perplexity(dense)
+            counts = self.text.window_tokens
+            loss = window_mean_interval(found["loss"], counts, seed=seed)
+            with np.errstate(over="ignore"):
+                low, high = float(np.exp(loss.low)), float(np.exp(loss.high))
+            known.append(("perplexity", Interval(result.value, low, high)))
+            known.append(("perplexity_ratio", perplexity_ratio(result, base, seed=seed)))
+            if "kl" in found:
+                agreements = found["agreement"].astype(np.int64)
+                seen = Divergence(result, base, np.array(found["kl"]), agreements, counts)
+                known += [(k, seen.interval(k, seed=seed)) for k in ("kl", "top1_agreement")]
+        if "good" in found and self.pairs is not None:
+            ours, theirs = (PairScores(a["good"], a["bad"], self.pairs, {}) for a in (found, dense))
+            for row in ours.table(seed=seed).to_dict("records"):
+                paradigm = row["paradigm"]
+                name = "accuracy" if paradigm == "overall" else f"accuracy:{paradigm}"
+                known.append((name, Interval(row["accuracy"], row["low"], row["high"])))
+            difference = accuracy_difference(ours, theirs, seed=seed)
+            known.append(("accuracy_difference", difference))
+        return [{"measure": name} | vars(interval) for name, interval in known]
+
+
+class Arm(ABC):
+    """One changed model: what is changed, and the key under which it is kept."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, object]:
+        """Return what makes the arm, JSON-serialisable."""
+
+    @property
+    @abstractmethod
+    def columns(self) -> dict[str, object]:
+        """Columns of the tables that name the arm."""
+
+    @property
+    @abstractmethod
+    def label(self) -> str:
+        """A short line for messages."""
+
+    @property
+    def key(self) -> str:
+        """Digest of `describe`, which names the arm's file."""
+        content = json.dumps(self.describe(), sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+AnyArm = TypeVar("AnyArm", bound=Arm)
+
+
+class Experiment(ABC, Generic[AnyArm]):
+    """Arms, what they are measured on, and where those that are finished are kept.
+
+    Parameters
+    ----------
+    model
+        Dense; every arm is made from it.
+    calibration, evaluation
+        What arms are fitted to and measured on.
+    seed
+        Of everything random.
+    memory
+        Bytes that hidden states and recorded inputs may take.
+    """
+
+    kind: ClassVar[str]
+    """Of the result's manifest, and its noun in messages."""
+    ending: ClassVar[str]
+    """Of the hidden folder of finished arms; the title of the progress bar."""
+    result: ClassVar[Callable[..., Any]]
+    """Makes the result from its tables and ``manifest``."""
+    load: ClassVar[Callable[..., Any]]
+    """Reads one that was saved."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        calibration: CalibrationSet,
+        evaluation: Evaluation,
+        *,
+        seed: int,
+        memory: int,
+    ) -> None:
+        self.model, self.calibration, self.evaluation = model, calibration, evaluation
+        self.seed, self.memory = seed, memory
+        self.dense: Arrays = {}
+        """Raw numbers of the dense model."""
+        self._kept: Unfinished | None = None
+
+    @abstractmethod
+    def settings(self) -> dict[str, object]:
+        """Return what a manifest records of the settings, JSON-serialisable."""
+
+    @abstractmethod
+    def prepare(self, held: ExitStack, *, progress: bool | None) -> Sequence[AnyArm]:
+        """Measure the dense model (`dense`), make what arms need, and return them.
+
+        ``held`` is closed when all are measured.
+        """
+
+    @abstractmethod
+    def measure(self, arm: AnyArm) -> Arrays:
+        """Make an arm from the dense weights and return its raw numbers, those of `dense`."""
+
+    @abstractmethod
+    def tables(self, arms: Sequence[AnyArm], found: Sequence[Arrays]) -> dict[str, Any]:
+        """Return the result's fields from the raw numbers of all arms."""
+
+    def steps(self, arms: Sequence[AnyArm]) -> int:  # noqa: ARG002
+        """Return how many measurements `search` counts, at most."""
+        return 0
+
+    def search(self, arms: Sequence[AnyArm], found: Sequence[Arrays], bar: Progress) -> None:
+        """Measure arms that depend on what the others came to (`measured`); none by default."""
+
+    def evaluated(self) -> dict[str, object]:
+        """Return what a manifest records of the evaluation."""
+        return self.evaluation.describe()
+
+    def run(
+        self,
+        clock: RunClock,
+        out: str | os.PathLike[str] | None = None,
+        *,
+        resume: bool = False,
+        force: bool = False,
+        extra: Callable[[Any, Path], object] | None = None,
+        progress: bool | None = None,
+    ) -> Any:
+        """Measure every arm that is not finished, and return the result, saved if it has a name.
+
+        Parameters
+        ----------
+        clock
+            Measures the run.
+        out, resume, force, extra, progress
+            As in `entangle.ablate`.
+
+        Raises
+        ------
+        InvalidInput
+            If the result exists, or is unfinished and not to be resumed, or of other settings.
+        EntangleError
+            What an arm raises; the message begins with its label. Arms before it are kept.
+        """
+        manifest = make_manifest(
+            self.kind, model=self.model.describe(), calibration=self.calibration.describe(),
+            evaluation=self.evaluated(), settings=self.settings(),
+        )  # fmt: skip
+        if out is not None:
+            if resume and not force and self._is_finished(out, manifest):
+                return type(self).load(out)
+            self._kept = Unfinished(
+                out, manifest, what=self.kind, ending=self.ending, resume=resume, force=force
+            )
+        with ExitStack() as held:
+            arms = self.prepare(held, progress=progress)
+            bar = held.enter_context(ProgressBar(self.ending, enabled=progress))
+            bar.start(len(arms) + self.steps(arms), "arms")
+            found = [self.measured(arm, bar) for arm in arms]
+            self.search(arms, found, bar)
+        tables = self.tables(arms, found)
+        result = type(self).result(**tables, manifest=manifest | clock.read(self.memory))
+        if self._kept is not None:
+            result.save(out, force=force, extra=None if extra is None else partial(extra, result))
+            self._kept.remove()
+        return result
+
+    def measured(self, arm: AnyArm, bar: Progress, *, key: str | None = None) -> Arrays:
+        """Return an arm's raw numbers, measured unless they are kept, and count it as done."""
+        name = f"arm-{key or arm.key}.safetensors"
+        found = self._read(name)
+        known = found is not None
+        if found is None:
+            try:
+                found = self.measure(arm)
+            except EntangleError as error:
+                raise type(error)(f"{arm.label}: {error}") from error
+            if self._kept is not None:
+                self._kept.keep(name, partial(_write, to_safetensors(dict(found))))
+        self.done(arm, found, known=known)
+        bar.advance()
+        return found
+
+    def done(self, arm: AnyArm | None, found: Arrays, *, known: bool = False) -> None:
+        """Hear of an arm that is finished, or was (``known``); None is the dense model."""
+
+    def _read(self, name: str) -> Arrays | None:
+        """Return a finished arm's numbers; refuse others than those measured of the dense model."""
+        path = None if self._kept is None else self._kept.find(name)
+        if path is None:
+            return None
+        try:
+            found = dict(load_file(path))
+            kinds = {name: (one.dtype, one.shape) for name, one in found.items()}
+            if kinds != {name: (one.dtype, one.shape) for name, one in self.dense.items()}:
+                raise ValueError(f"it holds {', '.join(sorted(found))}, not what is measured")
+        except READ_ERRORS as error:
+            raise InvalidInput(
+                f"{str(path)!r} is damaged or of another version ({error}); remove it and go on "
+                "with --resume (resume=True)."
+            ) from error
+        return found
+
+    def _is_finished(self, out: str | os.PathLike[str], manifest: Mapping[str, object]) -> bool:
+        """Tell whether the result is there; refuse one of another model, texts or settings."""
+        if not (expand_user(out) / "manifest.json").is_file():
+            return False
+        if not is_made(out, self.kind, manifest, ending=self.ending):
+            raise InvalidInput(
+                f"{str(out)!r} holds a finished {self.kind} of another model, text or settings, "
+                "which cannot be resumed; name another folder or use --force (force=True) to "
+                "replace it."
+            )
+        return True
+
+
+def _write(content: bytes, path: Path) -> None:
+    path.write_bytes(content)
+
+
+def numbered(
+    name: str, columns: Mapping[str, object], found: Arrays, wanted: Sequence[str]
+) -> pd.DataFrame | None:
+    """Return raw numbers with a column that numbers them, and those that name their arm."""
+    chosen = {one: found[one] for one in wanted if one in found}
+    if not chosen:
+        return None
+    table = pd.DataFrame(chosen).rename_axis(name).reset_index()
+    return table.assign(**columns)  # type: ignore[arg-type]
