@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-    from entangle.plotting.figures import HistogramOf
+    from entangle.plotting.outputs import HistogramOf
     from entangle.results.decomposition import Decomposition
 import argparse
 

@@ -5,35 +5,32 @@ The arms of an ablation as a figure needs them: which, in what units, and what t
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Unpack
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from entangle.checks import choice, plain_value, shown
 from entangle.errors import InvalidInput, unknown_name
-from entangle.plotting.save import record, sign
+from entangle.plotting.save import FigureOptions, paper, record
 from entangle.plotting.style import (
+    COLORBLIND,
+    KNOWN_TEXTS,
     PALETTE,
-    Column,
     add_title,
     axes_or_new,
-    column_width,
-    join_clauses,
+    called,
+    ink,
     legend_above,
     log_locator,
     make_room,
     note_above,
-    panel_grid,
-    paper_style,
     plain_number,
-    shared_legend,
     wrap,
 )
 from entangle.plotting.summaries import Floats, check_columns
@@ -78,6 +75,7 @@ _COLUMN_NAMES |= {"abs_skewness": "|skewness|"}
 _ARM = ("intervention", "strength", "experts", "selection", "by", "seed")
 _NEEDED = ("model", "layers", *_ARM, "measure", "value", "low", "high", "n_rows")
 _WRITER = "the command `entangle ablate` writes such tables."
+SEEDS = "random rows: the seeds' median, a dot a seed, a bar over all their intervals"
 
 
 @dataclass(frozen=True)
@@ -139,12 +137,13 @@ class Arms:
         listed = ", ".join(f"{count} of {series}" for series, count in lost.items())
         bare = int((~np.isfinite(self.rows[["low", "high"]].to_numpy())).any(axis=1).sum())
         clauses = (
-            f"model {self.rows['model'].iloc[0]}",
-            f"evaluated on {text}" if text else "",
+            f"model {called(str(self.rows['model'].iloc[0]))}",
+            f"evaluated on {called(text, KNOWN_TEXTS)}" if text else "",
             self._neurons(),
             self._dense_perplexity(),
             f"bars: {self._interval()}",
-            "seeds: dots, their median, bar over all intervals" if seeded else "",
+            SEEDS if seeded else "",
+            self._undecided(),
             f"left out, not finite: {listed}" if listed else "",
             f"{bare} without a finite interval" if bare else "",
         )
@@ -164,6 +163,13 @@ class Arms:
     def _dense_perplexity(self) -> str:
         asked = self.measure.startswith("perplexity") and self.perplexity is not None
         return f"dense perplexity {self.perplexity:.4g}" if asked else ""
+
+    def _undecided(self) -> str:
+        """Say how many intervals of accuracies hold the dense model's, from which none differs."""
+        if self.dense is None or not self.measure.startswith("accuracy"):
+            return ""
+        held = self.rows["low"].le(self.dense) & self.rows["high"].ge(self.dense)
+        return f"{held.sum()} of {len(held)} intervals hold the dense model's value"
 
     def _interval(self) -> str:
         measure = "accuracy" if self.measure.startswith(_PARADIGM) else self.measure
@@ -352,9 +358,11 @@ _COLUMNS = (
     "variance", "weight_norm", "mean", "md", "excess_kurtosis", "skewness", "abs_mean",
     "abs_skewness", "ks",
 )  # fmt: skip
-_HEX: list[str] = sns.color_palette("colorblind").as_hex()
-_COLUMN_COLORS, _COLUMN_MARKERS = [_HEX[i] for i in (0, 2, 4, 1, 9, 5, 6, 8)], "sDPvX<>hp"
-_RULE_COLORS = {"random": PALETTE["typical"], "all": PALETTE["gaussian"], "listed": _HEX[5]}
+_COLUMN_COLORS = (*(COLORBLIND[i] for i in (0, 2, 4, 1, 9, 5)), "#332288", "#882255")
+_COLUMN_MARKERS = "sDPvX<>hp"
+_RULE_COLORS = {
+    "random": PALETTE["typical"], "all": PALETTE["gaussian"], "listed": COLORBLIND[5],
+}  # fmt: skip
 _RULE_MARKERS = {"all": "*", "listed": "d", "matched": "8"}
 _RULE_MARKERS |= dict.fromkeys(("random", "random-norm", "random-variance"), "o")
 _STEP_INCHES, _WIDEST, _MOST_TICKS = 0.08, 0.7, 8
@@ -408,6 +416,7 @@ def plot_ablation(
     strength: float | int | None = None,
     text: str | None = None,
     legend: bool = True,
+    notes: bool = True,
     ax: Axes | None = None,
 ) -> Axes:
     """Draw what one intervention on several selections of neurons costs.
@@ -432,16 +441,19 @@ def plot_ablation(
     text
         What was measured on, for the legend, for example ``"WikiText-2, 152 windows"``.
     legend
-        Write a legend on top; otherwise only what it says in words.
+        Write a legend on top.
+    notes
+        Say on top, in words, what was measured and how.
     ax
         Where to draw; None makes a new figure.
 
     Returns
     -------
     matplotlib.axes.Axes
-        ``ax``, or that of the new figure. A random selection with several seeds shows their median,
-        each of them as a faint dot, and a bar from the lowest to the highest end of their
-        intervals. Values that are not finite are left out, and the legend counts them.
+        ``ax``, or that of the new figure. Colours, places and the y axis are those of all arms of
+        the measure, so that panels of one table can be compared. A random selection with several
+        seeds shows their median, each of them as a faint dot, and a bar from the lowest to the
+        highest end of their intervals. Values that are not finite are left out and counted.
 
     Raises
     ------
@@ -456,17 +468,18 @@ def plot_ablation(
     arXiv 2405.15756, figures 3 and 5a.
     """
     arms = read_arms(frame, measure)
+    looks, scale = _looks(arms), _Scale.of(arms)
     arms = arms.where(intervention=intervention, experts=experts, strength=strength)
     panel = Panel.of(arms)
     given, ax = ax is not None, axes_or_new(ax)
-    _draw(ax, panel, _looks(arms), _Scale.of(arms))
-    notes = [panel.title, *arms.notes(text)]
+    _draw(ax, panel, looks, scale)
+    said = [panel.title, *arms.notes(text)] if notes else []
     if legend:
-        key = legend_above(ax, _entries(ax), clauses=notes)
+        key = legend_above(ax, _entries(ax), clauses=said)
         if not given:
             make_room(key)
-    else:
-        note_above(ax, notes)
+    elif notes:
+        note_above(ax, said)
     return ax
 
 
@@ -475,8 +488,7 @@ def figure_ablation(
     *,
     measure: str = "perplexity_ratio",
     text: str | None = None,
-    column: Column = "double",
-    digest: str | None = None,
+    **options: Unpack[FigureOptions],
 ) -> Figure:
     """Draw what every intervention costs: panels with one y axis and one legend.
 
@@ -487,10 +499,8 @@ def figure_ablation(
     ----------
     frame, measure, text
         As in `plot_ablation`.
-    column
-        Width: ``"single"`` or ``"double"``.
-    digest
-        Of the run, for the small print; see `entangle.plotting.save.sign`.
+    options
+        See `entangle.plotting.save.FigureOptions`.
 
     Returns
     -------
@@ -500,49 +510,36 @@ def figure_ablation(
     Raises
     ------
     InvalidInput
-        What `plot_ablation` refuses in a table, too many panels, or an unknown ``column``.
+        What `plot_ablation` refuses in a table, too many panels, or an option out of range.
     """
     arms = read_arms(frame, measure)
     panels = split_panels(arms, most=MAX_PANELS)
-    with paper_style(column=column):
-        figure, axes = panel_grid(len(panels), column=column)
-        looks, scale = _looks(arms), _Scale.of(arms)
+    with paper(options) as page:
+        axes = page.grid(len(panels))
         for ax, panel in zip(axes, panels, strict=True):
-            _draw(ax, panel, looks, scale)
-        if len(panels) == 1:
-            key = legend_above(
-                axes[0], _entries(axes[0]), clauses=[panels[0].title, *arms.notes(text)]
-            )
-        else:
-            key = _join(figure, axes, panels, column=column, notes=arms.notes(text))
-        make_room(key)
-        return sign(figure, digest)
+            strength = panel.arms.levels("strength")[0] if panel.x == "experts" else None
+            plot_ablation(
+                frame, measure=measure, intervention=panel.intervention, strength=strength,
+                legend=False, notes=False, ax=ax,
+            )  # fmt: skip
+            add_title(ax, panel.title.replace(" %", "\u00a0%").replace("% ", "%\u00a0"))
+        if len(panels) > 1:
+            _join(page.figure, axes, panels)
+        caption = (f"What changing chosen neurons costs: {arms.label}", *arms.notes(text))
+        return page.finish(caption, title=called(str(arms.rows["model"].iloc[0])))
 
 
-def _join(
-    figure: Figure,
-    axes: Sequence[Axes],
-    panels: Sequence[Panel],
-    *,
-    column: Column,
-    notes: list[str],
-) -> Legend:
-    """Title the panels, write what they share once, and return their legend."""
+def _join(figure: Figure, axes: Sequence[Axes], panels: Sequence[Panel]) -> None:
+    """Write what the panels share once."""
     figure.supylabel(axes[0].get_ylabel())
     for ax, panel in zip(axes, panels, strict=True):
         place = ax.get_subplotspec()
-        add_title(ax, panel.title.replace(" %", "\u00a0%").replace("% ", "%\u00a0"))
         ax.set(xlabel=wrap(ax, panel.xlabel, size=7.0), ylabel="")
         ax.tick_params(labelleft=place is None or place.is_first_col())
     if len({panel.xlabel for panel in panels}) == 1:
         figure.supxlabel(panels[0].xlabel)
         for ax in axes:
             ax.set_xlabel("")
-    title = join_clauses(notes, inches=column_width(column))
-    shared_legend(figure, axes, column=column, title=title)
-    (key,) = figure.legends
-    key.get_title().set_multialignment("center")
-    return key
 
 
 def _entries(ax: Axes) -> list[tuple[Artist, str]]:
@@ -579,10 +576,10 @@ def _style(rule: str, name: str) -> str:
 
 def _color(rule: str, by: str, columns: Sequence[str]) -> str:
     if by == "wd":
-        return PALETTE["top"]
+        return ink("top")
     if not by and rule in _RULE_COLORS:
-        return _RULE_COLORS[rule]
-    return _COLUMN_COLORS[columns.index(by) % len(_COLUMN_COLORS)]
+        return ink(rule, _RULE_COLORS[rule])
+    return ink(by, _COLUMN_COLORS[columns.index(by) % len(_COLUMN_COLORS)])
 
 
 def _marker(rule: str, by: str, columns: Sequence[str]) -> str:
@@ -617,18 +614,11 @@ def _draw_series(
         seeds=("seed", "nunique"), **{name: (name, "first") for name in names},
     )  # fmt: skip
     (line,) = ax.plot(
-        list(place.values()),
-        joined["y"].reindex(list(place)),  # a gap where the selection was not measured
-        color=look.color,
-        label=look.label,
-        linestyle=look.style,
-        lw=0.8,
-        marker=look.marker,
-        markersize=3.5,
-        markeredgewidth=0.8,
+        list(place.values()), joined["y"].reindex(list(place)),  # a gap where nothing was measured
+        color=look.color, label=look.label, linestyle=look.style, lw=0.8, marker=look.marker,
+        markersize=3.5, markeredgewidth=0.8, zorder=2.2,
         markerfacecolor="white" if look.hollow else look.color,
-        zorder=2.2,
-    )
+    )  # fmt: skip
     joined.insert(0, "x", [place[level] for level in joined.index])
     known = joined[np.isfinite(joined[["y_low", "y_high"]].to_numpy()).all(axis=1)]
     ax.vlines(known["x"], known["y_low"], known["y_high"], color=look.color, lw=0.8, zorder=2.1)
@@ -655,7 +645,7 @@ def _draw_dense(ax: Axes, panel: Panel, scale: _Scale) -> None:
     dense = panel.arms.dense
     if dense is None or (scale.log and dense <= 0.0):
         return
-    line = ax.axhline(dense, color=PALETTE["gaussian"], lw=0.8, ls=":", zorder=1.9, label="dense")
+    line = ax.axhline(dense, color=ink("gaussian"), lw=0.8, ls=":", zorder=1.9, label="dense")
     record(line, panel=panel.title, series="dense", x=np.nan, y=dense)
 
 
@@ -668,6 +658,9 @@ def _set_x(ax: Axes, labels: Sequence[str]) -> None:
     every = -(-len(labels) // _MOST_TICKS)
     ax.set_xticks(range(0, len(labels), every), labels[::every])
     ax.set_xlim(-0.5, len(labels) - 0.5)
+    if every == 1:  # a band a value: points beside its tick belong to it
+        for number in range(1, len(labels), 2):
+            ax.axvspan(number - 0.5, number + 0.5, color="0.95", lw=0, zorder=0.5)
 
 
 def _set_y(ax: Axes, scale: _Scale) -> None:

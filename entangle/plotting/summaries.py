@@ -99,10 +99,16 @@ def split_top(scores: pd.DataFrame, *, top: float, values: Sequence[str] = ("wd"
             f"{layer!r}; got {kept.sum()}{f' ({dropped})' if dropped else ''}; score more neurons "
             f"with `entangle score`{', without --no-md' if 'md' in values else ''}."
         )
-    is_top = np.zeros(len(wd), dtype=np.bool_)
-    n_top = max(1, round(top * int(np.isfinite(wd).sum())))
-    is_top[np.argsort(-wd, kind="stable")[:n_top]] = True  # NaN sorts last
+    is_top = top_mask(wd, top)
     return TopSplit(layer, scores[kept], is_top[kept], float(wd[is_top].min()), top, dropped)
+
+
+def top_mask(wd: Floats, top: float) -> NDArray[np.bool_]:
+    """Return which are among the ``top`` share of the WDs that are no NaN; of equals the first."""
+    is_top = np.zeros(len(wd), dtype=np.bool_)
+    most = max(1, round(top * int((~np.isnan(wd)).sum())))
+    is_top[np.argsort(-wd, kind="stable")[:most]] = True  # NaN sorts last
+    return is_top
 
 
 def check_top(top: float) -> None:
