@@ -75,7 +75,7 @@ _COLUMN_NAMES |= {"abs_skewness": "|skewness|"}
 _ARM = ("intervention", "strength", "experts", "selection", "by", "seed")
 _NEEDED = ("model", "layers", *_ARM, "measure", "value", "low", "high", "n_rows")
 _WRITER = "the command `entangle ablate` writes such tables."
-SEEDS = "random rows: the seeds' median, a dot a seed, a bar over all their intervals"
+SEEDS = "random: median of the seeds, a dot each, a bar over all intervals"
 
 
 @dataclass(frozen=True)

@@ -252,6 +252,11 @@ class _Group:
     change: Floats
 
     @property
+    def n(self) -> int:
+        """Number of neurons."""
+        return len(self.change)
+
+    @property
     def label(self) -> str:
         """Name the group and its size."""
         return f"{self.name} (n = {len(self.change):,})"
@@ -390,8 +395,9 @@ def figure_disentanglement(
         for ax, measure in zip(axes, measures, strict=True):
             plot_change(rows, measure=measure, top=top, legend=False, ax=ax)
             groups, dropped = _groups(rows, measure, top)
-            medians = [f"{g.median} {g.name}" for g in groups[::-1] if len(g.change)]
-            add_title(ax, f"median {', '.join(medians)}")
+            names = ("others", "top")
+            medians = [f"{g.median} ({n})" for g, n in zip(groups, names, strict=True) if g.n]
+            add_title(ax, f"median {', '.join(medians[::-1])}")
             parts = (*(group.said() for group in groups), *dropped, *_beyond(groups))
             said.append(f"{CHANGES[measure]}: {'; '.join(parts)}")
         caption = (
@@ -463,7 +469,7 @@ def _draw_change(ax: Axes, groups: Sequence[_Group], measure: str) -> list[Entry
             record(line, panel=measure, series=f"{group.name}, median", x=middle)
     zero = ax.axvline(0.0, color=ink("gaussian"), lw=0.6)
     record(zero, panel=measure, series="no change", x=0.0)
-    ax.set(xlabel=f"change of {CHANGES[measure]} (%)", ylabel="% of the group per % change")
+    ax.set(xlabel=f"change of {CHANGES[measure]} (%)", ylabel="share (% of the group per %)")
     pad = 0.02 * (high - low)
     ax.set_xlim(min(low, 0.0) - pad, max(high, 0.0) + pad)
     return entries

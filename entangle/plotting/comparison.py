@@ -28,6 +28,7 @@ from entangle.plotting.style import (
     make_room,
     note_above,
     plain_number,
+    wrap,
 )
 from entangle.plotting.summaries import Floats, check_columns
 
@@ -218,10 +219,11 @@ def figure_comparison(
     """
     models = _Models.of(comparison, ("flops", "nonzeros"))
     with paper(options) as page:
-        left, right = axes = page.grid(2, panel_inches=_PANEL_INCHES - 0.3)
+        left, right = axes = page.grid(2, panel_inches=_PANEL_INCHES)
         right.sharey(left)
         for ax, x in zip(axes, ("sparsity", "nonzeros"), strict=True):
             plot_perplexity(models.frame, x=x, legend=False, notes=False, ax=ax)
+            ax.set_xlabel(wrap(ax, ax.get_xlabel(), size=7.0))
         right.set_ylabel("")
         right.tick_params(labelleft=False)
         add_title(left, "Equal FLOPs per token")

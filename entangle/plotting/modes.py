@@ -251,6 +251,7 @@ def plot_modes(
     layer: str | None = None,
     neuron: int | None = None,
     legend: bool = True,
+    notes: bool = True,
     ax: Axes | None = None,
 ) -> Axes:
     """Draw the density of one neuron's outputs, shaded by mode.
@@ -266,7 +267,9 @@ def plot_modes(
     layer, neuron
         Which; may be left out where ``modes`` holds only one.
     legend
-        Name the modes with their tokens; otherwise only n.
+        Name the modes with their tokens.
+    notes
+        Without a legend, write n.
     ax
         Where to draw; None makes a new figure.
 
@@ -290,7 +293,7 @@ def plot_modes(
     skyline = 0.5 * (shape.edges[:-1] + shape.edges[1:]), 1.2 * shape.density
     if legend:
         add_legend(ax, entries, side=_side(shape), skyline=skyline)
-    else:
+    elif notes:
         add_note(ax, [f"n = {shape.n:,} tokens"], side=_side(shape), skyline=skyline)
     return ax
 
@@ -347,7 +350,9 @@ def figure_modes(
     texts = texts.assign(output=(texts["output"] - mean) / std)
     with paper(options) as page:
         panel, table = beside_table(page, len(_lines(rows, texts, per_mode)))
-        plot_modes(rows, histogram=histogram, mean=mean, std=std, legend=False, ax=panel)
+        plot_modes(
+            rows, histogram=histogram, mean=mean, std=std, legend=False, notes=False, ax=panel
+        )
         plot_contexts(texts, modes=rows, per_mode=per_mode, ax=table)
         page.figure.draw_without_rendering()  # the panel's width decides how the title is broken
         add_title(panel, neuron_title(first, wd))
@@ -369,7 +374,7 @@ def beside_table(page: Paper, lines: int) -> tuple[Axes, Axes]:
     if single:
         low = (text + 2 * _PAD) / height
         rect = 0.0, low, 1.0, 1.0 - low
-        place = _PAD / whole, _PAD / height, 1.0 - 2 * _PAD / whole, text / height
+        place = 2 * _PAD / whole, _PAD / height, 1.0 - 3 * _PAD / whole, text / height
     else:
         left, pad = _PANEL_WIDTH / whole, _PAD / height
         rect = 0.0, 0.0, left, 1.0

@@ -336,6 +336,7 @@ def _draw_outputs(
 ) -> Figure:
     check_panels(len(items), name="items", kind="neuron")
     xlim = _common_limits(items) if standardized else None
+    wide = xlim is not None and xlim[1] - xlim[0] > 2.0 * HEAVY_TAIL
     alone, layers = len(items) == 1, {item.layer for item in items}
     layer = layers.pop() if len(layers) == 1 else ""
     with paper(options, column=usual) as page:
@@ -344,7 +345,7 @@ def _draw_outputs(
             plot_output_distribution(
                 item.histogram, mean=item.mean, std=item.std, wd=item.wd, wd_se=item.wd_se,
                 label=item.label, standardized=standardized, role=item.role, xlim=xlim,
-                log=log or (log is None and xlim is not None and np.ptp(xlim) > 2.0 * HEAVY_TAIL),
+                log=wide if log is None else log,
                 legend=alone, ax=ax,
             )  # fmt: skip
         if standardized:

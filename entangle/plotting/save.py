@@ -73,6 +73,8 @@ class FigureOptions(TypedDict, total=False):
 _PANELS_ACROSS = {"single": 2, "double": 3}
 _PANEL_INCHES = {"single": 1.35, "double": 1.6}
 _LINE_INCHES, _LETTER = 0.13, 8.0
+OTHERS = " others"
+"""Ending of what a legend names last."""
 _CAPTIONS: WeakKeyDictionary[Figure, str] = WeakKeyDictionary()
 
 
@@ -180,8 +182,10 @@ def paper(options: FigureOptions, *, column: Column = "double") -> Iterator[Pape
 
 
 def _sentences(clauses: Iterable[str | None]) -> str:
-    said = [clause.strip().rstrip(".") for clause in clauses if clause]
-    return "".join(f"{one[0].upper()}{one[1:]}. " for one in said).strip().replace("\n", " ")
+    """Join clauses; those that begin with a layer's name keep their first letter."""
+    said = [clause.strip().rstrip(".").replace("\n", " ") for clause in clauses if clause]
+    begun = [one if "." in one.split()[0] else one[0].upper() + one[1:] for one in said]
+    return " ".join(f"{one}." for one in begun)
 
 
 def _relabel(figure: Figure, labels: Mapping[str, str]) -> None:
@@ -206,9 +210,10 @@ def letter_panels(axes: Sequence[Axes]) -> None:
         more, place = divmod(number, len(ascii_lowercase))
         letter = ("" if more == 0 else ascii_lowercase[more - 1]) + ascii_lowercase[place]
         lines = (ax.get_title(loc="left") or ax.get_title()).count("\n")
+        above = pad + 1.2 * size * lines if ax.axison else -size
         ax.annotate(
             letter, (0.0, 1.0), xycoords="axes fraction", textcoords="offset points",
-            xytext=(-4.0, pad + 1.2 * size * lines), ha="right", va="baseline", weight="bold",
+            xytext=(-4.0, above), ha="right", va="baseline", weight="bold",
             fontsize=_LETTER, annotation_clip=False, gid="letter",
         )  # fmt: skip
 
@@ -273,6 +278,7 @@ def shared_legend(
 ) -> Legend | None:
     """Write one legend above all panels: every label once, then ``extra`` without a key."""
     entries = _labelled(axes)
+    entries = {name: entries[name] for name in sorted(entries, key=lambda n: n.endswith(OTHERS))}
     if extra:
         entries[extra] = text_handle()
     if not entries:

@@ -451,7 +451,7 @@ def figure_sparsities(
 
 MOST_NAMED = 6
 """Most experts with colours of their own: those whose mean outputs lie farthest out."""
-_OTHERS = "0.70", "0.80"
+_OTHERS = "0.78"
 _HUMP, _LEAST_MASS = 0.06, 0.004
 
 
@@ -672,7 +672,7 @@ def _draw_stack(
     others = len(stack.experts) - len(named)
     for number, (expert, n) in enumerate(zip(stack.experts, stack.tokens, strict=True)):
         name, own = f"expert {expert}", number in named
-        usual = NOMINAL[named.index(number)] if own else _OTHERS[number % 2]
+        usual = NOMINAL[named.index(number)] if own else _OTHERS
         # Each over the next and down to 0: bands side by side leave a hairline of paper.
         bars = ax.stairs(
             tops[number], edges, fill=True, color=ink(name, usual), lw=0,
@@ -710,11 +710,11 @@ def _zoom(ax: Axes, stack: _Stack) -> None:
     if not mass or max(mass) < _LEAST_MASS:
         return
     left, right, corner = sides[int(np.argmax(mass))]
-    width = (right - left) / (high - low) - 0.08
-    if width < 0.2:
+    labels = 0.3 / (ax.bbox.width / ax.figure.dpi)  # room for those of the inset's y axis
+    width = (right - left) / (high - low) - labels
+    if width < 0.18:
         return
-    place = (corner if corner < 0.5 else corner - width, 0.42, width, 0.46)
-    inset = ax.inset_axes(place)
+    inset = ax.inset_axes((labels if corner < 0.5 else corner - width, 0.38, width, 0.42))
     _draw_stack(inset, stack, (left, right), recorded=False)
     inside = (x >= left) & (x <= right)
     inset.set(xlabel="", ylabel="", ylim=(0.0, 1.15 * float(y[inside].max())))

@@ -29,7 +29,7 @@ from entangle.plotting import (
     plot_wd_against_md,
     plot_wd_distribution,
 )
-from entangle.plotting.axes import wd_text
+from entangle.plotting.outputs import wd_text
 from tests.plotting.ablation_frames import ablation_frame
 
 Draw = Callable[..., Axes]
