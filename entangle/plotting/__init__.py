@@ -16,7 +16,7 @@ if TYPE_CHECKING:
         figure_router_map,
         plot_change,
         plot_router_map,
-    )  # fmt: skip
+    )
     from entangle.plotting.comparison import figure_comparison, plot_perplexity
     from entangle.plotting.layers import (
         figure_allocation,
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         plot_row_sparsity,
         plot_wd_heatmap,
         plot_wd_ridge,
-    )  # fmt: skip
+    )
     from entangle.plotting.modes import figure_modes, plot_contexts, plot_modes
     from entangle.plotting.outputs import (
         NeuronOutput,
@@ -33,37 +33,37 @@ if TYPE_CHECKING:
         figure_top_and_typical,
         plot_output_distribution,
         top_and_typical,
-    )  # fmt: skip
+    )
     from entangle.plotting.pairs import (
         figure_distances,
         figure_separated_pairs,
         plot_distances,
         plot_pair_contexts,
         plot_separated_pairs,
-    )  # fmt: skip
+    )
     from entangle.plotting.predictors import (
         figure_components,
         figure_predictors,
         plot_components,
         plot_predictor,
-    )  # fmt: skip
+    )
     from entangle.plotting.save import FigureOptions, caption_of, drawn, save_figure, sign
     from entangle.plotting.scores import (
         figure_wd_against_md,
         figure_wd_distribution,
         plot_wd_against_md,
         plot_wd_distribution,
-    )  # fmt: skip
+    )
     from entangle.plotting.sparse_outputs import (
-        dense_output,
         figure_experts,
         figure_recovery,
         figure_sparse_outputs,
         figure_sparsities,
         plot_experts,
         plot_sparse_output,
-    )  # fmt: skip
+    )
     from entangle.plotting.style import COLUMN_INCHES, PALETTE, paper_style
+    from entangle.plotting.summaries import dense_output
 
 _HOMES = {
     "ablation": ("figure_ablation", "plot_ablation"),
@@ -88,8 +88,9 @@ _HOMES = {
         "figure_wd_against_md", "figure_wd_distribution", "plot_wd_against_md",
         "plot_wd_distribution",
     ),
+    "summaries": ("dense_output",),
     "sparse_outputs": (
-        "dense_output", "figure_experts", "figure_recovery", "figure_sparse_outputs",
+        "figure_experts", "figure_recovery", "figure_sparse_outputs",
         "figure_sparsities", "plot_experts", "plot_sparse_output",
     ),
     "style": ("COLUMN_INCHES", "PALETTE", "paper_style"),

@@ -18,14 +18,7 @@ from entangle.errors import InvalidInput
 from entangle.plotting.outputs import Entry
 from entangle.plotting.save import FigureOptions, paper, record, share_axes
 from entangle.plotting.scores import OTHERS, bin_count
-from entangle.plotting.style import (
-    NOMINAL,
-    add_title,
-    axes_or_new,
-    ink,
-    legend_above,
-    make_room,
-)
+from entangle.plotting.style import NOMINAL, add_title, axes_or_new, ink, legend_above, make_room
 from entangle.plotting.summaries import (
     DECOMPOSE,
     TWO_EXPERTS,

@@ -42,11 +42,7 @@ PERPLEXITY_LABEL = "perplexity (× dense)"
 CEILING = 100.0
 """Multiple of the dense perplexity above which models are off the axis, if others are below."""
 
-_NAMES = {
-    "wanda": "Wanda",
-    "sparsegpt": "SparseGPT",
-    "expansion-random": "random clusters",
-}
+_NAMES = {"wanda": "Wanda", "sparsegpt": "SparseGPT", "expansion-random": "random clusters"}
 _CONTROLS = ("expansion-random",)
 _MARKERS = "o^sDvP"
 _STYLES = ("-", "-.", ":")
@@ -190,10 +186,7 @@ def plot_perplexity(
 
 
 def figure_comparison(
-    comparison: pd.DataFrame,
-    *,
-    text: str | None = None,
-    **options: Unpack[FigureOptions],
+    comparison: pd.DataFrame, *, text: str | None = None, **options: Unpack[FigureOptions]
 ) -> Figure:
     """Draw the perplexity of every model at equal FLOPs per token and at equal memory.
 

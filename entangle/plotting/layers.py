@@ -64,11 +64,7 @@ class _Group:
 
 
 def plot_wd_ridge(
-    scores: pd.DataFrame,
-    *,
-    top: float = 0.03,
-    bins: Floats | None = None,
-    ax: Axes | None = None,
+    scores: pd.DataFrame, *, top: float = 0.03, bins: Floats | None = None, ax: Axes | None = None
 ) -> Axes:
     """Draw the WD distributions of layers above one another, the top neurons as red strokes.
 
@@ -139,10 +135,7 @@ def plot_wd_heatmap(
 
 
 def figure_wd_by_layer(
-    scores: pd.DataFrame,
-    *,
-    top: float = 0.03,
-    **options: Unpack[FigureOptions],
+    scores: pd.DataFrame, *, top: float = 0.03, **options: Unpack[FigureOptions]
 ) -> Figure:
     """Draw WD along the model's depth: a panel a projection, of ridges, or heat maps if too many.
 
@@ -518,9 +511,7 @@ def plot_layer_profile(
 
 
 def figure_allocation(
-    layers: pd.DataFrame,
-    neurons: pd.DataFrame,
-    **options: Unpack[FigureOptions],
+    layers: pd.DataFrame, neurons: pd.DataFrame, **options: Unpack[FigureOptions]
 ) -> Figure:
     """Draw an allocation: sparsities of its rows, its layers, and their experts if it has them.
 

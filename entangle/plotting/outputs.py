@@ -10,6 +10,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import StepPatch
+from matplotlib.ticker import FuncFormatter, NullLocator
 from scipy import stats
 
 from entangle.checks import several
@@ -25,6 +26,8 @@ from entangle.plotting.style import (
     add_title,
     axes_or_new,
     ink,
+    log_locator,
+    plain_number,
     text_handle,
 )
 from entangle.plotting.summaries import (
@@ -124,7 +127,11 @@ def plot_output_distribution(
     skyline = points, np.maximum(shape.at(points), stats.norm.pdf(points, center, scale))
     explain(ax, entries, [tokens], outside, legend=legend, side=side, skyline=skyline)
     if log:  # room for the note above, and no more below than one token needs
-        ax.set(yscale="log", ylim=(_lowest(shape), 20.0 * float(shape.density.max())))
+        low, high = _lowest(shape), 8.0 * float(shape.density.max())
+        ax.set(yscale="log", ylim=(low, high))
+        ax.yaxis.set_major_locator(log_locator(high / low))
+        ax.yaxis.set_major_formatter(FuncFormatter(plain_number))
+        ax.yaxis.set_minor_locator(NullLocator())
     return ax
 
 
@@ -264,9 +271,7 @@ def figure_output_distributions(
 
 
 def figure_top_and_typical(
-    scores: pd.DataFrame,
-    histogram_of: HistogramOf,
-    **options: Unpack[FigureOptions],
+    scores: pd.DataFrame, histogram_of: HistogramOf, **options: Unpack[FigureOptions]
 ) -> Figure:
     """Draw the outputs of the neuron with the largest WD beside those of a typical one.
 

@@ -24,15 +24,7 @@ from entangle.plotting.modes import (
 )
 from entangle.plotting.outputs import Entry, output_limits
 from entangle.plotting.save import FigureOptions, paper, record, share_axes
-from entangle.plotting.style import (
-    NOMINAL,
-    Role,
-    add_legend,
-    add_note,
-    add_title,
-    axes_or_new,
-    ink,
-)
+from entangle.plotting.style import NOMINAL, Role, add_legend, add_note, add_title, axes_or_new, ink
 from entangle.plotting.summaries import (
     DECOMPOSE,
     Floats,

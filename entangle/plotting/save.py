@@ -182,9 +182,13 @@ def paper(options: FigureOptions, *, column: Column = "double") -> Iterator[Pape
 
 
 def _sentences(clauses: Iterable[str | None]) -> str:
-    """Join clauses; those that begin with a layer's name keep their first letter."""
+    """Join clauses, each a sentence; what begins with a symbol or a layer's name keeps its case."""
     said = [clause.strip().rstrip(".").replace("\n", " ") for clause in clauses if clause]
-    begun = [one if "." in one.split()[0] else one[0].upper() + one[1:] for one in said]
+    words = [one.split()[0] for one in said]
+    begun = [
+        one if "." in word or len(word) < 3 else one[0].upper() + one[1:]
+        for one, word in zip(said, words, strict=True)
+    ]
     return " ".join(f"{one}." for one in begun)
 
 

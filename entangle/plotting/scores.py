@@ -18,20 +18,8 @@ from matplotlib.figure import Figure
 from entangle.errors import InvalidInput
 from entangle.plotting.outputs import Entry, check_panels, explain, layer_label, plural
 from entangle.plotting.save import FigureOptions, paper, record, share_axes
-from entangle.plotting.style import (
-    Skyline,
-    add_title,
-    axes_or_new,
-    ink,
-    text_handle,
-)
-from entangle.plotting.summaries import (
-    Floats,
-    TopSplit,
-    check_columns,
-    check_top,
-    split_top,
-)
+from entangle.plotting.style import Skyline, add_title, axes_or_new, ink, text_handle
+from entangle.plotting.summaries import Floats, TopSplit, check_columns, check_top, split_top
 from entangle.stats.intervals import spearman_interval
 
 WD_LABEL = "Wasserstein distance to N(0, 1) (σ)"

@@ -1,7 +1,6 @@
 """A neuron's outputs when weights become zero: by experts and sparsity, and by whose they are."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Unpack
 
 import numpy as np
@@ -27,21 +26,23 @@ from entangle.plotting.style import (
     ink,
 )
 from entangle.plotting.summaries import (
+    ALL_TOKENS,
     DECOMPOSE,
-    TWO_EXPERTS,
-    Floats,
+    MOST_NAMED,
     OutputDensity,
     SparseNeuron,
+    Stack,
     check_columns,
     choose,
+    close_neurons,
     output_density,
+    routed_neuron,
     sparse_neuron,
+    stack_of,
     usual_neurons,
 )
 
 MAX_EXPERTS = 8
-ALL_TOKENS = -1
-"""What stands for all clusters together in the column ``cluster``."""
 X_LABEL, Y_LABEL = "standardised output (σ of dense)", "density (per σ)"
 
 MOST_ACROSS: Mapping[str, int] = {"single": 2, "double": 5}
@@ -163,7 +164,7 @@ def figure_sparse_outputs(
     arXiv 2405.15756, figure 1 a-e.
     """
     rows = choose(outputs, name="outputs", layer=layer, sparsity=sparsity)
-    items = _items(rows, neurons, chosen)
+    items = close_neurons(rows, neurons, chosen)
     common = set.intersection(*(set(item.experts) for item in items))
     numbers = (
         sorted({min(common), max(common)})
@@ -209,65 +210,14 @@ def figure_recovery(
     arXiv 2405.15756, figure 6.
     """
     rows = choose(outputs, name="outputs", layer=layer, sparsity=sparsity)
-    items = _items(rows, neurons, None if neuron is None else [neuron])[:1]
+    items = close_neurons(rows, neurons, None if neuron is None else [neuron])[:1]
     numbers = items[0].experts if experts is None else wholes("experts", experts, least=1)
     return _figure(rows, neurons, items, numbers, options)
-
-
-def dense_output(
-    outputs: pd.DataFrame,
-    neurons: pd.DataFrame,
-    *,
-    layer: str | None = None,
-    neuron: int | None = None,
-) -> tuple[pd.DataFrame, SparseNeuron]:
-    """Return the histogram of one neuron's dense outputs, and its mean, standard deviation and WD.
-
-    Parameters
-    ----------
-    outputs, neurons, layer
-        As in `plot_sparse_output`, of any sparsity.
-    neuron
-        None takes the one with the largest WD.
-
-    Raises
-    ------
-    InvalidInput, UnknownName
-        Missing columns, or something that the tables do not hold.
-    """
-    rows = choose(outputs, name="outputs", layer=layer)
-    check_columns(rows, ("sparsity", "experts"), name="outputs", writer=DECOMPOSE)
-    rows = choose(rows, name="outputs", sparsity=float(rows["sparsity"].iloc[0]))
-    item = _items(rows, neurons, None if neuron is None else [neuron])[0]
-    return choose(
-        rows, name="outputs", neuron=item.neuron, experts=int(rows["experts"].min()), kind="dense",
-        cluster=ALL_TOKENS,
-    ), item  # fmt: skip
 
 
 def experts_text(k: int) -> str:
     """Return ``"1 expert"`` or ``"16 experts"``, not to be broken."""
     return "1\u00a0expert" if k == 1 else f"{k}\u00a0experts"
-
-
-def _items(
-    outputs: pd.DataFrame, neurons: pd.DataFrame, chosen: int | Iterable[int] | None
-) -> list[SparseNeuron]:
-    """Return the neurons to draw, from rows of one layer and sparsity."""
-    layer, sparsity = str(outputs["layer"].iloc[0]), float(outputs["sparsity"].iloc[0])
-    rows = choose(neurons, name="neurons", layer=layer, sparsity=sparsity)
-    known = [int(number) for number in outputs["neuron"].unique()]
-    if chosen is None:
-        wanted: list[tuple[int, Role]] = usual_neurons(rows, known)
-    else:
-        usual = dict(usual_neurons(rows, known))
-        wanted = [
-            (number, usual.get(number, "output")) for number in wholes("chosen", chosen, least=0)
-        ]
-    return [
-        sparse_neuron(neurons, layer=layer, neuron=number, sparsity=sparsity, role=role)
-        for number, role in wanted
-    ]
 
 
 def _figure(
@@ -327,7 +277,7 @@ def draw_panels(
             f"Outputs of {', '.join(wd)} of {first.layer}, {said}, n = {tokens:,}\u00a0tokens",
             "W₁: Wasserstein distance of the sparse from the dense outputs",
             "RI: relative improvement over one expert" if improved else "",
-            "WD, the distance of the dense outputs from a Gaussian: " + ", ".join(wd.values()),
+            "distance of the dense outputs from a Gaussian: " + ", ".join(wd.values()),
         )
         alone = f"{next(iter(wd.values()))}; " if len(wd) == 1 else ""
         return page.finish(caption, title=f"{alone}{first.layer}, {said}")
@@ -449,42 +399,8 @@ def figure_sparsities(
     return draw_panels(outputs, neurons, panels, options, said=experts_text(experts))
 
 
-MOST_NAMED = 6
-"""Most experts with colours of their own: those whose mean outputs lie farthest out."""
 _OTHERS = "0.78"
-_HUMP, _LEAST_MASS = 0.06, 0.004
-
-
-@dataclass(frozen=True)
-class _Stack:
-    """Densities of one kind of outputs, by expert."""
-
-    kind: str
-    item: SparseNeuron
-    whole: OutputDensity
-    """Of all tokens, in σ of the dense outputs."""
-    experts: list[int]
-    """In the order of their mean dense output."""
-    density: Floats
-    """(experts, bins): they add up to the density of all tokens."""
-    tokens: list[int]
-    """(experts,)"""
-    means: Floats
-    """(experts,) mean dense output in σ from the mean of all tokens."""
-
-    @property
-    def title(self) -> str:
-        return f"{self.kind}: {self.item.label}, {len(self.experts)} experts"
-
-    @property
-    def named(self) -> list[int]:
-        """Places of the experts with colours of their own, ascending."""
-        return sorted(np.argsort(-np.abs(self.means), kind="stable")[:MOST_NAMED].tolist())
-
-    @property
-    def skyline(self) -> Skyline:
-        edges = self.whole.edges
-        return 0.5 * (edges[:-1] + edges[1:]), self.density.sum(axis=0)
+_HUMP, _LEAST_MASS = 0.06, 0.01
 
 
 def plot_experts(
@@ -533,7 +449,7 @@ def plot_experts(
     rows = choose(
         outputs, name="outputs", layer=layer, neuron=neuron, experts=experts, sparsity=sparsity
     )
-    stack = _stack(rows, _of_experts(rows, neurons), kind)
+    stack = stack_of(rows, routed_neuron(rows, neurons), kind)
     ax = axes_or_new(ax)
     entries = _draw_stack(ax, stack, xlim or _stack_limits([stack]))
     _zoom(ax, stack)
@@ -590,8 +506,8 @@ def figure_experts(
         of_layer = choose(neurons, name="neurons", layer=str(rows["layer"].iloc[0]))
         neuron = usual_neurons(of_layer, rows["neuron"].unique().tolist())[0][0]
     rows = choose(rows, name="outputs", neuron=neuron)
-    item = _of_experts(rows, neurons)
-    stacks = [_stack(rows, item, kind) for kind in KIND_PALETTE]
+    item = routed_neuron(rows, neurons)
+    stacks = [stack_of(rows, item, kind) for kind in KIND_PALETTE]
     with paper(options) as page:
         across = 1 if page.column == "single" else 2
         axes = page.grid(2, across=across, panel_inches=1.8)
@@ -615,57 +531,13 @@ def figure_experts(
         return page.finish(caption, title=said)
 
 
-def _of_experts(rows: pd.DataFrame, neurons: pd.DataFrame) -> SparseNeuron:
-    first = rows.iloc[0]
-    if int(first["experts"]) < 2:
-        raise InvalidInput(f"a figure by expert {TWO_EXPERTS}")
-    return sparse_neuron(
-        neurons,
-        layer=str(first["layer"]),
-        neuron=int(first["neuron"]),
-        sparsity=float(first["sparsity"]),
-    )
-
-
-def _stack(rows: pd.DataFrame, item: SparseNeuron, kind: str) -> _Stack:
-    """Take the histograms of one kind; ``rows`` are of one neuron and number of experts."""
-    whole = choose(rows, name="outputs", kind=kind, cluster=ALL_TOKENS)
-    shape = output_density(whole, mean=item.mean, std=item.std, label=item.label)
-    counts = _counts(rows, kind)
-    strange = counts.columns.difference(pd.Index(whole["left"]))
-    if len(strange):
-        raise InvalidInput(
-            f"`outputs` must have the same bins for every cluster of {item.label}; got one that "
-            f"begins at {strange[0]:.4g}; {DECOMPOSE}"
-        )
-    dense = counts if kind == "dense" else _counts(rows, "dense")
-    means = dense.mul(dense.columns.to_numpy(np.float64), axis=1).sum(axis=1) / dense.sum(axis=1)
-    order = means.sort_values(kind="stable").index
-    counts = counts.reindex(index=order, columns=whole["left"], fill_value=0.0).fillna(0.0)
-    return _Stack(
-        kind=kind,
-        item=item,
-        whole=shape,
-        experts=[int(number) for number in order],
-        density=counts.to_numpy(np.float64) / shape.n / np.diff(shape.edges),
-        tokens=[int(n) for n in counts.sum(axis=1)],
-        means=(means[order].to_numpy(np.float64) - item.mean) / item.std,
-    )
-
-
-def _counts(rows: pd.DataFrame, kind: str) -> pd.DataFrame:
-    """Return counts, a row an expert that has tokens and a column a bin, by its left edge."""
-    kept = rows[rows["kind"].eq(kind) & rows["cluster"].ne(ALL_TOKENS) & rows["count"].gt(0)]
-    return kept.pivot(index="cluster", columns="left", values="count").fillna(0.0)
-
-
-def _stack_limits(stacks: Sequence[_Stack]) -> tuple[float, float]:
+def _stack_limits(stacks: Sequence[Stack]) -> tuple[float, float]:
     limits = [output_limits(stack.whole, center=0.0, scale=1.0) for stack in stacks]
     return min(low for low, _ in limits), max(high for _, high in limits)
 
 
 def _draw_stack(
-    ax: Axes, stack: _Stack, xlim: tuple[float, float], *, recorded: bool = True
+    ax: Axes, stack: Stack, xlim: tuple[float, float], *, recorded: bool = True
 ) -> list[Entry]:
     edges, entries = stack.whole.edges, list[Entry]()
     tops, named = np.cumsum(stack.density, axis=0), stack.named
@@ -695,7 +567,7 @@ def _draw_stack(
     return entries
 
 
-def _zoom(ax: Axes, stack: _Stack) -> None:
+def _zoom(ax: Axes, stack: Stack) -> None:
     """Enlarge the low hump beside the peak, where there is one and room above it."""
     x, y = stack.skyline
     (low, high), peak = ax.get_xlim(), int(np.argmax(y))

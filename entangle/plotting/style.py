@@ -145,12 +145,7 @@ SPARE_COLORS = tuple(COLORBLIND[i] for i in (2, 9, 5, 8))
 """For methods without a colour of their own, in turn."""
 
 KNOWN_NAMES: Mapping[str, str] = MappingProxyType(
-    {
-        "demo": "SmolLM2-135M-Instruct",
-        "wikitext2": "WikiText-2",
-        "c4": "C4",
-        "blimp": "BLiMP",
-    }
+    {"demo": "SmolLM2-135M-Instruct", "wikitext2": "WikiText-2", "c4": "C4", "blimp": "BLiMP"}
 )
 """What readers call models and data sets that have a short name at the shell."""
 KNOWN_TEXTS: Mapping[str, str] = MappingProxyType({**KNOWN_NAMES, "demo": "98 Wikipedia articles"})

@@ -34,7 +34,8 @@ def test_the_folder_holds_the_figure_and_both_tables(
     assert (done.status, done.err) == (0, "")
     assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()) == [
         "c/comparison.parquet", "c/equal_nonzeros.parquet", "c/figures/perplexity.csv",
-        "c/figures/perplexity.pdf", "c/figures/perplexity.png", "c/manifest.json",
+        "c/figures/perplexity.pdf", "c/figures/perplexity.png", "c/figures/perplexity.tex",
+        "c/figures/perplexity.txt", "c/manifest.json",
         "c/seconds.parquet", "c/windows.parquet",
     ]  # fmt: skip
     frame = load_comparison(tmp_path / "c").frame

@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 
 from entangle.errors import InvalidInput, UnknownName
 from entangle.plotting import caption_of, drawn, figure_experts, plot_experts
-from entangle.plotting.sparse_outputs import MOST_NAMED
+from entangle.plotting.summaries import MOST_NAMED
 from tests.plotting.decomposition_frames import TOP, TYPICAL, Decomposed
 
 Steps = list[tuple[str, NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]]
