@@ -279,8 +279,8 @@ def draw_panels(
             "RI: relative improvement over one expert" if improved else "",
             "distance of the dense outputs from a Gaussian: " + ", ".join(wd.values()),
         )
-        alone = f"{next(iter(wd.values()))}; " if len(wd) == 1 else ""
-        return page.finish(caption, title=f"{alone}{first.layer}, {said}")
+        alone = f"; {next(iter(wd.values()))}" if len(wd) == 1 else ""
+        return page.finish(caption, title=f"{first.layer}, {said}{alone}")
 
 
 def _measures(item: SparseNeuron, k: int, *, improved: bool = True) -> str:

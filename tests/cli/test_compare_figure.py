@@ -83,7 +83,7 @@ def test_a_figure_that_cannot_be_written_is_drawn_by_resume(
     assert holds(done.err, "disk full"), done.err
     assert [path.name for path in tmp_path.iterdir()] == [".c.comparing"]
     assert run(*command, "--out", tmp_path / "c", "--resume").status == 0
-    assert len(list((tmp_path / "c" / "figures").iterdir())) == 3
+    assert len(list((tmp_path / "c" / "figures").iterdir())) == 5
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
 
 
@@ -93,7 +93,7 @@ def test_a_result_that_was_made_without_its_figure_gets_one(
     assert run(*command, "--out", tmp_path / "c").status == 0
     shutil.rmtree(tmp_path / "c" / "figures")
     assert run(*command, "--out", tmp_path / "c", "--resume").status == 0
-    assert len(list((tmp_path / "c" / "figures").iterdir())) == 3
+    assert len(list((tmp_path / "c" / "figures").iterdir())) == 5
 
 
 def test_a_disk_that_refuses_the_tables_keeps_the_arms(
