@@ -163,7 +163,7 @@ class Paper:
     def _write_title(self, title: str, key: Legend | None) -> None:
         if not title:
             return
-        text = join_clauses([title], inches=self.inches)
+        text = join_clauses(title.split("; "), inches=self.inches)
         if key is not None:  # a title of the figure would lie on the legend
             key.set_title(text)
             key.get_title().set(multialignment="center", parse_math=False)
