@@ -5,10 +5,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/demo
 GALLERY := runs/gallery
-# What the gallery is evaluated on; a path serves where there is no network.
-DATA := wikitext2
-PAIRS := blimp
-PAIRS_PER_PARADIGM := 5
 
 .PHONY: demo figures test install lint types unit bench notebooks clean
 
@@ -26,15 +22,12 @@ figures: install
 	$(BIN)/entangle ablate --layer '*.mlp.gate_proj' --layer '*.mlp.up_proj' \
 	    --select top,random --by wd,variance,weight_norm,abs_mean --seeds 3 \
 	    --strength 0.9,0.95,0.99 \
-	    --measure perplexity,divergence,blimp --n-seq 16 --seq-len 1024 \
-	    --eval-seq-len 512 --eval-windows 8 --pairs $(PAIRS) \
-	    --pairs-per-paradigm $(PAIRS_PER_PARADIGM) --no-md --out $(GALLERY)/ablation --force
-	$(BIN)/entangle compare --methods wanda,sparsegpt,expansion,expansion-random \
-	    --sparsity 0.5,0.7 --experts 4 --n-seq 16 --seq-len 512 --evaluation $(DATA) \
-	    --eval-seq-len 512 --eval-windows 8 --out $(GALLERY)/comparison --force
+	    --measure perplexity,divergence --n-seq 16 --seq-len 1024 \
+	    --eval-seq-len 512 --eval-windows 8 --no-md --out $(GALLERY)/ablation --force
 	$(BIN)/entangle figures $(GALLERY)/scores $(GALLERY)/allocation.safetensors \
-	    $(GALLERY)/decomposition $(GALLERY)/ablation $(GALLERY)/comparison \
+	    $(GALLERY)/decomposition $(GALLERY)/ablation \
 	    --out $(GALLERY)/figures --format png --force
+	$(BIN)/python -m benchmarks.comparison_figure $(GALLERY)/figures
 	mkdir -p figures
 	cp $(GALLERY)/figures/*.png figures/
 

@@ -304,7 +304,7 @@ def run(arguments: argparse.Namespace) -> None:
         for drawing in drawings_of(one, arguments.width)
     ]
     if not arguments.force:
-        _check_new([stem for stem, *_ in drawings], (*formats, "csv"))
+        _check_new([stem for stem, *_ in drawings], (*formats, "tex", "txt", "csv"))
     skipped = [f"{one.path}: no figures of a result of kind {one.kind!r}" for one in found
                if one.kind not in FIGURES]  # fmt: skip
     failed = list(_draw(drawings, formats, force=arguments.force))

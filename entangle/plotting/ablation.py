@@ -5,38 +5,33 @@ The arms of an ablation as a figure needs them: which, in what units, and what t
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Unpack
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.legend import Legend
-from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from entangle.checks import choice, plain_value, shown
-from entangle.errors import InvalidInput, unknown_name
-from entangle.plotting.save import record, sign
+from entangle.checks import choice, plain_value
+from entangle.errors import InvalidInput
+from entangle.plotting.save import FigureOptions, paper, record
 from entangle.plotting.style import (
+    COLORBLIND,
+    KNOWN_TEXTS,
     PALETTE,
-    Column,
     add_title,
     axes_or_new,
-    column_width,
-    join_clauses,
+    called,
+    ink,
     legend_above,
     log_locator,
     make_room,
     note_above,
-    panel_grid,
-    paper_style,
     plain_number,
-    shared_legend,
     wrap,
 )
-from entangle.plotting.summaries import Floats, check_columns
+from entangle.plotting.summaries import Floats, check_columns, not_held
 
 MEASURE_LABELS: dict[str, str] = {
     "perplexity": "perplexity per token",
@@ -71,13 +66,13 @@ _INTERVALS = {
     "accuracy": "95 % Wilson",
     "accuracy_difference": "95 % paired bootstrap over pairs",
 }
-_MATCHED = ("random-norm", "random-variance")
 _RANDOM_CLUSTERS = ", random clusters"
 _COLUMN_NAMES = {"wd": "WD", "md": "MD", "ks": "KS", "abs_mean": "|mean|"}
 _COLUMN_NAMES |= {"abs_skewness": "|skewness|"}
 _ARM = ("intervention", "strength", "experts", "selection", "by", "seed")
 _NEEDED = ("model", "layers", *_ARM, "measure", "value", "low", "high", "n_rows")
 _WRITER = "the command `entangle ablate` writes such tables."
+SEEDS = "random: median of the seeds, a dot each, a bar over all intervals"
 
 
 @dataclass(frozen=True)
@@ -107,11 +102,22 @@ class Arms:
         kept = self
         for column, given in wanted.items():
             if given is not None:
-                value = plain_value(given)
-                _check_known(kept, column, value)
+                value, table = plain_value(given), pd.concat([kept.rows, kept.lost])
+                known = sorted(table[column].unique().tolist())
+                if value not in known:
+                    raise not_held(column, value, known, "frame")
                 rows, lost = (table[table[column] == value] for table in (kept.rows, kept.lost))
                 kept = replace(kept, rows=rows, lost=lost)
-        return _checked(kept)
+        return kept.checked()
+
+    def checked(self) -> "Arms":
+        """Return these; raise `InvalidInput` if there are none."""
+        if len(self.rows):
+            return self
+        raise InvalidInput(
+            f"`frame` must hold at least 1 arm with a finite {self.measure}; got {len(self.lost)} "
+            f"arms, none finite; {_WRITER}"
+        )
 
     def levels(self, column: str) -> list[float]:
         """Return the values of a numeric column, sorted."""
@@ -128,7 +134,9 @@ class Arms:
         for series, rows in self.rows.groupby("series", sort=False):
             seeds = rows["seed"].nunique()
             said = [f"{seeds} seeds"] if seeds > 1 else []
-            said += [] if (rows["n_rows"] == self._usual_n).all() else [_count(rows)]
+            low, high = int(rows["n_rows"].min()), int(rows["n_rows"].max())
+            if not low == high == self._usual_n:
+                said.append(f"n = {low:,}" + (f"–{high:,}" if high > low else ""))
             labels[str(series)] = f"{series} ({', '.join(said)})" if said else str(series)
         return labels
 
@@ -137,18 +145,24 @@ class Arms:
         seeded = self.rows.groupby("series")["seed"].nunique().gt(1).any()
         lost = self.lost.groupby("series", sort=False).size()
         listed = ", ".join(f"{count} of {series}" for series, count in lost.items())
+        asked = self.measure.startswith("perplexity") and self.perplexity is not None
         bare = int((~np.isfinite(self.rows[["low", "high"]].to_numpy())).any(axis=1).sum())
         clauses = (
-            f"model {self.rows['model'].iloc[0]}",
-            f"evaluated on {text}" if text else "",
+            f"model {called(str(self.rows['model'].iloc[0]))}",
+            f"evaluated on {called(text, KNOWN_TEXTS)}" if text else "",
             self._neurons(),
-            self._dense_perplexity(),
-            f"bars: {self._interval()}",
-            "seeds: dots, their median, bar over all intervals" if seeded else "",
+            f"dense perplexity {self.perplexity:.4g}" if asked else "",
+            f"bars: {_INTERVALS.get(self._kind, '95 % bootstrap over windows')}",
+            SEEDS if seeded else "",
+            self._undecided(),
             f"left out, not finite: {listed}" if listed else "",
             f"{bare} without a finite interval" if bare else "",
         )
         return [clause for clause in clauses if clause]
+
+    @property
+    def _kind(self) -> str:
+        return "accuracy" if self.measure.startswith(_PARADIGM) else self.measure
 
     @property
     def _usual_n(self) -> int:
@@ -161,13 +175,12 @@ class Arms:
         neurons = "neuron" if self._usual_n == 1 else "neurons"
         return f"n = {self._usual_n:,} {neurons}" + (f" in {where}" if where else "")
 
-    def _dense_perplexity(self) -> str:
-        asked = self.measure.startswith("perplexity") and self.perplexity is not None
-        return f"dense perplexity {self.perplexity:.4g}" if asked else ""
-
-    def _interval(self) -> str:
-        measure = "accuracy" if self.measure.startswith(_PARADIGM) else self.measure
-        return _INTERVALS.get(measure, "95 % bootstrap over windows")
+    def _undecided(self) -> str:
+        """Say how many intervals of accuracies hold the dense model's, from which none differs."""
+        if self.dense is None or self._kind != "accuracy":
+            return ""
+        held = self.rows["low"].le(self.dense) & self.rows["high"].ge(self.dense)
+        return f"{held.sum()} of {len(held)} intervals hold the dense model's value"
 
 
 @dataclass(frozen=True)
@@ -190,9 +203,10 @@ class Panel:
             )
         experts, strengths = arms.levels("experts"), arms.levels("strength")
         if len(experts) > 1 < len(strengths):
+            known = [", ".join(f"{level:g}" for level in levels) for levels in (experts, strengths)]
             raise InvalidInput(
-                f"`experts` must be one of {_listed(experts)}, or `strength` one of "
-                f"{_listed(strengths)}; got neither; figure_ablation draws all of them."
+                f"`experts` must be one of {known[0]}, or `strength` one of {known[1]}; got "
+                "neither; figure_ablation draws all of them."
             )
         return cls(arms, "experts" if len(experts) > 1 else "strength")
 
@@ -204,11 +218,10 @@ class Panel:
     @property
     def title(self) -> str:
         """The intervention, and what the x axis leaves open: strength or number of experts."""
-        title = _TITLES.get(self.intervention, self.intervention)
+        title, level = _TITLES.get(self.intervention, self.intervention), self.arms.levels
         if self.x == "experts":
-            return f"{title}, {100.0 * self.arms.levels('strength')[0]:.6g} % zeros"
-        (experts,) = self.arms.levels("experts")
-        return title + (f", {experts:g} experts" if experts > 1 else "")
+            return f"{title}, {100.0 * level('strength')[0]:.6g} % zeros"
+        return title + (f", {level('experts')[0]:g} experts" if level("experts") != [1.0] else "")
 
     @property
     def xlabel(self) -> str:
@@ -250,15 +263,13 @@ def read_arms(frame: pd.DataFrame, measure: str) -> Arms:
     _check_distinct(frame["model"], arms)
     dense = frame[is_dense].drop_duplicates("measure").set_index("measure")["value"]
     finite = np.isfinite(arms["value"].to_numpy())
-    return _checked(
-        Arms(
-            measure=measure,
-            rows=arms[finite],
-            lost=arms[~finite],
-            dense=unit * float(dense[measure]) if measure in dense.index else None,
-            perplexity=float(dense["perplexity"]) if "perplexity" in dense.index else None,
-        )
-    )
+    return Arms(
+        measure=measure,
+        rows=arms[finite],
+        lost=arms[~finite],
+        dense=unit * float(dense[measure]) if measure in dense.index else None,
+        perplexity=float(dense["perplexity"]) if "perplexity" in dense.index else None,
+    ).checked()
 
 
 def split_panels(arms: Arms, *, most: int) -> list[Panel]:
@@ -284,37 +295,11 @@ def series_name(rule: str, by: str, router: str = "") -> str:
     """Return what a selection is called, for example ``"top WD"``; and its random clusters."""
     column = _COLUMN_NAMES.get(by, by.replace("_", " "))
     clusters = _RANDOM_CLUSTERS if router == "random" else ""
-    if rule in _MATCHED:
+    if rule in ("random-norm", "random-variance"):
         return f"random, matched {column}{clusters}"
     if rule == "matched":
         return f"bottom {column}, matched perplexity"
     return f"{rule} {column}".strip() + clusters
-
-
-def has_random_clusters(series: str) -> bool:
-    """Tell whether a series is the control whose experts serve random clusters."""
-    return series.endswith(_RANDOM_CLUSTERS)
-
-
-def _checked(arms: Arms) -> Arms:
-    if arms.rows.empty:
-        raise InvalidInput(
-            f"`frame` must hold at least 1 arm with a finite {arms.measure}; got {len(arms.lost)} "
-            f"arms, none finite; {_WRITER}"
-        )
-    return arms
-
-
-def _check_known(arms: Arms, column: str, value: object) -> None:
-    known = pd.concat([arms.rows[column], arms.lost[column]]).unique().tolist()
-    if value in known:
-        return
-    if isinstance(value, str):
-        raise unknown_name(column, value, known, "Choose one that the table holds.")
-    raise InvalidInput(
-        f"`{column}` must be one of {_listed(sorted(known))}, which the table holds; got "
-        f"{shown(value)}."
-    )
 
 
 def _check_distinct(models: pd.Series, arms: pd.DataFrame) -> None:
@@ -333,28 +318,17 @@ def _check_distinct(models: pd.Series, arms: pd.DataFrame) -> None:
         )
 
 
-def _count(rows: pd.DataFrame) -> str:
-    low, high = int(rows["n_rows"].min()), int(rows["n_rows"].max())
-    return f"n = {low:,}" + (f"–{high:,}" if high > low else "")
-
-
-def _listed(values: Sequence[float | int]) -> str:
-    return ", ".join(f"{value:g}" for value in values)
-
-
 MAX_PANELS = 12
 LOG_SPAN = 5.0
 """Largest over smallest value above which perplexity, its ratio and KL get a log scale."""
 
 _RULES = ("top", "bottom", "matched", "random", "random-norm", "random-variance", "all", "listed")
 _HOLLOW = ("bottom", "matched", "random-norm", "random-variance")
-_COLUMNS = (
-    "variance", "weight_norm", "mean", "md", "excess_kurtosis", "skewness", "abs_mean",
-    "abs_skewness", "ks",
-)  # fmt: skip
-_HEX: list[str] = sns.color_palette("colorblind").as_hex()
-_COLUMN_COLORS, _COLUMN_MARKERS = [_HEX[i] for i in (0, 2, 4, 1, 9, 5, 6, 8)], "sDPvX<>hp"
-_RULE_COLORS = {"random": PALETTE["typical"], "all": PALETTE["gaussian"], "listed": _HEX[5]}
+_MOMENTS = ("mean", "md", "excess_kurtosis", "skewness", "abs_mean", "abs_skewness", "ks")
+_COLUMNS = ("variance", "weight_norm", *_MOMENTS)
+_COLUMN_COLORS = (*(COLORBLIND[i] for i in (0, 2, 4, 1, 9, 5)), "#332288", "#882255")
+_COLUMN_MARKERS = "sDPvX<>hp"
+_RULE_COLORS = {"random": PALETTE["typical"], "all": PALETTE["gaussian"], "listed": COLORBLIND[5]}
 _RULE_MARKERS = {"all": "*", "listed": "d", "matched": "8"}
 _RULE_MARKERS |= dict.fromkeys(("random", "random-norm", "random-variance"), "o")
 _STEP_INCHES, _WIDEST, _MOST_TICKS = 0.08, 0.7, 8
@@ -375,28 +349,23 @@ class _Look:
     """Of its points beside those of other series: whole steps, 0 in the middle."""
 
 
-@dataclass(frozen=True)
-class _Scale:
-    """The y axis that panels share."""
+_Scale = tuple[bool, float, float]
+"""Of the y axis that panels share: whether it is logarithmic, its lower and its upper end."""
 
-    log: bool
-    low: float
-    high: float
 
-    @classmethod
-    def of(cls, arms: Arms) -> "_Scale":
-        dense = [] if arms.dense is None else [arms.dense]
-        centers = np.append(arms.rows["value"].to_numpy(np.float64), [d for d in dense if d > 0.0])
-        ends = arms.rows[["value", "low", "high"]].to_numpy(np.float64, na_value=np.nan)
-        shown: Floats = np.append(ends[np.isfinite(ends)], dense)
-        log = arms.measure in LOG_MEASURES and 0.0 < LOG_SPAN * centers.min() < centers.max()
-        shown = shown[shown > 0.0] if log else shown
-        low, high = float(shown.min()), float(shown.max())
-        if log:
-            pad = (high / low) ** 0.04
-            return cls(True, low / pad, high * pad)
-        pad = 0.05 * (high - low) or 0.05 * abs(high) or 0.05
-        return cls(False, low - pad, high + pad)
+def _scale(arms: Arms) -> _Scale:
+    dense = [] if arms.dense is None else [arms.dense]
+    centers = np.append(arms.rows["value"].to_numpy(np.float64), [d for d in dense if d > 0.0])
+    ends = arms.rows[["value", "low", "high"]].to_numpy(np.float64, na_value=np.nan)
+    shown: Floats = np.append(ends[np.isfinite(ends)], dense)
+    log = arms.measure in LOG_MEASURES and bool(0.0 < LOG_SPAN * centers.min() < centers.max())
+    shown = shown[shown > 0.0] if log else shown
+    low, high = float(shown.min()), float(shown.max())
+    if log:
+        pad = (high / low) ** 0.04
+        return True, low / pad, high * pad
+    pad = 0.05 * (high - low) or 0.05 * abs(high) or 0.05
+    return False, low - pad, high + pad
 
 
 def plot_ablation(
@@ -408,6 +377,7 @@ def plot_ablation(
     strength: float | int | None = None,
     text: str | None = None,
     legend: bool = True,
+    notes: bool = True,
     ax: Axes | None = None,
 ) -> Axes:
     """Draw what one intervention on several selections of neurons costs.
@@ -432,16 +402,19 @@ def plot_ablation(
     text
         What was measured on, for the legend, for example ``"WikiText-2, 152 windows"``.
     legend
-        Write a legend on top; otherwise only what it says in words.
+        Write a legend on top.
+    notes
+        Say on top, in words, what was measured and how.
     ax
         Where to draw; None makes a new figure.
 
     Returns
     -------
     matplotlib.axes.Axes
-        ``ax``, or that of the new figure. A random selection with several seeds shows their median,
-        each of them as a faint dot, and a bar from the lowest to the highest end of their
-        intervals. Values that are not finite are left out, and the legend counts them.
+        ``ax``, or that of the new figure. Colours, places and the y axis are those of all arms of
+        the measure, so that panels of one table can be compared. A random selection with several
+        seeds shows their median, each of them as a faint dot, and a bar from the lowest to the
+        highest end of their intervals. Values that are not finite are left out and counted.
 
     Raises
     ------
@@ -456,17 +429,19 @@ def plot_ablation(
     arXiv 2405.15756, figures 3 and 5a.
     """
     arms = read_arms(frame, measure)
+    looks, scale = _looks(arms), _scale(arms)
     arms = arms.where(intervention=intervention, experts=experts, strength=strength)
     panel = Panel.of(arms)
     given, ax = ax is not None, axes_or_new(ax)
-    _draw(ax, panel, _looks(arms), _Scale.of(arms))
-    notes = [panel.title, *arms.notes(text)]
+    _draw(ax, panel, looks, scale)
+    said = [panel.title, *arms.notes(text)] if notes else []
     if legend:
-        key = legend_above(ax, _entries(ax), clauses=notes)
+        entries = list(zip(*ax.get_legend_handles_labels(), strict=True))
+        key = legend_above(ax, entries, clauses=said)
         if not given:
             make_room(key)
-    else:
-        note_above(ax, notes)
+    elif notes:
+        note_above(ax, said)
     return ax
 
 
@@ -475,8 +450,7 @@ def figure_ablation(
     *,
     measure: str = "perplexity_ratio",
     text: str | None = None,
-    column: Column = "double",
-    digest: str | None = None,
+    **options: Unpack[FigureOptions],
 ) -> Figure:
     """Draw what every intervention costs: panels with one y axis and one legend.
 
@@ -487,10 +461,8 @@ def figure_ablation(
     ----------
     frame, measure, text
         As in `plot_ablation`.
-    column
-        Width: ``"single"`` or ``"double"``.
-    digest
-        Of the run, for the small print; see `entangle.plotting.save.sign`.
+    options
+        See `entangle.plotting.save.FigureOptions`.
 
     Returns
     -------
@@ -500,53 +472,30 @@ def figure_ablation(
     Raises
     ------
     InvalidInput
-        What `plot_ablation` refuses in a table, too many panels, or an unknown ``column``.
+        What `plot_ablation` refuses in a table, too many panels, or an option out of range.
     """
     arms = read_arms(frame, measure)
     panels = split_panels(arms, most=MAX_PANELS)
-    with paper_style(column=column):
-        figure, axes = panel_grid(len(panels), column=column)
-        looks, scale = _looks(arms), _Scale.of(arms)
+    with paper(options) as page:
+        axes = page.grid(len(panels))
         for ax, panel in zip(axes, panels, strict=True):
-            _draw(ax, panel, looks, scale)
-        if len(panels) == 1:
-            key = legend_above(
-                axes[0], _entries(axes[0]), clauses=[panels[0].title, *arms.notes(text)]
-            )
-        else:
-            key = _join(figure, axes, panels, column=column, notes=arms.notes(text))
-        make_room(key)
-        return sign(figure, digest)
-
-
-def _join(
-    figure: Figure,
-    axes: Sequence[Axes],
-    panels: Sequence[Panel],
-    *,
-    column: Column,
-    notes: list[str],
-) -> Legend:
-    """Title the panels, write what they share once, and return their legend."""
-    figure.supylabel(axes[0].get_ylabel())
-    for ax, panel in zip(axes, panels, strict=True):
-        place = ax.get_subplotspec()
-        add_title(ax, panel.title.replace(" %", "\u00a0%").replace("% ", "%\u00a0"))
-        ax.set(xlabel=wrap(ax, panel.xlabel, size=7.0), ylabel="")
-        ax.tick_params(labelleft=place is None or place.is_first_col())
-    if len({panel.xlabel for panel in panels}) == 1:
-        figure.supxlabel(panels[0].xlabel)
-        for ax in axes:
-            ax.set_xlabel("")
-    title = join_clauses(notes, inches=column_width(column))
-    shared_legend(figure, axes, column=column, title=title)
-    (key,) = figure.legends
-    key.get_title().set_multialignment("center")
-    return key
-
-
-def _entries(ax: Axes) -> list[tuple[Artist, str]]:
-    return list(zip(*ax.get_legend_handles_labels(), strict=True))
+            strength = panel.arms.levels("strength")[0] if panel.x == "experts" else None
+            plot_ablation(
+                frame, measure=measure, intervention=panel.intervention, strength=strength,
+                legend=False, notes=False, ax=ax,
+            )  # fmt: skip
+            add_title(ax, panel.title.replace(" %", "\u00a0%").replace("% ", "%\u00a0"))
+            ax.set_xlabel(wrap(ax, panel.xlabel, size=7.0))
+        if len(panels) > 1:
+            page.figure.supylabel(axes[0].get_ylabel())
+            one_x = len({panel.xlabel for panel in panels}) == 1
+            if one_x:
+                page.figure.supxlabel(panels[0].xlabel)
+            for number, ax in enumerate(axes):
+                ax.set(xlabel="" if one_x else ax.get_xlabel(), ylabel="")
+                ax.tick_params(labelleft=number % page.across == 0)
+        caption = (f"What changing chosen neurons costs: {arms.label}", *arms.notes(text))
+        return page.finish(caption, title=called(str(arms.rows["model"].iloc[0])))
 
 
 def _looks(arms: Arms) -> dict[str, _Look]:
@@ -558,37 +507,24 @@ def _looks(arms: Arms) -> dict[str, _Look]:
     )
     columns = list(dict.fromkeys([*_COLUMNS, *(by for _, by in keys.values())]))
     middle = (len(names) - 1) / 2.0
-    return {
-        name: _Look(
-            label=labels[name],
-            color=_color(*keys[name], columns),
-            marker=_marker(*keys[name], columns),
-            hollow=keys[name][0] in _HOLLOW or has_random_clusters(name),
-            style=_style(keys[name][0], name),
-            place=number - middle,
-        )
-        for number, name in enumerate(names)
-    }
+    looks = {}
+    for number, name in enumerate(names):
+        rule, by = keys[name]
+        color, marker = _color_and_marker(rule, by, columns)
+        mixed, hollow = name.endswith(_RANDOM_CLUSTERS), rule in _HOLLOW
+        style = ":" if mixed else "--" if hollow else "-"
+        looks[name] = _Look(labels[name], color, marker, hollow or mixed, style, number - middle)
+    return looks
 
 
-def _style(rule: str, name: str) -> str:
-    if has_random_clusters(name):
-        return ":"
-    return "--" if rule in _HOLLOW else "-"
-
-
-def _color(rule: str, by: str, columns: Sequence[str]) -> str:
+def _color_and_marker(rule: str, by: str, columns: Sequence[str]) -> tuple[str, str]:
     if by == "wd":
-        return PALETTE["top"]
+        return ink("top"), _RULE_MARKERS.get(rule, "^")
     if not by and rule in _RULE_COLORS:
-        return _RULE_COLORS[rule]
-    return _COLUMN_COLORS[columns.index(by) % len(_COLUMN_COLORS)]
-
-
-def _marker(rule: str, by: str, columns: Sequence[str]) -> str:
-    if rule in _RULE_MARKERS:
-        return _RULE_MARKERS[rule]
-    return "^" if by == "wd" else _COLUMN_MARKERS[columns.index(by) % len(_COLUMN_MARKERS)]
+        return ink(rule, _RULE_COLORS[rule]), _RULE_MARKERS.get(rule, "o")
+    place = columns.index(by)
+    color = ink(by, _COLUMN_COLORS[place % len(_COLUMN_COLORS)])
+    return color, _RULE_MARKERS.get(rule, _COLUMN_MARKERS[place % len(_COLUMN_MARKERS)])
 
 
 def _draw(ax: Axes, panel: Panel, looks: Mapping[str, _Look], scale: _Scale) -> None:
@@ -601,9 +537,12 @@ def _draw(ax: Axes, panel: Panel, looks: Mapping[str, _Look], scale: _Scale) -> 
             x = {level: number + step * look.place for number, level in enumerate(ticks)}
             _draw_series(ax, panel, rows, look, x)
             _draw_seeds(ax, panel, rows, look, {level: v + 0.5 * step for level, v in x.items()})
-    _draw_dense(ax, panel, scale)
+    dense = panel.arms.dense
+    if dense is not None and not (scale[0] and dense <= 0.0):
+        line = ax.axhline(dense, color=ink("gaussian"), lw=0.8, ls=":", zorder=1.9, label="dense")
+        record(line, panel=panel.title, series="dense", x=np.nan, y=dense)
     _set_x(ax, list(ticks.values()))
-    _set_y(ax, scale)
+    _set_y(ax, *scale)
     ax.set(xlabel=panel.xlabel, ylabel=panel.arms.label)
 
 
@@ -617,22 +556,16 @@ def _draw_series(
         seeds=("seed", "nunique"), **{name: (name, "first") for name in names},
     )  # fmt: skip
     (line,) = ax.plot(
-        list(place.values()),
-        joined["y"].reindex(list(place)),  # a gap where the selection was not measured
-        color=look.color,
-        label=look.label,
-        linestyle=look.style,
-        lw=0.8,
-        marker=look.marker,
-        markersize=3.5,
-        markeredgewidth=0.8,
+        list(place.values()), joined["y"].reindex(list(place)),  # a gap where nothing was measured
+        color=look.color, label=look.label, linestyle=look.style, lw=0.8, marker=look.marker,
+        markersize=3.5, markeredgewidth=0.8, zorder=2.2,
         markerfacecolor="white" if look.hollow else look.color,
-        zorder=2.2,
-    )
+    )  # fmt: skip
     joined.insert(0, "x", [place[level] for level in joined.index])
     known = joined[np.isfinite(joined[["y_low", "y_high"]].to_numpy()).all(axis=1)]
     ax.vlines(known["x"], known["y_low"], known["y_high"], color=look.color, lw=0.8, zorder=2.1)
-    _record(line, panel, look.label, joined)
+    columns = {str(name): joined[name].array for name in joined.columns}
+    record(line, panel=panel.title, series=look.label, **columns)
 
 
 def _draw_seeds(
@@ -646,36 +579,25 @@ def _draw_seeds(
         x, rows["value"], "o", color=look.color, markersize=2.0, markeredgewidth=0.0, alpha=0.5,
         zorder=2.3,
     )  # fmt: skip
-    names = {"value": "y", "low": "y_low", "high": "y_high"}
-    columns = ["x", *names.values(), "seed", "strength", "experts", "n_rows"]
-    _record(dots, panel, f"{look.label}: each", rows.rename(columns=names).assign(x=x)[columns])
-
-
-def _draw_dense(ax: Axes, panel: Panel, scale: _Scale) -> None:
-    dense = panel.arms.dense
-    if dense is None or (scale.log and dense <= 0.0):
-        return
-    line = ax.axhline(dense, color=PALETTE["gaussian"], lw=0.8, ls=":", zorder=1.9, label="dense")
-    record(line, panel=panel.title, series="dense", x=np.nan, y=dense)
-
-
-def _record(line: Line2D, panel: Panel, series: str, numbers: pd.DataFrame) -> None:
-    columns = {str(name): numbers[name].array for name in numbers.columns}
-    record(line, panel=panel.title, series=series, **columns)
+    numbers = {"y": "value", "y_low": "low", "y_high": "high"}
+    numbers |= {name: name for name in ("seed", "strength", "experts", "n_rows")}
+    columns = {name: rows[source].array for name, source in numbers.items()}
+    record(dots, panel=panel.title, series=f"{look.label}: each", x=x.array, **columns)
 
 
 def _set_x(ax: Axes, labels: Sequence[str]) -> None:
     every = -(-len(labels) // _MOST_TICKS)
     ax.set_xticks(range(0, len(labels), every), labels[::every])
     ax.set_xlim(-0.5, len(labels) - 0.5)
+    for number in range(1, len(labels), 2) if every == 1 else ():  # points in it are of its tick
+        ax.axvspan(number - 0.5, number + 0.5, color="0.95", lw=0, zorder=0.5)
 
 
-def _set_y(ax: Axes, scale: _Scale) -> None:
-    ax.set_yscale("log" if scale.log else "linear")
-    ax.set_ylim(scale.low, scale.high)
+def _set_y(ax: Axes, log: bool, low: float, high: float) -> None:
+    ax.set(yscale="log" if log else "linear", ylim=(low, high))
     ax.yaxis.set_minor_locator(NullLocator())
-    if scale.log:
-        ax.yaxis.set_major_locator(log_locator(scale.high / scale.low))
+    if log:
+        ax.yaxis.set_major_locator(log_locator(high / low))
         ax.yaxis.set_major_formatter(FuncFormatter(plain_number))
     else:
         ax.yaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 2.5, 5, 10)))

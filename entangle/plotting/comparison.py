@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Unpack
 
 import numpy as np
 import pandas as pd
@@ -13,24 +14,21 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 from entangle.checks import choice
 from entangle.errors import InvalidInput
-from entangle.plotting.save import record, sign
+from entangle.plotting.save import FigureOptions, paper, record
 from entangle.plotting.style import (
+    KNOWN_TEXTS,
     METHOD_PALETTE,
-    PALETTE,
     SPARE_COLORS,
-    Column,
     add_title,
     axes_or_new,
-    column_width,
-    join_clauses,
+    called,
+    ink,
     legend_above,
     log_locator,
     make_room,
     note_above,
-    panel_grid,
-    paper_style,
     plain_number,
-    shared_legend,
+    wrap,
 )
 from entangle.plotting.summaries import Floats, check_columns
 
@@ -44,11 +42,7 @@ PERPLEXITY_LABEL = "perplexity (× dense)"
 CEILING = 100.0
 """Multiple of the dense perplexity above which models are off the axis, if others are below."""
 
-_NAMES = {
-    "wanda": "Wanda",
-    "sparsegpt": "SparseGPT",
-    "expansion-random": "random clusters",
-}
+_NAMES = {"wanda": "Wanda", "sparsegpt": "SparseGPT", "expansion-random": "random clusters"}
 _CONTROLS = ("expansion-random",)
 _MARKERS = "o^sDvP"
 _STYLES = ("-", "-.", ":")
@@ -63,8 +57,10 @@ _LOG_SPAN, _PANEL_INCHES = 3.0, 2.3
 class _Models:
     """The rows of a comparison that can be drawn."""
 
+    frame: pd.DataFrame
+    """All that can be drawn, in their order."""
     pruned: pd.DataFrame
-    """All but the dense model, in their order."""
+    """All but the dense model."""
     dense: float | None
     """Perplexity of the dense model; None where there is no row of it."""
     dropped: int
@@ -85,7 +81,7 @@ class _Models:
             )
         values = frame.loc[is_dense, "perplexity"]
         dense = None if values.empty else float(values.iloc[0])
-        return cls(frame[~is_dense], dense, int((~kept).sum()))
+        return cls(frame, frame[~is_dense], dense, int((~kept).sum()))
 
     @property
     def ceiling(self) -> float:
@@ -97,7 +93,7 @@ class _Models:
         """Return what the legend says in words: text, dense model, intervals, what is not seen."""
         above = int(self.pruned["ratio"].gt(self.ceiling).sum())
         clauses = (
-            text,
+            f"evaluated on {called(text, KNOWN_TEXTS)}" if text else None,
             None if self.dense is None else f"dense perplexity {self.dense:.4g}",
             _INTERVAL,
             self._experts(),
@@ -140,8 +136,9 @@ def plot_perplexity(
     *,
     x: str = "sparsity",
     text: str | None = None,
-    ax: Axes | None = None,
     legend: bool = True,
+    notes: bool = True,
+    ax: Axes | None = None,
 ) -> Axes:
     """Draw perplexity as a multiple of the dense model's against sparsity or against a cost.
 
@@ -178,23 +175,18 @@ def plot_perplexity(
     models = _Models.of(comparison, [x])
     given, ax = ax is not None, axes_or_new(ax)
     lines = _draw(ax, models, x)
-    notes = models.notes(text)
+    said = models.notes(text) if notes else []
     if legend:
-        entries = [(line, str(line.get_label())) for line in lines]
-        key = legend_above(ax, entries, clauses=notes)
+        key = legend_above(ax, [(line, str(line.get_label())) for line in lines], clauses=said)
         if not given:
             make_room(key)
-    else:
-        note_above(ax, notes)
+    elif notes:
+        note_above(ax, said)
     return ax
 
 
 def figure_comparison(
-    comparison: pd.DataFrame,
-    *,
-    text: str | None = None,
-    column: Column = "double",
-    digest: str | None = None,
+    comparison: pd.DataFrame, *, text: str | None = None, **options: Unpack[FigureOptions]
 ) -> Figure:
     """Draw the perplexity of every model at equal FLOPs per token and at equal memory.
 
@@ -205,10 +197,8 @@ def figure_comparison(
     ----------
     comparison, text
         As in `plot_perplexity`, with the columns ``flops`` and ``nonzeros``.
-    column
-        Width: ``"single"`` or ``"double"``.
-    digest
-        Of the run, for the small print; see `entangle.plotting.save.sign`.
+    options
+        See `entangle.plotting.save.FigureOptions`.
 
     Returns
     -------
@@ -221,21 +211,21 @@ def figure_comparison(
         What `plot_perplexity` refuses, or an unknown ``column``.
     """
     models = _Models.of(comparison, ("flops", "nonzeros"))
-    with paper_style(column=column):
-        figure, (left, right) = panel_grid(2, column=column)
+    with paper(options) as page:
+        left, right = axes = page.grid(2, panel_inches=_PANEL_INCHES)
         right.sharey(left)
-        _draw(left, models, "sparsity")
-        _draw(right, models, "nonzeros")
+        for ax, x in zip(axes, ("sparsity", "nonzeros"), strict=True):
+            plot_perplexity(models.frame, x=x, legend=False, notes=False, ax=ax)
+            ax.set_xlabel(wrap(ax, ax.get_xlabel(), size=7.0))
         right.set_ylabel("")
         right.tick_params(labelleft=False)
         add_title(left, "Equal FLOPs per token")
         add_title(right, "Equal memory")
-        notes = join_clauses(models.notes(text), inches=column_width(column))
-        shared_legend(figure, (left, right), column=column, title=notes)
-        figure.set_figheight(_PANEL_INCHES)
-        (key,) = figure.legends
-        make_room(key)
-        return sign(figure, digest)
+        caption = (
+            "Perplexity of pruned and expanded models as a multiple of the dense model's",
+            *models.notes(text),
+        )
+        return page.finish(caption)
 
 
 def _draw(ax: Axes, models: _Models, x: str) -> list[Line2D]:
@@ -251,7 +241,7 @@ def _curves(pruned: pd.DataFrame) -> Iterator[_Curve]:
     counts = sorted({1, *pruned["experts"].astype(int)})
     spare = iter(SPARE_COLORS * len(pruned))
     for method, rows in pruned.groupby("method", sort=False, observed=True):
-        name, color = str(method), METHOD_PALETTE.get(str(method)) or next(spare)
+        name, color = str(method), ink(str(method), METHOD_PALETTE.get(str(method)) or next(spare))
         numbers = sorted(set(rows["experts"].astype(int)))
         for share, k in zip(np.linspace(1.0, 0.5, len(numbers))[::-1], numbers, strict=True):
             for style, (allocation, own) in enumerate(_allocations(rows[rows["experts"] == k])):
@@ -322,10 +312,10 @@ def _draw_curve(ax: Axes, curve: _Curve, x: str) -> Line2D:
 
 
 def _draw_dense(ax: Axes, x: str) -> Line2D:
-    line = ax.axhline(1.0, color=PALETTE["gaussian"], lw=0.8, ls=":", zorder=1.9)
+    line = ax.axhline(1.0, color=ink("gaussian"), lw=0.8, ls=":", zorder=1.9)
     if x != "sparsity":
         (line,) = ax.plot(
-            _DENSE_COST, 1.0, "*:", color=PALETTE["gaussian"], lw=0.8, markersize=5.5, zorder=2.4
+            _DENSE_COST, 1.0, "*:", color=ink("gaussian"), lw=0.8, markersize=5.5, zorder=2.4
         )
     line.set_label("dense")
     record(line, panel=x, series="dense", x=np.nan if x == "sparsity" else _DENSE_COST, y=1.0)

@@ -6,11 +6,10 @@ Tokens in their contexts, one line each, with the token in a box in the middle.
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Unpack
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -18,22 +17,20 @@ from matplotlib.text import Annotation
 
 from entangle.checks import whole
 from entangle.errors import InvalidInput
-from entangle.plotting.axes import Entry, output_limits, wd_text
-from entangle.plotting.save import record, sign
-from entangle.plotting.sparse_outputs import Y_LABEL
+from entangle.plotting.outputs import Entry, output_limits, wd_text
+from entangle.plotting.save import FigureOptions, Paper, paper, record
 from entangle.plotting.style import (
+    COLORBLIND,
     MONO_ADVANCE,
     PALETTE,
-    Column,
     PaperFigure,
     Side,
     add_legend,
     add_note,
     add_title,
     axes_or_new,
-    column_width,
+    ink,
     mono_families,
-    paper_style,
     printable,
     settle_ticks,
     shorten,
@@ -56,7 +53,6 @@ _SLACK = 0.95
 _NOTE_CELLS, _TOKEN_CELLS = 8, 18
 _MOST = 500  # characters: more than any line holds, and few enough to measure
 _CONTEXT_COLUMNS = ("token", "before", "after", "output")
-_WRITER = "the command `entangle decompose` writes such tables."
 
 
 @dataclass(frozen=True)
@@ -89,7 +85,12 @@ Line = ContextLine | HeadLine
 
 
 def plot_contexts(
-    contexts: pd.DataFrame, *, color: str = "#0173b2", ax: Axes | None = None
+    contexts: pd.DataFrame,
+    *,
+    color: str = PALETTE["output"],
+    modes: pd.DataFrame | None = None,
+    per_mode: int = 4,
+    ax: Axes | None = None,
 ) -> Axes:
     """Write tokens in their contexts, one line each, with the neuron's output before it.
 
@@ -103,6 +104,12 @@ def plot_contexts(
         `entangle.modes.neuron_modes`.
     color
         Of the boxes around the tokens.
+    modes
+        Of the same neuron, as in `plot_modes`, with ``top_tokens`` (JSON lists of [token, count,
+        share of the mode]): contexts, then with ``mode``, stand under the head of their mode and in
+        its colour.
+    per_mode
+        Contexts shown of every mode.
     ax
         Where to write; None makes a new figure.
 
@@ -116,9 +123,12 @@ def plot_contexts(
     InvalidInput
         Missing columns or no rows.
     """
-    check_columns(contexts, _CONTEXT_COLUMNS, name="contexts", writer=_WRITER)
+    check_columns(contexts, _CONTEXT_COLUMNS, name="contexts", writer=DECOMPOSE)
     ax = axes_or_new(ax)
-    write_lines(ax, context_lines(contexts, color=color, series="context"))
+    if modes is None:
+        write_lines(ax, context_lines(contexts, color=color, series="context"))
+    else:
+        write_lines(ax, _lines(modes, contexts, whole("per_mode", per_mode, least=0)))
     return ax
 
 
@@ -226,9 +236,9 @@ def _width(text: Annotation) -> float:
     return float(72.0 * text.get_window_extent().width / figure.dpi)
 
 
-X_LABEL = "standardised output (σ)"
+X_LABEL, Y_LABEL = "standardised output (σ)", "density (per σ)"
 _COLUMNS = ("layer", "neuron", "mode", "left", "right", "tokens", "share")
-_COLORS: list[str] = [sns.color_palette("colorblind").as_hex()[i] for i in (0, 1, 2, 4, 3, 5, 9, 8)]
+_COLORS = tuple(COLORBLIND[i] for i in (0, 1, 2, 4, 3, 5, 9, 8))
 _PANEL_INCHES, _PANEL_WIDTH, _PAD, _MOST_TOKENS = 2.1, 2.3, 0.08, 10
 
 
@@ -241,6 +251,7 @@ def plot_modes(
     layer: str | None = None,
     neuron: int | None = None,
     legend: bool = True,
+    notes: bool = True,
     ax: Axes | None = None,
 ) -> Axes:
     """Draw the density of one neuron's outputs, shaded by mode.
@@ -256,7 +267,9 @@ def plot_modes(
     layer, neuron
         Which; may be left out where ``modes`` holds only one.
     legend
-        Name the modes with their tokens; otherwise only n.
+        Name the modes with their tokens.
+    notes
+        Without a legend, write n.
     ax
         Where to draw; None makes a new figure.
 
@@ -280,7 +293,7 @@ def plot_modes(
     skyline = 0.5 * (shape.edges[:-1] + shape.edges[1:]), 1.2 * shape.density
     if legend:
         add_legend(ax, entries, side=_side(shape), skyline=skyline)
-    else:
+    elif notes:
         add_note(ax, [f"n = {shape.n:,} tokens"], side=_side(shape), skyline=skyline)
     return ax
 
@@ -296,8 +309,7 @@ def figure_modes(
     layer: str | None = None,
     neuron: int | None = None,
     per_mode: int = 4,
-    column: Column = "double",
-    digest: str | None = None,
+    **options: Unpack[FigureOptions],
 ) -> Figure:
     """Draw the modes of one neuron beside their most frequent tokens and example contexts.
 
@@ -334,43 +346,50 @@ def figure_modes(
     """
     rows = _modes(modes, layer, neuron)
     first = rows.iloc[0]
-    shape = output_density(histogram, mean=mean, std=std, label=f"neuron {first['neuron']}")
     texts = _contexts(contexts, str(first["layer"]), int(first["neuron"]))
     texts = texts.assign(output=(texts["output"] - mean) / std)
-    lines = _lines(rows, texts, whole("per_mode", per_mode, least=0))
-    with paper_style(column=column):
-        figure, panel, table = beside_table(len(lines), column=column)
-        _draw(panel, rows, shape, mean, std)
-        write_lines(table, lines)
-        figure.draw_without_rendering()  # the panel's width decides how the title is broken
-        title = neuron_title(int(first["neuron"]), str(first["layer"]), wd, shape.n)
-        add_title(panel, title)
-        return sign(figure, digest)
+    with paper(options) as page:
+        panel, table = beside_table(page, len(_lines(rows, texts, per_mode)))
+        plot_modes(
+            rows, histogram=histogram, mean=mean, std=std, legend=False, notes=False, ax=panel
+        )
+        plot_contexts(texts, modes=rows, per_mode=per_mode, ax=table)
+        page.figure.draw_without_rendering()  # the panel's width decides how the title is broken
+        add_title(panel, neuron_title(first, wd))
+        caption = (
+            f"The modes of the outputs of neuron {first['neuron']} of {first['layer']} "
+            f"(n = {round(histogram['count'].sum()):,} tokens), with the most frequent tokens of "
+            "each and some of them in their contexts",
+            "dashed: the Gaussian of the same mean and standard deviation; numbers before the "
+            "texts: outputs in σ",
+        )
+        return page.finish(caption, shared=False)
 
 
-def beside_table(lines: int, *, column: Column) -> tuple[Figure, Axes, Axes]:
-    """Make a figure with a panel and an axes for lines of text, below it or (double) beside it."""
-    whole, text = column_width(column), lines * LINE_INCHES
-    single = column == "single"
+def beside_table(page: Paper, lines: int) -> tuple[Axes, Axes]:
+    """Make a panel and an axes for lines of text, below it or, on two columns, beside it."""
+    whole, text = page.inches, lines * LINE_INCHES
+    single = page.column == "single"
     height = _PANEL_INCHES + text + 2 * _PAD if single else max(_PANEL_INCHES, text) + 2 * _PAD
     if single:
         low = (text + 2 * _PAD) / height
         rect = 0.0, low, 1.0, 1.0 - low
-        place = _PAD / whole, _PAD / height, 1.0 - 2 * _PAD / whole, text / height
+        place = 2 * _PAD / whole, _PAD / height, 1.0 - 3 * _PAD / whole, text / height
     else:
         left, pad = _PANEL_WIDTH / whole, _PAD / height
         rect = 0.0, 0.0, left, 1.0
-        place = left + _PAD / whole, pad, 1.0 - left - 2 * _PAD / whole, 1.0 - 2 * pad
-    figure = PaperFigure(figsize=(whole, height), layout=ConstrainedLayoutEngine(rect=rect))
-    panel, table = figure.subplots(), figure.add_axes(place)
+        place = left + 2 * _PAD / whole, pad, 1.0 - left - 3 * _PAD / whole, 1.0 - 2 * pad
+    page.figure = PaperFigure(figsize=(whole, height), layout=ConstrainedLayoutEngine(rect=rect))
+    panel, table = page.figure.subplots(), page.figure.add_axes(place)
     settle_ticks([panel])
-    return figure, panel, table
+    page.axes = [panel, table]
+    return panel, table
 
 
-def neuron_title(neuron: int, layer: str, wd: float | None, tokens: int) -> str:
-    """Return three lines: the neuron with its WD, its layer, and n."""
-    first = ", ".join(filter(None, (f"neuron {neuron}", wd_text(wd, None))))
-    return f"{first}\n{layer}\nn = {tokens:,} tokens"
+def neuron_title(row: pd.Series, wd: float | None) -> str:
+    """Return two lines: the neuron with its WD, and its layer."""
+    first = ", ".join(filter(None, (f"neuron {row['neuron']}", wd_text(wd, None))))
+    return f"{first}\n{row['layer']}"
 
 
 def _modes(modes: pd.DataFrame, layer: str | None, neuron: int | None) -> pd.DataFrame:
@@ -403,7 +422,7 @@ def _draw(
     limits = output_limits(shape, center=0.0, scale=1.0)
     entries: list[Entry] = []
     for place, (_, row) in enumerate(rows.iterrows()):
-        color, name = _COLORS[place % len(_COLORS)], f"mode {row['mode']}"
+        color, name = _color(place, row), f"mode {row['mode']}"
         left, right = ((float(row[end]) - mean) / std for end in ("left", "right"))
         edges = np.unique(np.clip(np.append(shape.edges, [left, right]), left, right))
         edges = edges[np.isfinite(edges)]
@@ -419,7 +438,7 @@ def _draw(
         _number(ax, 0.5 * (shown[0] + shown[1]), place, str(row["mode"]), color)
     x = np.linspace(*limits, 401)
     bell = np.exp(-0.5 * x * x) / np.sqrt(2.0 * np.pi)
-    (line,) = ax.plot(x, bell, color=PALETTE["gaussian"], lw=0.7, ls="--", label="Gaussian")
+    (line,) = ax.plot(x, bell, color=ink("gaussian"), lw=0.7, ls="--", label="Gaussian")
     record(line, panel="modes", series="Gaussian", x=x, y=bell)
     ax.set(xlabel=X_LABEL, ylabel=Y_LABEL, xlim=limits)
     ax.set_ylim(0.0, 1.25 * max(float(shape.density.max()), float(bell.max())))
@@ -435,12 +454,16 @@ def _number(ax: Axes, x: float, place: int, text: str, color: str) -> None:
     )  # fmt: skip
 
 
+def _color(place: int, row: pd.Series) -> str:
+    return ink(f"mode {row['mode']}", _COLORS[place % len(_COLORS)])
+
+
 def _lines(modes: pd.DataFrame, contexts: pd.DataFrame, per_mode: int) -> list[Line]:
     check_columns(modes, ("top_tokens",), name="modes", writer=DECOMPOSE)
     lines: list[Line] = []
     for place, (_, row) in enumerate(modes.iterrows()):
         share = f"{100 * row['share']:.3g} % of the tokens (n = {int(row['tokens']):,})"
-        color = _COLORS[place % len(_COLORS)]
+        color = _color(place, row)
         lines.append(HeadLine(f"mode {row['mode']}: {share}, outputs in σ:", color=color))
         tokens = _top_tokens(str(row["top_tokens"]))
         lines.append(HeadLine(f"most frequent: {tokens}"))

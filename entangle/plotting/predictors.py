@@ -1,30 +1,35 @@
-"""What predicts the relative improvement of a neuron: scatters with fitted lines.
+"""What predicts how well experts do: scatters with fitted lines, of neurons and of clusters.
 
-Straight lines through points, with bootstrap intervals: small functions, no drawing.
+Straight lines, fronts and power laws through points: small functions, no drawing.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Unpack
 
 import numpy as np
 import pandas as pd
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator
 from numpy.typing import NDArray
 
 from entangle.checks import choice
 from entangle.errors import InvalidInput
-from entangle.plotting.axes import OTHERS, Entry, bootstrap_text
-from entangle.plotting.save import record, sign
+from entangle.plotting.outputs import Entry
+from entangle.plotting.save import FigureOptions, paper, record
+from entangle.plotting.scores import OTHERS, bootstrap_text
 from entangle.plotting.style import (
-    PALETTE,
-    Column,
     add_legend,
     add_title,
     axes_or_new,
-    header_legend,
-    panel_grid,
-    paper_style,
+    ink,
+    legend_above,
+    log_locator,
+    make_room,
+    note_above,
+    plain_number,
     text_handle,
     wrap,
 )
@@ -35,6 +40,7 @@ from entangle.plotting.summaries import (
     check_columns,
     check_top,
     choose,
+    top_mask,
 )
 from entangle.seeding import numpy_rng
 from entangle.stats.intervals import Interval, percentiles, spearman_interval
@@ -245,8 +251,7 @@ def figure_predictors(
     top: float = 0.03,
     seed: int = 0,
     n_boot: int = 200,
-    column: Column = "double",
-    digest: str | None = None,
+    **options: Unpack[FigureOptions],
 ) -> Figure:
     """Draw RI against every predictor that the table holds, one panel each.
 
@@ -256,10 +261,8 @@ def figure_predictors(
         As in `plot_predictor`.
     experts
         Number of experts; None takes the largest.
-    column
-        Width: ``"single"`` or ``"double"``.
-    digest
-        Of the run, for the small print; see `entangle.plotting.save.sign`.
+    options
+        See `entangle.plotting.save.FigureOptions`.
 
     Returns
     -------
@@ -282,10 +285,9 @@ def figure_predictors(
     if k == 1:
         raise InvalidInput(f"relative improvement over one expert {TWO_EXPERTS}")
     names = [name for name in PREDICTORS if name == "wd" or _usable(rows, name)]
-    across = 2 if column == "single" else min(4, len(names))
-    with paper_style(column=column):
-        figure, axes = panel_grid(len(names), column=column, across=across)
-        figure.set_figheight(-(-len(names) // across) * (1.6 if column == "single" else 1.7))
+    with paper(options) as page:
+        across = 2 if page.column == "single" else min(4, len(names))
+        axes = page.grid(len(names), across=across, panel_inches=1.65)
         for number, (ax, name) in enumerate(zip(axes, names, strict=True)):
             plot_predictor(
                 rows, predictor=name, top=top, seed=seed, n_boot=n_boot, legend=False, ax=ax
@@ -293,14 +295,14 @@ def figure_predictors(
             ax.set(xlabel=wrap(ax, ax.get_xlabel(), size=7.0), ylabel="")
             ax.sharey(axes[0])
             ax.tick_params(labelleft=number % across == 0)
-        figure.supylabel(RI_LABEL, fontsize=7.0)
-        first = rows.iloc[0]
-        clauses = [
-            f"{first['layer']}, {k} experts, {100 * first['sparsity']:.4g}\u00a0%\u00a0zeros",
+        page.figure.supylabel(RI_LABEL)
+        layer, zeros = str(rows["layer"].iloc[0]), 100 * rows["sparsity"].iloc[0]
+        caption = (
+            f"What predicts the relative improvement (RI) of the neurons of {layer} by {k} experts "
+            f"at {zeros:.4g}\u00a0% zeros, a point a neuron",
             f"lines: least squares; band and brackets: {bootstrap_text(n_boot=n_boot, seed=seed)}",
-        ]
-        header_legend(figure, axes, column=column, clauses=clauses)
-        return sign(figure, digest)
+        )
+        return page.finish(caption, title=f"{layer}, {k} experts, {zeros:.4g}\u00a0% zeros")
 
 
 def _usable(rows: pd.DataFrame, predictor: str) -> bool:
@@ -343,8 +345,7 @@ def _coefficients(fit: LineFit) -> list[str]:
 
 def _draw(ax: Axes, points: pd.DataFrame, fit: LineFit, name: str, top: float) -> list[Entry]:
     wd = points["wd"].fillna(-np.inf).to_numpy()
-    is_top = np.zeros(len(wd), dtype=np.bool_)
-    is_top[np.argsort(-wd, kind="stable")[: max(1, round(top * len(wd)))]] = True
+    is_top = top_mask(wd, top)
     entries: list[Entry] = []
     top_name = f"top {100 * top:.3g} % by WD"
     for mask, role, series, size in (
@@ -353,7 +354,7 @@ def _draw(ax: Axes, points: pd.DataFrame, fit: LineFit, name: str, top: float) -
     ):
         part = points[mask]
         dots = ax.scatter(
-            part["x"], part["y"], s=size, color=PALETTE[role], alpha=0.6, linewidths=0,
+            part["x"], part["y"], s=size, color=ink(role), alpha=0.6, linewidths=0,
             label=series, rasterized=len(points) > 1000,
         )  # fmt: skip
         record(
@@ -367,9 +368,212 @@ def _draw(ax: Axes, points: pd.DataFrame, fit: LineFit, name: str, top: float) -
 
 
 def _draw_line(ax: Axes, fit: LineFit, name: str) -> Entry:
-    color: str = PALETTE["gaussian"]
+    color: str = ink("gaussian")
     ax.fill_between(fit.x, fit.low, fit.high, color=color, alpha=0.2, lw=0, zorder=2.1)
     (line,) = ax.plot(fit.x, fit.y, color=color, lw=1.0, zorder=2.2, label="fitted line, 95 %")
     drawn: dict[str, Floats] = {"x": fit.x, "y": fit.y, "y_low": fit.low, "y_high": fit.high}
     record(line, panel=name, series="fitted line", **drawn)
     return line, "fitted line, 95 %"
+
+
+_DIMENSION = "components for 90 % of the inputs' variance"
+_ERROR = "reconstruction error (share of the variance)"
+LOG_SPAN = 5.0
+"""Largest over smallest number of components above which both axes are logarithmic."""
+_NEEDED = ("layer", "experts", "cluster", "tokens", "components_90", "error")
+_VIRIDIS, _SIGNS = colormaps["viridis"], "os^DvP*X"
+
+
+def plot_components(
+    components: pd.DataFrame,
+    *,
+    layer: str | None = None,
+    seed: int = 0,
+    n_boot: int = 1000,
+    legend: bool = True,
+    notes: bool = True,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw the error of every expert against the dimension of its inputs, with the lower front.
+
+    Parameters
+    ----------
+    components
+        ``components`` of a decomposition, a row a cluster: ``layer``, ``experts``, ``cluster``,
+        ``tokens``, ``components_90`` (principal components that hold 90 % of the variance of the
+        cluster's inputs) and ``error`` (squared error of the expert's outputs over the dense
+        outputs' sum of squares about their mean).
+    layer
+        Which; may be left out where the table holds only one.
+    seed, n_boot
+        Of the bootstrap interval of Spearman's coefficient, over clusters.
+    legend
+        Write a legend on top.
+    notes
+        Say on top, in words, what is shown.
+    ax
+        Where to draw; None makes a new figure.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+        ``ax``, or that of the new figure, its axes logarithmic where the numbers of components span
+        more than `LOG_SPAN`. Clusters whose numbers are not finite are left out and counted.
+
+    Raises
+    ------
+    InvalidInput, UnknownName
+        Missing columns, a layer that the table does not hold, no cluster with finite numbers.
+
+    Notes
+    -----
+    The front is made of the clusters that no other one beats: none has an error as low with as
+    many components. Its line is the power law ``error = a * components ** b`` that least squares
+    fit to the logarithms of the front's points; it is left out where these lie at one place. Two
+    clusters at least, and both numbers positive, make a front.
+
+    References
+    ----------
+    arXiv 2405.15756, figure 8.
+    """
+    rows = choose(components, name="components", layer=layer)
+    rows, lost = _fitted(rows)
+    given, ax = ax is not None, axes_or_new(ax)
+    entries = _draw_clusters(ax, rows)
+    said = _component_notes(rows, lost, n_boot=n_boot, seed=seed) if notes else []
+    if legend:
+        key = legend_above(ax, entries, clauses=said)
+        if not given:
+            make_room(key)
+    elif notes:
+        note_above(ax, said)
+    return ax
+
+
+def figure_components(
+    components: pd.DataFrame,
+    *,
+    layer: str | None = None,
+    seed: int = 0,
+    n_boot: int = 1000,
+    **options: Unpack[FigureOptions],
+) -> Figure:
+    """Draw the error of every expert against the dimension of its inputs.
+
+    Parameters
+    ----------
+    components, layer, seed, n_boot
+        As in `plot_components`.
+    options
+        See `entangle.plotting.save.FigureOptions`.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        One panel.
+
+    Raises
+    ------
+    InvalidInput, UnknownName
+        What `plot_components` refuses.
+
+    References
+    ----------
+    arXiv 2405.15756, figure 8.
+    """
+    rows, lost = _fitted(choose(components, name="components", layer=layer))
+    with paper(options, column="single") as page:
+        (ax,) = page.grid(1)
+        plot_components(rows, legend=False, notes=False, ax=ax)
+        caption = (
+            "Reconstruction error of every expert against the dimension of its cluster's inputs",
+            *_component_notes(rows, lost, n_boot=n_boot, seed=seed),
+            "rings: the front, clusters that no other one beats; line: a power law fitted to it",
+        )
+        return page.finish(caption, title=str(rows["layer"].iloc[0]))
+
+
+def _component_notes(rows: pd.DataFrame, lost: int, *, n_boot: int, seed: int) -> list[str]:
+    return [
+        f"{rows['layer'].iloc[0]}, n = {len(rows):,} clusters",
+        *_rank(rows, n_boot=n_boot, seed=seed),
+        *([f"{lost:,} clusters left out: not finite"] if lost else []),
+    ]
+
+
+def _fitted(rows: pd.DataFrame) -> tuple[pd.DataFrame, int]:
+    check_columns(rows, _NEEDED, name="components", writer=DECOMPOSE)
+    numbers = rows[["components_90", "error"]].to_numpy(np.float64, na_value=np.nan)
+    kept = np.isfinite(numbers).all(axis=1)
+    if not kept.any():
+        raise InvalidInput(
+            "`components` must hold at least one cluster with finite numbers; got "
+            f"{len(rows)} without; {DECOMPOSE}"
+        )
+    return rows[kept], int((~kept).sum())
+
+
+def _rank(rows: pd.DataFrame, *, n_boot: int, seed: int) -> list[str]:
+    x, y = rows[["components_90", "error"]].to_numpy(np.float64).T
+    if len(x) < 3 or np.ptp(x) == 0.0 or np.ptp(y) == 0.0:
+        return []
+    rho = spearman_interval(x, y, n_boot=n_boot, seed=seed)
+    text = f"Spearman ρ = {rho.value:.2f} [{rho.low:.2f}, {rho.high:.2f}]".replace("-", "−")
+    return [text, bootstrap_text(n_boot=n_boot, seed=seed)]
+
+
+def _draw_clusters(ax: Axes, rows: pd.DataFrame) -> list[Entry]:
+    entries: list[Entry] = []
+    numbers = sorted(map(int, rows["experts"].unique()))
+    for place, k in enumerate(numbers):
+        part = rows[rows["experts"] == k]
+        x, y = part[["components_90", "error"]].to_numpy(np.float64).T
+        name = "1 cluster" if k == 1 else f"{k} clusters"
+        dots = ax.scatter(
+            x, y, s=12.0, color=_VIRIDIS(0.85 * place / max(1, len(numbers) - 1)),
+            marker=_SIGNS[place % len(_SIGNS)], linewidths=0.3, edgecolors="white", label=name,
+        )  # fmt: skip
+        record(
+            dots, panel="components", series=name, x=x, y=y, experts=k,
+            cluster=part["cluster"].to_numpy(), tokens=part["tokens"].to_numpy(),
+        )  # fmt: skip
+        entries.append((dots, name))
+    x, y = rows[["components_90", "error"]].to_numpy(np.float64).T
+    entries += _draw_front(ax, x, y)
+    ax.set(xlabel=_DIMENSION, ylabel=_ERROR)
+    if min(x.min(), y.min()) > 0.0 and LOG_SPAN * x.min() < x.max():
+        _set_log(ax)
+    else:
+        ax.set_ylim(bottom=0.0)
+    return entries
+
+
+def _set_log(ax: Axes) -> None:
+    """Make both axes logarithmic, on which a power law is a straight line."""
+    ax.set(xscale="log", yscale="log")
+    for axis in (ax.xaxis, ax.yaxis):
+        low, high = axis.get_view_interval()
+        axis.set_major_locator(log_locator(high / low))
+        axis.set_major_formatter(FuncFormatter(plain_number))
+        axis.set_minor_locator(NullLocator())
+
+
+def _draw_front(ax: Axes, x: Floats, y: Floats) -> list[Entry]:
+    positive = (x > 0.0) & (y > 0.0)
+    x, y = x[positive], y[positive]
+    front = lower_front(x, y) if len(x) else np.empty(0, dtype=np.intp)
+    if len(np.unique(x[front])) < 2:
+        return []
+    scale, exponent = power_law(x[front], y[front])
+    place = np.geomspace(x[front].min(), x[front].max(), 100)
+    name = f"front: error ∝ components^{exponent:.2f}".replace("-", "−")
+    (line,) = ax.plot(
+        place, scale * place**exponent, color=ink("gaussian"), lw=1.0, label=name, zorder=1.9
+    )
+    record(line, panel="components", series="fitted front", x=place, y=scale * place**exponent)
+    rings = ax.scatter(
+        x[front], y[front], s=26.0, facecolors="none", edgecolors=ink("gaussian"),
+        linewidths=0.5,
+    )  # fmt: skip
+    record(rings, panel="components", series="front", x=x[front], y=y[front])
+    return [(line, f"{name}\nfitted to the ringed {len(front)}")]

@@ -1,49 +1,48 @@
-"""A neuron's outputs before and after its weights are made sparse, by number of experts.
-
-A neuron's outputs as more and more of its weights become zero.
-"""
+"""A neuron's outputs when weights become zero: by experts and sparsity, and by whose they are."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Unpack
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from scipy import stats
 
 from entangle.checks import wholes
 from entangle.errors import InvalidInput
-from entangle.plotting.axes import Entry, output_limits, wd_text
-from entangle.plotting.save import record, sign
+from entangle.plotting.outputs import Entry, output_limits, wd_text
+from entangle.plotting.save import FigureOptions, paper, record, share_axes
 from entangle.plotting.style import (
     KIND_PALETTE,
-    PALETTE,
-    Column,
+    NOMINAL,
     Role,
     Skyline,
     add_legend,
     add_note,
     add_title,
     axes_or_new,
-    header_legend,
-    panel_grid,
-    paper_style,
-    share_axes,
+    ink,
 )
 from entangle.plotting.summaries import (
+    ALL_TOKENS,
     DECOMPOSE,
+    MOST_NAMED,
     OutputDensity,
     SparseNeuron,
+    Stack,
     check_columns,
     choose,
+    close_neurons,
     output_density,
+    routed_neuron,
     sparse_neuron,
+    stack_of,
     usual_neurons,
 )
 
 MAX_EXPERTS = 8
-ALL_TOKENS = -1
-"""What stands for all clusters together in the column ``cluster``."""
 X_LABEL, Y_LABEL = "standardised output (σ of dense)", "density (per σ)"
 
 MOST_ACROSS: Mapping[str, int] = {"single": 2, "double": 5}
@@ -65,6 +64,7 @@ def plot_sparse_output(
     role: Role = "output",
     xlim: tuple[float, float] | None = None,
     legend: bool = True,
+    notes: bool = True,
     ax: Axes | None = None,
 ) -> Axes:
     """Draw the sparse outputs of one neuron over its dense ones.
@@ -84,7 +84,9 @@ def plot_sparse_output(
     xlim
         Limits of the x axis in σ; chosen from the outputs if None.
     legend
-        Write a legend; otherwise only the number of tokens.
+        Write a legend.
+    notes
+        Write the number of tokens.
     ax
         Where to draw; None makes a new figure.
 
@@ -117,8 +119,9 @@ def plot_sparse_output(
     note = f"n = {shapes['dense'].n:,} tokens"
     if legend:
         (dense, name), *others = entries
-        add_legend(ax, [(dense, f"{name} ({note})"), *others], side="left", skyline=skyline)
-    else:
+        name = f"{name} ({note})" if notes else name
+        add_legend(ax, [(dense, name), *others], side="left", skyline=skyline)
+    elif notes:
         add_note(ax, [note], side="left", skyline=skyline)
     return ax
 
@@ -131,8 +134,7 @@ def figure_sparse_outputs(
     chosen: int | Iterable[int] | None = None,
     experts: int | Iterable[int] | None = None,
     sparsity: float | None = None,
-    column: Column = "double",
-    digest: str | None = None,
+    **options: Unpack[FigureOptions],
 ) -> Figure:
     """Draw dense and sparse outputs: a row of panels a neuron, a panel a number of experts.
 
@@ -144,10 +146,8 @@ def figure_sparse_outputs(
         Numbers of neurons; None takes the one with the largest WD and one near the layer's median.
     experts
         Numbers of experts; None takes the smallest and the largest.
-    column
-        Width: ``"single"`` or ``"double"``.
-    digest
-        Of the run, for the small print; see `entangle.plotting.save.sign`.
+    options
+        See `entangle.plotting.save.FigureOptions`.
 
     Returns
     -------
@@ -164,14 +164,14 @@ def figure_sparse_outputs(
     arXiv 2405.15756, figure 1 a-e.
     """
     rows = choose(outputs, name="outputs", layer=layer, sparsity=sparsity)
-    items = _items(rows, neurons, chosen)
+    items = close_neurons(rows, neurons, chosen)
     common = set.intersection(*(set(item.experts) for item in items))
     numbers = (
         sorted({min(common), max(common)})
         if experts is None
         else wholes("experts", experts, least=1)
     )
-    return _figure(rows, items, numbers, column=column, digest=digest)
+    return _figure(rows, neurons, items, numbers, options)
 
 
 def figure_recovery(
@@ -182,14 +182,13 @@ def figure_recovery(
     neuron: int | None = None,
     experts: int | Iterable[int] | None = None,
     sparsity: float | None = None,
-    column: Column = "double",
-    digest: str | None = None,
+    **options: Unpack[FigureOptions],
 ) -> Figure:
     """Draw how more experts recover one neuron's outputs, one panel a number of experts.
 
     Parameters
     ----------
-    outputs, neurons, layer, sparsity, column, digest
+    outputs, neurons, layer, sparsity, options
         As in `figure_sparse_outputs`.
     neuron
         None takes the one with the largest WD.
@@ -211,40 +210,9 @@ def figure_recovery(
     arXiv 2405.15756, figure 6.
     """
     rows = choose(outputs, name="outputs", layer=layer, sparsity=sparsity)
-    items = _items(rows, neurons, None if neuron is None else [neuron])[:1]
+    items = close_neurons(rows, neurons, None if neuron is None else [neuron])[:1]
     numbers = items[0].experts if experts is None else wholes("experts", experts, least=1)
-    return _figure(rows, items, numbers, column=column, digest=digest)
-
-
-def dense_output(
-    outputs: pd.DataFrame,
-    neurons: pd.DataFrame,
-    *,
-    layer: str | None = None,
-    neuron: int | None = None,
-) -> tuple[pd.DataFrame, SparseNeuron]:
-    """Return the histogram of one neuron's dense outputs, and its mean, standard deviation and WD.
-
-    Parameters
-    ----------
-    outputs, neurons, layer
-        As in `plot_sparse_output`, of any sparsity.
-    neuron
-        None takes the one with the largest WD.
-
-    Raises
-    ------
-    InvalidInput, UnknownName
-        Missing columns, or something that the tables do not hold.
-    """
-    rows = choose(outputs, name="outputs", layer=layer)
-    check_columns(rows, ("sparsity", "experts"), name="outputs", writer=DECOMPOSE)
-    rows = choose(rows, name="outputs", sparsity=float(rows["sparsity"].iloc[0]))
-    item = _items(rows, neurons, None if neuron is None else [neuron])[0]
-    return choose(
-        rows, name="outputs", neuron=item.neuron, experts=int(rows["experts"].min()), kind="dense",
-        cluster=ALL_TOKENS,
-    ), item  # fmt: skip
+    return _figure(rows, neurons, items, numbers, options)
 
 
 def experts_text(k: int) -> str:
@@ -252,33 +220,12 @@ def experts_text(k: int) -> str:
     return "1\u00a0expert" if k == 1 else f"{k}\u00a0experts"
 
 
-def _items(
-    outputs: pd.DataFrame, neurons: pd.DataFrame, chosen: int | Iterable[int] | None
-) -> list[SparseNeuron]:
-    """Return the neurons to draw, from rows of one layer and sparsity."""
-    layer, sparsity = str(outputs["layer"].iloc[0]), float(outputs["sparsity"].iloc[0])
-    rows = choose(neurons, name="neurons", layer=layer, sparsity=sparsity)
-    known = [int(number) for number in outputs["neuron"].unique()]
-    if chosen is None:
-        wanted: list[tuple[int, Role]] = usual_neurons(rows, known)
-    else:
-        usual = dict(usual_neurons(rows, known))
-        wanted = [
-            (number, usual.get(number, "output")) for number in wholes("chosen", chosen, least=0)
-        ]
-    return [
-        sparse_neuron(neurons, layer=layer, neuron=number, sparsity=sparsity, role=role)
-        for number, role in wanted
-    ]
-
-
 def _figure(
     outputs: pd.DataFrame,
+    neurons: pd.DataFrame,
     items: Sequence[SparseNeuron],
     experts: Sequence[int],
-    *,
-    column: Column,
-    digest: str | None,
+    options: FigureOptions,
 ) -> Figure:
     if not 1 <= len(experts) <= MAX_EXPERTS:
         raise InvalidInput(
@@ -290,19 +237,19 @@ def _figure(
         for item in items
         for k in experts
     ]
-    across = len(experts) if several else min(len(experts), MOST_ACROSS[column])
     zeros = f"{100 * items[0].sparsity:.4g}\u00a0%\u00a0zeros"
-    return draw_panels(outputs, panels, said=zeros, across=across, column=column, digest=digest)
+    across = len(experts) if several else None
+    return draw_panels(outputs, neurons, panels, options, said=zeros, across=across)
 
 
 def draw_panels(
     outputs: pd.DataFrame,
+    neurons: pd.DataFrame,
     panels: Sequence[Panel],
+    options: FigureOptions,
     *,
     said: str,
-    across: int,
-    column: Column,
-    digest: str | None,
+    across: int | None = None,
 ) -> Figure:
     """Draw panels of one layer with common axes; ``said`` is what holds for all of them.
 
@@ -312,26 +259,34 @@ def draw_panels(
     shapes = [_shapes(outputs, item, k) for item, k, _ in panels]
     xlim = _limits(shapes)
     first, tokens = panels[0][0], shapes[0]["dense"].n
-    wd = {item.label: f"{wd_text(item.wd, None)} from N(0,\u00a01)" for item, *_ in panels}
-    clauses = [
-        f"{first.layer}, {said}, n = {tokens:,}\u00a0tokens",
-        ", ".join(f"{name}: {text}" for name, text in wd.items()),
-        "in the panels: WD of the sparse from the dense outputs",
-    ]
-    with paper_style(column=column):
-        figure, axes = panel_grid(len(panels), column=column, longest_title=30, across=across)
-        for ax, (item, k, title), shape in zip(axes, panels, shapes, strict=True):
-            _draw(ax, shape, item, k, xlim=xlim)
+    wd = {item.label: f"{item.label}: {wd_text(item.wd, None)}" for item, *_ in panels}
+    with paper(options) as page:
+        if across is None:
+            down = -(-len(panels) // MOST_ACROSS[page.column])
+            across = -(-len(panels) // down)
+        axes = page.grid(len(panels), longest_title=30, across=across)
+        for ax, (item, k, title) in zip(axes, panels, strict=True):
+            plot_sparse_output(
+                outputs, neurons=neurons, layer=item.layer, neuron=item.neuron, experts=k,
+                sparsity=item.sparsity, role=item.role, xlim=xlim, legend=False, notes=False,
+                ax=ax,
+            )  # fmt: skip
             add_title(ax, f"{title}\n{_measures(item, k, improved=improved)}")
-        share_axes(figure, axes, column=column, across=across)
-        header_legend(figure, axes, column=column, clauses=clauses)
-        return sign(figure, digest)
+        share_axes(page.figure, axes, across=across)
+        caption = (
+            f"Outputs of {', '.join(wd)} of {first.layer}, {said}, n = {tokens:,}\u00a0tokens",
+            "W₁: Wasserstein distance of the sparse from the dense outputs",
+            "RI: relative improvement over one expert" if improved else "",
+            "distance of the dense outputs from a Gaussian: " + ", ".join(wd.values()),
+        )
+        alone = f"; {next(iter(wd.values()))}" if len(wd) == 1 else ""
+        return page.finish(caption, title=f"{first.layer}, {said}{alone}")
 
 
 def _measures(item: SparseNeuron, k: int, *, improved: bool = True) -> str:
     row = item.rows[item.rows.index == k]
     wd, ri = row[["output_wd", "ri"]].to_numpy(np.float64, na_value=np.nan)[0]
-    said = [f"WD\u00a0{wd:.3f}\u00a0σ"] if np.isfinite(wd) else []
+    said = [f"W₁\u00a0to\u00a0dense {wd:.3f}\u00a0σ"] if np.isfinite(wd) else []
     return ", ".join([*said, f"RI\u00a0{ri:.2f}"] if improved and np.isfinite(ri) else said)
 
 
@@ -360,15 +315,15 @@ def _draw(
     for kind, shape in shapes.items():
         filled = kind == "dense"
         bars = ax.stairs(
-            shape.density, shape.edges, fill=filled, color=KIND_PALETTE[kind], label=kind,
-            lw=0.0 if filled else 1.0, alpha=0.5 if filled else 1.0,
+            shape.density, shape.edges, fill=filled, color=ink(kind, KIND_PALETTE[kind]),
+            label=kind, lw=0.0 if filled else 1.0, alpha=0.5 if filled else 1.0,
         )  # fmt: skip
         left, right = shape.edges[:-1], shape.edges[1:]
         record(bars, panel=panel, series=kind, x=left, y=shape.density, x_right=right)
         entries.append((bars, kind))
     x = np.linspace(*xlim, 401)
     bell = stats.norm.pdf(x)
-    (line,) = ax.plot(x, bell, color=PALETTE["gaussian"], lw=0.7, ls="--", label="Gaussian")
+    (line,) = ax.plot(x, bell, color=ink("gaussian"), lw=0.7, ls="--", label="Gaussian")
     record(line, panel=panel, series="Gaussian", x=x, y=bell)
     entries.append((line, "Gaussian"))
     ax.set(xlabel=X_LABEL, ylabel=Y_LABEL, xlim=xlim)
@@ -386,8 +341,7 @@ def figure_sparsities(
     layer: str | None = None,
     neuron: int | None = None,
     experts: int = 1,
-    column: Column = "double",
-    digest: str | None = None,
+    **options: Unpack[FigureOptions],
 ) -> Figure:
     """Draw what sparsity makes of one neuron's outputs, one panel a sparsity.
 
@@ -402,10 +356,8 @@ def figure_sparsities(
         None takes the one with the largest WD.
     experts
         Number of experts.
-    column
-        Width: ``"single"`` or ``"double"``.
-    digest
-        Of the run, for the small print; see `entangle.plotting.save.sign`.
+    options
+        See `entangle.plotting.save.FigureOptions`.
 
     Returns
     -------
@@ -444,8 +396,201 @@ def figure_sparsities(
         )
         for sparsity in sparsities
     ]
-    down = -(-len(panels) // MOST_ACROSS[column])
-    across = -(-len(panels) // down)
-    return draw_panels(
-        outputs, panels, said=experts_text(experts), across=across, column=column, digest=digest
+    return draw_panels(outputs, neurons, panels, options, said=experts_text(experts))
+
+
+_OTHERS = "0.78"
+_HUMP, _LEAST_MASS = 0.06, 0.01
+
+
+def plot_experts(
+    outputs: pd.DataFrame,
+    *,
+    neurons: pd.DataFrame,
+    kind: str = "dense",
+    layer: str | None = None,
+    neuron: int | None = None,
+    experts: int | None = None,
+    sparsity: float | None = None,
+    xlim: tuple[float, float] | None = None,
+    legend: bool = True,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw the outputs of one neuron, stacked by the expert that each token goes to.
+
+    The experts lie on top of each other in the order of their mean dense output; the heights add up
+    to the density of all tokens. Experts have colours without an order; if they are more than
+    `MOST_NAMED`, those whose mean outputs lie farthest from the neuron's, and the others are grey.
+    Where some of the tokens form a low hump apart from the others, an inset enlarges it.
+
+    Parameters
+    ----------
+    outputs, neurons, layer, neuron, experts, sparsity
+        As in `entangle.plotting.plot_sparse_output`, with two experts or more.
+    kind
+        ``"dense"`` or ``"sparse"``.
+    xlim
+        Limits of the x axis in σ; chosen from the outputs if None.
+    legend
+        Name the experts that have colours; otherwise only the number of tokens.
+    ax
+        Where to draw; None makes a new figure.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+        ``ax``, or that of the new figure.
+
+    Raises
+    ------
+    InvalidInput, UnknownName
+        Missing columns, something that the tables do not hold, one expert, a constant neuron.
+    """
+    rows = choose(
+        outputs, name="outputs", layer=layer, neuron=neuron, experts=experts, sparsity=sparsity
     )
+    stack = stack_of(rows, routed_neuron(rows, neurons), kind)
+    ax = axes_or_new(ax)
+    entries = _draw_stack(ax, stack, xlim or _stack_limits([stack]))
+    _zoom(ax, stack)
+    add_title(ax, stack.title)
+    note = f"n = {stack.whole.n:,} tokens"
+    if legend:
+        add_legend(ax, entries, side="left", skyline=stack.skyline)
+    else:
+        add_note(ax, [note], side="left", skyline=stack.skyline)
+    return ax
+
+
+def figure_experts(
+    outputs: pd.DataFrame,
+    neurons: pd.DataFrame,
+    *,
+    layer: str | None = None,
+    neuron: int | None = None,
+    experts: int | None = None,
+    sparsity: float | None = None,
+    **options: Unpack[FigureOptions],
+) -> Figure:
+    """Draw one neuron's outputs by expert, dense and sparse.
+
+    Parameters
+    ----------
+    outputs, neurons, layer, sparsity
+        As in `plot_experts`.
+    neuron
+        None takes the one with the largest WD.
+    experts
+        Number of experts; None takes the largest.
+    options
+        See `entangle.plotting.save.FigureOptions`.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        Two panels with common axes.
+
+    Raises
+    ------
+    InvalidInput, UnknownName
+        What `plot_experts` refuses.
+
+    References
+    ----------
+    arXiv 2405.15756, figure 1 f.
+    """
+    rows = choose(outputs, name="outputs", layer=layer, sparsity=sparsity)
+    wanted = int(rows["experts"].max()) if experts is None else experts
+    rows = choose(rows, name="outputs", experts=wanted)
+    if neuron is None:
+        of_layer = choose(neurons, name="neurons", layer=str(rows["layer"].iloc[0]))
+        neuron = usual_neurons(of_layer, rows["neuron"].unique().tolist())[0][0]
+    rows = choose(rows, name="outputs", neuron=neuron)
+    item = routed_neuron(rows, neurons)
+    stacks = [stack_of(rows, item, kind) for kind in KIND_PALETTE]
+    with paper(options) as page:
+        across = 1 if page.column == "single" else 2
+        axes = page.grid(2, across=across, panel_inches=1.8)
+        for ax, stack in zip(axes, stacks, strict=True):
+            plot_experts(
+                rows, neurons=neurons, kind=stack.kind, xlim=_stack_limits(stacks), legend=False,
+                ax=ax,
+            )  # fmt: skip
+            add_title(ax, stack.kind)
+        share_axes(page.figure, axes, across=across)
+        tokens = stacks[0].tokens
+        said = f"neuron {item.neuron} of {item.layer}, {wd_text(item.wd, None)}"
+        caption = (
+            f"Outputs of {said}, at {100 * item.sparsity:.4g}\u00a0%\u00a0zeros, stacked by the "
+            f"expert that each of n = {stacks[0].whole.n:,}\u00a0tokens goes to: "
+            f"{len(tokens)}\u00a0experts of {min(tokens):,} to {max(tokens):,} tokens",
+            f"colours: the {MOST_NAMED} experts whose mean outputs lie farthest from the neuron's"
+            if len(tokens) > MOST_NAMED else "",
+            "insets: the low hump, enlarged",
+        )  # fmt: skip
+        return page.finish(caption, title=said)
+
+
+def _stack_limits(stacks: Sequence[Stack]) -> tuple[float, float]:
+    limits = [output_limits(stack.whole, center=0.0, scale=1.0) for stack in stacks]
+    return min(low for low, _ in limits), max(high for _, high in limits)
+
+
+def _draw_stack(
+    ax: Axes, stack: Stack, xlim: tuple[float, float], *, recorded: bool = True
+) -> list[Entry]:
+    edges, entries = stack.whole.edges, list[Entry]()
+    tops, named = np.cumsum(stack.density, axis=0), stack.named
+    others = len(stack.experts) - len(named)
+    for number, (expert, n) in enumerate(zip(stack.experts, stack.tokens, strict=True)):
+        name, own = f"expert {expert}", number in named
+        usual = NOMINAL[named.index(number)] if own else _OTHERS
+        # Each over the next and down to 0: bands side by side leave a hairline of paper.
+        bars = ax.stairs(
+            tops[number], edges, fill=True, color=ink(name, usual), lw=0,
+            zorder=2.0 - number / len(stack.experts),
+        )  # fmt: skip
+        if not recorded:
+            continue
+        record(
+            bars, panel=stack.kind, series=name, x=edges[:-1], y=stack.density[number],
+            x_right=edges[1:],
+        )  # fmt: skip
+        bars.set_label(name if own else "_")
+        if own:
+            entries.append((bars, f"{name} (n = {n:,})"))
+        elif others:
+            bars.set_label(f"{others} others")
+            entries.append((bars, f"{others} others"))
+            others = 0
+    ax.set(xlabel=X_LABEL, ylabel=Y_LABEL, xlim=xlim)
+    return entries
+
+
+def _zoom(ax: Axes, stack: Stack) -> None:
+    """Enlarge the low hump beside the peak, where there is one and room above it."""
+    x, y = stack.skyline
+    (low, high), peak = ax.get_xlim(), int(np.argmax(y))
+    below = np.flatnonzero(y < _HUMP * y[peak])
+    before, after = below[below < peak], below[below > peak]
+    sides = []
+    if len(before):
+        sides.append((low, float(x[before[-1]]), 0.04))
+    if len(after):
+        sides.append((float(x[after[0]]), high, 0.96))
+    mass = [stack.whole.share_between(left, right) for left, right, _ in sides]
+    if not mass or max(mass) < _LEAST_MASS:
+        return
+    left, right, corner = sides[int(np.argmax(mass))]
+    labels = 0.3 / (ax.bbox.width / ax.figure.dpi)  # room for those of the inset's y axis
+    width = (right - left) / (high - low) - labels
+    if width < 0.18:
+        return
+    inset = ax.inset_axes((labels if corner < 0.5 else corner - width, 0.38, width, 0.42))
+    _draw_stack(inset, stack, (left, right), recorded=False)
+    inside = (x >= left) & (x <= right)
+    inset.set(xlabel="", ylabel="", ylim=(0.0, 1.15 * float(y[inside].max())))
+    inset.tick_params(labelsize=6.0, size=2.0)
+    inset.xaxis.set_major_locator(MaxNLocator(3))
+    inset.yaxis.set_major_locator(MaxNLocator(3))
+    ax.indicate_inset_zoom(inset, edgecolor="0.4", lw=0.5)

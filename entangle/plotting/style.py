@@ -1,11 +1,8 @@
-"""The look of the figures: colours by meaning, text sizes, and figures that pyplot never sees.
+"""The look of the figures: colours by meaning, text sizes, legends, ticks that can be read.
 
-Nothing global is changed: `paper_style` restores matplotlib's settings when it ends, and
-`PaperFigure` lives and dies like any Python object.
-
-Text from tokenizers as a figure can show it: no control characters, no missing glyphs.
-
-Ticks of logarithmic axes, their numbers on one line: superscripts would be too small.
+Nothing global is changed: `paper_style` and `inked` restore what was when they end, and
+`PaperFigure`, which pyplot never sees, lives and dies like any Python object. Text from tokenizers
+is shown without control characters and missing glyphs.
 """
 
 import io
@@ -14,14 +11,14 @@ import textwrap
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from itertools import accumulate, takewhile
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 import matplotlib as mpl
 import numpy as np
-import seaborn as sns
 from matplotlib import font_manager
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
@@ -34,7 +31,7 @@ from matplotlib.ticker import Locator, LogLocator, MaxNLocator
 from numpy.typing import NDArray
 
 from entangle.checks import choice
-from entangle.errors import is_unseen, spelled
+from entangle.errors import is_unseen, spelled, unknown_name
 
 MONO_FAMILY = "DejaVu Sans Mono"
 """Comes with matplotlib; every character is 0.602 of the font size wide."""
@@ -109,41 +106,54 @@ Side = Literal["left", "right"]
 Skyline = tuple[NDArray[np.float64], NDArray[np.float64]]
 """Points (x, y) in data units that a legend must not cover."""
 
-_HEX = sns.color_palette("colorblind").as_hex()
+COLORBLIND = (
+    "#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc", "#ca9161", "#fbafe4", "#949494",
+    "#ece133", "#56b4e9",
+)  # fmt: skip
+"""Colours that colour-blind readers tell apart (those that seaborn calls "colorblind")."""
+NOMINAL = (*(COLORBLIND[i] for i in (3, 0, 2, 4, 1, 9, 5)), "#332288", "#882255")
+"""For things without an order, the clearest first: none is too pale for thin lines."""
 
 PALETTE: Mapping[str, str] = MappingProxyType(
     {
-        "output": _HEX[0],  # the outputs of a neuron
-        "top": _HEX[3],  # the neurons with the largest WD
-        "typical": _HEX[7],  # typical, random and all other neurons
-        "floor": _HEX[2],  # what truly Gaussian outputs would score
+        "output": COLORBLIND[0],  # the outputs of a neuron
+        "top": COLORBLIND[3],  # the neurons with the largest WD
+        "typical": COLORBLIND[7],  # typical, random and all other neurons
+        "floor": COLORBLIND[2],  # what truly Gaussian outputs would score
         "gaussian": "#262626",  # the fitted Gaussian
     }
 )
-"""Colours by meaning (hexadecimal), from seaborn's colour-blind-safe palette."""
+"""Colours by meaning (hexadecimal)."""
 
-KIND_PALETTE: Mapping[str, str] = MappingProxyType({"dense": _HEX[0], "sparse": _HEX[1]})
+KIND_PALETTE: Mapping[str, str] = MappingProxyType(
+    {"dense": COLORBLIND[0], "sparse": COLORBLIND[1]}
+)
 """Colours of a neuron's dense outputs and of those of its sparse form."""
 
 METHOD_PALETTE: Mapping[str, str] = MappingProxyType(
     {
-        "magnitude": _HEX[7],
-        "wanda": _HEX[1],
-        "sparsegpt": _HEX[0],
-        "expansion": _HEX[3],
-        "expansion-random": _HEX[4],
+        "magnitude": COLORBLIND[7],
+        "wanda": COLORBLIND[1],
+        "sparsegpt": COLORBLIND[0],
+        "expansion": COLORBLIND[3],
+        "expansion-random": COLORBLIND[4],
     }
 )
 """Colours of the methods that ``entangle compare`` knows."""
 
-SPARE_COLORS = (_HEX[2], _HEX[9], _HEX[5], _HEX[8])
+SPARE_COLORS = tuple(COLORBLIND[i] for i in (2, 9, 5, 8))
 """For methods without a colour of their own, in turn."""
+
+KNOWN_NAMES: Mapping[str, str] = MappingProxyType(
+    {"demo": "SmolLM2-135M-Instruct", "wikitext2": "WikiText-2", "c4": "C4", "blimp": "BLiMP"}
+)
+"""What readers call models and data sets that have a short name at the shell."""
+KNOWN_TEXTS: Mapping[str, str] = MappingProxyType({**KNOWN_NAMES, "demo": "98 Wikipedia articles"})
+"""Likewise, of texts."""
 
 COLUMN_INCHES: Mapping[str, float] = MappingProxyType({"single": 3.3, "double": 6.9})
 """Widths in inches of a figure over one and over two columns of a paper."""
 
-_PANELS_ACROSS = {"single": 2, "double": 3}
-_PANEL_INCHES = {"single": 1.35, "double": 1.6}
 _PAPER = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.0}
 
 CHARACTERS_PER_INCH = 19.0
@@ -188,8 +198,13 @@ def paper_style(*, column: Column = "single") -> Iterator[None]:
         ``column`` is another word.
     """
     width = column_width(column)
-    settings = {
-        **sns.axes_style("ticks"),
+    settings: dict[Any, object] = {
+        **dict.fromkeys(("axes.labelcolor", "text.color", "axes.edgecolor"), ".15"),
+        **dict.fromkeys(("xtick.color", "ytick.color"), ".15"),
+        "axes.axisbelow": True,
+        "lines.solid_capstyle": "round",
+        "patch.edgecolor": "w",
+        "patch.force_edgecolor": True,
         **_SIZES,
         "font.family": text_families(),
         "mathtext.fontset": "dejavusans",
@@ -209,6 +224,57 @@ def paper_style(*, column: Column = "single") -> Iterator[None]:
     }
     with mpl.rc_context(settings):
         yield
+
+
+class _Inks(dict[str, str]):
+    """Colours that a figure was asked for, and which of them it wanted to know."""
+
+    wanted: set[str]
+
+
+_INKS: ContextVar[_Inks | None] = ContextVar("inks", default=None)
+
+
+def ink(name: str, usual: str | None = None) -> str:
+    """Return the colour of a meaning: as asked for by `inked`, else ``usual``, else `PALETTE`'s."""
+    inks = _INKS.get()
+    if inks is not None:
+        inks.wanted.add(name)
+        if name in inks:
+            return inks[name]
+    return PALETTE[name] if usual is None else usual
+
+
+@contextmanager
+def inked(palette: Mapping[str, str] | None) -> Iterator[None]:
+    """Draw with other colours inside the ``with`` block.
+
+    Parameters
+    ----------
+    palette
+        Colours by meaning: keys of `PALETTE`, or what a legend calls a series.
+
+    Raises
+    ------
+    UnknownName
+        A key that nothing drawn in the block goes by.
+    """
+    inks = _Inks(palette or {})
+    inks.wanted = set()
+    token = _INKS.set(inks)
+    try:
+        yield
+        for name in inks:
+            if name not in inks.wanted:
+                raise unknown_name("palette", name, sorted(inks.wanted), "Colour one of these.")
+    finally:
+        _INKS.reset(token)
+
+
+def called(name: str, known: Mapping[str, str] = KNOWN_NAMES) -> str:
+    """Return ``name``, or ``"demo, 8 windows"``, with its first word as readers know it."""
+    first, comma, rest = name.partition(",")
+    return known.get(first, first) + comma + rest
 
 
 def column_width(column: str) -> float:
@@ -307,7 +373,7 @@ def legend_above(
         labels,
         loc="lower left",
         bbox_to_anchor=(0.0, 1.0),
-        ncols=_fitting_columns(labels, inches=_inches(ax)[0] * 7.0 / size),
+        ncols=fitting_columns(labels, inches=_inches(ax)[0] * 7.0 / size),
         columnspacing=1.2,
         handlelength=1.2,
         title=join_clauses(clauses, inches=_inches(ax)[0], size=size),
@@ -382,115 +448,7 @@ def _inches(ax: Axes) -> tuple[float, float]:
     return ax.bbox.width / figure.dpi, ax.bbox.height / figure.dpi
 
 
-def _across(n: int, column: Column, across: int | None = None) -> int:
-    if across is not None:
-        return across
-    down = -(-n // _PANELS_ACROSS[column])
-    return -(-n // down)  # as even as possible: 4 panels make 2 x 2
-
-
-def panel_grid(
-    n: int, *, column: Column, longest_title: int = 0, across: int | None = None
-) -> tuple[Figure, list[Axes]]:
-    """Make a figure of ``n`` panels, tall enough for titles of so many characters.
-
-    ``across`` is the number of panels in a row; chosen from the width if None.
-    """
-    across = _across(n, column, across)
-    down = -(-n // across)
-    width = column_width(column)
-    title_lines = -(-longest_title // int(0.75 * width / across * CHARACTERS_PER_INCH))
-    height = 2.4 if n == 1 else 0.6 + down * (_PANEL_INCHES[column] + 0.12 * title_lines)
-    figure = PaperFigure(figsize=(width, height), layout="constrained")
-    axes = list(figure.subplots(down, across, squeeze=False).flat)
-    for unused in axes[n:]:
-        unused.remove()
-    settle_ticks(axes[:n])
-    return figure, axes[:n]
-
-
-def share_axes(
-    figure: Figure,
-    axes: Sequence[Axes],
-    *,
-    column: Column,
-    across: int | None = None,
-    most_unequal: float = np.inf,
-) -> None:
-    """Give all panels the widest limits; tick labels at the outer ones, axis labels once.
-
-    Where the right ends of the x axes differ by a larger factor than ``most_unequal``, every panel
-    keeps its own x axis.
-    """
-    if len(axes) == 1:
-        return
-    across = _across(len(axes), column, across)
-    ends = [ax.get_xlim()[1] for ax in axes]
-    one_x = max(ends) <= most_unequal * min(ends)
-    xlim = _widest([ax.get_xlim() for ax in axes])
-    ylim = _widest([ax.get_ylim() for ax in axes])
-    figure.supxlabel(axes[0].get_xlabel())
-    figure.supylabel(axes[0].get_ylabel())
-    for number, ax in enumerate(axes):
-        ax.set(xlim=xlim if one_x else ax.get_xlim(), ylim=ylim, xlabel="", ylabel="")
-        lowest = not one_x or number + across >= len(axes)
-        ax.tick_params(labelleft=number % across == 0, labelbottom=lowest)
-
-
-def _widest(limits: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    return min(low for low, _ in limits), max(high for _, high in limits)
-
-
-def shared_legend(
-    figure: Figure, axes: Sequence[Axes], *, column: Column, title: str = "", extra: str = ""
-) -> None:
-    """Write one legend above several panels: every label once, and a closing line of text."""
-    if len(axes) == 1:
-        return
-    entries = _labelled(axes)
-    if extra:
-        entries[extra] = text_handle()
-    labels = list(entries)
-    key = figure.legend(
-        [entries[label] for label in labels],
-        labels,
-        loc="outside upper center",
-        ncols=_fitting_columns(labels, inches=column_width(column)),
-        columnspacing=1.2,
-        title=title or None,
-    )
-    key.get_title().set(multialignment="center")
-    take_literally(key)
-
-
-def header_legend(
-    figure: Figure, axes: Sequence[Axes], *, column: Column, clauses: Sequence[str]
-) -> None:
-    """Write clauses, centred and taken literally, and below them one legend of all panels."""
-    entries = _labelled(axes)
-    key = figure.legend(
-        list(entries.values()),
-        list(entries),
-        loc="outside upper center",
-        ncols=_fitting_columns(list(entries), inches=column_width(column)),
-        columnspacing=1.2,
-        title=join_clauses(clauses, inches=column_width(column)),
-    )
-    key.get_title().set(multialignment="center")
-    take_literally(key)
-    make_room(key)
-
-
-def _labelled(axes: Sequence[Axes]) -> dict[str, Artist]:
-    """Return an artist for every label of the panels, in which every character is visible."""
-    return {
-        "\n".join(map(printable, label.split("\n"))): artist
-        for ax in axes
-        for artist, label in zip(*ax.get_legend_handles_labels(), strict=True)
-    }
-
-
-def _fitting_columns(labels: Sequence[str], *, inches: float) -> int:
+def fitting_columns(labels: Sequence[str], *, inches: float) -> int:
     """Return the largest number of legend columns, filled from the left, that fit the width."""
     for n in range(len(labels), 1, -1):
         columns = np.array_split(list(map(len, labels)), n)

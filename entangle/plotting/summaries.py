@@ -3,7 +3,7 @@
 Which rows of a decomposition's tables a figure shows: one layer, sparsity, some neurons.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from pandas.arrays import IntegerArray
 
-from entangle.checks import plain_value, share, shown
+from entangle.checks import plain_value, share, shown, wholes
 from entangle.errors import InvalidInput, unknown_name
 from entangle.plotting.style import Role
 
@@ -99,10 +99,16 @@ def split_top(scores: pd.DataFrame, *, top: float, values: Sequence[str] = ("wd"
             f"{layer!r}; got {kept.sum()}{f' ({dropped})' if dropped else ''}; score more neurons "
             f"with `entangle score`{', without --no-md' if 'md' in values else ''}."
         )
-    is_top = np.zeros(len(wd), dtype=np.bool_)
-    n_top = max(1, round(top * int(np.isfinite(wd).sum())))
-    is_top[np.argsort(-wd, kind="stable")[:n_top]] = True  # NaN sorts last
+    is_top = top_mask(wd, top)
     return TopSplit(layer, scores[kept], is_top[kept], float(wd[is_top].min()), top, dropped)
+
+
+def top_mask(wd: Floats, top: float) -> NDArray[np.bool_]:
+    """Return which are among the ``top`` share of the WDs that are no NaN; of equals the first."""
+    is_top = np.zeros(len(wd), dtype=np.bool_)
+    most = max(1, round(top * int((~np.isnan(wd)).sum())))
+    is_top[np.argsort(-wd, kind="stable")[:most]] = True  # NaN sorts last
+    return is_top
 
 
 def check_top(top: float) -> None:
@@ -254,12 +260,13 @@ def choose(
             )
         chosen = known[0] if value is None else plain_value(value)
         if not isinstance(chosen, Hashable) or chosen not in known:
-            raise _missing(column, chosen, known, name)
+            raise not_held(column, chosen, known, name)
         frame = frame[frame[column] == chosen]
     return frame
 
 
-def _missing(column: str, value: object, known: list[object], name: str) -> InvalidInput:
+def not_held(column: str, value: object, known: Sequence[object], name: str) -> InvalidInput:
+    """Return the error of a value that the table ``name`` does not hold in a column."""
     if isinstance(value, str):
         return unknown_name(column, value, map(str, known), f"`{name}` holds no others.")
     return InvalidInput(
@@ -372,3 +379,141 @@ def usual_neurons(neurons: pd.DataFrame, known: Sequence[int]) -> list[tuple[int
         (top, "top"),
         (int(others.index[int((others - wd.median()).abs().argmin())]), "typical"),
     ]
+
+
+ALL_TOKENS = -1
+"""What stands for all clusters together in the column ``cluster``."""
+MOST_NAMED = 6
+"""Most experts with colours of their own: those whose mean outputs lie farthest out."""
+
+
+def close_neurons(
+    outputs: pd.DataFrame, neurons: pd.DataFrame, chosen: int | Iterable[int] | None
+) -> list[SparseNeuron]:
+    """Return the neurons to draw, from rows of one layer and sparsity."""
+    layer, sparsity = str(outputs["layer"].iloc[0]), float(outputs["sparsity"].iloc[0])
+    rows = choose(neurons, name="neurons", layer=layer, sparsity=sparsity)
+    known = [int(number) for number in outputs["neuron"].unique()]
+    if chosen is None:
+        wanted: list[tuple[int, Role]] = usual_neurons(rows, known)
+    else:
+        usual = dict(usual_neurons(rows, known))
+        wanted = [
+            (number, usual.get(number, "output")) for number in wholes("chosen", chosen, least=0)
+        ]
+    return [
+        sparse_neuron(neurons, layer=layer, neuron=number, sparsity=sparsity, role=role)
+        for number, role in wanted
+    ]
+
+
+def dense_output(
+    outputs: pd.DataFrame,
+    neurons: pd.DataFrame,
+    *,
+    layer: str | None = None,
+    neuron: int | None = None,
+) -> tuple[pd.DataFrame, SparseNeuron]:
+    """Return the histogram of one neuron's dense outputs, and its mean, standard deviation and WD.
+
+    Parameters
+    ----------
+    outputs, neurons, layer
+        As in `plot_sparse_output`, of any sparsity.
+    neuron
+        None takes the one with the largest WD.
+
+    Raises
+    ------
+    InvalidInput, UnknownName
+        Missing columns, or something that the tables do not hold.
+    """
+    rows = choose(outputs, name="outputs", layer=layer)
+    check_columns(rows, ("sparsity", "experts"), name="outputs", writer=DECOMPOSE)
+    rows = choose(rows, name="outputs", sparsity=float(rows["sparsity"].iloc[0]))
+    item = close_neurons(rows, neurons, None if neuron is None else [neuron])[0]
+    return choose(
+        rows, name="outputs", neuron=item.neuron, experts=int(rows["experts"].min()), kind="dense",
+        cluster=ALL_TOKENS,
+    ), item  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Densities of one kind of outputs, by expert."""
+
+    kind: str
+    """``"dense"`` or ``"sparse"``."""
+    item: SparseNeuron
+    """Whose outputs they are."""
+    whole: OutputDensity
+    """Of all tokens, in σ of the dense outputs."""
+    experts: list[int]
+    """In the order of their mean dense output."""
+    density: Floats
+    """(experts, bins): they add up to the density of all tokens."""
+    tokens: list[int]
+    """(experts,) in each."""
+    means: Floats
+    """(experts,) mean dense output in σ from the mean of all tokens."""
+
+    @property
+    def title(self) -> str:
+        """Title of a panel."""
+        return f"{self.kind}: {self.item.label}, {len(self.experts)} experts"
+
+    @property
+    def named(self) -> list[int]:
+        """Places of the experts with colours of their own, ascending."""
+        return sorted(np.argsort(-np.abs(self.means), kind="stable")[:MOST_NAMED].tolist())
+
+    @property
+    def skyline(self) -> tuple[Floats, Floats]:
+        """Middles of the bins, and the heights of all experts together."""
+        edges = self.whole.edges
+        return 0.5 * (edges[:-1] + edges[1:]), self.density.sum(axis=0)
+
+
+def routed_neuron(rows: pd.DataFrame, neurons: pd.DataFrame) -> SparseNeuron:
+    """Return the neuron that rows of ``outputs`` are of, if it has two experts or more."""
+    first = rows.iloc[0]
+    if int(first["experts"]) < 2:
+        raise InvalidInput(f"a figure by expert {TWO_EXPERTS}")
+    return sparse_neuron(
+        neurons,
+        layer=str(first["layer"]),
+        neuron=int(first["neuron"]),
+        sparsity=float(first["sparsity"]),
+    )
+
+
+def stack_of(rows: pd.DataFrame, item: SparseNeuron, kind: str) -> Stack:
+    """Take the histograms of one kind; ``rows`` are of one neuron and number of experts."""
+    whole = choose(rows, name="outputs", kind=kind, cluster=ALL_TOKENS)
+    shape = output_density(whole, mean=item.mean, std=item.std, label=item.label)
+    counts = _counts(rows, kind)
+    strange = counts.columns.difference(pd.Index(whole["left"]))
+    if len(strange):
+        raise InvalidInput(
+            f"`outputs` must have the same bins for every cluster of {item.label}; got one that "
+            f"begins at {strange[0]:.4g}; {DECOMPOSE}"
+        )
+    dense = counts if kind == "dense" else _counts(rows, "dense")
+    means = dense.mul(dense.columns.to_numpy(np.float64), axis=1).sum(axis=1) / dense.sum(axis=1)
+    order = means.sort_values(kind="stable").index
+    counts = counts.reindex(index=order, columns=whole["left"], fill_value=0.0).fillna(0.0)
+    return Stack(
+        kind=kind,
+        item=item,
+        whole=shape,
+        experts=[int(number) for number in order],
+        density=counts.to_numpy(np.float64) / shape.n / np.diff(shape.edges),
+        tokens=[int(n) for n in counts.sum(axis=1)],
+        means=(means[order].to_numpy(np.float64) - item.mean) / item.std,
+    )
+
+
+def _counts(rows: pd.DataFrame, kind: str) -> pd.DataFrame:
+    """Return counts, a row an expert that has tokens and a column a bin, by its left edge."""
+    kept = rows[rows["kind"].eq(kind) & rows["cluster"].ne(ALL_TOKENS) & rows["count"].gt(0)]
+    return kept.pivot(index="cluster", columns="left", values="count").fillna(0.0)

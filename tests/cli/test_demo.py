@@ -15,7 +15,7 @@ from entangle.texts.calibration_set import CalibrationSet
 from tests.cli.runs import Run, holds
 
 FIGURES = ["top_and_typical", "top_outputs", "wd_against_md", "wd_distribution"]
-FILES = [f"{name}.{ending}" for name in FIGURES for ending in ("csv", "pdf", "png")]
+FILES = [f"{name}.{ending}" for name in FIGURES for ending in ("csv", "pdf", "png", "tex", "txt")]
 
 
 @pytest.fixture
@@ -43,7 +43,9 @@ def check_result(folder: Path, out: str) -> None:
     arms = result.frame[["selection", "seed", "strength"]].drop_duplicates()
     assert len(arms) == 1 + len(demo.STRENGTHS) * (2 + demo.SEEDS)
     figures = sorted(path.name for path in (folder / "ablation" / "figures").iterdir())
-    assert figures == [f"ablation_perplexity_ratio.{e}" for e in ("csv", "pdf", "png")]
+    assert figures == [
+        f"ablation_perplexity_ratio.{e}" for e in ("csv", "pdf", "png", "tex", "txt")
+    ]
 
 
 @pytest.mark.usefixtures("tiny_demo")

@@ -134,6 +134,18 @@ def decomposed() -> Decomposed:
     return Decomposed(**{name: table.copy() for name, table in vars(made).items()})
 
 
+def allocated() -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Layers and rows of an allocation, with experts."""
+    layers = [
+        {"layer": f"{block}.{name}", "block": block, "projection": name, "rows": 40,
+         "in_features": 10, "zeros": 4 * (50 + 3 * block), "sparsity": 0.5 + 0.03 * block,
+         "experts": 1 + block}
+        for block in range(12)
+        for name in ("gate_proj", "down_proj")
+    ]  # fmt: skip
+    return pd.DataFrame(layers), pd.DataFrame({"sparsity": [0.1, *[0.5] * 40, *[0.7] * 3000]})
+
+
 @pytest.fixture(autouse=True)
 def untouched_globals() -> Iterator[None]:
     """Fail any test after which matplotlib's settings or pyplot's figures differ."""

@@ -4,7 +4,6 @@ import re
 from collections.abc import Iterator
 from itertools import combinations
 
-from matplotlib.axes import Axes
 from matplotlib.axes._base import _AxesBase
 from matplotlib.figure import Figure
 from matplotlib.text import Text
@@ -55,8 +54,9 @@ def _boxes(figure: Figure) -> list[tuple[str, Bbox]]:
 
 def _shown(figure: Figure) -> list[Text]:
     figure.draw_without_rendering()
-    ticks = {id(text) for ax in figure.axes for text in _all_tick_labels(ax)}
-    shown = [text for ax in figure.axes for text in _shown_tick_labels(ax)]
+    axes = [one for ax in figure.axes for one in (ax, *ax.child_axes)]
+    ticks = {id(text) for ax in axes for text in _all_tick_labels(ax)}
+    shown = [text for ax in axes for text in _shown_tick_labels(ax)]
     for text in figure.findobj(Text):
         assert isinstance(text, Text)
         hidden = text.axes is not None and not text.axes.axison and _is_label(text, text.axes)
@@ -76,14 +76,14 @@ def _is_label(text: Text, ax: _AxesBase) -> bool:
     return text in (ax.xaxis.label, ax.yaxis.label)
 
 
-def _all_tick_labels(ax: Axes) -> Iterator[Text]:
+def _all_tick_labels(ax: _AxesBase) -> Iterator[Text]:
     for axis in (ax.xaxis, ax.yaxis):
         for tick in (*axis.majorTicks, *axis.minorTicks):
             yield from (tick.label1, tick.label2)
         yield axis.offsetText
 
 
-def _shown_tick_labels(ax: Axes) -> Iterator[Text]:
+def _shown_tick_labels(ax: _AxesBase) -> Iterator[Text]:
     if not ax.axison:
         return
     for axis in (ax.xaxis, ax.yaxis):

@@ -13,7 +13,8 @@ from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from entangle.errors import InvalidInput, UnknownName
-from entangle.plotting import PALETTE, drawn, figure_ablation, plot_ablation
+from entangle.plotting import PALETTE, caption_of, drawn, figure_ablation, plot_ablation
+from entangle.plotting.ablation import SEEDS as SEEDS_TEXT
 from tests.plotting.ablation_frames import RATIOS, SEEDS, ablation_frame
 
 TEXT = "WikiText-2, 152 windows of 2,048 tokens"
@@ -105,7 +106,7 @@ def test_the_legend_says_in_words_what_is_shown(frame: pd.DataFrame) -> None:
             "SparseGPT", "model tiny", f"evaluated on {TEXT}", "n = 39 neurons in 9 layers",
             "dense perplexity 20",
             "bars: 95 % paired bootstrap over windows",
-            "seeds: dots, their median, bar over all intervals",
+            SEEDS_TEXT,
         ]
     )  # fmt: skip
 
@@ -294,7 +295,8 @@ def test_the_figure_has_a_panel_an_intervention_with_one_y_axis() -> None:
     assert len({ax.get_yscale() for ax in figure.axes}) == 1
     (legend,) = figure.legends
     assert [t.get_text() for t in legend.get_texts()] == list(lines(figure.axes[0]))
-    assert TEXT in legend.get_title().get_text()
+    assert legend.get_title().get_text() == "tiny"
+    assert TEXT in caption_of(figure)
     assert figure.get_supylabel() == "perplexity (× dense)"
     assert set(drawn(figure)["panel"]) == set(titles)
 

@@ -117,7 +117,9 @@ def test_the_figure_has_a_panel_for_experts_where_there_are_any(
         layers.assign(experts=3), neurons, title="protect $wd", column="single"
     )
     assert len(figure.axes) == 3
-    assert figure.get_suptitle() == "protect $wd"
+    (key,) = figure.legends
+    assert key.get_title().get_text() == "protect $wd"
+    assert "experts" in figure.axes[2].get_title(loc="left")
     table = drawn(figure)
     assert set(table["panel"]) == {"rows", "layers: sparsity", "layers: experts"}
     overall = table.loc[table["series"].str.startswith("all layers"), "series"].unique()

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from entangle.errors import InvalidInput, UnknownName
-from entangle.plotting.ablation import Panel, read_arms, series_name, split_panels
+from entangle.plotting.ablation import SEEDS, Panel, read_arms, series_name, split_panels
 from tests.plotting.ablation_frames import ablation_frame
 
 RATIO = "perplexity_ratio"
@@ -103,7 +103,7 @@ def test_notes_say_what_the_arms_are(frame: pd.DataFrame) -> None:
         "n = 39 neurons in 9 layers",
         "dense perplexity 20",
         "bars: 95 % paired bootstrap over windows",
-        "seeds: dots, their median, bar over all intervals",
+        SEEDS,
     ]
 
 

@@ -1,20 +1,14 @@
-"""One contract for all axes-level functions, then what each of them shows."""
-
-from collections.abc import Callable
-from typing import Any
+"""What the panels of WD, outputs and mapping difficulty show, by their artists."""
 
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib import pyplot as plt
-from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.collections import PathCollection
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle, StepPatch
-from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 from scipy import stats
 
@@ -22,40 +16,13 @@ from entangle.errors import InvalidInput
 from entangle.plotting import (
     PALETTE,
     drawn,
-    paper_style,
-    plot_ablation,
     plot_output_distribution,
-    plot_perplexity,
     plot_wd_against_md,
     plot_wd_distribution,
 )
-from entangle.plotting.axes import wd_text
-from tests.plotting.ablation_frames import ablation_frame
+from entangle.plotting.outputs import wd_text
 
-Draw = Callable[..., Axes]
-Case = tuple[Draw, pd.DataFrame, dict[str, Any]]
 FLOOR = (0.013, 0.019)
-TEXT = "WikiText-2, n = 152 windows"
-UNITS = ("(σ)", "(× dense)")
-
-
-@pytest.fixture(params=["wd", "output", "md", "sparsity", "nonzeros", "ablation"])
-def case(
-    request: pytest.FixtureRequest,
-    flagged: pd.DataFrame,
-    histogram: pd.DataFrame,
-    comparison: pd.DataFrame,
-) -> Case:
-    """An axes-level function, the frame it takes first, and the other arguments it needs."""
-    cases: dict[str, Case] = {
-        "wd": (plot_wd_distribution, flagged, {"floor": FLOOR}),
-        "output": (plot_output_distribution, histogram, {"mean": -0.5, "std": 2.4}),
-        "md": (plot_wd_against_md, flagged, {"n_boot": 20}),
-        "sparsity": (plot_perplexity, comparison, {"text": TEXT}),
-        "nonzeros": (plot_perplexity, comparison, {"text": TEXT, "x": "nonzeros"}),
-        "ablation": (plot_ablation, ablation_frame(), {"text": TEXT}),
-    }
-    return cases[request.param]
 
 
 def figure_of(ax: Axes) -> Figure:
@@ -76,104 +43,6 @@ def step_data(patch: StepPatch) -> tuple[NDArray[np.float64], ...]:
     """Values (bins,), edges (bins + 1,), baseline (bins,)."""
     values, edges, baseline = patch.get_data()
     return np.asarray(values), np.asarray(edges), np.asarray(baseline)
-
-
-def test_contract_draws_into_the_axes_given_and_returns_it(case: Case) -> None:
-    draw, frame, options = case
-    first, second = Figure().subplots(1, 2)
-    assert draw(frame, ax=first, **options) is first
-    assert first.has_data()
-    assert not second.has_data()
-
-
-def test_contract_makes_a_new_figure_each_time(case: Case) -> None:
-    draw, frame, options = case
-    one, two = draw(frame, **options), draw(frame, **options)
-    assert one.figure is not two.figure
-    assert one.figure.axes == [one]
-
-
-def test_contract_never_draws_into_the_current_axes(case: Case) -> None:
-    draw, frame, options = case
-    current = plt.figure().subplots()
-    draw(frame, **options)
-    assert plt.get_fignums() == [plt.gcf().number]
-    assert not current.has_data()
-    plt.close("all")
-
-
-def test_contract_leaves_settings_and_pyplot_alone(case: Case) -> None:
-    draw, frame, options = case
-    before = dict(rcParams)
-    figure_of(draw(frame, **options)).draw_without_rendering()
-    assert dict(rcParams) == before
-    assert plt.get_fignums() == []
-
-
-def test_contract_does_not_modify_its_input(case: Case) -> None:
-    draw, frame, options = case
-    before = frame.copy(deep=True)
-    draw(frame, **options)
-    pd.testing.assert_frame_equal(frame, before)
-
-
-def test_contract_takes_everything_after_the_data_by_keyword(case: Case) -> None:
-    draw, frame, _ = case
-    with pytest.raises(TypeError, match="positional argument"):
-        draw(frame, 0.5)
-
-
-def test_contract_labels_both_axes_with_units_and_writes_n(case: Case) -> None:
-    draw, frame, options = case
-    ax = draw(frame, **options)
-    assert ax.get_xlabel()
-    assert ax.get_ylabel()
-    assert any(unit in ax.get_xlabel() + ax.get_ylabel() for unit in UNITS)
-    legend = ax.get_legend()
-    assert legend is not None
-    assert "n = " in "".join([*legend_texts(ax), legend.get_title().get_text()])
-    without = draw(frame, legend=False, **options)
-    assert without.get_legend() is None
-    assert any("n = " in text.get_text() for text in without.texts)
-
-
-def test_contract_records_what_it_draws(case: Case) -> None:
-    draw, frame, options = case
-    ax = draw(frame, **options)
-    table = drawn(figure_of(ax))
-    assert list(table.columns[:4]) == ["panel", "series", "x", "y"]
-    labels = set(ax.get_legend_handles_labels()[1])
-    assert labels - set(table["series"]) <= {"Gaussian floor (mean to 97.5 %)"}
-
-
-def test_contract_legend_covers_no_data(case: Case) -> None:
-    draw, frame, options = case
-    with paper_style():
-        ax = draw(frame, **options)
-        figure_of(ax).draw_without_rendering()
-    legend = ax.get_legend()
-    assert legend is not None
-    box = Bbox.intersection(legend.get_window_extent(), ax.get_window_extent())
-    if box is None:
-        return  # the legend is not on the panel
-    for line in ax.get_lines():
-        if line.get_transform() == ax.transData:
-            assert not box.count_contains(ax.transData.transform(points_of(line)))
-    for patch in steps(ax).values():
-        values, edges, _ = step_data(patch)
-        corners = np.column_stack([np.append(edges[:-1], edges[1:]), np.tile(values, 2)])
-        assert not box.count_contains(ax.transData.transform(corners))
-    for points in ax.collections:
-        assert not box.count_contains(ax.transData.transform(points.get_offsets()))
-
-
-def test_contract_refuses_missing_columns_and_empty_frames(case: Case) -> None:
-    draw, frame, options = case
-    name = next(name for name in ("count", "ratio", "wd", "n_rows") if name in frame)
-    with pytest.raises(InvalidInput, match=rf"without.*{name}"):
-        draw(frame.drop(columns=name), **options)
-    with pytest.raises(InvalidInput, match="got none"):
-        draw(frame.head(0), **options)
 
 
 def legend_texts(ax: Axes) -> list[str]:

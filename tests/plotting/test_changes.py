@@ -5,7 +5,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import StepPatch
 
 from entangle.errors import InvalidInput, UnknownName
-from entangle.plotting import figure_disentanglement, plot_change
+from entangle.plotting import caption_of, figure_disentanglement, plot_change
 from tests.plotting.decomposition_frames import LAYER, N_NEURONS, Decomposed
 
 
@@ -26,14 +26,13 @@ def table(change: list[float]) -> pd.DataFrame:
 
 def test_shares_and_medians_worked_out_by_hand() -> None:
     frame = table([-10.0, -20.0, -30.0, 10.0, -40.0, -50.0, -60.0, -90.0])
-    title, others, top = legend(plot_change(frame, top=0.1))
+    title, *names = legend(plot_change(frame, top=0.1))
     assert title.startswith("l: 4 clusters against one")
+    assert names == ["other neurons (n = 7)", "top 10 % by WD (n = 1)"]
     # Wilson: (p + z²/2n ± z √(p(1−p)/n + z²/4n²)) / (1 + z²/n) with p = 6/7, n = 7, z = 1.96
-    assert others == (
-        "other neurons (n = 7): falls for 85.7 % [48.7, 97.4], median −30 % [−60, +10]"
-    )
-    assert top.startswith("top 10 % by WD (n = 1): falls for 100 % [20.7, 100], median −90 %")
-    assert "nan" not in top
+    assert "other neurons (n = 7): falls for 85.7 % [48.7, 97.4], median −30 % [−60, +10]" in title
+    assert "top 10 % by WD (n = 1): falls for 100 % [20.7, 100], median −90 %" in title
+    assert "nan" not in title
 
 
 def test_density_holds_every_neuron_of_a_group(decomposed: Decomposed) -> None:
@@ -50,7 +49,8 @@ def test_figure_draws_wd_and_md_at_the_largest_number_of_experts(decomposed: Dec
         "change of weighted WD (%)",
         "change of weighted MD (%)",
     ]
-    said = figure.get_suptitle().replace("\u00a0", " ")
+    said = caption_of(figure).replace("\u00a0", " ")
+    assert "(top)" in figure.axes[0].get_title(loc="left")
     assert f"{LAYER}: 16 clusters against one, the smallest of 250 tokens" in said
     only_wd = decomposed.neurons.drop(columns=["md", "weighted_md"])
     assert len(figure_disentanglement(only_wd).axes) == 1

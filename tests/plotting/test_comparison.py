@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from entangle.errors import InvalidInput, UnknownName
-from entangle.plotting import drawn, figure_comparison, paper_style, plot_perplexity
+from entangle.plotting import caption_of, drawn, figure_comparison, paper_style, plot_perplexity
 from entangle.plotting.comparison import CEILING
 from entangle.plotting.style import METHOD_PALETTE, SPARE_COLORS
 
@@ -93,7 +93,7 @@ def test_the_legend_says_in_words_what_is_shown_and_what_is_not(comparison: pd.D
     extra = 100 * 0.007 / (0.4 + 0.6 * 0.2)
     assert said == "; ".join(
         [
-            TEXT,
+            f"evaluated on {TEXT}",
             "dense perplexity 20",
             "bars: 95 % paired bootstrap over windows",
             f"k experts a layer (router: up to {extra:.2g} % more FLOPs)",
@@ -217,7 +217,7 @@ def test_the_figure_has_two_panels_with_one_y_axis(comparison: pd.DataFrame) -> 
     ]  # fmt: skip
     (legend,) = figure.legends
     assert [t.get_text() for t in legend.get_texts()] == list(lines(left))
-    assert TEXT in legend.get_title().get_text()
+    assert TEXT in caption_of(figure)
     assert set(drawn(figure)["panel"]) == {"sparsity", "nonzeros"}
 
 

@@ -6,7 +6,7 @@ from matplotlib.collections import PathCollection, PolyCollection
 
 from entangle.errors import InvalidInput
 from entangle.plotting import drawn, figure_distances, plot_distances
-from entangle.plotting.changes import MOST_POINTS
+from entangle.plotting.pairs import MOST_POINTS
 from tests.plotting.decomposition_frames import TOP, TYPICAL, Decomposed
 
 

@@ -5,8 +5,9 @@ from matplotlib.patches import StepPatch
 from numpy.typing import NDArray
 
 from entangle.errors import InvalidInput, UnknownName
-from entangle.plotting import drawn, figure_experts, plot_experts
-from tests.plotting.decomposition_frames import TOP, Decomposed
+from entangle.plotting import caption_of, drawn, figure_experts, plot_experts
+from entangle.plotting.summaries import MOST_NAMED
+from tests.plotting.decomposition_frames import TOP, TYPICAL, Decomposed
 
 Steps = list[tuple[str, NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]]
 
@@ -23,16 +24,19 @@ def test_experts_lie_on_one_another_and_add_up(decomposed: Decomposed, kind: str
         decomposed.outputs, neurons=decomposed.neurons, kind=kind, neuron=TOP, experts=8
     )
     stack = steps(ax)
-    assert sorted(label for label, *_ in stack) == sorted(f"expert {i}" for i in range(8))
+    labels = [label for label, *_ in stack]
+    assert sum(label.startswith("expert ") for label in labels) == MOST_NAMED
+    assert labels.count("2 others") == 1
     orders = [patch.get_zorder() for patch in ax.patches if isinstance(patch, StepPatch)]
     assert orders == sorted(orders, reverse=True)  # the lower band in front: no gap between two
     figure = ax.get_figure(root=True)
     assert figure is not None
     table = drawn(figure)
     base = np.zeros(len(stack[0][1]))
-    for label, heights, _, baseline in stack:
+    for series, (label, heights, _, baseline) in zip(table["series"].unique(), stack, strict=True):
         assert not baseline.any()
-        np.testing.assert_allclose(heights - base, table.query(f"series == '{label}'")["y"])
+        assert not label.startswith("expert") or label == series
+        np.testing.assert_allclose(heights - base, table.query(f"series == '{series}'")["y"])
         base = heights
     rows = decomposed.outputs.query(
         f"neuron == {TOP} and experts == 8 and kind == '{kind}' and cluster == -1"
@@ -50,17 +54,27 @@ def test_order_is_that_of_the_dense_means_in_both_panels(decomposed: Decomposed)
     means = sums / rows["count"].groupby(rows["cluster"]).sum()
     expected = [f"expert {i}" for i in means.sort_values().index]
     figure = figure_experts(decomposed.outputs, decomposed.neurons, experts=4)
-    dense, sparse, bar = figure.axes
+    dense, sparse = figure.axes
     assert [label for label, *_ in steps(dense)] == expected
     assert [label for label, *_ in steps(sparse)] == expected
-    ticks = [f"expert {text.get_text()}" for text in bar.get_yticklabels()]
-    assert ticks == expected
+    (key,) = figure.legends
+    assert [text.get_text() for text in key.get_texts()] == expected
+    colors = [str(patch.get_facecolor()) for patch in dense.patches if isinstance(patch, StepPatch)]
+    assert len(set(colors)) == 4
+
+
+def test_the_hump_is_enlarged_where_there_is_one(decomposed: Decomposed) -> None:
+    def insets(neuron: int) -> int:
+        figure = figure_experts(decomposed.outputs, decomposed.neurons, neuron=neuron)
+        return sum(len(ax.child_axes) for ax in figure.axes)
+
+    assert (insets(TOP), insets(TYPICAL)) == (2, 0)
 
 
 def test_the_largest_number_of_experts_is_the_default(decomposed: Decomposed) -> None:
     figure = figure_experts(decomposed.outputs, decomposed.neurons)
     assert drawn(figure)["series"].nunique() == 16
-    said = figure.get_suptitle().replace("\u00a0", " ")
+    said = caption_of(figure).replace("\u00a0", " ")
     assert "16 experts of 250 to 250 tokens" in said
     assert f"neuron {TOP} of" in said
 
@@ -72,8 +86,8 @@ def test_an_empty_cluster_is_no_expert(decomposed: Decomposed) -> None:
     assert drawn(figure)["series"].nunique() == 3
 
 
-def test_legend_names_all_experts_or_the_extremes(decomposed: Decomposed) -> None:
-    for k, named in ((4, 4), (16, 2)):
+def test_legend_names_all_experts_or_those_far_out(decomposed: Decomposed) -> None:
+    for k, named in ((4, 4), (16, MOST_NAMED + 1)):
         ax = plot_experts(decomposed.outputs, neurons=decomposed.neurons, neuron=TOP, experts=k)
         legend = ax.get_legend()
         assert legend is not None

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from entangle.errors import InvalidInput
 from entangle.plotting import (
     NeuronOutput,
+    caption_of,
     drawn,
     figure_output_distributions,
     figure_top_and_typical,
@@ -21,7 +22,7 @@ from entangle.plotting import (
     save_figure,
     top_and_typical,
 )
-from entangle.plotting.figures import MAX_PANELS, layer_label
+from entangle.plotting.outputs import MAX_PANELS, layer_label
 
 
 def titles(figure: Figure) -> list[str]:
@@ -115,7 +116,8 @@ def test_outputs_share_a_standardised_axis(items: list[NeuronOutput]) -> None:
     assert len(figure.axes) == 3
     assert len({(ax.get_xlim(), ax.get_ylim()) for ax in figure.axes}) == 1
     assert titles(figure)[:2] == ["WD = 0.400 ± 0.010\u00a0σ", "second"]
-    assert key(figure) == ["output", "fitted Gaussian", "±: standard error"]
+    assert key(figure) == ["output", "fitted Gaussian"]
+    assert "± standard error" in caption_of(figure)
 
 
 def test_outputs_in_their_own_units_keep_their_axes(items: list[NeuronOutput]) -> None:
@@ -185,12 +187,15 @@ def test_top_and_typical_figure_asks_for_the_two_histograms(
     assert titles(figure)[0].startswith(f"top neuron {neurons[0]}\nWD = ")
     assert titles(figure)[1].startswith(f"typical neuron {neurons[1]}\nWD = ")
     assert figure.axes[0].get_xlim() == figure.axes[1].get_xlim()
-    assert "197 neurons\n3 left out: 2 constant, 1 nan" in figure.legends[0].get_title().get_text()
+    assert (
+        "197 neurons in model.layers.1.mlp.gate_proj. 3 left out: 2 constant, 1 nan."
+        in caption_of(figure)
+    )
 
 
 def test_md_figure_states_the_bootstrap_once(many_scores: pd.DataFrame) -> None:
     figure = figure_wd_against_md(many_scores, n_boot=30, seed=9)
-    assert "ρ: Spearman, 95 % bootstrap, 30 resamples, seed 9" in key(figure)
+    assert "95 % bootstrap, 30 resamples, seed 9" in caption_of(figure)
     assert all(ax.texts[0].get_text().startswith("ρ = ") for ax in figure.axes)
     assert set(drawn(figure)["neuron"]) == set(range(200))
 

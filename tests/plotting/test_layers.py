@@ -5,7 +5,7 @@ from matplotlib.collections import LineCollection, QuadMesh
 from matplotlib.patches import StepPatch
 
 from entangle.errors import InvalidInput
-from entangle.plotting import drawn, figure_wd_by_layer, plot_wd_heatmap, plot_wd_ridge
+from entangle.plotting import caption_of, drawn, figure_wd_by_layer, plot_wd_heatmap, plot_wd_ridge
 from entangle.plotting.layers import MOST_RIDGES
 from tests.plotting.conftest import layer_scores
 from tests.plotting.layout import outside, overlapping
@@ -68,19 +68,17 @@ def test_blocks_are_in_order_whatever_the_table(many_scores: pd.DataFrame) -> No
     turned = many_scores[::-1]
     for frame in (many_scores, turned):
         table = drawn(figure_wd_by_layer(frame)).query("series == 'share of neurons (%)'")
-        ridges = table[table["share"].isna()]["panel"].unique().tolist()
+        ridges = table["panel"].unique().tolist()
         assert ridges == [f"model.layers.{block}.mlp.gate_proj" for block in (3, 2, 1, 0)]
 
 
-def test_a_row_of_panels_a_projection(many_scores: pd.DataFrame) -> None:
+def test_a_panel_a_projection(many_scores: pd.DataFrame) -> None:
     figure = figure_wd_by_layer(model(3, 40, projections=("gate_proj", "up_proj")))
-    titles = [ax.get_title(loc="left") for ax in figure.axes]
-    assert titles == ["gate_proj", "3 layers", "up_proj", "3 layers", ""]
+    assert [ax.get_title(loc="left") for ax in figure.axes] == ["gate_proj", "up_proj"]
+    assert len({ax.get_xlim() for ax in figure.axes}) == 1
     (key,) = figure.legends
-    assert "n = 240 neurons" in key.get_title().get_text()
-    assert [text.get_text() for text in key.get_texts()] == [
-        "top 3 % by WD", "smallest WD of the top", "largest WD",
-    ]  # fmt: skip
+    assert "240 neurons of 6 layers" in caption_of(figure)
+    assert [text.get_text() for text in key.get_texts()] == ["top 3 % by WD"]
 
 
 def test_projections_that_are_too_many_or_repeat_share_a_panel() -> None:
@@ -96,11 +94,17 @@ def test_projections_that_are_too_many_or_repeat_share_a_panel() -> None:
 def test_thousands_of_layers_are_drawn(column: str) -> None:
     frame = model(3000, 3).drop(columns="projection")
     figure = figure_wd_by_layer(frame, column=column)  # type: ignore[arg-type]
-    assert figure.axes[0].get_title(loc="left") == f"all layers, {MOST_RIDGES} drawn"
-    (mesh,) = (c for c in figure.axes[1].collections if isinstance(c, QuadMesh))
+    assert figure.axes[0].get_title(loc="left") == "all layers"
+    (mesh,) = (c for c in figure.axes[0].collections if isinstance(c, QuadMesh))
     assert np.asarray(mesh.get_array()).shape[0] == 3000
     assert not overlapping(figure)
     assert not outside(figure)
+
+
+def test_of_many_layers_evenly_spaced_ridges_are_drawn() -> None:
+    ax = plot_wd_ridge(model(100, 3))
+    assert f"{MOST_RIDGES} drawn" in ax.get_title()
+    assert sum(isinstance(patch, StepPatch) for patch in ax.patches) == MOST_RIDGES
 
 
 @pytest.mark.parametrize("wd", [[0.1], [0.1, 0.1], [1e-9, 1e9]])
@@ -115,10 +119,7 @@ def test_one_neuron_and_extreme_scores_are_drawn(wd: list[float]) -> None:
 def test_neurons_without_wd_are_counted_and_whole_layers_named() -> None:
     frame = pd.concat([layer_scores(0), layer_scores(1)])
     frame.loc[frame["block"] == 1, "wd"] = np.nan
-    (key,) = figure_wd_by_layer(frame).legends
-    assert "200 without WD left out, 1 whole layers" in key.get_title().get_text().replace(
-        "\n", " "
-    )
+    assert "200 without WD left out, 1 whole layers" in caption_of(figure_wd_by_layer(frame))
     with pytest.raises(InvalidInput, match=r"WD.*\b0\b.*\b400\b"):
         figure_wd_by_layer(frame.assign(wd=np.nan))
 

@@ -1,34 +1,25 @@
 """Every figure at both widths: nothing covers anything, and the small print is there."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pandas as pd
 import pytest
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from entangle import plotting
-from entangle.errors import is_unseen
+from entangle.errors import UnknownName, is_unseen
 from entangle.plotting.style import Column
 from tests.plotting.ablation_frames import ablation_frame
+from tests.plotting.conftest import allocated
 from tests.plotting.decomposition_frames import TOP, Decomposed
 from tests.plotting.layout import outside, overlapping, smallest_text, texts
 
 Draw = Callable[..., Figure]
 """Called with the column, the digest and, if need be, what changes the frames."""
 DIGEST = "0123456789abcdef"
-
-
-def allocated() -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Layers and rows of an allocation, with experts."""
-    layers = [
-        {"layer": f"{block}.{name}", "block": block, "projection": name, "rows": 40,
-         "in_features": 10, "zeros": 4 * (50 + 3 * block), "sparsity": 0.5 + 0.03 * block,
-         "experts": 1 + block}
-        for block in range(12)
-        for name in ("gate_proj", "down_proj")
-    ]  # fmt: skip
-    return pd.DataFrame(layers), pd.DataFrame({"sparsity": [0.1, *[0.5] * 40, *[0.7] * 3000]})
 
 
 @pytest.fixture(
@@ -76,7 +67,7 @@ def draw(
     }  # fmt: skip
     name: str = request.param
     function: Callable[..., Figure] = getattr(plotting, f"figure_{name}")
-    options: dict[str, float] = {"n_boot": 20} if name in ("predictors", "wd_against_md") else {}
+    options: dict[str, Any] = {"n_boot": 20} if name in ("predictors", "wd_against_md") else {}
     if name in ("separated_pairs", "modes"):
         options = {"mean": item.mean, "std": item.std, "wd": item.wd}
 
@@ -84,9 +75,10 @@ def draw(
         column: Column,
         digest: str,
         change: Callable[[pd.DataFrame], pd.DataFrame] = lambda frame: frame,
+        **wanted: Any,
     ) -> Figure:
         changed = [change(one) if isinstance(one, pd.DataFrame) else one for one in frames[name]]
-        return function(*changed, column=column, digest=digest, **options)
+        return function(*changed, column=column, digest=digest, **options, **wanted)
 
     return draw
 
@@ -100,6 +92,38 @@ def test_nothing_covers_anything_or_leaves_the_paper(draw: Draw, column: Column)
     assert texts(figure).count("run 0123456789ab") == 1
     assert smallest_text(figure) >= 6.0
     assert len(plotting.drawn(figure)) > 0
+
+
+def test_every_figure_takes_the_options(draw: Draw) -> None:
+    plain = draw("double", DIGEST)
+    assert plotting.caption_of(plain).endswith(".")
+    letters = [text for text in plain.findobj(Text) if text.get_gid() == "letter"]
+    panels = [ax for ax in plain.axes if ax.get_label() != "<colorbar>"]
+    assert len(letters) == (len(panels) if len(panels) > 1 else 0)
+    figure = draw(
+        "double", DIGEST, width=5.0, height=4.0, title="My $title", caption="Mine", legend=False,
+        run_seed=3,
+    )  # fmt: skip
+    assert (figure.get_figwidth(), figure.get_figheight()) == pytest.approx((5.0, 4.0))
+    assert {"My $title", "run 0123456789ab, seed 3"} <= set(texts(figure))
+    assert plotting.caption_of(figure) == "Mine"
+    assert not figure.legends
+    pd.testing.assert_frame_equal(plotting.drawn(figure), plotting.drawn(plain), rtol=1.0)
+    with pytest.raises(TypeError, match="colour"):
+        draw("double", DIGEST, colour="red")
+    for wrong in ({"palette": {"nobody": "red"}}, {"labels": {"nowhere": "x"}}):
+        with pytest.raises(UnknownName, match=r"no(body|where)"):
+            draw("double", DIGEST, **wrong)
+
+
+def test_colours_and_words_are_parameters(many_scores: pd.DataFrame, layers: pd.DataFrame) -> None:
+    figure = plotting.figure_wd_distribution(
+        many_scores, layers, palette={"top": "#ff00ff"}, labels={"neurons per bin": "count"}
+    )
+    assert figure.get_supylabel() == "count"
+    assert "#ff00ff" in {to_hex(p.get_facecolor()) for p in figure.axes[0].patches}
+    again = plotting.figure_wd_distribution(many_scores, layers)
+    assert "#ff00ff" not in {to_hex(p.get_facecolor()) for p in again.axes[0].patches}
 
 
 ODD = "$a_{\\foo $\x1b[31m\n\u202e<b>"

@@ -8,7 +8,12 @@ import pytest
 from matplotlib.figure import Figure
 
 from entangle.errors import InvalidInput, Unavailable, UnknownName
-from entangle.plotting import drawn, plot_wd_distribution, save_figure
+from entangle.plotting import (
+    drawn,
+    figure_wd_distribution,
+    plot_wd_distribution,
+    save_figure,
+)
 from entangle.plotting import save as save_module
 from entangle.runs.provenance import scratch
 
@@ -29,6 +34,16 @@ def test_three_files_are_written_and_the_table_reads_back(figure: Figure, tmp_pa
     assert paths[1].read_bytes().startswith(b"\x89PNG")
     table = pd.read_csv(paths[2], dtype={"neuron": "Int64"})
     pd.testing.assert_frame_equal(table, drawn(figure), check_dtype=False)
+
+
+def test_captions_are_written_beside_the_picture(
+    many_scores: pd.DataFrame, layers: pd.DataFrame, tmp_path: Path
+) -> None:
+    found = figure_wd_distribution(many_scores, layers, caption="50 % of x_1 & σ ≥ $2")
+    paths = save_figure(found, tmp_path / "a", formats=["png"])
+    assert [path.suffix for path in paths] == [".png", ".tex", ".txt", ".csv"]
+    assert paths[1].read_text("utf-8") == "\\caption{50 \\% of x\\_1 \\& $\\sigma$ $\\ge$ \\$2}\n"
+    assert paths[2].read_text("utf-8") == "50 % of x_1 & σ ≥ $2\n"
 
 
 def test_neurons_are_whole_numbers_in_the_table(figure: Figure, tmp_path: Path) -> None:

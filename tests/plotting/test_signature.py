@@ -3,8 +3,8 @@ from matplotlib.figure import Figure
 
 from entangle.errors import InvalidInput
 from entangle.plotting import sign
-from entangle.plotting.save import add_seed
-from entangle.plotting.style import panel_grid, paper_style
+from entangle.plotting.save import add_seed, panel_grid
+from entangle.plotting.style import paper_style
 from tests.plotting.layout import outside, overlapping, texts
 
 DIGEST = "0123456789abcdef" * 4
@@ -31,9 +31,9 @@ def test_the_digest_stands_below_all_else(label: str) -> None:
 
 
 def test_the_seed_follows_the_digest() -> None:
-    figure = sign(figure_with_label("axes"), DIGEST)
+    figure = figure_with_label("axes")
     figure.text(0.1, 0.9, "another text")
-    assert add_seed(figure, 7) is figure
+    assert sign(figure, DIGEST, 7) is figure
     assert {"run 0123456789ab, seed 7", "another text"} <= set(texts(figure))
     assert overlapping(figure) == []
     assert outside(figure) == []
@@ -41,6 +41,7 @@ def test_the_seed_follows_the_digest() -> None:
 
 def test_a_seed_alone_is_not_written() -> None:
     assert not add_seed(figure_with_label("axes"), 7).texts
+    assert not sign(figure_with_label("axes"), None, 7).texts
 
 
 def test_no_digest_changes_nothing() -> None:

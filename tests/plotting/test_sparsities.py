@@ -6,7 +6,7 @@ from matplotlib.patches import StepPatch
 from numpy.typing import NDArray
 
 from entangle.errors import InvalidInput, UnknownName
-from entangle.plotting import figure_sparsities
+from entangle.plotting import caption_of, figure_sparsities
 from entangle.plotting.sparse_outputs import MAX_SPARSITIES
 from tests.plotting.decomposition_frames import LAYER, TOP, TYPICAL, Decomposed
 
@@ -39,13 +39,13 @@ def test_a_panel_a_sparsity_from_the_lowest(decomposed: Decomposed) -> None:
     figure = figure_sparsities(outputs, neurons)
     row = decomposed.neurons.query(f"neuron == {TOP} and experts == 1").iloc[0]
     assert titles((outputs, neurons)) == [
-        f"{percent} % zeros\nWD {row['output_wd'] + percent / 100:.3f} σ" for percent in (50, 95)
+        f"{percent} % zeros\nW₁ to dense {row['output_wd'] + percent / 100:.3f} σ"
+        for percent in (50, 95)
     ]
-    (key,) = figure.legends
-    said = key.get_title().get_text().replace("\u00a0", " ").replace("\n", "; ")
+    said = caption_of(figure).replace("\u00a0", " ")
     assert f"{LAYER}, 1 expert, n = 4,000 tokens" in said
-    assert f"top neuron {TOP}: WD = 0.450 σ from N(0, 1)" in said
-    assert said.count("top neuron") == 1
+    assert f"top neuron {TOP}: WD = 0.450 σ" in said
+    assert said.count(": WD") == 1
     assert len({(ax.get_xlim(), ax.get_ylim()) for ax in figure.axes}) == 1
 
 
@@ -66,7 +66,7 @@ def test_another_neuron_and_number_of_experts(decomposed: Decomposed) -> None:
     tables = at(decomposed, 0.5)
     row = decomposed.neurons.query(f"neuron == {TYPICAL} and experts == 8").iloc[0]
     (title,) = titles(tables, neuron=TYPICAL, experts=8)
-    assert title == f"50 % zeros\nWD {row['output_wd'] + 0.5:.3f} σ, RI {row['ri']:.2f}"
+    assert title == f"50 % zeros\nW₁ to dense {row['output_wd'] + 0.5:.3f} σ, RI {row['ri']:.2f}"
 
 
 def test_bad_requests_are_one_clear_line(decomposed: Decomposed) -> None:

@@ -63,8 +63,7 @@ def test_families_that_the_user_names_come_after_our_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("cells", "start", "end"),
-    [(8, "abcdefgh", "abcdefgh"), (5, "abcd…", "…efgh"), (1, "…", "…")],
+    ("cells", "start", "end"), [(8, "abcdefgh", "abcdefgh"), (5, "abcd…", "…efgh"), (1, "…", "…")]
 )
 def test_text_is_cut_to_its_cells(cells: int, start: str, end: str) -> None:
     assert shorten("abcdefgh", cells) == start

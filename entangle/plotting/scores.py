@@ -1,40 +1,30 @@
-"""Axes-level plots: each draws one panel from frames and returns its axes.
+"""WD and mapping difficulty of the neurons of a layer: panels, and figures of several of them.
 
-``ax=None`` makes a new figure (reach it as ``ax.figure``); no function touches pyplot's current
-figure, changes matplotlib's settings or writes into the frames it is given.
+Axes-level ``plot_*`` functions draw one panel from frames and return its axes: ``ax=None`` makes a
+new figure (reach it as ``ax.figure``); none touches pyplot's current figure, changes matplotlib's
+settings or writes into the frames it is given. Figure-level ``figure_*`` functions call them, draw
+in `paper_style` and take `FigureOptions`; `drawn` gives the numbers in a figure, `save_figure`
+writes both.
 """
 
 from collections.abc import Sequence
+from typing import Unpack
 
 import numpy as np
 import pandas as pd
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.patches import StepPatch
-from scipy import stats
+from matplotlib.figure import Figure
 
 from entangle.errors import InvalidInput
-from entangle.plotting.save import record
-from entangle.plotting.style import (
-    PALETTE,
-    Role,
-    Side,
-    Skyline,
-    add_legend,
-    add_note,
-    add_title,
-    axes_or_new,
-    text_handle,
-)
-from entangle.plotting.summaries import Floats, OutputDensity, TopSplit, output_density, split_top
+from entangle.plotting.outputs import Entry, check_panels, explain, layer_label, plural
+from entangle.plotting.save import FigureOptions, paper, record, share_axes
+from entangle.plotting.style import Skyline, add_title, axes_or_new, ink, text_handle
+from entangle.plotting.summaries import Floats, TopSplit, check_columns, check_top, split_top
 from entangle.stats.intervals import spearman_interval
-
-Entry = tuple[Artist, str]
 
 WD_LABEL = "Wasserstein distance to N(0, 1) (σ)"
 MD_LABEL = "mapping difficulty (ratio)"
 OTHERS = "other neurons"
-SE_TEXT = "±: standard error"
 _MANY_POINTS = 5_000
 
 
@@ -91,7 +81,7 @@ def plot_wd_distribution(
     add_title(ax, split.layer)
     notes = [f"n = {len(wd):,}", f"{split.is_top.sum():,} with WD ≥ {split.threshold:.3f} σ"]
     notes += [f"floor {floor[0]:.4f} σ"] if floor else []
-    _explain(ax, entries, notes, split.dropped, legend=legend, side="right", skyline=skyline)
+    explain(ax, entries, notes, split.dropped, legend=legend, side="right", skyline=skyline)
     return ax
 
 
@@ -123,8 +113,8 @@ def _draw_wd_bars(ax: Axes, split: TopSplit, edges: Floats) -> tuple[list[Entry]
     entries: list[Entry] = []
     wd, base = split.values("wd"), np.zeros(len(edges) - 1)
     for mask, color, name, bound in (
-        (~split.is_top, PALETTE["typical"], OTHERS, ""),
-        (split.is_top, PALETTE["top"], split.top_name, f", WD ≥ {split.threshold:.3f} σ"),
+        (~split.is_top, ink("typical"), OTHERS, ""),
+        (split.is_top, ink("top"), split.top_name, f", WD ≥ {split.threshold:.3f} σ"),
     ):
         counts = np.histogram(wd[mask], edges)[0]
         bars = ax.stairs(base + counts, edges, baseline=base, fill=True, lw=0, color=color)
@@ -139,138 +129,18 @@ def _draw_rug(ax: Axes, split: TopSplit) -> None:
     wd = split.values("wd")[split.is_top]
     height = np.full(len(wd), 0.02)
     place = ax.get_xaxis_transform()
-    (rug,) = ax.plot(wd, height, "|", transform=place, color=PALETTE["top"], ms=4.0, mew=0.6)
+    (rug,) = ax.plot(wd, height, "|", transform=place, color=ink("top"), ms=4.0, mew=0.6)
     neurons = split.neurons()[split.is_top]
     record(rug, panel=split.layer, series=f"{split.top_name}, each", x=wd, neuron=neurons)
 
 
 def _draw_floor(ax: Axes, floor: tuple[float, float], *, panel: str) -> Entry:
     mean, high = floor
-    band = ax.axvspan(mean, high, color=PALETTE["floor"], alpha=0.3, lw=0)
+    band = ax.axvspan(mean, high, color=ink("floor"), alpha=0.3, lw=0)
     record(band, panel=panel, series="Gaussian floor, mean to 97.5 %", x=mean, x_right=high)
-    line = ax.axvline(mean, color=PALETTE["floor"], label="Gaussian floor (mean to 97.5 %)")
+    line = ax.axvline(mean, color=ink("floor"), label="Gaussian floor (mean to 97.5 %)")
     record(line, panel=panel, series="Gaussian floor, mean", x=mean)
     return line, f"Gaussian floor {mean:.4f} σ (97.5 %: {high:.4f} σ)"
-
-
-def _explain(
-    ax: Axes,
-    entries: Sequence[Entry],
-    notes: Sequence[str],
-    dropped: str,
-    *,
-    legend: bool,
-    side: Side,
-    skyline: Skyline,
-) -> None:
-    """Write the legend, or the notes in its place, and what could not be drawn."""
-    if legend:
-        extra: list[Entry] = [(text_handle(), dropped)] if dropped else []
-        add_legend(ax, [*entries, *extra], side=side, skyline=skyline)
-    else:
-        add_note(ax, [*notes, dropped] if dropped else notes, side=side, skyline=skyline)
-
-
-def plot_output_distribution(
-    histogram: pd.DataFrame,
-    *,
-    mean: float,
-    std: float,
-    wd: float | None = None,
-    wd_se: float | None = None,
-    label: str = "",
-    standardized: bool = True,
-    role: Role = "output",
-    xlim: tuple[float, float] | None = None,
-    legend: bool = True,
-    ax: Axes | None = None,
-) -> Axes:
-    """Draw the density of one neuron's outputs under the Gaussian of the same mean and std.
-
-    Parameters
-    ----------
-    histogram
-        ``left``, ``right`` and ``count`` in the neuron's own units: bins that join, ascending.
-        Outer bins may be endless; what they hold is counted, not drawn.
-    mean, std
-        Of the neuron's outputs, in its own units.
-    wd, wd_se
-        Wasserstein distance and its standard error in σ, for the title.
-    label
-        Name of the neuron, for the title, errors and the table of what is drawn.
-    standardized
-        Draw ``(output - mean) / std`` instead of the neuron's own units.
-    role
-        What the neuron stands for (``"output"``, ``"top"`` or ``"typical"``): chooses the colour.
-    xlim
-        Limits of the x axis in the units drawn; chosen by `output_limits` if None.
-    legend
-        Write a legend; otherwise only the numbers, for panels that share one legend.
-    ax
-        Where to draw; None makes a new figure.
-
-    Returns
-    -------
-    matplotlib.axes.Axes
-        ``ax``, or that of the new figure.
-
-    Raises
-    ------
-    InvalidInput
-        Missing columns, bins that do not join, no counts, a constant or infinite neuron.
-    """
-    shape = output_density(histogram, mean=mean, std=std, standardized=standardized, label=label)
-    center, scale = (0.0, 1.0) if standardized else (mean, std)
-    low, high = xlim or output_limits(shape, center=center, scale=scale)
-    ax = axes_or_new(ax)
-    bars = _draw_density(ax, shape, role=role, panel=label)
-    x = np.linspace(low, high, 401)
-    bell = stats.norm.pdf(x, center, scale)
-    (line,) = ax.plot(x, bell, color=PALETTE["gaussian"], label="fitted Gaussian")
-    record(line, panel=label, series="fitted Gaussian", x=x, y=bell)
-    unit = ("standardised output (σ)", "σ") if standardized else ("output (model units)", "unit")
-    ax.set(xlabel=unit[0], ylabel=f"density (per {unit[1]})", xlim=(low, high))
-    add_title(ax, "\n".join(filter(None, (label, wd_text(wd, wd_se)))))
-    tokens = f"n = {shape.n:,} tokens"
-    entries: list[Entry] = [
-        (bars, f"{bars.get_label()} ({tokens})"),
-        (line, f"fitted Gaussian (mean {mean:.3g}, std {std:.3g})".replace("-", "−")),
-    ]
-    if "±" in wd_text(wd, wd_se):
-        entries.append((text_handle(), SE_TEXT))
-    beyond = 1.0 - shape.share_between(low, high)
-    outside = f"{100 * beyond:.2g} % off axis" if beyond > 1e-9 else ""
-    side: Side = "right" if shape.quantile(0.5) <= 0.5 * (low + high) else "left"
-    inside = np.clip(0.5 * (shape.edges[:-1] + shape.edges[1:]), low, high)
-    points = np.append(x, inside)
-    skyline = points, np.maximum(shape.at(points), stats.norm.pdf(points, center, scale))
-    _explain(ax, entries, [tokens], outside, legend=legend, side=side, skyline=skyline)
-    return ax
-
-
-def _draw_density(ax: Axes, shape: OutputDensity, *, role: Role, panel: str) -> StepPatch:
-    name = "output" if role == "output" else f"{role} neuron"
-    bars = ax.stairs(shape.density, shape.edges, fill=True, lw=0, alpha=0.7, color=PALETTE[role])
-    bars.set_label(name)
-    left, right = shape.edges[:-1], shape.edges[1:]
-    record(bars, panel=panel, series=name, x=left, y=shape.density, x_right=right)
-    return bars
-
-
-def output_limits(shape: OutputDensity, *, center: float, scale: float) -> tuple[float, float]:
-    """Return the x limits: 4 σ to both sides, or what holds 99.8 % of the tokens if wider."""
-    low, high = center - 4.0 * scale, center + 4.0 * scale
-    return min(low, shape.quantile(0.001)), max(high, shape.quantile(0.999))
-
-
-def wd_text(wd: float | None, se: float | None) -> str:
-    """Return ``"WD = 0.412 ± 0.010 σ"``: two digits of the error, three decimals at least."""
-    if wd is None or not np.isfinite(wd):
-        return ""
-    if se is None or not np.isfinite(se):
-        return f"WD = {wd:.3f}\u00a0σ"
-    decimals = 3 if se <= 0.0 else int(np.clip(1 - np.floor(np.log10(se)), 3, 6))
-    return f"WD = {wd:.{decimals}f} ± {se:.{decimals}f}\u00a0σ"
 
 
 def plot_wd_against_md(
@@ -321,7 +191,7 @@ def plot_wd_against_md(
     notes = [rho, f"n = {len(wd):,}"]
     # Panels that share a legend may get wider x limits later: keep their notes above all points.
     skyline = (md if legend else np.full_like(md, md.min()), wd)
-    _explain(ax, entries, notes, split.dropped, legend=legend, side="left", skyline=skyline)
+    explain(ax, entries, notes, split.dropped, legend=legend, side="left", skyline=skyline)
     return ax
 
 
@@ -338,15 +208,134 @@ def _draw_points(ax: Axes, split: TopSplit, x: Floats, y: Floats) -> list[Entry]
         (split.is_top, "top", split.top_name, 9.0),
     ):
         points = ax.scatter(
-            x[mask],
-            y[mask],
-            s=size,
-            color=PALETTE[role],
-            alpha=0.6,
-            linewidths=0,
-            label=name,
+            x[mask], y[mask], s=size, color=ink(role), alpha=0.6, linewidths=0, label=name,
             rasterized=len(x) > _MANY_POINTS,
-        )
+        )  # fmt: skip
         record(points, panel=split.layer, series=name, x=x[mask], y=y[mask], neuron=neurons[mask])
         entries.append((points, f"{name} (n = {mask.sum():,})"))
     return entries
+
+
+_MOST_UNEQUAL = 4.0
+
+
+def figure_wd_distribution(
+    scores: pd.DataFrame,
+    layers: pd.DataFrame,
+    *,
+    top: float = 0.03,
+    **options: Unpack[FigureOptions],
+) -> Figure:
+    """Draw the WD distribution of every layer in ``scores``, one panel a layer.
+
+    Parameters
+    ----------
+    scores
+        One row a neuron: ``layer``, ``neuron``, ``wd`` and, where known, ``block``, ``projection``
+        and ``flag``. Filter it to choose layers.
+    layers
+        One row a layer: ``layer``, ``null_floor``, ``null_floor_high`` (σ).
+    top
+        Share in (0, 1] of each layer's neurons to mark as the top.
+    options
+        See `entangle.plotting.save.FigureOptions`.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        Panels with common bins and axes. A single layer gets the full legend.
+
+    Raises
+    ------
+    InvalidInput
+        Missing columns or layers, too many layers, a layer without two finite WDs, ``top`` out of
+        range.
+    """
+    check_top(top)
+    check_columns(layers, ("layer", "null_floor", "null_floor_high"), name="layers")
+    panels = _by_layer(scores, needed=("layer", "neuron", "wd"))
+    floors = [_floor_of(layers, str(rows["layer"].iloc[0])) for rows in panels]
+    wd = np.concatenate([split_top(rows, top=top).values("wd") for rows in panels])
+    edges = wd_edges(wd, bin_count(len(wd) // len(panels)))
+    alone = len(panels) == 1
+    with paper(options) as page:
+        axes = page.grid(len(panels))
+        for ax, rows, floor in zip(axes, panels, floors, strict=True):
+            plot_wd_distribution(rows, floor=floor, top=top, bins=edges, legend=alone, ax=ax)
+            add_title(ax, layer_label(rows.iloc[0]))
+        share_axes(page.figure, axes, across=page.across)
+        caption = (
+            f"Distribution of the Wasserstein distance (WD) to a Gaussian over {len(wd):,} neurons "
+            f"in {plural(len(panels), 'layer')}; the top {100 * top:.3g} % by WD of each layer in "
+            "colour and as strokes",
+            "the Gaussian floor is what truly Gaussian outputs would score at this number of "
+            "tokens: their mean (line), up to the 97.5 % quantile (band)",
+        )
+        return page.finish(caption, shared=not alone)
+
+
+def figure_wd_against_md(
+    scores: pd.DataFrame,
+    *,
+    top: float = 0.03,
+    seed: int = 0,
+    n_boot: int = 1000,
+    **options: Unpack[FigureOptions],
+) -> Figure:
+    """Draw WD against mapping difficulty for every layer in ``scores``, one panel a layer.
+
+    Parameters
+    ----------
+    scores
+        One row a neuron: ``layer``, ``neuron``, ``wd``, ``md`` and, where known, ``block``,
+        ``projection`` and ``flag``. Filter it to choose layers.
+    top
+        Share in (0, 1] of each layer's neurons, by WD, to mark as the top.
+    seed, n_boot
+        Of the bootstrap interval of Spearman's coefficient.
+    options
+        See `entangle.plotting.save.FigureOptions`.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        Panels with common axes; with x axes of their own where MD differs widely between layers. A
+        single layer gets the full legend.
+
+    Raises
+    ------
+    InvalidInput
+        Too many layers, or what `plot_wd_against_md` refuses.
+    """
+    check_top(top)
+    panels = _by_layer(scores, needed=("layer", "neuron", "wd", "md"))
+    alone = len(panels) == 1
+    with paper(options) as page:
+        axes = page.grid(len(panels))
+        for ax, rows in zip(axes, panels, strict=True):
+            plot_wd_against_md(rows, top=top, seed=seed, n_boot=n_boot, legend=alone, ax=ax)
+            add_title(ax, layer_label(rows.iloc[0]))
+        share_axes(page.figure, axes, across=page.across, most_unequal=_MOST_UNEQUAL)
+        caption = (
+            "Wasserstein distance (WD) to a Gaussian against mapping difficulty, a point a neuron",
+            "ρ: Spearman's rank correlation, in brackets: "
+            + bootstrap_text(n_boot=n_boot, seed=seed),
+        )
+        return page.finish(caption, shared=not alone)
+
+
+def _by_layer(scores: pd.DataFrame, *, needed: Sequence[str]) -> list[pd.DataFrame]:
+    check_columns(scores, needed, name="scores")
+    check_panels(scores["layer"].nunique(), name="scores", kind="layer")
+    return [rows for _, rows in scores.groupby("layer", sort=False, observed=True)]
+
+
+def _floor_of(layers: pd.DataFrame, name: str) -> tuple[float, float]:
+    rows = layers.loc[layers["layer"] == name, ["null_floor", "null_floor_high"]]
+    if len(rows) != 1:
+        raise InvalidInput(
+            f"`layers` must have one row for every layer in `scores`; got {len(rows)} for "
+            f"{name!r}; use both tables of one run of `entangle score`."
+        )
+    mean, high = rows.to_numpy(dtype=np.float64)[0]
+    return float(mean), float(high)

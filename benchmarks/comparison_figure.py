@@ -1,0 +1,36 @@
+"""Draw the README's table of perplexities: ``python -m benchmarks.comparison_figure FOLDER``.
+
+``docs/data/comparison_wikitext2.csv`` holds what docs/LOG.md reports of the run (perplexities,
+their ratios to dense and the intervals). Stored non-zeros and FLOPs follow from the shape of the model:
+30 blocks of three 576 x 1536 matrices, 0.592 of its 134,515,008 weights, are pruned, experts are
+stored side by side, and a router takes 0.0076 of the dense FLOPs.
+"""
+
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from entangle.plotting import figure_comparison, save_figure
+
+TABLE = Path(__file__).parent.parent / "docs" / "data" / "comparison_wikitext2.csv"
+PRUNED, ROUTER = 30 * 3 * 576 * 1536 / 134_515_008, 0.0076
+
+
+def comparison() -> pd.DataFrame:
+    """Return the table as `entangle.compare` would give it."""
+    frame = pd.read_csv(TABLE)
+    kept = PRUNED * (1.0 - frame["sparsity"])
+    return frame.assign(
+        nonzeros=1.0 - PRUNED + kept * frame["experts"],
+        flops=1.0 - PRUNED + kept + ROUTER * (frame["experts"] > 1),
+    )
+
+
+if __name__ == "__main__":
+    figure = figure_comparison(
+        comparison(),
+        text="WikiText-2, 152 windows of 2,048 tokens",
+        title="SmolLM2-135M-Instruct",
+    )
+    save_figure(figure, Path(sys.argv[1]) / "comparison", formats="png", force=True)
