@@ -167,6 +167,14 @@ class Allocation(AllocationReport):
                     f"{len(found)} layer(s) to prune: choose the layers that it was made for."
                 )
 
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Allocation":
+        """Load an allocation that `save` wrote; errors as `AllocationReport.load`."""
+        found = AllocationReport.load(path)
+        given = {one.name: getattr(found, one.name) for one in fields(found)}
+        zeros = {name: torch.from_numpy(one) for name, one in found.zeros.items()}
+        return cls(**given | {"zeros": zeros})
+
     def _check_layer(self, layer: Layer) -> None:
         if layer.name not in self.zeros:
             raise InvalidInput(
@@ -189,10 +197,7 @@ def load_allocation(path: str | os.PathLike[str]) -> Allocation:
     InvalidInput
         If the file is missing, truncated, altered, or something else.
     """
-    found = AllocationReport.load(path)
-    given = {one.name: getattr(found, one.name) for one in fields(found)}
-    zeros = {name: torch.from_numpy(one) for name, one in found.zeros.items()}
-    return Allocation(**given | {"zeros": zeros})
+    return Allocation.load(path)
 
 
 def _check_vector(name: str, zeros: Tensor) -> None:

@@ -50,7 +50,7 @@ def test_saved_and_loaded_again(kind: str, result: Result, tmp_path: Path) -> No
 
 def test_drawn_and_shown(kind: str, result: Result) -> None:
     assert isinstance(result.plot(), Figure)
-    assert type(result)._TITLE in result._repr_html_()
+    assert f"<b>{type(result)._TITLE} " in result._repr_html_()
     text = result.to_latex(caption=f"50 % of {kind}", label="tab:x")
     assert rf"\caption{{50 \% of {kind}}}" in text
     assert r"\label{tab:x}" in text
@@ -58,12 +58,17 @@ def test_drawn_and_shown(kind: str, result: Result) -> None:
     assert result.to_latex(result.frame.head(1)).count(r"\\") == 2
 
 
-def test_other_kinds_are_refused(made: Mapping[str, Path], tmp_path: Path) -> None:
+def test_a_folder_of_another_kind(kind: str, result: Result, made: Mapping[str, Path]) -> None:
+    other = "ablation" if kind == "scores" else "scores"
+    said = "allocate`" if kind == "allocation" else f"{kind!r}; got {other!r}"
+    with pytest.raises(InvalidInput, match=said):
+        type(result).load(made[other])
+
+
+def test_what_is_no_result(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text('{"kind": "study", "schema_version": 1}')
     with pytest.raises(UnknownName, match="'study'"):
         entangle.load_result(tmp_path)
-    with pytest.raises(InvalidInput, match=r"'expansion'.*'scores'"):
-        ExpansionReport.load(made["scores"])
     with pytest.raises(InvalidInput, match="no result"):
         entangle.load_result(tmp_path / "missing")
 

@@ -174,15 +174,6 @@ def test_histograms_without_their_metadata(
         load_scores(tmp_path / "run")
 
 
-def test_other_results_are_refused(scores: NeuronScores, tmp_path: Path) -> None:
-    path = scores.save(tmp_path / "run") / "manifest.json"
-    path.write_text(json.dumps(dict(scores.manifest) | {"kind": "sweep"}))
-    with pytest.raises(InvalidInput, match=r"'scores'.*'sweep'"):
-        load_scores(tmp_path / "run")
-    with pytest.raises(InvalidInput, match="nothing'"):
-        load_scores(tmp_path / "nothing")
-
-
 def test_the_top(scores: NeuronScores) -> None:
     top = scores.top(7)
     assert len(top) == 7
