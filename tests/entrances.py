@@ -53,7 +53,7 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     ),
     "compare": (
         entangle.compare,
-        {"model": MODEL, "calibration": TEXT, "text": EVALUATION, "methods": "wanda",
+        {"model": MODEL, "calibration": TEXT, "evaluation": EVALUATION, "methods": "wanda",
          "sparsity": 0.5, "experts": 2},
     ),
     "decompose": (

@@ -89,7 +89,7 @@ def test_a_finished_comparison_is_printed_again(run: Run) -> None:
     assert (again.status, again.out, again.err) == (0, first.out, "")
     assert {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()} == before
     other = ("--sparsity", "0.6", "--out", "out", "--resume")
-    check_one_line(run(*SMALL, *DATA, *other), "output 'out' exists")
+    check_one_line(run(*SMALL, *DATA, *other), "'out' comparison --force")
     check_one_line(run(*SMALL, *DATA, "--resume"), "--resume unfinished")
 
 
