@@ -96,7 +96,7 @@ def test_a_finished_comparison_is_printed_again(run: Run) -> None:
 def test_an_arm_that_fails_is_named_and_the_finished_ones_stay(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = import_module("entangle.experts.build")
+    module = import_module("entangle.experts.solver")
     fit = module.fit_router_and_labels
 
     def fail(*arguments: object, kind: str, **settings: object) -> object:
