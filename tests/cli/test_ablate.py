@@ -69,7 +69,9 @@ def test_tables_figures_and_folder(
         assert title in printed
     figures = sorted(path.name for path in (out / "figures").iterdir())
     names = ("ablation_accuracy", "ablation_kl", "ablation_perplexity_ratio")
-    assert figures == [f"{name}.{ending}" for name in names for ending in ("csv", "pdf", "png", "tex", "txt")]
+    assert figures == [
+        f"{name}.{ending}" for name in names for ending in ("csv", "pdf", "png", "tex", "txt")
+    ]
     assert f"Saved to {out}." in printed
 
 

@@ -109,7 +109,9 @@ def test_json_exports_and_figure(run: Run) -> None:
     assert content["overall"] == round(0.7 * WEIGHTS) / WEIGHTS
     assert [row["layer"] for row in content["layers"]] == LAYERS
     assert content["manifest"]["settings"]["rule"] == "protect"
-    assert content["figures"] == [f"out/figure.{ending}" for ending in ("pdf", "png", "tex", "txt", "csv")]
+    assert content["figures"] == [
+        f"out/figure.{ending}" for ending in ("pdf", "png", "tex", "txt", "csv")
+    ]
     assert all(Path(path).stat().st_size for path in content["figures"])
     assert "sparsity of single rows" in content["exports"]["out/x.yaml"][0]
     allocation = load_allocation("out/a.safetensors")

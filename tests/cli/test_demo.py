@@ -41,7 +41,9 @@ def check_result(folder: Path, out: str) -> None:
     arms = result.frame[["selection", "seed", "strength"]].drop_duplicates()
     assert len(arms) == 1 + len(demo.STRENGTHS) * (2 + demo.SEEDS)
     figures = sorted(path.name for path in (folder / "ablation" / "figures").iterdir())
-    assert figures == [f"ablation_perplexity_ratio.{e}" for e in ("csv", "pdf", "png", "tex", "txt")]
+    assert figures == [
+        f"ablation_perplexity_ratio.{e}" for e in ("csv", "pdf", "png", "tex", "txt")
+    ]
 
 
 @pytest.mark.usefixtures("tiny_demo")
