@@ -29,7 +29,7 @@ figures: install
 	    --out $(GALLERY)/figures --format png --force
 	$(BIN)/python -m benchmarks.comparison_figure $(GALLERY)/figures
 	mkdir -p figures
-	cp $(GALLERY)/figures/*.png figures/
+	cp $(GALLERY)/figures/*.png $(GALLERY)/figures/*.txt figures/
 
 test: install lint types unit
 

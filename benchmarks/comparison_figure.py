@@ -1,9 +1,9 @@
 """Draw the README's table of perplexities: ``python -m benchmarks.comparison_figure FOLDER``.
 
-``docs/data/comparison_wikitext2.csv`` holds what docs/LOG.md reports of the run (perplexities,
-their ratios to dense and the intervals). Stored non-zeros and FLOPs follow from the shape of the
-model: 30 blocks of three 576 x 1536 matrices, 0.592 of its 134,515,008 weights, are pruned,
-experts are stored side by side, and a router takes 0.0076 of the dense FLOPs.
+``docs/data/comparison_wikitext2.csv`` holds what docs/LOG.md reports (perplexities, their
+ratios to dense, intervals). Stored non-zeros and FLOPs follow from the shape of the model:
+30 blocks of three 576 x 1536 matrices, 0.592 of its 134,515,008 weights, are pruned, experts
+are stored side by side, and a router takes 0.0076 of the dense FLOPs.
 """
 
 import sys

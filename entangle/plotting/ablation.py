@@ -23,11 +23,9 @@ from entangle.plotting.style import (
     add_title,
     axes_or_new,
     called,
+    explain_above,
     ink,
-    legend_above,
     log_locator,
-    make_room,
-    note_above,
     plain_number,
     wrap,
 )
@@ -432,16 +430,11 @@ def plot_ablation(
     looks, scale = _looks(arms), _scale(arms)
     arms = arms.where(intervention=intervention, experts=experts, strength=strength)
     panel = Panel.of(arms)
-    given, ax = ax is not None, axes_or_new(ax)
+    own, ax = ax is None, axes_or_new(ax)
     _draw(ax, panel, looks, scale)
     said = [panel.title, *arms.notes(text)] if notes else []
-    if legend:
-        entries = list(zip(*ax.get_legend_handles_labels(), strict=True))
-        key = legend_above(ax, entries, clauses=said)
-        if not given:
-            make_room(key)
-    elif notes:
-        note_above(ax, said)
+    entries = list(zip(*ax.get_legend_handles_labels(), strict=True))
+    explain_above(ax, entries, said, legend=legend, own=own)
     return ax
 
 

@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 from matplotlib import patheffects
 from matplotlib.axes import Axes
-from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from scipy import stats
@@ -18,7 +17,7 @@ from entangle.errors import InvalidInput
 from entangle.plotting.outputs import Entry
 from entangle.plotting.save import FigureOptions, paper, record, share_axes
 from entangle.plotting.scores import OTHERS, bin_count
-from entangle.plotting.style import NOMINAL, add_title, axes_or_new, ink, legend_above, make_room
+from entangle.plotting.style import NOMINAL, add_title, axes_or_new, explain_above, ink, shade
 from entangle.plotting.summaries import (
     DECOMPOSE,
     TWO_EXPERTS,
@@ -26,6 +25,7 @@ from entangle.plotting.summaries import (
     check_columns,
     check_top,
     choose,
+    finite_rows,
     top_mask,
 )
 
@@ -167,28 +167,16 @@ def _hues(parts: Sequence[pd.DataFrame]) -> list[dict[int, str]]:
         place, many = own.groupby(own).cumcount(), own.groupby(own).transform("size")
         colors.append(
             {
-                int(cluster): _shade(NOMINAL[int(hue) % len(NOMINAL)], 1.0 - 0.65 * share)
+                int(cluster): shade(NOMINAL[int(hue) % len(NOMINAL)], 1.0 - 0.65 * share)
                 for cluster, hue, share in zip(own.index, own, place / many, strict=True)
             }
         )
     return colors
 
 
-def _shade(color: str, share: float) -> str:
-    """Mix a colour with white; a share of 1 is the colour itself."""
-    red, green, blue = (1.0 - share * (1.0 - part) for part in to_rgb(color))
-    return to_hex((red, green, blue))
-
-
 def _on_map(rows: pd.DataFrame) -> tuple[pd.DataFrame, int]:
     check_columns(rows, _MAPPED, name="router_map", writer=DECOMPOSE)
-    kept = np.isfinite(rows[["x", "y"]].to_numpy(np.float64, na_value=np.nan)).all(axis=1)
-    if not kept.any():
-        raise InvalidInput(
-            "`router_map` must hold at least one token with finite x and y; got "
-            f"{len(rows)} without; {DECOMPOSE}"
-        )
-    return rows[kept], int((~kept).sum())
+    return finite_rows(rows, ("x", "y"), name="router_map", what="token with finite x and y")
 
 
 def _map_title(rows: pd.DataFrame, hidden: int, lost: int) -> str:
@@ -328,15 +316,13 @@ def plot_change(
     """
     rows = choose(neurons, name="neurons", layer=layer, experts=experts, sparsity=sparsity)
     groups, dropped = _groups(rows, measure, top)
-    given, ax = ax is not None, axes_or_new(ax)
+    own, ax = ax is None, axes_or_new(ax)
     entries = _draw_change(ax, groups, measure)
     if not legend:
         add_title(ax, ", ".join(f"{g.name}: n = {len(g.change):,}" for g in groups))
         return ax
     said = [_setting(rows), *(group.said() for group in groups), *dropped, *_beyond(groups)]
-    key = legend_above(ax, entries, clauses=said)
-    if not given:
-        make_room(key)
+    explain_above(ax, entries, said, legend=True, own=own)
     return ax
 
 

@@ -7,7 +7,6 @@ from typing import Unpack
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullLocator
@@ -22,12 +21,11 @@ from entangle.plotting.style import (
     add_title,
     axes_or_new,
     called,
+    explain_above,
     ink,
-    legend_above,
     log_locator,
-    make_room,
-    note_above,
     plain_number,
+    shade,
     wrap,
 )
 from entangle.plotting.summaries import Floats, check_columns
@@ -173,15 +171,11 @@ def plot_perplexity(
     """
     x = choice("x", x, COST_LABELS, kind="x axis")
     models = _Models.of(comparison, [x])
-    given, ax = ax is not None, axes_or_new(ax)
+    own, ax = ax is None, axes_or_new(ax)
     lines = _draw(ax, models, x)
     said = models.notes(text) if notes else []
-    if legend:
-        key = legend_above(ax, [(line, str(line.get_label())) for line in lines], clauses=said)
-        if not given:
-            make_room(key)
-    elif notes:
-        note_above(ax, said)
+    entries = [(line, str(line.get_label())) for line in lines]
+    explain_above(ax, entries, said, legend=legend, own=own)
     return ax
 
 
@@ -248,7 +242,7 @@ def _curves(pruned: pd.DataFrame) -> Iterator[_Curve]:
                 yield _Curve(
                     rows=own,
                     label=_NAMES.get(name, name) + (f", k = {k}" if k > 1 else "") + allocation,
-                    color=_shade(color, float(share)),
+                    color=shade(color, float(share)),
                     marker=_MARKERS[counts.index(k) % len(_MARKERS)],
                     plain=k == 1,
                     control=name in _CONTROLS,
@@ -266,12 +260,6 @@ def _allocations(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
         yield "", rows[even]
     for name, own in rows[~even].groupby("allocation", sort=False, observed=True):
         yield f", {name}", own
-
-
-def _shade(color: str, share: float) -> str:
-    """Mix a colour with white; a share of 1 is the colour itself."""
-    red, green, blue = (1.0 - share * (1.0 - part) for part in to_rgb(color))
-    return to_hex((red, green, blue))
 
 
 def _x_values(rows: pd.DataFrame, x: str) -> Floats:

@@ -23,9 +23,8 @@ from entangle.plotting.style import (
     SPARE_COLORS,
     add_title,
     axes_or_new,
+    explain_above,
     ink,
-    legend_above,
-    make_room,
     plain_number,
 )
 from entangle.plotting.summaries import Floats, check_columns, check_top
@@ -413,7 +412,7 @@ def plot_row_sparsity(
         If the column is missing, or a sparsity is not in [0, 1].
     """
     values = 100.0 * _sparsities(neurons, "neurons")
-    given, ax = ax is not None, axes_or_new(ax)
+    own, ax = ax is None, axes_or_new(ax)
     counts, edges = np.histogram(values, np.linspace(0.0, 100.0, _ROW_BINS + 1))
     low, high = f"{values.min():.3g}", f"{values.max():.3g}"
     label = f"{len(values):,} rows: {low if low == high else f'{low} to {high}'} %"
@@ -426,10 +425,7 @@ def plot_row_sparsity(
     ax.yaxis.set_major_formatter(FuncFormatter(plain_number))
     ax.set_ylim(bottom=0.7)
     ax.set(xlim=(-1.0, 101.0), xlabel="zeros of the row (%)", ylabel="rows")
-    if legend:
-        key = legend_above(ax, entries, clauses=[])
-        if not given:
-            make_room(key)
+    explain_above(ax, entries, legend=legend, own=own)
     return ax
 
 
@@ -474,7 +470,7 @@ def plot_layer_profile(
             f"`layers` must hold at least one layer inside the blocks; got none among "
             f"{len(layers)}."
         )
-    given, ax = ax is not None, axes_or_new(ax)
+    own, ax = ax is None, axes_or_new(ax)
     entries: list[Entry] = []
     for number, (name, part) in enumerate(inside.groupby("projection", sort=False)):
         part = part.sort_values("block", kind="stable")
@@ -501,12 +497,9 @@ def plot_layer_profile(
         ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
         ax.set_ylim(bottom=0.0)
     ax.set(xlabel="block", ylabel=VALUE_LABELS[value])
-    if legend:
-        left_out = len(layers) - len(inside)
-        clauses = [f"{left_out} layer(s) outside the blocks left out"] if left_out else []
-        key = legend_above(ax, entries, clauses=clauses)
-        if not given:
-            make_room(key)
+    left_out = len(layers) - len(inside)
+    said = [f"{left_out} layer(s) outside the blocks left out"] if left_out and legend else []
+    explain_above(ax, entries, said, legend=legend, own=own)
     return ax
 
 

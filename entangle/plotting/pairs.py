@@ -10,7 +10,6 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from entangle.checks import whole, wholes
-from entangle.errors import InvalidInput
 from entangle.plotting.modes import (
     X_LABEL,
     Y_LABEL,
@@ -31,6 +30,7 @@ from entangle.plotting.summaries import (
     OutputDensity,
     check_columns,
     choose,
+    finite_rows,
     output_density,
     usual_neurons,
 )
@@ -160,15 +160,9 @@ def figure_distances(
 def _different(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     """Return the pairs with different inputs and finite distances, and what is left out."""
     check_columns(rows, _COLUMNS, name="pairs", writer=DECOMPOSE)
-    numbers = rows[list(_COLUMNS[2:])].to_numpy(np.float64, na_value=np.nan)
-    kept = np.isfinite(numbers).all(axis=1) & (numbers[:, 0] > 0.0)
-    if not kept.any():
-        raise InvalidInput(
-            "`pairs` must hold at least one pair with different inputs and finite distances; got "
-            f"{len(rows)} without; {DECOMPOSE}"
-        )
-    lost = int((~kept).sum())
-    return rows[kept], [f"{lost:,} left out"] if lost else []
+    columns, what = _COLUMNS[2:], "pair with different inputs and finite distances"
+    kept, lost = finite_rows(rows, columns, name="pairs", what=what, positive=columns[0])
+    return kept, [f"{lost:,} left out"] if lost else []
 
 
 def _ratio(rows: pd.DataFrame) -> str:

@@ -24,11 +24,9 @@ from entangle.plotting.style import (
     add_legend,
     add_title,
     axes_or_new,
+    explain_above,
     ink,
-    legend_above,
     log_locator,
-    make_room,
-    note_above,
     plain_number,
     text_handle,
     wrap,
@@ -40,6 +38,7 @@ from entangle.plotting.summaries import (
     check_columns,
     check_top,
     choose,
+    finite_rows,
     top_mask,
 )
 from entangle.seeding import numpy_rng
@@ -438,15 +437,10 @@ def plot_components(
     """
     rows = choose(components, name="components", layer=layer)
     rows, lost = _fitted(rows)
-    given, ax = ax is not None, axes_or_new(ax)
+    own, ax = ax is None, axes_or_new(ax)
     entries = _draw_clusters(ax, rows)
     said = _component_notes(rows, lost, n_boot=n_boot, seed=seed) if notes else []
-    if legend:
-        key = legend_above(ax, entries, clauses=said)
-        if not given:
-            make_room(key)
-    elif notes:
-        note_above(ax, said)
+    explain_above(ax, entries, said, legend=legend, own=own)
     return ax
 
 
@@ -503,14 +497,8 @@ def _component_notes(rows: pd.DataFrame, lost: int, *, n_boot: int, seed: int) -
 
 def _fitted(rows: pd.DataFrame) -> tuple[pd.DataFrame, int]:
     check_columns(rows, _NEEDED, name="components", writer=DECOMPOSE)
-    numbers = rows[["components_90", "error"]].to_numpy(np.float64, na_value=np.nan)
-    kept = np.isfinite(numbers).all(axis=1)
-    if not kept.any():
-        raise InvalidInput(
-            "`components` must hold at least one cluster with finite numbers; got "
-            f"{len(rows)} without; {DECOMPOSE}"
-        )
-    return rows[kept], int((~kept).sum())
+    columns, what = ("components_90", "error"), "cluster with finite numbers"
+    return finite_rows(rows, columns, name="components", what=what)
 
 
 def _rank(rows: pd.DataFrame, *, n_boot: int, seed: int) -> list[str]:

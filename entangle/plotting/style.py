@@ -22,6 +22,7 @@ import numpy as np
 from matplotlib import font_manager
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.ft2font import FT2Font
@@ -403,6 +404,30 @@ def note_above(ax: Axes, clauses: Sequence[str]) -> None:
     text = join_clauses(clauses, inches=_inches(ax)[0], size=size)
     place = ax.transAxes
     ax.text(0.0, 1.02, text, transform=place, va="bottom", fontsize=size, parse_math=False)
+
+
+def explain_above(
+    ax: Axes,
+    entries: Sequence[tuple[Artist, str]],
+    clauses: Sequence[str] = (),
+    *,
+    legend: bool,
+    own: bool,
+) -> None:
+    """Write a legend, or only the clauses, on top of ``ax``; ``own`` figures get room for it."""
+    if not legend:
+        if clauses:
+            note_above(ax, clauses)
+        return
+    key = legend_above(ax, entries, clauses=clauses)
+    if own:
+        make_room(key)
+
+
+def shade(color: str, share: float) -> str:
+    """Mix a colour with white; a share of 1 is the colour itself."""
+    red, green, blue = (1.0 - share * (1.0 - part) for part in to_rgb(color))
+    return to_hex((red, green, blue))
 
 
 def add_note(ax: Axes, lines: Sequence[str], *, side: Side, skyline: Skyline) -> None:

@@ -36,6 +36,26 @@ def check_columns(
         raise InvalidInput(f"`{name}` must have at least one row; got none; {writer}")
 
 
+def finite_rows(
+    frame: pd.DataFrame, columns: Sequence[str], *, name: str, what: str, positive: str = ""
+) -> tuple[pd.DataFrame, int]:
+    """Return the rows whose ``columns`` are finite (one of them above 0), and how many are not.
+
+    Raises
+    ------
+    InvalidInput
+        There are none; ``what`` says in words what at least one row must be.
+    """
+    kept = np.isfinite(frame[list(columns)].to_numpy(np.float64, na_value=np.nan)).all(axis=1)
+    if positive:
+        kept &= frame[positive].to_numpy(np.float64, na_value=np.nan) > 0.0
+    if not kept.any():
+        raise InvalidInput(
+            f"`{name}` must hold at least one {what}; got {len(frame)} without; {DECOMPOSE}"
+        )
+    return frame[kept], int((~kept).sum())
+
+
 @dataclass(frozen=True)
 class TopSplit:
     """The neurons of one layer, split by WD."""

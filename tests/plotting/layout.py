@@ -32,6 +32,22 @@ def outside(figure: Figure) -> list[str]:
     return [text for text, whole in inside if not whole]
 
 
+def crowded(figure: Figure, *, least_height: float = 0.0) -> list[str]:
+    """Return what is wrong with panels and legends: off the paper, on one another, too low."""
+    figure.draw_without_rendering()
+    boxes = [legend.get_window_extent() for legend in figure.legends]
+    boxes += [box for ax in figure.axes if (box := ax.get_tightbbox()) is not None]
+    page = figure.bbox.padded(1.0)
+    wrong = [f"outside: {box}" for box in boxes if not page.contains(*box.min)
+             or not page.contains(*box.max)]  # fmt: skip
+    for one, other in combinations(boxes, 2):
+        shared = Bbox.intersection(one, other)
+        if shared is not None and min(shared.width, shared.height) >= 1.0:
+            wrong.append(f"overlap: {one}, {other}")
+    low = [ax for ax in figure.axes if ax.get_window_extent().height <= least_height * figure.dpi]
+    return wrong + [f"low: {ax}" for ax in low]
+
+
 def texts(figure: Figure) -> list[str]:
     """Return all texts that can be seen."""
     return [text for text, _ in _boxes(figure)]

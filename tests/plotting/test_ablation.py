@@ -16,6 +16,7 @@ from entangle.errors import InvalidInput, UnknownName
 from entangle.plotting import PALETTE, caption_of, drawn, figure_ablation, plot_ablation
 from entangle.plotting.ablation import SEEDS as SEEDS_TEXT
 from tests.plotting.ablation_frames import RATIOS, SEEDS, ablation_frame
+from tests.plotting.layout import crowded
 
 TEXT = "WikiText-2, 152 windows of 2,048 tokens"
 KINDS = ("prune", "prune-wanda", "zero", "flip-negative")
@@ -339,21 +340,7 @@ def test_no_text_overlaps_another_and_the_panels_keep_their_height(
 ) -> None:
     frame = ablation_frame(interventions=interventions, experts=experts)
     figure = figure_ablation(frame, text=TEXT, column=column)
-    figure.draw_without_rendering()
-    boxes = [legend.get_window_extent() for legend in figure.legends]
-    for ax in figure.axes:
-        box = ax.get_tightbbox()
-        assert box is not None
-        boxes.append(box)
-        assert ax.get_window_extent().height > 0.9 * figure.dpi
-    for i, one in enumerate(boxes):
-        assert one.x0 >= -1
-        assert one.x1 <= figure.bbox.x1 + 1
-        assert one.y1 <= figure.bbox.y1 + 1
-        for other in boxes[:i]:
-            width = min(one.x1, other.x1) - max(one.x0, other.x0)
-            height = min(one.y1, other.y1) - max(one.y0, other.y0)
-            assert min(width, height) < 1.0
+    assert crowded(figure, least_height=0.9) == []
 
 
 def test_a_given_axes_keeps_its_figure_s_size(frame: pd.DataFrame) -> None:

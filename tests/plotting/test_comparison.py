@@ -17,6 +17,7 @@ from entangle.errors import InvalidInput, UnknownName
 from entangle.plotting import caption_of, drawn, figure_comparison, paper_style, plot_perplexity
 from entangle.plotting.comparison import CEILING
 from entangle.plotting.style import METHOD_PALETTE, SPARE_COLORS
+from tests.plotting.layout import crowded
 
 TEXT = "WikiText-2, n = 152 windows"
 
@@ -236,21 +237,7 @@ def test_no_text_overlaps_another_and_the_panels_keep_their_height(
     request: pytest.FixtureRequest, name: str, column: Any
 ) -> None:
     figure = figure_comparison(request.getfixturevalue(name), text=TEXT, column=column)
-    figure.draw_without_rendering()
-    boxes = [figure.legends[0].get_window_extent()]
-    for ax in figure.axes:
-        box = ax.get_tightbbox()
-        assert box is not None
-        boxes.append(box)
-        assert ax.get_window_extent().height > 1.5 * figure.dpi
-    for i, one in enumerate(boxes):
-        assert one.x0 >= -1
-        assert one.x1 <= figure.bbox.x1 + 1
-        assert one.y1 <= figure.bbox.y1 + 1
-        for other in boxes[:i]:
-            width = min(one.x1, other.x1) - max(one.x0, other.x0)
-            height = min(one.y1, other.y1) - max(one.y0, other.y0)
-            assert min(width, height) < 1.0
+    assert crowded(figure, least_height=1.5) == []
 
 
 def test_a_legend_in_plain_matplotlib_stays_on_the_figure(comparison: pd.DataFrame) -> None:

@@ -23,6 +23,7 @@ from entangle.plotting import (
     top_and_typical,
 )
 from entangle.plotting.outputs import MAX_PANELS, layer_label
+from tests.plotting.layout import crowded
 
 
 def titles(figure: Figure) -> list[str]:
@@ -208,18 +209,7 @@ def test_no_panel_text_overlaps_another(n: int, column: str, items: list[NeuronO
         for i in (items * 3)[:n]
     ]
     figure = figure_output_distributions(chosen, column=column)  # type: ignore[arg-type]
-    figure.draw_without_rendering()
-    boxes = [ax.get_tightbbox() for ax in figure.axes]
-    boxes += [legend.get_window_extent() for legend in figure.legends]
-    for i, one in enumerate(boxes):
-        assert one is not None
-        assert one.x0 >= -1
-        assert one.x1 <= figure.bbox.x1 + 1
-        for other in boxes[:i]:
-            assert other is not None
-            width = min(one.x1, other.x1) - max(one.x0, other.x0)
-            height = min(one.y1, other.y1) - max(one.y0, other.y0)
-            assert min(width, height) < 1.0
+    assert crowded(figure) == []
 
 
 def test_many_figures_leave_nothing_behind(items: list[NeuronOutput]) -> None:
