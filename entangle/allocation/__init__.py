@@ -2,9 +2,9 @@
 
 from entangle.allocation.allocate import allocate
 from entangle.allocation.allocation import Allocation, load_allocation
-from entangle.allocation.budget import InfeasibleBudget
 from entangle.allocation.experts import expert_budget
 from entangle.allocation.export import FORMATS, export, import_allocation
+from entangle.allocation.request import InfeasibleBudget
 from entangle.allocation.rules import RULES
 from entangle.allocation.search import search
 

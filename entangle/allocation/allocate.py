@@ -10,9 +10,20 @@ import numpy as np
 import pandas as pd
 
 from entangle.allocation.allocation import Allocation, Counts, LayerRows, Reals, step_sizes
-from entangle.allocation.budget import Wish, check_reachable, fill, round_zeros, whole_bounds
 from entangle.allocation.measurements import Measurements
-from entangle.allocation.request import Columns, Request, Settings, Subject, find_subject, gather
+from entangle.allocation.request import (
+    Columns,
+    Request,
+    Settings,
+    Subject,
+    Wish,
+    check_reachable,
+    fill,
+    find_subject,
+    gather,
+    round_zeros,
+    whole_bounds,
+)
 from entangle.allocation.rules import MODEL, RULES
 from entangle.checks import choice, finite, named, names, renamed, share
 from entangle.errors import InvalidInput

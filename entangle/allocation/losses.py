@@ -21,9 +21,8 @@ from jaxtyping import Float, Int, Int64
 from torch import Tensor, nn
 
 from entangle.allocation.allocation import LayerRows, Reals
-from entangle.allocation.budget import Wish
 from entangle.allocation.measurements import Measurements, square_sum
-from entangle.allocation.request import Request, keep_more
+from entangle.allocation.request import Request, Wish, keep_more
 from entangle.errors import InvalidInput, NumericalError
 from entangle.models.layers import Layer, find_blocks
 from entangle.precision import accumulator_dtype, full_precision

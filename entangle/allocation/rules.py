@@ -19,10 +19,9 @@ from torch import Tensor
 
 from entangle.allocation import losses
 from entangle.allocation.allocation import Counts, Reals
-from entangle.allocation.budget import Wish
 from entangle.allocation.losses import neuroal, neuroal_blocks
 from entangle.allocation.measurements import Measurements
-from entangle.allocation.request import Request, keep_more, min_max
+from entangle.allocation.request import Request, Wish, keep_more, min_max
 from entangle.checks import share
 from entangle.errors import NumericalError
 from entangle.models.layers import Layer

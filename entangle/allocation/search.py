@@ -14,9 +14,8 @@ import torch
 
 from entangle.allocation.allocate import allocate
 from entangle.allocation.allocation import Allocation
-from entangle.allocation.budget import InfeasibleBudget
 from entangle.allocation.measurements import Measurements
-from entangle.allocation.request import find_subject
+from entangle.allocation.request import InfeasibleBudget, find_subject
 from entangle.allocation.rules import RULES
 from entangle.checks import choice, finite, share, whole
 from entangle.errors import InvalidInput, NumericalError
@@ -30,9 +29,8 @@ from entangle.pruning import prune
 from entangle.pruning.methods import METHODS
 from entangle.recording.hooks import Change, changed_rows
 from entangle.results.scores import NeuronScores
-from entangle.runs.affixes import around_each
 from entangle.runs.progress import ProgressBar
-from entangle.runs.provenance import RunClock
+from entangle.runs.provenance import RunClock, around_each
 from entangle.stats.gram import GramResult
 from entangle.texts.calibration import as_calibration
 from entangle.texts.calibration_set import CalibrationSet

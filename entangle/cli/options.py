@@ -6,8 +6,8 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from entangle.errors import InvalidInput
-from entangle.runs.affixes import POLICIES
 from entangle.runs.progress import tell
+from entangle.runs.provenance import POLICIES
 from entangle.texts import N_SEQ, SEQ_LEN
 
 if TYPE_CHECKING:

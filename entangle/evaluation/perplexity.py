@@ -26,9 +26,9 @@ from entangle.errors import InvalidInput, MemoryLimit
 from entangle.memory import give_back
 from entangle.models.blocks import evaluates, evaluating
 from entangle.models.loading import AnyModel, LanguageModel, as_language_model
-from entangle.runs.affixes import recorded, special_tokens_of
 from entangle.runs.progress import ProgressBar
 from entangle.runs.progress import tell as tell_line
+from entangle.runs.provenance import recorded, special_tokens_of
 from entangle.stats.intervals import Interval, perplexity_ratio_interval
 from entangle.texts.evaluation import EvaluationText, as_evaluation, window_losses
 from entangle.texts.given import Source

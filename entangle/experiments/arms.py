@@ -13,15 +13,7 @@ from entangle.checks import choice, share, whole
 from entangle.errors import InvalidInput, unknown_name
 from entangle.experiments.experiment import Arm, Evaluation
 from entangle.experiments.interventions import OUTPUT_EDITS
-from entangle.experiments.selection import (
-    ALIKE,
-    DERIVED,
-    SCOPES,
-    SCORED,
-    Selection,
-    column,
-    select,
-)
+from entangle.experiments.selection import ALIKE, DERIVED, SCOPES, SCORED, Selection, column, select
 from entangle.experts.routed_rows import Level
 from entangle.models.layers import Layer
 

@@ -16,14 +16,7 @@ from entangle.allocation.experts import mean_experts, nominal_sparsity, zeros_di
 from entangle.checks import choice, named, renamed, several, share, shown, whole
 from entangle.errors import InvalidInput
 from entangle.evaluation import as_evaluation, perplexity_ratio
-from entangle.experiments.experiment import (
-    WINDOW,
-    Arm,
-    Arrays,
-    Evaluation,
-    Experiment,
-    numbered,
-)
+from entangle.experiments.experiment import WINDOW, Arm, Arrays, Evaluation, Experiment, numbered
 from entangle.experts.build import check_experts
 from entangle.experts.expand import expand
 from entangle.memory import check_memory, memory_for

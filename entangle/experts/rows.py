@@ -17,11 +17,10 @@ from torch import Tensor
 from entangle.experts.router import Router
 from entangle.experts.solver import ExpertSettings, cluster_grams, count_shrunk, solve_clusters
 from entangle.models.layers import Layer
-from entangle.precision import accumulator_dtype, full_precision
+from entangle.precision import accumulator_dtype, full_precision, multiply, row_parts
 from entangle.recording.stream import TokenStore
 from entangle.stats.gram import ClusterGramsResult
 from entangle.stats.mapping_difficulty import draw_pairs, mapping_difficulty
-from entangle.stats.tiles import multiply, row_parts
 from entangle.stats.wasserstein import (
     Judge,
     ShapeStatistics,

@@ -24,8 +24,8 @@ from entangle.explorer.views import (
 )
 from entangle.plotting import figure_top_and_typical
 from entangle.results.scores import NeuronScores
-from entangle.runs.html_tables import escaped
 from entangle.runs.progress import in_browser
+from entangle.runs.tables import escaped
 
 if TYPE_CHECKING:
     import ipywidgets

@@ -34,7 +34,7 @@ from entangle.plotting import (
 )
 from entangle.plotting.style import PaperFigure
 from entangle.results.scores import NeuronScores
-from entangle.runs.html_tables import escaped, html_table, number
+from entangle.runs.tables import escaped, html_table, number
 
 PAGE = 100
 """Neurons on a page."""

@@ -10,7 +10,7 @@ import ipywidgets as w
 
 from entangle.explorer.evidence import Content, shown_width
 from entangle.explorer.views import PAGE, LayerMenu, NeuronTable
-from entangle.runs.html_tables import escaped
+from entangle.runs.tables import escaped
 
 Render = Callable[[str, int, bool], Content]
 """Called as ``render(layer, neuron, asked)``; ``asked`` if the offered work may be done."""

@@ -28,9 +28,8 @@ from entangle.errors import EntangleError, InvalidInput, MemoryLimit, Unavailabl
 from entangle.models import hub
 from entangle.models.cache import stored_dtype, stored_sizes
 from entangle.models.hub import ADAPTER_CONFIG, TOKENIZER_FILES, check_folder
-from entangle.models.unpickling import no_pickles
 from entangle.runs.progress import on_terminal, tell
-from entangle.runs.reading import read_object, regular_files
+from entangle.runs.reading import no_pickles, read_object, regular_files
 
 Loaded = tuple[hf.PreTrainedModel, hf.PreTrainedTokenizerBase | None]
 """A model in the state that transformers leaves it in, and its tokenizer where there is one."""

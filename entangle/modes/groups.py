@@ -17,12 +17,11 @@ from torch import Tensor
 from entangle.errors import InvalidInput, MemoryLimit, NumericalError
 from entangle.experts.rows import Clusters, RowGroup, dense_outputs, output_errors
 from entangle.models.layers import Layer
-from entangle.precision import accumulator_dtype
+from entangle.precision import accumulator_dtype, row_parts
 from entangle.recording.stream import TokenStore
 from entangle.stats import bins
 from entangle.stats.edges import N_BINS, SAVED_FOLD, signed_edges
 from entangle.stats.gram import Gram
-from entangle.stats.tiles import row_parts
 from entangle.stats.wasserstein import (
     FeatureSizes,
     ShapeStatistics,

@@ -17,9 +17,9 @@ from entangle.checks import choice
 from entangle.results.base import Result, settings_of
 from entangle.results.contrasts import ARM, RATIOS, SETTING, Compared
 from entangle.results.scores import NeuronScores
-from entangle.runs.affixes import special_tokens_of
-from entangle.runs.html_tables import described
+from entangle.runs.provenance import special_tokens_of
 from entangle.runs.sealing import Schema, integers, reals, shares, texts
+from entangle.runs.tables import described
 from entangle.stats.intervals import Interval
 
 if TYPE_CHECKING:

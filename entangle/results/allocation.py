@@ -23,10 +23,10 @@ from safetensors.numpy import save as to_safetensors
 from entangle.checks import choice, whole
 from entangle.errors import InvalidInput
 from entangle.results.base import Named, Result, settings_of
-from entangle.runs.html_tables import described
 from entangle.runs.provenance import SCHEMA_VERSION, expand_user, output_file
 from entangle.runs.reading import READ_ERRORS
 from entangle.runs.sealing import DIGESTS, check_digest, manifest_digest
+from entangle.runs.tables import described
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

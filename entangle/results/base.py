@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_chec
 
 import pandas as pd
 
-from entangle.runs.html_tables import described, html_result
 from entangle.runs.provenance import (
     expand_user,
     output_folder,
@@ -17,6 +16,7 @@ from entangle.runs.provenance import (
     write_json,
 )
 from entangle.runs.sealing import Schema, broken
+from entangle.runs.tables import described, html_result
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -143,7 +143,7 @@ class Result(ABC):
         caption, label
             Of the table: a plain text and a name; neither is written where it is empty.
         """
-        from entangle.results.latex import latex_table
+        from entangle.runs.tables import latex_table
 
         return latex_table(self._told()[1] if table is None else table, caption, label)
 

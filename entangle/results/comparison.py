@@ -12,10 +12,9 @@ import pandas as pd
 from entangle.checks import choice
 from entangle.errors import InvalidInput
 from entangle.results.base import Result
-from entangle.runs.affixes import special_tokens_of
-from entangle.runs.html_tables import described
-from entangle.runs.provenance import read_table
+from entangle.runs.provenance import read_table, special_tokens_of
 from entangle.runs.sealing import integers, reals, shares, texts
+from entangle.runs.tables import described
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

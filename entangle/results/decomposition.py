@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from entangle.results.base import Result, strange_layer
-from entangle.runs.affixes import special_tokens_of
-from entangle.runs.html_tables import described
+from entangle.runs.provenance import special_tokens_of
 from entangle.runs.sealing import Schema, integers, reals, shares, texts
+from entangle.runs.tables import described
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from entangle.results.base import Result
-from entangle.runs.affixes import special_tokens_of
-from entangle.runs.html_tables import described, number
-from entangle.runs.provenance import write_json
+from entangle.runs.provenance import special_tokens_of, write_json
 from entangle.runs.sealing import integers, manifest_digest, reals, shares, texts
+from entangle.runs.tables import described, number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

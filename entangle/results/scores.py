@@ -17,10 +17,10 @@ from safetensors.numpy import save as to_safetensors
 
 from entangle.checks import choice, whole
 from entangle.results.base import Named, Result, settings_of, strange_layer
-from entangle.runs.affixes import special_tokens_of
-from entangle.runs.html_tables import described, number
+from entangle.runs.provenance import special_tokens_of
 from entangle.runs.reading import decoding
 from entangle.runs.sealing import integers, reals, shares, texts
+from entangle.runs.tables import described, number
 from entangle.stats.edges import N_BINS, SAVED_FOLD, signed_edges
 
 if TYPE_CHECKING:

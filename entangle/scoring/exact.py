@@ -17,14 +17,13 @@ from entangle.kernels import sketch as kernels
 from entangle.kernels.dispatch import dispatch, on_gpu
 from entangle.memory import WORK_BYTES, by_device, give_back, gpus_among, work_bytes
 from entangle.models.layers import Layer
-from entangle.precision import exact_in_half, full_precision
+from entangle.precision import exact_in_half, full_precision, multiply, row_parts
 from entangle.recording.recorder import Batch, Recorded, Recorder, told
 from entangle.recording.stream import ByteBudget, TokenStore
 from entangle.scoring.layer_scores import LayerSummary, MeasuredLayer, how_many, mapped, summarise
 from entangle.stats.bins import fetched
 from entangle.stats.mapping_difficulty import MappingDifficulty, TokenPairs, draw_pairs
 from entangle.stats.sketch import OutputSketch, SketchResult, measure_rows
-from entangle.stats.tiles import multiply, row_parts
 from entangle.stats.wasserstein import (
     FeatureSizes,
     OutputError,

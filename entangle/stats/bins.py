@@ -32,11 +32,7 @@ from jaxtyping import Float, Int32, Int64, Shaped
 from torch import Tensor
 
 from entangle.kernels.exact import fused_binned_distances
-from entangle.stats.edges import (
-    HALF,
-    PER_OCTAVE,
-    signed_edges,
-)
+from entangle.stats.edges import HALF, PER_OCTAVE, signed_edges
 
 
 class Scratch:

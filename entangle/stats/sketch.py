@@ -26,7 +26,7 @@ from entangle.kernels import sketch as kernels
 from entangle.kernels.compiled import usable
 from entangle.kernels.dispatch import dispatch, on_cpu
 from entangle.memory import by_device
-from entangle.precision import accumulator_dtype
+from entangle.precision import accumulator_dtype, row_parts
 from entangle.stats import bins
 from entangle.stats.bins import (
     GROUP_FOLD,
@@ -43,7 +43,6 @@ from entangle.stats.bins import (
     to_host,
 )
 from entangle.stats.edges import N_BINS, SAVED_FOLD
-from entangle.stats.tiles import row_parts
 from entangle.stats.wasserstein import (
     ShapeStatistics,
     is_constant,

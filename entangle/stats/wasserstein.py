@@ -31,9 +31,8 @@ from entangle.errors import InvalidInput
 from entangle.kernels import exact
 from entangle.kernels.dispatch import dispatch, on_cpu
 from entangle.memory import by_device
-from entangle.precision import accumulator_dtype
+from entangle.precision import accumulator_dtype, row_parts
 from entangle.seeding import numpy_rng
-from entangle.stats.tiles import row_parts
 
 _SORT_BYTES = 64 * 2**20
 _SORT_BYTES_GPU = 2**30

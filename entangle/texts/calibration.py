@@ -25,8 +25,8 @@ from entangle.checks import check_seq_len
 from entangle.errors import InvalidInput
 from entangle.models.loading import LanguageModel
 from entangle.models.pretrained import broken_as
-from entangle.runs.affixes import of_saved
 from entangle.runs.progress import tell
+from entangle.runs.provenance import of_saved
 from entangle.texts.calibration_set import (
     CalibrationSet,
     Draw,

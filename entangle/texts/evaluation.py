@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from entangle.checks import check_seq_len, whole
 from entangle.errors import InvalidInput
 from entangle.models.loading import LanguageModel
-from entangle.runs.affixes import around_each, of_saved, shown
+from entangle.runs.provenance import around_each, of_saved, shown
 from entangle.texts.calibration import JoinedText, empty_rows, first_tokens
 from entangle.texts.calibration_set import CalibrationSet, check_ids, is_running
 from entangle.texts.documents import TextSource, as_path, open_texts, refuse

@@ -19,9 +19,8 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from entangle.errors import InvalidInput, unknown_name
-from entangle.models.unpickling import no_pickles
 from entangle.runs.progress import tell
-from entangle.runs.reading import decoding, inside, read_object, regular_files
+from entangle.runs.reading import decoding, inside, no_pickles, read_object, regular_files
 from entangle.texts.calibration_set import CalibrationSet
 from entangle.texts.documents import TextSource, as_path, existing, refuse
 from entangle.texts.files import TEXT, Column, choose_column, text_value

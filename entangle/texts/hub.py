@@ -13,7 +13,7 @@ from typing import Any
 
 from entangle.errors import EntangleError, InvalidInput, Unavailable, UnknownName, unknown_name
 from entangle.models.hub import caches_alone, check_data_set
-from entangle.models.unpickling import no_pickles
+from entangle.runs.reading import no_pickles
 from entangle.texts.files import (
     Column,
     Document,

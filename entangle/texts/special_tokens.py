@@ -31,9 +31,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from entangle.errors import InvalidInput, unknown_name
-from entangle.models.unpickling import no_pickles
-from entangle.runs.affixes import POLICIES
-from entangle.runs.reading import READ_ERRORS
+from entangle.runs.provenance import POLICIES
+from entangle.runs.reading import READ_ERRORS, no_pickles
 
 FLAGS = ("add_bos_token", "add_eos_token")
 _SETTINGS = "tokenizer_config.json"

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from entangle.allocation.allocation import Counts, Reals
-from entangle.allocation.budget import (
+from entangle.allocation.request import (
     InfeasibleBudget,
     Wish,
     check_reachable,

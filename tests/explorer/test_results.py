@@ -16,7 +16,7 @@ from entangle.experiments.ablate import ablate
 from entangle.experts.expand import expand
 from entangle.explorer.evidence import ModeFinder
 from entangle.explorer.views import NeuronTable, heading, modes_view
-from entangle.runs.html_tables import html_table
+from entangle.runs.tables import html_table
 from entangle.seeding import torch_rng
 
 if TYPE_CHECKING:

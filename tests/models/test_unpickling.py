@@ -22,8 +22,8 @@ import torch
 from entangle.allocation.by_row import read_alphapruning
 from entangle.errors import EntangleError, InvalidInput
 from entangle.models.loading import load_model
-from entangle.models.unpickling import no_pickles
 from entangle.results.allocation import read_zeros
+from entangle.runs.reading import no_pickles
 from entangle.texts.calibration import load_calibration
 from entangle.texts.documents import load_texts
 from tests.planted import planted_pickle, planted_weights

@@ -13,7 +13,7 @@ from entangle.results import CLASSES
 from entangle.results.allocation import AllocationReport
 from entangle.results.base import Result
 from entangle.results.expansion import ExpansionReport
-from entangle.results.latex import latex_table
+from entangle.runs.tables import latex_table
 from tests.saved import without_digests
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from entangle.errors import visible
-from entangle.runs.html_tables import described, escaped, html_result, html_table, number
+from entangle.runs.tables import described, escaped, html_result, html_table, number
 
 SCRIPT = "<script>alert('1' & \"2\")</script>"
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from entangle.precision import multiply, row_parts
 from entangle.seeding import torch_rng
-from entangle.stats.tiles import multiply, row_parts
 
 
 @pytest.mark.parametrize("n_rows", [0, 1, 2, 3, 65, 129, 200])

@@ -27,7 +27,7 @@ from entangle.evaluation import (
 )
 from entangle.evaluation.perplexity import affix_effect
 from entangle.models.loading import LanguageModel
-from entangle.runs.affixes import around_each, of_saved, shown
+from entangle.runs.provenance import around_each, of_saved, shown
 from entangle.texts.calibration import load_calibration
 from entangle.texts.calibration_set import CalibrationSet
 from tests.reference import minimal_pairs as slow
