@@ -13,11 +13,12 @@ from collections.abc import Callable
 import pandas as pd
 import torch
 
-from entangle.cli.demo import ABLATED, EVAL_SEQ_LEN, EVAL_WINDOWS, N_SEQ, SEEDS, SEQ_LEN, STRENGTHS
+from entangle.cli.demo import ABLATED, EVAL_SEQ_LEN, EVAL_WINDOWS, SEEDS, STRENGTHS
 from entangle.evaluation import load_evaluation, perplexity
 from entangle.experiments.ablate import ablate
 from entangle.models.loading import load_model
 from entangle.runs.provenance import package_versions
+from entangle.texts import N_SEQ, SEQ_LEN
 from entangle.texts.calibration import load_calibration
 
 

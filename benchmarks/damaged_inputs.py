@@ -45,7 +45,7 @@ def score(model: str, text: str, *more: str, cut: Sequence[str] = CUT) -> tuple[
 
 def evaluate(model: str, text: str, *more: str) -> tuple[str, ...]:
     """Measure perplexity on three windows of a text."""
-    return ("evaluate", f"{PLACE}/{model}", "--data", f"{PLACE}/{text}", "--seq-len", "16",
+    return ("evaluate", f"{PLACE}/{model}", "--evaluation", f"{PLACE}/{text}", "--seq-len", "16",
             "--n-windows", "3", *QUICK, *more)  # fmt: skip
 
 
@@ -209,7 +209,7 @@ KINDS: dict[str, Kind] = {
             "ids", _texts,
             (
                 score("model", "ids.safetensors", *ONE, cut=()),
-                ("evaluate", f"{PLACE}/model", "--data", f"{PLACE}/ids.safetensors", *QUICK),
+                ("evaluate", f"{PLACE}/model", "--evaluation", f"{PLACE}/ids.safetensors", *QUICK),
             ),
             ("ids.safetensors",),
         ),
@@ -225,7 +225,7 @@ KINDS: dict[str, Kind] = {
         Kind(
             "lists", _lists,
             tuple(
-                ablate("--scores", f"{PLACE}/scores", "--select", f"{PLACE}/{name}", "--data",
+                ablate("--scores", f"{PLACE}/scores", "--select", f"{PLACE}/{name}", "--evaluation",
                        f"{PLACE}/text.txt", "--eval-seq-len", "16", "--eval-windows", "3")
                 for name in ("rows.csv", "rows.parquet")
             ),

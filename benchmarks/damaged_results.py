@@ -50,7 +50,7 @@ def make(folder: Path, name: str, seed: int) -> dict[str, Loader]:
         experts=[1, 2], **few,
     ).save(folder / "ablation")  # fmt: skip
     entangle.decompose(
-        model, ids, layer=1, proj="mlp", experts=[1, 2], pairs=20, progress=False
+        model, ids, layers=1, proj="mlp", experts=[1, 2], token_pairs=20, progress=False
     ).save(folder / "decomposition")
     entangle.compare(
         model, ids, text, methods=["wanda", "expansion"], sparsity=0.5, experts=2,

@@ -22,21 +22,21 @@ WORDS: Mapping[str, str] = {
     "layers": "--layer all --proj mlp",
     "text": f"--calibration inputs/text.txt --n-seq 8 --seq-len 32 {_CUT}",
     "memory": "--memory 1G",
-    "data": "--data inputs/held.txt --eval-seq-len 32 --eval-windows 4",
+    "data": "--evaluation inputs/held.txt --eval-seq-len 32 --eval-windows 4",
     "scored": "allocate {of}/score-exact --sparsity 0.6 --lowest 0.05 --highest 0.95 --memory 1G",
     "exported": "--export csv:{of}/{name}.csv",
 }
 RULES: Mapping[str, str] = {
     "uniform": "",
-    "layer": "--by wd --strength 0.1",
+    "layer": "--by wd --spread 0.1",
     "protect": "--by wd --protect 0.1 --protect-sparsity 0.1 --across uniform",
-    "linear": "--by wd+weight_norm --combine zscore --strength 0.05 --across model",
-    "rank": "--by wd+skewness --combine rank --strength 0.1 --across layer",
-    "loss": "--by wd --strength 0.3 {text}",
-    "sensitivity": "--by wd --strength 0.3 --across model {text}",
-    "depth": "--by wd --strength 0.3 --across layer {text}",
-    "owl": "--strength 0.08 {text}",
-    "alphapruning": "--strength 0.3",
+    "linear": "--by wd+weight_norm --combine zscore --spread 0.05 --across model",
+    "rank": "--by wd+skewness --combine rank --spread 0.1 --across layer",
+    "loss": "--by wd --spread 0.3 {text}",
+    "sensitivity": "--by wd --spread 0.3 --across model {text}",
+    "depth": "--by wd --spread 0.3 --across layer {text}",
+    "owl": "--spread 0.08 {text}",
+    "alphapruning": "--spread 0.3",
     "trim": "{text}",
     "neuroal": "{text}",
     "neuroal-blocks": "{text}",
@@ -55,10 +55,10 @@ SCORES = {
     "--no-md {memory} --batch-size 2 --top 9",
 }
 MORE_ALLOCATIONS = {
-    "two-of-four": "--rule linear --by wd --strength 0.1 --across uniform --pattern n:4",
+    "two-of-four": "--rule linear --by wd --spread 0.1 --across uniform --pattern n:4",
     "experts": "--rule protect --by wd --protect 0.1 --protect-sparsity 0.1 --across uniform "
     "--experts 2 --entangled 0.1 --fewest 1 --most 4",
-    "exports": "--rule depth --by md --strength 0.2 --across layer {text} "
+    "exports": "--rule depth --by md --spread 0.2 --across layer {text} "
     "--export llmcompressor:{of}/{name}.yaml --export alphapruning:{of}/{name}.npy "
     "--export evopress:{of}/{name}.txt --export safetensors:{of}/{name}.rows.safetensors "
     "--plot {of}/{name}-plot",
@@ -89,7 +89,7 @@ COMPARISONS = {
     "allocation": f"compare {{model}} {{text}} {_METHODS} --sparsity 0.6 --experts 2 {{data}} "
     "--allocation {of}/allocate-linear.safetensors,deep={of}/allocate-depth.safetensors {memory}",
 }
-_EXPAND = "expand {model} {text} {memory} --evaluate inputs/held.txt --eval-seq-len 32 "
+_EXPAND = "expand {model} {text} {memory} --evaluation inputs/held.txt --eval-seq-len 32 "
 _EXPAND += "--eval-windows 4"
 EXPANSIONS = {
     "one": _EXPAND + " {layers} --experts 1 --sparsity 0.5 --pattern row --pruner sparsegpt "
@@ -112,18 +112,19 @@ EXPANSIONS = {
 _DECOMPOSE = "decompose {model} {text} {memory}"
 DECOMPOSITIONS = {
     "sparsegpt": _DECOMPOSE + " --layer 1 --proj mlp --experts 1,2,4 --sparsity 0.8 "
-    "--pruner sparsegpt --router kmeans --contexts 3 --pairs 200 --separated 5",
+    "--pruner sparsegpt --router kmeans --contexts 3 --token-pairs 200 --separated 5",
     "wanda": _DECOMPOSE + " --layer 2 --proj mlp --neurons 3,17 --experts 1,2 --sparsity 0.5 "
-    "--pruner wanda --router random --contexts 2 --pairs 100 --separated 4",
+    "--pruner wanda --router random --contexts 2 --token-pairs 100 --separated 4",
 }
-_EVALUATE = "--seq-len 32 --n-windows 4 --join '\\n\\n' --seed 0 --batch-size"
+_EVALUATE = "--eval-seq-len 32 --eval-windows 4 --join '\\n\\n' --seed 0 --batch-size"
 EVALUATIONS = {
-    "dense": "evaluate {model} --data inputs/held.txt --special-tokens model " + _EVALUATE + " 4",
-    "ends": "evaluate {model} --data inputs/held.txt --special-tokens published " + _EVALUATE
+    "dense": "evaluate {model} --evaluation inputs/held.txt --special-tokens model " + _EVALUATE
+    + " 4",
+    "ends": "evaluate {model} --evaluation inputs/held.txt --special-tokens published " + _EVALUATE
     + " 3",
-    "expansion": "evaluate {of}/expand-three --base inputs/{of} --device cpu --data "
+    "expansion": "evaluate {of}/expand-three --base inputs/{of} --device cpu --evaluation "
     "inputs/held.txt --special-tokens model " + _EVALUATE + " 2",
-    "quantised": "evaluate {of}/expand-bits --base inputs/{of} --device cpu --data "
+    "quantised": "evaluate {of}/expand-bits --base inputs/{of} --device cpu --evaluation "
     "inputs/held.txt --special-tokens none " + _EVALUATE + " 4",
 }  # fmt: skip
 _DEMO = f"--n-seq 2 --seq-len 128 {_CUT} --calibration demo --memory 1G"
@@ -133,12 +134,12 @@ DEMO = {
     "--method exact --batch-size 4 --top 9",
     "ablate-demo": f"ablate demo {_RUN} --layer 1 --proj gate_proj {_DEMO} --select top,random "
     "--by wd --fraction 0.03 --scope layer --seeds 1 --intervention prune --strength 0.9 "
-    f"--experts 1 --damping 0.01 --no-md --measure perplexity,divergence --data {_DEMO_DATA}",
+    f"--experts 1 --damping 0.01 --no-md --measure perplexity,divergence --evaluation {_DEMO_DATA}",
     "expand-demo": f"expand demo {_RUN} --layer 1 --proj gate_proj,up_proj {_DEMO} --experts 2 "
     "--sparsity 0.7 --pattern row --pruner sparsegpt --router kmeans --damping 0.01 "
-    f"--evaluate {_DEMO_DATA}",
-    "evaluate-demo": f"evaluate demo {_RUN} --data demo --seq-len 128 --n-windows 6 --join "
-    "'\\n\\n' --special-tokens model --seed 0 --batch-size 3",
+    f"--evaluation {_DEMO_DATA}",
+    "evaluate-demo": f"evaluate demo {_RUN} --evaluation demo --eval-seq-len 128 --eval-windows 6 "
+    "--join '\\n\\n' --special-tokens model --seed 0 --batch-size 3",
 }
 
 
@@ -219,7 +220,10 @@ def call_functions() -> None:
     import torch
 
     import entangle
-    from entangle import analysis, evaluation, pruning
+    from entangle import evaluation, pruning
+    from entangle.experiments.damage import residual_variance, single_neuron_damage
+    from entangle.experiments.outliers import gmm_components
+    from entangle.experiments.predictors import predictor_table
     from entangle.stats.wasserstein import null_floor, shape_statistics
 
     generator = torch.Generator().manual_seed(1)
@@ -251,8 +255,8 @@ def call_functions() -> None:
                 seed=2, memory=2**30,
             ),
             "decompose": entangle.decompose(
-                model, token_ids, layer=1, proj="mlp", experts=[1, 2], sparsity=0.7, pairs=50,
-                contexts=2, separated=3, restarts=2, **quiet,
+                model, token_ids, layers=1, proj="mlp", experts=[1, 2], sparsity=0.7,
+                token_pairs=50, contexts=2, separated=3, restarts=2, **quiet,
             ),
             "expand": entangle.expand(
                 model, token_ids, experts=2, sparsity=0.6, restarts=2, evaluation=text, keep=False,
@@ -266,12 +270,12 @@ def call_functions() -> None:
             "divergence": evaluation.compare_with_dense(model, reference, progress=False),
             "pairs": evaluation.minimal_pair_scores(model, pairs, progress=False),
             "distances": shape_statistics(other), "null_floor": null_floor(64, seed=3, n_draws=50),
-            "predictors": analysis.predictor_table(target, "target", n_boot=50, seed=2),
-            "components": analysis.gmm_components(
+            "predictors": predictor_table(target, "target", n_boot=50, seed=2),
+            "components": gmm_components(
                 scores, rows={first: [0, 3]}, points=200, seed=2, progress=False
             ),
-            "residual": analysis.residual_variance(model, token_ids, **quiet),
-            "damage": analysis.single_neuron_damage(
+            "residual": residual_variance(model, token_ids, **quiet),
+            "damage": single_neuron_damage(
                 model, text, {first: [1, 4]}, intervention="zero", n_boot=50, batch_size=4, **quiet
             ),
             **{

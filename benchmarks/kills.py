@@ -65,19 +65,19 @@ COMMANDS = {
         ("--seed", "1"),
     ),
     "ablate": Command(
-        ("ablate", "model", "--layer", "1", "--proj", "up_proj", *TEXT, "--data", "text.txt",
+        ("ablate", "model", "--layer", "1", "--proj", "up_proj", *TEXT, "--evaluation", "text.txt",
          *EVALUATED, "--select", "top", "--fraction", "0.1", "--no-md", "--strength", "0.5",
          "--out", "x"),
         ("--seed", "1"), ("--resume",),
     ),
     "compare": Command(
-        ("compare", "model", *TEXT, "--data", "text.txt", *EVALUATED, "--methods",
+        ("compare", "model", *TEXT, "--evaluation", "text.txt", *EVALUATED, "--methods",
          "magnitude,expansion", "--sparsity", "0.5", "--experts", "2", "--out", "x"),
         ("--seed", "1"), ("--resume",),
     ),
     "expand": Command(
-        ("expand", "model", *TEXT, "--proj", "up_proj", "--experts", "2", "--evaluate", "text.txt",
-         *EVALUATED, "--out", "x"),
+        ("expand", "model", *TEXT, "--proj", "up_proj", "--experts", "2",
+         "--evaluation", "text.txt", *EVALUATED, "--out", "x"),
         ("--seed", "1"), ("--resume",),
     ),
     "decompose": Command(
@@ -86,7 +86,7 @@ COMMANDS = {
         ("--seed", "1"),
     ),
     "evaluate": Command(
-        ("evaluate", "model", "--data", "text.txt", "--seq-len", "32", "--n-windows", "4",
+        ("evaluate", "model", "--evaluation", "text.txt", "--seq-len", "32", "--n-windows", "4",
          "--device", "cpu", "--out", "x"),
         ("--n-windows", "3"),
     ),

@@ -42,13 +42,13 @@ TIMES = (1, 4, 16, 48)
 FLAT = 0.1
 _FEW = 4
 """Sequences of the smallest text."""
-_EVALUATED = ("--eval-seq-len", str(LENGTH), "--data")
+_EVALUATED = ("--eval-seq-len", str(LENGTH), "--evaluation")
 _EXPERTS = ("--experts", "4", "--sparsity", "0.5")
 COMMANDS: dict[str, tuple[str, ...]] = {
     "score": (
         "--method", "exact", "--proj", "o_proj,down_proj", "--memory", BUDGET, "--calibration",
     ),
-    "evaluate": ("--data",),
+    "evaluate": ("--evaluation",),
     "expand": (*_EXPERTS, "--memory", BUDGET, "--calibration"),
     "ablate": (
         "--select", "top,random", "--seeds", "1", "--strength", "0.5", "--memory", BUDGET,

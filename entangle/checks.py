@@ -4,9 +4,12 @@ Numbers of NumPy and torch (0-d) count as Python's. What is meant to be several 
 one of them, an array, a pandas column, a set or a generator. A string is one value, never letters.
 """
 
+import functools
 import math
 import os
+import warnings
 from collections.abc import (
+    Callable,
     Collection,
     ItemsView,
     Iterable,
@@ -18,7 +21,7 @@ from collections.abc import (
 )
 from numbers import Integral, Number, Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from entangle.errors import InvalidInput, unknown_name
 
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 S = TypeVar("S", bound=str)
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _LONGEST = 80  # characters of a value in a message
 
@@ -282,6 +287,32 @@ def tensor_of(name: str, value: object, dtype: "dtype | None" = None) -> "Tensor
         return torch.as_tensor(value, dtype=dtype)
     except (TypeError, ValueError, RuntimeError):
         raise InvalidInput(f"`{name}` must be numbers; got {shown(value)}.") from None
+
+
+def renamed(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Let a function take arguments by the names of the version before, with a note.
+
+    Parameters
+    ----------
+    names
+        Today's name of every old one.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def call(*given: P.args, **options: P.kwargs) -> R:
+            for old, new in names.items():
+                if old in options:
+                    if new in options:
+                        raise InvalidInput(f"`{old}` is now `{new}`; give one of them.")
+                    message = f"`{old}` of {function.__name__} is now `{new}`"
+                    warnings.warn(message, DeprecationWarning, stacklevel=2)
+                    options[new] = options.pop(old)
+            return function(*given, **options)
+
+        return call
+
+    return decorate
 
 
 def shown(value: object) -> str:

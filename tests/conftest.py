@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from entangle.evaluation import EvaluationText
     from entangle.experiments.compare import Comparison
     from entangle.models.loading import LanguageModel
+    from entangle.results.scores import NeuronScores
+    from entangle.scoring.score import Method
     from entangle.texts.calibration_set import CalibrationSet
 
 
@@ -135,3 +137,15 @@ def found(
 
     chosen = arms(["magnitude", "sparsegpt", "expansion", "expansion-random"], [0.5, 0.8], [1, 3])
     return compare(tiny("llama"), calibration, text, chosen)
+
+
+@pytest.fixture(scope="session")
+def scored(
+    tiny: "Callable[[str], LanguageModel]", calibration: "CalibrationSet"
+) -> "Callable[[str, Method], NeuronScores]":
+    """Scores of block 1 of a tiny model by a method, computed once and only read."""
+    from entangle.scoring.score import score
+
+    return cache(
+        lambda name, method: score(tiny(name), calibration, layers=1, proj=None, method=method)
+    )

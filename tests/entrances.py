@@ -58,8 +58,8 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     ),
     "decompose": (
         entangle.decompose,
-        {"model": MODEL, "calibration": TEXT, "layer": GATE, "experts": 1, "neurons": 5,
-         "sparsity": 0.5, "pairs": 20, "contexts": 2, "separated": 2},
+        {"model": MODEL, "calibration": TEXT, "layers": GATE, "experts": 1, "neurons": 5,
+         "sparsity": 0.5, "token_pairs": 20, "contexts": 2, "separated": 2},
     ),
     "neuron_modes": (
         entangle.neuron_modes,

@@ -26,7 +26,7 @@ COMMANDS = {
     "decompose": ["decompose", "model", *TEXT, "--layer", "1", "--proj", "mlp",
                   "--experts", "1,3", "--sparsity", "0.75"],
     "ablate": ["ablate", "model", *TEXT, "--proj", "mlp", "--fraction", "0.1",
-               "--strength", "0.9", "--experts", "1,3", "--data", "text.txt"],
+               "--strength", "0.9", "--experts", "1,3", "--evaluation", "text.txt"],
     "expand": ["expand", "model", *TEXT, "--experts", "3", "--sparsity", "0.75"],
 }  # fmt: skip
 SMALL = ("--memory", "1M")

@@ -38,7 +38,8 @@ def test_the_conda_environment_has_the_same_bounds() -> None:
     environment = yaml.safe_load((ROOT / "environment.yml").read_text("utf-8"))
     conda = [one for one in environment["dependencies"] if isinstance(one, str)]
     pip = [one["pip"] for one in environment["dependencies"] if isinstance(one, dict)]
-    expected = bounds(PROJECT["dependencies"] + PROJECT["optional-dependencies"]["notebook"])
+    extras = PROJECT["optional-dependencies"]
+    expected = bounds(PROJECT["dependencies"] + extras["notebook"] + extras["demo"])
     expected = {CONDA_NAMES.get(name, name): bound for name, bound in expected.items()}
     expected["python"] = PROJECT["requires-python"].removeprefix(">=")
     assert bounds(conda) == expected

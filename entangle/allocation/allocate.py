@@ -15,7 +15,7 @@ from entangle.allocation.files import KIND
 from entangle.allocation.measurements import Measurements
 from entangle.allocation.request import Columns, Request, Settings, Subject, find_subject, gather
 from entangle.allocation.rules import MODEL, RULES
-from entangle.checks import choice, finite, named, names, share
+from entangle.checks import choice, finite, named, names, renamed, share
 from entangle.errors import InvalidInput
 from entangle.memory import check_memory, memory_for
 from entangle.models.blocks import evaluates
@@ -101,6 +101,7 @@ def _described(request: Request) -> str:
     return ", ".join(parts)
 
 
+@renamed(strength="spread")
 @evaluates
 def allocate(
     scores: NeuronScores | pd.DataFrame,
@@ -111,7 +112,7 @@ def allocate(
     combine: str = "zscore",
     protect: float | int = 0.03,
     protect_sparsity: float | int = 0.0,
-    strength: float | int | None = None,
+    spread: float | int | None = None,
     across: str | None = None,
     lowest: float | int = 0.0,
     highest: float | int = 1.0,
@@ -147,7 +148,7 @@ def allocate(
     protect, protect_sparsity
         For rule ``protect``: the share of the neurons that is protected, and the sparsity that they
         get.
-    strength
+    spread
         How far a rule departs from uniform; every rule that has one has its own default and unit.
     across
         For rules of neurons: a rule of layers that gives each layer its sparsity, within which its
@@ -191,13 +192,13 @@ def allocate(
     clock = RunClock()
     rule, across = _check_names(rule, across)
     check_memory(memory)
-    if strength is not None and RULES[rule].strength == 0:
-        raise InvalidInput(f"rule {rule!r} has no strength; leave it out (got {strength!r}).")
+    if spread is not None and RULES[rule].strength == 0:
+        raise InvalidInput(f"rule {rule!r} has no spread; leave it out (got {spread!r}).")
     settings = Settings(
         rule=rule, sparsity=share("sparsity", sparsity), by=_names(by), combine=combine,
         protect=share("protect", protect),
         protect_sparsity=share("protect_sparsity", protect_sparsity),
-        strength=finite("strength", RULES[rule].strength if strength is None else strength),
+        strength=finite("spread", RULES[rule].strength if spread is None else spread),
         across=None if RULES[rule].of_layers else across or RULES[rule].across,
         lowest=share("lowest", lowest), highest=share("highest", highest),
         pattern=named("pattern", pattern),

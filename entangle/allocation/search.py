@@ -139,7 +139,7 @@ def search(
         As in `entangle.score`. Its last share of sequences is held out; rules and pruning see the
         others only. (Sequences drawn at random from a text may overlap; contiguous ones do not.)
     tune
-        The rule; for ``protect`` the share ``protect`` is tuned, for all others ``strength``.
+        The rule; for ``protect`` the share ``protect`` is tuned, for all others ``spread``.
     high
         Largest value tried, the smallest being 0; by default four times the rule's own strength,
         or 0.2 of the neurons.
@@ -172,10 +172,11 @@ def search(
     """
     clock = RunClock()
     parameter, high = _range(tune, high)
-    if settings.get(parameter) is not None:
+    name = "spread" if parameter == "strength" else parameter
+    if settings.get(name) is not None:
         raise InvalidInput(
-            f"`{parameter}` is what a search of rule {tune!r} tunes, up to `high`; got "
-            f"{settings[parameter]!r}: leave it out."
+            f"`{name}` is what a search of rule {tune!r} tunes, up to `high`; got "
+            f"{settings[name]!r}: leave it out."
         )
     check_memory(memory)
     evaluations = whole("evaluations", evaluations, least=2)
@@ -201,7 +202,7 @@ def search(
             try:
                 made[value] = allocate(
                     scores, sparsity=sparsity, rule=tune, model=dense, measured=measured,
-                    progress=False, **shared, **{**settings, parameter: value},
+                    progress=False, **shared, **{**settings, name: value},
                 )  # fmt: skip
             except InfeasibleBudget:
                 found = math.inf
@@ -297,7 +298,7 @@ def _range(tune: str, high: float | None) -> tuple[str, float]:
     if tune == "protect":
         parameter, widest = "protect", _MOST_PROTECTED
     if widest == 0:
-        raise InvalidInput(f"rule {tune!r} has no strength to tune; choose another (`tune`).")
+        raise InvalidInput(f"rule {tune!r} has no spread to tune; choose another (`tune`).")
     return parameter, widest if high is None else finite("high", high, above=0)
 
 

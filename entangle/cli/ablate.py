@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from entangle.results.scores import NeuronScores
 
 
-N_SEQ, SEQ_LEN, EVAL_SEQ_LEN = 32, 1024, 1024
 SELECTIONS, STRENGTHS = "top,bottom,random", "0.9,0.95,0.99"
 MEASURES = ("perplexity", "divergence", "blimp")
 DIFFERENCES = {"kl": "KL", "top1_agreement": "Top-1 agreement", "accuracy": "Accuracy"}
@@ -42,7 +41,7 @@ def add_parser(subparsers: options.Subparsers) -> None:
     )
     options.add_model_options(parser)
     options.add_layer_options(parser)
-    options.add_calibration_options(parser, n_seq=N_SEQ, seq_len=SEQ_LEN, holds_back=True)
+    options.add_calibration_options(parser, holds_back=True)
     _add_selection_options(parser)
     _add_arm_options(parser)
     _add_measure_options(parser)
@@ -121,12 +120,7 @@ def _add_measure_options(parser: argparse.ArgumentParser) -> None:
         help="comma-separated: perplexity, divergence (KL and top-1 agreement with the dense "
         "model), blimp (minimal pairs) (default: perplexity)",
     )  # fmt: skip
-    group.add_argument(
-        "--data", metavar="SOURCE",
-        help="text to evaluate on, as --calibration (default: demo, the articles that are not "
-        "calibrated on)",
-    )  # fmt: skip
-    options.add_evaluation_options(group, seq_len=EVAL_SEQ_LEN)
+    options.add_evaluation_options(group, default="demo, the articles that are not calibrated on")
     group.add_argument(
         "--pairs", default="blimp", metavar="SOURCE",
         help="minimal pairs: blimp, or a .jsonl file or a folder of them (default: blimp)",
@@ -292,8 +286,9 @@ def _measures(arguments: argparse.Namespace) -> list[str]:
 
 def _default_data(arguments: argparse.Namespace) -> None:
     """Evaluate on the demo's articles that are not calibrated on, unless told otherwise."""
-    if arguments.data is None:
-        arguments.data, arguments.data_split = "demo", arguments.data_split or "test"
+    if arguments.evaluation is None:
+        arguments.evaluation = "demo"
+        arguments.evaluation_split = arguments.evaluation_split or "test"
 
 
 def _allocation(arguments: argparse.Namespace) -> "Allocation | None":
@@ -335,7 +330,7 @@ def _text(
 ) -> "EvaluationText | None":
     if not {"perplexity", "divergence"} & set(measures):
         return None
-    return options.load_evaluation(arguments, model, arguments.data)
+    return options.load_evaluation(arguments, model)
 
 
 def _pairs(arguments: argparse.Namespace, measures: Sequence[str]) -> "MinimalPairs | None":

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from entangle.results.scores import NeuronScores
 
 
-N_SEQ, SEQ_LEN = 32, 1024
 SEARCH, PROTECT = "search", "protect"
 _FORMATS = {
     "rows": ",d", "zeros": ",d", "sparsity": ".4f", "lowest": ".4f", "highest": ".4f",
@@ -40,7 +39,7 @@ def add_parser(subparsers: options.Subparsers) -> None:
     )
     options.add_loading_options(group)
     options.add_layer_options(parser)
-    options.add_calibration_options(parser, n_seq=N_SEQ, seq_len=SEQ_LEN, holds_back=True)
+    options.add_calibration_options(parser, holds_back=True)
     group = parser.add_argument_group("output")
     group.add_argument("--out", metavar="FILE", help="write the allocation (.safetensors)")
     group.add_argument(
@@ -78,7 +77,7 @@ def _add_rule_options(parser: argparse.ArgumentParser) -> None:
         "(default: 0.03)"
     )  # fmt: skip
     group.add_argument("--protect-sparsity", type=float, help="their sparsity (default: 0)")
-    group.add_argument("--strength", type=float, help="how far from uniform (default: the rule's)")
+    group.add_argument("--spread", type=float, help="how far from uniform (default: the rule's)")
     group.add_argument(
         "--across",
         help="rule of layers that a rule of neurons keeps to, or model: neurons of all layers "
@@ -294,7 +293,7 @@ def _allocate(
         "sparsity": arguments.sparsity,
         "by": arguments.by,
         "combine": arguments.combine,
-        **_given(arguments, "protect", "protect_sparsity", "strength"),
+        **_given(arguments, "protect", "protect_sparsity", "spread"),
         "across": arguments.across,
         "lowest": arguments.lowest,
         "highest": arguments.highest,

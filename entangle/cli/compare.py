@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from entangle.cli import options
-from entangle.cli.expand import N_SEQ, SEQ_LEN
 from entangle.cli.tables import print_json, print_table, records, say
 from entangle.errors import InvalidInput
 from entangle.runs.progress import tell
@@ -33,7 +32,7 @@ def add_parser(subparsers: options.Subparsers) -> None:
         "perplexity on another text than they were calibrated on.",
     )
     options.add_model_options(parser)
-    options.add_calibration_options(parser, n_seq=N_SEQ, seq_len=SEQ_LEN, holds_back=True)
+    options.add_calibration_options(parser, holds_back=True)
     group = parser.add_argument_group("comparison")
     group.add_argument(
         "--methods", default="magnitude,wanda,sparsegpt,expansion,expansion-random",
@@ -50,11 +49,7 @@ def add_parser(subparsers: options.Subparsers) -> None:
         default="16",
         help="for example 1,2,4,8,16,32; one expert is plain pruning (default: 16)",
     )
-    group.add_argument(
-        "--data", required=True, metavar="SOURCE",
-        help="text to evaluate on: a name, an id or a path, as for --calibration",
-    )  # fmt: skip
-    options.add_evaluation_options(group)
+    options.add_evaluation_options(group, default="")
     options.add_memory_option(group)
     group.add_argument("--resume", action="store_true", help="go on with an unfinished comparison")
     options.add_run_options(parser)
@@ -76,7 +71,7 @@ def run(arguments: argparse.Namespace) -> None:
     memory = options.parse_memory(arguments.memory)
     model = options.load_model(arguments)
     calibration = options.load_calibration(arguments, model)
-    text = options.load_evaluation(arguments, model, arguments.data)
+    text = options.load_evaluation(arguments, model)
     options.tell_special_tokens(arguments, model, text)
     from entangle.experiments.compare import compare
     from entangle.results.comparison import at_equal_nonzeros

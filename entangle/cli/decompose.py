@@ -12,9 +12,6 @@ if TYPE_CHECKING:
     from entangle.results.decomposition import Decomposition
 
 
-N_SEQ, SEQ_LEN = 32, 1024
-
-
 def add_parser(subparsers: options.Subparsers) -> None:
     """Add the command to the parser."""
     parser = subparsers.add_parser(
@@ -25,7 +22,7 @@ def add_parser(subparsers: options.Subparsers) -> None:
     )
     options.add_model_options(parser)
     options.add_layer_options(parser)
-    options.add_calibration_options(parser, n_seq=N_SEQ, seq_len=SEQ_LEN)
+    options.add_calibration_options(parser)
     group = parser.add_argument_group("decomposition")
     group.add_argument(
         "--neurons",
@@ -49,7 +46,10 @@ def add_parser(subparsers: options.Subparsers) -> None:
         "--contexts", type=int, default=8, help="examples of a mode (default: %(default)s)"
     )
     group.add_argument(
-        "--pairs", type=int, default=2000, help="random pairs of tokens kept (default: %(default)s)"
+        "--token-pairs",
+        type=int,
+        default=2000,
+        help="random pairs of tokens kept (default: %(default)s)",
     )
     group.add_argument(
         "--separated", type=int, default=20,
@@ -81,19 +81,19 @@ def run(arguments: argparse.Namespace) -> None:
     from entangle.modes.decompose import decompose
 
     model = options.load_model(arguments)
-    find_layers(model.module, arguments.layer, arguments.proj)
+    layers = options.chosen_layers(arguments, None)
+    find_layers(model.module, layers["layers"], layers["proj"])
     found = decompose(
         model,
         options.load_calibration(arguments, model),
-        layer=arguments.layer,
-        proj=arguments.proj,
+        **layers,
         neurons=neurons,
         experts=experts,
         sparsity=arguments.sparsity,
         pruner=arguments.pruner,
         router=arguments.router,
         contexts=arguments.contexts,
-        pairs=arguments.pairs,
+        token_pairs=arguments.token_pairs,
         separated=arguments.separated,
         seed=arguments.seed,
         memory=memory,

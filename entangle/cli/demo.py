@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 LAYER = "model.layers.1.mlp.gate_proj"
-N_SEQ, SEQ_LEN, TOP = 32, 1024, 10
+TOP = 10
 ABLATED = ("*.mlp.gate_proj", "*.mlp.up_proj")
 STRENGTHS, SEEDS, EVAL_WINDOWS, EVAL_SEQ_LEN = (0.95, 0.99), 5, 10, 512
 
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
     _say(arguments, "loading the demo model")
     model = load_model("demo")
     _say(arguments, "reading the demo text")
-    calibration = load_calibration("demo", model.tokenizer, n_seq=N_SEQ, seq_len=SEQ_LEN)
+    calibration = load_calibration("demo", model.tokenizer)
     scores = score(model, calibration, layers=LAYER, method="exact", progress=not arguments.quiet)
     print_scores(scores, top=TOP, out=None, seed=0)
     with output_folder(arguments.out, force=arguments.force) as folder:
@@ -74,7 +74,7 @@ def _ablate(arguments: argparse.Namespace, model: "LanguageModel", out: Path) ->
     _say(arguments, "pruning the top 3 % of all gate and up rows, and controls")
     result = ablate(
         model,
-        load_calibration("demo", model.tokenizer, n_seq=N_SEQ, seq_len=SEQ_LEN, split="train"),
+        load_calibration("demo", model.tokenizer, split="train"),
         evaluation=load_evaluation(
             "demo", model.tokenizer, split="test", seq_len=EVAL_SEQ_LEN, n_windows=EVAL_WINDOWS
         ),

@@ -45,28 +45,7 @@ def add_parser(subparsers: options.Subparsers) -> None:
         "is then its revision",
     )
     group = parser.add_argument_group("text")
-    group.add_argument(
-        "--data",
-        default="demo",
-        metavar="SOURCE",
-        help="demo, wikitext2, c4, a data set's hub id, or a path: .txt, .jsonl, .parquet, a "
-        "folder of them, or token ids in .safetensors (default: demo)",
-    )
-    group.add_argument("--config", "--data-config", help="configuration of a hub data set")
-    group.add_argument(
-        "--split", "--data-split",
-        help="split of a hub data set (default: test; c4 has only validation)",
-    )  # fmt: skip
-    group.add_argument("--column", "--data-column", help="column that holds the text")
-    group.add_argument(
-        "--seq-len",
-        type=int,
-        help="tokens in a window (default: 2048, or the model's context if shorter, or all "
-        "columns of a table of token ids)",
-    )
-    group.add_argument(
-        "--n-windows", type=int, help="take only the first windows (default: all of the text)"
-    )
+    options.add_evaluation_options(group, default="demo")
     group.add_argument(
         "--join", default="\\n\\n", help="put between documents; \\n, \\t and \\\\ are understood "
         "(default: %(default)s)"
@@ -74,7 +53,7 @@ def add_parser(subparsers: options.Subparsers) -> None:
     options.add_special_tokens_option(group)
     parser.add_argument("--batch-size", type=int, help="windows in one forward pass")
     options.add_run_options(parser)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, evaluation="demo")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -87,9 +66,11 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.out is not None:
         check_output(arguments.out, force=arguments.force)
     from entangle.evaluation import evaluate_models, perplexity_table
+    from entangle.texts.documents import interpret_escapes
 
     models = load_models(arguments)
-    text = load_text(arguments, models[DENSE])
+    join = interpret_escapes(arguments.join)
+    text = options.load_evaluation(arguments, models[DENSE], join=join)
     results = evaluate_models(
         models.items(),
         text,
@@ -152,26 +133,6 @@ def _load_expansion(arguments: argparse.Namespace) -> dict[str, "LanguageModel"]
         arguments.model, arguments.base, revision=arguments.revision, device=arguments.device
     )
     return {DENSE: dense, EXPANSION: load_expanded(arguments.model, base=dense)}
-
-
-def load_text(arguments: argparse.Namespace, model: "LanguageModel") -> "EvaluationText":
-    """Load the text that the options describe, fitted to the model."""
-    from entangle.evaluation import load_evaluation
-    from entangle.texts.documents import interpret_escapes
-
-    return load_evaluation(
-        arguments.data,
-        model.tokenizer,
-        seq_len=arguments.seq_len,
-        n_windows=arguments.n_windows,
-        split=arguments.split,
-        config=arguments.config,
-        column=arguments.column,
-        join=interpret_escapes(arguments.join),
-        **options.special_tokens(arguments),
-        context_length=model.context_length,
-        vocab_size=model.vocab_size,
-    )
 
 
 def save(

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from entangle.models.loading import LanguageModel
 
 
-N_SEQ, SEQ_LEN = 32, 1024
 LAYER_COLUMNS = ("layer", "sparsity", "relative_error", "damping", "smallest_cluster",
                  "effective_clusters", "shrunk")  # fmt: skip
 FORMATS = {
@@ -38,7 +37,7 @@ def add_parser(subparsers: options.Subparsers) -> None:
     )
     options.add_model_options(parser)
     options.add_layer_options(parser)
-    options.add_calibration_options(parser, n_seq=N_SEQ, seq_len=SEQ_LEN, holds_back=True)
+    options.add_calibration_options(parser, holds_back=True)
     group = parser.add_argument_group("expansion")
     group.add_argument("--experts", type=int, default=16, help="experts a layer (default: 16)")
     group.add_argument("--sparsity", type=float, help="share of zeros (default: 0.7)")
@@ -63,11 +62,7 @@ def add_parser(subparsers: options.Subparsers) -> None:
     group.add_argument("--bits", type=int, help="also quantise the weights to so many bits")
     group.add_argument("--damping", type=float, default=0.01, help="(default: 0.01)")
     options.add_memory_option(group)
-    group.add_argument(
-        "--evaluate", metavar="SOURCE",
-        help="measure perplexity on this text: a name, an id or a path, as for --calibration",
-    )  # fmt: skip
-    options.add_evaluation_options(group)
+    options.add_evaluation_options(group, default=None)
     group.add_argument(
         "--no-baseline", action="store_true", help="skip the plain pruning (one expert) beside it"
     )
@@ -216,16 +211,21 @@ def _sparsity(arguments: argparse.Namespace) -> float | None:
 
 def _check_evaluated(arguments: argparse.Namespace) -> None:
     """Refuse options of the text to evaluate on where none is named."""
-    given = ("data_config", "data_split", "data_column", "eval_seq_len", "eval_windows")
-    for name in given if arguments.evaluate is None else ():
+    given = (
+        "evaluation_config", "evaluation_split", "evaluation_column", "eval_seq_len",
+        "eval_windows",
+    )  # fmt: skip
+    for name in given if arguments.evaluation is None else ():
         if getattr(arguments, name) is not None:
             option = name.replace("_", "-")
-            raise InvalidInput(f"--{option} needs --evaluate SOURCE; give it, or drop --{option}.")
+            raise InvalidInput(
+                f"--{option} needs --evaluation SOURCE; give it, or drop --{option}."
+            )
 
 
 def _evaluation_text(
     arguments: argparse.Namespace, model: "LanguageModel"
 ) -> "EvaluationText | None":
-    if arguments.evaluate is None:
+    if arguments.evaluation is None:
         return None
-    return options.load_evaluation(arguments, model, arguments.evaluate)
+    return options.load_evaluation(arguments, model)

@@ -243,12 +243,8 @@ def _leave_pipe() -> int:
     return CLOSED_PIPE
 
 
-if __name__ == "__main__":
-    sys.exit(main())
-
-
 LEAST: Mapping[str, int] = {
-    "batch_size": 1, "count": 1, "eval_seq_len": 2, "eval_windows": 1, "n_seq": 1, "n_windows": 1,
+    "batch_size": 1, "count": 1, "eval_seq_len": 2, "eval_windows": 1, "n_seq": 1,
     "pairs_per_paradigm": 1, "seeds": 1, "seq_len": 1, "evaluations": 2,
 }  # fmt: skip
 """Options that are whole numbers, and the least of each."""
@@ -372,7 +368,7 @@ def _is_result(name: str) -> bool:
 
 
 def _check_texts(given: Mapping[str, object]) -> None:
-    for option in ("calibration", "data", "evaluate"):
+    for option in ("calibration", "evaluation"):
         source = given.get(option)
         if not isinstance(source, str | os.PathLike):
             continue
@@ -384,3 +380,7 @@ def _check_texts(given: Mapping[str, object]) -> None:
 
             request = hub_request(str(source), split=None, config=None, column=None)
             hub.check_data_set(request.name)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

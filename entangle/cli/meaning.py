@@ -138,7 +138,10 @@ COMMON: Sequence[Meaning] = (
 
 _DRAWN = ("top", "bottom", "random")
 _MATCHED = ("random-norm", "random-variance")
-_EVALUATION = ("data", "data_config", "data_split", "data_column", "eval_seq_len", "eval_windows")
+_EVALUATION = (
+    "evaluation", "evaluation_config", "evaluation_split", "evaluation_column", "eval_seq_len",
+    "eval_windows",
+)  # fmt: skip
 _TOKENS = "for token ids, which are in sequences already"
 _OF_CALIBRATION = Meaning(("join",), _is_text("calibration"), _TOKENS)
 _CALIBRATION = (
@@ -152,7 +155,7 @@ MEANINGS: Mapping[str, Sequence[Meaning]] = {
         _OF_CALIBRATION,
         Meaning(("router",), _several_experts, "with one expert"),
     ),
-    "evaluate": (Meaning(("join",), _is_text("data"), _TOKENS),),
+    "evaluate": (Meaning(("join",), _is_text("evaluation"), _TOKENS),),
     "ablate": (
         _OF_CALIBRATION,
         Meaning(
@@ -192,7 +195,7 @@ MEANINGS: Mapping[str, Sequence[Meaning]] = {
             ("damping",), lambda given: given.pruner == "sparsegpt", "without the pruner sparsegpt"
         ),
         Meaning(
-            ("no_baseline",), lambda given: given.evaluate is not None, "without --evaluate"
+            ("no_baseline",), lambda given: given.evaluation is not None, "without --evaluation"
         ),
     ),
     "allocate": (

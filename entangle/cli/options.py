@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from entangle.errors import InvalidInput
 from entangle.runs.affixes import POLICIES
+from entangle.runs.progress import tell
+from entangle.texts import N_SEQ, SEQ_LEN
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from entangle.allocation import Allocation
     from entangle.evaluation import EvaluationText
@@ -83,7 +85,8 @@ def add_layer_options(parser: argparse.ArgumentParser) -> None:
         action=_Several,
         metavar="NAME",
         help="take only these projections: gate_proj, mlp.c_fc, mlp for the feed-forward part, or "
-        "attn for the attention part; several as for --layer",
+        "attn for the attention part; several as for --layer (default: mlp of blocks and of all; "
+        "layers that are named are taken as they are)",
     )
 
 
@@ -154,14 +157,14 @@ def chosen_layers(arguments: argparse.Namespace, allocation: "Allocation | None"
 
     An allocation's layers are narrowed by neither option alone.
     """
+    from entangle.models.layers import DEFAULT_PROJ
+
     if allocation is not None and arguments.layer is None and arguments.proj is None:
         return {"layers": list(allocation.zeros), "proj": None}
-    return {"layers": arguments.layer or "all", "proj": arguments.proj or "mlp"}
+    return {"layers": arguments.layer or "all", "proj": arguments.proj or DEFAULT_PROJ}
 
 
-def add_calibration_options(
-    parser: argparse.ArgumentParser, *, n_seq: int, seq_len: int, holds_back: bool = False
-) -> None:
+def add_calibration_options(parser: argparse.ArgumentParser, *, holds_back: bool = False) -> None:
     """Add where the text comes from and how it is cut.
 
     A command that fits weights ``holds_back`` the demo's ``test`` articles for evaluation.
@@ -184,12 +187,12 @@ def add_calibration_options(
     group.add_argument(
         "--n-seq",
         type=int,
-        help=f"number of sequences (default: {n_seq}, or all of a table of token ids)",
+        help=f"number of sequences (default: {N_SEQ}, or all of a table of token ids)",
     )
     group.add_argument(
         "--seq-len",
         type=int,
-        help=f"tokens in a sequence (default: {seq_len}, or the model's context if shorter, or all "
+        help=f"tokens in a sequence (default: {SEQ_LEN}, or the model's context if shorter, or all "
         "columns of a table of token ids)",
     )
     group.add_argument(
@@ -204,8 +207,7 @@ def add_calibration_options(
         "(default: %(default)s)"
     )  # fmt: skip
     add_special_tokens_option(group)
-    split = "train" if holds_back else None
-    parser.set_defaults(default_n_seq=n_seq, default_seq_len=seq_len, demo_split=split)
+    parser.set_defaults(demo_split="train" if holds_back else None)
 
 
 def add_special_tokens_option(group: argparse._ActionsContainer) -> None:
@@ -227,18 +229,41 @@ def special_tokens(arguments: argparse.Namespace) -> dict[str, Any]:
     return {} if asked is None else {"special_tokens": asked}
 
 
-def spell_out(argv: "Sequence[str]") -> list[str]:
-    """Return the arguments with ``--special-tokens`` alone spelled ``--special-tokens=model``.
+RENAMED: "Mapping[str, Mapping[str, str]]" = {
+    "": {
+        "--data": "--evaluation", "--data-config": "--evaluation-config",
+        "--data-split": "--evaluation-split", "--data-column": "--evaluation-column",
+    },
+    "evaluate": {
+        "--config": "--evaluation-config", "--split": "--evaluation-split",
+        "--column": "--evaluation-column", "--seq-len": "--eval-seq-len",
+        "--n-windows": "--eval-windows",
+    },
+    "expand": {"--evaluate": "--evaluation"},
+    "decompose": {"--pairs": "--token-pairs"},
+    "allocate": {"--strength": "--spread"},
+    "figures": {"--column": "--width"},
+}  # fmt: skip
+"""Names of options in the version before, and today's; by command, "" of all."""
 
-    What follows it may be MODEL, which is no policy.
+
+def spell_out(argv: "Sequence[str]") -> list[str]:
+    """Return the arguments by today's names, ``--special-tokens`` alone as ``…=model``.
+
+    What follows ``--special-tokens`` may be MODEL, which is no policy. Old names are told of.
     """
     flag, shortest = "--special-tokens", len("--spe")
-    return [
-        f"{flag}=model"
-        if flag.startswith(one) and len(one) >= shortest and after not in POLICIES
-        else one
-        for one, after in pairwise([*argv, ""])
-    ]
+    old = {**RENAMED[""], **RENAMED.get(argv[0] if argv else "", {})}
+    found = []
+    for one, after in pairwise([*argv, ""]):
+        option, separator, value = one.partition("=")
+        if option in old:
+            tell(f"note: {option} is now {old[option]}; the old name goes with the next release")
+            one = f"{old[option]}{separator}{value}"
+        elif flag.startswith(one) and len(one) >= shortest and after not in POLICIES:
+            one = f"{flag}=model"
+        found.append(one)
+    return found
 
 
 def tell_special_tokens(
@@ -258,23 +283,17 @@ def load_calibration(arguments: argparse.Namespace, model: "LanguageModel") -> "
     from entangle.texts.calibration import load_calibration
     from entangle.texts.documents import interpret_escapes
 
-    n_seq, seq_len, limit = arguments.n_seq, arguments.seq_len, model.context_length
-    table = _is_table(arguments.calibration)
-    if table and "sampling" in arguments.given:
+    if _is_table(arguments.calibration) and "sampling" in arguments.given:
         raise InvalidInput(
             "--sampling has no meaning for a table of token ids, whose first rows are taken; drop "
             "it."
         )
-    if not table:
-        n_seq = arguments.default_n_seq if n_seq is None else n_seq
-        longest = min(arguments.default_seq_len, limit or arguments.default_seq_len)
-        seq_len = longest if seq_len is None else seq_len
     unnamed = arguments.calibration == "demo" and arguments.split is None
     return load_calibration(
         arguments.calibration,
         model.tokenizer,
-        n_seq=n_seq,
-        seq_len=seq_len,
+        n_seq=arguments.n_seq,
+        seq_len=arguments.seq_len,
         seed=arguments.seed,
         sampling=arguments.sampling,
         join=interpret_escapes(arguments.join),
@@ -282,47 +301,58 @@ def load_calibration(arguments: argparse.Namespace, model: "LanguageModel") -> "
         config=arguments.config,
         column=arguments.column,
         **special_tokens(arguments),
-        context_length=limit,
+        context_length=model.context_length,
         vocab_size=model.vocab_size,
     )
 
 
-def add_evaluation_options(
-    group: argparse._ActionsContainer, *, seq_len: int | None = None
-) -> None:
-    """Add how to read and cut the text to evaluate on, beside the option that names it.
+def add_evaluation_options(group: argparse._ActionsContainer, *, default: str | None) -> None:
+    """Add the text to evaluate on, and how it is read and cut.
 
-    A command may have a default ``seq_len`` of its own, cut to the model's context.
+    Parameters
+    ----------
+    group
+        Where the options go.
+    default
+        The source without the option, in words; "" if it must be given, None if nothing is
+        evaluated without it.
     """
-    default = f"{seq_len}, or the model's context if shorter" if seq_len else "as entangle evaluate"
-    group.add_argument("--data-config", help="configuration of a hub data set to evaluate on")
+    said = {"": "", None: " (default: nothing is evaluated)"}.get(default, f" (default: {default})")
     group.add_argument(
-        "--data-split",
-        help="split of a hub data set to evaluate on (default: test; c4 has only validation)",
+        "--evaluation", required=default == "", metavar="SOURCE",
+        help=f"text to evaluate on: a name, an id or a path, as for --calibration{said}",
+    )  # fmt: skip
+    group.add_argument("--evaluation-config", help="configuration of a hub data set")
+    group.add_argument(
+        "--evaluation-split",
+        help="split of a hub data set, or of demo (default: test; c4 has only validation)",
     )
-    group.add_argument("--data-column", help="column that holds the text to evaluate on")
-    group.add_argument("--eval-seq-len", type=int, help=f"tokens in a window (default: {default})")
-    group.add_argument("--eval-windows", type=int, help="take only the first windows")
-    group.set_defaults(default_eval_seq_len=seq_len)
+    group.add_argument("--evaluation-column", help="column that holds the text")
+    group.add_argument(
+        "--eval-seq-len", type=int,
+        help="tokens in a window (default: 2048, or the model's context if shorter, or all columns "
+        "of a table of token ids)",
+    )  # fmt: skip
+    group.add_argument(
+        "--eval-windows", type=int, help="take only the first windows (default: all of the text)"
+    )
 
 
 def load_evaluation(
-    arguments: argparse.Namespace, model: "LanguageModel", source: str
+    arguments: argparse.Namespace, model: "LanguageModel", *, join: str = "\n\n"
 ) -> "EvaluationText":
-    """Load the text ``source`` as the evaluation options say, fitted to the model."""
+    """Load the text that the evaluation options say, fitted to the model; ``join`` as it is."""
     from entangle.evaluation import load_evaluation
 
-    seq_len, default = arguments.eval_seq_len, arguments.default_eval_seq_len
-    if seq_len is None and default is not None and not _is_table(source):
-        seq_len = min(default, model.context_length or default)
     return load_evaluation(
-        source,
+        arguments.evaluation,
         model.tokenizer,
-        seq_len=seq_len,
+        seq_len=arguments.eval_seq_len,
         n_windows=arguments.eval_windows,
-        split=arguments.data_split,
-        config=arguments.data_config,
-        column=arguments.data_column,
+        split=arguments.evaluation_split,
+        config=arguments.evaluation_config,
+        column=arguments.evaluation_column,
+        join=join,
         **special_tokens(arguments),
         context_length=model.context_length,
         vocab_size=model.vocab_size,

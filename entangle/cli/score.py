@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from entangle.results.scores import NeuronScores
 
 
-N_SEQ, SEQ_LEN = 32, 1024
-
 TOP_COLUMNS = ("layer", "neuron", "wd", "wd_se", "ks", "mean", "std", "skewness",
                "excess_kurtosis", "weight_norm", "md", "flag")  # fmt: skip
 FORMATS = {
@@ -35,7 +33,7 @@ def add_parser(subparsers: options.Subparsers) -> None:
     )
     options.add_model_options(parser)
     options.add_layer_options(parser)
-    options.add_calibration_options(parser, n_seq=N_SEQ, seq_len=SEQ_LEN)
+    options.add_calibration_options(parser)
     group = parser.add_argument_group("method")
     group.add_argument(
         "--method",
@@ -68,15 +66,14 @@ def run(arguments: argparse.Namespace) -> None:
     from entangle.scoring.score import score
 
     model = options.load_model(arguments)
-    layers = arguments.layer or ["all"]
-    find_layers(model.module, layers, arguments.proj)
+    layers = options.chosen_layers(arguments, None)
+    find_layers(model.module, layers["layers"], layers["proj"])
     calibration = options.load_calibration(arguments, model)
     effect = options.tell_special_tokens(arguments, model, calibration)
     scores = score(
         model,
         calibration,
-        layers=layers,
-        proj=arguments.proj,
+        **layers,
         method=arguments.method,
         md=not arguments.no_md,
         seed=arguments.seed,

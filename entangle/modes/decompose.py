@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from entangle.checks import share, whole, wholes
+from entangle.checks import renamed, share, whole, wholes
 from entangle.errors import InvalidInput, NumericalError
 from entangle.experts.router import Kind
 from entangle.experts.row_measures import output_errors
 from entangle.experts.rows import RowFit, RowGroup, RowSettings, fit_group, measure_group
 from entangle.memory import check_memory, memory_for, work_bytes
 from entangle.models.blocks import evaluates
-from entangle.models.layers import Layer, LayerSpec, Projections, find_layers
+from entangle.models.layers import DEFAULT_PROJ, Layer, LayerSpec, Projections, find_layers
 from entangle.models.loading import AnyModel, LanguageModel, as_language_model
 from entangle.modes import TokenText, describe_modes
 from entangle.modes.groups import (
@@ -261,20 +261,21 @@ def record_groups(
     return [(tuple(own), stores[source]) for source, own in enumerate(recorder.sources)]
 
 
+@renamed(layer="layers", pairs="token_pairs")
 @evaluates
 def decompose(
     model: AnyModel,
     calibration: Source,
     *,
-    layer: LayerSpec,
-    proj: Projections = None,
+    layers: LayerSpec,
+    proj: Projections = DEFAULT_PROJ,
     neurons: Neurons | None = None,
     experts: int | Iterable[int] = (1, 2, 4, 8, 16),
     sparsity: float = 0.9,
     pruner: str = "sparsegpt",
     router: Kind = "kmeans",
     contexts: int = 8,
-    pairs: int = 2000,
+    token_pairs: int = 2000,
     separated: int = 20,
     near: float = 0.01,
     damping: float = 0.01,
@@ -297,7 +298,7 @@ def decompose(
     calibration
         Text that everything is fitted and measured on: a calibration set, or whatever else
         `entangle.load_calibration` takes, with its default settings.
-    layer, proj
+    layers, proj
         One or several layers, as in `entangle.models.layers.find_layers`.
     neurons
         Neurons to look at closely (histograms, pairs, modes), the same of every layer; by default
@@ -308,7 +309,7 @@ def decompose(
         Share of zeros in [0, 1], exact in every row; the others as in `entangle.pruning.prune`.
     router, restarts
         ``"kmeans"`` or the control ``"random"``; k-means seedings, of which the best is kept.
-    contexts, pairs
+    contexts, token_pairs
         Examples of each mode; random pairs of tokens whose distances are kept.
     separated, near
         Pairs of tokens that a neuron separates most, among the nearest share of all pairs.
@@ -339,20 +340,21 @@ def decompose(
     )  # fmt: skip
     check_memory(memory)
     near = share("near", near, zero=False)
-    contexts, pairs = whole("contexts", contexts, least=0), whole("pairs", pairs, least=0)
+    contexts = whole("contexts", contexts, least=0)
+    token_pairs = whole("token_pairs", token_pairs, least=0)
     separated = whole("separated", separated, least=0)
     neurons = None if neurons is None else wholes("neurons", neurons, least=0)
     dense = as_language_model(model)
     calibration = as_calibration(calibration, dense)
-    layers = find_layers(dense.module, layer, proj)
-    _check_fit(layers, neurons, calibration, rows)
+    chosen = find_layers(dense.module, layers, proj)
+    _check_fit(chosen, neurons, calibration, rows)
     budget = memory_for(memory, dense.module)
     request = Request(
-        rows, neurons, contexts, pairs, separated, near, work_bytes(budget), budget // 2
+        rows, neurons, contexts, token_pairs, separated, near, work_bytes(budget), budget // 2
     )
     with ProgressBar("decomposing", enabled=progress) as bar:
-        tables = _tables(dense, calibration, layers, request, budget - request.memory, bar)
-    manifest = _manifest(dense, calibration, layers, request, clock.read(budget))
+        tables = _tables(dense, calibration, chosen, request, budget - request.memory, bar)
+    manifest = _manifest(dense, calibration, chosen, request, clock.read(budget))
     return Decomposition(**tables, manifest=manifest)
 
 

@@ -295,11 +295,16 @@ def output_file(
 
     Raises
     ------
+    InvalidInput
+        If ``path`` is a folder, a device or a pipe.
     Unavailable
         If the disk refuses, or another process is writing the file.
     """
+    target = Path(os.path.realpath(expanded(path)))
+    with disk_errors(target, remedy=remedy):
+        if target.exists():
+            regular_file(target)
     with claimed(path):
-        target = Path(os.path.realpath(expanded(path)))
         temporary = scratch(target)
         try:
             with disk_errors(target, remedy=remedy):

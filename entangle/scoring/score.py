@@ -11,6 +11,7 @@ from entangle.errors import InvalidInput, MemoryLimit
 from entangle.memory import check_memory, memory_for
 from entangle.models.blocks import evaluates
 from entangle.models.layers import (
+    DEFAULT_PROJ,
     Layer,
     LayerSpec,
     Projections,
@@ -47,7 +48,7 @@ def score(
     calibration: Source = "demo",
     *,
     layers: LayerSpec = "all",
-    proj: Projections = None,
+    proj: Projections = DEFAULT_PROJ,
     method: Method = "auto",
     md: bool = True,
     seed: int = 0,

@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     from entangle.texts.given import Source
 
 
+N_SEQ, SEQ_LEN = 32, 1024
+"""Sequences, and tokens in each, of a calibration set whose size is not said.
+
+The published runs take 128 of 2,048 tokens."""
+
 _HOMES = {
     "CalibrationSet": "calibration_set",
     "Source": "given",
@@ -23,6 +28,8 @@ _HOMES = {
 }
 
 __all__ = [
+    "N_SEQ",
+    "SEQ_LEN",
     "CalibrationSet",
     "Source",
     "as_calibration",

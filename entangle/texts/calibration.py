@@ -276,9 +276,10 @@ def load_calibration(
     tokenizer
         Needed for a text, not used for token ids.
     n_seq
-        Number of sequences; 128 if not given, or all rows of a table of ids.
+        Number of sequences; `entangle.texts.N_SEQ` (32) if not given, or all rows of a table of
+        ids.
     seq_len
-        Tokens in a sequence, special ones included. If not given 2048 or ``context_length``,
+        Tokens in a sequence, special ones included. If not given 1,024 or ``context_length``,
         whichever is less, or all columns of a table of ids.
     seed, sampling
         ``"contiguous"``: the first tokens of the text; no more of it is read than needed.

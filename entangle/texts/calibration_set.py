@@ -28,6 +28,7 @@ from entangle.checks import check_seq_len, whole
 from entangle.errors import InvalidInput
 from entangle.runs.provenance import output_file
 from entangle.seeding import check_seed, numpy_rng
+from entangle.texts import N_SEQ, SEQ_LEN
 from entangle.texts.token_files import (
     METADATA_KEY,
     Rows,
@@ -222,8 +223,6 @@ def check_ids(
     return ids
 
 
-DEFAULT_N_SEQ = 128
-DEFAULT_SEQ_LEN = 2048
 _POOL_CHARACTERS = 2**24
 _POOL_PER_TOKEN = 16
 _MOST_TOKENS = 2**36
@@ -234,9 +233,9 @@ class Draw:
     """How many windows to cut, how long, and by which rule."""
 
     n_seq: int | None
-    """Sequences asked for; None for `DEFAULT_N_SEQ`, or every row of a table of ids."""
+    """Sequences asked for; None for `N_SEQ`, or every row of a table of ids."""
     seq_len: int | None
-    """Tokens in a sequence; None for `DEFAULT_SEQ_LEN` or the context, or a table's columns."""
+    """Tokens in a sequence; None for `SEQ_LEN` or the context, or a table's columns."""
     sampling: str
     """``random`` or ``contiguous``."""
     seed: int
@@ -261,12 +260,12 @@ class Draw:
     @property
     def sequences(self) -> int:
         """Number of windows of a text."""
-        return self.n_seq or DEFAULT_N_SEQ
+        return self.n_seq or N_SEQ
 
     @property
     def window(self) -> int:
         """Tokens in a window of a text, special tokens included."""
-        return self.seq_len or min(DEFAULT_SEQ_LEN, self.context_length or DEFAULT_SEQ_LEN)
+        return self.seq_len or min(SEQ_LEN, self.context_length or SEQ_LEN)
 
     @property
     def pool_characters(self) -> int:

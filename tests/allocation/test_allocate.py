@@ -175,7 +175,7 @@ def test_clips_hold_for_every_rule(tiny: Tiny, scored: Scored, calibration: Cali
 def test_pattern_gives_every_group_its_zeros(tiny: Tiny, scored: Scored) -> None:
     model = tiny("llama")
     found = allocate(
-        scored("llama"), sparsity=0.6, rule="linear", model=model, pattern="n:8", strength=0.2
+        scored("llama"), sparsity=0.6, rule="linear", model=model, pattern="n:8", spread=0.2
     )
     for name, zeros in found.zeros.items():
         assert not (zeros % (found.in_features[name] // 8)).any()

@@ -64,7 +64,7 @@ def test_blocks_against_the_formula(
         for block in range(3)
     ]
     shape = 0.8 + 0.4 * (np.array(means) - min(means)) / np.ptp(means)
-    found = allocate(scored("llama"), sparsity=0.5, rule="alphapruning", strength=0.2, model=model)
+    found = allocate(scored("llama"), sparsity=0.5, rule="alphapruning", spread=0.2, model=model)
     layer_means = found.layers.groupby("block").apply(lambda x: x["zeros"].sum())
     weights = found.layers.groupby("block").apply(lambda x: (x["rows"] * x["in_features"]).sum())
     expected = 0.5 * shape / shape.mean()  # blocks are of equal size
@@ -76,5 +76,5 @@ def test_strength_in_range(
 ) -> None:
     with pytest.raises(InvalidInput, match=r"`strength`.*\[0, 1\); got"):
         allocate(
-            scored("llama"), sparsity=0.5, rule="alphapruning", strength=1.0, model=tiny("llama")
+            scored("llama"), sparsity=0.5, rule="alphapruning", spread=1.0, model=tiny("llama")
         )

@@ -44,7 +44,7 @@ def test_loss_against_bisection_on_the_price(
 ) -> None:
     model = tiny("llama")
     found = allocate(
-        scored("llama"), sparsity=sparsity, rule="loss", strength=strength, model=model,
+        scored("llama"), sparsity=sparsity, rule="loss", spread=strength, model=model,
         calibration=calibration, layers=1, proj="mlp",
     )  # fmt: skip
     for layer in find_layers(model.module, 1, "mlp"):
@@ -65,7 +65,7 @@ def test_sensitivity_against_bisection_across_layers(
     model = tiny("llama")
     layers = find_layers(model.module, 1, "mlp")
     found = allocate(
-        scored("llama"), sparsity=0.5, rule="sensitivity", strength=0.0, model=model,
+        scored("llama"), sparsity=0.5, rule="sensitivity", spread=0.0, model=model,
         calibration=calibration, layers=1, proj="mlp",
     )  # fmt: skip
     gradient = output_sensitivity(Measurements(model, layers, calibration, memory=1))
@@ -128,7 +128,7 @@ def test_rows_that_cost_nothing_go_first(calibration: CalibrationSet) -> None:
     scores = score(model, calibration, layers=[up.name], method="sketch", md=False)
     assert scores.frame["flag"][3] == "constant"
     found = allocate(
-        scores, sparsity=0.5, rule="loss", strength=0.0, model=model, calibration=calibration
+        scores, sparsity=0.5, rule="loss", spread=0.0, model=model, calibration=calibration
     )
     sparsity = found.sparsity[up.name]
     assert float(sparsity[3]) == pytest.approx(0.7, abs=1 / 32)
@@ -145,7 +145,7 @@ def test_entangled_rows_are_kept_more_with_more_strength(
     for strength in (0.0, 0.3, 1.0):
         for rule in ("loss", "sensitivity", "depth"):
             found = allocate(
-                scored("llama"), sparsity=0.6, rule=rule, strength=strength, model=model,
+                scored("llama"), sparsity=0.6, rule=rule, spread=strength, model=model,
                 measured=measured,
             )  # fmt: skip
             kept = [
@@ -175,7 +175,7 @@ def test_sparsities_stay_where_losses_were_measured(
 ) -> None:
     for sparsity, reach in ((0.1, 0.1), (0.5, 0.2), (0.9, 0.05), (1.0, 0.0)):
         found = allocate(
-            scored("llama"), sparsity=sparsity, rule="sensitivity", strength=5.0,
+            scored("llama"), sparsity=sparsity, rule="sensitivity", spread=5.0,
             model=tiny("llama"), calibration=calibration, layers=1, proj="mlp",
         )  # fmt: skip
         assert found.n_zeros == round(sparsity * found.n_weights)

@@ -90,7 +90,7 @@ def test_candidates_are_pruned_on_the_first_and_scored_on_the_last_sequences(
     first, text = split(calibration, 0.25)
     for one in found.manifest["search"]["tried"]:
         allocation = allocate(
-            scores, sparsity=0.6, rule="rank", strength=one["strength"], model=model, proj="mlp",
+            scores, sparsity=0.6, rule="rank", spread=one["strength"], model=model, proj="mlp",
             pattern=pattern,
         )  # fmt: skip
         expected = by_hand(model, allocation, first.ids, text)

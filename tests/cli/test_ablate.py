@@ -21,7 +21,15 @@ SMALL = (
 @pytest.fixture
 def base(tiny_folder: Folder, text_file: Path) -> tuple[object, ...]:
     """The start of every command line: a tiny Llama and a text."""
-    return "ablate", tiny_folder("llama"), "--calibration", text_file, "--data", text_file, *SMALL
+    return (
+        "ablate",
+        tiny_folder("llama"),
+        "--calibration",
+        text_file,
+        "--evaluation",
+        text_file,
+        *SMALL,
+    )
 
 
 def without(base: Sequence[object], *left_out: str) -> list[object]:
@@ -33,7 +41,7 @@ def without(base: Sequence[object], *left_out: str) -> list[object]:
     ]
 
 
-TEXT_OPTIONS = ("--data", "--eval-seq-len", "--eval-windows")
+TEXT_OPTIONS = ("--evaluation", "--eval-seq-len", "--eval-windows")
 
 
 @pytest.fixture
@@ -120,9 +128,9 @@ def test_blanks_in_lists_do_not_matter(
     ("given", "asked"),
     [
         ((), ("demo", "test", 128)),
-        (("--data-split", "train"), ("demo", "train", 128)),
-        (("--data", "wikitext2"), ("wikitext2", None, 128)),
-        (("--data", "wikitext2", "--eval-seq-len", "64"), ("wikitext2", None, 64)),
+        (("--evaluation-split", "train"), ("demo", "train", 128)),
+        (("--evaluation", "wikitext2"), ("wikitext2", None, 128)),
+        (("--evaluation", "wikitext2", "--eval-seq-len", "64"), ("wikitext2", None, 64)),
     ],
 )
 def test_the_text_to_evaluate_on(
@@ -175,15 +183,15 @@ def test_scores_and_a_list_of_neurons(
     [
         (("--select", "best"), "selection"),
         (("--select", "all"), "--fraction meaning"),
-        (("--measure", "blimp"), "--data meaning"),
+        (("--measure", "blimp"), "--evaluation meaning"),
         (("--by", "beauty"), "column"),
         (("--intervention", "snip"), "intervention"),
         (("--strength", "2"), "`strength` [0, 1] 2.0"),
         (("--strength", ""), "list 0.5,0.7 ''"),
         (("--select", ""), "selection"),
         (("--select", "top, best"), "unknown selection 'best'"),
-        (("--data-config", "raw"), "`config` 'raw' meaning"),
-        (("--data-column", "body"), "`column` 'body'"),
+        (("--evaluation-config", "raw"), "`config` 'raw' meaning"),
+        (("--evaluation-column", "body"), "`column` 'body'"),
         (("--strength", "much"), "list 0.5,0.7 'much'"),
         (("--edit-strength", "-1"), "`edit_strength` [0, 1] -1.0"),
         (("--experts", "0"), "1 0"),
@@ -203,7 +211,7 @@ def test_scores_and_a_list_of_neurons(
         (("--measure", "perplexity,blimp", "--pairs", "nowhere.jsonl"), "nowhere.jsonl"),
         (("--scores", "nowhere"), "nowhere"),
         (("--memory", "lots"), "512M 2G"),
-        (("--data", "nowhere.txt"), "nowhere.txt"),
+        (("--evaluation", "nowhere.txt"), "nowhere.txt"),
     ],
 )
 def test_a_mistake_is_one_line(

@@ -195,7 +195,7 @@ def test_an_expansion_is_built_from_it(run: Run, allocated: Path, experts: bool)
     own = () if experts else ("--experts", 2)
     status, out, err = run(
         "expand", "model", *TEXT, *own, "--allocation", "a.safetensors", "--out", "x",
-        "--evaluate", "text.txt", *EVALUATE,
+        "--evaluation", "text.txt", *EVALUATE,
     )  # fmt: skip
     assert (status, err) == (0, "")
     found = zeros_of("x")
@@ -208,7 +208,10 @@ def test_an_expansion_is_built_from_it(run: Run, allocated: Path, experts: bool)
     k = str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
     assert f"expansion (k = {k})" in out
     assert (len(numbers) > 1) == experts
-    assert run("evaluate", "x", "--data", "text.txt", "--seq-len", 64, "--quiet").status == 0
+    assert (
+        run("evaluate", "x", "--evaluation", "text.txt", "--eval-seq-len", 64, "--quiet").status
+        == 0
+    )
 
 
 def test_what_prunes_by_a_pattern_needs_no_option_for_it(run: Run, scored: Path) -> None:
@@ -223,7 +226,7 @@ def test_what_prunes_by_a_pattern_needs_no_option_for_it(run: Run, scored: Path)
             groups = (module.weight == 0).unflatten(2, (-1, 8)).sum(3)
             each = allocation.zeros[name] // groups.shape[2]
             assert torch.equal(groups, each[:, None].expand_as(groups))
-    data = ("--data", "text.txt", *EVALUATE)
+    data = ("--evaluation", "text.txt", *EVALUATE)
     arms = ("--methods", "magnitude", *data)
     assert run("compare", "model", *TEXT, *arms, *given, "c").status == 0
     prune = ("--intervention", "prune-magnitude", "--scores", "scores", *data)
@@ -237,7 +240,7 @@ def test_a_comparison_has_every_allocation_beside_uniform(run: Run, allocated: P
     """The uniform arm is the allocation's own zeros spread evenly, so that it costs what b does."""
     even(load_allocation("a.safetensors")).save("b.safetensors")
     status, out, err = run(
-        "compare", "model", *TEXT, "--methods", "magnitude", "--data", "text.txt", *EVALUATE,
+        "compare", "model", *TEXT, "--methods", "magnitude", "--evaluation", "text.txt", *EVALUATE,
         "--allocation", "b.safetensors,top=a.safetensors", "--out", "c",
     )  # fmt: skip
     assert (status, err) == (0, "")
@@ -260,7 +263,7 @@ def test_a_comparison_has_every_allocation_beside_uniform(run: Run, allocated: P
 def test_an_ablation_by_allocation(run: Run, allocated: Path) -> None:
     status, out, err = run(
         "ablate", "model", *TEXT, "--scores", "scores", "--allocation", "a.safetensors",
-        "--data", "text.txt", *EVALUATE, "--out", "r",
+        "--evaluation", "text.txt", *EVALUATE, "--out", "r",
     )  # fmt: skip
     assert (status, err) == (0, "")
     frame = load_ablation("r").frame
@@ -277,7 +280,7 @@ MISTAKES = {
     "--by dw": "unknown column 'dw'",
     "--sparsity 1.5": "`sparsity` [0, 1] 1.5",
     "--highest 0.6": "0.6",
-    "--tune uniform --rule search": "rule 'uniform' strength tune",
+    "--tune uniform --rule search": "rule 'uniform' spread tune",
     "--export yaml:x.yaml": "unknown format 'yaml'",
     "--export llmcompressor:x.yml": ".yaml 'x.yml'",
     "--export recipe.yaml": "--export llmcompressor:recipe.yaml 'recipe.yaml'",
@@ -293,8 +296,8 @@ MISTAKES = {
     "--protect-sparsity 0.1 --rule rank": "--protect-sparsity meaning without rule",
     "--protect 0.1 --rule search": "--protect meaning without rule",
     "--entangled 0.1": "--entangled meaning without --experts",
-    "--strength 0.1": "rule 'protect' strength (got 0.1)",
-    "--strength 0.1 --rule search": "`strength` rule 'linear'",
+    "--spread 0.1": "rule 'protect' spread (got 0.1)",
+    "--spread 0.1 --rule search": "`spread` rule 'linear'",
     "--protect 0.1 --rule search --tune protect": "`protect` rule 'protect'",
     "--memory lots": "size 512M 2G 'lots'",
     "--layer 7": "index 0..2",
@@ -329,11 +332,11 @@ CONSUMERS = {
     "expand --allocation text.txt": "'text.txt' read",
     "expand --allocation a.safetensors --proj up_proj": "allocation's budget",
     "expand --allocation a.safetensors --pattern 2:4": "needs `pattern` 'row' '2:4'",
-    "compare --data text.txt --allocation a.safetensors,a.safetensors": "called 'a'",
-    "compare --data text.txt --allocation uniform=a.safetensors": "called 'uniform'",
-    "ablate --data text.txt --allocation a.safetensors --select top": "--select meaning",
-    "ablate --data text.txt --allocation a.safetensors --strength 0.5": "--strength meaning",
-    "ablate --data text.txt --allocation a.safetensors --experts 4": "`experts` 1 [4]",
+    "compare --evaluation text.txt --allocation a.safetensors,a.safetensors": "called 'a'",
+    "compare --evaluation text.txt --allocation uniform=a.safetensors": "called 'uniform'",
+    "ablate --evaluation text.txt --allocation a.safetensors --select top": "--select meaning",
+    "ablate --evaluation text.txt --allocation a.safetensors --strength 0.5": "--strength meaning",
+    "ablate --evaluation text.txt --allocation a.safetensors --experts 4": "`experts` 1 [4]",
     "expand --allocation shared.safetensors --experts 4": "--experts 4 meaning",
 }
 

@@ -19,7 +19,7 @@ SMALL = (
     "--seq-len", 32, "--methods", "magnitude,expansion", "--sparsity", "0.5", "--experts", "2",
     "--eval-seq-len", 64, "--eval-windows", 4, "--quiet",
 )  # fmt: skip
-DATA = ("--data", "text.txt")
+DATA = ("--evaluation", "text.txt")
 
 
 def test_a_small_comparison(run: Run) -> None:
@@ -48,13 +48,13 @@ MISTAKES = {
     "--experts 0": "`experts` integer 1 0",
     "--experts 129": "`experts` 128",
     "--memory lots": "size 512M 2G 'lots'",
-    "--data nowhere.txt": "'nowhere.txt' exist",
+    "--evaluation nowhere.txt": "'nowhere.txt' exist",
     "--calibration nowhere.txt": "'nowhere.txt' exist",
     "--eval-seq-len 129": "`seq_len` context 128 129",
     "--eval-windows 0": "integer 1 0",
-    "--data-split test": "`split` 'test' meaning 'text.txt'",
-    "--data-config raw": "`config` 'raw' meaning 'text.txt'",
-    "--data-column body": "`column` 'body' 'text.txt'",
+    "--evaluation-split test": "`split` 'test' meaning 'text.txt'",
+    "--evaluation-config raw": "`config` 'raw' meaning 'text.txt'",
+    "--evaluation-column body": "`column` 'body' 'text.txt'",
     "--seed -1": "`seed` integer [0, 2**63)",
     "--out text.txt": "output 'text.txt' file",
     "--out model": "output 'model' exists --force",
@@ -127,7 +127,7 @@ def test_force_begins_an_unfinished_comparison_anew(run: Run) -> None:
 def test_the_text_to_evaluate_on_must_be_named(run: Run) -> None:
     status, out, err = run(*SMALL)
     assert (status, out) == (2, "")
-    assert "required: --data" in err.splitlines()[-1]
+    assert "required: --evaluation" in err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("mistake", ["--out model", "--methods wandb", "--sparsity x", "--resume"])

@@ -21,7 +21,7 @@ def command(tiny_folder: Callable[[str], Path], text_file: Path) -> Sequence[obj
     """Arguments that compare SparseGPT and an expansion of a tiny model, quietly."""
     return (
         "compare", tiny_folder("llama"), "--calibration", text_file, "--n-seq", 4, "--seq-len", 32,
-        "--data", text_file, "--eval-seq-len", 32, "--eval-windows", 3, "--device", "cpu",
+        "--evaluation", text_file, "--eval-seq-len", 32, "--eval-windows", 3, "--device", "cpu",
         "--methods", "sparsegpt,expansion", "--sparsity", "0.5,0.8", "--experts", "1,2,2",
         "--quiet",
     )  # fmt: skip

@@ -57,7 +57,8 @@ def test_table(run: Run) -> None:
 def test_several_layers_and_the_control(run: Run) -> None:
     status, out, _ = run(
         *BASE, "--layer", 0, "--layer", 2, "--proj", "mlp", "--router", "random", "--json",
-        "--pruner", "magnitude", "--contexts", 1, "--pairs", 5, "--separated", 2, "--memory", "64M",
+        "--pruner", "magnitude", "--contexts", 1, "--token-pairs", 5, "--separated", 2,
+        "--memory", "64M",
     )  # fmt: skip
     assert status == 0
     settings = json.loads(out)["manifest"]["settings"]
@@ -97,7 +98,7 @@ MISTAKES = {
     "--layer 1 --experts two": "list 'two'",
     "--layer 1 --sparsity 1.3": "[0, 1] 1.3",
     "--layer 1 --sparsity nan": "[0, 1] nan",
-    "--layer 1 --pairs -1": "`pairs` integer 0 -1",
+    "--layer 1 --token-pairs -1": "`token_pairs` integer 0 -1",
     "--layer 1 --memory lots": "size 512M 2G 'lots'",
     "--layer 1 --seed -1": "`seed` integer -1",
     "--layer 1 --out text.txt": "output 'text.txt' file",

@@ -1,3 +1,4 @@
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from entangle.cli import demo
 from entangle.errors import Unavailable
 from entangle.evaluation import EvaluationText
 from entangle.models.loading import LanguageModel
+from entangle.texts import calibration_set
 from entangle.texts.calibration_set import CalibrationSet
 from tests.cli.runs import Run, holds
 
@@ -68,7 +70,7 @@ def test_an_interrupted_demo_leaves_nothing(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("entangle.experiments.ablate.ablate", interrupt)
+    monkeypatch.setattr(sys.modules["entangle.experiments.ablate"], "ablate", interrupt)
     assert run("demo", "--out", tmp_path / "demo").status == 130
     assert list(tmp_path.iterdir()) == []
 
@@ -82,8 +84,8 @@ def real_demo(monkeypatch: pytest.MonkeyPatch) -> None:
         demo_folder()
     except Unavailable as error:
         pytest.skip(f"the demo files cannot be had: {error}")
-    monkeypatch.setattr(demo, "N_SEQ", 2)
-    monkeypatch.setattr(demo, "SEQ_LEN", 256)
+    monkeypatch.setattr(calibration_set, "N_SEQ", 2)
+    monkeypatch.setattr(calibration_set, "SEQ_LEN", 256)
     monkeypatch.setattr(demo, "EVAL_SEQ_LEN", 64)
     monkeypatch.setattr(demo, "EVAL_WINDOWS", 2)
     monkeypatch.setattr(demo, "SEEDS", 1)

@@ -25,7 +25,7 @@ Folder = Callable[[str], Path]
 
 
 def _command(folder: Path, text: Path, *more: str) -> list[str]:
-    return ["evaluate", str(folder), "--data", str(text), "--device", "cpu", "--quiet", *more]
+    return ["evaluate", str(folder), "--evaluation", str(text), "--device", "cpu", "--quiet", *more]
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def output(
 
 
 def test_table(output: Callable[..., str], tiny_folder: Folder, text_file: Path) -> None:
-    printed = output("--seq-len", "64")
+    printed = output("--eval-seq-len", "64")
     model = load_model(str(tiny_folder("llama")), device="cpu")
     expected = perplexity(model, load_evaluation(text_file, model.tokenizer, seq_len=64))
     row = next(line.split() for line in printed.splitlines() if " dense " in line)
@@ -57,7 +57,7 @@ def test_table(output: Callable[..., str], tiny_folder: Folder, text_file: Path)
 
 
 def test_json_has_the_protocol_and_the_figures(output: Callable[..., str]) -> None:
-    options = ("--seq-len", "32", "--n-windows", "5", "--join", "\\n", "--batch-size", "2")
+    options = ("--eval-seq-len", "32", "--eval-windows", "5", "--join", "\\n", "--batch-size", "2")
     content = json.loads(output(*options, "--special-tokens", "--json"))
     assert content["out"] is None
     row, protocol = content["results"][0], content["manifest"]["evaluation"]
@@ -99,8 +99,8 @@ def test_special_tokens(
     text_file: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    sizes = ["--seq-len", "32", "--n-windows", "4", "--device", "cpu", "--quiet"]
-    command = ["evaluate", *given, str(adding), "--data", str(text_file), *sizes]
+    sizes = ["--eval-seq-len", "32", "--eval-windows", "4", "--device", "cpu", "--quiet"]
+    command = ["evaluate", *given, str(adding), "--evaluation", str(text_file), *sizes]
     capsys.readouterr()
     assert main(command) == 0  # a bare option before MODEL does not take it for its value
     assert f"special tokens: {shown})" in " ".join(capsys.readouterr().out.split())
@@ -119,13 +119,13 @@ def test_an_unknown_policy(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_default_length_is_the_context(output: Callable[..., str]) -> None:
-    content = json.loads(output("--n-windows", "2", "--json"))
+    content = json.loads(output("--eval-windows", "2", "--json"))
     assert content["manifest"]["evaluation"]["seq_len"] == 128
 
 
 def test_result_folder(output: Callable[..., str], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    printed = output("--seq-len", "64", "--n-windows", "3", "--out", str(out))
+    printed = output("--eval-seq-len", "64", "--eval-windows", "3", "--out", str(out))
     assert printed.endswith(f"Saved to {out}.\n")
     assert {path.name for path in out.iterdir()} == {
         "manifest.json", "perplexity.parquet", "windows.parquet",
@@ -146,7 +146,7 @@ def test_an_existing_result_needs_force(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    options = ("--seq-len", "64", "--n-windows", "2", "--out", str(tmp_path / "out"))
+    options = ("--eval-seq-len", "64", "--eval-windows", "2", "--out", str(tmp_path / "out"))
     output(*options)
     assert main(_command(tiny_folder("llama"), text_file, *options)) == 2
     assert holds(capsys.readouterr().err, "exists --force")
@@ -160,7 +160,7 @@ def test_a_nan_perplexity_is_said_and_saved(
     module.model.norm.weight.fill_(math.nan)
     module.save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
-    options = ("--seq-len", "64", "--n-windows", "4", "--out", str(tmp_path / "out"))
+    options = ("--eval-seq-len", "64", "--eval-windows", "4", "--out", str(tmp_path / "out"))
     assert main(_command(tmp_path / "model", text_file, *options)) == 0
     said = "The perplexity of dense is nan: 4 of 4 windows have no finite loss."
     assert said in capsys.readouterr().out
@@ -173,14 +173,14 @@ def test_a_nan_perplexity_is_said_and_saved(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--seq-len", "129"], "`seq_len` context 128 129"),
-        (["--seq-len", "1"], "`seq_len` integer 2 1"),
-        (["--n-windows", "9999"], "`n_windows` most"),
-        (["--seq-len", "64", "--batch-size", "0"], "`batch_size` integer 1"),
+        (["--eval-seq-len", "129"], "`seq_len` context 128 129"),
+        (["--eval-seq-len", "1"], "`eval_seq_len` integer 2 1"),
+        (["--eval-windows", "9999"], "`n_windows` most"),
+        (["--eval-seq-len", "64", "--batch-size", "0"], "`batch_size` integer 1"),
         (["--seed", "-1"], "`seed` integer [0, 2**63)"),
-        (["--split", "test"], "`split` 'test' meaning"),
+        (["--evaluation-split", "test"], "`split` 'test' meaning"),
         (["--join", "\\q"], "backslash"),
-        (["--data", "/no/such/text.txt"], "'/no/such/text.txt' exist"),
+        (["--evaluation", "/no/such/text.txt"], "'/no/such/text.txt' exist"),
         (["--out", "/no-such-root/x"], "written"),
     ],
 )
@@ -206,7 +206,7 @@ def test_models_without_a_head_or_a_tokenizer(
 ) -> None:
     folder = tiny_folder("bert")
     capsys.readouterr()
-    assert main(_command(folder, text_file, "--seq-len", "64")) == 2
+    assert main(_command(folder, text_file, "--eval-seq-len", "64")) == 2
     assert "encoder" in capsys.readouterr().err
     module: Any = TINY["llama"]()
     module.save_pretrained(tmp_path / "model")
@@ -239,7 +239,7 @@ def test_an_expansion_beside_its_dense_model(
     assert built.model is not None
     results = {"dense": perplexity(model, text), "expansion": perplexity(built.model, text)}
     ratio = perplexity_ratio(results["expansion"], results["dense"], seed=0)
-    status, out, err = run(*_command(Path("x"), text_file, "--seq-len", "64", "--json"))
+    status, out, err = run(*_command(Path("x"), text_file, "--eval-seq-len", "64", "--json"))
     assert (status, err) == (0, "")
     content = json.loads(out)
     for row, (label, result) in zip(content["results"], results.items(), strict=True):
@@ -257,7 +257,9 @@ def test_an_expansion_beside_its_dense_model(
 
 @pytest.mark.usefixtures("expansion")
 def test_the_table_and_folder_of_an_expansion(run: Run, text_file: Path) -> None:
-    command = _command(Path("x"), text_file, "--seq-len", "64", "--n-windows", "4", "--out", "out")
+    command = _command(
+        Path("x"), text_file, "--eval-seq-len", "64", "--eval-windows", "4", "--out", "out"
+    )
     status, out, err = run(*command)
     assert (status, err) == (0, "")
     dense, expansion = (line.split() for line in out.splitlines() if "[" in line)
@@ -275,7 +277,9 @@ def test_the_table_and_folder_of_an_expansion(run: Run, text_file: Path) -> None
 
 
 def test_a_base_that_has_moved(run: Run, expansion: Path, text_file: Path) -> None:
-    command = _command(Path("x"), text_file, "--seq-len", "64", "--n-windows", "4", "--json")
+    command = _command(
+        Path("x"), text_file, "--eval-seq-len", "64", "--eval-windows", "4", "--json"
+    )
     before = json.loads(run(*command).out)
     (expansion / "model").rename("moved")
     status, out, err = run(*command)
@@ -292,7 +296,7 @@ def test_an_expansion_of_a_model_in_memory(
     run: Run, text_file: Path, calibration: CalibrationSet
 ) -> None:
     _expand(TINY["llama"](), calibration, "y")
-    command = _command(Path("y"), text_file, "--seq-len", "64", "--n-windows", "4")
+    command = _command(Path("y"), text_file, "--eval-seq-len", "64", "--eval-windows", "4")
     status, out, err = run(*command)
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert holds(err, "'y' memory --base"), err
@@ -356,7 +360,7 @@ def test_checkpoints_that_cannot_be_evaluated(
     ):
         shutil.copytree("x", name)
         Path(name, "manifest.json").write_text(content)
-    status, out, err = run("evaluate", *options.split(), "--data", text_file, "--out", "out")
+    status, out, err = run("evaluate", *options.split(), "--evaluation", text_file, "--out", "out")
     assert (status, out) == (2, "")
     assert err.startswith("entangle: error: ")
     assert err.count("\n") == 1
@@ -367,5 +371,7 @@ def test_checkpoints_that_cannot_be_evaluated(
 @pytest.mark.usefixtures("expansion")
 def test_a_model_folder_with_a_manifest_of_its_own_is_a_model(run: Run, text_file: Path) -> None:
     Path("model", "manifest.json").write_text("{}")
-    command = _command(Path("model"), text_file, "--seq-len", "64", "--n-windows", "2", "--json")
+    command = _command(
+        Path("model"), text_file, "--eval-seq-len", "64", "--eval-windows", "2", "--json"
+    )
     assert list(json.loads(run(*command).out)["manifest"]["models"]) == ["dense"]

@@ -36,7 +36,7 @@ COLUMNS = [
 MLP = ("gate_proj", "up_proj", "down_proj")
 LAYERS = [f"model.layers.{block}.mlp.{name}" for block in range(3) for name in MLP]
 UP = LAYERS[1::3]
-EVALUATE = ("--evaluate", "text.txt", "--eval-seq-len", 64, "--eval-windows", 5)
+EVALUATE = ("--evaluation", "text.txt", "--eval-seq-len", 64, "--eval-windows", 5)
 
 
 def rows_of(out: str) -> list[list[str]]:

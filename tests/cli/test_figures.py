@@ -26,7 +26,7 @@ def made(
     folder, model = tmp_path_factory.mktemp("runs"), tiny_folder("llama")
     text = ("--calibration", text_file, "--n-seq", 4, "--seq-len", 32, "--quiet")
     mlp = ("--layer", 1, "--proj", "mlp")
-    evaluated = ("--data", text_file, "--eval-seq-len", 32, "--eval-windows", 2)
+    evaluated = ("--evaluation", text_file, "--eval-seq-len", 32, "--eval-windows", 2)
     commands: dict[str, tuple[object, ...]] = {
         "scores": ("score", model, *mlp, *text),
         "ablation": (

@@ -16,18 +16,18 @@ DOCUMENTS = [f"{i * i % 89} some body {i % 7} of text" for i in range(40)]
 CALIBRATION = ("--calibration", "text.txt", "--n-seq", 4, "--seq-len", 32)
 WINDOWS = ("--eval-seq-len", 32, "--eval-windows", 3)
 BEGIN: dict[str, tuple[object, ...]] = {
-    "expand": ("expand", "model", *CALIBRATION, *WINDOWS, "--experts", 1, "--evaluate"),
+    "expand": ("expand", "model", *CALIBRATION, *WINDOWS, "--experts", 1, "--evaluation"),
     "compare": (
         "compare", "model", *CALIBRATION, *WINDOWS, "--methods", "magnitude", "--sparsity", 0.5,
-        "--data",
+        "--evaluation",
     ),
     "ablate": (
         "ablate", "model", *CALIBRATION, *WINDOWS, "--layer", 1, "--intervention", "zero",
-        "--select", "top", "--no-md", "--data",
+        "--select", "top", "--no-md", "--evaluation",
     ),
-    "evaluate": ("evaluate", "model", "--seq-len", 32, "--n-windows", 3, "--data"),
+    "evaluate": ("evaluate", "model", "--eval-seq-len", 32, "--eval-windows", 3, "--evaluation"),
 }  # fmt: skip
-NAMES = ("--data-config", "raw", "--data-split", "dev", "--data-column", "body")
+NAMES = ("--evaluation-config", "raw", "--evaluation-split", "dev", "--evaluation-column", "body")
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_configuration_split_and_column(
 def test_the_split_is_test_unless_named(
     run: Run, calls: list[tuple[object, ...]], command: str
 ) -> None:
-    options = ("--data-column", "body", "--device", "cpu", "--quiet", "--json")
+    options = ("--evaluation-column", "body", "--device", "cpu", "--quiet", "--json")
     assert run(*BEGIN[command], "some/data", *options).status == 0
     assert calls == [("some/data", None, "test")]
 

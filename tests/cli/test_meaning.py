@@ -12,11 +12,11 @@ from entangle.runs.provenance import write_json
 from tests.saved import resealed
 
 ALLOCATE = "allocate nowhere --sparsity 0.5"
-COMPARE = "compare --data demo"
+COMPARE = "compare --evaluation demo"
 IGNORED = {
     "score --force": "--force",
     "score --calibration ids.safetensors --join x": "--join token ids",
-    "evaluate --data ids.safetensors --join x": "--join token ids",
+    "evaluate --evaluation ids.safetensors --join x": "--join token ids",
     "decompose --layer 1 --experts 1 --router random": "--router one expert",
     "ablate --select all --fraction 0.1": "--fraction",
     "ablate --select rows.csv --count 3": "--count",
@@ -29,7 +29,7 @@ IGNORED = {
     "ablate --router kmeans": "--router one expert",
     "ablate --intervention prune-wanda --damping 0.1": "--damping prune",
     "ablate --edit-strength 0.5": "--edit-strength",
-    "ablate --measure blimp --data-column x": "--data-column perplexity",
+    "ablate --measure blimp --evaluation-column x": "--evaluation-column perplexity",
     "ablate --measure blimp --eval-windows 3": "--eval-windows perplexity",
     "ablate --pairs pairs.jsonl": "--pairs blimp",
     "ablate --pairs-per-paradigm 3": "--pairs-per-paradigm blimp",
@@ -39,7 +39,7 @@ IGNORED = {
     f"{COMPARE} --methods wanda,sparsegpt --experts 4": "--experts expansion",
     "expand --experts 1 --router random": "--router one expert",
     "expand --pruner wanda --damping 0.1": "--damping sparsegpt",
-    "expand --no-baseline": "--no-baseline --evaluate",
+    "expand --no-baseline": "--no-baseline --evaluation",
     f"{ALLOCATE} --rule uniform --by md": "--by",
     f"{ALLOCATE} --rule owl --by md": "--by",
     f"{ALLOCATE} --combine rank": "--combine --by",
@@ -52,9 +52,9 @@ MEANT = (
     "ablate --select random-norm --by md --seeds 2 --count 3 --scope model",
     "ablate --experts 1,4 --router random --damping 0.1 --strength 0.9",
     "ablate --intervention prune,zero --edit-strength 0.5 --out x --force",
-    "ablate --measure perplexity,blimp --pairs p.jsonl --data t.txt",
+    "ablate --measure perplexity,blimp --pairs p.jsonl --evaluation t.txt",
     f"{COMPARE} --methods expansion-random --experts 4",
-    "expand --router random --damping 0.1 --evaluate demo --no-baseline",
+    "expand --router random --damping 0.1 --evaluation demo --no-baseline",
     f"{ALLOCATE} --rule uniform --by md --experts 4",
     f"{ALLOCATE} --rule owl --n-seq 3 --seed 1 --plot x --force",
     f"{ALLOCATE} --rule linear --across owl --calibration text.txt --by wd+md --combine rank",

@@ -26,7 +26,7 @@ SPELLED = r"\x1b[31m"
 BYTES = os.fsdecode(b"\xff") + ODD
 """The same after a byte that no text has."""
 DATA = "--n-seq 2 --seq-len 16 --quiet"
-EVALUATED = "--seq-len 16 --n-windows 2 --quiet"
+EVALUATED = "--eval-seq-len 16 --eval-windows 2 --quiet"
 
 
 def check(ran: Ran, status: int, spelled: str = SPELLED) -> None:
@@ -98,8 +98,8 @@ def odd(place: Path) -> None:
         ("allocate --sparsity 0.5 ", BYTES, ""),
         ("figures ", BYTES, ""),
         ("figures manifest", "", ""),
-        ("evaluate model --data ./", BYTES, ".nowhere.txt"),
-        ("compare model --data text.txt --methods ", BYTES, ""),
+        ("evaluate model --evaluation ./", BYTES, ".nowhere.txt"),
+        ("compare model --evaluation text.txt --methods ", BYTES, ""),
     ],
 )
 def test_a_mistake_is_one_line(run: Run, before: str, name: str, after: str) -> None:
@@ -132,7 +132,7 @@ def test_tables_and_lines_show_names_spelled_out(run: Run) -> None:
     check(run("layers", ODD), 0)
     check(run("score", ODD, "--layer", 1, "--calibration", f"{BYTES}.txt", *DATA.split(),
               "--out", f"{ODD}-scores"), 0)  # fmt: skip
-    check(run("evaluate", ODD, "--data", f"{BYTES}.txt", *EVALUATED.split()), 0)
+    check(run("evaluate", ODD, "--evaluation", f"{BYTES}.txt", *EVALUATED.split()), 0)
     check(run("figures", f"{ODD}-scores", "--out", f"{ODD}-figures"), 0)
     manifest = json.loads(Path(f"{ODD}-scores", "manifest.json").read_text())
     assert manifest["calibration"]["source"].startswith(BYTES)
@@ -140,7 +140,7 @@ def test_tables_and_lines_show_names_spelled_out(run: Run) -> None:
 
 @pytest.mark.usefixtures("odd")
 def test_json_holds_names_as_they_are(run: Run) -> None:
-    ran = run("evaluate", ODD, "--data", f"{BYTES}.txt", *EVALUATED.split(), "--json")
+    ran = run("evaluate", ODD, "--evaluation", f"{BYTES}.txt", *EVALUATED.split(), "--json")
     check(ran, 0, r"\u001b[31m\n[bold]")
     assert ran.out.isascii()
     assert json.dumps(BYTES)[1:-1] in json.dumps(json.loads(ran.out))
@@ -171,7 +171,14 @@ def test_layers_of_odd_names_are_drawn_and_shown(
     check(run("allocate", "scores", "--sparsity", 0.5, "--model", ODD), 2)
 
     made = decompose(
-        model, calibration, layer=layers, neurons=[3], experts=1, pairs=0, contexts=0, separated=0
+        model,
+        calibration,
+        layers=layers,
+        neurons=[3],
+        experts=1,
+        token_pairs=0,
+        contexts=0,
+        separated=0,
     )
     made.save("made")
     names = [drawing.name for drawing in drawings_of(open_run("made"), "single")]

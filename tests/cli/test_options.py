@@ -1,24 +1,21 @@
 import argparse
-from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
-from entangle import evaluation, texts
 from entangle.cli.main import build_parser
 from entangle.cli.options import (
     add_calibration_options,
     add_layer_options,
     load_calibration,
-    load_evaluation,
     names,
     numbers,
     parse_bytes,
+    spell_out,
 )
 from entangle.errors import InvalidInput
+from entangle.texts import calibration
 
 if TYPE_CHECKING:
     from entangle.models.loading import LanguageModel
@@ -43,11 +40,10 @@ def test_what_is_no_size(text: str) -> None:
 
 def test_defaults_are_told_and_filled_in_later() -> None:
     parser = argparse.ArgumentParser()
-    add_calibration_options(parser, n_seq=32, seq_len=1024)
+    add_calibration_options(parser)
     add_layer_options(parser)
     arguments = parser.parse_args(["--layer", "1", "--layer", "*.up_proj"])
     assert (arguments.n_seq, arguments.seq_len) == (None, None)
-    assert (arguments.default_n_seq, arguments.default_seq_len) == (32, 1024)
     assert (arguments.layer, arguments.proj) == (["1", "*.up_proj"], None)
     text = " ".join(parser.format_help().split())
     assert "number of sequences (default: 32, or all of a table of token ids)" in text
@@ -86,7 +82,7 @@ def test_blanks_around_the_parts_of_a_list_do_not_matter() -> None:
         ("score", None),
         ("decompose --layer 1 --proj up_proj", None),
         ("expand --out x", "train"),
-        ("compare --data wikitext2", "train"),
+        ("compare --evaluation wikitext2", "train"),
         ("ablate", "train"),
         ("allocate scores --sparsity 0.7 --out x", "train"),
         ("expand --out x --split test", "test"),
@@ -98,7 +94,7 @@ def test_what_fits_weights_leaves_the_demo_s_test_articles_out(
 ) -> None:
     asked: list[object] = []
     monkeypatch.setattr(
-        texts, "load_calibration", lambda *_names, **settings: asked.append(settings["split"])
+        calibration, "load_calibration", lambda *_names, **settings: asked.append(settings["split"])
     )
     model = SimpleNamespace(context_length=None, tokenizer=None, vocab_size=None)
     load_calibration(build_parser().parse_args(command.split()), cast("LanguageModel", model))
@@ -106,33 +102,24 @@ def test_what_fits_weights_leaves_the_demo_s_test_articles_out(
 
 
 @pytest.mark.parametrize(
-    ("command", "context", "seq_len"),
+    ("command", "today"),
     [
-        ("ablate", 4096, 1024),
-        ("ablate", None, 1024),
-        ("ablate", 128, 128),
-        ("ablate --eval-seq-len 999", 128, 999),  # refused further in, with the context's size
-        ("compare --data x", 128, None),
-        ("expand --out x --evaluate x", 4096, None),
+        ("ablate --data x --data-split=test", "ablate --evaluation x --evaluation-split=test"),
+        ("expand --evaluate x --out y", "expand --evaluation x --out y"),
+        (
+            "evaluate --data x --seq-len 8 --n-windows=2",
+            "evaluate --evaluation x --eval-seq-len 8 --eval-windows=2",
+        ),
+        ("decompose --pairs 5", "decompose --token-pairs 5"),
+        ("ablate --pairs blimp --strength 0.5", "ablate --pairs blimp --strength 0.5"),
+        ("allocate --strength 0.5", "allocate --spread 0.5"),
     ],
 )
-def test_the_windows_of_an_evaluation(
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    command: str,
-    context: int | None,
-    seq_len: int | None,
+def test_old_names_of_options_are_read_with_a_note(
+    capsys: pytest.CaptureFixture[str], command: str, today: str
 ) -> None:
-    asked: list[object] = []
-    monkeypatch.setattr(
-        evaluation, "load_evaluation", lambda *_names, **settings: asked.append(settings["seq_len"])
-    )
-    model = cast(
-        "LanguageModel", SimpleNamespace(context_length=context, tokenizer=None, vocab_size=None)
-    )
-    arguments = build_parser().parse_args(command.split())
-    load_evaluation(arguments, model, "text.txt")
-    ids = torch.ones(4, 6, dtype=torch.int64)
-    save_file({"ids": ids}, tmp_path / "table.safetensors")
-    load_evaluation(arguments, model, str(tmp_path / "table.safetensors"))
-    assert asked == [seq_len, arguments.eval_seq_len]  # a table of ids has a length of its own
+    assert spell_out(command.split()) == today.split()
+    changed = [a for a, b in zip(command.split(), today.split(), strict=True) if a != b]
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == len(changed)
+    assert all(f"note: {a.split('=')[0]} is now" in b for a, b in zip(changed, said, strict=True))

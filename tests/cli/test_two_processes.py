@@ -15,7 +15,7 @@ from entangle.cli.main import main
 from entangle.runs.claims import claim_file
 
 COMMAND = (
-    "compare", "model", "--calibration", "text.txt", "--data", "text.txt", "--n-seq", "6",
+    "compare", "model", "--calibration", "text.txt", "--evaluation", "text.txt", "--n-seq", "6",
     "--seq-len", "32", "--eval-seq-len", "32", "--eval-windows", "4", "--methods",
     "magnitude,wanda", "--device", "cpu", "--quiet", "--out", "x",
 )  # fmt: skip

@@ -10,7 +10,7 @@ from entangle.cli.main import main
 from tests.killed import killed_before
 
 COMMAND = (
-    "compare", "model", "--calibration", "text.txt", "--data", "text.txt", "--n-seq", "6",
+    "compare", "model", "--calibration", "text.txt", "--evaluation", "text.txt", "--n-seq", "6",
     "--seq-len", "32", "--eval-seq-len", "32", "--eval-windows", "4", "--methods",
     "magnitude, sparsegpt, expansion", "--sparsity", "0.5, 0.8", "--experts", "2", "--device",
     "cpu", "--quiet", "--out",

@@ -10,7 +10,7 @@ from entangle.cli.main import main
 from tests.killed import killed_before
 
 COMMAND = (
-    "ablate", "model", "--layer", "all", "--calibration", "text.txt", "--data", "text.txt",
+    "ablate", "model", "--layer", "all", "--calibration", "text.txt", "--evaluation", "text.txt",
     "--n-seq", "6", "--seq-len", "32", "--eval-seq-len", "32", "--eval-windows", "4",
     "--fraction", "0.1", "--strength", "0.5,0.9", "--seeds", "2", "--device", "cpu", "--quiet",
     "--out",

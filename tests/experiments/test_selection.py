@@ -302,7 +302,7 @@ def test_a_list_that_is_not_there(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def scores(tiny: Callable[[str], LanguageModel], calibration: CalibrationSet) -> NeuronScores:
-    return score(tiny("llama"), calibration, layers=1)
+    return score(tiny("llama"), calibration, layers=1, proj=None)
 
 
 def test_real_scores_fit_their_model(

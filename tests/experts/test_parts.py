@@ -172,11 +172,12 @@ def test_parts_are_halved_until_they_fit(
             raise torch.OutOfMemoryError("no room")
         return prune_part(*args, experts=experts, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(solver, "prune_part", limited)
     layers, (tokens, labels) = make_layers(), make_tokens()
+    expected = at_once(layers, tokens, labels, SolverSettings(), len(SIZES))
+    monkeypatch.setattr(solver, "prune_part", limited)
     with caplog.at_level(logging.WARNING):
         found = in_parts(layers, stored(tokens), labels, len(SIZES), len(SIZES))
-    assert_same(found, at_once(layers, tokens, labels, SolverSettings(), len(SIZES)))
+    assert_same(found, expected)
     assert tried[0] == 6
     assert max(tried[-2:]) <= most
     assert "GPU memory ran out: solving 3 of 6 experts at a time" in caplog.text

@@ -45,5 +45,5 @@ def decomposition(llama: "LanguageModel", calibration: "CalibrationSet") -> "Dec
     from entangle.modes.decompose import decompose
 
     return decompose(
-        llama, calibration, layer=LAYERS[0], neurons=[3, 5], experts=(1, 2), contexts=3, seed=0
+        llama, calibration, layers=LAYERS[0], neurons=[3, 5], experts=(1, 2), contexts=3, seed=0
     )

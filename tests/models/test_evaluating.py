@@ -51,7 +51,7 @@ def trained() -> nn.Module:
 
 
 CALLS: dict[str, Callable[[Any, CalibrationSet, EvaluationText, Path], object]] = {
-    "score": lambda m, c, _t, _p: entangle.score(m, c, layers=0),
+    "score": lambda m, c, _t, _p: entangle.score(m, c, layers=0, proj=None),
     "perplexity": lambda m, _c, t, _p: entangle.perplexity(m, t),
     "ablate": lambda m, c, t, _p: entangle.ablate(
         m, c, evaluation=t, layers=GATE, proj=None, strengths=[0.5], seeds=1,
@@ -59,7 +59,7 @@ CALLS: dict[str, Callable[[Any, CalibrationSet, EvaluationText, Path], object]] 
     ),
     "expand": lambda m, c, t, _p: entangle.expand(m, c, experts=2, restarts=1, evaluation=t),
     "compare": lambda m, c, t, _p: entangle.compare(m, c, t, methods="wanda", sparsity=[0.5]),
-    "decompose": lambda m, c, _t, _p: entangle.decompose(m, c, layer=GATE, experts=[1, 2]),
+    "decompose": lambda m, c, _t, _p: entangle.decompose(m, c, layers=GATE, experts=[1, 2]),
     "neuron_modes": lambda m, c, _t, _p: entangle.neuron_modes(m, c, GATE, [1]),
     "allocate": lambda m, c, _t, _p: entangle.allocate(
         entangle.score(m, c, layers=GATE), sparsity=0.5, rule="sensitivity", model=m, calibration=c
@@ -121,7 +121,7 @@ def test_it_comes_back_after_errors_and_ctrl_c(
         raise error
 
     with pytest.raises(error):
-        entangle.score(trained, calibration, layers=0, watch=fail)
+        entangle.score(trained, calibration, layers=0, proj=None, watch=fail)
     assert state(trained) == before
 
 

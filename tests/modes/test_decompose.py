@@ -46,7 +46,7 @@ def model() -> LanguageModel:
 
 @pytest.fixture(scope="module")
 def found(model: LanguageModel, text: CalibrationSet) -> Decomposition:
-    return decompose(model, text, layer=1, proj="mlp", **SMALL)
+    return decompose(model, text, layers=1, proj="mlp", **SMALL)
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -54,7 +54,7 @@ def test_neurons_are_those_of_score_and_fit_rows(
     name: str, tiny: Tiny, calibration: CalibrationSet
 ) -> None:
     model, layer = tiny(name), LAYERS[name]
-    found = decompose(model, calibration, layer=layer, **SMALL).neurons
+    found = decompose(model, calibration, layers=layer, **SMALL).neurons
     scores = score(model, calibration, layers=layer, method="exact", progress=False).frame
     width = find_layers(model.module, layer)[0].out_features
     assert found["neuron"].tolist() == [i for i in range(width) for _ in range(2)]
@@ -131,7 +131,7 @@ def test_a_layer_by_itself_is_the_same(
     found: Decomposition, model: LanguageModel, text: CalibrationSet
 ) -> None:
     """Gate and up share inputs, and are solved and measured together."""
-    alone = decompose(model, text, layer=LAYERS["llama"], **SMALL)
+    alone = decompose(model, text, layers=LAYERS["llama"], **SMALL)
     for name in COLUMNS:
         table = getattr(found, name)
         own = table[table["layer"] == LAYERS["llama"]].reset_index(drop=True)
@@ -199,7 +199,7 @@ def test_chosen_by_name_and_without_the_reference(
     model: LanguageModel, text: CalibrationSet
 ) -> None:
     found = decompose(
-        model, text, layer=LAYERS["llama"], neurons=np.array([7, 2]), **{**SMALL, "experts": [2]}
+        model, text, layers=LAYERS["llama"], neurons=np.array([7, 2]), **{**SMALL, "experts": [2]}
     )
     assert found.modes["neuron"].drop_duplicates().tolist() == [7, 2]
     assert found.neurons["ri"].isna().all()
@@ -211,8 +211,8 @@ def test_the_same_seed_gives_the_same_bytes(
     found: Decomposition, model: LanguageModel, text: CalibrationSet, tmp_path: Any
 ) -> None:
     found.save(tmp_path / "a")
-    decompose(model, text, layer=1, proj="mlp", **SMALL).save(tmp_path / "b")
-    other = decompose(model, text, layer=1, proj="mlp", **SMALL, seed=1)
+    decompose(model, text, layers=1, proj="mlp", **SMALL).save(tmp_path / "b")
+    other = decompose(model, text, layers=1, proj="mlp", **SMALL, seed=1)
     for name in COLUMNS:
         first, again = (tmp_path / run / f"{name}.parquet" for run in "ab")
         assert first.read_bytes() == again.read_bytes()
@@ -224,7 +224,7 @@ def test_little_memory_changes_nothing(
     found: Decomposition, model: LanguageModel, text: CalibrationSet
 ) -> None:
     """A layer then comes in several parts of rows, and every number of experts by itself."""
-    tight = decompose(model, text, layer=1, proj="mlp", **SMALL, memory=2**20)
+    tight = decompose(model, text, layers=1, proj="mlp", **SMALL, memory=2**20)
     for name in COLUMNS:
         pd.testing.assert_frame_equal(getattr(tight, name), getattr(found, name), rtol=1e-4)
     for name in ("pairs", "separated", "modes", "contexts"):
@@ -232,7 +232,7 @@ def test_little_memory_changes_nothing(
 
 
 def test_the_random_router_is_a_control(model: LanguageModel, text: CalibrationSet) -> None:
-    found = decompose(model, text, layer=LAYERS["llama"], router="random", **SMALL)
+    found = decompose(model, text, layers=LAYERS["llama"], router="random", **SMALL)
     wd = found.neurons.query("experts == 3")
     assert (wd["weighted_wd"] > wd["wd"]).mean() > 0.5
 
@@ -241,13 +241,13 @@ def test_the_model_is_left_alone(
     model: LanguageModel, text: CalibrationSet, count_hooks: Callable[[nn.Module], int]
 ) -> None:
     before = model.module(text.ids).logits
-    decompose(model, text, layer=LAYERS["llama"], **SMALL)
+    decompose(model, text, layers=LAYERS["llama"], **SMALL)
     assert torch.equal(model.module(text.ids).logits, before)
     assert count_hooks(model.module) == 0
 
 
 def test_sparsity_zero_changes_no_output(model: LanguageModel, text: CalibrationSet) -> None:
-    found = decompose(model, text, layer=LAYERS["llama"], **{**SMALL, "sparsity": 0.0})
+    found = decompose(model, text, layers=LAYERS["llama"], **{**SMALL, "sparsity": 0.0})
     assert (found.neurons["rmse"] == 0).all()
     assert (found.components["error"] == 0).all()
     dense, sparse = (
@@ -297,7 +297,7 @@ def test_neurons_that_do_not_fit_into_memory(model: LanguageModel, tmp_path: Any
     text = CalibrationSet(ids, "random", {})
     with pytest.raises(MemoryLimit, match=r"\b48\b.*\b4\b.*MiB.*\b0\b.*MiB"):
         decompose(
-            model, text, layer=LAYERS["llama"], neurons=range(48), memory=2**20, progress=False
+            model, text, layers=LAYERS["llama"], neurons=range(48), memory=2**20, progress=False
         )
 
 
@@ -305,15 +305,15 @@ def test_broken_weights_name_the_layer(text: CalibrationSet) -> None:
     module = TINY["llama"]()
     module.get_parameter("model.layers.0.mlp.up_proj.weight")[0, 0] = torch.nan
     with pytest.raises(NumericalError, match=r"layers\.1\.mlp\.up_proj.*\b48\b.*\b48\b.*\bNaN\b"):
-        decompose(module, text, layer=LAYERS["llama"], **SMALL)
+        decompose(module, text, layers=LAYERS["llama"], **SMALL)
 
 
 def test_a_layer_that_never_varies(text: CalibrationSet) -> None:
     module = TINY["gpt2"]()
     module.get_parameter("transformer.h.1.mlp.c_fc.weight").zero_()
     with pytest.raises(InvalidInput, match=r"'transformer\.h\.1\.mlp\.c_fc'"):
-        decompose(module, text, layer=LAYERS["gpt2"], **SMALL)
-    found = decompose(module, text, layer=LAYERS["gpt2"], neurons=[1], **SMALL)
+        decompose(module, text, layers=LAYERS["gpt2"], **SMALL)
+    found = decompose(module, text, layers=LAYERS["gpt2"], neurons=[1], **SMALL)
     assert set(found.neurons["flag"]) == {"constant"}
     assert found.modes["share"].tolist() == [1.0]
     assert len(found.separated) == 0
@@ -324,7 +324,7 @@ def test_a_layer_that_never_varies(text: CalibrationSet) -> None:
 
 def test_no_room_for_pairs_and_contexts(model: LanguageModel, text: CalibrationSet) -> None:
     none = {"contexts": 0, "pairs": 0, "separated": 0}
-    found = decompose(model, text, layer=LAYERS["llama"], **{**SMALL, **none})
+    found = decompose(model, text, layers=LAYERS["llama"], **{**SMALL, **none})
     assert [len(found.contexts), len(found.pairs), len(found.separated)] == [0, 0, 0]
     assert found.pairs.dtypes.astype(str).to_dict() == COLUMNS["pairs"]
 
@@ -332,7 +332,7 @@ def test_no_room_for_pairs_and_contexts(model: LanguageModel, text: CalibrationS
 @pytest.mark.gpu
 def test_on_a_gpu(found: Decomposition, text: CalibrationSet) -> None:
     model = as_language_model(TINY["llama"]().to("cuda"), tiny_tokenizer())
-    there, again = (decompose(model, text, layer=1, proj="mlp", **SMALL) for _ in range(2))
+    there, again = (decompose(model, text, layers=1, proj="mlp", **SMALL) for _ in range(2))
     for name in COLUMNS:
         pd.testing.assert_frame_equal(getattr(again, name), getattr(there, name))
     for column in ("wd", "md", "rmse", "weighted_wd", "weighted_md", "output_wd"):
@@ -355,14 +355,14 @@ class _NoBlocks(nn.Module):
 
 def test_a_model_without_blocks(text: CalibrationSet) -> None:
     with pytest.raises(InvalidInput, match="ModuleList"):
-        decompose(_NoBlocks(), text, layer=1, **SMALL)
-    found = decompose(_NoBlocks(), text, layer="layer", **SMALL)
+        decompose(_NoBlocks(), text, layers=1, **SMALL)
+    found = decompose(_NoBlocks(), text, layers="layer", **SMALL)
     assert found.neurons["block"].isna().all()
     assert len(found.neurons) == 48
 
 
 def test_a_layer_outside_the_blocks(model: LanguageModel, text: CalibrationSet) -> None:
-    found = decompose(model, text, layer="lm_head", **SMALL)
+    found = decompose(model, text, layers="lm_head", **SMALL)
     assert found.neurons["block"].isna().all()
     assert len(found.neurons) == 2 * 112
 
@@ -370,4 +370,4 @@ def test_a_layer_outside_the_blocks(model: LanguageModel, text: CalibrationSet) 
 def test_one_token() -> None:
     text = CalibrationSet(torch.tensor([[5]]), "one", {})
     with pytest.raises(InvalidInput, match=r"'model\.layers\.1\.mlp\.up_proj'.*outputs"):
-        decompose(TINY["llama"](), text, layer=LAYERS["llama"], **{**SMALL, "experts": (1,)})
+        decompose(TINY["llama"](), text, layers=LAYERS["llama"], **{**SMALL, "experts": (1,)})

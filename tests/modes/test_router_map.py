@@ -25,7 +25,7 @@ def test_places_against_singular_vectors() -> None:
 
 
 def test_a_sample_of_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pairs, "MOST_TOKENS", 20)
+    monkeypatch.setattr(pairs, "MAP_TOKENS", 20)
     tokens, clusters = normal(70, 3), Clusters.of(torch.arange(70) % 2, 2)
     one, again, other = (
         RouterMap(store_of(tokens), CPU, seed=seed).rows(clusters) for seed in (0, 0, 1)

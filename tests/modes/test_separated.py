@@ -30,7 +30,7 @@ def test_near_pairs_against_plain_loops(near: float) -> None:
 
 
 def test_a_long_text_is_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pairs, "MOST_TOKENS", 50)
+    monkeypatch.setattr(pairs, "PAIR_TOKENS", 50)
     tokens = normal(200, 4)
     drawn = draw_all(store_of(tokens), seed=0)
     found = near_pairs(store_of(tokens), drawn, near=0.5, seed=0)

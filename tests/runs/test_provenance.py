@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -182,6 +183,17 @@ def test_a_file_appears_when_it_is_complete(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="stop"):
         write(b"three", ValueError("stop"))
     assert (names(path.parent), path.read_bytes()) == (["a.bin"], b"two")
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "device"])
+def test_only_a_file_is_replaced_by_a_file(tmp_path: Path, kind: str) -> None:
+    path = Path("/dev/null") if kind == "device" else tmp_path / "there"
+    if kind != "device":
+        (os.mkfifo if kind == "pipe" else os.mkdir)(path)
+    before = path.stat().st_mode
+    with pytest.raises(InvalidInput, match=re.escape(repr(str(path)))), output_file(path) as file:
+        file.write_bytes(b"one")
+    assert path.stat().st_mode == before
 
 
 def test_a_link_to_a_folder_is_followed(tmp_path: Path) -> None:

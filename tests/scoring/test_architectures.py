@@ -64,7 +64,7 @@ def test_scores_are_those_of_the_modules_own_outputs(
     name: str, method: Method, calibration: CalibrationSet
 ) -> None:
     module = build(name)
-    found = score(module, calibration, layers="all", method=method, md=False)
+    found = score(module, calibration, layers="all", proj=None, method=method, md=False)
     outputs = own_outputs(module, calibration.ids)
     settings: Any = found.manifest["settings"]
     left = settings["layers_without_tokens"]
@@ -97,7 +97,9 @@ def test_pads_change_nothing(name: str, side: str, calibration: CalibrationSet) 
         place = slice(16 - n, 16) if side == "left" else slice(n)
         ids[i, place], mask[i, place] = calibration.ids[i, :n], True
     padded = CalibrationSet(ids, "padded", {}, mask)
-    found = score(module, padded, layers=1 if name != "albert" else 0, method="exact", md=False)
+    found = score(
+        module, padded, layers=1 if name != "albert" else 0, proj=None, method="exact", md=False
+    )
     parts = [own_outputs(module, calibration.ids[i : i + 1, :n]) for i, n in enumerate(lengths)]
     for layer, rows in found.frame.groupby("layer"):
         own = np.concatenate([part[str(layer)] for part in parts])

@@ -74,7 +74,7 @@ def stores(monkeypatch: pytest.MonkeyPatch) -> Stores:
 def test_shared_inputs_are_recorded_once(
     name: str, features: list[int], tiny: Tiny, calibration: CalibrationSet, stores: Stores
 ) -> None:
-    score(tiny(name), calibration, layers=1, method="exact", md=False)
+    score(tiny(name), calibration, layers=1, proj=None, method="exact", md=False)
     assert sorted(stores.features) == features
     assert not any(stores.spilled)
 
@@ -111,11 +111,11 @@ def test_records_of_dense_layers_are_taken_in_one_piece(
 
     monkeypatch.setattr(TokenStore, "close", noted)
     monkeypatch.setattr("entangle.recording.stream._SLAB_BYTES", 1)
-    before = score(tiny("llama"), calibration, layers=1, method="exact")
+    before = score(tiny("llama"), calibration, layers=1, proj=None, method="exact")
     assert max(map(len, pieces.values())) > 1
     pieces.clear()
     monkeypatch.setattr("entangle.recording.stream._gains", lambda _rows: True)
-    after = score(tiny("llama"), calibration, layers=1, method="exact")
+    after = score(tiny("llama"), calibration, layers=1, proj=None, method="exact")
     assert_frame_equal(after.frame, before.frame)
     assert list(pieces.values()) == [[calibration.n_tokens]] * 4
 

@@ -116,7 +116,9 @@ def test_batch_size_and_memory_change_nothing(
     usual = scored("llama", method).frame
     changes: list[dict[str, Any]] = [{"batch_size": 1}, {"batch_size": 100}, {"memory": 2**20}]
     for change in changes:
-        other = score(tiny("llama"), calibration, layers=1, method=method, **change).frame
+        other = score(
+            tiny("llama"), calibration, layers=1, proj=None, method=method, **change
+        ).frame
         tolerance = usual["wd_bound"] + other["wd_bound"] + 1e-5
         assert ((usual["wd"] - other["wd"]).abs() <= tolerance).all()
         columns = ["mean", "std", "skewness", "weight_norm"]
@@ -131,7 +133,7 @@ def test_the_device_changes_nothing(
     name: str, method: Method, scored: Scored, calibration: CalibrationSet
 ) -> None:
     usual = scored(name, method)
-    other = score(TINY[name]().to("cuda"), calibration, layers=1, method=method)
+    other = score(TINY[name]().to("cuda"), calibration, layers=1, proj=None, method=method)
     tolerance = usual.frame["wd_bound"] + 1e-4
     assert ((usual.frame["wd"] - other.frame["wd"]).abs() <= tolerance).all()
     columns = ["mean", "std", "md", "weight_norm"]
@@ -145,11 +147,11 @@ def test_two_runs_with_one_seed_agree_to_the_last_bit(
 ) -> None:
     first = scored("gpt2", method)
     state = torch.get_rng_state()
-    second = score(tiny("gpt2"), calibration, layers=1, method=method)
+    second = score(tiny("gpt2"), calibration, layers=1, proj=None, method=method)
     assert torch.equal(torch.get_rng_state(), state)
     assert_frame_equal(first.frame, second.frame, check_exact=True)
     assert_frame_equal(first.layers, second.layers, check_exact=True)
-    other = score(tiny("gpt2"), calibration, layers=1, method=method, seed=1)
+    other = score(tiny("gpt2"), calibration, layers=1, proj=None, method=method, seed=1)
     assert_frame_equal(
         first.frame.drop(columns="md"), other.frame.drop(columns="md"), check_exact=True
     )
@@ -160,7 +162,7 @@ def test_two_runs_with_one_seed_agree_to_the_last_bit(
 def test_without_mapping_difficulty(
     method: Method, tiny: Tiny, calibration: CalibrationSet
 ) -> None:
-    scores = score(tiny("llama"), calibration, layers=1, method=method, md=False)
+    scores = score(tiny("llama"), calibration, layers=1, proj=None, method=method, md=False)
     assert scores.frame["md"].isna().all()
     assert scores.frame["wd"].notna().all()
     assert scores.layers["n_pairs"].eq(0).all()
@@ -250,7 +252,7 @@ def test_layers_outside_the_blocks(tiny: Tiny, calibration: CalibrationSet) -> N
 def test_a_stored_half_precision_model(calibration: CalibrationSet, scored: Scored) -> None:
     module = TINY["llama"]().to(torch.bfloat16)
     for method in METHODS:
-        got = score(module, calibration, layers=1, method=method).frame["wd"]
+        got = score(module, calibration, layers=1, proj=None, method=method).frame["wd"]
         usual = scored("llama", method).frame["wd"]
         assert (got - usual).abs().max() < 0.02
 
@@ -260,7 +262,7 @@ def test_inside_inference_mode(
     method: Method, tiny: Tiny, scored: Scored, calibration: CalibrationSet
 ) -> None:
     with torch.inference_mode():
-        scores = score(tiny("llama"), calibration, layers=1, method=method)
+        scores = score(tiny("llama"), calibration, layers=1, proj=None, method=method)
     assert_frame_equal(scores.frame, scored("llama", method).frame, check_exact=True)
 
 
@@ -286,7 +288,7 @@ def test_running_out_of_memory_names_the_settings(
     monkeypatch.setattr(score_module, where, fail)
     message = r"\b256\b.*\b16\b.*--seq-len"
     with pytest.raises(MemoryLimit, match=message):
-        score(tiny("llama"), calibration, layers=1, method="exact")
+        score(tiny("llama"), calibration, layers=1, proj=None, method="exact")
 
 
 def test_torch_says_so_when_memory_runs_out_on_the_cpu() -> None:
@@ -302,7 +304,7 @@ def test_other_errors_are_not_taken_for_it(
 
     monkeypatch.setattr(score_module, "score_exact", fail)
     with pytest.raises(RuntimeError, match="something else"):
-        score(tiny("llama"), calibration, layers=1, method="exact")
+        score(tiny("llama"), calibration, layers=1, proj=None, method="exact")
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def test_neurons_without_a_score_are_flagged_and_kept(
 
 @pytest.mark.parametrize("method", METHODS)
 def test_nan_that_spreads_ends_and_is_seen(method: Method, calibration: CalibrationSet) -> None:
-    scores = score(broken_llama(), calibration, layers="all", method=method)
+    scores = score(broken_llama(), calibration, layers="all", proj=None, method=method)
     spread = scores.frame[scores.frame["block"] == 2]
     assert (spread["flag"] == "nan").all()
     assert len(scores.top(10)) == 10
@@ -74,7 +74,7 @@ def test_one_sequence_has_scores_but_no_standard_error(
     method: Method, tiny: Tiny, calibration: CalibrationSet
 ) -> None:
     one = CalibrationSet(calibration.ids[:1], "one", {})
-    scores = score(tiny("llama"), one, layers=1, method=method)
+    scores = score(tiny("llama"), one, layers=1, proj=None, method=method)
     assert scores.frame["wd"].notna().all()
     assert scores.frame["wd_se"].isna().all()
     assert scores.layers["split_half"].isna().all()
@@ -85,7 +85,7 @@ def test_one_sequence_has_scores_but_no_standard_error(
 @pytest.mark.parametrize("tokens", [1, 2, 3])
 def test_hardly_any_token(method: Method, tokens: int, tiny: Tiny) -> None:
     ids = CalibrationSet(torch.arange(5, 5 + tokens)[None], "few", {})
-    scores = score(tiny("llama"), ids, layers=1, method=method)
+    scores = score(tiny("llama"), ids, layers=1, proj=None, method=method)
     assert len(scores.frame) == 224
     assert (scores.frame["flag"] == ("constant" if tokens == 1 else "")).all()
     assert scores.frame["wd"].isna().all() == (tokens == 1)
@@ -109,7 +109,7 @@ def test_equal_inputs_have_no_mapping_difficulty(tiny: Tiny) -> None:
 )
 def test_ids_that_do_not_fit_the_model(ids: torch.Tensor, message: str, tiny: Tiny) -> None:
     with pytest.raises(InvalidInput, match=message):
-        score(tiny("llama"), CalibrationSet(ids, "bad", {}), layers=1)
+        score(tiny("llama"), CalibrationSet(ids, "bad", {}), layers=1, proj=None)
 
 
 def test_an_offloaded_layer_is_refused(calibration: CalibrationSet) -> None:
@@ -137,7 +137,7 @@ def test_layers_that_see_no_token_are_left_out_unless_named(
     method: Method, calibration: CalibrationSet
 ) -> None:
     module = _SpareHead()
-    scores = score(module, calibration, layers="all", method=method)
+    scores = score(module, calibration, layers="all", proj=None, method=method)
     spare = "inner.model.layers.0.spare"
     assert spare not in set(scores.frame["layer"])
     settings = scores.manifest["settings"]
@@ -176,6 +176,6 @@ def test_a_path_is_a_calibration_source(
 
 def test_few_sequences_have_a_group_each(tiny: Tiny, calibration: CalibrationSet) -> None:
     few = CalibrationSet(calibration.ids[:3], "few", {})
-    scores = score(tiny("llama"), few, layers=1, method="sketch")
+    scores = score(tiny("llama"), few, layers=1, proj=None, method="sketch")
     assert scores.manifest["settings"]["n_groups"] == 3  # type: ignore[index]
     assert scores.frame["wd_se"].notna().all()

@@ -31,7 +31,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def _ids(text: str) -> list[int]:
-    return list(tiny_tokenizer()(evaluation, add_special_tokens=False)["input_ids"])
+    return list(tiny_tokenizer()(text, add_special_tokens=False)["input_ids"])
 
 
 def _load(source: Any, **options: Any) -> EvaluationText:

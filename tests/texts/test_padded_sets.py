@@ -154,7 +154,7 @@ def _frames(model: LanguageModel, calibration: Any, text: Any) -> dict[str, pd.D
     found["expansion"] = pd.DataFrame({"loss": expanded.perplexity.window_losses})
     compared = compare(model, calibration, text, arms(["expansion"], [0.5], [1, 2]))
     found["comparison"] = compared.frame.drop(columns="seconds")
-    pieces = decompose(model, calibration, layer=name, neurons=[0, 3], experts=(1, 2), **quiet)
+    pieces = decompose(model, calibration, layers=name, neurons=[0, 3], experts=(1, 2), **quiet)
     found |= {"decomposition": pieces.neurons, "separated": pieces.separated}
     found["contexts"] = neuron_modes(model, calibration, name, [0, 3], **quiet).contexts
     for rule in ("trim", "neuroal", "sensitivity", "owl"):
