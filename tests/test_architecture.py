@@ -12,8 +12,8 @@ from entangle.cli.figures import FIGURES
 
 PACKAGE = Path(__file__).parent.parent / "entangle"
 FLOORS = (
-    {"_renamed", "errors", "checks", "seeding", "precision", "memory"},
-    {"runs", "kernels"},
+    {"_renamed", "errors", "checks", "seeding", "precision", "memory", "kernels"},
+    {"runs"},
     {"stats", "pruning"},
     {"plotting"},
     {"results", "models"},
@@ -25,7 +25,7 @@ FLOORS = (
     {"experiments", "modes"},
     {"explorer", "cli", "__main__"},
 )
-"""The ground floor is files, whose order the test of circles keeps; above it are folders."""
+"""The order on the ground floor is kept by the test of circles."""
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 HEAVY = {"torch", "transformers", "matplotlib", "datasets", "pandas", "scipy", "sklearn"}
 

@@ -252,7 +252,7 @@ def save_figures(result: "AblationResult", folder: Path) -> list[str]:
         if not stem.with_suffix(".csv").exists():  # written last
             save_figure(result.plot(name), stem, force=True)
     return [
-        str(stem.with_suffix(f".{e}")) for stem in stems.values() for e in ("pdf", "png", "csv")
+        str(file) for stem in stems.values() for file in sorted(stem.parent.glob(f"{stem.name}.*"))
     ]
 
 

@@ -126,13 +126,18 @@ def plot_output_distribution(
     points = np.append(x, inside)
     skyline = points, np.maximum(shape.at(points), stats.norm.pdf(points, center, scale))
     explain(ax, entries, [tokens], outside, legend=legend, side=side, skyline=skyline)
-    if log:  # room for the note above, and no more below than one token needs
-        low, high = _lowest(shape), 8.0 * float(shape.density.max())
-        ax.set(yscale="log", ylim=(low, high))
-        ax.yaxis.set_major_locator(log_locator(high / low))
-        ax.yaxis.set_major_formatter(FuncFormatter(plain_number))
-        ax.yaxis.set_minor_locator(NullLocator())
+    if log:
+        _set_log(ax, shape)
     return ax
+
+
+def _set_log(ax: Axes, shape: OutputDensity) -> None:
+    """Make the y axis logarithmic, from what one token needs to some room for notes."""
+    low, high = _lowest(shape), 8.0 * float(shape.density.max())
+    ax.set(yscale="log", ylim=(low, high))
+    ax.yaxis.set_major_locator(log_locator(high / low))
+    ax.yaxis.set_major_formatter(FuncFormatter(plain_number))
+    ax.yaxis.set_minor_locator(NullLocator())
 
 
 def _lowest(shape: OutputDensity) -> float:

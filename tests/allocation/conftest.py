@@ -16,4 +16,4 @@ def scored(
     tiny: Callable[[str], LanguageModel], calibration: CalibrationSet
 ) -> Callable[[str], NeuronScores]:
     """Return the scores of all layers of a tiny model, by its name."""
-    return cache(lambda name: score(tiny(name), calibration, method="sketch", md=False))
+    return cache(lambda name: score(tiny(name), calibration, proj=None, method="sketch", md=False))

@@ -48,7 +48,7 @@ def test_budget_is_exact_for_every_rule(
     before = [parameter.clone() for parameter in model.module.parameters()]
     layers = find_layers(model.module, "all")
     text = CalibrationSet(calibration.ids[:2].clone(), "random ids", {})
-    scores = score(model, text, method="sketch", md=False)
+    scores = score(model, text, proj=None, method="sketch", md=False)
     measured = Measurements(model, layers, text, memory=2**30)
     weights = sum(layer.weight.numel() for layer in layers)
     for rule in RULES:

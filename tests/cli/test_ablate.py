@@ -92,7 +92,7 @@ def test_json_holds_everything(run: Run, base: tuple[object, ...], tmp_path: Pat
     assert status == 0, err
     found = json.loads(printed)
     assert sorted(found["figures"]) == sorted(map(str, (out / "figures").iterdir()))
-    assert len(found["figures"]) == 3
+    assert len(found["figures"]) == 5
     assert {row["router"] for row in found["results"]} == {"", "kmeans", "random"}
     assert {row["measure"] for row in found["results"]} == {"perplexity", "perplexity_ratio"}
     assert {row["experts"] for row in found["results"]} == {1, 2}
@@ -127,9 +127,9 @@ def test_blanks_in_lists_do_not_matter(
 @pytest.mark.parametrize(
     ("given", "asked"),
     [
-        ((), ("demo", "test", 128)),
-        (("--evaluation-split", "train"), ("demo", "train", 128)),
-        (("--evaluation", "wikitext2"), ("wikitext2", None, 128)),
+        ((), ("demo", "test", None)),
+        (("--evaluation-split", "train"), ("demo", "train", None)),
+        (("--evaluation", "wikitext2"), ("wikitext2", None, None)),
         (("--evaluation", "wikitext2", "--eval-seq-len", "64"), ("wikitext2", None, 64)),
     ],
 )
@@ -140,7 +140,7 @@ def test_the_text_to_evaluate_on(
     given: tuple[str, ...],
     asked: tuple[object, ...],
 ) -> None:
-    """By default the demo's held-back articles, in windows of the tiny model's context of 128."""
+    """By default the demo's held-back articles, in windows of the default size."""
     seen: list[tuple[object, ...]] = []
 
     def load(source: object, _tokenizer: object, **settings: object) -> None:
@@ -284,10 +284,10 @@ def test_a_result_has_its_name_once_its_figures_are_there(
     assert run(*edit, "--resume").status == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     figures = tmp_path / "out" / "figures"
-    assert len(list(figures.iterdir())) == 3
+    assert len(list(figures.iterdir())) == 5
     shutil.rmtree(figures)  # as of a result that was made by the function
     assert run(*edit, "--resume").status == 0
-    assert len(list(figures.iterdir())) == 3
+    assert len(list(figures.iterdir())) == 5
 
 
 def test_resume_needs_a_folder(run: Run, base: tuple[object, ...]) -> None:

@@ -82,12 +82,13 @@ def test_the_table_says_where_the_result_is_and_force_replaces_it(
 @pytest.mark.parametrize(
     ("chosen", "count"),
     [
-        (["--layer", "all"], 21),
-        ([], 21),
-        (["--layer", "1"], 7),
+        (["--layer", "all"], 9),
+        ([], 9),
+        (["--layer", "1"], 3),
+        (["--layer", "1", "--proj", "mlp,attn"], 7),
         (["--layer", "*.mlp.*"], 9),
         (["--layer", "model.layers.2.self_attn.o_proj"], 1),
-        (["--layer", "0", "--layer", "*.2.mlp.down_proj"], 8),
+        (["--layer", "0", "--layer", "*.2.self_attn.q_proj"], 4),
         (["--proj", "gate_proj"], 3),
         (["--layer", "2", "--proj", "mlp"], 3),
     ],
@@ -113,7 +114,7 @@ def test_without_mapping_difficulty_its_columns_are_not_there(run: Run, small: S
 @pytest.mark.parametrize("name", ["gpt2", "bert", "opt", "mixtral"])
 def test_other_architectures(run: Run, tiny_folder: Folder, text_file: Path, name: str) -> None:
     status, out, err = run(
-        "score", tiny_folder(name), "--layer", 1, "--calibration", text_file, "--n-seq", 2,
+        "score", tiny_folder(name), "--layer", 1, "--proj", "attn", "--calibration", text_file, "--n-seq", 2,
         "--seq-len", 16, "--quiet",
     )  # fmt: skip
     assert (status, err) == (0, "")

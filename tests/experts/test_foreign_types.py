@@ -21,7 +21,7 @@ from entangle.experts import expand
 from entangle.experiments.compare import arms, compare
 from entangle.models.loading import as_language_model
 from entangle.pruning import prune
-from entangle.routing import fit_router
+from entangle.experts.router import fit_router
 from entangle.seeding import torch_rng
 from tests.tiny_models import TINY
 

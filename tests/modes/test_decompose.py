@@ -27,7 +27,7 @@ LAYERS = {
     "bert": "encoder.layer.1.intermediate.dense",
 }
 SMALL: dict[str, Any] = {
-    "experts": (1, 3), "sparsity": 0.75, "restarts": 2, "contexts": 3, "pairs": 40,
+    "experts": (1, 3), "sparsity": 0.75, "restarts": 2, "contexts": 3, "token_pairs": 40,
     "separated": 6, "near": 0.1, "progress": False,
 }  # fmt: skip
 
@@ -258,13 +258,13 @@ def test_sparsity_zero_changes_no_output(model: LanguageModel, text: Calibration
 
 
 MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "layer": (
-        {"layer": "model.layers.1.mlp.upproj"},
+    "layers": (
+        {"layers": "model.layers.1.mlp.upproj"},
         UnknownName,
         r"'model\.layers\.1\.mlp\.upproj'",
     ),
-    "block": ({"layer": 3}, InvalidInput, r"index.*\b0\b.*2.*\b3\b"),
-    "proj": ({"layer": 1, "proj": "upp"}, UnknownName, "'upp'"),
+    "block": ({"layers": 3}, InvalidInput, r"index.*\b0\b.*2.*\b3\b"),
+    "proj": ({"layers": 1, "proj": "upp"}, UnknownName, "'upp'"),
     "neuron": ({"neurons": [48]}, InvalidInput, r"\b0\b.*47.*\b48\b"),
     "experts": ({"experts": (1, 0)}, InvalidInput, r"`experts`.*got 0"),
     "no experts": ({"experts": ()}, InvalidInput, r"`experts`.*got \(\)"),
@@ -277,7 +277,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "sparsity": ({"sparsity": 1.1}, InvalidInput, r"`sparsity`.*\[0, 1\].*\b1\.1\b"),
     "pruner": ({"pruner": "obs"}, UnknownName, "'obs'"),
     "contexts": ({"contexts": -1}, InvalidInput, r"`contexts`.*\b0\b"),
-    "pairs": ({"pairs": -1}, InvalidInput, r"`pairs`.*\b0\b"),
+    "token pairs": ({"token_pairs": -1}, InvalidInput, r"`token_pairs`.*\b0\b"),
     "separated": ({"separated": -1}, InvalidInput, r"`separated`.*\b0\b"),
     "near": ({"near": 0.0}, InvalidInput, r"`near`.*\(0, 1\]"),
     "seed": ({"seed": -1}, InvalidInput, r"`seed`.*-1\b"),
@@ -289,7 +289,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 def test_mistakes(case: str, model: LanguageModel, text: CalibrationSet) -> None:
     changed, kind, message = MISTAKES[case]
     with pytest.raises(kind, match=message):
-        decompose(model, text, **{"layer": LAYERS["llama"], **SMALL, **changed})
+        decompose(model, text, **{"layers": LAYERS["llama"], **SMALL, **changed})
 
 
 def test_neurons_that_do_not_fit_into_memory(model: LanguageModel, tmp_path: Any) -> None:
@@ -323,7 +323,7 @@ def test_a_layer_that_never_varies(text: CalibrationSet) -> None:
 
 
 def test_no_room_for_pairs_and_contexts(model: LanguageModel, text: CalibrationSet) -> None:
-    none = {"contexts": 0, "pairs": 0, "separated": 0}
+    none = {"contexts": 0, "token_pairs": 0, "separated": 0}
     found = decompose(model, text, layers=LAYERS["llama"], **{**SMALL, **none})
     assert [len(found.contexts), len(found.pairs), len(found.separated)] == [0, 0, 0]
     assert found.pairs.dtypes.astype(str).to_dict() == COLUMNS["pairs"]

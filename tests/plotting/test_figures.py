@@ -121,6 +121,17 @@ def test_outputs_share_a_standardised_axis(items: list[NeuronOutput]) -> None:
     assert "± standard error" in caption_of(figure)
 
 
+def test_heavy_tails_are_on_a_log_scale() -> None:
+    wide = pd.DataFrame({"left": [-1.0, 1.0, 29.0], "right": [1.0, 29.0, 30.0]})
+    item = NeuronOutput(wide.assign(count=[900, 50, 50]), 0.0, 1.0, layer="block 1 · up_proj")
+    figure = figure_output_distributions([item, item])
+    assert {ax.get_yscale() for ax in figure.axes} == {"log"}
+    assert figure.legends[0].get_title().get_text() == "block 1 · up_proj"
+    plain = figure_output_distributions([item, item], log=False)
+    assert {ax.get_yscale() for ax in plain.axes} == {"linear"}
+    pd.testing.assert_frame_equal(drawn(figure), drawn(plain))
+
+
 def test_outputs_in_their_own_units_keep_their_axes(items: list[NeuronOutput]) -> None:
     figure = figure_output_distributions(items[:2], standardized=False, column="single")
     assert figure.axes[0].get_xlim() != figure.axes[1].get_xlim()

@@ -214,8 +214,8 @@ def test_path_object_is_never_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_default_sizes() -> None:
     text = torch.zeros(5000, dtype=torch.int64)
-    assert tuple(load_calibration(text).ids.shape) == (128, 2048)
-    assert tuple(load_calibration(text, context_length=64).ids.shape) == (128, 64)
+    assert tuple(load_calibration(text).ids.shape) == (32, 1024)
+    assert tuple(load_calibration(text, context_length=64).ids.shape) == (32, 64)
 
 
 @pytest.mark.parametrize("kind", [torch.int64, torch.int32, torch.uint8])
