@@ -97,8 +97,8 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
 """By name: a public function, and the arguments of its smallest call, scalars wherever possible."""
 
 ELSEWHERE = {
-    "load_ablation", "load_allocation", "load_comparison", "load_decomposition", "load_expanded", "load_result",
-    "load_scores",  # see `unlike_paths`
+    "load_ablation", "load_allocation", "load_comparison", "load_decomposition", "load_expanded",
+    "load_result", "load_scores",  # see `unlike_paths`
     "load_calibration", "load_evaluation", "load_minimal_pairs", "load_model",  # tests of their own
 }  # fmt: skip
 

@@ -35,6 +35,7 @@ from entangle.modes.groups import (
     histogram_rows,
     relative_errors,
     score_rows,
+    sliced_distances,
 )
 from entangle.modes.modes import Neurons, check_neurons
 from entangle.modes.pairs import RouterMap, draw_all, near_pairs, pair_rows, separated_rows
@@ -131,6 +132,7 @@ def _add_outputs(
         parts["neurons"].append(measured.merge(scored.drop(columns="wd"), on=["layer", "neuron"]))
         for fit in fits:
             needed = components_needed(inputs, fit.clusters, device)
+            apart = sliced_distances(inputs, fit.clusters, seed=request.settings.seed)
             start = 0
             for one, bins in zip(chosen, common, strict=True):
                 rows = slice(start, start + one.layer.out_features)
@@ -145,7 +147,7 @@ def _add_outputs(
                     fit.clusters, memory=request.memory,
                 )  # fmt: skip
                 parts["router_map"].append(on_map.rows(fit.clusters).assign(**arm))
-                parts["components"].append(_clusters(fit, needed, errors).assign(**arm))
+                parts["components"].append(_clusters(fit, needed, errors, apart).assign(**arm))
                 parts["outputs"] += [
                     histogram.assign(**arm)
                     for histogram in _histograms(group, one, bins, fit, inputs)
@@ -153,9 +155,13 @@ def _add_outputs(
             report(len(chosen))
 
 
-def _clusters(fit: RowFit, needed: Sequence[int], errors: NDArray[np.float64]) -> pd.DataFrame:
+def _clusters(
+    fit: RowFit, needed: Sequence[int], errors: NDArray[np.float64], apart: Sequence[float]
+) -> pd.DataFrame:
     """Return one row a cluster."""
-    columns = {"tokens": fit.clusters.sizes, "components_90": needed, "error": errors}
+    columns = {
+        "tokens": fit.clusters.sizes, "components_90": needed, "error": errors, "sliced_wd": apart,
+    }  # fmt: skip
     return pd.DataFrame({"cluster": range(fit.router.k), **columns})
 
 

@@ -19,6 +19,7 @@ from entangle.experts.rows import Clusters, RowGroup, dense_outputs, output_erro
 from entangle.models.layers import Layer
 from entangle.precision import accumulator_dtype, row_parts
 from entangle.recording.stream import TokenStore
+from entangle.seeding import numpy_rng
 from entangle.stats import bins
 from entangle.stats.edges import N_BINS, SAVED_FOLD, signed_edges
 from entangle.stats.gram import Gram
@@ -148,6 +149,7 @@ SHARE = 0.9
 """Share of the variance that the components hold."""
 
 _BLOCK_TOKENS = 8192
+SLICES, SLICED_TOKENS = 64, 2048
 _BYTES_OF_A_COMPONENT = 32  # of every neuron: outputs, errors, a sorted copy in float64
 
 
@@ -170,6 +172,42 @@ def components_needed(
         else:
             counts.append(1 + int(np.searchsorted(cumulative, share * cumulative[-1])))
     return counts
+
+
+def sliced_distances(inputs: TokenStore, clusters: Clusters, *, seed: int) -> list[float]:
+    """Return how far every cluster's inputs lie from the inputs of all other clusters.
+
+    Returns
+    -------
+    list of float
+        Sliced Wasserstein distance (W1, `SLICES` random directions) between at most
+        `SLICED_TOKENS` tokens of a cluster and as many of the others, in units of the inputs; NaN
+        where there are none.
+
+    References
+    ----------
+    Bonneel et al., Sliced and Radon Wasserstein Barycenters of Measures, 2015; computed by POT,
+    `ot.sliced_wasserstein_distance`.
+    """
+    import ot  # takes seconds
+
+    labels, found = clusters.labels.cpu().numpy(), []
+    rng = numpy_rng(seed, "sliced distances")
+    for cluster in range(len(clusters.sizes)):
+        parts = [np.flatnonzero(labels == cluster), np.flatnonzero(labels != cluster)]
+        if not all(map(len, parts)):
+            found.append(np.nan)
+            continue
+        own, others = (
+            inputs.take(torch.from_numpy(np.sort(rng.permutation(part)[:SLICED_TOKENS])))
+            .float().cpu().double().numpy()
+            for part in parts
+        )  # fmt: skip
+        slices = rng.standard_normal((own.shape[1], SLICES))
+        slices /= np.linalg.norm(slices, axis=0)
+        distance = ot.sliced_wasserstein_distance(own, others, p=1, projections=slices)
+        found.append(float(distance))
+    return found
 
 
 def _spectrum(

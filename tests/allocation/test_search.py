@@ -157,7 +157,7 @@ def test_a_loss_that_is_not_finite_is_infinite(calibration: CalibrationSet) -> N
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tune": "uniform"}, r"'uniform'.*strength"),
+        ({"tune": "uniform"}, r"'uniform'.*spread"),
         ({"evaluations": 1}, r"`evaluations`.*\b2\b.*\b1\b"),
         ({"held_out": 0.0}, r"held_out.*\(0, 1\).*\b0\.0\b"),
         ({"held_out": 0.99}, r"held_out.*\b0\.99\b.*\b12\b"),

@@ -114,8 +114,8 @@ def test_without_mapping_difficulty_its_columns_are_not_there(run: Run, small: S
 @pytest.mark.parametrize("name", ["gpt2", "bert", "opt", "mixtral"])
 def test_other_architectures(run: Run, tiny_folder: Folder, text_file: Path, name: str) -> None:
     status, out, err = run(
-        "score", tiny_folder(name), "--layer", 1, "--proj", "attn", "--calibration", text_file, "--n-seq", 2,
-        "--seq-len", 16, "--quiet",
+        "score", tiny_folder(name), "--layer", 1, "--proj", "attn", "--calibration", text_file,
+        "--n-seq", 2, "--seq-len", 16, "--quiet",
     )  # fmt: skip
     assert (status, err) == (0, "")
     assert "The 20 largest WD" in out
