@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING
 
 from entangle import _renamed
 
-# MOVED
-
 if TYPE_CHECKING:
     from entangle.allocation import allocate, load_allocation
     from entangle.evaluation import load_evaluation, load_minimal_pairs, perplexity

@@ -18,7 +18,17 @@ from entangle.checks import choices, finite, names, several, share, shares, whol
 from entangle.errors import InvalidInput, NumericalError
 from entangle.evaluation import DenseReference, MinimalPairs, as_evaluation
 from entangle.evaluation.perplexity import affix_effect, as_causal_model, check_fits, tell
-from entangle.experiments.arms import INTERVENTIONS, ROUTERS, SELECTIONS, AblationArm, ArmPlan
+from entangle.experiments.arms import (
+    INTERVENTIONS,
+    MOST_STEPS,
+    ROUTERS,
+    SELECTIONS,
+    AblationArm,
+    ArmPlan,
+    Matched,
+    search_matched,
+    to_match,
+)
 from entangle.experiments.experiment import PAIR, WINDOW, Arrays, Evaluation, Experiment, numbered
 from entangle.experiments.interventions import (
     LayerStatistics,
@@ -28,7 +38,6 @@ from entangle.experiments.interventions import (
     mean_outputs,
     swapped_rows,
 )
-from entangle.experiments.matched import MOST_STEPS, Matched, search_matched, to_match
 from entangle.experiments.selection import Selection, scores_of, select, silent_layers, union_rows
 from entangle.experts.linear import installed
 from entangle.experts.routed_rows import Level, RoutedRows, SolvedRows, fit_rows, solve_rows

@@ -8,12 +8,23 @@ same (to rounding)::
     def statistics(ordered): ...
 
 Callers name no device. What is tested against what is in `OPERATIONS`.
+
+Compiles and launches the kernels of this folder.
+
+The sources are CUDA C. NVRTC, which every CUDA build of torch brings along, compiles them for the
+device at their first use (a few tenths of a second each), so that no compiler need be installed.
 """
 
-from collections.abc import Callable
-from functools import wraps
+import ctypes
+import logging
+import re
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import cache, wraps
+from importlib import resources
 from typing import Any, ParamSpec, TypeVar
 
+import torch
 from torch import Tensor
 
 P = ParamSpec("P")
@@ -57,3 +68,121 @@ def on_cpu(tensor: Tensor, *_others: object, **_settings: object) -> bool:
 def on_gpu(tensor: Tensor, *_others: object, **_settings: object) -> bool:
     """Tell whether the first argument of an operation is on an NVIDIA GPU."""
     return tensor.is_cuda
+
+
+_LOG = logging.getLogger(__name__)
+
+
+def usable(tensor: Tensor) -> bool:
+    """Tell whether kernels can work on this tensor: it is on an NVIDIA GPU, and NVRTC is there."""
+    return tensor.is_cuda and _found()
+
+
+def launch(
+    source: str,
+    function: str,
+    *,
+    grid: Sequence[int],
+    threads: int,
+    arguments: Sequence[Tensor | int],
+    shared_bytes: int = 0,
+    number: str = "float",
+) -> None:
+    """Run a kernel on the current stream of its first argument's device.
+
+    Parameters
+    ----------
+    source
+        Name of the file in this folder, without its ending.
+    function
+        Name of an ``extern "C"`` kernel in it.
+    grid
+        Up to three numbers of thread blocks.
+    threads
+        Threads per block.
+    arguments
+        Tensors, passed as pointers to their first element, and 32-bit integers.
+    shared_bytes
+        Dynamic shared memory of a block.
+    number
+        What ``NUMBER`` stands for in the source.
+    """
+    device = next(a.device for a in arguments if isinstance(a, Tensor))
+    there = device.index == torch.cuda.current_device()
+    with nullcontext() if there else torch.cuda.device(device):
+        kernel = _kernel(source, function, number, torch.cuda.current_device())
+        if shared_bytes > kernel._max_shared_mem_bytes:
+            kernel.set_shared_memory_config(shared_bytes)
+        blocks = (*grid, 1, 1)[:3]
+        stream = torch.cuda.current_stream()._as_parameter_
+        _held, pointers = packed(arguments)
+        torch.cuda._utils._check_cuda(
+            _driver().cuLaunchKernel(
+                kernel.func, *blocks, threads, 1, 1, shared_bytes, stream, pointers, None
+            )
+        )
+
+
+def packed(
+    arguments: Sequence[Tensor | int],
+) -> tuple["ctypes.Array[ctypes.c_int64]", "ctypes.Array[ctypes.c_void_p]"]:
+    """Return a kernel's arguments, each in 8 bytes, and a pointer to each of them.
+
+    A 32-bit integer lies in the first half of its 8 bytes: CUDA's hosts are little-endian.
+    """
+    n = len(arguments)
+    values = (ctypes.c_int64 * n)(
+        *[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+    )
+    first = ctypes.addressof(values)
+    return values, (ctypes.c_void_p * n)(*range(first, first + 8 * n, 8))
+
+
+def shared_limit(device: torch.device) -> int:
+    """Return how many bytes of shared memory a thread block may have."""
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)
+
+
+@cache
+def _found() -> bool:
+    """Tell whether this torch can compile kernels at run time."""
+    if torch.version.cuda is None or not hasattr(torch.cuda, "_compile_kernel"):
+        return False
+    try:
+        torch.cuda._utils._get_gpu_rtc_library()
+    except OSError as error:
+        _LOG.warning("kernels are not used, as NVRTC is missing: %s", error)
+        return False
+    return True
+
+
+@cache
+def _driver() -> ctypes.CDLL:
+    return torch.cuda._utils._get_gpu_runtime_library()
+
+
+def source_text(source: str) -> str:
+    """Return the text of a file of kernels, with the headers of this folder that it includes."""
+    folder = resources.files(__package__)
+
+    def header(line: re.Match[str]) -> str:
+        return folder.joinpath(line[1]).read_text("utf-8")
+
+    text = folder.joinpath(f"{source}.cu").read_text("utf-8")
+    return re.sub(r'^#include "(\w+\.cuh)"\n', header, text, flags=re.MULTILINE)
+
+
+@cache
+def _kernel(source: str, function: str, number: str, device: int) -> Any:
+    """Return one kernel for the current device; all of a file are compiled together."""
+    key = source, number, device
+    if key not in _MODULES:
+        text = source_text(source)
+        compile_kernel: Callable[..., Any] = torch.cuda._compile_kernel
+        compiled = compile_kernel(f"#define NUMBER {number}\n{text}", function)
+        _MODULES[key] = torch.cuda._utils._CudaModule(compiled.module)
+    return getattr(_MODULES[key], function)
+
+
+_MODULES: dict[tuple[str, str, int], Any] = {}

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Float32, Float64, Int, Int32, UInt8
 from torch import Tensor
 
-from entangle.kernels.compiled import launch, shared_limit, usable
+from entangle.kernels.dispatch import launch, shared_limit, usable
 
 NAN, INFINITE, EQUAL, CROWDED = 1, 2, 4, 8
 """What is odd about a row; 0 is nothing."""

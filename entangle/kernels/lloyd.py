@@ -7,7 +7,7 @@ from jaxtyping import BFloat16, Float, Float32, Float64, Int32
 from torch import Tensor
 from torch.nn import functional
 
-from entangle.kernels.compiled import launch, shared_limit, usable
+from entangle.kernels.dispatch import launch, shared_limit, usable
 
 RUNNING, STALLED = 1, 2
 """States of a restart; 0 is finished."""

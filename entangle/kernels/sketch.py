@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from entangle.kernels.compiled import launch, shared_limit, usable
+from entangle.kernels.dispatch import launch, shared_limit, usable
 
 Starts = tuple[int, int]
 """Rows (a, b) of two matrices of as many rows: pair i joins row (a + i) % rows of the first with

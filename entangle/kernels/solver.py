@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from entangle.kernels.compiled import launch, shared_limit, usable
+from entangle.kernels.dispatch import launch, shared_limit, usable
 
 WIDTH = 128
 """Columns of a block at most."""

@@ -26,7 +26,7 @@ from entangle.memory import check_memory, memory_for, work_bytes
 from entangle.models.blocks import evaluates
 from entangle.models.layers import DEFAULT_PROJ, Layer, LayerSpec, Projections, find_layers
 from entangle.models.loading import AnyModel, LanguageModel, as_language_model
-from entangle.modes import TokenText, describe_modes
+from entangle.modes import describe_modes
 from entangle.modes.groups import (
     Chosen,
     CommonBins,
@@ -48,6 +48,7 @@ from entangle.runs.provenance import RunClock, make_manifest
 from entangle.texts.calibration import as_calibration
 from entangle.texts.calibration_set import CalibrationSet
 from entangle.texts.given import Source
+from entangle.texts.words import TokenText
 
 Parts = dict[str, list[pd.DataFrame]]
 """Parts of the tables, by the table's name."""

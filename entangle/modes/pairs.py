@@ -18,11 +18,11 @@ from torch import Tensor
 from entangle.experts.pca import fit_pca
 from entangle.experts.router import fixed_blocks
 from entangle.experts.rows import ClusterPairs, Clusters, pair_tokens
-from entangle.modes import TokenText
 from entangle.recording.stream import TokenStore
 from entangle.seeding import numpy_rng
 from entangle.stats.mapping_difficulty import mapping_difficulty
 from entangle.texts.calibration_set import CalibrationSet
+from entangle.texts.words import TokenText
 
 
 def draw_all(inputs: TokenStore, *, seed: int) -> ClusterPairs:

@@ -23,8 +23,7 @@ from torch import Tensor
 from entangle.errors import InvalidInput
 from entangle.kernels import exact
 from entangle.kernels import sketch as kernels
-from entangle.kernels.compiled import usable
-from entangle.kernels.dispatch import dispatch, on_cpu
+from entangle.kernels.dispatch import dispatch, on_cpu, usable
 from entangle.memory import by_device
 from entangle.precision import accumulator_dtype
 from entangle.seeding import torch_rng

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy import array, inf, nan
 
-from entangle.experiments.matched import bisect_fraction, mean_loss
+from entangle.experiments.arms import bisect_fraction, mean_loss
 
 
 def test_hand_worked_search() -> None:

@@ -13,8 +13,8 @@ import torch
 from entangle.errors import InvalidInput
 from entangle.evaluation import EvaluationText, load_evaluation
 from entangle.experiments.ablate import Ablation, ablate
+from entangle.experiments.arms import MOST_STEPS, STEPS
 from entangle.experiments.experiment import Evaluation
-from entangle.experiments.matched import MOST_STEPS, STEPS
 from entangle.experiments.selection import select
 from entangle.models.loading import LanguageModel
 from entangle.runs.progress import Progress

@@ -5,11 +5,18 @@ from importlib import resources
 
 import torch
 
-from entangle.kernels.compiled import packed, source_text, usable
-from entangle.kernels.dispatch import OPERATIONS, dispatch, on_cpu, on_gpu
+from entangle.kernels.dispatch import (
+    OPERATIONS,
+    dispatch,
+    on_cpu,
+    on_gpu,
+    packed,
+    source_text,
+    usable,
+)
 
 SOURCES = ("binned", "distance", "exact", "lloyd", "pairs", "sketch", "solver")
-MODULES = ("compiled", "dispatch", "exact", "lloyd", "sketch", "solver")
+MODULES = ("dispatch", "exact", "lloyd", "sketch", "solver")
 
 
 def test_a_tensor_on_the_cpu_goes_the_plain_way() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from entangle.experts.clusters import kmeans
-from entangle.scoring.sketched import _Pairing
+from entangle.scoring.score import _Pairing
 from entangle.seeding import torch_rng
 from entangle.stats.mapping_difficulty import PairSketch, draw_pairs, mapping_difficulty
 from entangle.stats.sketch import OutputSketch

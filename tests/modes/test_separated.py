@@ -3,9 +3,10 @@ import pytest
 import torch
 
 from entangle.experts.rows import ClusterPairs
-from entangle.modes import TokenText, pairs
+from entangle.modes import pairs
 from entangle.modes.pairs import draw_all, near_pairs, separated_rows
 from entangle.texts.calibration_set import CalibrationSet
+from entangle.texts.words import TokenText
 from tests.modes.stores import normal, store_of
 from tests.reference import decomposition as reference
 

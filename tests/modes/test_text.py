@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from entangle.modes.modes import TokenText, decoded
+from entangle.texts.words import TokenText, decoded
 from tests.tiny_models import tiny_tokenizer
 from tests.tokenizers import byte_fallback, byte_level, word_piece
 

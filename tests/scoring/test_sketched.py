@@ -9,8 +9,7 @@ from pandas.testing import assert_frame_equal
 
 from entangle.models.loading import LanguageModel
 from entangle.results.scores import NeuronScores
-from entangle.scoring.score import Method, score
-from entangle.scoring.sketched import _Pairing, _runs
+from entangle.scoring.score import Method, _Pairing, _runs, score
 from entangle.seeding import numpy_rng
 from entangle.texts.calibration_set import CalibrationSet
 from tests.reference import scoring as reference
