@@ -21,6 +21,9 @@ from threading import get_ident
 
 from entangle.errors import Unavailable
 
+with suppress(ImportError):  # Windows has none
+    import fcntl
+
 _LONGEST = 200  # bytes of a name that others are made from
 _PATIENCE = 1.0  # seconds that a file without content, or one that was moved aside, may take
 _TRIES = 100
@@ -201,7 +204,12 @@ def _claim(target: Path) -> Writer:
             continue
         if other is not None and not other.is_known_dead:
             raise _refusal(target, other)
-        _set_aside(path, other)
+        try:
+            if _follow(path, other, writer):
+                return writer
+        except KeyboardInterrupt:
+            _release(target, writer)
+            raise
     raise Unavailable(
         f"{str(path)!r} comes and goes: several processes want to write {str(target)!r}; let one "
         "process at a time write there."
@@ -243,6 +251,34 @@ def _read_patiently(path: Path) -> Writer | None:
     while (found := Writer.read(path)) is None and time.monotonic() < end:
         time.sleep(0.02)
     return found
+
+
+def _follow(path: Path, dead: Writer | None, writer: Writer) -> bool:
+    """Put the file of this process in the place of a dead one's, in one step.
+
+    Those who follow take turns by a lock on the dead one's file, and look again when it is theirs.
+    False where it is another's by now, or where there are no locks and it was only removed.
+    """
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return False
+            found = Writer.read(path)
+            if found is not None and (dead is None or found.token != dead.token):
+                return False
+            own = path.with_name(f"{path.name}.{writer.token}")
+            _make(own, writer)
+            try:
+                own.replace(path)
+            finally:
+                insist(partial(own.unlink, missing_ok=True))
+            return True
+    except FileNotFoundError:  # released meanwhile
+        return False
+    except (NameError, OSError):  # a system, or a file system, without locks
+        _set_aside(path, dead)
+        return False
 
 
 def _set_aside(path: Path, dead: Writer | None) -> None:
