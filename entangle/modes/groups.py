@@ -5,6 +5,7 @@ How many directions a cluster's inputs take, and how well its expert serves them
 Histograms of outputs, dense and sparse, of all tokens and of every cluster, on common bins.
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -189,7 +190,9 @@ def sliced_distances(inputs: TokenStore, clusters: Clusters, *, seed: int) -> li
     Bonneel et al., Sliced and Radon Wasserstein Barycenters of Measures, 2015; computed by POT,
     `ot.sliced_wasserstein_distance`.
     """
-    import ot  # takes seconds
+    with warnings.catch_warnings():  # of its source, where it was not compiled before
+        warnings.simplefilter("ignore")
+        import ot  # takes seconds
 
     labels, found = clusters.labels.cpu().numpy(), []
     rng = numpy_rng(seed, "sliced distances")
