@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
             save_figure(figure, folder / "figures" / name)
         _ablate(arguments, model, folder / "ablation")
     for file in sorted(Path(arguments.out).rglob("*.png")):
-        say(f"Figure: {file} (also .pdf, .csv)")
+        say(f"Figure: {file} (also .pdf, .csv, captions)")
     say(f"Saved to {arguments.out}.")
 
 
