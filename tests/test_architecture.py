@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "entangle"
 FLOORS = (
     {"_renamed", "errors", "checks", "seeding", "precision", "memory", "kernels"},
     {"runs"},
-    {"stats", "pruning"},
+    {"stats", "pruning", "packed"},
     {"plotting"},
     {"results", "models"},
     {"texts"},

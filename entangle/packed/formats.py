@@ -1,0 +1,402 @@
+"""How sparse experts are packed: what lies in a file, in memory and under the kernels alike.
+
+A layer's experts are tensors of one of two formats, little-endian, each row by itself.
+
+``bitmap``
+    Any zeros. One bit a weight and the kept values of a row in the order of its columns.
+
+    * ``bitmap``, uint8, (experts, rows, 8 · ceil(cols / 64)): bit ``c % 8`` of byte ``c // 8``;
+    * ``starts``, int32, (experts, rows + 1): where a row's values start, in units of 8 values;
+    * ``values``, (stored,): a row's values and up to 7 zeros that fill its last 8.
+
+``n16``
+    At most n of any 16 neighbouring columns (a block) are kept. ``lanes`` neighbouring threads
+    share a row: lane l owns the blocks l, l + lanes, l + 2 · lanes, …, n values each, in steps of
+    ``chunk`` values (`Lanes`).
+
+    * ``values``, (experts, rows, steps, lanes, chunk);
+    * ``index``, uint8, (experts, rows, steps, lanes, chunk / 2): a value's column within its block,
+      4 bits each, the lower half of a byte first. Places without a value hold a zero (the code of
+  zero) and index 0.
+
+Values are bfloat16, float16 or float32, or codes of 8 or 4 bits (uint8; of 4 bits two a byte, the
+lower half first) and
+
+    * ``scale``, float32, (experts, rows), and ``zero``, uint8, (experts, rows);
+    * ``steps``, uint8, (experts, rows, ceil(cols / 128)), where groups of 128 columns have scales
+      of their own.
+
+A weight is ``(code − zero) · scale``, or ``(code − zero) · scale · step`` of its group.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, UInt8
+from torch import Tensor
+
+from entangle.checks import choice, whole
+from entangle.errors import InvalidInput
+
+FORMATS = ("bitmap", "n16")
+VALUES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "int8": torch.uint8,
+    "int4": torch.uint8,
+}
+"""Dtype of what is stored, by the name of the values."""
+GROUP = 128
+"""Columns that share a step of the quantisation grid."""
+BLOCK = 16
+"""Neighbouring columns of which ``n16`` keeps n."""
+_UNIT = 8  # values in which `starts` counts
+_WORD = 64  # columns in which a bitmap's rows are counted
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """How ``n16`` lays out a row: which thread owns which values."""
+
+    lanes: int
+    """Threads that share a row: 32, 16, 8 or 4."""
+    rounds: int
+    """Blocks that each of them owns."""
+    chunk: int
+    """Values that a thread loads at once."""
+    steps: int
+    """Loads of a thread a row: ``chunk · steps ≥ rounds · n``, the rest are zeros."""
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of a row, those that fill it up included."""
+        return self.lanes * self.rounds
+
+
+@cache
+def lanes_of(in_features: int, kept: int, value_bits: int) -> Lanes:
+    """Return the layout that fills up least; of nearly equal ones that of the longest loads."""
+    blocks = math.ceil(in_features / BLOCK)
+    found: list[tuple[int, Lanes]] = []
+    for lanes in (32, 16, 8, 4):
+        rounds = math.ceil(blocks / lanes)
+        for chunk in (32, 16, 8, 4, 2):
+            if chunk * value_bits <= 128:
+                steps = math.ceil(rounds * kept / chunk)
+                found.append((lanes * steps * chunk, Lanes(lanes, rounds, chunk, steps)))
+    least = min(size for size, _ in found)
+    return next(layout for size, layout in found if size <= 1.03 * least)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Everything about a packed layer but its numbers; stands in ``config.json``."""
+
+    format: str
+    """One of `FORMATS`."""
+    values: str
+    """One of `VALUES`."""
+    experts: int
+    out_features: int
+    in_features: int
+    kept: int = 0
+    """Values a block of ``n16``; 0 for ``bitmap``."""
+    stored: int = 0
+    """Values in ``bitmap``'s ``values``, those that fill up rows included; 0 for ``n16``."""
+    grouped: bool = False
+    """Whether codes have steps a group of 128 columns."""
+
+    def __post_init__(self) -> None:
+        choice("format", self.format, FORMATS)
+        choice("values", self.values, tuple(VALUES))
+        for name in ("experts", "out_features", "in_features"):
+            whole(name, getattr(self, name), least=1)
+        whole("kept", self.kept, least=int(self.format == "n16"), most=BLOCK)
+        whole("stored", self.stored, least=0)
+        if self.stored % _UNIT or (self.grouped and not self.coded):
+            raise InvalidInput(f"no packed layer can have the layout {self.describe()}.")
+
+    @property
+    def coded(self) -> bool:
+        """Whether values are codes of a quantisation grid."""
+        return self.values.startswith("int")
+
+    @property
+    def bits(self) -> int:
+        """Bits of a stored value."""
+        return 4 if self.values == "int4" else 8 * VALUES[self.values].itemsize
+
+    @property
+    def lanes(self) -> Lanes:
+        """The layout of a row of ``n16``."""
+        return lanes_of(self.in_features, self.kept, self.bits)
+
+    def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Return shape and dtype of every tensor by name."""
+        k, rows, cols = self.experts, self.out_features, self.in_features
+        dtype, half = VALUES[self.values], 1 + (self.values == "int4")
+        found: dict[str, tuple[tuple[int, ...], torch.dtype]]
+        if self.format == "bitmap":
+            found = {
+                "bitmap": ((k, rows, 8 * math.ceil(cols / _WORD)), torch.uint8),
+                "starts": ((k, rows + 1), torch.int32),
+                "values": ((self.stored // half,), dtype),
+            }
+        else:
+            at = self.lanes
+            shape = (k, rows, at.steps, at.lanes)
+            found = {
+                "index": ((*shape, at.chunk // 2), torch.uint8),
+                "values": ((*shape, at.chunk // half), dtype),
+            }
+        if self.coded:
+            found |= {"scale": ((k, rows), torch.float32), "zero": ((k, rows), torch.uint8)}
+        if self.grouped:
+            found["steps"] = (k, rows, math.ceil(cols / GROUP)), torch.uint8
+        return found
+
+    def describe(self) -> dict[str, Any]:
+        """Return the fields as JSON can hold them."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, eq=False)
+class Codes:
+    """A quantisation grid: a weight is ``(code − zero) · scale · step``."""
+
+    bits: int
+    """8 or 4."""
+    scale: Float[Tensor, "experts rows"]
+    zero: Float[Tensor, "experts rows"]
+    """Code of the weight 0, a whole number in [0, 2**bits)."""
+    steps: UInt8[Tensor, "experts rows groups"] | None = None
+
+    def unit(self, cols: int) -> Float[Tensor, "experts rows *cols"]:
+        """Return the distance of neighbouring values, for every column where it differs."""
+        return unit_of(self.scale, self.steps, cols)
+
+
+def unit_of(scale: Tensor, steps: Tensor | None, cols: int) -> Tensor:
+    """Return the distance of neighbouring values, (…, rows, cols) or without steps (…, rows, 1)."""
+    if steps is None:
+        return scale[..., None]
+    return (scale[..., None] * steps).repeat_interleave(GROUP, -1)[..., :cols]
+
+
+def pack(
+    weight: Float[Tensor, "experts rows cols"],
+    form: str = "bitmap",
+    *,
+    values: str | None = None,
+    codes: Codes | None = None,
+    kept: int | None = None,
+) -> tuple[Layout, dict[str, Tensor]]:
+    """Pack experts; `unpack` gives them back, bit for bit but for the sign of a zero.
+
+    Parameters
+    ----------
+    weight
+        With zeros where nothing is kept.
+    form
+        One of `FORMATS`.
+    values
+        How values are stored: by default as they are. A narrower float rounds them.
+    codes
+        The grid on which all weights lie (to the rounding of their dtype); their codes are stored.
+    kept
+        For ``n16``: values a block; by default the most that a block holds.
+
+    Raises
+    ------
+    InvalidInput
+        If a block holds more than ``kept`` values, a value is not on the grid, or a float overflows
+        the narrower one.
+    """
+    k, rows, cols = weight.shape
+    name = str(weight.dtype).removeprefix("torch.") if values is None else values
+    mask = weight != 0
+    if codes is not None:
+        name = f"int{codes.bits}"
+        stored, mask = _encode(weight, codes, mask)
+    else:
+        if name not in VALUES or name.startswith("int"):
+            raise InvalidInput(f"`values` must be a float of `VALUES` without a grid; got {name}.")
+        stored = weight.to(VALUES[name])
+        if not bool(stored.isfinite().all()):
+            raise InvalidInput(f"a weight overflows {name}; store a wider dtype.")
+        if bool(((stored == 0) & mask).any()):
+            mask = stored != 0
+    extra = {} if codes is None else _grid_tensors(codes)
+    described: dict[str, Any] = {
+        "format": form, "values": name, "experts": k, "out_features": rows,
+        "in_features": cols, "grouped": "steps" in extra,
+    }  # fmt: skip
+    if choice("form", form, FORMATS) == "bitmap":
+        found = _pack_bitmap(stored, mask)
+        layout = Layout(**described, stored=found["values"].numel())
+    else:
+        blocks = torch.nn.functional.pad(mask, (0, -cols % BLOCK)).unflatten(-1, (-1, BLOCK))
+        most = max(1, int(blocks.sum(-1, dtype=torch.int32).max()))
+        if kept is not None and whole("kept", kept, least=1, most=BLOCK) < most:
+            raise InvalidInput(f"a block of 16 columns holds {most} values, more than {kept}.")
+        layout = Layout(**described, kept=kept or most)
+        found = _pack_n16(stored, mask, layout, extra.get("zero"))
+    if name == "int4":
+        found["values"] = _pairs(found["values"])
+    return layout, found | extra
+
+
+def _pack_bitmap(stored: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    k, rows, cols = mask.shape
+    bits = torch.nn.functional.pad(mask, (0, -cols % _WORD)).unflatten(-1, (-1, 8))
+    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=mask.device)
+    counts = mask.sum(-1)
+    units = (counts + _UNIT - 1) // _UNIT
+    ends = units.flatten().cumsum(0)
+    if int(ends[-1]) >= 2**31:
+        raise InvalidInput("a packed layer holds at most 2**34 values; expand into fewer experts.")
+    starts = torch.cat([ends.new_zeros(1), ends])
+    first = starts[:-1].view(k, rows, 1)
+    values = stored.new_zeros(int(ends[-1]) * _UNIT)
+    places = (first * _UNIT + mask.cumsum(-1) - 1)[mask]
+    values[places] = stored[mask]
+    last = starts.index_select(0, torch.arange(1, k + 1, device=mask.device) * rows)
+    return {
+        "bitmap": (bits * weights).sum(-1, dtype=torch.uint8),
+        "starts": torch.cat([first[..., 0], last[:, None]], 1).int(),
+        "values": values,
+    }
+
+
+def _pack_n16(
+    stored: Tensor, mask: Tensor, layout: Layout, zero: Tensor | None
+) -> dict[str, Tensor]:
+    k, rows, cols = mask.shape
+    at, n = layout.lanes, layout.kept
+    fill = (0, at.blocks * BLOCK - cols)
+    mask = torch.nn.functional.pad(mask, fill).unflatten(-1, (-1, BLOCK))
+    stored = torch.nn.functional.pad(stored, fill).unflatten(-1, (-1, BLOCK))
+    order = (~mask).to(torch.uint8).argsort(dim=-1, stable=True)[..., :n]  # kept columns first
+    real = mask.gather(-1, order)
+    empty = torch.zeros_like(stored[..., :1, :1]) if zero is None else zero[..., None, None]
+    values = torch.where(real, stored.gather(-1, order), empty)
+    index = torch.where(real, order, 0).to(torch.uint8)
+
+    def streams(tensor: Tensor, fill: Tensor) -> Tensor:
+        """Give every lane its blocks in a row, (experts, rows, steps, lanes, chunk)."""
+        own = tensor.view(k, rows, at.rounds, at.lanes, n).transpose(2, 3).flatten(3)
+        rest = fill.expand(k, rows, at.lanes, at.steps * at.chunk - own.shape[-1])
+        own = torch.cat([own, rest], -1)
+        own = own.reshape(k, rows, at.lanes, at.steps, at.chunk)
+        return own.transpose(2, 3).contiguous()
+
+    none = torch.zeros_like(index[..., :1, :1])
+    return {"index": _pairs(streams(index, none)), "values": streams(values, empty)}
+
+
+def _encode(weight: Tensor, codes: Codes, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the codes, and where they are not that of a zero."""
+    unit, zero = codes.unit(weight.shape[-1]).float(), codes.zero[..., None].float()
+    wide = weight.float()
+    found = (wide / unit).round() + zero
+    rounding = torch.finfo(weight.dtype).eps * wide.abs()
+    fits = (((found - zero) * unit - wide).abs() <= rounding + 1e-4 * unit) | ~mask
+    if not bool((fits & ((found >= 0) & (found < 2**codes.bits) | ~mask)).all()):
+        raise InvalidInput("a weight does not lie on the quantisation grid it is to be stored by.")
+    return torch.where(mask, found, 0).to(torch.uint8), mask & (found != zero)
+
+
+def _grid_tensors(codes: Codes) -> dict[str, Tensor]:
+    found = {"scale": codes.scale.float().contiguous(), "zero": codes.zero.to(torch.uint8)}
+    return found if codes.steps is None else found | {"steps": codes.steps.contiguous()}
+
+
+def _pairs(nibbles: Tensor) -> Tensor:
+    """Store two numbers below 16 a byte, the first in its lower half."""
+    return nibbles[..., 0::2] | nibbles[..., 1::2] << 4
+
+
+def _halves(packed: Tensor) -> Tensor:
+    return torch.stack([packed & 15, packed >> 4], -1).flatten(-2)
+
+
+def unpack(
+    tensors: Mapping[str, Tensor],
+    layout: Layout,
+    expert: int,
+    rows: slice = slice(None),
+    dtype: torch.dtype | None = None,
+) -> Float[Tensor, "rows cols"]:
+    """Return some rows of one expert with their zeros.
+
+    Parameters
+    ----------
+    tensors
+        From `pack`, on any device.
+    layout
+        From `pack`.
+    expert, rows
+        Which of them.
+    dtype
+        By default that of the values; float32 for codes.
+    """
+    first, stop, _ = rows.indices(layout.out_features)
+    if layout.format == "bitmap":
+        values, mask = _read_bitmap(tensors, layout, expert, first, stop)
+        dense = values.new_zeros(mask.shape)
+        dense[mask] = values
+    else:
+        dense, mask = _read_n16(tensors, layout, expert, first, stop)
+    if layout.coded:
+        zero = tensors["zero"][expert, first:stop, None].float()
+        steps = tensors["steps"][expert, first:stop] if layout.grouped else None
+        unit = unit_of(tensors["scale"][expert, first:stop], steps, layout.in_features)
+        dense = torch.where(mask, (dense.float() - zero) * unit, 0)
+    return dense if dtype is None else dense.to(dtype)
+
+
+def _read_bitmap(
+    tensors: Mapping[str, Tensor], layout: Layout, expert: int, first: int, stop: int
+) -> tuple[Tensor, Bool[Tensor, "rows cols"]]:
+    """Return the kept values of some rows in reading order, and where they stand."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=tensors["bitmap"].device)
+    bits = tensors["bitmap"][expert, first:stop, :, None] >> shifts & 1
+    mask = bits.flatten(1)[:, : layout.in_features].bool()
+    starts = tensors["starts"][expert, first : stop + 1].long() * _UNIT
+    begin, end = int(starts[0]), int(starts[-1])
+    if layout.values == "int4":
+        values = _halves(tensors["values"][begin // 2 : end // 2])
+    else:
+        values = tensors["values"][begin:end]
+    offset = torch.arange(end - begin, device=values.device)
+    row = torch.searchsorted(starts - begin, offset, right=True) - 1
+    real = offset - (starts - begin)[row] < mask.sum(1)[row]
+    return values[real], mask
+
+
+def _read_n16(
+    tensors: Mapping[str, Tensor], layout: Layout, expert: int, first: int, stop: int
+) -> tuple[Tensor, Bool[Tensor, "rows cols"]]:
+    at, n = layout.lanes, layout.kept
+    values = tensors["values"][expert, first:stop]
+    values = _halves(values) if layout.values == "int4" else values
+    index = _halves(tensors["index"][expert, first:stop])
+
+    def blocks(tensor: Tensor) -> Tensor:
+        own = tensor.transpose(1, 2).flatten(2)[..., : at.rounds * n]
+        own = own.reshape(-1, at.lanes, at.rounds, n)
+        return own.transpose(1, 2).flatten(1, 2)
+
+    values, index = blocks(values), blocks(index).long()
+    fill = tensors["zero"][expert, first:stop, None, None] if layout.coded else 0
+    real = values != fill
+    places = torch.where(real, index, BLOCK)  # one place more, for what only fills
+    dense = values.new_zeros(*values.shape[:2], BLOCK + 1).scatter_(-1, places, values)
+    mask = torch.zeros_like(dense, dtype=torch.bool).scatter_(-1, places, True)
+    cols = layout.in_features
+    return dense[..., :BLOCK].flatten(1)[:, :cols], mask[..., :BLOCK].flatten(1)[:, :cols]
