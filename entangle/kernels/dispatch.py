@@ -18,7 +18,7 @@ device at their first use (a few tenths of a second each), so that no compiler n
 import ctypes
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cache, wraps
 from importlib import resources
@@ -27,6 +27,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+Names = tuple[tuple[str, str | int], ...]
 P = ParamSpec("P")
 Found = TypeVar("Found")
 
@@ -87,6 +88,8 @@ def launch(
     arguments: Sequence[Tensor | int],
     shared_bytes: int = 0,
     number: str = "float",
+    defined: Mapping[str, int] | None = None,
+    early: bool = False,
 ) -> None:
     """Run a kernel on the current stream of its first argument's device.
 
@@ -106,21 +109,54 @@ def launch(
         Dynamic shared memory of a block.
     number
         What ``NUMBER`` stands for in the source.
+    defined
+        What other names stand for in it; each set of values is compiled by itself.
+    early
+        Let the kernel begin before the one in front of it has ended (programmatic dependent launch,
+        from compute capability 9.0 on); it waits itself, by ``griddepcontrol.wait``.
     """
     device = next(a.device for a in arguments if isinstance(a, Tensor))
     there = device.index == torch.cuda.current_device()
     with nullcontext() if there else torch.cuda.device(device):
-        kernel = _kernel(source, function, number, torch.cuda.current_device())
+        names = {"NUMBER": number, **(defined or {})}
+        kernel = _kernel(source, function, tuple(names.items()), torch.cuda.current_device())
         if shared_bytes > kernel._max_shared_mem_bytes:
             kernel.set_shared_memory_config(shared_bytes)
         blocks = (*grid, 1, 1)[:3]
         stream = torch.cuda.current_stream()._as_parameter_
         _held, pointers = packed(arguments)
-        torch.cuda._utils._check_cuda(
-            _driver().cuLaunchKernel(
+        if early and torch.cuda.get_device_capability(device) >= (9, 0):
+            config = _Config(
+                (ctypes.c_uint * 6)(*blocks, threads, 1, 1), shared_bytes, stream, _EARLY, 1
+            )
+            error = _driver().cuLaunchKernelEx(ctypes.byref(config), kernel.func, pointers, None)
+        else:
+            error = _driver().cuLaunchKernel(
                 kernel.func, *blocks, threads, 1, 1, shared_bytes, stream, pointers, None
             )
-        )
+        torch.cuda._utils._check_cuda(error)
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute of the driver."""
+
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int * 16))
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig of the driver."""
+
+    _fields_ = (
+        ("grid_and_block", ctypes.c_uint * 6),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    )
+
+
+# CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, allowed
+_EARLY = ctypes.pointer(_Attribute(6, 0, (ctypes.c_int * 16)(1)))
 
 
 def packed(
@@ -174,15 +210,16 @@ def source_text(source: str) -> str:
 
 
 @cache
-def _kernel(source: str, function: str, number: str, device: int) -> Any:
+def _kernel(source: str, function: str, names: Names, device: int) -> Any:
     """Return one kernel for the current device; all of a file are compiled together."""
-    key = source, number, device
+    key = source, names, device
     if key not in _MODULES:
         text = source_text(source)
         compile_kernel: Callable[..., Any] = torch.cuda._compile_kernel
-        compiled = compile_kernel(f"#define NUMBER {number}\n{text}", function)
+        defines = "".join(f"#define {name} {value}\n" for name, value in names)
+        compiled = compile_kernel(defines + text, function)
         _MODULES[key] = torch.cuda._utils._CudaModule(compiled.module)
     return getattr(_MODULES[key], function)
 
 
-_MODULES: dict[tuple[str, str, int], Any] = {}
+_MODULES: dict[tuple[str, Names, int], Any] = {}

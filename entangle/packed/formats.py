@@ -23,8 +23,8 @@ Values are bfloat16, float16 or float32, or codes of 8 or 4 bits (uint8; of 4 bi
 lower half first) and
 
     * ``scale``, float32, (experts, rows), and ``zero``, uint8, (experts, rows);
-    * ``steps``, uint8, (experts, rows, ceil(cols / 128)), where groups of 128 columns have scales
-      of their own.
+    * ``steps``, uint8, (experts, rows, 4 · ceil(cols / 512)), where groups of 128 columns have
+      scales of their own; zeros fill it up.
 
 A weight is ``(code − zero) · scale``, or ``(code − zero) · scale · step`` of its group.
 """
@@ -33,7 +33,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, UInt8
@@ -157,12 +157,20 @@ class Layout:
         if self.coded:
             found |= {"scale": ((k, rows), torch.float32), "zero": ((k, rows), torch.uint8)}
         if self.grouped:
-            found["steps"] = (k, rows, math.ceil(cols / GROUP)), torch.uint8
+            found["steps"] = (k, rows, 4 * math.ceil(cols / (4 * GROUP))), torch.uint8
         return found
 
     def describe(self) -> dict[str, Any]:
         """Return the fields as JSON can hold them."""
         return asdict(self)
+
+
+class Packed(NamedTuple):
+    """One layer's packed experts."""
+
+    tensors: Mapping[str, Tensor]
+    layout: Layout
+    bias: Float[Tensor, " out_features"] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -313,7 +321,10 @@ def _encode(weight: Tensor, codes: Codes, mask: Tensor) -> tuple[Tensor, Tensor]
 
 def _grid_tensors(codes: Codes) -> dict[str, Tensor]:
     found = {"scale": codes.scale.float().contiguous(), "zero": codes.zero.to(torch.uint8)}
-    return found if codes.steps is None else found | {"steps": codes.steps.contiguous()}
+    if codes.steps is None:
+        return found
+    steps = torch.nn.functional.pad(codes.steps, (0, -codes.steps.shape[-1] % 4))
+    return found | {"steps": steps.contiguous()}
 
 
 def _pairs(nibbles: Tensor) -> Tensor:

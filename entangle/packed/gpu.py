@@ -1,0 +1,285 @@
+"""Products with packed experts on NVIDIA GPUs: a few tokens by kernels, many by unpacking tiles.
+
+A few tokens (decoding) read every weight of their experts once, packed; nothing is asked of the
+host, so that CUDA graphs can hold the calls. For more tokens (prefill) tiles of the experts in use
+are unpacked in front of a dense product, grouped by expert.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from entangle.kernels.dispatch import launch, shared_limit, usable
+from entangle.packed.formats import Layout, Packed
+
+DECODED = 8
+"""Tokens up to which the kernels for a few tokens are taken."""
+SCRATCH = 2**27
+"""Bytes of unpacked weights at a time."""
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+_INPUTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
+_VALUES = {"int4": 0, "int8": 0, "bfloat16": 1, "float16": 2, "float32": 3}
+_RING = {32: 8192}  # bytes a warp of `bitmap`, by bits of a value; else 4096
+
+
+def fits(x: Tensor, *_others: object, **_settings: object) -> bool:
+    """Tell whether this way is open: the tokens are on a GPU, in a dtype the kernels know."""
+    return x.dtype in _INPUTS and usable(x) and torch.cuda.get_device_capability(x.device) >= (8, 0)
+
+
+def linear(
+    x: Float[Tensor, "tokens in_features"],
+    clusters: Int64[Tensor, " tokens"],
+    tensors: Mapping[str, Tensor],
+    layout: Layout,
+    bias: Float[Tensor, " out_features"] | None = None,
+) -> Float[Tensor, "tokens out_features"]:
+    """Do what `entangle.packed.products.linear` does."""
+    one = Packed(tensors, layout, bias)
+    if x.shape[0] > DECODED:
+        return _many(x, clusters, one)
+    return _few(x, clusters, [one], "relu")
+
+
+def gated(
+    x: Float[Tensor, "tokens in_features"],
+    clusters: Int64[Tensor, " tokens"],
+    gate: Packed,
+    up: Packed,
+    activation: str,
+) -> Float[Tensor, "tokens out_features"]:
+    """Do what `entangle.packed.products.gated` does."""
+    if x.shape[0] > DECODED:
+        return _ACTIVATE[activation](_many(x, clusters, gate)) * _many(x, clusters, up)
+    return _few(x, clusters, [gate, up], activation)
+
+
+def fits_gated(x: Tensor, _clusters: Tensor, gate: Packed, up: Packed, activation: str) -> bool:
+    """Tell whether `gated` can do it: both layers are packed alike."""
+    a, b = gate.layout, up.layout
+    alike = (a.format, a.values, a.kept, a.grouped) == (b.format, b.values, b.kept, b.grouped)
+    alike &= (a.out_features, a.in_features) == (b.out_features, b.in_features)
+    return alike and activation in ACTIVATIONS and fits(x)
+
+
+def route(
+    x: Float[Tensor, "tokens features"],
+    mean: Float[Tensor, " features"],
+    directions: Float[Tensor, "k features"],
+    offset: Float[Tensor, " k"],
+) -> Int64[Tensor, " tokens"]:
+    """Do what `entangle.packed.products.route` does, for a few tokens in one launch."""
+    k, cols = directions.shape
+    clusters = torch.empty(x.shape[0], dtype=torch.int64, device=x.device)
+    launch(
+        "route", "route", grid=(8, x.shape[0]), threads=256,
+        arguments=[_aligned(x), mean, directions, offset, clusters],
+        defined={"INPUT": _INPUTS[x.dtype], "COLS": cols, "K": k}, early=True,
+    )  # fmt: skip
+    return clusters
+
+
+def fits_route(x: Tensor, *_others: object) -> bool:
+    """Tell whether `route` can do it: a few tokens, on a GPU whose thread blocks form clusters."""
+    few = 0 < x.shape[0] <= DECODED
+    return few and fits(x) and torch.cuda.get_device_capability(x.device) >= (9, 0)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a kernel is launched."""
+
+    warps: int
+    """A thread block's."""
+    blocks: int
+    """Thread blocks a token."""
+    together: int
+    """Rows that a lane of ``n16`` works on at once."""
+    depth: int
+    """Steps of them whose weights are under way at once."""
+    tokens: int
+    """Most tokens that share the reading of an expert."""
+    shared: int
+    """Bytes of shared memory a thread block."""
+    defined: Mapping[str, int]
+    """Names that the kernel is compiled with."""
+
+
+@cache
+def geometry(
+    layout: Layout, dtype: torch.dtype, tokens: int, matrices: int, activation: str,
+    device: int, warps: int = 16, waves: int = 2, together: int = 0,
+) -> Geometry:  # fmt: skip
+    """Return how the kernel for a few tokens is launched; the last three are for tuning."""
+    width = 2 if dtype != torch.float32 else 4
+    places, values = _words(layout)
+    depth = 1
+    if layout.format == "n16":
+        steps, words = layout.lanes.steps, places + values
+        # as measured on one H200: codes are decoded, so that fewer of them need be under way
+        most, under_way = (8, 16) if layout.coded else (20, 20)
+        if not together:
+            together = 4 if steps <= 3 else 2 if steps <= 8 else 1
+            while together > 1 and together * words > most:
+                together //= 2
+        depth = max(1, min(math.ceil(steps / 2), under_way // (together * words)))
+        unit = 32 // layout.lanes.lanes * together
+        rows = layout.lanes.rounds * 16
+    else:
+        together, unit = 1, 1
+        rows = math.ceil(layout.in_features / 1024) * 33
+    limit = shared_limit(torch.device("cuda", device))
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    ring = _RING.get(layout.bits, 4096) * warps * (layout.format == "bitmap")
+    units = math.ceil(layout.out_features / unit)
+    at_once = min(_power(tokens), 16 // width)
+    while True:
+        blocks = min(processors * waves, units)
+        block_rows = math.ceil(units / blocks) * unit
+        results = math.ceil(matrices * at_once * block_rows * 4 / 16) * 16
+        tile = rows * 32 * (4 if at_once == 1 else at_once * width)
+        shared = tile + results + ring
+        if shared * waves <= limit or (waves == 1 and shared <= limit):
+            break
+        if waves > 1:
+            waves -= 1
+        elif at_once > 1:
+            at_once //= 2
+        else:
+            warps, ring = warps // 2, ring // 2
+    defined = {
+        **_names(layout), "SINGLE": int(layout.experts == 1), "INPUT": _INPUTS[dtype],
+        "TOKENS": at_once, "MATRICES": matrices, "ACTIVATION": ACTIVATIONS.index(activation),
+        "WARPS": warps, "MOST_ROWS": block_rows, "TOGETHER": together, "DEPTH": depth,
+    }  # fmt: skip
+    return Geometry(warps, blocks, together, depth, at_once, shared, defined)
+
+
+def _few(x: Tensor, clusters: Tensor, layers: list[Packed], activation: str) -> Tensor:
+    layout = layers[0].layout
+    tokens = x.shape[0]
+    found = x.new_empty(tokens, layout.out_features)
+    if not tokens:
+        return found
+    at = geometry(layout, x.dtype, tokens, len(layers), activation, x.device.index)
+    x, given = _aligned(x), [one for layer in layers for one in _arguments(layer, x.dtype)]
+    for start in range(0, tokens, at.tokens):
+        part = slice(start, start + at.tokens)
+        launch(
+            "sparse", "product", grid=(at.blocks, x[part].shape[0]), threads=32 * at.warps,
+            shared_bytes=at.shared, defined=at.defined,
+            arguments=[x[part], clusters[part], found[part], x[part].shape[0], *given],
+            early=True,
+        )  # fmt: skip
+    return found
+
+
+def _arguments(layer: Packed, dtype: torch.dtype) -> list[Tensor | int]:
+    tensors, values = layer.tensors, layer.tensors["values"]
+    names = ("scale", "zero", "steps")
+    places = tensors["bitmap" if layer.layout.format == "bitmap" else "index"]
+    bias = 0 if layer.bias is None else layer.bias.to(dtype)
+    return [
+        places, tensors.get("starts", 0), values, *(tensors.get(name, 0) for name in names),
+        bias, values.numel() * values.element_size(),
+    ]  # fmt: skip
+
+
+def _words(layout: Layout) -> tuple[int, int]:
+    """Return the registers that the places and the values of one step of ``n16`` take."""
+    if layout.format != "n16":
+        return 0, 0
+    chunk = layout.lanes.chunk
+    return max(1, chunk // 8), max(1, chunk * layout.bits // 32)
+
+
+def _names(layout: Layout) -> dict[str, int]:
+    """Return what the kernels' names of the layout stand for."""
+    found = {
+        "BITMAP": int(layout.format == "bitmap"), "BITS": layout.bits,
+        "VALUE": _VALUES[layout.values], "GROUPED": int(layout.grouped),
+        "ROWS": layout.out_features, "COLS": layout.in_features,
+    }  # fmt: skip
+    if layout.format == "n16":
+        at = layout.lanes
+        found |= {"KEPT": layout.kept, "LANES": at.lanes, "ROUNDS": at.rounds}
+        found |= {"CHUNK": at.chunk, "STEPS": at.steps}
+    return found
+
+
+def _power(number: int) -> int:
+    return 1 << max(0, number - 1).bit_length()
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """Return the tokens one behind the other, where a GPU can read 16 bytes at once."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
+
+
+def _many(x: Tensor, clusters: Tensor, layer: Packed) -> Tensor:
+    """Return the outputs of many tokens, grouped by expert; in bfloat16 nothing asks the host."""
+    layout = layer.layout
+    order = clusters.argsort(stable=True)
+    ends = torch.bincount(clusters, minlength=layout.experts).cumsum(0).int()
+    width = math.ceil(layout.in_features / 8) * 8
+    tokens = torch.nn.functional.pad(x[order], (0, width - layout.in_features))
+    outputs = x.new_empty(x.shape[0], layout.out_features)
+    for first, dense in tiles(layer, ends, x.dtype, width):
+        stop = first + dense.shape[1]
+        outputs[:, first:stop] = _grouped(tokens, dense, ends)
+    if layer.bias is not None:
+        outputs += layer.bias.to(x.dtype)
+    return torch.empty_like(outputs).index_copy_(0, order, outputs)
+
+
+def _grouped(tokens: Tensor, dense: Tensor, ends: Tensor) -> Tensor:
+    """Multiply each expert's tokens, which lie in a row, by its weight (experts, rows, cols)."""
+    if dense.shape[0] == 1:
+        return tokens @ dense[0].mT
+    if tokens.dtype == torch.bfloat16 and hasattr(torch, "_grouped_mm") and not dense.shape[1] % 8:
+        return torch._grouped_mm(tokens, dense.mT, offs=ends)
+    outputs = tokens.new_empty(tokens.shape[0], dense.shape[1])
+    start = 0
+    for expert, stop in enumerate(ends.tolist()):
+        torch.mm(tokens[start:stop], dense[expert].mT, out=outputs[start:stop])
+        start = stop
+    return outputs
+
+
+def tiles(
+    layer: Packed, ends: Tensor, dtype: torch.dtype, width: int
+) -> Iterator[tuple[int, Float[Tensor, "experts rows width"]]]:
+    """Yield the first row and the unpacked rows of all experts in use, within `SCRATCH` bytes."""
+    layout = layer.layout
+    fit = SCRATCH // (layout.experts * width * dtype.itemsize) // 8 * 8
+    rows = min(layout.out_features, max(8, fit))
+    scratch = torch.empty(layout.experts * rows * width, dtype=dtype, device=ends.device)
+    given = _arguments(layer, dtype)[:6]
+    for first in range(0, layout.out_features, rows):
+        count = min(rows, layout.out_features - first)
+        launch(
+            "unpack", "unpack", grid=(math.ceil(count / 8), layout.experts), threads=256,
+            arguments=[scratch, ends, first, count, *given],
+            defined={**_names(layout), "OUTPUT": _INPUTS[dtype], "WIDTH": width},
+        )  # fmt: skip
+        used = scratch[: layout.experts * count * width]
+        yield first, used.view(layout.experts, count, width)
+
+
+def _relu2(x: Tensor) -> Tensor:
+    return torch.relu(x).square()
+
+
+_ACTIVATE: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": torch.nn.functional.silu,
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    "relu": torch.relu,
+    "relu2": _relu2,
+}
