@@ -1,7 +1,7 @@
 // Packed sparse experts back with their zeros, for products with many tokens (packed/gpu.py).
 //
 // A warp unpacks a row of an expert that has tokens: rows of gridDim.y experts go to
-// out[expert][row - first]. Defined before this file: BITMAP (or n of 16), BITS of a stored value,
+// out[expert][row - first]. Defined before this file: BITMAP, DELTA (or n of 16), BITS of a value,
 // VALUE (0 codes, 1 bfloat16, 2 half, 3 float), GROUPED, OUTPUT (1 bfloat16, 2 half, 3 float), ROWS,
 // COLS, WIDTH (of a row of the output, COLS and what fills it up); for n of 16 KEPT, LANES, ROUNDS,
 // CHUNK and STEPS.
@@ -94,6 +94,34 @@ extern "C" __global__ void __launch_bounds__(256) unpack(
 #pragma unroll
             for (int j = 0; j < 8; j += 16 / sizeof(output_t))
                 *(uint4*)(line + column + j) = *(uint4*)(kept + j);
+        }
+    }
+#elif DELTA
+    for (int i = lane * 16 / sizeof(output_t); i < WIDTH; i += 512 / sizeof(output_t))
+        *(uint4*)(line + i) = make_uint4(0, 0, 0, 0);
+    __syncwarp();
+    const int* ends_of = starts + expert * (ROWS + 1) + first + local;
+    int column = 0;
+    for (int from = ends_of[0]; from < ends_of[1]; from += 32) {
+        const int at = from + lane;
+        const u32 gaps = at < ends_of[1] ? ((const u32*)places)[at] : 0;
+        const u32 pairs = (gaps & 0x0f0f0f0f) + (gaps >> 4 & 0x0f0f0f0f);
+        const int wide = (int)(pairs * 0x01010101u >> 24) + 8;
+        int scan = wide;
+        for (int o = 1; o < 32; o <<= 1) {
+            const int below = __shfl_up_sync(ALL, scan, o);
+            if (lane >= o) scan += below;
+        }
+        int own = column + scan - wide;
+        column += __shfl_sync(ALL, scan, 31);
+        for (int j = 0; j < 8 && at < ends_of[1]; j++, own++) {
+            own += gaps >> 4 * j & 15;
+            float value = unit * stored_value(values, (long long)at * 8 + j, base);
+            if (value == 0.f || own >= COLS) continue;
+#if GROUPED
+            value *= steps[row * GROUPS + (own >> 7)];
+#endif
+            line[own] = narrow(value);
         }
     }
 #else

@@ -1,13 +1,22 @@
 """How sparse experts are packed: what lies in a file, in memory and under the kernels alike.
 
-A layer's experts are tensors of one of two formats, little-endian, each row by itself.
+A layer's experts are tensors of one of three formats, little-endian, each row by itself.
 
 ``bitmap``
     Any zeros. One bit a weight and the kept values of a row in the order of its columns.
 
     * ``bitmap``, uint8, (experts, rows, 8 · ceil(cols / 64)): bit ``c % 8`` of byte ``c // 8``;
     * ``starts``, int32, (experts, rows + 1): where a row's values start, in units of 8 values;
-    * ``values``, (stored,): a row's values and up to 7 zeros that fill its last 8.
+    * ``values``, (stored,): a row's values and up to 7 zeros that fill its last 8; zeros fill up
+      the last row to a multiple of 32.
+
+``delta``
+    Any zeros. The kept values of a row in the order of its columns, and how far each stands from
+    the one before; where more than 15 columns lie between, zeros are stored among them.
+
+    * ``starts`` and ``values`` as above; what fills up a row are zeros in the columns that follow;
+    * ``index``, uint8, (stored / 2,): columns between a value and the one before, or the start of
+      the row, 4 bits each, the lower half of a byte first.
 
 ``n16``
     At most n of any 16 neighbouring columns (a block) are kept. ``lanes`` neighbouring threads
@@ -42,7 +51,7 @@ from torch import Tensor
 from entangle.checks import choice, whole
 from entangle.errors import InvalidInput
 
-FORMATS = ("bitmap", "n16")
+FORMATS = ("bitmap", "delta", "n16")
 VALUES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
@@ -56,6 +65,7 @@ GROUP = 128
 BLOCK = 16
 """Neighbouring columns of which ``n16`` keeps n."""
 _UNIT = 8  # values in which `starts` counts
+_FILL = 32  # values, at least 16 bytes, in which all of them are counted
 _WORD = 64  # columns in which a bitmap's rows are counted
 
 
@@ -105,9 +115,9 @@ class Layout:
     out_features: int
     in_features: int
     kept: int = 0
-    """Values a block of ``n16``; 0 for ``bitmap``."""
+    """Values a block of ``n16``; else 0."""
     stored: int = 0
-    """Values in ``bitmap``'s ``values``, those that fill up rows included; 0 for ``n16``."""
+    """Values in ``values`` of the other two, those that fill up rows included; 0 for ``n16``."""
     grouped: bool = False
     """Whether codes have steps a group of 128 columns."""
 
@@ -118,7 +128,7 @@ class Layout:
             whole(name, getattr(self, name), least=1)
         whole("kept", self.kept, least=int(self.format == "n16"), most=BLOCK)
         whole("stored", self.stored, least=0)
-        if self.stored % _UNIT or (self.grouped and not self.coded):
+        if self.stored % _FILL or (self.grouped and not self.coded):
             raise InvalidInput(f"no packed layer can have the layout {self.describe()}.")
 
     @property
@@ -144,6 +154,12 @@ class Layout:
         if self.format == "bitmap":
             found = {
                 "bitmap": ((k, rows, 8 * math.ceil(cols / _WORD)), torch.uint8),
+                "starts": ((k, rows + 1), torch.int32),
+                "values": ((self.stored // half,), dtype),
+            }
+        elif self.format == "delta":
+            found = {
+                "index": ((self.stored // 2,), torch.uint8),
                 "starts": ((k, rows + 1), torch.int32),
                 "values": ((self.stored // half,), dtype),
             }
@@ -247,6 +263,9 @@ def pack(
     if choice("form", form, FORMATS) == "bitmap":
         found = _pack_bitmap(stored, mask)
         layout = Layout(**described, stored=found["values"].numel())
+    elif form == "delta":
+        found = _pack_delta(stored, mask, extra.get("zero"))
+        layout = Layout(**described, stored=found["values"].numel())
     else:
         blocks = torch.nn.functional.pad(mask, (0, -cols % BLOCK)).unflatten(-1, (-1, BLOCK))
         most = max(1, int(blocks.sum(-1, dtype=torch.int32).max()))
@@ -259,26 +278,60 @@ def pack(
     return layout, found | extra
 
 
-def _pack_bitmap(stored: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    k, rows, cols = mask.shape
-    bits = torch.nn.functional.pad(mask, (0, -cols % _WORD)).unflatten(-1, (-1, 8))
-    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=mask.device)
-    counts = mask.sum(-1)
-    units = (counts + _UNIT - 1) // _UNIT
-    ends = units.flatten().cumsum(0)
+def _starts(counts: Tensor) -> Tensor:
+    """Return where the rows start, (experts, rows + 1), of these numbers of values."""
+    k, rows = counts.shape
+    ends = ((counts.flatten() + _UNIT - 1) // _UNIT).cumsum(0)
     if int(ends[-1]) >= 2**31:
         raise InvalidInput("a packed layer holds at most 2**34 values; expand into fewer experts.")
     starts = torch.cat([ends.new_zeros(1), ends])
-    first = starts[:-1].view(k, rows, 1)
-    values = stored.new_zeros(int(ends[-1]) * _UNIT)
-    places = (first * _UNIT + mask.cumsum(-1) - 1)[mask]
+    return torch.cat([starts[:-1].view(k, rows), starts[rows::rows, None]], 1).int()
+
+
+def _room(starts: Tensor) -> int:
+    """Return how many values are stored."""
+    return math.ceil(int(starts[-1, -1]) * _UNIT / _FILL) * _FILL
+
+
+def _pack_bitmap(stored: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    bits = torch.nn.functional.pad(mask, (0, -mask.shape[-1] % _WORD)).unflatten(-1, (-1, 8))
+    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=mask.device)
+    starts = _starts(mask.sum(-1))
+    values = stored.new_zeros(_room(starts))
+    places = (starts[:, :-1, None].long() * _UNIT + mask.cumsum(-1) - 1)[mask]
     values[places] = stored[mask]
-    last = starts.index_select(0, torch.arange(1, k + 1, device=mask.device) * rows)
-    return {
-        "bitmap": (bits * weights).sum(-1, dtype=torch.uint8),
-        "starts": torch.cat([first[..., 0], last[:, None]], 1).int(),
-        "values": values,
-    }
+    bitmap = (bits * weights).sum(-1, dtype=torch.uint8)
+    return {"bitmap": bitmap, "starts": starts, "values": values}
+
+
+def _pack_delta(stored: Tensor, mask: Tensor, zero: Tensor | None) -> dict[str, Tensor]:
+    k, rows, cols = mask.shape
+    lines, columns = mask.view(k * rows, cols).nonzero(as_tuple=True)
+    first = torch.ones_like(lines, dtype=torch.bool)
+    first[1:] = lines[1:] != lines[:-1]
+    before = torch.where(first, -1, columns.roll(1))
+    jumps = columns - before
+    fillers = (jumps - 1) // BLOCK
+    counts = torch.zeros(k * rows, dtype=torch.int64, device=mask.device)
+    counts.index_add_(0, lines, fillers + 1)
+    starts = _starts(counts.view(k, rows))
+    empty = torch.zeros_like(stored[:, :, 0]) if zero is None else zero
+    units = (starts[:, 1:] - starts[:, :-1]).flatten().long() * _UNIT
+    values = stored.new_zeros(_room(starts))
+    index = torch.zeros_like(values, dtype=torch.uint8)
+    filled = empty.flatten().repeat_interleave(units)
+    values[: filled.numel()] = filled
+    # a value stands behind all values and fillers of its row that come before it
+    running = (fillers + 1).cumsum(0)
+    ahead = (counts.cumsum(0) - counts)[lines]
+    places = starts[:, :-1].flatten().long()[lines] * _UNIT + running - 1 - ahead
+    values[places] = stored.view(k * rows, cols)[lines, columns]
+    index[places] = ((jumps - 1) % BLOCK).to(torch.uint8)
+    total = int(fillers.sum())
+    of = torch.arange(len(fillers), device=mask.device).repeat_interleave(fillers)
+    back = torch.arange(total, device=mask.device) - (fillers.cumsum(0) - fillers)[of] + 1
+    index[places[of] - back] = BLOCK - 1
+    return {"index": _pairs(index), "starts": starts, "values": values}
 
 
 def _pack_n16(
@@ -361,6 +414,8 @@ def unpack(
         values, mask = _read_bitmap(tensors, layout, expert, first, stop)
         dense = values.new_zeros(mask.shape)
         dense[mask] = values
+    elif layout.format == "delta":
+        dense, mask = _read_delta(tensors, layout, expert, first, stop)
     else:
         dense, mask = _read_n16(tensors, layout, expert, first, stop)
     if layout.coded:
@@ -378,16 +433,41 @@ def _read_bitmap(
     shifts = torch.arange(8, dtype=torch.uint8, device=tensors["bitmap"].device)
     bits = tensors["bitmap"][expert, first:stop, :, None] >> shifts & 1
     mask = bits.flatten(1)[:, : layout.in_features].bool()
+    values, row, offset = _read_values(tensors, layout, expert, first, stop)
+    return values[offset < mask.sum(1)[row]], mask
+
+
+def _read_values(
+    tensors: Mapping[str, Tensor], layout: Layout, expert: int, first: int, stop: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return all stored values of some rows, their rows, and their numbers within these."""
     starts = tensors["starts"][expert, first : stop + 1].long() * _UNIT
     begin, end = int(starts[0]), int(starts[-1])
     if layout.values == "int4":
         values = _halves(tensors["values"][begin // 2 : end // 2])
     else:
         values = tensors["values"][begin:end]
-    offset = torch.arange(end - begin, device=values.device)
-    row = torch.searchsorted(starts - begin, offset, right=True) - 1
-    real = offset - (starts - begin)[row] < mask.sum(1)[row]
-    return values[real], mask
+    offset = torch.arange(begin, end, device=values.device)
+    row = torch.searchsorted(starts, offset, right=True) - 1
+    return values, row, offset - starts[row]
+
+
+def _read_delta(
+    tensors: Mapping[str, Tensor], layout: Layout, expert: int, first: int, stop: int
+) -> tuple[Tensor, Bool[Tensor, "rows cols"]]:
+    values, row, offset = _read_values(tensors, layout, expert, first, stop)
+    begin = int(tensors["starts"][expert, first]) * _UNIT
+    gaps = _halves(tensors["index"][begin // 2 : (begin + len(values)) // 2]).long() + 1
+    running = gaps.cumsum(0)
+    ahead = (running - gaps)[offset == 0]  # of each row that stores anything
+    column = running - ahead[(offset == 0).cumsum(0) - 1] - 1
+    fill = tensors["zero"][expert, first:stop][row] if layout.coded else 0
+    real = values != fill
+    dense = values.new_zeros(stop - first, layout.in_features)
+    dense[row[real], column[real]] = values[real]
+    mask = torch.zeros_like(dense, dtype=torch.bool)
+    mask[row[real], column[real]] = True
+    return dense, mask
 
 
 def _read_n16(

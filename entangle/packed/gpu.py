@@ -24,7 +24,7 @@ SCRATCH = 2**27
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 _INPUTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 _VALUES = {"int4": 0, "int8": 0, "bfloat16": 1, "float16": 2, "float32": 3}
-_RING = {32: 8192}  # bytes a warp of `bitmap`, by bits of a value; else 4096
+_RING = 4096  # bytes of values that a warp of `bitmap` holds; twice that of float32
 
 
 def fits(x: Tensor, *_others: object, **_settings: object) -> bool:
@@ -132,18 +132,17 @@ def geometry(
         rows = layout.lanes.rounds * 16
     else:
         together, unit = 1, 1
-        rows = math.ceil(layout.in_features / 1024) * 33
     limit = shared_limit(torch.device("cuda", device))
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    ring = _RING.get(layout.bits, 4096) * warps * (layout.format == "bitmap")
     units = math.ceil(layout.out_features / unit)
     at_once = min(_power(tokens), 16 // width)
     while True:
         blocks = min(processors * waves, units)
         block_rows = math.ceil(units / blocks) * unit
         results = math.ceil(matrices * at_once * block_rows * 4 / 16) * 16
-        tile = rows * 32 * (4 if at_once == 1 else at_once * width)
-        shared = tile + results + ring
+        tile = math.ceil(_tile(layout) * (4 if at_once == 1 else at_once * width) / 16) * 16
+        ring = warps * _RING * max(1, layout.bits // 16) + warps * 128
+        shared = tile + results + ring * (layout.format == "bitmap")
         if shared * waves <= limit or (waves == 1 and shared <= limit):
             break
         if waves > 1:
@@ -151,7 +150,7 @@ def geometry(
         elif at_once > 1:
             at_once //= 2
         else:
-            warps, ring = warps // 2, ring // 2
+            warps //= 2
     defined = {
         **_names(layout), "SINGLE": int(layout.experts == 1), "INPUT": _INPUTS[dtype],
         "TOKENS": at_once, "MATRICES": matrices, "ACTIVATION": ACTIVATIONS.index(activation),
@@ -190,6 +189,15 @@ def _arguments(layer: Packed, dtype: torch.dtype) -> list[Tensor | int]:
     ]  # fmt: skip
 
 
+def _tile(layout: Layout) -> int:
+    """Return the columns that shared memory has a place for."""
+    if layout.format == "bitmap":
+        return math.ceil(layout.in_features / 1024) * 33 * 32
+    if layout.format == "delta":
+        return (layout.in_features + 31) // 8 * 8
+    return layout.lanes.rounds * 16 * 32
+
+
 def _words(layout: Layout) -> tuple[int, int]:
     """Return the registers that the places and the values of one step of ``n16`` take."""
     if layout.format != "n16":
@@ -201,8 +209,8 @@ def _words(layout: Layout) -> tuple[int, int]:
 def _names(layout: Layout) -> dict[str, int]:
     """Return what the kernels' names of the layout stand for."""
     found = {
-        "BITMAP": int(layout.format == "bitmap"), "BITS": layout.bits,
-        "VALUE": _VALUES[layout.values], "GROUPED": int(layout.grouped),
+        "BITMAP": int(layout.format == "bitmap"), "DELTA": int(layout.format == "delta"),
+        "BITS": layout.bits, "VALUE": _VALUES[layout.values], "GROUPED": int(layout.grouped),
         "ROWS": layout.out_features, "COLS": layout.in_features,
     }  # fmt: skip
     if layout.format == "n16":

@@ -30,11 +30,14 @@ def rows_of(layout: Layout, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("cols", [1, 7, 16, 63, 64, 100, 576])
-@pytest.mark.parametrize("share", [0.0, 0.5, 0.9, 1.0])
-def test_a_bitmap_gives_back_the_weight(dtype: torch.dtype, cols: int, share: float) -> None:
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.9, 0.99, 1.0])
+@pytest.mark.parametrize("form", ["bitmap", "delta"])
+def test_any_zeros_give_back_the_weight(
+    form: str, dtype: torch.dtype, cols: int, share: float
+) -> None:
     weight = sparse(3, 5, cols, share, dtype)
     weight[1, 2] = 0
-    layout, tensors = pack(weight)
+    layout, tensors = pack(weight, form)
     assert {n: (tuple(t.shape), t.dtype) for n, t in tensors.items()} == layout.tensors()
     assert torch.equal(rows_of(layout, tensors), weight)
     assert torch.equal(unpack(tensors, layout, 2, slice(1, 4)), weight[2, 1:4])
@@ -55,7 +58,7 @@ def test_n_of_16_gives_back_the_weight(n: int, cols: int) -> None:
         assert at.lanes * at.steps * at.chunk <= 1.15 * n * cols / 16
 
 
-@pytest.mark.parametrize("form", ["bitmap", "n16"])
+@pytest.mark.parametrize("form", ["bitmap", "delta", "n16"])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("grouped", [False, True])
 def test_codes_give_back_the_grid(form: str, bits: int, grouped: bool) -> None:
