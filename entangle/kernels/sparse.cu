@@ -8,7 +8,8 @@
 // a stored value, VALUE (0 codes, 1 bfloat16, 2 half, 3 float), GROUPED, INPUT (1 bfloat16, 2 half,
 // 3 float), ROWS, COLS, TOKENS (most at once), MATRICES (2: a gate and what it lets through),
 // ACTIVATION, WARPS, MOST_ROWS (of a block); for n of 16 KEPT, LANES, ROUNDS, CHUNK, STEPS, TOGETHER
-// (rows of a lane at once) and DEPTH (their steps loaded at once).
+// (rows of a lane at once) and DEPTH (their steps loaded at once); for distances UNITS (of eight
+// values, a lane's at once) and DEPTH (how many times that is under way).
 
 typedef unsigned int u32;
 typedef unsigned short u16;

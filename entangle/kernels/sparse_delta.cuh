@@ -1,12 +1,11 @@
-// Rows of values with the distance of each from the last (see sparse.cu): a lane has eight values at
-// a time, and finds its first column by adding up the distances of the lanes before it.
+// Rows of values with the distance of each from the last (see sparse.cu): a lane has UNITS times
+// eight values at a time, and finds its first column by adding up the lanes before it.
 
 #define ROW_UNIT 1
 #define PADDED ((COLS + 31) / 8 * 8)  // columns of the tile: what fills a row may stand past it
 #define TILE_BYTES(bytes) (PADDED * (bytes))
 #define WARP_BYTES 0
 #define WORDS (BITS / 4)              // of eight values
-#define DEPTH 2                       // units of a lane under way
 
 template <int M>
 __device__ void stage(char* tile, const input_t* x, const int* token, int count) {
@@ -14,23 +13,34 @@ __device__ void stage(char* tile, const input_t* x, const int* token, int count)
         spread<M>(tile + i * 8 * Inputs<M>::BYTES, Inputs<M>::BYTES, x, i * 8, token, count);
 }
 
-// Eight neighbouring values of a row, and how far each stands from the one before.
-struct Unit {
-    u32 value[WORDS], gaps;
+// Neighbouring values of a row, eight a unit, and how far each stands from the one before.
+struct Values {
+    u32 value[UNITS][WORDS], gaps[UNITS];
 
-    __device__ __forceinline__ float weight(int j, float zero) const {
+    __device__ __forceinline__ float weight(int i, int j, float zero) const {
 #if VALUE == 3
-        return __uint_as_float(value[j]);
+        return __uint_as_float(value[i][j]);
 #elif VALUE
-        return half_of<VALUE>(value[j / 2], j & 1);
+        return half_of<VALUE>(value[i][j / 2], j & 1);
 #elif BITS == 8
-        return __uint_as_float(__byte_perm(value[j / 4], 0x4B000000, 0x7540 | (j & 3))) - zero;
+        return __uint_as_float(__byte_perm(value[i][j / 4], 0x4B000000, 0x7540 | (j & 3))) - zero;
 #else
-        const u32 nibbles = (j & 1 ? value[0] >> 4 : value[0]) & 0x0f0f0f0f;
+        const u32 nibbles = (j & 1 ? value[i][0] >> 4 : value[i][0]) & 0x0f0f0f0f;
         return __uint_as_float(__byte_perm(nibbles, 0x4B000000, 0x7540 | j / 2)) - zero;
 #endif
     }
 };
+
+// The sum over this lane and those before it.
+__device__ __forceinline__ int summed(int own) {
+#pragma unroll
+    for (int o = 1; o < 32; o <<= 1)
+        asm volatile("{\n .reg .pred p;\n .reg .s32 below;\n"
+                     " shfl.sync.up.b32 below|p, %0, %1, 0, 0xffffffff;\n"
+                     " @p add.s32 %0, %0, below;\n}"
+                     : "+r"(own) : "r"(o));
+    return own;
+}
 
 template <int M>
 __device__ void rows_of(
@@ -43,35 +53,37 @@ __device__ void rows_of(
     const int* starts = matrix.starts + expert * (ROWS + 1);
     // a warp's units follow each other in memory, row after row
     int unit = first < stop ? starts[first] : 0, row_end = unit;
-    const int last = first < stop ? starts[stop] : 0;
     int next_end = first < stop ? starts[first + 1] : 0;
-    Unit ahead[DEPTH];
-    auto load = [&](Unit& to, int at) {
-        to.gaps = 0;
+    Values ahead[DEPTH];
+    auto load = [&](Values& to, int at, int end) {
 #pragma unroll
-        for (int i = 0; i < WORDS; i++) to.value[i] = 0;
-        if (at >= last) return;
-        to.gaps = __ldcs((const u32*)matrix.places + at);
-        const u32* from = (const u32*)matrix.values + (long long)at * WORDS;
-        if (WORDS == 1) {
-            to.value[0] = __ldcs(from);
-        } else if (WORDS == 2) {
-            const uint2 v = __ldcs((const uint2*)from);
-            to.value[0] = v.x, to.value[1 % WORDS] = v.y;
-        } else {
+        for (int i = 0; i < UNITS; i++) {
+            to.gaps[i] = 0;
 #pragma unroll
-            for (int i = 0; i < WORDS; i += 4) {
-                const uint4 v = __ldcs((const uint4*)from + i / 4);
-                to.value[i] = v.x, to.value[(i + 1) % WORDS] = v.y;
-                to.value[(i + 2) % WORDS] = v.z, to.value[(i + 3) % WORDS] = v.w;
+            for (int w = 0; w < WORDS; w++) to.value[i][w] = 0;
+            if (at + i >= end) continue;
+            to.gaps[i] = __ldcs((const u32*)matrix.places + at + i);
+            const u32* from = (const u32*)matrix.values + (long long)(at + i) * WORDS;
+            if (WORDS == 1) {
+                to.value[i][0] = __ldcs(from);
+            } else if (WORDS == 2) {
+                const uint2 v = __ldcs((const uint2*)from);
+                to.value[i][0] = v.x, to.value[i][1 % WORDS] = v.y;
+            } else {
+#pragma unroll
+                for (int w = 0; w < WORDS; w += 4) {
+                    const uint4 v = __ldcs((const uint4*)from + w / 4);
+                    to.value[i][w] = v.x, to.value[i][(w + 1) % WORDS] = v.y;
+                    to.value[i][(w + 2) % WORDS] = v.z, to.value[i][(w + 3) % WORDS] = v.w;
+                }
             }
         }
     };
-    // the next loads of this lane: its unit of the row's next 32, or of the first 32 of another row
+    // the next loads of this lane: of the row's next units, or of the first of another row
     int ask_row = first, ask_from = unit, ask_end = next_end;
-    auto ask = [&](Unit& to) {
-        load(to, ask_from + lane < ask_end ? ask_from + lane : last);
-        ask_from += 32;
+    auto ask = [&](Values& to) {
+        load(to, ask_from + lane * UNITS, ask_end);
+        ask_from += 32 * UNITS;
         if (ask_from >= ask_end && ask_row + 1 < stop) {
             ask_row++, ask_from = ask_end, ask_end = starts[ask_row + 1];
         }
@@ -99,41 +111,44 @@ __device__ void rows_of(
         for (int m = 0; m < M; m++) sum[m] = 0.f;
         int column = 0;  // the first that may come next
         do {
-            const Unit now = ahead[0];
+            const Values now = ahead[0];
 #pragma unroll
             for (int d = 0; d + 1 < DEPTH; d++) ahead[d] = ahead[d + 1];
             ask(ahead[DEPTH - 1]);
-            const u32 pairs = (now.gaps & 0x0f0f0f0f) + (now.gaps >> 4 & 0x0f0f0f0f);
-            const int wide = (int)(pairs * 0x01010101u >> 24) + 8;
-            int scan = wide;
+            u32 pairs = 0;
 #pragma unroll
-            for (int o = 1; o < 32; o <<= 1) {
-                const int below = __shfl_up_sync(ALL, scan, o);
-                if (lane >= o) scan += below;
-            }
-            u32 at = own + (column + scan - wide << SHIFT);
+            for (int i = 0; i < UNITS; i++)
+                pairs += (now.gaps[i] & 0x0f0f0f0f) + (now.gaps[i] >> 4 & 0x0f0f0f0f);
+            const int wide = (int)(pairs * 0x01010101u >> 24) + 8 * UNITS;
+            const int scan = summed(wide);
+            const int left = row_end - unit - lane * UNITS;  // units, of this lane and later ones
+            // what has none reads the first columns, by zeros
+            u32 at = left > 0 ? own + (column + scan - wide << SHIFT) : own;
             column += __shfl_sync(ALL, scan, 31);
-            const bool there = unit + lane < row_end;
-            if (!there) at = own;  // all its values are zero
 #pragma unroll
-            for (int j = 0; j < 8; j++) {
-                const u32 nibble = now.gaps & 15u << 4 * j;
-                u32 moved = 4 * j < SHIFT ? nibble << (SHIFT - 4 * j) : nibble >> (4 * j - SHIFT);
-                asm("add.u32 %0, %0, %1;" : "+r"(at) : "r"(moved));
-                float weight = now.weight(j, zero);
+            for (int i = 0; i < UNITS; i++) {
+#pragma unroll
+                for (int j = 0; j < 8; j++) {
+                    const u32 nibble = now.gaps[i] & 15u << 4 * j;
+                    const u32 moved =
+                        4 * j < SHIFT ? nibble << (SHIFT - 4 * j) : nibble >> (4 * j - SHIFT);
+                    asm("add.u32 %0, %0, %1;" : "+r"(at) : "r"(moved));
+                    const u32 place = at + (i * 8 + j) * Inputs<M>::BYTES;
+                    float weight = now.weight(i, j, zero);
 #if VALUE == 0
-                if (!there) weight = 0.f;
+                    if (left <= i) weight = 0.f;
 #endif
 #if GROUPED
-                const int group = (int)(at + j * Inputs<M>::BYTES - own >> SHIFT) >> 7;
-                weight *= steps[group < GROUPS ? group : 0];
+                    const int group = (int)(place - own >> SHIFT) >> 7;
+                    weight *= steps[group < GROUPS ? group : 0];
 #endif
-                float x[M];
-                Inputs<M>::load(at + j * Inputs<M>::BYTES, x);
+                    float x[M];
+                    Inputs<M>::load(place, x);
 #pragma unroll
-                for (int m = 0; m < M; m++) sum[m] = fmaf(weight, x[m], sum[m]);
+                    for (int m = 0; m < M; m++) sum[m] = fmaf(weight, x[m], sum[m]);
+                }
             }
-            unit += 32;
+            unit += 32 * UNITS;
         } while (unit < row_end);
         unit = row_end, row_end = next_end;
 #pragma unroll

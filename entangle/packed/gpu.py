@@ -99,7 +99,7 @@ class Geometry:
     blocks: int
     """Thread blocks a token."""
     together: int
-    """Rows that a lane of ``n16`` works on at once."""
+    """Rows that a lane of ``n16`` works on at once; units of eight values of ``delta``."""
     depth: int
     """Steps of them whose weights are under way at once."""
     tokens: int
@@ -129,9 +129,11 @@ def geometry(
                 together //= 2
         depth = max(1, min(math.ceil(steps / 2), under_way // (together * words)))
         unit = 32 // layout.lanes.lanes * together
-        rows = layout.lanes.rounds * 16
     else:
-        together, unit = 1, 1
+        # units of eight values a lane: two where rows fill them
+        values = layout.stored // (layout.experts * layout.out_features)
+        together = together or (2 if values >= 384 and layout.bits <= 16 else 1)
+        unit, depth = 1, 2
     limit = shared_limit(torch.device("cuda", device))
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     units = math.ceil(layout.out_features / unit)
@@ -154,7 +156,8 @@ def geometry(
     defined = {
         **_names(layout), "SINGLE": int(layout.experts == 1), "INPUT": _INPUTS[dtype],
         "TOKENS": at_once, "MATRICES": matrices, "ACTIVATION": ACTIVATIONS.index(activation),
-        "WARPS": warps, "MOST_ROWS": block_rows, "TOGETHER": together, "DEPTH": depth,
+        "WARPS": warps, "MOST_ROWS": block_rows, "DEPTH": depth,
+        "UNITS" if layout.format == "delta" else "TOGETHER": together,
     }  # fmt: skip
     return Geometry(warps, blocks, together, depth, at_once, shared, defined)
 
