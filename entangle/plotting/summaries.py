@@ -19,6 +19,12 @@ Floats = NDArray[np.float64]
 _WRITER = "the command `entangle score` writes such tables."
 
 
+def bell_curve(x: Floats, mean: float = 0.0, std: float = 1.0) -> Floats:
+    """Return the density of a normal distribution."""
+    density: Floats = np.exp(-(((x - mean) / std) ** 2) / 2.0) / np.sqrt(2.0 * np.pi) / std
+    return density
+
+
 def check_columns(
     frame: pd.DataFrame, needed: Sequence[str], *, name: str, writer: str = _WRITER
 ) -> None:
