@@ -375,7 +375,7 @@ def _fit_one(
     return table, fitted
 
 
-Rows = Mapping[str, NDArray[np.int64]]
+RowsByLayer = Mapping[str, NDArray[np.int64]]
 Level = float | Allocation
 """How sparse rows are: a share of zeros in [0, 1] for all, or each as an allocation says."""
 
@@ -401,7 +401,7 @@ class SolvedRows:
 
 def solve_rows(
     layers: Sequence[Layer],
-    rows: Rows,
+    rows: RowsByLayer,
     grams: Mapping[str, GramResult],
     *,
     sparsities: Sequence[Level],
