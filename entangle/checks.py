@@ -169,9 +169,9 @@ def several(name: str, value: object, *single: type, empty: bool = False) -> lis
     return found
 
 
-def wholes(name: str, value: object, *, least: int, most: int | None = None) -> list[int]:
+def wholes(name: str, value: object, *, least: int) -> list[int]:
     """Return one integer, or several, as a list of ints (`several`, `whole`)."""
-    return [whole(name, one, least=least, most=most) for one in several(name, value)]
+    return [whole(name, one, least=least) for one in several(name, value)]
 
 
 def shares(name: str, value: object) -> list[float]:

@@ -117,6 +117,17 @@ def count_hooks() -> "Callable[[nn.Module], int]":
 
 
 @pytest.fixture(scope="session")
+def windows(tmp_path_factory: pytest.TempPathFactory) -> "EvaluationText":
+    """A text of 8 windows of 32 tokens for the tiny models."""
+    from entangle.evaluation import load_evaluation
+    from tests.tiny_models import tiny_tokenizer
+
+    path = tmp_path_factory.mktemp("evaluation") / "text.txt"
+    path.write_text("The quick brown fox\njumps over 13 lazy dogs. " * 6)
+    return load_evaluation(path, tiny_tokenizer(), seq_len=32)
+
+
+@pytest.fixture(scope="session")
 def text() -> "EvaluationText":
     """Return 5 windows of 16 random tokens."""
     import torch

@@ -9,16 +9,18 @@ _DRIVER = """
 import os, signal, sys
 from entangle.cli.main import main
 
-replace, named = os.replace, []
-prefix, last = sys.argv[1], int(sys.argv[2])
+prefix, left = sys.argv[1], [None] * int(sys.argv[2])
 
-def killed(source, target):
-    named.append(target)
-    if sum(prefix in str(path) for path in named) == last:
-        os.kill(os.getpid(), signal.SIGKILL)
-    replace(source, target)
+def counted(rename):
+    def killed(source, target):
+        if os.path.basename(target).startswith(prefix):
+            left.pop()
+        if not left:
+            os.kill(os.getpid(), signal.SIGKILL)
+        rename(source, target)
+    return killed
 
-os.replace = killed
+os.replace, os.rename = counted(os.replace), counted(os.rename)
 main(sys.argv[3:])
 """
 
@@ -29,7 +31,7 @@ def killed_before(prefix: str, last: int, command: Sequence[str]) -> None:
     Parameters
     ----------
     prefix
-        Of the names of the files that are counted.
+        Of the names of the files and folders that are counted.
     last
         The process dies before this many of them have their names.
     command

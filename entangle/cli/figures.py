@@ -67,6 +67,7 @@ FIGURES: dict[str, tuple[str, ...]] = {
     "comparison": ("comparison",),
     "decomposition": (*DECOMPOSED, *ONE_NEURON),
     "allocation": ("allocation",),
+    "expansion": ("expansion",),
 }  # fmt: skip
 """What is drawn of a result, by its kind."""
 
@@ -76,6 +77,7 @@ MAKERS: dict[str, str] = {
     "comparison": "entangle compare",
     "decomposition": "entangle decompose",
     "allocation": "entangle allocate",
+    "expansion": "entangle expand",
 }
 """Command that makes a result, by its kind."""
 
@@ -108,8 +110,7 @@ class Run:
     digest: str
     """SHA-256 of its manifest."""
     manifest: Mapping[str, object]
-    result: "Result | None" = field(repr=False)
-    """None of a kind that no figures are drawn of."""
+    result: "Result" = field(repr=False)
 
 
 def open_run(path: str) -> Run:
@@ -121,13 +122,13 @@ def open_run(path: str) -> Run:
         If it is none of ours.
     """
     from entangle.results import kind_of, load_result
-    from entangle.runs.provenance import expand_user, read_manifest
+    from entangle.runs.provenance import expand_user
     from entangle.runs.sealing import manifest_digest
 
     kind = kind_of(path)
-    result = load_result(path) if kind in FIGURES else None
-    manifest = read_manifest(path, kind) if result is None else result.manifest
-    return Run(expand_user(path), kind, manifest_digest(manifest), manifest, result)
+    result = load_result(path)
+    digest = manifest_digest(result.manifest)
+    return Run(expand_user(path), kind, digest, result.manifest, result)
 
 
 def drawings_of(one: Run, column: Column) -> Iterator[Drawing]:
@@ -138,10 +139,10 @@ def drawings_of(one: Run, column: Column) -> Iterator[Drawing]:
         "comparison": _of_comparison,
         "decomposition": _of_decomposition,
         "allocation": lambda found, style: iter([("allocation", partial(found.plot, **style))]),
+        "expansion": lambda found, style: iter([("expansion", partial(found.plot, **style))]),
     }
-    if one.result is not None:
-        for name, draw in makers[one.kind](one.result, Style(column=column, digest=one.digest)):
-            yield Drawing(name, partial(_with_seed, draw, one.manifest))
+    for name, draw in makers[one.kind](one.result, Style(column=column, digest=one.digest)):
+        yield Drawing(name, partial(_with_seed, draw, one.manifest))
 
 
 def _with_seed(draw: Draw, manifest: Mapping[str, object]) -> "Figure":
@@ -270,9 +271,9 @@ def add_parser(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "figures",
         help="draw every figure that results hold",
-        description="Recognise results of entangle score, ablate, compare, decompose and allocate, "
-        "and draw all figures that they hold, each with its CSV of what it shows. No model is "
-        "needed.",
+        description="Recognise results of entangle score, ablate, compare, decompose, allocate "
+        "and expand, and draw all figures that they hold, each with its CSV of what it shows. No "
+        "model is needed.",
     )
     parser.add_argument(
         "runs", nargs="+", metavar="RUN", help="result folder, or file of entangle allocate"
@@ -305,10 +306,8 @@ def run(arguments: argparse.Namespace) -> None:
     ]
     if not arguments.force:
         _check_new([stem for stem, *_ in drawings], (*formats, "tex", "txt", "csv"))
-    skipped = [f"{one.path}: no figures of a result of kind {one.kind!r}" for one in found
-               if one.kind not in FIGURES]  # fmt: skip
     failed = list(_draw(drawings, formats, force=arguments.force))
-    for line in (*skipped, *failed, *missing_lines({one.kind for one in found})):
+    for line in (*failed, *missing_lines({one.kind for one in found})):
         say(f"Skipped: {line}")
     if len(failed) == len(drawings):
         raise InvalidInput(
@@ -365,5 +364,5 @@ def missing_lines(kinds: set[str]) -> Iterator[str]:
     """Say which figures need a result that was not given, and what makes it."""
     for kind, names in FIGURES.items():
         if kind not in kinds:
-            article = "" if kind == "scores" else "an " if kind[0] == "a" else "a "
+            article = "" if kind == "scores" else "an " if kind[0] in "ae" else "a "
             yield f"{', '.join(names)}: name {article}{kind}, which `{MAKERS[kind]}` makes."

@@ -252,6 +252,10 @@ NAMES: Mapping[str, tuple[str, Sequence[str]]] = {
     )),
     "methods": ("method", ("magnitude", "wanda", "sparsegpt", "expansion", "expansion-random")),
     "router": ("router", ("kmeans", "random")),
+    "rule": ("allocation rule", (
+        "uniform", "layer", "protect", "linear", "rank", "owl", "alphapruning", "trim", "neuroal",
+        "neuroal-blocks", "loss", "depth", "sensitivity", "search",
+    )),
     "measure": ("measure", ("perplexity", "divergence", "blimp")),
 }  # fmt: skip
 """Options that are lists of names: what one is called in a message, and those that exist."""
@@ -259,10 +263,6 @@ SELECTIONS = ("top", "bottom", "random", "random-norm", "random-variance", "all"
 COLUMNS = (
     "block", "neuron", "wd", "wd_se", "wd_bound", "ks", "mean", "std", "skewness",
     "excess_kurtosis", "weight_norm", "md", "n_tokens", "variance", "abs_mean", "abs_skewness",
-)  # fmt: skip
-RULES = (
-    "uniform", "layer", "protect", "linear", "rank", "owl", "alphapruning", "trim", "neuroal",
-    "neuroal-blocks", "loss", "depth", "sensitivity", "search",
 )  # fmt: skip
 
 
@@ -320,16 +320,14 @@ def _check_numbers(given: Mapping[str, object]) -> None:
 
 
 def _check_selections(given: Mapping[str, object]) -> None:
-    """Check what `ablate` and `allocate` choose by; files of neurons and of scores come later."""
-    select, rule = given.get("select"), given.get("rule")
+    """Check what `ablate` chooses by; files of neurons and of scores come later."""
+    select = given.get("select")
     for one in names(select) if isinstance(select, str) else ():
         if not one.lower().endswith((".csv", ".parquet")):
             choice("select", one, SELECTIONS, kind="selection")
     if given.get("command") == "ablate" and given.get("scores") is None:
         for one in names(str(given["by"])):
             choice("by", one, COLUMNS, kind="column")
-    if isinstance(rule, str):
-        choice("rule", rule, RULES, kind="allocation rule")
 
 
 def _check_files(given: Mapping[str, object]) -> None:

@@ -19,7 +19,6 @@ import pandas as pd
 import torch
 from jaxtyping import Int64
 from numpy.typing import NDArray
-from scipy import stats
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -31,7 +30,7 @@ from entangle.models.loading import AnyModel, LanguageModel
 from entangle.models.pretrained import broken_as
 from entangle.runs.progress import ProgressBar
 from entangle.seeding import numpy_rng
-from entangle.stats.intervals import Interval, percentiles
+from entangle.stats.intervals import Interval, percentiles, share_interval
 from entangle.texts.calibration_set import check_ids
 from entangle.texts.evaluation import window_losses
 from entangle.texts.special_tokens import DEFAULT_POLICY, affixes, check_policy, describe_tokenizer
@@ -271,14 +270,14 @@ def accuracy_difference(
 
 def _row(name: str, part: pd.DataFrame, level: float) -> dict[str, object]:
     right = int(part["right"].sum())
-    interval = stats.binomtest(right, len(part)).proportion_ci(level, method="wilson")
+    interval = share_interval(right, len(part), level=level)
     return {
         "paradigm": name,
         "n_pairs": len(part),
         "n_ties": int(part["n_ties"].sum()),
-        "accuracy": right / len(part),
-        "low": float(interval.low),
-        "high": float(interval.high),
+        "accuracy": interval.value,
+        "low": interval.low,
+        "high": interval.high,
         "mean_margin": float(part["margin"].to_numpy().mean()),
     }
 

@@ -456,7 +456,6 @@ def search_matched(
     *,
     by: str,
     bar: Progress,
-    steps: int = STEPS,
 ) -> Matched:
     """Find the share of neurons, lowest in ``by`` first, that costs as much as the top selection.
 
@@ -470,10 +469,8 @@ def search_matched(
     by
         Column that is ranked.
     bar
-        Counts `MOST_STEPS` a search.
-    steps
-        Evaluations for each, the first of them with all neurons; one more where all of them cost
-        as much as the top ones.
+        Counts `MOST_STEPS` a search: `STEPS` evaluations, the first of them with all neurons, and
+        one more where all of them cost as much as the top ones.
 
     Returns
     -------
@@ -504,8 +501,8 @@ def search_matched(
             return seen[-1].loss
 
         share = arm.selection.n_rows / experiment.n_neurons
-        matched, low, high = bisect_fraction(loss, target, low=share, steps=steps, tried=tried)
-        bar.advance(steps + 1 - len(tried))
+        matched, low, high = bisect_fraction(loss, target, low=share, steps=STEPS, tried=tried)
+        bar.advance(STEPS + 1 - len(tried))
         rows += [
             (arm.intervention, arm.strength, by, fraction, value, target, matched, low, high)
             for fraction, value in tried

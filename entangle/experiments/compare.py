@@ -24,10 +24,10 @@ from entangle.models.blocks import evaluating
 from entangle.models.layers import find_layers
 from entangle.models.loading import AnyModel, LanguageModel, as_language_model
 from entangle.results.comparison import (
+    COMPARED_METHODS,
     DENSE,
     KEY,
     KIND,
-    METHODS,
     UNIFORM,
     Comparison,
     at_equal_nonzeros,
@@ -40,8 +40,15 @@ from entangle.texts.calibration_set import CalibrationSet
 from entangle.texts.given import Source
 
 __all__ = [
-    "KIND", "METHODS", "Comparison", "ComparisonArm", "Named", "arms", "at_equal_nonzeros",
-    "compare", "load_comparison",
+    "COMPARED_METHODS",
+    "KIND",
+    "Comparison",
+    "ComparisonArm",
+    "Named",
+    "arms",
+    "at_equal_nonzeros",
+    "compare",
+    "load_comparison",
 ]  # fmt: skip
 
 SPARSITIES, EXPERTS = (0.5, 0.7), (1, 16)
@@ -60,7 +67,7 @@ class ComparisonArm(Arm):
     """One model to build."""
 
     method: str
-    """A key of `METHODS`."""
+    """A key of `COMPARED_METHODS`."""
     sparsity: float
     """Share of zeros: in every row, or of all layers together with an allocation."""
     experts: int
@@ -89,7 +96,7 @@ def compare(
     model: AnyModel,
     calibration: Source,
     evaluation: Source,
-    methods: str | Iterable[str | ComparisonArm] = tuple(METHODS),
+    methods: str | Iterable[str | ComparisonArm] = tuple(COMPARED_METHODS),
     *,
     sparsity: float | Iterable[float] | None = None,
     experts: int | Iterable[int] = EXPERTS,
@@ -255,7 +262,7 @@ class Comparing(Experiment[ComparisonArm]):
 
     def measure(self, arm: ComparisonArm) -> Arrays:
         """Build an arm and return its losses, costs, relative error and seconds."""
-        pruner, router = METHODS[arm.method]
+        pruner, router = COMPARED_METHODS[arm.method]
         built = expand(
             self.model,
             self.calibration,
@@ -281,7 +288,7 @@ class Comparing(Experiment[ComparisonArm]):
     def _allocation(self, arm: ComparisonArm) -> Allocation | None:
         key = arm.allocation, arm.sparsity
         allocation = self._by_name.get(key, self._evenly.get(arm.sparsity))
-        if allocation is not None and METHODS[arm.method][1] == "single":
+        if allocation is not None and COMPARED_METHODS[arm.method][1] == "single":
             return replace(allocation, experts=None)
         return allocation
 
@@ -347,7 +354,7 @@ def arms(
     Parameters
     ----------
     methods
-        Keys of `METHODS`.
+        Keys of `COMPARED_METHODS`.
     sparsities
         Shares of zeros in [0, 1], the same in every row.
     experts
@@ -361,11 +368,13 @@ def arms(
     InvalidInput, UnknownName
         A method that does not exist, a number out of range, or nothing to build.
     """
-    methods = [choice("method", one, METHODS) for one in several("methods", methods, empty=True)]
+    methods = [
+        choice("method", one, COMPARED_METHODS) for one in several("methods", methods, empty=True)
+    ]
     sparsities = [share("sparsity", one) for one in several("sparsity", sparsities, empty=True)]
     experts = [whole("experts", k, least=1) for k in several("experts", experts, empty=True)]
     allocations = several_named(allocations)
-    routed = {method for method in methods if METHODS[method][1] != "single"}
+    routed = {method for method in methods if COMPARED_METHODS[method][1] != "single"}
     levels: list[tuple[float, str, Allocation | None]]
     levels = [(sparsity, UNIFORM, None) for sparsity in sparsities]
     levels += [(sparsity, name, one) for (name, sparsity), one in by_name(allocations).items()]

@@ -291,6 +291,7 @@ def kmeans(points: Float32[Tensor, "tokens dims"], k: int, *, restarts: int, see
 
 
 def _one_by_one(points: Tensor, k: int, restarts: int, seed: int) -> Tensor:
+    """Seed all restarts, (restarts, k, dims)."""
     return torch.stack([_plus_plus(points, k, seed, restart) for restart in range(restarts)])
 
 
@@ -299,10 +300,7 @@ def _side_by_side(points: Tensor, k: int, restarts: int, seed: int) -> Tensor:
     return _one_by_one(points, k, restarts, seed) if found is None else found
 
 
-@dispatch(_side_by_side, where=on_gpu)
-def _seeds(points: Tensor, k: int, restarts: int, seed: int) -> Tensor:
-    """Seed all restarts, (restarts, k, dims)."""
-    return _one_by_one(points, k, restarts, seed)
+_seeds = dispatch(_side_by_side, where=on_gpu)(_one_by_one)
 
 
 def _plus_plus(points: Tensor, k: int, seed: int, restart: int) -> Tensor:

@@ -4,10 +4,11 @@
 `solve_rows`: plainly pruned rows, from grams that are known.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import starmap
 
 import numpy as np
 import pandas as pd
@@ -25,7 +26,7 @@ from entangle.experts.router import Kind, Router
 from entangle.experts.rows import RowGroup, fit_group, measure_group, with_ri
 from entangle.experts.solver import ExpertSettings, prune_part
 from entangle.memory import check_memory, memory_for, work_bytes
-from entangle.models.blocks import BlockRunner, evaluates
+from entangle.models.blocks import BlockRunner, evaluating
 from entangle.models.layers import LISTING, Layer, find_layers, list_layers
 from entangle.models.loading import AnyModel, as_language_model
 from entangle.recording.hooks import look_at
@@ -210,7 +211,6 @@ def chosen_rows(
     return chosen
 
 
-@evaluates
 def fit_rows(
     model: AnyModel,
     calibration: Source,
@@ -289,10 +289,14 @@ def fit_rows(
     dense = as_language_model(model)
     calibration = as_calibration(calibration, dense)
     chosen = chosen_rows(dense.module, rows)
-    with ProgressBar("solving rows", enabled=progress) as bar:
-        parts = _fit_blocks(
-            dense.module, calibration, chosen, sweep, memory_for(memory, dense.module), bar
-        )
+    budget = memory_for(memory, dense.module)
+    work = work_bytes(budget)
+    with (
+        evaluating(dense.module),
+        ProgressBar("solving rows", enabled=progress) as bar,
+        closing(_recorded(dense.module, calibration, chosen, budget - work, bar)) as recorded,
+    ):
+        parts = list(starmap(partial(_fit_one, sweep=sweep, memory=work), recorded))
     order = {layer.name: i for i, (layer, _) in enumerate(chosen)}
     neurons = with_ri(pd.concat([table for table, _ in parts], ignore_index=True))
     neurons = neurons.sort_values(
@@ -312,21 +316,19 @@ class _Sweep:
     md: bool
 
 
-def _fit_blocks(
+def _recorded(
     module: nn.Module,
     calibration: CalibrationSet,
     chosen: Sequence[tuple[Layer, Tensor]],
-    sweep: _Sweep,
     memory: int,
     bar: Progress,
-) -> list[tuple[pd.DataFrame, dict[str, FittedRows]]]:
+) -> Generator[tuple[RowGroup, TokenStore]]:
+    """Yield the chosen rows of the layers that read one input, and that input, block by block."""
     rows = {layer.name: index for layer, index in chosen}
     check_own_modules(layer for layer, _ in chosen)
     blocks = max(layer.block for layer, _ in chosen if layer.block is not None) + 1
-    runner, parts = BlockRunner(module), []
+    runner, budget = BlockRunner(module), ByteBudget(memory)
     bar.start(blocks, "blocks")
-    work = work_bytes(memory)
-    budget = ByteBudget(memory - work)
     with closing(HiddenStates([ids for _, ids in calibration.batches()], memory=budget)) as states:
         habits = look_at(module, [layer for layer, _ in chosen], states.first)
         states.enter(runner)
@@ -338,20 +340,23 @@ def _fit_blocks(
                     stack=stack, passes=states.pass_tokens, habits=habits,
                 )  # fmt: skip
                 for members, inputs in groups:
-                    group = RowGroup.of(members, rows)
-                    parts.append(_fit_one(group, inputs, sweep, work))
+                    yield RowGroup.of(members, rows), inputs
             bar.advance()
-    return parts
 
 
 def _fit_one(
     group: RowGroup, inputs: TokenStore, sweep: _Sweep, memory: int
 ) -> tuple[pd.DataFrame, dict[str, FittedRows]]:
     try:
-        fits = [
-            fit_group(group, inputs, k, sweep.sparsities, sweep.settings, md=sweep.md)
-            for k in sweep.experts
-        ]
+        fit = partial(
+            fit_group,
+            group,
+            inputs,
+            sparsities=sweep.sparsities,
+            settings=sweep.settings,
+            md=sweep.md,
+        )
+        fits = list(map(fit, sweep.experts))
         table = measure_group(group, inputs, fits, seed=sweep.settings.seed, memory=memory)
     except NumericalError as error:
         names = ", ".join(layer.name for layer in group.layers)
@@ -370,7 +375,7 @@ def _fit_one(
     return table, fitted
 
 
-Rows = Mapping[str, NDArray[np.int64]]
+RowsByLayer = Mapping[str, NDArray[np.int64]]
 Level = float | Allocation
 """How sparse rows are: a share of zeros in [0, 1] for all, or each as an allocation says."""
 
@@ -396,7 +401,7 @@ class SolvedRows:
 
 def solve_rows(
     layers: Sequence[Layer],
-    rows: Rows,
+    rows: RowsByLayer,
     grams: Mapping[str, GramResult],
     *,
     sparsities: Sequence[Level],

@@ -15,7 +15,13 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from entangle.experts.router import Router
-from entangle.experts.solver import ExpertSettings, cluster_grams, count_shrunk, solve_clusters
+from entangle.experts.solver import (
+    ExpertSettings,
+    cluster_grams,
+    count_shrunk,
+    prune_part,
+    shrunk_grams,
+)
 from entangle.models.layers import Layer
 from entangle.precision import accumulator_dtype, full_precision, multiply, row_parts
 from entangle.recording.stream import TokenStore
@@ -356,12 +362,12 @@ def _solve(
     at_once = min(len(stacked), max(1, _SOLVE_BYTES // (_COPIES * 4 * features)))
     solved = torch.empty(len(grams.count), *stacked.shape, dtype=weight.dtype, device=weight.device)
     zeros, damping = torch.zeros(len(stacked), dtype=torch.float64), 0.0
-    for clusters, rows, part in solve_clusters(
-        stacked, grams, shares, settings, beside=at_once, at_once=at_once, numbered=False
-    ):
-        solved[clusters, rows] = part.weight
-        zeros[rows] += part.zeros.cpu()
-        damping = max(damping, float(part.damping.max()))
+    for clusters, gram in shrunk_grams(grams, rows=at_once):
+        for rows in (slice(i, i + at_once) for i in range(0, len(stacked), at_once)):
+            part = prune_part(stacked[rows], gram, shares[rows], settings, experts=len(gram))
+            solved[clusters, rows] = part.weight
+            zeros[rows] += part.zeros.cpu()
+            damping = max(damping, float(part.damping.max()))
     by_sparsity = solved.unflatten(1, (-1, n_rows)).transpose(0, 1)
     realised = zeros / (len(grams.count) * features)
     return by_sparsity, realised.unflatten(0, (-1, n_rows)), damping
@@ -393,11 +399,10 @@ def measure_group(
     with full_precision():
         for part in row_parts(len(names), at_once):
             dense = _Dense.of(group, inputs, part, pairs, fits[0])
-            frames += [
-                pd.concat([names[part].reset_index(drop=True), table], axis=1)
-                for fit in fits
-                for table in _tables(dense, fit, inputs)
-            ]
+            own = names[part].reset_index(drop=True)
+            for fit in fits:
+                tables = list(_tables(dense, fit, inputs))
+                frames += [pd.concat([own, table], axis=1) for table in tables]
     return pd.concat(frames, ignore_index=True)
 
 
@@ -436,7 +441,12 @@ class _Dense:
 
 def _tables(dense: _Dense, fit: RowFit, inputs: TokenStore) -> Iterator[pd.DataFrame]:
     """Yield a frame a sparsity, one row a dense row."""
-    shape = _cluster_columns(dense, fit)
+    judge = judge_products(dense.weight, dense.bias, fit.sizes)
+    wd, wd_skipped = weighted_wd(dense.outputs, fit.clusters, judge=judge)
+    shape = {"wd": dense.shape.wd, "weighted_wd": wd, "wd_skipped": wd_skipped}
+    if fit.pairs is not None and dense.md is not None:
+        md, md_skipped = weighted_md(dense.outputs, fit.clusters, fit.pairs)
+        shape |= {"md": dense.md, "weighted_md": md, "md_skipped": md_skipped}
     for weight, realised, sparsity in zip(fit.weight, fit.realised, fit.sparsities, strict=True):
         change = weight[:, dense.part].float() - dense.weight
         errors = output_errors(change, inputs, fit.clusters)
@@ -448,24 +458,13 @@ def _tables(dense: _Dense, fit: RowFit, inputs: TokenStore) -> Iterator[pd.DataF
             "rmse": _numpy(error),
             "ri": np.nan,
             "output_wd": _numpy(moved / dense.shape.std),
-            **shape,
+            **{name: _numpy(values) for name, values in shape.items()},
             "realised_sparsity": _numpy(realised[dense.part]),
             "smallest_cluster": min(fit.clusters.sizes),
             "shrunk": fit.shrunk,
             "damping": fit.damping,
         }
         yield pd.DataFrame(measured)
-
-
-def _cluster_columns(dense: _Dense, fit: RowFit) -> dict[str, np.ndarray]:
-    """Return what depends on the clusters, but not on the sparsity."""
-    judge = judge_products(dense.weight, dense.bias, fit.sizes)
-    wd, wd_skipped = weighted_wd(dense.outputs, fit.clusters, judge=judge)
-    columns = {"wd": dense.shape.wd, "weighted_wd": wd, "wd_skipped": wd_skipped}
-    if fit.pairs is not None and dense.md is not None:
-        md, md_skipped = weighted_md(dense.outputs, fit.clusters, fit.pairs)
-        columns |= {"md": dense.md, "weighted_md": md, "md_skipped": md_skipped}
-    return {name: _numpy(values) for name, values in columns.items()}
 
 
 def _numpy(values: Tensor) -> np.ndarray:

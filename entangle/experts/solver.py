@@ -151,12 +151,12 @@ def solve_experts(
     Clusters are solved with `shrunk_grams`; errors are computed with their own grams.
     """
     beside = by_device(layer.device, cpu=0, gpu=layer.out_features)
-    parts = [
-        (part, squared_errors(layer, part.weight, grams.gram[clusters]))
-        for clusters, _, part in solve_clusters(
-            layer.weight, grams, sparsity, settings, beside=beside
+    parts = []
+    for clusters, gram in shrunk_grams(grams, rows=beside):
+        part = prune_part(
+            layer.weight, gram, sparsity, settings, experts=len(gram), first=clusters.start
         )
-    ]
+        parts.append((part, squared_errors(layer, part.weight, grams.gram[clusters])))
     energy = dense_energy(layer, grams.gram.sum(0))
     return join_parts(parts, energy=energy, tokens=grams.count, shrunk=count_shrunk(grams))
 
@@ -176,47 +176,6 @@ class PrunedPart:
     def zeros(self) -> Float[Tensor, " rows"]:
         """Zeros of every row, summed over the clusters; whole numbers, float64."""
         return (self.realised.double() * self.weight.shape[2]).round().sum(0)
-
-
-def solve_clusters(
-    weight: Float[Tensor, "rows in_features"],
-    grams: ClusterGramsResult,
-    sparsity: Sparsity,
-    settings: ExpertSettings,
-    *,
-    beside: int,
-    at_once: int | None = None,
-    numbered: bool = True,
-) -> Iterator[tuple[slice, slice, PrunedPart]]:
-    """Prune rows in all clusters, some of both at a time; yield (clusters, rows, experts).
-
-    Parameters
-    ----------
-    weight
-        All rows of a layer, or some of several that read one input. They are pruned independently
-        of one another in the patterns ``row`` and ``n:m``.
-    grams, sparsity, settings
-        As in `solve_experts`.
-    beside
-        Rows that count in memory beside a gram, for the number of clusters (see `shrunk_grams`).
-    at_once
-        Rows at a time; None for all, as the patterns ``layer`` and ``block`` need.
-    numbered
-        Whether ``"random"`` draws anew for every part of the clusters, as one draw for all would.
-        If not, every part of clusters and rows begins with the same draws.
-    """
-    size = at_once or len(weight)
-    for clusters, gram in shrunk_grams(grams, rows=beside):
-        for start in range(0, len(weight), size):
-            rows = slice(start, start + size)
-            share = sparsity
-            if isinstance(sparsity, Tensor) and sparsity.ndim:
-                share = sparsity[..., rows]
-            part = prune_part(
-                weight[rows], gram, share, settings,
-                experts=len(gram), first=clusters.start if numbered else 0,
-            )  # fmt: skip
-            yield clusters, rows, part
 
 
 def prune_part(

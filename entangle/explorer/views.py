@@ -87,7 +87,7 @@ class NeuronTable:
     """Position in ``frame`` of the neurons as they are sorted; missing values come last."""
 
     @classmethod
-    def of(cls, frame: pd.DataFrame, *, by: str = "wd", ascending: bool = False) -> "NeuronTable":
+    def of(cls, frame: pd.DataFrame, *, by: str = "wd") -> "NeuronTable":
         """Make the table of a layer's rows of scores, sorted.
 
         Raises
@@ -100,7 +100,7 @@ class NeuronTable:
         frame = frame.reset_index(drop=True)
         columns = tuple(_column(frame, name) for name in _shown(frame))
         unsorted = np.arange(len(frame))
-        return cls(frame, columns, "neuron", True, unsorted).sorted_by(by, ascending=ascending)
+        return cls(frame, columns, "neuron", True, unsorted).sorted_by(by, ascending=False)
 
     def sorted_by(self, by: str, *, ascending: bool) -> "NeuronTable":
         """Return the table in another order; equal values keep the order of the layer."""

@@ -49,13 +49,24 @@ def dispatch(
     """
 
     def before(plain: Callable[P, Found]) -> Callable[P, Found]:
-        @wraps(plain)
-        def operation(*arguments: P.args, **settings: P.kwargs) -> Found:
-            chosen = version if where(*arguments, **settings) else plain
-            return chosen(*arguments, **settings)
-
         name = f"{plain.__module__}.{plain.__qualname__}"
         OPERATIONS.setdefault(name, [plain]).append(version)
+        others: list[tuple[Callable[..., bool], Callable[..., Any]]] | None
+        others = getattr(plain, "versions", None)
+        if others is not None:  # an operation already, with one more version
+            others.insert(0, (where, version))
+            return plain
+        versions = [(where, version)]
+
+        @wraps(plain)
+        def operation(*arguments: P.args, **settings: P.kwargs) -> Found:
+            for suits, one in versions:
+                if suits(*arguments, **settings):
+                    found: Found = one(*arguments, **settings)
+                    return found
+            return plain(*arguments, **settings)
+
+        operation.versions = versions  # type: ignore[attr-defined]
         return operation
 
     return before

@@ -17,7 +17,12 @@ if TYPE_CHECKING:
         plot_change,
         plot_router_map,
     )
-    from entangle.plotting.comparison import figure_comparison, plot_perplexity
+    from entangle.plotting.comparison import (
+        figure_comparison,
+        figure_expansion,
+        plot_costs,
+        plot_perplexity,
+    )
     from entangle.plotting.layers import (
         figure_allocation,
         figure_wd_by_layer,
@@ -68,7 +73,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "ablation": ("figure_ablation", "plot_ablation"),
     "clusters": ("figure_disentanglement", "figure_router_map", "plot_change", "plot_router_map"),
-    "comparison": ("figure_comparison", "plot_perplexity"),
+    "comparison": ("figure_comparison", "figure_expansion", "plot_costs", "plot_perplexity"),
     "layers": (
         "figure_allocation", "figure_wd_by_layer", "plot_layer_profile", "plot_row_sparsity",
         "plot_wd_heatmap", "plot_wd_ridge",
@@ -113,14 +118,14 @@ def __dir__() -> list[str]:
 __all__ = [
     "COLUMN_INCHES", "PALETTE", "FigureOptions", "NeuronOutput", "caption_of", "dense_output",
     "drawn", "figure_ablation", "figure_allocation", "figure_comparison", "figure_components",
-    "figure_disentanglement", "figure_distances", "figure_experts", "figure_modes",
-    "figure_output_distributions", "figure_predictors", "figure_recovery", "figure_router_map",
-    "figure_separated_pairs", "figure_sparse_outputs", "figure_sparsities",
+    "figure_disentanglement", "figure_distances", "figure_expansion", "figure_experts",
+    "figure_modes", "figure_output_distributions", "figure_predictors", "figure_recovery",
+    "figure_router_map", "figure_separated_pairs", "figure_sparse_outputs", "figure_sparsities",
     "figure_top_and_typical", "figure_wd_against_md", "figure_wd_by_layer",
     "figure_wd_distribution", "paper_style", "plot_ablation", "plot_change", "plot_components",
-    "plot_contexts", "plot_distances", "plot_experts", "plot_layer_profile", "plot_modes",
-    "plot_output_distribution", "plot_pair_contexts", "plot_perplexity", "plot_predictor",
-    "plot_router_map", "plot_row_sparsity", "plot_separated_pairs", "plot_sparse_output",
-    "plot_wd_against_md", "plot_wd_distribution", "plot_wd_heatmap", "plot_wd_ridge",
-    "save_figure", "sign", "top_and_typical",
+    "plot_contexts", "plot_costs", "plot_distances", "plot_experts", "plot_layer_profile",
+    "plot_modes", "plot_output_distribution", "plot_pair_contexts", "plot_perplexity",
+    "plot_predictor", "plot_router_map", "plot_row_sparsity", "plot_separated_pairs",
+    "plot_sparse_output", "plot_wd_against_md", "plot_wd_distribution", "plot_wd_heatmap",
+    "plot_wd_ridge", "save_figure", "sign", "top_and_typical",
 ]  # fmt: skip

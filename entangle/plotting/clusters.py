@@ -10,7 +10,6 @@ from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from scipy import stats
 
 from entangle.checks import choice
 from entangle.errors import InvalidInput
@@ -28,6 +27,7 @@ from entangle.plotting.summaries import (
     finite_rows,
     top_mask,
 )
+from entangle.stats.intervals import median_interval, share_interval
 
 MAX_PANELS = 12
 _FIRST, _SECOND = "first component (input units)", "second component (input units)"
@@ -252,14 +252,13 @@ class _Group:
         n, falls = len(self.change), int((self.change < 0.0).sum())
         if n == 0:
             return self.label
-        share = stats.binomtest(falls, n).proportion_ci(method="wilson")
+        share = share_interval(falls, n)
         ends = f"[{100 * share.low:.3g},\u00a0{100 * share.high:.3g}]"
         text = f"falls for {100 * falls / n:.3g}\u00a0% {ends}"
-        middle = float(np.median(self.change))
-        found = stats.quantile_test(self.change, q=middle, p=0.5).confidence_interval()
-        known = np.isfinite(found.low) and np.isfinite(found.high)  # 6 neurons or more
+        found = median_interval(self.change)
+        known = np.isfinite(found.low)  # 6 neurons or more
         interval = f" [{found.low:+.3g},\u00a0{found.high:+.3g}]" if known else ""
-        median = f"median {middle:+.3g}\u00a0%{interval}"
+        median = f"median {found.value:+.3g}\u00a0%{interval}"
         return f"{self.label}: {text}, {median}".replace("-", "−")
 
 

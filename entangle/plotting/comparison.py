@@ -1,9 +1,10 @@
-"""Perplexity of pruned and expanded models against what they cost."""
+"""Perplexity of pruned and expanded models against what they cost; what one expansion costs."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Unpack
 
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -13,6 +14,8 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 from entangle.checks import choice
 from entangle.errors import InvalidInput
+from entangle.plotting.layers import plot_layer_profile
+from entangle.plotting.outputs import plural
 from entangle.plotting.save import FigureOptions, paper, record
 from entangle.plotting.style import (
     KNOWN_TEXTS,
@@ -25,6 +28,7 @@ from entangle.plotting.style import (
     ink,
     log_locator,
     plain_number,
+    printable,
     shade,
     wrap,
 )
@@ -36,6 +40,7 @@ COST_LABELS: dict[str, str] = {
     "nonzeros": "stored non-zeros (× dense)",
     "bytes": "stored bytes (× dense)",
 }
+COST_NAMES = {"flops": "FLOPs per token", "nonzeros": "stored non-zeros", "bytes": "stored bytes"}
 PERPLEXITY_LABEL = "perplexity (× dense)"
 CEILING = 100.0
 """Multiple of the dense perplexity above which models are off the axis, if others are below."""
@@ -47,6 +52,7 @@ _STYLES = ("-", "-.", ":")
 _INTERVAL = "bars: 95 % paired bootstrap over windows"
 _DENSE_COST = 1.0
 _WRITER = "the command `entangle compare` writes such tables."
+_EXPAND = "the command `entangle expand` writes such tables."
 _NEEDED = ("method", "sparsity", "experts", "perplexity", "ratio", "ratio_low", "ratio_high")
 _LOG_SPAN, _PANEL_INCHES = 3.0, 2.3
 
@@ -220,6 +226,101 @@ def figure_comparison(
             *models.notes(text),
         )
         return page.finish(caption)
+
+
+def plot_costs(costs: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Draw what a model costs as multiples of the dense one, a bar a cost.
+
+    Parameters
+    ----------
+    costs
+        One row a cost, from the top down: ``cost`` (``flops``, ``nonzeros``, ``bytes``) and
+        ``multiple``, 1 being the dense model's.
+    ax
+        Where to draw; None makes a new figure.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+        ``ax``, or that of the new figure.
+
+    Raises
+    ------
+    InvalidInput
+        Missing columns, or no row.
+    """
+    check_columns(costs, ("cost", "multiple"), name="costs", writer=_EXPAND)
+    ax = axes_or_new(ax)
+    multiples = costs["multiple"].to_numpy(np.float64, na_value=np.nan)
+    names = [printable(str(name)) for name in costs["cost"]]
+    for place, (name, multiple) in enumerate(zip(names, multiples, strict=True)):
+        (bar,) = ax.barh(
+            place, multiple, height=0.6, color=ink("expansion", METHOD_PALETTE["expansion"])
+        )
+        record(bar, panel="costs", series=name, x=multiple, y=place)
+        ax.annotate(
+            f"{multiple:.3g}", (multiple, place), xytext=(3.0, 0.0), textcoords="offset points",
+            va="center", fontsize=mpl.rcParams["xtick.labelsize"],
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},
+        )  # fmt: skip
+    line = ax.axvline(_DENSE_COST, color=ink("gaussian"), lw=0.8, ls=":", label="dense")
+    record(line, panel="costs", series="dense", x=_DENSE_COST, y=np.nan)
+    labels = [COST_NAMES.get(name, name) for name in names]
+    ax.set_yticks(range(len(names)), labels, parse_math=False)
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.set_xlim(0.0, 1.2 * float(np.nanmax([*multiples, _DENSE_COST])))
+    ax.set(xlabel="cost of the model (× dense)", ylabel="cost")
+    return ax
+
+
+def figure_expansion(
+    layers: pd.DataFrame, costs: pd.DataFrame, **options: Unpack[FigureOptions]
+) -> Figure:
+    """Draw what an expansion loses in every layer, and what the whole model costs.
+
+    Parameters
+    ----------
+    layers
+        One row a layer, as `entangle.results.expansion.ExpansionReport.layers`: ``layer``,
+        ``block``, ``projection``, ``experts``, ``sparsity`` and ``relative_error``.
+    costs
+        As in `plot_costs`.
+    options
+        See `entangle.plotting.save.FigureOptions`.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        Two panels.
+
+    Raises
+    ------
+    InvalidInput
+        What `plot_layer_profile` and `plot_costs` refuse, or an option out of range.
+    """
+    check_columns(layers, ("experts", "sparsity"), name="layers", writer=_EXPAND)
+    with paper(options) as page:
+        left, right = page.grid(2, across=1 if page.column == "single" else 2)
+        plot_layer_profile(layers, value="relative_error", legend=False, ax=left)
+        add_title(left, "error of the layers")
+        plot_costs(costs, ax=right)
+        right.set_ylabel("")
+        add_title(right, "cost of the model")
+        experts, zeros = layers["experts"], 100.0 * layers["sparsity"]
+        outside = int(layers["block"].isna().sum())
+        caption = (
+            f"An expansion of {plural(len(layers), 'layer')} into {_range(experts)} experts with "
+            f"{_range(zeros)} % zeros: the squared output error of every layer on the calibration "
+            "text, in per cent of its squared output, and what the model costs for a token (FLOPs) "
+            "and on the disk, as multiples of the dense one's",
+            f"{plural(outside, 'layer')} outside the blocks left out" if outside else "",
+        )
+        return page.finish(caption)
+
+
+def _range(values: "pd.Series[float]") -> str:
+    low, high = f"{values.min():.3g}", f"{values.max():.3g}"
+    return low if low == high else f"{low} to {high}"
 
 
 def _draw(ax: Axes, models: _Models, x: str) -> list[Line2D]:

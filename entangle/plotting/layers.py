@@ -371,6 +371,7 @@ def _ticks(ax: Axes, low: float, high: float) -> list[float]:
 VALUE_LABELS: dict[str, str] = {
     "sparsity": "zeros of the layer (%)",
     "experts": "experts of the layer",
+    "relative_error": "relative error (%)",
 }
 
 _PROFILES = {"sparsity": "zeros of the layers", "experts": "experts that each layer gets"}
@@ -445,7 +446,8 @@ def plot_layer_profile(
         One row a layer, as `entangle.allocation.Allocation.layers`: ``block``, ``projection`` and
         the column ``value``. Layers outside the blocks are left out and counted.
     value
-        ``"sparsity"``, drawn in %, or ``"experts"``.
+        ``"sparsity"`` or ``"relative_error"`` (squared output error, that of zero outputs being 1),
+        drawn in %, or ``"experts"``.
     overall
         Share of zeros of all layers together, drawn as a line beside sparsities.
     legend, ax
@@ -475,7 +477,7 @@ def plot_layer_profile(
     for number, (name, part) in enumerate(inside.groupby("projection", sort=False)):
         part = part.sort_values("block", kind="stable")
         block = part["block"].to_numpy(np.float64)
-        numbers = part[value].to_numpy(np.float64) * (100.0 if value == "sparsity" else 1.0)
+        numbers = part[value].to_numpy(np.float64) * (1.0 if value == "experts" else 100.0)
         name, rank = str(name), min(number, 3)  # what lies below is wider: both are seen
         color = ink(name, _LINES[number % len(_LINES)])
         (line,) = ax.plot(
@@ -494,7 +496,7 @@ def plot_layer_profile(
     if value == "sparsity":
         _widen(ax)
     else:
-        ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+        ax.yaxis.set_major_locator(MaxNLocator(5, integer=value == "experts"))
         ax.set_ylim(bottom=0.0)
     ax.set(xlabel="block", ylabel=VALUE_LABELS[value])
     left_out = len(layers) - len(inside)

@@ -11,7 +11,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import StepPatch
 from matplotlib.ticker import FuncFormatter, NullLocator
-from scipy import stats
 
 from entangle.checks import several
 from entangle.errors import InvalidInput
@@ -33,6 +32,7 @@ from entangle.plotting.style import (
 from entangle.plotting.summaries import (
     OutputDensity,
     TopSplit,
+    bell_curve,
     check_columns,
     output_density,
     split_top,
@@ -106,7 +106,7 @@ def plot_output_distribution(
     ax = axes_or_new(ax)
     bars = _draw_density(ax, shape, role=role, panel=label, log=log)
     x = np.linspace(low, high, 401)
-    bell = stats.norm.pdf(x, center, scale)
+    bell = bell_curve(x, center, scale)
     (line,) = ax.plot(x, bell, color=ink("gaussian"), label="fitted Gaussian")
     record(line, panel=label, series="fitted Gaussian", x=x, y=bell)
     unit = ("standardised output (σ)", "σ") if standardized else ("output (model units)", "unit")
@@ -124,7 +124,7 @@ def plot_output_distribution(
     side: Side = "right" if shape.quantile(0.5) <= 0.5 * (low + high) else "left"
     inside = np.clip(0.5 * (shape.edges[:-1] + shape.edges[1:]), low, high)
     points = np.append(x, inside)
-    skyline = points, np.maximum(shape.at(points), stats.norm.pdf(points, center, scale))
+    skyline = points, np.maximum(shape.at(points), bell_curve(points, center, scale))
     explain(ax, entries, [tokens], outside, legend=legend, side=side, skyline=skyline)
     if log:
         _set_log(ax, shape)

@@ -8,7 +8,6 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from scipy import stats
 
 from entangle.checks import wholes
 from entangle.errors import InvalidInput
@@ -32,6 +31,7 @@ from entangle.plotting.summaries import (
     OutputDensity,
     SparseNeuron,
     Stack,
+    bell_curve,
     check_columns,
     choose,
     close_neurons,
@@ -322,7 +322,7 @@ def _draw(
         record(bars, panel=panel, series=kind, x=left, y=shape.density, x_right=right)
         entries.append((bars, kind))
     x = np.linspace(*xlim, 401)
-    bell = stats.norm.pdf(x)
+    bell = bell_curve(x)
     (line,) = ax.plot(x, bell, color=ink("gaussian"), lw=0.7, ls="--", label="Gaussian")
     record(line, panel=panel, series="Gaussian", x=x, y=bell)
     entries.append((line, "Gaussian"))

@@ -19,6 +19,12 @@ Floats = NDArray[np.float64]
 _WRITER = "the command `entangle score` writes such tables."
 
 
+def bell_curve(x: Floats, mean: float = 0.0, std: float = 1.0) -> Floats:
+    """Return the density of a normal distribution."""
+    density: Floats = np.exp(-(((x - mean) / std) ** 2) / 2.0) / np.sqrt(2.0 * np.pi) / std
+    return density
+
+
 def check_columns(
     frame: pd.DataFrame, needed: Sequence[str], *, name: str, writer: str = _WRITER
 ) -> None:
@@ -250,9 +256,7 @@ TWO_EXPERTS = "needs 2 experts or more; got 1; `entangle decompose --experts 1,4
 _NEURON_COLUMNS = ("layer", "neuron", "experts", "sparsity", "mean", "std", "wd", "ri", "output_wd")
 
 
-def choose(
-    frame: pd.DataFrame, *, name: str, writer: str = DECOMPOSE, **wanted: str | float | int | None
-) -> pd.DataFrame:
+def choose(frame: pd.DataFrame, *, name: str, **wanted: str | float | int | None) -> pd.DataFrame:
     """Return the rows with one value in each of some columns.
 
     Parameters
@@ -261,8 +265,6 @@ def choose(
         A table with these columns.
     name
         Of the argument, for errors.
-    writer
-        Closing sentence of the error about missing columns: what makes such tables.
     wanted
         Value by column; None takes the only one that the table holds.
 
@@ -271,7 +273,7 @@ def choose(
     InvalidInput, UnknownName
         Missing columns, no rows, a value that the table does not hold, or several to choose from.
     """
-    check_columns(frame, tuple(wanted), name=name, writer=writer)
+    check_columns(frame, tuple(wanted), name=name, writer=DECOMPOSE)
     for column, value in wanted.items():
         known = frame[column].unique().tolist()
         if value is None and len(known) > 1:

@@ -151,8 +151,22 @@ def inverse_factor(
     used = gram.new_full(gram.shape[:1], damping)
     dead = gram.diagonal(dim1=-2, dim2=-1) == 0
     gram = _raised(gram)
+    step = gram.diagonal(dim1=-2, dim2=-1).mean(-1)
     with full_precision():
-        return Factor(_escalate(gram, used, first), used, dead)
+        found, left = _factor(gram, dead + (used * step)[:, None])
+        for _ in range(MAX_TRIES - 1):
+            if not len(left):
+                break
+            used[left] = (used[left] * 10).clamp(min=FIRST_AFTER_ZERO)
+            shift = dead[left] + (used[left] * step[left])[:, None]
+            found[left], failed = _factor(gram[left], shift)
+            left = left[failed]
+    for expert in left.tolist():
+        raise NumericalError(
+            f"the gram of expert {first + expert} is not positive definite, not even with damping "
+            f"{float(used[expert]):g} times its mean diagonal: check that it is X^T X."
+        )
+    return Factor(found, used, dead)
 
 
 def _raised(gram: Float[Tensor, "experts cols cols"]) -> Float[Tensor, "experts cols cols"]:
@@ -163,29 +177,6 @@ def _raised(gram: Float[Tensor, "experts cols cols"]) -> Float[Tensor, "experts 
         return gram
     factor = torch.where(small, torch.finfo(gram.dtype).eps ** -2, 1.0)
     return gram * factor.to(gram.dtype)[:, None, None]
-
-
-def _escalate(
-    gram: Float[Tensor, "experts cols cols"], used: Float[Tensor, " experts"], first: int
-) -> Float[Tensor, "experts cols cols"]:
-    """Factorise the damped grams, and raise the damping in `used` where it takes more."""
-    diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    step = diagonal.mean(-1)
-    dead = diagonal == 0
-    found, left = _factor(gram, dead + (used * step)[:, None])
-    for _ in range(MAX_TRIES - 1):
-        if not len(left):
-            break
-        used[left] = (used[left] * 10).clamp(min=FIRST_AFTER_ZERO)
-        shift = dead[left] + (used[left] * step[left])[:, None]
-        found[left], failed = _factor(gram[left], shift)
-        left = left[failed]
-    for expert in left.tolist():
-        raise NumericalError(
-            f"the gram of expert {first + expert} is not positive definite, not even with damping "
-            f"{float(used[expert]):g} times its mean diagonal: check that it is X^T X."
-        )
-    return found
 
 
 def _factor_in_double(

@@ -1,13 +1,15 @@
 """One entrance to all pruning methods, and those that choose a whole mask at once."""
 
+from functools import partial
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from entangle.checks import choice, finite, seed_of
+from entangle.checks import choice, finite, seed_of, whole
 from entangle.pruning.masks import BLOCK, dead_first
 from entangle.pruning.problem import Problem, PruneResult, Rows, mask_only, prepare, select
-from entangle.pruning.solver import solve_sparsegpt
+from entangle.pruning.solver import in_groups, solve_sparsegpt
 from entangle.seeding import torch_rng
 
 METHODS = ("random", "magnitude", "wanda", "sparsegpt")
@@ -122,7 +124,9 @@ def solve(
     """Prune a checked problem by one of `METHODS` (see `prune`)."""
     method = choice("method", method, METHODS, kind="pruning method")
     if method == "sparsegpt":
-        return solve_sparsegpt(problem, damping=damping, block_size=block_size)
+        block_size = whole("block_size", block_size, least=1)
+        settled = partial(solve_sparsegpt, damping=damping, block_size=block_size)
+        return in_groups(problem, settled)
     if method == "random":
         saliency = _draws(problem, seed).to(problem.dense.device)
     else:

@@ -6,13 +6,11 @@ kernel a step instead of one or more a column; as many experts at a time as a GP
 
 from collections.abc import Callable
 from dataclasses import fields, replace
-from functools import partial
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from entangle.checks import whole
 from entangle.kernels import solver as kernels
 from entangle.kernels.dispatch import dispatch
 from entangle.memory import in_fitting_parts
@@ -175,9 +173,7 @@ def can_fuse(problem: Problem, _factor: Factor | None, block_size: int) -> bool:
     return known and kernels.fits(problem.weight, block_size)
 
 
-@dispatch(FusedSolver, where=can_fuse)
-def _solver(problem: Problem, factor: Factor, block_size: int) -> Solver:
-    return Solver(problem, factor, block_size)
+_solver = dispatch(FusedSolver, where=can_fuse)(Solver)
 
 
 def in_groups(problem: Problem, solve: Callable[[Problem], PruneResult]) -> PruneResult:
@@ -255,11 +251,6 @@ def solve_sparsegpt(
     Frantar and Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot",
     ICML 2023, algorithm 1; code at github.com/IST-DASLab/sparsegpt.
     """
-    block_size = whole("block_size", block_size, least=1)
-    return in_groups(problem, partial(_solve, damping=damping, block_size=block_size))
-
-
-def _solve(problem: Problem, *, damping: float | int, block_size: int) -> PruneResult:
     factor = problem.factor or inverse_factor(
         problem.need_gram(), damping=damping, first=problem.first
     )

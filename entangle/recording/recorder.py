@@ -50,7 +50,7 @@ def is_affine(
     inputs, outputs
         What it received and gave.
     """
-    if layer.offloaded or inputs.shape[1] != layer.in_features:
+    if layer.offloaded:
         return False
     weight, bias = layer.weight.to(outputs.device), layer.bias
     if weight.shape != (outputs.shape[1], inputs.shape[1]):
@@ -87,9 +87,9 @@ class TokenCheck:
     """
 
     def __init__(self, layer: Layer) -> None:
-        signs = torch.randint(2, (layer.out_features,), generator=torch.Generator().manual_seed(0))
         with full_precision(), torch.no_grad():
             weight = layer.weight.float()
+            signs = torch.randint(2, weight.shape[:1], generator=torch.Generator().manual_seed(0))
             self._signs = (2.0 * signs - 1.0).to(weight.device)
             self._summed = self._signs @ weight
             double = accumulator_dtype(weight.device)  # in which no square underflows
@@ -395,7 +395,8 @@ class Recorder:
         if gathered.rows >= wanted:
             found = self._joined(layer, now, gathered)
             if found is not None:
-                self._emit(layer, now, gathered, *found)
+                affine = self._is_compared and self._compared(layer, now, *found)
+                self._take(self._emitted(layer, now, gathered, *found, affine=affine))
         active = (one.name for one in self.layers if one.name not in self.left_out)
         if now.stops and all(now.gathered[one].depths for one in active):
             raise _AllSeen
@@ -426,22 +427,29 @@ class Recorder:
             self.depths[layer.name] = max(gathered.depths, self.depths.get(layer.name, 1))
         return inputs, outputs
 
-    def _emit(
-        self, layer: Layer, now: _Pass, gathered: _Gathered, inputs: Tensor, outputs: Tensor
-    ) -> None:
+    def _emitted(
+        self,
+        layer: Layer,
+        now: _Pass,
+        gathered: _Gathered,
+        inputs: Tensor,
+        outputs: Tensor,
+        *,
+        affine: bool,
+    ) -> Recorded:
+        """Return what is handed on of a layer whose tokens are complete, and begin anew."""
         seen = [one.seen for one in gathered.pieces]
         gathered.pieces, gathered.rows = [], 0
         neighbour = self._last[0] if self._last is not None and _same(self._last[1], seen) else None
         source = self._source(layer, neighbour)
         leads = neighbour is None or self._source_of[neighbour] != source
-        affine = self._is_compared and self._compared(layer, now, inputs, outputs)
         self.tokens[layer.name] += inputs.shape[0]
         self._led[source] += inputs.shape[0] if leads else 0
         self._last = layer.name, seen
         found = Recorded(layer, inputs, outputs, now.group, source, leads, affine)
         if self._need is not None:
             found.check_affine(self._need)
-        self._take(found)
+        return found
 
     def _source(self, layer: Layer, neighbour: str | None) -> int:
         """Return the number of a layer's input, that of the layer before it if it is the same."""
@@ -482,11 +490,10 @@ class Recorder:
             if self._once or not expert:  # an expert of a mixture sees some of the tokens
                 self._refuse(layer, now, gathered)
                 continue
-            self._emit(
-                layer, now, gathered,
-                torch.cat([one.inputs for one in gathered.pieces]),
-                torch.cat([one.outputs for one in gathered.pieces]),
-            )  # fmt: skip
+            inputs = torch.cat([one.inputs for one in gathered.pieces])
+            outputs = torch.cat([one.outputs for one in gathered.pieces])
+            affine = self._is_compared and self._compared(layer, now, inputs, outputs)
+            self._take(self._emitted(layer, now, gathered, inputs, outputs, affine=affine))
 
     def _refuse(self, layer: Layer, now: _Pass, gathered: _Gathered) -> None:
         """Leave out a layer whose rows are not the text's tokens, or raise `InvalidInput`."""

@@ -140,7 +140,7 @@ class AblationResult(Result):
     `entangle.experts.routed_rows.RoutedRows.neurons`; empty without experts."""
     matched: pd.DataFrame = field(repr=False)
     """One row a step of the search for the share of low-WD neurons that costs as much perplexity
-    as the top ones, as in `entangle.experiments.engine.search_matched`; empty if that was not asked
+    as the top ones, as in `entangle.experiments.arms.search_matched`; empty if that was not asked
     for. The step that comes closest is an arm of ``frame`` too, with selection ``matched``."""
     scores: NeuronScores = field(repr=False)
     """Scores that the selections were made from."""

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 KIND = "comparison"
 DENSE = "dense"
 UNIFORM = "uniform"
-METHODS: Mapping[str, tuple[str, Literal["single", "kmeans", "random"]]] = {
+COMPARED_METHODS: Mapping[str, tuple[str, Literal["single", "kmeans", "random"]]] = {
     "magnitude": ("magnitude", "single"),
     "wanda": ("wanda", "single"),
     "sparsegpt": ("sparsegpt", "single"),
@@ -172,9 +172,9 @@ def _competition(row: pd.Series, frame: pd.DataFrame) -> dict[str, object]:
 
 def plain_method(method: str) -> str:
     """Return the method with the same pruner and one expert."""
-    method = choice("method", method, METHODS)
-    wanted = (METHODS[method][0], "single")
-    return next(name for name, made in METHODS.items() if made == wanted)
+    method = choice("method", method, COMPARED_METHODS)
+    wanted = (COMPARED_METHODS[method][0], "single")
+    return next(name for name, made in COMPARED_METHODS.items() if made == wanted)
 
 
 def load_comparison(path: str | os.PathLike[str]) -> Comparison:

@@ -66,10 +66,16 @@ class ExpansionReport(Result):
         value = {"nan": float("nan"), "infinite": float("inf")}.get(str(flag), found)
         return float(value) if isinstance(value, int | float) else None
 
-    def plot(self, value: str = "sparsity", **options: Any) -> "Figure":
-        """Draw a value of every layer, ``sparsity`` or ``experts``; see `plot_layer_profile`."""
-        from entangle.plotting import paper_style, plot_layer_profile
+    def plot(self, value: str | None = None, **options: Any) -> "Figure":
+        """Draw errors and costs (`figure_expansion`), or a value of layers (`plot_layer_profile`).
 
+        ``value`` is ``"sparsity"``, ``"experts"`` or ``"relative_error"``.
+        """
+        from entangle.plotting import figure_expansion, paper_style, plot_layer_profile
+
+        if value is None:
+            costs = pd.DataFrame(self.costs.items(), columns=["cost", "multiple"])
+            return figure_expansion(self.layers, costs, **options)
         with paper_style(column="single"):
             figure = plot_layer_profile(self.layers, value=value, **options).get_figure(root=True)
         assert figure is not None  # noqa: S101 - the axes are new

@@ -258,9 +258,9 @@ def reals(
     return Column("real", low, high, null=null, optional=optional)
 
 
-def shares(*, null: bool = True, optional: bool = False) -> Column:
+def shares(*, null: bool = True) -> Column:
     """Return a column of floats in [0, 1]."""
-    return reals(0, 1, null=null, optional=optional)
+    return reals(0, 1, null=null)
 
 
 Schema = Mapping[str, Column]

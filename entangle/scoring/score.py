@@ -66,10 +66,6 @@ class _Pairs:
     distance: Tensor
     """Distance between the inputs of each pair, (pairs,)."""
 
-    def add_to(self, sketch: PairSketch, rows: Tensor) -> None:
-        """Add the rows (tokens, neurons) of both tokens of each pair."""
-        _add_pairs(rows, sketch, self)
-
 
 def _add_at_once(rows: Tensor, sketch: PairSketch, pairs: _Pairs) -> None:
     sketch.update(*_halves(rows), pairs.distance, starts=pairs.starts)
@@ -77,6 +73,7 @@ def _add_at_once(rows: Tensor, sketch: PairSketch, pairs: _Pairs) -> None:
 
 @dispatch(_add_at_once, where=on_gpu)
 def _add_pairs(rows: Tensor, sketch: PairSketch, pairs: _Pairs) -> None:
+    """Add the rows (tokens, neurons) of both tokens of each pair."""
     first, second = _halves(rows)
     for one, two, own in _runs(first.shape[0], pairs.starts, pairs.distance.shape[0]):
         sketch.update(first[one], second[two], pairs.distance[own])
@@ -192,7 +189,7 @@ def score_sketched(
             if seen.leads:  # what was found for other inputs is done with
                 pairs.clear()
                 pairs[seen.source] = pairing.of(seen.inputs)
-            pairs[seen.source].add_to(differences[name], rows)
+            _add_pairs(rows, differences[name], pairs[seen.source])
 
     def measure(layer: Layer) -> MeasuredLayer:
         found = outputs[layer.name].result()

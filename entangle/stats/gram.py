@@ -244,7 +244,8 @@ def _checked(batch: Tensor, device: torch.device) -> Tensor:
 
 def require_finite(batch: Float[Tensor, "tokens features"]) -> None:
     """Raise `NumericalError` if a token holds NaN or infinity, or the sum of squares overflows."""
-    if bool(torch.isfinite(_norm(batch))):
+    work = batch if exact_in_half(batch.dtype, batch.device) else batch.float()
+    if bool(torch.isfinite(torch.linalg.vector_norm(work, dtype=torch.float32))):
         return
     bad = int((~torch.isfinite(batch).all(dim=1)).sum())
     if bad == 0:
@@ -256,12 +257,6 @@ def require_finite(batch: Float[Tensor, "tokens features"]) -> None:
         f"{bad} of {batch.shape[0]} tokens hold NaN or infinite activations; statistics need "
         f"finite ones: run the model in float32 or check its weights."
     )
-
-
-def _norm(batch: Tensor) -> Tensor:
-    work = batch if exact_in_half(batch.dtype, batch.device) else batch.float()
-    norm: Tensor = torch.linalg.vector_norm(work, dtype=torch.float32)
-    return norm
 
 
 def _wide(device: torch.device | str) -> torch.dtype:

@@ -70,6 +70,40 @@ def spearman_interval(
     return Interval(rho, *percentiles(draws, level, otherwise=rho))
 
 
+def share_interval(count: int, n: int, *, level: float = 0.95) -> Interval:
+    """Return the share of ``count`` things among ``n`` with Wilson's interval.
+
+    Notes
+    -----
+    Wilson, Probable Inference, the Law of Succession, and Statistical Inference, 1927.
+    """
+    from scipy.special import ndtri  # not by those who only read results
+
+    share, z = count / n, float(ndtri(0.5 + 0.5 * level))
+    size = 2 * (n + z**2)
+    centre = (2 * n * share + z**2) / size
+    half = z / size * np.sqrt(4 * n * share * (1 - share) + z**2)
+    return Interval(
+        share,
+        0.0 if count == 0 else float(centre - half),
+        1.0 if count == n else float(centre + half),
+    )
+
+
+def median_interval(values: Floats, *, level: float = 0.95) -> Interval:
+    """Return the median of values, shape (n,), with the interval between two of them.
+
+    As many values lie below the one as above the other, as few that the probability of the median
+    there, by the binomial distribution, is at most ``1 - level``; NaN where n is too small.
+    """
+    from scipy.special import bdtr
+
+    ordered, n = np.sort(values), len(values)
+    below = int(np.searchsorted(bdtr(np.arange(n), n, 0.5), 0.5 * (1 - level))) - 1
+    ends = (ordered[below], ordered[n - 1 - below]) if below >= 0 else (np.nan, np.nan)
+    return Interval(float(np.median(values)), *map(float, ends))
+
+
 def percentiles(
     draws: Floats | Sequence[float], level: float, *, otherwise: float = np.nan
 ) -> tuple[float, float]:

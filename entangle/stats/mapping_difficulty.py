@@ -236,6 +236,13 @@ def _can_add_at_once(_sketch: object, first: Tensor, second: Tensor, *_: object)
     return kernels.fits(first, _BINS, bytes_a_count=4) and first.stride() == second.stride()
 
 
+def _typical(first: Tensor, second: Tensor) -> Tensor:
+    """Return the scale of the bins by the outputs of some pairs."""
+    sample = (first.float() - second.float()).abs_()
+    typical = sample.nan_to_num_(0.0, 0.0, 0.0).median(dim=0).values
+    return torch.where(typical > 0, typical, 1.0)
+
+
 class PairSketch:
     """Accumulate the pair statistics of one layer from a stream, in memory that does not grow.
 
@@ -295,13 +302,13 @@ class PairSketch:
     def _add_at_once(
         self, first: Tensor, second: Tensor, dx: Tensor, starts: tuple[int, int]
     ) -> None:
-        """Do what `_add_gathered` does in one kernel that is not waited for."""
+        """Do what `_add_gathered` does, in one kernel that is not waited for."""
         if not self._placed:
             run = (dx[: first.shape[0] - max(starts)] > 0).nonzero()[:_PILOT_PAIRS, 0]
             if not run.numel():
                 self._add_gathered(first, second, dx, starts)
                 return
-            self._place_by(first[starts[0] + run], second[starts[1] + run])
+            self._place(_typical(first[starts[0] + run], second[starts[1] + run]))
         kernels.add_pairs(
             first, second, dx.float(), self._scale,
             starts=starts, counts=self._counts, sums=self._sums, highest=self._dy_max,
@@ -315,14 +322,6 @@ class PairSketch:
         if pairs < rows or starts != (0, 0):
             order = torch.arange(pairs, device=first.device)
             first, second = first[(starts[0] + order) % rows], second[(starts[1] + order) % rows]
-        self._update(first, second, dx)
-
-    @dispatch(_add_at_once, where=_can_add_at_once)
-    def _add(self, first: Tensor, second: Tensor, dx: Tensor, starts: tuple[int, int]) -> None:
-        self._add_gathered(first, second, dx, starts)
-
-    def _update(self, first: Tensor, second: Tensor, dx: Tensor) -> None:
-        """Add pairs of rows in their order."""
         distinct = dx > 0
         if not bool(distinct.all()):
             self.n_identical += int((~distinct).sum())
@@ -330,7 +329,7 @@ class PairSketch:
         if dx.numel() == 0:
             return
         if not self._placed:
-            self._place_by(first[:_PILOT_PAIRS], second[:_PILOT_PAIRS])
+            self._place(_typical(first[:_PILOT_PAIRS], second[:_PILOT_PAIRS]))
         at_once = by_device(first.device, cpu=2**18, gpu=2**26)
         columns = max(4, at_once // dx.numel() // 4 * 4)
         for start in range(0, self.n_neurons, columns):
@@ -338,8 +337,18 @@ class PairSketch:
             left, right = first[:, part].float(), second[:, part].float()
             dy = self._scratch.take("x", tuple(left.shape), torch.float32, left.device)
             torch.sub(left, right, out=dy).abs_()
-            self._update_block(dy, (1 / dx).to(dy.dtype), part)
-        self._count(dx)
+            work = self._scratch.take("work", tuple(dy.shape), dy.dtype, dy.device)
+            torch.mul(dy, (1 / dx).to(dy.dtype)[:, None], out=work)
+            self._sums[0, part] += work.sum(0)  # by halves: a matrix product is less exact
+            self._sums[1, part] += dy.sum(0)
+            torch.maximum(self._dy_max[part], dy.amax(0), out=self._dy_max[part])
+            index = bins.magnitude_index_(dy.div_(self._scale[part]), _BINS)
+            bins.add_counts(self._counts[part], index, self._scratch)
+        self.n_pairs += dx.numel()
+        self._dx_max = max(self._dx_max, float(dx.max()))
+        self._dx_sum += float(dx.sum(dtype=accumulator_dtype(dx.device)))
+
+    _add = dispatch(_add_at_once, where=_can_add_at_once)(_add_gathered)
 
     def merge(self, other: "PairSketch") -> None:
         """Add another sketch of the same neurons with the same bins."""
@@ -374,24 +383,12 @@ class PairSketch:
             n_identical=self.n_identical,
         )
 
-    def _place_by(self, first: Tensor, second: Tensor) -> None:
-        """Place the bins by the outputs of some pairs."""
-        sample = (first.float() - second.float()).abs_()
-        typical = sample.nan_to_num_(0.0, 0.0, 0.0).median(dim=0).values
-        self._place(torch.where(typical > 0, typical, 1.0))
-
     def _place(self, scale: Tensor) -> None:
         wide = accumulator_dtype(scale.device)
         self._scale, self._placed = scale, True
         self._counts = torch.zeros(self.n_neurons, _BINS, dtype=torch.int32, device=scale.device)
         self._sums = torch.zeros(2, self.n_neurons, dtype=wide, device=scale.device)
         self._dy_max = torch.zeros(self.n_neurons, device=scale.device)
-
-    def _count(self, dx: Tensor) -> None:
-        """Count pairs of distinct inputs at these distances."""
-        self.n_pairs += dx.numel()
-        self._dx_max = max(self._dx_max, float(dx.max()))
-        self._dx_sum += float(dx.sum(dtype=accumulator_dtype(dx.device)))
 
     @staticmethod
     def settle(sketches: Iterable["PairSketch"]) -> None:
@@ -412,16 +409,6 @@ class PairSketch:
         dx = torch.cat(self._uncounted)
         kept = dx.where(dx > 0, 0.0).double()
         return torch.stack([(kept > 0).sum(dtype=kept.dtype), kept.max(), kept.sum()])
-
-    def _update_block(self, dy: Tensor, weight: Tensor, part: slice) -> None:
-        """Add |y_a − y_b| of shape (pairs, block neurons)."""
-        work = self._scratch.take("work", tuple(dy.shape), dy.dtype, dy.device)
-        torch.mul(dy, weight[:, None], out=work)
-        self._sums[0, part] += work.sum(0)  # by halves: a matrix product is less exact
-        self._sums[1, part] += dy.sum(0)
-        torch.maximum(self._dy_max[part], dy.amax(0), out=self._dy_max[part])
-        index = bins.magnitude_index_(dy.div_(self._scale[part]), _BINS)
-        bins.add_counts(self._counts[part], index, self._scratch)
 
     def _statistics_at_once(self) -> Tensor:
         return kernels.pair_statistics(

@@ -139,7 +139,8 @@ class OutputSketch:
         if not self._placed:
             self._place(*place_bins(outputs))
         if group != self._open_group:
-            self._close_group()
+            if self.n_tokens:
+                self._close_group()
             self._open_group = group
         self._add(outputs, group)
         self.n_tokens += outputs.shape[0]
@@ -153,8 +154,9 @@ class OutputSketch:
             or self.n_groups != other.n_groups
         ):
             raise InvalidInput("only sketches made from one another with `fork` can be merged.")
-        self._close_group()
-        other._close_group()
+        for one in (self, other):
+            if one.n_tokens:
+                one._close_group()
         for name in ("_counts", "_group_counts", "_powers", "_group_powers", "_group_tokens"):
             getattr(self, name).add_(getattr(other, name))
         torch.minimum(self._low, other._low, out=self._low)
@@ -274,19 +276,15 @@ class OutputSketch:
         torch.maximum(self._high[part], x.amax(0), out=self._high[part])
         bins.add_counts(self._counts[part], bins.signed_index_(x, work), self._scratch)
 
-    def _close_group(self) -> None:
-        """Credit what was counted since the last call to the open group."""
-        if self.n_tokens:
-            self._credit()
-
-    def _credit_at_once(self) -> None:
+    def _close_group_at_once(self) -> None:
         kernels.close_group(
             self._counts, closed=self._closed_counts, group=self._group_counts[self._open_group],
             low=self._low, high=self._high,
         )  # fmt: skip
 
-    @dispatch(_credit_at_once, where=_is_counted_by_kernels)
-    def _credit(self) -> None:
+    @dispatch(_close_group_at_once, where=_is_counted_by_kernels)
+    def _close_group(self) -> None:
+        """Credit what was counted since the last call to the open group."""
         first, last = self._used_groups()
         used = slice(first, last + 1)
         counts = self._counts[:, first * GROUP_FOLD : (last + 1) * GROUP_FOLD]
@@ -296,8 +294,8 @@ class OutputSketch:
 
     def _groups_between_ends(self) -> tuple[int, int]:
         extremes = torch.stack([self._low.min(), self._high.max()])
-        first, last = (int(i) // GROUP_FOLD for i in bins.signed_index(extremes))
-        return first, last
+        first, last = bins.signed_index_(extremes, torch.empty_like(extremes)).tolist()
+        return first // GROUP_FOLD, last // GROUP_FOLD
 
     @dispatch(_groups_between_ends, where=lambda sketch: on_cpu(sketch._counts))
     def _used_groups(self) -> tuple[int, int]:

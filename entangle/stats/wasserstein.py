@@ -96,15 +96,13 @@ def shape_statistics(outputs: Float[Tensor, "neurons tokens"]) -> ShapeStatistic
     if tokens == 0:
         raise InvalidInput("`outputs` must hold at least one token; got shape with 0 tokens.")
     at_once = by_device(outputs.device, cpu=_SORT_BYTES, gpu=_SORT_BYTES_GPU)
-    parts = [_statistics(outputs[part]) for part in row_parts(neurons, at_once // (4 * tokens))]
+    parts = []
+    for part in row_parts(neurons, at_once // (4 * tokens)):
+        work = outputs[part].detach()
+        work = work.float() if work.element_size() == 2 else work
+        parts.append(with_flags(*_columns_and_flags(work), outputs.dtype))
     columns = ([getattr(part, f.name) for part in parts] for f in fields(ShapeStatistics))
     return ShapeStatistics(*(torch.cat(column) for column in columns))
-
-
-def _statistics(outputs: Tensor) -> ShapeStatistics:
-    work = outputs.detach()
-    work = work.float() if work.element_size() == 2 else work
-    return with_flags(*_columns_and_flags(work), outputs.dtype)
 
 
 def with_flags(
@@ -203,7 +201,7 @@ def _columns(ordered: Tensor) -> list[Tensor]:
     """Return WD, KS, mean, std, skewness and excess kurtosis of sorted rows."""
     at_once = by_device(ordered.device, cpu=_CACHE_BYTES, gpu=_SORT_BYTES)
     size = at_once // (8 * ordered.shape[1])
-    parts = [_sorted_statistics(ordered[part]) for part in row_parts(len(ordered), size)]
+    parts = map(_sorted_statistics, (ordered[part] for part in row_parts(len(ordered), size)))
     return [torch.cat(column) for column in zip(*parts, strict=True)]
 
 
@@ -217,7 +215,8 @@ def _sorted_statistics(ordered: Tensor) -> tuple[Tensor, ...]:
     square = z.square()
     skewness = torch.linalg.vecdot(square, z) / z.shape[1]
     kurtosis = torch.linalg.vecdot(square, square) / z.shape[1] - 3
-    return (*_sorted_distances(z), mean, std, skewness, kurtosis)
+    n = z.shape[1]
+    return (*_distances_of(z, 0, n, _normal_cells(n, 0, n)), mean, std, skewness, kurtosis)
 
 
 def is_constant(
@@ -250,29 +249,22 @@ def sort_rows(values: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows colu
     return work.sort(dim=1).values
 
 
-@lru_cache(maxsize=8)
-def _normal_cells(n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return φ(Φ⁻¹(i/n)) for i = 0…n and the cell integrals of Φ⁻¹, both float64."""
-    return _cells(n, 0, n)
-
-
 def _cells(n: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return `_normal_cells` of the cells from ``start`` up to ``stop``."""
+    """Return φ(Φ⁻¹(i/n)) for i = start…stop and the integrals of Φ⁻¹ between, both float64."""
     density = ndtri(np.arange(start, stop + 1) / n)
     np.exp(np.multiply(density, density, out=density) * -0.5, out=density)
     density /= math.sqrt(2 * math.pi)
     return density, density[:-1] - density[1:]
 
 
+_normal_cells = lru_cache(maxsize=8)(_cells)
+"""Of whole rows, which are kept."""
+
+
 @lru_cache(maxsize=8)
 def normal_density(n: int, device: torch.device) -> Float[Tensor, " edges"]:
     """Return φ(Φ⁻¹(i/n)) for i = 0…n, float64."""
-    return torch.from_numpy(_normal_cells(n)[0]).to(device)
-
-
-def _sorted_distances(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Return WD and KS of rows that are sorted and standardised."""
-    return _distances_of(z, 0, z.shape[1], _normal_cells(z.shape[1]))
+    return torch.from_numpy(_normal_cells(n, 0, n)[0]).to(device)
 
 
 def _distances_of(
@@ -282,7 +274,7 @@ def _distances_of(
 
     ``normal`` has the density at the edges of their cells, and the cells.
     """
-    density, cells = (torch.from_numpy(a).to(z) for a in normal)
+    density, cells = torch.from_numpy(normal[0]).to(z), torch.from_numpy(normal[1]).to(z)
     index = torch.arange(start + 1, start + z.shape[1] + 1, device=z.device, dtype=z.dtype)
     rank = torch.special.erf(z / math.sqrt(2)).add_(1).mul_(n / 2)  # n Φ(z)
     above = rank.sub_(index)  # n Φ(z_i) − i: in (−1, 0) where the cell contains Φ(z_i)

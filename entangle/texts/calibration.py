@@ -11,7 +11,7 @@ checking that they agree on every token (id and place) around it. Where they do 
 chunk is made longer until they do.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from entangle.texts.files import Document, well_formed
 from entangle.texts.given import Source, Wanted, find, label_of
 from entangle.texts.special_tokens import (
     DEFAULT_POLICY,
+    Affixes,
     affixes,
     check_policy,
     describe_tokenizer,
@@ -234,6 +235,42 @@ Mask = Bool[Tensor, "n_seq seq_len"] | None
 DEFAULT_SPLIT = "train"
 
 
+@dataclass(frozen=True, eq=False)
+class GivenText:
+    """A text, and what makes tokens of it."""
+
+    texts: TextSource
+    tokenizer: PreTrainedTokenizerBase
+    specials: Affixes
+
+
+def given_tokens_or_text(
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase | None,
+    wanted: Wanted,
+    *,
+    special_tokens: str,
+    add_special_tokens: bool | None,
+    opened: Callable[[str | Path, Wanted], TextSource],
+) -> TokenFile | GivenText:
+    """Return the token ids of a source, or its text; arguments as in `load_calibration`.
+
+    ``opened`` opens a text that has a name.
+    """
+    policy, label = check_policy(special_tokens, add_special_tokens), label_of(source)
+    found = find(source, wanted)
+    if isinstance(found, TokenFile):
+        refuse(label, **no_policy(special_tokens, add_special_tokens))
+        note_unmasked_pads(found.ids, getattr(tokenizer, "pad_token_id", None), found.mask, label)
+        return found
+    if tokenizer is None:
+        raise InvalidInput(
+            f"{label!r} is text, so it needs a tokenizer; pass the model's, or give token ids."
+        )
+    texts = found if isinstance(found, TextSource) else opened(found, wanted)
+    return GivenText(texts, tokenizer, affixes(tokenizer, policy))
+
+
 def load_calibration(
     source: Source = "demo",
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -316,18 +353,16 @@ def load_calibration(
     draw = Draw(
         n_seq=n_seq, seq_len=seq_len, sampling=sampling, seed=seed, context_length=context_length
     )
-    names = {"split": split, "config": config, "column": column}
-    policy = check_policy(special_tokens, add_special_tokens)
-    label = label_of(source)
-    found = find(source, Wanted(split, config, column, (DEFAULT_SPLIT,), draw.n_seq))
-    mask: Mask = None
+    label, mask = label_of(source), None
+    found = given_tokens_or_text(
+        source, tokenizer, Wanted(split, config, column, (DEFAULT_SPLIT,), draw.n_seq),
+        special_tokens=special_tokens, add_special_tokens=add_special_tokens,
+        opened=_open,
+    )  # fmt: skip
     if isinstance(found, TokenFile):
-        refuse(label, **no_policy(special_tokens, add_special_tokens))
-        pad = getattr(tokenizer, "pad_token_id", None)
-        note_unmasked_pads(found.ids, pad, found.mask, label)
         ids, mask, settings = _from_ids(found, draw, label)
     else:
-        ids, settings = _from_text(found, label, tokenizer, draw, join, policy, names)
+        ids, settings = _from_text(found, draw, join, where=repr(label))
     sizes = {"n_seq": ids.shape[0], "seq_len": ids.shape[1]}
     made = CalibrationSet(ids, label, {**sizes, **settings}, mask)
     check_ids(made.ids, vocab_size)
@@ -383,29 +418,13 @@ def empty_rows(count: int, label: str, *, least: int = 1) -> dict[str, object]:
     return {"rows_left_out": count}
 
 
-def _from_text(
-    source: str | Path | TextSource,
-    label: str,
-    tokenizer: PreTrainedTokenizerBase | None,
-    draw: Draw,
-    join: str,
-    policy: str,
-    names: dict[str, str | None],
-) -> Cut:
-    where = repr(label)
-    if tokenizer is None:
-        raise InvalidInput(
-            f"{where} is text, so it needs a tokenizer; pass the model's, or give token ids."
-        )
-    opened = (
-        source
-        if isinstance(source, TextSource)
-        else open_texts(
-            source, split=names["split"], config=names["config"], column=names["column"]
-        )
-    )
-    specials = affixes(tokenizer, policy)
-    text = JoinedText(opened.documents, join)
+def _open(source: str | Path, wanted: Wanted) -> TextSource:
+    return open_texts(source, split=wanted.split, config=wanted.config, column=wanted.column)
+
+
+def _from_text(given: GivenText, draw: Draw, join: str, *, where: str) -> Cut:
+    tokenizer, specials = given.tokenizer, given.specials
+    text = JoinedText(given.texts.documents, join)
     complete = True
     if draw.sampling == "contiguous":
         wanted = draw.sequences * max(draw.window - sum(map(len, specials.around)), 1)
@@ -417,7 +436,7 @@ def _from_text(
         raise InvalidInput(f"{where} holds no text: every document in it is empty.")
     running = specials.enclose(tokens.ids, complete=complete and tokens.whole_text)
     settings = {
-        **opened.settings,
+        **given.texts.settings,
         **draw.settings(),
         "join": join,
         "special_tokens": dict(specials.settings),

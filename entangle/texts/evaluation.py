@@ -24,24 +24,18 @@ from entangle.checks import check_seq_len, whole
 from entangle.errors import InvalidInput
 from entangle.models.loading import LanguageModel
 from entangle.runs.provenance import around_each, of_saved, shown
-from entangle.texts.calibration import JoinedText, empty_rows, first_tokens
+from entangle.texts.calibration import (
+    GivenText,
+    JoinedText,
+    empty_rows,
+    first_tokens,
+    given_tokens_or_text,
+)
 from entangle.texts.calibration_set import CalibrationSet, check_ids, is_running
-from entangle.texts.documents import TextSource, as_path, open_texts, refuse
-from entangle.texts.given import Source, Wanted, find, label_of
-from entangle.texts.special_tokens import (
-    DEFAULT_POLICY,
-    affixes,
-    check_policy,
-    describe_tokenizer,
-    no_policy,
-)
-from entangle.texts.token_files import (
-    TokenFile,
-    TokenRows,
-    first_columns,
-    note_unmasked_pads,
-    real_rows,
-)
+from entangle.texts.documents import TextSource, as_path, open_texts
+from entangle.texts.given import Source, Wanted, label_of
+from entangle.texts.special_tokens import DEFAULT_POLICY, describe_tokenizer
+from entangle.texts.token_files import TokenFile, TokenRows, first_columns, real_rows
 from entangle.texts.words import count_predicted
 
 LOGITS_AT_ONCE = 2**24
@@ -396,17 +390,15 @@ def load_evaluation(
     while the tokens' places are looked up.
     """
     cut = Cut(seq_len=seq_len, n_windows=n_windows, context_length=context_length)
-    label = label_of(source)
-    names = {"split": split, "config": config, "column": column}
-    found = find(source, Wanted(split, config, column, (DEFAULT_SPLIT, _OTHERWISE), cut.n_windows))
-    policy = check_policy(special_tokens, add_special_tokens)
+    wanted = Wanted(split, config, column, (DEFAULT_SPLIT, _OTHERWISE), cut.n_windows)
+    found = given_tokens_or_text(
+        source, tokenizer, wanted, special_tokens=special_tokens,
+        add_special_tokens=add_special_tokens, opened=_open,
+    )  # fmt: skip
     if isinstance(found, TokenFile):
-        refuse(label, **no_policy(special_tokens, add_special_tokens))
-        pad = getattr(tokenizer, "pad_token_id", None)
-        note_unmasked_pads(found.ids, pad, found.mask, label)
-        text = _from_ids(found, cut, label)
+        text = _from_ids(found, cut, label_of(source))
     else:
-        text = _from_text(found, label, tokenizer, cut, join, policy, names)
+        text = _from_text(found, cut, join, label_of(source))
     check_ids(text.windows, vocab_size)
     return text
 
@@ -457,24 +449,10 @@ class _KeptText(JoinedText):
         """Keep everything."""
 
 
-def _from_text(
-    source: str | Path | TextSource,
-    label: str,
-    tokenizer: PreTrainedTokenizerBase | None,
-    cut: Cut,
-    join: str,
-    policy: str,
-    names: dict[str, str | None],
-) -> EvaluationText:
-    where = repr(label)
-    if tokenizer is None:
-        raise InvalidInput(
-            f"{where} is text, so it needs a tokenizer; pass the model's, or give token ids."
-        )
-    opened = source if isinstance(source, TextSource) else _open(source, names)
-    specials = affixes(tokenizer, policy)
+def _from_text(given: GivenText, cut: Cut, join: str, label: str) -> EvaluationText:
+    where, tokenizer, specials = repr(label), given.tokenizer, given.specials
     n_around = (len(specials.around[0]), len(specials.around[1]))
-    text = _KeptText(opened.documents, join)
+    text = _KeptText(given.texts.documents, join)
     length = max(cut.window - sum(n_around), 1)
     wanted = sys.maxsize if cut.n_windows is None else cut.n_windows * length
     tokens = first_tokens(text, tokenizer, wanted)
@@ -493,7 +471,7 @@ def _from_text(
         ends_of_text=(n_first, len(windows) * length - n_first - n_taken),
     )
     settings = {
-        **opened.settings,
+        **given.texts.settings,
         "cut": "contiguous",
         "join": join,
         "special_tokens": dict(specials.settings),
@@ -504,22 +482,22 @@ def _from_text(
     return EvaluationText(windows, label, settings, counts.n_words, counts.n_bytes, around=n_around)
 
 
-def _open(source: str | Path, names: Mapping[str, str | None]) -> TextSource:
+def _open(source: str | Path, wanted: Wanted) -> TextSource:
     """Open a named text at the split asked for, or else the first that there is."""
-    split, splits = _split(source, names), tuple[str, ...]()
-    if names["split"] is None and source != "demo":
+    split, splits = _split(source, wanted), tuple[str, ...]()
+    if wanted.split is None and source != "demo":
         splits = tuple(dict.fromkeys((split or DEFAULT_SPLIT, _OTHERWISE)))
     return open_texts(
-        source, split=split, config=names["config"], column=names["column"], splits=splits
+        source, split=split, config=wanted.config, column=wanted.column, splits=splits
     )
 
 
-def _split(source: str | Path, names: Mapping[str, str | None]) -> str | None:
+def _split(source: str | Path, wanted: Wanted) -> str | None:
     """Return the split asked for, or the default one where the `datasets` library reads."""
     path = as_path(source)
-    local = path is not None and (path.is_file() or names["config"] is None)
-    if names["split"] is not None or local or source == "demo":
-        return names["split"]
+    local = path is not None and (path.is_file() or wanted.config is None)
+    if wanted.split is not None or local or source == "demo":
+        return wanted.split
     return _SPLITS.get(str(source), DEFAULT_SPLIT)
 
 

@@ -12,7 +12,7 @@ from entangle.cli.ablate import MEASURES
 from entangle.cli.main import build_parser
 from entangle.experiments.arms import INTERVENTIONS, ROUTERS, SELECTIONS
 from entangle.experiments.selection import ALIKE, DERIVED, SCORED
-from entangle.results.comparison import METHODS
+from entangle.results.comparison import COMPARED_METHODS
 
 HEAVY = {"torch", "transformers", "pandas", "datasets", "scipy", "sklearn", "matplotlib"}
 WRONG = [
@@ -84,12 +84,12 @@ for arguments in {WRONG!r}:
 
 def test_the_names_are_those_that_exist() -> None:
     assert main.NAMES["intervention"][1] == INTERVENTIONS
-    assert main.NAMES["methods"][1] == tuple(METHODS)
+    assert main.NAMES["methods"][1] == tuple(COMPARED_METHODS)
     assert main.NAMES["router"][1] == ROUTERS
     assert main.NAMES["measure"][1] == tuple(MEASURES)
     assert set(main.COLUMNS) == {*SCORED, *DERIVED}
     assert set(main.SELECTIONS) == {*SELECTIONS, *ALIKE, "all"}
-    assert set(main.RULES) == {*RULES, "search"}
+    assert set(main.NAMES["rule"][1]) == {*RULES, "search"}
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from entangle.cli.figures import FIGURES, MAKERS, drawings_of, missing_lines, op
 from tests.cli.runs import Run, holds
 from tests.saved import resealed
 
-KINDS = ("scores", "ablation", "comparison", "decomposition", "allocation")
+KINDS = ("scores", "ablation", "comparison", "decomposition", "allocation", "expansion")
 
 
 def test_everything_is_drawn_and_the_rest_named_with_its_command(
@@ -213,20 +213,15 @@ def test_a_manifest_that_is_a_pipe_is_not_waited_for(run: Run, tmp_path: Path) -
     assert holds(done.err, "a pipe"), done.err
 
 
-def test_results_without_figures_are_named_and_passed_over(
+def test_results_of_an_unknown_kind_are_refused(
     run: Run, made: Mapping[str, Path], tmp_path: Path
 ) -> None:
-    other = tmp_path / "x16"
-    other.mkdir()
-    (other / "manifest.json").write_text('{"kind": "expansion", "schema_version": 1}')
-    said = f"Skipped: {other}: no figures of a result of kind 'expansion'"
-    both = run("figures", other, made["comparison"], "--out", tmp_path / "f", "--format", "png")
-    assert both.status == 0
-    assert said in both.out
-    alone = run("figures", other, "--out", tmp_path / "g")
-    assert alone.status == 2
-    assert said in alone.out
-    assert "nothing" in alone.err
+    (tmp_path / "manifest.json").write_text('{"kind": "other", "schema_version": 1}')
+    done = run("figures", made["comparison"], tmp_path, "--out", tmp_path / "f")
+    assert done.status == 2
+    assert holds(done.err, "kind of result"), done.err
+    assert holds(done.err, "'other'"), done.err
+    assert not (tmp_path / "f").exists()
 
 
 def test_bad_options_are_refused_before_anything_is_read(run: Run, tmp_path: Path) -> None:

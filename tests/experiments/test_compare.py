@@ -22,7 +22,7 @@ from entangle.experiments.compare import (
 from entangle.experts.expand import Expansion, expand
 from entangle.models.loading import LanguageModel
 from entangle.plotting.style import METHOD_PALETTE
-from entangle.results.comparison import METHODS
+from entangle.results.comparison import COMPARED_METHODS
 from entangle.texts.calibration_set import CalibrationSet
 from tests.allocation.samples import random_allocation
 
@@ -336,7 +336,7 @@ def test_an_unknown_method_is_named() -> None:
 
 
 def test_every_method_has_a_colour() -> None:
-    assert set(METHOD_PALETTE) == set(METHODS)
+    assert set(METHOD_PALETTE) == set(COMPARED_METHODS)
 
 
 def test_keys_tell_arms_apart_and_labels_name_them() -> None:

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,38 +16,13 @@ from entangle.evaluation import EvaluationText, perplexity
 from entangle.experts.checkpoint import load_expanded
 from entangle.models.loading import load_model
 from entangle.texts.calibration_set import CalibrationSet
+from tests.killed import killed_before
 
 BLOCKS = [f"block-{index:04d}.safetensors" for index in range(3)]
 COMMAND = (
     "expand", "model", "--calibration", "ids.safetensors", "--experts", "3", "--device", "cpu",
     "--quiet", "--out",
 )  # fmt: skip
-
-BEFORE_A_BLOCK_HAS_ITS_NAME = """
-from entangle.experts import checkpoint
-
-replace = checkpoint.os.replace
-
-def killed(source, target):
-    if target.name == "block-0001.safetensors":
-        os.kill(os.getpid(), signal.SIGKILL)
-    replace(source, target)
-
-checkpoint.os.replace = killed
-"""
-BEFORE_THE_FINAL_NAME = """
-from pathlib import Path
-
-rename = Path.rename
-
-def killed(source, target):
-    if Path(target).name == "x":
-        os.kill(os.getpid(), signal.SIGKILL)
-    return rename(source, target)
-
-Path.rename = killed
-"""
-DRIVER = "import os, signal, sys\nfrom entangle.cli.main import main\n{}\nmain(sys.argv[1:])\n"
 
 
 @pytest.fixture
@@ -65,24 +39,14 @@ def place(
     return tmp_path
 
 
-def run_script(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", script, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
-
-
-def killed(driver: str, *options: str) -> None:
-    """Run the command in a process that ends in ``kill -9``."""
-    done = run_script(DRIVER.format(driver), *COMMAND, "x", *options)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert not Path("x").exists()
-
-
 def test_a_build_that_was_killed_twice_resumes_to_the_same_bytes(place: Path) -> None:
     building = Path(".x.building")
-    killed(BEFORE_A_BLOCK_HAS_ITS_NAME)
+    killed_before("block-", 2, [*COMMAND, "x"])
+    assert not Path("x").exists()
     assert sorted(path.name for path in building.glob("*.safetensors")) == BLOCKS[:1]
     assert main([*COMMAND, "x"]) == 2  # not without --resume
-    killed(BEFORE_THE_FINAL_NAME, "--resume")
+    killed_before("x", 1, [*COMMAND, "x", "--resume"])
+    assert not Path("x").exists()
     assert sorted(path.name for path in building.glob("*.safetensors")) == BLOCKS
     assert main([*COMMAND, "x", "--resume"]) == 0
     assert main([*COMMAND, "whole"]) == 0
@@ -118,8 +82,8 @@ def test_a_checkpoint_is_the_same_model_in_a_new_process(
     place: Path, calibration: CalibrationSet
 ) -> None:
     assert main([*COMMAND, "x"]) == 0
-    done = run_script(LOADER, str(torch.get_num_threads()))
-    assert done.returncode == 0, done.stderr
+    command = [sys.executable, "-c", LOADER, str(torch.get_num_threads())]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
     found = json.loads(done.stdout)
     here, dense = load_expanded("x", device="cpu"), load_model("model", device="cpu")
     text = EvaluationText(calibration.ids, "ids", {})

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from entangle.experts.clusters import kmeans
-from entangle.scoring.score import _Pairing
+from entangle.scoring.score import _add_pairs, _Pairing
 from entangle.seeding import torch_rng
 from entangle.stats.mapping_difficulty import PairSketch, draw_pairs, mapping_difficulty
 from entangle.stats.sketch import OutputSketch
@@ -70,7 +70,7 @@ def test_pairs(dtype: torch.dtype, share: float) -> None:
         for batch in range(4):
             pairing.next_batch()
             rows = y.roll(batch, 0) * (1 + batch)
-            pairing.of(x.to(device)).add_to(sketch, rows.to(device))
+            _add_pairs(rows.to(device), sketch, pairing.of(x.to(device)))
         results.append(sketch.result())
     _assert_close(results[0], results[1], 1e-4)
     for name in ("n_pairs", "n_identical"):

@@ -146,6 +146,13 @@ def allocated() -> tuple[pd.DataFrame, pd.DataFrame]:
     return pd.DataFrame(layers), pd.DataFrame({"sparsity": [0.1, *[0.5] * 40, *[0.7] * 3000]})
 
 
+def expanded() -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Layers and costs of an expansion."""
+    layers = allocated()[0].assign(relative_error=lambda one: 0.02 + 0.005 * one["block"])
+    costs = {"flops": 0.43, "nonzeros": 5.2, "bytes": 6.1}
+    return layers, pd.DataFrame(costs.items(), columns=["cost", "multiple"])
+
+
 @pytest.fixture(autouse=True)
 def untouched_globals() -> Iterator[None]:
     """Fail any test after which matplotlib's settings or pyplot's figures differ."""

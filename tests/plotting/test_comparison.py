@@ -11,12 +11,22 @@ from matplotlib.collections import LineCollection
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
 from entangle.errors import InvalidInput, UnknownName
-from entangle.plotting import caption_of, drawn, figure_comparison, paper_style, plot_perplexity
+from entangle.plotting import (
+    caption_of,
+    drawn,
+    figure_comparison,
+    figure_expansion,
+    paper_style,
+    plot_costs,
+    plot_perplexity,
+)
 from entangle.plotting.comparison import CEILING
 from entangle.plotting.style import METHOD_PALETTE, SPARE_COLORS
+from tests.plotting.conftest import expanded
 from tests.plotting.layout import crowded
 
 TEXT = "WikiText-2, n = 152 windows"
@@ -263,3 +273,33 @@ def test_a_given_axes_keeps_its_figure_s_size(comparison: pd.DataFrame) -> None:
     figure = Figure(figsize=(4, 3))
     plot_perplexity(comparison, ax=figure.subplots())
     assert figure.get_figheight() == 3
+
+
+def test_costs_are_bars_with_their_numbers_beside_dense() -> None:
+    ax = plot_costs(expanded()[1])
+    bars = [patch for patch in ax.patches if isinstance(patch, Rectangle)]
+    assert [bar.get_width() for bar in bars] == [0.43, 5.2, 6.1]
+    assert [text.get_text() for text in ax.texts] == ["0.43", "5.2", "6.1"]
+    labels = [text.get_text() for text in ax.get_yticklabels()]
+    assert labels == ["FLOPs per token", "stored non-zeros", "stored bytes"]
+    (line,) = ax.get_lines()
+    assert list(np.asarray(line.get_xdata())) == [1.0, 1.0]
+    low, high = ax.get_ylim()
+    assert low > high  # from the top down
+
+
+def test_an_expansion_has_its_errors_beside_its_costs() -> None:
+    layers, costs = expanded()
+    layers.loc[23, "block"] = None
+    figure = figure_expansion(layers, costs)
+    left, right = figure.axes
+    shown = {str(line.get_label()): points(line)[:, 1] for line in left.get_lines()}
+    own = layers[(layers["projection"] == "gate_proj")]
+    np.testing.assert_allclose(shown["gate_proj"], 100.0 * own["relative_error"])
+    assert len(shown["down_proj"]) == 11
+    assert len(right.patches) == 3
+    said = caption_of(figure)
+    assert "An expansion of 24 layers into 1 to 12 experts with 50 to 83 % zeros" in said
+    assert said.endswith("1 layer outside the blocks left out.")
+    with pytest.raises(InvalidInput, match=r"`layers`.*sparsity.*`entangle expand`"):
+        figure_expansion(layers.drop(columns="sparsity"), costs)

@@ -13,7 +13,7 @@ from entangle import plotting
 from entangle.errors import UnknownName, is_unseen
 from entangle.plotting.style import Column
 from tests.plotting.ablation_frames import ablation_frame
-from tests.plotting.conftest import allocated
+from tests.plotting.conftest import allocated, expanded
 from tests.plotting.decomposition_frames import TOP, Decomposed
 from tests.plotting.layout import outside, overlapping, smallest_text, texts
 
@@ -26,7 +26,8 @@ DIGEST = "0123456789abcdef"
     params=[
         "sparse_outputs", "experts", "distances", "disentanglement", "recovery", "predictors",
         "components", "router_map", "separated_pairs", "modes", "wd_by_layer", "wd_distribution",
-        "top_and_typical", "wd_against_md", "ablation", "comparison", "allocation", "sparsities",
+        "top_and_typical", "wd_against_md", "ablation", "comparison", "allocation", "expansion",
+        "sparsities",
     ]
 )  # fmt: skip
 def draw(
@@ -60,6 +61,7 @@ def draw(
         "ablation": (ablation_frame(),),
         "comparison": (comparison,),
         "allocation": allocated(),
+        "expansion": expanded(),
         "sparsities": tuple(
             pd.concat([table.assign(sparsity=s) for s in (0.5, 0.9, 0.99)])
             for table in (d.outputs, d.neurons)

@@ -16,7 +16,7 @@ from matplotlib.transforms import Bbox
 from entangle import plotting
 from entangle.errors import InvalidInput
 from tests.plotting.ablation_frames import ablation_frame
-from tests.plotting.conftest import allocated
+from tests.plotting.conftest import allocated, expanded
 from tests.plotting.decomposition_frames import TOP, Decomposed
 from tests.plotting.layout import texts
 
@@ -59,6 +59,7 @@ def case(
         "ablation": (ablation_frame(), {"text": "WikiText-2"}),
         "layer_profile": (allocated()[0], {"overall": 0.6}),
         "row_sparsity": (allocated()[1], {"overall": 0.6}),
+        "costs": (expanded()[1], {}),
         "wd_ridge": (many_scores, {}),
         "wd_heatmap": (many_scores, {}),
     }
@@ -109,7 +110,7 @@ def test_panels_keep_the_contract(case: Case) -> None:
     labels = [label for label in new.get_legend_handles_labels()[1] if label[0] != "_"]
     if draw.__name__.removeprefix("plot_") not in TEXTS:
         said = " ".join(texts(figure_of(new))).replace("\u00a0", " ")
-        assert "n = " in said or "rows" in said or "block" in said
+        assert "n = " in said or "rows" in said or "block" in said or "model" in said
         assert any(unit in new.get_xlabel() for unit in WITH_UNITS)
         assert new.get_ylabel()
         assert len(set(labels)) == len(labels)

@@ -5,6 +5,10 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
+from fontTools.subset import Options, Subsetter
+from fontTools.ttLib import TTFont
+from matplotlib.backend_bases import RendererBase
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from entangle.errors import InvalidInput, Unavailable, UnknownName
@@ -73,18 +77,51 @@ def test_saving_leaves_the_figure_as_it_was(
     figure: Figure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, shown = figure.get_layout_engine(), drawn(figure)
+    canvas, dpi = figure.canvas, figure.dpi
     assert engine is not None
     save_figure(figure, tmp_path / "a")
     assert figure.get_layout_engine() is engine
+    assert (figure.canvas, figure.dpi) == (canvas, dpi)
     pd.testing.assert_frame_equal(drawn(figure), shown)
 
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Figure, "savefig", full)
+    monkeypatch.setattr(FigureCanvasAgg, "print_png", full)
     with pytest.raises(Unavailable):
         save_figure(figure, tmp_path / "b")
     assert figure.get_layout_engine() is engine
+    assert (figure.canvas, figure.dpi) == (canvas, dpi)
+
+
+def test_a_figure_is_drawn_once_for_each_format(
+    figure: Figure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draws, draw = list[object](), Figure.draw
+
+    def counted(self: Figure, renderer: RendererBase) -> None:
+        draws.append(renderer)
+        draw(self, renderer)
+
+    monkeypatch.setattr(Figure, "draw", counted)
+    save_figure(figure, tmp_path / "a")
+    assert len(draws) == 2
+
+
+def test_embedded_fonts_hold_no_tables_that_place_letters(
+    figure: Figure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, subset, before = list[str](), Subsetter.subset, Options().drop_tables
+
+    def noted(self: Subsetter, font: TTFont) -> None:
+        subset(self, font)
+        kept.extend(font.keys())
+
+    monkeypatch.setattr(Subsetter, "subset", noted)
+    save_figure(figure, tmp_path / "a", formats="pdf")
+    assert "glyf" in kept
+    assert not {"GDEF", "GPOS", "GSUB"} & set(kept)
+    assert Options().drop_tables == before
 
 
 @pytest.mark.parametrize("formats", [("pdf", "png"), ("png", "pdf"), ("png",)])

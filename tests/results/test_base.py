@@ -78,6 +78,7 @@ def test_the_report_of_an_expansion(made: Mapping[str, Path], tmp_path: Path) ->
     assert found.costs == found.manifest["costs"]
     assert found.perplexity is None
     assert found.run["seconds"]
+    assert [len(found.plot(value).axes) for value in (None, "sparsity", "experts")] == [2, 1, 1]
     folder = without_digests(found.save(tmp_path / "x"))
     (folder / "run.json").unlink()
     assert ExpansionReport.load(folder).run == {}

@@ -9,8 +9,10 @@ from entangle.errors import InvalidInput
 from entangle.seeding import numpy_rng
 from entangle.stats import intervals
 from entangle.stats.intervals import (
+    median_interval,
     percentiles,
     resampled_means,
+    share_interval,
     spearman_interval,
     window_difference_interval,
     window_mean_interval,
@@ -28,6 +30,20 @@ def slow_draws(x: Floats, y: Floats, *, n_boot: int, seed: int) -> Floats:
         if np.ptp(x[chosen]) > 0 and np.ptp(y[chosen]) > 0:
             found.append(stats.spearmanr(x[chosen], y[chosen]).statistic)
     return np.array(found)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 6, 7, 30, 31, 1000])
+@pytest.mark.parametrize("level", [0.95, 0.8])
+def test_intervals_of_a_share_and_of_the_median_are_those_of_scipy(n: int, level: float) -> None:
+    for count in {0, n // 3, n}:
+        wilson = stats.binomtest(count, n).proportion_ci(level, method="wilson")
+        found = share_interval(count, n, level=level)
+        assert (found.low, found.high, found.value) == (wilson.low, wilson.high, count / n)
+    x = np.random.default_rng(n).normal(size=n)
+    test = stats.quantile_test(x, q=float(np.median(x)), p=0.5).confidence_interval(level)
+    median = median_interval(x, level=level)
+    np.testing.assert_equal((median.low, median.high), (test.low, test.high))
+    assert median.value == np.median(x)
 
 
 @pytest.mark.parametrize("n", [5, 60])
