@@ -10,6 +10,7 @@ the same compiled kernels on both sides.
 import argparse
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from entangle.packed import gpu
-from entangle.packed.formats import Codes, Layout, Packed, pack, unpack
+from entangle.packed.formats import Codes, Packed, pack, unpack
 
 SHAPES = ((14336, 4096), (4096, 14336), (8192, 2048), (1536, 576))
 ROTATED = 400e6  # bytes, several times the second cache
@@ -49,34 +50,32 @@ def timed(calls: Sequence[Call], repeats: int = 15) -> tuple[float, float]:
 
 
 def random_packed(k: int, rows: int, cols: int, form: str, level: float, values: str) -> Packed:
-    """Return packed experts: ``level`` is n of 16, or the share of zeros."""
+    """Return packed experts, the same one k times: ``level`` is n of 16, or the share of zeros."""
     rng = torch.Generator("cuda").manual_seed(0)
-    parts: list[tuple[Layout, dict[str, Tensor]]] = []
-    for _ in range(k):
-        ranks = torch.rand(1, rows, cols, generator=rng, device="cuda")
-        if form == "n16":
-            keep = ranks.unflatten(-1, (-1, 16)).argsort(-1).argsort(-1).flatten(-2) < level
-        else:
-            keep = ranks.argsort(-1).argsort(-1) < round((1 - level) * cols)
-        codes = None
-        if values.startswith("int"):
-            bits = int(values[3:])
-            zero = torch.full((1, rows), 2.0 ** (bits - 1), device="cuda")
-            scale = (torch.rand(1, rows, generator=rng, device="cuda") + 0.5) / 2.0 ** (bits + 6)
-            shape = 1, rows, math.ceil(cols / 128)
-            steps = torch.randint(1, 256, shape, dtype=torch.uint8, generator=rng, device="cuda")
-            codes = Codes(bits, scale, zero, steps)
-            code = torch.randint(0, 2**bits, keep.shape, generator=rng, device="cuda")
-            weight = (code - zero[..., None]) * codes.unit(cols)
-        else:
-            weight = torch.randn(keep.shape, generator=rng, device="cuda")
-            weight = weight.to(getattr(torch, values))
-        parts.append(pack(weight * keep, form, codes=codes, kept=int(level) or None))
-    if k == 1:
-        return Packed(parts[0][1], parts[0][0])
-    assert form == "n16", "experts of the other formats are packed together"
-    joined = {name: torch.cat([one[name] for _, one in parts]) for name in parts[0][1]}
-    return Packed(joined, Layout(**{**parts[0][0].describe(), "experts": k}))
+    ranks = torch.rand(1, rows, cols, generator=rng, device="cuda")
+    if form == "n16":
+        keep = ranks.unflatten(-1, (-1, 16)).argsort(-1).argsort(-1).flatten(-2) < level
+    else:
+        keep = ranks.argsort(-1).argsort(-1) < round((1 - level) * cols)
+    codes = None
+    if values.startswith("int"):
+        bits = int(values[3:])
+        zero = torch.full((1, rows), 2.0 ** (bits - 1), device="cuda")
+        scale = (torch.rand(1, rows, generator=rng, device="cuda") + 0.5) / 2.0 ** (bits + 6)
+        shape = 1, rows, math.ceil(cols / 128)
+        steps = torch.randint(1, 256, shape, dtype=torch.uint8, generator=rng, device="cuda")
+        codes = Codes(bits, scale, zero, steps)
+        code = torch.randint(0, 2**bits, keep.shape, generator=rng, device="cuda")
+        weight = (code - zero[..., None]) * codes.unit(cols)
+    else:
+        weight = torch.randn(keep.shape, generator=rng, device="cuda")
+        weight = weight.to(getattr(torch, values))
+    layout, tensors = pack(weight * keep, form, codes=codes, kept=int(level) or None)
+    if k > 1:
+        assert form == "n16", "the other formats count through all experts"
+        layout = replace(layout, experts=k)
+        tensors = {name: torch.cat([t] * k) for name, t in tensors.items()}
+    return Packed(tensors, layout)
 
 
 def size_of(one: Packed) -> int:
@@ -156,7 +155,8 @@ def tokens() -> None:
     """Print times of several tokens at once, routed at random, beside dense."""
     rows, cols = 14336, 4096
     print(f"{rows} x {cols}, several tokens: us (x dense bf16; x its own bytes at 4.1 TB/s)")
-    kinds: list[tuple[str, float, int]] = [("n16", n, 1) for n in (8, 5, 3, 2)] + [
+    kinds: list[tuple[str, float, int]] = []
+    kinds += [("n16", n, 1) for n in (8, 5, 3, 2)] + [
         ("n16", n, k) for k in (4, 16) for n in (8, 5, 3, 2)
     ]
     kinds += [("delta", 0.7, 1), ("bitmap", 0.7, 1)]

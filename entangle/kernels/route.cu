@@ -8,8 +8,10 @@ typedef unsigned short u16;
 
 #define ALL 0xffffffffu
 #define BLOCKS 8
-#define WARPS 8
+#define WARPS 16
 #define PART ((COLS + BLOCKS * 4 - 1) / (BLOCKS * 4) * 4)  // columns of a block
+#define FOURS ((PART + 127) / 128)                         // of a lane
+#define EARLY (FOURS < 14 ? FOURS : 14)  // of them asked for before the tokens are there
 #if INPUT == 3
 typedef float input_t;
 #else
@@ -32,14 +34,27 @@ extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(WARP
     const input_t* x, const float* mean, const float* directions, const float* offset,
     long long* clusters
 ) {
-    __shared__ float centred[PART], scores[BLOCKS][K];
+    __shared__ __align__(16) float centred[PART];
+    __shared__ float scores[BLOCKS][K];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, block = blockIdx.x % BLOCKS;
     const int first = block * PART, columns = min(PART, max(COLS - first, 0));
     x += (long long)blockIdx.y * COLS;
     asm volatile("griddepcontrol.launch_dependents;");  // see sparse.cu
+    auto direction = [&](int k, int four) {
+        const int column = (four * 32 + lane) * 4;
+        const float* from = directions + (long long)k * COLS + first + column;
+        if (k >= K || column >= columns) return make_float4(0.f, 0.f, 0.f, 0.f);
+        if (COLS % 4 == 0) return *(const float4*)from;
+        return make_float4(from[0], column + 1 < columns ? from[1] : 0.f,
+                           column + 2 < columns ? from[2] : 0.f,
+                           column + 3 < columns ? from[3] : 0.f);
+    };
+    float4 early[EARLY];  // of the first cluster of this warp
+#pragma unroll
+    for (int i = 0; i < EARLY; i++) early[i] = direction(warp, i);
     asm volatile("griddepcontrol.wait;" ::: "memory");
-    for (int i = threadIdx.x; i < columns; i += WARPS * 32)
-        centred[i] = read_input(x[first + i]) - mean[first + i];
+    for (int i = threadIdx.x; i < PART; i += WARPS * 32)
+        centred[i] = i < columns ? read_input(x[first + i]) - mean[first + i] : 0.f;
     // the first block has begun once all have come here
     asm volatile("barrier.cluster.arrive.release.aligned;");
     asm volatile("barrier.cluster.wait.acquire.aligned;");
@@ -47,10 +62,15 @@ extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(WARP
     asm("mapa.shared::cluster.u32 %0, %1, 0;"
         : "=r"(there) : "r"((u32)__cvta_generic_to_shared(&scores[block][0])));
     for (int k = warp; k < K; k += WARPS) {
-        const float* direction = directions + (long long)k * COLS + first;
         float sum = 0.f;
-#pragma unroll 4
-        for (int i = lane; i < columns; i += 32) sum = fmaf(centred[i], direction[i], sum);
+#pragma unroll
+        for (int i = 0; i < FOURS; i++) {
+            const int column = (i * 32 + lane) * 4;
+            const float4 d = k == warp && i < EARLY ? early[i % EARLY] : direction(k, i);
+            if (column >= PART) continue;
+            const float4 c = *(const float4*)(centred + column);
+            sum = fmaf(c.x, d.x, fmaf(c.y, d.y, fmaf(c.z, d.z, fmaf(c.w, d.w, sum))));
+        }
 #pragma unroll
         for (int o = 16; o; o >>= 1) sum += __shfl_xor_sync(ALL, sum, o);
         if (lane == 0)

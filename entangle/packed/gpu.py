@@ -77,8 +77,8 @@ def route(
     k, cols = directions.shape
     clusters = torch.empty(x.shape[0], dtype=torch.int64, device=x.device)
     launch(
-        "route", "route", grid=(8, x.shape[0]), threads=256,
-        arguments=[_aligned(x), mean, directions, offset, clusters],
+        "route", "route", grid=(8, x.shape[0]), threads=512,
+        arguments=[x.contiguous(), mean, directions, offset, clusters],
         defined={"INPUT": _INPUTS[x.dtype], "COLS": cols, "K": k}, early=True,
     )  # fmt: skip
     return clusters
@@ -113,7 +113,7 @@ class Geometry:
 @cache
 def geometry(
     layout: Layout, dtype: torch.dtype, tokens: int, matrices: int, activation: str,
-    device: int, warps: int = 16, waves: int = 2, together: int = 0,
+    device: int, warps: int = 0, waves: int = 2, together: int = 0,
 ) -> Geometry:  # fmt: skip
     """Return how the kernel for a few tokens is launched; the last three are for tuning."""
     width = 2 if dtype != torch.float32 else 4
@@ -133,10 +133,12 @@ def geometry(
         # units of eight values a lane: two where rows fill them
         values = layout.stored // (layout.experts * layout.out_features)
         together = together or (2 if values >= 384 and layout.bits <= 16 else 1)
-        unit, depth = 1, 2
+        unit, depth = 1, 1
     limit = shared_limit(torch.device("cuda", device))
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     units = math.ceil(layout.out_features / unit)
+    if not warps:
+        warps = 16 if layout.format == "n16" else _warps(units, processors * waves, matrices)
     at_once = min(_power(tokens), 16 // width)
     while True:
         blocks = min(processors * waves, units)
@@ -192,6 +194,16 @@ def _arguments(layer: Packed, dtype: torch.dtype) -> list[Tensor | int]:
     ]  # fmt: skip
 
 
+def _warps(rows: int, blocks: int, matrices: int) -> int:
+    """Return how many warps a block has: many, and all as long at work as the others."""
+
+    def worth(warps: int) -> float:
+        share = rows / (blocks * warps // matrices)
+        return share / math.ceil(share) * math.sqrt(warps)
+
+    return max(range(20, 15, -matrices), key=worth)
+
+
 def _tile(layout: Layout) -> int:
     """Return the columns that shared memory has a place for."""
     if layout.format == "bitmap":
@@ -237,7 +249,8 @@ def _many(x: Tensor, clusters: Tensor, layer: Packed) -> Tensor:
     """Return the outputs of many tokens, grouped by expert; in bfloat16 nothing asks the host."""
     layout = layer.layout
     order = clusters.argsort(stable=True)
-    ends = torch.bincount(clusters, minlength=layout.experts).cumsum(0).int()
+    numbers = torch.arange(layout.experts, device=x.device)
+    ends = (clusters[:, None] <= numbers).sum(0, dtype=torch.int32)
     width = math.ceil(layout.in_features / 8) * 8
     tokens = torch.nn.functional.pad(x[order], (0, width - layout.in_features))
     outputs = x.new_empty(x.shape[0], layout.out_features)
