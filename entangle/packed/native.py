@@ -21,8 +21,10 @@ try:
 except ImportError:  # a platform without it: `forms` is empty
     binding = ir = None
 
+_AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx2", "fma", "f16c", "popcnt")
 FORMS = {
-    "avx512": ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx2", "fma", "f16c", "popcnt"),
+    "vbmi2": (*_AVX512, "avx512vbmi2", "bmi2"),
+    "avx512": _AVX512,
     "avx2": ("avx2", "fma", "f16c", "popcnt"),
     "scalar": (),
 }
@@ -56,7 +58,7 @@ class Code:
         self.function = ir.Function(self.module, kind, name)
         self.at = ir.IRBuilder(self.function.append_basic_block())
         self.i8, self.i16, self.i32, self.i64 = (ir.IntType(n) for n in (8, 16, 32, 64))
-        self.f32, self.f16 = ir.FloatType(), ir.HalfType()
+        self.f32, self.f16, self.void = ir.FloatType(), ir.HalfType(), ir.VoidType()
 
     def text(self) -> str:
         """Return what was written, closed."""
