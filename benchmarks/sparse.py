@@ -67,7 +67,7 @@ def dense_ways(rows: int, cols: int, x: Tensor) -> Iterator[Way]:
         pack = torch.ops.aten._convert_weight_to_int4pack_for_cpu
         packs = [pack(codes, 2) for _ in range(copies(size))]
         multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
-        calls = [lambda w=w: multiply(narrow, w, group, scales) for w in packs]  # type: ignore[misc]
+        calls = [lambda w=w: multiply(narrow, w, group, scales) for w in packs]
         yield Way("torch int4, dense", size, calls)
 
 
@@ -86,10 +86,11 @@ def sparse_ways(rows: int, cols: int, x: Tensor, share: float) -> Iterator[Way]:
 
 
 def _as_torch(matrix: scipy.sparse.csr_matrix) -> Tensor:
-    parts = [torch.from_numpy(a) for a in (matrix.indptr, matrix.indices, matrix.data)]
+    starts, columns = torch.from_numpy(matrix.indptr), torch.from_numpy(matrix.indices)
+    values, shape = torch.from_numpy(matrix.data), list(matrix.shape)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that they are in beta
-        return torch.sparse_csr_tensor(*parts, size=matrix.shape, check_invariants=False)
+        return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)
 
 
 def packed_ways(rows: int, cols: int, x: Tensor) -> Iterator[Way]:
@@ -105,7 +106,7 @@ def packed_ways(rows: int, cols: int, x: Tensor) -> Iterator[Way]:
                 )
                 size = sum(t.numel() * t.element_size() for t in tensors.values())
                 every = [{n: t.clone() for n, t in tensors.items()} for _ in range(copies(size))]
-                calls = [lambda t=t, at=layout: cpu.linear(x, first, t, at) for t in every]  # type: ignore[misc]
+                calls = [lambda t=t, at=layout: cpu.linear(x, first, t, at) for t in every]
                 yield Way(f"{name}, {values}", size, calls)
 
 
