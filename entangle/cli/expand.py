@@ -60,6 +60,11 @@ def add_parser(subparsers: options.Subparsers) -> None:
         help="kmeans, or the control: clusters without meaning (default: kmeans)",
     )  # fmt: skip
     group.add_argument("--bits", type=int, help="also quantise the weights to so many bits")
+    group.add_argument(
+        "--group-size", type=int,
+        help="beside --bits 2 to 8: 128, so that every 128 columns have a grid of their own "
+        "(default: one grid a row)",
+    )  # fmt: skip
     group.add_argument("--damping", type=float, default=0.01, help="(default: 0.01)")
     options.add_memory_option(group)
     options.add_evaluation_options(group, default=None)
@@ -90,6 +95,7 @@ def run(arguments: argparse.Namespace) -> None:
         **options.chosen_layers(arguments, allocation),
         "router": arguments.router,
         "bits": arguments.bits,
+        "group_size": arguments.group_size,
         "damping": arguments.damping,
         "seed": arguments.seed,
         "memory": memory,

@@ -194,6 +194,7 @@ MEANINGS: Mapping[str, Sequence[Meaning]] = {
         Meaning(
             ("damping",), lambda given: given.pruner == "sparsegpt", "without the pruner sparsegpt"
         ),
+        Meaning(("group_size",), lambda given: given.bits is not None, "without --bits"),
         Meaning(
             ("no_baseline",), lambda given: given.evaluation is not None, "without --evaluation"
         ),

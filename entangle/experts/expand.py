@@ -194,6 +194,7 @@ def expand(
     router: Kind = "kmeans",
     restarts: int = 10,
     bits: int | None = None,
+    group_size: int | None = None,
     damping: float = 0.01,
     seed: int = 0,
     memory: int | None = None,
@@ -225,7 +226,7 @@ def expand(
         Experts (clusters) a layer; 1 is plain pruning.
     sparsity
         Share of zeros in [0, 1]; None with an n:m pattern of numbers, such as ``2:4``.
-    pattern, pruner, bits, damping
+    pattern, pruner, bits, group_size, damping
         As in `entangle.pruning.prune` (``pruner`` is its ``method``).
     layers, proj
         Layers to expand, as in `entangle.models.layers.find_layers`; the MLP linears by default.
@@ -275,7 +276,8 @@ def expand(
     check_memory(memory)
     settings = ExpertSettings(
         router=router, restarts=restarts, seed=seed, pruner=pruner,
-        pattern=planned_pattern(allocation, pattern), bits=bits, damping=damping,
+        pattern=planned_pattern(allocation, pattern), bits=bits, group_size=group_size,
+        damping=damping,
     )  # fmt: skip
     proj = projections(proj)
     layers = layer_specs(layers)

@@ -304,7 +304,8 @@ def _encode(weight: Tensor, codes: Codes, mask: Tensor) -> tuple[Tensor, Tensor]
     unit, zero = codes.unit(weight.shape[-1]).float(), codes.zero[..., None].float()
     wide = weight.float()
     found = (wide / unit).round() + zero
-    rounding = torch.finfo(weight.dtype).eps * wide.abs()
+    about = torch.finfo(weight.dtype)
+    rounding = about.eps * (wide.abs() + about.smallest_normal)
     fits = (((found - zero) * unit - wide).abs() <= rounding + 1e-4 * unit) | ~mask
     if not bool((fits & ((found >= 0) & (found < 2**codes.bits) | ~mask)).all()):
         raise InvalidInput("a weight does not lie on the quantisation grid it is to be stored by.")

@@ -23,6 +23,7 @@ def prune(
     pattern: str = "row",
     rows: Rows = None,
     bits: int | None = None,
+    group_size: int | None = None,
     damping: float | int = 0.01,
     seed: int = 0,
     loss: bool = True,
@@ -80,6 +81,10 @@ def prune(
         Also round the kept weights of the pruned rows to ``2**bits`` evenly spaced values from each
         dense row's minimum to its maximum; zero is one of them. ``"sparsegpt"`` makes up for the
         rounding as for the pruning.
+    group_size
+        Beside `bits` in [2, 8]: 128 gives every 128 neighbouring columns of a row a grid of their
+        own, symmetric about zero, as packed int4 and int8 experts store it
+        (`entangle.pruning.grid.fit_groups`). None, the default, is one grid a row.
     damping
         For ``"sparsegpt"``: multiple of the gram's mean diagonal added to the diagonal.
     seed
@@ -111,8 +116,9 @@ def prune(
     method = choice("method", method, METHODS, kind="pruning method")
     damping, seed = finite("damping", damping, least=0), seed_of(seed)
     problem = prepare(
-        weight, gram, sparsity=sparsity, pattern=pattern, rows=rows, bits=bits, loss=loss
-    )
+        weight, gram, sparsity=sparsity, pattern=pattern, rows=rows, bits=bits,
+        group_size=group_size, loss=loss,
+    )  # fmt: skip
     return solve(problem, method=method, damping=damping, seed=seed, block_size=block_size)
 
 
