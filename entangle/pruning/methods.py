@@ -67,9 +67,11 @@ def prune(
             the weights, rows unequal (see `entangle.pruning.masks.prune_block`);
         ``"n:m"``, such as ``"2:4"``
             ``n`` weights kept of every ``m`` neighbours of a row; `sparsity` None or ``1 - n/m``;
+            where ``m`` does not divide the columns, the last ``r`` keep ``ceil(n * r / m)``;
         ``"n:4"`` with the letter n and any number for m
             ``sparsity * m`` zeros in every group of ``m`` neighbours of a row: every row has an n
-            of its own. ``sparsity * cols`` must be a multiple of ``cols / m``.
+            of its own. ``sparsity * m`` must be a whole number, or ``sparsity * cols`` the zeros of
+            a row that keeps a whole number of every group.
 
         Counts are exact (save for ``"block"``), rounded to the nearest integer, halves to the even
         one. Sparsity 0 gives the dense weight, bit for bit, and 1 gives zeros.

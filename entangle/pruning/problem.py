@@ -45,7 +45,10 @@ from entangle.pruning.masks import (
     prune_block,
     prune_groups,
     prune_smallest,
+    zeros_by_group,
 )
+
+_WHOLE = 1e-6  # of a whole number of weights, at most
 
 Rows = Bool[Tensor, " rows"] | Int[Tensor, " chosen"] | Sequence[int] | Sequence[bool] | None
 """Rows to prune: a mask or indices; None for all."""
@@ -84,8 +87,9 @@ class Problem:
 
     @property
     def zeros_a_group(self) -> Int[Tensor, " experts *rows"]:
-        """Zeros of every group of a row (``n:m``; meaningless for the other patterns)."""
-        return self.budget // (self.weight.shape[2] // self.pattern.group)
+        """Zeros of every whole group of a row (``n:m``; meaningless for the other patterns)."""
+        counts = zeros_by_group(self.weight.shape[2], self.pattern.group).to(self.budget.device)
+        return torch.searchsorted(counts, self.budget.contiguous(), right=True) - 1
 
     def need_gram(self) -> Float[Tensor, "experts cols cols"]:
         """Return the gram, or raise `InvalidInput` if none was given."""
@@ -109,11 +113,6 @@ def prepare(
     parsed, bits = parse_pattern(pattern), check_bits(bits)
     dense = _check_weight(weight)
     chosen = None if rows is None else _check_rows(rows, dense.shape[1]).to(dense.device)
-    if parsed.kind == "n:m" and dense.shape[2] % parsed.group:
-        raise InvalidInput(
-            f"`pattern` {pattern!r} needs a multiple of {parsed.group} columns; "
-            f"got {dense.shape[2]}: use another n:m, or pattern 'row'."
-        )
     share = _check_sparsity(sparsity, parsed, dense)
     selected = dense if chosen is None else dense[:, chosen]
     solver_dtype = torch.float64 if dense.dtype == torch.float64 else torch.float32
@@ -269,12 +268,25 @@ def _budget(
         return count_zeros(share, rows * cols).expand(experts)
     if share.ndim and chosen is not None:
         share = share[..., chosen.cpu()]
-    zeros = count_zeros(share, cols).expand(experts, rows)
-    step = cols // pattern.group
-    for count in zeros[zeros % step != 0].tolist()[:1] if pattern.kind == "n:m" else ():
+    if pattern.kind == "n:m":
+        return _grouped_zeros(share, pattern, cols).expand(experts, rows)
+    return count_zeros(share, cols).expand(experts, rows)
+
+
+def _grouped_zeros(share: Float[Tensor, "..."], pattern: Pattern, cols: int) -> Int[Tensor, "..."]:
+    """Return the zeros of rows that lose a whole number of weights of every group."""
+    group, counts = pattern.group, zeros_by_group(cols, pattern.group)
+    if pattern.kept is not None:
+        return counts[group - pattern.kept]
+    zeros, asked = count_zeros(share, cols), share * group
+    whole = (asked - asked.round()).abs() < _WHOLE
+    zeros = torch.where(whole, counts[asked.round().long()], zeros)
+    for count in zeros[~torch.isin(zeros, counts)].tolist()[:1]:
+        step, rest = divmod(cols, group)
+        last = f", and its share, rounded down, for the last {rest}" if rest else ""
         raise InvalidInput(
             f"`sparsity` must give every row a multiple of {step} zeros, equally many for each of "
-            f"its {step} groups of {pattern.group} columns; got {count}: use pattern 'row'."
+            f"its {step} groups of {group} columns{last}; got {count}: use pattern 'row'."
         )
     return zeros
 

@@ -306,7 +306,7 @@ def test_another_base_model_is_refused(
         ({"experts": 10_000}, "must be at most the number of tokens"),
         ({"sparsity": 1.5}, "must be in"),
         ({"sparsity": -0.1}, "must be in"),
-        ({"pattern": "2:5", "sparsity": None}, "multiple of 5"),
+        ({"pattern": "n:5", "sparsity": 0.5}, "multiple of 6 zeros.* 5 columns.* last 2; got 16"),
         ({"pruner": "nosuch"}, "nosuch"),
         ({"layers": "lm_head", "proj": None}, "outside the blocks"),
         ({"layers": 77}, "block index"),

@@ -6,6 +6,7 @@ best, and that best changes the columns from j on by ``-d * G_j[0] / G_j[0, 0]``
 computed anew for every column; no factorisation, no matrix update.
 """
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -106,9 +107,10 @@ def sparsegpt(
             pruned |= _mark(cost, w, j, min(j + block, cols), rule, left)
         if group is not None and j % group[1] == 0:
             for r in range(rows):
-                order = sorted(range(j, j + group[1]), key=lambda c: cost((r, c)))
+                order = sorted(range(j, min(j + group[1], cols)), key=lambda c: cost((r, c)))
                 stay = group[0][r] if isinstance(group[0], list) else group[0]
-                pruned |= {(r, c) for c in order[: group[1] - stay]}
+                stay = math.ceil(stay * len(order) / group[1])
+                pruned |= {(r, c) for c in order[: len(order) - stay]}
         for r in range(rows):
             final = 0.0 if (r, j) in pruned else float(w[r, j])
             if grids is not None and (r, j) not in pruned:
