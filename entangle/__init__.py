@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from entangle.experiments.compare import compare
     from entangle.experts.checkpoint import load_expanded
     from entangle.experts.expand import expand
+    from entangle.experts.prune import prune
     from entangle.explorer import explore
     from entangle.models.loading import LanguageModel, load_model
     from entangle.modes import neuron_modes
@@ -62,6 +63,7 @@ _HOMES = {
     "load_scores": "entangle.results.scores",
     "neuron_modes": "entangle.modes",
     "perplexity": "entangle.evaluation",
+    "prune": "entangle.experts.prune",
     "score": "entangle.scoring.score",
 }
 
@@ -91,6 +93,7 @@ __all__ = [
     "load_scores",
     "neuron_modes",
     "perplexity",
+    "prune",
     "score",
 ]
 

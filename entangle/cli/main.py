@@ -32,6 +32,7 @@ from entangle.cli import (
     figures,
     layers,
     options,
+    prune,
     score,
 )
 from entangle.cli.meaning import check_meaning, given_options
@@ -46,7 +47,9 @@ from entangle.seeding import check_seed
 CLOSED_PIPE = 128 + 13
 """As a shell reports a program that the signal SIGPIPE (13) has ended."""
 
-COMMANDS = (ablate, allocate, compare, decompose, demo, evaluate, expand, figures, layers, score)
+COMMANDS = (
+    ablate, allocate, compare, decompose, demo, evaluate, expand, figures, layers, prune, score
+)  # fmt: skip
 
 
 _AGAIN = 0.1  # seconds until a signal that was lost is sent again
@@ -339,7 +342,9 @@ def _check_files(given: Mapping[str, object]) -> None:
         path = expand_user(one.partition("=")[2].strip() if "=" in one else one)
         if not path.exists():
             raise InvalidInput(f"{str(path)!r} is no file; name one that allocate wrote.")
-    folder = given.get("command") in ("ablate", "expand", "compare", "score", "decompose")
+    folder = given.get("command") in (
+        "ablate", "expand", "compare", "score", "decompose", "prune"
+    )  # fmt: skip
     if folder and isinstance(out, str) and not given.get("resume"):
         check_output(out, force=bool(given.get("force")))
 

@@ -149,6 +149,13 @@ _CALIBRATION = (
     "special_tokens", "seed",
 )  # fmt: skip
 
+_PRUNING = (
+    Meaning(
+        ("damping",), lambda given: given.pruner == "sparsegpt", "without the pruner sparsegpt"
+    ),
+    Meaning(("group_size",), lambda given: given.bits is not None, "without --bits"),
+)
+
 MEANINGS: Mapping[str, Sequence[Meaning]] = {
     "score": (_OF_CALIBRATION,),
     "decompose": (
@@ -191,14 +198,12 @@ MEANINGS: Mapping[str, Sequence[Meaning]] = {
             ("router",), lambda given: given.allocation is not None or _several_experts(given),
             "with one expert",
         ),
-        Meaning(
-            ("damping",), lambda given: given.pruner == "sparsegpt", "without the pruner sparsegpt"
-        ),
-        Meaning(("group_size",), lambda given: given.bits is not None, "without --bits"),
+        *_PRUNING,
         Meaning(
             ("no_baseline",), lambda given: given.evaluation is not None, "without --evaluation"
         ),
     ),
+    "prune": (_OF_CALIBRATION, *_PRUNING),
     "allocate": (
         _OF_CALIBRATION,
         Meaning(("by",), _is_scored, "with a rule that reads no column of the scores"),

@@ -8,7 +8,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,15 @@ def distinct_routers(expanded: Sequence[ExpandedLayer]) -> list[SharedRouting]:
 
 def _save(tensors: dict[str, Tensor], path: Path, described: str) -> None:
     """Write a safetensors file; what the disk says against it is an OSError, as everywhere."""
-    try:
+    with disk_refusals():
         save_file(tensors, path, {_METADATA: described})  # one key: their order is not fixed
+
+
+@contextmanager
+def disk_refusals() -> Iterator[None]:
+    """Raise as an OSError what the disk says against a safetensors file."""
+    try:
+        yield
     except SafetensorError as error:
         code = re.search(r"\(os error (\d+)\)", str(error))
         if code is None:

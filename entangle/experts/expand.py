@@ -272,6 +272,43 @@ def expand(
     ----------
     arXiv 2405.15756, algorithms A1 and A2.
     """
+    return build(
+        model, calibration, experts=experts, sparsity=sparsity, pattern=pattern, pruner=pruner,
+        layers=layers, proj=proj, allocation=allocation, router=router, restarts=restarts,
+        bits=bits, group_size=group_size, damping=damping, seed=seed, memory=memory,
+        evaluation=evaluation, out=out, keep=keep, resume=resume, force=force, extra=extra,
+        progress=progress, folders=BuildFolder,
+    )  # fmt: skip
+
+
+def build(
+    model: AnyModel,
+    calibration: Source,
+    *,
+    experts: int,
+    sparsity: float | None,
+    pattern: str,
+    pruner: str,
+    layers: LayerSpec,
+    proj: Projections,
+    allocation: Allocated | None,
+    router: Kind,
+    restarts: int,
+    bits: int | None,
+    group_size: int | None,
+    damping: float,
+    seed: int,
+    memory: int | None,
+    evaluation: Source | None,
+    out: str | os.PathLike[str] | None,
+    keep: bool,
+    resume: bool,
+    force: bool,
+    extra: Callable[[Expansion, Path], object] | None,
+    progress: bool | None,
+    folders: type[BuildFolder],
+) -> Expansion:
+    """Do what `expand` does; ``folders`` is how ``out`` is written."""
     clock = RunClock()
     check_memory(memory)
     settings = ExpertSettings(
@@ -311,7 +348,7 @@ def expand(
     command = manifest.pop("command")
     folder = None
     if out is not None:
-        folder = BuildFolder(Path(out), manifest, resume=resume, force=force)
+        folder = folders(Path(out), manifest, resume=resume, force=force)
     sink = _Sink(plan, folder, copied, keep=keep)
     budget = ByteBudget(memory)
     streams = _streams(calibration, text, dense.vocab_size, budget)
