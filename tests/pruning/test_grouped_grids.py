@@ -15,11 +15,11 @@ from tests.reference.sparsegpt import sparsegpt as reference
 
 def test_by_hand() -> None:
     # 3 bits: indices -4 … 3. The first group reaches up to 3 · 255 (255 apart), the second down to
-    # -4 · 100 (100 apart), the third to 3 · 1.5, which is rounded up to whole steps of 1.
+    # -4 · 100 (100 apart), the third to 3 · 1.25, which is rounded up to whole steps of 1.
     weight = torch.zeros(1, 2, 300)
     weight[0, 0, :4] = torch.tensor([765.0, -1020, 120, 130])
     weight[0, 0, 128:131] = torch.tensor([-400.0, 149, 151])
-    weight[0, 0, 299] = 4.5
+    weight[0, 0, 299] = 3.75
     found = fit_groups(weight, 3)
     assert found.scale.tolist() == [[1, torch.finfo(torch.float32).tiny]]
     assert found.steps.tolist() == [[[255, 100, 2], [1, 1, 1]]]
