@@ -33,7 +33,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, UInt8
@@ -163,6 +163,14 @@ class Layout:
     def describe(self) -> dict[str, Any]:
         """Return the fields as JSON can hold them."""
         return asdict(self)
+
+
+class Packed(NamedTuple):
+    """One layer's packed experts."""
+
+    tensors: Mapping[str, Tensor]
+    layout: Layout
+    bias: Float[Tensor, " out_features"] | None = None
 
 
 @dataclass(frozen=True, eq=False)
