@@ -61,6 +61,7 @@ def add_parser(subparsers: options.Subparsers) -> None:
     )  # fmt: skip
     group.add_argument("--bits", type=int, help="also quantise the weights to so many bits")
     group.add_argument("--damping", type=float, default=0.01, help="(default: 0.01)")
+    options.add_storage_options(group)
     options.add_memory_option(group)
     options.add_evaluation_options(group, default=None)
     group.add_argument(
@@ -91,6 +92,8 @@ def run(arguments: argparse.Namespace) -> None:
         "router": arguments.router,
         "bits": arguments.bits,
         "damping": arguments.damping,
+        "format": arguments.format,
+        "values": arguments.values,
         "seed": arguments.seed,
         "memory": memory,
         "evaluation": text,

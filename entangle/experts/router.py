@@ -174,11 +174,11 @@ class Router:
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of the tensors that route a token, as `state` stores them; 0 for one cluster."""
+        """Bytes of the tensors that route a token (`folded`); 0 for one cluster."""
         if self.kind == "single":
             return 0
-        tensors: list[Tensor] = [getattr(self, name) for name in _TENSORS]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        numbers = self.features + self.k * (self.features + 1)
+        return 8 * self.features if self.kind == "random" else 4 * numbers
 
     @torch.no_grad()
     def route(self, x: Float[Tensor, "*batch features"]) -> Int64[Tensor, "*batch"]:

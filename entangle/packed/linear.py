@@ -7,6 +7,7 @@ import copy
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import permutations
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from entangle.errors import InvalidInput
 from entangle.packed.formats import Layout, Packed, unpack
 from entangle.packed.products import ACTIVATIONS, OPERATORS, described, gated, linear
-from entangle.packed.routing import PackedRouter
+from entangle.packed.routing import PackedRouter, keep_dtypes
 
 __all__ = ["Gating", "PackedGated", "PackedLinear", "PackedRouter", "gating_of"]
 
@@ -81,6 +82,11 @@ class PackedLinear(nn.Module):
         if bias is not None:
             made.bias = nn.Parameter(bias.detach(), requires_grad=False)
         return made
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "PackedLinear":
+        before = self.tensors
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return keep_dtypes(self, before)
 
     @property
     def tensors(self) -> dict[str, Tensor]:

@@ -5,7 +5,8 @@ in float32. The control of random clusters hashes the token's bits.
 """
 
 import weakref
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Float32, Int64
@@ -61,6 +62,18 @@ _operator: Any = torch.library.custom_op(
 _operator.register_fake(lambda x, *_others: x.new_empty(x.shape[0], dtype=torch.int64))
 
 
+Made = TypeVar("Made", bound=nn.Module)
+
+
+def keep_dtypes(module: Made, before: Mapping[str, Tensor | None]) -> Made:
+    """Give buffers back the dtype and bits that they had before a module was cast."""
+    for name, tensor in before.items():
+        now = module._buffers[name]
+        if tensor is not None and now is not None and now.dtype != tensor.dtype:
+            module._buffers[name] = tensor.to(now.device)
+    return module
+
+
 class PackedRouter(nn.Module):
     """Sends tokens to clusters, for all the layers that read one input.
 
@@ -72,6 +85,8 @@ class PackedRouter(nn.Module):
         Number of clusters.
     features
         Width of a token.
+    device
+        Where the zeros are that it holds at first.
     """
 
     mean: Tensor
@@ -79,7 +94,9 @@ class PackedRouter(nn.Module):
     offset: Tensor
     key: Tensor
 
-    def __init__(self, kind: str, experts: int, features: int) -> None:
+    def __init__(
+        self, kind: str, experts: int, features: int, *, device: str | None = None
+    ) -> None:
         super().__init__()
         self.kind, self.experts, self.features = kind, experts, features
         self._last: tuple[weakref.ref[Tensor], int, Tensor] | None = None
@@ -88,7 +105,7 @@ class PackedRouter(nn.Module):
             shapes = {"mean": (features,), "directions": (experts, features), "offset": (experts,)}
         dtype = torch.int64 if kind == "random" else torch.float32
         for name, shape in shapes.items():
-            self.register_buffer(name, torch.zeros(shape, dtype=dtype))
+            self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device))
 
     def forward(self, x: Float[Tensor, "*batch features"]) -> Int64[Tensor, " tokens"]:
         """Return the cluster of every token, in reading order.
@@ -109,6 +126,15 @@ class PackedRouter(nn.Module):
     def __getstate__(self) -> dict[str, object]:
         """Leave the last input out of copies."""
         return self.__dict__ | {"_last": None}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "PackedRouter":
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return keep_dtypes(self, before)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what it is made with, as JSON can hold it."""
+        return {"kind": self.kind, "experts": self.experts, "features": self.features}
 
     def forget(self) -> None:
         """Let go of the last input."""
