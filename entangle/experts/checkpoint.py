@@ -359,7 +359,6 @@ def _put_packed(module: nn.Module, where: Path, manifest: Mapping[str, Any]) -> 
             if key.rpartition(".")[0] == name
         }
         module.get_submodule(name).load_state_dict(own, assign=True)
-    module.requires_grad_(False)
 
 
 def _put_old(module: nn.Module, where: Path, manifest: Mapping[str, Any]) -> None:

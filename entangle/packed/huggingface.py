@@ -279,3 +279,6 @@ def register() -> None:
         register_quantization_config(METHOD)(SparseExpansionConfig)
     if METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantizer(METHOD)(SparseExpansionQuantizer)
+
+
+register()

@@ -24,7 +24,7 @@ def install() -> None:
 
 
 def _register() -> None:
-    import_module("entangle.packed.huggingface").register()
+    import_module("entangle.packed.huggingface")  # which may be what imports the list
 
 
 class _Finder(MetaPathFinder):
