@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 from entangle import _renamed
+from entangle.packed import registering
 
 if TYPE_CHECKING:
     from entangle.allocation import allocate, load_allocation
@@ -37,6 +38,7 @@ except PackageNotFoundError:  # a source tree that is not installed
     __version__ = "0+unknown"
 
 _renamed.install()
+registering.install()
 
 _HOMES = {
     "AblationResult": "entangle.results.ablation",

@@ -51,6 +51,7 @@ def add_parser(subparsers: options.Subparsers) -> None:
         "--router", default="kmeans", choices=("kmeans", "random"),
         help="kmeans, or the control: clusters without meaning (default: kmeans)",
     )  # fmt: skip
+    options.add_storage_options(group)
     options.add_memory_option(group)
     options.add_evaluation_options(group, default=None)
     group.add_argument(
@@ -105,6 +106,8 @@ def run(arguments: argparse.Namespace) -> None:
         **pruning_settings(arguments, allocated=allocation is not None),
         **options.chosen_layers(arguments, allocation),
         "router": arguments.router,
+        "format": arguments.format,
+        "values": arguments.values,
         "seed": arguments.seed,
         "memory": memory,
         "evaluation": text,

@@ -203,7 +203,11 @@ MEANINGS: Mapping[str, Sequence[Meaning]] = {
             ("no_baseline",), lambda given: given.evaluation is not None, "without --evaluation"
         ),
     ),
-    "prune": (_OF_CALIBRATION, *_PRUNING),
+    "prune": (
+        _OF_CALIBRATION,
+        *_PRUNING,
+        Meaning(("packed",), lambda given: given.out is not None, "without --out"),
+    ),
     "allocate": (
         _OF_CALIBRATION,
         Meaning(("by",), _is_scored, "with a rule that reads no column of the scores"),

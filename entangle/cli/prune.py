@@ -1,8 +1,9 @@
 """``entangle prune``: zeros in a model's weights, written as an ordinary model."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from entangle.cli import options
 from entangle.cli.expand import (
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from entangle.evaluation import Perplexity
-    from entangle.experts.prune import Pruned
+    from entangle.experts.expand import Expansion
 
 LAYER_COLUMNS = ("layer", "sparsity", "relative_error", "damping", "shrunk")
 
@@ -44,6 +45,11 @@ def add_parser(subparsers: options.Subparsers) -> None:
     )
     options.add_memory_option(group)
     options.add_evaluation_options(group, default=None)
+    group.add_argument(
+        "--packed", choices=("bitmap", "n16"),
+        help="write the packed weights, which this package runs, instead of an ordinary model; n16 "
+        "for a --pattern of n of 16 weights, such as 5:16",
+    )  # fmt: skip
     group.add_argument("--resume", action="store_true", help="go on with an unfinished pruning")
     options.add_run_options(parser)
     parser.set_defaults(run=run)
@@ -61,32 +67,37 @@ def run(arguments: argparse.Namespace) -> None:
     calibration = options.load_calibration(arguments, model)
     text = evaluation_text(arguments, model)
     progress = False if arguments.quiet else None
+    from entangle.experts.expand import expand
     from entangle.experts.prune import prune
     from entangle.runs.provenance import expand_user
 
     summaries: list[pd.DataFrame] = []
 
-    def evaluate(pruned: "Pruned", folder: Path | None) -> None:
+    def evaluate(pruned: "Expansion", folder: Path | None) -> None:
         dense = None if text is None else perplexity(model, text, progress=progress)
         summaries.append(summarise(dense, pruned))
         if text is not None and folder is not None:
             keep_table(summaries[0].drop(columns=["seconds", "peak MiB"]), folder)
 
-    pruned = prune(
-        model,
-        calibration,
+    settings: dict[str, Any] = {
         **pruning_settings(arguments, allocated=allocation is not None),
         **options.chosen_layers(arguments, allocation),
-        allocation=allocation,
-        seed=arguments.seed,
-        memory=memory,
-        evaluation=text,
-        out=arguments.out,
-        resume=arguments.resume,
-        force=arguments.force,
-        extra=evaluate,
-        progress=progress,
-    )
+        "allocation": None if allocation is None else replace(allocation, experts=None),
+        "seed": arguments.seed,
+        "memory": memory,
+        "evaluation": text,
+        "out": arguments.out,
+        "resume": arguments.resume,
+        "force": arguments.force,
+        "extra": evaluate,
+        "progress": progress,
+    }
+    pruned: Expansion
+    if arguments.packed is None:
+        pruned = prune(model, calibration, **settings)
+    else:
+        packed = {"experts": 1, "format": arguments.packed, "keep": False}
+        pruned = expand(model, calibration, **settings, **packed)
     if not summaries:  # nothing is written, or the pruning was finished before
         evaluate(pruned, None if arguments.out is None else expand_user(arguments.out))
     summary = summaries[0]
@@ -108,7 +119,7 @@ def run(arguments: argparse.Namespace) -> None:
         say(f"Saved to {arguments.out}.")
 
 
-def summarise(dense: "Perplexity | None", pruned: "Pruned") -> "pd.DataFrame":
+def summarise(dense: "Perplexity | None", pruned: "Expansion") -> "pd.DataFrame":
     """Return one row for the dense model, where it was evaluated, and one for the pruned one."""
     import pandas as pd
 

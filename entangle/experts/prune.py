@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from entangle.allocation.allocation import Allocation
 from entangle.errors import InvalidInput
+from entangle.experts.block_files import disk_refusals
 from entangle.experts.build import Allocated, ExpandedLayer, structural_copy
-from entangle.experts.checkpoint import BuildFolder, disk_refusals
+from entangle.experts.checkpoint import BuildFolder
 from entangle.experts.expand import Expansion, build
 from entangle.experts.linear import ExpandedLinear, SharedRouting
 from entangle.experts.router import fit_router
@@ -136,9 +137,9 @@ def prune(
     expansion = build(
         dense, calibration, experts=1, sparsity=sparsity, pattern=pattern, pruner=pruner,
         layers=layers, proj=proj, allocation=allocation, router="single", restarts=1, bits=bits,
-        group_size=group_size, damping=damping, seed=seed, memory=memory, evaluation=evaluation,
-        out=out, keep=True, resume=resume, force=force, extra=write, progress=progress,
-        folders=PrunedFolder,
+        group_size=group_size, damping=damping, format="bitmap", values=None, seed=seed,
+        memory=memory, evaluation=evaluation, out=out, keep=True, resume=resume, force=force,
+        extra=write, progress=progress, folders=PrunedFolder,
     )  # fmt: skip
     return _pruned(dense, expansion, out)
 
@@ -236,6 +237,7 @@ class PrunedFolder(BuildFolder):
         manifest: Mapping[str, object],
         run: Mapping[str, object],
         *,
+        dense: LanguageModel,  # noqa: ARG002 - all of the pruned model is written
         extra: Callable[[Path], object] | None = None,
     ) -> Mapping[str, object]:
         """Write the report, and the model (``extra``), and take the final name."""

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 import transformers as hf
 
 import entangle
 from entangle.evaluation import load_evaluation, perplexity
 from entangle.models.layers import find_layers
 from entangle.models.loading import load_model
+from entangle.seeding import torch_rng
 from tests.cli.expansions import N_SEQ, SEQ_LEN, check_one_line, content_of, listing
 from tests.cli.runs import Run
 
@@ -95,6 +97,25 @@ def test_mistakes_end_in_one_line(given: str, names: str, run: Run) -> None:
     before = listing()
     check_one_line(run(*PRUNE, *given.split()), names)
     assert listing() == before
+
+
+@pytest.mark.parametrize(
+    ("form", "given"),
+    [("bitmap", ("--bits", 4, "--group-size", 128)), ("n16", ("--pattern", "5:16"))],
+)
+def test_packed_weights_are_those_of_the_ordinary_model(
+    form: str, given: tuple[object, ...], run: Run
+) -> None:
+    assert run(*PRUNE, *given, "--out", "plain").status == 0
+    status, _, err = run(*PRUNE, *given, "--packed", form, "--out", "packed")
+    assert (status, err) == (0, "")
+    ids = torch.randint(4, 112, (2, 20), generator=torch_rng(0, "packed"))
+    packed, plain = (
+        entangle.load_expanded("packed", device="cpu"),
+        load_model("plain", device="cpu"),
+    )
+    torch.testing.assert_close(packed.module(ids).logits, plain.module(ids).logits)
+    check_one_line(run(*PRUNE, "--packed", form), "--packed --out")
 
 
 def test_another_folder_is_not_replaced(run: Run, place: Path) -> None:
