@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 from entangle import _renamed
+from entangle.packed import registering
 
 if TYPE_CHECKING:
     from entangle.allocation import allocate, load_allocation
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from entangle.experiments.compare import compare
     from entangle.experts.checkpoint import load_expanded
     from entangle.experts.expand import expand
+    from entangle.experts.prune import prune
     from entangle.explorer import explore
     from entangle.models.loading import LanguageModel, load_model
     from entangle.modes import neuron_modes
@@ -36,6 +38,7 @@ except PackageNotFoundError:  # a source tree that is not installed
     __version__ = "0+unknown"
 
 _renamed.install()
+registering.install()
 
 _HOMES = {
     "AblationResult": "entangle.results.ablation",
@@ -62,6 +65,7 @@ _HOMES = {
     "load_scores": "entangle.results.scores",
     "neuron_modes": "entangle.modes",
     "perplexity": "entangle.evaluation",
+    "prune": "entangle.experts.prune",
     "score": "entangle.scoring.score",
 }
 
@@ -91,6 +95,7 @@ __all__ = [
     "load_scores",
     "neuron_modes",
     "perplexity",
+    "prune",
     "score",
 ]
 

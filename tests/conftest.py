@@ -175,6 +175,7 @@ def made(
             "decompose", model, "--layer", 1, "--proj", "mlp.gate_proj", *text, "--experts", "1,2",
         ),
         "expansion": ("expand", model, *text, "--proj", "up_proj", "--experts", 2),
+        "pruning": ("prune", model, *text, "--proj", "up_proj"),
         "allocation": ("allocate", folder / "scores", "--sparsity", 0.5, "--quiet"),
     }  # fmt: skip
     paths = {kind: folder / kind for kind in commands}

@@ -51,6 +51,10 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         {"model": MODEL, "calibration": TEXT, "experts": 2, "restarts": 1, "layers": GATE,
          "proj": None, "sparsity": 0.5},
     ),
+    "prune": (
+        entangle.prune,
+        {"model": MODEL, "calibration": TEXT, "layers": GATE, "proj": None, "sparsity": 0.5},
+    ),
     "compare": (
         entangle.compare,
         {"model": MODEL, "calibration": TEXT, "evaluation": EVALUATION, "methods": "wanda",

@@ -95,7 +95,9 @@ def test_light_imports(code: str, absent: set[str]) -> None:
     assert done.stdout.splitlines()[-1] == ""
 
 
-KINDS = ("scores", "ablation", "comparison", "decomposition", "allocation", "expansion")
+KINDS = (
+    "scores", "ablation", "comparison", "decomposition", "allocation", "expansion", "pruning"
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from entangle.cli import options
 from entangle.cli.tables import print_json, print_table, records, say
-from entangle.errors import InvalidInput
+from entangle.errors import InvalidInput, Unavailable
+from entangle.runs.progress import tell
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -16,8 +17,10 @@ if TYPE_CHECKING:
 
 
 KIND = "evaluation"
+TASKS = "tasks"
 DENSE = "dense"
 EXPANSION = "expansion"
+CONFIG = "config.json"
 
 FORMATS = {
     "perplexity": ",.5g", "× dense": ".4g", "word perplexity": ",.5g", "bits per byte": ".4f",
@@ -51,6 +54,12 @@ def add_parser(subparsers: options.Subparsers) -> None:
         "(default: %(default)s)"
     )  # fmt: skip
     options.add_special_tokens_option(group)
+    parser.add_argument(
+        "--tasks", metavar="NAMES",
+        help="in place of the text: tasks of EleutherAI's harness (pip install "
+        "'entangle[harness]'), joined by commas",
+    )  # fmt: skip
+    parser.add_argument("--limit", type=int, help="take only the first examples of every task")
     parser.add_argument("--batch-size", type=int, help="windows in one forward pass")
     options.add_run_options(parser)
     parser.set_defaults(run=run, evaluation="demo")
@@ -70,7 +79,10 @@ def run(arguments: argparse.Namespace) -> None:
 
     models = load_models(arguments)
     join = interpret_escapes(arguments.join)
-    text = options.load_evaluation(arguments, models[DENSE], join=join)
+    if arguments.tasks is not None:
+        _run_tasks(models, arguments)
+        return
+    text = options.load_evaluation(arguments, next(iter(models.values())), join=join)
     results = evaluate_models(
         models.items(),
         text,
@@ -85,7 +97,7 @@ def run(arguments: argparse.Namespace) -> None:
         settings={
             "batch_size": arguments.batch_size,
             "seed": arguments.seed,
-            "special_tokens_effect": _effect(results[DENSE]),
+            "special_tokens_effect": _effect(next(iter(results.values()))),
         },
         **clock.read(),
     )
@@ -97,6 +109,32 @@ def run(arguments: argparse.Namespace) -> None:
         print_results(table, results, text, out=arguments.out)
 
 
+def _run_tasks(models: "Mapping[str, LanguageModel]", arguments: argparse.Namespace) -> None:
+    """Run the harness's tasks on every model, print and save."""
+    from entangle.evaluation.harness import task_results
+    from entangle.runs.provenance import make_manifest, output_folder, write_json
+
+    table = task_results(
+        models, options.names(arguments.tasks), limit=arguments.limit, seed=arguments.seed,
+        batch_size=arguments.batch_size or 1, **options.special_tokens(arguments),
+    )  # fmt: skip
+    manifest = make_manifest(
+        TASKS,
+        models={label: model.describe() for label, model in models.items()},
+        settings={"tasks": arguments.tasks, "limit": arguments.limit, "seed": arguments.seed},
+    )
+    if arguments.out is not None:
+        with output_folder(arguments.out, force=arguments.force) as folder:
+            write_json(folder / "manifest.json", manifest)
+            table.to_parquet(folder / "tasks.parquet", index=False)
+    if arguments.json:
+        print_json({"out": arguments.out, "manifest": manifest, "results": records(table)})
+        return
+    print_table(table, title="Tasks", formats={"value": ".4g", "standard error": ".2g"})
+    if arguments.out is not None:
+        say(f"Saved to {arguments.out}.")
+
+
 def _effect(result: "Perplexity") -> dict[str, object] | None:
     effect = result.special_tokens_effect
     return None if effect is None else effect.describe()
@@ -104,11 +142,9 @@ def _effect(result: "Perplexity") -> dict[str, object] | None:
 
 def load_models(arguments: argparse.Namespace) -> dict[str, "LanguageModel"]:
     """Load the model, or the dense model of a Sparse Expansion and the expansion, by label."""
-    from entangle.runs.provenance import expand_user
+    from entangle.runs.provenance import is_expansion
 
-    named = expand_user(arguments.model)
-    checkpoint = (named / "manifest.json").is_file() and not (named / "config.json").is_file()
-    if arguments.model != "demo" and checkpoint:
+    if arguments.model != "demo" and is_expansion(arguments.model):
         return _load_expansion(arguments)
     if arguments.base is not None:
         raise InvalidInput(
@@ -120,6 +156,7 @@ def load_models(arguments: argparse.Namespace) -> dict[str, "LanguageModel"]:
 
 def _load_expansion(arguments: argparse.Namespace) -> dict[str, "LanguageModel"]:
     from entangle.experts.checkpoint import load_base, load_expanded
+    from entangle.runs.provenance import expand_user
 
     fixed = {"--dtype": arguments.dtype != "auto", "--device-map": arguments.device_map is not None}
     fixed["--revision"] = arguments.revision is not None and arguments.base is None
@@ -129,10 +166,19 @@ def _load_expansion(arguments: argparse.Namespace) -> dict[str, "LanguageModel"]
                 f"`{option}` cannot be chosen for the Sparse Expansion {arguments.model!r}, which "
                 "runs as its dense model was expanded: leave it out."
             )
-    dense = load_base(
-        arguments.model, arguments.base, revision=arguments.revision, device=arguments.device
-    )
-    return {DENSE: dense, EXPANSION: load_expanded(arguments.model, base=dense)}
+    try:
+        dense = load_base(
+            arguments.model, arguments.base, revision=arguments.revision, device=arguments.device
+        )
+    except Unavailable as error:
+        if arguments.base is not None or not (expand_user(arguments.model) / CONFIG).is_file():
+            raise
+        tell(f"note: without its dense model beside it: {error}")
+        return {EXPANSION: load_expanded(arguments.model, device=arguments.device)}
+    packed = (expand_user(arguments.model) / CONFIG).is_file() and arguments.base is None
+    given = None if packed else dense
+    expanded = load_expanded(arguments.model, base=given, device=arguments.device)
+    return {DENSE: dense, EXPANSION: expanded}
 
 
 def save(

@@ -3,7 +3,7 @@
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from entangle.cli import options
 from entangle.cli.tables import print_json, print_table, records, say
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 LAYER_COLUMNS = ("layer", "sparsity", "relative_error", "damping", "smallest_cluster",
                  "effective_clusters", "shrunk")  # fmt: skip
+PRUNING = ("pattern", "pruner", "bits", "group_size", "damping")
+"""Options of `add_pruning_options` that a function takes as they are."""
 FORMATS = {
     "sparsity": ".4f", "relative_error": ".4f", "damping": ".2g", "effective_clusters": ".1f",
     "perplexity": ".3f", "flops": ".3f", "nonzeros": ".3f", "bytes": ".3f", "seconds": ".0f",
@@ -40,27 +42,16 @@ def add_parser(subparsers: options.Subparsers) -> None:
     options.add_calibration_options(parser, holds_back=True)
     group = parser.add_argument_group("expansion")
     group.add_argument("--experts", type=int, default=16, help="experts a layer (default: 16)")
-    group.add_argument("--sparsity", type=float, help="share of zeros (default: 0.7)")
-    options.add_allocation_option(
+    add_pruning_options(
         group,
-        text="in place of --sparsity: zeros of every row from `entangle allocate`, and experts of "
-        "every layer if it has them; the layers are the allocation's",
-    )
-    group.add_argument(
-        "--pattern", default="row", help="row, layer, block, or n:m such as 2:4 (default: row)"
-    )
-    group.add_argument(
-        "--pruner",
-        default="sparsegpt",
-        choices=("sparsegpt", "wanda", "magnitude", "random"),
-        help="how experts are pruned (default: sparsegpt)",
+        allocation="in place of --sparsity: zeros of every row from `entangle allocate`, and "
+        "experts of every layer if it has them; the layers are the allocation's",
     )
     group.add_argument(
         "--router", default="kmeans", choices=("kmeans", "random"),
         help="kmeans, or the control: clusters without meaning (default: kmeans)",
     )  # fmt: skip
-    group.add_argument("--bits", type=int, help="also quantise the weights to so many bits")
-    group.add_argument("--damping", type=float, default=0.01, help="(default: 0.01)")
+    options.add_storage_options(group)
     options.add_memory_option(group)
     options.add_evaluation_options(group, default=None)
     group.add_argument(
@@ -71,26 +62,52 @@ def add_parser(subparsers: options.Subparsers) -> None:
     parser.set_defaults(run=run)
 
 
+def add_pruning_options(group: argparse._ArgumentGroup, *, allocation: str) -> None:
+    """Add what is pruned away and how; ``allocation`` says what one stands for."""
+    group.add_argument("--sparsity", type=float, help="share of zeros (default: 0.7)")
+    options.add_allocation_option(group, text=allocation)
+    group.add_argument(
+        "--pattern", default="row", help="row, layer, block, or n:m such as 2:4 (default: row)"
+    )
+    group.add_argument(
+        "--pruner",
+        default="sparsegpt",
+        choices=("sparsegpt", "wanda", "magnitude", "random"),
+        help="how weights are chosen (default: sparsegpt)",
+    )
+    group.add_argument("--bits", type=int, help="also quantise the weights to so many bits")
+    group.add_argument(
+        "--group-size", type=int,
+        help="beside --bits 2 to 8: 128, so that every 128 columns have a grid of their own "
+        "(default: one grid a row)",
+    )  # fmt: skip
+    group.add_argument("--damping", type=float, default=0.01, help="(default: 0.01)")
+
+
+def pruning_settings(arguments: argparse.Namespace, *, allocated: bool) -> dict[str, Any]:
+    """Return what `add_pruning_options` asked for, but the allocation."""
+    settings = {name: getattr(arguments, name) for name in PRUNING}
+    return settings | {"sparsity": None if allocated else _sparsity(arguments)}
+
+
 def run(arguments: argparse.Namespace) -> None:
     """Expand, evaluate, print."""
     from entangle.evaluation import perplexity
 
     memory = options.parse_memory(arguments.memory)
     options.check_run(arguments)
-    _check_evaluated(arguments)
-    allocation = _allocation(arguments)
+    check_evaluated(arguments)
+    allocation = allocation_of(arguments)
     model = options.load_model(arguments)
     calibration = options.load_calibration(arguments, model)
-    text = _evaluation_text(arguments, model)
+    text = evaluation_text(arguments, model)
     progress = False if arguments.quiet else None
     settings = {
-        "sparsity": None if allocation is not None else _sparsity(arguments),
-        "pattern": arguments.pattern,
-        "pruner": arguments.pruner,
+        **pruning_settings(arguments, allocated=allocation is not None),
         **options.chosen_layers(arguments, allocation),
         "router": arguments.router,
-        "bits": arguments.bits,
-        "damping": arguments.damping,
+        "format": arguments.format,
+        "values": arguments.values,
         "seed": arguments.seed,
         "memory": memory,
         "evaluation": text,
@@ -111,7 +128,7 @@ def run(arguments: argparse.Namespace) -> None:
             plain = expand(model, calibration, experts=1, allocation=one, **settings)
         summaries.append(summarise(dense, plain, expanded, experts=k))
         if text is not None and folder is not None:
-            _keep(summaries[0].drop(columns=["seconds", "peak MiB"]), folder)
+            keep_table(summaries[0].drop(columns=["seconds", "peak MiB"]), folder)
 
     expanded = expand(
         model,
@@ -171,7 +188,7 @@ def summarise(
     return pd.DataFrame(rows)
 
 
-def _keep(summary: "pd.DataFrame", folder: Path) -> None:
+def keep_table(summary: "pd.DataFrame", folder: Path) -> None:
     """Write the closing table, of dense and plain pruning too, into a checkpoint without one."""
     from entangle.runs.provenance import output_file
 
@@ -181,7 +198,8 @@ def _keep(summary: "pd.DataFrame", folder: Path) -> None:
             summary.to_parquet(temporary, index=False)
 
 
-def _allocation(arguments: argparse.Namespace) -> "Allocation | None":
+def allocation_of(arguments: argparse.Namespace) -> "Allocation | None":
+    """Load the allocation, which is given in place of a sparsity."""
     if arguments.allocation is not None and arguments.sparsity is not None:
         raise InvalidInput("give --sparsity or --allocation, which has its own; got both.")
     allocation = options.load_allocation(arguments)
@@ -209,7 +227,7 @@ def _sparsity(arguments: argparse.Namespace) -> float | None:
     return 0.7 if arguments.sparsity is None else float(arguments.sparsity)
 
 
-def _check_evaluated(arguments: argparse.Namespace) -> None:
+def check_evaluated(arguments: argparse.Namespace) -> None:
     """Refuse options of the text to evaluate on where none is named."""
     given = (
         "evaluation_config", "evaluation_split", "evaluation_column", "eval_seq_len",
@@ -223,9 +241,10 @@ def _check_evaluated(arguments: argparse.Namespace) -> None:
             )
 
 
-def _evaluation_text(
+def evaluation_text(
     arguments: argparse.Namespace, model: "LanguageModel"
 ) -> "EvaluationText | None":
+    """Load the text to evaluate on, None where none is named."""
     if arguments.evaluation is None:
         return None
     return options.load_evaluation(arguments, model)

@@ -25,6 +25,7 @@ from entangle.cli import (
     ablate,
     allocate,
     compare,
+    convert,
     decompose,
     demo,
     evaluate,
@@ -32,6 +33,8 @@ from entangle.cli import (
     figures,
     layers,
     options,
+    prune,
+    run,
     score,
 )
 from entangle.cli.meaning import check_meaning, given_options
@@ -40,13 +43,22 @@ from entangle.cli.tables import abandon, no_output
 from entangle.errors import EntangleError, InvalidInput, Unavailable, visible
 from entangle.memory import check_memory
 from entangle.runs.progress import tell
-from entangle.runs.provenance import check_output, claimed, expand_user, read_manifest
+from entangle.runs.provenance import (
+    check_output,
+    claimed,
+    expand_user,
+    is_expansion,
+    read_manifest,
+)
 from entangle.seeding import check_seed
 
 CLOSED_PIPE = 128 + 13
 """As a shell reports a program that the signal SIGPIPE (13) has ended."""
 
-COMMANDS = (ablate, allocate, compare, decompose, demo, evaluate, expand, figures, layers, score)
+COMMANDS = (
+    ablate, allocate, compare, convert, decompose, demo, evaluate, expand, figures, layers, prune,
+    run, score,
+)  # fmt: skip
 
 
 _AGAIN = 0.1  # seconds until a signal that was lost is sent again
@@ -241,7 +253,8 @@ def _leave_pipe() -> int:
 
 
 LEAST: Mapping[str, int] = {
-    "batch_size": 1, "count": 1, "eval_seq_len": 2, "eval_windows": 1, "n_seq": 1,
+    "batch_size": 1, "count": 1, "eval_seq_len": 2, "eval_windows": 1, "limit": 1,
+    "max_new_tokens": 1, "n_seq": 1,
     "pairs_per_paradigm": 1, "seeds": 1, "seq_len": 1, "evaluations": 2,
 }  # fmt: skip
 """Options that are whole numbers, and the least of each."""
@@ -286,9 +299,9 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     _check_texts(given)
     if given.get("scores") is not None:
         read_manifest(given["scores"], "scores")
-    for run in given.get("runs") or ():
-        if not expand_user(run).exists():
-            read_manifest(run, "result")
+    for one in given.get("runs") or ():
+        if not expand_user(one).exists():
+            read_manifest(one, "result")
 
 
 def _check_numbers(given: Mapping[str, object]) -> None:
@@ -337,13 +350,15 @@ def _check_files(given: Mapping[str, object]) -> None:
         path = expand_user(one.partition("=")[2].strip() if "=" in one else one)
         if not path.exists():
             raise InvalidInput(f"{str(path)!r} is no file; name one that allocate wrote.")
-    folder = given.get("command") in ("ablate", "expand", "compare", "score", "decompose")
+    folder = given.get("command") in (
+        "ablate", "expand", "compare", "convert", "score", "decompose", "prune",
+    )  # fmt: skip
     if folder and isinstance(out, str) and not given.get("resume"):
         check_output(out, force=bool(given.get("force")))
 
 
 def _check_models(given: Mapping[str, object]) -> None:
-    for option in ("model", "base"):
+    for option in ("model", "base", "dense"):
         name = given.get(option)
         if not isinstance(name, str) or _is_result(name):
             continue
@@ -352,7 +367,7 @@ def _check_models(given: Mapping[str, object]) -> None:
 
         source = model_source(name)
         loading = {key: given.get(key) for key in ("revision", "dtype", "device", "device_map")}
-        if given.get("base") is None or option == "base":
+        if given.get("base") is None or option != "model":
             check_settings(source, name, **loading)  # type: ignore[arg-type]
         if source == "hub":
             hub.check_model(name)
@@ -362,7 +377,7 @@ def _is_result(name: str) -> bool:
     """Tell whether a folder is a Sparse Expansion, which stands for a model in some commands."""
     path = expand_user(name)
     try:
-        return (path / "manifest.json").is_file() and not (path / "config.json").is_file()
+        return is_expansion(path)
     except OSError:  # no name that the file system could hold: told with what a model may be
         return False
 

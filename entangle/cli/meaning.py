@@ -149,6 +149,13 @@ _CALIBRATION = (
     "special_tokens", "seed",
 )  # fmt: skip
 
+_PRUNING = (
+    Meaning(
+        ("damping",), lambda given: given.pruner == "sparsegpt", "without the pruner sparsegpt"
+    ),
+    Meaning(("group_size",), lambda given: given.bits is not None, "without --bits"),
+)
+
 MEANINGS: Mapping[str, Sequence[Meaning]] = {
     "score": (_OF_CALIBRATION,),
     "decompose": (
@@ -191,12 +198,15 @@ MEANINGS: Mapping[str, Sequence[Meaning]] = {
             ("router",), lambda given: given.allocation is not None or _several_experts(given),
             "with one expert",
         ),
-        Meaning(
-            ("damping",), lambda given: given.pruner == "sparsegpt", "without the pruner sparsegpt"
-        ),
+        *_PRUNING,
         Meaning(
             ("no_baseline",), lambda given: given.evaluation is not None, "without --evaluation"
         ),
+    ),
+    "prune": (
+        _OF_CALIBRATION,
+        *_PRUNING,
+        Meaning(("packed",), lambda given: given.out is not None, "without --out"),
     ),
     "allocate": (
         _OF_CALIBRATION,

@@ -371,6 +371,20 @@ def _is_table(source: str) -> bool:
     return not path.is_file() or read_token_file(path).ids.ndim == 2
 
 
+def add_storage_options(group: argparse._ActionsContainer) -> None:
+    """Add how experts are stored."""
+    group.add_argument(
+        "--format", default="bitmap", choices=("bitmap", "n16"),
+        help="how experts are stored: bitmap, or n16 for a --pattern of n of 16 weights, such as "
+        "5:16 (default: bitmap)",
+    )  # fmt: skip
+    group.add_argument(
+        "--values", choices=("bfloat16", "float16", "float32"),
+        help="dtype of the stored values (default: the model's; with --bits up to 8 the codes of 4 "
+        "or 8 bits)",
+    )  # fmt: skip
+
+
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """Add seed, output folder and the like."""
     parser.add_argument("--seed", type=int, default=0, help="seed of all draws (default: 0)")

@@ -2,16 +2,19 @@
 
 import copy
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 from tokenizers import Tokenizer, processors
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from entangle.checks import whole
 from entangle.errors import InvalidInput, Unavailable
-from entangle.models.loading import AnyModel, as_language_model
+from entangle.models.loading import AnyModel, LanguageModel, as_language_model
+from entangle.models.pretrained import broken_as
 from entangle.texts.special_tokens import DEFAULT_POLICY, affixes, check_policy
 
 if TYPE_CHECKING:
@@ -87,6 +90,61 @@ def harness_model(
         )
     finally:
         logger.setLevel(level)
+
+
+def task_results(
+    models: Mapping[str, LanguageModel],
+    tasks: Sequence[str],
+    *,
+    limit: int | None = None,
+    batch_size: int = 1,
+    special_tokens: str = DEFAULT_POLICY,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Run tasks of the harness on models.
+
+    Parameters
+    ----------
+    models
+        By label.
+    tasks
+        Names that the harness knows.
+    limit
+        Take only the first examples of every task.
+    batch_size, special_tokens
+        As for `harness_model`.
+    seed
+        Of the examples that are shown before a question.
+
+    Returns
+    -------
+    DataFrame
+        One row a model, task and metric: ``model``, ``task``, ``metric``, ``value``,
+        ``standard error`` (NaN where the harness gives none).
+
+    Raises
+    ------
+    Unavailable, InvalidInput
+        As `harness_model`; and if the harness lacks a task, or its data cannot be had.
+    """
+    rows = []
+    for label, model in models.items():
+        wrapped = harness_model(model, special_tokens=special_tokens, batch_size=batch_size)
+        evaluate: Any = import_module("lm_eval").simple_evaluate
+        with broken_as(f"tasks {', '.join(tasks)!r}", verb="run"):
+            found = evaluate(
+                model=wrapped, tasks=list(tasks), limit=limit, random_seed=seed,
+                numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed,
+            )  # fmt: skip
+        for task, scores in found["results"].items():
+            for name, value in scores.items():
+                metric, _, kind = name.partition(",")
+                if kind and not metric.endswith("_stderr") and isinstance(value, int | float):
+                    error = scores.get(f"{metric}_stderr,{kind}")
+                    known = error if isinstance(error, int | float) else math.nan
+                    rows.append((label, task, metric, float(value), float(known)))
+    columns = ["model", "task", "metric", "value", "standard error"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def _settings(tokenizer: PreTrainedTokenizerBase, policy: str) -> dict[str, Any]:

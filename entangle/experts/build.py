@@ -28,9 +28,11 @@ from entangle.experts.solver import (
     solve_experts,
     solve_in_parts,
 )
+from entangle.experts.storage import Storage
 from entangle.memory import by_device, give_back
 from entangle.models.blocks import BlockRunner
 from entangle.models.layers import Layer
+from entangle.packed.formats import Packed
 from entangle.recording.hooks import Habits, look_at
 from entangle.recording.recorder import Recorded, Recorder
 from entangle.recording.stream import ByteBudget, TokenStore, as_budget
@@ -58,6 +60,8 @@ class Plan:
     it is left as it is."""
     settings: ExpertSettings = field(default_factory=ExpertSettings)
     """How; the router is that of the layers with several experts."""
+    storage: Storage = field(default_factory=Storage)
+    """How the experts are stored."""
 
     @property
     def last(self) -> int:
@@ -203,6 +207,8 @@ class ExpandedLayer:
     """What takes its place."""
     experts: Experts | None
     """What its experts lost; None for a layer that was read from a checkpoint."""
+    packed: Packed | None = None
+    """Its experts as they are stored, without the bias; None where they were read."""
 
 
 def structural_copy(module: nn.Module) -> nn.Module:
@@ -519,10 +525,12 @@ def _expand_group(layers: Sequence[Layer], store: TokenStore, plan: Plan) -> lis
             for layer, share in zip(layers, sparsity, strict=True)
         ]
     routing = SharedRouting(router)
-    return [
-        ExpandedLayer(layer, ExpandedLinear(experts.weight, layer.bias, routing), experts)
-        for layer, experts in zip(layers, solved, strict=True)
-    ]
+    made = []
+    for layer, experts in zip(layers, solved, strict=True):
+        packed, weight = plan.storage.pack(layer.weight, experts.weight)
+        module = ExpandedLinear(weight, layer.bias, routing)
+        made.append(ExpandedLayer(layer, module, experts, packed))
+    return made
 
 
 def _lies_on_gpu(store: TokenStore) -> bool:

@@ -4,9 +4,7 @@ Blocks of a build appear as they are made, the final name when all is there (`Bu
 `load_expanded` reads them. Expanded models refuse ``save_pretrained``, which knows no routers.
 """
 
-import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -15,113 +13,35 @@ from typing import Any
 
 import pandas as pd
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 
 from entangle.errors import InvalidInput, Unavailable
+from entangle.experts import folder
+from entangle.experts.block_files import (
+    block_file,
+    build_file,
+    described_in,
+    read_block,
+    read_old_block,
+    tensors_of,
+    write_block,
+    write_build,
+)
 from entangle.experts.build import ExpandedLayer, structural_copy
-from entangle.experts.linear import ExpandedLinear, SharedRouting, pack, unpack
-from entangle.experts.router import Router
 from entangle.models.blocks import evaluates
 from entangle.models.layers import Layer, list_layers
 from entangle.models.loading import AnyModel, LanguageModel, as_language_model, load_model
+from entangle.models.pretrained import load_folder
+from entangle.packed import huggingface
+from entangle.precision import resolve_device
 from entangle.results.expansion import KIND, read_run, write_run
 from entangle.runs.provenance import expand_user, output_folder, read_manifest, write_json
-from entangle.runs.reading import READ_ERRORS, inside
+from entangle.runs.reading import inside
 from entangle.runs.sealing import file_digest
 from entangle.runs.unfinished import Unfinished, is_made
 
-_METADATA = "entangle"
-"""In the manifest."""
-
-
-def block_file(index: int) -> str:
-    """Return the name of the file of a block's experts."""
-    return f"block-{index:04d}.safetensors"
-
-
-def write_block(
-    path: Path, expanded: Sequence[ExpandedLayer], report: Sequence[Mapping[str, object]]
-) -> None:
-    """Write the experts and routers of one block.
-
-    Experts are stored as a bitmap (one bit a weight) and the non-zeros in the layer's dtype;
-    routers as they are, once for all the layers that share one; the rows of the report beside them.
-    """
-    tensors: dict[str, Tensor] = {}
-    layers: dict[str, dict[str, object]] = {}
-    routers = distinct_routers(expanded)
-    for one in expanded:
-        number = routers.index(one.module.routing)
-        tensors[f"{one.layer.name}:bitmap"], tensors[f"{one.layer.name}:values"] = pack(
-            one.module.weight.detach()
-        )
-        layers[one.layer.name] = {"router": number, "shape": list(one.module.weight.shape)}
-    for number, routing in enumerate(routers):
-        for name, value in routing.router.state().items():
-            tensors[f"router {number}:{name}"] = value.cpu().contiguous()
-    _save(tensors, path, json.dumps({"layers": layers, "report": list(report)}))
-
-
-def distinct_routers(expanded: Sequence[ExpandedLayer]) -> list[SharedRouting]:
-    """Return the routers of some layers, each once, in the order of the layers."""
-    return list(dict.fromkeys(one.module.routing for one in expanded))
-
-
-def _save(tensors: dict[str, Tensor], path: Path, described: str) -> None:
-    """Write a safetensors file; what the disk says against it is an OSError, as everywhere."""
-    try:
-        save_file(tensors, path, {_METADATA: described})  # one key: their order is not fixed
-    except SafetensorError as error:
-        code = re.search(r"\(os error (\d+)\)", str(error))
-        if code is None:
-            raise
-        raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
-
-
-def read_block(
-    path: Path, layers: Mapping[str, Layer]
-) -> tuple[list[ExpandedLayer], list[dict[str, object]]]:
-    """Read a block's experts and report; bias, dtype and device are those of the dense ``layers``.
-
-    Raises
-    ------
-    InvalidInput
-        If the file is missing, truncated or altered, or does not fit the model.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            described = json.loads((file.metadata() or {})[_METADATA])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        return _rebuild(described["layers"], tensors, layers), described["report"]
-    except READ_ERRORS as error:
-        raise InvalidInput(
-            f"{str(path)!r} is damaged or does not fit the model ({error}); build it anew."
-        ) from error
-
-
-def _rebuild(
-    described: Mapping[str, Mapping[str, object]],
-    tensors: Mapping[str, Tensor],
-    layers: Mapping[str, Layer],
-) -> list[ExpandedLayer]:
-    routings: dict[object, SharedRouting] = {}
-    rebuilt = []
-    for name, entry in described.items():
-        layer, number, shape = layers[name], entry["router"], entry["shape"]
-        if not isinstance(shape, list) or tuple(shape[1:]) != layer.shape:
-            raise ValueError(f"layer {name!r} has shape {layer.shape}, the experts {shape}")
-        if number not in routings:
-            prefix = f"router {number}:"
-            state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-            routings[number] = SharedRouting(Router.from_state(state).to(layer.device))
-        weight = unpack((tensors[f"{name}:bitmap"], tensors[f"{name}:values"]), tuple(shape))
-        module = ExpandedLinear(
-            weight.to(layer.device, layer.weight.dtype), layer.bias, routings[number]
-        )
-        rebuilt.append(ExpandedLayer(layer, module, None))
-    return rebuilt
+_CONFIG = "config.json"
 
 
 def install(module: nn.Module, expanded: Sequence[ExpandedLayer]) -> None:
@@ -202,8 +122,9 @@ class BuildFolder:
         if self._finished:
             return
         self._unfinished.keep(
-            block_file(index), partial(write_block, expanded=expanded, report=rows)
+            build_file(index), partial(write_build, expanded=expanded, report=rows)
         )
+        self._unfinished.keep(block_file(index), partial(write_block, expanded=expanded))
 
     def read(
         self, index: int, layers: Sequence[Layer]
@@ -215,13 +136,15 @@ class BuildFolder:
         InvalidInput
             If its file was truncated or altered, or is missing from a finished build.
         """
-        name = block_file(index)
         if self._finished and {layer.name for layer in layers} <= self._silent:
             return [], []
-        path = self._made(name) if self._finished else self._unfinished.find(name)
-        return None if path is None else read_block(path, {one.name: one for one in layers})
+        find = self._made if self._finished else self._unfinished.find
+        path, build = find(block_file(index)), find(build_file(index))
+        if path is None or build is None:
+            return None
+        return read_block(path, build, {one.name: one for one in layers})
 
-    def _made(self, name: str) -> Path:
+    def _made(self, name: str) -> Path | None:
         """Return the file of a block of a finished build."""
         path = inside(self.path, name, what=f"the finished build {str(self.path)!r}")
         known = self._files if isinstance(self._files, dict) else {}
@@ -238,6 +161,7 @@ class BuildFolder:
         manifest: Mapping[str, object],
         run: Mapping[str, object],
         *,
+        dense: LanguageModel,
         extra: Callable[[Path], object] | None = None,
     ) -> Mapping[str, object]:
         """Write the table and the manifest with every file's digest, and take the final name.
@@ -245,20 +169,54 @@ class BuildFolder:
         Seconds and memory of the run go to ``run.json``, so that all other files are the same for
         every build of the same settings. Returned are those of the build, which was another run
         where a finished one is read. Before the folder takes its name, ``extra`` is called with it.
+        The rest of the ``dense`` model goes into the folder too, unless transformers cannot build
+        it.
         """
         if self._finished:
             return read_run(self.path) or run
         digests = dict(sorted(self._unfinished.digests().items()))
-        with output_folder(self.final, force=self._force) as folder:
+        with output_folder(self.final, force=self._force) as made:
             for name in digests:
-                _place(self.path / name, folder / name)
-            table.to_parquet(folder / "layers.parquet", index=False)
-            write_json(folder / "manifest.json", {**manifest, "files": digests})
-            write_run(folder, run)
+                _place(self.path / name, made / name)
+            table.to_parquet(made / "layers.parquet", index=False)
+            write_run(made, run)
             if extra is not None:
-                extra(folder)
+                extra(made)
+            complete(made, dense, manifest, list(digests), known=digests)
         self._unfinished.remove()
         return run
+
+
+def complete(
+    made: Path,
+    dense: LanguageModel,
+    manifest: Mapping[str, object],
+    names: Sequence[str],
+    *,
+    known: Mapping[str, str] | None = None,
+) -> None:
+    """Write the dense rest and the model card beside the blocks, and the manifest.
+
+    Parameters
+    ----------
+    made
+        The folder.
+    dense
+        The dense model; there is no rest of one that transformers cannot build.
+    manifest
+        Of the checkpoint.
+    names
+        Files of the blocks.
+    known
+        Their SHA-256, where it is known.
+    """
+    files = dict(folder.digests(made, names) if known is None else known)
+    if folder.loads_alone(dense.module):
+        blocks = [described_in(made / name) for name in names if name.endswith(".build")]
+        shards = folder.write_dense(made, dense, folder.config_of(blocks, dense.module))
+        files |= folder.digests(made, shards)
+        folder.write_card(made, dense, manifest)
+    write_json(made / "manifest.json", {**manifest, "files": files})
 
 
 def _place(piece: Path, file: Path) -> None:
@@ -308,27 +266,107 @@ def load_expanded(
         If the base model is not where the manifest says, and ``base`` is not given.
     """
     manifest = _manifest(path)
-    if base is None or isinstance(base, str | os.PathLike):
-        dense = load_base(path, None if base is None else os.fspath(base), device=device)
-    else:
-        dense = as_language_model(base)
-    _check_digest(dense, manifest, path)
-    module = structural_copy(dense.module)
-    layers = {layer.name: layer for layer in list_layers(module)}
-    missing = set(manifest["settings"]["sparsity"]) - set(manifest.get("layers_without_tokens", ()))
+    where = expand_user(path)
     for name, digest in manifest["files"].items():
-        file = expand_user(path) / name
-        _check_file(file, digest)
-        found = read_block(file, layers)[0]
-        install(module, found)
-        missing -= {one.layer.name for one in found}
+        _check_file(where / name, digest)
+    _check_layers(where, manifest)
+    if base is None and (where / _CONFIG).is_file():
+        return _alone(path, manifest, device)
+    dense = _dense(path, manifest, base, device)
+    module = structural_copy(dense.module)
+    (_put_packed if is_packed(manifest) else _put_old)(module, where, manifest)
+    return LanguageModel(module, dense.tokenizer, str(path), "expansion", dense.revision)
+
+
+def dense_of(
+    path: str | os.PathLike[str], base: AnyModel | None, *, device: str | torch.device = "auto"
+) -> tuple[dict[str, Any], LanguageModel]:
+    """Return a checkpoint's manifest, all files checked, and its dense model; as `load_expanded`.
+
+    Raises
+    ------
+    InvalidInput, Unavailable
+        As `load_expanded`.
+    """
+    manifest = _manifest(path)
+    for name, digest in manifest["files"].items():
+        _check_file(expand_user(path) / name, digest)
+    return manifest, _dense(path, manifest, base, device)
+
+
+def _dense(
+    path: str | os.PathLike[str],
+    manifest: Mapping[str, Any],
+    base: AnyModel | None,
+    device: str | torch.device,
+) -> LanguageModel:
+    if base is None or isinstance(base, str | os.PathLike):
+        return load_base(path, None if base is None else os.fspath(base), device=device)
+    dense = as_language_model(base)
+    _check_digest(dense, manifest, path)
+    return dense
+
+
+def _alone(
+    path: str | os.PathLike[str], manifest: Mapping[str, Any], device: str | torch.device
+) -> LanguageModel:
+    target = resolve_device(device)
+    module, tokenizer = load_folder(expand_user(path), dtype=None, device_map=None)
+    placed: Any = module
+    placed.to(target)
+    revision = manifest["model"]["revision"]
+    return LanguageModel(module, tokenizer, str(path), "expansion", revision)
+
+
+def is_packed(manifest: Mapping[str, Any]) -> bool:
+    """Tell whether a checkpoint has packed experts; version 1 knew no formats."""
+    return "format" in manifest["settings"]
+
+
+def _check_layers(where: Path, manifest: Mapping[str, Any]) -> None:
+    """Raise `InvalidInput` unless every layer that was expanded has its experts."""
+    missing = set(manifest["settings"]["sparsity"]) - set(manifest.get("layers_without_tokens", ()))
+    ending = ".build" if is_packed(manifest) else ".safetensors"
+    for name in manifest["files"]:
+        if name.startswith("block-") and name.endswith(ending):
+            missing -= described_in(where / name)["layers"].keys()
     if missing:
         raise InvalidInput(
-            f"{str(path)!r} has no experts for {min(missing)!r}: its manifest.json or a file was "
+            f"{str(where)!r} has no experts for {min(missing)!r}: its manifest.json or a file was "
             "altered; build it anew."
         )
+
+
+def _put_packed(module: nn.Module, where: Path, manifest: Mapping[str, Any]) -> None:
+    """Put packed experts, mapped from their files, in the place of a model's dense layers."""
+    names = sorted(name for name in manifest["files"] if name.startswith("block-"))
+    blocks = [described_in(where / name) for name in names if name.endswith(".build")]
+    config = folder.config_of(blocks, module)
+    weights = [where / name for name in names if name.endswith(".safetensors")]
+    huggingface.check_files(weights, config)
+    layers = {layer.name: layer for layer in list_layers(module)}
+    dense = {name: layers[name] for name in config.layers}
+    huggingface.install(module, config)
+    tensors: dict[str, Tensor] = {}
+    for path in weights:
+        tensors |= tensors_of(path)
+    for name, layer in dense.items():
+        tensors |= {} if layer.bias is None else {f"{name}.bias": layer.bias}
+    for name in (*config.layers, *config.routers):
+        own = {
+            key.removeprefix(f"{name}."): one.to(next(iter(dense.values())).device)
+            for key, one in tensors.items()
+            if key.rpartition(".")[0] == name
+        }
+        module.get_submodule(name).load_state_dict(own, assign=True)
+
+
+def _put_old(module: nn.Module, where: Path, manifest: Mapping[str, Any]) -> None:
+    """Put the experts of a checkpoint of version 1, unpacked, in the place of dense layers."""
+    layers = {layer.name: layer for layer in list_layers(module)}
+    for name in manifest["files"]:
+        install(module, read_old_block(where / name, layers))
     refuse_saving(module)
-    return LanguageModel(module, dense.tokenizer, str(path), "expansion", dense.revision)
 
 
 def load_base(
@@ -373,6 +411,19 @@ def load_base(
         raise type(error)(f"the dense model of {str(path)!r}: {error}") from error
     _check_digest(dense, manifest, path)
     return dense
+
+
+def base_at_hand(path: str | os.PathLike[str]) -> bool:
+    """Tell whether the dense model that a checkpoint names can be loaded without a download."""
+    made_from = _manifest(path)["model"]
+    name, source = str(made_from["name"]), made_from["source"]
+    if source == "hub":
+        found = try_to_load_from_cache(name, _CONFIG, revision=made_from["revision"])
+        return isinstance(found, str)
+    if source in ("folder", "gguf", "adapter"):
+        places = (str(made_from.get("path")), str(expand_user(name)))
+        return any(os.path.exists(place) for place in places)  # noqa: PTH110
+    return bool(source == "demo")
 
 
 def _manifest(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from entangle.errors import InvalidInput, MemoryLimit
 from entangle.evaluation import EvaluationText, Perplexity, as_evaluation
 from entangle.evaluation.perplexity import windows_by_default
+from entangle.experts.block_files import distinct_routers
 from entangle.experts.build import (
     Allocated,
     ExpandedLayer,
@@ -32,9 +33,10 @@ from entangle.experts.build import (
     planned_sparsity,
     structural_copy,
 )
-from entangle.experts.checkpoint import BuildFolder, distinct_routers, refuse_saving
+from entangle.experts.checkpoint import BuildFolder, refuse_saving
 from entangle.experts.router import Kind
 from entangle.experts.solver import ExpertSettings, Sparsity, check_solvable
+from entangle.experts.storage import Storage
 from entangle.memory import check_memory, memory_for
 from entangle.models.blocks import evaluates
 from entangle.models.layers import (
@@ -73,9 +75,9 @@ def layer_row(expanded: ExpandedLayer, *, router: int) -> dict[str, object]:
     ``relative_error`` is the squared output error over the calibration tokens divided by that of a
     zero output. ``flops`` are multiplications and additions for a token of average cluster;
     ``router_flops`` those of the router's product with its k directions. ``bytes`` are what the
-    checkpoint stores of the experts, bitmaps and non-zeros; ``router_bytes`` what it stores of the
-    router: mean, components and centroids, or the keys of the random control. The layers of a block
-    with one number ``router`` share it, and its costs are in the row of each of them.
+    checkpoint stores of the experts; ``router_bytes`` what it stores of the router as it runs:
+    mean, directions and offsets, or the keys of the random control. The layers of a block with one
+    number ``router`` share it, and its costs are in the row of each of them.
 
     Parameters
     ----------
@@ -85,7 +87,9 @@ def layer_row(expanded: ExpandedLayer, *, router: int) -> dict[str, object]:
         Number of its router within the block.
     """
     layer, module, experts = expanded.layer, expanded.module, expanded.experts
+    packed = expanded.packed
     assert experts is not None  # noqa: S101
+    assert packed is not None  # noqa: S101
     k, rows, columns = module.weight.shape
     nonzeros = int(module.weight.count_nonzero())
     fitted = module.routing.router
@@ -108,7 +112,7 @@ def layer_row(expanded: ExpandedLayer, *, router: int) -> dict[str, object]:
         "inertia": statistics.inertia,
         "shrunk": experts.shrunk,
         "nonzeros": nonzeros,
-        "bytes": nonzeros * width + (k * rows * columns + 7) // 8,
+        "bytes": sum(tensor.nbytes for tensor in packed.tensors.values()),
         "flops": 2 * float((kept * share).sum()),
         "router": router,
         "router_flops": 2 * columns * k if fitted.centroids.shape[1] else 0,
@@ -194,7 +198,10 @@ def expand(
     router: Kind = "kmeans",
     restarts: int = 10,
     bits: int | None = None,
+    group_size: int | None = None,
     damping: float = 0.01,
+    format: str = "bitmap",  # noqa: A002 - the word that the file's config has
+    values: str | None = None,
     seed: int = 0,
     memory: int | None = None,
     evaluation: Source | None = None,
@@ -225,7 +232,7 @@ def expand(
         Experts (clusters) a layer; 1 is plain pruning.
     sparsity
         Share of zeros in [0, 1]; None with an n:m pattern of numbers, such as ``2:4``.
-    pattern, pruner, bits, damping
+    pattern, pruner, bits, group_size, damping
         As in `entangle.pruning.prune` (``pruner`` is its ``method``).
     layers, proj
         Layers to expand, as in `entangle.models.layers.find_layers`; the MLP linears by default.
@@ -238,6 +245,13 @@ def expand(
         ``kmeans``, or the controls ``random`` (clusters without meaning) and ``single``.
     restarts
         k-means seedings, of which the best is kept.
+    format
+        How experts are stored: ``bitmap``, or ``n16`` for a pattern of n of 16 weights, such as
+        ``5:16`` (`entangle.packed.formats`).
+    values
+        How their values are stored: ``bfloat16``, ``float16`` or ``float32``; by default as the
+        model's, or with at most 8 ``bits`` the codes of the quantisation grid, in 4 or 8 bits.
+        Later blocks see what is stored.
     seed
         Seed of the routers and of random pruning.
     memory
@@ -248,7 +262,8 @@ def expand(
         build, so that the perplexity is known at its end even if the experts do not fit into
         memory.
     out
-        Folder of the checkpoint (`entangle.load_expanded`). Blocks are written as they are made.
+        Folder of the checkpoint, which `entangle.load_expanded` loads and, for a model from
+        transformers, ``from_pretrained``. Blocks are written as they are made.
     keep
         Whether to keep the experts in memory; with ``out`` they need not be.
     resume
@@ -271,12 +286,53 @@ def expand(
     ----------
     arXiv 2405.15756, algorithms A1 and A2.
     """
+    return build(
+        model, calibration, experts=experts, sparsity=sparsity, pattern=pattern, pruner=pruner,
+        layers=layers, proj=proj, allocation=allocation, router=router, restarts=restarts,
+        bits=bits, group_size=group_size, damping=damping, format=format, values=values, seed=seed,
+        memory=memory, evaluation=evaluation, out=out, keep=keep, resume=resume, force=force,
+        extra=extra, progress=progress, folders=BuildFolder,
+    )  # fmt: skip
+
+
+def build(
+    model: AnyModel,
+    calibration: Source,
+    *,
+    experts: int,
+    sparsity: float | None,
+    pattern: str,
+    pruner: str,
+    layers: LayerSpec,
+    proj: Projections,
+    allocation: Allocated | None,
+    router: Kind,
+    restarts: int,
+    bits: int | None,
+    group_size: int | None,
+    damping: float,
+    format: str,  # noqa: A002
+    values: str | None,
+    seed: int,
+    memory: int | None,
+    evaluation: Source | None,
+    out: str | os.PathLike[str] | None,
+    keep: bool,
+    resume: bool,
+    force: bool,
+    extra: Callable[[Expansion, Path], object] | None,
+    progress: bool | None,
+    folders: type[BuildFolder],
+) -> Expansion:
+    """Do what `expand` does; ``folders`` is how ``out`` is written."""
     clock = RunClock()
     check_memory(memory)
     settings = ExpertSettings(
         router=router, restarts=restarts, seed=seed, pruner=pruner,
-        pattern=planned_pattern(allocation, pattern), bits=bits, damping=damping,
+        pattern=planned_pattern(allocation, pattern), bits=bits, group_size=group_size,
+        damping=damping,
     )  # fmt: skip
+    storage = Storage(format, values, settings.bits, settings.pattern, settings.group_size)
     proj = projections(proj)
     layers = layer_specs(layers)
     dense = as_language_model(model)
@@ -293,7 +349,7 @@ def expand(
     )
     plan = _plan(
         chosen, named=asked_by_name(layers, chosen), experts=counts, sparsity=sparsities,
-        settings=settings,
+        settings=settings, storage=storage,
     )  # fmt: skip
     if len(set(counts.values())) > 1:
         check_shared(
@@ -309,7 +365,7 @@ def expand(
     command = manifest.pop("command")
     folder = None
     if out is not None:
-        folder = BuildFolder(Path(out), manifest, resume=resume, force=force)
+        folder = folders(Path(out), manifest, resume=resume, force=force)
     sink = _Sink(plan, folder, copied, keep=keep)
     budget = ByteBudget(memory)
     streams = _streams(calibration, text, dense.vocab_size, budget)
@@ -340,7 +396,7 @@ def expand(
     del streams, runner  # what is added may need as much memory
     result = replace(result, run={"command": command, **result.run})
     add = None if extra is None else partial(extra, result)
-    return replace(result, run=folder.finish(table, manifest, result.run, extra=add))
+    return replace(result, run=folder.finish(table, manifest, result.run, dense=dense, extra=add))
 
 
 def _streams(
@@ -399,6 +455,7 @@ def _plan(
     experts: Mapping[str, int],
     sparsity: Mapping[str, Sparsity],
     settings: ExpertSettings,
+    storage: Storage,
 ) -> Plan:
     by_block: dict[int, list[Layer]] = {}
     for layer in layers:
@@ -408,7 +465,7 @@ def _plan(
         check_solvable(layer, sparsity[layer.name], settings)
     if set(experts.values()) == {1}:
         settings = replace(settings, router="single")
-    return Plan(by_block, sparsity, experts, named, settings)
+    return Plan(by_block, sparsity, experts, named, settings, storage)
 
 
 def _refuse_fused(module: nn.Module, chosen: Sequence[Layer]) -> None:
@@ -429,6 +486,8 @@ def _settings(plan: Plan) -> dict[str, object]:
         "sparsity": {name: _describe_sparsity(share) for name, share in plan.sparsity.items()},
         "experts": counts.pop() if len(counts) == 1 else dict(plan.experts),
         **asdict(plan.settings),
+        "format": plan.storage.format,
+        "values": plan.storage.values,
     }
 
 

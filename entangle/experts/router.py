@@ -31,6 +31,7 @@ from entangle.errors import InvalidInput
 from entangle.experts.clusters import kmeans
 from entangle.experts.pca import Pca, fit_pca
 from entangle.memory import by_device
+from entangle.packed.routing import PackedRouter, hash_clusters
 from entangle.precision import accumulator_dtype, exact_in_half, full_precision
 from entangle.seeding import check_seed, numpy_rng
 from entangle.stats.gram import require_finite
@@ -109,34 +110,10 @@ def _width(chunk: Tensor, expected: int | None) -> int:
     return chunk.shape[1]
 
 
-_MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
-"""Shift and multiplier of splitmix64's finaliser."""
-
-
 def hash_key(features: int, *, seed: int) -> Int64[Tensor, " features"]:
     """Draw the odd 64-bit multipliers of the hash, one per feature."""
     rng = numpy_rng(seed, "routing", "hash")
     return torch.from_numpy(rng.integers(-(2**63), 2**63, size=features) | 1)
-
-
-def hash_clusters(
-    x: Float[Tensor, "tokens features"], key: Int64[Tensor, " features"], *, k: int
-) -> Int64[Tensor, " tokens"]:
-    """Give every token the cluster in [0, k) that its bits hash to.
-
-    The sum over features is exact integer arithmetic modulo 2**64, hence the same in any order;
-    splitmix64's finaliser then spreads it over all bits. -0.0 counts as 0.0.
-    """
-    bits = (x.float() + 0.0).view(torch.int32).to(torch.int64)
-    mixed = (bits * key).sum(-1)
-    for shift, multiplier in _MIX:
-        mixed = (mixed ^ _shift_right(mixed, shift)) * (multiplier - 2**64)
-    return (_shift_right(mixed ^ _shift_right(mixed, 31), 33) * k) >> 31
-
-
-def _shift_right(value: Tensor, bits: int) -> Tensor:
-    """Shift right without copying the sign."""
-    return (value >> bits) & ((1 << (64 - bits)) - 1)
 
 
 Kind = Literal["kmeans", "random", "single"]
@@ -197,11 +174,11 @@ class Router:
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of the tensors that route a token, as `state` stores them; 0 for one cluster."""
+        """Bytes of the tensors that route a token (`folded`); 0 for one cluster."""
         if self.kind == "single":
             return 0
-        tensors: list[Tensor] = [getattr(self, name) for name in _TENSORS]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        numbers = self.features + self.k * (self.features + 1)
+        return 8 * self.features if self.kind == "random" else 4 * numbers
 
     @torch.no_grad()
     def route(self, x: Float[Tensor, "*batch features"]) -> Int64[Tensor, "*batch"]:
@@ -232,6 +209,23 @@ class Router:
         """Return the router on another device; the statistics stay on the CPU."""
         moved = {name: getattr(self, name).to(device) for name in _TENSORS}
         return replace(self, **moved)
+
+    def folded(self) -> PackedRouter | None:
+        """Return the router as it runs beside packed experts; None for a single cluster.
+
+        Scores are worked out in float64 and rounded once to float32.
+        """
+        if self.kind == "single":
+            return None
+        made = PackedRouter(self.kind, self.k, self.features)
+        if self.kind == "random":
+            made.key.copy_(self.hash_key)
+        else:
+            mean, directions, offset = self._scorer
+            made.mean.copy_(mean)
+            made.directions.copy_(directions.mT)
+            made.offset.copy_(offset)
+        return made
 
     def state(self) -> dict[str, Tensor]:
         """Return everything as tensors by name, for a safetensors file."""

@@ -26,8 +26,9 @@ from entangle.models.layers import Layer
 from entangle.precision import full_precision
 from entangle.pruning import METHODS
 from entangle.pruning.factor import Factor, inverse_factor
+from entangle.pruning.grid import check_bits, check_group_size
 from entangle.pruning.methods import solve
-from entangle.pruning.problem import check_bits, check_gram, prepare, quadratic
+from entangle.pruning.problem import check_gram, prepare, quadratic
 from entangle.recording.stream import TokenStore
 from entangle.seeding import check_seed
 from entangle.stats.gram import ClusterGrams, ClusterGramsResult, sum_grams
@@ -57,12 +58,14 @@ class ExpertSettings:
     pruner: str = "sparsegpt"
     pattern: str = "row"
     bits: int | None = None
+    group_size: int | None = None
     damping: float = 0.01
 
     def __post_init__(self) -> None:
         checked = {
             "restarts": whole("restarts", self.restarts, least=1),
-            "bits": check_bits(self.bits),
+            "bits": (bits := check_bits(self.bits)),
+            "group_size": check_group_size(self.group_size, bits),
             "seed": check_seed(self.seed),
             "damping": finite("damping", self.damping, least=0),
             "pruner": choice("pruner", self.pruner, METHODS, kind="pruning method"),
@@ -124,7 +127,7 @@ def check_solvable(layer: Layer, sparsity: Sparsity, settings: ExpertSettings) -
     try:
         prepare(
             layer.weight, None, sparsity=sparsity, pattern=settings.pattern, rows=None,
-            bits=settings.bits,
+            bits=settings.bits, group_size=settings.group_size,
         )  # fmt: skip
     except InvalidInput as error:
         raise InvalidInput(f"{layer.name}: {error}") from error
@@ -207,7 +210,8 @@ def prune_part(
     """
     problem = prepare(
         weight.expand(experts, -1, -1), gram, sparsity=sparsity,
-        pattern=settings.pattern, rows=None, bits=settings.bits, loss=False,
+        pattern=settings.pattern, rows=None, bits=settings.bits, group_size=settings.group_size,
+        loss=False,
     )  # fmt: skip
     result = solve(
         replace(problem, first=first, factor=factor),

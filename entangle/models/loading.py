@@ -24,6 +24,7 @@ from entangle.errors import InvalidInput
 from entangle.models import demo, gguf_files, pretrained
 from entangle.models.hub import ADAPTER_CONFIG, check_folder, check_settings, model_source
 from entangle.models.pretrained import Loaded
+from entangle.packed.linear import PackedLinear, PackedRouter
 from entangle.precision import check_device_map, resolve_device, resolve_dtype
 from entangle.runs.progress import tell
 from entangle.runs.provenance import expand_user
@@ -173,10 +174,14 @@ class LanguageModel:
     def digest(self) -> str:
         """SHA-256 over the parameters' names, shapes, dtypes and bytes, in hexadecimal.
 
-        Computed on first use and kept: read it before weights are changed.
+        Packed experts and their routers count as parameters. Computed on first use and kept: read
+        it before weights are changed.
         """
-        named = list(self.module.named_parameters())
+        named: list[tuple[str, Tensor]] = list(self.module.named_parameters())
         modules = dict(self.module.named_modules())
+        for name, one in modules.items():
+            if isinstance(one, PackedLinear | PackedRouter):
+                named += [(f"{name}.{key}", buffer) for key, buffer in one.named_buffers()]
         offloaded = any(parameter.is_meta for _, parameter in named)
         with ThreadPoolExecutor(1 if offloaded else min(4, os.cpu_count() or 1)) as pool:
             hashes = pool.map(lambda item: _hash(modules, *item), named)

@@ -28,6 +28,7 @@ from entangle.errors import EntangleError, InvalidInput, MemoryLimit, Unavailabl
 from entangle.models import hub
 from entangle.models.cache import stored_dtype, stored_sizes
 from entangle.models.hub import ADAPTER_CONFIG, TOKENIZER_FILES, check_folder
+from entangle.packed import huggingface
 from entangle.runs.progress import on_terminal, tell
 from entangle.runs.reading import no_pickles, read_object, regular_files
 
@@ -152,8 +153,8 @@ def _load_model(
     with quiet():
         with broken_as(f"model folder {str(folder)!r}"):
             config = hf.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        stored = dtype or stored_dtype(folder)
         _refuse_quantised(config, folder)
+        stored = dtype or (None if is_packed(config) else stored_dtype(folder))
         auto = auto_class(config, folder)
         check_size(config, auto, [n for _, n in stored_sizes(folder)], folder)
         settings: dict[str, Any] = {"dtype": stored or "auto", "device_map": device_map}
@@ -323,9 +324,16 @@ def _check_labels(folder: Path) -> None:
             )
 
 
+def is_packed(config: hf.PreTrainedConfig) -> bool:
+    """Tell whether a config is of a model with packed experts (`entangle.packed`)."""
+    settings: Any = getattr(config, "quantization_config", None)
+    values = settings.to_dict() if hasattr(settings, "to_dict") else settings
+    return isinstance(values, dict) and values.get("quant_method") == huggingface.METHOD
+
+
 def _refuse_quantised(config: hf.PreTrainedConfig, folder: Path) -> None:
     settings = getattr(config, "quantization_config", None)
-    if settings is not None:
+    if settings is not None and not is_packed(config):
         values = settings if isinstance(settings, dict) else settings.to_dict()
         raise InvalidInput(
             f"model {str(folder)!r} must hold plain weights; they are quantised with "

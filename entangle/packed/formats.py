@@ -246,7 +246,8 @@ def pack(
     mask = weight != 0
     if codes is not None:
         name = f"int{codes.bits}"
-        stored, mask = _encode(weight, codes, mask)
+        parts = [_encode(weight[e : e + 1], codes, mask[e : e + 1], e) for e in range(k)]
+        stored, mask = (torch.cat(several) for several in zip(*parts, strict=True))
     else:
         if name not in VALUES or name.startswith("int"):
             raise InvalidInput(f"`values` must be a float of `VALUES` without a grid; got {name}.")
@@ -298,8 +299,8 @@ def _pack_bitmap(stored: Tensor, mask: Tensor) -> dict[str, Tensor]:
     weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=mask.device)
     starts = _starts(mask.sum(-1))
     values = stored.new_zeros(_room(starts))
-    places = (starts[:, :-1, None].long() * _UNIT + mask.cumsum(-1) - 1)[mask]
-    values[places] = stored[mask]
+    for start, own, kept in zip(starts[:, :-1, None].long(), stored, mask, strict=True):
+        values[(start * _UNIT + kept.cumsum(-1) - 1)[kept]] = own[kept]  # 8 bytes a weight of one
     bitmap = (bits * weights).sum(-1, dtype=torch.uint8)
     return {"bitmap": bitmap, "starts": starts, "values": values}
 
@@ -337,35 +338,50 @@ def _pack_delta(stored: Tensor, mask: Tensor, zero: Tensor | None) -> dict[str, 
 def _pack_n16(
     stored: Tensor, mask: Tensor, layout: Layout, zero: Tensor | None
 ) -> dict[str, Tensor]:
-    k, rows, cols = mask.shape
+    parts = [
+        _pack_n16_expert(stored[e], mask[e], layout, None if zero is None else zero[e])
+        for e in range(layout.experts)
+    ]
+    index, values = (torch.stack(several) for several in zip(*parts, strict=True))
+    return {"index": index, "values": values}
+
+
+def _pack_n16_expert(
+    stored: Tensor, mask: Tensor, layout: Layout, zero: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    rows, cols = mask.shape
     at, n = layout.lanes, layout.kept
     fill = (0, at.blocks * BLOCK - cols)
     mask = torch.nn.functional.pad(mask, fill).unflatten(-1, (-1, BLOCK))
     stored = torch.nn.functional.pad(stored, fill).unflatten(-1, (-1, BLOCK))
     order = (~mask).to(torch.uint8).argsort(dim=-1, stable=True)[..., :n]  # kept columns first
     real = mask.gather(-1, order)
-    empty = torch.zeros_like(stored[..., :1, :1]) if zero is None else zero[..., None, None]
+    empty = torch.zeros_like(stored[:1, :1, :1]) if zero is None else zero[:, None, None]
     values = torch.where(real, stored.gather(-1, order), empty)
     index = torch.where(real, order, 0).to(torch.uint8)
 
     def streams(tensor: Tensor, fill: Tensor) -> Tensor:
-        """Give every lane its blocks in a row, (experts, rows, steps, lanes, chunk)."""
-        own = tensor.view(k, rows, at.rounds, at.lanes, n).transpose(2, 3).flatten(3)
-        rest = fill.expand(k, rows, at.lanes, at.steps * at.chunk - own.shape[-1])
+        """Give every lane its blocks in a row, (rows, steps, lanes, chunk)."""
+        own = tensor.view(rows, at.rounds, at.lanes, n).transpose(1, 2).flatten(2)
+        rest = fill.expand(rows, at.lanes, at.steps * at.chunk - own.shape[-1])
         own = torch.cat([own, rest], -1)
-        own = own.reshape(k, rows, at.lanes, at.steps, at.chunk)
-        return own.transpose(2, 3).contiguous()
+        own = own.reshape(rows, at.lanes, at.steps, at.chunk)
+        return own.transpose(1, 2).contiguous()
 
-    none = torch.zeros_like(index[..., :1, :1])
-    return {"index": _pairs(streams(index, none)), "values": streams(values, empty)}
+    none = torch.zeros_like(index[:1, :1, :1])
+    return _pairs(streams(index, none)), streams(values, empty)
 
 
-def _encode(weight: Tensor, codes: Codes, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the codes, and where they are not that of a zero."""
-    unit, zero = codes.unit(weight.shape[-1]).float(), codes.zero[..., None].float()
+def _encode(weight: Tensor, codes: Codes, mask: Tensor, expert: int) -> tuple[Tensor, Tensor]:
+    """Return the codes of one expert, and where they are not that of a zero."""
+    own = slice(expert, expert + 1)
+    steps = None if codes.steps is None else codes.steps[own]
+    unit = unit_of(codes.scale[own], steps, weight.shape[-1]).float()
+    zero = codes.zero[own, :, None].float()
     wide = weight.float()
     found = (wide / unit).round() + zero
-    rounding = torch.finfo(weight.dtype).eps * wide.abs()
+    about = torch.finfo(weight.dtype)
+    rounding = about.eps * (wide.abs() + about.smallest_normal)
     fits = (((found - zero) * unit - wide).abs() <= rounding + 1e-4 * unit) | ~mask
     if not bool((fits & ((found >= 0) & (found < 2**codes.bits) | ~mask)).all()):
         raise InvalidInput("a weight does not lie on the quantisation grid it is to be stored by.")

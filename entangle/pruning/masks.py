@@ -37,7 +37,8 @@ def parse_pattern(pattern: str) -> Pattern:
     pattern
         ``"row"``, ``"layer"``, ``"block"``, or ``"n:m"`` with two integers, which keeps ``n`` of
         every ``m`` neighbouring columns of a row: ``"1:4"`` prunes three quarters. With the letter
-        n and a number for m, such as ``"n:4"``, every row has an ``n`` of its own.
+        n and a number for m, such as ``"n:4"``, every row has an ``n`` of its own. Where m does not
+        divide the columns, the last r of them keep ``ceil(n * r / m)``.
 
     Raises
     ------
@@ -116,6 +117,15 @@ def prune_smallest(
     return (head < threshold) | (tied & (tied.cumsum(-1, dtype=torch.int32) <= spare))
 
 
+def zeros_by_group(cols: int, group: int) -> Int[Tensor, " counts"]:
+    """Return the zeros of a row that loses 0, 1, …, ``group`` of every group, for ``n:m``.
+
+    The last ``r`` columns, where they are fewer, lose ``r / group`` of that, rounded down.
+    """
+    zeros = torch.arange(group + 1)
+    return cols // group * zeros + zeros * (cols % group) // group
+
+
 def prune_groups(
     saliency: Float[Tensor, "*lead cols"], zeros: Int[Tensor, "*lead"], group: int
 ) -> Bool[Tensor, "*lead cols"]:
@@ -124,12 +134,17 @@ def prune_groups(
     Parameters
     ----------
     saliency
-        Scores, in whole groups.
+        Scores. The last group may be shorter, and loses its share, rounded down.
     zeros
         How many to prune in each group of a line, ``m - n``, in [0, group].
     group
         Neighbouring columns per group (m).
     """
+    short = saliency.shape[-1] % group
+    if short:
+        whole, rest = saliency.split([saliency.shape[-1] - short, short], -1)
+        last = prune_smallest(rest, zeros * short // group)
+        return torch.cat([prune_groups(whole, zeros, group), last], -1) if whole.numel() else last
     groups = saliency.unflatten(-1, (saliency.shape[-1] // group, group))
     return prune_smallest(groups, zeros[..., None].expand(groups.shape[:-1])).flatten(-2)
 

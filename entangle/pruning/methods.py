@@ -25,6 +25,7 @@ def prune(
     pattern: str = "row",
     rows: Rows = None,
     bits: int | None = None,
+    group_size: int | None = None,
     damping: float | int = 0.01,
     seed: int = 0,
     loss: bool = True,
@@ -68,9 +69,11 @@ def prune(
             the weights, rows unequal (see `entangle.pruning.masks.prune_block`);
         ``"n:m"``, such as ``"2:4"``
             ``n`` weights kept of every ``m`` neighbours of a row; `sparsity` None or ``1 - n/m``;
+            where ``m`` does not divide the columns, the last ``r`` keep ``ceil(n * r / m)``;
         ``"n:4"`` with the letter n and any number for m
             ``sparsity * m`` zeros in every group of ``m`` neighbours of a row: every row has an n
-            of its own. ``sparsity * cols`` must be a multiple of ``cols / m``.
+            of its own. ``sparsity * m`` must be a whole number, or ``sparsity * cols`` the zeros of
+            a row that keeps a whole number of every group.
 
         Counts are exact (save for ``"block"``), rounded to the nearest integer, halves to the even
         one. Sparsity 0 gives the dense weight, bit for bit, and 1 gives zeros.
@@ -82,6 +85,10 @@ def prune(
         Also round the kept weights of the pruned rows to ``2**bits`` evenly spaced values from each
         dense row's minimum to its maximum; zero is one of them. ``"sparsegpt"`` makes up for the
         rounding as for the pruning.
+    group_size
+        Beside `bits` in [2, 8]: 128 gives every 128 neighbouring columns of a row a grid of their
+        own, symmetric about zero, as packed int4 and int8 experts store it
+        (`entangle.pruning.grid.fit_groups`). None, the default, is one grid a row.
     damping
         For ``"sparsegpt"``: multiple of the gram's mean diagonal added to the diagonal.
     seed
@@ -113,8 +120,9 @@ def prune(
     method = choice("method", method, METHODS, kind="pruning method")
     damping, seed = finite("damping", damping, least=0), seed_of(seed)
     problem = prepare(
-        weight, gram, sparsity=sparsity, pattern=pattern, rows=rows, bits=bits, loss=loss
-    )
+        weight, gram, sparsity=sparsity, pattern=pattern, rows=rows, bits=bits,
+        group_size=group_size, loss=loss,
+    )  # fmt: skip
     return solve(problem, method=method, damping=damping, seed=seed, block_size=block_size)
 
 

@@ -1,7 +1,5 @@
 """The common entrance of all pruners: arguments checked, shapes and dtypes made uniform.
 
-Round-to-nearest quantisation on a per-row asymmetric min-max grid.
-
 Quadratic forms of rows: what a change of a weight does to the squared error of the output.
 
 A GPU's float32 products are slow. Its TensorFloat-32 units multiply numbers of 11 significant bits,
@@ -33,11 +31,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from entangle.checks import tensor_of, whole
+from entangle.checks import tensor_of
 from entangle.errors import InvalidInput, NumericalError
 from entangle.kernels.dispatch import dispatch, on_cpu
 from entangle.precision import full_precision, has_tf32, tensor_cores
 from entangle.pruning.factor import Factor
+from entangle.pruning.grid import check_bits, check_group_size, quantize
 from entangle.pruning.masks import (
     BLOCK,
     Pattern,
@@ -46,54 +45,10 @@ from entangle.pruning.masks import (
     prune_block,
     prune_groups,
     prune_smallest,
+    zeros_by_group,
 )
 
-MAX_BITS = 16
-
-
-@dataclass(frozen=True, eq=False)
-class Grid:
-    """One grid of ``2**bits`` evenly spaced values per row; zero is always one of them."""
-
-    scale: Float[Tensor, "experts rows *one"]
-    """Distance of neighbouring values, in units of the weight."""
-    zero: Float[Tensor, "experts rows *one"]
-    """Index of the value 0, an integer in [0, top]."""
-    top: int
-    """Largest index, ``2**bits - 1``."""
-
-    def round(self, weight: Float[Tensor, "experts rows *n"]) -> Float[Tensor, "experts rows *n"]:
-        """Return the grid value nearest to each weight; the shapes must broadcast."""
-        index = (weight / self.scale).round_().add_(self.zero).clamp_(0, self.top)
-        return index.sub_(self.zero).mul_(self.scale)
-
-
-def check_bits(bits: object) -> int | None:
-    """Return ``bits`` if it is None or an integer in [1, 16], raise `InvalidInput` otherwise."""
-    return None if bits is None else whole("bits", bits, least=1, most=MAX_BITS)
-
-
-def fit_grid(weight: Float[Tensor, "experts rows cols"], bits: int) -> Grid:
-    """Fit the grid that spans each row's smallest and largest weight, and zero.
-
-    A row of zeros gets the range [-1, 1].
-
-    Source: ``Quantizer.find_params`` (asymmetric, per channel) in github.com/IST-DASLab/sparsegpt.
-    """
-    low, high = weight.amin(-1).clamp(max=0), weight.amax(-1).clamp(min=0)
-    empty = low == high
-    low, high = torch.where(empty, -1, low), torch.where(empty, 1, high)
-    scale = (high - low) / (2**bits - 1)
-    return Grid(scale=scale, zero=(-low / scale).round(), top=2**bits - 1)
-
-
-def quantize(
-    weight: Float[Tensor, "experts rows cols"], bits: int
-) -> Float[Tensor, "experts rows cols"]:
-    """Round every weight to its row's grid."""
-    grid = fit_grid(weight, bits)
-    return Grid(grid.scale[..., None], grid.zero[..., None], grid.top).round(weight)
-
+_WHOLE = 1e-6  # of a whole number of weights, at most
 
 Rows = Bool[Tensor, " rows"] | Int[Tensor, " chosen"] | Sequence[int] | Sequence[bool] | None
 """Rows to prune: a mask or indices; None for all."""
@@ -124,14 +79,17 @@ class Problem:
     """Index of the first expert among the caller's."""
     wants_loss: bool = True
     """Whether the result is to hold the losses."""
+    group_size: int | None = None
+    """Columns that share a grid; None for all of a row."""
     factor: Factor | None = None
     """From `entangle.pruning.factor.inverse_factor` of the gram, if it is known already; SparseGPT
     needs no gram then."""
 
     @property
     def zeros_a_group(self) -> Int[Tensor, " experts *rows"]:
-        """Zeros of every group of a row (``n:m``; meaningless for the other patterns)."""
-        return self.budget // (self.weight.shape[2] // self.pattern.group)
+        """Zeros of every whole group of a row (``n:m``; meaningless for the other patterns)."""
+        counts = zeros_by_group(self.weight.shape[2], self.pattern.group).to(self.budget.device)
+        return torch.searchsorted(counts, self.budget.contiguous(), right=True) - 1
 
     def need_gram(self) -> Float[Tensor, "experts cols cols"]:
         """Return the gram, or raise `InvalidInput` if none was given."""
@@ -148,17 +106,13 @@ def prepare(
     pattern: str,
     rows: Tensor | Sequence[int] | Sequence[bool] | None,
     bits: int | None,
+    group_size: int | None = None,
     loss: bool = True,
 ) -> Problem:
     """Check the arguments that all pruners share (documented in `entangle.pruning.prune`)."""
-    parsed = parse_pattern(pattern)
+    parsed, bits = parse_pattern(pattern), check_bits(bits)
     dense = _check_weight(weight)
     chosen = None if rows is None else _check_rows(rows, dense.shape[1]).to(dense.device)
-    if parsed.kind == "n:m" and dense.shape[2] % parsed.group:
-        raise InvalidInput(
-            f"`pattern` {pattern!r} needs a multiple of {parsed.group} columns; "
-            f"got {dense.shape[2]}: use another n:m, or pattern 'row'."
-        )
     share = _check_sparsity(sparsity, parsed, dense)
     selected = dense if chosen is None else dense[:, chosen]
     solver_dtype = torch.float64 if dense.dtype == torch.float64 else torch.float32
@@ -170,9 +124,10 @@ def prepare(
         sparsity=float(share) if parsed.kind in ("layer", "block") else torch.nan,
         budget=_budget(share, parsed, selected, chosen).to(dense.device),
         rows=chosen,
-        bits=check_bits(bits),
+        bits=bits,
         batched=weight.ndim == 3,
         wants_loss=loss,
+        group_size=check_group_size(group_size, bits),
     )
 
 
@@ -313,12 +268,25 @@ def _budget(
         return count_zeros(share, rows * cols).expand(experts)
     if share.ndim and chosen is not None:
         share = share[..., chosen.cpu()]
-    zeros = count_zeros(share, cols).expand(experts, rows)
-    step = cols // pattern.group
-    for count in zeros[zeros % step != 0].tolist()[:1] if pattern.kind == "n:m" else ():
+    if pattern.kind == "n:m":
+        return _grouped_zeros(share, pattern, cols).expand(experts, rows)
+    return count_zeros(share, cols).expand(experts, rows)
+
+
+def _grouped_zeros(share: Float[Tensor, "..."], pattern: Pattern, cols: int) -> Int[Tensor, "..."]:
+    """Return the zeros of rows that lose a whole number of weights of every group."""
+    group, counts = pattern.group, zeros_by_group(cols, pattern.group)
+    if pattern.kept is not None:
+        return counts[group - pattern.kept]
+    zeros, asked = count_zeros(share, cols), share * group
+    whole = (asked - asked.round()).abs() < _WHOLE
+    zeros = torch.where(whole, counts[asked.round().long()], zeros)
+    for count in zeros[~torch.isin(zeros, counts)].tolist()[:1]:
+        step, rest = divmod(cols, group)
+        last = f", and its share, rounded down, for the last {rest}" if rest else ""
         raise InvalidInput(
             f"`sparsity` must give every row a multiple of {step} zeros, equally many for each of "
-            f"its {step} groups of {pattern.group} columns; got {count}: use pattern 'row'."
+            f"its {step} groups of {group} columns{last}; got {count}: use pattern 'row'."
         )
     return zeros
 
@@ -423,7 +391,8 @@ class PruneResult:
 def mask_only(problem: Problem, pruned: Bool[Tensor, "experts rows cols"]) -> PruneResult:
     """Zero the marked weights and leave the others alone, save for quantisation."""
     weight = problem.weight
-    solved = weight if problem.bits is None else quantize(weight, problem.bits)
+    bits = problem.bits
+    solved = weight if bits is None else quantize(weight, bits, problem.group_size)
     sparse = solved.to(problem.dense.dtype).masked_fill(pruned, 0)
     return finish(problem, sparse, pruned, weight.new_zeros(len(weight)))
 

@@ -4,7 +4,7 @@ The masks and updates of one block of columns after another, plainly or, on an N
 kernel a step instead of one or more a column; as many experts at a time as a GPU's memory holds.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 
 import torch
@@ -16,8 +16,9 @@ from entangle.kernels.dispatch import dispatch
 from entangle.memory import in_fitting_parts
 from entangle.precision import full_precision
 from entangle.pruning.factor import Factor, inverse_factor
+from entangle.pruning.grid import Grid, fit_grids
 from entangle.pruning.masks import BLOCK, dead_first, prune_block, prune_groups, prune_smallest
-from entangle.pruning.problem import Grid, Problem, PruneResult, finish, fit_grid
+from entangle.pruning.problem import Problem, PruneResult, finish
 
 
 def eliminate(
@@ -25,7 +26,7 @@ def eliminate(
     factor: Float[Tensor, "experts width width"],
     pruned: Bool[Tensor, "experts width rows"],
     *,
-    grid: Grid | None = None,
+    grids: Sequence[Grid] | None = None,
 ) -> Float[Tensor, "experts width rows"]:
     """Settle neighbouring columns from left to right, each making up for those before it.
 
@@ -38,8 +39,8 @@ def eliminate(
         The diagonal block of ``U`` that belongs to these columns.
     pruned
         True where the final value is 0.
-    grid
-        Rounds the kept values; None keeps them as they are.
+    grids
+        Of each column: rounds the kept values; None keeps them as they are.
 
     Returns
     -------
@@ -54,7 +55,7 @@ def eliminate(
     errors = torch.empty_like(columns)
     for j in range(columns.shape[1]):
         column, error, later = columns[:, j], errors[:, j], columns[:, j + 1 :]
-        final = (column if grid is None else grid.round(column)).masked_fill(pruned[:, j], 0)
+        final = (column if grids is None else grids[j].round(column)).masked_fill(pruned[:, j], 0)
         torch.sub(column, final, out=error).div_(factor[:, j, j, None])
         column.copy_(final)
         later.addcmul_(factor[:, j, j + 1 :, None], error[:, None], value=-1)
@@ -72,7 +73,9 @@ class Solver:
         self.pattern, self.sparsity = problem.pattern, problem.sparsity
         self.factor, self.dead = factor.upper, factor.dead
         self.power = factor.upper.diagonal(dim1=-2, dim2=-1).square()
-        self.grid = None if problem.bits is None else fit_grid(problem.weight, problem.bits)
+        self.grids: list[Grid] | None = None
+        if problem.bits is not None:
+            self.grids = fit_grids(problem.weight, problem.bits, problem.group_size)
         self.weight = problem.weight.clone(memory_format=torch.contiguous_format)
         self.pruned = torch.zeros_like(self.weight, dtype=torch.bool)
         self.left = problem.budget
@@ -103,9 +106,8 @@ class Solver:
                 self.pruned[..., first:last] = prune_groups(saliency, self.zeros_a_group, step)
             pruned = self.pruned[..., first:last].mT.contiguous()
             corner = self.factor[:, first:last, first:last]
-            errors[:, first - start : last - start] = eliminate(
-                panel, corner, pruned, grid=self.grid
-            )
+            grids = None if self.grids is None else self.grids[first:last]
+            errors[:, first - start : last - start] = eliminate(panel, corner, pruned, grids=grids)
         self.weight[..., start:stop] = columns.mT
         right = self.weight[..., stop:]
         right.baddbmm_(errors.mT, self.factor[:, start:stop, stop:], alpha=-1)

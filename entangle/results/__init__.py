@@ -14,6 +14,7 @@ CLASSES = {
     "decomposition": "decomposition.Decomposition",
     "allocation": "allocation.AllocationReport",
     "expansion": "expansion.ExpansionReport",
+    "pruning": "expansion.PruneReport",
 }
 """Module and class of every kind of result."""
 

@@ -105,6 +105,12 @@ class ExpansionReport(Result):
         return lines, self.layers[[name for name in _SHOWN if name in self.layers.columns]]
 
 
+class PruneReport(ExpansionReport):
+    """The report of a pruned model, which is read from its folder without its weights."""
+
+    KIND, _TITLE = "pruning", "Pruning of"
+
+
 def write_run(folder: Path, run: Mapping[str, object]) -> None:
     """Write how a build went, with a digest."""
     write_json(folder / RUN, {**run, _DIGEST: manifest_digest(run)})

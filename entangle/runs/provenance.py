@@ -407,6 +407,19 @@ def write_json(path: Path, content: Mapping[str, object]) -> None:
     path.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
+def is_expansion(folder: str | os.PathLike[str]) -> bool:
+    """Tell whether a folder holds a Sparse Expansion, which stands for a model."""
+    path = expand_user(folder) / "manifest.json"
+    if not path.is_file():
+        return False
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return not (path.parent / "config.json").is_file()  # told when it is read
+    kind = content.get("kind") if isinstance(content, dict) else None
+    return kind == "expansion" or not (path.parent / "config.json").is_file()
+
+
 def read_manifest(
     folder: str | os.PathLike[str], kind: str, files: Sequence[str] = ()
 ) -> dict[str, object]:

@@ -7,6 +7,7 @@ import torch
 from entangle.experts.expand import Expansion, expand
 from entangle.experts.linear import ExpandedLinear
 from entangle.models.loading import LanguageModel, load_model
+from entangle.packed.linear import PackedLinear
 from entangle.texts.calibration import load_calibration
 from tests.cli.runs import Ran, holds
 
@@ -20,7 +21,12 @@ WIDE = (
 SMALL = (*WIDE, "--proj", "up_proj")
 """Expands one layer a block."""
 BLOCKS = [f"block-{index:04d}.safetensors" for index in range(3)]
-FILES = [*BLOCKS, "layers.parquet", "manifest.json", "run.json"]
+BUILDS = [name.replace("safetensors", "build") for name in BLOCKS]
+FILES = sorted([
+    *BLOCKS, *BUILDS, "README.md", "config.json", "dense.safetensors", "generation_config.json",
+    "layers.parquet", "manifest.json", "model.safetensors.index.json",
+    "modeling_sparse_expansion.py", "run.json", "tokenizer.json", "tokenizer_config.json",
+])  # fmt: skip
 
 
 def in_memory(**settings: object) -> Expansion:
@@ -34,8 +40,13 @@ def in_memory(**settings: object) -> Expansion:
 def experts_of(model: LanguageModel | None) -> dict[str, torch.Tensor]:
     """Return the experts of every expanded layer, by its name."""
     assert model is not None
-    named = model.module.named_modules()
-    return {n: m.weight.detach() for n, m in named if isinstance(m, ExpandedLinear)}
+    found = {}
+    for name, module in model.module.named_modules():
+        if isinstance(module, ExpandedLinear):
+            found[name] = module.weight.detach()
+        if isinstance(module, PackedLinear):
+            found[name] = torch.stack([module.dense(e) for e in range(module.experts)])
+    return found
 
 
 def content_of(folder: str | Path) -> dict[str, bytes]:

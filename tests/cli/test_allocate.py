@@ -16,10 +16,9 @@ from entangle.allocation.allocation import even
 from entangle.cli.main import main
 from entangle.experiments.compare import load_comparison
 from entangle.experts.checkpoint import load_expanded
-from entangle.experts.linear import ExpandedLinear
 from entangle.results.ablation import load_ablation
 from entangle.runs.sealing import manifest_digest
-from tests.cli.expansions import check_one_line, listing
+from tests.cli.expansions import check_one_line, experts_of, listing
 from tests.cli.runs import Run
 
 pytestmark = pytest.mark.usefixtures("scored")
@@ -72,9 +71,8 @@ def allocated(scored: Path, made: Path) -> Path:
 
 def zeros_of(folder: str) -> dict[str, torch.Tensor]:
     """Return the zeros of every row, (experts, rows), of every layer of an expansion."""
-    module = load_expanded(folder, device="cpu").module
-    named = module.named_modules()
-    return {n: (m.weight == 0).sum(2) for n, m in named if isinstance(m, ExpandedLinear)}
+    experts = experts_of(load_expanded(folder, device="cpu"))
+    return {name: (weight == 0).sum(2) for name, weight in experts.items()}
 
 
 def test_the_tables_and_the_file(run: Run) -> None:
@@ -221,11 +219,10 @@ def test_what_prunes_by_a_pattern_needs_no_option_for_it(run: Run, scored: Path)
     allocation = load_allocation("n.safetensors")
     given = ("--allocation", "n.safetensors", "--out")
     assert run("expand", "model", *TEXT, "--experts", 2, *given, "x").status == 0
-    for name, module in load_expanded("x", device="cpu").module.named_modules():
-        if isinstance(module, ExpandedLinear):
-            groups = (module.weight == 0).unflatten(2, (-1, 8)).sum(3)
-            each = allocation.zeros[name] // groups.shape[2]
-            assert torch.equal(groups, each[:, None].expand_as(groups))
+    for name, weight in experts_of(load_expanded("x", device="cpu")).items():
+        groups = (weight == 0).unflatten(2, (-1, 8)).sum(3)
+        each = allocation.zeros[name] // groups.shape[2]
+        assert torch.equal(groups, each[:, None].expand_as(groups))
     data = ("--evaluation", "text.txt", *EVALUATE)
     arms = ("--methods", "magnitude", *data)
     assert run("compare", "model", *TEXT, *arms, *given, "c").status == 0

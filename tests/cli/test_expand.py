@@ -15,6 +15,7 @@ from entangle.experts.checkpoint import load_expanded
 from entangle.models.loading import load_model
 from tests.cli.expansions import (
     BLOCKS,
+    BUILDS,
     FILES,
     SMALL,
     WIDE,
@@ -139,7 +140,9 @@ def test_a_checkpoint_has_its_name_once_its_closing_table_is_there(
     with monkeypatch.context() as patch:
         patch.setattr("entangle.evaluation.perplexity", interrupted)
         assert run(*SMALL, *EVALUATE, "--out", "x").status == 130
-    assert sorted(content_of(".x.building")) == [*BLOCKS, "digests.json", "plan.json"]
+    assert sorted(content_of(".x.building")) == sorted(
+        [*BLOCKS, *BUILDS, "digests.json", "plan.json"]
+    )
     assert not Path("x").exists()
     assert run(*SMALL, *EVALUATE, "--out", "x", "--resume").status == 0
     assert sorted(content_of("x")) == sorted([*FILES, "model.parquet"])
@@ -203,7 +206,9 @@ def unfinished(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         patch.setattr(build, "_expand_block", interrupted)
         assert run(*SMALL, "--out", "x") == (130, "", "entangle: interrupted\n")
     assert not Path("x").exists()
-    assert sorted(content_of(".x.building")) == [*BLOCKS[:2], "digests.json", "plan.json"]
+    assert sorted(content_of(".x.building")) == sorted(
+        [*BLOCKS[:2], *BUILDS[:2], "digests.json", "plan.json"]
+    )
 
 
 @pytest.mark.usefixtures("unfinished")

@@ -36,7 +36,7 @@ MISTAKES = {
     "--sparsity 1.01": "`sparsity` [0, 1] 1.01",
     "--sparsity=-0.1": "`sparsity` [0, 1] -0.1",
     "--sparsity nan": "`sparsity` [0, 1] nan",
-    "--pattern 2:5": "model.layers.0.mlp.gate_proj `pattern` '2:5' needs multiple 5 32",
+    "--pattern 3:5 --sparsity 0.5": "model.layers.0.mlp.gate_proj `sparsity` 0.4 '3:5' 0.5",
     "--pattern 3:2": "`pattern` n:m '3:2'",
     "--pattern rows": "`pattern` n:m 'rows'",
     "--pattern 2:4 --sparsity 0.7": "`sparsity` 0.5 '2:4' 0.7",

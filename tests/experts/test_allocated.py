@@ -12,12 +12,12 @@ from entangle.errors import InvalidInput
 from entangle.experts.build import check_shared, planned_experts
 from entangle.experts.checkpoint import load_expanded
 from entangle.experts.expand import Expansion, expand
-from entangle.experts.linear import ExpandedLinear
 from entangle.models.layers import find_layers
 from entangle.models.loading import LanguageModel
 from entangle.recording.recorder import shared_inputs
 from entangle.texts.calibration_set import CalibrationSet
 from tests.allocation.samples import random_allocation
+from tests.cli.expansions import experts_of
 from tests.tiny_models import TINY
 
 DECODERS = [name for name in TINY if name not in ("bert", "mixtral")]
@@ -29,12 +29,6 @@ def run(
 ) -> Expansion:
     chosen: dict[str, object] = {"experts": 3, "restarts": 1, "progress": False, "sparsity": None}
     return expand(model, calibration, allocation=allocation, **{**chosen, **settings})  # type: ignore[arg-type]
-
-
-def experts_of(model: LanguageModel | None) -> dict[str, torch.Tensor]:
-    assert model is not None
-    named = model.module.named_modules()
-    return {n: m.weight.detach() for n, m in named if isinstance(m, ExpandedLinear)}
 
 
 def with_experts(allocation: Allocation, *counts: int) -> Allocation:

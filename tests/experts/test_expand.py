@@ -12,11 +12,11 @@ from entangle.errors import EntangleError, InvalidInput, NumericalError
 from entangle.evaluation import EvaluationText, perplexity
 from entangle.experts.checkpoint import load_expanded
 from entangle.experts.expand import Expansion, expand
-from entangle.experts.linear import ExpandedLinear
 from entangle.models.layers import find_layers
 from entangle.models.loading import LanguageModel, as_language_model
 from entangle.seeding import torch_rng
 from entangle.texts.calibration_set import CalibrationSet
+from tests.cli.expansions import experts_of
 from tests.saved import without_digests
 from tests.tiny_models import TINY
 
@@ -33,12 +33,6 @@ def text() -> EvaluationText:
 def run(model: LanguageModel, calibration: CalibrationSet, **settings: object) -> Expansion:
     chosen: dict[str, object] = {"experts": 3, "sparsity": 0.5, "restarts": 2, "progress": False}
     return expand(model, calibration, **{**chosen, **settings})  # type: ignore[arg-type]
-
-
-def experts_of(model: LanguageModel | None) -> dict[str, torch.Tensor]:
-    assert model is not None
-    named = model.module.named_modules()
-    return {n: m.weight.detach() for n, m in named if isinstance(m, ExpandedLinear)}
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -100,9 +94,11 @@ def test_costs_by_hand(tiny: Tiny, calibration: CalibrationSet) -> None:
     assert found.costs["nonzeros"] == pytest.approx((others + 2 * mlp / 4) / (others + mlp))
     router = sum(2 * width for width in (32, _down_width(model)) for _ in range(3))
     assert found.costs["flops"] == pytest.approx((others + mlp / 4 + router) / (others + mlp))
-    packed = 4 * (others + mlp / 2) + 2 * mlp / 8
-    for width in (32, _down_width(model)):  # mean, one component, 2 centroids, in 3 blocks
-        packed += 3 * 4 * (width + width + 2)
+    packed = 4 * others
+    for rows, kept in ((48, 8), (48, 8), (32, 16)):  # of 32, 32 and 48; 12 fill 16 places
+        packed += 3 * 2 * (rows * (4 * kept + 8) + 4 * (rows + 1))  # values, bits, starts
+    for width in (32, _down_width(model)):  # mean, 2 directions, 2 offsets, in 3 blocks
+        packed += 3 * 4 * (width + 2 * width + 2)
     assert found.costs["bytes"] == pytest.approx(packed / (4 * (others + mlp)))
 
 
@@ -306,7 +302,7 @@ def test_another_base_model_is_refused(
         ({"experts": 10_000}, "must be at most the number of tokens"),
         ({"sparsity": 1.5}, "must be in"),
         ({"sparsity": -0.1}, "must be in"),
-        ({"pattern": "2:5", "sparsity": None}, "multiple of 5"),
+        ({"pattern": "n:5", "sparsity": 0.5}, "multiple of 6 zeros.* 5 columns.* last 2; got 16"),
         ({"pruner": "nosuch"}, "nosuch"),
         ({"layers": "lm_head", "proj": None}, "outside the blocks"),
         ({"layers": 77}, "block index"),
@@ -340,7 +336,8 @@ def test_the_manifest_says_what_was_done(
     assert manifest["calibration"]["digest"] == calibration.digest
     assert manifest["model"]["digest"] == tiny("llama").digest
     assert manifest["settings"]["experts"] == 3
-    assert set(manifest["files"]) == {f"block-{i:04d}.safetensors" for i in range(3)}
+    blocks = {f"block-{i:04d}.{ending}" for i in range(3) for ending in ("safetensors", "build")}
+    assert set(manifest["files"]) == blocks | {"dense.safetensors"}
 
 
 @pytest.mark.parametrize("scale", [torch.nan, 1e6])

@@ -16,9 +16,9 @@ from entangle.evaluation import EvaluationText, perplexity
 from entangle.experts.checkpoint import load_expanded
 from entangle.models.loading import load_model
 from entangle.texts.calibration_set import CalibrationSet
+from tests.cli.expansions import BLOCKS, FILES
 from tests.killed import killed_before
 
-BLOCKS = [f"block-{index:04d}.safetensors" for index in range(3)]
 COMMAND = (
     "expand", "model", "--calibration", "ids.safetensors", "--experts", "3", "--device", "cpu",
     "--quiet", "--out",
@@ -53,7 +53,7 @@ def test_a_build_that_was_killed_twice_resumes_to_the_same_bytes(place: Path) ->
     resumed, whole = (
         {path.name: path.read_bytes() for path in Path(name).iterdir()} for name in ("x", "whole")
     )
-    assert sorted(resumed) == [*BLOCKS, "layers.parquet", "manifest.json", "run.json"]
+    assert sorted(resumed) == FILES
     assert {**resumed, "run.json": b""} == {**whole, "run.json": b""}
     assert sorted(path.name for path in place.iterdir()) == [
         "ids.safetensors", "model", "whole", "x",

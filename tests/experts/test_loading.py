@@ -141,7 +141,7 @@ def test_layers_outside_the_checkpoint_stay_dense_and_the_base_stays(
         block: type(found.module.get_submodule(f"model.layers.{block}.mlp.up_proj")).__name__
         for block in range(3)
     }
-    assert kinds == {0: "ExpandedLinear", 1: "Linear", 2: "ExpandedLinear"}
+    assert kinds == {0: "PackedLinear", 1: "Linear", 2: "PackedLinear"}
     assert type(base.module.get_submodule("model.layers.0.mlp.up_proj")).__name__ == "Linear"
     assert (found.name, found.revision, found.tokenizer) == (str(built), "abc", base.tokenizer)
 

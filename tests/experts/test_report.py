@@ -15,15 +15,12 @@ Tiny = Callable[[str], LanguageModel]
 
 
 def stored(folder: Path, *, router: bool) -> int:
-    """Return the bytes of a checkpoint's tensors: routers (without statistics), or experts."""
+    """Return the bytes of a checkpoint's tensors as they run: routers, or experts."""
     total = 0
     for path in folder.glob("block-*.safetensors"):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
-                fitted, _, part = name.partition(":")
-                routes = fitted.startswith("router ") and part != "kind"
-                routes = routes and not part.startswith("statistics.")
-                if routes if router else not fitted.startswith("router "):
+                if ("_router." in name) == router:
                     tensor: torch.Tensor = file.get_tensor(name)
                     total += tensor.numel() * tensor.element_size()
     return total

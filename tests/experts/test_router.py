@@ -17,9 +17,9 @@ from entangle.experts.router import (
     Router,
     RouterStatistics,
     fit_router,
-    hash_clusters,
     hash_key,
 )
+from entangle.packed.routing import hash_clusters
 from tests.reference import routing as reference
 
 
@@ -162,12 +162,12 @@ def test_cuda_routes_as_the_cpu() -> None:
 
 
 def test_stored_bytes_are_those_of_the_tensors_that_route() -> None:
-    # float32: a mean of 2, one component of 2, 2 centroids of 1; a router of one cluster needs none
-    assert by_hand().stored_bytes == 4 * (2 + 2 + 2)
+    # float32: a mean of 2, 2 directions of 2, 2 offsets; a router of one cluster needs none
+    assert by_hand().stored_bytes == 4 * (2 + 2 * 2 + 2)
     x = tokens()
     assert fitted("single", x).stored_bytes == 0
-    assert fitted("random", x).stored_bytes == 4 * 64 + 8 * 64  # the mean, and a key in int64
-    assert fitted("kmeans", x).stored_bytes == 4 * (64 + 3 * 64 + 6 * 3)
+    assert fitted("random", x).stored_bytes == 8 * 64  # a key in int64
+    assert fitted("kmeans", x).stored_bytes == 4 * (64 + 6 * 64 + 6)
 
 
 def test_equals_the_hash_of_plain_integers() -> None:

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from entangle.errors import InvalidInput
-from entangle.pruning.problem import check_bits, fit_grid, quantize
+from entangle.pruning.grid import check_bits, fit_grid, quantize
 from entangle.seeding import torch_rng
 
 

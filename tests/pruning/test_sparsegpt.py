@@ -5,7 +5,8 @@ from torch import Tensor
 from entangle.errors import InvalidInput, NumericalError
 from entangle.pruning import PruneResult, prune
 from entangle.pruning.factor import inverse_factor
-from entangle.pruning.problem import fit_grid, prepare
+from entangle.pruning.grid import fit_grids
+from entangle.pruning.problem import prepare
 from entangle.pruning.solver import can_fuse, eliminate
 from tests.pruning.problems import magnitude, make, wanda
 from tests.reference.sparsegpt import sparsegpt as reference
@@ -205,7 +206,7 @@ def test_errors_add_up_to_the_damped_loss() -> None:
     damped = gram + (used * mean)[:, None, None] * torch.eye(24)
     columns = weight.mT.contiguous()
     pruned = torch.rand(2, 24, 5, generator=torch.Generator().manual_seed(1)) < 0.6
-    errors = eliminate(columns, factor, pruned, grid=fit_grid(weight, 3))
+    errors = eliminate(columns, factor, pruned, grids=fit_grids(weight, 3))
     change = weight - columns.mT
     loss = (change @ damped * change).sum(-1)
     torch.testing.assert_close(errors.square().sum(1), loss)

@@ -6,6 +6,7 @@ best, and that best changes the columns from j on by ``-d * G_j[0] / G_j[0, 0]``
 computed anew for every column; no factorisation, no matrix update.
 """
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -23,16 +24,31 @@ def _inverses(gram: Array, damping: float) -> list[Array]:
     return [np.asarray(np.linalg.inv(damped[j:, j:]), dtype=np.float64) for j in range(cols)]
 
 
-def _grids(weight: Array, bits: int | None) -> list[Array] | None:
+def _grids(weight: Array, bits: int | None, span: int | None) -> list[list[Array]] | None:
+    """Return the values of every row's grids, one for each ``span`` columns."""
     if bits is None:
         return None
     grids = []
     for row in weight:
+        if span is not None:
+            grids.append(_symmetric(row, bits, span))
+            continue
         low, high = min(row.min(), 0.0), max(row.max(), 0.0)
         step = (high - low) / (2**bits - 1)
         below = round(-low / step)
-        grids.append(np.array([step * (k - below) for k in range(2**bits)]))
+        grids.append([np.array([step * (k - below) for k in range(2**bits)])])
     return grids
+
+
+def _symmetric(row: Array, bits: int, span: int) -> list[Array]:
+    half = 2 ** (bits - 1)
+    wanted = [
+        max([w / (half - 1) if w > 0 else -w / half for w in row[start : start + span]])
+        for start in range(0, len(row), span)
+    ]
+    scale = float(np.float32(max(wanted) / 255))
+    steps = [min(max(int(np.ceil(one / scale)), 1), 255) for one in wanted]
+    return [np.array([scale * step * k for k in range(-half, half)]) for step in steps]
 
 
 def _mark(
@@ -67,13 +83,14 @@ def sparsegpt(
     damping: float = 0.01,
     block: int = 128,
     bits: int | None = None,
+    span: int | None = None,
 ) -> tuple[Array, NDArray[np.bool_]]:
     """Return the sparse weight and the mask (True where kept); ``group`` is (kept, of).
 
-    ``kept`` may be a list, one number a row.
+    ``kept`` may be a list, one number a row. ``span`` columns share a symmetric grid.
     """
     rows, cols = weight.shape
-    inverse, grids, w = _inverses(gram, damping), _grids(weight, bits), weight.copy()
+    inverse, grids, w = _inverses(gram, damping), _grids(weight, bits, span), weight.copy()
 
     def cost(cell: Cell) -> float:
         value, j = float(w[cell]), cell[1]
@@ -90,13 +107,15 @@ def sparsegpt(
             pruned |= _mark(cost, w, j, min(j + block, cols), rule, left)
         if group is not None and j % group[1] == 0:
             for r in range(rows):
-                order = sorted(range(j, j + group[1]), key=lambda c: cost((r, c)))
+                order = sorted(range(j, min(j + group[1], cols)), key=lambda c: cost((r, c)))
                 stay = group[0][r] if isinstance(group[0], list) else group[0]
-                pruned |= {(r, c) for c in order[: group[1] - stay]}
+                stay = math.ceil(stay * len(order) / group[1])
+                pruned |= {(r, c) for c in order[: len(order) - stay]}
         for r in range(rows):
             final = 0.0 if (r, j) in pruned else float(w[r, j])
             if grids is not None and (r, j) not in pruned:
-                final = float(grids[r][np.abs(grids[r] - final).argmin()])
+                grid = grids[r][0 if span is None else j // span]
+                final = float(grid[np.abs(grid - final).argmin()])
             w[r, j:] -= (w[r, j] - final) * inverse[j][0] / inverse[j][0, 0]
             w[r, j] = final
     kept = np.array([[(r, c) not in pruned for c in range(cols)] for r in range(rows)])

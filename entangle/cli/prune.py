@@ -1,0 +1,140 @@
+"""``entangle prune``: zeros in a model's weights, written as an ordinary model."""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from entangle.cli import options
+from entangle.cli.expand import (
+    FORMATS,
+    add_pruning_options,
+    allocation_of,
+    check_evaluated,
+    evaluation_text,
+    keep_table,
+    pruning_settings,
+)
+from entangle.cli.tables import print_json, print_table, records, say
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from entangle.evaluation import Perplexity
+    from entangle.experts.expand import Expansion
+
+LAYER_COLUMNS = ("layer", "sparsity", "relative_error", "damping", "shrunk")
+
+
+def add_parser(subparsers: options.Subparsers) -> None:
+    """Add the command to the parser."""
+    parser = subparsers.add_parser(
+        "prune",
+        help="prune a model and write it as an ordinary Hugging Face folder",
+        description="Prune linear layers block by block, compare with the dense model, and write a "
+        "folder that transformers, vLLM and llama.cpp's converter read.",
+    )
+    options.add_model_options(parser)
+    options.add_layer_options(parser)
+    options.add_calibration_options(parser, holds_back=True)
+    group = parser.add_argument_group("pruning")
+    add_pruning_options(
+        group,
+        allocation="in place of --sparsity: zeros of every row from `entangle allocate`; the "
+        "layers are the allocation's",
+    )
+    options.add_memory_option(group)
+    options.add_evaluation_options(group, default=None)
+    group.add_argument(
+        "--packed", choices=("bitmap", "n16"),
+        help="write the packed weights, which this package runs, instead of an ordinary model; n16 "
+        "for a --pattern of n of 16 weights, such as 5:16",
+    )  # fmt: skip
+    group.add_argument("--resume", action="store_true", help="go on with an unfinished pruning")
+    options.add_run_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Prune, evaluate, print."""
+    from entangle.evaluation import perplexity
+
+    memory = options.parse_memory(arguments.memory)
+    options.check_run(arguments)
+    check_evaluated(arguments)
+    allocation = allocation_of(arguments)
+    model = options.load_model(arguments)
+    calibration = options.load_calibration(arguments, model)
+    text = evaluation_text(arguments, model)
+    progress = False if arguments.quiet else None
+    from entangle.experts.expand import expand
+    from entangle.experts.prune import prune
+    from entangle.runs.provenance import expand_user
+
+    summaries: list[pd.DataFrame] = []
+
+    def evaluate(pruned: "Expansion", folder: Path | None) -> None:
+        dense = None if text is None else perplexity(model, text, progress=progress)
+        summaries.append(summarise(dense, pruned))
+        if text is not None and folder is not None:
+            keep_table(summaries[0].drop(columns=["seconds", "peak MiB"]), folder)
+
+    settings: dict[str, Any] = {
+        **pruning_settings(arguments, allocated=allocation is not None),
+        **options.chosen_layers(arguments, allocation),
+        "allocation": None if allocation is None else replace(allocation, experts=None),
+        "seed": arguments.seed,
+        "memory": memory,
+        "evaluation": text,
+        "out": arguments.out,
+        "resume": arguments.resume,
+        "force": arguments.force,
+        "extra": evaluate,
+        "progress": progress,
+    }
+    pruned: Expansion
+    if arguments.packed is None:
+        pruned = prune(model, calibration, **settings)
+    else:
+        packed = {"experts": 1, "format": arguments.packed, "keep": False}
+        pruned = expand(model, calibration, **settings, **packed)
+    if not summaries:  # nothing is written, or the pruning was finished before
+        evaluate(pruned, None if arguments.out is None else expand_user(arguments.out))
+    summary = summaries[0]
+    if arguments.json:
+        print_json(
+            {
+                "out": arguments.out,
+                "model": records(summary),
+                "layers": records(pruned.layers),
+                "manifest": dict(pruned.manifest),
+            }
+        )
+        return
+    shown = [name for name in LAYER_COLUMNS if name in pruned.layers]
+    print_table(pruned.layers[shown], title="Pruned layers", formats=FORMATS)
+    title = f"Model, pruned by {arguments.pruner} (multiples of dense, stored as bitmap and values)"
+    print_table(summary, title=title, formats=FORMATS)
+    if arguments.out is not None:
+        say(f"Saved to {arguments.out}.")
+
+
+def summarise(dense: "Perplexity | None", pruned: "Expansion") -> "pd.DataFrame":
+    """Return one row for the dense model, where it was evaluated, and one for the pruned one."""
+    import pandas as pd
+
+    rows: list[dict[str, object]] = []
+    if dense is not None:
+        ones = {"flops": 1.0, "nonzeros": 1.0, "bytes": 1.0}
+        rows.append({"model": "dense", "perplexity": dense.value, **ones})
+    peak = pruned.run["peak_memory_bytes"]
+    rows.append(
+        {
+            "model": "pruned",
+            "perplexity": float("nan") if pruned.perplexity is None else pruned.perplexity.value,
+            **pruned.costs,
+            "seconds": pruned.run["seconds"],
+            "peak MiB": peak / 2**20 if isinstance(peak, int) else float("nan"),
+        }
+    )
+    return pd.DataFrame(rows)

@@ -1,0 +1,113 @@
+"""Checkpoints of version 1, and packed ones of another format, written anew in today's."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from entangle.experts.block_files import (
+    block_file,
+    build_file,
+    described_in,
+    read_block,
+    read_old_block,
+    write_block,
+    write_build,
+)
+from entangle.experts.build import ExpandedLayer
+from entangle.experts.checkpoint import complete, dense_of, is_packed
+from entangle.experts.linear import ExpandedLinear
+from entangle.experts.storage import Storage
+from entangle.models.layers import list_layers
+from entangle.models.loading import AnyModel
+from entangle.results.expansion import read_run, write_run
+from entangle.runs.provenance import expand_user, output_folder
+
+
+def convert(
+    path: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    base: AnyModel | None = None,
+    format: str = "bitmap",  # noqa: A002 - the word that the file's config has
+    values: str | None = None,
+    device: str = "auto",
+    force: bool = False,
+) -> None:
+    """Write a checkpoint of `entangle.expand` anew, so that transformers loads it.
+
+    Parameters
+    ----------
+    path
+        Its folder; it stays as it is.
+    out
+        The new folder.
+    base
+        The dense model, as for `entangle.load_expanded`.
+    format, values
+        As for `entangle.expand`.
+    device
+        Where a base that is named goes.
+    force
+        Replace an existing folder.
+
+    Raises
+    ------
+    InvalidInput, UnknownName
+        If the checkpoint is damaged, or a setting does not fit it.
+    Unavailable
+        If the dense model cannot be had.
+    """
+    manifest, dense = dense_of(path, base, device=device)
+    settings = manifest["settings"]
+    bits = settings.get("bits")
+    storage = Storage(format, values, bits, settings.get("pattern", "row"))
+    layers = {layer.name: layer for layer in list_layers(dense.module)}
+    where = expand_user(path)
+    changed = manifest | {"settings": settings | {"format": format, "values": values}}
+    with output_folder(out, force=force) as folder:
+        written: list[str] = []
+        blocks = [name for name in manifest["files"] if _is_block(name)]
+        for index in sorted(int(name[len("block-") : -len(".safetensors")]) for name in blocks):
+            source = where / block_file(index)
+            if is_packed(manifest):
+                found, rows = read_block(source, where / build_file(index), layers)
+            else:
+                found, rows = read_old_block(source, layers), described_in(source)["report"]
+            made = [_stored(one, storage) for one in found]
+            _count_bytes(rows, made)
+            write_block(folder / block_file(index), made)
+            write_build(folder / build_file(index), made, rows)
+            written += [block_file(index), build_file(index)]
+        _copy_tables(where, folder)
+        complete(folder, dense, changed, written)
+
+
+def _is_block(name: str) -> bool:
+    return name.startswith("block-") and name.endswith(".safetensors")
+
+
+def _stored(one: ExpandedLayer, storage: Storage) -> ExpandedLayer:
+    packed, weight = storage.pack(one.layer.weight, one.module.weight)
+    module = ExpandedLinear(weight, one.layer.bias, one.module.routing)
+    return ExpandedLayer(one.layer, module, None, packed)
+
+
+def _count_bytes(rows: list[dict[str, Any]], made: list[ExpandedLayer]) -> None:
+    packed = {one.layer.name: one.packed for one in made}
+    for row in rows:
+        found = packed.get(str(row["layer"]))
+        if found is not None:
+            row["bytes"] = sum(tensor.nbytes for tensor in found.tensors.values())
+
+
+def _copy_tables(where: Path, folder: Path) -> None:
+    """Copy the tables of the build and how it went."""
+    for name in ("layers.parquet", "model.parquet"):
+        if (where / name).is_file():
+            pd.read_parquet(where / name).to_parquet(folder / name, index=False)
+    run: Mapping[str, object] = read_run(where)
+    if run:
+        write_run(folder, run)

@@ -1,0 +1,261 @@
+"""`prune`: a model with zeros in its weights, written as an ordinary Hugging Face folder.
+
+The same build as an expansion's with one expert; in the end every layer has a plain weight again.
+"""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from entangle.allocation.allocation import Allocation
+from entangle.errors import InvalidInput
+from entangle.experts.block_files import disk_refusals
+from entangle.experts.build import Allocated, ExpandedLayer, structural_copy
+from entangle.experts.checkpoint import BuildFolder
+from entangle.experts.expand import Expansion, build
+from entangle.experts.linear import ExpandedLinear, SharedRouting
+from entangle.experts.router import fit_router
+from entangle.models.blocks import evaluates
+from entangle.models.layers import (
+    DEFAULT_PROJ,
+    Layer,
+    LayerSpec,
+    Projections,
+    find_layers,
+    layer_specs,
+    list_layers,
+    projections,
+)
+from entangle.models.loading import AnyModel, LanguageModel, as_language_model, load_model
+from entangle.models.pretrained import quiet
+from entangle.results.expansion import PruneReport, read_run, write_run
+from entangle.runs.provenance import claims_out, output_folder, write_json
+from entangle.texts.given import Source
+
+
+@dataclass(frozen=True, eq=False)
+class Pruned(Expansion):
+    """A pruned model and what it cost."""
+
+    model: LanguageModel
+    """The pruned model: the dense one's class, with plain weights that hold zeros."""
+
+    @property
+    def report(self) -> PruneReport:
+        """What it cost, without the model: as it is loaded from its folder."""
+        return PruneReport(self.layers, self.manifest, self.run)
+
+
+@claims_out
+@evaluates
+def prune(
+    model: AnyModel,
+    calibration: Source,
+    *,
+    sparsity: float | None = 0.7,
+    pattern: str = "row",
+    pruner: str = "sparsegpt",
+    layers: LayerSpec = "all",
+    proj: Projections = DEFAULT_PROJ,
+    allocation: Allocated | None = None,
+    bits: int | None = None,
+    group_size: int | None = None,
+    damping: float = 0.01,
+    seed: int = 0,
+    memory: int | None = None,
+    evaluation: Source | None = None,
+    out: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    force: bool = False,
+    extra: Callable[[Pruned, Path], object] | None = None,
+    progress: bool | None = None,
+) -> Pruned:
+    """Prune a model; what is written is an ordinary model that any tool reads.
+
+    Block by block, on the hidden states that come out of the blocks already pruned, as
+    `entangle.expand` with one expert does. `entangle.expand` with ``experts=1`` writes the same
+    weights packed.
+
+    Parameters
+    ----------
+    model
+        As in `entangle.expand`; left unchanged. The pruned model shares all tensors that were not
+        pruned.
+    calibration
+        Text that the weights are pruned on, as in `entangle.expand`.
+    sparsity
+        Share of zeros in [0, 1]; None with an n:m pattern of numbers, such as ``2:4``. With 0 and
+        ``bits`` the weights are only quantised.
+    pattern, pruner, bits, group_size, damping
+        As in `entangle.pruning.prune` (``pruner`` is its ``method``).
+    layers, proj
+        As in `entangle.expand`; they must have plain weights of their own.
+    allocation
+        As in `entangle.expand`; numbers of experts do not count.
+    seed
+        Seed of random pruning.
+    memory, evaluation
+        As in `entangle.expand`.
+    out
+        Folder of the model: configuration, weights in their own dtype with the zeros in place,
+        tokenizer, and beside them ``manifest.json``, ``layers.parquet`` and ``run.json``.
+        transformers, vLLM and llama.cpp's converter read it, as does `entangle.load_model`.
+    resume, force
+        As in `entangle.expand`.
+    extra
+        Called with the result and its folder, before that takes the name ``out``, to add files.
+    progress
+        Show a progress bar on standard error; by default if that is a terminal.
+
+    Raises
+    ------
+    InvalidInput, UnknownName
+        If a setting is out of range or does not fit the model, or the model is no transformers one
+        and ``out`` is given.
+    NumericalError
+        If activations are not finite or a gram cannot be factorised; the message names the layer.
+    """
+    dense = as_language_model(model)
+    layers, proj = layer_specs(layers), projections(proj)
+    _check_plain(dense, find_layers(dense.module, layers, proj), written=out is not None)
+    if isinstance(allocation, Allocation):
+        allocation = replace(allocation, experts=None)
+
+    def write(expansion: Expansion, folder: Path) -> None:
+        pruned = _pruned(dense, expansion, out)
+        _save(pruned.model, folder)
+        if extra is not None:
+            extra(pruned, folder)
+
+    expansion = build(
+        dense, calibration, experts=1, sparsity=sparsity, pattern=pattern, pruner=pruner,
+        layers=layers, proj=proj, allocation=allocation, router="single", restarts=1, bits=bits,
+        group_size=group_size, damping=damping, format="bitmap", values=None, seed=seed,
+        memory=memory, evaluation=evaluation, out=out, keep=True, resume=resume, force=force,
+        extra=write, progress=progress, folders=PrunedFolder,
+    )  # fmt: skip
+    return _pruned(dense, expansion, out)
+
+
+def _check_plain(dense: LanguageModel, layers: Sequence[Layer], *, written: bool) -> None:
+    for layer in layers:
+        layer.check_writable("pruning")
+        if layer.offloaded:
+            raise InvalidInput(
+                f"layer {layer.name!r} lies outside memory (device_map), where it cannot be "
+                "pruned; load the model on one device."
+            )
+    if written and not hasattr(dense.module, "save_pretrained"):
+        raise InvalidInput(
+            f"only a model of transformers can be written; {type(dense.module).__name__} has no "
+            "save_pretrained: leave `out` out."
+        )
+
+
+def _pruned(
+    dense: LanguageModel, expansion: Expansion, out: str | os.PathLike[str] | None
+) -> Pruned:
+    assert expansion.model is not None  # noqa: S101 - it is kept
+    module = plain_module(dense.module, expansion.model.module)
+    name, source = (dense.name, "memory") if out is None else (os.fspath(out), "folder")
+    model = LanguageModel(module, dense.tokenizer, name, source, None)
+    manifest = {**expansion.manifest, "kind": PruneReport.KIND}
+    return Pruned(**vars(expansion) | {"model": model, "manifest": manifest})
+
+
+def plain_module(dense: nn.Module, expanded: nn.Module) -> nn.Module:
+    """Return the dense model with the weights of a build with one expert.
+
+    Parameters
+    ----------
+    dense
+        Not changed; the tensors of all other layers are shared.
+    expanded
+        The same model, with an `ExpandedLinear` of one expert in place of some layers.
+    """
+    copied = structural_copy(dense)
+    layers = {layer.name: layer for layer in list_layers(copied)}
+    for name, module in expanded.named_modules():
+        if isinstance(module, ExpandedLinear):
+            layer, weight = layers[name], module.weight.detach()[0]
+            stored = weight.T.contiguous() if layer.transposed else weight
+            layer.module.register_parameter("weight", nn.Parameter(stored, requires_grad=False))
+    return copied
+
+
+def _save(model: LanguageModel, folder: Path) -> None:
+    """Write model and tokenizer as transformers does."""
+    module: Any = model.module
+    try:
+        with quiet(), disk_refusals():
+            module.save_pretrained(folder)
+            if model.tokenizer is not None:
+                model.tokenizer.save_pretrained(folder)
+    except (ValueError, TypeError) as error:
+        raise InvalidInput(f"transformers cannot write the pruned model: {error}") from error
+
+
+class PrunedFolder(BuildFolder):
+    """Where a pruned model is written: block by block, and in the end as a whole."""
+
+    def __init__(
+        self, final: Path, manifest: Mapping[str, object], *, resume: bool, force: bool
+    ) -> None:
+        super().__init__(final, {**manifest, "kind": PruneReport.KIND}, resume=resume, force=force)
+
+    def read(
+        self, index: int, layers: Sequence[Layer]
+    ) -> tuple[list[ExpandedLayer], list[dict[str, object]]] | None:
+        """Read a block that an earlier run has written, or None."""
+        if not self._finished:
+            return super().read(index, layers)
+        weights, table = self._made_before
+        rows = table[table["layer"].isin([layer.name for layer in layers])]
+        return [
+            _expanded(layer, weights[layer.name])
+            for layer in layers
+            if layer.name in set(rows["layer"])
+        ], [{str(key): value for key, value in row.items()} for row in rows.to_dict("records")]
+
+    @cached_property
+    def _made_before(self) -> tuple[Mapping[str, Tensor], pd.DataFrame]:
+        """Weights and report of a finished model, whose files are what was written."""
+        report = PruneReport.load(self.path)
+        module = load_model(str(self.path), device="cpu").module
+        return {layer.name: layer.weight for layer in list_layers(module)}, report.layers
+
+    def finish(
+        self,
+        table: pd.DataFrame,
+        manifest: Mapping[str, object],
+        run: Mapping[str, object],
+        *,
+        dense: LanguageModel,  # noqa: ARG002 - all of the pruned model is written
+        extra: Callable[[Path], object] | None = None,
+    ) -> Mapping[str, object]:
+        """Write the report, and the model (``extra``), and take the final name."""
+        if self._finished:
+            return read_run(self.path) or run
+        with output_folder(self.final, force=self._force) as folder:
+            table.to_parquet(folder / "layers.parquet", index=False)
+            write_json(folder / "manifest.json", {**manifest, "kind": PruneReport.KIND})
+            write_run(folder, run)
+            if extra is not None:
+                extra(folder)
+        self._unfinished.remove()
+        return run
+
+
+def _expanded(layer: Layer, weight: Tensor) -> ExpandedLayer:
+    """Return a layer with one expert."""
+    router = fit_router([torch.zeros(1, layer.in_features)], 1, kind="single", seed=0)
+    weight = weight.to(layer.device, layer.weight.dtype)[None].contiguous()
+    routing = SharedRouting(router.to(layer.device))
+    return ExpandedLayer(layer, ExpandedLinear(weight, layer.bias, routing), None)

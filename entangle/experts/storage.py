@@ -1,0 +1,81 @@
+"""How experts are stored: the format, and how wide their values are.
+
+What is stored is what runs on: where it rounds the solver's weights, later blocks see the rounded.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from entangle.checks import choice
+from entangle.errors import InvalidInput
+from entangle.experts.codes import codes_of
+from entangle.packed.formats import BLOCK, FORMATS, Packed, pack, unpack
+
+FLOATS = ("bfloat16", "float16", "float32")
+_WIDEST = 8  # bits of a code
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How experts are stored; the fields are explained at `entangle.expand`.
+
+    Raises
+    ------
+    UnknownName, InvalidInput
+        If the format or the values do not exist, or the pattern does not fit the format.
+    """
+
+    format: str = "bitmap"
+    values: str | None = None
+    bits: int | None = None
+    pattern: str = "row"
+    group_size: int | None = None
+
+    def __post_init__(self) -> None:
+        choice("format", self.format, FORMATS)
+        if self.values is not None:
+            choice("values", self.values, FLOATS)
+        group = int(self.pattern.partition(":")[2] or 0) if ":" in self.pattern else 0
+        if self.format == "n16" and (not group or BLOCK % group):
+            raise InvalidInput(
+                "the format 'n16' keeps n of every 16 weights, which needs a `pattern` such as "
+                f"5:16 or 2:4; got {self.pattern!r}."
+            )
+
+    @property
+    def coded(self) -> bool:
+        """Whether codes of the solver's quantisation grid are stored."""
+        return self.values is None and self.bits is not None and self.bits <= _WIDEST
+
+    def pack(
+        self,
+        dense: Float[Tensor, "rows cols"],
+        weight: Float[Tensor, "experts rows cols"],
+    ) -> tuple[Packed, Float[Tensor, "experts rows cols"]]:
+        """Pack a layer's experts; return them, and the weights that they give back.
+
+        Parameters
+        ----------
+        dense
+            The layer's weight.
+        weight
+            Of the experts, with their zeros.
+
+        Raises
+        ------
+        InvalidInput
+            If a value overflows the dtype that it is to be stored in.
+        """
+        codes = None
+        if self.coded and self.bits is not None:
+            codes = codes_of(dense.expand_as(weight), self.bits, self.group_size)
+        own = str(weight.dtype).removeprefix("torch.")
+        values = None if codes is not None else self.values or (own if own in FLOATS else "float32")
+        layout, tensors = pack(weight, self.format, values=values, codes=codes)
+        if values != own:
+            experts = (unpack(tensors, layout, e, dtype=weight.dtype) for e in range(len(weight)))
+            weight = torch.stack(list(experts))
+        return Packed(tensors, layout), weight
