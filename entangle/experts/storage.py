@@ -38,7 +38,7 @@ class Storage:
         choice("format", self.format, FORMATS)
         if self.values is not None:
             choice("values", self.values, FLOATS)
-        group = int(self.pattern.partition(":")[2] or 0) if ":" in self.pattern else 0
+        group = _group(self.pattern)
         if self.format == "n16" and (not group or BLOCK % group):
             raise InvalidInput(
                 "the format 'n16' keeps n of every 16 weights, which needs a `pattern` such as "
@@ -79,3 +79,9 @@ class Storage:
             experts = (unpack(tensors, layout, e, dtype=weight.dtype) for e in range(len(weight)))
             weight = torch.stack(list(experts))
         return Packed(tensors, layout), weight
+
+
+def _group(pattern: object) -> int:
+    """Return m of a pattern n:m, 0 of any other; what is wrong with it, the pruner tells."""
+    size = pattern.partition(":")[2] if isinstance(pattern, str) else ""
+    return int(size) if size.isdecimal() else 0

@@ -9,6 +9,7 @@ from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 LIST = "transformers.quantizers.auto"
 """The module that knows all quantisers."""
@@ -30,7 +31,7 @@ class _Finder(MetaPathFinder):
     """Finds the list as the other finders do, and lets `_Loader` load it; then it is gone."""
 
     def find_spec(
-        self, name: str, path: object, target: ModuleType | None = None
+        self, name: str, path: Any, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if name != LIST:
             return None

@@ -8,12 +8,12 @@ import pytest
 from tests.cli.expansions import SMALL, check_one_line
 from tests.cli.runs import Run
 
-pytestmark = pytest.mark.usefixtures("expansion")
+pytestmark = pytest.mark.usefixtures("place", "expansion")
 RUN = ("run", "x", "--device", "cpu", "--prompt", "a prompt", "--max-new-tokens", 4)
 
 
 @pytest.fixture
-def expansion(run: Run) -> None:
+def expansion(place: Path, run: Run) -> None:
     assert run(*SMALL, "--out", "x").status == 0
 
 
