@@ -107,6 +107,19 @@ class Layer:
         parameters: Any = self.module._parameters
         return parameters.get("weight") is not None and self._stored is not None and not self.shared
 
+    def check_writable(self, what: str) -> None:
+        """Raise `InvalidInput` unless the layer is `writable`; ``what`` needs it."""
+        if self.writable:
+            return
+        reason = (
+            f"its memory is also {self.shared[0]!r}" if self.shared
+            else f"{type(self.module).__name__} computes it"
+        )  # fmt: skip
+        raise InvalidInput(
+            f"{what} writes to the weight of layer {self.name!r}, but {reason}; give it a plain "
+            "weight of its own first (merge the adapter, remove the parametrisation, untie it)."
+        )
+
     @property
     def _stored(self) -> Tensor | None:
         """The weight as the module stores it or its parametrisation gives it; None if packed."""

@@ -14,11 +14,12 @@ from functools import cache
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
-from torch.nn.functional import gelu, pad, relu, silu
+from torch.nn.functional import pad
 
 from entangle.checks import choice
 from entangle.errors import InvalidInput
 from entangle.packed import native
+from entangle.packed.activations import ACTIVATIONS
 from entangle.packed.cpu_products import product
 from entangle.packed.cpu_rows import Kernel
 from entangle.packed.cpu_unpacking import unpacking
@@ -26,14 +27,8 @@ from entangle.packed.formats import BLOCK, VALUES, Layout, Packed
 
 TOKENS = 32
 """Tokens up to which a product with the packed rows is faster than unpacking them."""
+_FORMATS = "bitmap", "n16"
 _SMALL = 1 << 15  # weights of a product that more threads would not make faster
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": silu,
-    "gelu": gelu,
-    "gelu_tanh": lambda x: gelu(x, approximate="tanh"),
-    "relu": relu,
-    "relu2": lambda x: relu(x).square(),
-}
 
 
 def fits(
@@ -49,6 +44,7 @@ def fits(
         x.device.type == clusters.device.type == tensors["values"].device.type == "cpu"
         and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and x.shape[0] <= TOKENS
+        and layout.format in _FORMATS
         and x.shape[1] == layout.in_features
         and not (learns or torch.compiler.is_compiling())
         and bool(native.forms())
@@ -61,7 +57,7 @@ def _learns(bias: Tensor | None) -> bool:
 
 def fits_gated(x: Tensor, clusters: Tensor, gate: Packed, up: Packed, activation: str) -> bool:
     """Tell whether `gated` can take these, and is faster than unpacking; same arguments."""
-    known = activation in _ACTIVATIONS
+    known = activation in ACTIVATIONS
     return known and fits(x, clusters, *gate) and fits(x, clusters, *up)
 
 
@@ -108,9 +104,21 @@ def gated(
     activation
         silu, gelu, gelu_tanh, relu or relu2; applied in float32.
     """
-    act = _ACTIVATIONS[choice("activation", activation, tuple(_ACTIVATIONS))]
+    act = ACTIVATIONS[choice("activation", activation, tuple(ACTIVATIONS))]
     one, two = _products(x, clusters, [gate, up])
     return (act(one) * two).to(x.dtype)
+
+
+def unpacks(
+    tensors: Mapping[str, Tensor],
+    layout: Layout,
+    _expert: int,
+    _rows: slice = slice(None),
+    dtype: torch.dtype | None = None,
+) -> bool:
+    """Tell whether `unpack` can do it; same arguments."""
+    here = tensors["values"].device.type == "cpu" and layout.format in _FORMATS
+    return here and dtype is not torch.float64 and bool(native.forms())
 
 
 def unpack(

@@ -155,7 +155,8 @@ class Writer(Code):
             zero = self.load(self.i8, self.sum(find[Part.ZERO], at))
             zero = self.at.zext(zero, self.i32)
         if self.layout.grouped:
-            groups = self.at.sdiv(self.sum(self.field[Job.COLS], GROUP - 1), self.whole(GROUP))
+            fours = self.sum(self.field[Job.COLS], 4 * GROUP - 1)
+            groups = self.times(self.at.sdiv(fours, self.whole(4 * GROUP)), 4)
             steps = self.sum(find[Part.STEPS], self.times(at, groups))
         if self.layout.format == "bitmap":
             words = self.at.sdiv(self.sum(self.field[Job.COLS], 63), self.whole(64))

@@ -6,7 +6,7 @@ are unpacked in front of a dense product, grouped by expert.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 
@@ -15,13 +15,13 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from entangle.kernels.dispatch import launch, shared_limit, usable
+from entangle.packed.activations import ACTIVATIONS
 from entangle.packed.formats import Layout, Packed
 
 DECODED = 8
 """Tokens up to which the kernels for a few tokens are taken."""
 SCRATCH = 2**27
 """Bytes of unpacked weights at a time."""
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 _INPUTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 _VALUES = {"int4": 0, "int8": 0, "bfloat16": 1, "float16": 2, "float32": 3}
 _RING = 4096  # bytes of values that a warp of `bitmap` holds; twice that of float32
@@ -55,7 +55,7 @@ def gated(
 ) -> Float[Tensor, "tokens out_features"]:
     """Do what `entangle.packed.products.gated` does."""
     if x.shape[0] > DECODED:
-        return _ACTIVATE[activation](_many(x, clusters, gate)) * _many(x, clusters, up)
+        return ACTIVATIONS[activation](_many(x, clusters, gate)) * _many(x, clusters, up)
     return _few(x, clusters, [gate, up], activation)
 
 
@@ -157,7 +157,7 @@ def geometry(
             warps //= 2
     defined = {
         **_names(layout), "SINGLE": int(layout.experts == 1), "INPUT": _INPUTS[dtype],
-        "TOKENS": at_once, "MATRICES": matrices, "ACTIVATION": ACTIVATIONS.index(activation),
+        "TOKENS": at_once, "MATRICES": matrices, "ACTIVATION": list(ACTIVATIONS).index(activation),
         "WARPS": warps, "MOST_ROWS": block_rows, "DEPTH": depth,
         "UNITS" if layout.format == "delta" else "TOGETHER": together,
     }  # fmt: skip
@@ -294,16 +294,3 @@ def tiles(
         )  # fmt: skip
         used = scratch[: layout.experts * count * width]
         yield first, used.view(layout.experts, count, width)
-
-
-def _relu2(x: Tensor) -> Tensor:
-    return torch.relu(x).square()
-
-
-_ACTIVATE: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": torch.nn.functional.silu,
-    "gelu": torch.nn.functional.gelu,
-    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
-    "relu": torch.relu,
-    "relu2": _relu2,
-}

@@ -14,8 +14,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from entangle.errors import InvalidInput
+from entangle.packed.activations import ACTIVATIONS
 from entangle.packed.formats import Layout, Packed, unpack
-from entangle.packed.products import ACTIVATIONS, OPERATORS, described, gated, linear
+from entangle.packed.products import OPERATORS, described, gated, linear
 from entangle.packed.routing import PackedRouter, keep_dtypes
 
 __all__ = ["Gating", "PackedGated", "PackedLinear", "PackedRouter", "gating_of"]
@@ -148,7 +149,7 @@ class Gating:
     up: str
     down: str
     activation: str
-    """One of `entangle.packed.products.ACTIVATIONS`."""
+    """One of `entangle.packed.activations.ACTIVATIONS`."""
 
     def describe(self) -> dict[str, str]:
         """Return the fields as JSON can hold them."""

@@ -5,31 +5,27 @@ of a dense product. Inside `torch.compile` the modules call them as operators (`
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
-from torch.nn.functional import gelu, relu, silu
 from torch.nn.functional import linear as dense_linear
 
+from entangle.kernels.dispatch import dispatch
+from entangle.packed import cpu, gpu
+from entangle.packed.activations import ACTIVATIONS
 from entangle.packed.formats import VALUES, Layout, Packed, unpack
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": silu,
-    "gelu": gelu,
-    "gelu_tanh": lambda x: gelu(x, approximate="tanh"),
-    "relu": relu,
-    "relu2": lambda x: relu(x).square(),
-}
-"""What may stand between the two halves of a gated feed-forward part."""
 
 _TILE_BYTES = 2**26
 _WEIGHT_BYTES = 40  # of scratch that unpacking takes a weight
+_unpacked = dispatch(cpu.unpack, where=cpu.unpacks)(unpack)
 
 
+@dispatch(gpu.linear, where=gpu.fits)
+@dispatch(cpu.linear, where=cpu.fits)
 def linear(
     x: Float[Tensor, "tokens in_features"],
     clusters: Int64[Tensor, " tokens"],
@@ -63,12 +59,14 @@ def linear(
     for expert, index in enumerate(order.split(counts)):
         for start in range(0, layout.out_features if index.numel() else 0, at_once):
             rows = slice(start, min(start + at_once, layout.out_features))
-            weight = unpack(tensors, layout, expert, rows, wide)
+            weight = _unpacked(tensors, layout, expert, rows, wide)
             own = None if bias is None else bias[rows].to(wide)
             outputs[index, rows] = dense_linear(x[index].to(wide), weight, own).to(x.dtype)
     return outputs
 
 
+@dispatch(gpu.gated, where=gpu.fits_gated)
+@dispatch(cpu.gated, where=cpu.fits_gated)
 def gated(
     x: Float[Tensor, "tokens in_features"],
     clusters: Int64[Tensor, " tokens"],

@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor, nn
 
+from entangle.kernels.dispatch import dispatch
+from entangle.packed import gpu
 from entangle.precision import full_precision
 
 _MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
@@ -38,6 +40,7 @@ def _shift_right(value: Tensor, bits: int) -> Tensor:
     return (value >> bits) & ((1 << (64 - bits)) - 1)
 
 
+@dispatch(gpu.route, where=gpu.fits_route)
 def nearest(
     x: Float[Tensor, "tokens features"],
     mean: Float32[Tensor, " features"],

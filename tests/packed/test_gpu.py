@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from entangle.packed import gpu
+from entangle.packed.activations import ACTIVATIONS
 from entangle.packed.formats import FORMATS, Codes, Packed, pack, unpack
 
 pytestmark = pytest.mark.gpu
@@ -68,7 +69,7 @@ def test_outputs_are_those_of_the_weights(form: str, values: str, tokens: int) -
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 40])
-@pytest.mark.parametrize("activation", gpu.ACTIVATIONS)
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
 @pytest.mark.parametrize("form", FORMATS)
 def test_gate_and_up_in_one_launch(form: str, activation: str, tokens: int) -> None:
     gate, up = layer(2, 96, 256, form, "float32"), layer(2, 96, 256, form, "float32", n=4)
@@ -81,7 +82,7 @@ def test_gate_and_up_in_one_launch(form: str, activation: str, tokens: int) -> N
     found = gpu.gated(x, clusters, gate, up, activation)
     a = gpu.linear(x, clusters, *gate)
     b = gpu.linear(x, clusters, *up)
-    torch.testing.assert_close(found, gpu._ACTIVATE[activation](a) * b, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, ACTIVATIONS[activation](a) * b, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("k", [1, 5, 16, 100])

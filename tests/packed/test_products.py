@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.nn.functional import silu
 
+from entangle.packed.activations import ACTIVATIONS
 from entangle.packed.formats import Codes, Packed, pack, unpack
-from entangle.packed.products import ACTIVATIONS, gated, linear
+from entangle.packed.products import gated, linear
 
 
 def packed(
