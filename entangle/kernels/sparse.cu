@@ -7,7 +7,7 @@
 // Defined before this file: SINGLE (whether there is one expert), BITMAP, DELTA (or n of 16), BITS of
 // a stored value, VALUE (0 codes, 1 bfloat16, 2 half, 3 float), GROUPED, INPUT (1 bfloat16, 2 half,
 // 3 float), ROWS, COLS, TOKENS (most at once), MATRICES (2: a gate and what it lets through),
-// ACTIVATION, WARPS, MOST_ROWS (of a block); for n of 16 KEPT, LANES, ROUNDS, CHUNK, STEPS, TOGETHER
+// ACTIVATION, WARPS, BLOCKS (a multiprocessor's), MOST_ROWS (of a block); for n of 16 KEPT, LANES, ROUNDS, CHUNK, STEPS, TOGETHER
 // (rows of a lane at once) and DEPTH (their steps loaded at once); for distances UNITS (of eight
 // values, a lane's at once) and DEPTH (how many times that is under way).
 
@@ -224,7 +224,7 @@ __device__ void work(
     }
 }
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32) product(
+extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) product(
     const input_t* x, const long long* clusters, input_t* y, int tokens,
     const u8* places, const int* starts, const u8* values, const float* scale, const u8* zero,
     const u8* steps, const input_t* bias, long long stored

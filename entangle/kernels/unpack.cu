@@ -3,8 +3,8 @@
 // A warp unpacks a row of an expert that has tokens: rows of gridDim.y experts go to
 // out[expert][row - first]. Defined before this file: BITMAP, DELTA (or n of 16), BITS of a value,
 // VALUE (0 codes, 1 bfloat16, 2 half, 3 float), GROUPED, OUTPUT (1 bfloat16, 2 half, 3 float), ROWS,
-// COLS, WIDTH (of a row of the output, COLS and what fills it up); for n of 16 KEPT, LANES, ROUNDS,
-// CHUNK and STEPS.
+// COLS, WIDTH (of a row of the output, COLS and what fills it up), WARPS; for n of 16 KEPT, LANES,
+// ROUNDS, CHUNK and STEPS.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -50,24 +50,36 @@ __device__ __forceinline__ output_t narrow(float value) {
 #endif
 }
 
-extern "C" __global__ void __launch_bounds__(256) unpack(
+// A line of the output lies in shared memory: zeros, among which the lanes put values.
+extern __shared__ __align__(16) char shared[];
+
+extern "C" __global__ void __launch_bounds__(WARPS * 32) unpack(
     output_t* out, const int* ends, int first, int rows, const u8* places, const int* starts,
     const u8* values, const float* scale, const u8* zero, const u8* steps
 ) {
-    const int lane = threadIdx.x & 31, local = blockIdx.x * 8 + (threadIdx.x >> 5);
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, local = blockIdx.x * WARPS + warp;
     const long long expert = blockIdx.y;
     if (local >= rows || ends[expert] == (expert ? ends[expert - 1] : 0)) return;
     const long long row = expert * ROWS + first + local;
-    output_t* line = out + (expert * rows + local) * WIDTH;
+    output_t* line = (output_t*)shared + (long long)warp * WIDTH;
+    constexpr int WHOLE = 16 / sizeof(output_t);
+    for (int i = lane; i < WIDTH / WHOLE; i += 32) ((uint4*)line)[i] = make_uint4(0, 0, 0, 0);
     float base = 0.f, unit = 1.f;
 #if VALUE == 0
     base = zero[row], unit = scale[row];
 #endif
+    __syncwarp();
+    auto put = [&](int column, float value) {
+#if GROUPED
+        value *= steps[row * GROUPS + (column >> 7)];
+#endif
+        line[column] = narrow(unit * value);
+    };
 #if BITMAP
     const u32* words = (const u32*)places + row * WORDS32;
     long long begin = (long long)starts[expert * (ROWS + 1) + first + local] * UNIT;
-    for (int w = 0; w < (WIDTH + 1023) / 1024 * 32; w += 32) {
-        const u32 bits = w + lane < WORDS32 ? words[w + lane] : 0;
+    for (int w = 0; w < WORDS32; w += 32) {
+        u32 bits = w + lane < WORDS32 ? words[w + lane] : 0;
         const int own = __popc(bits);
         int scan = own;
         for (int o = 1; o < 32; o <<= 1) {
@@ -76,30 +88,10 @@ extern "C" __global__ void __launch_bounds__(256) unpack(
         }
         long long at = begin + scan - own;
         begin += __shfl_sync(ALL, scan, 31);
-        float step = unit;
-#if GROUPED
-        const int group = (w + lane) >> 2;
-        step *= group < GROUPS ? steps[row * GROUPS + group] : 0;
-#endif
-        for (int eight = 0; eight < 32; eight += 8) {
-            const int column = (w + lane) * 32 + eight;
-            if (column >= WIDTH) break;
-            output_t kept[8];
-#pragma unroll
-            for (int j = 0; j < 8; j++) {
-                float value = 0.f;
-                if (bits >> (eight + j) & 1) value = step * stored_value(values, at++, base);
-                kept[j] = narrow(value);
-            }
-#pragma unroll
-            for (int j = 0; j < 8; j += 16 / sizeof(output_t))
-                *(uint4*)(line + column + j) = *(uint4*)(kept + j);
-        }
+        for (; bits; bits &= bits - 1)
+            put((w + lane) * 32 + __ffs(bits) - 1, stored_value(values, at++, base));
     }
 #elif DELTA
-    for (int i = lane * 16 / sizeof(output_t); i < WIDTH; i += 512 / sizeof(output_t))
-        *(uint4*)(line + i) = make_uint4(0, 0, 0, 0);
-    __syncwarp();
     const int* ends_of = starts + expert * (ROWS + 1) + first + local;
     int column = 0;
     for (int from = ends_of[0]; from < ends_of[1]; from += 32) {
@@ -114,34 +106,30 @@ extern "C" __global__ void __launch_bounds__(256) unpack(
         }
         int own = column + scan - wide;
         column += __shfl_sync(ALL, scan, 31);
-        for (int j = 0; j < 8 && at < ends_of[1]; j++, own++) {
+        if (at >= ends_of[1]) continue;
+#pragma unroll
+        for (int j = 0; j < 8; j++, own++) {
             own += gaps >> 4 * j & 15;
-            float value = unit * stored_value(values, (long long)at * 8 + j, base);
-            if (value == 0.f || own >= COLS) continue;
-#if GROUPED
-            value *= steps[row * GROUPS + (own >> 7)];
-#endif
-            line[own] = narrow(value);
+            const float value = stored_value(values, (long long)at * 8 + j, base);
+            if (own < COLS && value != 0.f) put(own, value);
         }
     }
 #else
-    for (int t = lane / LANES; t < ROUNDS; t += 32 / LANES) {
-        const int block = t * LANES + lane % LANES;
-        if (block * 16 >= WIDTH) continue;
-        for (int j = 0; j < 16 && block * 16 + j < WIDTH; j += 16 / sizeof(output_t))
-            *(uint4*)(line + block * 16 + j) = make_uint4(0, 0, 0, 0);
-        float step = unit;
-#if GROUPED
-        step *= steps[row * GROUPS + (block >> 3)];
-#endif
-        for (int k = 0; k < KEPT; k++) {
-            const int v = t * KEPT + k;
-            const long long at =
-                ((row * STEPS + v / CHUNK) * LANES + lane % LANES) * CHUNK + v % CHUNK;
-            const float value = step * stored_value(values, at, base);
-            const int column = places[at / 2] >> (at & 1) * 4 & 15;
-            if (value != 0.f) line[block * 16 + column] = narrow(value);
+    const int own_lane = lane % LANES;
+#pragma unroll 2
+    for (int c = lane / LANES; c < STEPS; c += 32 / LANES) {
+        const long long at = ((row * STEPS + c) * LANES + own_lane) * CHUNK;
+#pragma unroll
+        for (int j = 0; j < CHUNK; j++) {
+            const int t = (c * CHUNK + j) / KEPT;
+            const float value = stored_value(values, at + j, base);
+            const int place = places[(at + j) / 2] >> (j & 1) * 4 & 15;
+            const int column = (t * LANES + own_lane) * 16 + place;
+            if (t < ROUNDS && column < COLS && value != 0.f) put(column, value);
         }
     }
 #endif
+    __syncwarp();
+    output_t* to = out + (expert * rows + local) * WIDTH;
+    for (int i = lane; i < WIDTH / WHOLE; i += 32) ((uint4*)to)[i] = ((uint4*)line)[i];
 }

@@ -121,8 +121,11 @@ def geometry(
     depth = 1
     if layout.format == "n16":
         steps, words = layout.lanes.steps, places + values
-        # as measured on one H200: codes are decoded, so that fewer of them need be under way
+        # as measured on one H200: codes are decoded, so that fewer of them need be under way, and
+        # sums of many tokens take their registers
         most, under_way = (8, 16) if layout.coded else (20, 20)
+        if tokens > 2:
+            most, under_way = 0, 10
         if not together:
             together = 4 if steps <= 3 else 2 if steps <= 8 else 1
             while together > 1 and together * words > most:
@@ -130,15 +133,12 @@ def geometry(
         depth = max(1, min(math.ceil(steps / 2), under_way // (together * words)))
         unit = 32 // layout.lanes.lanes * together
     else:
-        # units of eight values a lane: two where rows fill them
-        values = layout.stored // (layout.experts * layout.out_features)
-        together = together or (2 if values >= 384 and layout.bits <= 16 else 1)
-        unit, depth = 1, 1
+        together, unit, depth = together or 1, 1, 1
     limit = shared_limit(torch.device("cuda", device))
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     units = math.ceil(layout.out_features / unit)
     if not warps:
-        warps = 16 if layout.format == "n16" else _warps(units, processors * waves, matrices)
+        warps = _warps(layout.format, units, processors * waves, matrices, tokens)
     at_once = min(_power(tokens), 16 // width)
     while True:
         blocks = min(processors * waves, units)
@@ -158,7 +158,7 @@ def geometry(
     defined = {
         **_names(layout), "SINGLE": int(layout.experts == 1), "INPUT": _INPUTS[dtype],
         "TOKENS": at_once, "MATRICES": matrices, "ACTIVATION": list(ACTIVATIONS).index(activation),
-        "WARPS": warps, "MOST_ROWS": block_rows, "DEPTH": depth,
+        "WARPS": warps, "MOST_ROWS": block_rows, "DEPTH": depth, "BLOCKS": 2 if waves > 1 else 1,
         "UNITS" if layout.format == "delta" else "TOGETHER": together,
     }  # fmt: skip
     return Geometry(warps, blocks, together, depth, at_once, shared, defined)
@@ -194,14 +194,20 @@ def _arguments(layer: Packed, dtype: torch.dtype) -> list[Tensor | int]:
     ]  # fmt: skip
 
 
-def _warps(rows: int, blocks: int, matrices: int) -> int:
-    """Return how many warps a block has: many, and all as long at work as the others."""
+def _warps(form: str, units: int, blocks: int, matrices: int, tokens: int) -> int:
+    """Return how many warps a block has: many, and all as long at work as the others.
+
+    As many as registers let two blocks have, as measured: their rows wait for memory in turns.
+    """
+    if form == "n16":
+        return 16
 
     def worth(warps: int) -> float:
-        share = rows / (blocks * warps // matrices)
+        share = units / (blocks * warps // matrices)
         return share / math.ceil(share) * math.sqrt(warps)
 
-    return max(range(20, 15, -matrices), key=worth)
+    more = form == "delta" and tokens <= 2
+    return max((28, 24, 20, 16) if more else (20, 18, 16), key=worth)
 
 
 def _tile(layout: Layout) -> int:
@@ -285,12 +291,17 @@ def tiles(
     rows = min(layout.out_features, max(8, fit))
     scratch = torch.empty(layout.experts * rows * width, dtype=dtype, device=ends.device)
     given = _arguments(layer, dtype)[:6]
+    line = width * dtype.itemsize  # of the output, which a warp holds
+    warps = max(1, min(8, shared_limit(ends.device) // (2 * line)))
     for first in range(0, layout.out_features, rows):
         count = min(rows, layout.out_features - first)
         launch(
-            "unpack", "unpack", grid=(math.ceil(count / 8), layout.experts), threads=256,
+            "unpack", "unpack", grid=(math.ceil(count / warps), layout.experts),
+            threads=32 * warps, shared_bytes=warps * line,
             arguments=[scratch, ends, first, count, *given],
-            defined={**_names(layout), "OUTPUT": _INPUTS[dtype], "WIDTH": width},
+            defined={
+                **_names(layout), "OUTPUT": _INPUTS[dtype], "WIDTH": width, "WARPS": warps,
+            },
         )  # fmt: skip
         used = scratch[: layout.experts * count * width]
         yield first, used.view(layout.experts, count, width)

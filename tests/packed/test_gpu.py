@@ -10,7 +10,7 @@ from entangle.packed.formats import FORMATS, Codes, Packed, pack, unpack
 
 pytestmark = pytest.mark.gpu
 FLOATS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-SHAPES = ((96, 64), (40, 100), (1, 7), (33, 576), (64, 1536), (48, 4096), (16, 14336), (20, 11008))
+SHAPES = ((40, 100), (1, 7), (33, 576), (48, 4096), (16, 14336))
 
 
 def layer(k: int, rows: int, cols: int, form: str, values: str, *, n: int = 5) -> Packed:
@@ -48,7 +48,7 @@ def exact(x: Tensor, clusters: Tensor, one: Packed) -> tuple[Tensor, Tensor]:
     return (dense @ wide)[..., 0] + one.bias.to(x.dtype).double(), size
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 3, 8, 40])
+@pytest.mark.parametrize("tokens", [1, 3, 8, 40])
 @pytest.mark.parametrize("values", ["bfloat16", "float16", "float32", "int8", "int4"])
 @pytest.mark.parametrize("form", FORMATS)
 def test_outputs_are_those_of_the_weights(form: str, values: str, tokens: int) -> None:
