@@ -408,16 +408,18 @@ def write_json(path: Path, content: Mapping[str, object]) -> None:
 
 
 def is_expansion(folder: str | os.PathLike[str]) -> bool:
-    """Tell whether a folder holds a Sparse Expansion, which stands for a model."""
-    path = expand_user(folder) / "manifest.json"
-    if not path.is_file():
+    """Tell whether a folder holds a Sparse Expansion, or a result that is not a model either.
+
+    A folder with a manifest and an ordinary model is that model.
+    """
+    path = expand_user(folder)
+    if not (path / "manifest.json").is_file():
         return False
     try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return not (path.parent / "config.json").is_file()  # told when it is read
-    kind = content.get("kind") if isinstance(content, dict) else None
-    return kind == "expansion" or not (path.parent / "config.json").is_file()
+        config = json.loads((path / "config.json").read_text("utf-8"))
+        return "sparse-expansion" in str(config.get("quantization_config"))
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return not (path / "config.json").is_file()
 
 
 def read_manifest(

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from entangle.runs import unfinished
 from tests.cli.expansions import (
     BLOCKS,
+    BUILDS,
     SMALL,
     TOKENS,
     WIDE,
@@ -157,7 +158,7 @@ def test_a_block_that_the_disk_refuses(run: Run, whole: dict[str, bytes]) -> Non
         "block-0000.safetensors' large --resume",
     )
     assert not Path("x").exists()
-    assert sorted(content_of(".x.building")) == ["plan.json"]
+    assert sorted(content_of(".x.building")) == [BUILDS[0], "digests.json", "plan.json"]
     assert run(*SMALL, "--out", "x", "--resume").status == 0
     assert without_run("x") == whole
 
