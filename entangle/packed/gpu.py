@@ -41,7 +41,7 @@ def linear(
 ) -> Float[Tensor, "tokens out_features"]:
     """Do what `entangle.packed.products.linear` does."""
     one = Packed(tensors, layout, bias)
-    if x.shape[0] > DECODED:
+    if x.shape[0] > DECODED or not _narrow(layout, x.device):
         return _many(x, clusters, one)
     return _few(x, clusters, [one], "relu")
 
@@ -54,7 +54,7 @@ def gated(
     activation: str,
 ) -> Float[Tensor, "tokens out_features"]:
     """Do what `entangle.packed.products.gated` does."""
-    if x.shape[0] > DECODED:
+    if x.shape[0] > DECODED or not _narrow(gate.layout, x.device):
         return ACTIVATIONS[activation](_many(x, clusters, gate)) * _many(x, clusters, up)
     return _few(x, clusters, [gate, up], activation)
 
@@ -90,6 +90,11 @@ def fits_route(x: Tensor, *_others: object) -> bool:
     return few and fits(x) and torch.cuda.get_device_capability(x.device) >= (9, 0)
 
 
+def _narrow(layout: Layout, device: torch.device) -> bool:
+    """Tell whether a token and what two warps hold fit into a thread block's shared memory."""
+    return 4 * _tile(layout) + 2**15 <= shared_limit(device)
+
+
 @dataclass(frozen=True)
 class Geometry:
     """How a kernel is launched."""
@@ -117,28 +122,16 @@ def geometry(
 ) -> Geometry:  # fmt: skip
     """Return how the kernel for a few tokens is launched; the last three are for tuning."""
     width = 2 if dtype != torch.float32 else 4
-    places, values = _words(layout)
-    depth = 1
+    unit, depth = 1, 1
     if layout.format == "n16":
-        steps, words = layout.lanes.steps, places + values
-        # as measured on one H200: codes are decoded, so that fewer of them need be under way, and
-        # sums of many tokens take their registers
-        most, under_way = (8, 16) if layout.coded else (20, 20)
-        if tokens > 2:
-            most, under_way = 0, 10
-        if not together:
-            together = 4 if steps <= 3 else 2 if steps <= 8 else 1
-            while together > 1 and together * words > most:
-                together //= 2
-        depth = max(1, min(math.ceil(steps / 2), under_way // (together * words)))
+        together, depth = _steps(layout, tokens, together)
         unit = 32 // layout.lanes.lanes * together
-    else:
-        together, unit, depth = together or 1, 1, 1
+    together = together or 1
     limit = shared_limit(torch.device("cuda", device))
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     units = math.ceil(layout.out_features / unit)
-    if not warps:
-        warps = _warps(layout.format, units, processors * waves, matrices, tokens)
+    if not warps:  # as measured on one H200
+        warps, waves = {"n16": (16, 2), "delta": (28, 2), "bitmap": (32, 1)}[layout.format]
     at_once = min(_power(tokens), 16 // width)
     while True:
         blocks = min(processors * waves, units)
@@ -154,11 +147,12 @@ def geometry(
         elif at_once > 1:
             at_once //= 2
         else:
-            warps //= 2
+            warps = max(matrices, warps // 4 * 2)
+    crowded = waves > 1 and tokens <= 2  # the sums of more tokens take registers
     defined = {
         **_names(layout), "SINGLE": int(layout.experts == 1), "INPUT": _INPUTS[dtype],
         "TOKENS": at_once, "MATRICES": matrices, "ACTIVATION": list(ACTIVATIONS).index(activation),
-        "WARPS": warps, "MOST_ROWS": block_rows, "DEPTH": depth, "BLOCKS": 2 if waves > 1 else 1,
+        "WARPS": warps, "MOST_ROWS": block_rows, "DEPTH": depth, "BLOCKS": 1 + crowded,
         "UNITS" if layout.format == "delta" else "TOGETHER": together,
     }  # fmt: skip
     return Geometry(warps, blocks, together, depth, at_once, shared, defined)
@@ -194,20 +188,20 @@ def _arguments(layer: Packed, dtype: torch.dtype) -> list[Tensor | int]:
     ]  # fmt: skip
 
 
-def _warps(form: str, units: int, blocks: int, matrices: int, tokens: int) -> int:
-    """Return how many warps a block has: many, and all as long at work as the others.
+def _steps(layout: Layout, tokens: int, together: int) -> tuple[int, int]:
+    """Return rows of a lane of ``n16`` at once, if not given, and their steps under way.
 
-    As many as registers let two blocks have, as measured: their rows wait for memory in turns.
+    As measured on one H200: codes are decoded, so that fewer of them need be under way.
     """
-    if form == "n16":
-        return 16
-
-    def worth(warps: int) -> float:
-        share = units / (blocks * warps // matrices)
-        return share / math.ceil(share) * math.sqrt(warps)
-
-    more = form == "delta" and tokens <= 2
-    return max((28, 24, 20, 16) if more else (20, 18, 16), key=worth)
+    steps, words = layout.lanes.steps, sum(_words(layout))
+    if not together and layout.coded:
+        together = 2 if steps <= 3 and words <= 4 else 1
+    elif not together:
+        together = 4 if steps <= 3 and tokens <= 2 else 2 if steps <= 8 else 1
+        while together > 1 and together * words > 20:
+            together //= 2
+    under_way = (16 if layout.coded else 20) // (together * words)
+    return together, max(1, min(math.ceil(steps / 2), under_way))
 
 
 def _tile(layout: Layout) -> int:
@@ -254,6 +248,8 @@ def _aligned(x: Tensor) -> Tensor:
 def _many(x: Tensor, clusters: Tensor, layer: Packed) -> Tensor:
     """Return the outputs of many tokens, grouped by expert; in bfloat16 nothing asks the host."""
     layout = layer.layout
+    if layout.experts == 1:
+        return _one(x, clusters, layer)
     order = clusters.argsort(stable=True)
     numbers = torch.arange(layout.experts, device=x.device)
     ends = (clusters[:, None] <= numbers).sum(0, dtype=torch.int32)
@@ -268,10 +264,24 @@ def _many(x: Tensor, clusters: Tensor, layer: Packed) -> Tensor:
     return torch.empty_like(outputs).index_copy_(0, order, outputs)
 
 
+def _one(x: Tensor, clusters: Tensor, layer: Packed) -> Tensor:
+    """Return the outputs of many tokens of a single expert."""
+    layout = layer.layout
+    width = math.ceil(layout.in_features / 8) * 8
+    tokens = torch.nn.functional.pad(x, (0, width - layout.in_features))
+    ends = torch.full((1,), x.shape[0], dtype=torch.int32, device=clusters.device)
+    bias = None if layer.bias is None else layer.bias.to(x.dtype)
+    parts = [
+        torch.nn.functional.linear(
+            tokens, dense[0], None if bias is None else bias[first : first + dense.shape[1]]
+        )
+        for first, dense in tiles(layer, ends, x.dtype, width)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
 def _grouped(tokens: Tensor, dense: Tensor, ends: Tensor) -> Tensor:
     """Multiply each expert's tokens, which lie in a row, by its weight (experts, rows, cols)."""
-    if dense.shape[0] == 1:
-        return tokens @ dense[0].mT
     if tokens.dtype == torch.bfloat16 and hasattr(torch, "_grouped_mm") and not dense.shape[1] % 8:
         return torch._grouped_mm(tokens, dense.mT, offs=ends)
     outputs = tokens.new_empty(tokens.shape[0], dense.shape[1])

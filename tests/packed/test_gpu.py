@@ -52,7 +52,9 @@ def exact(x: Tensor, clusters: Tensor, one: Packed) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("values", ["bfloat16", "float16", "float32", "int8", "int4"])
 @pytest.mark.parametrize("form", FORMATS)
 def test_outputs_are_those_of_the_weights(form: str, values: str, tokens: int) -> None:
-    for number, (rows, cols) in enumerate(SHAPES):
+    # every kernel is compiled: each case takes two of the shapes
+    turn = tokens + len(values) + len(form)
+    for number, (rows, cols) in enumerate(SHAPES[turn % 5 :: 3]):
         one = layer(4 if number % 3 else 1, rows, cols, form, values)
         for dtype in (list(FLOATS.values())[(number + tokens) % 3],):
             x = torch.randn(tokens, cols, device="cuda").to(dtype)
@@ -68,7 +70,7 @@ def test_outputs_are_those_of_the_weights(form: str, values: str, tokens: int) -
             assert worst <= 1, (rows, cols, dtype, float(worst))
 
 
-@pytest.mark.parametrize("tokens", [1, 4, 40])
+@pytest.mark.parametrize("tokens", [1, 4])
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
 @pytest.mark.parametrize("form", FORMATS)
 def test_gate_and_up_in_one_launch(form: str, activation: str, tokens: int) -> None:
