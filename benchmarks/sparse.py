@@ -1,9 +1,10 @@
 """How fast packed sparse experts are beside dense ones.
 
 ``python -m benchmarks.sparse cpu`` prints a table of one layer at one token on all of torch's
-threads (``--threads`` for fewer); ``gpu`` stands in `benchmarks.sparse_gpu`. Answers are checked
-against float64 products before any time. All ways of a shape take turns, each on copies of its
-weights that are more than four times the largest cache, so that weights are read from memory.
+threads (``--threads`` for fewer); ``gpu`` stands in `benchmarks.sparse_gpu`, whole models (``model
+DIR``) in `benchmarks.sparse_model`. Answers are checked against float64 products before any time.
+All ways of a shape take turns, each on copies of its weights that are more than four times the
+largest cache, so that weights are read from memory.
 """
 
 import argparse
@@ -184,6 +185,7 @@ def _elsewhere(module: str) -> Callable[[Sequence[str]], None]:
 PARTS: dict[str, Callable[[Sequence[str]], None]] = {
     "cpu": on_cpu,
     "gpu": _elsewhere("benchmarks.sparse_gpu"),
+    "model": _elsewhere("benchmarks.sparse_model"),
 }
 
 

@@ -374,9 +374,9 @@ def _is_table(source: str) -> bool:
 def add_storage_options(group: argparse._ActionsContainer) -> None:
     """Add how experts are stored."""
     group.add_argument(
-        "--format", default="bitmap", choices=("bitmap", "n16"),
-        help="how experts are stored: bitmap, or n16 for a --pattern of n of 16 weights, such as "
-        "5:16 (default: bitmap)",
+        "--format", default="bitmap", choices=("bitmap", "delta", "n16"),
+        help="how experts are stored: bitmap; delta, as exact and faster on GPUs, slow on CPUs; or "
+        "n16 for a --pattern of n of 16 weights, such as 5:16, the fastest (default: bitmap)",
     )  # fmt: skip
     group.add_argument(
         "--values", choices=("bfloat16", "float16", "float32"),

@@ -46,7 +46,7 @@ def add_parser(subparsers: options.Subparsers) -> None:
     options.add_memory_option(group)
     options.add_evaluation_options(group, default=None)
     group.add_argument(
-        "--packed", choices=("bitmap", "n16"),
+        "--packed", choices=("bitmap", "delta", "n16"),
         help="write the packed weights, which this package runs, instead of an ordinary model; n16 "
         "for a --pattern of n of 16 weights, such as 5:16",
     )  # fmt: skip

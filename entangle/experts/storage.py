@@ -57,6 +57,9 @@ class Storage:
     ) -> tuple[Packed, Float[Tensor, "experts rows cols"]]:
         """Pack a layer's experts; return them, and the weights that they give back.
 
+        Weights of float64 are packed in float32 and returned as they are, unless ``values`` asks
+        for a dtype.
+
         Parameters
         ----------
         dense
@@ -75,7 +78,7 @@ class Storage:
         own = str(weight.dtype).removeprefix("torch.")
         values = None if codes is not None else self.values or (own if own in FLOATS else "float32")
         layout, tensors = pack(weight, self.format, values=values, codes=codes)
-        if values != own:
+        if codes is not None or (values != own and (own in FLOATS or self.values is not None)):
             experts = (unpack(tensors, layout, e, dtype=weight.dtype) for e in range(len(weight)))
             weight = torch.stack(list(experts))
         return Packed(tensors, layout), weight
