@@ -11,6 +11,7 @@ import argparse
 import errno
 import hashlib
 import importlib
+import json
 import os
 import shutil
 import signal
@@ -28,7 +29,6 @@ import pandas as pd
 from safetensors.numpy import load_file
 
 import entangle
-from entangle.cli.figures import open_run
 from entangle.cli.main import main as entangle_main
 from entangle.experts.checkpoint import load_expanded
 from entangle.runs.provenance import claimed
@@ -205,9 +205,9 @@ def loads(path: Path) -> bool:
         with claimed(path):
             pass
         if (path / "manifest.json").is_file():
-            run = open_run(str(path))
-            if run.kind in LOADERS:
-                LOADERS[run.kind](path)
+            kind = json.loads((path / "manifest.json").read_text("utf-8"))["kind"]
+            if kind in LOADERS:
+                LOADERS[kind](path)
         elif path.suffix == ".safetensors" and path.exists():
             entangle.load_allocation(path)
         return 0

@@ -68,6 +68,7 @@ FIGURES: dict[str, tuple[str, ...]] = {
     "decomposition": (*DECOMPOSED, *ONE_NEURON),
     "allocation": ("allocation",),
     "expansion": ("expansion",),
+    "pruning": ("expansion",),
 }  # fmt: skip
 """What is drawn of a result, by its kind."""
 
@@ -78,6 +79,7 @@ MAKERS: dict[str, str] = {
     "decomposition": "entangle decompose",
     "allocation": "entangle allocate",
     "expansion": "entangle expand",
+    "pruning": "entangle prune",
 }
 """Command that makes a result, by its kind."""
 
@@ -139,7 +141,8 @@ def drawings_of(one: Run, column: Column) -> Iterator[Drawing]:
         "comparison": _of_comparison,
         "decomposition": _of_decomposition,
         "allocation": lambda found, style: iter([("allocation", partial(found.plot, **style))]),
-        "expansion": lambda found, style: iter([("expansion", partial(found.plot, **style))]),
+        "expansion": _of_expansion,
+        "pruning": _of_expansion,
     }
     for name, draw in makers[one.kind](one.result, Style(column=column, digest=one.digest)):
         yield Drawing(name, partial(_with_seed, draw, one.manifest))
@@ -151,6 +154,10 @@ def _with_seed(draw: Draw, manifest: Mapping[str, object]) -> "Figure":
 
     seed = settings_of(manifest).get("seed")
     return add_seed(draw(), seed) if isinstance(seed, int) else draw()
+
+
+def _of_expansion(found: Any, style: Style) -> Iterator[tuple[str, Draw]]:
+    yield "expansion", partial(found.plot, **style)
 
 
 def _of_scores(scores: Any, style: Style) -> Iterator[tuple[str, Draw]]:
@@ -362,7 +369,8 @@ def _check_new(stems: Sequence[Path], endings: Sequence[str]) -> None:
 
 def missing_lines(kinds: set[str]) -> Iterator[str]:
     """Say which figures need a result that was not given, and what makes it."""
+    drawn = {name for kind in kinds for name in FIGURES[kind]}
     for kind, names in FIGURES.items():
-        if kind not in kinds:
+        if not drawn.issuperset(names):
             article = "" if kind == "scores" else "an " if kind[0] in "ae" else "a "
             yield f"{', '.join(names)}: name {article}{kind}, which `{MAKERS[kind]}` makes."

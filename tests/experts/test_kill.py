@@ -41,7 +41,7 @@ def place(
 
 def test_a_build_that_was_killed_twice_resumes_to_the_same_bytes(place: Path) -> None:
     building = Path(".x.building")
-    killed_before("block-", 2, [*COMMAND, "x"])
+    killed_before("block-0001", 1, [*COMMAND, "x"])
     assert not Path("x").exists()
     assert sorted(path.name for path in building.glob("*.safetensors")) == BLOCKS[:1]
     assert main([*COMMAND, "x"]) == 2  # not without --resume

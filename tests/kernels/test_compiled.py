@@ -15,7 +15,10 @@ from entangle.kernels.dispatch import (
     usable,
 )
 
-SOURCES = ("binned", "distance", "exact", "lloyd", "pairs", "sketch", "solver")
+SOURCES = (
+    "binned", "distance", "exact", "lloyd", "pairs", "route", "sketch", "solver", "sparse",
+    "unpack",
+)  # fmt: skip
 MODULES = ("dispatch", "exact", "lloyd", "sketch", "solver")
 
 
