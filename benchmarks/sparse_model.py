@@ -74,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sparse model")
     parser.add_argument("folders", nargs="+", metavar="DIR")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", help="of the packed models' dense rest (default: as stored)")
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=7)
     given = parser.parse_args(arguments)
@@ -86,6 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for folder in given.folders:
         start = time.perf_counter()
         models[folder] = load_expanded(folder, device=given.device)
+        if given.dtype is not None:
+            models[folder].module.to(getattr(torch, given.dtype))
         seconds[folder] = time.perf_counter() - start
     same = {}
     for folder in given.folders:
