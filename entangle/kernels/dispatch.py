@@ -123,8 +123,9 @@ def launch(
     defined
         What other names stand for in it; each set of values is compiled by itself.
     early
-        Let the kernel begin before the one in front of it has ended (programmatic dependent launch,
-        from compute capability 9.0 on); it waits itself, by ``griddepcontrol.wait``.
+        Inside a CUDA graph, let the kernel begin before the one in front of it has ended
+        (programmatic dependent launch, from compute capability 9.0 on). It waits itself, by
+        ``griddepcontrol.wait``, but may read before that what no kernel of the graph writes.
     """
     device = next(a.device for a in arguments if isinstance(a, Tensor))
     there = device.index == torch.cuda.current_device()
@@ -136,7 +137,8 @@ def launch(
         blocks = (*grid, 1, 1)[:3]
         stream = torch.cuda.current_stream()._as_parameter_
         _held, pointers = packed(arguments)
-        if early and torch.cuda.get_device_capability(device) >= (9, 0):
+        captured = early and torch.cuda.is_current_stream_capturing()
+        if captured and torch.cuda.get_device_capability(device) >= (9, 0):
             config = _Config(
                 (ctypes.c_uint * 6)(*blocks, threads, 1, 1), shared_bytes, stream, _EARLY, 1
             )

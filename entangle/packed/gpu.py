@@ -169,7 +169,8 @@ def _few(x: Tensor, clusters: Tensor, layers: list[Packed], activation: str) -> 
     for start in range(0, tokens, at.tokens):
         part = slice(start, start + at.tokens)
         launch(
-            "sparse", "product", grid=(at.blocks, x[part].shape[0]), threads=32 * at.warps,
+            "sparse", "product", grid=(at.blocks, 1 if layout.experts == 1 else len(x[part])),
+            threads=32 * at.warps,
             shared_bytes=at.shared, defined=at.defined,
             arguments=[x[part], clusters[part], found[part], x[part].shape[0], *given],
             early=True,
