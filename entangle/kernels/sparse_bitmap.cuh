@@ -81,7 +81,7 @@ __device__ __forceinline__ void walk(
     u32 bits, int end, int most, u32 ring, u32 tile, float zero, float (&acc)[M]
 ) {
     const u32 base = tile + 32 * Inputs<M>::BYTES;
-    const int last = end - 1;
+    const int last = max(end, 1) - 1;  // not behind the ring, where nothing may have come yet
 #if BITS == 16
     const int shift = last & 1 ? 0 : 16;
     u32 at = ring + ((last & ~1) * 2 & (RING - 1)), upper = shared_word<4>(at);
