@@ -24,6 +24,7 @@ SCRATCH = 2**27
 """Bytes of unpacked weights at a time."""
 _INPUTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 _VALUES = {"int4": 0, "int8": 0, "bfloat16": 1, "float16": 2, "float32": 3}
+_STATIC = 48 * 2**10  # bytes of shared memory that a kernel may ask for by itself
 _RING = 4096  # bytes of values that a warp of `bitmap` holds; twice that of float32
 
 
@@ -84,9 +85,11 @@ def route(
     return clusters
 
 
-def fits_route(x: Tensor, *_others: object) -> bool:
+def fits_route(x: Tensor, _mean: Tensor, directions: Tensor, _offset: Tensor) -> bool:
     """Tell whether `route` can do it: a few tokens, on a GPU whose thread blocks form clusters."""
-    few = 0 < x.shape[0] <= DECODED
+    k, cols = directions.shape
+    shared = 4 * (8 * k + 4 * math.ceil(cols / 32))
+    few = 0 < x.shape[0] <= DECODED and shared <= _STATIC
     return few and fits(x) and torch.cuda.get_device_capability(x.device) >= (9, 0)
 
 
