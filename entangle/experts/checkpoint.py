@@ -254,8 +254,8 @@ def load_expanded(
     Returns
     -------
     LanguageModel
-        Experts are held with their zeros, in the base model's dtype: about ``experts`` times the
-        memory of the layers that were expanded.
+        Experts are held packed, mapped from their files. Those of a checkpoint of version 1 are
+        held with their zeros: about ``experts`` times the memory of the layers that were expanded.
 
     Raises
     ------

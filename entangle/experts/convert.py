@@ -1,7 +1,7 @@
 """Checkpoints of version 1, and packed ones of another format, written anew in today's."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from entangle.experts.block_files import (
 )
 from entangle.experts.build import ExpandedLayer
 from entangle.experts.checkpoint import complete, dense_of, is_packed
+from entangle.experts.expand import model_costs
 from entangle.experts.linear import ExpandedLinear
 from entangle.experts.storage import Storage
 from entangle.models.layers import list_layers
@@ -46,8 +47,10 @@ def convert(
         The new folder.
     base
         The dense model, as for `entangle.load_expanded`.
-    format, values
+    format
         As for `entangle.expand`.
+    values
+        As for `entangle.expand`; by default as the checkpoint's were stored.
     device
         Where a base that is named goes.
     force
@@ -62,13 +65,15 @@ def convert(
     """
     manifest, dense = dense_of(path, base, device=device)
     settings = manifest["settings"]
-    bits = settings.get("bits")
-    storage = Storage(format, values, bits, settings.get("pattern", "row"))
+    values = settings.get("values") if values is None else values
+    bits, group_size = settings.get("bits"), settings.get("group_size")
+    storage = Storage(format, values, bits, settings.get("pattern", "row"), group_size)
     layers = {layer.name: layer for layer in list_layers(dense.module)}
     where = expand_user(path)
     changed = manifest | {"settings": settings | {"format": format, "values": values}}
     with output_folder(out, force=force) as folder:
         written: list[str] = []
+        report: list[dict[str, Any]] = []
         blocks = [name for name in manifest["files"] if _is_block(name)]
         for index in sorted(int(name[len("block-") : -len(".safetensors")]) for name in blocks):
             source = where / block_file(index)
@@ -78,10 +83,12 @@ def convert(
                 found, rows = read_old_block(source, layers), described_in(source)["report"]
             made = [_stored(one, storage) for one in found]
             _count_bytes(rows, made)
+            report += rows
             write_block(folder / block_file(index), made)
             write_build(folder / build_file(index), made, rows)
             written += [block_file(index), build_file(index)]
-        _copy_tables(where, folder)
+        changed["costs"] = model_costs(dense.module, report)
+        _write_tables(where, folder, report, changed["costs"])
         complete(folder, dense, changed, written)
 
 
@@ -103,11 +110,18 @@ def _count_bytes(rows: list[dict[str, Any]], made: list[ExpandedLayer]) -> None:
             row["bytes"] = sum(tensor.nbytes for tensor in found.tensors.values())
 
 
-def _copy_tables(where: Path, folder: Path) -> None:
-    """Copy the tables of the build and how it went."""
-    for name in ("layers.parquet", "model.parquet"):
-        if (where / name).is_file():
-            pd.read_parquet(where / name).to_parquet(folder / name, index=False)
+def _write_tables(
+    where: Path, folder: Path, report: Sequence[Mapping[str, Any]], costs: Mapping[str, float]
+) -> None:
+    """Write the tables of the build, with the bytes that are stored now, and how it went."""
+    table = pd.read_parquet(where / "layers.parquet")
+    stored = {row["layer"]: row["bytes"] for row in report}
+    table["bytes"] = table["layer"].map(stored).fillna(table["bytes"]).astype(table["bytes"].dtype)
+    table.to_parquet(folder / "layers.parquet", index=False)
+    if (where / "model.parquet").is_file():
+        table = pd.read_parquet(where / "model.parquet")
+        table.loc[table.index[-1], "bytes"] = costs["bytes"]  # the last is the expansion
+        table.to_parquet(folder / "model.parquet", index=False)
     run: Mapping[str, object] = read_run(where)
     if run:
         write_run(folder, run)

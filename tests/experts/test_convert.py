@@ -10,6 +10,7 @@ import torch
 import transformers as hf
 from safetensors.torch import save_file
 
+import entangle
 from entangle.cli.main import main
 from entangle.errors import InvalidInput
 from entangle.experts.block_files import read_block
@@ -83,6 +84,33 @@ def test_an_old_checkpoint_loads_and_is_converted(old: Path, tiny: Tiny, tmp_pat
     assert auto.from_pretrained(narrow).model.layers[0].mlp.up_proj.layout.values == "bfloat16"
     with pytest.raises(InvalidInput):
         convert(old, tmp_path / "x", base=tiny("llama"), format="n16")
+
+
+@pytest.mark.parametrize("settings", [
+    {"bits": 4, "group_size": 128}, {"bits": 3, "values": "float16"}, {"values": "bfloat16"},
+])  # fmt: skip
+def test_what_is_converted_keeps_its_values(
+    settings: dict[str, Any], tiny: Tiny, calibration: CalibrationSet, tmp_path: Path
+) -> None:
+    made = {"experts": 2, "restarts": 1, "progress": False, **settings}
+    expand(tiny("llama"), calibration, out=tmp_path / "old", **made)
+    convert(tmp_path / "old", tmp_path / "new", base=tiny("llama"), format="delta")
+    auto: Any = hf.AutoModelForCausalLM
+    old, new = (auto.from_pretrained(tmp_path / name) for name in ("old", "new"))
+    ids = torch.arange(5, 15)[None]
+    torch.testing.assert_close(new(ids).logits, old(ids).logits)
+    layers = [one.model.layers[0].mlp.up_proj for one in (old, new)]
+    assert layers[0].layout.values == layers[1].layout.values
+    assert layers[1].layout.format == "delta"
+    report: Any = entangle.load_result(tmp_path / "new")
+    before: Any = entangle.load_result(tmp_path / "old")
+    table = report.layers.set_index("layer")
+    stored = sum(tensor.nbytes for tensor in layers[1].tensors.values())
+    assert table.loc["model.layers.0.mlp.up_proj", "bytes"] == stored
+    difference = int(report.layers["bytes"].sum() - before.layers["bytes"].sum())
+    dense = sum(layer.weight.nbytes for layer in list_layers(tiny("llama").module))
+    changed = report.costs["bytes"] - before.costs["bytes"]
+    assert changed == pytest.approx(difference / dense, rel=1e-6)
 
 
 def test_the_command(
