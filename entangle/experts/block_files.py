@@ -25,7 +25,7 @@ from entangle.experts.linear import unpack as unpack_flat
 from entangle.experts.router import Router
 from entangle.experts.storage import Storage
 from entangle.models.layers import Layer
-from entangle.packed.formats import Layout, unpack
+from entangle.packed.formats import Layout, fingerprint, unpack
 from entangle.runs.reading import READ_ERRORS
 
 _METADATA = "entangle"
@@ -81,6 +81,7 @@ def write_build(
             "router": list(names).index(routing),
             "routed_by": names[routing] if names[routing] in routers else None,
             "layout": packed.layout.describe(),
+            "fingerprint": fingerprint(packed.tensors["values"]),
         }
     described = {"layers": layers, "routers": routers, "report": list(report)}
     _save(tensors, path, {_METADATA: json.dumps(described)})

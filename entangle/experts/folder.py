@@ -149,7 +149,7 @@ tags: [sparse-expansion, entangle]
 
 {len(settings["sparsity"])} linear layers have {settings["experts"]} sparse expert(s) each
 ({_percent(shares)} zeros, {settings["pruner"]}, format {settings["format"]}, values
-{settings["values"] or "as the model's"}{_bits(settings)}); a router sends every token to one.
+{_values(settings)}); a router sends every token to one.
 Method: [arXiv 2405.15756](https://arxiv.org/abs/2405.15756).
 
 {rows}
@@ -176,8 +176,12 @@ def _percent(shares: list[Any]) -> str:
     return f"{100 * sum(known) / len(known):.0f} %" if known else "n:m"
 
 
-def _bits(settings: Mapping[str, Any]) -> str:
-    return "" if settings["bits"] is None else f", quantised to {settings['bits']} bits"
+def _values(settings: Mapping[str, Any]) -> str:
+    bits, values = settings["bits"], settings["values"] or "as the model's"
+    if bits is None:
+        return values
+    coded = settings["values"] is None and bits <= 8
+    return f"codes of {bits} bits" if coded else f"{values}, quantised to {bits} bits"
 
 
 def _measured(folder: Path, manifest: Mapping[str, Any]) -> str:
@@ -210,7 +214,11 @@ def config_of(blocks: Sequence[Mapping[str, Any]], module: nn.Module) -> SparseE
     routers: dict[str, Any] = {}
     for block in blocks:
         layers |= {
-            name: {"layout": one["layout"], "router": one["routed_by"]}
+            name: {
+                "layout": one["layout"],
+                "router": one["routed_by"],
+                **{key: one[key] for key in ("fingerprint",) if key in one},
+            }
             for name, one in block["layers"].items()
         }
         routers |= block["routers"]

@@ -38,6 +38,7 @@ lower half first) and
 A weight is ``(code − zero) · scale``, or ``(code − zero) · scale · step`` of its group.
 """
 
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -45,7 +46,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from entangle.checks import choice, whole
@@ -67,6 +68,7 @@ BLOCK = 16
 _UNIT = 8  # values in which `starts` counts
 _FILL = 32  # values, at least 16 bytes, in which all of them are counted
 _WORD = 64  # columns in which a bitmap's rows are counted
+_MARKED = 4096  # values of which a fingerprint is taken
 
 
 @dataclass(frozen=True)
@@ -370,6 +372,28 @@ def _pack_n16_expert(
 
     none = torch.zeros_like(index[:1, :1, :1])
     return _pairs(streams(index, none)), streams(values, empty)
+
+
+def fingerprint(values: Tensor) -> str:
+    """Return the SHA-256 of the first packed values, which tells builds apart at no cost."""
+    first = values.flatten()[:_MARKED].cpu().contiguous()
+    return hashlib.sha256(first.view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def check_starts(starts: Int[Tensor, "experts ends"], layout: Layout) -> None:
+    """Check that all rows lie within the values and are no longer than a row can be.
+
+    Raises
+    ------
+    InvalidInput
+        If not; the kernels would read or write past the ends.
+    """
+    ends = starts.long()
+    sizes, most = ends.diff(dim=1), math.ceil(layout.in_features / _UNIT)
+    inside = ends[0, 0] >= 0 and _room(ends) == layout.stored
+    joined = torch.equal(ends[1:, 0], ends[:-1, -1])
+    if not (inside and joined and bool(((sizes >= 0) & (sizes <= most)).all())):
+        raise InvalidInput("the packed `starts` are damaged: copy the file again.")
 
 
 def _encode(weight: Tensor, codes: Codes, mask: Tensor, expert: int) -> tuple[Tensor, Tensor]:

@@ -8,8 +8,8 @@ file as they are. The dense rest follows ``dtype=``; experts, scales and routers
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from entangle.errors import InvalidInput
-from entangle.packed.formats import Layout
+from entangle.packed.formats import Layout, check_starts, fingerprint
 from entangle.packed.linear import Gating, PackedGated, PackedLinear
 from entangle.packed.routing import PackedRouter
 
@@ -56,7 +56,8 @@ class SparseExpansionConfig(QuantizationConfigMixin):
     Parameters
     ----------
     layers
-        By name: ``layout`` (`Layout`) and ``router``, the name of its router or None.
+        By name: ``layout`` (`Layout`), ``router``, the name of its router or None, and
+        ``fingerprint`` of its values (`entangle.packed.formats.fingerprint`).
     routers
         By name: ``kind``, ``experts``, ``features`` (`PackedRouter`).
     gated
@@ -132,8 +133,9 @@ class SparseExpansionQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **_others: object) -> None:
         model.requires_grad_(False)
-        model.save_pretrained = MethodType(_save_pretrained, model)
-        model._upload_modified_files = MethodType(_upload, model)
+        # not methods: those are pickled by their names, which the class has too
+        model.save_pretrained = partial(_save_pretrained, model)
+        model._upload_modified_files = partial(_upload, model)
 
     def is_serializable(self) -> bool:
         """Tell that ``save_pretrained`` works."""
@@ -182,10 +184,12 @@ def write_code(folder: Path, name: str) -> None:
 def check_files(files: Sequence[str | os.PathLike[str]], config: SparseExpansionConfig) -> None:
     """Check that files hold the tensors of all experts and routers, by names, shapes and dtypes.
 
+    Of the numbers only those are read that say where rows stand, and the first values.
+
     Raises
     ------
     InvalidInput
-        If one is missing or of another size, or a file is truncated.
+        If one is missing, of another size or of another build, or a file is truncated.
     """
     found: dict[str, tuple[tuple[int, ...], str]] = {}
     for file in files:
@@ -206,6 +210,24 @@ def check_files(files: Sequence[str | os.PathLike[str]], config: SparseExpansion
                 f"{name!r} is {found[name][1]} of shape {found[name][0]}, but config.json says "
                 f"{_STORED[dtype]} of shape {shape}; the files do not belong together."
             )
+    for file in files:
+        _check_numbers(file, config)
+
+
+def _check_numbers(file: str | os.PathLike[str], config: SparseExpansionConfig) -> None:
+    with safe_open(file, framework="pt") as opened:
+        keys = set(opened.keys())
+        for name, layout in config.layouts().items():
+            if f"{name}.starts" in keys and layout.format != "n16":
+                check_starts(opened.get_tensor(f"{name}.starts"), layout)
+            known = config.layers[name].get("fingerprint")
+            if known is None or f"{name}.values" not in keys:
+                continue
+            if fingerprint(opened.get_tensor(f"{name}.values")) != known:
+                raise InvalidInput(
+                    f"the experts of {name!r} in {str(file)!r} are of another build than "
+                    "config.json; the files do not belong together: copy them again."
+                )
 
 
 def install(model: nn.Module, config: SparseExpansionConfig) -> None:

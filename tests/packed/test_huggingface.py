@@ -1,6 +1,8 @@
 """An expansion is an ordinary folder: transformers loads, runs, saves and uploads it."""
 
+import copy
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -289,6 +291,45 @@ def test_truncated_and_swapped_files_are_refused(folder: Path, tmp_path: Path) -
     save_file(found, block, {"format": "pt"})
     with pytest.raises(InvalidInput, match=r"up_proj\.values"):
         load(path)
+
+
+@pytest.mark.parametrize("form", ["bitmap", "delta", "n16"])
+def test_a_file_of_another_build_is_refused(form: str, tiny: Tiny, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"pattern": "2:4", "sparsity": None, "format": form}
+    for name, pruner in (("x", "sparsegpt"), ("y", "random")):
+        built(tiny("llama"), tmp_path / name, pruner=pruner, **settings)
+    block = tmp_path / "x" / "block-0001.safetensors"
+    shutil.copyfile(tmp_path / "y" / block.name, block)
+    with pytest.raises(InvalidInput, match=r"layers\.1.*another build"):
+        load(tmp_path / "x")
+
+
+@pytest.mark.parametrize("change", [
+    lambda starts: starts + 1, lambda starts: starts - 1, lambda starts: starts.flip(1),
+    lambda starts: starts.flip(0), lambda starts: starts.clamp(max=int(starts[0, 1])),
+])  # fmt: skip
+@pytest.mark.parametrize("form", ["bitmap", "delta"])
+def test_rows_that_lie_elsewhere_are_refused(
+    form: str, change: Callable[[torch.Tensor], torch.Tensor], tiny: Tiny, tmp_path: Path
+) -> None:
+    built(tiny("llama"), tmp_path / "x", format=form)
+    block = tmp_path / "x" / "block-0001.safetensors"
+    found = load_file(block)
+    name = "model.layers.1.mlp.up_proj.starts"
+    found[name] = change(found[name])
+    save_file(found, block, {"format": "pt"})
+    with pytest.raises(InvalidInput, match="damaged"):
+        load(tmp_path / "x")
+
+
+def test_it_is_pickled(folder: Path, tmp_path: Path) -> None:
+    loaded = load(folder)
+    again = pickle.loads(pickle.dumps(loaded))
+    assert torch.equal(again(IDS).logits, loaded(IDS).logits)
+    for number, one in enumerate((again, copy.deepcopy(loaded))):
+        one.save_pretrained(tmp_path / str(number))
+        assert (tmp_path / str(number) / "modeling_sparse_expansion.py").is_file()
+        assert torch.equal(load(tmp_path / str(number))(IDS).logits, loaded(IDS).logits)
 
 
 def test_a_config_of_another_model_is_refused(folder: Path, tiny: Tiny) -> None:
