@@ -113,6 +113,8 @@ def test_every_way_to_store_runs_as_it_was_built(
     assert layer.layout.values == kind
     assert layer.layout.format == settings.get("format", "bitmap")
     assert len(layer.layout.tensors()["values"][0]) == (1 if layer.layout.stored else 5)
+    card = (tmp_path / "x" / "README.md").read_text()
+    assert (f"values\ncodes of {bits} bits)" in card) == coded
 
 
 def test_formats_that_do_not_fit_are_refused(tiny: Tiny, tmp_path: Path) -> None:
