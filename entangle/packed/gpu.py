@@ -135,6 +135,8 @@ def geometry(
     units = math.ceil(layout.out_features / unit)
     if not warps:  # as measured on one H200
         warps, waves = {"n16": (16, 2), "delta": (28, 2), "bitmap": (32, 1)}[layout.format]
+        if layout.format == "delta" and layout.bits != 16:
+            warps = 20  # more would leave too few registers
     at_once = min(_power(tokens), 16 // width)
     while True:
         blocks = min(processors * waves, units)
