@@ -21,7 +21,7 @@ from entangle.errors import InvalidInput
 from entangle.packed import native
 from entangle.packed.activations import ACTIVATIONS
 from entangle.packed.cpu_products import product
-from entangle.packed.cpu_rows import Kernel
+from entangle.packed.cpu_rows import Job, Kernel, Part
 from entangle.packed.cpu_unpacking import unpacking
 from entangle.packed.formats import BLOCK, VALUES, Layout, Packed
 
@@ -149,6 +149,8 @@ def _products(x: Tensor, clusters: Tensor, parts: Sequence[Packed]) -> list[Tens
     plan = plans[0]
     if any(other.alike != plan.alike for other in plans):
         return [found for part in parts for found in _products(x, clusters, [part])]
+    if x.shape[0] == 1:
+        return _one(x, int(clusters), parts, plans)
     wide, rows = plan.padded(x), plan.layout.out_features
     outs = [torch.empty(x.shape[0], rows) for _ in parts]
     experts = clusters.tolist()
@@ -163,6 +165,32 @@ def _products(x: Tensor, clusters: Tensor, parts: Sequence[Packed]) -> list[Tens
         out if part.bias is None else out.add_(part.bias.detach())
         for part, out in zip(parts, outs, strict=True)
     ]
+
+
+def _one(x: Tensor, expert: int, parts: Sequence[Packed], plans: Sequence["_Plan"]) -> list[Tensor]:
+    """Return the products of one token: the same as of many, by calls that are kept prepared."""
+    plan, threads, form = plans[0], torch.get_num_threads(), native.forms()[0]
+    plan.check([expert])
+    key = (
+        form, threads, *[id(own) for own in plans],
+        *[(t.data_ptr(), t.numel()) for part in parts for t in part.tensors.values()],
+    )  # fmt: skip
+    call = _CALLS.get(key)
+    if call is None:
+        addresses = [own.addresses(part.tensors) for own, part in zip(plans, parts, strict=True)]
+        if len(_CALLS) >= _KEPT:
+            _CALLS.clear()
+        call = _CALLS[key] = plan.prepared((form, 1, ""), addresses, threads)
+    outs = [torch.empty(1, plan.layout.out_features) for _ in parts]
+    call(plan.padded(x), expert, outs)
+    return [
+        out if part.bias is None else out.add_(part.bias.detach())
+        for part, out in zip(parts, outs, strict=True)
+    ]
+
+
+_CALLS: dict[tuple[object, ...], Callable[[Tensor, int, Sequence[Tensor]], None]] = {}
+_KEPT = 4096  # calls: a few hundred bytes each
 
 
 def _groups(experts: Sequence[int]) -> dict[int, list[int]]:
@@ -265,21 +293,63 @@ class _Plan:
             Its address.
         """
         function, at_once = _compiled(self.shape, *kernel)
-        count, cols = rows[1] - rows[0], self.layout.in_features
-        threads = 1 if count * cols < _SMALL else torch.get_num_threads()
+        count = rows[1] - rows[0]
+        threads = 1 if count * self.layout.in_features < _SMALL else torch.get_num_threads()
+        listed = (ctypes.c_int64 * len(groups))(*groups)
+        scratch = self.scratch(at_once, kernel[1])
+        room = torch.empty(threads * scratch, dtype=torch.uint8)
+        job = self.job(parts, rows, line, len(groups) // (kernel[1] + 1), threads, scratch)
+        job[Job.X], job[Job.GROUP], job[Job.SCRATCH] = x, ctypes.addressof(listed), room.data_ptr()
+        native.run(function, job, threads)
+
+    def scratch(self, at_once: int, tokens: int) -> int:
+        """Return the bytes that a thread needs beside the layers."""
+        return (at_once + tokens + 1) * (self.buffer + 4 * self.width)
+
+    def job(
+        self,
+        parts: Sequence[Sequence[int]],
+        rows: tuple[int, int],
+        line: int,
+        groups: int,
+        threads: int,
+        scratch: int,
+    ) -> list[int]:
+        """Return a job without the addresses of x, the groups and the threads' scratch."""
+        count = rows[1] - rows[0]
         chunk = max(4, count * len(parts) // (8 * threads) & ~3)
         chunks = -(-count // chunk)
-        listed = (ctypes.c_int64 * len(groups))(*groups)
-        scratch = (at_once + kernel[1] + 1) * (self.buffer + 4 * self.width)
-        room = torch.empty(threads * scratch, dtype=torch.uint8)
-        job = [
-            0, 0, chunks * len(parts), chunks, chunk, *rows, self.layout.out_features, cols,
-            self.table.numel(), x, 4 * self.width, line, len(groups) // (kernel[1] + 1),
-            ctypes.addressof(listed), room.data_ptr(), scratch, self.buffer, self.table.data_ptr(),
+        return [
+            0, 0, chunks * len(parts), chunks, chunk, *rows, self.layout.out_features,
+            self.layout.in_features, self.table.numel(), 0, 4 * self.width, line, groups, 0, 0,
+            scratch, self.buffer, self.table.data_ptr(), *[one for part in parts for one in part],
         ]  # fmt: skip
-        for part in parts:
-            job += part
-        native.run(function, job, threads)
+
+    def prepared(
+        self, kernel: tuple[str, int, str], parts: Sequence[Sequence[int]], threads: int
+    ) -> Callable[[Tensor, int, Sequence[Tensor]], None]:
+        """Return a call for one token, of its x, its expert and where the results go."""
+        function, at_once = _compiled(self.shape, *kernel)
+        rows = self.layout.out_features
+        threads = 1 if rows * self.layout.in_features < _SMALL else threads
+        scratch = self.scratch(at_once, 1)
+        empty = [[*part, 0] for part in parts]
+        job = self.job(empty, (0, rows), 4 * rows, 1, threads, scratch)
+        memory = ctypes.c_int64 * len(job)
+        whole = bytes(memory(*job))
+        places = [Job.PARTS + Part.SIZE * (n + 1) - 1 for n in range(len(parts))]
+        pair = ctypes.c_int64 * 2
+
+        def call(x: Tensor, expert: int, outs: Sequence[Tensor]) -> None:
+            own, group = memory.from_buffer_copy(whole), pair(expert, 0)
+            room = torch.empty(threads * scratch, dtype=torch.uint8)
+            own[Job.X], own[Job.GROUP] = x.data_ptr(), ctypes.addressof(group)
+            own[Job.SCRATCH] = room.data_ptr()
+            for place, out in zip(places, outs, strict=True):
+                own[place] = out.data_ptr()
+            native.run(function, own, threads)
+
+        return call
 
 
 @cache

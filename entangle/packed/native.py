@@ -217,7 +217,11 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, "entangle")
 
 
-def run(function: Callable[[int], None], job: Sequence[int], threads: int) -> None:
+def run(
+    function: Callable[[int], None],
+    job: "Sequence[int] | ctypes.Array[ctypes.c_int64]",
+    threads: int,
+) -> None:
     """Call a function in some threads at once, each with the address of the same job.
 
     Parameters
@@ -229,7 +233,7 @@ def run(function: Callable[[int], None], job: Sequence[int], threads: int) -> No
     threads
         How many: torch's own where it uses OpenMP, else those of a pool.
     """
-    memory = (ctypes.c_int64 * len(job))(*job)
+    memory = job if isinstance(job, ctypes.Array) else (ctypes.c_int64 * len(job))(*job)
     address = ctypes.addressof(memory)
     if threads == 1:
         function(address)

@@ -54,6 +54,7 @@ def test_a_single_expert_has_no_router() -> None:
 
 
 def test_what_one_input_is_routed_to_is_kept_until_it_changes() -> None:
+    torch.manual_seed(0)
     shared, calls = router(), []
     route = shared._route
     shared._route = lambda x: calls.append(1) or route(x)  # type: ignore[method-assign, func-returns-value]
