@@ -72,12 +72,14 @@ def block_rows(expanded: Sequence[ExpandedLayer]) -> list[dict[str, object]]:
 def layer_row(expanded: ExpandedLayer, *, router: int) -> dict[str, object]:
     """Return one layer's row: sparsity, error, damping, clusters, and costs beside the dense ones.
 
-    ``relative_error`` is the squared output error over the calibration tokens divided by that of a
-    zero output. ``flops`` are multiplications and additions for a token of average cluster;
-    ``router_flops`` those of the router's product with its k directions. ``bytes`` are what the
-    checkpoint stores of the experts; ``router_bytes`` what it stores of the router as it runs:
-    mean, directions and offsets, or the keys of the random control. The layers of a block with one
-    number ``router`` share it, and its costs are in the row of each of them.
+    ``sparsity`` is the share that was pruned; where weights are quantised, more may round to zero,
+    and ``nonzeros`` counts what is stored. ``relative_error`` is the squared output error over the
+    calibration tokens divided by that of a zero output. ``flops`` are multiplications and additions
+    for a token of average cluster; ``router_flops`` those of the router's product with its k
+    directions. ``bytes`` are what the checkpoint stores of the experts; ``router_bytes`` what it
+    stores of the router as it runs: mean, directions and offsets, or the keys of the random
+    control. The layers of a block with one number ``router`` share it, and its costs are in the row
+    of each of them.
 
     Parameters
     ----------

@@ -29,8 +29,12 @@ _RING = 4096  # bytes of values that a warp of `bitmap` holds; twice that of flo
 
 
 def fits(x: Tensor, *_others: object, **_settings: object) -> bool:
-    """Tell whether this way is open: the tokens are on a GPU, in a dtype the kernels know."""
-    return x.dtype in _INPUTS and usable(x) and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    """Tell whether this way is open: tokens on a GPU, in a dtype and width the kernels know."""
+    if x.dtype not in _INPUTS or not usable(x):
+        return False
+    line = x.shape[-1] * x.element_size() + 64  # a row that is unpacked, in shared memory
+    known = torch.cuda.get_device_capability(x.device) >= (8, 0)
+    return known and line <= shared_limit(x.device)
 
 
 def linear(
