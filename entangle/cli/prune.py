@@ -32,7 +32,7 @@ def add_parser(subparsers: options.Subparsers) -> None:
         "prune",
         help="prune a model and write it as an ordinary Hugging Face folder",
         description="Prune linear layers block by block, compare with the dense model, and write a "
-        "folder that transformers, vLLM and llama.cpp's converter read.",
+        "folder as transformers writes it, which any tool reads that reads those.",
     )
     options.add_model_options(parser)
     options.add_layer_options(parser)
