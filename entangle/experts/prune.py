@@ -106,7 +106,7 @@ def prune(
     out
         Folder of the model: configuration, weights in their own dtype with the zeros in place,
         tokenizer, and beside them ``manifest.json``, ``layers.parquet`` and ``run.json``.
-        transformers reads it, as does `entangle.load_model`: nothing in it is ours but the manifest.
+        transformers reads it, as does `entangle.load_model`; only these three are ours.
     resume, force
         As in `entangle.expand`.
     extra
