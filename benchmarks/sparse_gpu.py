@@ -344,9 +344,14 @@ PARTS = {"layers": layers, "tokens": tokens, "prefill": prefill, "model": model}
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the parts that are named, all by default."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", default=list(PARTS), choices=[*PARTS, []])
-    for part in parser.parse_args(arguments).parts:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.sparse gpu", description=__doc__)
+    parser.add_argument("parts", nargs="*", help=", ".join(PARTS))
+    asked = parser.parse_args(arguments).parts or list(PARTS)
+    if unknown := [part for part in asked if part not in PARTS]:
+        parser.error(f"there is no part {unknown[0]!r}; there are {', '.join(PARTS)}")
+    if not torch.cuda.is_available():
+        parser.error("it needs an NVIDIA GPU")
+    for part in asked:
         print(f"\n== {part}: {torch.cuda.get_device_name()}, torch {torch.__version__}")
         with torch.inference_mode():
             PARTS[part]()

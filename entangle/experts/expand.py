@@ -248,12 +248,12 @@ def expand(
     restarts
         k-means seedings, of which the best is kept.
     format
-        How experts are stored: ``bitmap``, or ``n16`` for a pattern of n of 16 weights, such as
-        ``5:16`` (`entangle.packed.formats`).
+        How experts are stored: ``bitmap``; ``delta``, as exact and faster on GPUs, slow on CPUs; or
+        ``n16`` for a pattern of n of 16 weights, such as ``5:16`` (`entangle.packed.formats`).
     values
         How their values are stored: ``bfloat16``, ``float16`` or ``float32``; by default as the
-        model's, or with at most 8 ``bits`` the codes of the quantisation grid, in 4 or 8 bits.
-        Later blocks see what is stored.
+        model's (float32 of a float64 model), or with at most 8 ``bits`` the codes of the
+        quantisation grid, in 4 or 8 bits. Later blocks see what is stored.
     seed
         Seed of the routers and of random pruning.
     memory

@@ -4,17 +4,17 @@
 // shared memory, laid out so that a warp's lanes read 32 different banks whatever columns they ask
 // for; the weights stream past once. gridDim.y is the number of tokens: the block of the first token
 // of an expert computes all of that expert's tokens, the others' blocks end at once.
-// Defined before this file: SINGLE (whether there is one expert), BITMAP, DELTA (or n of 16), BITS of
-// a stored value, VALUE (0 codes, 1 bfloat16, 2 half, 3 float), GROUPED, INPUT (1 bfloat16, 2 half,
-// 3 float), ROWS, COLS, TOKENS (most at once), MATRICES (2: a gate and what it lets through),
-// ACTIVATION, WARPS, BLOCKS (a multiprocessor's), MOST_ROWS (of a block); for n of 16 KEPT, LANES, ROUNDS, CHUNK, STEPS, TOGETHER
-// (rows of a lane at once) and DEPTH (their steps loaded at once); for distances UNITS (of eight
-// values, a lane's at once) and DEPTH (how many times that is under way).
+// Defined before this file: SINGLE (whether there is one expert), BITMAP, DELTA (or n of 16), BITS
+// of a stored value, VALUE (0 codes, 1 bfloat16, 2 half, 3 float), GROUPED, INPUT (1 bfloat16,
+// 2 half, 3 float), ROWS, COLS, TOKENS (most at once), MATRICES (2: a gate and what it lets
+// through), ACTIVATION, WARPS, BLOCKS (a multiprocessor's), MOST_ROWS (of a block); for n of 16
+// KEPT, LANES, ROUNDS, CHUNK, STEPS, TOGETHER (rows of a lane at once) and DEPTH (their steps
+// loaded at once); for distances UNITS (of eight values, a lane's at once) and DEPTH (how many
+// times that is under way).
 
 typedef unsigned int u32;
 typedef unsigned short u16;
 typedef unsigned char u8;
-typedef unsigned long long u64;
 
 #define ALL 0xffffffffu
 #define UNIT 8        // values in which `starts` counts

@@ -1,7 +1,9 @@
 """Products of tokens with the packed expert of each token's cluster.
 
 The plain versions are right on every device: they unpack the experts in use, tile by tile, in front
-of a dense product. Inside `torch.compile` the modules call them as operators (`OPERATORS`).
+of a dense product. There, as for many tokens on a GPU, weights that are stored as codes are rounded
+to the dtype of the tokens; the kernels for a few tokens multiply them in float32. Inside
+`torch.compile` the modules call them as operators (`OPERATORS`).
 """
 
 import json
