@@ -2,9 +2,9 @@
 
 Answers are checked against float64 before any time. Times are medians of CUDA graphs that go round
 more copies of the weights than the caches hold; ratios are of one run. Parts: ``layers`` (formats,
-levels, values), ``tokens`` (several at once, routed), ``prefill``, and ``model``: decoding by a
-model of the shape of Llama 3.1 8B with random weights and 16 experts, whose small operations are
-the same compiled kernels on both sides.
+levels, values), ``tokens`` (several at once, routed), ``prefill``, ``rivals`` (cuSPARSE and 2:4),
+and ``model``: decoding by a model of the shape of Llama 3.1 8B with random weights and 16 experts,
+whose small operations are the same compiled kernels on both sides.
 """
 
 import argparse
@@ -200,6 +200,45 @@ def prefill() -> None:
         )
 
 
+def rivals() -> None:
+    """Print one layer by cuSPARSE (rows of indices) and by 2:4 sparse tensor cores."""
+    rows, cols = 14336, 4096
+    dense = {t: dense_times(rows, cols, t)["bf16"] for t in (1, 8, 64)}
+    print(f"{rows} x {cols}, what torch offers: us (x dense bf16)")
+    for dtype in (torch.bfloat16, torch.float32):
+        for share in (0.5, 0.7, 0.8, 0.9):
+            weight = torch.randn(rows, cols, device="cuda", dtype=dtype)
+            weight[torch.rand(rows, cols, device="cuda") < share] = 0
+            held = [weight.to_sparse_csr() for _ in range(3)]
+            x = torch.randn(cols, device="cuda", dtype=dtype)
+            middle = eager([partial(torch.mv, one, x) for one in held])
+            name = str(dtype).removeprefix("torch.")
+            print(
+                f"  cuSPARSE {name} {share:.0%}: {middle:.1f} ({dense[1] / middle:.2f})", flush=True
+            )
+    weight = torch.randn(rows, cols, device="cuda", dtype=torch.bfloat16)
+    weight.unflatten(1, (-1, 4))[..., 2:] = 0
+    held = [torch.sparse.to_sparse_semi_structured(weight) for _ in range(8)]
+    for count in (1, 8, 64):
+        x = torch.randn(count, cols, device="cuda", dtype=torch.bfloat16)
+        middle = eager([partial(functional.linear, x, one) for one in held])
+        print(f"  2:4 T={count}: {middle:.1f} ({dense[count] / middle:.2f})", flush=True)
+
+
+def eager(calls: Sequence[Call], repeats: int = 20) -> float:
+    """Return the median microseconds of a call: the libraries' own calls go into no graph."""
+    found: list[float] = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(True), torch.cuda.Event(True)
+        start.record()
+        for call in calls:
+            call()
+        end.record()
+        torch.cuda.synchronize()
+        found.append(start.elapsed_time(end) * 1e3 / len(calls))
+    return sorted(found)[repeats // 2]
+
+
 class Llama:
     """One decoding step of a model of the shape of Llama 3.1 8B."""
 
@@ -339,7 +378,9 @@ def model() -> None:
                 )
 
 
-PARTS = {"layers": layers, "tokens": tokens, "prefill": prefill, "model": model}
+PARTS = {
+    "layers": layers, "tokens": tokens, "prefill": prefill, "rivals": rivals, "model": model,
+}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
