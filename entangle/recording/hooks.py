@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from entangle.errors import InvalidInput
 from entangle.models.blocks import uncompiled
 from entangle.models.layers import Layer
+from entangle.models.shards import device_of, stored_of
+from entangle.models.streaming import rehearsing
 
 Callback = Callable[[Layer, Tensor, Tensor], None]
 """Called as ``callback(layer, inputs, outputs)`` each time a layer has run."""
@@ -205,7 +207,7 @@ def forward(
     accepted = inspect.signature(module.forward).parameters
     extra = {"use_cache": False} if all_logits else {"use_cache": False, "logits_to_keep": 1}
     chosen = {name: value for name, value in extra.items() if name in accepted}
-    device = next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))
+    device = device_of(module)
     with torch.inference_mode(False), torch.no_grad():
         return module(ids.to(device), **chosen)
 
@@ -245,6 +247,11 @@ def changed_rows(changes: Sequence[Change]) -> Iterator[None]:
                 bias = None if layer.bias is None else layer.bias[rows]
                 edits.append((layer, partial(_replaced, rows, weight.to(layer.device), bias)))
                 continue
+            stored = stored_of(layer.module.weight)
+            if stored is not None:  # it is brought anew, with the rows
+                write = partial(_overlay, layer.transposed, rows, weight)
+                stack.enter_context(stored.overlay(write))
+                continue
             dense = layer.weight
             stack.callback(_write, dense, rows, dense[rows])
             _write(dense, rows, weight.to(dense))
@@ -260,6 +267,11 @@ def _replaced(
         inputs.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype)
     )
     return output.index_copy(-1, rows, chosen.to(output.dtype))
+
+
+def _overlay(transposed: bool, rows: Tensor, values: Tensor, stored: Tensor) -> None:
+    weight = stored.T if transposed else stored
+    _write(weight, rows.to(weight.device), values.to(weight))
 
 
 def _write(weight: Tensor, rows: Tensor, values: Tensor) -> None:
@@ -314,10 +326,11 @@ def look_at(
     ids
         Some of the text's ids.
     """
-    try:
-        return _look(module, layers, ids, _TOKENS)
-    except (RuntimeError, ValueError, AssertionError):  # some models take no sequence so short
-        return _look(module, layers, ids, ids.shape[1])
+    with rehearsing(module):
+        try:
+            return _look(module, layers, ids, _TOKENS)
+        except (RuntimeError, ValueError, AssertionError):  # some models take no sequence so short
+            return _look(module, layers, ids, ids.shape[1])
 
 
 def _look(module: nn.Module, layers: Sequence[Layer], ids: Tensor, most: int) -> dict[str, Habits]:
