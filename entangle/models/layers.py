@@ -57,7 +57,8 @@ class Layer:
         stored = self._stored
         if stored is None:
             return self._probed()[0]
-        stored = present(self.module.weight if stored.is_meta else stored)
+        if stored.is_meta:
+            stored = present(self.module.get_parameter("weight"))
         return stored.T if self.transposed else stored
 
     @property

@@ -162,7 +162,7 @@ def open_folder(folder: Path, *, dtype: torch.dtype | None, device: torch.device
             model, report = open_streamed(
                 auto, config, files, dtype=stored, device=device, folder=folder
             )
-        check_complete(report.to_dict(), folder)
+        check_complete(report, folder)
     return model, tokenizer_of(folder)
 
 

@@ -1,4 +1,4 @@
-"""The weights of a model folder as they lie in its safetensors shards, read when they are asked for.
+"""The weights of a model as they lie in its safetensors shards, read when they are asked for.
 
 Files are read, not mapped: a shard that is cut off or gone while a model runs from it ends in one
 line instead of a signal, and what is held is what was asked for.
@@ -153,7 +153,7 @@ def _fill(opened: Any, start: int, target: Tensor, file: Path) -> None:
     """Read bytes from ``start`` on into a contiguous tensor."""
     if not target.numel():
         return
-    view = memoryview(target.reshape(-1).view(torch.uint8).numpy())
+    view = target.reshape(-1).view(torch.uint8).numpy().data
     opened.seek(start)
     done = 0
     while done < len(view):

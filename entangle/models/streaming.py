@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import core_model_loading as loading
 from transformers import initialization as init
 from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.utils.loading_report import LoadStateDictInfo
 
 from entangle.errors import InvalidInput
 from entangle.models.layers import find_blocks
@@ -67,6 +68,11 @@ class BlockSource:
         copied._blocks = [deepcopy(block, memo) for block in self._blocks]
         copied._place = {id(block): index for index, block in enumerate(copied._blocks)}
         return copied
+
+    @property
+    def is_rehearsing(self) -> bool:
+        """Whether all blocks run with the weights of one."""
+        return self._rehearsal is not None
 
     @contextmanager
     def bringing(self, part: nn.Module) -> Iterator[None]:
@@ -121,7 +127,9 @@ class BlockSource:
         for other in self._ready.values():
             other.cancel()
         self._ready.clear()
-        self._installed = _install(block, self._read(block) if waiting is None else waiting.result())
+        self._installed = _install(
+            block, self._read(block) if waiting is None else waiting.result()
+        )
         self._current = block
         if index + 1 < len(self._blocks):
             following = self._blocks[index + 1]
@@ -173,9 +181,7 @@ def _missing(part: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def _install(
-    part: nn.Module, weights: Weights
-) -> list[tuple[nn.Module, str, StoredWeight, int]]:
+def _install(part: nn.Module, weights: Weights) -> list[tuple[nn.Module, str, StoredWeight, int]]:
     """Put values in the place of parameters; return what was replaced."""
     installed = []
     for name, parameter in _missing(part).items():
@@ -235,7 +241,7 @@ class _LookedUp(_Brought):
         if table is None or stored is None or not table.is_meta or not isinstance(ids, Tensor):
             return None
         known, place = ids.unique(return_inverse=True)
-        inside = known.numel() and 0 <= int(known[0]) and int(known[-1]) < table.shape[0]
+        inside = known.numel() and int(known[0]) >= 0 and int(known[-1]) < table.shape[0]
         rows = stored.rows(known.cpu()) if inside and self.believed is not False else None
         if rows is None:  # what is out of range, the embedding itself refuses
             return None
@@ -256,6 +262,12 @@ def source_of(module: nn.Module) -> BlockSource | None:
 def is_streamed(module: nn.Module) -> bool:
     """Tell whether a module's weights come block by block."""
     return source_of(module) is not None
+
+
+def comes_by_blocks(module: nn.Module) -> bool:
+    """Tell whether a whole forward pass would read all shards, so that blocks are to be walked."""
+    source = source_of(module)
+    return source is not None and not source.is_rehearsing
 
 
 def release(module: nn.Module) -> None:
@@ -287,7 +299,7 @@ def open_streamed(
     dtype: torch.dtype,
     device: torch.device,
     folder: Path,
-) -> tuple[hf.PreTrainedModel, loading.LoadStateDictInfo]:
+) -> tuple[hf.PreTrainedModel, Mapping[str, Any]]:
     """Return a model whose blocks come from shards, and transformers' report of its weights.
 
     Names, conversions, dtypes, ties and buffers are those that transformers itself gives a model
@@ -323,7 +335,8 @@ def open_streamed(
     }
     report = _finish(model, stored, recipes, unexpected, device)
     _attach(model)
-    return model.eval(), report
+    model.eval()  # type: ignore[no-untyped-call]
+    return model, vars(report)
 
 
 def _recipes(
@@ -366,7 +379,7 @@ def _dtype_of(
 
 def _by_target(recipes: Sequence[Recipe]) -> dict[str, Recipe]:
     """Return the recipe of every parameter; a conversion may make several."""
-    found = {}
+    found: dict[str, Recipe] = {}
     for recipe in recipes:
         names = [recipe.first] if recipe.converter is None else list(recipe.shapes())
         found |= dict.fromkeys(names, recipe)
@@ -379,11 +392,11 @@ def _finish(
     recipes: Sequence[Recipe],
     unexpected: set[str],
     device: torch.device,
-) -> loading.LoadStateDictInfo:
+) -> LoadStateDictInfo:
     """Give a model without weights its parameters in shards, its buffers and its ties."""
     shapes = {name: one for recipe in recipes for name, one in recipe.shapes().items()}
     wanted = model.state_dict(keep_vars=True)
-    report = loading.LoadStateDictInfo(
+    report: Any = LoadStateDictInfo(
         missing_keys=set(wanted) - set(stored), unexpected_keys=unexpected, mismatched_keys=set(),
         conversion_errors={}, error_msgs=[], skipped_pp_keys=set(),
     )  # fmt: skip
@@ -394,7 +407,7 @@ def _finish(
     for name, one in stored.items():
         like = shapes[name].to(one.recipe.dtype)
         if like.shape != wanted[name].shape:
-            report.mismatched_keys.add((name, like.shape, wanted[name].shape))
+            report.mismatched_keys.add((name, tuple(like.shape), tuple(wanted[name].shape)))
             continue
         path, _, key = name.rpartition(".")
         owner = model.get_submodule(path)
@@ -407,7 +420,7 @@ def _finish(
     return report
 
 
-def _settle(model: Any, report: loading.LoadStateDictInfo, device: torch.device) -> None:
+def _settle(model: Any, report: Any, device: torch.device) -> None:
     """Compute buffers that are not stored, tie, and leave out what may be missing."""
     model.mark_tied_weights_as_initialized(report)
     lacking = report.missing_and_mismatched() - model.all_tied_weights_keys.keys()
@@ -428,9 +441,7 @@ def _n_bytes(model: Any, name: str) -> int:
     return found.numel() * found.element_size()
 
 
-def _drop_equal(
-    model: Any, stored: dict[str, StoredWeight], report: loading.LoadStateDictInfo
-) -> None:
+def _drop_equal(model: Any, stored: dict[str, StoredWeight], report: LoadStateDictInfo) -> None:
     """Tie weights that are stored twice, as transformers does where their values are equal."""
     for target, source in model.all_tied_weights_keys.items():
         if target not in stored or source not in stored:
