@@ -423,7 +423,8 @@ def _finish(
 def _settle(model: Any, report: Any, device: torch.device) -> None:
     """Compute buffers that are not stored, tie, and leave out what may be missing."""
     model.mark_tied_weights_as_initialized(report)
-    lacking = report.missing_and_mismatched() - model.all_tied_weights_keys.keys()
+    tied: set[str] = set(model.all_tied_weights_keys)
+    lacking: set[str] = report.missing_and_mismatched() - tied
     large = [name for name in lacking if _n_bytes(model, name) > _SMALL]
     if not large:  # or it is refused for them
         model._move_missing_keys_from_meta_to_device(lacking, None, None, None)
