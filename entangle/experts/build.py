@@ -41,6 +41,8 @@ from entangle.recording.stream import ByteBudget, TokenStore, as_budget
 _RAM = torch.device("cpu")
 _GRAM_TOKENS = 2**13
 _GRAM_NUMBERS_GPU = 2**28
+_GRAM_BYTES = 2**30
+"""Of the grams of all clusters on a CPU, beyond which the clusters are solved in parts."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -413,7 +415,7 @@ def _expand_group(layers: Sequence[Layer], store: TokenStore, plan: Plan) -> lis
     sparsity = [plan.sparsity[layer.name] for layer in layers]
     most = max(1, _GRAM_NUMBERS_GPU // layers[0].in_features)
     at_once = by_device(device, cpu=_GRAM_TOKENS, gpu=min(PASS_TOKENS_GPU, most))
-    if _lies_on_gpu(store):
+    if _lies_on_gpu(store) or _is_large(k, layers[0], store):
         if labels is None:
             blocks = store.blocks(PASS_TOKENS_GPU)
             labels = torch.cat([router.route(rows.to(device)) for _, rows in blocks])
@@ -433,6 +435,11 @@ def _expand_group(layers: Sequence[Layer], store: TokenStore, plan: Plan) -> lis
         module = ExpandedLinear(weight, layer.bias, routing)
         made.append(ExpandedLayer(layer, module, experts, packed))
     return made
+
+
+def _is_large(k: int, layer: Layer, store: TokenStore) -> bool:
+    """Tell whether the grams of all clusters are too much for RAM at once, but not the record."""
+    return not store.in_file and k > 1 and 4 * k * layer.in_features**2 > _GRAM_BYTES
 
 
 def _lies_on_gpu(store: TokenStore) -> bool:

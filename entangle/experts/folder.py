@@ -24,9 +24,9 @@ from entangle.runs.sealing import file_digest
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
-STREAMED_BYTES = 10**9
-"""Of a shard of a model that is larger than memory, all of which is held to be written."""
 """Most bytes of a file of the dense rest."""
+STREAMED_BYTES = 10**9
+"""The same of a model that is larger than memory: all of a file is held to be written."""
 
 
 def find_gated(module: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> dict[str, Gating]:

@@ -11,7 +11,7 @@ In which order a model shows its tokens to a layer, and which rows are no tokens
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from entangle.errors import InvalidInput
 from entangle.models.blocks import uncompiled
-from entangle.models.layers import Layer
+from entangle.models.layers import Layer, find_blocks
 from entangle.models.shards import device_of, stored_of
-from entangle.models.streaming import rehearsing
+from entangle.models.streaming import is_streamed, rehearsing
 
 Callback = Callable[[Layer, Tensor, Tensor], None]
 """Called as ``callback(layer, inputs, outputs)`` each time a layer has run."""
@@ -380,9 +380,37 @@ def _inputs(module: nn.Module, layers: Sequence[Layer], ids: Tensor) -> dict[str
     """Return the inputs of all runs of layers in one pass."""
     seen: dict[str, list[Tensor]] = defaultdict(list)
     all_logits = any(layer.block is None for layer in layers)
-    with observe(layers, lambda layer, inputs, _outputs: seen[layer.name].append(inputs.clone())):
+    note = partial(_append, seen)
+    ends = nullcontext() if all_logits or not is_streamed(module) else _without_head(module)
+    with observe(layers, note), ends:
         forward(module, ids, all_logits=all_logits)
     return seen
+
+
+def _append(seen: dict[str, list[Tensor]], layer: Layer, inputs: Tensor, _outputs: Tensor) -> None:
+    seen[layer.name].append(inputs.clone())
+
+
+class _BlocksDone(Exception):
+    """Raised after the last block."""
+
+
+@contextmanager
+def _without_head(module: nn.Module) -> Iterator[None]:
+    """End a pass of a streamed model, whose blocks run once each in order, with its last block.
+
+    Its head may be as large as several blocks, and would be read for nothing.
+    """
+
+    def end(*_: object) -> None:
+        raise _BlocksDone
+
+    handle = find_blocks(module)[1][-1].register_forward_hook(end)
+    try:
+        with suppress(_BlocksDone):
+            yield
+    finally:
+        handle.remove()
 
 
 def _habits(
