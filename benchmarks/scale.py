@@ -132,7 +132,8 @@ def expand(folder: Path) -> None:
 
 def _report(**numbers: float) -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({**numbers, "peak": peak / GIB}))
+    numbers |= {"cpu": time.process_time(), "peak GiB": peak / GIB}
+    print(json.dumps(numbers))
 
 
 PARTS = {one.__name__: one for one in (bare, score, evaluate, expand)}
@@ -143,7 +144,7 @@ def run_part(part: str, folder: Path) -> dict[str, float]:
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.scale", part, str(folder)]
     done = subprocess.run(
         command, check=True, capture_output=True, text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (LIMIT, LIMIT)),  # noqa: PLW1509
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (LIMIT, LIMIT)),
     )  # fmt: skip
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found

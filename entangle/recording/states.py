@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
+from functools import partial
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from entangle.memory import by_device, give_back
 from entangle.models.blocks import BlockRunner
-from entangle.recording.stream import ByteBudget, TokenStore, as_budget
+from entangle.recording.stream import ByteBudget, TokenStore, ahead, as_budget
 
 if TYPE_CHECKING:
     from entangle.recording.recorder import Recorder
@@ -75,11 +77,14 @@ class HiddenStates:
         return self._split(self._passes)
 
     def _split(self, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        start = 0
-        for ids in batches:
-            rows = self._store.span(start, start + ids.numel())
+        ends = list(accumulate(ids.numel() for ids in batches))
+        spans = (
+            partial(self._store.span, end - ids.numel(), end)
+            for ids, end in zip(batches, ends, strict=True)
+        )
+        found = ahead(spans) if self._store.in_file else (span() for span in spans)
+        for ids, rows in zip(batches, found, strict=True):
             yield ids, rows.unflatten(0, tuple(ids.shape))
-            start += ids.numel()
 
     def run(
         self, runner: BlockRunner, index: int, recorder: "Recorder | None" = None
