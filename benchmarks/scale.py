@@ -20,11 +20,15 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+if TYPE_CHECKING:
+    import torch
+
 GIB = 2**30
-SHAPES = {
+SHAPES: dict[str, Any] = {
     "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
     "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192,
     "tie_word_embeddings": False, "rope_theta": 500000.0, "bos_token_id": 0, "eos_token_id": 1,
@@ -48,7 +52,8 @@ def make_model(folder: Path, *, layers: int) -> None:
     for name in empty.state_dict():
         parts = name.split(".")
         shards.setdefault(parts[2] if parts[1] == "layers" else parts[-2], []).append(name)
-    index, generator = {}, torch.Generator().manual_seed(0)
+    index: dict[str, str] = {}
+    generator = torch.Generator().manual_seed(0)
     for number, names in enumerate(shards.values(), 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {}
@@ -90,7 +95,7 @@ def bare(folder: Path) -> None:
     _report(read=read, products=products)
 
 
-def _calibration() -> "object":
+def _calibration() -> "torch.Tensor":
     import torch
 
     return torch.randint(0, 1000, (N_SEQ, SEQ_LEN), generator=torch.Generator().manual_seed(0))

@@ -392,7 +392,7 @@ def _finish(
     recipes: Sequence[Recipe],
     unexpected: set[str],
     device: torch.device,
-) -> LoadStateDictInfo:
+) -> Any:
     """Give a model without weights its parameters in shards, its buffers and its ties."""
     shapes = {name: one for recipe in recipes for name, one in recipe.shapes().items()}
     wanted = model.state_dict(keep_vars=True)

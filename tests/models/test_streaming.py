@@ -13,6 +13,7 @@ from torch import Tensor
 from entangle.errors import InvalidInput
 from entangle.evaluation import perplexity
 from entangle.experts.expand import expand
+from entangle.experts.prune import prune
 from entangle.models import streaming
 from entangle.models.blocks import BlockRunner
 from entangle.models.layers import find_layers
@@ -186,3 +187,16 @@ def test_a_model_that_does_not_fit_is_streamed_and_that_is_told(
     assert streaming.is_streamed(load_model(folder, device="cpu").module)
     assert str(folder) in capsys.readouterr().err
     assert not streaming.is_streamed(load_model(folder, device="cpu", stream=False).module)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_pruned_models_are_written_without_being_held(
+    name: str, pair: Callable[[str], Pair], tmp_path: Path
+) -> None:
+    found = []
+    for number, model in enumerate(pair(name)):
+        made = prune(model, _ids(4, 16), sparsity=0.5, out=tmp_path / str(number))
+        assert streaming.is_streamed(made.model.module) == bool(number)
+        held = load_model(tmp_path / str(number), stream=False)
+        found.append((held.digest, made.model.digest, _logits(held, _ids(1, 8)).sum().item()))
+    assert found[0] == found[1]
