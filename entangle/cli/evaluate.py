@@ -158,7 +158,11 @@ def _load_expansion(arguments: argparse.Namespace) -> dict[str, "LanguageModel"]
     from entangle.experts.checkpoint import load_base, load_expanded
     from entangle.runs.provenance import expand_user
 
-    fixed = {"--dtype": arguments.dtype != "auto", "--device-map": arguments.device_map is not None}
+    fixed = {
+        "--stream": bool(arguments.stream),
+        "--dtype": arguments.dtype != "auto",
+        "--device-map": arguments.device_map is not None,
+    }
     fixed["--revision"] = arguments.revision is not None and arguments.base is None
     for option, given in fixed.items():
         if given:

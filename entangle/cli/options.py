@@ -55,6 +55,11 @@ def add_loading_options(group: argparse._ArgumentGroup) -> None:
         "--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)"
     )
     group.add_argument("--device-map", help="spread over devices, for example auto")
+    group.add_argument(
+        "--stream", action=argparse.BooleanOptionalAction, default=None,
+        help="bring a folder's or hub model's weights block by block from the disk, or hold them "
+        "all; the results are the same (default: hold them if they fit into free memory)",
+    )  # fmt: skip
 
 
 def load_model(arguments: argparse.Namespace) -> "LanguageModel":
@@ -67,6 +72,8 @@ def load_model(arguments: argparse.Namespace) -> "LanguageModel":
         dtype=arguments.dtype,
         device=arguments.device,
         device_map=arguments.device_map,
+        stream=arguments.stream,
+        memory=parse_memory(getattr(arguments, "memory", AUTO)),
     )
 
 
@@ -271,7 +278,10 @@ def tell_special_tokens(
 ) -> "AffixEffect | None":
     """Say so where special tokens matter much to the model; return how much."""
     from entangle.evaluation.perplexity import affix_effect, tell
+    from entangle.models.streaming import comes_by_blocks
 
+    if comes_by_blocks(model.module):
+        return None  # it would take a pass over all shards of its own
     effect = affix_effect(model, text.rows.sequence(0), text.settings)
     if not arguments.quiet:
         tell(effect)

@@ -7,9 +7,10 @@ How much the special tokens in front of a text matter to a model: its first wind
 
 import inspect
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -23,9 +24,11 @@ from transformers import PreTrainedTokenizerBase
 
 from entangle.checks import whole
 from entangle.errors import InvalidInput, MemoryLimit
-from entangle.memory import give_back
-from entangle.models.blocks import evaluates, evaluating
+from entangle.memory import give_back, memory_for
+from entangle.models.blocks import BlockRunner, evaluates, evaluating
 from entangle.models.loading import AnyModel, LanguageModel, as_language_model
+from entangle.models.streaming import comes_by_blocks
+from entangle.recording.states import logits_by_blocks
 from entangle.runs.progress import ProgressBar
 from entangle.runs.progress import tell as tell_line
 from entangle.runs.provenance import recorded, special_tokens_of
@@ -82,6 +85,42 @@ def next_token_logits(
             "language-modelling head."
         )
     return logits
+
+
+def next_tokens(
+    model: LanguageModel,
+    batches: Sequence[Int64[Tensor, "windows tokens"]],
+    *,
+    memory: int | None = None,
+    report: Callable[[int], None] = lambda _windows: None,
+) -> Iterator[tuple[Tensor, Float[Tensor, "windows tokens vocabulary"]]]:
+    """Yield the token ids and logits of every batch, in order.
+
+    Where the weights come block by block, all batches pass one block after the other, so that each
+    is read once; elsewhere, and where a model cannot be run so, batch by batch.
+
+    Parameters
+    ----------
+    model
+        The model.
+    batches
+        Token ids.
+    memory
+        Bytes of hidden states between two blocks; by default half of what is free.
+    report
+        Called with the number of windows that are done with.
+    """
+    if not comes_by_blocks(model.module):
+        for ids in batches:
+            yield ids, next_token_logits(model, ids)
+            give_back()
+            report(len(ids))
+        return
+    budget = memory_for(memory, model.module)
+    runner = BlockRunner(model.module)
+    for ids, logits in logits_by_blocks(runner, batches, memory=budget):
+        yield ids, logits
+        report(len(ids))
 
 
 @contextmanager
@@ -167,36 +206,62 @@ def affix_effect(
     AffixEffect or None
         None where there is no other choice, too little text, or the model predicts no tokens.
     """
-    known = recorded(settings) or {}
-    other = known.get("alternative")
-    if other is None:
-        return None
-    used = known["before"]
-    end = len(row) - (0 if known["policy"] == "published" else len(known["after"]))
-    limit = min(MOST_TOKENS, model.context_length or MOST_TOKENS)
-    text = row[len(used) : end][: limit - max(len(used), len(other["before"]))]
-    if len(text) < 2:
+    probe = _Fronts.of(model, row, settings)
+    if probe is None:
         return None
     try:
-        model = as_causal_model(model)
-        losses = [_loss(model, front, text) for front in (used, other["before"])]
+        found = list(next_tokens(as_causal_model(model), probe.rows))
     except InvalidInput:  # an encoder, or no head: nothing is predicted
         return None
-    first, second = (" ".join(one["before_tokens"]) or "none" for one in (known, other))
-    return AffixEffect(first, second, losses[0], losses[1], len(text) - 1)
+    return probe.effect(found)
+
+
+@dataclass(frozen=True, eq=False)
+class _Fronts:
+    """The start of a text with the special tokens used, and with the other choice."""
+
+    text: Int64[Tensor, " tokens"]
+    fronts: tuple[list[int], list[int]]
+    names: tuple[str, str]
+
+    @classmethod
+    def of(
+        cls, model: LanguageModel, row: Int64[Tensor, " tokens"], settings: Mapping[str, Any]
+    ) -> "_Fronts | None":
+        """Return both; None where there is no other choice, or too little text."""
+        known = recorded(settings) or {}
+        other = known.get("alternative")
+        if other is None:
+            return None
+        used = known["before"]
+        end = len(row) - (0 if known["policy"] == "published" else len(known["after"]))
+        limit = min(MOST_TOKENS, model.context_length or MOST_TOKENS)
+        text = row[len(used) : end][: limit - max(len(used), len(other["before"]))]
+        if len(text) < 2:
+            return None
+        first, second = (" ".join(one["before_tokens"]) or "none" for one in (known, other))
+        return cls(text, (used, other["before"]), (first, second))
+
+    @property
+    def rows(self) -> list[Int64[Tensor, "1 _"]]:
+        """Token ids of both, each a batch."""
+        fronts = (torch.tensor(front, dtype=torch.int64) for front in self.fronts)
+        return [torch.cat([front, self.text])[None] for front in fronts]
+
+    def effect(self, found: Sequence[tuple[Tensor, Tensor]]) -> AffixEffect:
+        """Return the mean losses of all tokens but the first, by ids and logits of both."""
+        count = len(self.text) - 1
+        losses = [
+            float(window_losses(logits, ids, around=(len(front) + 1, 0))[0]) / count
+            for front, (ids, logits) in zip(self.fronts, found, strict=True)
+        ]
+        return AffixEffect(*self.names, losses[0], losses[1], count)
 
 
 def tell(effect: AffixEffect | None) -> None:
     """Print the note, if there is one, on standard error."""
     if effect is not None and effect.note is not None:
         tell_line(effect.note)
-
-
-def _loss(model: LanguageModel, front: list[int], text: Int64[Tensor, " tokens"]) -> float:
-    """Return the mean loss of all tokens of the text but its first."""
-    ids = torch.cat([torch.tensor(front, dtype=torch.int64), text])[None]
-    losses = window_losses(next_token_logits(model, ids), ids, around=(len(front) + 1, 0))
-    return float(losses[0]) / (len(text) - 1)
 
 
 LOGITS_IN_A_PASS = 2**27
@@ -322,10 +387,12 @@ def perplexity(
     """
     language_model = as_causal_model(model)
     text = as_evaluation(text, language_model)
-    effect = affix_effect(language_model, text.rows.sequence(0), text.settings)
+    probe = _Fronts.of(language_model, text.rows.sequence(0), text.settings)
+    found, effect = _measure(
+        language_model, text, batch_size=batch_size, progress=progress, probe=probe
+    )
     if progress is not False:
         tell(effect)
-    found = measure_perplexity(language_model, text, batch_size=batch_size, progress=progress)
     return replace(found, special_tokens_effect=effect)
 
 
@@ -342,16 +409,29 @@ def measure_perplexity(
     """
     language_model = as_causal_model(model)
     text = as_evaluation(text, language_model)
-    per_pass = windows_in_a_pass(batch_size, language_model, text)
-    losses = []
-    held = evaluating(language_model.module)
+    return _measure(language_model, text, batch_size=batch_size, progress=progress, probe=None)[0]
+
+
+def _measure(
+    model: LanguageModel,
+    text: EvaluationText,
+    *,
+    batch_size: int | None,
+    progress: bool | None,
+    probe: _Fronts | None,
+) -> tuple[Perplexity, AffixEffect | None]:
+    """Measure a text, and before it both choices of special tokens in front, in one go."""
+    per_pass = windows_in_a_pass(batch_size, model, text)
+    probes = [] if probe is None else probe.rows
+    held, effect = evaluating(model.module), None
     with held, ProgressBar("perplexity", enabled=progress) as bar, window_memory(per_pass):
-        bar.start(text.n_windows, "windows")
-        for _, ids in text.rows.batches(per_pass):
-            losses.append(text.losses(next_token_logits(language_model, ids), ids))
-            give_back()
-            bar.advance(len(ids))
-    return Perplexity.of(torch.cat(losses), text)
+        bar.start(text.n_windows + len(probes), "windows")
+        batches = [*probes, *(ids for _, ids in text.rows.batches(per_pass))]
+        found = next_tokens(model, batches, report=bar.advance)
+        if probe is not None:
+            effect = probe.effect(list(islice(found, len(probes))))
+        losses = [text.losses(logits, ids) for ids, logits in found]
+    return Perplexity.of(torch.cat(losses), text), effect
 
 
 def windows_in_a_pass(asked: int | None, model: LanguageModel, text: EvaluationText) -> int:

@@ -22,13 +22,13 @@ from entangle.evaluation.perplexity import as_causal_model, window_memory, windo
 from entangle.experiments.arms import INTERVENTIONS, PRUNERS
 from entangle.experiments.interventions import RowEdit, edited_outputs, pruned_rows, swapped_rows
 from entangle.experiments.selection import Selection
-from entangle.experts.build import HiddenStates
 from entangle.experts.routed_rows import RowIndices, chosen_rows
 from entangle.memory import memory_for
 from entangle.models.blocks import BlockRunner, evaluates
 from entangle.models.layers import Layer, list_layers
 from entangle.models.loading import AnyModel, LanguageModel, as_language_model
 from entangle.recording.hooks import edit
+from entangle.recording.states import HiddenStates
 from entangle.runs.progress import Progress, ProgressBar
 from entangle.seeding import check_seed, torch_rng
 from entangle.stats.gram import GramResult

@@ -5,14 +5,13 @@ allocation says.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
-from jaxtyping import Int
 from numpy import ndarray
 from torch import Tensor, float64, nn
 
@@ -32,17 +31,18 @@ from entangle.experts.storage import Storage
 from entangle.memory import by_device, give_back
 from entangle.models.blocks import BlockRunner
 from entangle.models.layers import Layer
+from entangle.models.streaming import release
 from entangle.packed.formats import Packed
 from entangle.recording.hooks import Habits, look_at
 from entangle.recording.recorder import Recorded, Recorder
+from entangle.recording.states import PASS_TOKENS_GPU, HiddenStates
 from entangle.recording.stream import ByteBudget, TokenStore, as_budget
 
 _RAM = torch.device("cpu")
-_PASS_TOKENS_GPU = 2**15
-_PASS_NUMBERS_GPU = 2**27
-"""Of the widest activation of a pass, so that what a block holds beside its records stays small."""
 _GRAM_TOKENS = 2**13
 _GRAM_NUMBERS_GPU = 2**28
+_GRAM_BYTES = 2**30
+"""Of the grams of all clusters on a CPU, beyond which the clusters are solved in parts."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,6 +217,7 @@ def structural_copy(module: nn.Module) -> nn.Module:
     A ``forward`` that was set on a module, and that holds modules of the model, holds those of the
     copy.
     """
+    release(module)
     tensors = [*module.parameters(), *module.buffers()]
     memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors}
     copied = copy.deepcopy(module, memo)
@@ -240,103 +241,6 @@ def _with_copies(value: Any, memo: Mapping[int, Any]) -> Any:
     )
     made.__kwdefaults__ = value.__kwdefaults__
     return made
-
-
-class HiddenStates:
-    """Hidden states of fixed batches of sequences, kept within a byte budget.
-
-    Parameters
-    ----------
-    batches
-        Token ids of each batch, (sequences, tokens).
-    memory
-        Bytes in memory, or a budget shared with others; what is beyond spills (`TokenStore`). While
-        they advance, the states before and after a block are held.
-    """
-
-    def __init__(self, batches: Sequence[Int[Tensor, "_ _"]], *, memory: int | ByteBudget) -> None:
-        self._batches, self._budget = batches, as_budget(memory)
-        self._passes = batches
-        self._store = TokenStore(self._budget)
-
-    def enter(self, runner: BlockRunner) -> None:
-        """Fill with what enters the first block."""
-        if self._batches:
-            device = runner.enter(self._batches[0])[0].device
-            most = by_device(device, cpu=0, gpu=_most_tokens(runner.widest))
-            self._passes = _joined(self._batches, most)
-        for ids in self._passes:
-            self._store.append(runner.enter(ids)[0].flatten(0, -2))
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (token ids, hidden states of shape (sequences, tokens, features)), in order."""
-        return self._split(self._batches)
-
-    @property
-    def first(self) -> Int[Tensor, "sequences tokens"]:
-        """Token ids of the first batch."""
-        return self._batches[0]
-
-    @property
-    def pass_tokens(self) -> list[int]:
-        """Tokens of each batch of `passes`."""
-        return [ids.numel() for ids in self._passes]
-
-    def passes(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """As iterating, in batches to run a block on: larger ones on a GPU."""
-        return self._split(self._passes)
-
-    def _split(self, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        start = 0
-        for ids in batches:
-            rows = self._store.span(start, start + ids.numel())
-            yield ids, rows.unflatten(0, tuple(ids.shape))
-            start += ids.numel()
-
-    def run(
-        self, runner: BlockRunner, index: int, recorder: Recorder | None = None
-    ) -> Iterator[Tensor]:
-        """Yield what block ``index`` makes of every pass, recorded if so asked."""
-        with nullcontext() if recorder is None else recorder.watching():
-            for ids, hidden in self.passes():
-                with nullcontext() if recorder is None else recorder.one_pass(tuple(ids.shape)):
-                    found = runner.run(index, hidden, runner.enter(ids)[1])
-                yield found
-
-    def advance(self, runner: BlockRunner, index: int, recorder: Recorder | None = None) -> None:
-        """Replace the states of every batch by what block ``index`` makes of them."""
-        following = TokenStore(self._budget)
-        try:
-            for found in self.run(runner, index, recorder):
-                following.append(found.flatten(0, -2))
-        except BaseException:
-            following.close()
-            raise
-        self._store.close()
-        self._store = following
-        give_back()
-
-    def close(self) -> None:
-        """Give the memory and the temporary file back."""
-        self._store.close()
-
-
-def _most_tokens(widest: int) -> int:
-    """Return how many tokens to run a block on at once on a GPU, its widest layer so wide."""
-    return max(1, min(_PASS_TOKENS_GPU, _PASS_NUMBERS_GPU // widest))
-
-
-def _joined(batches: Sequence[Tensor], most: int) -> list[Tensor]:
-    """Join neighbouring batches of sequences of one length, up to so many tokens."""
-    joined: list[Tensor] = []
-    for ids in batches:
-        last = joined[-1] if joined else None
-        fits = last is not None and last.numel() + ids.numel() <= most
-        if fits and last is not None and last.shape[1] == ids.shape[1]:
-            joined[-1] = torch.cat([last, ids])
-        else:
-            joined.append(ids)
-    return joined
 
 
 def check_own_modules(layers: Iterable[Layer]) -> None:
@@ -510,10 +414,10 @@ def _expand_group(layers: Sequence[Layer], store: TokenStore, plan: Plan) -> lis
     router, labels = plan.settings.fit(store, k, device)
     sparsity = [plan.sparsity[layer.name] for layer in layers]
     most = max(1, _GRAM_NUMBERS_GPU // layers[0].in_features)
-    at_once = by_device(device, cpu=_GRAM_TOKENS, gpu=min(_PASS_TOKENS_GPU, most))
-    if _lies_on_gpu(store):
+    at_once = by_device(device, cpu=_GRAM_TOKENS, gpu=min(PASS_TOKENS_GPU, most))
+    if _lies_on_gpu(store) or _is_large(k, layers[0], store):
         if labels is None:
-            blocks = store.blocks(_PASS_TOKENS_GPU)
+            blocks = store.blocks(PASS_TOKENS_GPU)
             labels = torch.cat([router.route(rows.to(device)) for _, rows in blocks])
         solved = solve_in_parts(layers, store, labels, sparsity, plan.settings, k=k)
         store.close()
@@ -531,6 +435,11 @@ def _expand_group(layers: Sequence[Layer], store: TokenStore, plan: Plan) -> lis
         module = ExpandedLinear(weight, layer.bias, routing)
         made.append(ExpandedLayer(layer, module, experts, packed))
     return made
+
+
+def _is_large(k: int, layer: Layer, store: TokenStore) -> bool:
+    """Tell whether the grams of all clusters are too much for RAM at once, but not the record."""
+    return not store.in_file and k > 1 and 4 * k * layer.in_features**2 > _GRAM_BYTES
 
 
 def _lies_on_gpu(store: TokenStore) -> bool:

@@ -23,7 +23,6 @@ from entangle.experts.block_files import distinct_routers
 from entangle.experts.build import (
     Allocated,
     ExpandedLayer,
-    HiddenStates,
     Plan,
     build_blocks,
     check_shared,
@@ -54,6 +53,7 @@ from entangle.models.layers import (
 )
 from entangle.models.loading import AnyModel, LanguageModel, as_language_model
 from entangle.recording.recorder import shared_inputs
+from entangle.recording.states import HiddenStates
 from entangle.recording.stream import ByteBudget
 from entangle.results.expansion import KIND, ExpansionReport
 from entangle.runs.progress import Progress, ProgressBar

@@ -15,6 +15,8 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from entangle.models.loading import LanguageModel
 from entangle.models.pretrained import auto_class, quiet
+from entangle.models.shards import present
+from entangle.models.streaming import is_streamed
 from entangle.packed.huggingface import CARD, MODELING, SparseExpansionConfig, write_code
 from entangle.packed.linear import Gating, gating_of
 from entangle.runs.provenance import write_json
@@ -23,6 +25,8 @@ from entangle.runs.sealing import file_digest
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
 """Most bytes of a file of the dense rest."""
+STREAMED_BYTES = 10**9
+"""The same of a model that is larger than memory: all of a file is held to be written."""
 
 
 def find_gated(module: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> dict[str, Gating]:
@@ -86,10 +90,11 @@ def write_dense(folder: Path, dense: LanguageModel, config: SparseExpansionConfi
             weight_map |= dict.fromkeys(file.keys(), name)
         total += (folder / name).stat().st_size
     made = []
-    shards = list(_shards(_rest(module, config)))
+    most = STREAMED_BYTES if is_streamed(module) else SHARD_BYTES
+    shards = list(_shards(_rest(module, config), most))
     for number, tensors in enumerate(shards, 1):
         made.append("dense.safetensors" if len(shards) == 1 else f"dense-{number:04d}.safetensors")
-        here = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
+        here = {key: present(one).detach().cpu().contiguous() for key, one in tensors.items()}
         save_file(here, folder / made[-1], {"format": "pt"})
         weight_map |= dict.fromkeys(tensors, made[-1])
         total += (folder / made[-1]).stat().st_size
@@ -108,16 +113,18 @@ def write_dense(folder: Path, dense: LanguageModel, config: SparseExpansionConfi
 def _rest(module: Any, config: SparseExpansionConfig) -> dict[str, Tensor]:
     """Return the tensors of a dense model but the weights that have experts, tied ones once."""
     expanded = {f"{name}.weight" for name in config.layers}
-    state = {key: one for key, one in module.state_dict().items() if key not in expanded}
+    state = {
+        key: one for key, one in module.state_dict(keep_vars=True).items() if key not in expanded
+    }
     kept: dict[str, Tensor] = remove_tied_weights_from_state_dict(state, module)
     return kept
 
 
-def _shards(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+def _shards(tensors: Mapping[str, Tensor], most: int) -> Iterator[dict[str, Tensor]]:
     shard: dict[str, Tensor] = {}
     size = 0
     for key, tensor in tensors.items():
-        if shard and size + tensor.nbytes > SHARD_BYTES:
+        if shard and size + tensor.nbytes > most:
             yield shard
             shard, size = {}, 0
         shard[key] = tensor

@@ -4,15 +4,18 @@ The same build as an expansion's with one expert; in the end every layer has a p
 """
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from entangle.allocation.allocation import Allocation
 from entangle.errors import InvalidInput
@@ -20,6 +23,7 @@ from entangle.experts.block_files import disk_refusals
 from entangle.experts.build import Allocated, ExpandedLayer, structural_copy
 from entangle.experts.checkpoint import BuildFolder
 from entangle.experts.expand import Expansion, build
+from entangle.experts.folder import INDEX, STREAMED_BYTES
 from entangle.experts.linear import ExpandedLinear, SharedRouting
 from entangle.experts.router import fit_router
 from entangle.models.blocks import evaluates
@@ -28,6 +32,7 @@ from entangle.models.layers import (
     Layer,
     LayerSpec,
     Projections,
+    find_blocks,
     find_layers,
     layer_specs,
     list_layers,
@@ -35,6 +40,8 @@ from entangle.models.layers import (
 )
 from entangle.models.loading import AnyModel, LanguageModel, as_language_model, load_model
 from entangle.models.pretrained import quiet
+from entangle.models.shards import present
+from entangle.models.streaming import is_streamed
 from entangle.results.expansion import PruneReport, read_run, write_run
 from entangle.runs.provenance import claims_out, output_folder, write_json
 from entangle.texts.given import Source
@@ -128,9 +135,14 @@ def prune(
     if isinstance(allocation, Allocation):
         allocation = replace(allocation, experts=None)
 
+    streams = is_streamed(dense.module) and out is not None  # written from the blocks' files
+
     def write(expansion: Expansion, folder: Path) -> None:
-        pruned = _pruned(dense, expansion, out)
-        _save(pruned.model, folder)
+        if streams:
+            pruned = _written(expansion, folder)
+        else:
+            pruned = _pruned(dense, expansion, out)
+            _save(pruned.model, folder)
         if extra is not None:
             extra(pruned, folder)
 
@@ -138,10 +150,14 @@ def prune(
         dense, calibration, experts=1, sparsity=sparsity, pattern=pattern, pruner=pruner,
         layers=layers, proj=proj, allocation=allocation, router="single", restarts=1, bits=bits,
         group_size=group_size, damping=damping, format="bitmap", values=None, seed=seed,
-        memory=memory, evaluation=evaluation, out=out, keep=True, resume=resume, force=force,
+        memory=memory, evaluation=evaluation, out=out, keep=not streams, resume=resume, force=force,
         extra=write, progress=progress, folders=PrunedFolder,
     )  # fmt: skip
-    return _pruned(dense, expansion, out)
+    return (
+        _written(expansion, Path(os.fspath(out)))
+        if streams and out
+        else _pruned(dense, expansion, out)
+    )
 
 
 def _check_plain(dense: LanguageModel, layers: Sequence[Layer], *, written: bool) -> None:
@@ -170,6 +186,13 @@ def _pruned(
     return Pruned(**vars(expansion) | {"model": model, "manifest": manifest})
 
 
+def _written(expansion: Expansion, folder: Path) -> Pruned:
+    """Return what was pruned of a model larger than memory, which is streamed as well."""
+    model = load_model(folder, stream=True)
+    manifest = {**expansion.manifest, "kind": PruneReport.KIND}
+    return Pruned(**vars(expansion) | {"model": model, "manifest": manifest})
+
+
 def plain_module(dense: nn.Module, expanded: nn.Module) -> nn.Module:
     """Return the dense model with the weights of a build with one expert.
 
@@ -188,6 +211,40 @@ def plain_module(dense: nn.Module, expanded: nn.Module) -> nn.Module:
             stored = weight.T.contiguous() if layer.transposed else weight
             layer.module.register_parameter("weight", nn.Parameter(stored, requires_grad=False))
     return copied
+
+
+def _save_streamed(
+    dense: LanguageModel, pruned: Callable[[int], Mapping[str, Tensor]], folder: Path
+) -> None:
+    """Write a model that is larger than memory, some tensors at a time.
+
+    ``pruned(block)`` gives the weights of a block that are not the dense ones, by parameter name.
+    """
+    module: Any = dense.module
+    state = remove_tied_weights_from_state_dict(module.state_dict(keep_vars=True), module)
+    blocks = re.compile(rf"{re.escape(find_blocks(module)[0])}\.(\d+)\.")
+    index, shard, size, total, last = dict[str, str](), dict[str, Tensor](), 0, 0, -1
+    own: Mapping[str, Tensor] = {}
+    with quiet(), disk_refusals():
+        for number, (name, tensor) in enumerate(state.items(), 1):
+            found = blocks.match(name)
+            block = -1 if found is None else int(found[1])
+            if block != last:
+                own, last = {} if block < 0 else pruned(block), block
+            shard[name] = own[name] if name in own else present(tensor).detach().cpu().contiguous()
+            size += shard[name].nbytes
+            if size > STREAMED_BYTES or number == len(state):
+                file = f"model-{len(set(index.values())) + 1:05d}.safetensors"
+                save_file(shard, folder / file, {"format": "pt"})
+                index |= dict.fromkeys(shard, file)
+                total, size, shard = total + size, 0, {}
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
+        module.config.architectures = [type(module).__name__]
+        module.config.save_pretrained(folder)
+        if module.can_generate():
+            module.generation_config.save_pretrained(folder)
+        if dense.tokenizer is not None:
+            dense.tokenizer.save_pretrained(folder)
 
 
 def _save(model: LanguageModel, folder: Path) -> None:
@@ -231,13 +288,25 @@ class PrunedFolder(BuildFolder):
         module = load_model(str(self.path), device="cpu").module
         return {layer.name: layer.weight for layer in list_layers(module)}, report.layers
 
+    def _weights(self, dense: LanguageModel, table: pd.DataFrame, block: int) -> dict[str, Tensor]:
+        """Return the pruned weights of a block as they were written, by parameter name."""
+        made = set(table["layer"])
+        layers = [one for one in list_layers(dense.module) if one.block == block]
+        found = super().read(block, [one for one in layers if one.name in made])
+        weights = {}
+        for one in () if found is None else found[0]:
+            weight = one.module.weight.detach()[0].cpu()
+            stored = weight.T if one.layer.transposed else weight
+            weights[f"{one.layer.name}.weight"] = stored.contiguous()
+        return weights
+
     def finish(
         self,
         table: pd.DataFrame,
         manifest: Mapping[str, object],
         run: Mapping[str, object],
         *,
-        dense: LanguageModel,  # noqa: ARG002 - all of the pruned model is written
+        dense: LanguageModel,
         extra: Callable[[Path], object] | None = None,
     ) -> Mapping[str, object]:
         """Write the report, and the model (``extra``), and take the final name."""
@@ -247,6 +316,8 @@ class PrunedFolder(BuildFolder):
             table.to_parquet(folder / "layers.parquet", index=False)
             write_json(folder / "manifest.json", {**manifest, "kind": PruneReport.KIND})
             write_run(folder, run)
+            if is_streamed(dense.module):
+                _save_streamed(dense, partial(self._weights, dense, table), folder)
             if extra is not None:
                 extra(folder)
         self._unfinished.remove()

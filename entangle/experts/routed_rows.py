@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from entangle.allocation.allocation import ROW, Allocation
 from entangle.checks import different, several, shares, whole, wholes
 from entangle.errors import InvalidInput, NumericalError, unknown_name
-from entangle.experts.build import HiddenStates, check_own_modules, record_inputs
+from entangle.experts.build import check_own_modules, record_inputs
 from entangle.experts.linear import Packed, RowExperts, SharedRouting, pack, unpack
 from entangle.experts.router import Kind, Router
 from entangle.experts.rows import RowGroup, fit_group, measure_group, with_ri
@@ -30,6 +30,7 @@ from entangle.models.blocks import BlockRunner, evaluating
 from entangle.models.layers import LISTING, Layer, find_layers, list_layers
 from entangle.models.loading import AnyModel, as_language_model
 from entangle.recording.hooks import look_at
+from entangle.recording.states import HiddenStates
 from entangle.recording.stream import ByteBudget, TokenStore
 from entangle.runs.progress import Progress, ProgressBar
 from entangle.stats.gram import GramResult

@@ -22,6 +22,8 @@ from transformers import Cache
 from entangle.errors import InvalidInput
 from entangle.models.layers import find_blocks
 from entangle.models.loading import LanguageModel
+from entangle.models.shards import device_of
+from entangle.models.streaming import rehearsing
 
 Hidden = Float[Tensor, "*batch features"]
 Ids = Int[Tensor, "sequences tokens"]
@@ -79,7 +81,8 @@ class BlockRunner:
             default=1,
         )
         """Most inputs or outputs of a layer in the blocks."""
-        self._probe(torch.arange(4)[None])
+        with rehearsing(module):
+            self._probe(torch.arange(4)[None])
 
     def enter(self, ids: Ids) -> tuple[Hidden, BlockInputs]:
         """Return the hidden states that enter block 0, and what the blocks receive beside them.
@@ -200,7 +203,7 @@ def _check_shape(hidden: Tensor, shape: torch.Size) -> None:
 def _forward(module: nn.Module, ids: Tensor) -> object:
     accepted = inspect.signature(module.forward).parameters
     extra = {"use_cache": False} if "use_cache" in accepted else {}
-    device = next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))
+    device = device_of(module)
     with torch.inference_mode(False), torch.no_grad(), uncompiled():
         return module(ids.to(device), **extra)
 

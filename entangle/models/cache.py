@@ -214,7 +214,7 @@ def stored_sizes(folder: Path) -> list[tuple[str, int]]:
     InvalidInput
         If a file of weights, or their index, is damaged.
     """
-    return [found for file in _weight_files(folder) for found in _tensors(file)]
+    return [found for file in weight_files(folder) for found in _tensors(file)]
 
 
 def stored_dtype(folder: Path) -> torch.dtype | None:
@@ -259,7 +259,14 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files of weights that transformers would load, none if there is no index.
+
+    Raises
+    ------
+    InvalidInput
+        If one that the index names is missing.
+    """
     single = folder / "model.safetensors"
     index = folder / "model.safetensors.index.json"
     if single.is_file() or not index.is_file():

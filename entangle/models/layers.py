@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from entangle.checks import names, several, shown
 from entangle.errors import InvalidInput, unknown_name
+from entangle.models.shards import place_of, present, stored_of
 
 LISTING = "`entangle layers MODEL` lists them all."
 _INNER = ("base_layer", "original_module")  # what PEFT's wrappers call the layer they stand for
@@ -56,6 +57,8 @@ class Layer:
         stored = self._stored
         if stored is None:
             return self._probed()[0]
+        if stored.is_meta:
+            stored = present(self.module.get_parameter("weight"))
         return stored.T if self.transposed else stored
 
     @property
@@ -64,7 +67,7 @@ class Layer:
         if self._stored is None:
             return self._probed()[1]
         bias = getattr(self.module, "bias", None)
-        return bias.detach() if isinstance(bias, Tensor) else None
+        return present(bias).detach() if isinstance(bias, Tensor) else None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -90,12 +93,15 @@ class Layer:
     def device(self) -> torch.device:
         """Where the weight is."""
         held = (*self.module.parameters(), *self.module.buffers())
-        return held[0].device if held else torch.device("cpu")
+        return place_of(held[0]) if held else torch.device("cpu")
 
     @property
     def offloaded(self) -> bool:
-        """Whether the weight is brought from elsewhere only while the layer runs (accelerate)."""
-        return any(parameter.is_meta for parameter in self.module.parameters())
+        """Whether the weight is brought from elsewhere only while the layer runs (accelerate).
+
+        One that comes from shards block by block (`entangle.models.streaming`) can be read always.
+        """
+        return any(p.is_meta and stored_of(p) is None for p in self.module.parameters())
 
     @property
     def writable(self) -> bool:

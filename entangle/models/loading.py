@@ -21,9 +21,13 @@ from transformers import PreTrainedTokenizerBase
 
 from entangle.checks import shown
 from entangle.errors import InvalidInput
+from entangle.memory import free_on_gpu, free_ram
 from entangle.models import demo, gguf_files, pretrained
+from entangle.models.cache import FLOATS, stored_sizes
 from entangle.models.hub import ADAPTER_CONFIG, check_folder, check_settings, model_source
 from entangle.models.pretrained import Loaded
+from entangle.models.shards import device_of, read_weights, stored_of
+from entangle.models.streaming import is_streamed
 from entangle.packed.linear import PackedLinear, PackedRouter
 from entangle.precision import check_device_map, resolve_device, resolve_dtype
 from entangle.runs.progress import tell
@@ -142,8 +146,7 @@ class LanguageModel:
     @property
     def device(self) -> torch.device:
         """Where token ids go: the device of the first parameter that is not offloaded."""
-        devices = (p.device for p in self.module.parameters() if p.device.type != "meta")
-        return next(devices, torch.device("cpu"))
+        return device_of(self.module)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -218,6 +221,8 @@ def load_model(
     dtype: object = "auto",
     device: str | torch.device = "auto",
     device_map: str | Mapping[str, Any] | None = None,
+    stream: bool | None = None,
+    memory: int | None = None,
 ) -> LanguageModel:
     """Load a language model and its tokenizer.
 
@@ -240,6 +245,12 @@ def load_model(
     device_map
         Spreads a hub model or folder over several devices (needs accelerate), instead of
         ``device``.
+    stream
+        Bring the weights of a hub model or folder block by block from their files
+        (`entangle.models.streaming`) instead of holding them all; results are the same to the bit.
+        By default where they do not fit into what is free on the device, which is told.
+    memory
+        Bytes that the work on it will take beside it, which must fit too; for that decision alone.
 
     Raises
     ------
@@ -252,6 +263,7 @@ def load_model(
     """
     if not isinstance(model, str | os.PathLike):
         given: dict[str, object] = {"revision": revision, "device_map": device_map}
+        given |= {"stream": stream or None}
         given |= {"dtype": _unless_auto(dtype), "device": _unless_auto(device)}
         return _wrapped(model, tokenizer, given)
     name = str(os.fspath(model))
@@ -261,16 +273,52 @@ def load_model(
     )
     wanted, target = resolve_dtype(dtype), resolve_device(device)
     check_device_map(device_map)
-    (module, own), commit = _load(source, name, revision, wanted, device_map)
-    if device_map is None:
+    if stream and device_map is not None:
+        raise InvalidInput(
+            f"`device_map` spreads a model that is held; got {device_map!r} beside `stream`: leave "
+            "one of them out."
+        )
+    placed = _Placed(target, stream, memory)
+    (module, own), commit = _load(source, name, revision, wanted, device_map, placed)
+    if device_map is None and not is_streamed(module):
         with pretrained.broken_as(f"model {name!r} on {target}"):
             module.to(target)  # type: ignore[arg-type]
     found = LanguageModel(
         _frozen(module), own if tokenizer is None else tokenizer, name, source, commit
     )
-    if source != "demo" and device_map is None:
+    if source != "demo" and device_map is None and not is_streamed(module):
         _check_runs(found)
     return found
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """Where a model goes, and whether its weights are to be held there."""
+
+    device: torch.device
+    stream: bool | None
+    memory: int | None
+
+    def streams(self, folder: Path, dtype: torch.dtype | None) -> bool:
+        """Tell whether the weights of a folder are to come block by block."""
+        if self.stream is not None:
+            return self.stream
+        if (folder / ADAPTER_CONFIG).is_file():
+            return False
+        gpu = self.device.type == "cuda"
+        free = free_on_gpu(self.device) if gpu else free_ram()
+        stored = [(kind, n) for kind, n in stored_sizes(folder) if kind in FLOATS]
+        width = max((FLOATS[kind].itemsize for kind, _ in stored), default=0)
+        needed = sum(n for _, n in stored) * (dtype.itemsize if dtype is not None else width)
+        if needed + (self.memory or 0) <= free:
+            return False
+        tell(
+            f"{str(folder)!r} takes {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free "
+            f"on {self.device}"
+            + (f", {self.memory / 2**30:.1f} GiB of which go to the work" if self.memory else "")
+            + ": its blocks come from the disk one at a time."
+        )
+        return True
 
 
 def _check_runs(model: LanguageModel) -> None:
@@ -289,8 +337,14 @@ def _load(
     revision: str | None,
     dtype: torch.dtype | None,
     device_map: str | Mapping[str, Any] | None,
+    placed: _Placed,
 ) -> tuple[pretrained.Loaded, str | None]:
     path, commit = expand_user(name), None
+    if placed.stream and source not in ("hub", "folder"):
+        raise InvalidInput(
+            f"`stream` applies to a hub model or a folder with safetensors weights; {name!r} is "
+            f"{source}: leave it out."
+        )
     if source == "demo":
         return demo.load_demo(dtype=dtype), None
     if source == "gguf":
@@ -303,6 +357,8 @@ def _load(
                 f"`device_map` applies to whole models; got {device_map!r} for adapter {name!r}."
             )
         return load_adapter(path, dtype=dtype), commit
+    if device_map is None and placed.streams(path, dtype):
+        return pretrained.open_folder(path, dtype=dtype, device=placed.device), commit
     return pretrained.load_folder(path, dtype=dtype, device_map=device_map), commit
 
 
@@ -395,6 +451,11 @@ def _reserved_positions(module: nn.Module) -> int:
 
 
 def _hash(modules: Mapping[str, nn.Module], name: str, parameter: Tensor) -> str:
+    stored = stored_of(parameter)
+    if stored is not None:
+        if stored.digest is None:
+            read_weights([stored])
+        return str(stored.digest)
     digest = hashlib.sha256()
     for chunk in _chunks(modules, name, parameter):
         digest.update(chunk.contiguous().cpu().view(torch.uint8).numpy().data)

@@ -26,8 +26,9 @@ from huggingface_hub import errors as hub_errors
 from entangle.checks import shown
 from entangle.errors import EntangleError, InvalidInput, MemoryLimit, Unavailable, UnknownName
 from entangle.models import hub
-from entangle.models.cache import stored_dtype, stored_sizes
+from entangle.models.cache import stored_dtype, stored_sizes, weight_files
 from entangle.models.hub import ADAPTER_CONFIG, TOKENIZER_FILES, check_folder
+from entangle.models.streaming import check_streamable, open_streamed
 from entangle.packed import huggingface
 from entangle.runs.progress import on_terminal, tell
 from entangle.runs.reading import no_pickles, read_object, regular_files
@@ -127,6 +128,44 @@ def load_folder(
     return _load_model(folder, dtype=dtype, device_map=device_map), tokenizer_of(folder)
 
 
+def open_folder(folder: Path, *, dtype: torch.dtype | None, device: torch.device) -> Loaded:
+    """Load as `load_folder`, but leave the weights in their files: blocks come one at a time.
+
+    Parameters
+    ----------
+    folder, dtype
+        As in `load_folder`.
+    device
+        Where it runs.
+
+    Raises
+    ------
+    InvalidInput
+        As `load_folder`; if the model is no causal language model, or its experts are packed.
+    """
+    check_folder(folder)
+    regular_files(folder)
+    _check_labels(folder)
+    with quiet():
+        config = _config_of(folder)
+        files = weight_files(folder)
+        if is_packed(config) or not files:
+            raise InvalidInput(
+                f"only plain weights in safetensors files can be streamed; {str(folder)!r} has "
+                f"{'packed experts' if files else 'none'}: leave --stream (stream) out."
+            )
+        auto = auto_class(config, folder)
+        check_streamable(config, auto, folder)
+        check_size(config, auto, [n for _, n in stored_sizes(folder)], folder)
+        stored = dtype or stored_dtype(folder) or torch.get_default_dtype()
+        with torch.random.fork_rng(devices=[]), broken_as(f"model folder {str(folder)!r}"):
+            model, report = open_streamed(
+                auto, config, files, dtype=stored, device=device, folder=folder
+            )
+        check_complete(report, folder)
+    return model, tokenizer_of(folder)
+
+
 def load_converted_folder(folder: Path, *, dtype: torch.dtype | None) -> Loaded:
     """Load what a GGUF file was converted to: its tokenizer to the letter as it was converted.
 
@@ -151,14 +190,20 @@ def _load_model(
         need_accelerate("`device_map`")
     _check_labels(folder)
     with quiet():
-        with broken_as(f"model folder {str(folder)!r}"):
-            config = hf.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        _refuse_quantised(config, folder)
+        config = _config_of(folder)
         stored = dtype or (None if is_packed(config) else stored_dtype(folder))
         auto = auto_class(config, folder)
         check_size(config, auto, [n for _, n in stored_sizes(folder)], folder)
         settings: dict[str, Any] = {"dtype": stored or "auto", "device_map": device_map}
         return _from_pretrained(auto, folder, settings)
+
+
+def _config_of(folder: Path) -> hf.PreTrainedConfig:
+    """Read a folder's configuration, which must be of plain or packed weights."""
+    with broken_as(f"model folder {str(folder)!r}"):
+        config: hf.PreTrainedConfig = hf.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    _refuse_quantised(config, folder)
+    return config
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ In which order a model shows its tokens to a layer, and which rows are no tokens
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,7 +22,9 @@ from torch import Tensor, nn
 
 from entangle.errors import InvalidInput
 from entangle.models.blocks import uncompiled
-from entangle.models.layers import Layer
+from entangle.models.layers import Layer, find_blocks
+from entangle.models.shards import device_of, stored_of
+from entangle.models.streaming import is_streamed, rehearsing
 
 Callback = Callable[[Layer, Tensor, Tensor], None]
 """Called as ``callback(layer, inputs, outputs)`` each time a layer has run."""
@@ -205,7 +207,7 @@ def forward(
     accepted = inspect.signature(module.forward).parameters
     extra = {"use_cache": False} if all_logits else {"use_cache": False, "logits_to_keep": 1}
     chosen = {name: value for name, value in extra.items() if name in accepted}
-    device = next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))
+    device = device_of(module)
     with torch.inference_mode(False), torch.no_grad():
         return module(ids.to(device), **chosen)
 
@@ -245,6 +247,11 @@ def changed_rows(changes: Sequence[Change]) -> Iterator[None]:
                 bias = None if layer.bias is None else layer.bias[rows]
                 edits.append((layer, partial(_replaced, rows, weight.to(layer.device), bias)))
                 continue
+            stored = stored_of(layer.module.weight)
+            if stored is not None:  # it is brought anew, with the rows
+                write = partial(_overlay, layer.transposed, rows, weight)
+                stack.enter_context(stored.overlay(write))
+                continue
             dense = layer.weight
             stack.callback(_write, dense, rows, dense[rows])
             _write(dense, rows, weight.to(dense))
@@ -260,6 +267,11 @@ def _replaced(
         inputs.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype)
     )
     return output.index_copy(-1, rows, chosen.to(output.dtype))
+
+
+def _overlay(transposed: bool, rows: Tensor, values: Tensor, stored: Tensor) -> None:
+    weight = stored.T if transposed else stored
+    _write(weight, rows.to(weight.device), values.to(weight))
 
 
 def _write(weight: Tensor, rows: Tensor, values: Tensor) -> None:
@@ -314,10 +326,11 @@ def look_at(
     ids
         Some of the text's ids.
     """
-    try:
-        return _look(module, layers, ids, _TOKENS)
-    except (RuntimeError, ValueError, AssertionError):  # some models take no sequence so short
-        return _look(module, layers, ids, ids.shape[1])
+    with rehearsing(module):
+        try:
+            return _look(module, layers, ids, _TOKENS)
+        except (RuntimeError, ValueError, AssertionError):  # some models take no sequence so short
+            return _look(module, layers, ids, ids.shape[1])
 
 
 def _look(module: nn.Module, layers: Sequence[Layer], ids: Tensor, most: int) -> dict[str, Habits]:
@@ -367,9 +380,37 @@ def _inputs(module: nn.Module, layers: Sequence[Layer], ids: Tensor) -> dict[str
     """Return the inputs of all runs of layers in one pass."""
     seen: dict[str, list[Tensor]] = defaultdict(list)
     all_logits = any(layer.block is None for layer in layers)
-    with observe(layers, lambda layer, inputs, _outputs: seen[layer.name].append(inputs.clone())):
+    note = partial(_append, seen)
+    ends = nullcontext() if all_logits or not is_streamed(module) else _without_head(module)
+    with observe(layers, note), ends:
         forward(module, ids, all_logits=all_logits)
     return seen
+
+
+def _append(seen: dict[str, list[Tensor]], layer: Layer, inputs: Tensor, _outputs: Tensor) -> None:
+    seen[layer.name].append(inputs.clone())
+
+
+class _BlocksDone(Exception):
+    """Raised after the last block."""
+
+
+@contextmanager
+def _without_head(module: nn.Module) -> Iterator[None]:
+    """End a pass of a streamed model, whose blocks run once each in order, with its last block.
+
+    Its head may be as large as several blocks, and would be read for nothing.
+    """
+
+    def end(*_: object) -> None:
+        raise _BlocksDone
+
+    handle = find_blocks(module)[1][-1].register_forward_hook(end)
+    try:
+        with suppress(_BlocksDone):
+            yield
+    finally:
+        handle.remove()
 
 
 def _habits(

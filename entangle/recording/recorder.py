@@ -6,154 +6,54 @@ token (weights shared by several depths). What is handed on is checked against t
 pass, each layer's rows are the pass's tokens, sequence by sequence; pieces are joined, tables left
 out; anything else is refused by the layer's name. The outputs are compared with what weight and
 bias make of the inputs, so that nobody computes with a weight that is not what the layer does.
-
-Whether a layer does what its weight and bias say.
 """
 
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from entangle.errors import InvalidInput
+from entangle.memory import memory_for
+from entangle.models.blocks import BlockRunner
 from entangle.models.layers import Layer
-from entangle.precision import accumulator_dtype, full_precision
+from entangle.models.streaming import comes_by_blocks, rehearsing
+from entangle.recording.affine import TokenCheck, is_affine
 from entangle.recording.hooks import Habits, SeenTensor, forward, joined, look_at, observe
+from entangle.recording.states import HiddenStates
+from entangle.recording.stream import ByteBudget
 from entangle.texts.calibration_set import CalibrationSet
-
-_TOKENS = 64
-_TF32 = 2.0**-10
-_SUMS = 32  # roundings of float32, at most, in a sum of products
-_SIGMAS = 8.0  # a sum with random signs is further off once in 10^13 tokens
-_CHUNK = 4096
-
-
-def is_affine(
-    layer: Layer,
-    inputs: Float[Tensor, "tokens in_features"],
-    outputs: Float[Tensor, "tokens out_features"],
-) -> bool:
-    """Tell whether a layer's outputs are its weight times its inputs, plus its bias.
-
-    Compared on 64 tokens, spread evenly, for every neuron: the root mean square of the difference
-    may be what rounding makes of outputs and products in their dtype.
-
-    Parameters
-    ----------
-    layer
-        The layer; weights that are offloaded cannot be read, and give False.
-    inputs, outputs
-        What it received and gave.
-    """
-    if layer.offloaded:
-        return False
-    weight, bias = layer.weight.to(outputs.device), layer.bias
-    if weight.shape != (outputs.shape[1], inputs.shape[1]):
-        return False
-    place = torch.linspace(0, len(inputs) - 1, min(_TOKENS, len(inputs)), device=inputs.device)
-    x, y = inputs[place.long()].float(), outputs[place.long()].float()
-    w = weight.float()
-    b = torch.zeros(len(w), device=w.device) if bias is None else bias.to(w.device).float()
-    with full_precision(), torch.no_grad():
-        expected = x @ w.T + b
-        products = _lengths(x, w, b)
-    bound = torch.finfo(outputs.dtype).max * 0.9
-    both = (expected.abs() < bound) | y.isfinite()  # 16-bit outputs overflow where these do not
-    both &= ~(expected.isnan() & y.isnan())
-    off = (y - expected).masked_fill(~both, 0.0)
-    allowed = _eps(outputs) * _rms(expected, both) + 2 * _product_eps(outputs) * _rms(
-        products, both
-    )
-    return bool((_rms(off, both) <= allowed + torch.finfo(torch.float32).tiny).all())
-
-
-class TokenCheck:
-    """Compares a layer's outputs with its weight on every token, at the cost of two columns.
-
-    The differences of a token's outputs are added up with random signs (Freivalds, 1977): the sum
-    is ``y·r - x·(Wᵀr) - b·r``, and within 8 standard deviations of what rounding can make of it
-    where every output is right. One output that is further off by as much is seen on any token,
-    with float32 by 6·10⁻⁵ of the length of all the token's outputs, with bfloat16 by 0.2.
-
-    Parameters
-    ----------
-    layer
-        The layer, whose weight is read once, now.
-    """
-
-    def __init__(self, layer: Layer) -> None:
-        with full_precision(), torch.no_grad():
-            weight = layer.weight.float()
-            signs = torch.randint(2, weight.shape[:1], generator=torch.Generator().manual_seed(0))
-            self._signs = (2.0 * signs - 1.0).to(weight.device)
-            self._summed = self._signs @ weight
-            double = accumulator_dtype(weight.device)  # in which no square underflows
-            bias = torch.zeros_like(self._signs) if layer.bias is None else layer.bias.float()
-            self._shift = bias.to(weight.device) @ self._signs
-            self._columns = torch.linalg.vector_norm(weight, dim=0, dtype=double).float()
-            self._offset = torch.linalg.vector_norm(bias, dtype=double).float().to(weight.device)
-
-    def departs(
-        self,
-        inputs: Float[Tensor, "tokens in_features"],
-        outputs: Float[Tensor, "tokens out_features"],
-    ) -> Bool[Tensor, ""]:
-        """Tell whether some token's outputs are not weight times input plus bias, on the device.
-
-        Tokens with an output that is not finite are not compared.
-        """
-        found = torch.zeros((), dtype=torch.bool, device=outputs.device)
-        rounding, products = _eps(outputs), 2 * _product_eps(outputs)  # TF32 as it is set here
-        signs, summed, columns, shift, offset = (
-            one.to(outputs.device)
-            for one in (self._signs, self._summed, self._columns, self._shift, self._offset)
-        )
-        with full_precision(), torch.no_grad():
-            for x16, y16 in zip(inputs.split(_CHUNK), outputs.split(_CHUNK), strict=True):
-                x, y = x16.float(), y16.float()
-                off = (y @ signs - x @ summed - shift).abs()
-                lengths = _lengths(x, columns[None], offset[None])[:, 0]
-                unit = lengths.amax().clamp_min(torch.finfo(torch.float32).tiny)
-                size = torch.linalg.vector_norm(y / unit, dim=1) * unit
-                bound = rounding * size + products * lengths
-                found |= (off > _SIGMAS * bound + torch.finfo(torch.float32).tiny).any()
-        return found
-
-
-def _lengths(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-    """Return about √(Σ (w x)² + b²), scaled so that no square overflows; NaN and infinity as 0."""
-    x, w, b = (one.nan_to_num(0.0, 0.0, 0.0) for one in (x, w, b))
-    wide, tall = (one.abs().amax().clamp_min(torch.finfo(one.dtype).tiny) for one in (x, w))
-    return ((x / wide).square() @ (w / tall).square().T).sqrt() * wide * tall + b.abs()
-
-
-def _eps(outputs: Tensor) -> float:
-    return max(torch.finfo(outputs.dtype).eps, torch.finfo(torch.float32).eps)
-
-
-def _product_eps(outputs: Tensor) -> float:
-    """Return the relative rounding error of a sum of products, of typical size."""
-    if outputs.element_size() == 2:
-        return _eps(outputs)
-    fast = outputs.is_cuda and torch.get_float32_matmul_precision() != "highest"
-    return _TF32 if fast else _SUMS * _eps(outputs)
-
-
-def _rms(values: Tensor, counted: Tensor) -> Tensor:
-    """Return each neuron's root mean square over the tokens that are counted."""
-    values = values.masked_fill(~counted, 0.0).to(accumulator_dtype(values.device))
-    return (values.square().sum(0) / counted.sum(0).clamp_min(1)).sqrt()
-
 
 _LOG = logging.getLogger(__name__)
 
 Batch = tuple[int, Tensor]
 """The group that all sequences of a batch belong to, and their ids (sequences, tokens)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Batches:
+    """Batches of a text that are gone through once, or once for every block."""
+
+    listed: Sequence[Batch]
+    begin: Callable[[], None] = lambda: None
+    """Called before the first batch each time."""
+    before: Callable[[], None] = lambda: None
+    """Called before each batch."""
+    report: Callable[[int], None] = lambda _sequences: None
+    """Called with the number of sequences that are done with, each once."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.begin()
+        for batch in self.listed:
+            self.before()
+            yield batch
+            self.report(batch[1].shape[0])
 
 
 class _AllSeen(Exception):
@@ -322,11 +222,19 @@ class Recorder:
             self._pass, self._last = None, None
             self._departs.clear()
 
-    def run(self, module: nn.Module, batches: Iterable[Batch]) -> None:
+    def run(
+        self,
+        module: nn.Module,
+        batches: Iterable[Batch],
+        *,
+        memory: int | ByteBudget | None = None,
+        after: Callable[[Sequence[Layer]], None] | None = None,
+    ) -> None:
         """Run a model over batches of token ids.
 
         Each pass stops when all tokens have passed the layers that are watched, where a look at the
-        model says that each runs once on every token.
+        model says that each runs once on every token. A model whose weights come from their shards
+        runs block by block instead, all batches through one block after the other.
 
         Parameters
         ----------
@@ -334,12 +242,77 @@ class Recorder:
             The model.
         batches
             (group, ids of shape (sequences, tokens)): all of the text's tokens, no pads.
+        memory
+            Bytes for the hidden states of a model that runs block by block, or a budget shared with
+            others; by default half of what is free.
+        after
+            Called with some of the layers when all batches have passed them, and with all others in
+            the end. The weights of a block are there then.
 
         Raises
         ------
         InvalidInput
             If a layer sees no token, or rows that are not the text's tokens.
         """
+        if comes_by_blocks(module):
+            self._run_by_blocks(module, batches, memory, after)
+        else:
+            self._run_whole(module, batches)
+            if after is not None:
+                after(self.layers)
+        self.check_all_seen()
+
+    def _run_by_blocks(
+        self,
+        module: nn.Module,
+        batches: Iterable[Batch],
+        memory: int | ByteBudget | None,
+        after: Callable[[Sequence[Layer]], None] | None,
+    ) -> None:
+        batches = batches if isinstance(batches, Batches) else Batches(list(batches))
+        listed = [ids for _, ids in batches.listed]
+        with rehearsing(module):
+            runner = BlockRunner(module)
+            self._habits = look_at(module, self.layers, listed[0])
+        budget = memory if isinstance(memory, ByteBudget) else memory_for(memory, module)
+        others = [layer for layer in self.layers if layer.block is None]
+        blocks = max((one.block + 1 for one in self.layers if one.block is not None), default=0)
+        blocks = runner.n_blocks if others else blocks
+        bar = _Shared(batches.report, sum(map(len, listed)), (blocks + bool(others)) * len(listed))
+        with closing(HiddenStates(listed, memory=budget, joined=False)) as states:
+            states.enter(runner)
+            for index in range(blocks):
+                block = partial(runner.run, index)
+                states.follow(self._passes(runner, batches, states, block, bar))
+                own = [layer for layer in self.layers if layer.block == index]
+                if after is not None and own:
+                    after(own)
+            if others:
+                for _ in self._passes(runner, batches, states, None, bar):
+                    pass
+                if after is not None:
+                    after(others)
+
+    def _passes(
+        self,
+        runner: BlockRunner,
+        batches: Batches,
+        states: HiddenStates,
+        block: Callable[..., Tensor] | None,
+        bar: "_Shared",
+    ) -> Iterator[Tensor]:
+        """Yield what a block makes of every batch; with None, the model's logits."""
+        self._longest = 0
+        batches.begin()
+        for (group, ids), (_, hidden) in zip(batches.listed, states, strict=True):
+            batches.before()
+            inputs = None if block is None else runner.enter(ids)[1]
+            with self.watching(), self.one_pass((ids.shape[0], ids.shape[1]), group):
+                found = runner.leave(hidden, ids) if block is None else block(hidden, inputs)
+            yield found
+            bar.step()
+
+    def _run_whole(self, module: nn.Module, batches: Iterable[Batch]) -> None:
         all_logits = any(layer.block is None for layer in self.layers)
         begun, stops = False, False
         for group, ids in batches:
@@ -349,7 +322,6 @@ class Recorder:
                 begun, stops = True, once and not _is_dispatched(module)
             with self.watching(), self.one_pass(tuple(ids.shape), group, stops=stops):
                 forward(module, ids, all_logits=all_logits)
-        self.check_all_seen()
 
     def check_all_seen(self) -> None:
         """Raise `InvalidInput` for a layer that saw no token; if lenient, if all are such.
@@ -517,16 +489,29 @@ def _differs(layer: Layer) -> InvalidInput:
     )
 
 
-def of_one_group(calibration: CalibrationSet) -> Iterator[Batch]:
-    """Yield a calibration set's batches, all of group 0."""
-    return ((0, ids) for _, ids in calibration.batches())
+class _Shared:
+    """Reports sequences as parts of them are done with."""
+
+    def __init__(self, report: Callable[[int], None], n_seq: int, steps: int) -> None:
+        self._report, self._n_seq, self._steps = report, n_seq, steps
+        self._done = self._told = 0
+
+    def step(self) -> None:
+        self._done += 1
+        due = self._n_seq * self._done // self._steps
+        if due > self._told:
+            self._report(due - self._told)
+            self._told = due
 
 
-def told(batches: Iterable[Batch], report: Callable[[int], None]) -> Iterator[Batch]:
-    """Pass batches on, and report the number of sequences of each when it is done with."""
-    for batch in batches:
-        yield batch
-        report(batch[1].shape[0])
+def of_one_group(calibration: CalibrationSet) -> list[Batch]:
+    """Return a calibration set's batches, all of group 0."""
+    return [(0, ids) for _, ids in calibration.batches()]
+
+
+def told(batches: Iterable[Batch], report: Callable[[int], None]) -> Batches:
+    """Report the number of sequences of each batch when it is done with."""
+    return Batches(list(batches), report=report)
 
 
 def _same(before: Sequence[SeenTensor], after: Sequence[SeenTensor]) -> bool:
@@ -557,5 +542,6 @@ def shared_inputs(
         Token ids; a few are enough.
     """
     recorder = Recorder(layers, lambda _found: None, compared=False, lenient=True)
-    recorder.run(module, [(0, ids)])
+    with rehearsing(module):
+        recorder.run(module, [(0, ids)])
     return recorder.sources

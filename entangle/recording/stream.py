@@ -1,12 +1,15 @@
 """Rows of tokens kept within a byte budget: where they come, then in RAM, then in a file."""
 
+import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
-from typing import IO
+from typing import IO, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -14,6 +17,7 @@ from torch import Tensor
 
 from entangle.errors import InvalidInput
 from entangle.memory import SPARE_RAM
+from entangle.runs.progress import tell
 from entangle.runs.provenance import disk_errors
 
 _SLAB_BYTES = 2**25
@@ -23,6 +27,24 @@ The C library maps pieces so large, so that nothing of them remains when they ar
 they do not lie between what is soon freed and cut it into pieces too small to be used again.
 """
 
+_TOLD_BYTES = 2**26
+"""In files, from which on it is told."""
+
+Read = TypeVar("Read")
+
+
+def ahead(reads: Iterable[Callable[[], Read]]) -> Iterator[Read]:
+    """Yield what each call gives, in order; the next one runs while the last one's is used."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting: Future[Read] | None = None
+        for read in reads:
+            following = pool.submit(read)
+            if waiting is not None:
+                yield waiting.result()
+            waiting = following
+        if waiting is not None:
+            yield waiting.result()
+
 
 class ByteBudget:
     """Bytes that several stores may hold in memory together."""
@@ -30,7 +52,22 @@ class ByteBudget:
     def __init__(self, n_bytes: int) -> None:
         if n_bytes < 0:
             raise InvalidInput(f"a byte budget must be at least 0; got {n_bytes}.")
-        self.left = n_bytes
+        self.left = self.whole = n_bytes
+        self.spilled = 0
+        """Bytes that went to files."""
+        self._next_told = _TOLD_BYTES
+
+    def spill(self, n_bytes: int, folder: Path) -> None:
+        """Count what goes to a file, and say where and how much: at first, and at 4 × as much."""
+        self.spilled += n_bytes
+        if self.spilled >= self._next_told:
+            self._next_told = 4 * self.spilled
+            free = shutil.disk_usage(folder).free
+            tell(
+                f"beyond {self.whole / 2**30:.2f} GiB of memory, {self.spilled / 2**30:.2f} GiB of "
+                f"hidden states and records have gone to temporary files in {str(folder)!r} so far "
+                f"({free / 2**30:.1f} GiB free there)."
+            )
 
     def take(self, n_bytes: int) -> bool:
         """Reserve memory; False, and nothing reserved, if there is not enough left."""
@@ -193,8 +230,10 @@ class TokenStore:
         """Yield all rows in order as they lie, those of a file 8,192 at a time."""
         yield from self._chunks
         yield from self._far
-        for start in range(self._in_memory, self.n_tokens, 8192):
-            yield self._read(start, min(8192, self.n_tokens - start))
+        if self._file is not None:
+            starts = range(self._in_memory, self.n_tokens, 8192)
+            last = self.n_tokens
+            yield from ahead(partial(self._read, at, min(8192, last - at)) for at in starts)
 
     def blocks(self, n_tokens: int) -> Iterator[tuple[int, Float[Tensor, "tokens features"]]]:
         """Yield (index of the first row, rows) in order, ``n_tokens`` rows at a time.
@@ -293,12 +332,14 @@ class TokenStore:
 
     def _spill(self, chunk: Tensor) -> None:
         remedy = "set TMPDIR to another folder or raise --memory (memory)"
-        with disk_errors(Path(tempfile.gettempdir()), remedy=remedy):
+        folder = Path(tempfile.gettempdir())
+        with disk_errors(folder, remedy=remedy):
             if self._file is None:
                 self._file = tempfile.TemporaryFile(prefix="entangle-")  # noqa: SIM115
             self._file.seek(0, 2)
-            self._file.write(chunk.contiguous().cpu().view(torch.uint8).numpy().tobytes())
+            self._file.write(chunk.contiguous().cpu().view(torch.uint8).numpy().data)
             self._file.flush()
+            self._budget.spill(chunk.numel() * chunk.element_size(), folder)
 
     def _read(self, start: int, count: int) -> Tensor:
         assert self._file is not None  # noqa: S101

@@ -1,7 +1,7 @@
 """Exact scoring: record a layer's inputs once, recompute its outputs some neurons at a time."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
@@ -17,10 +17,18 @@ from entangle.kernels import sketch as kernels
 from entangle.kernels.dispatch import dispatch, on_gpu
 from entangle.memory import WORK_BYTES, by_device, give_back, gpus_among, work_bytes
 from entangle.models.layers import Layer
+from entangle.models.streaming import comes_by_blocks
 from entangle.precision import exact_in_half, full_precision, multiply, row_parts
 from entangle.recording.recorder import Batch, Recorded, Recorder, told
 from entangle.recording.stream import ByteBudget, TokenStore
-from entangle.scoring.layer_scores import LayerSummary, MeasuredLayer, how_many, mapped, summarise
+from entangle.scoring.layer_scores import (
+    LayerSummary,
+    MeasuredLayer,
+    how_many,
+    mapped,
+    summarise,
+    weight_norms,
+)
 from entangle.stats.bins import fetched
 from entangle.stats.mapping_difficulty import MappingDifficulty, TokenPairs, draw_pairs
 from entangle.stats.sketch import OutputSketch, SketchResult, measure_rows
@@ -102,33 +110,35 @@ def score_exact(
     ``memory`` (bytes) holds recorded inputs, which spill beyond it (`TokenStore`), but for what the
     outputs of the neurons take that are worked on: 1 GiB, 8 GiB on a GPU, at most a half.
     """
-    summaries = []
-    with ExitStack() as stack, full_precision():
+    found: dict[str, LayerSummary] = {}
+    with full_precision():
         batches, at_once = list(batches), how_many(layers)
         work_space = work_bytes(memory, WORK_BYTES if at_once == 1 else _WORK_BYTES_GPU)
         budget = ByteBudget(memory - work_space)
         passes, watched = [ids.numel() for _, ids in batches], told(batches, report)
-        recorded, recorder = _record(
-            module, layers, watched, budget, stack, watch, may_be_silent, passes
-        )
-        give_back()
-        heard = [layer for layer in layers if layer.name in recorded]
-        if md and at_once > 1:  # here, as to wait for each of them would keep a thread from work
-            for layer in heard:
-                recorded[layer.name].pairs(seed=seed, device=layer.device)
+        here = comes_by_blocks(module)
 
-        def work(layer: Layer) -> LayerSummary:
+        def work(layer: Layer, one: RecordedInputs) -> LayerSummary:
             share = work_space // at_once
-            one = recorded[layer.name]
             measured = _score_layer(layer, one, n_groups=n_groups, md=md, seed=seed, memory=share)
-            found = summarise(measured)
+            summary = summarise(measured, weight_norms(layer).cpu() if here else None)
             give_back()
-            return found
+            return summary
 
-        for found in mapped(work, heard, at_once=at_once):
-            summaries.append(found)
-            report(1)
-    return summaries, recorder
+        def score(recorded: Mapping[str, RecordedInputs], own: Sequence[Layer]) -> None:
+            heard = [layer for layer in own if layer.name in recorded]
+            if (
+                md and at_once > 1
+            ):  # here, as to wait for each of them would keep a thread from work
+                for layer in heard:
+                    recorded[layer.name].pairs(seed=seed, device=layer.device)
+            made = mapped(lambda one: work(one, recorded[one.name]), heard, at_once=at_once)
+            for layer, summary in zip(heard, made, strict=True):
+                found[layer.name] = summary
+                report(1)
+
+        recorder = _record(module, layers, watched, budget, watch, may_be_silent, passes, score)
+    return [found[layer.name] for layer in layers if layer.name in found], recorder
 
 
 def _record(
@@ -136,17 +146,19 @@ def _record(
     layers: Sequence[Layer],
     batches: Iterable[Batch],
     budget: ByteBudget,
-    stack: ExitStack,
     watch: Callable[[Recorded], None] | None,
     may_be_silent: bool,
     passes: Sequence[int],
-) -> tuple[dict[str, RecordedInputs], Recorder]:
+    done: Callable[[Mapping[str, RecordedInputs], Sequence[Layer]], None],
+) -> Recorder:
     """Record the inputs of each layer; neighbours with the same input tensor share a record.
 
-    ``passes`` gives the tokens of each batch.
+    ``passes`` gives the tokens of each batch; ``done`` is called with the records of some layers
+    and these layers, and the records are closed.
     """
     recorded: dict[str, RecordedInputs] = {}
     by_source: dict[int, RecordedInputs] = {}
+    stack = ExitStack()
 
     def keep(found: Recorded) -> None:
         if watch is not None:
@@ -164,10 +176,17 @@ def _record(
                 one.outputs[name] = stack.enter_context(TokenStore(budget))
             one.outputs[name].append(found.outputs)
 
+    def after(own: Sequence[Layer]) -> None:
+        recorder.check_sources()
+        give_back()
+        done(recorded, own)
+        stack.close()
+        recorded.clear()
+
     recorder = Recorder(layers, keep, lenient=may_be_silent)
-    recorder.run(module, batches)
-    recorder.check_sources()
-    return recorded, recorder
+    with stack:
+        recorder.run(module, batches, memory=budget, after=after)
+    return recorder
 
 
 def _score_layer(

@@ -113,9 +113,12 @@ class LayerSummary:
     """Its row of the table of layers."""
     histograms: LayerHistograms
     """Output distributions, in the form that is saved."""
+    norms: torch.Tensor | None = None
+    """Euclidean norm of every weight row, (neurons,), float64, on the CPU, where it was measured
+    while the weight was there."""
 
 
-def summarise(measured: MeasuredLayer) -> LayerSummary:
+def summarise(measured: MeasuredLayer, norms: torch.Tensor | None = None) -> LayerSummary:
     """Summarise a layer; what lies on a GPU is left behind."""
     measured = measured.judged()
     return LayerSummary(
@@ -124,6 +127,7 @@ def summarise(measured: MeasuredLayer) -> LayerSummary:
         numbers=_numbers(measured),
         row=_layer_row(measured),
         histograms=LayerHistograms.from_sketch(measured.sketch),
+        norms=norms,
     )
 
 
@@ -132,7 +136,7 @@ def neuron_table(layers: Sequence[LayerSummary], model: str) -> pd.DataFrame:
     sizes = [one.layer.out_features for one in layers]
     number = np.repeat(np.arange(len(layers)), sizes)
     columns = {name: np.concatenate([one.numbers[name] for one in layers]) for name in _MEASURED}
-    norms = to_host([_norms(one.layer) for one in layers])
+    norms = to_host([weight_norms(one.layer) if one.norms is None else one.norms for one in layers])
     columns["weight_norm"] = torch.cat(norms).numpy()
     block = pd.array([one.layer.block for one in layers], dtype="Int64")
     return pd.DataFrame(
@@ -149,7 +153,7 @@ def neuron_table(layers: Sequence[LayerSummary], model: str) -> pd.DataFrame:
     )
 
 
-def _norms(layer: Layer) -> torch.Tensor:
+def weight_norms(layer: Layer) -> torch.Tensor:
     """Return the Euclidean norm of every weight row, (neurons,), float64."""
     norms: torch.Tensor = layer.weight.float().norm(dim=1).double()
     return norms

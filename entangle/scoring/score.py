@@ -30,8 +30,9 @@ from entangle.models.layers import (
     layer_specs,
 )
 from entangle.models.loading import AnyModel, LanguageModel, as_language_model
+from entangle.models.streaming import comes_by_blocks
 from entangle.precision import full_precision
-from entangle.recording.recorder import Batch, Recorded, Recorder
+from entangle.recording.recorder import Batch, Batches, Recorded, Recorder
 from entangle.results.scores import KIND, NeuronScores
 from entangle.runs.progress import Progress, ProgressBar
 from entangle.runs.provenance import RunClock, make_manifest
@@ -46,6 +47,7 @@ from entangle.scoring.layer_scores import (
     mapped,
     neuron_table,
     summarise,
+    weight_norms,
 )
 from entangle.seeding import check_seed, numpy_rng
 from entangle.stats.bins import Scratch
@@ -89,6 +91,10 @@ class _Pairing:
 
     def __init__(self, *, seed: int, share: float) -> None:
         self._seed, self._share, self._batch = seed, share, -1
+
+    def begin(self) -> None:
+        """Begin the text."""
+        self._batch = -1
 
     def next_batch(self) -> None:
         """Begin a batch."""
@@ -143,6 +149,7 @@ def score_sketched(
     pair_share: float,
     seed: int,
     report: Callable[[int], None],
+    memory: int | None = None,
     watch: Callable[[Recorded], None] | None = None,
     may_be_silent: bool = False,
 ) -> tuple[list[LayerSummary], Recorder]:
@@ -157,6 +164,8 @@ def score_sketched(
         A pair joins a token of the batch's first half with one of its second half.
     report
         Called with the number of sequences after each batch.
+    memory
+        As in `entangle.recording.recorder.Recorder.run`.
     watch
         Called with what every layer received and gave in every pass.
     may_be_silent
@@ -172,12 +181,9 @@ def score_sketched(
     squares = SharedSquares()
     counted = {layer.name: FinerOutputs(layer, squares) for layer in layers}
 
-    def reported() -> Iterator[Batch]:
-        for batch in batches:
-            pairing.next_batch()
-            squares.forget()
-            yield batch
-            report(batch[1].shape[0])
+    def before() -> None:
+        pairing.next_batch()
+        squares.forget()
 
     def update(seen: Recorded) -> None:
         if watch is not None:
@@ -203,19 +209,38 @@ def score_sketched(
             rounding=counted[layer.name].error(found.shape, found.location),
         )
 
+    def finish(own: Sequence[Layer]) -> None:
+        heard = [layer for layer in own if outputs[layer.name].n_tokens]
+        PairSketch.settle(differences[layer.name] for layer in heard)
+        found.update(_summaries(measure, heard, here=comes_by_blocks(module)))
+        for layer in own:
+            del outputs[layer.name], differences[layer.name], counted[layer.name]
+
+    found: dict[str, LayerSummary] = {}
     with full_precision(), torch.no_grad():
         compared = watch is not None  # who watches may read the weights
         recorder = Recorder(layers, update, compared=compared, lenient=may_be_silent)
-        recorder.run(module, reported())
-        heard = [layer for layer in layers if outputs[layer.name].n_tokens]
-        PairSketch.settle(differences.values())
-        at_once = how_many(heard)
-        if at_once > 1:
-            found = list(mapped(lambda one: summarise(measure(one)), heard, at_once=at_once))
-            return found, recorder
-        measured = [measure(layer) for layer in heard]
+        told = Batches(list(batches), begin=pairing.begin, before=before, report=report)
+        recorder.run(module, told, memory=memory, after=finish)
+    return [found[layer.name] for layer in layers if layer.name in found], recorder
+
+
+def _summaries(
+    measure: Callable[[Layer], MeasuredLayer], layers: Sequence[Layer], *, here: bool
+) -> list[tuple[str, LayerSummary]]:
+    """Return what layers are; with their norms where weights go again (``here``)."""
+
+    def work(layer: Layer) -> tuple[str, LayerSummary]:
+        return layer.name, summarise(measure(layer))
+
+    at_once = how_many(layers)
+    if at_once > 1 and not here:
+        return list(mapped(work, layers, at_once=at_once))
+    measured = [measure(layer) for layer in layers]
+    norms = [weight_norms(layer).cpu() if here else None for layer in layers]
     with ThreadPoolExecutor() as pool:  # sorting, most of the work, lets threads run beside it
-        return list(pool.map(summarise, measured)), recorder
+        summaries = pool.map(summarise, measured, norms)
+        return [(layer.name, one) for layer, one in zip(layers, summaries, strict=True)]
 
 
 Method = Literal["auto", "exact", "sketch"]
@@ -450,6 +475,6 @@ def _measuring(
     paired = min(MAX_PAIRS, calibration.n_tokens // 2) if md else 0
     return partial(
         score_sketched, model.module, layers, batches,
-        n_groups=n_groups, pair_share=2 * paired / calibration.n_tokens, seed=seed,
+        n_groups=n_groups, pair_share=2 * paired / calibration.n_tokens, seed=seed, memory=memory,
         report=bar.advance, watch=watch, may_be_silent=may_be_silent,
     )  # fmt: skip

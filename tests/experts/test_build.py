@@ -5,7 +5,7 @@ import torch
 
 from entangle.evaluation import EvaluationText, perplexity
 from entangle.experts import build
-from entangle.experts.build import HiddenStates, _joined, _most_tokens
+from entangle.recording.states import HiddenStates, _joined, _most_tokens
 from entangle.experts.expand import expand
 from entangle.models.blocks import BlockRunner
 from entangle.models.loading import LanguageModel

@@ -1,0 +1,194 @@
+"""Models larger than memory: what reading their weights block by block costs.
+
+``python -m benchmarks.scale laptop`` makes an 8B-shaped model of bfloat16 (the shapes of
+Llama-3.1-8B, random weights, 16 GB of shards), scores it by sketch over 2 × 256 tokens, evaluates
+it on one window, and expands two of its blocks to 2 experts, each in a process of its own whose
+anonymous memory is limited (``RLIMIT_DATA``: heap and anonymous maps count, the page cache of the
+shards does not), and prints one table. Beside scoring stand, measured just before it in a process
+of its own, the time to read all shards and that of the bare products of the model's linears over
+as many tokens. The disk's cache is not emptied; the model is deleted in the end.
+
+``--layers 4`` makes a smaller one; ``--keep`` leaves it.
+"""
+
+import argparse
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+if TYPE_CHECKING:
+    import torch
+
+GIB = 2**30
+SHAPES: dict[str, Any] = {
+    "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192,
+    "tie_word_embeddings": False, "rope_theta": 500000.0, "bos_token_id": 0, "eos_token_id": 1,
+    "pad_token_id": 2,
+}  # fmt: skip
+N_SEQ, SEQ_LEN = 2, 256
+LIMIT = 8 * GIB
+EXPANDED = 2
+
+
+def make_model(folder: Path, *, layers: int) -> None:
+    """Write a model of random weights, a shard a block."""
+    import torch
+    import transformers as hf
+    from safetensors.torch import save_file
+
+    config = hf.LlamaConfig(**SHAPES, num_hidden_layers=layers, dtype="bfloat16")
+    with torch.device("meta"):
+        empty = hf.LlamaForCausalLM(config)
+    shards: dict[str, list[str]] = {}
+    for name in empty.state_dict():
+        parts = name.split(".")
+        shards.setdefault(parts[2] if parts[1] == "layers" else parts[-2], []).append(name)
+    index: dict[str, str] = {}
+    generator = torch.Generator().manual_seed(0)
+    for number, names in enumerate(shards.values(), 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {}
+        for name in names:
+            shape = empty.state_dict()[name].shape
+            if len(shape) == 1:
+                tensors[name] = torch.ones(shape, dtype=torch.bfloat16)
+            else:  # a number drawn for a row and one for a column: as good for time, and fast
+                own = torch.randn(shape[1] + 4099, generator=generator).bfloat16() * 0.02
+                starts = torch.arange(shape[0]) % 4099
+                tensors[name] = own.unfold(0, shape[1], 1)[starts].contiguous()
+        save_file(tensors, folder / file, {"format": "pt"})
+        index |= dict.fromkeys(names, file)
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": index})
+    )
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+
+
+def bare(folder: Path) -> None:
+    """Print the seconds of reading all shards, and of the products over as many tokens."""
+    import torch
+
+    from entangle.models.shards import Shards
+
+    shards, read, products = Shards(sorted(folder.glob("*.safetensors"))), 0.0, 0.0
+    tokens: dict[int, torch.Tensor] = {}
+    for name, slab in shards.slabs.items():
+        start = time.perf_counter()
+        weight = shards.read(name)
+        read += time.perf_counter() - start
+        if len(slab.shape) == 2 and ".layers." in name:
+            width = slab.shape[1]
+            rows = tokens.setdefault(width, torch.randn(N_SEQ * SEQ_LEN, width).bfloat16())
+            start = time.perf_counter()
+            rows @ weight.T
+            products += time.perf_counter() - start
+    _report(read=read, products=products)
+
+
+def _calibration() -> "torch.Tensor":
+    import torch
+
+    return torch.randint(0, 1000, (N_SEQ, SEQ_LEN), generator=torch.Generator().manual_seed(0))
+
+
+def score(folder: Path) -> None:
+    """Score all layers by sketch."""
+    from entangle.models.loading import load_model
+    from entangle.scoring.score import score as score_model
+
+    start = time.perf_counter()
+    scores = score_model(load_model(folder, stream=True, dtype="auto"), _calibration(),
+                         method="sketch", memory=GIB, progress=False)  # fmt: skip
+    _report(score=time.perf_counter() - start, neurons=len(scores.frame))
+
+
+def evaluate(folder: Path) -> None:
+    """Measure the perplexity of one window."""
+    from entangle.evaluation import perplexity
+    from entangle.models.loading import load_model
+
+    start = time.perf_counter()
+    found = perplexity(load_model(folder, stream=True), _calibration(), progress=False)
+    _report(evaluate=time.perf_counter() - start, perplexity=found.value)
+
+
+def expand(folder: Path) -> None:
+    """Expand two blocks to two experts."""
+    from entangle.experts.expand import expand as expand_model
+    from entangle.models.loading import load_model
+
+    start = time.perf_counter()
+    expand_model(
+        load_model(folder, stream=True), _calibration(), experts=2, sparsity=0.5, restarts=1,
+        layers=list(range(EXPANDED)), memory=GIB, progress=False,
+    )  # fmt: skip
+    _report(expand=time.perf_counter() - start)
+
+
+def _report(**numbers: float) -> None:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    numbers |= {"cpu": time.process_time(), "peak GiB": peak / GIB}
+    print(json.dumps(numbers))
+
+
+PARTS = {one.__name__: one for one in (bare, score, evaluate, expand)}
+
+
+def run_part(part: str, folder: Path) -> dict[str, float]:
+    """Run one part in a process of its own, with limited memory."""
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.scale", part, str(folder)]
+    done = subprocess.run(
+        command, check=True, capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (LIMIT, LIMIT)),
+    )  # fmt: skip
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def laptop(folder: Path, *, layers: int) -> pd.DataFrame:
+    """Return seconds and peaks of all parts."""
+    if not (folder / "config.json").is_file():
+        make_model(folder, layers=layers)
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    rows = []
+    for part in PARTS:
+        rows.append({"part": part, "shards GB": size / 1e9, **run_part(part, folder)})
+        print(rows[-1], file=sys.stderr, flush=True)
+    table = pd.DataFrame(rows)
+    least = table["read"].max() + table["products"].max()
+    table["times reading + products"] = table["score"] / least
+    return table
+
+
+def main() -> None:
+    """Run the benchmark, or one part of it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("part", choices=("laptop", *PARTS))
+    parser.add_argument("folder", nargs="?", type=Path)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--keep", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.part != "laptop":
+        PARTS[arguments.part](arguments.folder)
+        return
+    folder = arguments.folder or Path(tempfile.mkdtemp(prefix="entangle-scale-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        print(laptop(folder, layers=arguments.layers).to_string(index=False))
+    finally:
+        if not arguments.keep:
+            shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()
