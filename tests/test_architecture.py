@@ -20,7 +20,7 @@ FLOORS = (
     {"texts"},
     {"recording"},
     {"evaluation", "scoring"},
-    {"allocation"},
+    {"allocation", "activation"},
     {"experts"},
     {"experiments", "modes"},
     {"explorer", "cli", "__main__"},

@@ -5,11 +5,8 @@
 """
 
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import pandas as pd
-import torch
 
 from entangle.activation.methods import (
     ACTIVATION_METHODS,
@@ -22,17 +19,11 @@ from entangle.activation.sparsity import ActivationSparsity
 from entangle.activation.subject import SCOPES, Subject
 from entangle.checks import choice, whole
 from entangle.errors import InvalidInput
-from entangle.evaluation.perplexity import (
-    Perplexity,
-    as_evaluation,
-    measure_perplexity,
-    next_token_logits,
-    windows_in_a_pass,
-)
+from entangle.evaluation.perplexity import Perplexity, check_prefix, measure_perplexity
 from entangle.models.blocks import evaluating
-from entangle.models.loading import AnyModel, LanguageModel, as_language_model
+from entangle.models.loading import AnyModel, as_language_model
 from entangle.texts.calibration import as_calibration
-from entangle.texts.evaluation import EvaluationText, window_losses
+from entangle.texts.evaluation import as_evaluation
 from entangle.texts.given import Source
 
 __all__ = [
@@ -145,38 +136,10 @@ def measure(
     """
     model = made.subject.model
     evaluation = as_evaluation(text, model)
-    made.window.uncounted = whole("prefix", prefix, least=0)
+    made.window.uncounted = check_prefix(prefix, evaluation)
     with made.applied():
-        found = (
-            scored_after(model, evaluation, prefix, batch_size=batch_size)
-            if prefix
-            else measure_perplexity(model, evaluation, batch_size=batch_size, progress=progress)
+        found = measure_perplexity(
+            model, evaluation, batch_size=batch_size, prefix=prefix, progress=progress
         )
         numbers = made.density()
     return SparseEvaluation(found, **numbers, layers=made.costs())
-
-
-def scored_after(
-    model: LanguageModel, text: EvaluationText, prefix: int, *, batch_size: int | None = None
-) -> Perplexity:
-    """Return the perplexity of the tokens of every window after its first ``prefix`` ones.
-
-    Raises
-    ------
-    InvalidInput
-        If windows are no longer than that.
-    """
-    if prefix >= text.seq_len - 1:
-        raise InvalidInput(
-            f"`prefix` must leave tokens to score; got {prefix} of windows of {text.seq_len}."
-        )
-    losses = []
-    with evaluating(model.module):
-        for _, ids in text.rows.batches(windows_in_a_pass(batch_size, model, text)):
-            logits = next_token_logits(model, ids)
-            losses.append(window_losses(logits, ids, around=(prefix, 0)))
-    values = torch.cat(losses).numpy().astype(np.float64)
-    per_window = text.seq_len - prefix
-    protocol: dict[str, Any] = {**text.describe(), "prefix": prefix}
-    protocol.pop("window_tokens", None)
-    return Perplexity(values, protocol, per_window * len(values), None, None)

@@ -222,8 +222,12 @@ class Perplexity:
     """How much the special tokens in front of a window matter; None where that was not measured."""
 
     @classmethod
-    def of(cls, losses: Float[Tensor, " n_windows"], text: EvaluationText) -> "Perplexity":
+    def of(
+        cls, losses: Float[Tensor, " n_windows"], text: EvaluationText, *, prefix: int = 0
+    ) -> "Perplexity":
         """Return the perplexity that the windows' losses (from `window_losses`) amount to.
+
+        ``prefix`` first tokens of every window are not scored.
 
         For models that are run in parts, such as block by block.
         """
@@ -234,6 +238,10 @@ class Perplexity:
             )
         values = losses.detach().cpu().double().numpy().copy()
         values.setflags(write=False)
+        if prefix:
+            protocol = {**text.describe(), "prefix": prefix}
+            n_tokens = len(values) * (text.seq_len - prefix)
+            return cls(values, protocol, n_tokens, None, None)
         return cls(values, text.describe(), text.n_tokens, text.n_words, text.n_bytes)
 
     @property
@@ -334,24 +342,47 @@ def measure_perplexity(
     text: EvaluationText,
     *,
     batch_size: int | None = None,
+    prefix: int = 0,
     progress: bool | None = None,
 ) -> Perplexity:
     """Measure as `perplexity`, without looking at the other choice of special tokens.
 
-    For one model that is measured many times, changed or not.
+    For one model that is measured many times, changed or not. The first ``prefix`` tokens of every
+    window are read but not scored.
     """
     language_model = as_causal_model(model)
     text = as_evaluation(text, language_model)
+    check_prefix(prefix, text)
     per_pass = windows_in_a_pass(batch_size, language_model, text)
     losses = []
     held = evaluating(language_model.module)
     with held, ProgressBar("perplexity", enabled=progress) as bar, window_memory(per_pass):
         bar.start(text.n_windows, "windows")
         for _, ids in text.rows.batches(per_pass):
-            losses.append(text.losses(next_token_logits(language_model, ids), ids))
+            logits = next_token_logits(language_model, ids)
+            around = (prefix, 0)
+            part = window_losses(logits, ids, around=around) if prefix else text.losses(logits, ids)
+            losses.append(part)
             give_back()
             bar.advance(len(ids))
-    return Perplexity.of(torch.cat(losses), text)
+    return Perplexity.of(torch.cat(losses), text, prefix=prefix)
+
+
+def check_prefix(prefix: int, text: EvaluationText) -> int:
+    """Return the number of first tokens that are not scored, if tokens are left to score.
+
+    Raises
+    ------
+    InvalidInput
+        If none are, or windows are padded.
+    """
+    prefix = whole("prefix", prefix, least=0)
+    if prefix and (prefix >= text.seq_len - 1 or text.mask is not None):
+        raise InvalidInput(
+            f"`prefix` must leave tokens to score, in windows without pads; got {prefix} of windows "
+            f"of {text.seq_len}{'' if text.mask is None else ', padded'}."
+        )
+    return prefix
 
 
 def windows_in_a_pass(asked: int | None, model: LanguageModel, text: EvaluationText) -> int:
