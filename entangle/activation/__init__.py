@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from entangle.activation.greedy import search_levels
 from entangle.activation.methods import (
     ACTIVATION_METHODS,
     ActivationMethod,
@@ -37,6 +38,7 @@ __all__ = [
     "fit",
     "input_method",
     "measure",
+    "search_levels",
 ]
 
 

@@ -148,6 +148,10 @@ class InputMethod(ActivationMethod):
 
     def at(self, level: Levels) -> ActivationSparsity:
         """Return the rules at a level, or at one of every layer's own."""
+        return self.plain_at(level)
+
+    def plain_at(self, level: Levels) -> ActivationSparsity:
+        """Return the rules at a level, the same for all layers, or at one of every layer's own."""
         levels = {name: _level(level, layer) for name, layer in self._made.items()}
         rules = self._rules(levels)
         for name, rule in rules.items():
@@ -198,10 +202,10 @@ class RSparse(ColumnNorm):
             for layer in self.subject.layers
         }
 
-    def at(self, level: Levels) -> ActivationSparsity:
+    def plain_at(self, level: Levels) -> ActivationSparsity:
         """Return the rules at a level: columns and rank share what is kept of each layer."""
         wanted = {name: _level(level, layer) for name, layer in self._made.items()}
-        made = super().at(
+        made = super().plain_at(
             {name: 1 - (1 - s) * self.rho if 0 < s < 1 else s for name, s in wanted.items()}
         )
         made.level = sum(wanted.values()) / len(wanted)

@@ -34,8 +34,8 @@ COMPARED_METHODS: Mapping[str, tuple[str, Literal["single", "kmeans", "random"]]
 }
 """Pruner and router of each method; those with a router are built for every number of experts."""
 ACTIVATION_METHODS = (
-    "teal", "column-norm", "wina", "cats", "chess", "chess+", "rsparse", "larosa", "griffin",
-    "coreinfer",
+    "teal", "teal-greedy", "column-norm", "wina", "wina-greedy", "cats", "chess", "chess+",
+    "rsparse", "larosa", "griffin", "coreinfer",
 )  # fmt: skip
 """Names of methods that mask activations, one mask a token: `entangle.activation` makes them."""
 KEY = ("method", "sparsity", "experts", "allocation")
