@@ -17,6 +17,7 @@ from entangle.activation.rules import FORMS, Rule, Scores, Turn
 from entangle.activation.sparsity import ActivationSparsity, LowRank
 from entangle.activation.subject import Subject
 from entangle.checks import choice
+from entangle.doors import Door
 from entangle.errors import InvalidInput
 from entangle.models.layers import Layer
 from entangle.recording.recorder import Recorded
@@ -482,12 +483,23 @@ def input_method(name: str, function: Score, source: str = "") -> type[InputMeth
     return type(f"Given_{name}", (InputMethod,), settings)
 
 
-ACTIVATION_METHODS: dict[str, type[ActivationMethod]] = {
-    one.name: one
-    for one in (Teal, ColumnNorm, Wina, Cats, Chess, ChessAttention, RSparse, Larosa, Griffin,
-                CoreInfer)
-}  # fmt: skip
+def as_method(name: str, thing: object) -> type[ActivationMethod]:
+    """Return a class of methods: `thing` itself, or one made of a function as by `input_method`."""
+    if isinstance(thing, type) and issubclass(thing, ActivationMethod):
+        return thing
+    if not callable(thing):
+        raise InvalidInput(
+            f"an activation method must be a function of inputs and weight, or a class of "
+            f"ActivationMethod; {name!r} is {type(thing).__name__}."
+        )
+    return input_method(name, thing)
+
+
+ACTIVATION_METHODS: Door[type[ActivationMethod]] = Door("methods", as_method)
 """The methods by name."""
+for _one in (Teal, ColumnNorm, Wina, Cats, Chess, ChessAttention, RSparse, Larosa, Griffin,
+             CoreInfer):  # fmt: skip
+    ACTIVATION_METHODS.register(_one.name, _one, source=_one.source)
 
 
 def _layers(part: FeedForward) -> Iterable[Layer]:

@@ -23,7 +23,8 @@ from entangle.allocation.losses import neuroal, neuroal_blocks
 from entangle.allocation.measurements import Measurements
 from entangle.allocation.request import Request, Wish, keep_more, min_max
 from entangle.checks import share
-from entangle.errors import NumericalError
+from entangle.doors import Door
+from entangle.errors import EntangleError, InvalidInput, NumericalError
 from entangle.models.layers import Layer
 from entangle.precision import accumulator_dtype, full_precision
 
@@ -426,7 +427,7 @@ class Rule:
     """Whether it reads columns of the scores."""
 
 
-RULES: dict[str, Rule] = {
+_OURS: dict[str, Rule] = {
     "uniform": Rule("the same sparsity everywhere", uniform, of_layers=True, scored=False),
     "layer": Rule(
         "layers with a larger mean score are less sparse", by_layer,
@@ -468,4 +469,45 @@ RULES: dict[str, Rule] = {
         across="layer", strength=0.3, calibrated=True,
     ),
 }  # fmt: skip
+
+
+OwnRule = Callable[[Reals, float], Reals]
+"""A rule of one's own: from a score a neuron and the overall sparsity, a sparsity a neuron."""
+
+
+def as_rule(name: str, thing: object) -> Rule:
+    """Return a rule: ``thing`` itself, or one made of an `OwnRule`.
+
+    Raises
+    ------
+    InvalidInput
+        If it is neither; when it is run, if it raises, or returns another shape or what is no share.
+    """
+    if isinstance(thing, Rule):
+        return thing
+    if not callable(thing):
+        raise InvalidInput(f"a rule must be a function; {name!r} is {type(thing).__name__}.")
+
+    def wish(request: Request) -> Wish:
+        try:
+            found = np.asarray(thing(request.score.copy(), request.settings.sparsity), np.float64)
+        except EntangleError:
+            raise
+        except Exception as error:
+            raise InvalidInput(
+                f"the rule {name!r} failed: {type(error).__name__}: {error}"
+            ) from error
+        if found.shape != request.score.shape or not ((found >= 0) & (found <= 1)).all():
+            raise InvalidInput(
+                f"the rule {name!r} must return {request.score.size} shares in [0, 1]; got shape "
+                f"{found.shape} in [{found.min(initial=np.inf):g}, {found.max(initial=-np.inf):g}]."
+            )
+        return request.wish(found)
+
+    return Rule(f"a rule of its own, {name}", wish)
+
+
+RULES: Door[Rule] = Door("rules", as_rule)
 """Rules by name, in the order in which they are listed."""
+for _name, _rule in _OURS.items():
+    RULES.register(_name, _rule, source=_rule.summary)

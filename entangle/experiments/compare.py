@@ -13,7 +13,7 @@ from warnings import warn
 import numpy as np
 import pandas as pd
 
-from entangle.activation import SCOPES, ActivationMethod, fit
+from entangle.activation import ACTIVATION_METHODS, SCOPES, ActivationMethod, fit
 from entangle.activation import measure as measure_sparse
 from entangle.allocation.allocation import Allocation, even
 from entangle.allocation.experts import mean_experts, nominal_sparsity, zeros_digest
@@ -28,8 +28,8 @@ from entangle.memory import check_memory, memory_for
 from entangle.models.blocks import evaluating
 from entangle.models.layers import find_layers, list_layers
 from entangle.models.loading import AnyModel, LanguageModel, as_language_model
+from entangle.pruning import METHODS
 from entangle.results.comparison import (
-    ACTIVATION_METHODS,
     COMPARED_METHODS,
     DENSE,
     KEY,
@@ -74,7 +74,7 @@ class ComparisonArm(Arm):
     """One model to build."""
 
     method: str
-    """A key of `COMPARED_METHODS`, or one of `ACTIVATION_METHODS`."""
+    """A key of `COMPARED_METHODS`, a pruner, or one of `ACTIVATION_METHODS`."""
     sparsity: float
     """Share of zeros: in every row, or of all layers together with an allocation. Of methods that
     mask activations, the share of the multiply-adds in scope that go."""
@@ -317,7 +317,7 @@ class Comparing(Experiment[ComparisonArm]):
         """Build an arm and return its losses, costs, relative error, density and seconds."""
         if arm.method in ACTIVATION_METHODS:
             return self._masked(arm)
-        pruner, router = COMPARED_METHODS[arm.method]
+        pruner, router = COMPARED_METHODS.get(arm.method, (arm.method, "single"))
         built = expand(
             self.model,
             self.calibration,
@@ -391,7 +391,7 @@ class Comparing(Experiment[ComparisonArm]):
     def _allocation(self, arm: ComparisonArm) -> Allocation | None:
         key = arm.allocation, arm.sparsity
         allocation = self._by_name.get(key, self._evenly.get(arm.sparsity))
-        if allocation is not None and COMPARED_METHODS[arm.method][1] == "single":
+        if allocation is not None and _router(arm.method) == "single":
             return replace(allocation, experts=None)
         return allocation
 
@@ -473,13 +473,13 @@ def arms(
         A method that does not exist, a number out of range, or nothing to build.
     """
     methods = [
-        choice("method", one, (*COMPARED_METHODS, *ACTIVATION_METHODS))
+        choice("method", one, tuple(dict.fromkeys([*COMPARED_METHODS, *METHODS, *ACTIVATION_METHODS])))
         for one in several("methods", methods, empty=True)
     ]
     sparsities = [share("sparsity", one) for one in several("sparsity", sparsities, empty=True)]
     experts = [whole("experts", k, least=1) for k in several("experts", experts, empty=True)]
     allocations = several_named(allocations)
-    routed = {one for one in methods if COMPARED_METHODS.get(one, ("", "single"))[1] != "single"}
+    routed = {one for one in methods if _router(one) != "single"}
     masked = set(methods) & set(ACTIVATION_METHODS)
     levels: list[tuple[float, str, Allocation | None]]
     levels = [(sparsity, UNIFORM, None) for sparsity in sparsities]
@@ -498,6 +498,10 @@ def arms(
             f"sparsity {list(sparsities)} and experts {list(experts)}."
         )
     return list(dict.fromkeys(found))
+
+
+def _router(method: str) -> str:
+    return COMPARED_METHODS.get(method, ("", "single"))[1]
 
 
 def several_named(allocations: Named | Iterable[Named]) -> list[Named]:

@@ -33,11 +33,6 @@ COMPARED_METHODS: Mapping[str, tuple[str, Literal["single", "kmeans", "random"]]
     "expansion-random": ("sparsegpt", "random"),
 }
 """Pruner and router of each method; those with a router are built for every number of experts."""
-ACTIVATION_METHODS = (
-    "teal", "teal-greedy", "column-norm", "wina", "wina-greedy", "cats", "chess", "chess+",
-    "rsparse", "larosa", "griffin", "coreinfer",
-)  # fmt: skip
-"""Names of methods that mask activations, one mask a token: `entangle.activation` makes them."""
 KEY = ("method", "sparsity", "experts", "allocation")
 """Columns that tell arms apart."""
 OUTSIDE = "outside the range"
