@@ -23,6 +23,7 @@ from entangle.evaluation import EvaluationText, as_evaluation, perplexity_ratio
 from entangle.evaluation.perplexity import check_prefix, measure_perplexity
 from entangle.experiments.experiment import WINDOW, Arm, Arrays, Evaluation, Experiment, numbered
 from entangle.experts.build import check_experts
+from entangle.experts.dsnot import prune_dsnot
 from entangle.experts.expand import expand
 from entangle.memory import check_memory, memory_for
 from entangle.models.blocks import evaluating
@@ -58,6 +59,8 @@ __all__ = [
     "load_comparison",
 ]  # fmt: skip
 
+DSNOT = "dsnot:"
+"""In front of a pruner's name: DSnoT swaps the zeros that it made."""
 SPARSITIES, EXPERTS = (0.5, 0.7), (1, 16)
 """What is compared unless something else is asked for."""
 _EVEN = ("uniform_ratio", "uniform_low", "uniform_high")
@@ -137,7 +140,8 @@ def compare(
         Of ``magnitude``, ``wanda``, ``sparsegpt``, ``expansion`` and ``expansion-random``, and of
         the names of `entangle.activation`, which mask activations: ``teal``, ``column-norm``,
         ``wina``, ``cats``, ``chess``, ``chess+``, ``rsparse``, ``larosa``, ``griffin``,
-        ``coreinfer``.
+        ``coreinfer``. Any pruner by its name, and with ``dsnot:`` in front of it, DSnoT after it.
+        `entangle list` shows all.
     sparsity
         Shares of zeros in [0, 1], the same in every row; by default 0.5 and 0.7, or those of the
         allocations where there are some. Methods that mask activations leave out that share of the
@@ -317,6 +321,8 @@ class Comparing(Experiment[ComparisonArm]):
         """Build an arm and return its losses, costs, relative error, density and seconds."""
         if arm.method in ACTIVATION_METHODS:
             return self._masked(arm)
+        if arm.method.startswith(DSNOT):
+            return self._swapped(arm)
         pruner, router = COMPARED_METHODS.get(arm.method, (arm.method, "single"))
         built = expand(
             self.model,
@@ -343,6 +349,28 @@ class Comparing(Experiment[ComparisonArm]):
         numbers = {**built.costs, "relative_error": error, "seconds": seconds}
         numbers["density"] = self._density(float(built.costs["flops"]))
         arrays = {name: np.array(numbers[name], np.float64) for name in _NUMBERS}
+        return {"loss": found.window_losses, **arrays}
+
+    def _swapped(self, arm: ComparisonArm) -> Arrays:
+        """Return the numbers of a pruner with DSnoT after it."""
+        clock = time.perf_counter()
+        pruner = arm.method.removeprefix(DSNOT)
+        built = prune_dsnot(
+            self.model, self.calibration, pruner=pruner, sparsity=arm.sparsity, seed=self.seed
+        )
+        found = measure_perplexity(built, self._text, prefix=self._masks.prefix, progress=False)
+        every, pruned = list_layers(built.module), find_layers(built.module, "all", "mlp")
+        dense = sum(math.prod(x.shape) for x in every)
+        zeros = sum(int((x.weight == 0).sum()) for x in pruned)
+        width = every[0].weight.element_size()
+        bitmaps = sum(math.prod(x.shape) for x in pruned) / 8
+        flops = 1 - zeros / dense
+        numbers = {
+            "flops": flops, "nonzeros": flops, "bytes": flops + bitmaps / (dense * width),
+            "relative_error": np.nan, "density": self._density(flops),
+            "seconds": time.perf_counter() - clock,
+        }  # fmt: skip
+        arrays = {name: np.array(value, np.float64) for name, value in numbers.items()}
         return {"loss": found.window_losses, **arrays}
 
     @property
@@ -473,14 +501,14 @@ def arms(
         A method that does not exist, a number out of range, or nothing to build.
     """
     methods = [
-        choice("method", one, tuple(dict.fromkeys([*COMPARED_METHODS, *METHODS, *ACTIVATION_METHODS])))
+        choice("method", one, known_methods())
         for one in several("methods", methods, empty=True)
     ]
     sparsities = [share("sparsity", one) for one in several("sparsity", sparsities, empty=True)]
     experts = [whole("experts", k, least=1) for k in several("experts", experts, empty=True)]
     allocations = several_named(allocations)
     routed = {one for one in methods if _router(one) != "single"}
-    masked = set(methods) & set(ACTIVATION_METHODS)
+    masked = {one for one in methods if one in ACTIVATION_METHODS or one.startswith(DSNOT)}
     levels: list[tuple[float, str, Allocation | None]]
     levels = [(sparsity, UNIFORM, None) for sparsity in sparsities]
     levels += [(sparsity, name, one) for (name, sparsity), one in by_name(allocations).items()]
@@ -498,6 +526,12 @@ def arms(
             f"sparsity {list(sparsities)} and experts {list(experts)}."
         )
     return list(dict.fromkeys(found))
+
+
+def known_methods() -> tuple[str, ...]:
+    """Return the names of everything that can be compared."""
+    swapped = [DSNOT + name for name in METHODS]
+    return tuple(dict.fromkeys([*COMPARED_METHODS, *METHODS, *swapped, *ACTIVATION_METHODS]))
 
 
 def _router(method: str) -> str:
