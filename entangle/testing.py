@@ -51,11 +51,15 @@ def check_pruner(function: Callable[..., Any], *, name: str = "the pruner") -> N
                     found = prune(weight, gram, method="__checked__", sparsity=share)
                     again = prune(weight, gram, method="__checked__", sparsity=share)
                 except EntangleError as error:
-                    raise AssertionError(str(error).replace("the pruner '__checked__'", name)) from error
+                    raise AssertionError(
+                        str(error).replace("the pruner '__checked__'", name)
+                    ) from error
                 where = f"{name}, {rows} × {cols}, sparsity {share:g}"
                 same = torch.equal(weight, kept[0]) and torch.equal(gram, kept[1])
                 _require(same, f"{where}: it changed what it was given")
-                _require(torch.equal(found.weight, again.weight), f"{where}: it differs when repeated")
+                _require(
+                    torch.equal(found.weight, again.weight), f"{where}: it differs when repeated"
+                )
                 if share == 0:
                     _require(torch.equal(found.weight, weight), f"{where}: it changed the weight")
                 if share == 1:

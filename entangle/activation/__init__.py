@@ -9,6 +9,13 @@ from dataclasses import dataclass
 import pandas as pd
 
 from entangle.activation.greedy import search_levels
+from entangle.activation.measures import (
+    Cett,
+    chunk_sparsity,
+    lazy_neurons,
+    perplexity_sparsity,
+    routing_consistency,
+)
 from entangle.activation.methods import (
     ACTIVATION_METHODS,
     ActivationMethod,
@@ -35,11 +42,17 @@ __all__ = [
     "ActivationSparsity",
     "Levels",
     "SparseEvaluation",
+    "chunk_sparsity",
     "fit",
     "input_method",
+    "lazy_neurons",
     "measure",
+    "perplexity_sparsity",
+    "routing_consistency",
     "search_levels",
 ]
+
+ACTIVATION_METHODS.register(Cett.name, Cett, source=Cett.source)
 
 
 def fit(

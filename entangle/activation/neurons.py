@@ -107,6 +107,8 @@ class NeuronRule(Rule):
     """
 
     part: FeedForward | None = None
+    spares_up: bool = True
+    """Whether a gate decides, so that `up` need not compute what goes."""
     gates: dict[str, Tensor] = field(default_factory=dict)
     """Outputs of gates in the pass that runs, by name."""
 

@@ -50,7 +50,6 @@ class Scores:
         low, high = self._edges(place)
         return high - inside * (high - low)
 
-
     def above(self, value: float) -> float:
         """Return the share of the scores above a value, as `quantile` interpolates."""
         if self._counts is None or value < 0:

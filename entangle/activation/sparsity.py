@@ -159,9 +159,10 @@ class ActivationSparsity:
                 return float(stored.sum(0).to(share.device) @ share)
             known = isinstance(neuron, PromptRule)
             every = stored.sum(1).to(share.device)
+            early = part.gate is not None and neuron.spares_up
             spared = [
                 every.narrow(0, piece.start, piece.size) @ (1 - share)
-                for piece, thinned in ((part.up, part.gate is not None or known), (part.gate, known))
+                for piece, thinned in ((part.up, early or known), (part.gate, known))
                 if piece is not None and thinned and piece.layer.name == layer.name
             ]
             if spared:
@@ -175,7 +176,9 @@ class ActivationSparsity:
         turns, ``flops`` of all linear layers, the head included.
         """
         found = self.costs()
-        everything = sum(layer.shape[0] * layer.shape[1] for layer in list_layers(self.subject.module))
+        everything = sum(
+            layer.shape[0] * layer.shape[1] for layer in list_layers(self.subject.module)
+        )
         dense, active = float(found["dense"].sum()), float(found["active"].sum())
         whole = active + float(found["extra"].sum())
         turns = sum(

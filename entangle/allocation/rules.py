@@ -433,7 +433,7 @@ def erk(request: Request) -> Wish:
 
 
 def magnitude_global(request: Request) -> Wish:
-    """Give rows the zeros that one threshold on \|w\| makes in all layers together.
+    """Give rows the zeros that one threshold on |w| makes in all layers together.
 
     With the magnitude pruner that is global magnitude pruning, to the weight.
 

@@ -29,6 +29,7 @@ from entangle.memory import check_memory, memory_for
 from entangle.models.blocks import evaluating
 from entangle.models.layers import find_layers, list_layers
 from entangle.models.loading import AnyModel, LanguageModel, as_language_model
+from entangle.packed.formats import pack
 from entangle.pruning import METHODS
 from entangle.results.comparison import (
     COMPARED_METHODS,
@@ -362,11 +363,14 @@ class Comparing(Experiment[ComparisonArm]):
         every, pruned = list_layers(built.module), find_layers(built.module, "all", "mlp")
         dense = sum(math.prod(x.shape) for x in every)
         zeros = sum(int((x.weight == 0).sum()) for x in pruned)
-        width = every[0].weight.element_size()
-        bitmaps = sum(math.prod(x.shape) for x in pruned) / 8
+        width, others = (
+            every[0].weight.element_size(),
+            dense - sum(math.prod(x.shape) for x in pruned),
+        )
+        packed = [t.nbytes for x in pruned for t in pack(x.weight, "bitmap")[1].values()]
         flops = 1 - zeros / dense
         numbers = {
-            "flops": flops, "nonzeros": flops, "bytes": flops + bitmaps / (dense * width),
+            "flops": flops, "nonzeros": flops, "bytes": (others * width + sum(packed)) / (dense * width),
             "relative_error": np.nan, "density": self._density(flops),
             "seconds": time.perf_counter() - clock,
         }  # fmt: skip
@@ -501,8 +505,7 @@ def arms(
         A method that does not exist, a number out of range, or nothing to build.
     """
     methods = [
-        choice("method", one, known_methods())
-        for one in several("methods", methods, empty=True)
+        choice("method", one, known_methods()) for one in several("methods", methods, empty=True)
     ]
     sparsities = [share("sparsity", one) for one in several("sparsity", sparsities, empty=True)]
     experts = [whole("experts", k, least=1) for k in several("experts", experts, empty=True)]

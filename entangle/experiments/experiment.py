@@ -110,9 +110,7 @@ class Evaluation:
             found["kl"] = seen.window_kl
             found["agreement"] = seen.window_agreements.astype(np.float64)
         elif self.text is not None and "perplexity" in self.measures:
-            seen_loss = measure_perplexity(
-                model, self.text, prefix=self.prefix, progress=progress
-            )
+            seen_loss = measure_perplexity(model, self.text, prefix=self.prefix, progress=progress)
             found["loss"] = seen_loss.window_losses
         if self.pairs is not None and "pairs" in self.measures:
             scores = minimal_pair_scores(model, self.pairs, progress=progress)

@@ -127,7 +127,9 @@ class _Rows:
         self._lists, self._counts, self._next = [], [], []
         for negative in (True, False):
             mine = ~pruned & ((goes < 0) if negative else (goes > 0))
-            self._lists.append(torch.where(mine, saliency, torch.inf).sort(dim=1, stable=True).indices)
+            self._lists.append(
+                torch.where(mine, saliency, torch.inf).sort(dim=1, stable=True).indices
+            )
             self._counts.append(mine.sum(1))
             self._next.append(torch.zeros_like(self._first))
         self._running = torch.ones(len(grows), dtype=torch.bool, device=grows.device)
@@ -144,9 +146,7 @@ class _Rows:
         width = self._order.shape[1] - 1
         grow = self._order.gather(1, place.clamp(0, width)[:, None])
         at = at.clamp(0, width)[:, None]
-        drop = torch.where(
-            up[:, None], self._lists[0].gather(1, at), self._lists[1].gather(1, at)
-        )
+        drop = torch.where(up[:, None], self._lists[0].gather(1, at), self._lists[1].gather(1, at))
         gained, lost = self._grow.gather(1, grow)[:, 0], self._go.gather(1, drop)[:, 0]
         after = self.error + lost - gained
         if keep_sign:

@@ -73,7 +73,9 @@ def _own(name: str, function: OwnPruner, problem: Problem, **_settings: object) 
             ) from error
         weights.append(_checked(name, found, before, zeros))
     sparse = torch.stack(weights)
-    return finish(problem, sparse.to(problem.dense.dtype), sparse == 0, sparse.new_zeros(len(sparse)))
+    return finish(
+        problem, sparse.to(problem.dense.dtype), sparse == 0, sparse.new_zeros(len(sparse))
+    )
 
 
 def _checked(name: str, found: object, weight: Tensor, zeros: Tensor) -> Tensor:
