@@ -68,7 +68,7 @@ class Door(Mapping[str, Thing], Generic[Thing]):
         """
         if not isinstance(name, str) or not name or set(name) & set(" ,=/"):
             raise InvalidInput(
-                f"a name of {self.kind} must be a word without blanks, commas, = or /; got {name!r}."
+                f"a name of {self.kind} must be a word without blank, comma, = or /; got {name!r}."
             )
         if name in self._things or name in self._found():
             raise InvalidInput(

@@ -1,4 +1,4 @@
-"""Checks of ideas of one's own: does a pruner, an activation method or a rule keep its contract?
+"""Checks of ideas of one's own: whether a pruner, activation method or rule keeps its contract.
 
 Each raises `AssertionError` that says what is wrong, as scikit-learn's ``check_estimator`` does.
 """

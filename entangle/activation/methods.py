@@ -50,7 +50,7 @@ class ActivationMethod(ABC):
         self.chosen = choice("form", form or type(self).form, FORMS)
         self.fit()
 
-    def fit(self) -> None:
+    def fit(self) -> None:  # noqa: B027  (not all need it)
         """Look at the text, where the method needs it."""
 
     @abstractmethod
@@ -132,7 +132,7 @@ class InputMethod(ActivationMethod):
     def prepare(self) -> None:
         """Make what `rule` needs."""
 
-    def rule(self, layer: Layer, level: float) -> Rule:
+    def rule(self, layer: Layer, level: float) -> Rule:  # noqa: ARG002  (others look at it)
         """Return a new rule for a layer."""
         return Rule(level, self.subject.window, self.chosen)
 
@@ -225,7 +225,7 @@ class RSparse(ColumnNorm):
 
 
 class Wina(InputMethod):
-    """As published: turned into the singular basis of `k` and of `gate`, whose columns' norms count.
+    """As published: turned into the singular basis of `k` and `gate`, whose columns' norms count.
 
     Of the other layers magnitudes alone count. The turns are charged.
     """
@@ -449,7 +449,8 @@ class _Given(Rule):
         if not isinstance(found, Tensor) or found.shape != flat.shape:
             shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise InvalidInput(
-                f"scores must have the inputs' shape {tuple(flat.shape)}; the function gave {shape}."
+                f"scores must have the inputs' shape {tuple(flat.shape)}; the function gave "
+                f"{shape}."
             )
         if not bool(((found >= 0) & found.isfinite()).all()):
             raise InvalidInput("scores must be finite and not negative; the function's are not.")

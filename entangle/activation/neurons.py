@@ -1,4 +1,4 @@
-"""The two or three layers of feed-forward parts, found by running them, and masks of their neurons."""
+"""The layers of feed-forward parts, found by running them, and masks of their neurons."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field

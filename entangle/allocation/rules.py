@@ -537,7 +537,7 @@ def as_rule(name: str, thing: object) -> Rule:
     Raises
     ------
     InvalidInput
-        If it is neither; when it is run, if it raises, or returns another shape or what is no share.
+        If it is neither; when it is run, if it raises, or returns another shape or no shares.
     """
     if isinstance(thing, Rule):
         return thing

@@ -379,8 +379,8 @@ def check_prefix(prefix: int, text: EvaluationText) -> int:
     prefix = whole("prefix", prefix, least=0)
     if prefix and (prefix >= text.seq_len - 1 or text.mask is not None):
         raise InvalidInput(
-            f"`prefix` must leave tokens to score, in windows without pads; got {prefix} of windows "
-            f"of {text.seq_len}{'' if text.mask is None else ', padded'}."
+            f"`prefix` must leave tokens to score, in windows without pads; got {prefix} of "
+            f"windows of {text.seq_len}{'' if text.mask is None else ', padded'}."
         )
     return prefix
 

@@ -280,7 +280,7 @@ class Comparing(Experiment[ComparisonArm]):
         told: Callable[[str], None] | None = None,
         seed: int = 0,
         memory: int,
-        masks: Masks = Masks(),  # noqa: B008  (immutable)
+        masks: Masks = Masks(),
     ) -> None:
         super().__init__(model, calibration, evaluation, seed=seed, memory=memory)
         self._masks = masks
@@ -370,7 +370,8 @@ class Comparing(Experiment[ComparisonArm]):
         packed = [t.nbytes for x in pruned for t in pack(x.weight, "bitmap")[1].values()]
         flops = 1 - zeros / dense
         numbers = {
-            "flops": flops, "nonzeros": flops, "bytes": (others * width + sum(packed)) / (dense * width),
+            "flops": flops, "nonzeros": flops,
+            "bytes": (others * width + sum(packed)) / (dense * width),
             "relative_error": np.nan, "density": self._density(flops),
             "seconds": time.perf_counter() - clock,
         }  # fmt: skip

@@ -44,7 +44,8 @@ _ARM = {
 _FRAME = {
     **_ARM, "perplexity": reals(0), "ratio": reals(0), "ratio_low": reals(0),
     "ratio_high": reals(0), "flops": reals(0), "nonzeros": reals(0), "bytes": reals(0),
-    "relative_error": reals(0), "density": reals(0, optional=True), "uniform_ratio": reals(0, optional=True),
+    "relative_error": reals(0), "density": reals(0, optional=True),
+    "uniform_ratio": reals(0, optional=True),
     "uniform_low": reals(0, optional=True), "uniform_high": reals(0, optional=True),
 }  # fmt: skip
 _WINDOWS = {**_ARM, "window": integers(), "loss": reals(0)}
@@ -72,7 +73,8 @@ class Comparison(Result):
     95 % interval, flops, nonzeros, bytes (multiples of dense), relative_error (mean over layers),
     density (multiply-adds a token of the layers in scope over the dense ones, routers, turns and
     low-rank rests included), seconds. NaN perplexity and costs: the method does not apply to the
-    model, or cannot be that sparse. With allocations also uniform_ratio with uniform_low and uniform_high: the ratio to the
+    model, or cannot be that sparse. With allocations also uniform_ratio with uniform_low and
+    uniform_high: the ratio to the
     perplexity of the same method, sparsity and experts without the allocation, with its paired
     interval."""
     windows: pd.DataFrame

