@@ -39,9 +39,9 @@ def check_pruner(function: Callable[..., Any], *, name: str = "the pruner") -> N
         not give 0 where all are.
     """
     from entangle.errors import EntangleError
-    from entangle.pruning.methods import METHODS, prune
+    from entangle.pruning.methods import PRUNERS, prune
 
-    METHODS.register("__checked__", function)
+    PRUNERS.register("__checked__", function)
     try:
         for rows, cols in _SHAPES:
             weight, gram = _problem(rows, cols)
@@ -65,7 +65,7 @@ def check_pruner(function: Callable[..., Any], *, name: str = "the pruner") -> N
                 if share == 1:
                     _require(not found.weight.any(), f"{where}: weights are left")
     finally:
-        METHODS.remove("__checked__")
+        PRUNERS.remove("__checked__")
 
 
 def check_activation_method(function: Callable[..., Any], *, name: str = "the method") -> None:

@@ -130,10 +130,10 @@ class ActivationSparsity:
             if layer.name in self.rest:
                 left, right = self.rest[layer.name]
                 extra += left.numel() + right.numel()
-            turned = rule is not None and rule.turn is not None and not rule.dense
-            if turned and id(rule.turn) not in charged:
-                charged.add(id(rule.turn))
-                extra += rule.turn.basis.numel()
+            turn = None if rule is None or rule.dense else rule.turn
+            if turn is not None and id(turn) not in charged:
+                charged.add(id(turn))
+                extra += turn.basis.numel()
             rows.append(
                 {"layer": layer.name, "block": layer.block, "projection": layer.projection,
                  "dense": dense, "active": active, "extra": extra}

@@ -1,9 +1,8 @@
 """What methods of activation sparsity look at: a model's layers, what they read, and a text."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -117,14 +116,3 @@ def _gain(before: Tensor, after: Tensor) -> Tensor | None:
     gain = (unit * y).sum(0) / unit.square().sum(0)
     close = (gain * unit - y).abs().max() <= 0.02 * y.abs().max()
     return gain.float() if bool(close) else None
-
-
-@contextmanager
-def quiet(rules: Sequence[object]) -> Iterator[None]:
-    """Let rules go of the inputs that they hold when the block ends."""
-    try:
-        yield
-    finally:
-        for rule in rules:
-            forget: Callable[[], None] = getattr(rule, "forget", partial(int))
-            forget()

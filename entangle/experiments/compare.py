@@ -30,7 +30,7 @@ from entangle.models.blocks import evaluating
 from entangle.models.layers import find_layers, list_layers
 from entangle.models.loading import AnyModel, LanguageModel, as_language_model
 from entangle.packed.formats import pack
-from entangle.pruning import METHODS
+from entangle.pruning import PRUNERS
 from entangle.results.comparison import (
     COMPARED_METHODS,
     DENSE,
@@ -534,8 +534,8 @@ def arms(
 
 def known_methods() -> tuple[str, ...]:
     """Return the names of everything that can be compared."""
-    swapped = [DSNOT + name for name in METHODS]
-    return tuple(dict.fromkeys([*COMPARED_METHODS, *METHODS, *swapped, *ACTIVATION_METHODS]))
+    swapped = [DSNOT + name for name in PRUNERS]
+    return tuple(dict.fromkeys([*COMPARED_METHODS, *PRUNERS, *swapped, *ACTIVATION_METHODS]))
 
 
 def _router(method: str) -> str:

@@ -38,7 +38,7 @@ def prune_dsnot(
     calibration
         Text that layers are pruned on.
     pruner
-        Of `entangle.pruning.METHODS`.
+        Of `entangle.pruning.PRUNERS`.
     sparsity
         Share of zeros in every row.
     layers, proj

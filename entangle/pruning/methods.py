@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -29,7 +30,7 @@ OwnPruner = Callable[[Tensor, Tensor | None, float | Tensor], Tensor]
 """A pruner of one's own: see `pruner`."""
 
 
-def pruner(name: str, function: OwnPruner | Solver) -> Solver:
+def pruner(name: str, function: Any) -> Solver:
     """Return a solver that calls somebody's own function, one expert at a time.
 
     Parameters
@@ -49,7 +50,8 @@ def pruner(name: str, function: OwnPruner | Solver) -> Solver:
         arguments, or makes fewer zeros than it should; or if the pattern is not ``"row"``.
     """
     if getattr(function, "solves_problems", False):
-        return function
+        solver: Solver = function
+        return solver
     if not callable(function):
         raise InvalidInput(f"a pruner must be a function; {name!r} is {type(function).__name__}.")
     return partial(_own, name, function)
@@ -99,7 +101,7 @@ def _checked(name: str, found: object, weight: Tensor, zeros: Tensor) -> Tensor:
     return found
 
 
-METHODS: Door[Solver] = Door("pruners", pruner)
+PRUNERS: Door[Solver] = Door("pruners", pruner)
 """The pruning methods by name."""
 
 
@@ -129,7 +131,7 @@ def prune(
         ``X^T X`` over the calibration tokens, (cols, cols) or (experts, cols, cols), symmetric.
         Only ``"wanda"`` and ``"sparsegpt"`` need it; the others report a loss if they get it.
     method
-        One of `METHODS`:
+        One of `PRUNERS`:
 
         ``"random"``
             Every weight draws one uniform number, and the smallest go: with one seed, the zeros at
@@ -204,7 +206,7 @@ def prune(
     Sun, Liu, Bair, Kolter, "A Simple and Effective Pruning Approach for Large Language Models",
     ICLR 2024, equation 1 (Wanda).
     """
-    method = choice("method", method, METHODS, kind="pruning method")
+    method = choice("method", method, PRUNERS, kind="pruning method")
     damping, seed = finite("damping", damping, least=0), seed_of(seed)
     problem = prepare(
         weight, gram, sparsity=sparsity, pattern=pattern, rows=rows, bits=bits,
@@ -216,9 +218,9 @@ def prune(
 def solve(
     problem: Problem, *, method: str, damping: float | int, seed: int, block_size: int = BLOCK
 ) -> PruneResult:
-    """Prune a checked problem by one of `METHODS` (see `prune`)."""
-    method = choice("method", method, METHODS, kind="pruning method")
-    return METHODS[method](problem, damping=damping, seed=seed, block_size=block_size)
+    """Prune a checked problem by one of `PRUNERS` (see `prune`)."""
+    method = choice("method", method, PRUNERS, kind="pruning method")
+    return PRUNERS[method](problem, damping=damping, seed=seed, block_size=block_size)
 
 
 def _ours(name: str, source: str) -> Callable[[Solver], Solver]:
@@ -226,7 +228,7 @@ def _ours(name: str, source: str) -> Callable[[Solver], Solver]:
 
     def add(function: Solver) -> Solver:
         function.solves_problems = True  # type: ignore[attr-defined]
-        METHODS.register(name, function, source=source)
+        PRUNERS.register(name, function, source=source)
         return function
 
     return add
@@ -264,3 +266,7 @@ def _draws(problem: Problem, seed: int) -> Tensor:
         torch.rand(shape[1:], generator=rng)
     draws = torch.rand(shape, generator=rng)
     return draws if problem.rows is None else draws[:, problem.rows.cpu()]
+
+
+METHODS = ("random", "magnitude", "wanda", "sparsegpt")
+"""Names of our own pruners, the weakest first."""

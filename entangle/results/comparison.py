@@ -228,7 +228,7 @@ def flops_saved(
     weights[1:] = rng.multinomial(len(table), np.full(len(table), 1 / len(table)), resamples)
     counts = np.asarray(comparison.window_tokens, np.float64)
     means = weights @ table.to_numpy() / (weights @ counts)[:, None]
-    place = {key: i for i, key in enumerate(table.columns)}
+    place: dict[object, int] = {key: i for i, key in enumerate(table.columns)}
     dense = means[:, place[_key(frame[frame["method"] == DENSE].iloc[0])]]
     rows = []
     for names, arms in frame[frame["method"] != DENSE].groupby(
@@ -258,14 +258,14 @@ def _key(row: "pd.Series[Any]") -> tuple[object, ...]:
 def _saved(logs: NDArray[np.float64], flops: NDArray[np.float64], limit: float) -> float:
     """Return 1 − the FLOPs at which a curve from (0, 1) first passes a limit."""
     before, at = 0.0, 1.0
-    for value, cost in zip(logs, flops, strict=True):
+    for value, cost in zip(logs.tolist(), flops.tolist(), strict=True):
         if cost >= 1.0 and value <= limit:
             continue
         if value > limit:
             if value <= before or cost >= at:
                 return max(0.0, 1.0 - at)
-            return 1.0 - (at + (cost - at) * (limit - before) / (value - before))
-        before, at = float(value), float(cost)
+            return float(1.0 - (at + (cost - at) * (limit - before) / (value - before)))
+        before, at = value, cost
     return 1.0 - at
 
 

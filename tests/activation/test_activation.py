@@ -1,6 +1,7 @@
 """Activation sparsity: masks against slow references, costs against counts, edges."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ PROMPTED = ("griffin", "coreinfer")
 PLAIN = [name for name in ACTIVATION_METHODS if name not in PROMPTED and "greedy" not in name]
 
 
-def model(name: str = "llama") -> nn.Module:
+def model(name: str = "llama") -> Any:
     return TINY[name]()
 
 
@@ -165,9 +166,7 @@ def test_cats_and_chess_mask_by_the_activated_gate(method: str) -> None:
         ubar = states[f"{i}up_proj"].abs().mean(0) if method == "chess" else torch.ones(48)
         limit = float((silu(states[f"{i}gate_proj"]).abs() * ubar).quantile(0.5))
 
-        def masked(
-            x: Tensor, mlp: nn.Module = block.mlp, u: Tensor = ubar, t: float = limit
-        ) -> Tensor:
+        def masked(x: Tensor, mlp: Any = block.mlp, u: Tensor = ubar, t: float = limit) -> Any:
             gate = silu(mlp.gate_proj(x))
             z = gate * mlp.up_proj(x)
             return mlp.down_proj(torch.where(gate.abs() * u > t, z, 0.0))
@@ -187,10 +186,11 @@ def test_a_pruned_model_costs_the_non_zero_weights_of_what_is_kept() -> None:
     made = fit(module, IDS, "teal", scope="mlp", form="topk").at(0.5)
     found = measure(made, IDS, progress=False)
     kept = {name: rule.share_kept() for name, rule in made.inputs.items()}
-    for row in found.layers.itertuples():
-        share = kept[row.layer]
+    for row in found.layers.to_dict("records"):
+        share = kept[row["layer"]]
         assert share is not None
-        assert row.active == pytest.approx(row.dense / len(share) * float(share[1::2].sum()))
+        wanted = row["dense"] / len(share) * float(share[1::2].sum())
+        assert row["active"] == pytest.approx(wanted)
 
 
 def test_a_turn_is_charged_once_for_the_layers_that_share_it() -> None:
