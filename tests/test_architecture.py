@@ -12,7 +12,7 @@ from entangle.cli.figures import FIGURES
 
 PACKAGE = Path(__file__).parent.parent / "entangle"
 FLOORS = (
-    {"_renamed", "errors", "checks", "seeding", "precision", "memory", "kernels"},
+    {"_renamed", "errors", "checks", "seeding", "precision", "memory", "kernels", "doors"},
     {"runs"},
     {"stats", "pruning", "packed"},
     {"plotting"},
@@ -20,10 +20,10 @@ FLOORS = (
     {"texts"},
     {"recording"},
     {"evaluation", "scoring"},
-    {"allocation"},
+    {"allocation", "activation"},
     {"experts"},
     {"experiments", "modes"},
-    {"explorer", "cli", "__main__"},
+    {"explorer", "cli", "testing", "__main__"},
 )
 """The order on the ground floor is kept by the test of circles."""
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

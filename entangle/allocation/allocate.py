@@ -303,6 +303,6 @@ def _provenance(scores: NeuronScores | pd.DataFrame) -> object:
 
 def _filled(columns: Columns, settings: Settings) -> dict[str, int]:
     """Count the neurons whose missing score was replaced by their layer's mean."""
-    if not any(RULES[n].scored for n in (settings.rule, settings.across) if n in RULES):
+    if not any(RULES[n].scored for n in (settings.rule, settings.across) if n and n in RULES):
         return {}
     return {name: columns.missing(name) for name in settings.by}

@@ -23,7 +23,8 @@ from entangle.allocation.losses import neuroal, neuroal_blocks
 from entangle.allocation.measurements import Measurements
 from entangle.allocation.request import Request, Wish, keep_more, min_max
 from entangle.checks import share
-from entangle.errors import NumericalError
+from entangle.doors import Door
+from entangle.errors import EntangleError, InvalidInput, NumericalError
 from entangle.models.layers import Layer
 from entangle.precision import accumulator_dtype, full_precision
 
@@ -404,6 +405,54 @@ MODEL = "model"
 """Value of ``across`` that lets neurons of all layers compete."""
 
 
+def erk(request: Request) -> Wish:
+    """Give layers densities that are proportional to (rows + columns) / (rows · columns).
+
+    The Erdős–Rényi rule: layers whose density would pass 1 are dense, and the others share what is
+    left. No data and no weights are looked at.
+
+    References
+    ----------
+    Evci et al., "Rigging the Lottery", arXiv 1911.11134, section 3.
+    """
+    rows = request.rows
+    out, cols = rows.counts.astype(np.float64), rows.widths.astype(np.float64)
+    weights, raw = out * cols, (out + cols) / (out * cols)
+    budget = (1 - request.settings.sparsity) * weights.sum()
+    dense = np.zeros(len(out), dtype=np.bool_)
+    while True:
+        free = ~dense
+        left = budget - weights[dense].sum()
+        factor = max(0.0, left) / max(float((raw * weights)[free].sum()), 1e-300)
+        over = free & (factor * raw > 1)
+        if not over.any():
+            break
+        dense |= over
+    density = np.where(dense, 1.0, factor * raw)
+    return request.wish(1 - density, gain=np.where(dense, 0.0, density))
+
+
+def magnitude_global(request: Request) -> Wish:
+    """Give rows the zeros that one threshold on |w| makes in all layers together.
+
+    With the magnitude pruner that is global magnitude pruning, to the weight.
+
+    References
+    ----------
+    Jaiswal et al., "The Emergence of Essential Sparsity in Large Pre-trained Models",
+    arXiv 2306.03805.
+    """
+    measured = request.measurements()
+    sizes = torch.cat([layer.weight.abs().float().flatten().cpu() for layer in measured.layers])
+    zeros = round(request.settings.sparsity * len(sizes))
+    if zeros == 0:
+        return request.wish(np.zeros(len(request.rows.weights)))
+    threshold = sizes.kthvalue(zeros).values
+    below = [(layer.weight.abs().float().cpu() <= threshold).sum(1) for layer in measured.layers]
+    wished = torch.cat(below).numpy() / request.rows.weights
+    return request.wish(wished.astype(np.float64))
+
+
 @dataclass(frozen=True, eq=False)
 class Rule:
     """An allocation rule."""
@@ -426,7 +475,7 @@ class Rule:
     """Whether it reads columns of the scores."""
 
 
-RULES: dict[str, Rule] = {
+_OURS: dict[str, Rule] = {
     "uniform": Rule("the same sparsity everywhere", uniform, of_layers=True, scored=False),
     "layer": Rule(
         "layers with a larger mean score are less sparse", by_layer,
@@ -455,6 +504,14 @@ RULES: dict[str, Rule] = {
         "sparsity grows with depth, as keeps inputs most alike (NeuroAL's first step)",
         neuroal_blocks, of_layers=True, calibrated=True, scored=False,
     ),
+    "erk": Rule(
+        "layers by (rows + columns) / (rows · columns) (Erdős–Rényi)", erk,
+        of_layers=True, scored=False,
+    ),
+    "magnitude-global": Rule(
+        "one threshold on |w| for all layers (essential sparsity)", magnitude_global,
+        across=MODEL, weighed=True, scored=False,
+    ),
     "loss": Rule(
         "the last zero of each row costs as much, weighed by the score", losses.loss,
         strength=0.3, calibrated=True,
@@ -468,4 +525,46 @@ RULES: dict[str, Rule] = {
         across="layer", strength=0.3, calibrated=True,
     ),
 }  # fmt: skip
+
+
+OwnRule = Callable[[Reals, float], Reals]
+"""A rule of one's own: from a score a neuron and the overall sparsity, a sparsity a neuron."""
+
+
+def as_rule(name: str, thing: object) -> Rule:
+    """Return a rule: ``thing`` itself, or one made of an `OwnRule`.
+
+    Raises
+    ------
+    InvalidInput
+        If it is neither; when it is run, if it raises, or returns another shape or no shares.
+    """
+    if isinstance(thing, Rule):
+        return thing
+    if not callable(thing):
+        raise InvalidInput(f"a rule must be a function; {name!r} is {type(thing).__name__}.")
+
+    def wish(request: Request) -> Wish:
+        score = request.score()
+        try:
+            found = np.asarray(thing(score.copy(), request.settings.sparsity), np.float64)
+        except EntangleError:
+            raise
+        except Exception as error:
+            raise InvalidInput(
+                f"the rule {name!r} failed: {type(error).__name__}: {error}"
+            ) from error
+        if found.shape != score.shape or not ((found >= 0) & (found <= 1)).all():
+            raise InvalidInput(
+                f"the rule {name!r} must return {score.size} shares in [0, 1]; got shape "
+                f"{found.shape} in [{found.min(initial=np.inf):g}, {found.max(initial=-np.inf):g}]."
+            )
+        return request.wish(found)
+
+    return Rule(f"a rule of its own, {name}", wish)
+
+
+RULES: Door[Rule] = Door("rules", as_rule)
 """Rules by name, in the order in which they are listed."""
+for _name, _rule in _OURS.items():
+    RULES.register(_name, _rule, source=_rule.summary)

@@ -26,7 +26,7 @@ from entangle.models.blocks import evaluates
 from entangle.models.layers import Layer, layer_specs, projections
 from entangle.models.loading import AnyModel, as_language_model
 from entangle.pruning import prune
-from entangle.pruning.methods import METHODS
+from entangle.pruning.methods import PRUNERS
 from entangle.recording.hooks import Change, changed_rows
 from entangle.results.scores import NeuronScores
 from entangle.runs.progress import ProgressBar
@@ -180,7 +180,7 @@ def search(
     evaluations = whole("evaluations", evaluations, least=2)
     held_out = share("held_out", held_out, zero=False, one=False)
     sparsity, damping = share("sparsity", sparsity), finite("damping", damping, least=0)
-    pruner = choice("pruner", pruner, METHODS, kind="pruning method")
+    pruner = choice("pruner", pruner, PRUNERS, kind="pruning method")
     dense = as_language_model(model)
     calibration = as_calibration(calibration, dense)
     _check(calibration)

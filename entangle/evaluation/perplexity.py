@@ -287,8 +287,12 @@ class Perplexity:
     """How much the special tokens in front of a window matter; None where that was not measured."""
 
     @classmethod
-    def of(cls, losses: Float[Tensor, " n_windows"], text: EvaluationText) -> "Perplexity":
+    def of(
+        cls, losses: Float[Tensor, " n_windows"], text: EvaluationText, *, prefix: int = 0
+    ) -> "Perplexity":
         """Return the perplexity that the windows' losses (from `window_losses`) amount to.
+
+        ``prefix`` first tokens of every window are not scored.
 
         For models that are run in parts, such as block by block.
         """
@@ -299,6 +303,10 @@ class Perplexity:
             )
         values = losses.detach().cpu().double().numpy().copy()
         values.setflags(write=False)
+        if prefix:
+            protocol = {**text.describe(), "prefix": prefix}
+            n_tokens = len(values) * (text.seq_len - prefix)
+            return cls(values, protocol, n_tokens, None, None)
         return cls(values, text.describe(), text.n_tokens, text.n_words, text.n_bytes)
 
     @property
@@ -401,15 +409,20 @@ def measure_perplexity(
     text: EvaluationText,
     *,
     batch_size: int | None = None,
+    prefix: int = 0,
     progress: bool | None = None,
 ) -> Perplexity:
     """Measure as `perplexity`, without looking at the other choice of special tokens.
 
-    For one model that is measured many times, changed or not.
+    For one model that is measured many times, changed or not. The first ``prefix`` tokens of every
+    window are read but not scored.
     """
     language_model = as_causal_model(model)
     text = as_evaluation(text, language_model)
-    return _measure(language_model, text, batch_size=batch_size, progress=progress, probe=None)[0]
+    check_prefix(prefix, text)
+    return _measure(
+        language_model, text, batch_size=batch_size, progress=progress, probe=None, prefix=prefix
+    )[0]
 
 
 def _measure(
@@ -419,6 +432,7 @@ def _measure(
     batch_size: int | None,
     progress: bool | None,
     probe: _Fronts | None,
+    prefix: int = 0,
 ) -> tuple[Perplexity, AffixEffect | None]:
     """Measure a text, and before it both choices of special tokens in front, in one go."""
     per_pass = windows_in_a_pass(batch_size, model, text)
@@ -430,8 +444,28 @@ def _measure(
         found = next_tokens(model, batches, report=bar.advance)
         if probe is not None:
             effect = probe.effect(list(islice(found, len(probes))))
-        losses = [text.losses(logits, ids) for ids, logits in found]
-    return Perplexity.of(torch.cat(losses), text), effect
+        losses = [
+            window_losses(logits, ids, around=(prefix, 0)) if prefix else text.losses(logits, ids)
+            for ids, logits in found
+        ]
+    return Perplexity.of(torch.cat(losses), text, prefix=prefix), effect
+
+
+def check_prefix(prefix: int, text: EvaluationText) -> int:
+    """Return the number of first tokens that are not scored, if tokens are left to score.
+
+    Raises
+    ------
+    InvalidInput
+        If none are, or windows are padded.
+    """
+    prefix = whole("prefix", prefix, least=0)
+    if prefix and (prefix >= text.seq_len - 1 or text.mask is not None):
+        raise InvalidInput(
+            f"`prefix` must leave tokens to score, in windows without pads; got {prefix} of "
+            f"windows of {text.seq_len}{'' if text.mask is None else ', padded'}."
+        )
+    return prefix
 
 
 def windows_in_a_pass(asked: int | None, model: LanguageModel, text: EvaluationText) -> int:

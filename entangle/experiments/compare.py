@@ -1,6 +1,8 @@
 """`compare`: pruning methods and expansions at several sparsities, on one text."""
 
+import math
 import os
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -11,18 +13,24 @@ from warnings import warn
 import numpy as np
 import pandas as pd
 
+from entangle.activation import ACTIVATION_METHODS, SCOPES, ActivationMethod, fit
+from entangle.activation import measure as measure_sparse
 from entangle.allocation.allocation import Allocation, even
 from entangle.allocation.experts import mean_experts, nominal_sparsity, zeros_digest
 from entangle.checks import choice, named, renamed, several, share, shown, whole
 from entangle.errors import InvalidInput
-from entangle.evaluation import as_evaluation, perplexity_ratio
+from entangle.evaluation import EvaluationText, as_evaluation, perplexity_ratio
+from entangle.evaluation.perplexity import check_prefix, measure_perplexity
 from entangle.experiments.experiment import WINDOW, Arm, Arrays, Evaluation, Experiment, numbered
 from entangle.experts.build import check_experts
+from entangle.experts.dsnot import prune_dsnot
 from entangle.experts.expand import expand
 from entangle.memory import check_memory, memory_for
 from entangle.models.blocks import evaluating
-from entangle.models.layers import find_layers
+from entangle.models.layers import find_layers, list_layers
 from entangle.models.loading import AnyModel, LanguageModel, as_language_model
+from entangle.packed.formats import pack
+from entangle.pruning import PRUNERS
 from entangle.results.comparison import (
     COMPARED_METHODS,
     DENSE,
@@ -33,6 +41,7 @@ from entangle.results.comparison import (
     at_equal_nonzeros,
     load_comparison,
 )
+from entangle.runs.progress import tell
 from entangle.runs.provenance import RunClock, claimed
 from entangle.seeding import check_seed
 from entangle.texts.calibration import as_calibration
@@ -51,11 +60,13 @@ __all__ = [
     "load_comparison",
 ]  # fmt: skip
 
+DSNOT = "dsnot:"
+"""In front of a pruner's name: DSnoT swaps the zeros that it made."""
 SPARSITIES, EXPERTS = (0.5, 0.7), (1, 16)
 """What is compared unless something else is asked for."""
 _EVEN = ("uniform_ratio", "uniform_low", "uniform_high")
 _COSTS = ("flops", "nonzeros", "bytes")
-_NUMBERS = (*_COSTS, "relative_error", "seconds")
+_NUMBERS = (*_COSTS, "relative_error", "density", "seconds")
 
 Named = tuple[str, Allocation]
 """What an allocation is called in the tables, and the allocation. Those of several sparsities may
@@ -67,9 +78,10 @@ class ComparisonArm(Arm):
     """One model to build."""
 
     method: str
-    """A key of `COMPARED_METHODS`."""
+    """A key of `COMPARED_METHODS`, a pruner, or one of `ACTIVATION_METHODS`."""
     sparsity: float
-    """Share of zeros: in every row, or of all layers together with an allocation."""
+    """Share of zeros: in every row, or of all layers together with an allocation. Of methods that
+    mask activations, the share of the multiply-adds in scope that go."""
     experts: int
     """Experts a layer (on average with an allocation that has its own); 1 without a router."""
     allocation: str = UNIFORM
@@ -99,8 +111,13 @@ def compare(
     methods: str | Iterable[str | ComparisonArm] = tuple(COMPARED_METHODS),
     *,
     sparsity: float | Iterable[float] | None = None,
+    density: float | Iterable[float] | None = None,
     experts: int | Iterable[int] = EXPERTS,
     allocations: Named | Iterable[Named] = (),
+    scope: str = "mlp",
+    form: str | None = None,
+    dense_prefix: int = 0,
+    prefix: int = 0,
     seed: int = 0,
     memory: int | None = None,
     out: str | os.PathLike[str] | None = None,
@@ -121,10 +138,17 @@ def compare(
     evaluation
         Text to evaluate on, as in `entangle.expand`.
     methods
-        Of ``magnitude``, ``wanda``, ``sparsegpt``, ``expansion`` and ``expansion-random``.
+        Of ``magnitude``, ``wanda``, ``sparsegpt``, ``expansion`` and ``expansion-random``, and of
+        the names of `entangle.activation`, which mask activations: ``teal``, ``column-norm``,
+        ``wina``, ``cats``, ``chess``, ``chess+``, ``rsparse``, ``larosa``, ``griffin``,
+        ``coreinfer``. Any pruner by its name, and with ``dsnot:`` in front of it, DSnoT after it.
+        `entangle list` shows all.
     sparsity
         Shares of zeros in [0, 1], the same in every row; by default 0.5 and 0.7, or those of the
-        allocations where there are some.
+        allocations where there are some. Methods that mask activations leave out that share of the
+        multiply-adds in scope, everything charged, as expected from the calibration text.
+    density
+        One minus ``sparsity``, in its place.
     experts
         Numbers of experts a layer, of methods with a router. One expert is the plain method.
     allocations
@@ -164,22 +188,50 @@ def compare(
         check_memory(memory)
         allocations = several_named(allocations)
         default = [nominal_sparsity(one) for _, one in allocations] or SPARSITIES
-        shares = default if sparsity is None else sparsity
+        shares = _shares(sparsity, density, default)
         planned = _former_arms(methods, sparsity=sparsity, experts=experts)
         planned = planned or arms(methods, shares, experts, allocations=allocations)
         told, bar = (progress, False) if callable(progress) else (None, progress)
         dense = as_language_model(model)
         held.enter_context(evaluating(dense.module))
         experiment = Comparing(
-            dense, as_calibration(calibration, dense), Evaluation(as_evaluation(evaluation, dense)),
+            dense, as_calibration(calibration, dense),
+            Evaluation(as_evaluation(evaluation, dense), prefix=whole("prefix", prefix, least=0)),
             arms=planned, allocations=allocations, told=told, seed=seed,
             memory=memory_for(memory, dense.module),
+            masks=Masks(choice("scope", scope, SCOPES), form,
+                        whole("dense_prefix", dense_prefix, least=0),
+                        whole("prefix", prefix, least=0)),
         )  # fmt: skip
         experiment.check()
         found: Comparison = experiment.run(
             clock, out, resume=resume, force=force, extra=extra, progress=bar
         )
         return found
+
+
+@dataclass(frozen=True)
+class Masks:
+    """How activations are masked, and which tokens are scored."""
+
+    scope: str = "mlp"
+    form: str | None = None
+    dense_prefix: int = 0
+    prefix: int = 0
+
+    def describe(self) -> dict[str, object]:
+        """Return what differs from the usual, JSON-serialisable."""
+        usual = Masks()
+        return {k: v for k, v in asdict(self).items() if v != getattr(usual, k)}
+
+
+def _shares(sparsity: Any, density: Any, default: Any) -> Any:
+    """Return the sparsities asked for, by either name."""
+    if density is None:
+        return default if sparsity is None else sparsity
+    if sparsity is not None:
+        raise InvalidInput("`density` is 1 − `sparsity`; give one of them.")
+    return [1 - share("density", one) for one in several("density", density, empty=True)]
 
 
 def _former_arms(methods: object, **others: object) -> "list[ComparisonArm] | None":
@@ -228,8 +280,11 @@ class Comparing(Experiment[ComparisonArm]):
         told: Callable[[str], None] | None = None,
         seed: int = 0,
         memory: int,
+        masks: Masks = Masks(),
     ) -> None:
         super().__init__(model, calibration, evaluation, seed=seed, memory=memory)
+        self._masks = masks
+        self._fitted: dict[str, ActivationMethod] = {}
         self.arms, self._allocations, self._told = arms, allocations, told
         self._layers, self._by_name = common_layers(allocations), by_name(allocations)
         self._evenly = {sparsity: even(one) for (_, sparsity), one in self._by_name.items()}
@@ -238,6 +293,7 @@ class Comparing(Experiment[ComparisonArm]):
         """Refuse numbers of experts and allocations that do not fit, before anything is built."""
         for arm in self.arms:
             check_experts(arm.experts, tokens=self.calibration.n_tokens)
+        check_prefix(self._masks.prefix, self._text)
         for _, one in self._allocations:
             layers = find_layers(self.model.module, list(one.zeros), None)
             one.check(layers, self.model.digest)
@@ -248,6 +304,7 @@ class Comparing(Experiment[ComparisonArm]):
             "methods": list(dict.fromkeys(arm.method for arm in self.arms)),
             "arms": [[arm.method, arm.sparsity, arm.experts, arm.allocation] for arm in self.arms],
             "seed": self.seed,
+            **self._masks.describe(),
         }
         if self._allocations:
             settings["allocations"] = [
@@ -258,11 +315,16 @@ class Comparing(Experiment[ComparisonArm]):
 
     def evaluated(self) -> dict[str, object]:
         """Return what a manifest records of the evaluation: the text alone."""
-        return dict(self.evaluation.describe()["text"])  # type: ignore[call-overload, no-any-return]
+        found: dict[str, object] = dict(self.evaluation.describe()["text"])  # type: ignore[call-overload]
+        return found | ({"prefix": self._masks.prefix} if self._masks.prefix else {})
 
     def measure(self, arm: ComparisonArm) -> Arrays:
-        """Build an arm and return its losses, costs, relative error and seconds."""
-        pruner, router = COMPARED_METHODS[arm.method]
+        """Build an arm and return its losses, costs, relative error, density and seconds."""
+        if arm.method in ACTIVATION_METHODS:
+            return self._masked(arm)
+        if arm.method.startswith(DSNOT):
+            return self._swapped(arm)
+        pruner, router = COMPARED_METHODS.get(arm.method, (arm.method, "single"))
         built = expand(
             self.model,
             self.calibration,
@@ -275,20 +337,94 @@ class Comparing(Experiment[ComparisonArm]):
             router=router,
             seed=self.seed,
             memory=self.memory,
-            evaluation=self.evaluation.text,
-            keep=False,
+            evaluation=None if self._masks.prefix else self.evaluation.text,
+            keep=bool(self._masks.prefix),
             progress=False,
         )
-        assert built.perplexity is not None  # noqa: S101
+        found = built.perplexity
+        if self._masks.prefix:
+            assert built.model is not None  # noqa: S101
+            found = measure_perplexity(built.model, self._text, prefix=self._masks.prefix)
+        assert found is not None  # noqa: S101
         error, seconds = built.layers["relative_error"].mean(), float(str(built.run["seconds"]))
         numbers = {**built.costs, "relative_error": error, "seconds": seconds}
+        numbers["density"] = self._density(float(built.costs["flops"]))
         arrays = {name: np.array(numbers[name], np.float64) for name in _NUMBERS}
-        return {"loss": built.perplexity.window_losses, **arrays}
+        return {"loss": found.window_losses, **arrays}
+
+    def _swapped(self, arm: ComparisonArm) -> Arrays:
+        """Return the numbers of a pruner with DSnoT after it."""
+        clock = time.perf_counter()
+        pruner = arm.method.removeprefix(DSNOT)
+        built = prune_dsnot(
+            self.model, self.calibration, pruner=pruner, sparsity=arm.sparsity, seed=self.seed
+        )
+        found = measure_perplexity(built, self._text, prefix=self._masks.prefix, progress=False)
+        every, pruned = list_layers(built.module), find_layers(built.module, "all", "mlp")
+        dense = sum(math.prod(x.shape) for x in every)
+        zeros = sum(int((x.weight == 0).sum()) for x in pruned)
+        width, others = (
+            every[0].weight.element_size(),
+            dense - sum(math.prod(x.shape) for x in pruned),
+        )
+        packed = [t.nbytes for x in pruned for t in pack(x.weight, "bitmap")[1].values()]
+        flops = 1 - zeros / dense
+        numbers = {
+            "flops": flops, "nonzeros": flops,
+            "bytes": (others * width + sum(packed)) / (dense * width),
+            "relative_error": np.nan, "density": self._density(flops),
+            "seconds": time.perf_counter() - clock,
+        }  # fmt: skip
+        arrays = {name: np.array(value, np.float64) for name, value in numbers.items()}
+        return {"loss": found.window_losses, **arrays}
+
+    @property
+    def _text(self) -> EvaluationText:
+        assert self.evaluation.text is not None  # noqa: S101
+        return self.evaluation.text
+
+    def _density(self, flops: float) -> float:
+        """Return the density in scope that FLOPs of the whole model amount to."""
+        proj = "mlp" if self._masks.scope == "mlp" else None
+        sizes = {x.name: math.prod(x.shape) for x in list_layers(self.model.module)}
+        scope = sum(
+            sizes[layer.name]
+            for layer in find_layers(self.model.module, "all", proj)
+            if layer.block is not None
+        )
+        return 1 - (1 - flops) * sum(sizes.values()) / scope
+
+    def _masked(self, arm: ComparisonArm) -> Arrays:
+        """Return the numbers of a method that masks activations; NaN where it does not apply."""
+        masks, clock = self._masks, time.perf_counter()
+        first = masks.prefix or masks.dense_prefix
+        try:
+            if arm.method not in self._fitted:
+                self._fitted[arm.method] = fit(
+                    self.model, self.calibration, arm.method, scope=masks.scope, form=masks.form,
+                    dense_prefix=first,
+                )  # fmt: skip
+            made = self._fitted[arm.method].at_density(1 - arm.sparsity)
+            found = measure_sparse(made, self._text, prefix=masks.prefix, progress=False)
+        except InvalidInput as error:
+            tell(f"{arm.label}: {error}")
+            nothing = dict.fromkeys(_NUMBERS, np.array(np.nan))
+            return {"loss": np.full(len(self.dense["loss"]), np.nan), **nothing}
+        numbers = {
+            "flops": found.flops, "nonzeros": 1.0, "bytes": 1.0, "relative_error": np.nan,
+            "density": found.density, "seconds": time.perf_counter() - clock,
+        }  # fmt: skip
+        if made.rest:  # stored beside the weights
+            dense = sum(math.prod(x.shape) for x in list_layers(self.model.module))
+            more = sum(a.numel() + b.numel() for a, b in made.rest.values()) / dense
+            numbers |= {"nonzeros": 1 + more, "bytes": 1 + more}
+        arrays = {name: np.array(value, np.float64) for name, value in numbers.items()}
+        return {"loss": found.perplexity.window_losses, **arrays}
 
     def _allocation(self, arm: ComparisonArm) -> Allocation | None:
         key = arm.allocation, arm.sparsity
         allocation = self._by_name.get(key, self._evenly.get(arm.sparsity))
-        if allocation is not None and COMPARED_METHODS[arm.method][1] == "single":
+        if allocation is not None and _router(arm.method) == "single":
             return replace(allocation, experts=None)
         return allocation
 
@@ -306,7 +442,8 @@ class Comparing(Experiment[ComparisonArm]):
         progress: bool | None,  # noqa: ARG002
     ) -> Sequence[ComparisonArm]:
         """Measure the dense model."""
-        ones = {name: np.array(1.0 if name in _COSTS else np.nan) for name in _NUMBERS}
+        alike = (*_COSTS, "density")
+        ones = {name: np.array(1.0 if name in alike else np.nan) for name in _NUMBERS}
         self.dense = self.evaluation.measure(self.model) | ones
         self.done(None, self.dense)
         return self.arms
@@ -354,7 +491,7 @@ def arms(
     Parameters
     ----------
     methods
-        Keys of `COMPARED_METHODS`.
+        Keys of `COMPARED_METHODS`, and names of `ACTIVATION_METHODS`.
     sparsities
         Shares of zeros in [0, 1], the same in every row.
     experts
@@ -369,12 +506,13 @@ def arms(
         A method that does not exist, a number out of range, or nothing to build.
     """
     methods = [
-        choice("method", one, COMPARED_METHODS) for one in several("methods", methods, empty=True)
+        choice("method", one, known_methods()) for one in several("methods", methods, empty=True)
     ]
     sparsities = [share("sparsity", one) for one in several("sparsity", sparsities, empty=True)]
     experts = [whole("experts", k, least=1) for k in several("experts", experts, empty=True)]
     allocations = several_named(allocations)
-    routed = {method for method in methods if COMPARED_METHODS[method][1] != "single"}
+    routed = {one for one in methods if _router(one) != "single"}
+    masked = {one for one in methods if one in ACTIVATION_METHODS or one.startswith(DSNOT)}
     levels: list[tuple[float, str, Allocation | None]]
     levels = [(sparsity, UNIFORM, None) for sparsity in sparsities]
     levels += [(sparsity, name, one) for (name, sparsity), one in by_name(allocations).items()]
@@ -382,6 +520,7 @@ def arms(
         ComparisonArm(method, sparsity, k, name)
         for sparsity, name, allocation in levels
         for method in methods
+        if allocation is None or method not in masked
         for k in (_counts(allocation, experts) if method in routed else [1])
     ]
     if not found:
@@ -391,6 +530,16 @@ def arms(
             f"sparsity {list(sparsities)} and experts {list(experts)}."
         )
     return list(dict.fromkeys(found))
+
+
+def known_methods() -> tuple[str, ...]:
+    """Return the names of everything that can be compared."""
+    swapped = [DSNOT + name for name in PRUNERS]
+    return tuple(dict.fromkeys([*COMPARED_METHODS, *PRUNERS, *swapped, *ACTIVATION_METHODS]))
+
+
+def _router(method: str) -> str:
+    return COMPARED_METHODS.get(method, ("", "single"))[1]
 
 
 def several_named(allocations: Named | Iterable[Named]) -> list[Named]:

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 import pandas as pd
+import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 from safetensors.numpy import save as to_safetensors
@@ -63,6 +64,8 @@ class Evaluation:
     """For minimal-pair accuracy."""
     measures: tuple[str, ...] = MEASURES[:1]
     """From `MEASURES`."""
+    prefix: int = 0
+    """First tokens of every window that perplexity is not scored on."""
 
     @classmethod
     def of(
@@ -107,7 +110,8 @@ class Evaluation:
             found["kl"] = seen.window_kl
             found["agreement"] = seen.window_agreements.astype(np.float64)
         elif self.text is not None and "perplexity" in self.measures:
-            found["loss"] = measure_perplexity(model, self.text, progress=progress).window_losses
+            seen_loss = measure_perplexity(model, self.text, prefix=self.prefix, progress=progress)
+            found["loss"] = seen_loss.window_losses
         if self.pairs is not None and "pairs" in self.measures:
             scores = minimal_pair_scores(model, self.pairs, progress=progress)
             found["good"], found["bad"] = scores.good, scores.bad
@@ -117,7 +121,7 @@ class Evaluation:
         """Return the perplexity that the losses of windows amount to."""
         text = self.text
         assert text is not None  # noqa: S101  (there are losses)
-        return Perplexity(found["loss"], text.describe(), text.n_tokens, text.n_words, text.n_bytes)
+        return Perplexity.of(torch.as_tensor(found["loss"]), text, prefix=self.prefix)
 
     def rows(self, found: Arrays, dense: Arrays, *, seed: int) -> list[dict[str, object]]:
         """Return ``measure``, ``value``, ``low``, ``high`` of everything measured of an arm.

@@ -24,7 +24,7 @@ from entangle.kernels.dispatch import dispatch, on_cpu
 from entangle.memory import by_device, free_on_gpu, in_fitting_parts
 from entangle.models.layers import Layer
 from entangle.precision import full_precision
-from entangle.pruning import METHODS
+from entangle.pruning import PRUNERS
 from entangle.pruning.factor import Factor, inverse_factor
 from entangle.pruning.grid import check_bits, check_group_size
 from entangle.pruning.methods import solve
@@ -68,7 +68,7 @@ class ExpertSettings:
             "group_size": check_group_size(self.group_size, bits),
             "seed": check_seed(self.seed),
             "damping": finite("damping", self.damping, least=0),
-            "pruner": choice("pruner", self.pruner, METHODS, kind="pruning method"),
+            "pruner": choice("pruner", self.pruner, PRUNERS, kind="pruning method"),
             "router": choice("router", self.router, KINDS),
         }
         for name, value in checked.items():

@@ -6,10 +6,10 @@ All are batched over experts, run on any device and never change their inputs.
 import warnings
 from functools import partial
 
-from entangle.pruning.methods import METHODS, prune
+from entangle.pruning.methods import METHODS, PRUNERS, prune
 from entangle.pruning.problem import PruneResult
 
-__all__ = ["METHODS", "PruneResult", "prune"]
+__all__ = ["METHODS", "PRUNERS", "PruneResult", "prune"]
 
 
 def __getattr__(name: str) -> object:

@@ -1,19 +1,108 @@
 """One entrance to all pruning methods, and those that choose a whole mask at once."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from entangle.checks import choice, finite, seed_of, whole
+from entangle.doors import Door
+from entangle.errors import EntangleError, InvalidInput
 from entangle.pruning.masks import BLOCK, dead_first
-from entangle.pruning.problem import Problem, PruneResult, Rows, mask_only, prepare, select
+from entangle.pruning.problem import (
+    Problem,
+    PruneResult,
+    Rows,
+    finish,
+    mask_only,
+    prepare,
+    select,
+)
 from entangle.pruning.solver import in_groups, solve_sparsegpt
 from entangle.seeding import torch_rng
 
-METHODS = ("random", "magnitude", "wanda", "sparsegpt")
-"""Names of the pruning methods, the weakest first."""
+Solver = Callable[..., PruneResult]
+"""Solves a `Problem`, given ``damping``, ``seed`` and ``block_size`` by name."""
+OwnPruner = Callable[[Tensor, Tensor | None, float | Tensor], Tensor]
+"""A pruner of one's own: see `pruner`."""
+
+
+def pruner(name: str, function: Any) -> Solver:
+    """Return a solver that calls somebody's own function, one expert at a time.
+
+    Parameters
+    ----------
+    name
+        How it is called.
+    function
+        Takes ``weight`` (rows, cols), float32, ``gram`` (cols, cols), ``X^T X`` over the
+        calibration tokens, and ``zeros`` (rows,), int64: how many zeros each row is to have. It
+        returns the pruned weight, (rows, cols), with that many zeros in every row at least, and
+        must not change what it is given.
+
+    Raises
+    ------
+    InvalidInput
+        When it is run: if it raises, returns another shape or what is not finite, changes its
+        arguments, or makes fewer zeros than it should; or if the pattern is not ``"row"``.
+    """
+    if getattr(function, "solves_problems", False):
+        solver: Solver = function
+        return solver
+    if not callable(function):
+        raise InvalidInput(f"a pruner must be a function; {name!r} is {type(function).__name__}.")
+    return partial(_own, name, function)
+
+
+def _own(name: str, function: OwnPruner, problem: Problem, **_settings: object) -> PruneResult:
+    if problem.pattern.kind != "row" or problem.bits is not None:
+        raise InvalidInput(f"the pruner {name!r} has pattern 'row' alone, and no `bits`.")
+    weights = []
+    for expert, weight in enumerate(problem.weight):
+        gram = None if problem.gram is None else problem.gram[expert]
+        zeros = problem.budget[expert]
+        before = weight.clone()
+        try:
+            found: object = function(weight.clone(), gram, zeros)
+        except EntangleError:
+            raise
+        except Exception as error:
+            raise InvalidInput(
+                f"the pruner {name!r} failed: {type(error).__name__}: {error}"
+            ) from error
+        weights.append(_checked(name, found, before, zeros))
+    sparse = torch.stack(weights)
+    return finish(
+        problem, sparse.to(problem.dense.dtype), sparse == 0, sparse.new_zeros(len(sparse))
+    )
+
+
+def _checked(name: str, found: object, weight: Tensor, zeros: Tensor) -> Tensor:
+    """Return what a pruner gave, if it is a weight with as many zeros as asked for."""
+    if not isinstance(found, Tensor) or found.shape != weight.shape:
+        shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise InvalidInput(
+            f"the pruner {name!r} must return a weight of shape {tuple(weight.shape)}; got {shape}."
+        )
+    found = found.to(weight)
+    if not bool(found.isfinite().all()):
+        raise InvalidInput(f"the pruner {name!r} returned NaN or infinity.")
+    made = (found == 0).sum(1)
+    short = (made < zeros).nonzero()[:, 0]
+    if len(short):
+        row = int(short[0])
+        raise InvalidInput(
+            f"the pruner {name!r} must make {int(zeros[row])} zeros in row {row}; it made "
+            f"{int(made[row])}."
+        )
+    return found
+
+
+PRUNERS: Door[Solver] = Door("pruners", pruner)
+"""The pruning methods by name."""
 
 
 def prune(
@@ -42,7 +131,7 @@ def prune(
         ``X^T X`` over the calibration tokens, (cols, cols) or (experts, cols, cols), symmetric.
         Only ``"wanda"`` and ``"sparsegpt"`` need it; the others report a loss if they get it.
     method
-        One of `METHODS`:
+        One of `PRUNERS`:
 
         ``"random"``
             Every weight draws one uniform number, and the smallest go: with one seed, the zeros at
@@ -117,7 +206,7 @@ def prune(
     Sun, Liu, Bair, Kolter, "A Simple and Effective Pruning Approach for Large Language Models",
     ICLR 2024, equation 1 (Wanda).
     """
-    method = choice("method", method, METHODS, kind="pruning method")
+    method = choice("method", method, PRUNERS, kind="pruning method")
     damping, seed = finite("damping", damping, least=0), seed_of(seed)
     problem = prepare(
         weight, gram, sparsity=sparsity, pattern=pattern, rows=rows, bits=bits,
@@ -129,20 +218,45 @@ def prune(
 def solve(
     problem: Problem, *, method: str, damping: float | int, seed: int, block_size: int = BLOCK
 ) -> PruneResult:
-    """Prune a checked problem by one of `METHODS` (see `prune`)."""
-    method = choice("method", method, METHODS, kind="pruning method")
-    if method == "sparsegpt":
-        block_size = whole("block_size", block_size, least=1)
-        settled = partial(solve_sparsegpt, damping=damping, block_size=block_size)
-        return in_groups(problem, settled)
-    if method == "random":
-        saliency = _draws(problem, seed).to(problem.dense.device)
-    else:
-        saliency = problem.weight.abs()
-    if method == "wanda":
-        power = problem.need_gram().diagonal(dim1=-2, dim2=-1)
-        saliency = dead_first(saliency * power.sqrt()[:, None, :], problem.weight, power == 0)
-    return mask_only(problem, select(saliency, problem))
+    """Prune a checked problem by one of `PRUNERS` (see `prune`)."""
+    method = choice("method", method, PRUNERS, kind="pruning method")
+    return PRUNERS[method](problem, damping=damping, seed=seed, block_size=block_size)
+
+
+def _ours(name: str, source: str) -> Callable[[Solver], Solver]:
+    """Register one of our own solvers."""
+
+    def add(function: Solver) -> Solver:
+        function.solves_problems = True  # type: ignore[attr-defined]
+        PRUNERS.register(name, function, source=source)
+        return function
+
+    return add
+
+
+@_ours("random", "a uniform draw for every weight")
+def _random(problem: Problem, *, seed: int, **_settings: object) -> PruneResult:
+    return mask_only(problem, select(_draws(problem, seed).to(problem.dense.device), problem))
+
+
+@_ours("magnitude", "|w|")
+def _magnitude(problem: Problem, **_settings: object) -> PruneResult:
+    return mask_only(problem, select(problem.weight.abs(), problem))
+
+
+@_ours("wanda", "arXiv 2306.11695")
+def _wanda(problem: Problem, **_settings: object) -> PruneResult:
+    power = problem.need_gram().diagonal(dim1=-2, dim2=-1)
+    saliency = problem.weight.abs() * power.sqrt()[:, None, :]
+    return mask_only(problem, select(dead_first(saliency, problem.weight, power == 0), problem))
+
+
+@_ours("sparsegpt", "arXiv 2301.00774")
+def _sparsegpt(
+    problem: Problem, *, damping: float | int, block_size: int, **_settings: object
+) -> PruneResult:
+    block_size = whole("block_size", block_size, least=1)
+    return in_groups(problem, partial(solve_sparsegpt, damping=damping, block_size=block_size))
 
 
 def _draws(problem: Problem, seed: int) -> Tensor:
@@ -152,3 +266,7 @@ def _draws(problem: Problem, seed: int) -> Tensor:
         torch.rand(shape[1:], generator=rng)
     draws = torch.rand(shape, generator=rng)
     return draws if problem.rows is None else draws[:, problem.rows.cpu()]
+
+
+METHODS = ("random", "magnitude", "wanda", "sparsegpt")
+"""Names of our own pruners, the weakest first."""

@@ -142,6 +142,76 @@ def edit_with_inputs(edits: Sequence[InputEdit]) -> Iterator[None]:
             )
 
 
+@contextmanager
+def edit_inputs(edits: Sequence[Edit]) -> Iterator[None]:
+    """Replace the inputs of layers inside the ``with`` block.
+
+    Parameters
+    ----------
+    edits
+        Layers, and for each a function that receives the layer's input (..., in_features) and
+        returns the tensor that takes its place, of the same shape, dtype and device.
+
+    Raises
+    ------
+    InvalidInput
+        During a forward pass, if a function returns anything else; at the end of the block, if a
+        layer has not run. A block that ends by another error says nothing of that.
+    """
+    runs = dict.fromkeys(range(len(edits)), 0)
+    with ExitStack() as stack:
+        stack.enter_context(uncompiled())
+        for place, (layer, function) in enumerate(edits):
+            hook = partial(_replace_input, layer, function, runs, place)
+            handle = layer.module.register_forward_pre_hook(hook, with_kwargs=True)
+            stack.callback(handle.remove)
+        yield
+    for (layer, _), count in zip(edits, runs.values(), strict=True):
+        if not count:
+            raise InvalidInput(
+                f"the inputs of layer {layer.name!r} were to be edited, but it never ran, so "
+                "nothing was changed; leave it out."
+            )
+
+
+def _replace_input(
+    layer: Layer,
+    function: Callable[[Tensor], Tensor],
+    runs: dict[int, int],
+    place: int,
+    _module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    given = _first(args, kwargs)
+    edited: object = function(given)
+    if not isinstance(edited, Tensor) or _looks(edited) != _looks(given):
+        found = _looks(edited) if isinstance(edited, Tensor) else type(edited).__name__
+        raise InvalidInput(
+            f"an edit must keep the shape, dtype and device of the input of {layer.name!r}, "
+            f"{_looks(given)}; got {found}."
+        )
+    runs[place] += 1
+    if args:
+        return (edited, *args[1:]), kwargs
+    return args, {**kwargs, next(iter(kwargs)): edited}
+
+
+@contextmanager
+def shape_told(module: nn.Module, told: Callable[[tuple[int, ...]], None]) -> Iterator[None]:
+    """Call ``told`` with the shape of the token ids (sequences, tokens) before every pass."""
+
+    def note(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids", _first(args, kwargs))
+        told(tuple(ids.shape[:2]))
+
+    handle = module.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def _replace(
     layer: Layer,
     function: Callable[[Tensor, Tensor], Tensor],

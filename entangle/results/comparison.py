@@ -1,13 +1,15 @@
 """What a comparison found: its tables, and the expansions beside plain methods of their size."""
 
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from entangle.checks import choice
 from entangle.errors import InvalidInput
@@ -15,6 +17,7 @@ from entangle.results.base import Result
 from entangle.runs.provenance import read_table, special_tokens_of
 from entangle.runs.sealing import integers, reals, shares, texts
 from entangle.runs.tables import described
+from entangle.seeding import numpy_rng
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,7 +44,8 @@ _ARM = {
 _FRAME = {
     **_ARM, "perplexity": reals(0), "ratio": reals(0), "ratio_low": reals(0),
     "ratio_high": reals(0), "flops": reals(0), "nonzeros": reals(0), "bytes": reals(0),
-    "relative_error": reals(0), "uniform_ratio": reals(0, optional=True),
+    "relative_error": reals(0), "density": reals(0, optional=True),
+    "uniform_ratio": reals(0, optional=True),
     "uniform_low": reals(0, optional=True), "uniform_high": reals(0, optional=True),
 }  # fmt: skip
 _WINDOWS = {**_ARM, "window": integers(), "loss": reals(0)}
@@ -67,7 +71,10 @@ class Comparison(Result):
     frame: pd.DataFrame
     """One row an arm: method, sparsity, experts, allocation, perplexity, ratio to dense with its
     95 % interval, flops, nonzeros, bytes (multiples of dense), relative_error (mean over layers),
-    seconds. With allocations also uniform_ratio with uniform_low and uniform_high: the ratio to the
+    density (multiply-adds a token of the layers in scope over the dense ones, routers, turns and
+    low-rank rests included), seconds. NaN perplexity and costs: the method does not apply to the
+    model, or cannot be that sparse. With allocations also uniform_ratio with uniform_low and
+    uniform_high: the ratio to the
     perplexity of the same method, sparsity and experts without the allocation, with its paired
     interval."""
     windows: pd.DataFrame
@@ -75,6 +82,17 @@ class Comparison(Result):
     over the window's predicted tokens)."""
     manifest: Mapping[str, object] = field(default_factory=dict)
     """Model, calibration set, evaluation protocol, arms, versions, seconds and peak memory."""
+
+    @property
+    def window_tokens(self) -> list[float]:
+        """Tokens scored in each window: those of the manifest, or all alike."""
+        evaluation = self.manifest.get("evaluation")
+        known = evaluation.get("window_tokens") if isinstance(evaluation, Mapping) else None
+        if known:
+            return [float(one) for one in known]
+        dense = self.frame[self.frame["method"] == DENSE].iloc[0]
+        losses = self.windows.loc[self.windows["method"] == DENSE, "loss"]
+        return [float(losses.sum()) / math.log(dense["perplexity"]) / len(losses)] * len(losses)
 
     def plot(self, **options: Any) -> "Figure":
         """Draw perplexities at equal FLOPs and at equal memory; see `figure_comparison`."""
@@ -168,6 +186,87 @@ def _competition(row: pd.Series, frame: pd.DataFrame) -> dict[str, object]:
     ratio = float(row["perplexity"]) / value
     found = {"competitor": competitor, "competitor_perplexity": value, "ratio": ratio}
     return {**kept, **found, "allocation": row["allocation"]}
+
+
+DEARER = (0.01, 0.05, 0.10)
+"""Increases of perplexity at which `flops_saved` is told."""
+
+
+def flops_saved(
+    comparison: "Comparison", *, at: Sequence[float] = DEARER, resamples: int = 1000, seed: int = 0
+) -> pd.DataFrame:
+    """Return how many of the dense model's FLOPs each method saves at some higher perplexities.
+
+    The logarithm of a method's perplexity ratio is interpolated linearly in its FLOPs between
+    neighbouring arms, from the dense model on; from there to the first arm that is dearer. Windows
+    are resampled, the same for all arms, for a percentile interval of 95 %.
+
+    Parameters
+    ----------
+    comparison
+        Of at least one arm beside the dense one.
+    at
+        Increases of perplexity, 0.05 for 5 %.
+    resamples
+        Of the bootstrap over windows.
+    seed
+        Of the bootstrap.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row a method, number of experts, allocation and increase: method, experts, allocation,
+        increase, saved (share of the dense model's FLOPs of all linear layers; 0 where even the
+        densest arm is dearer and saves nothing), low, high, reached (whether an arm is dearer, so
+        that nothing is extrapolated: otherwise ``saved`` is that of the sparsest arm, a lower
+        bound).
+    """
+    frame, windows = comparison.frame, comparison.windows
+    table = windows.pivot_table(index="window", columns=list(KEY), values="loss", sort=False)
+    weights = np.ones((1 + resamples, len(table)))
+    rng = numpy_rng(seed, "flops saved")
+    weights[1:] = rng.multinomial(len(table), np.full(len(table), 1 / len(table)), resamples)
+    counts = np.asarray(comparison.window_tokens, np.float64)
+    means = weights @ table.to_numpy() / (weights @ counts)[:, None]
+    place: dict[object, int] = {key: i for i, key in enumerate(table.columns)}
+    dense = means[:, place[_key(frame[frame["method"] == DENSE].iloc[0])]]
+    rows = []
+    for names, arms in frame[frame["method"] != DENSE].groupby(
+        ["method", "experts", "allocation"], sort=False
+    ):
+        arms = arms[np.isfinite(arms["perplexity"])].sort_values("flops", ascending=False)
+        arms = arms[[_key(arm) in place for _, arm in arms.iterrows()]]
+        if arms.empty:
+            continue
+        logs = np.stack([means[:, place[_key(a)]] - dense for _, a in arms.iterrows()], 1)
+        flops = arms["flops"].to_numpy(np.float64)
+        for increase in at:
+            found = [_saved(one, flops, math.log1p(increase)) for one in logs]
+            low, high = np.percentile(found[1:], [2.5, 97.5]) if resamples else (np.nan, np.nan)
+            rows.append(
+                {**dict(zip(("method", "experts", "allocation"), names, strict=True)),
+                 "increase": increase, "saved": found[0], "low": low, "high": high,
+                 "reached": bool(logs[0].max() >= math.log1p(increase))}
+            )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _key(row: "pd.Series[Any]") -> tuple[object, ...]:
+    return tuple(row[name] for name in KEY)
+
+
+def _saved(logs: NDArray[np.float64], flops: NDArray[np.float64], limit: float) -> float:
+    """Return 1 − the FLOPs at which a curve from (0, 1) first passes a limit."""
+    before, at = 0.0, 1.0
+    for value, cost in zip(logs.tolist(), flops.tolist(), strict=True):
+        if cost >= 1.0 and value <= limit:
+            continue
+        if value > limit:
+            if value <= before or cost >= at:
+                return max(0.0, 1.0 - at)
+            return float(1.0 - (at + (cost - at) * (limit - before) / (value - before)))
+        before, at = value, cost
+    return 1.0 - at
 
 
 def plain_method(method: str) -> str:

@@ -1,0 +1,133 @@
+"""Checks of ideas of one's own: whether a pruner, activation method or rule keeps its contract.
+
+Each raises `AssertionError` that says what is wrong, as scikit-learn's ``check_estimator`` does.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["check_activation_method", "check_pruner", "check_rule"]
+
+_SHAPES = ((1, 8), (5, 16), (12, 33))
+
+
+def _problem(rows: int, cols: int) -> tuple[Tensor, Tensor]:
+    rng = torch.Generator().manual_seed(rows * cols)
+    x = torch.randn(4 * cols, cols, generator=rng)
+    return torch.randn(rows, cols, generator=rng), x.T @ x
+
+
+def check_pruner(function: Callable[..., Any], *, name: str = "the pruner") -> None:
+    """Check a function for the door ``entangle.pruners`` (see `entangle.pruning.methods.pruner`).
+
+    Parameters
+    ----------
+    function
+        Takes ``weight`` (rows, cols), ``gram`` (cols, cols) and ``zeros`` (rows,).
+    name
+        In messages.
+
+    Raises
+    ------
+    AssertionError
+        If it changes what it is given; returns another shape, NaN, or too few zeros in a row; is
+        not the same twice; does not leave a weight as it is where no zeros are asked for; or does
+        not give 0 where all are.
+    """
+    from entangle.errors import EntangleError
+    from entangle.pruning.methods import PRUNERS, prune
+
+    PRUNERS.register("__checked__", function)
+    try:
+        for rows, cols in _SHAPES:
+            weight, gram = _problem(rows, cols)
+            kept = weight.clone(), gram.clone()
+            for share in (0.0, 0.25, 0.5, 1.0):
+                try:
+                    found = prune(weight, gram, method="__checked__", sparsity=share)
+                    again = prune(weight, gram, method="__checked__", sparsity=share)
+                except EntangleError as error:
+                    raise AssertionError(
+                        str(error).replace("the pruner '__checked__'", name)
+                    ) from error
+                where = f"{name}, {rows} × {cols}, sparsity {share:g}"
+                same = torch.equal(weight, kept[0]) and torch.equal(gram, kept[1])
+                _require(same, f"{where}: it changed what it was given")
+                _require(
+                    torch.equal(found.weight, again.weight), f"{where}: it differs when repeated"
+                )
+                if share == 0:
+                    _require(torch.equal(found.weight, weight), f"{where}: it changed the weight")
+                if share == 1:
+                    _require(not found.weight.any(), f"{where}: weights are left")
+    finally:
+        PRUNERS.remove("__checked__")
+
+
+def check_activation_method(function: Callable[..., Any], *, name: str = "the method") -> None:
+    """Check a function for the door ``entangle.methods`` (see `entangle.activation.input_method`).
+
+    Parameters
+    ----------
+    function
+        Maps inputs (tokens, features) and a weight (rows, features) to scores (tokens, features).
+    name
+        In messages.
+
+    Raises
+    ------
+    AssertionError
+        If the scores have another shape, are negative or not finite, depend on other tokens, or it
+        changes what it is given.
+    """
+    rng = torch.Generator().manual_seed(0)
+    for rows, cols in _SHAPES:
+        x, weight = torch.randn(7, cols, generator=rng), torch.randn(rows, cols, generator=rng)
+        x[0] = 0
+        kept = x.clone(), weight.clone()
+        scores = function(x, weight)
+        where = f"{name}, inputs of {cols} features"
+        shaped = isinstance(scores, Tensor) and scores.shape == x.shape
+        _require(shaped, f"{where}: scores must have the inputs' shape")
+        _require(bool(scores.isfinite().all()), f"{where}: scores must be finite")
+        _require(bool((scores >= 0).all()), f"{where}: scores must not be negative")
+        alone = torch.cat([function(one, weight) for one in x.split(1)])
+        close = torch.allclose(alone, scores, rtol=1e-4, atol=1e-6)
+        _require(close, f"{where}: the scores of a token depend on others")
+        same = torch.equal(x, kept[0]) and torch.equal(weight, kept[1])
+        _require(same, f"{where}: it changed what it was given")
+
+
+def check_rule(function: Callable[..., Any], *, name: str = "the rule") -> None:
+    """Check a function for the door ``entangle.rules`` (see `entangle.allocation.rules.OwnRule`).
+
+    Parameters
+    ----------
+    function
+        Maps scores (neurons,) and the overall sparsity to sparsities (neurons,).
+    name
+        In messages.
+
+    Raises
+    ------
+    AssertionError
+        If it returns another shape or what is no share, or changes what it is given.
+    """
+    scores = np.linspace(0.0, 2.0, 9)
+    for share in (0.0, 0.3, 1.0):
+        given = scores.copy()
+        found = np.asarray(function(given, share), dtype=np.float64)
+        where = f"{name}, sparsity {share:g}"
+        _require(found.shape == scores.shape, f"{where}: a sparsity for every neuron is needed")
+        inside = bool(((found >= 0) & (found <= 1)).all())
+        _require(inside, f"{where}: sparsities must be in [0, 1]")
+        _require(bool((given == scores).all()), f"{where}: it changed what it was given")
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise AssertionError(message)
