@@ -47,8 +47,8 @@ def test_quantiles_are_those_of_the_sorted_scores_to_a_256th() -> None:
         assert scores.quantile(share) == pytest.approx(exact, rel=1 / 64, abs=0.002)
         assert parts.quantile(share) == scores.quantile(share)
         assert scores.above(exact) == pytest.approx(1 - share, abs=0.004)
-    assert scores.quantile(0) == -1
-    assert scores.quantile(1) == float("inf")
+    assert scores.quantile(0.0) == -1
+    assert scores.quantile(1.0) == float("inf")
     assert scores.above(-1.0) == 1
     assert scores.above(float("inf")) == 0
 
