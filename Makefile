@@ -67,7 +67,7 @@ notebooks: install
 # The site, with every warning an error and every link checked; what it says of commands and
 # functions is read from the code.
 docs: $(VENV)/.docs
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Only the site needs these packages.
 $(VENV)/.docs: $(VENV)/.installed

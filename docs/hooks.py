@@ -102,7 +102,8 @@ def reference() -> dict[str, str]:
     import entangle
     from entangle import plotting
 
-    entrances = [f"{entangle._HOMES[name]}.{name}" for name in entangle.__all__ if name in entangle._HOMES]
+    homes = entangle._HOMES
+    entrances = [f"{homes[name]}.{name}" for name in entangle.__all__ if name in homes]
     drawn = [f"entangle.plotting.{plotting._HOME[name]}.{name}" for name in plotting.__all__]
     heads = {
         "api.md": ("Python: entrances", "`import entangle` has these names.", entrances),
@@ -112,14 +113,21 @@ def reference() -> dict[str, str]:
             drawn,
         ),
         "rooms.md": (
-            "Python: rooms", "What lies behind the entrances, by file.",
-            [f"entangle.{name}" for name in ROOMS],
+            "Python: rooms", "What lies behind the [entrances](api.md), by file.",
+            [_without(f"entangle.{name}", homes) for name in ROOMS],
         ),
     }  # fmt: skip
     return {
         page: "\n".join([f"# {title}\n", head, "", *(f"::: {name}\n" for name in names)])
         for page, (title, head, names) in heads.items()
     }
+
+
+def _without(module: str, homes: Mapping[str, str]) -> str:
+    """Name a module, and leave out the names that another page explains."""
+    known = [name for name, home in homes.items() if home == module]
+    filters = json.dumps(["!^_", *(f"!^{name}$" for name in known)])
+    return f"{module}\n    options: {{filters: {filters}}}"
 
 
 def alternatives() -> dict[str, str]:
@@ -138,9 +146,8 @@ def notebook(path: Path, words: Mapping[str, str]) -> str:
             parts.append(re.sub(r"\]\((\d\d_\w+)\.ipynb\)", r"](\1.md)", source))
             continue
         parts.append(f"```python\n{source}\n```")
-        for name in _drawn(source):
-            if name in words:
-                parts.append(f"![{words[name]}](../figures/{name}.png)")
+        known = [name for name in _drawn(source) if name in words]
+        parts += [f"![{words[name]}](../figures/{name}.png)" for name in known]
     note = (
         f"\n\n*Pictures are those of the [gallery](../gallery.md), drawn from more text than the "
         f"cells above take. The notebook itself is `notebooks/{path.name}`.*"
@@ -167,12 +174,13 @@ def mathml(content: str) -> str:
 
 
 class _Page(HTMLParser):
-    """Gathers a page's anchors, links and pictures."""
+    """Gathers a page's anchors, links, pictures, and what it loads."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.anchors: set[str] = set()
         self.links: list[str] = []
+        self.loaded: list[str] = []
         self.unworded: list[str] = []
         self.feed(text)
 
@@ -180,6 +188,8 @@ class _Page(HTMLParser):
         given = {key: value or "" for key, value in attrs}
         self.anchors |= {given[key] for key in ("id", "name") if key in given}
         self.links += [given[key] for key in ("href", "src") if key in given]
+        self.loaded += [given["src"]] if "src" in given else []
+        self.loaded += [given["href"]] if given.get("rel") in ("stylesheet", "preconnect") else []
         if tag == "img" and not given.get("alt"):
             self.unworded.append(given.get("src", ""))
 
@@ -196,7 +206,7 @@ def broken(site: Path) -> tuple[list[str], list[str]]:
     -------
     tuple of list of str
         What is wrong, one line each (links to files or anchors that are not there, pictures without
-        words); and the addresses outside of the site.
+        words, what a page would fetch from elsewhere); and the addresses outside of the site.
     """
     files = sorted(site.rglob("*.html"))
     pages = {path: _Page(path.read_text("utf-8")) for path in files if path.name != "404.html"}
@@ -204,6 +214,8 @@ def broken(site: Path) -> tuple[list[str], list[str]]:
     for path, page in pages.items():
         shown = path.relative_to(site)
         wrong += [f"{shown}: picture {one!r} has no words" for one in page.unworded]
+        fetched = (one for one in page.loaded if urlsplit(one).netloc)
+        wrong += [f"{shown}: {one!r} is fetched from elsewhere" for one in fetched]
         for link in page.links:
             parts = urlsplit(link)
             if parts.scheme or parts.netloc:
@@ -212,9 +224,8 @@ def broken(site: Path) -> tuple[list[str], list[str]]:
             target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
             if not target.is_file():
                 wrong.append(f"{shown}: {link!r} leads nowhere")
-            elif parts.fragment and target in pages:
-                if unquote(parts.fragment) not in pages[target].anchors | {"__top"}:
-                    wrong.append(f"{shown}: {link!r} has no such anchor")
+            elif target in pages and unquote(parts.fragment) not in pages[target].anchors | {""}:
+                wrong.append(f"{shown}: {link!r} has no such anchor")
     return wrong, sorted(outside)
 
 
@@ -247,7 +258,7 @@ def on_page_markdown(markdown: str, page: Any, **_others: Any) -> str:
     return re.sub(r"\]\(\.\./(notebooks/\w+)\.ipynb\)", r"](\1.md)", led)
 
 
-def on_page_content(html: str, **_others: Any) -> str:  # noqa: D417
+def on_page_content(html: str, **_others: Any) -> str:
     """Write formulas as MathML."""
     return mathml(html)
 

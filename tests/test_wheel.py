@@ -35,9 +35,7 @@ def copied(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         to = tmp_path_factory.mktemp(name)
         for one in BUILT:
             if (ROOT / one).is_dir():
-                shutil.copytree(
-                    ROOT / one, to / one, ignore=IGNORED, copy_function=shutil.copyfile
-                )
+                shutil.copytree(ROOT / one, to / one, ignore=IGNORED, copy_function=shutil.copyfile)
             else:
                 shutil.copyfile(ROOT / one, to / one)
         return to

@@ -7,9 +7,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
 LOGS = {"LOG.md", "INTERFACE.md"}
-PAGES = [ROOT / "README.md"] + sorted(
-    path for path in (ROOT / "docs").glob("*.md") if path.name not in LOGS
-)
+_WRITTEN = (path for path in (ROOT / "docs").glob("*.md") if path.name not in LOGS)
+PAGES = [ROOT / "README.md", *sorted(_WRITTEN)]
 _FENCE = re.compile(r"^```(\w+)[^\n]*\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
