@@ -1,12 +1,13 @@
 # make demo: the main job on the demo model.   make test: everything that must hold.
-# Both set up what they need: a virtual environment, pinned packages, the demo assets.
+# make docs: the site, in runs/site.            make dist: what can be installed, in dist.
+# All set up what they need: a virtual environment, pinned packages, the demo assets.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/demo
 GALLERY := runs/gallery
 
-.PHONY: demo figures test install lint types unit bench notebooks clean
+.PHONY: demo figures test install lint types unit bench notebooks docs dist clean
 
 demo: install
 	$(BIN)/entangle demo --out $(RUN) --force
@@ -63,5 +64,19 @@ bench: install
 notebooks: install
 	$(BIN)/jupyter nbconvert --execute --to html --output-dir runs/notebooks notebooks/*.ipynb
 
+# The site, with every warning an error and every link checked; what it says of commands and
+# functions is read from the code.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Only the site needs these packages.
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
+# The same bytes for the same commit.
+dist: install
+	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/python -m hatchling build -d dist
+
 clean:
-	rm -rf $(VENV) runs .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) runs dist .mypy_cache .pytest_cache .ruff_cache

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from entangle.texts.calibration_set import CalibrationSet
 
 try:
-    __version__ = version("entangle")
+    __version__ = version("neuron-entanglement")  # the name of the distribution, not of the package
 except PackageNotFoundError:  # a source tree that is not installed
     __version__ = "0+unknown"
 

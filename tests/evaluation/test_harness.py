@@ -160,7 +160,7 @@ def test_the_module_is_wrapped_as_it_is(lm_eval: Any, caplog: pytest.LogCaptureF
 def test_without_the_harness(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", None)
-    with pytest.raises(Unavailable, match=r"`pip install 'entangle\[harness\]'`"):
+    with pytest.raises(Unavailable, match=r"`pip install 'neuron-entanglement\[harness\]'`"):
         harness_model(tiny("llama"), tiny_tokenizer())
 
 
