@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from entangle.results.ablation import AblationResult, load_ablation
     from entangle.results.comparison import load_comparison
     from entangle.results.decomposition import Decomposition, load_decomposition
+    from entangle.results.diff import diff
+    from entangle.results.difference import Difference, load_difference
     from entangle.results.scores import NeuronScores, load_scores
     from entangle.scoring.score import score
     from entangle.texts.calibration import load_calibration
@@ -44,12 +46,14 @@ _HOMES = {
     "AblationResult": "entangle.results.ablation",
     "CalibrationSet": "entangle.texts.calibration_set",
     "Decomposition": "entangle.results.decomposition",
+    "Difference": "entangle.results.difference",
     "LanguageModel": "entangle.models.loading",
     "NeuronScores": "entangle.results.scores",
     "ablate": "entangle.experiments.ablate",
     "allocate": "entangle.allocation",
     "compare": "entangle.experiments.compare",
     "decompose": "entangle.modes.decompose",
+    "diff": "entangle.results.diff",
     "expand": "entangle.experts.expand",
     "explore": "entangle.explorer",
     "load_ablation": "entangle.results.ablation",
@@ -57,6 +61,7 @@ _HOMES = {
     "load_calibration": "entangle.texts.calibration",
     "load_comparison": "entangle.results.comparison",
     "load_decomposition": "entangle.results.decomposition",
+    "load_difference": "entangle.results.difference",
     "load_evaluation": "entangle.evaluation",
     "load_expanded": "entangle.experts.checkpoint",
     "load_minimal_pairs": "entangle.evaluation",
@@ -73,6 +78,7 @@ __all__ = [
     "AblationResult",
     "CalibrationSet",
     "Decomposition",
+    "Difference",
     "LanguageModel",
     "NeuronScores",
     "__version__",
@@ -80,6 +86,7 @@ __all__ = [
     "allocate",
     "compare",
     "decompose",
+    "diff",
     "expand",
     "explore",
     "load_ablation",
@@ -87,6 +94,7 @@ __all__ = [
     "load_calibration",
     "load_comparison",
     "load_decomposition",
+    "load_difference",
     "load_evaluation",
     "load_expanded",
     "load_minimal_pairs",
