@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from entangle.models.loading import LanguageModel, load_model
     from entangle.modes import neuron_modes
     from entangle.modes.decompose import decompose
+    from entangle.modes.probe import probe
     from entangle.results import load_result
     from entangle.results.ablation import AblationResult, load_ablation
     from entangle.results.comparison import load_comparison
@@ -70,6 +71,7 @@ _HOMES = {
     "load_scores": "entangle.results.scores",
     "neuron_modes": "entangle.modes",
     "perplexity": "entangle.evaluation",
+    "probe": "entangle.modes.probe",
     "prune": "entangle.experts.prune",
     "score": "entangle.scoring.score",
 }
@@ -103,6 +105,7 @@ __all__ = [
     "load_scores",
     "neuron_modes",
     "perplexity",
+    "probe",
     "prune",
     "score",
 ]

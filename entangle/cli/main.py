@@ -34,6 +34,7 @@ from entangle.cli import (
     figures,
     layers,
     options,
+    probe,
     prune,
     run,
     score,
@@ -58,7 +59,7 @@ CLOSED_PIPE = 128 + 13
 
 COMMANDS = (
     ablate, allocate, compare, convert, decompose, demo, diff, evaluate, expand, figures, layers,
-    prune, run, score,
+    probe, prune, run, score,
 )  # fmt: skip
 
 
