@@ -108,7 +108,9 @@ def print_probe(found: "Probe") -> None:
         say(found.title)
         print_text(list(_pieces(found)))
     else:
-        table = found.frame.drop(columns=["token_id", "special"]).dropna(axis="columns", how="all")
+        table = found.frame.drop(columns=["token_id", "piece", "special"]).dropna(
+            axis="columns", how="all"
+        )
         print_table(
             table.rename(columns={"sigma": "σ", "percentile": "above %"}),
             title=found.title,
@@ -124,11 +126,12 @@ def _pieces(found: "Probe") -> list[tuple[str, str]]:
 
     modes, pieces = found.modes, []
     usual = int(modes["share"].to_numpy().argmax()) if len(modes) else 0
-    rows = zip(found.frame.to_dict("records"), found.colors, found.strength, strict=True)
-    for row, color, strength in rows:
-        share = abs(float(strength))
-        style = f"black on {shade(color, 0.25 + 0.5 * share)}" if share >= _LEAST else ""
-        pieces.append((str(row["token"]), f"{style} italic" if row["special"] else style))
+    rows, colors, strength = found.frame.to_dict("records"), found.colors, abs(found.strength)
+    for piece, some in found.pieces():
+        best = found.strongest(some)
+        share, row = float(strength[best]), rows[best]
+        style = f"black on {shade(colors[best], 0.25 + 0.5 * share)}" if share >= _LEAST else ""
+        pieces.append((piece, f"{style} italic" if row["special"] else style))
         if len(modes) > 1 and row["mode"] == row["mode"] and row["mode"] != usual:
             pieces.append((str(row["mode"]).translate(_SMALL), "dim"))
     return pieces

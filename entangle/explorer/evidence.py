@@ -313,6 +313,8 @@ class Content:
     """PNGs, at most two."""
     html: str = ""
     """Escaped, shown below the pictures."""
+    note: str = ""
+    """HTML above the pictures: what they are of."""
     offer: str = ""
     """What a click would compute; empty if there is nothing more to compute."""
 

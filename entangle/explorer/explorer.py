@@ -220,8 +220,7 @@ class Explorer:
         if not (shown.html or shown.pictures) or calibration is None:
             return shown
         both = float(self._row(layer, neuron)["wd"]), wd
-        warning = other_text(self.scores, SeenText.of(calibration), wd=both)
-        return replace(shown, html=warning + shown.html)
+        return replace(shown, note=other_text(self.scores, SeenText.of(calibration), wd=both))
 
     def export(
         self,

@@ -25,7 +25,7 @@ def page(title: str, heading: str, parts: Mapping[str, Content]) -> str:
     style = files("entangle.explorer").joinpath("style.css").read_text("utf-8")
     shown = "".join(
         f'<section class="entangle-pane"><h2>{escaped(name)}</h2>'
-        f"{''.join(map(image, part.pictures))}{part.html}</section>"
+        f"{part.note}{''.join(map(image, part.pictures))}{part.html}</section>"
         for name, part in parts.items()
         if part.pictures or (part.html and "<code>entangle.explore" not in part.html)
     )

@@ -49,6 +49,8 @@ class SeenText:
         """Read what a manifest says under ``calibration``, or `CalibrationSet.describe`."""
         sizes = " × ".join(described(calibration, key) for key in ("n_seq", "seq_len"))
         name = f"{sizes} tokens of {described(calibration, 'source')}"
+        seed = described(calibration, "settings", "seed", default="")
+        name += f", seed {seed}" if seed else ""
         return cls(described(calibration, "digest"), name)
 
 

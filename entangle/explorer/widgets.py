@@ -39,9 +39,11 @@ class Pane:
     def __init__(self, render: Render) -> None:
         self.render = render
         self.pictures = [w.Image(format="png", layout=w.Layout(display="none")) for _ in range(2)]
-        self.html = w.HTML()
+        self.note, self.html = w.HTML(), w.HTML()
         self.button = w.Button(layout=w.Layout(display="none", width="auto"))
-        self.box = w.VBox([*self.pictures, self.html, self.button]).add_class("entangle-pane")
+        self.box = w.VBox([self.note, *self.pictures, self.html, self.button]).add_class(
+            "entangle-pane"
+        )
 
     def show(self, content: Content) -> None:
         """Show what a view has rendered."""
@@ -49,7 +51,8 @@ class Pane:
             widget.layout.display = "none" if png is None else None
             if png is not None:
                 widget.value = png
-        self.html.value = content.html
+        self.note.value, self.html.value = content.note, content.html
+        self.note.layout.display = None if content.note else "none"
         self.button.description = content.offer
         self.button.layout.display = None if content.offer else "none"
 
@@ -75,7 +78,7 @@ class QuestionPane(Pane):
             self.entry.rows = question.lines
         else:
             self.entry.observe(lambda change: answered() if change["new"] else None, "value")
-        self.box.children = [self.entry, self.button, *self.pictures, self.html]
+        self.box.children = [self.entry, self.button, self.note, *self.pictures, self.html]
 
 
 class NeuronList:

@@ -1,7 +1,8 @@
 """A text of one's own through one neuron: output and mode of every token, as table and HTML."""
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +29,8 @@ Floats = NDArray[np.float64]
 
 SCALE = 3.0
 """Outputs of so many σ have the full colour."""
+_BROKEN, _LONGEST = re.compile(r"<0x[0-9A-F]{2}>"), 8
+"""What `TokenText` writes for a byte that is no character, and tokens that share characters."""
 _PAGE = (
     '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" '
     'content="width=device-width, initial-scale=1"><title>{title}</title><style>:root '
@@ -46,10 +49,11 @@ class Probe:
     """Its index in the layer."""
     frame: pd.DataFrame
     """One row a token: position, token_id, token (its text; what cannot be seen is spelled out),
-    special (whether it was put around the text), output (in its own units), sigma ((output − mean)
-    / std of the scores), percentile (share of the scores' tokens below it, in percent), mode (from
-    0). Without scores the last three are missing; so is the mode of an output that is not finite.
-    """
+    piece (the text shown: where characters are spread over several tokens, all of it stands at the
+    first and nothing at the others), special (whether it was put around the text), output (in its
+    own units), sigma ((output − mean) / std of the scores), percentile (share of the scores' tokens
+    below it, in percent), mode (from 0). Without scores the last three are missing; so is the mode
+    of an output that is not finite."""
     modes: pd.DataFrame = field(repr=False)
     """The modes, as `entangle.modes.find_modes`; empty without scores."""
     mean: float
@@ -85,6 +89,20 @@ class Probe:
         """Layer and neuron."""
         return f"{self.layer} · neuron {self.neuron}"
 
+    def pieces(self) -> list[tuple[str, list[int]]]:
+        """Return the pieces that the text is shown in, and the rows of the tokens of each."""
+        found: list[tuple[str, list[int]]] = []
+        for row, piece in enumerate(self.frame["piece"]):
+            if piece or not found:
+                found.append((piece, [row]))
+            else:
+                found[-1][1].append(row)
+        return found
+
+    def strongest(self, rows: list[int]) -> int:
+        """Return the row of the token whose output is farthest out, among some."""
+        return rows[int(np.abs(self.strength[rows]).argmax())]
+
     def legend(self) -> list[str]:
         """Return what the colours mean, a line each."""
         if not np.isfinite(self.std):
@@ -106,12 +124,11 @@ class Probe:
         return _PAGE.format(title=escaped(self.title), body=self._repr_html_())
 
     def _repr_html_(self) -> str:
-        tokens = "".join(
-            _span(row, color, abs(strength))
-            for row, color, strength in zip(
-                self.frame.to_dict("records"), self.colors, self.strength, strict=True
-            )
-        )
+        rows = self.frame.to_dict("records")
+        colors, strength, tokens = self.colors, np.abs(self.strength), ""
+        for piece, some in self.pieces():
+            best = self.strongest(some)
+            tokens += _span(piece, [rows[one] for one in some], colors[best], strength[best])
         keys = "<br>".join(
             f'<span style="border-left: 1em solid {NOMINAL[n - 1]}; padding-left: .4em">'
             f"{escaped(line)}</span>"
@@ -122,24 +139,25 @@ class Probe:
         )
         return (
             f"<div><p><b>{escaped(self.title)}</b></p>"
-            f'<p style="line-height: 1.9; overflow-wrap: anywhere">{tokens}</p>'
+            f'<p dir="auto" style="line-height: 1.9; overflow-wrap: anywhere">{tokens}</p>'
             f"<p><small>{keys}</small></p></div>"
         )
 
 
-def _span(row: Mapping[Any, Any], color: str, share: float) -> str:
-    """Return a token as HTML: its direction cannot disturb the others, a hint tells its numbers."""
+def _span(piece: str, rows: Sequence[Mapping[Any, Any]], color: str, share: float) -> str:
+    """Return a piece as HTML; a hint tells its numbers."""
     alpha = round(255 * 0.6 * share)
+    edge = "; opacity: .6; font-style: italic" if rows[0]["special"] else ""
+    style = f"background: {color}{alpha:02x}; border-radius: 3px; white-space: pre-wrap{edge}"
+    told = escaped("; ".join(map(_hint, rows)))
+    return f'<span tabindex="0" title="{told}" style="{style}">{escaped(piece)}</span>'
+
+
+def _hint(row: Mapping[Any, Any]) -> str:
     told = f"output {number(row['output'], 4)}"
     if not np.isnan(row["sigma"]):
-        told += f", {number(row['sigma'], 3)} σ, above {row['percentile']:.3g} %"
-    if not pd.isna(row["mode"]):
-        told += f", mode {row['mode']}"
-    edge = "; opacity: .6; font-style: italic" if row["special"] else ""
-    style = f"background: {color}{alpha:02x}; border-radius: 3px; white-space: pre-wrap{edge}"
-    return (
-        f'<bdi tabindex="0" title="{escaped(told)}" style="{style}">{escaped(row["token"])}</bdi>'
-    )
+        told += f", {number(row['sigma'], 3)} σ, above {row['percentile']:.3g} % of the tokens"
+    return told if pd.isna(row["mode"]) else f"{told}, mode {row['mode']}"
 
 
 @evaluates
@@ -203,6 +221,7 @@ def probe(
             "position": np.arange(len(ids)),
             "token_id": ids,
             "token": pd.Series([words.token(one) for one in ids], dtype="str"),
+            "piece": pd.Series(_shown(words, ids), dtype="str"),
             "special": special,
             "output": values.astype(np.float64),
         }
@@ -218,6 +237,21 @@ def probe(
     if scores is not None:
         about["scores_text"] = described(scores.manifest, "calibration", "source")
     return Probe(chosen.name, neuron, frame, modes, mean, std, about)
+
+
+def _shown(words: TokenText, ids: Sequence[int]) -> list[str]:
+    """Return what is shown at every token; tokens that share characters are joined."""
+    found, start = [], 0
+    while start < len(ids):
+        end, text = start + 1, words.token(ids[start])
+        while _BROKEN.search(text) and end < min(start + _LONGEST, len(ids)):
+            end += 1
+            text = words.run(ids[start:end])
+        if _BROKEN.search(text):  # no tokens that follow complete it
+            end, text = start + 1, words.token(ids[start])
+        found += [text, *[""] * (end - start - 1)]
+        start = end
+    return found
 
 
 def _reference(

@@ -18,9 +18,10 @@ from entangle.errors import InvalidInput, UnknownName
 from entangle.models.layers import find_layers
 from entangle.models.loading import LanguageModel
 from entangle.modes.modes import find_modes
-from entangle.modes.probe import Probe, histogram_modes, probe
+from entangle.modes.probe import Probe, _shown, histogram_modes, probe
 from entangle.results.scores import NeuronScores
 from entangle.texts.calibration_set import CalibrationSet
+from entangle.texts.words import TokenText, decoded
 from tests.tiny_models import CONFIGS, tiny_tokenizer
 
 LAYER = "model.layers.1.mlp.gate_proj"
@@ -102,6 +103,8 @@ def test_given_modes_count(model: LanguageModel, scores: NeuronScores) -> None:
 def test_what_is_refused(model: LanguageModel, scores: NeuronScores, tiny: Any) -> None:
     with pytest.raises(InvalidInput, match="token"):
         probe(model, LAYER, 0, "")
+    with pytest.raises(UnknownName, match="nothing"):
+        probe(model, LAYER, 0, "x", special_tokens="nothing")
     with pytest.raises(InvalidInput, match="tokens"):
         probe(model, LAYER, 0, "x" * 10_000)
     with pytest.raises(InvalidInput, match=r"0\.\.47"):
@@ -121,7 +124,7 @@ def test_nothing_in_a_text_acts_on_the_page(model: LanguageModel, scores: Neuron
     found = probe(model, LAYER, 0, HOSTILE, scores=scores)
     for page in (found.html(), found._repr_html_()):
         assert "<b>a" not in page
-        assert page.count("<bdi") == len(found.frame)
+        assert page.count("tabindex=") == len(found.frame)
     assert r"\n" in found._repr_html_()
 
 
@@ -166,7 +169,8 @@ def test_colours_that_are_not_wanted(
 
 def test_a_token_of_a_rare_mode_is_numbered() -> None:
     frame = pd.DataFrame(
-        {"position": [0, 1], "token_id": [0, 1], "token": ["[red]", "\x1b[2J"], "special": False,
+        {"position": [0, 1], "token_id": [0, 1], "token": ["[red]", "\x1b[2J"],
+         "piece": ["[red]", "\x1b[2J"], "special": False,
          "output": [0.0, 5.0], "sigma": [0.0, 5.0], "percentile": [50.0, 100.0],
          "mode": pd.array([0, 1], dtype="Int64")}
     )  # fmt: skip
@@ -178,3 +182,15 @@ def test_a_token_of_a_rare_mode_is_numbered() -> None:
     assert [text for text, _style in pieces] == ["[red]", "\x1b[2J", "₁"]
     assert pieces[0][1] == ""
     assert "on #" in pieces[1][1]
+
+
+def test_tokens_that_share_characters_are_shown_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    pieces = {1: b"a", 2: b"\xd7", 3: b"\xa9", 4: b"\xff"}
+    words = TokenText(None)
+    text = {"token": lambda one: decoded(pieces[one])}
+    text["run"] = lambda some: decoded(b"".join(pieces[one] for one in some))
+    for name, function in text.items():
+        monkeypatch.setattr(words, name, function)
+    assert _shown(words, [1, 2, 3, 1]) == ["a", "ש", "", "a"]
+    assert _shown(words, [4, 1]) == ["<0xFF>", "a"]
+    assert _shown(words, [2]) == ["<0xD7>"]
