@@ -127,7 +127,7 @@ class Difference(Result):
         options = {"names": self.labels, "by": self.by, **options}
         return figure_difference(self.frame, self.agreement, **options)
 
-    def html(self, *, moved: int = 200) -> str:
+    def html(self, *, moved: int = 50) -> str:
         """Return the result as a page of its own, which needs no other file.
 
         Parameters
