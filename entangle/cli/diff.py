@@ -59,7 +59,13 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.html is not None and expand_user(arguments.html).exists() and not arguments.force:
         raise InvalidInput(f"{arguments.html!r} exists; name another file or use --force.")
     found = diff(
-        arguments.a, arguments.b, by=arguments.by, fdr=arguments.fdr, tops=tops, seed=arguments.seed
+        arguments.a,
+        arguments.b,
+        by=arguments.by,
+        fdr=arguments.fdr,
+        tops=tops,
+        seed=arguments.seed,
+        progress=not arguments.quiet,
     )
     if arguments.out is not None:
         found.save(arguments.out, force=arguments.force)

@@ -220,7 +220,7 @@ def plot_change_errors(frame: pd.DataFrame, *, legend: bool = True, ax: Axes | N
     x = np.linspace(-4.0, 4.0, 201)
     (curve,) = ax.plot(x, bell_curve(x), color=ink("gaussian"), lw=0.9, label="if none moved")
     record(curve, panel="errors", series="if none moved", x=x, y=bell_curve(x))
-    ax.set(xlabel="change / standard error (ends: and beyond)", ylabel="density")
+    ax.set(xlabel="change ÷ its standard error (ends: and beyond)", ylabel="density")
     entries: list[tuple[Artist, str]] = [
         (bars, f"neurons (n = {len(units):,})"),
         (curve, "if none moved: N(0, 1)"),

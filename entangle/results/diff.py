@@ -19,6 +19,7 @@ from entangle.results.base import settings_of
 from entangle.results.difference import DIFFERS, KIND, UNTESTED, WHOLE, Difference
 from entangle.results.scores import NeuronScores, load_scores
 from entangle.runs.differing import causes, what_differs
+from entangle.runs.progress import ProgressBar
 from entangle.runs.provenance import RunClock, make_manifest
 from entangle.runs.tables import described
 from entangle.seeding import check_seed
@@ -41,6 +42,7 @@ def diff(
     n_boot: int = 500,
     level: float = 0.95,
     seed: int = 0,
+    progress: bool | None = None,
 ) -> Difference:
     """Compare two runs of scores: of two models, checkpoints, texts, dtypes or seeds.
 
@@ -61,6 +63,8 @@ def diff(
         Shares in (0, 1] of the neurons whose sets are compared.
     n_boot, level, seed
         Of the bootstrap intervals of rank agreement, over neurons.
+    progress
+        Show a progress bar on standard error; by default if that is a terminal.
 
     Raises
     ------
@@ -86,9 +90,9 @@ def diff(
     matched, notes = match_layers(first.layers, second.layers)
     frame = _frame(first, second, matched, by)
     _judge(frame, fdr)
-    agreement = _agreement(
-        frame, matched, tops=tops, n_boot=n_boot, level=level, seed=seed, noisy=by == "wd"
-    )
+    options = {"n_boot": n_boot, "level": level, "seed": seed}
+    with ProgressBar("rank agreement", enabled=progress) as bar:
+        agreement = _agreement(frame, matched, bar, tops=tops, noisy=by == "wd", **options)
     differs = what_differs(first.manifest, second.manifest)
     notes = [*_notes(first, second, frame, by), *notes]
     for note in notes:
@@ -263,6 +267,7 @@ def _judge(frame: pd.DataFrame, fdr: float) -> None:
 def _agreement(
     frame: pd.DataFrame,
     matched: pd.DataFrame,
+    bar: ProgressBar,
     *,
     tops: Sequence[float],
     noisy: bool,
@@ -271,14 +276,17 @@ def _agreement(
     """Return the table of agreement; ``options`` are of the bootstrap."""
     parts = {str(name): rows for name, rows in frame.groupby("layer", sort=False)}
     rows = []
+    bar.start(len(matched) + (len(matched) > 1), "layers")
     for one in matched.to_dict("records"):
         row = _agreeing(parts[one["layer"]], tops, **options)
         ceiling = _ceiling(one["split_half_a"], one["split_half_b"]) if noisy else np.nan
         place = {name: one[name] for name in ("layer", "block", "projection")}
         rows.append({**place, **row, "ceiling": ceiling})
+        bar.advance()
     if len(rows) > 1:
         nowhere = {"layer": WHOLE, "block": pd.NA, "projection": WHOLE}
         rows.append({**nowhere, **_agreeing(frame, tops, **options), "ceiling": np.nan})
+        bar.advance()
     return pd.DataFrame(rows).astype({"block": "Int64", "layer": "str", "projection": "str"})
 
 
