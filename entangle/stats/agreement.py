@@ -73,8 +73,6 @@ def rank_agreement(
     n = len(x)
     if n < 3 or np.ptp(x) == 0.0 or np.ptp(y) == 0.0:
         return Agreement(NOTHING, NOTHING, dict.fromkeys(tops, NOTHING))
-    order = np.argsort(x, kind="stable")  # neighbours in memory are neighbours in rank
-    x, y = x[order], y[order]
     groups = [np.unique(values, return_inverse=True)[1] for values in (x, y)]
     kendall, leading = _Kendall.of(*groups), _Leading.of(x, y)
 
