@@ -23,10 +23,13 @@ if TYPE_CHECKING:
     from entangle.models.loading import LanguageModel, load_model
     from entangle.modes import neuron_modes
     from entangle.modes.decompose import decompose
+    from entangle.modes.probe import probe
     from entangle.results import load_result
     from entangle.results.ablation import AblationResult, load_ablation
     from entangle.results.comparison import load_comparison
     from entangle.results.decomposition import Decomposition, load_decomposition
+    from entangle.results.diff import diff
+    from entangle.results.difference import Difference, load_difference
     from entangle.results.scores import NeuronScores, load_scores
     from entangle.scoring.score import score
     from entangle.texts.calibration import load_calibration
@@ -44,12 +47,14 @@ _HOMES = {
     "AblationResult": "entangle.results.ablation",
     "CalibrationSet": "entangle.texts.calibration_set",
     "Decomposition": "entangle.results.decomposition",
+    "Difference": "entangle.results.difference",
     "LanguageModel": "entangle.models.loading",
     "NeuronScores": "entangle.results.scores",
     "ablate": "entangle.experiments.ablate",
     "allocate": "entangle.allocation",
     "compare": "entangle.experiments.compare",
     "decompose": "entangle.modes.decompose",
+    "diff": "entangle.results.diff",
     "expand": "entangle.experts.expand",
     "explore": "entangle.explorer",
     "load_ablation": "entangle.results.ablation",
@@ -57,6 +62,7 @@ _HOMES = {
     "load_calibration": "entangle.texts.calibration",
     "load_comparison": "entangle.results.comparison",
     "load_decomposition": "entangle.results.decomposition",
+    "load_difference": "entangle.results.difference",
     "load_evaluation": "entangle.evaluation",
     "load_expanded": "entangle.experts.checkpoint",
     "load_minimal_pairs": "entangle.evaluation",
@@ -65,6 +71,7 @@ _HOMES = {
     "load_scores": "entangle.results.scores",
     "neuron_modes": "entangle.modes",
     "perplexity": "entangle.evaluation",
+    "probe": "entangle.modes.probe",
     "prune": "entangle.experts.prune",
     "score": "entangle.scoring.score",
 }
@@ -73,6 +80,7 @@ __all__ = [
     "AblationResult",
     "CalibrationSet",
     "Decomposition",
+    "Difference",
     "LanguageModel",
     "NeuronScores",
     "__version__",
@@ -80,6 +88,7 @@ __all__ = [
     "allocate",
     "compare",
     "decompose",
+    "diff",
     "expand",
     "explore",
     "load_ablation",
@@ -87,6 +96,7 @@ __all__ = [
     "load_calibration",
     "load_comparison",
     "load_decomposition",
+    "load_difference",
     "load_evaluation",
     "load_expanded",
     "load_minimal_pairs",
@@ -95,6 +105,7 @@ __all__ = [
     "load_scores",
     "neuron_modes",
     "perplexity",
+    "probe",
     "prune",
     "score",
 ]

@@ -177,6 +177,7 @@ def made(
         "expansion": ("expand", model, *text, "--proj", "up_proj", "--experts", 2),
         "pruning": ("prune", model, *text, "--proj", "up_proj"),
         "allocation": ("allocate", folder / "scores", "--sparsity", 0.5, "--quiet"),
+        "difference": ("diff", folder / "scores", folder / "ablation" / "scores"),
     }  # fmt: skip
     paths = {kind: folder / kind for kind in commands}
     paths["allocation"] = folder / "allocation.safetensors"

@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,10 @@ from entangle.models.layers import find_layers
 from entangle.models.loading import as_language_model
 from entangle.seeding import torch_rng
 from entangle.texts.calibration_set import CalibrationSet
-from tests.tiny_models import TINY
+from tests.tiny_models import TINY, tiny_tokenizer
 
 MODEL = as_language_model(TINY["llama"]())
+WITH_TOKENS = replace(MODEL, tokenizer=tiny_tokenizer())
 IDS = torch.randint(4, 112, (6, 16), generator=torch_rng(0, "entrances"))
 TEXT, EVALUATION = CalibrationSet(IDS, "ids", {}), EvaluationText(IDS[:4], "ids", {})
 GATE = "model.layers.0.mlp.gate_proj"
@@ -79,6 +81,12 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
          "evaluations": 2},
     ),
     "expert_budget": (expert_budget, {"allocation": ALLOCATION, "scores": SCORES, "experts": 2}),
+    "diff": (entangle.diff, {"a": SCORES, "b": SCORES, "tops": 0.1, "n_boot": 20}),
+    "probe": (
+        entangle.probe,
+        {"model": WITH_TOKENS, "layer": GATE, "neuron": 3, "text": "hello",
+         "special_tokens": "none"},
+    ),
     "explore": (
         entangle.explore,
         {"source": MODEL, "calibration": TEXT, "layers": GATE, "proj": None, "experts": 1},
@@ -101,13 +109,13 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
 """By name: a public function, and the arguments of its smallest call, scalars wherever possible."""
 
 ELSEWHERE = {
-    "load_ablation", "load_allocation", "load_comparison", "load_decomposition", "load_expanded",
-    "load_result", "load_scores",  # see `unlike_paths`
+    "load_ablation", "load_allocation", "load_comparison", "load_decomposition", "load_difference",
+    "load_expanded", "load_result", "load_scores",  # see `unlike_paths`
     "load_calibration", "load_evaluation", "load_minimal_pairs", "load_model",  # tests of their own
 }  # fmt: skip
 
-NOT_COUNTED = {"memory", "progress", "quiet", "bins"}
-"""Settings that are no plain numbers everywhere."""
+NOT_COUNTED = {"memory", "progress", "quiet", "bins", "text"}
+"""Settings that are no plain numbers everywhere, or any words."""
 
 CALLED = {"pruner": "pruning method", "by": "column", "rule": "allocation rule|rule",
           "tune": "allocation rule", "across": "rule of layers", "predictors": "column",
@@ -252,7 +260,8 @@ def unlike_layers() -> Iterator[str]:
 def unlike_paths() -> Iterator[str]:
     """Tell of readers that take what is no path, or do not say so."""
     readers = [name for name in entangle.__all__ if name in ELSEWHERE and name[5:] in (
-        "ablation", "allocation", "comparison", "decomposition", "expanded", "scores")]  # fmt: skip
+        "ablation", "allocation", "comparison", "decomposition", "difference", "expanded",
+        "scores")]  # fmt: skip
     for name, value in itertools.product(readers, (3, None, "", b"x", ["x"], "nowhere", "a\0b")):
         problem = refusal(getattr(entangle, name), {}, "path", value)
         if problem and not (value == "nowhere" and problem.startswith("does not name")):

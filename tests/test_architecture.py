@@ -96,7 +96,8 @@ def test_light_imports(code: str, absent: set[str]) -> None:
 
 
 KINDS = (
-    "scores", "ablation", "comparison", "decomposition", "allocation", "expansion", "pruning"
+    "scores", "ablation", "comparison", "decomposition", "allocation", "expansion", "pruning",
+    "difference",
 )  # fmt: skip
 
 

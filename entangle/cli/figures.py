@@ -69,6 +69,7 @@ FIGURES: dict[str, tuple[str, ...]] = {
     "allocation": ("allocation",),
     "expansion": ("expansion",),
     "pruning": ("expansion",),
+    "difference": ("difference",),
 }  # fmt: skip
 """What is drawn of a result, by its kind."""
 
@@ -80,6 +81,7 @@ MAKERS: dict[str, str] = {
     "allocation": "entangle allocate",
     "expansion": "entangle expand",
     "pruning": "entangle prune",
+    "difference": "entangle diff",
 }
 """Command that makes a result, by its kind."""
 
@@ -143,6 +145,7 @@ def drawings_of(one: Run, column: Column) -> Iterator[Drawing]:
         "allocation": lambda found, style: iter([("allocation", partial(found.plot, **style))]),
         "expansion": _of_expansion,
         "pruning": _of_expansion,
+        "difference": lambda found, style: iter([("difference", partial(found.plot, **style))]),
     }
     for name, draw in makers[one.kind](one.result, Style(column=column, digest=one.digest)):
         yield Drawing(name, partial(_with_seed, draw, one.manifest))

@@ -28,11 +28,13 @@ from entangle.cli import (
     convert,
     decompose,
     demo,
+    diff,
     evaluate,
     expand,
     figures,
     layers,
     options,
+    probe,
     prune,
     run,
     score,
@@ -56,8 +58,8 @@ CLOSED_PIPE = 128 + 13
 """As a shell reports a program that the signal SIGPIPE (13) has ended."""
 
 COMMANDS = (
-    ablate, allocate, compare, convert, decompose, demo, evaluate, expand, figures, layers, prune,
-    run, score,
+    ablate, allocate, compare, convert, decompose, demo, diff, evaluate, expand, figures, layers,
+    probe, prune, run, score,
 )  # fmt: skip
 
 
@@ -299,6 +301,8 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     _check_texts(given)
     if given.get("scores") is not None:
         read_manifest(given["scores"], "scores")
+    for side in ("a", "b") if given["command"] == "diff" else ():
+        read_manifest(given[side], "scores")
     for one in given.get("runs") or ():
         if not expand_user(one).exists():
             read_manifest(one, "result")
@@ -351,7 +355,7 @@ def _check_files(given: Mapping[str, object]) -> None:
         if not path.exists():
             raise InvalidInput(f"{str(path)!r} is no file; name one that allocate wrote.")
     folder = given.get("command") in (
-        "ablate", "expand", "compare", "convert", "score", "decompose", "prune",
+        "ablate", "expand", "compare", "convert", "score", "decompose", "diff", "prune",
     )  # fmt: skip
     if folder and isinstance(out, str) and not given.get("resume"):
         check_output(out, force=bool(given.get("force")))

@@ -72,7 +72,7 @@ def given_options(
 
 
 def _writes(arguments: argparse.Namespace) -> bool:
-    return any(getattr(arguments, name, None) for name in ("out", "export", "plot"))
+    return any(getattr(arguments, name, None) for name in ("out", "export", "plot", "html"))
 
 
 def _is_text(option: str) -> Callable[[argparse.Namespace], bool]:

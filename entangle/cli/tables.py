@@ -104,6 +104,26 @@ def print_table(
         say(f"Left out for want of room: {', '.join(left_out)}.")
 
 
+def print_text(pieces: Sequence[tuple[str, str]]) -> None:
+    """Print pieces of one text, each in a style of rich's; what cannot be seen is spelled out.
+
+    Raises
+    ------
+    EntangleError
+        As `print_table`.
+    """
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False, markup=False, emoji=False)
+    text = Text(overflow="fold")
+    for piece, style in pieces:
+        text.append(visible(piece), style=style)
+    with _writing(), console.capture() as printed:
+        console.print(text)
+    _write(printed.get())
+
+
 def _table(frame: "pd.DataFrame", formats: Mapping[str, str]) -> "Table":
     from rich import box
     from rich.table import Table

@@ -5,7 +5,7 @@ What a view of the explorer shows: pictures, HTML below them, and work it offers
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
+from entangle.errors import InvalidInput
 from entangle.memory import memory_for
 from entangle.models.blocks import evaluating
 from entangle.models.layers import Layer, find_layers
@@ -21,12 +22,17 @@ from entangle.models.loading import LanguageModel
 from entangle.modes import describe_modes
 from entangle.modes.decompose import decompose
 from entangle.modes.groups import output_histogram
+from entangle.modes.pairs import draw_all, near_pairs, separated_rows
 from entangle.plotting import dense_output
 from entangle.precision import full_precision
 from entangle.recording.recorder import Recorded, Recorder, of_one_group
 from entangle.recording.stream import ByteBudget, TokenStore
 from entangle.results.decomposition import Decomposition
 from entangle.texts.calibration_set import CalibrationSet
+from entangle.texts.words import TokenText
+
+NEAR, PAIRS = 0.01, 10
+"""Share of all pairs of tokens that is near, and pairs that are shown of a neuron."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +91,7 @@ class ModeFinder:
         self._layer: Layer | None = None
         self._inputs: TokenStore | None = None
         self._given: TokenStore | None = None
+        self._near: np.ndarray | None = None
         self._found: dict[tuple[str, int], Modes] = {}
 
     def known(self, layer: str, neuron: int) -> Modes | None:
@@ -104,6 +111,62 @@ class ModeFinder:
         outputs, neurons = self._known.outputs, self._known.neurons
         histogram, item = dense_output(outputs, neurons, layer=layer, neuron=neuron)
         return Modes(modes, contexts, histogram, item.mean, item.std)
+
+    def is_recorded(self, layer: str) -> bool:
+        """Tell whether the text has been run up to this layer."""
+        return self._layer is not None and self._layer.name == layer
+
+    def outputs(self, layer: str, neuron: int) -> np.ndarray:
+        """Return a neuron's outputs on all tokens; the first one of a layer takes a pass."""
+        subject = self.subject
+        assert subject is not None  # noqa: S101
+        return self._outputs(self._recorded(subject, layer), neuron)
+
+    def has_modes(self, layer: str) -> bool:
+        """Tell whether the decomposition holds modes of the layer."""
+        return self._known is not None and bool((self._known.modes["layer"] == layer).any())
+
+    def modes_of(self, layer: str) -> pd.DataFrame:
+        """Return the modes of all neurons of a layer that the decomposition holds."""
+        assert self._known is not None  # noqa: S101
+        return self._known.modes[self._known.modes["layer"] == layer]
+
+    def known_pairs(self, layer: str, neuron: int) -> pd.DataFrame | None:
+        """Return separated pairs of tokens if they take no pass over the text."""
+        if self.is_recorded(layer):
+            return self.pairs(layer, neuron)
+        if self._known is None:
+            return None
+        rows = self._known.separated
+        rows = rows[(rows["layer"] == layer) & (rows["neuron"] == neuron)]
+        return rows if len(rows) else None
+
+    def pairs(self, layer: str, neuron: int) -> pd.DataFrame:
+        """Find pairs of tokens that are near in the input and far in the output.
+
+        Raises
+        ------
+        InvalidInput
+            If the layer does not multiply its inputs by its weight.
+        """
+        subject, outputs = self.subject, self.outputs(layer, neuron)
+        assert subject is not None  # noqa: S101
+        inputs = self._inputs
+        if inputs is None or inputs.n_tokens == 0:
+            raise InvalidInput(f"layer {layer!r} has no inputs of its own to compare.")
+        if self._near is None:
+            drawn = draw_all(inputs, seed=self._seed)
+            self._near = near_pairs(inputs, drawn, near=NEAR, seed=self._seed)
+        words, values = TokenText(subject.model.tokenizer), torch.from_numpy(outputs)[None]
+        text = subject.calibration
+        return separated_rows(values, (neuron,), self._near, inputs, text, words, most=PAIRS)
+
+    def text_of(self, layer: str, neuron: int) -> object | None:
+        """Return the description of the text that a neuron's modes are of, None where unknown."""
+        made = self.is_recorded(layer) or (layer, neuron) in self._found
+        if made and self.subject is not None:
+            return self.subject.calibration.describe()
+        return None if self._known is None else self._known.manifest.get("calibration")
 
     def find(self, layer: str, neuron: int) -> Modes:
         """Find the modes of a neuron; the first one of a layer takes a pass over the text.
@@ -128,7 +191,7 @@ class ModeFinder:
         """Record the inputs of a layer unless they were the last ones recorded."""
         if self._layer is not None and self._layer.name == name:
             return self._layer
-        self._layer = None
+        self._layer = self._near = None
         for held in (self._inputs, self._given):
             if held is not None:
                 held.close()
@@ -204,6 +267,15 @@ class ExpertFinder:
             best = best if rows.empty else (rows, outputs)
         return best
 
+    def text_of(self, layer: str, neuron: int) -> object | None:
+        """Return the description of the text that `known` is of, None where there is nothing."""
+        rows, outputs = self.known(layer, neuron)
+        for one in () if rows.empty else self._known:
+            held = one.neurons if outputs.empty else one.outputs
+            if ((held["layer"] == layer) & (held["neuron"] == neuron)).any():
+                return one.manifest.get("calibration")
+        return None
+
     def find(self, layer: str, neurons: Sequence[int]) -> None:
         """Decompose a layer, and keep the outputs of some of its neurons.
 
@@ -241,6 +313,8 @@ class Content:
     """PNGs, at most two."""
     html: str = ""
     """Escaped, shown below the pictures."""
+    note: str = ""
+    """HTML above the pictures: what they are of."""
     offer: str = ""
     """What a click would compute; empty if there is nothing more to compute."""
 
@@ -262,3 +336,19 @@ def image(png: bytes) -> str:
     data = base64.b64encode(png).decode("ascii")
     style = f"width: {shown_width(png)}px; max-width: 100%"
     return f'<img alt="" style="{style}" src="data:image/png;base64,{data}">'
+
+
+Render = Callable[[str, int, bool], Content]
+"""Called as ``render(layer, neuron, asked)``; ``asked`` if the offered work may be done."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A view that takes a text."""
+
+    answer: Callable[[str, int, str, bool], Content]
+    """Called as ``answer(layer, neuron, text, asked)``; the work is done if ``asked``."""
+    hint: str
+    """Stands in the empty field."""
+    lines: int = 1
+    """Height of the field; one line is answered at Enter too."""

@@ -5,14 +5,27 @@ The explorer where nothing can be clicked: a table and a figure as HTML.
 `explore`: look through the neurons of a model, or of scores made before, in a notebook.
 """
 
+from dataclasses import replace
 from functools import cache, cached_property
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pandas as pd
 
 from entangle.errors import InvalidInput, Unavailable
-from entangle.explorer.evidence import Content, ExpertFinder, ModeFinder, image, picture
+from entangle.explorer.evidence import (
+    Content,
+    ExpertFinder,
+    ModeFinder,
+    Question,
+    Render,
+    image,
+    picture,
+)
+from entangle.explorer.export import link, page
+from entangle.explorer.texts import SeenText, other_text, pairs_view, probe_view, search_view
 from entangle.explorer.views import (
     LayerMenu,
     NeuronTable,
@@ -30,11 +43,11 @@ from entangle.runs.tables import escaped
 if TYPE_CHECKING:
     import ipywidgets
 
-    from entangle.explorer.widgets import Board, Render
+    from entangle.explorer.widgets import Board
 import os
 from collections.abc import Iterable
 
-from entangle.checks import share, wholes
+from entangle.checks import choice, share, wholes
 from entangle.experiments.selection import check_scores_fit
 from entangle.explorer.evidence import Subject
 from entangle.memory import check_memory
@@ -43,7 +56,7 @@ from entangle.models.layers import DEFAULT_PROJ, LayerSpec, Projections
 from entangle.models.loading import AnyModel, as_language_model
 from entangle.results.decomposition import Decomposition, load_decomposition
 from entangle.results.scores import load_scores
-from entangle.runs.provenance import expand_user
+from entangle.runs.provenance import expand_user, output_file
 from entangle.scoring.score import score
 from entangle.seeding import check_seed
 from entangle.texts.calibration import as_calibration
@@ -150,6 +163,7 @@ class Explorer:
             table_of=self._table_of,
             heading=self._heading,
             views=self._views(),
+            export=self._link,
         )
         board.open(self._first)
         return board
@@ -161,24 +175,120 @@ class Explorer:
         floors = self.scores.layers.set_index("layer")["null_floor"]
         return heading(table, layer, neuron, float(floors[layer]))
 
-    def _views(self) -> "dict[str, Render]":
-        def row(layer: str, neuron: int) -> pd.Series:
-            return self._table_of(layer).row(neuron)
-
+    def _views(self) -> "dict[str, Render | Question]":
         def distribution(layer: str, neuron: int, _asked: bool) -> Content:
-            return distribution_view(self.scores, row(layer, neuron))
+            return distribution_view(self.scores, self._row(layer, neuron))
 
         def experts(layer: str, neuron: int, asked: bool) -> Content:
             table = self._table_of(layer)
-            return experts_view(self._experts, table, layer, neuron, asked=asked)
+            shown = experts_view(self._experts, table, layer, neuron, asked=asked)
+            rows, _ = self._experts.known(layer, neuron)
+            wd = float(rows["wd"].iloc[0]) if len(rows) else np.nan
+            return self._warned(shown, self._experts.text_of(layer, neuron), layer, neuron, wd)
 
         def modes(layer: str, neuron: int, asked: bool) -> Content:
-            return modes_view(self._modes, layer, neuron, asked=asked)
+            shown = modes_view(self._modes, layer, neuron, asked=asked)
+            return self._warned(shown, self._modes.text_of(layer, neuron), layer, neuron)
+
+        def pairs(layer: str, neuron: int, asked: bool) -> Content:
+            shown = pairs_view(self._modes, layer, neuron, asked=asked)
+            return self._warned(shown, self._modes.text_of(layer, neuron), layer, neuron)
 
         def place(layer: str, neuron: int, _asked: bool) -> Content:
-            return layer_view(self.scores, row(layer, neuron))
+            return layer_view(self.scores, self._row(layer, neuron))
 
-        return {"Distribution": distribution, "Experts": experts, "Modes": modes, "Layer": place}
+        def search(layer: str, neuron: int, text: str, asked: bool) -> Content:
+            shown = search_view(self._modes, layer, neuron, text, asked=asked)
+            return self._warned(shown, self._modes.text_of(layer, neuron), layer, neuron)
+
+        def own(layer: str, neuron: int, text: str, asked: bool) -> Content:
+            return probe_view(self._modes, self.scores, layer, neuron, text, asked=asked)
+
+        return {
+            "Distribution": distribution, "Experts": experts, "Modes": modes, "Pairs": pairs,
+            "Search": Question(search, "text that tokens hold, such as ing"),
+            "Own text": Question(own, "a text of your own", lines=4), "Layer": place,
+        }  # fmt: skip
+
+    def _row(self, layer: str, neuron: int) -> pd.Series:
+        return self._table_of(layer).row(neuron)
+
+    def _warned(
+        self, shown: Content, calibration: object, layer: str, neuron: int, wd: float = np.nan
+    ) -> Content:
+        """Put a warning before what a view shows where it is of another text than the scores."""
+        if not (shown.html or shown.pictures) or calibration is None:
+            return shown
+        both = float(self._row(layer, neuron)["wd"]), wd
+        return replace(shown, note=other_text(self.scores, SeenText.of(calibration), wd=both))
+
+    def export(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        layer: str | None = None,
+        neuron: int | None = None,
+        tab: str = "Distribution",
+        force: bool = False,
+    ) -> Path:
+        """Write what is known of a neuron as a page of its own, or a figure of it.
+
+        Parameters
+        ----------
+        path
+            A file that ends in ``.html``, or in ``.png`` for the figure of ``tab``.
+        layer, neuron
+            Full name and index; the ones that are shown by default.
+        tab
+            Title of a tab with a figure.
+        force
+            Replace an existing file.
+
+        Raises
+        ------
+        InvalidInput, UnknownName, Unavailable
+            If the file exists without ``force``, has another ending or cannot be written, there is
+            no such neuron or tab, or the tab shows no figure of it.
+        """
+        place = expand_user(path)
+        ending = choice("path", place.suffix.lower().lstrip("."), ("html", "png"), kind="ending")
+        if place.exists() and not force:
+            raise InvalidInput(f"{str(path)!r} exists; name another file or pass force=True.")
+        layer = self.layer if layer is None else layer
+        neuron = self._shown_neuron(layer) if neuron is None else neuron
+        content = self._exported(layer, neuron, tab, ending)
+        with output_file(place) as temporary:
+            temporary.write_bytes(content)
+        return place
+
+    def _shown_neuron(self, layer: str) -> int:
+        shown = "_board" in self.__dict__ and self.layer == layer
+        return self.neuron if shown else self._table_of(layer).neurons(0)[0]
+
+    def _exported(self, layer: str, neuron: int, tab: str, ending: str) -> bytes:
+        """Return the bytes of a page, or of a figure."""
+        table = self._table_of(layer)
+        heading = self._heading(layer, table, neuron)
+        renders = {name: one for name, one in self._views().items() if callable(one)}
+        if ending == "png":
+            name = choice("tab", tab, renders, kind="tab with a figure")
+            pictures = renders[name](layer, neuron, False).pictures
+            if not pictures:
+                raise InvalidInput(f"the tab {tab!r} shows no figure of neuron {neuron} yet.")
+            return pictures[0]
+        parts = {name: render(layer, neuron, False) for name, render in renders.items()}
+        return page(f"{layer} · neuron {neuron}", heading, parts).encode("utf-8")
+
+    def _link(self, layer: str, neuron: int, tab: str, ending: str) -> str:
+        """Return a link that saves what is exported, where the page is."""
+        with_figure = [name for name, one in self._views().items() if callable(one)]
+        try:
+            content = self._exported(
+                layer, neuron, tab if tab in with_figure else with_figure[0], ending
+            )
+        except InvalidInput as error:
+            return f"<span>{escaped(error)}</span>"
+        return link(f"{layer}-{neuron}.{ending}", content)
 
     def __repr__(self) -> str:
         counts = f"{len(self.scores.frame):,} neurons in {len(self.scores.layers):,} layer(s)"

@@ -277,7 +277,7 @@ def modes_view(finder: ModeFinder, layer: str, neuron: int, *, asked: bool) -> C
     except EntangleError as error:
         return Content(html=f"<p>{escaped(error)}</p>")
     if found is not None:
-        unit = _Unit(found.mean, found.std)
+        unit = Unit(found.mean, found.std)
         modes = (_mode(one, found.contexts, unit) for _, one in found.modes.iterrows())
         return Content(_picture(found), "".join(modes))
     if finder.subject is None:
@@ -314,27 +314,31 @@ def _legend_outside(figure: Figure, ax: Axes) -> None:
 
 
 @dataclass(frozen=True)
-class _Unit:
+class Unit:
     """How outputs are written: in σ from the mean where there is a σ."""
 
     mean: float
+    """Of the outputs."""
     std: float
+    """Of the outputs."""
 
     def text(self, output: float) -> str:
+        """Return an output with its sign."""
         if 0.0 < self.std < np.inf:
             return f"{(output - self.mean) / self.std:+.2f}".replace("-", "−")
         return number(output, 3)
 
     @property
     def name(self) -> str:
+        """What stands behind an output."""
         return " σ" if 0.0 < self.std < np.inf else ""
 
 
-def _mode(row: pd.Series, contexts: pd.DataFrame, unit: _Unit) -> str:
+def _mode(row: pd.Series, contexts: pd.DataFrame, unit: Unit) -> str:
     examples = contexts[contexts["mode"] == row["mode"]]
     lines = "".join(_context(one, unit) for _, one in examples.iterrows())
     tokens = " ".join(
-        f'<span class="entangle-token">{_piece(token)}<small> {count:,}</small></span>'
+        f'<span class="entangle-token">{piece(token)}<small> {count:,}</small></span>'
         for token, count, _share in json.loads(row["top_tokens"])
     )
     title = (
@@ -347,16 +351,21 @@ def _mode(row: pd.Series, contexts: pd.DataFrame, unit: _Unit) -> str:
     )
 
 
-def _context(one: pd.Series, unit: _Unit) -> str:
-    before, token, after = (_piece(str(one[name])) for name in ("before", "token", "after"))
-    output = unit.text(float(one["output"]))
+def _context(one: pd.Series, unit: Unit) -> str:
+    texts = (str(one[name]) for name in ("before", "token", "after"))
+    return context_row(unit.text(float(one["output"])), *texts)
+
+
+def context_row(output: str, before: str, token: str, after: str) -> str:
+    """Return a row of a table of contexts: an output, and the text around a marked token."""
+    before, token, after = map(piece, (before, token, after))
     return (
         f'<tr><td class="entangle-output">{output}</td><td class="entangle-before">{before}</td>'
         f'<td class="entangle-after"><mark>{token}</mark>{after}</td></tr>'
     )
 
 
-def _piece(text: str) -> str:
+def piece(text: str) -> str:
     """Return a piece of text whose direction cannot disturb its neighbours."""
     return f"<bdi>{escaped(text)}</bdi>"
 

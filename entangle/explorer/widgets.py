@@ -2,18 +2,16 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from importlib.resources import files
 from itertools import zip_longest
 from typing import Any
 
 import ipywidgets as w
 
-from entangle.explorer.evidence import Content, shown_width
+from entangle.explorer.evidence import Content, Question, Render
 from entangle.explorer.views import PAGE, LayerMenu, NeuronTable
 from entangle.runs.tables import escaped
-
-Render = Callable[[str, int, bool], Content]
-"""Called as ``render(layer, neuron, asked)``; ``asked`` if the offered work may be done."""
 
 
 class Silence:
@@ -41,17 +39,20 @@ class Pane:
     def __init__(self, render: Render) -> None:
         self.render = render
         self.pictures = [w.Image(format="png", layout=w.Layout(display="none")) for _ in range(2)]
-        self.html = w.HTML()
+        self.note, self.html = w.HTML(), w.HTML()
         self.button = w.Button(layout=w.Layout(display="none", width="auto"))
-        self.box = w.VBox([*self.pictures, self.html, self.button]).add_class("entangle-pane")
+        self.box = w.VBox([self.note, *self.pictures, self.html, self.button]).add_class(
+            "entangle-pane"
+        )
 
     def show(self, content: Content) -> None:
         """Show what a view has rendered."""
         for widget, png in zip_longest(self.pictures, content.pictures):
             widget.layout.display = "none" if png is None else None
             if png is not None:
-                widget.value, widget.width = png, str(shown_width(png))
-        self.html.value = content.html
+                widget.value = png
+        self.note.value, self.html.value = content.note, content.html
+        self.note.layout.display = None if content.note else "none"
         self.button.description = content.offer
         self.button.layout.display = None if content.offer else "none"
 
@@ -59,6 +60,25 @@ class Pane:
         """Show a line of text in place of the button."""
         self.button.layout.display = "none"
         self.html.value = f"<p>{escaped(text)}</p>"
+
+
+class QuestionPane(Pane):
+    """A field for a text, a button below it, and the answer."""
+
+    def __init__(self, question: Question, answered: Callable[[], None]) -> None:
+        super().__init__(
+            lambda layer, neuron, asked: question.answer(layer, neuron, self.entry.value, asked)
+        )
+        kind = w.Text if question.lines == 1 else w.Textarea
+        self.entry = kind(
+            placeholder=question.hint, continuous_update=question.lines > 1,
+            layout=w.Layout(width="auto"),
+        )  # fmt: skip
+        if question.lines > 1:
+            self.entry.rows = question.lines
+        else:
+            self.entry.observe(lambda change: answered() if change["new"] else None, "value")
+        self.box.children = [self.entry, self.button, self.note, *self.pictures, self.html]
 
 
 class NeuronList:
@@ -159,6 +179,9 @@ class Board:
         From a layer, its table and a neuron to HTML.
     views
         What is shown of a neuron, by the title of its tab.
+    export
+        Called with a layer, a neuron, the title of the tab that is shown and ``html`` or ``png``;
+        returns the HTML of a link. Without it nothing can be exported.
     """
 
     def __init__(
@@ -167,11 +190,17 @@ class Board:
         *,
         table_of: Callable[[str], NeuronTable],
         heading: Callable[[str, NeuronTable, int], str],
-        views: dict[str, Render],
+        views: "Mapping[str, Render | Question]",
+        export: Callable[[str, int, str, str], str] | None = None,
     ) -> None:
         self._menu, self._table_of, self._heading = menu, table_of, heading
         self._silence = Silence()
-        self.panes = [Pane(render) for render in views.values()]
+        self.panes = [
+            QuestionPane(one, lambda: self._render(asked=True))
+            if isinstance(one, Question)
+            else Pane(one)
+            for one in views.values()
+        ]
         self.block = _menu("block", [*menu.blocks])
         self.projection = _menu("layer", [*menu.blocks[self.block.value]])
         self.name = w.HTML()
@@ -180,7 +209,15 @@ class Board:
         style = files("entangle.explorer").joinpath("style.css").read_text("utf-8")
         menus = w.HBox([self.block, self.projection]).add_class("entangle-menus")
         left = w.VBox([menus, self.neurons.box]).add_class("entangle-left")
-        right = w.VBox([self.name, self.tabs]).add_class("entangle-right")
+        self.link = w.HTML()
+        self.exports = [
+            _export_button(kind, partial(self._export, kind)) for kind in ("html", "png")
+        ]
+        tools = w.HBox([*self.exports, self.link]).add_class("entangle-tools")
+        self._exporter = export
+        if export is None:
+            tools.layout.display = "none"
+        right = w.VBox([self.name, tools, self.tabs]).add_class("entangle-right")
         both = w.HBox([left, right], layout=w.Layout(flex_flow="row wrap"))
         self.box = w.VBox([w.HTML(f"<style>{style}</style>"), both]).add_class("entangle-explorer")
         self.block.observe(lambda _change: self._block_chosen(), "value")
@@ -215,8 +252,14 @@ class Board:
 
     def _show(self, neuron: int) -> None:
         self.neuron = neuron
+        self.link.value = ""
         self.name.value = self._heading(self.layer, self.neurons.table, neuron)
         self._render()
+
+    def _export(self, kind: str, _button: w.Button) -> None:
+        assert self._exporter is not None  # noqa: S101
+        tab = self.tabs.titles[self.tabs.selected_index or 0]
+        self.link.value = self._exporter(self.layer, self.neuron, tab, kind)
 
     def _render(self, *, asked: bool = False) -> None:
         pane = self.panes[self.tabs.selected_index or 0]
@@ -235,6 +278,16 @@ def _number(name: str) -> w.BoundedIntText:
         min=1 if name == "row" else 0, max=1, continuous_update=False, description=name,
         style={"description_width": "initial"}, layout=w.Layout(width="9.5em"),
     )  # fmt: skip
+
+
+def _export_button(kind: str, clicked: Callable[[w.Button], None]) -> w.Button:
+    said = {"html": "all that is known of this neuron, as a page", "png": "the figure of this tab"}
+    button = w.Button(
+        description=kind.upper(), icon="download", tooltip=f"export {said[kind]}",
+        layout=w.Layout(width="auto"),
+    )  # fmt: skip
+    button.on_click(clicked)
+    return button
 
 
 def _menu(name: str, options: list[str]) -> w.Dropdown:

@@ -352,11 +352,11 @@ def neuron_modes(
         run exactly once on every token, or an output is not finite.
     """
     language_model = as_language_model(model)
-    chosen = _one_layer(language_model.module, layer)
+    chosen = one_layer(language_model.module, layer)
     index = check_neurons(chosen, neurons)
     calibration = as_calibration(calibration, language_model)
     per_mode, window, seed = _counts(per_mode, window, seed)
-    outputs = _outputs(language_model.module, calibration, chosen, index, progress)
+    outputs = layer_outputs(language_model.module, calibration, chosen, index, progress)
     by_neuron = dict(zip(index, outputs, strict=True))
     modes, contexts = describe_modes(
         by_neuron, calibration, language_model.tokenizer, chosen.name,
@@ -442,7 +442,8 @@ def check_neurons(layer: Layer, neurons: Neurons) -> list[int]:
     return different("neurons", index)
 
 
-def _one_layer(module: nn.Module, name: LayerSpec) -> Layer:
+def one_layer(module: nn.Module, name: LayerSpec) -> Layer:
+    """Return the one layer that a specification means, or raise `InvalidInput`."""
     found = find_layers(module, name)
     if len(found) > 1:
         names = ", ".join(layer.name for layer in found[:3])
@@ -459,7 +460,7 @@ def _counts(per_mode: int, window: int, seed: int) -> tuple[int, int, int]:
     return *counts, check_seed(seed)
 
 
-def _outputs(
+def layer_outputs(
     module: nn.Module,
     calibration: CalibrationSet,
     layer: Layer,

@@ -23,6 +23,12 @@ if TYPE_CHECKING:
         plot_costs,
         plot_perplexity,
     )
+    from entangle.plotting.difference import (
+        figure_difference,
+        plot_change_errors,
+        plot_rank_agreement,
+        plot_two_runs,
+    )
     from entangle.plotting.layers import (
         figure_allocation,
         figure_wd_by_layer,
@@ -74,6 +80,9 @@ _HOMES = {
     "ablation": ("figure_ablation", "plot_ablation"),
     "clusters": ("figure_disentanglement", "figure_router_map", "plot_change", "plot_router_map"),
     "comparison": ("figure_comparison", "figure_expansion", "plot_costs", "plot_perplexity"),
+    "difference": (
+        "figure_difference", "plot_change_errors", "plot_rank_agreement", "plot_two_runs",
+    ),
     "layers": (
         "figure_allocation", "figure_wd_by_layer", "plot_layer_profile", "plot_row_sparsity",
         "plot_wd_heatmap", "plot_wd_ridge",
@@ -118,14 +127,15 @@ def __dir__() -> list[str]:
 __all__ = [
     "COLUMN_INCHES", "PALETTE", "FigureOptions", "NeuronOutput", "caption_of", "dense_output",
     "drawn", "figure_ablation", "figure_allocation", "figure_comparison", "figure_components",
-    "figure_disentanglement", "figure_distances", "figure_expansion", "figure_experts",
-    "figure_modes", "figure_output_distributions", "figure_predictors", "figure_recovery",
-    "figure_router_map", "figure_separated_pairs", "figure_sparse_outputs", "figure_sparsities",
-    "figure_top_and_typical", "figure_wd_against_md", "figure_wd_by_layer",
-    "figure_wd_distribution", "paper_style", "plot_ablation", "plot_change", "plot_components",
-    "plot_contexts", "plot_costs", "plot_distances", "plot_experts", "plot_layer_profile",
-    "plot_modes", "plot_output_distribution", "plot_pair_contexts", "plot_perplexity",
-    "plot_predictor", "plot_router_map", "plot_row_sparsity", "plot_separated_pairs",
-    "plot_sparse_output", "plot_wd_against_md", "plot_wd_distribution", "plot_wd_heatmap",
-    "plot_wd_ridge", "save_figure", "sign", "top_and_typical",
+    "figure_difference", "figure_disentanglement", "figure_distances", "figure_expansion",
+    "figure_experts", "figure_modes", "figure_output_distributions", "figure_predictors",
+    "figure_recovery", "figure_router_map", "figure_separated_pairs", "figure_sparse_outputs",
+    "figure_sparsities", "figure_top_and_typical", "figure_wd_against_md", "figure_wd_by_layer",
+    "figure_wd_distribution", "paper_style", "plot_ablation", "plot_change", "plot_change_errors",
+    "plot_components", "plot_contexts", "plot_costs", "plot_distances", "plot_experts",
+    "plot_layer_profile", "plot_modes", "plot_output_distribution", "plot_pair_contexts",
+    "plot_perplexity", "plot_predictor", "plot_rank_agreement", "plot_router_map",
+    "plot_row_sparsity", "plot_separated_pairs", "plot_sparse_output", "plot_two_runs",
+    "plot_wd_against_md", "plot_wd_distribution", "plot_wd_heatmap", "plot_wd_ridge", "save_figure",
+    "sign", "top_and_typical",
 ]  # fmt: skip

@@ -15,6 +15,7 @@ CLASSES = {
     "allocation": "allocation.AllocationReport",
     "expansion": "expansion.ExpansionReport",
     "pruning": "expansion.PruneReport",
+    "difference": "difference.Difference",
 }
 """Module and class of every kind of result."""
 

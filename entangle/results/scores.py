@@ -26,6 +26,7 @@ from entangle.stats.edges import N_BINS, SAVED_FOLD, signed_edges
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from entangle.results.difference import Difference
     from entangle.stats.sketch import SketchResult
 
 
@@ -224,6 +225,12 @@ class NeuronScores(Result):
         from entangle.plotting import figure_wd_distribution
 
         return figure_wd_distribution(few_layers(self.frame), self.layers, **options)
+
+    def compare_with(self, other: "NeuronScores", **options: Any) -> "Difference":
+        """Compare with another run, this one being A; ``options`` are those of `entangle.diff`."""
+        from entangle.results.diff import diff
+
+        return diff(self, other, **options)
 
     def write(self, folder: Path) -> None:
         """Write the files of `save` into a folder that exists."""

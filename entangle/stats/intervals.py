@@ -61,10 +61,10 @@ def spearman_interval(
     _check_bootstrap(x, y, n_boot=n_boot, level=level)
     n = len(x)
     groups = [np.unique(values, return_inverse=True)[1] for values in (x, y)]
-    rho = _weighted_spearman(groups, np.ones(n))
+    rho = weighted_spearman(groups, np.ones(n))
     rng = numpy_rng(seed, "bootstrap")
     draws = [
-        _weighted_spearman(groups, np.bincount(rng.integers(n, size=n), minlength=n))
+        weighted_spearman(groups, np.bincount(rng.integers(n, size=n), minlength=n))
         for _ in range(n_boot)
     ]
     return Interval(rho, *percentiles(draws, level, otherwise=rho))
@@ -200,8 +200,21 @@ def _check_bootstrap(x: Floats, y: Floats, *, n_boot: int, level: float) -> None
         )
 
 
-def _weighted_spearman(groups: Sequence[NDArray[np.intp]], repeats: NDArray[np.generic]) -> float:
-    """Spearman's coefficient where point i occurs ``repeats[i]`` times."""
+def weighted_spearman(groups: Sequence[NDArray[np.intp]], repeats: NDArray[np.generic]) -> float:
+    """Return Spearman's coefficient where point i occurs ``repeats[i]`` times.
+
+    Parameters
+    ----------
+    groups
+        Both rankings: whole numbers from 0 on, shape (points,); ties share their mean rank.
+    repeats
+        Shape (points,), at least 0.
+
+    Returns
+    -------
+    float
+        NaN if a ranking is constant.
+    """
     ranks = []
     for group in groups:
         size = np.bincount(group, weights=repeats)

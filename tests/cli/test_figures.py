@@ -14,7 +14,9 @@ from entangle.cli.figures import FIGURES, MAKERS, drawings_of, missing_lines, op
 from tests.cli.runs import Run, holds
 from tests.saved import resealed
 
-KINDS = ("scores", "ablation", "comparison", "decomposition", "allocation", "expansion")
+KINDS = (
+    "scores", "ablation", "comparison", "decomposition", "allocation", "expansion", "difference"
+)  # fmt: skip
 
 
 def test_everything_is_drawn_and_the_rest_named_with_its_command(

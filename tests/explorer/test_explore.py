@@ -22,7 +22,7 @@ from entangle.texts.calibration_set import CalibrationSet
 GATE, DOWN = "model.layers.1.mlp.gate_proj", "model.layers.1.mlp.down_proj"
 VIEW = "application/vnd.jupyter.widget-view+json"
 PNG = b"\x89PNG"
-TABS = ["Distribution", "Experts", "Modes", "Layer"]
+TABS = ["Distribution", "Experts", "Modes", "Pairs", "Search", "Own text", "Layer"]
 
 
 def pane(explorer: Explorer, tab: str) -> Any:

@@ -4,9 +4,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from entangle.explorer.evidence import Content
+from entangle.explorer.evidence import Content, Render
 from entangle.explorer.views import PAGE, LayerMenu, NeuronTable
-from entangle.explorer.widgets import Board, NeuronList, Pane, Render
+from entangle.explorer.widgets import Board, NeuronList, Pane
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -153,6 +153,26 @@ def expanded() -> tuple[pd.DataFrame, pd.DataFrame]:
     return layers, pd.DataFrame(costs.items(), columns=["cost", "multiple"])
 
 
+def differing() -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Neurons and agreement of two runs of three blocks; some neurons moved."""
+    rng = np.random.default_rng(5)
+    a = rng.gamma(2.0, 0.05, 300)
+    moved = np.array(["no", "up", "down", "untested"])[rng.integers(4, size=300)]
+    frame = pd.DataFrame(
+        {"layer": np.repeat([f"{block}.up" for block in range(3)], 100),
+         "neuron": np.tile(np.arange(100), 3), "a": a, "b": a + rng.normal(0, 0.01, 300),
+         "change": rng.normal(0, 0.01, 300), "change_se": 0.01, "moved": moved}
+    )  # fmt: skip
+    low = {f"{name}_low": 0.4 for name in ("spearman", "top_3")}
+    high = {f"{name}_high": 0.8 for name in ("spearman", "top_3")}
+    agreement = pd.DataFrame(
+        {"layer": ["0.up", "1.up", "2.up", ""], "block": pd.array([0, 1, 2, None], dtype="Int64"),
+         "projection": ["up", "up", "up", ""], "spearman": 0.6, "top_3": 0.5, "ceiling": 0.9,
+         **low, **high}
+    )  # fmt: skip
+    return frame, agreement
+
+
 @pytest.fixture(autouse=True)
 def untouched_globals() -> Iterator[None]:
     """Fail any test after which matplotlib's settings or pyplot's figures differ."""

@@ -16,7 +16,7 @@ from matplotlib.transforms import Bbox
 from entangle import plotting
 from entangle.errors import InvalidInput
 from tests.plotting.ablation_frames import ablation_frame
-from tests.plotting.conftest import allocated, expanded
+from tests.plotting.conftest import allocated, differing, expanded
 from tests.plotting.decomposition_frames import TOP, Decomposed
 from tests.plotting.layout import texts
 
@@ -60,6 +60,9 @@ def case(
         "layer_profile": (allocated()[0], {"overall": 0.6}),
         "row_sparsity": (allocated()[1], {"overall": 0.6}),
         "costs": (expanded()[1], {}),
+        "two_runs": (differing()[0], {"names": ("A: seed 0", "B: seed 1")}),
+        "change_errors": (differing()[0], {}),
+        "rank_agreement": (differing()[1], {"measure": "top_3"}),
         "wd_ridge": (many_scores, {}),
         "wd_heatmap": (many_scores, {}),
     }

@@ -1,0 +1,264 @@
+"""Two runs compared: made by hand, against slow references, and end to end."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+import entangle
+from entangle.cli.main import main
+from entangle.errors import InvalidInput, UnknownName
+from entangle.results.diff import diff, match_layers
+from entangle.results.difference import Difference
+from entangle.runs.differing import causes, what_differs
+from entangle.stats.agreement import pair_balance, rank_agreement
+
+if TYPE_CHECKING:
+    from entangle.models.loading import LanguageModel
+    from entangle.results.scores import NeuronScores
+    from entangle.scoring.score import Method
+    from entangle.texts.calibration_set import CalibrationSet
+
+    Scored = Callable[[str, Method], NeuronScores]
+
+
+@pytest.fixture(scope="module")
+def first(tiny: "Callable[[str], LanguageModel]", calibration: "CalibrationSet") -> "NeuronScores":
+    return entangle.score(tiny("llama"), calibration, layers=1, proj="mlp", progress=False)
+
+
+def moved_by(
+    scores: "NeuronScores", neurons: list[int], sigmas: float, **columns: Any
+) -> "NeuronScores":
+    """Return scores in which some neurons' WD is so many of their standard errors larger."""
+    frame = scores.frame.copy()
+    frame.loc[neurons, "wd"] += sigmas * frame.loc[neurons, "wd_se"]
+    return replace(scores, frame=frame.assign(**columns))
+
+
+@pytest.mark.parametrize("n", [3, 20, 101])
+def test_agreement_is_that_of_slow_references(n: int, global_rng: np.random.Generator) -> None:
+    x = global_rng.normal(size=n).round(1)
+    y = (x + global_rng.normal(size=n)).round(1)
+    found = rank_agreement(x, y, n_boot=20, tops=(0.1, 1.0))
+    assert found.spearman.value == pytest.approx(stats.spearmanr(x, y).statistic, abs=1e-12)
+    assert found.kendall.value == pytest.approx(stats.kendalltau(x, y).statistic, abs=1e-12)
+    signs = np.sign(np.subtract.outer(x, x)) * np.sign(np.subtract.outer(y, y))
+    ranks = [np.unique(one, return_inverse=True)[1] for one in (x, y)]
+    assert pair_balance(ranks[0], ranks[1]).tolist() == signs.sum(1).tolist()
+    assert found.overlaps[1.0].value == 1.0
+    k = max(1, round(0.1 * n))
+    both = set(np.argsort(-x, kind="stable")[:k]) & set(np.argsort(-y, kind="stable")[:k])
+    assert found.overlaps[0.1].value == len(both) / k
+    for one in (found.spearman, found.kendall, *found.overlaps.values()):
+        assert one.low <= one.value <= one.high
+    assert rank_agreement(x, y, n_boot=20, tops=(0.1, 1.0)) == found
+
+
+@pytest.fixture
+def global_rng() -> np.random.Generator:
+    return np.random.default_rng(7)
+
+
+def test_intervals_are_those_of_plain_resampling(global_rng: np.random.Generator) -> None:
+    x = global_rng.normal(size=400)
+    y = x + global_rng.normal(size=400)
+    found = rank_agreement(x, y, n_boot=400)
+    draws = []
+    for _ in range(400):
+        some = global_rng.integers(400, size=400)
+        draws.append(stats.kendalltau(x[some], y[some]).statistic)
+    width = np.subtract(*np.percentile(draws, [97.5, 2.5]))
+    assert found.kendall.high - found.kendall.low == pytest.approx(width, rel=0.2)
+
+
+@pytest.mark.parametrize("values", [[1.0, 2.0], [3.0, 3.0, 3.0], []])
+def test_too_few_or_equal_values_have_no_ranks(values: list[float]) -> None:
+    found = rank_agreement(np.array(values), np.array(values), n_boot=5)
+    assert np.isnan([found.spearman.value, found.kendall.value, found.overlaps[0.1].value]).all()
+
+
+def test_nothing_moves_where_nothing_changed(first: "NeuronScores") -> None:
+    found = first.compare_with(first)
+    assert set(found.frame["moved"]) <= {"no", "untested"}
+    assert found.causes == []
+    assert found.differs.empty
+    assert (found.agreement["spearman"] == 1.0).all()
+    assert any("equal" in note for note in found.notes)
+
+
+def test_what_moved_is_found_and_nothing_else(first: "NeuronScores") -> None:
+    wide = {"wd_bound": 0.0, "wd_se": 0.01}
+    base = replace(first, frame=first.frame.assign(wd=0.3 + first.frame["wd"], **wide))
+    found = diff(base, moved_by(base, [3, 50], +20.0))
+    assert found.moved().index.tolist() == [3, 50]
+    assert set(found.moved()["moved"]) == {"up"}
+    row = found.frame.loc[3]
+    groups = first.manifest["settings"]["n_groups"]  # type: ignore[index]
+    t = 20.0 / np.sqrt(2.0)
+    assert row["t"] == pytest.approx(t)
+    assert row["p"] == pytest.approx(2 * stats.t.sf(t, 2 * (groups - 1)), rel=1e-9)
+    back = diff(moved_by(base, [3, 50], +20.0), base)
+    assert set(back.moved()["moved"]) == {"down"}
+    np.testing.assert_allclose(back.frame["p"], found.frame["p"])
+    adjusted = stats.false_discovery_control(found.frame["p"])
+    np.testing.assert_allclose(found.frame["p_adjusted"], adjusted)
+
+
+def test_what_method_and_floor_may_do_is_no_change(first: "NeuronScores") -> None:
+    base = replace(first, frame=first.frame.assign(wd=0.5, wd_se=0.001, wd_bound=0.02))
+    other = replace(base, frame=base.frame.assign(wd=0.5 + 0.039))
+    assert diff(base, other).moved().empty
+    floors = replace(base, layers=base.layers.assign(null_floor=base.layers["null_floor"] + 0.04))
+    other = replace(floors, frame=base.frame.assign(wd=0.5 + 0.079))
+    assert diff(base, other).moved().empty
+    far = replace(base, frame=base.frame.assign(wd=0.6))
+    assert len(diff(base, far).moved()) == len(base.frame)
+
+
+def test_two_gaussians_did_not_move(first: "NeuronScores") -> None:
+    low = first.layers.assign(null_floor=0.1, null_floor_high=0.2)
+    base = replace(first, layers=low, frame=first.frame.assign(wd=0.01, wd_se=1e-4, wd_bound=0.0))
+    assert diff(base, replace(base, frame=base.frame.assign(wd=0.19))).moved().empty
+    assert len(diff(base, replace(base, frame=base.frame.assign(wd=0.21))).moved())
+
+
+def test_neurons_without_scores_are_untested(first: "NeuronScores") -> None:
+    frame = first.frame.copy()
+    frame.loc[0, ["wd", "wd_se"]], frame.loc[0, "flag"] = np.nan, "constant"
+    row = diff(first, replace(first, frame=frame)).frame.loc[0]
+    assert (row["moved"], row["flag"]) == ("untested", "constant in B")
+    bare = replace(first, frame=first.frame.assign(wd_se=np.nan))
+    assert set(diff(bare, bare).frame["moved"]) == {"untested"}
+
+
+def test_other_columns_are_ranked_and_not_tested(first: "NeuronScores") -> None:
+    found = diff(first, first, by="weight_norm")
+    assert set(found.frame["moved"]) == {"untested"}
+    assert found.agreement["kendall"].iloc[0] == 1.0
+    assert any("weight_norm" in note for note in found.notes)
+    with pytest.raises(UnknownName, match="weight_norms"):
+        diff(first, first, by="weight_norms")
+
+
+@pytest.mark.parametrize(
+    "options", [{"fdr": 0.0}, {"fdr": 1.0}, {"tops": 2.0}, {"n_boot": 0}, {"level": 1.0}]
+)
+def test_options_out_of_range(first: "NeuronScores", options: dict[str, Any]) -> None:
+    with pytest.raises(InvalidInput, match=next(iter(options))):
+        diff(first, first, **options)
+
+
+def layers(names: list[str], blocks: list[int], widths: list[int]) -> pd.DataFrame:
+    return pd.DataFrame(
+        {"layer": names, "block": pd.array(blocks, dtype="Int64"), "n_neurons": widths,
+         "projection": [name.rpartition(".")[2] for name in names], "null_floor": 0.1,
+         "null_floor_high": 0.2, "split_half": 0.5}
+    )  # fmt: skip
+
+
+def test_layers_are_matched_by_what_is_common() -> None:
+    a = layers(["m.0.up", "m.1.up", "m.2.up"], [0, 1, 2], [4, 4, 4])
+    same, notes = match_layers(a, layers(["m.2.up", "m.1.up", "x.up"], [2, 1, 9], [4, 5, 4]))
+    assert same["layer"].tolist() == ["m.2.up"]
+    assert [note.split()[0] for note in notes] == ["1", "1", "1"]
+    same, notes = match_layers(a, layers(["h.1.up", "h.0.up"], [1, 0], [4, 4]))
+    pairs = list(zip(same["layer"], same["layer_b"], strict=True))
+    assert pairs == [("m.0.up", "h.0.up"), ("m.1.up", "h.1.up")]
+    assert "block and projection" in notes[0]
+    with pytest.raises(InvalidInput, match="in common"):
+        match_layers(a, layers(["h.0.down"], [0], [4]))
+    with pytest.raises(InvalidInput, match="4 and 6"):
+        match_layers(a, layers(["m.0.up"], [0], [6]))
+
+
+def test_models_of_other_names_and_widths(scored: "Scored") -> None:
+    with pytest.raises(InvalidInput):
+        diff(scored("llama", "exact"), scored("gpt2", "exact"))
+    found = diff(scored("llama", "exact"), scored("mistral", "exact"))
+    assert "model" in found.causes
+    assert any("index" in note or "neuron i" in note for note in found.notes)
+
+
+def test_the_cause_of_a_difference() -> None:
+    text = {"source": "x", "digest": "1", "n_seq": 2, "settings": {"seed": 0, "n_seq": 2}}
+    a = {"model": {"name": "m", "digest": "1", "dtype": "float32"}, "calibration": text,
+         "settings": {"seed": 0, "method": "exact"}, "seconds": 1,
+         "packages": {"torch": "2"}}  # fmt: skip
+    changed: dict[str, tuple[dict[str, object], list[str]]] = {
+        "dtype": ({"model": {"name": "m", "digest": "2", "dtype": "bfloat16"}}, ["dtype"]),
+        "weights": ({"model": {"name": "m", "digest": "2", "dtype": "float32"}}, ["model"]),
+        "name": ({"model": {"name": "n", "digest": "1", "dtype": "float32"}}, []),
+        "file": ({"calibration": {**text, "digest": "2"}}, ["text"]),
+        "seed": (
+            {"calibration": {**text, "digest": "2", "settings": {"seed": 1, "n_seq": 2}},
+             "settings": {"seed": 1, "method": "exact"}}, ["seed"],
+        ),
+        "path": ({"calibration": {**text, "source": "y"}}, []),
+        "versions": ({"packages": {"torch": "3"}}, []),
+        "time": ({"seconds": 9}, []),
+        "two": ({"settings": {"seed": 0, "method": "sketch"}, "model": {"digest": "2"}},
+                ["model", "dtype", "method"]),
+        "unknown": ({"more": 1}, ["other"]),
+    }  # fmt: skip
+    for name, (part, expected) in changed.items():
+        found = what_differs(a, {**a, **part})
+        assert causes(found) == expected, name
+        assert bool(found) == (name != "time"), name
+
+
+def test_long_lists_that_differ_at_their_end_differ() -> None:
+    many = [f"layer {i}" for i in range(50)]
+    found = what_differs(
+        {"settings": {"layers": many}}, {"settings": {"layers": [*many[:-1], "x"]}}
+    )
+    assert [one.cause for one in found] == ["layers"]
+
+
+def test_saved_loaded_and_shown(first: "NeuronScores", tmp_path: Path) -> None:
+    hostile = "<img src=x onerror=alert(1)>\x1b[31m\u202e"
+    manifest = {**first.manifest, "model": {**first.manifest["model"], "name": hostile}}  # type: ignore[dict-item]
+    other = replace(first, manifest=manifest)
+    found = diff(first, other)
+    found.save(tmp_path / "x")
+    again = entangle.load_result(tmp_path / "x")
+    assert isinstance(again, Difference)
+    for page in (again.html(), again._repr_html_()):
+        assert "<img src=x" not in page
+        assert "\x1b" not in page
+        assert "\u202e" not in page
+    place = again.save_html(tmp_path / "page.html")
+    assert "http" not in place.read_text("utf-8").replace("http-equiv", "")
+    with pytest.raises(InvalidInput, match="force"):
+        again.save_html(place)
+    assert r"\toprule" in again.to_latex()
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_very_few_neurons(first: "NeuronScores", n: int) -> None:
+    few = replace(first, frame=first.frame.head(n), layers=first.layers.head(1).assign(n_neurons=n))
+    found = diff(few, few)
+    assert found.agreement["spearman"].isna().all()
+    assert len(found.plot().axes) == 2
+    assert "nan" not in found._repr_html_()
+
+
+def test_the_command(made: Mapping[str, Path], tmp_path: Path, capsys: Any) -> None:
+    scores = str(made["scores"])
+    page = tmp_path / "page.html"
+    assert main(["diff", scores, scores, "--json", "--html", str(page)]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["causes"], told["html"], told["out"]) == ([], str(page), None)
+    assert page.is_file()
+    assert main(["diff", scores, scores, "--html", str(page)]) == 2
+    assert main(["diff", scores, str(made["ablation"])]) == 2
+    assert main(["diff", scores, str(tmp_path / "gone")]) == 2
+    assert main(["diff", scores, scores, "--fdr", "2"]) == 2
+    assert main(["diff", scores, scores]) == 0
+    assert "ρ" in capsys.readouterr().out
