@@ -34,6 +34,7 @@ from entangle.cli import (
     layers,
     options,
     prune,
+    report,
     run,
     score,
 )
@@ -57,7 +58,7 @@ CLOSED_PIPE = 128 + 13
 
 COMMANDS = (
     ablate, allocate, compare, convert, decompose, demo, evaluate, expand, figures, layers, prune,
-    run, score,
+    report, run, score,
 )  # fmt: skip
 
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,10 +13,12 @@ from numpy.typing import NDArray
 
 from entangle.checks import share, whole
 from entangle.errors import InvalidInput, visible
+from entangle.plotting.style import KNOWN_NAMES
 from entangle.report.histograms import BARS, SPAN, bars, exact_bars
 from entangle.report.packing import Packed, pack, pack_table, pack_texts
 from entangle.report.runs import Run, Runs
 from entangle.results.scores import NeuronScores
+from entangle.runs.tables import described
 from entangle.stats.edges import SAVED_FOLD, signed_edges
 
 if TYPE_CHECKING:
@@ -36,7 +37,11 @@ COLUMNS: Mapping[str, tuple[str, str, str]] = {
     "ks": ("KS", "", "Kolmogorov–Smirnov distance from the Gaussian, 0 to 1"),
     "skewness": ("skew", "", "skewness of the outputs; 0 for a Gaussian"),
     "excess_kurtosis": ("kurt", "", "excess kurtosis of the outputs; 0 for a Gaussian"),
-    "md": ("MD", "", "mapping difficulty: how far apart pairs of inputs go out, for their nearness"),
+    "md": (
+        "MD",
+        "",
+        "mapping difficulty: how far apart pairs of inputs go out, for their nearness",
+    ),
     "mean": ("mean", "", "mean output, in its own units"),
     "std": ("std", "", "standard deviation of the outputs, in their own units"),
     "positive": ("> 0", "share", "share of the tokens with an output above zero, by the histogram"),
@@ -103,8 +108,12 @@ def chosen_rows(runs: Runs, neurons: Neurons) -> NDArray[np.int64]:
     for start, size in _spans(runs.scores):
         wd = frame["wd"].to_numpy(np.float64, na_value=np.nan)[start : start + size]
         order = np.argsort(-wd, kind="stable")[: np.count_nonzero(~np.isnan(wd))]
-        rows.append(start + (np.arange(size) if neurons == "all" else order[: _most(neurons, size)]))
-    starts = dict(zip(runs.scores.layers["layer"], (s for s, _ in _spans(runs.scores)), strict=True))
+        rows.append(
+            start + (np.arange(size) if neurons == "all" else order[: _most(neurons, size)])
+        )
+    starts = dict(
+        zip(runs.scores.layers["layer"], (s for s, _ in _spans(runs.scores)), strict=True)
+    )
     for one in runs.of_kind("decomposition"):
         looked: Any = one.result
         pairs = looked.modes[["layer", "neuron"]].drop_duplicates()
@@ -149,7 +158,7 @@ def content_of(
     data = {
         "layers": list(_layers(scores)),
         "columns": list(_columns(frame)),
-        "flags": pack_texts(frame["flag"]) if (frame["flag"] != "").any() else None,
+        "flags": pack_texts(frame["flag"].tolist()) if (frame["flag"] != "").any() else None,
         "bars": {"n": BARS, "span": SPAN, "levels": pack(small)},
         "pages": pack(rows),
         "exact": _exact(scores, rows),
@@ -160,6 +169,7 @@ def content_of(
     }
     model = scores.manifest.get("model")
     name = str(model.get("name")) if isinstance(model, Mapping) else "a model"
+    name = f"{KNOWN_NAMES[name]} ({name})" if name in KNOWN_NAMES else name
     return Content(
         title=f"Neurons of {name}",
         data=data,
@@ -410,10 +420,12 @@ def _shown(
     runs: Runs, evidence: "Evidence | None", frame: pd.DataFrame, n_pages: int, neurons: Neurons
 ) -> dict[str, object]:
     lines, _ = runs.scores._told()
+    layers = list(_overview(runs.scores, frame))
     return {
         "lines": lines,
-        "notes": [*runs.notes, *_away(runs.scores), *_told(evidence)],
-        "layers": list(_overview(runs.scores, frame)),
+        "notes": [*runs.notes, *_other_texts(runs), *_away(runs.scores), *_told(runs, evidence)],
+        "layers": layers,
+        "flagged": any(one["flagged"] for one in layers),
         "runs": [_described(one) for one in runs.runs],
         "n_neurons": len(frame),
         "n_pages": n_pages,
@@ -421,21 +433,37 @@ def _shown(
     }
 
 
-def _told(evidence: "Evidence | None") -> Sequence[str]:
-    if evidence is None:
-        return (
-            "Scores keep histograms and no text: modes, contexts and pairs are those of "
-            "decompositions that were given. `entangle report RUN --model MODEL` reads them for "
-            "every neuron with a whole page.",
-        )
-    return evidence.notes
+def _told(runs: Runs, evidence: "Evidence | None") -> Sequence[str]:
+    if evidence is not None:
+        return evidence.notes
+    looked = runs.of_kind("decomposition")
+    held = f"those that {looked[0].name} holds" if looked else "not on this page"
+    return (
+        f"Scores keep histograms and no text: modes, contexts and pairs are {held}. `entangle "
+        "report RUN --model MODEL` reads them for every neuron with a whole page.",
+    )
+
+
+def _other_texts(runs: Runs) -> Iterator[str]:
+    """Say so where modes and experts were found on another text than the scores."""
+    own = runs.scores.manifest.get("calibration")
+    for one in runs.of_kind("decomposition"):
+        theirs = one.result.manifest.get("calibration")
+        if not isinstance(own, Mapping) or not isinstance(theirs, Mapping):
+            continue
+        if own.get("digest") != theirs.get("digest"):
+            tokens = described(one.result.manifest, "calibration", "n_tokens")
+            yield (
+                f"What {one.name} holds was found on another text than the scores: {tokens} tokens "
+                f"of {at_home(str(theirs.get('source')))}; its outputs are in σ from their own mean."
+            )
 
 
 def _away(scores: NeuronScores) -> Iterator[str]:
     """Say so where the model is no longer where it was."""
     model = scores.manifest.get("model")
     source = model.get("source") if isinstance(model, Mapping) else None
-    if isinstance(source, str) and os.path.isabs(source) and not Path(source).exists():
+    if isinstance(source, str) and Path(source).is_absolute() and not Path(source).exists():
         yield f"The model is no longer where it was scored ({at_home(source)})."
 
 
@@ -452,7 +480,7 @@ def _overview(scores: NeuronScores, frame: pd.DataFrame) -> Iterator[dict[str, o
         at = [round(100 * one / largest, 2) if largest > 0 and len(wd) else 0 for one in quantiles]
         floor = float(row["null_floor"])
         yield {
-            **row, "name": visible(str(row["layer"])), "label": label, "quantiles": quantiles,
+            **{str(key): value for key, value in row.items()}, "name": visible(str(row["layer"])), "label": label, "quantiles": quantiles,
             "at": at, "known": len(wd) > 0, "largest": largest,
             "floor_at": round(100 * floor / largest, 2) if largest > 0 and floor == floor else None,
             "flagged": int((own["flag"] != "").sum()),

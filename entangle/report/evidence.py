@@ -4,7 +4,7 @@ A page holds the text once; a context is a place in it, and how much each of its
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -14,7 +14,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from entangle.errors import InvalidInput
 from entangle.experiments.selection import check_scores_fit
 from entangle.memory import memory_for
 from entangle.models.blocks import evaluating
@@ -253,7 +252,7 @@ class _Gathering:
         return index, layer.weight[index].float(), bias
 
     def _describe(
-        self, row: Mapping[str, object], values: Floats, store: TokenStore,
+        self, row: Mapping[Hashable, object], values: Floats, store: TokenStore,
         pairs: NDArray[np.int64],
     ) -> None:  # fmt: skip
         layer, neuron = str(row["layer"]), int(str(row["neuron"]))
@@ -270,14 +269,18 @@ class _Gathering:
         for name in ("center", "left", "right"):
             modes[name] = (modes[name] - mean) / std
         self._modes.append(modes)
-        chosen = [(f"mode {m}", p) for m, p in zip(examples["mode"], examples["position"], strict=True)]
+        chosen = [
+            (f"mode {m}", p) for m, p in zip(examples["mode"], examples["position"], strict=True)
+        ]
         for group, position in [*_ranked(z), *chosen]:
             before, after = self._reach(position)
             shades = np.full(2 * WINDOW + 1, _OUTSIDE, dtype=np.int8)
             inside = np.rint(np.arcsinh(z[position - before : position + after + 1]) * STEPS)
             shades[WINDOW - before : WINDOW + after + 1] = inside.clip(-SHADES, SHADES)
             self._shades.append(shades)
-            self._windows.append((layer, neuron, group, float(z[position]), position, before, after))
+            self._windows.append(
+                (layer, neuron, group, float(z[position]), position, before, after)
+            )
         self._tokens += [(layer, neuron, *one) for one in self._ends(z)]
         self._near += [
             {"layer": layer, "neuron": neuron, **one} for one in self._pairs(z, store, pairs)

@@ -12,7 +12,7 @@ Floats = NDArray[np.float64]
 
 BARS, SPAN = 32, 4.0
 """Bars of a small histogram, from −4 σ to 4 σ; the outer ones hold what lies beyond, too."""
-LEVELS = 31
+LEVELS = 63
 """Heights of a small bar; the tallest has all of them, one that is not empty at least one."""
 _ROWS = 4096
 
@@ -34,7 +34,7 @@ def bars(
     Returns
     -------
     levels
-        uint8, (neurons, 32): heights, 0 to 31; all zero where nothing was counted. A neuron whose
+        uint8, (neurons, 32): heights, 0 to 63; all zero where nothing was counted. A neuron whose
         outputs do not vary has all of them in one bar of the middle.
     positive
         float64, (neurons,): NaN where nothing was counted.

@@ -10,7 +10,7 @@ from functools import cache
 from importlib.resources import files
 
 from jinja2 import BaseLoader, Environment, StrictUndefined, TemplateNotFound
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from entangle.errors import visible
 from entangle.plotting.style import COLORBLIND, NOMINAL
@@ -51,12 +51,11 @@ def render(
     style = palette() + "".join(map(asset, (*BASE_STYLES, *styles)))
     script = "".join(map(asset, (*BASE_SCRIPTS, *scripts)))
     script = f'(() => {{"use strict";\n{script}\n}})();'
-    text = _environment().get_template(template).render(
+    return _environment().get_template(template).render(
         title=visible(title), style=Markup(style), script=Markup(script),  # noqa: S704 - our own
         style_digest=_digest(style), script_digest=_digest(script),
         data=Markup(as_script(data)), **content,  # noqa: S704 - made safe there
     )  # fmt: skip
-    return text
 
 
 def palette() -> str:
@@ -74,8 +73,10 @@ def asset(name: str) -> str:
 
 class _Assets(BaseLoader):
     def get_source(
-        self, environment: Environment, template: str
-    ) -> tuple[str, str | None, None]:
+        self,
+        environment: Environment,  # noqa: ARG002
+        template: str,
+    ) -> tuple[str, None, None]:
         try:
             return asset(template), None, None
         except OSError as error:
@@ -90,7 +91,15 @@ def _environment() -> Environment:
     )  # fmt: skip
     made.filters["visible"] = lambda text: visible(str(text))
     made.filters["number"] = number
+    made.filters["told"] = told
     return made
+
+
+def told(text: object) -> Markup:
+    """Return a sentence as HTML, what stands between backticks as code."""
+    parts = [escape(visible(part)) for part in str(text).split("`")]
+    pieces = (Markup("<code>{}</code>").format(p) if i % 2 else p for i, p in enumerate(parts))
+    return Markup().join(pieces)
 
 
 def _digest(text: str) -> str:

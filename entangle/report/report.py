@@ -124,7 +124,9 @@ def check_new(out: str | os.PathLike[str], *, force: bool) -> Path:
     """Return the path of a page to be written, or raise `InvalidInput` where there is one."""
     target = expand_user(out)
     if target.is_dir():
-        raise InvalidInput(f"{str(target)!r} is a folder; name a file such as {target / 'page.html'}.")
+        raise InvalidInput(
+            f"{str(target)!r} is a folder; name a file such as {target / 'page.html'}."
+        )
     if target.exists() and not force:
         raise InvalidInput(
             f"{str(target)!r} exists; use --force (force) to replace it, or name another file."
@@ -136,7 +138,12 @@ def _found(
     source: "NeuronScores | str | os.PathLike[str] | Iterable[str | os.PathLike[str]]",
     runs: "Iterable[Result]",
 ) -> Runs:
-    given = [Run(f"{one.KIND} {n}", one.KIND, one) for n, one in enumerate(runs, start=1)]
+    results = list(runs)
+    kinds = [one.KIND for one in results]
+    given = [
+        Run(one.KIND if kinds.count(one.KIND) == 1 else f"{one.KIND} {n}", one.KIND, one)
+        for n, one in enumerate(results, start=1)
+    ]
     if isinstance(source, NeuronScores):
         return together(source, given)
     paths = [source] if isinstance(source, str | os.PathLike) else list(source)

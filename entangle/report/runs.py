@@ -168,11 +168,14 @@ def _some(names: Sequence[str]) -> str:
 def _neurons(result: Any) -> dict[str, int]:
     """Return the largest neuron that a run speaks of, by layer; empty where it names none."""
     found: dict[str, int] = {}
+    layers = getattr(result, "layers", None)
+    if isinstance(layers, pd.DataFrame) and "layer" in layers:
+        found |= dict.fromkeys(map(str, layers["layer"]), -1)
     for table in ("neurons", "selections"):
         frame = getattr(result, table, None)
         if isinstance(frame, pd.DataFrame) and len(frame):
             for layer, neuron in frame.groupby("layer", sort=False)["neuron"].max().items():
-                found[str(layer)] = max(found.get(str(layer), 0), int(neuron))
+                found[str(layer)] = max(found.get(str(layer), -1), int(neuron))
     return found
 
 

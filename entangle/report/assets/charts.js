@@ -17,7 +17,7 @@ function smallBars(canvas, levels, start, n, inks) {
   for (let i = 0; i < n; i++) {
     const level = levels[start + i];
     sum += level;
-    if (level) pen.fillRect(i * step, floor - level * (floor - 2) / 31, step - 0.4, level * (floor - 2) / 31);
+    if (level) pen.fillRect(i * step, floor - level * (floor - 2) / 63, step - 0.4, level * (floor - 2) / 63);
   }
   if (!sum) return;
   pen.strokeStyle = inks.curve;
@@ -26,7 +26,7 @@ function smallBars(canvas, levels, start, n, inks) {
   const span = DATA.bars.span, width_z = 2 * span / n;
   for (let x = 0; x <= width; x += 2) {
     const level = gaussian((x / width - 0.5) * 2 * span) * width_z * sum;
-    const y = floor - Math.min(level, 33) * (floor - 2) / 31;
+    const y = floor - Math.min(level, 66) * (floor - 2) / 63;
     if (x) pen.lineTo(x, y); else pen.moveTo(x, y);
   }
   pen.stroke();
@@ -71,8 +71,9 @@ function distribution(host, bars, { modes = [], lines = [], logarithmic = false,
   const total = bars.reduce((sum, bar) => sum + bar.count, 0);
   if (!total) { host.replaceChildren(el("p", { cls: "note missing" }, "Nothing was counted of this neuron.")); return; }
   const low = Math.min(-4, bars[0].left), high = Math.max(4, bars[bars.length - 1].right);
-  const density = bars.map((bar) => bar.count / total / Math.max(bar.right - bar.left, 1e-9));
-  const peak = Math.max(gaussian(0), ...density);
+  const density = densities(bars);
+  const drawn = lines.flatMap((line) => densities(line.bars));
+  const peak = Math.max(gaussian(0), ...density, ...drawn);
   const least = Math.min(...density.filter((d) => d > 0)) / 2;
   const raise = logarithmic ? (d) => Math.max(0, Math.log10(Math.max(d, 1e-300) / least)) : (d) => d;
   const chart = frame(host, { low, high, top: raise(peak) * 1.08 || 1, height, label: label || "output, in σ from the mean",
@@ -98,11 +99,15 @@ function distribution(host, bars, { modes = [], lines = [], logarithmic = false,
     svg("text", { cls: "mode-name", x: x(mode.center) + 4, y: chart.upper + 10 }, `mode ${mode.mode}`)));
 }
 
+function densities(bars) {
+  const total = bars.reduce((sum, bar) => sum + bar.count, 0) || 1;
+  return bars.map((bar) => bar.count / total / Math.max(bar.right - bar.left, 1e-9));
+}
+
 function stepLine(chart, line, raise) {
-  const total = line.bars.reduce((sum, bar) => sum + bar.count, 0) || 1;
   let path = "";
-  line.bars.forEach((bar, i) => {
-    const level = chart.y(raise(bar.count / total / Math.max(bar.right - bar.left, 1e-9))).toFixed(1);
+  densities(line.bars).forEach((density, i) => {
+    const bar = line.bars[i], level = chart.y(raise(density)).toFixed(1);
     path += `${i ? "L" : "M"}${chart.x(bar.left).toFixed(1)},${level}L${chart.x(bar.right).toFixed(1)},${level}`;
   });
   chart.marks.append(svg("path", { cls: `outline k${line.shade}`, d: path }));
@@ -115,13 +120,13 @@ function standing(host, values, mark, floor, title, label) {
   if (!known || !(high > 0)) { host.replaceChildren(el("p", { cls: "note missing" }, "No neuron of this layer has a score.")); return; }
   const n = 48, counts = new Uint32Array(n), top = high * 1.03;
   for (const value of values) if (value === value) counts[Math.min(n - 1, Math.floor(value / top * n))]++;
-  const chart = frame(host, { low: 0, high: top, top: Math.max(...counts) * 1.12, height: 190, label, side: "neurons", title });
+  const chart = frame(host, { low: 0, high: top, top: Math.max(...counts) * 1.12, height: 200, label, side: "neurons", title });
   const { marks, x, y } = chart;
   counts.forEach((count, i) => count && marks.append(svg("rect", { cls: "typical", x: x(i * top / n), width: x(top / n) - x(0) - 0.6, y: y(count), height: y(0) - y(count) })));
-  if (floor !== null) marks.append(svg("line", { cls: "floor", x1: x(floor), x2: x(floor), y1: chart.upper, y2: y(0) }), svg("text", { cls: "floor-name", x: x(floor) + 4, y: chart.upper + 9 }, "null floor"));
+  if (floor !== null) marks.append(svg("line", { cls: "floor", x1: x(floor), x2: x(floor), y1: chart.upper, y2: y(0) }), svg("text", { cls: "floor-name", x: x(floor) + 4, y: chart.upper + 10 }, "null floor"));
   if (mark === mark && mark !== null) {
     const late = x(mark) > chart.width * 0.7;
     marks.append(svg("line", { cls: "mark", x1: x(mark), x2: x(mark), y1: chart.upper, y2: y(0) }),
-      svg("text", { cls: "mark-name", x: x(mark) + (late ? -4 : 4), y: chart.upper + 24, "text-anchor": late ? "end" : "start" }, "this neuron"));
+      svg("text", { cls: "mark-name", x: x(mark) + (late ? -4 : 4), y: chart.upper - 4, "text-anchor": late ? "end" : "start" }, "this neuron"));
   }
 }

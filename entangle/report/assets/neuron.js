@@ -69,9 +69,9 @@ class NeuronPage {
     this.redraws.push(draw);
     const box = el("input", { type: "checkbox", id: "log", on: { change: (event) => { this.logarithmic = event.target.checked; draw(); } } });
     box.checked = this.logarithmic;
-    return this.part("Outputs", host, el("p", { cls: "quiet small" }, el("label", {}, box, " logarithmic "),
+    return this.part("Outputs", host, el("p", { cls: "quiet small" }, el("label", { cls: "check" }, box, "logarithmic"), " · ",
       whole ? `${counted(this.layer.tokens)} tokens; the line is the Gaussian of the same mean and deviation.`
-        : "Small histogram: heights in 31 steps, what lies beyond ±4 σ is in the outer bars."));
+        : "small histogram: heights in 63 steps, what lies beyond ±4 σ is in the outer bars."));
   }
 
   standing() {
@@ -144,9 +144,11 @@ class NeuronPage {
   pairs({ pairs, near }) {
     if (!pairs.length && !near.length) return this.part("Near in, far out", this.lacks("pairs"));
     const side = (row, s) => row[`place_${s}`] === undefined ? this.strings(row[`before_${s}`], row[`token_${s}`], row[`after_${s}`]) : this.window(row[`place_${s}`], row[`before_${s}`], row[`after_${s}`]);
+    const all = (near.length ? near : pairs).map((row) => el("li", {}, el("p", { cls: "quiet small" }, `${number(row.output_distance, 3)} σ apart, inputs ${number(row.input_distance, 3)} apart, cosine ${number(row.cosine, 3)}`),
+      el("ul", { cls: "contexts" }, this.example(row.output_a, side(row, "a")), this.example(row.output_b, side(row, "b")))));
+    const list = (rows) => el("ul", { cls: "pairs" }, rows), more = all.length - 6;
     return this.part("Near in, far out", el("p", { cls: "quiet small" }, "Two tokens whose inputs to the layer are among the nearest 1 % of pairs, and whose outputs this neuron puts farthest apart."),
-      el("ul", { cls: "pairs" }, (near.length ? near : pairs).map((row) => el("li", {}, el("p", { cls: "quiet small" }, `${number(row.output_distance, 3)} σ apart, inputs ${number(row.input_distance, 3)} apart, cosine ${number(row.cosine, 3)}`),
-        el("ul", { cls: "contexts" }, this.example(row.output_a, side(row, "a")), this.example(row.output_b, side(row, "b")))))));
+      list(all.slice(0, 6)), more > 0 && el("details", {}, el("summary", {}, `${more} more`), list(all.slice(6))));
   }
 
   experts({ experts, outputs }) {
