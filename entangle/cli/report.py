@@ -31,8 +31,8 @@ def add_parser(subparsers: options.Subparsers) -> None:
     )
     parser.add_argument(
         "--neurons", default="3%", metavar="SHARE",
-        help="neurons of each layer with a whole page, by WD: a share (0.03, 3%%), a number, or all "
-        "(default: %(default)s)",
+        help="neurons of each layer with a whole page, by WD: a share (0.03, 3%%), a number, or "
+        "all (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--model", metavar="MODEL",

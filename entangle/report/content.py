@@ -83,11 +83,10 @@ def check_neurons(neurons: Neurons) -> Neurons:
         if text == "all":
             return text
         try:
-            percent = text.endswith("%")
-            value = float(text.removesuffix("%")) / (100 if percent else 1)
+            value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
         except ValueError:
-            value, percent = math.nan, True
-        neurons = int(value) if value.is_integer() and not percent else value
+            value = math.nan
+        neurons = int(text) if text.isdigit() else value
     if isinstance(neurons, float) and not 0 < neurons <= 1:
         raise InvalidInput(
             f"`neurons` must be a share such as 0.03 or 3%, a whole number of neurons a layer, or "
@@ -169,7 +168,10 @@ def content_of(
     }
     model = scores.manifest.get("model")
     name = str(model.get("name")) if isinstance(model, Mapping) else "a model"
-    name = f"{KNOWN_NAMES[name]} ({name})" if name in KNOWN_NAMES else name
+    if name in KNOWN_NAMES:
+        name = f"{KNOWN_NAMES[name]} ({name})"
+    elif Path(name).is_absolute():
+        name = Path(name).name
     return Content(
         title=f"Neurons of {name}",
         data=data,
@@ -452,10 +454,11 @@ def _other_texts(runs: Runs) -> Iterator[str]:
         if not isinstance(own, Mapping) or not isinstance(theirs, Mapping):
             continue
         if own.get("digest") != theirs.get("digest"):
-            tokens = described(one.result.manifest, "calibration", "n_tokens")
+            size = described(one.result.manifest, "calibration", "n_tokens")
+            text = f"{size} tokens of {at_home(str(theirs.get('source')))}"
             yield (
-                f"What {one.name} holds was found on another text than the scores: {tokens} tokens "
-                f"of {at_home(str(theirs.get('source')))}; its outputs are in σ from their own mean."
+                f"What {one.name} holds was found on another text than the scores: {text}; its "
+                "outputs are in σ from their own mean."
             )
 
 
@@ -479,8 +482,9 @@ def _overview(scores: NeuronScores, frame: pd.DataFrame) -> Iterator[dict[str, o
         quantiles = [float(one) for one in points]
         at = [round(100 * one / largest, 2) if largest > 0 and len(wd) else 0 for one in quantiles]
         floor = float(row["null_floor"])
-        yield {
-            **{str(key): value for key, value in row.items()}, "name": visible(str(row["layer"])), "label": label, "quantiles": quantiles,
+        known: dict[str, object] = {str(key): value for key, value in row.items()}
+        yield known | {
+            "name": visible(str(row["layer"])), "label": label, "quantiles": quantiles,
             "at": at, "known": len(wd) > 0, "largest": largest,
             "floor_at": round(100 * floor / largest, 2) if largest > 0 and floor == floor else None,
             "flagged": int((own["flag"] != "").sum()),
@@ -490,7 +494,7 @@ def _overview(scores: NeuronScores, frame: pd.DataFrame) -> Iterator[dict[str, o
 def _described(run: Run) -> dict[str, object]:
     lines, table = run.told
     head = table.head(_ROWS)
-    manifest = at_home(json.dumps(run.result.manifest, indent=2, ensure_ascii=False))
+    manifest = at_home(json.dumps(run.result.manifest, indent=2, ensure_ascii=False, default=dict))
     return {
         "name": run.name, "kind": run.kind, "digest": run.digest, "lines": lines,
         "columns": [str(name) for name in head.columns],

@@ -4,7 +4,7 @@ A page holds the text once; a context is a place in it, and how much each of its
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -207,9 +207,7 @@ class _Gathering:
                 if source not in pairs:
                     drawn = draw_all(store, seed=self._seed)
                     pairs[source] = near_pairs(store, drawn, near=NEAR, seed=self._seed)
-                for place, row in enumerate(self._wanted[layer.name].to_dict("records")):
-                    self._describe(row, found[place], store, pairs[source])
-                    bar.advance(1)
+                self._describe(layer.name, found, store, pairs[source], bar)
 
     def _run(
         self, layers: Sequence[Layer], memory: int, stack: ExitStack, report: Callable[[int], None]
@@ -252,39 +250,50 @@ class _Gathering:
         return index, layer.weight[index].float(), bias
 
     def _describe(
-        self, row: Mapping[Hashable, object], values: Floats, store: TokenStore,
-        pairs: NDArray[np.int64],
+        self, layer: str, outputs: Floats, store: TokenStore, pairs: NDArray[np.int64],
+        bar: Progress,
     ) -> None:  # fmt: skip
-        layer, neuron = str(row["layer"]), int(str(row["neuron"]))
-        if not np.isfinite(values).all():
-            self._left_out.setdefault(layer, "a neuron has outputs that are NaN or infinite")
-            return
-        mean, std = float(str(row["mean"])), float(str(row["std"]))
-        z = (values.astype(np.float64) - mean) / std
-        self._drift = max(self._drift, abs(float(z.mean())))
+        """Describe a layer's neurons by their outputs, (neurons, tokens)."""
+        rows, finite = self._wanted[layer], np.isfinite(outputs).all(1)
+        if not finite.all():
+            count = int((~finite).sum())
+            self._left_out.setdefault(layer, f"{count} neurons have outputs that are not finite")
+        neurons, means, stds = (rows[name].tolist() for name in ("neuron", "mean", "std"))
+        kept = {neurons[i]: outputs[i] for i in np.flatnonzero(finite)}
         modes, examples = describe_modes(
-            {neuron: values}, self._text, self._model.tokenizer, layer, per_mode=PER_MODE,
-            window=0, seed=self._seed,
+            kept, self._text, self._model.tokenizer, layer, per_mode=PER_MODE, window=0,
+            seed=self._seed,
         )  # fmt: skip
-        for name in ("center", "left", "right"):
-            modes[name] = (modes[name] - mean) / std
-        self._modes.append(modes)
-        chosen = [
-            (f"mode {m}", p) for m, p in zip(examples["mode"], examples["position"], strict=True)
-        ]
-        for group, position in [*_ranked(z), *chosen]:
+        units = modes["neuron"].map(dict(zip(neurons, zip(means, stds, strict=True), strict=True)))
+        mean, std = (np.array([one[i] for one in units]) for i in (0, 1))
+        scaled = {name: (modes[name] - mean) / std for name in ("center", "left", "right")}
+        self._modes.append(modes.assign(**scaled))
+        drawn = dict(iter(examples.groupby("neuron", sort=False)))
+        for neuron, values in kept.items():
+            place = neurons.index(neuron)
+            z = (values.astype(np.float64) - means[place]) / stds[place]
+            self._drift = max(self._drift, abs(float(z.mean())))
+            own = drawn[neuron]
+            named = [f"mode {mode}" for mode in own["mode"]]
+            self._add(layer, neuron, z, [*_ranked(z), *zip(named, own["position"], strict=True)])
+            self._near += [
+                {"layer": layer, "neuron": neuron, **one} for one in self._pairs(z, store, pairs)
+            ]
+            bar.advance(1)
+
+    def _add(
+        self, layer: str, neuron: int, z: NDArray[np.float64], chosen: Sequence[tuple[str, int]]
+    ) -> None:
+        """Add the contexts of a neuron, and its tokens of least and largest mean output."""
+        for group, position in chosen:
             before, after = self._reach(position)
             shades = np.full(2 * WINDOW + 1, _OUTSIDE, dtype=np.int8)
             inside = np.rint(np.arcsinh(z[position - before : position + after + 1]) * STEPS)
             shades[WINDOW - before : WINDOW + after + 1] = inside.clip(-SHADES, SHADES)
             self._shades.append(shades)
-            self._windows.append(
-                (layer, neuron, group, float(z[position]), position, before, after)
-            )
+            where = (position, before, after)
+            self._windows.append((layer, neuron, group, float(z[position]), *where))
         self._tokens += [(layer, neuron, *one) for one in self._ends(z)]
-        self._near += [
-            {"layer": layer, "neuron": neuron, **one} for one in self._pairs(z, store, pairs)
-        ]
 
     def _reach(self, position: int) -> tuple[int, int]:
         """Return how many tokens of the sequence stand before and after one, at most `WINDOW`."""

@@ -60,7 +60,8 @@ def _reals(flat: np.ndarray) -> tuple[str, np.ndarray]:
 
 def _packed(kind: str, values: np.ndarray) -> Packed:
     little = values.astype(values.dtype.newbyteorder("<"), copy=False)
-    rows = np.ascontiguousarray(little).view(np.uint8).reshape(len(values), -1)
+    width = little.dtype.itemsize * (little.shape[1] if little.ndim > 1 else 1)
+    rows = np.frombuffer(np.ascontiguousarray(little).tobytes(), np.uint8).reshape(-1, width)
     planes = np.ascontiguousarray(rows.T).tobytes()
     text = base64.b64encode(zlib.compress(planes, _LEVEL)).decode("ascii")
     return {"t": kind, "n": len(values), "d": text}
