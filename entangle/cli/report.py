@@ -75,12 +75,14 @@ def as_json(report: "Report") -> dict[str, object]:
     """Return what ``--json`` prints."""
     return {
         "path": str(report.path), "address": report.address, "bytes": report.n_bytes,
-        "neurons": report.n_neurons, "pages": report.n_pages,
+        "neurons": report.n_neurons, "pages": report.n_pages, "notes": list(report.notes),
     }  # fmt: skip
 
 
 def print_report(report: "Report") -> None:
     """Say what was written, and the address last."""
+    for note in report.notes:
+        say(f"Note: {note}")
     say(
         f"{report.n_neurons:,} neurons, {report.n_pages:,} of them with a whole page, in "
         f"{report.n_bytes / _MEGABYTE:.1f} MB.",

@@ -63,6 +63,8 @@ class Content:
     """In the table."""
     n_pages: int
     """Neurons with a whole page."""
+    notes: tuple[str, ...]
+    """What it was made from and what it lacks."""
 
 
 def check_neurons(neurons: Neurons) -> Neurons:
@@ -154,6 +156,7 @@ def content_of(
     small, positive = _bars(scores)
     frame = scores.frame.assign(positive=positive)
     places = _Places(scores, rows)
+    notes = (*runs.notes, *_other_texts(runs), *_away(scores), *_told(runs, evidence))
     data = {
         "layers": list(_layers(scores)),
         "columns": list(_columns(frame)),
@@ -175,9 +178,10 @@ def content_of(
     return Content(
         title=f"Neurons of {name}",
         data=data,
-        shown=_shown(runs, evidence, frame, len(rows), neurons),
+        shown=_shown(runs, notes, frame, len(rows)),
         n_neurons=len(frame),
         n_pages=len(rows),
+        notes=notes,
     )
 
 
@@ -419,19 +423,18 @@ def plain(value: Any) -> float | int | None:
 
 
 def _shown(
-    runs: Runs, evidence: "Evidence | None", frame: pd.DataFrame, n_pages: int, neurons: Neurons
+    runs: Runs, notes: Sequence[str], frame: pd.DataFrame, n_pages: int
 ) -> dict[str, object]:
     lines, _ = runs.scores._told()
     layers = list(_overview(runs.scores, frame))
     return {
         "lines": lines,
-        "notes": [*runs.notes, *_other_texts(runs), *_away(runs.scores), *_told(runs, evidence)],
+        "notes": notes,
         "layers": layers,
         "flagged": any(one["flagged"] for one in layers),
         "runs": [_described(one) for one in runs.runs],
         "n_neurons": len(frame),
         "n_pages": n_pages,
-        "most": neurons,
     }
 
 

@@ -34,6 +34,8 @@ class Report:
     """In its table."""
     n_pages: int
     """Neurons with a whole page."""
+    notes: tuple[str, ...] = ()
+    """What it was made from and what it lacks, as the page says."""
 
     @property
     def address(self) -> str:
@@ -117,7 +119,7 @@ def write_report(
     written = text.encode("utf-8", errors="backslashreplace")
     with output_file(target) as temporary:
         temporary.write_bytes(written)
-    return Report(target.resolve(), len(written), content.n_neurons, content.n_pages)
+    return Report(target.resolve(), len(written), content.n_neurons, content.n_pages, content.notes)
 
 
 def check_new(out: str | os.PathLike[str], *, force: bool) -> Path:

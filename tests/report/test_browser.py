@@ -13,7 +13,7 @@ from tests.report.samples import by_hand
 from tests.report.test_report import HOSTILE, SEEN, decomposed
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Page
+    from playwright.sync_api import Dialog, Page
 
     from entangle.results.scores import NeuronScores
 
@@ -35,7 +35,7 @@ def scores() -> "NeuronScores":
 @pytest.fixture(scope="module")
 def address(scores: "NeuronScores", tmp_path_factory: pytest.TempPathFactory) -> str:
     out = tmp_path_factory.mktemp("page") / "page.html"
-    return scores.report(out, runs=[decomposed(tokens=HOSTILE)]).address
+    return str(scores.report(out, runs=[decomposed(tokens=HOSTILE)]).address)
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +48,15 @@ def opened(address: str) -> Iterator[tuple["Page", list[str]]]:
         pytest.skip("no Chromium is installed (Debian: apt-get install chromium)")
     with chromium_page(browser) as page:
         said: list[str] = []
+
+        def dismiss(dialog: "Dialog") -> None:
+            said.append("dialog")
+            dialog.dismiss()
+
         page.on("console", lambda message: said.append(message.text))
         page.on("pageerror", lambda error: said.append(str(error)))
-        page.on("dialog", lambda dialog: (said.append("dialog"), dialog.dismiss()))
-        page.on("request", lambda one: said.extend([one.url] * (not one.url.startswith("file:"))))
+        page.on("dialog", dismiss)
+        page.on("request", lambda one: said.append(one.url))
         page.set_default_timeout(60_000)
         yield page, said
 
@@ -64,11 +69,7 @@ def page(opened: tuple["Page", list[str]], address: str) -> Iterator["Page"]:
     page.goto(address)
     page.locator(READY).wait_for(state="attached")
     yield page
-    assert [one for one in said if not one.startswith("data:")] == []
-
-
-def first(page: "Page") -> str:
-    return page.locator(ROWS).first.inner_text().split("\n")[0]
+    assert [one for one in said if not one.startswith(("file:", "data:"))] == []
 
 
 def row_at_top(page: "Page") -> str:

@@ -63,7 +63,8 @@ def standardised(
     scores: "NeuronScores", neuron: int, outputs: "NDArray[np.float64]"
 ) -> "NDArray[np.float64]":
     row = scores.layer(GATE).frame.iloc[neuron]
-    return (outputs[neuron] - float(row["mean"])) / float(row["std"])
+    mean, std = float(row["mean"]), float(row["std"])
+    return np.asarray((outputs[neuron] - mean) / std, dtype=np.float64)
 
 
 def test_contexts_are_those_of_the_outputs(

@@ -278,6 +278,7 @@ def test_no_torch_is_needed(made: Mapping[str, Path], tmp_path: Path) -> None:
     lines = done.stdout.splitlines()
     assert lines[-2:] == ["0", "set()"]
     assert lines[-3] == f"Report: {(tmp_path / 'page.html').resolve().as_uri()}"
+    assert any("--model MODEL" in line for line in lines)
 
 
 def test_pages_of_ones_own(tmp_path: Path) -> None:
