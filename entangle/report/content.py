@@ -295,7 +295,8 @@ def _tables(runs: Runs, places: _Places, evidence: "Evidence | None") -> dict[st
     looked = runs.of_kind("decomposition")
     if looked:
         parts = [_decomposed(one) for one in looked[:1]]  # a second one would say the same twice
-        found |= {name: (parts[0][name], columns) for name, columns in _DECOMPOSED.items()}
+        names = _DECOMPOSED if evidence is None else ("outputs",)
+        found |= {name: (parts[0][name], _DECOMPOSED[name]) for name in names}
     if evidence is not None:
         found |= evidence.tables()
     return {
@@ -500,7 +501,7 @@ def _described(run: Run) -> dict[str, object]:
     manifest = at_home(json.dumps(run.result.manifest, indent=2, ensure_ascii=False, default=dict))
     return {
         "name": run.name, "kind": run.kind, "digest": run.digest, "lines": lines,
-        "columns": [str(name) for name in head.columns],
+        "columns": [(str(name), pd.api.types.is_numeric_dtype(head[name])) for name in head],
         "rows": [list(row) for row in head.itertuples(index=False, name=None)],
         "more": len(table) - len(head),
         "manifest": "\n".join(visible(line) for line in manifest.split("\n")),

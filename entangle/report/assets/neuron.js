@@ -131,7 +131,8 @@ class NeuronPage {
     const name = (group) => group === "largest" || group === "smallest" ? `${group} outputs` : group === "median" ? "at the median" : `at the ${group} quantile`;
     return this.part("Contexts by output", el("p", { cls: "quiet small" }, "Outputs in σ from the mean. Each token in the shade of its own output: ",
       el("span", { cls: "legend" }, [-7, -5, -3, -1, 0, 1, 3, 5, 7].map((s) => el("span", { cls: `t ${s < 0 ? `l${-s}` : `h${s}`}` }, s === -7 ? "≤ −16" : s === 7 ? "≥ 16" : fixed(Math.sinh(s / 2), 1).replace(".0", ""))))),
-    el("div", { cls: "groups" }, groups.map(([group, rows]) => el("div", { cls: group.endsWith("est") ? "group full" : "group" }, el("h3", {}, name(group)), el("ul", { cls: "contexts" }, rows.map((row) => this.shaded(row)))))));
+    ["ends", "middle"].map((kind) => el("div", { cls: `groups ${kind}` }, groups.filter(([group]) => (kind === "ends") === group.endsWith("est"))
+      .map(([group, rows]) => el("div", { cls: "group" }, el("h3", {}, name(group)), el("ul", { cls: "contexts" }, rows.map((row) => this.shaded(row))))))));
   }
 
   ends({ tokens, windows }) {
