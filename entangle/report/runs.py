@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +70,9 @@ def open_runs(paths: Iterable[str | os.PathLike[str]]) -> Runs:
     InvalidInput, UnknownName, Unavailable
         If one is no result or damaged, or as `together`.
     """
-    found = [
-        Run(_named(path), kind, load_result(path))
-        for given in paths
-        for path, kind in _results(Path(given))
-    ]
+    listed = [one for given in paths for one in _results(Path(given))]
+    found = [Run(_named(path), kind, load_result(path)) for path, kind in listed if kind]
+    left_out = [_named(path) for path, kind in listed if kind is None]
     scored = [one for one in found if one.kind == "scores"]
     ablated = [one for one in found if isinstance(one.result, AblationResult)]
     if not scored and ablated and isinstance(ablated[0].result, AblationResult):
@@ -88,7 +86,9 @@ def open_runs(paths: Iterable[str | os.PathLike[str]]) -> Runs:
     scores = scored[0].result
     assert isinstance(scores, NeuronScores)  # noqa: S101
     others = [one for one in found if one is not scored[0]]
-    return together(scores, others, name=scored[0].name)
+    opened = together(scores, others, name=scored[0].name)
+    notes = [f"{one} has no place on the page, so it is left out." for one in left_out]
+    return replace(opened, notes=(*opened.notes, *notes))
 
 
 def together(scores: NeuronScores, others: Sequence[Run], *, name: str = "scores") -> Runs:
@@ -118,17 +118,18 @@ def _named(path: Path) -> str:
     return "/".join(path.resolve().parts[-2:])
 
 
-def _results(given: Path) -> Iterator[tuple[Path, str]]:
-    """Yield a result, or the results in a folder that is none itself."""
+def _results(given: Path) -> Iterator[tuple[Path, str | None]]:
+    """Yield a result, or the results in a folder that is none itself, and the kind of each.
+
+    Of what stands beside results in a folder, and is none that a page shows, it is None.
+    """
     path = expand_user(given)
     inner = []
     if path.is_dir() and not (path / _MANIFEST).exists():
         inner = sorted(one.parent for one in path.glob(f"*/{_MANIFEST}"))
     for one in inner or [path]:
         kind = kind_of(one)
-        if inner and kind not in CLASSES:  # such as an evaluation, beside what is shown
-            continue
-        yield one, kind
+        yield one, kind if kind in CLASSES or not inner else None
 
 
 def _check(scores: NeuronScores, one: Run) -> Iterator[str]:

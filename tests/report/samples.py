@@ -48,10 +48,17 @@ def by_hand(sizes: dict[str, int], *, tokens: int = 64, seed: int = 0) -> Neuron
             }
         )  # fmt: skip
         frames.append(frame)
-        numbers = {"null_floor": 0.05, "null_floor_high": 0.06, "split_half": 0.9}
+        numbers = {
+            "null_floor": 0.05, "null_floor_high": 0.06, "split_half": 0.9, "n_pairs": 0,
+            "n_identical_pairs": 0, "md_rank_agreement_mean": np.nan,
+            "md_rank_agreement_max": np.nan,
+        }  # fmt: skip
         rows.append({**common, "n_neurons": size, "n_tokens": tokens, "method": "exact", **numbers})
     layers = pd.DataFrame(rows).astype({"block": "Int64"})
-    manifest = {"model": MODEL, "calibration": {**TEXT, "settings": {}}, "settings": {"seed": 0}}
+    manifest = {
+        "kind": "scores", "schema_version": 1, "model": MODEL,
+        "calibration": {**TEXT, "settings": {}}, "settings": {"seed": 0},
+    }  # fmt: skip
     return NeuronScores(pd.concat(frames, ignore_index=True), layers, kept, manifest)
 
 

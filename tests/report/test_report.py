@@ -265,7 +265,10 @@ def test_folders_of_runs(
     with pytest.raises(InvalidInput, match=r"one result.*got 2"):
         open_runs([made["scores"], made["scores"]])
     scores.save(tmp_path / "mixed" / "hand")
-    with pytest.raises(InvalidInput, match=r"comparison.*another|comparison.*is of the model"):
+    (tmp_path / "mixed" / "other").mkdir()
+    (tmp_path / "mixed" / "other" / "manifest.json").write_text('{"kind": "evaluation"}')
+    assert any("mixed/other" in note for note in open_runs([tmp_path / "mixed"]).notes)
+    with pytest.raises(InvalidInput, match=r"comparison.*is of the model.*'by hand'"):
         open_runs([tmp_path / "mixed", made["comparison"]])
 
 

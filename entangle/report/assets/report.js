@@ -90,6 +90,7 @@ async function start() {
   const route = async () => {
     const hash = location.hash.replace(/^#/u, ""), cut = hash.lastIndexOf("/");
     if (!$("view-neurons").hidden) kept = grid.host.scrollTop;
+    if (hash === "main" && document.documentElement.dataset.ready) return $("main").focus();
     if (hash === ":layers" || hash === ":runs") return view(hash.slice(1));
     let name = "", row = -1;
     try { name = decodeURIComponent(cut < 0 ? hash : hash.slice(0, cut)); } catch { name = hash; }
