@@ -12,9 +12,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from entangle.models.loading import LanguageModel
+    from entangle.results.ablation import AblationResult
     from entangle.results.scores import NeuronScores
 
 
+PAGE = "report.html"
 LAYER = "model.layers.1.mlp.gate_proj"
 TOP = 10
 ABLATED = ("*.mlp.gate_proj", "*.mlp.up_proj")
@@ -27,7 +29,7 @@ def add_parser(subparsers: Subparsers) -> None:
         "demo",
         help="score and ablate the neurons of the demo model, with figures",
         description="Fetch the demo model and text once, score a layer, print the ranking, prune "
-        "the top neurons of every block against controls, and write figures.",
+        "the top neurons of every block against controls, and write figures and a page.",
     )
     parser.add_argument(
         "--out", default="entangle-demo", metavar="DIR", help="result folder (default: %(default)s)"
@@ -45,6 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
     check_output(arguments.out, force=arguments.force)
     from entangle.models.loading import load_model
     from entangle.plotting import save_figure
+    from entangle.report import write_report
     from entangle.scoring.score import score
     from entangle.texts.calibration import load_calibration
 
@@ -58,13 +61,19 @@ def run(arguments: argparse.Namespace) -> None:
         scores.write(folder)
         for name, figure in first_figures(scores).items():
             save_figure(figure, folder / "figures" / name)
-        _ablate(arguments, model, folder / "ablation")
+        ablation = _ablate(arguments, model, folder / "ablation")
+        _say(arguments, "putting the neurons on a page")
+        write_report(
+            scores, folder / PAGE, runs=[ablation], model=model, calibration=calibration,
+            progress=not arguments.quiet,
+        )  # fmt: skip
     for file in sorted(Path(arguments.out).rglob("*.png")):
         say(f"Figure: {file} (also .pdf, .csv, captions)")
     say(f"Saved to {arguments.out}.")
+    say(f"The neurons on a page: {(Path(arguments.out) / PAGE).resolve().as_uri()}")
 
 
-def _ablate(arguments: argparse.Namespace, model: "LanguageModel", out: Path) -> None:
+def _ablate(arguments: argparse.Namespace, model: "LanguageModel", out: Path) -> "AblationResult":
     """Prune the top 3 % of all gate and up rows against controls, on articles of their own."""
     from entangle.cli.ablate import print_result, save_figures
     from entangle.evaluation import load_evaluation
@@ -88,6 +97,7 @@ def _ablate(arguments: argparse.Namespace, model: "LanguageModel", out: Path) ->
         progress=not arguments.quiet,
     )
     print_result(result)
+    return result
 
 
 def first_figures(scores: "NeuronScores") -> dict[str, "Figure"]:

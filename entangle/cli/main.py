@@ -36,6 +36,7 @@ from entangle.cli import (
     options,
     probe,
     prune,
+    report,
     run,
     score,
 )
@@ -59,7 +60,7 @@ CLOSED_PIPE = 128 + 13
 
 COMMANDS = (
     ablate, allocate, compare, convert, decompose, demo, diff, evaluate, expand, figures, layers,
-    probe, prune, run, score,
+    probe, prune, report, run, score,
 )  # fmt: skip
 
 

@@ -208,6 +208,13 @@ MEANINGS: Mapping[str, Sequence[Meaning]] = {
         *_PRUNING,
         Meaning(("packed",), lambda given: given.out is not None, "without --out"),
     ),
+    "report": (
+        Meaning(
+            ("revision", "dtype", "device", "device_map", *_CALIBRATION),
+            lambda given: given.model is not None, "without --model, which reads a text",
+        ),
+        _OF_CALIBRATION,
+    ),
     "allocate": (
         _OF_CALIBRATION,
         Meaning(("by",), _is_scored, "with a rule that reads no column of the scores"),

@@ -154,7 +154,7 @@ def separated_rows(
     for place, neuron in enumerate(neurons):
         own = outputs[place].cpu().double().numpy()
         spread = own.std()
-        best = _farthest(own, pairs, most)
+        best = farthest_pairs(own, pairs, most)
         tokens = inputs.take(torch.tensor(best, dtype=torch.int64).flatten()).cpu().double()
         for rank, (a, b) in enumerate(best):
             x, y = tokens[2 * rank : 2 * rank + 2]
@@ -172,16 +172,42 @@ def separated_rows(
     return pd.DataFrame(rows)
 
 
-def _farthest(
+_LIKELY = 4096
+
+
+def farthest_pairs(
     outputs: NDArray[np.float64], pairs: NDArray[np.int64], most: int
 ) -> list[tuple[int, int]]:
-    """Pick pairs by falling distance of their outputs; the lower output comes first."""
+    """Pick pairs by falling distance of their outputs, no token twice.
+
+    Parameters
+    ----------
+    outputs
+        Of one neuron, (tokens,).
+    pairs
+        Tokens, (pairs, 2), from `near_pairs`; of equally far ones the first is picked.
+    most
+        Number of pairs, fewer where there are fewer with different outputs.
+
+    Returns
+    -------
+    list of (int, int)
+        Tokens; the one with the lower output comes first.
+    """
     moved = np.abs(outputs[pairs[:, 0]] - outputs[pairs[:, 1]])
-    free, picked = moved > 0, list[tuple[int, int]]()
-    while len(picked) < most and free.any():
-        a, b = pairs[np.argmax(np.where(free, moved, -1.0))].tolist()
-        picked.append((a, b) if outputs[a] < outputs[b] else (b, a))
-        free &= ~np.isin(pairs, (a, b)).any(axis=1)
+    likely = np.arange(len(moved))
+    if len(moved) > _LIKELY:  # those that are as far as the 4,096th, in order
+        likely = np.flatnonzero(moved >= np.partition(moved, -_LIKELY)[-_LIKELY])
+    for among in (likely, np.arange(len(moved))):
+        order = among[np.argsort(-moved[among], kind="stable")]
+        picked, taken = list[tuple[int, int]](), set[int]()
+        for pair in order[moved[order] > 0].tolist() if most else ():
+            a, b = pairs[pair].tolist()
+            if a not in taken and b not in taken:
+                picked.append((a, b) if outputs[a] < outputs[b] else (b, a))
+                taken |= {a, b}
+            if len(picked) == most:
+                return picked
     return picked
 
 

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -231,6 +232,24 @@ class NeuronScores(Result):
         from entangle.results.diff import diff
 
         return diff(self, other, **options)
+
+    def report(self, out: str | os.PathLike[str], **options: Any) -> Any:
+        """Write a page about these neurons: one HTML file (`entangle.report.write_report`).
+
+        Parameters
+        ----------
+        out
+            The file.
+        options
+            As that function takes them: ``runs``, ``neurons``, ``model`` and ``calibration``,
+            ``force``.
+
+        Returns
+        -------
+        entangle.report.Report
+            Where it is.
+        """
+        return import_module("entangle.report").write_report(self, out, **options)
 
     def write(self, folder: Path) -> None:
         """Write the files of `save` into a folder that exists."""

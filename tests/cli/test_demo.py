@@ -39,6 +39,10 @@ def check_result(folder: Path, out: str) -> None:
     assert "The 10 largest WD" in out
     assert f"Saved to {folder}." in out
     assert out.count("Figure: ") == 5
+    address = (folder / demo.PAGE).resolve().as_uri()
+    assert out.splitlines()[-1].endswith(f" {address}")
+    page = (folder / demo.PAGE).read_text("utf-8")
+    assert all(section in page for section in ('"windows":', '"near":', '"arms":', '"modes":'))
     result = entangle.load_ablation(folder / "ablation")
     arms = result.frame[["selection", "seed", "strength"]].drop_duplicates()
     assert len(arms) == 1 + len(demo.STRENGTHS) * (2 + demo.SEEDS)

@@ -55,6 +55,7 @@ WRONG = [
     ["decompose", "nowhere.gguf", "--layer", "1"],
     ["allocate", "nowhere", "--sparsity", "0.5"],
     ["figures", "nowhere"],
+    ["report", "nowhere"],
     ["layers", "nowhere.gguf"],
 ]
 

@@ -1,0 +1,404 @@
+"""What scores do not hold, from the model itself: modes, contexts, pairs and tokens of neurons.
+
+A page holds the text once; a context is a place in it, and how much each of its tokens puts out.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from entangle.experiments.selection import check_scores_fit
+from entangle.memory import memory_for
+from entangle.models.blocks import evaluating
+from entangle.models.layers import Layer, list_layers
+from entangle.models.loading import AnyModel, LanguageModel, as_language_model
+from entangle.modes import TokenText, describe_modes
+from entangle.modes.pairs import draw_all, farthest_pairs, near_pairs
+from entangle.precision import full_precision
+from entangle.recording.recorder import Recorded, Recorder, of_one_group, told
+from entangle.recording.stream import ByteBudget, TokenStore
+from entangle.report.content import seen_tokens
+from entangle.report.packing import pack, pack_texts
+from entangle.results.scores import NeuronScores
+from entangle.runs.progress import Progress, ProgressBar
+from entangle.seeding import check_seed, numpy_rng
+from entangle.texts.calibration import as_calibration
+from entangle.texts.calibration_set import CalibrationSet
+from entangle.texts.given import Source
+
+WINDOW = 12
+"""Tokens of a context on either side."""
+GROUPS: Mapping[str, tuple[float, int]] = {
+    "largest": (1.0, 8), "99 %": (0.99, 3), "90 %": (0.9, 3), "median": (0.5, 3),
+    "10 %": (0.1, 3), "1 %": (0.01, 3), "smallest": (0.0, 8),
+}  # fmt: skip
+"""Where in the order of outputs contexts are taken, and how many."""
+PER_MODE, PAIRS, ENDS = 4, 6, 8
+"""Contexts of a mode; near-in, far-out pairs; tokens of least and largest mean output."""
+OFTEN = 4
+"""Times that a token occurs to have a mean."""
+PAIR_TOKENS, NEAR = 4096, 0.01
+"""Tokens among which near pairs are looked for; the share of random pairs that are farther."""
+SHADES, STEPS = 7, 2.0
+"""Shades of an output on either side of the mean: ``asinh(z) · 2``, rounded."""
+_OUTSIDE = -8
+_BYTES = 8  # of every output that is held
+_DRIFT = 0.02
+
+Floats = NDArray[np.float32]
+Ids = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """What a model does on a text, of some neurons."""
+
+    modes: pd.DataFrame = field(repr=False)
+    """As `entangle.modes.NeuronModes.modes`, outputs in σ from the mean of the scores."""
+    windows: pd.DataFrame = field(repr=False)
+    """Contexts: layer, neuron, ``group`` (a key of `GROUPS` or ``mode N``), ``output`` (σ),
+    ``place`` (in ``ids``), ``before`` and ``after`` (tokens on either side)."""
+    shades: NDArray[np.int8] = field(repr=False)
+    """(windows, 25): shade of every token of a window, −8 outside the sequence."""
+    near: pd.DataFrame = field(repr=False)
+    """Pairs: layer, neuron, outputs (σ), distances, and ``place``, ``before``, ``after`` of both
+    sides."""
+    tokens: pd.DataFrame = field(repr=False)
+    """Tokens of least and largest mean output: layer, neuron, ``end`` (0 or 1), token, mean (σ),
+    count."""
+    ids: Ids = field(repr=False)
+    """The tokens that contexts are made of, as numbers in ``words``."""
+    words: Sequence[str] = field(repr=False)
+    """Texts of tokens."""
+    notes: Sequence[str]
+    """What it was read from, and what is left out."""
+
+    def tables(self) -> dict[str, tuple[pd.DataFrame, Sequence[str]]]:
+        """Return the tables of the page, and their columns."""
+        windows = self.windows.assign(**{f"s{i}": one for i, one in enumerate(self.shades.T)})
+        shades = [f"s{i}" for i in range(self.shades.shape[1])]
+        sides = [f"{name}_{side}" for side in "ab" for name in ("place", "before", "after")]
+        known = ("output_a", "output_b", "input_distance", "cosine", "output_distance")
+        modes = ("mode", "center", "left", "right", "tokens", "share", "top_tokens")
+        return {
+            "modes": (self.modes, modes),
+            "windows": (windows, ("group", "output", "place", "before", "after", *shades)),
+            "near": (self.near, (*sides, *known)),
+            "tokens": (self.tokens, ("end", "token", "mean", "count")),
+        }
+
+    def packed_text(self) -> dict[str, object]:
+        """Return the text for the scripts."""
+        return {"ids": pack(self.ids), "words": pack_texts(self.words), "window": WINDOW}
+
+
+def gather(
+    scores: NeuronScores,
+    rows: NDArray[np.int64],
+    model: AnyModel,
+    calibration: Source,
+    *,
+    seed: int = 0,
+    memory: int | None = None,
+    progress: bool | None = None,
+) -> Evidence:
+    """Read modes, contexts, pairs and tokens of some neurons from the model, in passes over a text.
+
+    Parameters
+    ----------
+    scores
+        Of the model.
+    rows
+        Rows of ``scores.frame``, ascending. Neurons without a deviation are left out.
+    model, calibration
+        As in `entangle.score`.
+    seed
+        Of the examples of modes and of the tokens that pairs are looked for among.
+    memory
+        Bytes for outputs; half of what is free by default. More passes are made where it is less.
+    progress
+        As in `entangle.score`.
+
+    Raises
+    ------
+    InvalidInput, UnknownName
+        If the scores are of another model, or the text does not fit it.
+    """
+    seed = check_seed(seed)
+    known = as_language_model(model)
+    check_scores_fit(scores, known)
+    text = as_calibration(calibration, known)
+    frame = scores.frame.iloc[rows]
+    std = frame["std"].to_numpy(np.float64, na_value=np.nan)
+    frame = frame[(std > 0) & np.isfinite(std)]
+    wanted = {str(name): own for name, own in frame.groupby("layer", sort=False)}
+    layers = [one for one in list_layers(known.module) if one.name in wanted]
+    gathering = _Gathering(known, text, wanted, seed)
+    budget = memory_for(memory, known.module)
+    parts = list(_parts(layers, wanted, text.n_tokens, budget))
+    with ProgressBar("reading neurons", enabled=progress) as bar, full_precision():
+        bar.start(text.n_seq * len(parts) + len(frame), "sequences and neurons")
+        with evaluating(known.module):
+            for part in parts:
+                gathering.read(part, budget, bar)
+    return gathering.result(scores)
+
+
+def _parts(
+    layers: Sequence[Layer], wanted: Mapping[str, pd.DataFrame], n_tokens: int, memory: int
+) -> Iterator[list[Layer]]:
+    """Part the layers so that what a pass holds of each part fits into memory."""
+    part: list[Layer] = []
+    held = 0
+    for layer in layers:
+        sample = min(n_tokens, PAIR_TOKENS) * layer.weight.shape[1] * 4
+        needed = len(wanted[layer.name]) * n_tokens * _BYTES + sample
+        if part and held + needed > memory:
+            yield part
+            part, held = [], 0
+        part.append(layer)
+        held += needed
+    if part:
+        yield part
+
+
+class _Gathering:
+    """Tables that grow by a part of the layers at a time."""
+
+    def __init__(
+        self, model: LanguageModel, text: CalibrationSet, wanted: Mapping[str, pd.DataFrame],
+        seed: int,
+    ) -> None:  # fmt: skip
+        self._model, self._text, self._wanted, self._seed = model, text, wanted, seed
+        self._words = TokenText(model.tokenizer)
+        self._ids: Ids = text.rows.flat().numpy()
+        self._different, self._codes = np.unique(self._ids, return_inverse=True)
+        self._often = np.bincount(self._codes)
+        rng = numpy_rng(seed, "report pairs")
+        most = min(text.n_tokens, PAIR_TOKENS)
+        self._sample = np.sort(rng.choice(text.n_tokens, size=most, replace=False))
+        self._modes: list[pd.DataFrame] = []
+        self._windows: list[tuple[object, ...]] = []
+        self._shades: list[NDArray[np.int8]] = []
+        self._near: list[dict[str, object]] = []
+        self._tokens: list[tuple[object, ...]] = []
+        self._left_out: dict[str, str] = {}
+        self._drift = 0.0
+
+    def read(self, layers: Sequence[Layer], memory: int, bar: Progress) -> None:
+        """Run the model once for some layers, and describe their neurons."""
+        with ExitStack() as stack:
+            outputs, inputs = self._run(layers, memory, stack, bar.advance)
+            pairs: dict[int, NDArray[np.int64]] = {}
+            for layer in layers:
+                parts = outputs.pop(layer.name, [])
+                found = torch.cat(parts, dim=1).numpy() if parts else np.empty((0, 0), np.float32)
+                if found.shape[1] != self._text.n_tokens:
+                    self._left_out.setdefault(layer.name, "it does not run once on every token")
+                    continue
+                source, store = inputs[layer.name]
+                if source not in pairs:
+                    drawn = draw_all(store, seed=self._seed)
+                    pairs[source] = near_pairs(store, drawn, near=NEAR, seed=self._seed)
+                self._describe(layer.name, found, store, pairs[source], bar)
+
+    def _run(
+        self, layers: Sequence[Layer], memory: int, stack: ExitStack, report: Callable[[int], None]
+    ) -> tuple[dict[str, list[Tensor]], dict[str, tuple[int, TokenStore]]]:
+        """Return the outputs of the neurons, and a sample of the inputs, by the layer's name."""
+        outputs: dict[str, list[Tensor]] = defaultdict(list)
+        inputs: dict[str, tuple[int, TokenStore]] = {}
+        stores: dict[int, TokenStore] = {}
+        seen_rows: dict[int, int] = defaultdict(int)
+        budget = ByteBudget(memory // 2)
+        weights = {one.name: self._weights(one) for one in layers}
+
+        def keep(seen: Recorded) -> None:
+            index, weight, bias = weights[seen.layer.name]
+            found = (
+                nn.functional.linear(seen.inputs.float(), weight, bias)
+                if seen.affine else seen.outputs[:, index].float()
+            )  # fmt: skip
+            outputs[seen.layer.name].append(found.T.cpu())
+            if seen.source not in stores:
+                stores[seen.source] = stack.enter_context(TokenStore(budget))
+            store = stores[seen.source]
+            inputs[seen.layer.name] = (seen.source, store)
+            if seen.leads:
+                start, count = seen_rows[seen.source], len(seen.inputs)
+                seen_rows[seen.source] += count
+                first, last = np.searchsorted(self._sample, (start, start + count)).tolist()
+                own = torch.from_numpy(self._sample[first:last] - start)
+                if len(own):
+                    store.append(seen.inputs[own.to(seen.inputs.device)])
+
+        recorder = Recorder(layers, keep, lenient=True)
+        recorder.run(self._model.module, told(of_one_group(self._text), report))
+        self._left_out |= recorder.left_out
+        return outputs, inputs
+
+    def _weights(self, layer: Layer) -> tuple[list[int], Tensor, Tensor | None]:
+        index = [int(one) for one in self._wanted[layer.name]["neuron"]]
+        bias = None if layer.bias is None else layer.bias[index].float()
+        return index, layer.weight[index].float(), bias
+
+    def _describe(
+        self, layer: str, outputs: Floats, store: TokenStore, pairs: NDArray[np.int64],
+        bar: Progress,
+    ) -> None:  # fmt: skip
+        """Describe a layer's neurons by their outputs, (neurons, tokens)."""
+        rows, finite = self._wanted[layer], np.isfinite(outputs).all(1)
+        if not finite.all():
+            count = int((~finite).sum())
+            self._left_out.setdefault(layer, f"{count} neurons have outputs that are not finite")
+        neurons, means, stds = (rows[name].tolist() for name in ("neuron", "mean", "std"))
+        kept = {neurons[i]: outputs[i] for i in np.flatnonzero(finite)}
+        modes, examples = describe_modes(
+            kept, self._text, self._model.tokenizer, layer, per_mode=PER_MODE, window=0,
+            seed=self._seed,
+        )  # fmt: skip
+        units = modes["neuron"].map(dict(zip(neurons, zip(means, stds, strict=True), strict=True)))
+        mean, std = (np.array([one[i] for one in units]) for i in (0, 1))
+        scaled = {name: (modes[name] - mean) / std for name in ("center", "left", "right")}
+        self._modes.append(modes.assign(**scaled))
+        drawn = dict(iter(examples.groupby("neuron", sort=False)))
+        for neuron, values in kept.items():
+            place = neurons.index(neuron)
+            z = (values.astype(np.float64) - means[place]) / stds[place]
+            self._drift = max(self._drift, abs(float(z.mean())))
+            own = drawn[neuron]
+            named = [f"mode {mode}" for mode in own["mode"]]
+            self._add(layer, neuron, z, [*_ranked(z), *zip(named, own["position"], strict=True)])
+            self._near += [
+                {"layer": layer, "neuron": neuron, **one} for one in self._pairs(z, store, pairs)
+            ]
+            bar.advance(1)
+
+    def _add(
+        self, layer: str, neuron: int, z: NDArray[np.float64], chosen: Sequence[tuple[str, int]]
+    ) -> None:
+        """Add the contexts of a neuron, and its tokens of least and largest mean output."""
+        for group, position in chosen:
+            before, after = self._reach(position)
+            shades = np.full(2 * WINDOW + 1, _OUTSIDE, dtype=np.int8)
+            inside = np.rint(np.arcsinh(z[position - before : position + after + 1]) * STEPS)
+            shades[WINDOW - before : WINDOW + after + 1] = inside.clip(-SHADES, SHADES)
+            self._shades.append(shades)
+            where = (position, before, after)
+            self._windows.append((layer, neuron, group, float(z[position]), *where))
+        self._tokens += [(layer, neuron, *one) for one in self._ends(z)]
+
+    def _reach(self, position: int) -> tuple[int, int]:
+        """Return how many tokens of the sequence stand before and after one, at most `WINDOW`."""
+        sequence, place = self._text.place(position)
+        length = self._text.rows.lengths[sequence]
+        return min(place, WINDOW), min(length - place - 1, WINDOW)
+
+    def _ends(self, z: NDArray[np.float64]) -> Iterator[tuple[int, str, float, int]]:
+        """Yield the tokens of least and largest mean output: end, token, mean, count."""
+        often = np.flatnonzero(self._often >= OFTEN)
+        mean = np.bincount(self._codes, weights=z)[often] / self._often[often]
+        order = np.argsort(mean, kind="stable")
+        half = min(ENDS, len(order) // 2)
+        for end, places in ((0, order[:half]), (1, order[::-1][:half])):
+            for place in places.tolist():
+                code = int(often[place])
+                word = self._words.token(int(self._different[code]))
+                yield end, word, float(mean[place]), int(self._often[code])
+
+    def _pairs(
+        self, z: NDArray[np.float64], store: TokenStore, pairs: NDArray[np.int64]
+    ) -> Iterator[dict[str, object]]:
+        own = z[self._sample]
+        for a, b in farthest_pairs(own, pairs, PAIRS):
+            x, y = store.take(torch.tensor([a, b])).double().cpu()
+            found: dict[str, object] = {
+                "input_distance": float((x - y).norm()),
+                "cosine": float(nn.functional.cosine_similarity(x, y, dim=0)),
+                "output_distance": float(own[b] - own[a]),
+            }
+            for side, place in (("a", a), ("b", b)):
+                position = int(self._sample[place])
+                before, after = self._reach(position)
+                found |= {
+                    f"place_{side}": position, f"before_{side}": before, f"after_{side}": after,
+                    f"output_{side}": float(own[place]),
+                }  # fmt: skip
+            yield found
+
+    def result(self, scores: NeuronScores) -> Evidence:
+        """Return the tables, with the tokens of the text that they name."""
+        columns = ("layer", "neuron", "group", "output", "place", "before", "after")
+        windows = pd.DataFrame(self._windows, columns=list(columns))
+        near = pd.DataFrame(self._near)
+        used = np.zeros(self._text.n_tokens + 1, dtype=np.int64)
+        spans = [windows] + [
+            near.rename(columns={f"{name}_{side}": name for name in columns[-3:]})
+            for side in ("ab" if len(near) else "")
+        ]
+        for one in spans:
+            place = one["place"].to_numpy(np.int64)
+            np.add.at(used, place - one["before"].to_numpy(np.int64), 1)
+            np.add.at(used, place + one["after"].to_numpy(np.int64) + 1, -1)
+        kept = np.cumsum(used)[:-1] > 0
+        moved = np.cumsum(kept) - 1
+        windows["place"] = moved[windows["place"].to_numpy(np.int64)]
+        for side in "ab" if len(near) else "":
+            near[f"place_{side}"] = moved[near[f"place_{side}"].to_numpy(np.int64)]
+        modes = pd.concat(self._modes, ignore_index=True) if self._modes else pd.DataFrame()
+        if len(modes):
+            modes["top_tokens"] = [seen_tokens(one) for one in modes["top_tokens"]]
+        shades = np.stack(self._shades) if self._shades else np.empty((0, 2 * WINDOW + 1), np.int8)
+        tokens = pd.DataFrame(
+            self._tokens, columns=["layer", "neuron", "end", "token", "mean", "count"]
+        )
+        words = [self._words.token(int(one)) for one in self._different]
+        notes = tuple(self._notes(scores))
+        return Evidence(modes, windows, shades, near, tokens, self._codes[kept], words, notes)
+
+    def _notes(self, scores: NeuronScores) -> Iterator[str]:
+        text, own = self._text, scores.manifest.get("calibration")
+        size = f"{text.n_seq:,} × {text.seq_len:,} tokens of {text.source}"
+        same = isinstance(own, Mapping) and own.get("digest") == text.digest
+        told = "the text of the scores" if same else (
+            "NOT the text of the scores: outputs there are written in σ of the scores"
+        )  # fmt: skip
+        yield (
+            f"Modes, contexts, pairs and tokens were read from the model {self._model.name!r} for "
+            f"this page, on {size}, {told}."
+        )
+        if same and self._drift > _DRIFT:
+            yield (
+                f"Outputs that were computed again differ from the scores by up to "
+                f"{self._drift:.2g} σ in the mean, as in another precision."
+            )
+        for name, reason in self._left_out.items():
+            yield f"Nothing was read of {name}: {reason}."
+
+
+def _ranked(z: NDArray[np.float64]) -> Iterator[tuple[str, int]]:
+    """Yield positions by their place in the order of outputs, and the group of each.
+
+    At both ends no two are nearer to one another than a context is wide.
+    """
+    order = np.argsort(z, kind="stable")
+    for group, (share, count) in GROUPS.items():
+        if share in (0.0, 1.0):
+            ends = order if share == 0.0 else order[::-1]
+            found: list[int] = []
+            for position in ends[: 32 * count].tolist():
+                if all(abs(position - one) > WINDOW for one in found):
+                    found.append(position)
+                if len(found) == count:
+                    break
+        else:
+            middle = round(share * (len(order) - 1)) - count // 2
+            found = order[max(middle, 0) :][:count].tolist()
+        yield from ((group, position) for position in found)
