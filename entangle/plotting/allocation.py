@@ -84,7 +84,7 @@ def plot_row_sparsity(
     own, ax = ax is None, axes_or_new(ax, options)
     counts, edges = np.histogram(values, np.linspace(0.0, 100.0, _ROW_BINS + 1))
     low, high = f"{values.min():.3g}", f"{values.max():.3g}"
-    label = f"{len(values):,} rows: {low if low == high else f'{low} to {high}'} %"
+    label = f"rows (n = {len(values):,}: {low if low == high else f'{low} to {high}'} %)"
     entries: list[Entry] = []
     if asked_for("rows", label):
         color = ink("output", None, "rows", label)

@@ -251,18 +251,17 @@ def asked_for(*called: str) -> bool:
     return bool(picked([called], lambda own: own))
 
 
-def arranged(entries: Iterable[T], named_as: Callable[[T], str]) -> list[T]:
+def arranged(entries: Iterable[T], named_as: Callable[[T], Iterable[str]]) -> list[T]:
     """Return the entries of a legend in the order that is wanted, none left out.
 
-    ``named_as`` gives an entry's text, of which the part's name is the whole or stands before a
-    parenthesis, a colon or a comma.
+    ``named_as`` gives the texts of an entry, of which `part_of` is the part.
     """
     asked, found = _WISHES.get(), list(entries)
     if asked is None or not asked.order:
         return found
-    texts = [plain(named_as(entry)) for entry in found]
-    asked.parts |= dict.fromkeys(texts)
-    places = [asked.place((text, text.partition(" (")[0])) for text in texts]
+    texts = [[name for t in named_as(one) for name in (plain(t), part_of(t))] for one in found]
+    asked.parts |= dict.fromkeys(text for own in texts for text in own)
+    places = [asked.place(own) for own in texts]
     return [found[i] for i in sorted(range(len(found)), key=places.__getitem__)]
 
 
@@ -298,7 +297,7 @@ def worded_text(text: Text) -> None:
     asked, said = _WISHES.get(), plain(text.get_text())
     if asked is None or not said:
         return
-    part = said.partition(" (")[0]
+    part = part_of(said)
     asked.texts |= dict.fromkeys((said, part))
     if said in asked.labels:
         text.set_text(asked.labels[said])
@@ -308,12 +307,17 @@ def worded_text(text: Text) -> None:
         text.set_text(re.sub(rf"^\s*{words}", lambda _: new, text.get_text(), count=1))
 
 
+def part_of(text: str) -> str:
+    """Return the name of a part at the beginning of a text: before a parenthesis or colon."""
+    return re.split(r" \(|: ", plain(text))[0]
+
+
 def plain(text: str) -> str:
     """Return a text on one line, with ordinary blanks: as one would type it."""
     return " ".join(text.replace("\u00a0", " ").split())
 
 
-def check_inches(name: str, value: float | None) -> None:
+def check_inches(name: str, value: object) -> None:
     """Raise `InvalidInput` unless a width or height can be that of a figure, or is None."""
     low, high = INCHES
     if value is not None and finite(name, value, least=low) > high:

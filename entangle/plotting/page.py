@@ -320,7 +320,7 @@ def shared_legend(
 ) -> Legend | None:
     """Write one legend above all panels: every label once, then ``extra`` without a key."""
     entries = _labelled(axes)
-    named = arranged(sorted(entries, key=lambda n: n.endswith(OTHERS)), str)
+    named = arranged(sorted(entries, key=lambda n: n.endswith(OTHERS)), lambda name: [name])
     entries = {name: entries[name] for name in named}
     if extra:
         entries[extra] = text_handle()

@@ -40,7 +40,7 @@ from entangle.plotting.summaries import (
 _INPUTS = "input distance (÷ largest)"
 _OUTPUTS = "output distance (÷ median)"
 PAIRS = "token pairs"
-TREND = "median of each tenth; band: quartiles"
+TREND = "median (of each tenth; band: quartiles)"
 MOST_POINTS = 3000
 """Largest number of pairs that are drawn one by one; more are counted in hexagons."""
 _COLUMNS = ("layer", "neuron", "input_normalised", "output_normalised")
@@ -184,7 +184,7 @@ def _draw_distances(ax: Axes, rows: pd.DataFrame, role: Role, *, panel: str) -> 
     points = [draw(ax, x, y, role, panel)] if asked_for(PAIRS, role) else []
     ax.set(xlabel=_INPUTS, ylabel=_OUTPUTS)
     ax.set_ylim(bottom=0.0)
-    trend = _draw_trend(ax, x, y, panel=panel) if asked_for("median", TREND) else []
+    trend = _draw_trend(ax, x, y, panel=panel) if asked_for("median") else []
     return [*points, *trend]
 
 
@@ -384,7 +384,7 @@ def _pairs(
     check_columns(separated, _PAIR, name="separated", writer=DECOMPOSE)
     rows = choose(separated, name="separated", layer=layer, neuron=neuron)
     rows = rows.sort_values("rank", kind="stable")
-    kept = picked(range(len(rows)), lambda i: f"pair {rows['rank'].iloc[i]}")
+    kept = picked(range(len(rows)), lambda i: f"pair {rows['rank'].iloc[i]}", least=1)
     return rows.iloc[kept].head(min(whole("most", most, least=1), MOST_PAIRS))
 
 
@@ -402,7 +402,7 @@ def _draw_pairs(
     room = 0.06 * (len(rows) + 1)
     top = float(shape.density.max()) / (1.0 - room) * 1.05
     ends = (rows[["output_a", "output_b"]].to_numpy(np.float64) - mean) / std
-    low, high = min(low, 1.05 * ends.min(initial=0.0)), max(high, 1.05 * ends.max(initial=0.0))
+    low, high = min(low, 1.05 * ends.min()), max(high, 1.05 * ends.max())
     for place, ((_, row), (a, b)) in enumerate(zip(rows.iterrows(), ends, strict=True)):
         color, y = _color(row), top * (1.0 - 0.06 * (place + 0.7))
         (line,) = ax.plot(

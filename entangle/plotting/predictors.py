@@ -511,7 +511,7 @@ def _component_notes(rows: pd.DataFrame, lost: int, *, n_boot: int, seed: int) -
 
 def _fitted(rows: pd.DataFrame) -> tuple[pd.DataFrame, int]:
     check_columns(rows, _NEEDED, name="components", writer=DECOMPOSE)
-    rows = rows[rows["experts"].isin(picked(rows["experts"].unique(), _clusters, least=1))]
+    rows = rows[rows["experts"].isin(picked(rows["experts"].unique().tolist(), _clusters, least=1))]
     columns, what = ("components_90", "error"), "cluster with finite numbers"
     return finite_rows(rows, columns, name="components", what=what)
 

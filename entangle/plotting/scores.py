@@ -168,7 +168,7 @@ def _draw_floor(ax: Axes, floor: tuple[float, float], *, panel: str) -> Entry:
     record(band, panel=panel, series="Gaussian floor, mean to 97.5 %", x=mean, x_right=high)
     line = ax.axvline(mean, color=color, label=f"{FLOOR} (mean to 97.5 %)")
     record(line, panel=panel, series="Gaussian floor, mean", x=mean)
-    return line, f"Gaussian floor {mean:.4f} σ (97.5 %: {high:.4f} σ)"
+    return line, f"{FLOOR} ({mean:.4f} σ; 97.5 %: {high:.4f} σ)"
 
 
 @axes_level

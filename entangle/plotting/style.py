@@ -329,13 +329,17 @@ def add_legend(
     size = _points("legend.fontsize")
     keyed = [entry for entry in entries if entry[0].get_gid() != _WORDS]
     words = words_or([label for handle, label in entries if handle.get_gid() == _WORDS])
-    entries = [*arranged(keyed, lambda entry: entry[1]), *((text_handle(), w) for w in words)]
+    entries = [*arranged(keyed, _texts), *((text_handle(), w) for w in words)]
     if not entries:
         return
     labels = [wrap(ax, label, size=1.2 * size) for _, label in entries]  # leaves the keys' place
     place: Literal["upper left", "upper right"] = "upper left" if side == "left" else "upper right"
     take_literally(ax.legend([handle for handle, _ in entries], labels, loc=place))
     _keep_clear(ax, "\n".join(labels), side=side, skyline=skyline)
+
+
+def _texts(entry: tuple[Artist, str]) -> tuple[str, str]:
+    return entry[1], str(entry[0].get_label())
 
 
 def join_clauses(clauses: Sequence[str], *, inches: float, size: float = 7.0) -> str:
@@ -354,7 +358,7 @@ def legend_above(
     ax: Axes, entries: Sequence[tuple[Artist, str]], *, clauses: Sequence[str]
 ) -> Legend:
     """Write a legend and text on top of ``ax``, in as many columns as fit its width."""
-    size, entries = _points("legend.fontsize"), arranged(entries, lambda entry: entry[1])
+    size, entries = _points("legend.fontsize"), arranged(entries, _texts)
     labels = [wrap(ax, label, size=1.2 * size) for _, label in entries]
     legend = ax.legend(
         [handle for handle, _ in entries],
@@ -451,7 +455,8 @@ def _keep_clear(ax: Axes, text: str, *, side: Side, skyline: Skyline) -> None:
     x, y = skyline
     under = np.abs(x - edge) <= share_x * abs(toward - edge)
     top = max(float(y.max()) * 1.05, float(y[under].max(initial=0.0)) / (1.0 - share_y))
-    ax.set_ylim(top=top)
+    if top > ax.get_ylim()[0]:  # something is drawn
+        ax.set_ylim(top=top)
 
 
 def _points(setting: Literal["axes.titlesize", "legend.fontsize"]) -> float:
