@@ -16,14 +16,17 @@ from matplotlib.colors import CSS4_COLORS, is_color_like, to_hex
 from matplotlib.text import Text
 
 from entangle.checks import finite, named, names, shown
-from entangle.errors import InvalidInput, unknown_name
+from entangle.errors import InvalidInput, UnknownName, unknown_name
 
 T = TypeVar("T")
+_REMEDY = "Name a part of the figure."
 
 Column = Literal["single", "double"]
 Palette = Mapping[str, Any] | Sequence[Any] | str
 """Colours by name; or colours in turn; or the name of such, as in ``matplotlib.color_sequences``.
 """
+NAMED = ("palette", "labels", "order", "subset")
+"""Options that name parts of a figure."""
 INCHES = (1.0, 60.0)
 """Least and greatest width and height of a figure."""
 
@@ -105,6 +108,10 @@ class Wishes:
             "subset": (self.subset or [], self.parts),
             "labels": (self.labels, self.texts),
         }
+
+    def unknown(self, option: str, name: str) -> UnknownName:
+        """Return the error of a name that nothing goes by."""
+        return unknown_name(option, name, self.known()[option][1], _REMEDY)
 
     def color(self, named_as: Sequence[str], usual: str) -> str:
         """Return the colour of a part that goes by some names, the most telling first."""
@@ -193,7 +200,7 @@ def _check_known(drawn: Sequence[Wishes]) -> None:
         for asked, _ in pairs:
             for name in asked:
                 if name not in known:
-                    raise unknown_name(option, name, known, "Name a part of the figure.")
+                    raise unknown_name(option, name, known, _REMEDY)
 
 
 def color_of(named_as: Iterable[str], usual: str) -> str:

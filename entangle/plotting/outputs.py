@@ -229,6 +229,8 @@ class NeuronOutput:
     """What the neuron stands for; chooses the colour."""
     layer: str = ""
     """Short name of its layer, for the figure's title where ``label`` does not say it."""
+    full_layer: str = ""
+    """Full name of its layer, by which options may call it."""
 
     @classmethod
     def of(
@@ -245,6 +247,7 @@ class NeuronOutput:
             label=label or f"{layer_label(row)}, neuron\u00a0{row['neuron']}",
             role=role,
             layer=layer_label(row),
+            full_layer=str(row["layer"]),
         )
 
 
@@ -368,7 +371,7 @@ def _draw_outputs(
     usual: Column = "double",
     said: Sequence[str] = (),
 ) -> Figure:
-    items = picked(items, lambda item: (item.label, item.layer, item.role), panels=True)
+    items = picked(items, _item_names, panels=True)
     check_panels(len(items), name="items", kind="neuron")
     xlim = _common_limits(items) if standardized else None
     wide = xlim is not None and xlim[1] - xlim[0] > 2.0 * HEAVY_TAIL
@@ -394,6 +397,10 @@ def _draw_outputs(
         )
         named = all(layer in item.label for item in items)
         return page.finish(caption, shared=not alone, title="" if named else layer)
+
+
+def _item_names(item: NeuronOutput) -> tuple[str, ...]:
+    return item.label, item.layer, item.full_layer, item.role
 
 
 def plural(n: int, word: str) -> str:

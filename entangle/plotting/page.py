@@ -26,7 +26,7 @@ from entangle.plotting.options import (
     worded_text,
     words_or,
 )
-from entangle.plotting.save import SIGNATURE_INCHES, set_caption, sign
+from entangle.plotting.save import SIGNATURE_INCHES, is_empty, set_caption, sign
 from entangle.plotting.style import (
     CHARACTERS_PER_INCH,
     COLUMN_INCHES,
@@ -162,8 +162,11 @@ def figure_level(draw: Callable[P, Figure]) -> Callable[P, Figure]:
                 f"{draw.__name__} makes a figure of its own and takes no `ax`; draw into one with "
                 "the plot_* functions of entangle.plotting."
             )
-        with wishes(_options(kwargs, FigureOptions)):
-            return draw(*args, **kwargs)
+        with wishes(_options(kwargs, FigureOptions)) as asked:
+            made = draw(*args, **kwargs)
+            if asked.subset and is_empty(made):
+                raise asked.unknown("subset", asked.subset[0])
+            return made
 
     return figure
 

@@ -74,6 +74,11 @@ def drawn(figure: Figure) -> pd.DataFrame:
     return table[first + [c for c in table.columns if c not in first]]
 
 
+def is_empty(figure: Figure) -> bool:
+    """Return whether nothing in a figure was drawn by `entangle.plotting`."""
+    return not any(artist in _DRAWN for ax in figure.axes for artist in ax.get_children())
+
+
 def save_figure(
     figure: Figure,
     path_stem: str | os.PathLike[str],
