@@ -36,6 +36,11 @@ _PROFILES = {
     "rows": "zeros of the rows", "sparsity": "zeros of the layers",
     "experts": "experts that each layer gets",
 }  # fmt: skip
+_SAID = {
+    "rows": "how many rows have which share of zeros (counts on a log scale)",
+    "sparsity": "the zeros of every layer along the model",
+    "experts": "how many experts the allocation gives to every layer",
+}
 ALL_LAYERS = "all layers"
 _ALLOCATION = "an `Allocation`, from `entangle allocate`, has such tables."
 _LINES = (PALETTE["output"], PALETTE["top"], *SPARE_COLORS, PALETTE["typical"])
@@ -226,13 +231,10 @@ def figure_allocation(
             add_title(ax, _PROFILES[value])
         outside = int(layers["block"].isna().sum())
         caption = (
-            f"An allocation of {100 * overall:.4g} % zeros over {plural(len(layers), 'layer')}: "
-            "how many rows have which share of zeros (counts on a log scale), and the zeros of "
-            "every layer along the model",
-            "the last panel shows how many experts the allocation gives to every layer"
-            if "experts" in values else "",
+            f"An allocation of {100 * overall:.4g} % zeros over {plural(len(layers), 'layer')}",
+            *(_SAID[value] for value in values),
             f"{plural(outside, 'layer')} outside the blocks left out" if outside else "",
-        )  # fmt: skip
+        )
         return page.finish(caption)
 
 

@@ -56,6 +56,13 @@ _DENSE_COST = 1.0
 _WRITER = "the command `entangle compare` writes such tables."
 _EXPAND = "the command `entangle expand` writes such tables."
 _NEEDED = ("method", "sparsity", "experts", "perplexity", "ratio", "ratio_low", "ratio_high")
+_EXPANDED = {
+    "error of the layers": "the squared output error of every layer on the calibration text, in "
+    "per cent of its squared output",
+    "cost of the model": "what the model costs for a token (FLOPs) and on the disk, as multiples "
+    "of the dense one's",
+}
+"""What the panels of an expansion show, by their titles."""
 _EQUAL = {"sparsity": "Equal FLOPs per token", "nonzeros": "Equal memory"}
 _LOG_SPAN, _PANEL_INCHES = 3.0, 2.3
 
@@ -329,7 +336,7 @@ def figure_expansion(
     """
     check_columns(layers, ("experts", "sparsity"), name="layers", writer=_EXPAND)
     with paper(options) as page:
-        titles = picked(("error of the layers", "cost of the model"), str, panels=True)
+        titles = picked(_EXPANDED, str, panels=True)
         across = 1 if page.column == "single" else len(titles)
         for ax, title in zip(page.grid(len(titles), across=across), titles, strict=True):
             if title.startswith("error"):
@@ -341,9 +348,7 @@ def figure_expansion(
         outside = int(layers["block"].isna().sum())
         caption = (
             f"An expansion of {plural(len(layers), 'layer')} into {_range(experts)} experts with "
-            f"{_range(zeros)} % zeros: the squared output error of every layer on the calibration "
-            "text, in per cent of its squared output, and what the model costs for a token (FLOPs) "
-            "and on the disk, as multiples of the dense one's",
+            f"{_range(zeros)} % zeros: " + ", and ".join(_EXPANDED[title] for title in titles),
             f"{plural(outside, 'layer')} outside the blocks left out" if outside else "",
         )
         return page.finish(caption)

@@ -41,7 +41,7 @@ class PlotOptions(TypedDict, total=False):
 
     palette: Palette | None
     """Colours by part or by meaning (keys of `entangle.plotting.PALETTE`); or a list of colours, or
-    the name of one such as ``"Dark2"``, which all parts but the reference lines get in turn."""
+    the name of one such as ``"Dark2"``, which all parts but dark reference lines get in turn."""
     labels: Mapping[str, str] | None
     """Other words by those in the figure: a whole text, or the name of a part in the legend. The
     CSV beside a figure keeps the names of the data."""
@@ -119,7 +119,7 @@ class Wishes:
         for name in named_as:
             if name in self.palette:
                 return self.palette[name]
-        if self.spare is None or {*named_as} & {"gaussian", "floor"}:
+        if self.spare is None or "gaussian" in named_as:
             return usual
         used = len({*self.palette.values()})
         if used == len(self.spare):

@@ -60,7 +60,7 @@ class Paper:
         self.options = options
         width = options.get("width")
         self.column: Column = options.get("column", column)
-        self.inches = column_width(self.column) if width is None else width
+        self.inches = column_width(self.column) if width is None else float(width)
         if width is not None:
             self.column = "single" if self.inches < 0.7 * COLUMN_INCHES["double"] else "double"
         self.figure: Figure = PaperFigure(figsize=(self.inches, 2.4), layout="constrained")

@@ -343,15 +343,19 @@ def _texts(entry: tuple[Artist, str]) -> tuple[str, str]:
 
 
 def join_clauses(clauses: Sequence[str], *, inches: float, size: float = 7.0) -> str:
-    """Join clauses by semicolons, with as many on a line as fit at ``size`` points, as `wrap`."""
+    """Join clauses by semicolons, with as many on a line as fit at ``size`` points, as `wrap`.
+
+    One that ends with a line break has a line of its own.
+    """
     characters = max(12, int(inches * CHARACTERS_PER_INCH * 7.0 / size))
     lines: list[str] = []
     for clause in clauses:
-        if lines and len(lines[-1]) + len(clause) + 2 <= characters:
+        fits = bool(lines) and len(lines[-1]) + len(clause) + 2 <= characters
+        if fits and not lines[-1].endswith("\n"):
             lines[-1] += f"; {clause}"
         else:
             lines.append(clause)
-    return "\n".join(_fill(line, characters) for line in lines)
+    return "\n".join(_fill(line.rstrip("\n"), characters) for line in lines)
 
 
 def legend_above(
@@ -407,7 +411,9 @@ def explain_above(
     own: bool,
 ) -> None:
     """Write a legend, or only title and clauses, on ``ax``; ``own`` figures get room for it."""
-    clauses = [said for said in (title_or(title), *words_or(clauses)) if said]
+    asked = title_or(title)
+    asked += "\n" if asked and asked != title else ""
+    clauses = [said for said in (asked, *words_or(clauses)) if said]
     if not legend:
         if clauses:
             note_above(ax, clauses)

@@ -98,7 +98,7 @@ def test_what_a_manifest_does_not_say_is_not_made_up() -> None:
     said = statement("Scores of", {"kind": "scores"})
     assert said.count("not recorded") == 4  # model, texts, versions, seed
     model = {"name": "/home/me/a model\x1b[31m", "dtype": "float32"}
-    text = {"source": "text", "n_tokens": None, "settings": {}}
+    text: dict[str, object] = {"source": "text", "n_tokens": None, "settings": {}}
     said = statement("Scores of", {"model": model, "calibration": text, "packages": {}})
     for fact in ("digest not recorded", "device not recorded", "tokens not recorded",
                  "torch not recorded", "entangle not recorded", "seed is not recorded",
@@ -117,9 +117,9 @@ def test_scores_are_summed_up_by_layer(made: Mapping[str, Path]) -> None:
     assert list(table.index) == scores.layers["layer"].tolist()
     for layer, rows in scores.frame.groupby("layer"):
         kept = rows[rows["wd"].notna()]
-        assert table.loc[layer, "wd_median"] == np.median(kept["wd"])
-        assert table.loc[layer, "largest"] == kept["neuron"].iloc[int(np.argmax(kept["wd"]))]
-        assert table.loc[layer, "unscored"] == len(rows) - len(kept)
+        assert table.loc[str(layer), "wd_median"] == np.median(kept["wd"])
+        assert table.loc[str(layer), "largest"] == kept["neuron"].iloc[int(np.argmax(kept["wd"]))]
+        assert table.loc[str(layer), "unscored"] == len(rows) - len(kept)
     text = scores.to_latex()
     assert r"wd median ($\sigma$)" in text
     assert text.count(r"\\") == 1 + len(table)
