@@ -12,7 +12,8 @@ from entangle import _renamed
 from entangle.packed import registering
 
 if TYPE_CHECKING:
-    from entangle.allocation import allocate, load_allocation
+    from entangle.allocation import load_allocation
+    from entangle.allocation.allocate import allocate
     from entangle.evaluation import load_evaluation, load_minimal_pairs, perplexity
     from entangle.experiments.ablate import ablate
     from entangle.experiments.compare import compare

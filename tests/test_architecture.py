@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from entangle.cli.figures import FIGURES
+from entangle.results.drawings import FIGURES
 
 PACKAGE = Path(__file__).parent.parent / "entangle"
 FLOORS = (

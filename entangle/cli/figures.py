@@ -1,77 +1,19 @@
-"""``entangle figures``: the paper's figures from the folders that other commands wrote.
-
-Which figures are drawn of each kind of result, and how.
-"""
+"""``entangle figures``: the paper's figures from the folders that other commands wrote."""
 
 import argparse
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
-from urllib.parse import quote
+from typing import TYPE_CHECKING, Any
 
+from entangle.checks import choices
 from entangle.cli.options import Subparsers
 from entangle.cli.tables import say
 from entangle.errors import InvalidInput
+from entangle.results.drawings import FIGURES, Draw, Style, attempts, drawings
 
 if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.figure import Figure
-
     from entangle.results.base import Result
-
-Column = Literal["single", "double"]
-Draw = Callable[[], "Figure"]
-"""Raises `InvalidInput` where the result lacks something."""
-
-ABLATION_MEASURES: dict[str, str] = {
-    "perplexity_ratio": "perplexity",
-    "kl": "divergence",
-    "top1_agreement": "divergence",
-    "accuracy": "blimp",
-}
-"""Measures that are drawn, and what ``entangle ablate --measure`` calls them."""
-
-DECOMPOSED: dict[str, tuple[str, ...]] = {
-    "sparse_outputs": ("outputs", "neurons"),
-    "experts": ("outputs", "neurons"),
-    "distances": ("pairs", "neurons"),
-    "disentanglement": ("neurons",),
-    "recovery": ("outputs", "neurons"),
-    "predictors": ("neurons",),
-    "components": ("components",),
-    "router_map": ("router_map",),
-}
-"""Figures of a layer, and the tables of its decomposition that each takes."""
-
-EMPTY: dict[str, str] = {
-    "pairs": "--pairs 2000",
-    "separated": "--separated 20 and more tokens",
-    "contexts": "--contexts 8",
-    "router_map": "--experts 1,4,16",
-}
-"""Options of ``entangle decompose`` that fill a table which may be empty."""
-
-ONE_NEURON: dict[str, tuple[str, ...]] = {
-    "separated_pairs": ("separated",),
-    "modes": ("modes", "contexts"),
-}
-"""Figures of one neuron, likewise."""
-
-FIGURES: dict[str, tuple[str, ...]] = {
-    "scores": (
-        "wd_distribution", "wd_by_layer", "top_and_typical", "top_outputs", "wd_against_md",
-    ),
-    "ablation": tuple(f"ablation_{name}" for name in ABLATION_MEASURES),
-    "comparison": ("comparison",),
-    "decomposition": (*DECOMPOSED, *ONE_NEURON),
-    "allocation": ("allocation",),
-    "expansion": ("expansion",),
-    "pruning": ("expansion",),
-    "difference": ("difference",),
-}  # fmt: skip
-"""What is drawn of a result, by its kind."""
 
 MAKERS: dict[str, str] = {
     "scores": "entangle score",
@@ -84,16 +26,6 @@ MAKERS: dict[str, str] = {
     "difference": "entangle diff",
 }
 """Command that makes a result, by its kind."""
-
-TOP_OUTPUTS = 6
-"""Neurons whose outputs are drawn."""
-
-
-class Style(TypedDict):
-    """What all figures of a run are given."""
-
-    column: Column
-    digest: str
 
 
 @dataclass(frozen=True)
@@ -135,145 +67,10 @@ def open_run(path: str) -> Run:
     return Run(expand_user(path), kind, digest, result.manifest, result)
 
 
-def drawings_of(one: Run, column: Column) -> Iterator[Drawing]:
+def drawings_of(one: Run, style: Style) -> Iterator[Drawing]:
     """Yield the figures of a result, if any, signed with the run's digest and seed."""
-    makers: dict[str, Callable[[Any, Style], Iterator[tuple[str, Draw]]]] = {
-        "scores": _of_scores,
-        "ablation": _of_ablation,
-        "comparison": _of_comparison,
-        "decomposition": _of_decomposition,
-        "allocation": lambda found, style: iter([("allocation", partial(found.plot, **style))]),
-        "expansion": _of_expansion,
-        "pruning": _of_expansion,
-        "difference": lambda found, style: iter([("difference", partial(found.plot, **style))]),
-    }
-    for name, draw in makers[one.kind](one.result, Style(column=column, digest=one.digest)):
-        yield Drawing(name, partial(_with_seed, draw, one.manifest))
-
-
-def _with_seed(draw: Draw, manifest: Mapping[str, object]) -> "Figure":
-    from entangle.plotting.save import add_seed
-    from entangle.results.base import settings_of
-
-    seed = settings_of(manifest).get("seed")
-    return add_seed(draw(), seed) if isinstance(seed, int) else draw()
-
-
-def _of_expansion(found: Any, style: Style) -> Iterator[tuple[str, Draw]]:
-    yield "expansion", partial(found.plot, **style)
-
-
-def _of_scores(scores: Any, style: Style) -> Iterator[tuple[str, Draw]]:
-    from entangle import plotting
-    from entangle.results.scores import few_layers, first_layer
-
-    few, histogram = few_layers(scores.frame), scores.histogram
-    yield "wd_distribution", partial(plotting.figure_wd_distribution, few, scores.layers, **style)
-    yield "wd_by_layer", partial(_wd_by_layer, scores.frame, style)
-    first = first_layer(few)
-    yield "top_and_typical", partial(plotting.figure_top_and_typical, first, histogram, **style)
-    yield "top_outputs", partial(_top_outputs, few, histogram, style)
-    yield "wd_against_md", partial(plotting.figure_wd_against_md, few, **style)
-
-
-def _wd_by_layer(frame: "pd.DataFrame", style: Style) -> "Figure":
-    from entangle.plotting import figure_wd_by_layer
-
-    if frame["layer"].nunique() < 2:
-        raise InvalidInput("these scores hold one layer; `entangle score --layer all` scores all.")
-    return figure_wd_by_layer(frame, **style)
-
-
-def _top_outputs(
-    frame: "pd.DataFrame", histogram_of: Callable[[str, int], "pd.DataFrame"], style: Style
-) -> "Figure":
-    from entangle.plotting import NeuronOutput, figure_output_distributions
-
-    several = frame["layer"].nunique() > 1
-    best = frame[frame["wd"].notna()].nlargest(TOP_OUTPUTS, "wd")
-    items = [
-        NeuronOutput.of(
-            row,
-            histogram_of(str(row["layer"]), int(row["neuron"])),
-            label="" if several else f"neuron {row['neuron']}",
-            role="top",
-        )
-        for _, row in best.iterrows()
-    ]
-    return figure_output_distributions(items, **style)
-
-
-def _of_ablation(found: Any, style: Style) -> Iterator[tuple[str, Draw]]:
-    for measure in ABLATION_MEASURES:
-        yield f"ablation_{measure}", partial(_ablation, found, measure, style)
-
-
-def _ablation(found: Any, measure: str, style: Style) -> "Figure":
-    from entangle.plotting import figure_ablation
-
-    if measure not in set(found.frame["measure"]):
-        wanted = ABLATION_MEASURES[measure]
-        raise InvalidInput(
-            f"this ablation holds no {measure}; `entangle ablate --measure {wanted}` measures it."
-        )
-    text = text_of(found.manifest, pairs=measure == "accuracy")
-    return figure_ablation(found.frame, measure=measure, text=text, **style)
-
-
-def _of_comparison(found: Any, style: Style) -> Iterator[tuple[str, Draw]]:
-    from entangle.plotting import figure_comparison
-
-    text = text_of(found.manifest)
-    yield "comparison", partial(figure_comparison, found.frame, text=text, **style)
-
-
-def text_of(manifest: Mapping[str, object], *, pairs: bool = False) -> str | None:
-    """Return what a result was evaluated on: a text and its windows, or minimal pairs."""
-    said = manifest.get("evaluation")
-    if isinstance(said, Mapping) and "n_windows" not in said:
-        said = said.get("pairs" if pairs else "text")
-    if not isinstance(said, Mapping):
-        return None
-    source = str(said.get("source"))
-    source = Path(source).name if Path(source).is_absolute() else source
-    if "n_pairs" in said:
-        kinds = said.get("paradigms")
-        n = len(kinds) if isinstance(kinds, Mapping) else 0
-        return f"{source}, {said['n_pairs']:,} pairs of {n} paradigms"
-    return f"{source}, {said.get('n_windows')} windows of {said.get('seq_len')} tokens"
-
-
-def _of_decomposition(found: Any, style: Style) -> Iterator[tuple[str, Draw]]:
-    layers = found.neurons["layer"].unique().tolist()
-    for layer in layers:
-        ending = f"_{quote(layer, safe='')}" if len(layers) > 1 else ""  # no "/" in names of files
-        for name in FIGURES["decomposition"]:
-            yield name + ending, partial(_of_layer, name, found, layer, style)
-
-
-def _of_layer(name: str, found: Any, layer: str, style: Style) -> "Figure":
-    """Draw a layer, or of it the neuron with the largest WD, whose outputs are needed too."""
-    from entangle import plotting
-
-    draw: Callable[..., Figure] = getattr(plotting, f"figure_{name}")
-    if name not in ONE_NEURON:
-        return draw(*_tables(found, DECOMPOSED[name], layer), layer=layer, **style)
-    histogram, item = plotting.dense_output(found.outputs, found.neurons, layer=layer)
-    frames = _tables(found, ONE_NEURON[name], layer)
-    return draw(
-        *frames, histogram, mean=item.mean, std=item.std, wd=item.wd, layer=layer,
-        neuron=item.neuron, **style,
-    )  # fmt: skip
-
-
-def _tables(found: Any, names: Sequence[str], layer: str) -> "list[pd.DataFrame]":
-    for name in names:
-        if name in EMPTY and not (getattr(found, name)["layer"] == layer).any():
-            raise InvalidInput(
-                f"this decomposition holds no {name.replace('_', ' ')} of layer {layer!r}; "
-                f"`entangle decompose {EMPTY[name]}` makes them."
-            )
-    return [getattr(found, name) for name in names]
+    for name, draw in drawings(one.result, style):
+        yield Drawing(name, draw)
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -295,39 +92,129 @@ def add_parser(subparsers: Subparsers) -> None:
         "--format", default="pdf,png", help="comma-separated: pdf, png (default: %(default)s)"
     )
     parser.add_argument(
-        "--width", default="double", choices=("single", "double"),
-        help="width: one column of a paper (3.3 inches) or two (6.9) (default: %(default)s)",
+        "--only", action="append", metavar="FIGURE",
+        help="draw this figure, for example wd_by_layer; may come several times",
     )  # fmt: skip
+    _add_style(parser)
     parser.add_argument("--force", action="store_true", help="replace existing figures")
     parser.set_defaults(run=run)
 
 
+def _add_style(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--width", default="double",
+        help="single (one column of a paper, 3.3 inches), double (6.9), or inches "
+        "(default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--height", type=float, help="inches (default: as the figure needs)")
+    parser.add_argument("--title", help="title of every figure, instead of its own")
+    parser.add_argument(
+        "--no-caption", action="store_true", help="write no caption beside the figures"
+    )
+    parser.add_argument(
+        "--palette", action="append", metavar="NAME=COLOUR",
+        help="colour of a part or meaning, for example top=#cc0000; several times, or a list of "
+        "colours such as Dark2",
+    )  # fmt: skip
+    parser.add_argument(
+        "--label", action="append", metavar="OLD=NEW",
+        help="other words for those in the figures; may come several times",
+    )  # fmt: skip
+    for option, verb in (("--subset", "draw only"), ("--order", "put first")):
+        parser.add_argument(
+            option, action="append", metavar="NAME",
+            help=f"{verb} the layer, panel or series of this name; may come several times",
+        )  # fmt: skip
+
+
+def style_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of figures that a command line asks for."""
+    style: dict[str, Any] = {
+        name: value
+        for name in ("height", "title", "subset", "order")
+        if (value := getattr(arguments, name)) is not None
+    }
+    if arguments.width in ("single", "double"):
+        style["column"] = arguments.width
+    else:
+        style["width"] = _inches(arguments.width)
+    if arguments.no_caption:
+        style["caption"] = False
+    if arguments.palette is not None:
+        one = arguments.palette[0]
+        alone = len(arguments.palette) == 1 and "=" not in one
+        style["palette"] = one if alone else _by_name("--palette", arguments.palette)
+    if arguments.label is not None:
+        style["labels"] = _by_name("--label", arguments.label)
+    return style
+
+
+def _inches(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise InvalidInput(
+            f"`--width` must be single, double, or a number of inches; got {text!r}."
+        ) from None
+
+
+def _by_name(option: str, pairs: Sequence[str]) -> dict[str, str]:
+    """Return what stands behind the last ``=`` by what stands before it."""
+    found = {}
+    for pair in pairs:
+        name, sign, value = pair.rpartition("=")
+        if not (name and sign):
+            raise InvalidInput(f"`{option}` must be NAME=VALUE; got {pair!r}.")
+        found[name] = value
+    return found
+
+
 def run(arguments: argparse.Namespace) -> None:
     """Open the results, draw what can be drawn, and say what cannot."""
+    from entangle.plotting.options import Wishes
     from entangle.plotting.save import check_formats
 
-    formats = check_formats(arguments.format.split(","))
+    formats, style = check_formats(arguments.format.split(",")), style_of(arguments)
+    Wishes({**style}, panel=False)  # type: ignore[typeddict-item]
     found = [open_run(path) for path in arguments.runs]
     folders = _folders(Path(arguments.out), found)
-    drawings = [
+    wanted = [
         (folders[number] / drawing.name, drawing, one)
         for number, one in enumerate(found)
-        for drawing in drawings_of(one, arguments.width)
+        for drawing in drawings_of(one, style)
     ]
+    if arguments.only is not None:
+        wanted = _only(arguments.only, wanted)
     if not arguments.force:
-        _check_new([stem for stem, *_ in drawings], (*formats, "tex", "txt", "csv"))
-    failed = list(_draw(drawings, formats, force=arguments.force))
-    for line in (*failed, *missing_lines({one.kind for one in found})):
+        _check_new([stem for stem, *_ in wanted], (*formats, "tex", "txt", "csv"))
+    failed = list(_draw(wanted, style, formats, force=arguments.force))
+    missing = missing_lines({one.kind for one in found}) if arguments.only is None else ()
+    for line in (*failed, *missing):
         say(f"Skipped: {line}")
-    if len(failed) == len(drawings):
+    if len(failed) == len(wanted):
         raise InvalidInput(
             f"nothing could be drawn of {', '.join(map(repr, arguments.runs))}; name results of "
             f"{', '.join(MAKERS.values())}."
         )
 
 
+Wanted = tuple[Path, Drawing, Run]
+
+
+def _only(names: Sequence[str], wanted: Sequence[Wanted]) -> list[Wanted]:
+    """Return the figures of these names, also those of each layer, which have longer ones."""
+    known = {name for *_, one in wanted for name in FIGURES[one.kind]}
+    kept = choices("--only", names, sorted(known), kind="figure")
+    return [
+        one
+        for one in wanted
+        if one[1].name in kept
+        or any(one[1].name not in known and one[1].name.startswith(f"{k}_") for k in kept)
+    ]
+
+
 def _draw(
-    drawings: Sequence[tuple[Path, Drawing, Run]], formats: Sequence[str], *, force: bool
+    wanted: Sequence[Wanted], style: Style, formats: Sequence[str], *, force: bool
 ) -> Iterator[str]:
     """Draw and save what can be drawn; yield what cannot, and why.
 
@@ -336,11 +223,10 @@ def _draw(
     from entangle.plotting import save_figure
     from entangle.runs.sealing import list_added
 
-    for stem, drawing, one in drawings:
-        try:
-            figure = drawing.draw()
-        except InvalidInput as error:
-            yield f"{drawing.name}: {error}"
+    made = attempts([(drawing.name, drawing.draw) for _, drawing, _ in wanted], style)
+    for (stem, drawing, one), (_, figure) in zip(wanted, made, strict=True):
+        if isinstance(figure, InvalidInput):
+            yield f"{drawing.name}: {figure}"
             continue
         files = save_figure(figure, stem, formats=formats, force=force)
         say(f"Figure: {stem} ({', '.join(path.suffix[1:] for path in files)})")

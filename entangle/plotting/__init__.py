@@ -1,9 +1,9 @@
 """Figures from tables of results: takes frames, draws, and needs no model.
 
-Axes-level ``plot_*`` functions draw one panel and return its axes; figure-level ``figure_*``
-functions call them and return a whole figure in the style of a paper, as
-`entangle.plotting.save.FigureOptions` want it; `save_figure` writes PDF, PNG, captions and the CSV
-of what is drawn. matplotlib is imported with the first name that is used.
+Axes-level ``plot_*`` functions draw one panel and return its axes, as `PlotOptions` want it;
+figure-level ``figure_*`` functions call them and return a whole figure in the style of a paper, as
+`FigureOptions` want it; `save_figure` writes PDF, PNG, captions and the CSV of what is drawn.
+matplotlib is imported with the first name that is used.
 """
 
 from importlib import import_module
@@ -11,6 +11,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from entangle.plotting.ablation import figure_ablation, plot_ablation
+    from entangle.plotting.allocation import (
+        figure_allocation,
+        plot_layer_profile,
+        plot_row_sparsity,
+    )
     from entangle.plotting.clusters import (
         figure_disentanglement,
         figure_router_map,
@@ -29,15 +34,10 @@ if TYPE_CHECKING:
         plot_rank_agreement,
         plot_two_runs,
     )
-    from entangle.plotting.layers import (
-        figure_allocation,
-        figure_wd_by_layer,
-        plot_layer_profile,
-        plot_row_sparsity,
-        plot_wd_heatmap,
-        plot_wd_ridge,
-    )
+    from entangle.plotting.expert_outputs import figure_experts, plot_experts
+    from entangle.plotting.layers import figure_wd_by_layer, plot_wd_heatmap, plot_wd_ridge
     from entangle.plotting.modes import figure_modes, plot_contexts, plot_modes
+    from entangle.plotting.options import FigureOptions, PlotOptions, shared_names
     from entangle.plotting.outputs import (
         NeuronOutput,
         figure_output_distributions,
@@ -58,7 +58,7 @@ if TYPE_CHECKING:
         plot_components,
         plot_predictor,
     )
-    from entangle.plotting.save import FigureOptions, caption_of, drawn, save_figure, sign
+    from entangle.plotting.save import caption_of, drawn, save_figure, sign
     from entangle.plotting.scores import (
         figure_wd_against_md,
         figure_wd_distribution,
@@ -66,11 +66,9 @@ if TYPE_CHECKING:
         plot_wd_distribution,
     )
     from entangle.plotting.sparse_outputs import (
-        figure_experts,
         figure_recovery,
         figure_sparse_outputs,
         figure_sparsities,
-        plot_experts,
         plot_sparse_output,
     )
     from entangle.plotting.style import COLUMN_INCHES, PALETTE, paper_style
@@ -83,10 +81,9 @@ _HOMES = {
     "difference": (
         "figure_difference", "plot_change_errors", "plot_rank_agreement", "plot_two_runs",
     ),
-    "layers": (
-        "figure_allocation", "figure_wd_by_layer", "plot_layer_profile", "plot_row_sparsity",
-        "plot_wd_heatmap", "plot_wd_ridge",
-    ),
+    "allocation": ("figure_allocation", "plot_layer_profile", "plot_row_sparsity"),
+    "expert_outputs": ("figure_experts", "plot_experts"),
+    "layers": ("figure_wd_by_layer", "plot_wd_heatmap", "plot_wd_ridge"),
     "modes": ("figure_modes", "plot_contexts", "plot_modes"),
     "outputs": (
         "NeuronOutput", "figure_output_distributions", "figure_top_and_typical",
@@ -97,15 +94,15 @@ _HOMES = {
         "plot_separated_pairs",
     ),
     "predictors": ("figure_components", "figure_predictors", "plot_components", "plot_predictor"),
-    "save": ("FigureOptions", "caption_of", "drawn", "save_figure", "sign"),
+    "options": ("FigureOptions", "PlotOptions", "shared_names"),
+    "save": ("caption_of", "drawn", "save_figure", "sign"),
     "scores": (
         "figure_wd_against_md", "figure_wd_distribution", "plot_wd_against_md",
         "plot_wd_distribution",
     ),
     "summaries": ("dense_output",),
     "sparse_outputs": (
-        "figure_experts", "figure_recovery", "figure_sparse_outputs",
-        "figure_sparsities", "plot_experts", "plot_sparse_output",
+        "figure_recovery", "figure_sparse_outputs", "figure_sparsities", "plot_sparse_output",
     ),
     "style": ("COLUMN_INCHES", "PALETTE", "paper_style"),
 }  # fmt: skip
@@ -125,17 +122,18 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
-    "COLUMN_INCHES", "PALETTE", "FigureOptions", "NeuronOutput", "caption_of", "dense_output",
-    "drawn", "figure_ablation", "figure_allocation", "figure_comparison", "figure_components",
-    "figure_difference", "figure_disentanglement", "figure_distances", "figure_expansion",
-    "figure_experts", "figure_modes", "figure_output_distributions", "figure_predictors",
-    "figure_recovery", "figure_router_map", "figure_separated_pairs", "figure_sparse_outputs",
-    "figure_sparsities", "figure_top_and_typical", "figure_wd_against_md", "figure_wd_by_layer",
-    "figure_wd_distribution", "paper_style", "plot_ablation", "plot_change", "plot_change_errors",
-    "plot_components", "plot_contexts", "plot_costs", "plot_distances", "plot_experts",
-    "plot_layer_profile", "plot_modes", "plot_output_distribution", "plot_pair_contexts",
-    "plot_perplexity", "plot_predictor", "plot_rank_agreement", "plot_router_map",
-    "plot_row_sparsity", "plot_separated_pairs", "plot_sparse_output", "plot_two_runs",
-    "plot_wd_against_md", "plot_wd_distribution", "plot_wd_heatmap", "plot_wd_ridge", "save_figure",
-    "sign", "top_and_typical",
+    "COLUMN_INCHES", "PALETTE", "FigureOptions", "NeuronOutput", "PlotOptions", "caption_of",
+    "dense_output", "drawn", "figure_ablation", "figure_allocation", "figure_comparison",
+    "figure_components", "figure_difference", "figure_disentanglement", "figure_distances",
+    "figure_expansion", "figure_experts", "figure_modes", "figure_output_distributions",
+    "figure_predictors", "figure_recovery", "figure_router_map", "figure_separated_pairs",
+    "figure_sparse_outputs", "figure_sparsities", "figure_top_and_typical",
+    "figure_wd_against_md", "figure_wd_by_layer", "figure_wd_distribution", "paper_style",
+    "plot_ablation", "plot_change", "plot_change_errors", "plot_components", "plot_contexts",
+    "plot_costs", "plot_distances", "plot_experts", "plot_layer_profile", "plot_modes",
+    "plot_output_distribution", "plot_pair_contexts", "plot_perplexity", "plot_predictor",
+    "plot_rank_agreement", "plot_router_map", "plot_row_sparsity", "plot_separated_pairs",
+    "plot_sparse_output", "plot_two_runs", "plot_wd_against_md", "plot_wd_distribution",
+    "plot_wd_heatmap", "plot_wd_ridge", "save_figure", "shared_names", "sign",
+    "top_and_typical",
 ]  # fmt: skip

@@ -1,10 +1,7 @@
-"""What changing chosen neurons costs a model, against controls.
-
-The arms of an ablation as a figure needs them: which, in what units, and what to call them.
-"""
+"""What changing chosen neurons costs a model, against controls."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Unpack
 
 import numpy as np
@@ -13,12 +10,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from entangle.checks import choice, plain_value
-from entangle.errors import InvalidInput
-from entangle.plotting.save import FigureOptions, paper, record
+from entangle.plotting.arms import (
+    LOG_MEASURES,
+    RANDOM_CLUSTERS,
+    Arms,
+    Panel,
+    read_arms,
+    split_panels,
+)
+from entangle.plotting.options import FigureOptions, PlotOptions, asked_for, picked
+from entangle.plotting.page import axes_level, figure_level, paper
+from entangle.plotting.save import record
 from entangle.plotting.style import (
     COLORBLIND,
-    KNOWN_TEXTS,
     PALETTE,
     add_title,
     axes_or_new,
@@ -29,292 +33,7 @@ from entangle.plotting.style import (
     plain_number,
     wrap,
 )
-from entangle.plotting.summaries import Floats, check_columns, not_held
-
-MEASURE_LABELS: dict[str, str] = {
-    "perplexity": "perplexity per token",
-    "perplexity_ratio": "perplexity (× dense)",
-    "kl": "KL from dense (nats per token)",
-    "top1_agreement": "top-1 agreement with dense (%)",
-    "accuracy": "accuracy on minimal pairs (%)",
-    "accuracy_difference": "accuracy − dense (% points)",
-}
-"""Measures that can be drawn; those of one paradigm, ``"accuracy:PARADIGM"``, can be too."""
-
-LOG_MEASURES = ("perplexity", "perplexity_ratio", "kl")
-"""Measures that may be drawn on a log scale; all others are shares, drawn in %."""
-
-_PARADIGM = "accuracy:"
-_PRUNED = {
-    "prune": "SparseGPT",
-    "prune-wanda": "Wanda",
-    "prune-magnitude": "Magnitude pruning",
-    "prune-random": "Random pruning",
-}
-_TITLES = {
-    **_PRUNED,
-    "zero": "Outputs set to 0",
-    "mean": "Outputs set to their mean",
-    "clamp-negative": "Negative outputs set to 0",
-    "clamp-positive": "Positive outputs set to 0",
-    "flip-negative": "Negative outputs change sign",
-}
-_INTERVALS = {
-    "perplexity_ratio": "95 % paired bootstrap over windows",
-    "accuracy": "95 % Wilson",
-    "accuracy_difference": "95 % paired bootstrap over pairs",
-}
-_RANDOM_CLUSTERS = ", random clusters"
-_COLUMN_NAMES = {"wd": "WD", "md": "MD", "ks": "KS", "abs_mean": "|mean|"}
-_COLUMN_NAMES |= {"abs_skewness": "|skewness|"}
-_ARM = ("intervention", "strength", "experts", "selection", "by", "seed")
-_NEEDED = ("model", "layers", *_ARM, "measure", "value", "low", "high", "n_rows")
-_WRITER = "the command `entangle ablate` writes such tables."
-SEEDS = "random: median of the seeds, a dot each, a bar over all intervals"
-
-
-@dataclass(frozen=True)
-class Arms:
-    """The arms of one measure."""
-
-    measure: str
-    """What was measured."""
-    rows: pd.DataFrame
-    """Arms with a finite value: ``value``, ``low`` and ``high`` in the units of the axis, and their
-    ``series``."""
-    lost: pd.DataFrame
-    """Arms without one."""
-    dense: float | None
-    """The dense model's value, in the units of the axis; None where the table has none."""
-    perplexity: float | None
-    """The dense model's perplexity, likewise."""
-
-    @property
-    def label(self) -> str:
-        """The measure with its unit."""
-        paradigm = self.measure.removeprefix(_PARADIGM)
-        return MEASURE_LABELS.get(self.measure, f"accuracy on {paradigm} (%)")
-
-    def where(self, **wanted: str | float | int | None) -> "Arms":
-        """Return the arms with these values in these columns; None takes all."""
-        kept = self
-        for column, given in wanted.items():
-            if given is not None:
-                value, table = plain_value(given), pd.concat([kept.rows, kept.lost])
-                known = sorted(table[column].unique().tolist())
-                if value not in known:
-                    raise not_held(column, value, known, "frame")
-                rows, lost = (table[table[column] == value] for table in (kept.rows, kept.lost))
-                kept = replace(kept, rows=rows, lost=lost)
-        return kept.checked()
-
-    def checked(self) -> "Arms":
-        """Return these; raise `InvalidInput` if there are none."""
-        if len(self.rows):
-            return self
-        raise InvalidInput(
-            f"`frame` must hold at least 1 arm with a finite {self.measure}; got {len(self.lost)} "
-            f"arms, none finite; {_WRITER}"
-        )
-
-    def levels(self, column: str) -> list[float]:
-        """Return the values of a numeric column, sorted."""
-        return sorted(map(float, self.rows[column].unique()))
-
-    def series(self) -> dict[str, tuple[str, str]]:
-        """Return the rule and column of every series by its name, in the table's order."""
-        keys = self.rows[["series", "selection", "by"]].drop_duplicates("series")
-        return {series: (rule, by) for series, rule, by in keys.to_numpy().tolist()}
-
-    def labels(self) -> dict[str, str]:
-        """Return what a legend calls each series: name, seeds, and n if it is not the usual one."""
-        labels = {}
-        for series, rows in self.rows.groupby("series", sort=False):
-            seeds = rows["seed"].nunique()
-            said = [f"{seeds} seeds"] if seeds > 1 else []
-            low, high = int(rows["n_rows"].min()), int(rows["n_rows"].max())
-            if not low == high == self._usual_n:
-                said.append(f"n = {low:,}" + (f"–{high:,}" if high > low else ""))
-            labels[str(series)] = f"{series} ({', '.join(said)})" if said else str(series)
-        return labels
-
-    def notes(self, text: str | None) -> list[str]:
-        """Return what a legend says in words: model, text, neurons, bars, what is left out."""
-        seeded = self.rows.groupby("series")["seed"].nunique().gt(1).any()
-        lost = self.lost.groupby("series", sort=False).size()
-        listed = ", ".join(f"{count} of {series}" for series, count in lost.items())
-        asked = self.measure.startswith("perplexity") and self.perplexity is not None
-        bare = int((~np.isfinite(self.rows[["low", "high"]].to_numpy())).any(axis=1).sum())
-        clauses = (
-            f"model {called(str(self.rows['model'].iloc[0]))}",
-            f"evaluated on {called(text, KNOWN_TEXTS)}" if text else "",
-            self._neurons(),
-            f"dense perplexity {self.perplexity:.4g}" if asked else "",
-            f"bars: {_INTERVALS.get(self._kind, '95 % bootstrap over windows')}",
-            SEEDS if seeded else "",
-            self._undecided(),
-            f"left out, not finite: {listed}" if listed else "",
-            f"{bare} without a finite interval" if bare else "",
-        )
-        return [clause for clause in clauses if clause]
-
-    @property
-    def _kind(self) -> str:
-        return "accuracy" if self.measure.startswith(_PARADIGM) else self.measure
-
-    @property
-    def _usual_n(self) -> int:
-        return int(self.rows["n_rows"].mode().iloc[0])
-
-    def _neurons(self) -> str:
-        layers = {str(name) for name in self.rows["layers"]}
-        where = layers.pop() if len(layers) == 1 else ""
-        where = "1 layer" if where == "1 layers" else where
-        neurons = "neuron" if self._usual_n == 1 else "neurons"
-        return f"n = {self._usual_n:,} {neurons}" + (f" in {where}" if where else "")
-
-    def _undecided(self) -> str:
-        """Say how many intervals of accuracies hold the dense model's, from which none differs."""
-        if self.dense is None or self._kind != "accuracy":
-            return ""
-        held = self.rows["low"].le(self.dense) & self.rows["high"].ge(self.dense)
-        return f"{held.sum()} of {len(held)} intervals hold the dense model's value"
-
-
-@dataclass(frozen=True)
-class Panel:
-    """The arms of one panel."""
-
-    arms: Arms
-    """Of one intervention, and of one strength or number of experts."""
-    x: str
-    """What varies: ``"strength"`` or ``"experts"``."""
-
-    @classmethod
-    def of(cls, arms: Arms) -> "Panel":
-        """Find out what varies; raise `InvalidInput` if that is too much for one panel."""
-        interventions = arms.rows["intervention"].unique().tolist()
-        if len(interventions) > 1:
-            raise InvalidInput(
-                f"`intervention` must be one of {', '.join(interventions)}, which the table "
-                "holds; got None; figure_ablation draws all of them."
-            )
-        experts, strengths = arms.levels("experts"), arms.levels("strength")
-        if len(experts) > 1 < len(strengths):
-            known = [", ".join(f"{level:g}" for level in levels) for levels in (experts, strengths)]
-            raise InvalidInput(
-                f"`experts` must be one of {known[0]}, or `strength` one of {known[1]}; got "
-                "neither; figure_ablation draws all of them."
-            )
-        return cls(arms, "experts" if len(experts) > 1 else "strength")
-
-    @property
-    def intervention(self) -> str:
-        """What was done."""
-        return str(self.arms.rows["intervention"].iloc[0])
-
-    @property
-    def title(self) -> str:
-        """The intervention, and what the x axis leaves open: strength or number of experts."""
-        title, level = _TITLES.get(self.intervention, self.intervention), self.arms.levels
-        if self.x == "experts":
-            return f"{title}, {100.0 * level('strength')[0]:.6g} % zeros"
-        return title + (f", {level('experts')[0]:g} experts" if level("experts") != [1.0] else "")
-
-    @property
-    def xlabel(self) -> str:
-        """The x axis with its unit."""
-        if self.x == "experts":
-            return "number of experts"
-        pruned = self.intervention in _PRUNED
-        return "zeros in each selected row (%)" if pruned else "share of the edit (%)"
-
-    def ticks(self) -> dict[float, str]:
-        """Return the values along x and how they are written."""
-        unit = 1.0 if self.x == "experts" else 100.0
-        return {level: f"{unit * level:.6g}" for level in self.arms.levels(self.x)}
-
-
-def read_arms(frame: pd.DataFrame, measure: str) -> Arms:
-    """Take the arms of one measure from the table of an ablation.
-
-    Raises
-    ------
-    InvalidInput
-        Missing columns, several models, arms that cannot be told apart, no arm with a finite value.
-    UnknownName
-        A measure that the table does not hold.
-    """
-    check_columns(frame, _NEEDED, name="frame", writer=_WRITER)
-    known = [m for m in frame["measure"].unique() if m in MEASURE_LABELS or m.startswith(_PARADIGM)]
-    measure = choice("measure", measure, known, remedy="Choose one that the table holds.")
-    unit = 1.0 if measure in LOG_MEASURES else 100.0
-    is_dense = frame["intervention"] == "dense"
-    arms = frame[frame["measure"].eq(measure) & ~is_dense]
-    arms = arms.assign(
-        by=arms["by"].fillna(""),
-        **{name: unit * arms[name].astype("float64") for name in ("value", "low", "high")},
-    )
-    arms = arms.assign(router=arms["router"].fillna("") if "router" in arms else "")
-    keys = arms[["selection", "by", "router"]].to_numpy().tolist()
-    arms = arms.assign(series=[series_name(*key) for key in keys])
-    _check_distinct(frame["model"], arms)
-    dense = frame[is_dense].drop_duplicates("measure").set_index("measure")["value"]
-    finite = np.isfinite(arms["value"].to_numpy())
-    return Arms(
-        measure=measure,
-        rows=arms[finite],
-        lost=arms[~finite],
-        dense=unit * float(dense[measure]) if measure in dense.index else None,
-        perplexity=float(dense["perplexity"]) if "perplexity" in dense.index else None,
-    ).checked()
-
-
-def split_panels(arms: Arms, *, most: int) -> list[Panel]:
-    """Split arms into panels: by intervention, and by strength where numbers of experts vary.
-
-    Raises `InvalidInput` if these are more than ``most``.
-    """
-    panels = []
-    for name in arms.rows["intervention"].unique():
-        part = arms.where(intervention=str(name))
-        routed = len(part.levels("experts")) > 1
-        strengths = part.levels("strength") if routed else [None]
-        panels += [Panel.of(part.where(strength=strength)) for strength in strengths]
-    if len(panels) > most:
-        raise InvalidInput(
-            f"`frame` must give at most {most} panels, one an intervention (and strength, where "
-            f"numbers of experts vary); got {len(panels)}; choose some of its rows."
-        )
-    return panels
-
-
-def series_name(rule: str, by: str, router: str = "") -> str:
-    """Return what a selection is called, for example ``"top WD"``; and its random clusters."""
-    column = _COLUMN_NAMES.get(by, by.replace("_", " "))
-    clusters = _RANDOM_CLUSTERS if router == "random" else ""
-    if rule in ("random-norm", "random-variance"):
-        return f"random, matched {column}{clusters}"
-    if rule == "matched":
-        return f"bottom {column}, matched perplexity"
-    return f"{rule} {column}".strip() + clusters
-
-
-def _check_distinct(models: pd.Series, arms: pd.DataFrame) -> None:
-    names = models.unique()
-    if len(names) > 1:
-        raise InvalidInput(
-            f"`frame` must hold one model; got {len(names)}; pick one with "
-            "frame[frame.model == name]."
-        )
-    twice = arms[arms.duplicated([*_ARM, "router"])]
-    if len(twice):
-        name = twice["series"].iloc[0]
-        raise InvalidInput(
-            f"`frame` must hold one row an arm and measure; got several of {name!r}; tell "
-            "selections apart in the column `by`, and draws in `seed`."
-        )
-
+from entangle.plotting.summaries import Floats
 
 MAX_PANELS = 12
 LOG_SPAN = 5.0
@@ -366,6 +85,7 @@ def _scale(arms: Arms) -> _Scale:
     return False, low - pad, high + pad
 
 
+@axes_level
 def plot_ablation(
     frame: pd.DataFrame,
     *,
@@ -377,6 +97,7 @@ def plot_ablation(
     legend: bool = True,
     notes: bool = True,
     ax: Axes | None = None,
+    **options: Unpack[PlotOptions],
 ) -> Axes:
     """Draw what one intervention on several selections of neurons costs.
 
@@ -389,7 +110,7 @@ def plot_ablation(
         have ``router``, of which ``random`` is drawn apart, dotted. Rows of intervention ``dense``
         are the dense model, a thin line.
     measure
-        A key of `entangle.plotting.ablation.MEASURE_LABELS`, or ``"accuracy:PARADIGM"``. Agreement
+        A key of `entangle.plotting.arms.MEASURE_LABELS`, or ``"accuracy:PARADIGM"``. Agreement
         and accuracy are drawn in %; perplexity, its ratio and KL on a log scale if they span more
         than `LOG_SPAN`.
     intervention, experts
@@ -405,6 +126,8 @@ def plot_ablation(
         Say on top, in words, what was measured and how.
     ax
         Where to draw; None makes a new figure.
+    options
+        See `entangle.plotting.options.PlotOptions`.
 
     Returns
     -------
@@ -430,14 +153,15 @@ def plot_ablation(
     looks, scale = _looks(arms), _scale(arms)
     arms = arms.where(intervention=intervention, experts=experts, strength=strength)
     panel = Panel.of(arms)
-    own, ax = ax is None, axes_or_new(ax)
+    own, ax = ax is None, axes_or_new(ax, options)
     _draw(ax, panel, looks, scale)
-    said = [panel.title, *arms.notes(text)] if notes else []
+    said, title = (arms.notes(text), panel.title) if notes else ([], "")
     entries = list(zip(*ax.get_legend_handles_labels(), strict=True))
-    explain_above(ax, entries, said, legend=legend, own=own)
+    explain_above(ax, entries, said, title=title, legend=legend, own=own)
     return ax
 
 
+@figure_level
 def figure_ablation(
     frame: pd.DataFrame,
     *,
@@ -455,7 +179,7 @@ def figure_ablation(
     frame, measure, text
         As in `plot_ablation`.
     options
-        See `entangle.plotting.save.FigureOptions`.
+        See `entangle.plotting.options.FigureOptions`.
 
     Returns
     -------
@@ -498,25 +222,26 @@ def _looks(arms: Arms) -> dict[str, _Look]:
     names = sorted(
         keys, key=lambda name: (order.get(keys[name][0], len(order)), keys[name][1] != "wd")
     )
+    names = picked(names, lambda name: (name, keys[name][0]))
     columns = list(dict.fromkeys([*_COLUMNS, *(by for _, by in keys.values())]))
     middle = (len(names) - 1) / 2.0
     looks = {}
     for number, name in enumerate(names):
         rule, by = keys[name]
-        color, marker = _color_and_marker(rule, by, columns)
-        mixed, hollow = name.endswith(_RANDOM_CLUSTERS), rule in _HOLLOW
+        color, marker = _color_and_marker(rule, by, columns, name)
+        mixed, hollow = name.endswith(RANDOM_CLUSTERS), rule in _HOLLOW
         style = ":" if mixed else "--" if hollow else "-"
         looks[name] = _Look(labels[name], color, marker, hollow or mixed, style, number - middle)
     return looks
 
 
-def _color_and_marker(rule: str, by: str, columns: Sequence[str]) -> tuple[str, str]:
+def _color_and_marker(rule: str, by: str, columns: Sequence[str], name: str) -> tuple[str, str]:
     if by == "wd":
-        return ink("top"), _RULE_MARKERS.get(rule, "^")
+        return ink("top", None, name), _RULE_MARKERS.get(rule, "^")
     if not by and rule in _RULE_COLORS:
-        return ink(rule, _RULE_COLORS[rule]), _RULE_MARKERS.get(rule, "o")
+        return ink(rule, _RULE_COLORS[rule], name), _RULE_MARKERS.get(rule, "o")
     place = columns.index(by)
-    color = ink(by, _COLUMN_COLORS[place % len(_COLUMN_COLORS)])
+    color = ink(by, _COLUMN_COLORS[place % len(_COLUMN_COLORS)], name)
     return color, _RULE_MARKERS.get(rule, _COLUMN_MARKERS[place % len(_COLUMN_MARKERS)])
 
 
@@ -531,8 +256,10 @@ def _draw(ax: Axes, panel: Panel, looks: Mapping[str, _Look], scale: _Scale) -> 
             _draw_series(ax, panel, rows, look, x)
             _draw_seeds(ax, panel, rows, look, {level: v + 0.5 * step for level, v in x.items()})
     dense = panel.arms.dense
-    if dense is not None and not (scale[0] and dense <= 0.0):
-        line = ax.axhline(dense, color=ink("gaussian"), lw=0.8, ls=":", zorder=1.9, label="dense")
+    if dense is not None and not (scale[0] and dense <= 0.0) and asked_for("dense"):
+        line = ax.axhline(
+            dense, color=ink("gaussian", None, "dense"), lw=0.8, ls=":", zorder=1.9, label="dense"
+        )
         record(line, panel=panel.title, series="dense", x=np.nan, y=dense)
     _set_x(ax, list(ticks.values()))
     _set_y(ax, *scale)

@@ -13,8 +13,10 @@ from matplotlib.ticker import MaxNLocator
 
 from entangle.checks import choice
 from entangle.errors import InvalidInput
+from entangle.plotting.options import FigureOptions, PlotOptions, asked_for, picked
 from entangle.plotting.outputs import Entry
-from entangle.plotting.save import FigureOptions, paper, record, share_axes
+from entangle.plotting.page import axes_level, figure_level, paper, share_axes
+from entangle.plotting.save import record
 from entangle.plotting.scores import OTHERS, bin_count
 from entangle.plotting.style import NOMINAL, add_title, axes_or_new, explain_above, ink, shade
 from entangle.plotting.summaries import (
@@ -37,6 +39,7 @@ _MOST_HUES = 6
 _LABEL_INCHES, _TICK_INCHES = 0.14, 0.45
 
 
+@axes_level
 def plot_router_map(
     router_map: pd.DataFrame,
     *,
@@ -44,6 +47,7 @@ def plot_router_map(
     experts: int | None = None,
     colors: Mapping[int, str] | None = None,
     ax: Axes | None = None,
+    **options: Unpack[PlotOptions],
 ) -> Axes:
     """Draw tokens in the first two principal components, by cluster.
 
@@ -61,6 +65,8 @@ def plot_router_map(
         Colour by cluster; in turn if None.
     ax
         Where to draw; None makes a new figure.
+    options
+        See `entangle.plotting.options.PlotOptions`.
 
     Returns
     -------
@@ -73,7 +79,8 @@ def plot_router_map(
         Missing columns, something that the table does not hold, no token with finite places.
     """
     rows, lost = _on_map(choose(router_map, name="router_map", layer=layer, experts=experts))
-    ax = axes_or_new(ax)
+    rows = _picked_clusters(rows)
+    ax = axes_or_new(ax, options)
     ax.set(xlabel=_FIRST, ylabel=_SECOND)
     _draw_tokens(ax, rows, colors or {})
     numbered = _number(ax, rows)
@@ -81,6 +88,7 @@ def plot_router_map(
     return ax
 
 
+@figure_level
 def figure_router_map(
     router_map: pd.DataFrame,
     *,
@@ -97,7 +105,7 @@ def figure_router_map(
     experts
         Number of experts; None takes all above 1.
     options
-        See `entangle.plotting.save.FigureOptions`.
+        See `entangle.plotting.options.FigureOptions`.
 
     Returns
     -------
@@ -111,6 +119,7 @@ def figure_router_map(
     """
     rows, lost = _on_map(choose(router_map, name="router_map", layer=layer))
     numbers = sorted({int(k) for k in rows["experts"] if k > 1}) if experts is None else [experts]
+    numbers = picked(numbers, lambda k: f"{k} experts", panels=True)
     if not numbers:
         raise InvalidInput(f"a map of the router {TWO_EXPERTS}")
     if len(numbers) > MAX_PANELS:
@@ -120,6 +129,8 @@ def figure_router_map(
         )
     parts = [choose(rows, name="router_map", experts=k) for k in numbers]
     colors = _hues(parts)
+    parts = [_picked_clusters(part) for part in parts]
+    rows = pd.concat(parts)
     with paper(options) as page:
         across = min(len(numbers), 2 if page.column == "single" else 4)
         axes = page.grid(
@@ -179,6 +190,14 @@ def _on_map(rows: pd.DataFrame) -> tuple[pd.DataFrame, int]:
     return finite_rows(rows, ("x", "y"), name="router_map", what="token with finite x and y")
 
 
+def _picked_clusters(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the tokens of the clusters that are wanted, a cluster after the other."""
+    found = picked(sorted(rows["cluster"].unique()), lambda one: f"cluster {one}", least=1)
+    place = {cluster: number for number, cluster in enumerate(found)}
+    kept: pd.DataFrame = rows[rows["cluster"].isin(found)]
+    return kept.iloc[kept["cluster"].map(place).argsort(kind="stable")]
+
+
 def _map_title(rows: pd.DataFrame, hidden: int, lost: int) -> str:
     k, clusters = int(rows["experts"].iloc[0]), rows["cluster"].nunique()
     said = [f"{k} experts, n\u00a0=\u00a0{len(rows):,}\u00a0tokens"]
@@ -189,7 +208,7 @@ def _map_title(rows: pd.DataFrame, hidden: int, lost: int) -> str:
 
 def _draw_tokens(ax: Axes, rows: pd.DataFrame, colors: Mapping[int, str]) -> None:
     panel = f"{int(rows['experts'].iloc[0])} experts"
-    for cluster, part in rows.groupby("cluster"):
+    for cluster, part in rows.groupby("cluster", sort=False):
         number = int(str(cluster))
         name = f"cluster {number}"
         usual = colors.get(number, NOMINAL[number % len(NOMINAL)])
@@ -229,8 +248,13 @@ class _Group:
     """The changes of some neurons, in %."""
 
     name: str
-    color: str
+    role: str
     change: Floats
+
+    @property
+    def color(self) -> str:
+        """As asked for, or that of its meaning."""
+        return ink(self.role, None, self.name)
 
     @property
     def n(self) -> int:
@@ -262,6 +286,7 @@ class _Group:
         return f"{self.label}: {text}, {median}".replace("-", "−")
 
 
+@axes_level
 def plot_change(
     neurons: pd.DataFrame,
     *,
@@ -272,6 +297,7 @@ def plot_change(
     top: float = 0.03,
     legend: bool = True,
     ax: Axes | None = None,
+    **options: Unpack[PlotOptions],
 ) -> Axes:
     """Draw how much clustering changes WD or MD of the neurons of one layer.
 
@@ -294,6 +320,8 @@ def plot_change(
         95 % intervals (Wilson, and order statistics); otherwise only n.
     ax
         Where to draw; None makes a new figure.
+    options
+        See `entangle.plotting.options.PlotOptions`.
 
     Returns
     -------
@@ -315,7 +343,7 @@ def plot_change(
     """
     rows = choose(neurons, name="neurons", layer=layer, experts=experts, sparsity=sparsity)
     groups, dropped = _groups(rows, measure, top)
-    own, ax = ax is None, axes_or_new(ax)
+    own, ax = ax is None, axes_or_new(ax, options)
     entries = _draw_change(ax, groups, measure)
     if not legend:
         add_title(ax, ", ".join(f"{g.name}: n = {len(g.change):,}" for g in groups))
@@ -325,6 +353,7 @@ def plot_change(
     return ax
 
 
+@figure_level
 def figure_disentanglement(
     neurons: pd.DataFrame,
     *,
@@ -343,7 +372,7 @@ def figure_disentanglement(
     experts
         Number of experts; None takes the largest.
     options
-        See `entangle.plotting.save.FigureOptions`.
+        See `entangle.plotting.options.FigureOptions`.
 
     Returns
     -------
@@ -366,6 +395,7 @@ def figure_disentanglement(
     if k == 1:
         raise InvalidInput(f"the change inside clusters {TWO_EXPERTS}")
     measures = [name for name in CHANGES if name == "wd" or f"weighted_{name}" in rows.columns]
+    measures = picked(measures, lambda name: (name, CHANGES[name]), panels=True)
     with paper(options) as page:
         across = 1 if page.column == "single" else len(measures)
         axes = page.grid(len(measures), across=across, panel_inches=1.6)
@@ -417,8 +447,8 @@ def _groups(
     change, wd = change[kept], wd[kept]
     is_top = top_mask(wd, top)
     groups = (
-        _Group(OTHERS, ink("typical"), change[~is_top]),
-        _Group(f"top {100 * top:.3g} % by WD", ink("top"), change[is_top]),
+        _Group(OTHERS, "typical", change[~is_top]),
+        _Group(f"top {100 * top:.3g} % by WD", "top", change[is_top]),
     )
     lost = int((~kept).sum())
     return groups, [f"{lost:,} without a finite change left out"] if lost else []
@@ -427,7 +457,7 @@ def _groups(
 def _draw_change(ax: Axes, groups: Sequence[_Group], measure: str) -> list[Entry]:
     low, high = _limits(groups)
     entries: list[Entry] = []
-    for group in groups:
+    for group in picked(groups, lambda group: (group.name, group.role)):
         n, is_top = max(1, len(group.change)), group is groups[-1]
         edges = np.linspace(low, high, bin_count(len(group.change)) + 1)
         counts = np.histogram(np.clip(group.change, low, high), edges)[0]
@@ -445,8 +475,9 @@ def _draw_change(ax: Axes, groups: Sequence[_Group], measure: str) -> list[Entry
             middle = float(np.median(group.change))
             line = ax.axvline(middle, color=group.color, lw=0.8, ls=":")
             record(line, panel=measure, series=f"{group.name}, median", x=middle)
-    zero = ax.axvline(0.0, color=ink("gaussian"), lw=0.6)
-    record(zero, panel=measure, series="no change", x=0.0)
+    if asked_for("no change"):
+        zero = ax.axvline(0.0, color=ink("gaussian", None, "no change"), lw=0.6)
+        record(zero, panel=measure, series="no change", x=0.0)
     ax.set(xlabel=f"change of {CHANGES[measure]} (%)", ylabel="share (% of the group per %)")
     pad = 0.02 * (high - low)
     ax.set_xlim(min(low, 0.0) - pad, max(high, 0.0) + pad)

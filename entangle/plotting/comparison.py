@@ -14,9 +14,11 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 from entangle.checks import choice
 from entangle.errors import InvalidInput
-from entangle.plotting.layers import plot_layer_profile
+from entangle.plotting.allocation import plot_layer_profile
+from entangle.plotting.options import FigureOptions, PlotOptions, asked_for, picked, worded
 from entangle.plotting.outputs import plural
-from entangle.plotting.save import FigureOptions, paper, record
+from entangle.plotting.page import axes_level, figure_level, paper
+from entangle.plotting.save import record
 from entangle.plotting.style import (
     KNOWN_TEXTS,
     METHOD_PALETTE,
@@ -54,6 +56,14 @@ _DENSE_COST = 1.0
 _WRITER = "the command `entangle compare` writes such tables."
 _EXPAND = "the command `entangle expand` writes such tables."
 _NEEDED = ("method", "sparsity", "experts", "perplexity", "ratio", "ratio_low", "ratio_high")
+_EXPANDED = {
+    "error of the layers": "the squared output error of every layer on the calibration text, in "
+    "per cent of its squared output",
+    "cost of the model": "what the model costs for a token (FLOPs) and on the disk, as multiples "
+    "of the dense one's",
+}
+"""What the panels of an expansion show, by their titles."""
+_EQUAL = {"sparsity": "Equal FLOPs per token", "nonzeros": "Equal memory"}
 _LOG_SPAN, _PANEL_INCHES = 3.0, 2.3
 
 
@@ -76,13 +86,17 @@ class _Models:
         numbers = comparison[["perplexity", "ratio", *costs]].to_numpy(np.float64, na_value=np.nan)
         positive = comparison["ratio"].gt(0).fillna(False).to_numpy(np.bool_)
         kept = np.isfinite(numbers).all(axis=1) & positive
-        frame = comparison[kept]
+        frame = comparison[kept].reset_index(drop=True)
         is_dense = frame["method"] == "dense"
         if len(frame) < 2 or is_dense.all():
             raise InvalidInput(
                 "`comparison` must hold at least 2 models with a finite perplexity, not all dense; "
                 f"got {len(frame)} among {len(comparison)}; {_WRITER}"
             )
+        curves = picked(_curves(frame[~is_dense]), _curve_names, least=1)
+        shown = pd.concat([curve.rows for curve in curves]).index
+        frame = frame[is_dense | frame.index.isin(shown)]
+        is_dense = frame["method"] == "dense"
         values = frame.loc[is_dense, "perplexity"]
         dense = None if values.empty else float(values.iloc[0])
         return cls(frame, frame[~is_dense], dense, int((~kept).sum()))
@@ -135,6 +149,7 @@ class _Curve:
     """Line style, which tells allocations apart."""
 
 
+@axes_level
 def plot_perplexity(
     comparison: pd.DataFrame,
     *,
@@ -143,6 +158,7 @@ def plot_perplexity(
     legend: bool = True,
     notes: bool = True,
     ax: Axes | None = None,
+    **options: Unpack[PlotOptions],
 ) -> Axes:
     """Draw perplexity as a multiple of the dense model's against sparsity or against a cost.
 
@@ -163,6 +179,8 @@ def plot_perplexity(
         Where to draw; None makes a new figure.
     legend
         Write a legend on top; otherwise only what it says in words.
+    options
+        See `entangle.plotting.options.PlotOptions`.
 
     Returns
     -------
@@ -177,7 +195,7 @@ def plot_perplexity(
     """
     x = choice("x", x, COST_LABELS, kind="x axis")
     models = _Models.of(comparison, [x])
-    own, ax = ax is None, axes_or_new(ax)
+    own, ax = ax is None, axes_or_new(ax, options)
     lines = _draw(ax, models, x)
     said = models.notes(text) if notes else []
     entries = [(line, str(line.get_label())) for line in lines]
@@ -185,6 +203,7 @@ def plot_perplexity(
     return ax
 
 
+@figure_level
 def figure_comparison(
     comparison: pd.DataFrame, *, text: str | None = None, **options: Unpack[FigureOptions]
 ) -> Figure:
@@ -198,7 +217,7 @@ def figure_comparison(
     comparison, text
         As in `plot_perplexity`, with the columns ``flops`` and ``nonzeros``.
     options
-        See `entangle.plotting.save.FigureOptions`.
+        See `entangle.plotting.options.FigureOptions`.
 
     Returns
     -------
@@ -212,15 +231,16 @@ def figure_comparison(
     """
     models = _Models.of(comparison, ("flops", "nonzeros"))
     with paper(options) as page:
-        left, right = axes = page.grid(2, panel_inches=_PANEL_INCHES)
-        right.sharey(left)
-        for ax, x in zip(axes, ("sparsity", "nonzeros"), strict=True):
+        panels = picked(_EQUAL, lambda x: (_EQUAL[x], x), panels=True)
+        axes = page.grid(len(panels), panel_inches=_PANEL_INCHES)
+        for ax, x in zip(axes, panels, strict=True):
             plot_perplexity(models.frame, x=x, legend=False, notes=False, ax=ax)
             ax.set_xlabel(wrap(ax, ax.get_xlabel(), size=7.0))
-        right.set_ylabel("")
-        right.tick_params(labelleft=False)
-        add_title(left, "Equal FLOPs per token")
-        add_title(right, "Equal memory")
+            add_title(ax, _EQUAL[x])
+        for right in axes[1:]:
+            right.sharey(axes[0])
+            right.set_ylabel("")
+            right.tick_params(labelleft=False)
         caption = (
             "Perplexity of pruned and expanded models as a multiple of the dense model's",
             *models.notes(text),
@@ -228,7 +248,13 @@ def figure_comparison(
         return page.finish(caption)
 
 
-def plot_costs(costs: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+@axes_level
+def plot_costs(
+    costs: pd.DataFrame,
+    *,
+    ax: Axes | None = None,
+    **options: Unpack[PlotOptions],
+) -> Axes:
     """Draw what a model costs as multiples of the dense one, a bar a cost.
 
     Parameters
@@ -238,6 +264,8 @@ def plot_costs(costs: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         ``multiple``, 1 being the dense model's.
     ax
         Where to draw; None makes a new figure.
+    options
+        See `entangle.plotting.options.PlotOptions`.
 
     Returns
     -------
@@ -250,29 +278,37 @@ def plot_costs(costs: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         Missing columns, or no row.
     """
     check_columns(costs, ("cost", "multiple"), name="costs", writer=_EXPAND)
-    ax = axes_or_new(ax)
-    multiples = costs["multiple"].to_numpy(np.float64, na_value=np.nan)
-    names = [printable(str(name)) for name in costs["cost"]]
-    for place, (name, multiple) in enumerate(zip(names, multiples, strict=True)):
-        (bar,) = ax.barh(
-            place, multiple, height=0.6, color=ink("expansion", METHOD_PALETTE["expansion"])
-        )
+    ax = axes_or_new(ax, options)
+    rows = [(printable(str(name)), float(one)) for name, one in costs[["cost", "multiple"]].values]
+    rows = picked(rows, _cost_names, least=1)
+    multiples, ticks = [multiple for _, multiple in rows], list[str]()
+    for place, (name, multiple) in enumerate(rows):
+        said = COST_NAMES.get(name, name)
+        ticks.append(worded(said))
+        color = ink("expansion", METHOD_PALETTE["expansion"], said, name)
+        (bar,) = ax.barh(place, multiple, height=0.6, color=color)
         record(bar, panel="costs", series=name, x=multiple, y=place)
         ax.annotate(
             f"{multiple:.3g}", (multiple, place), xytext=(3.0, 0.0), textcoords="offset points",
             va="center", fontsize=mpl.rcParams["xtick.labelsize"],
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},
         )  # fmt: skip
-    line = ax.axvline(_DENSE_COST, color=ink("gaussian"), lw=0.8, ls=":", label="dense")
-    record(line, panel="costs", series="dense", x=_DENSE_COST, y=np.nan)
-    labels = [COST_NAMES.get(name, name) for name in names]
-    ax.set_yticks(range(len(names)), labels, parse_math=False)
-    ax.set_ylim(len(names) - 0.5, -0.5)
+    if asked_for("dense"):
+        color = ink("gaussian", None, "dense")
+        line = ax.axvline(_DENSE_COST, color=color, lw=0.8, ls=":", label="dense")
+        record(line, panel="costs", series="dense", x=_DENSE_COST, y=np.nan)
+    ax.set_yticks(range(len(ticks)), ticks, parse_math=False)
+    ax.set_ylim(len(ticks) - 0.5, -0.5)
     ax.set_xlim(0.0, 1.2 * float(np.nanmax([*multiples, _DENSE_COST])))
     ax.set(xlabel="cost of the model (× dense)", ylabel="cost")
     return ax
 
 
+def _cost_names(row: tuple[str, float]) -> tuple[str, str]:
+    return COST_NAMES.get(row[0], row[0]), row[0]
+
+
+@figure_level
 def figure_expansion(
     layers: pd.DataFrame, costs: pd.DataFrame, **options: Unpack[FigureOptions]
 ) -> Figure:
@@ -286,7 +322,7 @@ def figure_expansion(
     costs
         As in `plot_costs`.
     options
-        See `entangle.plotting.save.FigureOptions`.
+        See `entangle.plotting.options.FigureOptions`.
 
     Returns
     -------
@@ -300,19 +336,19 @@ def figure_expansion(
     """
     check_columns(layers, ("experts", "sparsity"), name="layers", writer=_EXPAND)
     with paper(options) as page:
-        left, right = page.grid(2, across=1 if page.column == "single" else 2)
-        plot_layer_profile(layers, value="relative_error", legend=False, ax=left)
-        add_title(left, "error of the layers")
-        plot_costs(costs, ax=right)
-        right.set_ylabel("")
-        add_title(right, "cost of the model")
+        titles = picked(_EXPANDED, str, panels=True)
+        across = 1 if page.column == "single" else len(titles)
+        for ax, title in zip(page.grid(len(titles), across=across), titles, strict=True):
+            if title.startswith("error"):
+                plot_layer_profile(layers, value="relative_error", legend=False, ax=ax)
+            else:
+                plot_costs(costs, ax=ax).set_ylabel("")
+            add_title(ax, title)
         experts, zeros = layers["experts"], 100.0 * layers["sparsity"]
         outside = int(layers["block"].isna().sum())
         caption = (
             f"An expansion of {plural(len(layers), 'layer')} into {_range(experts)} experts with "
-            f"{_range(zeros)} % zeros: the squared output error of every layer on the calibration "
-            "text, in per cent of its squared output, and what the model costs for a token (FLOPs) "
-            "and on the disk, as multiples of the dense one's",
+            f"{_range(zeros)} % zeros: " + ", and ".join(_EXPANDED[title] for title in titles),
             f"{plural(outside, 'layer')} outside the blocks left out" if outside else "",
         )
         return page.finish(caption)
@@ -324,8 +360,9 @@ def _range(values: "pd.Series[float]") -> str:
 
 
 def _draw(ax: Axes, models: _Models, x: str) -> list[Line2D]:
-    lines = [_draw_curve(ax, curve, x) for curve in _curves(models.pruned)]
-    lines.append(_draw_dense(ax, x))
+    lines = [_draw_curve(ax, one, x) for one in picked(_curves(models.pruned), _curve_names)]
+    if asked_for("dense"):
+        lines.append(_draw_dense(ax, x))
     _set_y(ax, models)
     _set_x(ax, _x_values(models.pruned, x), x)
     ax.set(xlabel=COST_LABELS[x], ylabel=PERPLEXITY_LABEL)
@@ -336,7 +373,8 @@ def _curves(pruned: pd.DataFrame) -> Iterator[_Curve]:
     counts = sorted({1, *pruned["experts"].astype(int)})
     spare = iter(SPARE_COLORS * len(pruned))
     for method, rows in pruned.groupby("method", sort=False, observed=True):
-        name, color = str(method), ink(str(method), METHOD_PALETTE.get(str(method)) or next(spare))
+        name, color = str(method), METHOD_PALETTE.get(str(method)) or next(spare)
+        color = ink(name, color, _NAMES.get(name, name))
         numbers = sorted(set(rows["experts"].astype(int)))
         for share, k in zip(np.linspace(1.0, 0.5, len(numbers))[::-1], numbers, strict=True):
             for style, (allocation, own) in enumerate(_allocations(rows[rows["experts"] == k])):
@@ -349,6 +387,10 @@ def _curves(pruned: pd.DataFrame) -> Iterator[_Curve]:
                     control=name in _CONTROLS,
                     style=_STYLES[style % len(_STYLES)],
                 )
+
+
+def _curve_names(curve: _Curve) -> tuple[str, str]:
+    return curve.label, str(curve.rows["method"].iloc[0])
 
 
 def _allocations(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
@@ -401,11 +443,10 @@ def _draw_curve(ax: Axes, curve: _Curve, x: str) -> Line2D:
 
 
 def _draw_dense(ax: Axes, x: str) -> Line2D:
-    line = ax.axhline(1.0, color=ink("gaussian"), lw=0.8, ls=":", zorder=1.9)
+    color = ink("gaussian", None, "dense")
+    line = ax.axhline(1.0, color=color, lw=0.8, ls=":", zorder=1.9)
     if x != "sparsity":
-        (line,) = ax.plot(
-            _DENSE_COST, 1.0, "*:", color=ink("gaussian"), lw=0.8, markersize=5.5, zorder=2.4
-        )
+        (line,) = ax.plot(_DENSE_COST, 1.0, "*:", color=color, lw=0.8, markersize=5.5, zorder=2.4)
     line.set_label("dense")
     record(line, panel=x, series="dense", x=np.nan if x == "sparsity" else _DENSE_COST, y=1.0)
     return line

@@ -1,4 +1,4 @@
-"""What layers have along the depth of a model: WD, and the zeros and experts of an allocation."""
+"""WD along the depth of a model: ridges and heat maps of layers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,20 +10,17 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
-from entangle.checks import choice
 from entangle.errors import InvalidInput
-from entangle.plotting.outputs import Entry, plural
-from entangle.plotting.save import FigureOptions, paper, record
+from entangle.plotting.options import FigureOptions, PlotOptions, picked
+from entangle.plotting.outputs import layer_names, plural
+from entangle.plotting.page import axes_level, figure_level, paper
+from entangle.plotting.save import record
 from entangle.plotting.scores import WD_LABEL
 from entangle.plotting.style import (
-    PALETTE,
-    SPARE_COLORS,
     add_title,
     axes_or_new,
-    explain_above,
     ink,
     plain_number,
 )
@@ -35,7 +32,7 @@ MOST_GROUPS = 6
 """Largest number of projections with panels of their own; more are drawn together."""
 _OVERLAP = 2.2
 _BINS, _MOST_MARKS, _TICK_INCHES = 48, 120, 0.32
-_COLORS = "Greys"
+_COLORS, _GREY = "Greys", "#d1d1d1"
 
 
 @dataclass(frozen=True)
@@ -62,8 +59,14 @@ class _Group:
     """Neurons."""
 
 
+@axes_level
 def plot_wd_ridge(
-    scores: pd.DataFrame, *, top: float = 0.03, bins: Floats | None = None, ax: Axes | None = None
+    scores: pd.DataFrame,
+    *,
+    top: float = 0.03,
+    bins: Floats | None = None,
+    ax: Axes | None = None,
+    **options: Unpack[PlotOptions],
 ) -> Axes:
     """Draw the WD distributions of layers above one another, the top neurons as red strokes.
 
@@ -77,6 +80,8 @@ def plot_wd_ridge(
         Edges of the bins in σ, ascending; chosen from the table if None.
     ax
         Where to draw; None makes a new figure.
+    options
+        See `entangle.plotting.options.PlotOptions`.
 
     Returns
     -------
@@ -90,12 +95,13 @@ def plot_wd_ridge(
         Missing columns, no finite WD, ``top`` out of range.
     """
     group = _one_group(scores, top, bins)
-    ax = axes_or_new(ax)
+    ax = axes_or_new(ax, options)
     said = _draw_ridge(ax, group)
     add_title(ax, ", ".join(filter(None, (f"n = {group.n:,} neurons", said))))
     return ax
 
 
+@axes_level
 def plot_wd_heatmap(
     scores: pd.DataFrame,
     *,
@@ -103,6 +109,7 @@ def plot_wd_heatmap(
     bins: Floats | None = None,
     shares: tuple[float, float] | None = None,
     ax: Axes | None = None,
+    **options: Unpack[PlotOptions],
 ) -> Axes:
     """Draw the WD distributions of layers as rows of a heat map.
 
@@ -113,6 +120,8 @@ def plot_wd_heatmap(
     shares
         Shares of a layer's neurons, in %, at the ends of the colours; chosen from the table if
         None.
+    options
+        See `entangle.plotting.options.PlotOptions`.
 
     Returns
     -------
@@ -127,12 +136,13 @@ def plot_wd_heatmap(
         As `plot_wd_ridge`.
     """
     group = _one_group(scores, top, bins)
-    ax = axes_or_new(ax)
+    ax = axes_or_new(ax, options)
     _draw_heatmap(ax, group, LogNorm(*(shares or _shares([group]))))
     add_title(ax, f"n = {group.n:,} neurons")
     return ax
 
 
+@figure_level
 def figure_wd_by_layer(
     scores: pd.DataFrame, *, top: float = 0.03, **options: Unpack[FigureOptions]
 ) -> Figure:
@@ -146,7 +156,7 @@ def figure_wd_by_layer(
     top
         Share in (0, 1] of each layer's neurons, by WD, to mark.
     options
-        See `entangle.plotting.save.FigureOptions`.
+        See `entangle.plotting.options.FigureOptions`.
 
     Returns
     -------
@@ -206,6 +216,7 @@ def _parts(
     parts = [("all layers", rows)]
     if "projection" in rows.columns and rows["projection"].nunique() <= MOST_GROUPS:
         by = [(str(name), part) for name, part in rows.groupby("projection", sort=False)]
+        by = picked(by, lambda part: part[0], panels=True)
         if by and all(_by_block(_layers(part)) for _, part in by):
             parts = by
     return parts, _edges(rows), dropped
@@ -224,7 +235,19 @@ def _finite(scores: pd.DataFrame, top: float) -> tuple[pd.DataFrame, list[str]]:
     lost = int((~kept).sum())
     layers = scores["layer"].nunique() - scores.loc[kept, "layer"].nunique()
     whole = f", {layers:,} whole layers" if layers else ""
-    return scores[kept], [f"{lost:,} without WD left out{whole}"] if lost else []
+    rows = _picked_layers(scores[kept])
+    return rows, [f"{lost:,} without WD left out{whole}"] if lost else []
+
+
+def _picked_layers(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of the projections and layers that are wanted."""
+    if "projection" in rows.columns:
+        found = picked(rows["projection"].unique(), str, panels=True)
+        rows = rows[rows["projection"].isin(found)]
+    layers = _layers(rows)
+    kept = picked(range(len(layers)), lambda i: layer_names(layers.iloc[i]), least=1)
+    chosen: pd.DataFrame = rows[rows["layer"].isin(layers["layer"].iloc[kept])]
+    return chosen
 
 
 def _edges(rows: pd.DataFrame) -> Floats:
@@ -247,11 +270,13 @@ def _by_block(layers: pd.DataFrame) -> bool:
 
 def _group(name: str, rows: pd.DataFrame, edges: Floats, top: float) -> _Group:
     layers = _layers(rows)
-    if _by_block(layers):
-        layers, label = layers.sort_values("block"), "block"
-        depth = layers["block"].to_numpy(np.float64)
-    else:
-        depth, label = np.arange(len(layers), dtype=np.float64), "layer, in the table's order"
+    by_block = _by_block(layers)
+    layers = layers.sort_values("block") if by_block else layers
+    depth = layers["block"] if by_block else pd.Series(range(len(layers)))
+    label = "block" if by_block else "layer, in the table's order"
+    place = picked(range(len(layers)), lambda i: layer_names(layers.iloc[i]))
+    depths: Floats = np.asarray(depth, dtype=np.float64)[place]
+    layers = layers.iloc[place]
     names = layers["layer"].astype(str).tolist()
     code = pd.Index(names).get_indexer(pd.Index(rows["layer"].astype(str)))
     wd = rows["wd"].to_numpy(np.float64)
@@ -265,7 +290,7 @@ def _group(name: str, rows: pd.DataFrame, edges: Floats, top: float) -> _Group:
     tops = [part[: max(1, round(top * len(part)))] for part in falling]
     return _Group(
         name=name,
-        depth=depth,
+        depth=depths,
         depth_label=label,
         names=names,
         edges=edges,
@@ -287,7 +312,7 @@ def _draw_ridge(ax: Axes, group: _Group) -> str:
         heights, layer = scale * group.share[place], group.names[place]
         bars = ax.stairs(
             place + heights, group.edges, baseline=float(place), fill=True, lw=0.4,
-            facecolor="0.82", edgecolor="white", zorder=2.0 + order / n,
+            facecolor=ink("layer", _GREY, layer), edgecolor="white", zorder=2.0 + order / n,
         )  # fmt: skip
         record(
             bars, panel=layer, series="share of neurons (%)", x=group.edges[:-1],
@@ -366,217 +391,3 @@ def _ticks(ax: Axes, low: float, high: float) -> list[float]:
             break
     ticks = ticks[:: -(-len(ticks) // most)] if ticks else ticks
     return ticks if len(ticks) > 1 else list(MaxNLocator(most).tick_values(low, high)[1:-1])
-
-
-VALUE_LABELS: dict[str, str] = {
-    "sparsity": "zeros of the layer (%)",
-    "experts": "experts of the layer",
-    "relative_error": "relative error (%)",
-}
-
-_PROFILES = {"sparsity": "zeros of the layers", "experts": "experts that each layer gets"}
-_ALLOCATION = "an `Allocation`, from `entangle allocate`, has such tables."
-_LINES = (PALETTE["output"], PALETTE["top"], *SPARE_COLORS, PALETTE["typical"])
-_MARKERS = "o^sDvPX<>"
-_ROW_BINS, _PANEL_INCHES = 50, 1.9
-_LEAST_SPAN = 2.0  # percentage points
-
-
-def plot_row_sparsity(
-    neurons: pd.DataFrame,
-    *,
-    overall: float | None = None,
-    legend: bool = True,
-    ax: Axes | None = None,
-) -> Axes:
-    """Draw the histogram of the rows' sparsities, counts on a log scale.
-
-    Parameters
-    ----------
-    neurons
-        One row a neuron, as `entangle.allocation.Allocation.neurons`: ``sparsity`` in [0, 1].
-    overall
-        Share of zeros of all layers together, drawn as a line.
-    legend
-        Write a legend on top.
-    ax
-        Where to draw; None makes a new figure.
-
-    Returns
-    -------
-    matplotlib.axes.Axes
-        ``ax``, or that of the new figure.
-
-    Raises
-    ------
-    InvalidInput
-        If the column is missing, or a sparsity is not in [0, 1].
-    """
-    values = 100.0 * _sparsities(neurons, "neurons")
-    own, ax = ax is None, axes_or_new(ax)
-    counts, edges = np.histogram(values, np.linspace(0.0, 100.0, _ROW_BINS + 1))
-    low, high = f"{values.min():.3g}", f"{values.max():.3g}"
-    label = f"{len(values):,} rows: {low if low == high else f'{low} to {high}'} %"
-    patch = ax.stairs(counts, edges, baseline=0.1, fill=True, color=ink("output"), label=label)
-    record(patch, panel="rows", series=label, x=edges[:-1], x_right=edges[1:], y=counts)
-    entries: list[Entry] = [(patch, label)]
-    if overall is not None:
-        entries.append(_draw_overall(ax, overall, panel="rows", vertical=True))
-    ax.set_yscale("log")
-    ax.yaxis.set_major_formatter(FuncFormatter(plain_number))
-    ax.set_ylim(bottom=0.7)
-    ax.set(xlim=(-1.0, 101.0), xlabel="zeros of the row (%)", ylabel="rows")
-    explain_above(ax, entries, legend=legend, own=own)
-    return ax
-
-
-def plot_layer_profile(
-    layers: pd.DataFrame,
-    *,
-    value: str = "sparsity",
-    overall: float | None = None,
-    legend: bool = True,
-    ax: Axes | None = None,
-) -> Axes:
-    """Draw a value of every layer against its block, one line a projection.
-
-    Parameters
-    ----------
-    layers
-        One row a layer, as `entangle.allocation.Allocation.layers`: ``block``, ``projection`` and
-        the column ``value``. Layers outside the blocks are left out and counted.
-    value
-        ``"sparsity"`` or ``"relative_error"`` (squared output error, that of zero outputs being 1),
-        drawn in %, or ``"experts"``.
-    overall
-        Share of zeros of all layers together, drawn as a line beside sparsities.
-    legend, ax
-        As in `plot_row_sparsity`.
-
-    Returns
-    -------
-    matplotlib.axes.Axes
-        ``ax``, or that of the new figure.
-
-    Raises
-    ------
-    InvalidInput, UnknownName
-        If a column is missing, no layer lies in a block, or there is no such value.
-    """
-    value = choice("value", value, VALUE_LABELS, kind="value of a layer")
-    needed = ("layer", "block", "projection", value)
-    check_columns(layers, needed, name="layers", writer=_ALLOCATION)
-    inside = layers[layers["block"].notna()]
-    if inside.empty:
-        raise InvalidInput(
-            f"`layers` must hold at least one layer inside the blocks; got none among "
-            f"{len(layers)}."
-        )
-    own, ax = ax is None, axes_or_new(ax)
-    entries: list[Entry] = []
-    for number, (name, part) in enumerate(inside.groupby("projection", sort=False)):
-        part = part.sort_values("block", kind="stable")
-        block = part["block"].to_numpy(np.float64)
-        numbers = part[value].to_numpy(np.float64) * (1.0 if value == "experts" else 100.0)
-        name, rank = str(name), min(number, 3)  # what lies below is wider: both are seen
-        color = ink(name, _LINES[number % len(_LINES)])
-        (line,) = ax.plot(
-            block, numbers, color=color, marker=_MARKERS[number % len(_MARKERS)], label=name,
-            lw=(2.6, 1.4, 0.8, 0.6)[rank], alpha=0.5 if rank == 0 else 1.0,
-            markersize=(6.0, 4.0, 2.8, 2.2)[rank], markeredgewidth=0.0,
-        )  # fmt: skip
-        record(
-            line, panel=f"layers: {value}", series=name, x=block, y=numbers,
-            layer=part["layer"].to_numpy(),
-        )  # fmt: skip
-        entries.append((line, name))
-    if overall is not None and value == "sparsity":
-        entries.append(_draw_overall(ax, overall, panel="layers: sparsity", vertical=False))
-    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    if value == "sparsity":
-        _widen(ax)
-    else:
-        ax.yaxis.set_major_locator(MaxNLocator(5, integer=value == "experts"))
-        ax.set_ylim(bottom=0.0)
-    ax.set(xlabel="block", ylabel=VALUE_LABELS[value])
-    left_out = len(layers) - len(inside)
-    said = [f"{left_out} layer(s) outside the blocks left out"] if left_out and legend else []
-    explain_above(ax, entries, said, legend=legend, own=own)
-    return ax
-
-
-def figure_allocation(
-    layers: pd.DataFrame, neurons: pd.DataFrame, **options: Unpack[FigureOptions]
-) -> Figure:
-    """Draw an allocation: sparsities of its rows, its layers, and their experts if it has them.
-
-    Parameters
-    ----------
-    layers, neurons
-        `entangle.allocation.Allocation.layers` and ``neurons``.
-    options
-        See `entangle.plotting.save.FigureOptions`; ``title`` tells what made the allocation, for
-        example ``"protect, top 3 % by wd"``.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-        Two panels; three with experts.
-
-    Raises
-    ------
-    InvalidInput
-        What the panels refuse, or an option out of range.
-    """
-    check_columns(
-        layers, ("rows", "in_features", "zeros", "sparsity"), name="layers", writer=_ALLOCATION
-    )
-    weights = layers["rows"] * layers["in_features"]
-    overall = float(layers["zeros"].sum() / weights.sum())
-    values = ["sparsity"]
-    if "experts" in layers.columns:
-        values.append("experts")
-    with paper(options) as page:
-        across = 1 if page.column == "single" else 1 + len(values)
-        axes = page.grid(1 + len(values), across=across, panel_inches=_PANEL_INCHES)
-        plot_row_sparsity(neurons, overall=overall, legend=False, ax=axes[0])
-        add_title(axes[0], "zeros of the rows")
-        for ax, value in zip(axes[1:], values, strict=True):
-            plot_layer_profile(layers, value=value, overall=overall, legend=False, ax=ax)
-            add_title(ax, _PROFILES[value])
-        outside = int(layers["block"].isna().sum())
-        caption = (
-            f"An allocation of {100 * overall:.4g} % zeros over {plural(len(layers), 'layer')}: "
-            "how many rows have which share of zeros (counts on a log scale), and the zeros of "
-            "every layer along the model",
-            "the last panel shows how many experts the allocation gives to every layer"
-            if len(values) > 1 else "",
-            f"{plural(outside, 'layer')} outside the blocks left out" if outside else "",
-        )  # fmt: skip
-        return page.finish(caption)
-
-
-def _sparsities(table: pd.DataFrame, name: str) -> Floats:
-    check_columns(table, ("sparsity",), name=name, writer=_ALLOCATION)
-    values = table["sparsity"].to_numpy(np.float64, na_value=np.nan)
-    wrong = values[~((values >= 0.0) & (values <= 1.0))]
-    if len(wrong):
-        raise InvalidInput(f"`{name}` must have sparsities in [0, 1]; got {wrong[0]:g}.")
-    return values
-
-
-def _draw_overall(ax: Axes, overall: float, *, panel: str, vertical: bool) -> tuple[Line2D, str]:
-    draw = ax.axvline if vertical else ax.axhline
-    label = f"all layers: {100.0 * overall:.4g} %"
-    line = draw(100.0 * overall, color=ink("gaussian"), lw=0.8, ls=":", zorder=1.9)
-    line.set_label(label)
-    place = {"x": 100.0 * overall, "y": np.nan} if vertical else {"x": np.nan, "y": 100.0 * overall}
-    record(line, panel=panel, series=label, **place)
-    return line, label
-
-
-def _widen(ax: Axes) -> None:
-    """Make the y axis span at least `_LEAST_SPAN`, so that rounding looks like what it is."""
-    low, high = ax.get_ylim()
-    missing = max(0.0, _LEAST_SPAN - (high - low))
-    ax.set_ylim(low - missing / 2, high + missing / 2)

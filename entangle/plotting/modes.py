@@ -17,8 +17,10 @@ from matplotlib.text import Annotation
 
 from entangle.checks import whole
 from entangle.errors import InvalidInput
+from entangle.plotting.options import FigureOptions, PlotOptions, asked_for, picked
 from entangle.plotting.outputs import Entry, output_limits, wd_text
-from entangle.plotting.save import FigureOptions, Paper, paper, record
+from entangle.plotting.page import Paper, axes_level, figure_level, paper
+from entangle.plotting.save import record
 from entangle.plotting.style import (
     COLORBLIND,
     MONO_ADVANCE,
@@ -40,6 +42,7 @@ from entangle.plotting.style import (
 from entangle.plotting.summaries import (
     DECOMPOSE,
     OutputDensity,
+    bell_curve,
     check_columns,
     choose,
     output_density,
@@ -84,6 +87,7 @@ class HeadLine:
 Line = ContextLine | HeadLine
 
 
+@axes_level
 def plot_contexts(
     contexts: pd.DataFrame,
     *,
@@ -91,6 +95,7 @@ def plot_contexts(
     modes: pd.DataFrame | None = None,
     per_mode: int = 4,
     ax: Axes | None = None,
+    **options: Unpack[PlotOptions],
 ) -> Axes:
     """Write tokens in their contexts, one line each, with the neuron's output before it.
 
@@ -112,6 +117,8 @@ def plot_contexts(
         Contexts shown of every mode.
     ax
         Where to write; None makes a new figure.
+    options
+        See `entangle.plotting.options.PlotOptions`.
 
     Returns
     -------
@@ -124,9 +131,11 @@ def plot_contexts(
         Missing columns or no rows.
     """
     check_columns(contexts, _CONTEXT_COLUMNS, name="contexts", writer=DECOMPOSE)
-    ax = axes_or_new(ax)
+    ax = axes_or_new(ax, options)
     if modes is None:
-        write_lines(ax, context_lines(contexts, color=color, series="context"))
+        lines = context_lines(contexts, color=ink("context", color), series="context")
+        numbered = picked(enumerate(lines), lambda line: f"context {line[0]}", least=1)
+        write_lines(ax, [line for _, line in numbered])
     else:
         write_lines(ax, _lines(modes, contexts, whole("per_mode", per_mode, least=0)))
     return ax
@@ -242,6 +251,7 @@ _COLORS = tuple(COLORBLIND[i] for i in (0, 1, 2, 4, 3, 5, 9, 8))
 _PANEL_INCHES, _PANEL_WIDTH, _PAD, _MOST_TOKENS = 2.1, 2.3, 0.08, 10
 
 
+@axes_level
 def plot_modes(
     modes: pd.DataFrame,
     *,
@@ -253,6 +263,7 @@ def plot_modes(
     legend: bool = True,
     notes: bool = True,
     ax: Axes | None = None,
+    **options: Unpack[PlotOptions],
 ) -> Axes:
     """Draw the density of one neuron's outputs, shaded by mode.
 
@@ -272,6 +283,8 @@ def plot_modes(
         Without a legend, write n.
     ax
         Where to draw; None makes a new figure.
+    options
+        See `entangle.plotting.options.PlotOptions`.
 
     Returns
     -------
@@ -287,7 +300,7 @@ def plot_modes(
     rows = _modes(modes, layer, neuron)
     name = f"neuron {rows['neuron'].iloc[0]}"
     shape = output_density(histogram, mean=mean, std=std, label=name)
-    ax = axes_or_new(ax)
+    ax = axes_or_new(ax, options)
     entries = _draw(ax, rows, shape, mean, std)
     add_title(ax, name)
     skyline = 0.5 * (shape.edges[:-1] + shape.edges[1:]), 1.2 * shape.density
@@ -298,6 +311,7 @@ def plot_modes(
     return ax
 
 
+@figure_level
 def figure_modes(
     modes: pd.DataFrame,
     contexts: pd.DataFrame,
@@ -421,7 +435,7 @@ def _draw(
 ) -> list[Entry]:
     limits = output_limits(shape, center=0.0, scale=1.0)
     entries: list[Entry] = []
-    for place, (_, row) in enumerate(rows.iterrows()):
+    for place, row in _picked_modes(rows):
         color, name = _color(place, row), f"mode {row['mode']}"
         left, right = ((float(row[end]) - mean) / std for end in ("left", "right"))
         edges = np.unique(np.clip(np.append(shape.edges, [left, right]), left, right))
@@ -437,12 +451,15 @@ def _draw(
         ax.axvspan(*shown, color=color, alpha=0.08, lw=0, zorder=0.5)
         _number(ax, 0.5 * (shown[0] + shown[1]), place, str(row["mode"]), color)
     x = np.linspace(*limits, 401)
-    bell = np.exp(-0.5 * x * x) / np.sqrt(2.0 * np.pi)
-    (line,) = ax.plot(x, bell, color=ink("gaussian"), lw=0.7, ls="--", label="Gaussian")
-    record(line, panel="modes", series="Gaussian", x=x, y=bell)
+    bell = bell_curve(x)
+    if asked_for("Gaussian"):
+        color = ink("gaussian", None, "Gaussian")
+        (line,) = ax.plot(x, bell, color=color, lw=0.7, ls="--", label="Gaussian")
+        record(line, panel="modes", series="Gaussian", x=x, y=bell)
+        entries.append((line, "Gaussian"))
     ax.set(xlabel=X_LABEL, ylabel=Y_LABEL, xlim=limits)
     ax.set_ylim(0.0, 1.25 * max(float(shape.density.max()), float(bell.max())))
-    return [*entries, (line, "Gaussian")]
+    return entries
 
 
 def _number(ax: Axes, x: float, place: int, text: str, color: str) -> None:
@@ -458,10 +475,16 @@ def _color(place: int, row: pd.Series) -> str:
     return ink(f"mode {row['mode']}", _COLORS[place % len(_COLORS)])
 
 
+def _picked_modes(modes: pd.DataFrame) -> list[tuple[int, pd.Series]]:
+    """Return the wanted modes, with the places that give them their colours."""
+    rows = [(place, row) for place, (_, row) in enumerate(modes.iterrows())]
+    return picked(rows, lambda row: f"mode {row[1]['mode']}", least=1)
+
+
 def _lines(modes: pd.DataFrame, contexts: pd.DataFrame, per_mode: int) -> list[Line]:
     check_columns(modes, ("top_tokens",), name="modes", writer=DECOMPOSE)
     lines: list[Line] = []
-    for place, (_, row) in enumerate(modes.iterrows()):
+    for place, row in _picked_modes(modes):
         share = f"{100 * row['share']:.3g} % of the tokens (n = {int(row['tokens']):,})"
         color = _color(place, row)
         lines.append(HeadLine(f"mode {row['mode']}: {share}, outputs in σ:", color=color))

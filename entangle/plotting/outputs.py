@@ -14,9 +14,10 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 from entangle.checks import several
 from entangle.errors import InvalidInput
-from entangle.plotting.save import FigureOptions, paper, record, share_axes
+from entangle.plotting.options import Column, FigureOptions, PlotOptions, asked_for, picked
+from entangle.plotting.page import axes_level, figure_level, paper, share_axes
+from entangle.plotting.save import record
 from entangle.plotting.style import (
-    Column,
     Role,
     Side,
     Skyline,
@@ -30,6 +31,7 @@ from entangle.plotting.style import (
     text_handle,
 )
 from entangle.plotting.summaries import (
+    Floats,
     OutputDensity,
     TopSplit,
     bell_curve,
@@ -39,6 +41,7 @@ from entangle.plotting.summaries import (
 )
 
 Entry = tuple[Artist, str]
+FITTED = "fitted Gaussian"
 SE_TEXT = "±: standard error"
 MAX_PANELS = 40
 HEAVY_TAIL = 6.0
@@ -49,6 +52,7 @@ HistogramOf = Callable[[str, int], pd.DataFrame]
 """From a layer's full name and a neuron's number to that neuron's histogram."""
 
 
+@axes_level
 def plot_output_distribution(
     histogram: pd.DataFrame,
     *,
@@ -63,6 +67,7 @@ def plot_output_distribution(
     xlim: tuple[float, float] | None = None,
     legend: bool = True,
     ax: Axes | None = None,
+    **options: Unpack[PlotOptions],
 ) -> Axes:
     """Draw the density of one neuron's outputs under the Gaussian of the same mean and std.
 
@@ -89,6 +94,8 @@ def plot_output_distribution(
         Write a legend; otherwise only the numbers, for panels that share one legend.
     ax
         Where to draw; None makes a new figure.
+    options
+        See `entangle.plotting.options.PlotOptions`.
 
     Returns
     -------
@@ -103,20 +110,17 @@ def plot_output_distribution(
     shape = output_density(histogram, mean=mean, std=std, standardized=standardized, label=label)
     center, scale = (0.0, 1.0) if standardized else (mean, std)
     low, high = xlim or output_limits(shape, center=center, scale=scale)
-    ax = axes_or_new(ax)
-    bars = _draw_density(ax, shape, role=role, panel=label, log=log)
-    x = np.linspace(low, high, 401)
-    bell = bell_curve(x, center, scale)
-    (line,) = ax.plot(x, bell, color=ink("gaussian"), label="fitted Gaussian")
-    record(line, panel=label, series="fitted Gaussian", x=x, y=bell)
+    ax = axes_or_new(ax, options)
+    tokens, x = f"n = {shape.n:,} tokens", np.linspace(low, high, 401)
+    entries: list[Entry] = []
+    if asked_for(_name(role), role):
+        bars = _draw_density(ax, shape, role=role, panel=label, log=log)
+        entries.append((bars, f"{bars.get_label()} ({tokens})"))
+    if asked_for(FITTED, "gaussian"):
+        entries.append(_draw_bell(ax, x, mean, std, standardized=standardized, panel=label))
     unit = ("standardised output (σ)", "σ") if standardized else ("output (model units)", "unit")
     ax.set(xlabel=unit[0], ylabel=f"density (per {unit[1]})", xlim=(low, high))
     add_title(ax, "\n".join(filter(None, (label, wd_text(wd, wd_se)))))
-    tokens = f"n = {shape.n:,} tokens"
-    entries: list[Entry] = [
-        (bars, f"{bars.get_label()} ({tokens})"),
-        (line, f"fitted Gaussian (mean {mean:.3g}, std {std:.3g})".replace("-", "−")),
-    ]
     if "±" in wd_text(wd, wd_se):
         entries.append((text_handle(), SE_TEXT))
     beyond = 1.0 - shape.share_between(low, high)
@@ -129,6 +133,15 @@ def plot_output_distribution(
     if log:
         _set_log(ax, shape)
     return ax
+
+
+def _draw_bell(
+    ax: Axes, x: Floats, mean: float, std: float, *, standardized: bool, panel: str
+) -> Entry:
+    bell = bell_curve(x) if standardized else bell_curve(x, mean, std)
+    (line,) = ax.plot(x, bell, color=ink("gaussian", None, FITTED), label=FITTED)
+    record(line, panel=panel, series=FITTED, x=x, y=bell)
+    return line, f"{FITTED} (mean {mean:.3g}, std {std:.3g})".replace("-", "−")
 
 
 def _set_log(ax: Axes, shape: OutputDensity) -> None:
@@ -147,15 +160,19 @@ def _lowest(shape: OutputDensity) -> float:
 def _draw_density(
     ax: Axes, shape: OutputDensity, *, role: Role, panel: str, log: bool
 ) -> StepPatch:
-    name = "output" if role == "output" else f"{role} neuron"
+    name = _name(role)
     bars = ax.stairs(
         shape.density, shape.edges, baseline=_lowest(shape) if log else 0.0, fill=True, lw=0,
-        alpha=0.7, color=ink(role),
+        alpha=0.7, color=ink(role, None, name),
     )  # fmt: skip
     bars.set_label(name)
     left, right = shape.edges[:-1], shape.edges[1:]
     record(bars, panel=panel, series=name, x=left, y=shape.density, x_right=right)
     return bars
+
+
+def _name(role: Role) -> str:
+    return "output" if role == "output" else f"{role} neuron"
 
 
 def output_limits(shape: OutputDensity, *, center: float, scale: float) -> tuple[float, float]:
@@ -212,6 +229,8 @@ class NeuronOutput:
     """What the neuron stands for; chooses the colour."""
     layer: str = ""
     """Short name of its layer, for the figure's title where ``label`` does not say it."""
+    full_layer: str = ""
+    """Full name of its layer, by which options may call it."""
 
     @classmethod
     def of(
@@ -228,6 +247,7 @@ class NeuronOutput:
             label=label or f"{layer_label(row)}, neuron\u00a0{row['neuron']}",
             role=role,
             layer=layer_label(row),
+            full_layer=str(row["layer"]),
         )
 
 
@@ -239,6 +259,12 @@ def layer_label(row: pd.Series) -> str:
     return f"block {block} · {projection}"
 
 
+def layer_names(row: pd.Series) -> tuple[str, str]:
+    """Return by what names the layer of a row goes: the full one, and that of its panel."""
+    return str(row["layer"]), layer_label(row)
+
+
+@figure_level
 def figure_output_distributions(
     items: NeuronOutput | Iterable[NeuronOutput],
     *,
@@ -259,7 +285,7 @@ def figure_output_distributions(
         Draw densities on a log scale; None does where standardised outputs reach beyond
         `HEAVY_TAIL` σ, which would leave a linear axis empty.
     options
-        See `entangle.plotting.save.FigureOptions`.
+        See `entangle.plotting.options.FigureOptions`.
 
     Returns
     -------
@@ -275,6 +301,7 @@ def figure_output_distributions(
     return _draw_outputs(wanted, options, standardized=standardized, log=log)
 
 
+@figure_level
 def figure_top_and_typical(
     scores: pd.DataFrame, histogram_of: HistogramOf, **options: Unpack[FigureOptions]
 ) -> Figure:
@@ -292,7 +319,7 @@ def figure_top_and_typical(
     histogram_of
         Gives the histogram (``left``, ``right``, ``count``) of a layer's neuron.
     options
-        See `entangle.plotting.save.FigureOptions`.
+        See `entangle.plotting.options.FigureOptions`.
 
     Returns
     -------
@@ -344,6 +371,7 @@ def _draw_outputs(
     usual: Column = "double",
     said: Sequence[str] = (),
 ) -> Figure:
+    items = picked(items, _item_names, panels=True)
     check_panels(len(items), name="items", kind="neuron")
     xlim = _common_limits(items) if standardized else None
     wide = xlim is not None and xlim[1] - xlim[0] > 2.0 * HEAVY_TAIL
@@ -369,6 +397,10 @@ def _draw_outputs(
         )
         named = all(layer in item.label for item in items)
         return page.finish(caption, shared=not alone, title="" if named else layer)
+
+
+def _item_names(item: NeuronOutput) -> tuple[str, ...]:
+    return item.label, item.layer, item.full_layer, item.role
 
 
 def plural(n: int, word: str) -> str:

@@ -21,8 +21,10 @@ from entangle.plotting.modes import (
     signed,
     write_lines,
 )
+from entangle.plotting.options import FigureOptions, PlotOptions, asked_for, picked
 from entangle.plotting.outputs import Entry, output_limits
-from entangle.plotting.save import FigureOptions, paper, record, share_axes
+from entangle.plotting.page import axes_level, figure_level, paper, share_axes
+from entangle.plotting.save import record
 from entangle.plotting.style import NOMINAL, Role, add_legend, add_note, add_title, axes_or_new, ink
 from entangle.plotting.summaries import (
     DECOMPOSE,
@@ -37,13 +39,15 @@ from entangle.plotting.summaries import (
 
 _INPUTS = "input distance (÷ largest)"
 _OUTPUTS = "output distance (÷ median)"
-TREND = "median of each tenth; band: quartiles"
+PAIRS = "token pairs"
+TREND = "median (of each tenth; band: quartiles)"
 MOST_POINTS = 3000
 """Largest number of pairs that are drawn one by one; more are counted in hexagons."""
 _COLUMNS = ("layer", "neuron", "input_normalised", "output_normalised")
 _BINS, _LEAST = 10, 5
 
 
+@axes_level
 def plot_distances(
     pairs: pd.DataFrame,
     *,
@@ -52,6 +56,7 @@ def plot_distances(
     role: Role = "output",
     legend: bool = True,
     ax: Axes | None = None,
+    **options: Unpack[PlotOptions],
 ) -> Axes:
     """Draw the output distance of token pairs against their input distance, for one neuron.
 
@@ -68,6 +73,8 @@ def plot_distances(
         Write a legend; otherwise only the numbers.
     ax
         Where to draw; None makes a new figure.
+    options
+        See `entangle.plotting.options.PlotOptions`.
 
     Returns
     -------
@@ -85,22 +92,22 @@ def plot_distances(
     arXiv 2405.15756, equation 2 and figure 2 c, d.
     """
     rows, dropped = _different(choose(pairs, name="pairs", layer=layer, neuron=neuron))
-    ax = axes_or_new(ax)
+    ax = axes_or_new(ax, options)
     title = f"{'' if role == 'output' else f'{role} '}neuron {rows['neuron'].iloc[0]}"
     entries = _draw_distances(ax, rows, role, panel=title)
-    add_title(ax, title)
+    add_title(ax, f"{title}\n{_ratio(rows)}" if legend else title)
     notes = [_ratio(rows), f"n = {len(rows):,}\u00a0pairs", *dropped]
     skyline = tuple(rows[name].to_numpy(np.float64) for name in _COLUMNS[2:])
     if legend:
-        (points, name), *others = entries
-        first = (points, "; ".join((f"{name} (n = {len(rows):,})", *dropped)))
-        add_legend(ax, [first, *others], side="left", skyline=(skyline[0], skyline[1]))
-        ax.set_title(f"{title}\n{_ratio(rows)}", parse_math=False)
+        said = "; ".join((f"(n = {len(rows):,})", *dropped))
+        entries = [(e, f"{name} {said}" if name != TREND else name) for e, name in entries]
+        add_legend(ax, entries, side="left", skyline=(skyline[0], skyline[1]))
     else:
         add_note(ax, notes, side="left", skyline=(skyline[0], skyline[1]))
     return ax
 
 
+@figure_level
 def figure_distances(
     pairs: pd.DataFrame,
     neurons: pd.DataFrame,
@@ -120,7 +127,7 @@ def figure_distances(
     chosen
         Numbers of neurons; None takes the one with the largest WD and one near the layer's median.
     options
-        See `entangle.plotting.save.FigureOptions`.
+        See `entangle.plotting.options.FigureOptions`.
 
     Returns
     -------
@@ -142,7 +149,8 @@ def figure_distances(
     usual = dict(
         usual_neurons(choose(neurons, name="neurons", layer=name), rows["neuron"].unique().tolist())
     )
-    wanted = list(usual) if chosen is None else wholes("chosen", chosen, least=0)
+    asked = list(usual) if chosen is None else wholes("chosen", chosen, least=0)
+    wanted = picked(asked, lambda one: (f"neuron {one}", usual.get(one, "")), panels=True)
     with paper(options) as page:
         across = min(len(wanted), 2)
         axes = page.grid(len(wanted), across=across, panel_inches=1.7)
@@ -173,29 +181,30 @@ def _ratio(rows: pd.DataFrame) -> str:
 def _draw_distances(ax: Axes, rows: pd.DataFrame, role: Role, *, panel: str) -> list[Entry]:
     x, y = (rows[name].to_numpy(np.float64) for name in _COLUMNS[2:])
     draw = _draw_hexagons if len(x) > MOST_POINTS else _draw_points
-    points = draw(ax, x, y, role, panel)
+    points = [draw(ax, x, y, role, panel)] if asked_for(PAIRS, role) else []
     ax.set(xlabel=_INPUTS, ylabel=_OUTPUTS)
     ax.set_ylim(bottom=0.0)
-    return [points, *_draw_trend(ax, x, y, panel=panel)]
+    trend = _draw_trend(ax, x, y, panel=panel) if asked_for("median") else []
+    return [*points, *trend]
 
 
 def _draw_points(ax: Axes, x: Floats, y: Floats, role: Role, panel: str) -> Entry:
     points = ax.scatter(
-        x, y, s=3.0, color=ink(role), alpha=0.4, linewidths=0, label="token pairs",
+        x, y, s=3.0, color=ink(role, None, PAIRS), alpha=0.4, linewidths=0, label=PAIRS,
         rasterized=len(x) > 1000,
     )  # fmt: skip
-    record(points, panel=panel, series="token pairs", x=x, y=y)
-    return points, "token pairs"
+    record(points, panel=panel, series=PAIRS, x=x, y=y)
+    return points, PAIRS
 
 
 def _draw_hexagons(ax: Axes, x: Floats, y: Floats, _role: Role, panel: str) -> Entry:
-    name = "token pairs (darker: more)"
+    name = f"{PAIRS} (darker: more)"
     cells = ax.hexbin(
         x, y, gridsize=40, mincnt=1, norm=LogNorm(), cmap="Greys", linewidths=0, label=name,
         rasterized=True,
     )  # fmt: skip
     places, count = np.asarray(cells.get_offsets()), np.asarray(cells.get_array())
-    record(cells, panel=panel, series="token pairs", x=places[:, 0], y=places[:, 1], count=count)
+    record(cells, panel=panel, series=PAIRS, x=places[:, 0], y=places[:, 1], count=count)
     return cells, name
 
 
@@ -206,7 +215,7 @@ def _draw_trend(ax: Axes, x: Floats, y: Floats, *, panel: str) -> list[Entry]:
     parts = np.array_split(np.argsort(x, kind="stable"), _BINS)
     place = np.array([np.median(x[part]) for part in parts])
     low, middle, high = np.transpose([np.percentile(y[part], [25, 50, 75]) for part in parts])
-    color = ink("gaussian")
+    color = ink("gaussian", None, "median")
     ax.fill_between(place, low, high, fc=(color, 0.2), ec=(color, 0.8), lw=0.5, zorder=2.1)
     (line,) = ax.plot(
         place, middle, "o-", color=color, ms=2.0, lw=0.9, zorder=2.2, label=TREND
@@ -225,6 +234,7 @@ _PAIR = (
 _COLORS = (*NOMINAL[:5], NOMINAL[6])
 
 
+@axes_level
 def plot_separated_pairs(
     separated: pd.DataFrame,
     *,
@@ -235,6 +245,7 @@ def plot_separated_pairs(
     neuron: int | None = None,
     most: int = 5,
     ax: Axes | None = None,
+    **options: Unpack[PlotOptions],
 ) -> Axes:
     """Draw one neuron's outputs, and above them the pairs that it separates most.
 
@@ -252,6 +263,8 @@ def plot_separated_pairs(
         Pairs to mark, the first by ``rank``, at most `MOST_PAIRS`.
     ax
         Where to draw; None makes a new figure.
+    options
+        See `entangle.plotting.options.PlotOptions`.
 
     Returns
     -------
@@ -266,12 +279,13 @@ def plot_separated_pairs(
     rows = _pairs(separated, layer, neuron, most)
     name = f"neuron {rows['neuron'].iloc[0]}"
     shape = output_density(histogram, mean=mean, std=std, label=name)
-    ax = axes_or_new(ax)
+    ax = axes_or_new(ax, options)
     _draw_pairs(ax, rows, shape, mean, std)
     add_title(ax, f"{name}, n = {shape.n:,} tokens")
     return ax
 
 
+@axes_level
 def plot_pair_contexts(
     separated: pd.DataFrame,
     *,
@@ -281,6 +295,7 @@ def plot_pair_contexts(
     neuron: int | None = None,
     most: int = 5,
     ax: Axes | None = None,
+    **options: Unpack[PlotOptions],
 ) -> Axes:
     """Write the contexts of the pairs that one neuron separates most, with its outputs in σ.
 
@@ -290,6 +305,8 @@ def plot_pair_contexts(
         As in `plot_separated_pairs`.
     ax
         Where to write; None makes a new figure.
+    options
+        See `entangle.plotting.options.PlotOptions`.
 
     Returns
     -------
@@ -302,11 +319,12 @@ def plot_pair_contexts(
         What `plot_separated_pairs` refuses.
     """
     lines = _lines(_pairs(separated, layer, neuron, most), mean, std)
-    ax = axes_or_new(ax)
+    ax = axes_or_new(ax, options)
     write_lines(ax, lines)
     return ax
 
 
+@figure_level
 def figure_separated_pairs(
     separated: pd.DataFrame,
     histogram: pd.DataFrame,
@@ -365,25 +383,28 @@ def _pairs(
 ) -> pd.DataFrame:
     check_columns(separated, _PAIR, name="separated", writer=DECOMPOSE)
     rows = choose(separated, name="separated", layer=layer, neuron=neuron)
-    return rows.sort_values("rank", kind="stable").head(
-        min(whole("most", most, least=1), MOST_PAIRS)
-    )
+    rows = rows.sort_values("rank", kind="stable")
+    kept = picked(range(len(rows)), lambda i: f"pair {rows['rank'].iloc[i]}", least=1)
+    return rows.iloc[kept].head(min(whole("most", most, least=1), MOST_PAIRS))
 
 
 def _draw_pairs(
     ax: Axes, rows: pd.DataFrame, shape: OutputDensity, mean: float, std: float
 ) -> list[Entry]:
     left, right = shape.edges[:-1], shape.edges[1:]
-    bars = ax.stairs(shape.density, shape.edges, fill=True, lw=0, alpha=0.7, color=ink("typical"))
-    record(bars, panel="pairs", series="output", x=left, y=shape.density, x_right=right)
-    entries: list[Entry] = [(bars, "output")]
+    entries: list[Entry] = []
+    if asked_for("output"):
+        color = ink("typical", None, "output")
+        bars = ax.stairs(shape.density, shape.edges, fill=True, lw=0, alpha=0.7, color=color)
+        record(bars, panel="pairs", series="output", x=left, y=shape.density, x_right=right)
+        entries.append((bars, "output"))
     low, high = output_limits(shape, center=0.0, scale=1.0)
     room = 0.06 * (len(rows) + 1)
     top = float(shape.density.max()) / (1.0 - room) * 1.05
     ends = (rows[["output_a", "output_b"]].to_numpy(np.float64) - mean) / std
     low, high = min(low, 1.05 * ends.min()), max(high, 1.05 * ends.max())
     for place, ((_, row), (a, b)) in enumerate(zip(rows.iterrows(), ends, strict=True)):
-        color, y = _color(place, row), top * (1.0 - 0.06 * (place + 0.7))
+        color, y = _color(row), top * (1.0 - 0.06 * (place + 0.7))
         (line,) = ax.plot(
             [a, b], [y, y], "-o", color=color, lw=0.9, ms=3.0, markevery=[0], zorder=3
         )
@@ -404,8 +425,8 @@ def _draw_pairs(
 
 def _lines(rows: pd.DataFrame, mean: float, std: float) -> list[Line]:
     lines: list[Line] = []
-    for place, (_, row) in enumerate(rows.iterrows()):
-        color = _color(place, row)
+    for _, row in rows.iterrows():
+        color = _color(row)
         numbers = (
             f"outputs {row['output_distance']:.2f} σ apart; "
             f"inputs: cosine {row['cosine']:.3f}, distance {row['input_distance']:.3g}"
@@ -430,5 +451,5 @@ def _context(row: pd.Series, side: str, color: str, mean: float, std: float) -> 
     )
 
 
-def _color(place: int, row: pd.Series) -> str:
-    return ink(f"pair {row['rank']}", _COLORS[place % len(_COLORS)])
+def _color(row: pd.Series) -> str:
+    return ink(f"pair {row['rank']}", _COLORS[int(row["rank"]) % len(_COLORS)])

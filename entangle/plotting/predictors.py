@@ -11,14 +11,17 @@ import numpy as np
 import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 from numpy.typing import NDArray
 
 from entangle.checks import choice
 from entangle.errors import InvalidInput
+from entangle.plotting.options import FigureOptions, PlotOptions, asked_for, picked
 from entangle.plotting.outputs import Entry
-from entangle.plotting.save import FigureOptions, paper, record
+from entangle.plotting.page import axes_level, figure_level, paper
+from entangle.plotting.save import record
 from entangle.plotting.scores import OTHERS, bootstrap_text
 from entangle.plotting.style import (
     add_legend,
@@ -156,6 +159,7 @@ def power_law(x: Floats, y: Floats) -> tuple[float, float]:
     return float(np.exp(log_scale)), float(exponent)
 
 
+FITTED = "fitted line"
 RI_LABEL = "relative improvement, RI (ratio)"
 _Column = Callable[[pd.DataFrame], pd.Series]
 
@@ -174,6 +178,7 @@ PREDICTORS: dict[str, tuple[str, str, _Column]] = {
 ``gmm_components`` comes from `entangle.experiments.outliers.gmm_components`."""
 
 
+@axes_level
 def plot_predictor(
     neurons: pd.DataFrame,
     *,
@@ -186,6 +191,7 @@ def plot_predictor(
     n_boot: int = 200,
     legend: bool = True,
     ax: Axes | None = None,
+    **options: Unpack[PlotOptions],
 ) -> Axes:
     """Draw the relative improvement of every neuron against one predictor, with a fitted line.
 
@@ -206,6 +212,8 @@ def plot_predictor(
         Write a legend; otherwise only the coefficients, above the panel.
     ax
         Where to draw; None makes a new figure.
+    options
+        See `entangle.plotting.options.PlotOptions`.
 
     Returns
     -------
@@ -227,7 +235,7 @@ def plot_predictor(
     check_top(top)
     points, lost = _points(rows, predictor)
     fit = fit_line(points["x"].to_numpy(), points["y"].to_numpy(), n_boot=n_boot, seed=seed)
-    ax = axes_or_new(ax)
+    ax = axes_or_new(ax, options)
     entries = _draw(ax, points, fit, predictor, top)
     if legend:
         finite = f"{lost:,} left out: not finite" if lost else ""
@@ -241,6 +249,7 @@ def plot_predictor(
     return ax
 
 
+@figure_level
 def figure_predictors(
     neurons: pd.DataFrame,
     *,
@@ -261,7 +270,7 @@ def figure_predictors(
     experts
         Number of experts; None takes the largest.
     options
-        See `entangle.plotting.save.FigureOptions`.
+        See `entangle.plotting.options.FigureOptions`.
 
     Returns
     -------
@@ -284,6 +293,7 @@ def figure_predictors(
     if k == 1:
         raise InvalidInput(f"relative improvement over one expert {TWO_EXPERTS}")
     names = [name for name in PREDICTORS if name == "wd" or _usable(rows, name)]
+    names = picked(names, lambda name: (name, PREDICTORS[name][0]), panels=True)
     with paper(options) as page:
         across = 2 if page.column == "single" else min(4, len(names))
         axes = page.grid(len(names), across=across, panel_inches=1.65)
@@ -347,32 +357,31 @@ def _draw(ax: Axes, points: pd.DataFrame, fit: LineFit, name: str, top: float) -
     is_top = top_mask(wd, top)
     entries: list[Entry] = []
     top_name = f"top {100 * top:.3g} % by WD"
-    for mask, role, series, size in (
-        (~is_top, "typical", OTHERS, 3.0),
-        (is_top, "top", top_name, 6.0),
-    ):
+    groups = [(~is_top, "typical", OTHERS, 3.0), (is_top, "top", top_name, 6.0)]
+    for mask, role, series, size in picked(groups, lambda group: (group[2], group[1])):
         part = points[mask]
         dots = ax.scatter(
-            part["x"], part["y"], s=size, color=ink(role), alpha=0.6, linewidths=0,
-            label=series, rasterized=len(points) > 1000,
+            part["x"], part["y"], s=size, color=ink(role, None, series), alpha=0.6,
+            linewidths=0, label=series, rasterized=len(points) > 1000,
         )  # fmt: skip
         record(
             dots, panel=name, series=series, x=part["x"].to_numpy(), y=part["y"].to_numpy(),
             neuron=part["neuron"].to_numpy(),
         )  # fmt: skip
         entries.append((dots, f"{series} (n = {mask.sum():,})"))
-    entries.append(_draw_line(ax, fit, name))
+    if asked_for(FITTED):
+        entries.append(_draw_line(ax, fit, name))
     ax.set(xlabel=PREDICTORS[name][0], ylabel=RI_LABEL)
     return entries
 
 
 def _draw_line(ax: Axes, fit: LineFit, name: str) -> Entry:
-    color: str = ink("gaussian")
+    color = ink("gaussian", None, FITTED)
     ax.fill_between(fit.x, fit.low, fit.high, color=color, alpha=0.2, lw=0, zorder=2.1)
-    (line,) = ax.plot(fit.x, fit.y, color=color, lw=1.0, zorder=2.2, label="fitted line, 95 %")
+    (line,) = ax.plot(fit.x, fit.y, color=color, lw=1.0, zorder=2.2, label=f"{FITTED}, 95 %")
     drawn: dict[str, Floats] = {"x": fit.x, "y": fit.y, "y_low": fit.low, "y_high": fit.high}
-    record(line, panel=name, series="fitted line", **drawn)
-    return line, "fitted line, 95 %"
+    record(line, panel=name, series=FITTED, **drawn)
+    return line, f"{FITTED}, 95 %"
 
 
 _DIMENSION = "components for 90 % of the inputs' variance"
@@ -383,6 +392,7 @@ _NEEDED = ("layer", "experts", "cluster", "tokens", "components_90", "error")
 _VIRIDIS, _SIGNS = colormaps["viridis"], "os^DvP*X"
 
 
+@axes_level
 def plot_components(
     components: pd.DataFrame,
     *,
@@ -392,6 +402,7 @@ def plot_components(
     legend: bool = True,
     notes: bool = True,
     ax: Axes | None = None,
+    **options: Unpack[PlotOptions],
 ) -> Axes:
     """Draw the error of every expert against the dimension of its inputs, with the lower front.
 
@@ -412,6 +423,8 @@ def plot_components(
         Say on top, in words, what is shown.
     ax
         Where to draw; None makes a new figure.
+    options
+        See `entangle.plotting.options.PlotOptions`.
 
     Returns
     -------
@@ -437,13 +450,14 @@ def plot_components(
     """
     rows = choose(components, name="components", layer=layer)
     rows, lost = _fitted(rows)
-    own, ax = ax is None, axes_or_new(ax)
+    own, ax = ax is None, axes_or_new(ax, options)
     entries = _draw_clusters(ax, rows)
     said = _component_notes(rows, lost, n_boot=n_boot, seed=seed) if notes else []
     explain_above(ax, entries, said, legend=legend, own=own)
     return ax
 
 
+@figure_level
 def figure_components(
     components: pd.DataFrame,
     *,
@@ -459,7 +473,7 @@ def figure_components(
     components, layer, seed, n_boot
         As in `plot_components`.
     options
-        See `entangle.plotting.save.FigureOptions`.
+        See `entangle.plotting.options.FigureOptions`.
 
     Returns
     -------
@@ -497,8 +511,13 @@ def _component_notes(rows: pd.DataFrame, lost: int, *, n_boot: int, seed: int) -
 
 def _fitted(rows: pd.DataFrame) -> tuple[pd.DataFrame, int]:
     check_columns(rows, _NEEDED, name="components", writer=DECOMPOSE)
+    rows = rows[rows["experts"].isin(picked(rows["experts"].unique().tolist(), _clusters, least=1))]
     columns, what = ("components_90", "error"), "cluster with finite numbers"
     return finite_rows(rows, columns, name="components", what=what)
+
+
+def _clusters(k: int) -> str:
+    return "1 cluster" if k == 1 else f"{k} clusters"
 
 
 def _rank(rows: pd.DataFrame, *, n_boot: int, seed: int) -> list[str]:
@@ -513,12 +532,13 @@ def _rank(rows: pd.DataFrame, *, n_boot: int, seed: int) -> list[str]:
 def _draw_clusters(ax: Axes, rows: pd.DataFrame) -> list[Entry]:
     entries: list[Entry] = []
     numbers = sorted(map(int, rows["experts"].unique()))
-    for place, k in enumerate(numbers):
+    usual = [to_hex(_VIRIDIS(0.85 * i / max(1, len(numbers) - 1))) for i in range(len(numbers))]
+    for place, k in picked(enumerate(numbers), lambda number: _clusters(number[1])):
         part = rows[rows["experts"] == k]
         x, y = part[["components_90", "error"]].to_numpy(np.float64).T
-        name = "1 cluster" if k == 1 else f"{k} clusters"
+        name = _clusters(k)
         dots = ax.scatter(
-            x, y, s=12.0, color=_VIRIDIS(0.85 * place / max(1, len(numbers) - 1)),
+            x, y, s=12.0, color=ink(name, usual[place]),
             marker=_SIGNS[place % len(_SIGNS)], linewidths=0.3, edgecolors="white", label=name,
         )  # fmt: skip
         record(
@@ -527,7 +547,7 @@ def _draw_clusters(ax: Axes, rows: pd.DataFrame) -> list[Entry]:
         )  # fmt: skip
         entries.append((dots, name))
     x, y = rows[["components_90", "error"]].to_numpy(np.float64).T
-    entries += _draw_front(ax, x, y)
+    entries += _draw_front(ax, x, y) if asked_for("front") else []
     ax.set(xlabel=_DIMENSION, ylabel=_ERROR)
     if min(x.min(), y.min()) > 0.0 and LOG_SPAN * x.min() < x.max():
         _set_log(ax)
@@ -554,14 +574,12 @@ def _draw_front(ax: Axes, x: Floats, y: Floats) -> list[Entry]:
         return []
     scale, exponent = power_law(x[front], y[front])
     place = np.geomspace(x[front].min(), x[front].max(), 100)
+    color = ink("gaussian", None, "front")
     name = f"front: error ∝ components^{exponent:.2f}".replace("-", "−")
-    (line,) = ax.plot(
-        place, scale * place**exponent, color=ink("gaussian"), lw=1.0, label=name, zorder=1.9
-    )
+    (line,) = ax.plot(place, scale * place**exponent, color=color, lw=1.0, label=name, zorder=1.9)
     record(line, panel="components", series="fitted front", x=place, y=scale * place**exponent)
     rings = ax.scatter(
-        x[front], y[front], s=26.0, facecolors="none", edgecolors=ink("gaussian"),
-        linewidths=0.5,
+        x[front], y[front], s=26.0, facecolors="none", edgecolors=color, linewidths=0.5,
     )  # fmt: skip
     record(rings, panel="components", series="front", x=x[front], y=y[front])
     return [(line, f"{name}\nfitted to the ringed {len(front)}")]

@@ -8,26 +8,40 @@ writes both.
 """
 
 from collections.abc import Sequence
-from typing import Unpack
+from typing import TypeVar, Unpack
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from entangle.errors import InvalidInput
-from entangle.plotting.outputs import Entry, check_panels, explain, layer_label, plural
-from entangle.plotting.save import FigureOptions, paper, record, share_axes
+from entangle.plotting.options import FigureOptions, PlotOptions, asked_for, picked
+from entangle.plotting.outputs import (
+    Entry,
+    check_panels,
+    explain,
+    layer_label,
+    layer_names,
+    plural,
+)
+from entangle.plotting.page import axes_level, figure_level, paper, share_axes
+from entangle.plotting.save import record
 from entangle.plotting.style import Skyline, add_title, axes_or_new, ink, text_handle
 from entangle.plotting.summaries import Floats, TopSplit, check_columns, check_top, split_top
 from entangle.stats.intervals import spearman_interval
 
+Extra = TypeVar("Extra")
+
 WD_LABEL = "Wasserstein distance to N(0, 1) (σ)"
 MD_LABEL = "mapping difficulty (ratio)"
 OTHERS = "other neurons"
+FLOOR = "Gaussian floor"
 _MANY_POINTS = 5_000
 
 
+@axes_level
 def plot_wd_distribution(
     scores: pd.DataFrame,
     *,
@@ -36,6 +50,7 @@ def plot_wd_distribution(
     bins: int | Floats | None = None,
     legend: bool = True,
     ax: Axes | None = None,
+    **options: Unpack[PlotOptions],
 ) -> Axes:
     """Draw the distribution of WD over the neurons of one layer.
 
@@ -55,6 +70,8 @@ def plot_wd_distribution(
         Write a legend; otherwise only the numbers, for panels that share one legend.
     ax
         Where to draw; None makes a new figure.
+    options
+        See `entangle.plotting.options.PlotOptions`.
 
     Returns
     -------
@@ -71,10 +88,11 @@ def plot_wd_distribution(
     _check_floor(floor)
     wd = split.values("wd")
     edges = wd_edges(wd, bins)
-    ax = axes_or_new(ax)
+    ax = axes_or_new(ax, options)
     entries, skyline = _draw_wd_bars(ax, split, edges)
-    _draw_rug(ax, split)
-    if floor is not None:
+    if asked_for(split.top_name, "top"):
+        _draw_rug(ax, split)
+    if floor is not None and asked_for(FLOOR, "floor"):
         entries.append(_draw_floor(ax, floor, panel=split.layer))
     right = 1.02 * float(edges[-1])
     ax.set(xlabel=WD_LABEL, ylabel="neurons per bin", xlim=(0.0, right))
@@ -112,10 +130,8 @@ def bin_count(n: int) -> int:
 def _draw_wd_bars(ax: Axes, split: TopSplit, edges: Floats) -> tuple[list[Entry], Skyline]:
     entries: list[Entry] = []
     wd, base = split.values("wd"), np.zeros(len(edges) - 1)
-    for mask, color, name, bound in (
-        (~split.is_top, ink("typical"), OTHERS, ""),
-        (split.is_top, ink("top"), split.top_name, f", WD ≥ {split.threshold:.3f} σ"),
-    ):
+    for mask, role, name, bound in _groups(split, ("", f", WD ≥ {split.threshold:.3f} σ")):
+        color = ink(role, None, name)
         counts = np.histogram(wd[mask], edges)[0]
         bars = ax.stairs(base + counts, edges, baseline=base, fill=True, lw=0, color=color)
         bars.set_label(name)
@@ -125,24 +141,37 @@ def _draw_wd_bars(ax: Axes, split: TopSplit, edges: Floats) -> tuple[list[Entry]
     return entries, (np.concatenate([edges[:-1], edges[1:]]), np.tile(base, 2))
 
 
+def _groups(
+    split: TopSplit, extra: tuple[Extra, Extra]
+) -> list[tuple[NDArray[np.bool_], str, str, Extra]]:
+    """Return mask, meaning and name of the others and of the top, with something of each."""
+    groups = [
+        (~split.is_top, "typical", OTHERS, extra[0]),
+        (split.is_top, "top", split.top_name, extra[1]),
+    ]
+    return picked(groups, lambda group: (group[2], group[1]))
+
+
 def _draw_rug(ax: Axes, split: TopSplit) -> None:
     wd = split.values("wd")[split.is_top]
-    height = np.full(len(wd), 0.02)
+    height, color = np.full(len(wd), 0.02), ink("top", None, split.top_name)
     place = ax.get_xaxis_transform()
-    (rug,) = ax.plot(wd, height, "|", transform=place, color=ink("top"), ms=4.0, mew=0.6)
+    (rug,) = ax.plot(wd, height, "|", transform=place, color=color, ms=4.0, mew=0.6)
     neurons = split.neurons()[split.is_top]
     record(rug, panel=split.layer, series=f"{split.top_name}, each", x=wd, neuron=neurons)
 
 
 def _draw_floor(ax: Axes, floor: tuple[float, float], *, panel: str) -> Entry:
     mean, high = floor
-    band = ax.axvspan(mean, high, color=ink("floor"), alpha=0.3, lw=0)
+    color = ink("floor", None, FLOOR)
+    band = ax.axvspan(mean, high, color=color, alpha=0.3, lw=0)
     record(band, panel=panel, series="Gaussian floor, mean to 97.5 %", x=mean, x_right=high)
-    line = ax.axvline(mean, color=ink("floor"), label="Gaussian floor (mean to 97.5 %)")
+    line = ax.axvline(mean, color=color, label=f"{FLOOR} (mean to 97.5 %)")
     record(line, panel=panel, series="Gaussian floor, mean", x=mean)
-    return line, f"Gaussian floor {mean:.4f} σ (97.5 %: {high:.4f} σ)"
+    return line, f"{FLOOR} ({mean:.4f} σ; 97.5 %: {high:.4f} σ)"
 
 
+@axes_level
 def plot_wd_against_md(
     scores: pd.DataFrame,
     *,
@@ -151,6 +180,7 @@ def plot_wd_against_md(
     n_boot: int = 1000,
     legend: bool = True,
     ax: Axes | None = None,
+    **options: Unpack[PlotOptions],
 ) -> Axes:
     """Draw WD against mapping difficulty, with Spearman's coefficient and its interval.
 
@@ -167,6 +197,8 @@ def plot_wd_against_md(
         Write a legend; otherwise only the numbers, for panels that share one legend.
     ax
         Where to draw; None makes a new figure.
+    options
+        See `entangle.plotting.options.PlotOptions`.
 
     Returns
     -------
@@ -182,7 +214,7 @@ def plot_wd_against_md(
     split = split_top(scores, top=top, values=("wd", "md"))
     md, wd = split.values("md"), split.values("wd")
     found = spearman_interval(md, wd, n_boot=n_boot, seed=seed)
-    ax = axes_or_new(ax)
+    ax = axes_or_new(ax, options)
     entries = _draw_points(ax, split, md, wd)
     ax.set(xlabel=MD_LABEL, ylabel=WD_LABEL)
     add_title(ax, split.layer)
@@ -203,13 +235,10 @@ def bootstrap_text(*, n_boot: int, seed: int) -> str:
 def _draw_points(ax: Axes, split: TopSplit, x: Floats, y: Floats) -> list[Entry]:
     entries: list[Entry] = []
     neurons = split.neurons()
-    for mask, role, name, size in (
-        (~split.is_top, "typical", OTHERS, 4.0),
-        (split.is_top, "top", split.top_name, 9.0),
-    ):
+    for mask, role, name, size in _groups(split, (4.0, 9.0)):
         points = ax.scatter(
-            x[mask], y[mask], s=size, color=ink(role), alpha=0.6, linewidths=0, label=name,
-            rasterized=len(x) > _MANY_POINTS,
+            x[mask], y[mask], s=size, color=ink(role, None, name), alpha=0.6, linewidths=0,
+            label=name, rasterized=len(x) > _MANY_POINTS,
         )  # fmt: skip
         record(points, panel=split.layer, series=name, x=x[mask], y=y[mask], neuron=neurons[mask])
         entries.append((points, f"{name} (n = {mask.sum():,})"))
@@ -219,6 +248,7 @@ def _draw_points(ax: Axes, split: TopSplit, x: Floats, y: Floats) -> list[Entry]
 _MOST_UNEQUAL = 4.0
 
 
+@figure_level
 def figure_wd_distribution(
     scores: pd.DataFrame,
     layers: pd.DataFrame,
@@ -238,7 +268,7 @@ def figure_wd_distribution(
     top
         Share in (0, 1] of each layer's neurons to mark as the top.
     options
-        See `entangle.plotting.save.FigureOptions`.
+        See `entangle.plotting.options.FigureOptions`.
 
     Returns
     -------
@@ -274,6 +304,7 @@ def figure_wd_distribution(
         return page.finish(caption, shared=not alone)
 
 
+@figure_level
 def figure_wd_against_md(
     scores: pd.DataFrame,
     *,
@@ -294,7 +325,7 @@ def figure_wd_against_md(
     seed, n_boot
         Of the bootstrap interval of Spearman's coefficient.
     options
-        See `entangle.plotting.save.FigureOptions`.
+        See `entangle.plotting.options.FigureOptions`.
 
     Returns
     -------
@@ -326,8 +357,10 @@ def figure_wd_against_md(
 
 def _by_layer(scores: pd.DataFrame, *, needed: Sequence[str]) -> list[pd.DataFrame]:
     check_columns(scores, needed, name="scores")
-    check_panels(scores["layer"].nunique(), name="scores", kind="layer")
-    return [rows for _, rows in scores.groupby("layer", sort=False, observed=True)]
+    panels = [rows for _, rows in scores.groupby("layer", sort=False, observed=True)]
+    panels = picked(panels, lambda rows: layer_names(rows.iloc[0]), panels=True)
+    check_panels(len(panels), name="scores", kind="layer")
+    return panels
 
 
 def _floor_of(layers: pd.DataFrame, name: str) -> tuple[float, float]:

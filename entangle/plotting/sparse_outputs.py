@@ -1,4 +1,4 @@
-"""A neuron's outputs when weights become zero: by experts and sparsity, and by whose they are."""
+"""A neuron's outputs when weights become zero: by experts and sparsity."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Unpack
@@ -7,15 +7,15 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from entangle.checks import wholes
 from entangle.errors import InvalidInput
+from entangle.plotting.options import FigureOptions, PlotOptions, asked_for, picked
 from entangle.plotting.outputs import Entry, output_limits, wd_text
-from entangle.plotting.save import FigureOptions, paper, record, share_axes
+from entangle.plotting.page import axes_level, figure_level, paper, share_axes
+from entangle.plotting.save import record
 from entangle.plotting.style import (
     KIND_PALETTE,
-    NOMINAL,
     Role,
     Skyline,
     add_legend,
@@ -27,18 +27,14 @@ from entangle.plotting.style import (
 from entangle.plotting.summaries import (
     ALL_TOKENS,
     DECOMPOSE,
-    MOST_NAMED,
     OutputDensity,
     SparseNeuron,
-    Stack,
     bell_curve,
     check_columns,
     choose,
     close_neurons,
     output_density,
-    routed_neuron,
     sparse_neuron,
-    stack_of,
     usual_neurons,
 )
 
@@ -53,6 +49,7 @@ Panel = tuple[SparseNeuron, int, str]
 """A neuron at one sparsity, its number of experts, and the panel's title."""
 
 
+@axes_level
 def plot_sparse_output(
     outputs: pd.DataFrame,
     *,
@@ -66,6 +63,7 @@ def plot_sparse_output(
     legend: bool = True,
     notes: bool = True,
     ax: Axes | None = None,
+    **options: Unpack[PlotOptions],
 ) -> Axes:
     """Draw the sparse outputs of one neuron over its dense ones.
 
@@ -89,6 +87,8 @@ def plot_sparse_output(
         Write the number of tokens.
     ax
         Where to draw; None makes a new figure.
+    options
+        See `entangle.plotting.options.PlotOptions`.
 
     Returns
     -------
@@ -113,19 +113,21 @@ def plot_sparse_output(
     )
     k = int(first["experts"])
     shapes = _shapes(rows, chosen, k)
-    ax = axes_or_new(ax)
+    ax = axes_or_new(ax, options)
     entries, skyline = _draw(ax, shapes, chosen, k, xlim=xlim or _limits([shapes]))
     add_title(ax, "\n".join((f"{chosen.label}, {experts_text(k)}", _measures(chosen, k))))
     note = f"n = {shapes['dense'].n:,} tokens"
     if legend:
-        (dense, name), *others = entries
-        name = f"{name} ({note})" if notes else name
-        add_legend(ax, [(dense, name), *others], side="left", skyline=skyline)
+        if entries and notes:
+            (bars, name), *others = entries
+            entries = [(bars, f"{name} ({note})"), *others]
+        add_legend(ax, entries, side="left", skyline=skyline)
     elif notes:
         add_note(ax, [note], side="left", skyline=skyline)
     return ax
 
 
+@figure_level
 def figure_sparse_outputs(
     outputs: pd.DataFrame,
     neurons: pd.DataFrame,
@@ -147,7 +149,7 @@ def figure_sparse_outputs(
     experts
         Numbers of experts; None takes the smallest and the largest.
     options
-        See `entangle.plotting.save.FigureOptions`.
+        See `entangle.plotting.options.FigureOptions`.
 
     Returns
     -------
@@ -174,6 +176,7 @@ def figure_sparse_outputs(
     return _figure(rows, neurons, items, numbers, options)
 
 
+@figure_level
 def figure_recovery(
     outputs: pd.DataFrame,
     neurons: pd.DataFrame,
@@ -255,13 +258,14 @@ def draw_panels(
 
     RI is stated where any of them has several experts.
     """
+    panels = picked(panels, _panel_names, panels=True)
     improved = any(k > 1 for _, k, _ in panels)
     shapes = [_shapes(outputs, item, k) for item, k, _ in panels]
     xlim = _limits(shapes)
     first, tokens = panels[0][0], shapes[0]["dense"].n
     wd = {item.label: f"{item.label}: {wd_text(item.wd, None)}" for item, *_ in panels}
     with paper(options) as page:
-        if across is None:
+        if across is None or len(panels) % across:
             down = -(-len(panels) // MOST_ACROSS[page.column])
             across = -(-len(panels) // down)
         axes = page.grid(len(panels), longest_title=30, across=across)
@@ -281,6 +285,11 @@ def draw_panels(
         )
         alone = f"; {next(iter(wd.values()))}" if len(wd) == 1 else ""
         return page.finish(caption, title=f"{first.layer}, {said}{alone}")
+
+
+def _panel_names(panel: Panel) -> tuple[str, ...]:
+    item, k, title = panel
+    return title, item.role, item.label, f"neuron {item.neuron}", experts_text(k)
 
 
 def _measures(item: SparseNeuron, k: int, *, improved: bool = True) -> str:
@@ -312,7 +321,7 @@ def _draw(
 ) -> tuple[list[Entry], Skyline]:
     entries: list[Entry] = []
     panel = f"{item.label}, {experts_text(k)}"
-    for kind, shape in shapes.items():
+    for kind, shape in picked(shapes.items(), lambda shape: shape[0]):
         filled = kind == "dense"
         bars = ax.stairs(
             shape.density, shape.edges, fill=filled, color=ink(kind, KIND_PALETTE[kind]),
@@ -323,9 +332,11 @@ def _draw(
         entries.append((bars, kind))
     x = np.linspace(*xlim, 401)
     bell = bell_curve(x)
-    (line,) = ax.plot(x, bell, color=ink("gaussian"), lw=0.7, ls="--", label="Gaussian")
-    record(line, panel=panel, series="Gaussian", x=x, y=bell)
-    entries.append((line, "Gaussian"))
+    if asked_for("Gaussian"):
+        color = ink("gaussian", None, "Gaussian")
+        (line,) = ax.plot(x, bell, color=color, lw=0.7, ls="--", label="Gaussian")
+        record(line, panel=panel, series="Gaussian", x=x, y=bell)
+        entries.append((line, "Gaussian"))
     ax.set(xlabel=X_LABEL, ylabel=Y_LABEL, xlim=xlim)
     heights = [bell, *(shape.at(x) for shape in shapes.values())]
     return entries, (x, np.max(heights, axis=0))
@@ -334,6 +345,7 @@ def _draw(
 MAX_SPARSITIES = 10
 
 
+@figure_level
 def figure_sparsities(
     outputs: pd.DataFrame,
     neurons: pd.DataFrame,
@@ -357,7 +369,7 @@ def figure_sparsities(
     experts
         Number of experts.
     options
-        See `entangle.plotting.save.FigureOptions`.
+        See `entangle.plotting.options.FigureOptions`.
 
     Returns
     -------
@@ -386,211 +398,14 @@ def figure_sparsities(
     known = [int(number) for number in rows["neuron"].unique()]
     of_layer = choose(neurons, name="neurons", layer=name, sparsity=sparsities[0])
     usual = dict(usual_neurons(of_layer, known))
-    wanted = next(iter(usual)) if neuron is None else neuron
-    role = usual.get(wanted, "output")
+    number = next(iter(usual)) if neuron is None else neuron
+    role = usual.get(number, "output")
     panels: list[Panel] = [
         (
-            sparse_neuron(neurons, layer=name, neuron=wanted, sparsity=sparsity, role=role),
+            sparse_neuron(neurons, layer=name, neuron=number, sparsity=sparsity, role=role),
             experts,
             f"{100 * sparsity:.4g}\u00a0% zeros",
         )
         for sparsity in sparsities
     ]
     return draw_panels(outputs, neurons, panels, options, said=experts_text(experts))
-
-
-_OTHERS = "0.78"
-_HUMP, _LEAST_MASS = 0.06, 0.01
-
-
-def plot_experts(
-    outputs: pd.DataFrame,
-    *,
-    neurons: pd.DataFrame,
-    kind: str = "dense",
-    layer: str | None = None,
-    neuron: int | None = None,
-    experts: int | None = None,
-    sparsity: float | None = None,
-    xlim: tuple[float, float] | None = None,
-    legend: bool = True,
-    ax: Axes | None = None,
-) -> Axes:
-    """Draw the outputs of one neuron, stacked by the expert that each token goes to.
-
-    The experts lie on top of each other in the order of their mean dense output; the heights add up
-    to the density of all tokens. Experts have colours without an order; if they are more than
-    `MOST_NAMED`, those whose mean outputs lie farthest from the neuron's, and the others are grey.
-    Where some of the tokens form a low hump apart from the others, an inset enlarges it.
-
-    Parameters
-    ----------
-    outputs, neurons, layer, neuron, experts, sparsity
-        As in `entangle.plotting.plot_sparse_output`, with two experts or more.
-    kind
-        ``"dense"`` or ``"sparse"``.
-    xlim
-        Limits of the x axis in σ; chosen from the outputs if None.
-    legend
-        Name the experts that have colours; otherwise only the number of tokens.
-    ax
-        Where to draw; None makes a new figure.
-
-    Returns
-    -------
-    matplotlib.axes.Axes
-        ``ax``, or that of the new figure.
-
-    Raises
-    ------
-    InvalidInput, UnknownName
-        Missing columns, something that the tables do not hold, one expert, a constant neuron.
-    """
-    rows = choose(
-        outputs, name="outputs", layer=layer, neuron=neuron, experts=experts, sparsity=sparsity
-    )
-    stack = stack_of(rows, routed_neuron(rows, neurons), kind)
-    ax = axes_or_new(ax)
-    entries = _draw_stack(ax, stack, xlim or _stack_limits([stack]))
-    _zoom(ax, stack)
-    add_title(ax, stack.title)
-    note = f"n = {stack.whole.n:,} tokens"
-    if legend:
-        add_legend(ax, entries, side="left", skyline=stack.skyline)
-    else:
-        add_note(ax, [note], side="left", skyline=stack.skyline)
-    return ax
-
-
-def figure_experts(
-    outputs: pd.DataFrame,
-    neurons: pd.DataFrame,
-    *,
-    layer: str | None = None,
-    neuron: int | None = None,
-    experts: int | None = None,
-    sparsity: float | None = None,
-    **options: Unpack[FigureOptions],
-) -> Figure:
-    """Draw one neuron's outputs by expert, dense and sparse.
-
-    Parameters
-    ----------
-    outputs, neurons, layer, sparsity
-        As in `plot_experts`.
-    neuron
-        None takes the one with the largest WD.
-    experts
-        Number of experts; None takes the largest.
-    options
-        See `entangle.plotting.save.FigureOptions`.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-        Two panels with common axes.
-
-    Raises
-    ------
-    InvalidInput, UnknownName
-        What `plot_experts` refuses.
-
-    References
-    ----------
-    arXiv 2405.15756, figure 1 f.
-    """
-    rows = choose(outputs, name="outputs", layer=layer, sparsity=sparsity)
-    wanted = int(rows["experts"].max()) if experts is None else experts
-    rows = choose(rows, name="outputs", experts=wanted)
-    if neuron is None:
-        of_layer = choose(neurons, name="neurons", layer=str(rows["layer"].iloc[0]))
-        neuron = usual_neurons(of_layer, rows["neuron"].unique().tolist())[0][0]
-    rows = choose(rows, name="outputs", neuron=neuron)
-    item = routed_neuron(rows, neurons)
-    stacks = [stack_of(rows, item, kind) for kind in KIND_PALETTE]
-    with paper(options) as page:
-        across = 1 if page.column == "single" else 2
-        axes = page.grid(2, across=across, panel_inches=1.8)
-        for ax, stack in zip(axes, stacks, strict=True):
-            plot_experts(
-                rows, neurons=neurons, kind=stack.kind, xlim=_stack_limits(stacks), legend=False,
-                ax=ax,
-            )  # fmt: skip
-            add_title(ax, stack.kind)
-        share_axes(page.figure, axes, across=across)
-        tokens = stacks[0].tokens
-        said = f"neuron {item.neuron} of {item.layer}, {wd_text(item.wd, None)}"
-        caption = (
-            f"Outputs of {said}, at {100 * item.sparsity:.4g}\u00a0%\u00a0zeros, stacked by the "
-            f"expert that each of n = {stacks[0].whole.n:,}\u00a0tokens goes to: "
-            f"{len(tokens)}\u00a0experts of {min(tokens):,} to {max(tokens):,} tokens",
-            f"colours: the {MOST_NAMED} experts whose mean outputs lie farthest from the neuron's"
-            if len(tokens) > MOST_NAMED else "",
-            "insets: the low hump, enlarged",
-        )  # fmt: skip
-        return page.finish(caption, title=said)
-
-
-def _stack_limits(stacks: Sequence[Stack]) -> tuple[float, float]:
-    limits = [output_limits(stack.whole, center=0.0, scale=1.0) for stack in stacks]
-    return min(low for low, _ in limits), max(high for _, high in limits)
-
-
-def _draw_stack(
-    ax: Axes, stack: Stack, xlim: tuple[float, float], *, recorded: bool = True
-) -> list[Entry]:
-    edges, entries = stack.whole.edges, list[Entry]()
-    tops, named = np.cumsum(stack.density, axis=0), stack.named
-    others = len(stack.experts) - len(named)
-    for number, (expert, n) in enumerate(zip(stack.experts, stack.tokens, strict=True)):
-        name, own = f"expert {expert}", number in named
-        usual = NOMINAL[named.index(number)] if own else _OTHERS
-        # Each over the next and down to 0: bands side by side leave a hairline of paper.
-        bars = ax.stairs(
-            tops[number], edges, fill=True, color=ink(name, usual), lw=0,
-            zorder=2.0 - number / len(stack.experts),
-        )  # fmt: skip
-        if not recorded:
-            continue
-        record(
-            bars, panel=stack.kind, series=name, x=edges[:-1], y=stack.density[number],
-            x_right=edges[1:],
-        )  # fmt: skip
-        bars.set_label(name if own else "_")
-        if own:
-            entries.append((bars, f"{name} (n = {n:,})"))
-        elif others:
-            bars.set_label(f"{others} others")
-            entries.append((bars, f"{others} others"))
-            others = 0
-    ax.set(xlabel=X_LABEL, ylabel=Y_LABEL, xlim=xlim)
-    return entries
-
-
-def _zoom(ax: Axes, stack: Stack) -> None:
-    """Enlarge the low hump beside the peak, where there is one and room above it."""
-    x, y = stack.skyline
-    (low, high), peak = ax.get_xlim(), int(np.argmax(y))
-    below = np.flatnonzero(y < _HUMP * y[peak])
-    before, after = below[below < peak], below[below > peak]
-    sides = []
-    if len(before):
-        sides.append((low, float(x[before[-1]]), 0.04))
-    if len(after):
-        sides.append((float(x[after[0]]), high, 0.96))
-    mass = [stack.whole.share_between(left, right) for left, right, _ in sides]
-    if not mass or max(mass) < _LEAST_MASS:
-        return
-    left, right, corner = sides[int(np.argmax(mass))]
-    labels = 0.3 / (ax.bbox.width / ax.figure.dpi)  # room for those of the inset's y axis
-    width = (right - left) / (high - low) - labels
-    if width < 0.18:
-        return
-    inset = ax.inset_axes((labels if corner < 0.5 else corner - width, 0.38, width, 0.42))
-    _draw_stack(inset, stack, (left, right), recorded=False)
-    inside = (x >= left) & (x <= right)
-    inset.set(xlabel="", ylabel="", ylim=(0.0, 1.15 * float(y[inside].max())))
-    inset.tick_params(labelsize=6.0, size=2.0)
-    inset.xaxis.set_major_locator(MaxNLocator(3))
-    inset.yaxis.set_major_locator(MaxNLocator(3))
-    ax.indicate_inset_zoom(inset, edgecolor="0.4", lw=0.5)

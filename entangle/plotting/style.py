@@ -1,7 +1,7 @@
 """The look of the figures: colours by meaning, text sizes, legends, ticks that can be read.
 
-Nothing global is changed: `paper_style` and `inked` restore what was when they end, and
-`PaperFigure`, which pyplot never sees, lives and dies like any Python object. Text from tokenizers
+Nothing global is changed: `paper_style` restores what was when it ends, and `PaperFigure`, which
+pyplot never sees, lives and dies like any Python object. Text from tokenizers
 is shown without control characters and missing glyphs.
 """
 
@@ -11,7 +11,6 @@ import textwrap
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import lru_cache
 from itertools import accumulate, takewhile
 from types import MappingProxyType
@@ -32,7 +31,15 @@ from matplotlib.ticker import Locator, LogLocator, MaxNLocator
 from numpy.typing import NDArray
 
 from entangle.checks import choice
-from entangle.errors import is_unseen, spelled, unknown_name
+from entangle.errors import is_unseen, spelled
+from entangle.plotting.options import (
+    Column,
+    PlotOptions,
+    arranged,
+    color_of,
+    title_or,
+    words_or,
+)
 
 MONO_FAMILY = "DejaVu Sans Mono"
 """Comes with matplotlib; every character is 0.602 of the font size wide."""
@@ -101,7 +108,6 @@ def _font(family: str) -> FT2Font:
     return font_manager.get_font(found)
 
 
-Column = Literal["single", "double"]
 Role = Literal["output", "top", "typical"]
 Side = Literal["left", "right"]
 Skyline = tuple[NDArray[np.float64], NDArray[np.float64]]
@@ -227,49 +233,19 @@ def paper_style(*, column: Column = "single") -> Iterator[None]:
         yield
 
 
-class _Inks(dict[str, str]):
-    """Colours that a figure was asked for, and which of them it wanted to know."""
-
-    wanted: set[str]
-
-
-_INKS: ContextVar[_Inks | None] = ContextVar("inks", default=None)
-
-
-def ink(name: str, usual: str | None = None) -> str:
-    """Return the colour of a meaning: as asked for by `inked`, else ``usual``, else `PALETTE`'s."""
-    inks = _INKS.get()
-    if inks is not None:
-        inks.wanted.add(name)
-        if name in inks:
-            return inks[name]
-    return PALETTE[name] if usual is None else usual
-
-
-@contextmanager
-def inked(palette: Mapping[str, str] | None) -> Iterator[None]:
-    """Draw with other colours inside the ``with`` block.
+def ink(name: str, usual: str | None = None, *parts: str) -> str:
+    """Return a colour as it is asked for (`PlotOptions`), else ``usual``, else `PALETTE`'s.
 
     Parameters
     ----------
-    palette
-        Colours by meaning: keys of `PALETTE`, or what a legend calls a series.
-
-    Raises
-    ------
-    UnknownName
-        A key that nothing drawn in the block goes by.
+    name
+        A meaning, such as ``"top"``, or a part of the figure.
+    usual
+        Hexadecimal.
+    parts
+        Names of the part, which go before the meaning.
     """
-    inks = _Inks(palette or {})
-    inks.wanted = set()
-    token = _INKS.set(inks)
-    try:
-        yield
-        for name in inks:
-            if name not in inks.wanted:
-                raise unknown_name("palette", name, sorted(inks.wanted), "Colour one of these.")
-    finally:
-        _INKS.reset(token)
+    return color_of([*parts, name], PALETTE[name] if usual is None else usual)
 
 
 def called(name: str, known: Mapping[str, str] = KNOWN_NAMES) -> str:
@@ -305,18 +281,24 @@ def settle_ticks(axes: Sequence[Axes]) -> None:
             axis.get_major_ticks(1)
 
 
-def axes_or_new(ax: Axes | None) -> Axes:
-    """Return ``ax``, or the axes of a new `PaperFigure` where it is None."""
+def axes_or_new(ax: Axes | None, options: PlotOptions | None = None) -> Axes:
+    """Return ``ax``, or where it is None the axes of a new `PaperFigure` of the size asked for."""
     if ax is not None:
         return ax
-    made = PaperFigure(layout="constrained").subplots()
+    figure, size = PaperFigure(layout="constrained"), options or {}
+    width, height = size.get("width"), size.get("height")
+    figure.set_size_inches(width or figure.get_figwidth(), height or figure.get_figheight())
+    made = figure.subplots()
     settle_ticks([made])
     return made
 
 
+_WORDS = "words"
+
+
 def text_handle() -> Line2D:
     """Return an invisible legend handle, for an entry that is only text."""
-    return Line2D([], [], linestyle="none", marker="none")
+    return Line2D([], [], linestyle="none", marker="none", gid=_WORDS)
 
 
 def wrap(ax: Axes, text: str, *, size: float) -> str:
@@ -337,7 +319,7 @@ def _fill(line: str, characters: int) -> str:
 def add_title(ax: Axes, text: str) -> None:
     """Write the title of a panel, broken to its width and taken literally (no TeX)."""
     size = _points("axes.titlesize")
-    ax.set_title(wrap(ax, text, size=size), parse_math=False)
+    ax.set_title(wrap(ax, title_or(text), size=size), parse_math=False)
 
 
 def add_legend(
@@ -345,29 +327,42 @@ def add_legend(
 ) -> None:
     """Write a legend into an upper corner and raise the y limit so that it covers no data."""
     size = _points("legend.fontsize")
+    keyed = [entry for entry in entries if entry[0].get_gid() != _WORDS]
+    words = words_or([label for handle, label in entries if handle.get_gid() == _WORDS])
+    entries = [*arranged(keyed, _texts), *((text_handle(), w) for w in words)]
+    if not entries:
+        return
     labels = [wrap(ax, label, size=1.2 * size) for _, label in entries]  # leaves the keys' place
     place: Literal["upper left", "upper right"] = "upper left" if side == "left" else "upper right"
     take_literally(ax.legend([handle for handle, _ in entries], labels, loc=place))
     _keep_clear(ax, "\n".join(labels), side=side, skyline=skyline)
 
 
+def _texts(entry: tuple[Artist, str]) -> tuple[str, str]:
+    return entry[1], str(entry[0].get_label())
+
+
 def join_clauses(clauses: Sequence[str], *, inches: float, size: float = 7.0) -> str:
-    """Join clauses by semicolons, with as many on a line as fit at ``size`` points, as `wrap`."""
+    """Join clauses by semicolons, with as many on a line as fit at ``size`` points, as `wrap`.
+
+    One that ends with a line break has a line of its own.
+    """
     characters = max(12, int(inches * CHARACTERS_PER_INCH * 7.0 / size))
     lines: list[str] = []
     for clause in clauses:
-        if lines and len(lines[-1]) + len(clause) + 2 <= characters:
+        fits = bool(lines) and len(lines[-1]) + len(clause) + 2 <= characters
+        if fits and not lines[-1].endswith("\n"):
             lines[-1] += f"; {clause}"
         else:
             lines.append(clause)
-    return "\n".join(_fill(line, characters) for line in lines)
+    return "\n".join(_fill(line.rstrip("\n"), characters) for line in lines)
 
 
 def legend_above(
     ax: Axes, entries: Sequence[tuple[Artist, str]], *, clauses: Sequence[str]
 ) -> Legend:
     """Write a legend and text on top of ``ax``, in as many columns as fit its width."""
-    size = _points("legend.fontsize")
+    size, entries = _points("legend.fontsize"), arranged(entries, _texts)
     labels = [wrap(ax, label, size=1.2 * size) for _, label in entries]
     legend = ax.legend(
         [handle for handle, _ in entries],
@@ -411,10 +406,14 @@ def explain_above(
     entries: Sequence[tuple[Artist, str]],
     clauses: Sequence[str] = (),
     *,
+    title: str = "",
     legend: bool,
     own: bool,
 ) -> None:
-    """Write a legend, or only the clauses, on top of ``ax``; ``own`` figures get room for it."""
+    """Write a legend, or only title and clauses, on ``ax``; ``own`` figures get room for it."""
+    asked = title_or(title)
+    asked += "\n" if asked and asked != title else ""
+    clauses = [said for said in (asked, *words_or(clauses)) if said]
     if not legend:
         if clauses:
             note_above(ax, clauses)
@@ -433,7 +432,9 @@ def shade(color: str, share: float) -> str:
 def add_note(ax: Axes, lines: Sequence[str], *, side: Side, skyline: Skyline) -> None:
     """Write lines of text into an upper corner, clear of the data as `add_legend`."""
     size = _points("legend.fontsize")
-    text = wrap(ax, "\n".join(lines), size=size)
+    text = wrap(ax, "\n".join(words_or(lines)), size=size)
+    if not text:
+        return
     x = 0.02 if side == "left" else 0.98
     ax.text(
         x,
@@ -460,7 +461,8 @@ def _keep_clear(ax: Axes, text: str, *, side: Side, skyline: Skyline) -> None:
     x, y = skyline
     under = np.abs(x - edge) <= share_x * abs(toward - edge)
     top = max(float(y.max()) * 1.05, float(y[under].max(initial=0.0)) / (1.0 - share_y))
-    ax.set_ylim(top=top)
+    if top > ax.get_ylim()[0]:  # something is drawn
+        ax.set_ylim(top=top)
 
 
 def _points(setting: Literal["axes.titlesize", "legend.fontsize"]) -> float:

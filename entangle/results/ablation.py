@@ -302,9 +302,17 @@ class AblationResult(Result):
         )
         return table.drop_duplicates(key)[[*key, *ends]]
 
+    def _summed(self) -> pd.DataFrame:
+        shown = self._shown_measure()
+        return self._told()[1].rename(columns={"value": shown})
+
+    def _shown_measure(self) -> str:
+        measures = [str(name) for name in self.frame["measure"].unique()]
+        return "perplexity" if "perplexity" in measures else measures[0]
+
     def _told(self) -> tuple[list[str], pd.DataFrame]:
         measures = [str(name) for name in self.frame["measure"].unique()]
-        shown = "perplexity" if "perplexity" in measures else measures[0]
+        shown = self._shown_measure()
         changed = self.selections["layer"].nunique()
         text = described(self.manifest, "evaluation", "text", "source", default="minimal pairs")
         lines = [

@@ -2,12 +2,14 @@
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import pandas as pd
 
+from entangle.checks import choices, path_of
+from entangle.errors import InvalidInput
 from entangle.runs.provenance import (
     expand_user,
     output_folder,
@@ -130,6 +132,69 @@ class Result(ABC):
             Of the figure, such as ``column``; as its function in `entangle.plotting` takes them.
         """
 
+    def figures(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        only: str | Iterable[str] | None = None,
+        formats: str | Iterable[str] = ("pdf", "png"),
+        force: bool = False,
+        **options: Any,
+    ) -> "dict[str, Path | InvalidInput]":
+        """Draw and save every figure that the result holds, as `entangle figures` does.
+
+        Parameters
+        ----------
+        folder
+            Where to; made if it is missing.
+        only
+            Names of the figures, such as ``"wd_by_layer"``; None takes all of this kind of result.
+        formats, force
+            As in `entangle.plotting.save_figure`.
+        options
+            As `entangle.plotting.FigureOptions` says, for all of them. A name must be known to one
+            of the figures.
+
+        Returns
+        -------
+        dict
+            By the figure's name the path of its files without their endings; or what keeps it from
+            being drawn, such as a table that was not asked for.
+
+        Raises
+        ------
+        InvalidInput, UnknownName
+            No such figure or option, a file that exists.
+        """
+        from entangle.plotting import save_figure
+        from entangle.results.drawings import attempts, drawings
+
+        drawn, place = dict(drawings(self, options)), path_of("folder", folder)
+        wanted = drawn if only is None else choices("only", only, drawn, kind="figure")
+        found: dict[str, Path | InvalidInput] = {}
+        for name, figure in attempts([(name, drawn[name]) for name in wanted], options):
+            if isinstance(figure, InvalidInput):
+                found[name] = figure
+                continue
+            save_figure(figure, place / name, formats=formats, force=force)
+            found[name] = place / name
+        return found
+
+    def cite(self) -> str:
+        """Return how to make the result again, in two sentences of plain text.
+
+        The model with its digest, dtype and device, the texts with digests and numbers of tokens,
+        the versions; the seeds, the manifest's digest and, where it is known, the command. What the
+        manifest does not say is called not recorded.
+        """
+        from entangle.results.statement import statement
+
+        return statement(self._TITLE, self.manifest)
+
+    def summary(self) -> pd.DataFrame:
+        """Return the table that sums the result up, in which a notebook shows it."""
+        return self._told()[1]
+
     def to_latex(
         self, table: pd.DataFrame | None = None, *, caption: str = "", label: str = ""
     ) -> str:
@@ -139,13 +204,16 @@ class Result(ABC):
         ----------
         table
             What is written: any table of the result, such as a part of ``frame``. By default the
-            one that a notebook shows.
+            one that sums it up (`summary`).
         caption, label
             Of the table: a plain text and a name; neither is written where it is empty.
         """
         from entangle.runs.tables import latex_table
 
-        return latex_table(self._told()[1] if table is None else table, caption, label)
+        return latex_table(self._summed() if table is None else table, caption, label)
+
+    def _summed(self) -> pd.DataFrame:
+        return self._told()[1]
 
     def _repr_html_(self) -> str:
         lines, table = self._told()

@@ -107,6 +107,10 @@ class Comparison(Result):
         equal.to_parquet(folder / "equal_nonzeros.parquet", index=False)
         Result.write(replace(self, frame=self.frame.drop(columns="seconds")), folder)
 
+    def _summed(self) -> pd.DataFrame:
+        costs = ("flops", "nonzeros", "bytes")
+        return self._told()[1].rename(columns={name: f"{name} / dense" for name in costs})
+
     def _told(self) -> tuple[list[str], pd.DataFrame]:
         text = described(self.manifest, "evaluation", "source")
         lines = [

@@ -16,7 +16,7 @@ import pandas as pd
 from safetensors import safe_open
 from safetensors.numpy import save as to_safetensors
 
-from entangle.checks import choice, whole
+from entangle.checks import choice, names, whole
 from entangle.results.base import Named, Result, settings_of, strange_layer
 from entangle.runs.provenance import special_tokens_of
 from entangle.runs.reading import decoding
@@ -204,6 +204,33 @@ class NeuronScores(Result):
         valid = self.frame[self.frame[by].notna()]
         return valid.sort_values(by, ascending=False, kind="stable").head(k)
 
+    def summary(self) -> pd.DataFrame:
+        """Return one row a layer.
+
+        Returns
+        -------
+        pandas.DataFrame
+            ``layer``, ``n_neurons``, ``n_tokens``, ``wd_median`` and ``wd_largest`` (σ),
+            ``largest`` (the neuron with the largest WD), ``null_floor`` with its upper quantile
+            ``null_floor_high`` (σ, what truly Gaussian outputs would score), ``split_half`` (rank
+            agreement of WD between two halves of the text), ``md_median``, ``unscored`` (neurons
+            without WD).
+        """
+        by = self.frame.groupby("layer", sort=False)
+        scored = self.frame[self.frame["wd"].notna()]
+        best = scored.loc[scored.groupby("layer", sort=False)["wd"].idxmax()].set_index("layer")
+        columns = ["layer", "n_neurons", "n_tokens", "null_floor", "null_floor_high", "split_half"]
+        table = self.layers[columns].set_index("layer")
+        table.insert(2, "wd_median", by["wd"].median())
+        table.insert(3, "wd_largest", best["wd"])
+        table.insert(4, "largest", best["neuron"].astype("Int64"))
+        table["md_median"] = by["md"].median()
+        table["unscored"] = by["wd"].apply(lambda wd: int(wd.isna().sum()))
+        return table.reset_index()
+
+    def _summed(self) -> pd.DataFrame:
+        return self.summary()
+
     def layer(self, name: "str | Named") -> "NeuronScores":
         """Return the scores of one layer, by its full dotted name."""
         name = self._known(name)
@@ -225,7 +252,8 @@ class NeuronScores(Result):
         """
         from entangle.plotting import figure_wd_distribution
 
-        return figure_wd_distribution(few_layers(self.frame), self.layers, **options)
+        few = few_layers(self.frame, options.get("subset"))
+        return figure_wd_distribution(few, self.layers, **options)
 
     def compare_with(self, other: "NeuronScores", **options: Any) -> "Difference":
         """Compare with another run, this one being A; ``options`` are those of `entangle.diff`."""
@@ -326,8 +354,18 @@ class NeuronScores(Result):
         return None
 
 
-def few_layers(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return all layers of a frame if they are few, else those of block 1, or else the first."""
+def few_layers(frame: pd.DataFrame, wanted: object = None) -> pd.DataFrame:
+    """Return the layers that are ``wanted`` by name, if any; else few.
+
+    These are all of them, or else those of block 1, or else the first.
+    """
+    if wanted is not None:
+        from entangle.plotting.outputs import layer_names
+
+        layers, asked = frame.drop_duplicates("layer"), {*names("subset", wanted)}
+        named = [str(row["layer"]) for _, row in layers.iterrows() if asked & {*layer_names(row)}]
+        if named:
+            return frame[frame["layer"].isin(named)]
     if frame["layer"].nunique() <= MOST_LAYERS:
         return frame
     rows: pd.DataFrame = frame[(frame["block"] == BLOCK).fillna(value=False)]

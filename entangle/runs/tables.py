@@ -90,9 +90,17 @@ def _cell(value: Any) -> str:
     return f'<td style="text-align: left"{hint}>{html.escape(cut)}</td>'
 
 
+_SIGMA = (
+    "wd", "wd_se", "wd_median", "wd_largest", "null_floor", "null_floor_high", "weighted_wd",
+    "output_wd", "output_distance",
+)  # fmt: skip
+_SHARES = (
+    "sparsity", "realised_sparsity", "lowest", "highest", "share", "relative_error",
+    "weighted_wd_change", "top1_agreement", "accuracy",
+)  # fmt: skip
 UNITS = {
-    "wd": r"$\sigma$", "wd_se": r"$\sigma$", "output_distance": r"$\sigma$", "seconds": "s",
-    **dict.fromkeys(("sparsity", "realised_sparsity", "lowest", "highest", "share"), r"\%"),
+    **dict.fromkeys(_SIGMA, r"$\sigma$"), **dict.fromkeys(_SHARES, r"\%"), "seconds": "s",
+    "kl": "nats per token",
 }  # fmt: skip
 """Units by column; what is in percent is held as a share."""
 

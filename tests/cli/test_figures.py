@@ -10,7 +10,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from entangle.cli.figures import FIGURES, MAKERS, drawings_of, missing_lines, open_run, text_of
+from entangle.cli.figures import MAKERS, drawings_of, missing_lines, open_run
+from entangle.results.drawings import FIGURES, text_of
 from tests.cli.runs import Run, holds
 from tests.saved import resealed
 
@@ -111,7 +112,9 @@ def test_a_layer_each_where_there_are_several(made: Mapping[str, Path], tmp_path
     manifest["settings"]["layers"].append("other")
     (folder / "manifest.json").write_text(json.dumps(manifest), "utf-8")
     resealed(folder)
-    drawings = {one.name: one.draw for one in drawings_of(open_run(str(folder)), "single")}
+    drawings = {
+        one.name: one.draw for one in drawings_of(open_run(str(folder)), {"column": "single"})
+    }
     assert list(drawings) == [
         f"{name}_{layer}"
         for layer in ("model.layers.1.mlp.gate_proj", "other")
@@ -169,7 +172,7 @@ def test_a_table_that_was_not_asked_for_is_named_with_its_option(
 def test_a_figure_names_the_seed_of_its_run(made: Mapping[str, Path]) -> None:
     for kind, seed in (("decomposition", ", seed 0"), ("scores", ", seed 0"), ("allocation", "")):
         one = open_run(str(made[kind]))
-        drawing = next(iter(drawings_of(one, "single")))
+        drawing = next(iter(drawings_of(one, {"column": "single"})))
         texts = [text.get_text() for text in drawing.draw().texts]
         assert f"run {one.digest[:12]}{seed}" in texts
 
@@ -232,3 +235,54 @@ def test_bad_options_are_refused_before_anything_is_read(run: Run, tmp_path: Pat
     file = tmp_path / "x.safetensors"
     file.write_bytes(b"nothing")
     assert run("figures", file).status == 2
+
+
+def test_figures_are_drawn_as_asked_for(run: Run, made: Mapping[str, Path], tmp_path: Path) -> None:
+    done = run(
+        "figures", made["scores"], "--out", tmp_path, "--format", "png", "--width", 5,
+        "--height", 3, "--no-caption", "--palette", "top=#12ab34", "--label", "neurons per bin=N",
+        "--only", "wd_distribution", "--only", "wd_against_md", "--title", "Mine",
+    )  # fmt: skip
+    assert (done.status, done.err) == (0, "")
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"{name}.{ending}" for name in ("wd_distribution", "wd_against_md")
+        for ending in ("png", "csv")
+    }  # fmt: skip
+    picture = (tmp_path / "wd_distribution.png").read_bytes()
+    assert (int.from_bytes(picture[16:20]), int.from_bytes(picture[20:24])) == (1500, 900)
+
+
+def test_a_subset_of_layers_leaves_the_others_out(
+    run: Run, made: Mapping[str, Path], tmp_path: Path
+) -> None:
+    layer = pd.read_parquet(made["scores"] / "scores.parquet")["layer"].iloc[-1]
+    options = "--format", "png", "--subset", layer, "--out", tmp_path
+    done = run("figures", made["scores"], made["comparison"], *options)
+    assert (done.status, done.err) == (0, "")
+    assert set(pd.read_csv(tmp_path / "wd_distribution.csv")["panel"]) == {layer}
+    assert "Skipped: comparison: unknown subset" in done.out
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--palette", "tpo=red"), "'tpo' top"),
+        (("--palette", "top=reddish"), "colour 'reddish'"),
+        (("--palette", "Dark3"), "'Dark3' Dark2"),
+        (("--label", "neurons per bn=N"), "neurons per bin"),
+        (("--label", "N"), "--label NAME=VALUE"),
+        (("--subset", "nobody"), "subset 'nobody'"),
+        (("--order", "nobody"), "order 'nobody'"),
+        (("--only", "wd_distributoin"), "figure 'wd_distributoin' wd_distribution"),
+        (("--width", "triple"), "--width inches 'triple'"),
+        (("--width", "800"), "width 60 inches"),
+        (("--height", "0.1"), "height 1"),
+    ],
+)
+def test_what_no_figure_knows_is_refused_and_nothing_written(
+    run: Run, made: Mapping[str, Path], tmp_path: Path, options: tuple[str, ...], said: str
+) -> None:
+    done = run("figures", made["scores"], "--out", tmp_path / "f", "--format", "png", *options)
+    assert done.status == 2
+    assert holds(done.err, said), done.err
+    assert not (tmp_path / "f").exists()

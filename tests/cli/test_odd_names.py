@@ -181,6 +181,6 @@ def test_layers_of_odd_names_are_drawn_and_shown(
         separated=0,
     )
     made.save("made")
-    names = [drawing.name for drawing in drawings_of(open_run("made"), "single")]
+    names = [drawing.name for drawing in drawings_of(open_run("made"), {"column": "single"})]
     assert len(names) == len(set(names)) == 20
     assert not any("/" in name or any(map(is_unseen, name)) for name in names)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from entangle.errors import InvalidInput, UnknownName
 from entangle.plotting import PALETTE, caption_of, drawn, figure_ablation, plot_ablation
-from entangle.plotting.ablation import SEEDS as SEEDS_TEXT
+from entangle.plotting.arms import SEEDS as SEEDS_TEXT
 from tests.plotting.ablation_frames import RATIOS, SEEDS, ablation_frame
 from tests.plotting.layout import crowded
 

@@ -56,7 +56,7 @@ def test_the_histogram_counts_every_row(neurons: pd.DataFrame) -> None:
     at = {float(edges[i]): int(counts[i]) for i in np.flatnonzero(counts)}
     assert at == {0.0: 10, 70.0: 60, 84.0: 30}
     assert ax.get_yscale() == "log"
-    assert labels(ax) == ["100 rows: 0 to 85 %", "all layers: 67.5 %"]
+    assert labels(ax) == ["rows (n = 100: 0 to 85 %)", "all layers: 67.5 %"]
     (line,) = ax.get_lines()
     assert list(np.asarray(line.get_xdata())) == [67.5, 67.5]
 
@@ -65,7 +65,7 @@ def test_one_sparsity_is_one_bar(neurons: pd.DataFrame) -> None:
     ax = plot_row_sparsity(neurons.assign(sparsity=1.0))
     table = drawn(ax.get_figure(root=True))  # type: ignore[arg-type]
     assert table["y"].sum() == table["y"].max() == 100
-    assert labels(ax) == ["100 rows: 100 %"]
+    assert labels(ax) == ["rows (n = 100: 100 %)"]
 
 
 def test_a_line_for_every_projection(layers: pd.DataFrame) -> None:

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from entangle.errors import InvalidInput, UnknownName
-from entangle.plotting.ablation import SEEDS, Panel, read_arms, series_name, split_panels
+from entangle.plotting.arms import SEEDS, Panel, read_arms, series_name, split_panels
 from tests.plotting.ablation_frames import ablation_frame
 
 RATIO = "perplexity_ratio"

@@ -70,7 +70,7 @@ def test_wd_legend_states_counts_threshold_floor_and_what_was_left_out(
     assert texts == [
         "other neurons (n = 187)",
         f"top 5 % by WD (n = 10, WD ≥ {threshold:.3f} σ)",
-        "Gaussian floor 0.0130 σ (97.5 %: 0.0190 σ)",
+        "Gaussian floor (0.0130 σ; 97.5 %: 0.0190 σ)",
         "3 left out: 2 constant, 1 nan",
     ]
 

@@ -11,7 +11,7 @@ from matplotlib.text import Text
 
 from entangle import plotting
 from entangle.errors import UnknownName, is_unseen
-from entangle.plotting.style import Column
+from entangle.plotting.options import Column
 from tests.plotting.ablation_frames import ablation_frame
 from tests.plotting.conftest import allocated, expanded
 from tests.plotting.decomposition_frames import TOP, Decomposed

@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from entangle.errors import InvalidInput, Unavailable, UnknownName
 from entangle.plotting import drawn, figure_wd_distribution, plot_wd_distribution, save_figure, sign
 from entangle.plotting import save as save_module
-from entangle.plotting.save import add_seed, panel_grid
+from entangle.plotting.page import panel_grid
+from entangle.plotting.save import add_seed
 from entangle.plotting.style import paper_style
 from entangle.runs.provenance import scratch
 from tests.plotting.layout import outside, overlapping, texts

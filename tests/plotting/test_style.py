@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 
 from entangle.errors import InvalidInput
 from entangle.plotting import COLUMN_INCHES, PALETTE, paper_style
-from entangle.plotting.save import panel_grid, shared_legend
+from entangle.plotting.page import panel_grid, shared_legend
 from entangle.plotting.style import (
     METHOD_PALETTE,
     SPARE_COLORS,

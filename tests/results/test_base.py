@@ -1,8 +1,11 @@
 """What all results have in common."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
@@ -12,7 +15,10 @@ from entangle.errors import InvalidInput, UnknownName
 from entangle.results import CLASSES
 from entangle.results.allocation import AllocationReport
 from entangle.results.base import Result
+from entangle.results.drawings import FIGURES
 from entangle.results.expansion import ExpansionReport
+from entangle.results.statement import statement
+from entangle.runs.sealing import manifest_digest
 from entangle.runs.tables import latex_table
 from tests.saved import without_digests
 
@@ -56,6 +62,67 @@ def test_drawn_and_shown(kind: str, result: Result) -> None:
     assert r"\label{tab:x}" in text
     assert text.count(r"\\") >= 2
     assert result.to_latex(result.frame.head(1)).count(r"\\") == 2
+
+
+def test_every_figure_as_it_is_asked_for(kind: str, result: Result, tmp_path: Path) -> None:
+    (name, *_) = FIGURES[kind]
+    options: dict[str, Any] = {"width": 5.0, "caption": False, "formats": "png"}
+    found = result.figures(tmp_path, only=name, title="Mine", **options)
+    assert found == {name: tmp_path / name}
+    assert {path.suffix for path in tmp_path.iterdir()} == {".png", ".csv"}
+    with pytest.raises(InvalidInput, match="force"):
+        result.figures(tmp_path, only=name, **options)
+    for wrong in ({"only": "nobody"}, {"palette": {"nobody": "red"}}, {"subset": "nobody"}):
+        with pytest.raises(UnknownName, match="nobody"):
+            result.figures(tmp_path / "f", **wrong)
+    assert not (tmp_path / "f").exists()
+
+
+def test_how_to_make_it_again_in_two_sentences(kind: str, result: Result) -> None:
+    said = result.cite()
+    assert re.fullmatch(r"For the .*[^.]\. The seed is .*[^.]\.", said)
+    assert len(re.findall(r"\. [A-Z]", said)) == 1
+    model: Any = result.manifest["model"]
+    facts = [model["digest"][:16], model["dtype"], model["device"], Path(model["name"]).name]
+    text: Any = result.manifest.get("calibration")
+    if text is not None:
+        facts += [f"{text['n_tokens']:,} tokens", text["digest"][:16], "special tokens"]
+    packages: Any = result.manifest.get("packages", {})
+    facts += [f"{name} {packages[name]}" for name in ("torch", "transformers") if packages]
+    assert [fact for fact in facts if fact not in said] == []
+    assert manifest_digest(result.manifest)[:16] in said
+    assert str(Path.home()) not in said
+
+
+def test_what_a_manifest_does_not_say_is_not_made_up() -> None:
+    said = statement("Scores of", {"kind": "scores"})
+    assert said.count("not recorded") == 4  # model, texts, versions, seed
+    model = {"name": "/home/me/a model\x1b[31m", "dtype": "float32"}
+    text: dict[str, object] = {"source": "text", "n_tokens": None, "settings": {}}
+    said = statement("Scores of", {"model": model, "calibration": text, "packages": {}})
+    for fact in ("digest not recorded", "device not recorded", "tokens not recorded",
+                 "torch not recorded", "entangle not recorded", "seed is not recorded",
+                 "special tokens: unknown"):  # fmt: skip
+        assert fact in said
+    assert "/home" not in said
+    assert "\x1b" not in said
+    command = {"command": "entangle score /home/me/model --seed 3"}
+    assert "`entangle score model --seed 3`" in statement("Scores of", command)
+
+
+def test_scores_are_summed_up_by_layer(made: Mapping[str, Path]) -> None:
+    scores = entangle.load_scores(made["scores"])
+    scores.frame.loc[0, "wd"] = float("nan")
+    table = scores.summary().set_index("layer")
+    assert list(table.index) == scores.layers["layer"].tolist()
+    for layer, rows in scores.frame.groupby("layer"):
+        kept = rows[rows["wd"].notna()]
+        assert table.loc[str(layer), "wd_median"] == np.median(kept["wd"])
+        assert table.loc[str(layer), "largest"] == kept["neuron"].iloc[int(np.argmax(kept["wd"]))]
+        assert table.loc[str(layer), "unscored"] == len(rows) - len(kept)
+    text = scores.to_latex()
+    assert r"wd median ($\sigma$)" in text
+    assert text.count(r"\\") == 1 + len(table)
 
 
 def test_a_folder_of_another_kind(kind: str, result: Result, made: Mapping[str, Path]) -> None:
