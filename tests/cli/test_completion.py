@@ -1,0 +1,75 @@
+"""Completion scripts, run by the shells that they are for."""
+
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.cli.runs import Run
+
+_BASH = r"""
+source "$1"; shift
+COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1))
+_shtab_entangle entangle "${COMP_WORDS[-1]}" "${COMP_WORDS[-2]}" 2> /dev/null
+printf '%s\n' "${COMPREPLY[@]}"
+"""
+_FISH = 'source $argv[1]; complete -C "$argv[2]" | string split -f 1 \\t'
+_ZSH = r"""
+zmodload zsh/zpty
+zpty shell zsh -f -i
+zpty -w shell "PROMPT=; autoload -Uz compinit; compinit -u -d $PWD/dump; source $1; \
+zstyle ':completion:*' list-separator '#'; LISTMAX=0; bindkey '^I' list-choices; echo READY"
+zpty -r shell line '*READY*READY*'
+zpty -n -w shell "$2"$'\t'
+sleep 2
+zpty -n -w shell $'\x15exit\n'
+while zpty -r shell line; do print -r -- "$line"; done
+"""
+
+
+@pytest.fixture
+def complete(run: Run, tmp_path: Path) -> Callable[[str, str], str]:
+    """Return what a shell offers after a command line."""
+    (tmp_path / "entangle").write_text("#!/bin/sh\n")
+    (tmp_path / "entangle").chmod(0o755)
+
+    def complete(shell: str, line: str) -> str:
+        if shutil.which(shell) is None:
+            pytest.skip(f"{shell} is not installed")
+        script = tmp_path / f"script.{shell}"
+        script.write_text(run("completion", shell).out)
+        commands = {
+            "bash": ["bash", "--noprofile", "--norc", "-c", _BASH, "-", script, *line.split(" ")],
+            "fish": ["fish", "--no-config", "-c", _FISH, script, line],
+            "zsh": ["zsh", "-f", "-c", _ZSH, "-", script, line],
+        }
+        done = subprocess.run(
+            commands[shell], capture_output=True, text=True, check=True, timeout=60, cwd=tmp_path
+        )
+        return done.stdout
+
+    return complete
+
+
+@pytest.mark.parametrize("shell", ["bash", "fish", "zsh"])
+def test_commands_options_and_choices(complete: Callable[[str, str], str], shell: str) -> None:
+    assert {"score", "show"} <= set(complete(shell, "entangle s").split())
+    assert "--calibration-config" in complete(shell, "entangle score --cal").split()
+
+
+@pytest.mark.parametrize("shell", ["bash", "fish"])
+def test_values_and_files(complete: Callable[[str, str], str], shell: str, tmp_path: Path) -> None:
+    rules = complete(shell, "entangle allocate x --rule ").split()
+    assert {"uniform", "sensitivity", "search"} <= set(rules)
+    assert "neurons" in complete(shell, "entangle score --table ").split()
+    assert complete(shell, "entangle completion z").split() == ["zsh"]
+    (tmp_path / "odd name.txt").touch()
+    assert "odd name.txt" in complete(shell, "entangle score --calibration od").splitlines()
+
+
+def test_an_unknown_shell_is_refused(run: Run) -> None:
+    ran = run("completion", "cmd")
+    assert (ran.status, ran.out) == (2, "")
+    assert "bash" in ran.err
