@@ -37,11 +37,12 @@ def check_columns(given: Mapping[str, object]) -> None:
     InvalidInput, Unavailable
         If a file cannot be read.
     """
-    by = given.get("by")
-    if isinstance(by, str):
+    by, scores = given.get("by"), given.get("scores")
+    there = scores is None or _table(scores).is_file()  # or the reading says what is wrong
+    if isinstance(by, str) and there:
         allocates = given.get("command") == "allocate"
         separator, without = ("+", (*_LISTED[1:], "block")) if allocates else (",", ())
-        known = scored_columns(given.get("scores"), derived=not allocates)
+        known = scored_columns(scores, derived=not allocates)
         known = [one for one in known if one not in without]
         for one in by.split(separator):
             choice("by", one.strip(), known, kind="column", remedy="Choose a numeric column.")
@@ -65,14 +66,18 @@ def scored_columns(scores: object = None, *, derived: bool = False) -> list[str]
     derived
         Whether columns count that are computed.
     """
-    found = list(SCORED) if scores is None else list(_numeric(expand_user(str(scores))))
+    found = list(SCORED) if scores is None else list(_numeric(_table(scores)))
     return found + [name for name, source in DERIVED.items() if derived and source in found]
 
 
-def _numeric(scores: Path) -> Iterator[str]:
+def _table(scores: object) -> Path:
+    return expand_user(str(scores)) / "scores.parquet"
+
+
+def _numeric(table: Path) -> Iterator[str]:
     from pyarrow import types
 
-    for field in _schema(scores / "scores.parquet"):
+    for field in _schema(table):
         if types.is_integer(field.type) or types.is_floating(field.type):
             yield field.name
 

@@ -198,10 +198,21 @@ def summary_of(report: "ExpansionReport", folder: str) -> "pd.DataFrame":
     kept = expand_user(folder) / "model.parquet"
     if kept.exists():
         with decoding(regular_file(kept), remedy="make the result anew"):
-            return pd.read_parquet(kept)
-    value = float("nan") if report.perplexity is None else report.perplexity
-    row = {"model": report.KIND, "perplexity": value, **report.costs}
-    return pd.DataFrame([row | {"seconds": report.run.get("seconds")}])
+            table = pd.read_parquet(kept)
+    else:
+        counts = [str(report.layers["experts"].min()), str(report.layers["experts"].max())]
+        label = f"expansion (k = {' to '.join(dict.fromkeys(counts))})"
+        value = float("nan") if report.perplexity is None else report.perplexity
+        row = {"model": "pruned" if report.KIND == "pruning" else label, "perplexity": value}
+        table = pd.DataFrame([row | dict(report.costs)])
+    last, peak = table.index == table.index[-1], report.run.get("peak_memory_bytes")
+    known = {
+        "seconds": report.run.get("seconds"),
+        "peak MiB": peak / 2**20 if isinstance(peak, int) else None,
+    }
+    return table.assign(
+        **{name: [one if there else None for there in last] for name, one in known.items()}
+    ).astype(dict.fromkeys(known, "float64"))
 
 
 def summarise(

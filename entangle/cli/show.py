@@ -222,7 +222,7 @@ def _show(one: Found, others: Sequence[Found], arguments: argparse.Namespace) ->
         "facts": [list(fact) for fact in facts], "manifest": dict(one.manifest),
         "files": records(files), "head": [] if head is None else records(head), "next": next_lines,
     }  # fmt: skip
-    tables = [] if head is None else [Table("head", head, f"The first {len(head)} rows")]
+    tables = [] if head is None else [Table("head", head, "First rows")]
     tables.append(Table("files", files, "Files", keys=("file",), shown=shown))
     if arguments.json or arguments.csv or arguments.latex or arguments.table:
         present(arguments, tables, content)
@@ -248,8 +248,10 @@ def _facts(one: Found) -> Iterator[tuple[str, str]]:
                 f"{text_of(manifest, name)}, special tokens: " + special_tokens_of(manifest, name),
             )
     yield "made", _when(one.place)
+    settings = manifest.get("settings")
+    known = {**(settings if isinstance(settings, Mapping) else {}), **manifest}
     for name in ("seconds", "seed", "command"):
-        value = manifest.get(name)
+        value = known.get(name)
         if value is not None:
             yield name, str(value)
     packages = manifest.get("packages")
@@ -348,7 +350,7 @@ def _when(place: Path) -> str:
     return "?"
 
 
-def _size(n_bytes: float) -> str:
+def _size(n_bytes: int) -> str:
     """Return a size for people: 12 B, 3.4 MB."""
     for power, unit in ((12, "TB"), (9, "GB"), (6, "MB"), (3, "kB")):
         if n_bytes >= 10**power:

@@ -153,7 +153,9 @@ def _options(text: Path, model: Path) -> dict[str, tuple[object, ...]]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("command", ["ablate", "compare", "decompose", "evaluate", "expand", "prune"])
+@pytest.mark.parametrize(
+    "command", ["ablate", "compare", "decompose", "evaluate", "expand", "prune"]
+)
 def test_every_command_that_works_keeps_and_finds_its_result(
     run: Run, command: str, text_file: Path, tiny_folder: Callable[[str], Path], here: Path,
     loads: list[str],
@@ -167,8 +169,9 @@ def test_every_command_that_works_keeps_and_finds_its_result(
     again = run(*words)
     assert (again.status, len(loads)) == (0, n_loads)
     assert again.out.splitlines()[-1] == first.out.splitlines()[-1]
-    kept = [line.split()[:2] for line in first.out.splitlines() if line.split()]
-    assert [line.split()[:2] for line in again.out.splitlines() if line.split()] == kept
+    assert [line.split()[:4] for line in again.out.splitlines()] == [
+        line.split()[:4] for line in first.out.splitlines()
+    ]
 
 
 def test_unfinished_work_is_gone_on_with(

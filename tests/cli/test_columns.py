@@ -1,7 +1,6 @@
 """Names of columns are refused before a model is loaded, with the closest names."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -77,7 +76,7 @@ def test_a_right_name(unloaded: None, made: dict[str, Path], given: dict[str, st
 
 def test_the_names_are_those_that_exist(made: dict[str, Path]) -> None:
     assert columns.SCORED == SCORED
-    assert columns.DERIVED == {name: source for name, (source, _) in DERIVED.items()}
+    assert {name: source for name, (source, _) in DERIVED.items()} == columns.DERIVED
     assert set(columns.scored_columns(made["scores"])) == set(SCORED)
 
 
@@ -88,5 +87,3 @@ def test_scores_with_another_column(made: dict[str, Path], tmp_path: Path) -> No
     found = columns.scored_columns(tmp_path / "s", derived=True)
     assert "own" in found
     assert not {"name", "std", "variance"} & set(found)
-
-

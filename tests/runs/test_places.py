@@ -9,8 +9,8 @@ from entangle.runs.places import cache_folder, runs_folder
 @pytest.mark.parametrize(
     ("home", "cache", "kept", "runs"),
     [
-        (None, None, platformdirs.user_cache_dir("entangle"), "runs"),
-        ("", "", platformdirs.user_cache_dir("entangle"), "runs"),
+        (None, None, None, "runs"),
+        ("", "", None, "runs"),
         ("/h", None, "/h/cache", "/h/runs"),
         ("/h", "/c", "/c", "/h/runs"),
         (None, "/c", "/c", "runs"),
@@ -18,7 +18,11 @@ from entangle.runs.places import cache_folder, runs_folder
     ],
 )
 def test_where_things_go_that_nobody_names_a_place_for(
-    monkeypatch: pytest.MonkeyPatch, home: str | None, cache: str | None, kept: str, runs: str
+    monkeypatch: pytest.MonkeyPatch,
+    home: str | None,
+    cache: str | None,
+    kept: str | None,
+    runs: str,
 ) -> None:
     monkeypatch.setenv("HOME", "/me")
     for name, value in (("ENTANGLE_HOME", home), ("ENTANGLE_CACHE", cache)):
@@ -26,6 +30,5 @@ def test_where_things_go_that_nobody_names_a_place_for(
             monkeypatch.delenv(name, raising=False)
         else:
             monkeypatch.setenv(name, value)
-    if kept == platformdirs.user_cache_dir("entangle"):  # of the home that is set now
-        kept = platformdirs.user_cache_dir("entangle")
-    assert (cache_folder(), runs_folder()) == (Path(kept), Path(runs))
+    expected = Path(kept or platformdirs.user_cache_dir("entangle"))
+    assert (cache_folder(), runs_folder()) == (expected, Path(runs))
