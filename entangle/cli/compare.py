@@ -11,6 +11,8 @@ from entangle.errors import InvalidInput
 from entangle.runs.progress import tell
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from entangle.experiments.compare import Comparison, Named
 
 
@@ -26,8 +28,8 @@ FORMATS = {
 TABLES = ("results", "equal-nonzeros")
 KEYS = ("method", "sparsity", "experts", "allocation")
 OPTIONAL = (
-    "seconds", "relative_error", "uniform_low", "uniform_high", "uniform_ratio", "flops", "bytes",
-    "nonzeros", "ratio_low", "ratio_high", "ratio",
+    "seconds", "competitor_perplexity", "relative_error", "uniform_low", "uniform_high",
+    "uniform_ratio", "flops", "bytes", "nonzeros", "ratio_low", "ratio_high", "ratio",
 )  # fmt: skip
 """The least important columns first."""
 
@@ -109,16 +111,31 @@ def print_comparison(found: "Comparison", arguments: argparse.Namespace) -> None
         "equal_nonzeros": records(equal),
     }
     title = "At equal stored non-zeros (from 1 × dense on, dense itself is the competitor)"
-    settings: dict[str, Any] = {
-        "formats": FORMATS,
-        "optional": OPTIONAL,
-        "keys": (*KEYS, "perplexity"),
-    }
+    settings: dict[str, Any] = {"formats": FORMATS, "optional": OPTIONAL}
     tables = [
-        Table("results", found.frame, "Perplexity by method", **settings),
-        Table("equal-nonzeros", equal, title, **settings),
+        Table(
+            "results",
+            found.frame,
+            "Perplexity by method",
+            keys=(*KEYS, "perplexity"),
+            shown=_telling(found.frame),
+            **settings,
+        ),
+        Table(
+            "equal-nonzeros",
+            equal,
+            title,
+            keys=(*KEYS, "competitor", "ratio"),
+            shown=_telling(equal),
+            **settings,
+        ),
     ]
     present(arguments, tables, content, out=arguments.out)
+
+
+def _telling(table: "pd.DataFrame") -> "pd.DataFrame":
+    """Leave out a column that says nothing."""
+    return table.drop(columns="allocation") if table["allocation"].eq("uniform").all() else table
 
 
 def _sparsities(arguments: argparse.Namespace, allocations: "Sequence[Named]") -> list[float]:

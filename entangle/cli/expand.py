@@ -205,14 +205,11 @@ def summary_of(report: "ExpansionReport", folder: str) -> "pd.DataFrame":
         value = float("nan") if report.perplexity is None else report.perplexity
         row = {"model": "pruned" if report.KIND == "pruning" else label, "perplexity": value}
         table = pd.DataFrame([row | dict(report.costs)])
-    last, peak = table.index == table.index[-1], report.run.get("peak_memory_bytes")
-    known = {
-        "seconds": report.run.get("seconds"),
-        "peak MiB": peak / 2**20 if isinstance(peak, int) else None,
-    }
-    return table.assign(
-        **{name: [one if there else None for there in last] for name, one in known.items()}
-    ).astype(dict.fromkeys(known, "float64"))
+    seconds, peak = report.run.get("seconds"), report.run.get("peak_memory_bytes")
+    for name, found, unit in (("seconds", seconds, 1), ("peak MiB", peak, 2**20)):
+        known = found / unit if isinstance(found, int | float) else float("nan")
+        table[name] = [*[float("nan")] * (len(table) - 1), known]  # of the last one's process
+    return table
 
 
 def summarise(

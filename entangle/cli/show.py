@@ -222,15 +222,21 @@ def _show(one: Found, others: Sequence[Found], arguments: argparse.Namespace) ->
         "facts": [list(fact) for fact in facts], "manifest": dict(one.manifest),
         "files": records(files), "head": [] if head is None else records(head), "next": next_lines,
     }  # fmt: skip
-    tables = [] if head is None else [Table("head", head, "First rows")]
+    tables = [] if head is None else [_head(head)]
     tables.append(Table("files", files, "Files", keys=("file",), shown=shown))
     if arguments.json or arguments.csv or arguments.latex or arguments.table:
         present(arguments, tables, content)
         return
     from entangle.cli.tables import say
 
-    say(f"{one.path}: {one.kind}", *(f"  {name:<10}  {value}" for name, value in facts), "")
+    say(f"{one.path}: {one.kind}", *(f"  {name:<11}  {value}" for name, value in facts), "")
     present(arguments, tables, content, said=[f"Next: {line}" for line in next_lines])
+
+
+def _head(head: "pd.DataFrame") -> Table:
+    """Return the head of a result's table, numbers with four digits."""
+    formats = dict.fromkeys(map(str, head.select_dtypes("floating").columns), ".4g")
+    return Table("head", head, "First rows", formats)
 
 
 def _facts(one: Found) -> Iterator[tuple[str, str]]:

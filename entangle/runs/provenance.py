@@ -133,7 +133,8 @@ def command_line() -> str | None:
 
     Options that were read from a file stand in it as if they had been written (`runs_as`).
     """
-    if Path(sys.argv[0]).stem != "entangle":
+    program = Path(sys.argv[0])
+    if (program.parent.name if program.stem == "__main__" else program.stem) != "entangle":
         return None
     effective = _EFFECTIVE.get()
     return shlex.join(["entangle", *(sys.argv[1:] if effective is None else effective)])

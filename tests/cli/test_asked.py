@@ -182,7 +182,8 @@ def test_unfinished_work_is_gone_on_with(
 
     model = tiny_folder("llama")
     words = ("compare", *_options(text_file, model)["compare"], "--methods", "magnitude,wanda")
-    measure, done = Comparing.measure, []
+    measure = Comparing.measure
+    done: list[object] = []
 
     def stopped(self: Comparing, arm: object) -> object:
         if len(done) == 1:
@@ -194,7 +195,12 @@ def test_unfinished_work_is_gone_on_with(
     assert run(*words).status == 130
     shown = run("show", "runs")
     assert "unfinished" in shown.out
-    monkeypatch.setattr(Comparing, "measure", lambda s, a: done.append(a) or measure(s, a))
+
+    def going_on(self: Comparing, arm: object) -> object:
+        done.append(arm)
+        return measure(self, arm)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Comparing, "measure", going_on)
     ran = run(*words)
     assert ran.status == 0
     assert "unfinished" in ran.err

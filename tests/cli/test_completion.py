@@ -53,12 +53,14 @@ def complete(run: Run, tmp_path: Path) -> Callable[[str, str], str]:
         script.write_text(run("completion", shell).out)
         if shell == "zsh":
             return _of_zsh(tmp_path, line)
+        file, words = str(script), line.split(" ")
         commands = {
-            "bash": ["bash", "--noprofile", "--norc", "-c", _BASH, "-", script, *line.split(" ")],
-            "fish": ["fish", "--no-config", "-c", _FISH, script, line],
+            "bash": ["bash", "--noprofile", "--norc", "-c", _BASH, "-", file, *words],
+            "fish": ["fish", "--no-config", "-c", _FISH, file, line],
         }
+        command: list[str] = commands[shell]
         done = subprocess.run(
-            commands[shell], capture_output=True, text=True, check=False, timeout=60, cwd=tmp_path
+            command, capture_output=True, text=True, check=False, timeout=60, cwd=tmp_path
         )
         return done.stdout
 

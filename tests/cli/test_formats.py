@@ -23,7 +23,7 @@ COMMANDS = {
     "allocation": "allocate S --sparsity 0.5",
 }  # fmt: skip
 """Command that prints a kind of result again."""
-Show = Callable[..., str]
+Show = Callable[..., tuple[str, str]]
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def show(made: dict[str, Path], capfd: pytest.CaptureFixture[str]) -> Show:
         sys.stdout.flush()
         return capfd.readouterr()
 
-    return show  # type: ignore[return-value]
+    return show
 
 
 @pytest.fixture
