@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from entangle import __version__
+from entangle.cli import show
 from entangle.errors import visible
 from entangle.runs.claims import beside
 from entangle.runs.places import runs_folder
@@ -57,8 +58,7 @@ def name_output(arguments: argparse.Namespace) -> None:
 
     Then ``unnamed`` is set, and ``resume`` unless ``--force`` is.
     """
-    made = hasattr(arguments, "out_ending") and not getattr(arguments, "dry_run", False)
-    arguments.unnamed = made and arguments.out is None
+    arguments.unnamed = hasattr(arguments, "out_ending") and arguments.out is None
     if not arguments.unnamed:
         return
     text = json.dumps(asked(arguments), sort_keys=True, default=str)
@@ -73,14 +73,21 @@ def name_output(arguments: argparse.Namespace) -> None:
 
 def is_found(arguments: argparse.Namespace) -> bool:
     """Tell whether the result of an unnamed command is there, finished, and not to be replaced."""
-    return arguments.unnamed and not arguments.force and finished(arguments.out) is not None
+    anew = not arguments.unnamed or arguments.force or getattr(arguments, "dry_run", False)
+    return not anew and finished(arguments.out) is not None
 
 
 def show_found(arguments: argparse.Namespace) -> None:
-    """Print a finished result as the command that made it would, after a line that says so."""
+    """Print a finished result as the command that made it would, after a line that says so.
+
+    Of a command that does not say how (``show`` among its parser's defaults), as ``entangle show``.
+    """
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(finished(arguments.out)))
     tell(f"read from {arguments.out}, made {when} by the same command; --force makes it anew")
-    arguments.show(arguments)
+    if hasattr(arguments, "show"):
+        arguments.show(arguments)
+    else:
+        show.run(argparse.Namespace(**{**show.PLAIN, **vars(arguments), "path": arguments.out}))
 
 
 def finished(out: str) -> float | None:

@@ -9,6 +9,7 @@ from entangle.cli import options
 from entangle.cli.tables import Table, present, records
 from entangle.errors import InvalidInput
 from entangle.runs.progress import tell
+from entangle.runs.provenance import expand_user
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -81,12 +82,20 @@ def run(arguments: argparse.Namespace) -> None:
     calibration = options.load_calibration(arguments, model)
     text = options.load_evaluation(arguments, model)
     options.tell_special_tokens(arguments, model, text)
+    drawn = []
+
+    def add_figure(found: "Comparison", folder: Path) -> None:
+        drawn.append(folder)
+        draw(found, folder)
+
     found = compare(
         model, calibration, text, methods=methods, sparsity=sparsity, experts=experts,
         allocations=allocations, seed=arguments.seed, memory=memory, out=arguments.out,
-        resume=arguments.resume, force=arguments.force, extra=draw,
+        resume=arguments.resume, force=arguments.force, extra=add_figure,
         progress=not arguments.quiet,
     )  # fmt: skip
+    if not drawn:  # read, for it was made before
+        draw(found, expand_user(arguments.out))
     print_comparison(found, arguments)
 
 
@@ -94,15 +103,15 @@ def show(arguments: argparse.Namespace) -> None:
     """Print the comparison that was made before."""
     from entangle.results.comparison import load_comparison
 
-    print_comparison(load_comparison(arguments.out), arguments)
+    found = load_comparison(arguments.out)
+    draw(found, expand_user(arguments.out))
+    print_comparison(found, arguments)
 
 
 def print_comparison(found: "Comparison", arguments: argparse.Namespace) -> None:
-    """Print the tables, draw the figure if it is missing, and say where the result is."""
+    """Print the tables, and say where the result is."""
     from entangle.results.comparison import at_equal_nonzeros
-    from entangle.runs.provenance import expand_user
 
-    draw(found, expand_user(arguments.out))
     equal = at_equal_nonzeros(found.frame)
     content = {
         "out": arguments.out,

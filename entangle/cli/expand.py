@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 LAYER_COLUMNS = ("layer", "sparsity", "relative_error", "damping", "smallest_cluster",
                  "effective_clusters", "shrunk")  # fmt: skip
-TABLES = ("model", "layers")
+TABLES = ("layers", "model")
 OPTIONAL = ("peak MiB", "seconds", "shrunk", "damping", "effective_clusters", "smallest_cluster",
             "flops", "bytes", "nonzeros")  # fmt: skip
 """The least important columns first."""
@@ -182,8 +182,8 @@ def print_built(
     settings: dict[str, Any] = {"formats": FORMATS, "optional": OPTIONAL}
     of_layers = "Pruned layers" if pruned else "Expanded layers"
     tables = [
-        Table("model", summary, title, keys=("model", "perplexity"), **settings),
         Table("layers", layers, of_layers, keys=("layer",), shown=shown, **settings),
+        Table("model", summary, title, keys=("model", "perplexity"), **settings),
     ]
     present(arguments, tables, content, out=arguments.out)
 

@@ -286,7 +286,7 @@ def _leave_pipe() -> int:
 LEAST: Mapping[str, int] = {
     "batch_size": 1, "count": 1, "eval_seq_len": 2, "eval_windows": 1, "limit": 1,
     "max_new_tokens": 1, "n_seq": 1,
-    "pairs_per_paradigm": 1, "seeds": 1, "seq_len": 1, "evaluations": 2,
+    "pairs_per_paradigm": 1, "seeds": 1, "seq_len": 1, "evaluations": 2, "top": 1,
 }  # fmt: skip
 """Options that are whole numbers, and the least of each."""
 NAMES: Mapping[str, tuple[str, Sequence[str]]] = {

@@ -235,7 +235,7 @@ def _show(one: Found, others: Sequence[Found], arguments: argparse.Namespace) ->
 
 def _head(head: "pd.DataFrame") -> Table:
     """Return the head of a result's table, numbers with four digits."""
-    formats = dict.fromkeys(map(str, head.select_dtypes("floating").columns), ".4g")
+    formats = dict.fromkeys(map(str, head.select_dtypes("float").columns), ".4g")
     return Table("head", head, "First rows", formats)
 
 
@@ -292,6 +292,8 @@ def _overview(one: Found) -> "tuple[list[str], pd.DataFrame | None]":
     return [], None
 
 
+PLAIN = {"json": False, "csv": False, "latex": False, "wide": False, "table": None}
+"""Options of the tables, for those who call `run` without a command line."""
 ROWS = 5
 """Rows of a result's table that are shown."""
 

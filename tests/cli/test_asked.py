@@ -1,5 +1,6 @@
 """Nothing is lost: results without a name are named after what was asked, and found again."""
 
+import argparse
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -206,6 +207,33 @@ def test_unfinished_work_is_gone_on_with(
     assert "unfinished" in ran.err
     assert len(done) == 2  # the first arm was not made again
     assert [one.name.startswith(".") for one in (here / "runs").iterdir()] == [False]
+
+
+def test_a_command_that_does_not_say_how_is_shown_plainly(
+    run: Run, small: Small, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(*small)
+    name_of_it = asked.finished
+
+    def without_show(arguments: argparse.Namespace) -> bool:
+        vars(arguments).pop("show", None)
+        return arguments.unnamed and name_of_it(arguments.out) is not None
+
+    monkeypatch.setattr(asked, "is_found", without_show)
+    ran = run(*small)
+    assert ran.status == 0
+    assert ran.out.splitlines()[0].endswith(": scores")
+
+
+def test_a_dry_run_finds_nothing() -> None:
+    arguments = _parsers()[0].parse_args(["score"])
+    arguments.dry_run = True
+    asked.name_output(arguments)
+    Path(arguments.out).mkdir(parents=True)
+    (Path(arguments.out) / "manifest.json").touch()
+    assert not asked.is_found(arguments)
+    arguments.dry_run = False
+    assert asked.is_found(arguments)
 
 
 def test_an_allocation_is_kept_and_found_and_exported_later(
