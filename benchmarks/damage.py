@@ -347,7 +347,10 @@ def _in_child(kind: Kind, argv: Sequence[str], place: Path, out: Path, err: Path
         sys.stdout = io.TextIOWrapper(os.fdopen(1, "wb", closefd=False), "utf-8")
         sys.stderr = io.TextIOWrapper(os.fdopen(2, "wb", closefd=False), "utf-8")
         from entangle.cli.main import main
+        from entangle.runs.places import cache_folder
 
+        os.environ["ENTANGLE_CACHE"] = str(cache_folder())
+        os.environ["ENTANGLE_HOME"] = str(out.parent / "home")  # no result of another run is found
         with kind.around(place):
             status = main(argv)
     except SystemExit as end:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
+from uuid import uuid4
 
 import pytest
 
@@ -66,6 +67,17 @@ def hub_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     from entangle.models import hub
 
     monkeypatch.setattr(hub, "answers", lambda: True)
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the folder of a test's own where results without a name go; the cache stays."""
+    from entangle.runs.places import cache_folder
+
+    home = tmp_path_factory.getbasetemp() / "homes" / uuid4().hex
+    monkeypatch.setenv("ENTANGLE_CACHE", str(cache_folder()))
+    monkeypatch.setenv("ENTANGLE_HOME", str(home))
+    return home
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from entangle.cli import options
-from entangle.cli.tables import print_json, print_table, records, say
+from entangle.cli.tables import Table, present, records
 from entangle.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -24,6 +24,10 @@ SELECTIONS, STRENGTHS = "top,bottom,random", "0.9,0.95,0.99"
 MEASURES = ("perplexity", "divergence", "blimp")
 DIFFERENCES = {"kl": "KL", "top1_agreement": "Top-1 agreement", "accuracy": "Accuracy"}
 """Measures whose arms are compared by their difference, and their names."""
+MEASURED = ("perplexity", "perplexity_ratio", "kl", "top1_agreement", "accuracy",
+            "accuracy_difference")  # fmt: skip
+TABLES = (*MEASURED, *(f"{name}-contrasts" for name in ("perplexity", *DIFFERENCES)), "matched")
+OPTIONAL = ("rows", "seeds", "top_gap", "router", "experts", "by", "layers")
 FORMATS = {
     "strength": ".3g", "experts": "d", "seeds": "d", "value": ",.5g", "95 % low": ",.5g",
     "95 % high": ",.5g", "zeros": ".4f", "rows": ",d", "ratio": ",.4g", "difference": "+.4g",
@@ -49,8 +53,8 @@ def add_parser(subparsers: options.Subparsers) -> None:
         "--resume", action="store_true",
         help="go on with an unfinished ablation; print a finished one again",
     )  # fmt: skip
-    options.add_run_options(parser)
-    parser.set_defaults(run=run)
+    options.add_run_options(parser, *TABLES)
+    parser.set_defaults(run=run, show=show)
 
 
 def _add_selection_options(parser: argparse.ArgumentParser) -> None:
@@ -130,7 +134,7 @@ def _add_measure_options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Ablate, print and save."""
-    from entangle.runs.provenance import check_output, expand_user
+    from entangle.runs.provenance import check_output
     from entangle.seeding import check_seed
 
     check_seed(arguments.seed)
@@ -144,9 +148,7 @@ def run(arguments: argparse.Namespace) -> None:
         "edit_strengths": options.numbers(arguments.edit_strength, float),
         "experts": options.numbers(arguments.experts, int),
     }
-    if arguments.resume and arguments.out is None:
-        raise InvalidInput("--resume goes on with an unfinished folder; name it with --out.")
-    if arguments.out is not None and not (arguments.resume and _is_result(arguments.out)):
+    if not (arguments.resume and _is_result(arguments.out)):
         check_output(arguments.out, force=arguments.force)
     from entangle.experiments.ablate import ablate
     from entangle.experiments.arms import check_settings
@@ -187,25 +189,14 @@ def run(arguments: argparse.Namespace) -> None:
         extra=save_figures,
         progress=False if arguments.quiet else None,
     )
-    figures = [] if arguments.out is None else save_figures(result, expand_user(arguments.out))
-    if arguments.json:
-        print_json(
-            {
-                "out": arguments.out,
-                "manifest": dict(result.manifest),
-                "results": records(result.frame),
-                "contrasts": records(_contrasts(result)),
-                "differences": _differences(result),
-                "matched": records(result.matched),
-                "figures": figures,
-            }
-        )
-        return
-    print_result(result)
-    if arguments.out is not None:
-        for path in figures:
-            say(f"Figure: {path}")
-        say(f"Saved to {arguments.out}.")
+    print_result(result, arguments)
+
+
+def show(arguments: argparse.Namespace) -> None:
+    """Print the ablation that was made before."""
+    from entangle.results.ablation import load_ablation
+
+    print_result(load_ablation(arguments.out), arguments)
 
 
 def _is_result(out: str) -> bool:
@@ -215,30 +206,53 @@ def _is_result(out: str) -> bool:
     return (expand_user(out) / "manifest.json").is_file()
 
 
-def print_result(result: "AblationResult") -> None:
-    """Print a table for every measure over all pairs or windows, and the comparisons."""
+def print_result(result: "AblationResult", arguments: argparse.Namespace) -> None:
+    """Print the tables of a result (`ablation_tables`), its figures, and where it is."""
+    from entangle.runs.provenance import expand_user
+
+    figures = save_figures(result, expand_user(arguments.out))
+    content = {
+        "out": arguments.out,
+        "manifest": dict(result.manifest),
+        "results": records(result.frame),
+        "contrasts": records(_contrasts(result)),
+        "differences": _differences(result),
+        "matched": records(result.matched),
+        "figures": figures,
+    }
+    said = [f"Figure: {path}" for path in figures]
+    present(arguments, ablation_tables(result), content, said=said, out=arguments.out)
+
+
+def ablation_tables(result: "AblationResult") -> list[Table]:
+    """Return a table for every measure over all pairs or windows, and the comparisons."""
     names = {"selection": "neurons", "value": "value", "low": "95 % low", "high": "95 % high",
              "n_rows": "rows", "realised_sparsity": "zeros"}  # fmt: skip
     gaps = ["top_gap", "top_gap_low", "top_gap_high"]
-    shown = [name for name in result.frame["measure"].unique() if ":" not in name]
-    for measure in shown:
-        table = result.summary(measure).drop(columns=["smallest", "largest", *gaps])
+    keys = ("neurons", "intervention", "strength", "selection", "value", "ratio", "difference")
+    settings: dict[str, Any] = {"formats": FORMATS, "optional": OPTIONAL, "keys": keys}
+    measures = [name for name in result.frame["measure"].unique() if ":" not in name]
+    found = []
+    for measure in measures:
+        table = result.summary(measure)
+        shown = _without_router(table.drop(columns=["smallest", "largest", *gaps]))
+        shown = shown.rename(columns=names)
         title = measure.replace("_", " ")
-        table = _without_router(table).rename(columns=names)
-        print_table(table, title=title, formats=FORMATS, optional=("rows", "by", "experts"))
+        found.append(Table(measure, table, title, shown=shown, **settings))
     allocated = result.frame["selection"].eq("allocation").any()
     first = "the allocation" if allocated else "the top neurons"
     for measure in ("perplexity", *DIFFERENCES):
         table = _without_router(_contrasts(result, measure))
-        if measure in shown and len(table):
+        if measure in measures and len(table):
             name, sign = DIFFERENCES.get(measure, "Perplexity"), "÷" if "ratio" in table else "−"
             title = f"{name} after {first} {sign} after the others (paired bootstrap, 95 %)"
-            print_table(table, title=title, formats=FORMATS, optional=("seeds", "experts"))
+            found.append(Table(f"{measure}-contrasts", table, title, **settings))
     if len(result.matched):
         columns = ["intervention", "strength", "by", "matched", "low", "high"]
         table = result.matched[columns].drop_duplicates()
         title = "Share of low-scoring neurons that costs as much perplexity as the top ones"
-        print_table(table, title=title, formats=FORMATS)
+        found.append(Table("matched", table, title, FORMATS, keys=("intervention", "strength")))
+    return found
 
 
 def save_figures(result: "AblationResult", folder: Path) -> list[str]:

@@ -1,11 +1,12 @@
 """``entangle allocate``: from scores to zeros per neuron."""
 
 import argparse
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from entangle.cli import options
-from entangle.cli.tables import print_json, print_table, records, say
+from entangle.cli.tables import Table, present, records
 from entangle.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from entangle.results.scores import NeuronScores
 
 
+TABLES = ("layers", "total", "search")
 SEARCH, PROTECT = "search", "protect"
 _FORMATS = {
     "rows": ",d", "zeros": ",d", "sparsity": ".4f", "lowest": ".4f", "highest": ".4f",
@@ -41,7 +43,6 @@ def add_parser(subparsers: options.Subparsers) -> None:
     options.add_layer_options(parser)
     options.add_calibration_options(parser, holds_back=True)
     group = parser.add_argument_group("output")
-    group.add_argument("--out", metavar="FILE", help="write the allocation (.safetensors)")
     group.add_argument(
         "--export", action="append", default=[], metavar="FORMAT:FILE",
         help="also write it for another tool: llmcompressor:x.yaml, alphapruning:x.npy, "
@@ -50,11 +51,8 @@ def add_parser(subparsers: options.Subparsers) -> None:
     group.add_argument(
         "--plot", metavar="FILE", help="draw it; FILE.pdf, FILE.png and FILE.csv are written"
     )
-    group.add_argument("--force", action="store_true", help="replace existing files")
-    group.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    group.add_argument("--quiet", action="store_true", help="show no progress")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the calibration set")
-    parser.set_defaults(run=run)
+    options.add_run_options(parser, *TABLES, ending=".safetensors", file=True)
+    parser.set_defaults(run=run, show=show)
 
 
 def _add_rule_options(parser: argparse.ArgumentParser) -> None:
@@ -128,8 +126,6 @@ def run(arguments: argparse.Namespace) -> None:
     _check_meaning(arguments)
     _check_outputs(arguments, exports)
     memory = options.parse_memory(arguments.memory)
-    from entangle.allocation import export
-    from entangle.models.layers import find_layers
     from entangle.results.scores import load_scores
 
     scores = load_scores(arguments.scores)
@@ -137,51 +133,67 @@ def run(arguments: argparse.Namespace) -> None:
     allocation = _allocate(arguments, scores, model, memory)
     if arguments.experts is not None:
         allocation = _with_experts(arguments, allocation, scores, model)
+    notes, figures = _export(arguments, allocation, exports, lambda: model)
+    allocation.save(arguments.out, force=arguments.force)  # last: then all else is there
+    print_allocation(allocation, arguments, notes=notes, figures=figures)
+
+
+def show(arguments: argparse.Namespace) -> None:
+    """Print the allocation that was made before; what is to be exported or drawn is written."""
+    from entangle.allocation import load_allocation
+    from entangle.results.scores import load_scores
+
+    exports = [_format_and_file(text) for text in arguments.export]
+    _check_outputs(arguments, exports, made=True)
+    allocation = load_allocation(arguments.out)
+
+    def model() -> "LanguageModel":
+        return _load_model(arguments, load_scores(arguments.scores))
+
+    notes, figures = _export(arguments, allocation, exports, model)
+    print_allocation(allocation, arguments, notes=notes, figures=figures)
+
+
+def _export(
+    arguments: argparse.Namespace,
+    allocation: "Allocation",
+    exports: Sequence[tuple[str, str]],
+    model: "Callable[[], LanguageModel]",
+) -> tuple[dict[str, list[str]], list[str]]:
+    """Write what ``--export`` and ``--plot`` ask for; return notes by file, and the figures."""
+    from entangle.allocation import export
+    from entangle.models.layers import find_layers
+
     notes = {}
     for name, path in exports:
-        layers = find_layers(model.module, "all") if name == "alphapruning" else None
+        layers = find_layers(model().module, "all") if name == "alphapruning" else None
         notes[path] = export(allocation, path, name, layers=layers, force=arguments.force)
-    figures = [] if arguments.plot is None else save_plot(allocation, arguments)
-    if arguments.out is not None:  # last: where it is there, so is all else
-        allocation.save(arguments.out, force=arguments.force)
-    if arguments.json:
-        print_json(
-            {
-                "out": arguments.out,
-                "overall": allocation.overall,
-                "layers": records(allocation.layers),
-                "exports": notes,
-                "figures": figures,
-                "manifest": dict(allocation.manifest),
-            }
-        )
-        return
-    print_allocation(allocation)
-    for path, lines in notes.items():
-        say(f"Exported to {path}.", *(f"  {line}" for line in lines))
-    for path in figures:
-        say(f"Figure: {path}")
-    if arguments.out is not None:
-        say(f"Saved to {arguments.out}.")
+    return notes, [] if arguments.plot is None else save_plot(allocation, arguments)
 
 
-def print_allocation(allocation: "Allocation") -> None:
-    """Print one row a layer, the total, and what a search tried."""
+def print_allocation(
+    allocation: "Allocation",
+    arguments: argparse.Namespace,
+    *,
+    notes: Mapping[str, Sequence[str]],
+    figures: Sequence[str],
+) -> None:
+    """Print one row a layer, the total, what a search tried, and what was written."""
     import pandas as pd
 
-    table = allocation.layers.drop(columns=["in_features"])
-    print_table(
-        table, title="Zeros of every layer, and the range of its rows", formats=_FORMATS,
-        optional=("projection", "block", "zeros"),
-    )  # fmt: skip
+    table = allocation.layers
     total = {
         "layers": len(table), "rows": int(table["rows"].sum()), "zeros": allocation.n_zeros,
         "weights": allocation.n_weights, "sparsity": allocation.overall,
     }  # fmt: skip
-    print_table(pd.DataFrame([total]), title="Total", formats=_FORMATS)
-    budget: Any = allocation.manifest.get("budget")
-    if isinstance(budget, dict) and budget.get("remainder"):
-        say(f"{budget['remainder']:+,d} zeros to the budget, which the pattern leaves over.")
+    tables = [
+        Table(
+            "layers", table, "Zeros of every layer, and the range of its rows", _FORMATS,
+            keys=("layer", "sparsity"), optional=("projection", "block", "zeros"),
+            shown=table.drop(columns=["in_features"]),
+        ),
+        Table("total", pd.DataFrame([total]), "Total", _FORMATS, keys=("layers", "sparsity")),
+    ]  # fmt: skip
     tried: Any = allocation.manifest.get(SEARCH)
     if tried is not None:
         title = (
@@ -189,7 +201,25 @@ def print_allocation(allocation: "Allocation") -> None:
             f"({tried['evaluations']} candidates, {tried['seconds']:.0f} s)"
         )
         frame = pd.DataFrame(tried["tried"]).sort_values(str(tried["parameter"]))
-        print_table(frame, title=title, formats=_FORMATS)
+        tables.append(Table("search", frame, title, _FORMATS))
+    content = {
+        "out": arguments.out,
+        "overall": allocation.overall,
+        "layers": records(table),
+        "exports": dict(notes),
+        "figures": list(figures),
+        "manifest": dict(allocation.manifest),
+    }
+    said = []
+    budget: Any = allocation.manifest.get("budget")
+    if isinstance(budget, dict) and budget.get("remainder"):
+        said.append(
+            f"{budget['remainder']:+,d} zeros to the budget, which the pattern leaves over."
+        )
+    for path, lines in notes.items():
+        said += [f"Exported to {path}.", *(f"  {line}" for line in lines)]
+    said += [f"Figure: {path}" for path in figures]
+    present(arguments, tables, content, said=said, out=arguments.out)
 
 
 def save_plot(allocation: "Allocation", arguments: argparse.Namespace) -> list[str]:
@@ -232,15 +262,20 @@ def _check_meaning(arguments: argparse.Namespace) -> None:
                 raise InvalidInput(f"--{option} has no meaning without {needed}; drop it.")
 
 
-def _check_outputs(arguments: argparse.Namespace, exports: list[tuple[str, str]]) -> None:
-    """Check that everything can be written, each to a file of its own, before any work is done."""
+def _check_outputs(
+    arguments: argparse.Namespace, exports: Sequence[tuple[str, str]], *, made: bool = False
+) -> None:
+    """Check that everything can be written, each to a file of its own, before any work is done.
+
+    The allocation itself is there already if it is ``made``.
+    """
     from entangle.allocation.export import check_export
     from entangle.results.allocation import check_file
     from entangle.runs.provenance import expand_user
 
     for name, path in exports:
         check_export(path, name, force=arguments.force)
-    if arguments.out is not None:
+    if not made:
         check_file(arguments.out, force=arguments.force)
     figures = [] if arguments.plot is None else _figure_files(arguments.plot)
     for target in figures:
@@ -248,9 +283,8 @@ def _check_outputs(arguments: argparse.Namespace, exports: list[tuple[str, str]]
             raise InvalidInput(
                 f"{str(target)!r} exists; name another --plot or use --force to replace it."
             )
-    out = [] if arguments.out is None else [arguments.out]
     written = set()
-    for path in (*out, *(path for _, path in exports), *figures):
+    for path in (arguments.out, *(path for _, path in exports), *figures):
         place = expand_user(path).resolve()
         if place in written:
             raise InvalidInput(f"{str(path)!r} is to be written twice; name another file.")

@@ -3,14 +3,17 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from entangle.cli import options
-from entangle.cli.tables import print_json, print_table, records, say
+from entangle.cli.tables import Table, present, records
 from entangle.errors import InvalidInput
 from entangle.runs.progress import tell
+from entangle.runs.provenance import expand_user
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from entangle.experiments.compare import Comparison, Named
 
 
@@ -21,6 +24,15 @@ FORMATS = {
     "relative_error": ".4f", "seconds": ".0f", "competitor_perplexity": ",.3f",
     "uniform_ratio": ".3f", "uniform_low": ".3f", "uniform_high": ".3f",
 }  # fmt: skip
+
+
+TABLES = ("results", "equal-nonzeros")
+KEYS = ("method", "sparsity", "experts", "allocation")
+OPTIONAL = (
+    "seconds", "competitor_perplexity", "relative_error", "uniform_low", "uniform_high",
+    "uniform_ratio", "flops", "bytes", "nonzeros", "ratio_low", "ratio_high", "ratio",
+)  # fmt: skip
+"""The least important columns first."""
 
 
 def add_parser(subparsers: options.Subparsers) -> None:
@@ -52,8 +64,8 @@ def add_parser(subparsers: options.Subparsers) -> None:
     options.add_evaluation_options(group, default="")
     options.add_memory_option(group)
     group.add_argument("--resume", action="store_true", help="go on with an unfinished comparison")
-    options.add_run_options(parser)
-    parser.set_defaults(run=run)
+    options.add_run_options(parser, *TABLES)
+    parser.set_defaults(run=run, show=show)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -70,34 +82,69 @@ def run(arguments: argparse.Namespace) -> None:
     calibration = options.load_calibration(arguments, model)
     text = options.load_evaluation(arguments, model)
     options.tell_special_tokens(arguments, model, text)
-    from entangle.results.comparison import at_equal_nonzeros
-    from entangle.runs.provenance import expand_user
-
-    evaluated = f"{text.source}, n = {text.n_windows} windows of {text.seq_len} tokens"
     drawn = []
 
     def add_figure(found: "Comparison", folder: Path) -> None:
-        drawn.append(draw(found, folder, evaluated=evaluated))
+        drawn.append(folder)
+        draw(found, folder)
 
     found = compare(
         model, calibration, text, methods=methods, sparsity=sparsity, experts=experts,
         allocations=allocations, seed=arguments.seed, memory=memory, out=arguments.out,
         resume=arguments.resume, force=arguments.force, extra=add_figure,
-        progress=False if arguments.quiet else None,
+        progress=not arguments.quiet,
     )  # fmt: skip
-    if arguments.out is not None and not drawn:  # read, for it was made before
-        add_figure(found, expand_user(arguments.out))
+    if not drawn:  # read, for it was made before
+        draw(found, expand_user(arguments.out))
+    print_comparison(found, arguments)
+
+
+def show(arguments: argparse.Namespace) -> None:
+    """Print the comparison that was made before."""
+    from entangle.results.comparison import load_comparison
+
+    found = load_comparison(arguments.out)
+    draw(found, expand_user(arguments.out))
+    print_comparison(found, arguments)
+
+
+def print_comparison(found: "Comparison", arguments: argparse.Namespace) -> None:
+    """Print the tables, and say where the result is."""
+    from entangle.results.comparison import at_equal_nonzeros
+
     equal = at_equal_nonzeros(found.frame)
-    if arguments.json:
-        tables = {"results": records(found.frame), "equal_nonzeros": records(equal)}
-        print_json({"out": arguments.out, "manifest": dict(found.manifest), **tables})
-        return
-    print_table(found.frame, title="Perplexity by method", formats=FORMATS)
-    if not equal.empty:
-        title = "At equal stored non-zeros (from 1 × dense on, dense itself is the competitor)"
-        print_table(equal, title=title, formats=FORMATS)
-    if arguments.out is not None:
-        say(f"Saved to {arguments.out}.")
+    content = {
+        "out": arguments.out,
+        "manifest": dict(found.manifest),
+        "results": records(found.frame),
+        "equal_nonzeros": records(equal),
+    }
+    title = "At equal stored non-zeros (from 1 × dense on, dense itself is the competitor)"
+    settings: dict[str, Any] = {"formats": FORMATS, "optional": OPTIONAL}
+    tables = [
+        Table(
+            "results",
+            found.frame,
+            "Perplexity by method",
+            keys=(*KEYS, "perplexity"),
+            shown=_telling(found.frame),
+            **settings,
+        ),
+        Table(
+            "equal-nonzeros",
+            equal,
+            title,
+            keys=(*KEYS, "competitor", "ratio"),
+            shown=_telling(equal),
+            **settings,
+        ),
+    ]
+    present(arguments, tables, content, out=arguments.out)
+
+
+def _telling(table: "pd.DataFrame") -> "pd.DataFrame":
+    """Leave out a column that says nothing."""
+    return table.drop(columns="allocation") if table["allocation"].eq("uniform").all() else table
 
 
 def _sparsities(arguments: argparse.Namespace, allocations: "Sequence[Named]") -> list[float]:
@@ -110,20 +157,17 @@ def _sparsities(arguments: argparse.Namespace, allocations: "Sequence[Named]") -
     return options.numbers(asked, float)
 
 
-def draw(found: "Comparison", folder: Path, *, evaluated: str) -> bool:
-    """Draw the figure, which names the text ``evaluated``, into the result's folder, if missing.
-
-    False is returned where there is nothing to draw.
-    """
+def draw(found: "Comparison", folder: Path) -> None:
+    """Draw the figure into the result's folder, if it is missing and there is something to draw."""
+    from entangle.cli.figures import text_of
     from entangle.plotting import figure_comparison, save_figure
 
     stem = folder / "figures" / "perplexity"
     if stem.with_suffix(".csv").exists():  # written last
-        return True
+        return
     try:
-        figure = figure_comparison(found.frame, text=evaluated)
+        figure = figure_comparison(found.frame, text=text_of(found.manifest))
     except InvalidInput as error:  # no arm has a finite perplexity: the tables say so
         tell(f"no figure: {error}")
-        return False
+        return
     save_figure(figure, stem, force=True)
-    return True

@@ -1,15 +1,17 @@
 """``entangle decompose``: what sparse experts make of a layer's neurons."""
 
 import argparse
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from entangle.cli import options
-from entangle.cli.tables import print_json, print_table, records, say
+from entangle.cli.tables import Table, present, records
 from entangle.errors import InvalidInput
 
 if TYPE_CHECKING:
     from entangle.results.decomposition import Decomposition
+
+
+TABLES = ("neurons", "modes", "separated")
 
 
 def add_parser(subparsers: options.Subparsers) -> None:
@@ -56,8 +58,8 @@ def add_parser(subparsers: options.Subparsers) -> None:
         help="pairs of tokens that a neuron separates most (default: %(default)s)",
     )  # fmt: skip
     options.add_memory_option(group)
-    options.add_run_options(parser)
-    parser.set_defaults(run=run)
+    options.add_run_options(parser, *TABLES)
+    parser.set_defaults(run=run, show=show)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -75,8 +77,7 @@ def run(arguments: argparse.Namespace) -> None:
     neurons = None if arguments.neurons is None else options.numbers(arguments.neurons, int)
     memory = options.parse_memory(arguments.memory)
     share("--sparsity", arguments.sparsity)
-    if arguments.out is not None:
-        check_output(arguments.out, force=arguments.force)
+    check_output(arguments.out, force=arguments.force)
     from entangle.models.layers import find_layers
     from entangle.modes.decompose import decompose
 
@@ -99,38 +100,50 @@ def run(arguments: argparse.Namespace) -> None:
         memory=memory,
         progress=not arguments.quiet,
     )
-    if arguments.out is not None:
-        found.save(arguments.out, force=arguments.force)
-    if arguments.json:
-        print_json(as_json(found, out=arguments.out))
-    else:
-        print_decomposition(found, out=arguments.out)
+    found.save(arguments.out, force=arguments.force)
+    print_decomposition(found, arguments)
 
 
-def as_json(found: "Decomposition", *, out: str | None) -> Mapping[str, object]:
-    """Return what ``--json`` prints."""
-    return {
-        "out": out,
-        "manifest": dict(found.manifest),
-        "neurons": records(found.summary()),
-        "modes": records(found.modes),
-        "separated": records(found.separated),
-    }
+def show(arguments: argparse.Namespace) -> None:
+    """Print the decomposition that was made before."""
+    from entangle.results.decomposition import load_decomposition
+
+    print_decomposition(load_decomposition(arguments.out), arguments)
 
 
-def print_decomposition(found: "Decomposition", *, out: str | None) -> None:
+def print_decomposition(found: "Decomposition", arguments: argparse.Namespace) -> None:
     """Print the chosen neurons, and where the result went."""
     table = found.summary()
     improvements = {f"ri_{k}": f"RI k={k}" for k in found.neurons["experts"].unique().tolist()}
     most = max(found.neurons["experts"])
     change = f"weighted WD, k={most}"
-    table = table.rename(columns={**improvements, "weighted_wd_change": change})
+    shown = table.rename(columns={**improvements, "weighted_wd_change": change})
     sparsity = found.neurons["sparsity"].iloc[0]
-    print_table(
-        table,
-        title=f"Neurons pruned to {sparsity:.0%} inside k experts (RI: RMSE of one expert / of k)",
-        formats={"wd": ".4f", change: "+.0%", **dict.fromkeys(improvements.values(), ".3f")},
-        optional=[change, *improvements.values()],
-    )
-    if out is not None:
-        say(f"Saved to {out}.")
+    title = f"Neurons pruned to {sparsity:.0%} inside k experts (RI: RMSE of one expert / of k)"
+    formats = {"wd": ".4f", change: "+.0%", **dict.fromkeys(improvements.values(), ".3f")}
+    content = {
+        "out": arguments.out,
+        "manifest": dict(found.manifest),
+        "neurons": records(table),
+        "modes": records(found.modes),
+        "separated": records(found.separated),
+    }
+    tables = [
+        Table(
+            "neurons", table, title, formats, keys=("layer", "neuron"), shown=shown,
+            optional=(change, *improvements.values()),
+        ),
+        *_details(found, arguments),
+    ]  # fmt: skip
+    present(arguments, tables, content, out=arguments.out)
+
+
+def _details(found: "Decomposition", arguments: argparse.Namespace) -> list[Table]:
+    """Return the tables that are printed where they are asked for."""
+    if not (arguments.csv or arguments.table):
+        return []
+    keys = ("layer", "neuron")
+    return [
+        Table("modes", found.modes, "Modes of the chosen neurons", keys=(*keys, "mode")),
+        Table("separated", found.separated, "Near in the input, far in the output", keys=keys),
+    ]

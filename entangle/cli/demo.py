@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from entangle.cli.options import Subparsers
-from entangle.cli.tables import say
+from entangle.cli.options import Subparsers, add_table_options
+from entangle.cli.tables import present, records
 from entangle.runs.progress import tell
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 PAGE = "report.html"
 LAYER = "model.layers.1.mlp.gate_proj"
 TOP = 10
+TABLES = ("layers", "neurons", "perplexity", "perplexity_ratio", "perplexity-contrasts")
 ABLATED = ("*.mlp.gate_proj", "*.mlp.up_proj")
 STRENGTHS, SEEDS, EVAL_WINDOWS, EVAL_SEQ_LEN = (0.95, 0.99), 5, 10, 512
 
@@ -36,12 +37,14 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     parser.add_argument("--force", action="store_true", help="replace an existing result")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
+    add_table_options(parser, *TABLES)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Fetch, score, ablate, print and draw."""
-    from entangle.cli.score import print_scores
+    from entangle.cli.ablate import ablation_tables
+    from entangle.cli.score import layer_summary, score_tables
     from entangle.runs.provenance import check_output, output_folder
 
     check_output(arguments.out, force=arguments.force)
@@ -56,32 +59,46 @@ def run(arguments: argparse.Namespace) -> None:
     _say(arguments, "reading the demo text")
     calibration = load_calibration("demo", model.tokenizer)
     scores = score(model, calibration, layers=LAYER, method="exact", progress=not arguments.quiet)
-    print_scores(scores, top=TOP, out=None, seed=0)
+    summary = layer_summary(scores, seed=0)
+    tables = score_tables(scores, summary, top=TOP)
+    early = not (arguments.json or arguments.csv or arguments.latex or arguments.table)
+    if early:  # the rest takes minutes
+        present(arguments, tables, {})
     with output_folder(arguments.out, force=arguments.force) as folder:
         scores.write(folder)
         for name, figure in first_figures(scores).items():
             save_figure(figure, folder / "figures" / name)
-        ablation = _ablate(arguments, model, folder / "ablation")
+        ablated = _ablate(arguments, model, folder / "ablation")
         _say(arguments, "putting the neurons on a page")
         write_report(
-            scores, folder / PAGE, runs=[ablation], model=model, calibration=calibration,
+            scores, folder / PAGE, runs=[ablated], model=model, calibration=calibration,
             progress=not arguments.quiet,
         )  # fmt: skip
-    for file in sorted(Path(arguments.out).rglob("*.png")):
-        say(f"Figure: {file} (also .pdf, .csv, captions)")
-    say(f"Saved to {arguments.out}.")
-    say(f"The neurons on a page: {(Path(arguments.out) / PAGE).resolve().as_uri()}")
+    files = sorted(Path(arguments.out).rglob("*.png"))
+    page = (Path(arguments.out) / PAGE).resolve().as_uri()
+    content = {
+        "out": arguments.out,
+        "summary": records(summary),
+        "top": records(scores.top(TOP)),
+        "ablation": records(ablated.frame),
+        "figures": list(map(str, files)),
+        "page": page,
+    }
+    said = [f"Figure: {file} (also .pdf, .csv, captions)" for file in files]
+    said.append(f"The neurons on a page: {page}")
+    tables = ablation_tables(ablated) if early else [*tables, *ablation_tables(ablated)]
+    present(arguments, tables, content, said=said, out=arguments.out)
 
 
 def _ablate(arguments: argparse.Namespace, model: "LanguageModel", out: Path) -> "AblationResult":
     """Prune the top 3 % of all gate and up rows against controls, on articles of their own."""
-    from entangle.cli.ablate import print_result, save_figures
+    from entangle.cli.ablate import save_figures
     from entangle.evaluation import load_evaluation
     from entangle.experiments.ablate import ablate
     from entangle.texts.calibration import load_calibration
 
     _say(arguments, "pruning the top 3 % of all gate and up rows, and controls")
-    result = ablate(
+    return ablate(
         model,
         load_calibration("demo", model.tokenizer, split="train"),
         evaluation=load_evaluation(
@@ -96,8 +113,6 @@ def _ablate(arguments: argparse.Namespace, model: "LanguageModel", out: Path) ->
         extra=save_figures,
         progress=not arguments.quiet,
     )
-    print_result(result)
-    return result
 
 
 def first_figures(scores: "NeuronScores") -> dict[str, "Figure"]:

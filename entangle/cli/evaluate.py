@@ -2,17 +2,17 @@
 
 import argparse
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from entangle.cli import options
-from entangle.cli.tables import print_json, print_table, records, say
+from entangle.cli.tables import Table, present, records
 from entangle.errors import InvalidInput, Unavailable
 from entangle.runs.progress import tell
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from entangle.evaluation import EvaluationText, Perplexity
+    from entangle.evaluation import Perplexity
     from entangle.models.loading import LanguageModel
 
 
@@ -61,8 +61,8 @@ def add_parser(subparsers: options.Subparsers) -> None:
     )  # fmt: skip
     parser.add_argument("--limit", type=int, help="take only the first examples of every task")
     parser.add_argument("--batch-size", type=int, help="windows in one forward pass")
-    options.add_run_options(parser)
-    parser.set_defaults(run=run, evaluation="demo")
+    options.add_run_options(parser, "results")
+    parser.set_defaults(run=run, show=show, evaluation="demo")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -72,8 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     clock = RunClock()
     check_seed(arguments.seed)
-    if arguments.out is not None:
-        check_output(arguments.out, force=arguments.force)
+    check_output(arguments.out, force=arguments.force)
     from entangle.evaluation import evaluate_models, perplexity_table
     from entangle.texts.documents import interpret_escapes
 
@@ -101,12 +100,27 @@ def run(arguments: argparse.Namespace) -> None:
         },
         **clock.read(),
     )
-    if arguments.out is not None:
-        save(arguments.out, table, results, manifest, force=arguments.force)
-    if arguments.json:
-        print_json({"out": arguments.out, "manifest": manifest, "results": records(table)})
-    else:
-        print_results(table, results, text, out=arguments.out)
+    save(arguments.out, table, results, manifest, force=arguments.force)
+    bad = {label: one.n_bad_windows for label, one in results.items() if one.flag}
+    print_results(table, manifest, arguments, bad=bad)
+
+
+def show(arguments: argparse.Namespace) -> None:
+    """Print the evaluation that was made before."""
+    import numpy as np
+
+    from entangle.runs.provenance import expand_user, read_manifest, read_table
+
+    folder, kind = expand_user(arguments.out), KIND if arguments.tasks is None else TASKS
+    name = "tasks.parquet" if kind == TASKS else "perplexity.parquet"
+    manifest = read_manifest(folder, kind, [name])
+    table = read_table(folder / name, {})
+    if kind == TASKS:
+        _print_tasks(table, manifest, arguments)
+        return
+    windows = read_table(folder / "windows.parquet", {})
+    lost = windows.loc[~np.isfinite(windows["loss"]), "model"]
+    print_results(table, manifest, arguments, bad=lost.value_counts().to_dict())
 
 
 def _run_tasks(models: "Mapping[str, LanguageModel]", arguments: argparse.Namespace) -> None:
@@ -123,16 +137,20 @@ def _run_tasks(models: "Mapping[str, LanguageModel]", arguments: argparse.Namesp
         models={label: model.describe() for label, model in models.items()},
         settings={"tasks": arguments.tasks, "limit": arguments.limit, "seed": arguments.seed},
     )
-    if arguments.out is not None:
-        with output_folder(arguments.out, force=arguments.force) as folder:
-            write_json(folder / "manifest.json", manifest)
-            table.to_parquet(folder / "tasks.parquet", index=False)
-    if arguments.json:
-        print_json({"out": arguments.out, "manifest": manifest, "results": records(table)})
-        return
-    print_table(table, title="Tasks", formats={"value": ".4g", "standard error": ".2g"})
-    if arguments.out is not None:
-        say(f"Saved to {arguments.out}.")
+    with output_folder(arguments.out, force=arguments.force) as folder:
+        write_json(folder / "manifest.json", manifest)
+        table.to_parquet(folder / "tasks.parquet", index=False)
+    _print_tasks(table, manifest, arguments)
+
+
+def _print_tasks(
+    table: "pd.DataFrame", manifest: Mapping[str, object], arguments: argparse.Namespace
+) -> None:
+    content = {"out": arguments.out, "manifest": manifest, "results": records(table)}
+    formats = {"value": ".4g", "standard error": ".2g"}
+    keys = ("model", "task", "metric", "value")
+    printed = Table("results", table, "Tasks", formats, keys=keys)
+    present(arguments, [printed], content, out=arguments.out)
 
 
 def _effect(result: "Perplexity") -> dict[str, object] | None:
@@ -210,12 +228,17 @@ def save(
 
 def print_results(
     table: "pd.DataFrame",
-    results: Mapping[str, "Perplexity"],
-    text: "EvaluationText",
+    manifest: Mapping[str, Any],
+    arguments: argparse.Namespace,
     *,
-    out: str | None,
+    bad: Mapping[Any, int],
 ) -> None:
-    """Print the table, what is wrong with a result, and where it was written."""
+    """Print the table, what is wrong with a result, and where it was written.
+
+    ``bad`` is the number of windows without a finite loss, of models that have some.
+    """
+    from entangle.runs.provenance import special_tokens_of
+
     shown = table.drop(columns=["ratio_low", "ratio_high", "special_tokens", "flag"])
     shown.columns = shown.columns.str.replace("_", " ")
     interval = [
@@ -227,18 +250,20 @@ def print_results(
         shown.insert(3, "95 %", interval)
     else:
         shown = shown.drop(columns="× dense")
-    print_table(
-        shown,
-        title=f"Perplexity on {text.source} (windows of {text.seq_len:,} tokens, no overlap, "
-        f"special tokens: {text.special_tokens})",
-        formats=FORMATS,
-        optional=OPTIONAL,
+    text = manifest["evaluation"]
+    said = [
+        f"The perplexity of {row['model']} is {row['flag']}: {bad.get(row['model'], 0)} of "
+        f"{row['windows']} windows have no finite loss."
+        for row in records(table)
+        if row["flag"]
+    ]
+    title = (
+        f"Perplexity on {text['source']} (windows of {text['seq_len']:,} tokens, no overlap, "
+        f"special tokens: {special_tokens_of(manifest, 'evaluation')})"
     )
-    for label, result in results.items():
-        if result.flag:
-            say(
-                f"The perplexity of {label} is {result.flag}: "
-                f"{result.n_bad_windows} of {text.n_windows} windows have no finite loss."
-            )
-    if out is not None:
-        say(f"Saved to {out}.")
+    printed = Table(
+        "results", table, title, FORMATS, keys=("model", "perplexity"), optional=OPTIONAL,
+        shown=shown,
+    )  # fmt: skip
+    content = {"out": arguments.out, "manifest": manifest, "results": records(table)}
+    present(arguments, [printed], content, said=said, out=arguments.out)

@@ -1,12 +1,13 @@
 """``entangle expand``: routed sparse experts in place of a model's MLP linears."""
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from entangle.cli import options
-from entangle.cli.tables import print_json, print_table, records, say
+from entangle.cli.tables import Table, present, records
 from entangle.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -16,10 +17,15 @@ if TYPE_CHECKING:
     from entangle.evaluation import EvaluationText, Perplexity
     from entangle.experts.expand import Expansion
     from entangle.models.loading import LanguageModel
+    from entangle.results.expansion import ExpansionReport
 
 
 LAYER_COLUMNS = ("layer", "sparsity", "relative_error", "damping", "smallest_cluster",
                  "effective_clusters", "shrunk")  # fmt: skip
+TABLES = ("layers", "model")
+OPTIONAL = ("peak MiB", "seconds", "shrunk", "damping", "effective_clusters", "smallest_cluster",
+            "flops", "bytes", "nonzeros")  # fmt: skip
+"""The least important columns first."""
 PRUNING = ("pattern", "pruner", "bits", "group_size", "damping")
 """Options of `add_pruning_options` that a function takes as they are."""
 FORMATS = {
@@ -58,8 +64,8 @@ def add_parser(subparsers: options.Subparsers) -> None:
         "--no-baseline", action="store_true", help="skip the plain pruning (one expert) beside it"
     )
     group.add_argument("--resume", action="store_true", help="go on with an unfinished build")
-    options.add_run_options(parser)
-    parser.set_defaults(run=run)
+    options.add_run_options(parser, *TABLES)
+    parser.set_defaults(run=run, show=show)
 
 
 def add_pruning_options(group: argparse._ArgumentGroup, *, allocation: str) -> None:
@@ -128,7 +134,7 @@ def run(arguments: argparse.Namespace) -> None:
             plain = expand(model, calibration, experts=1, allocation=one, **settings)
         summaries.append(summarise(dense, plain, expanded, experts=k))
         if text is not None and folder is not None:
-            keep_table(summaries[0].drop(columns=["seconds", "peak MiB"]), folder)
+            keep_table(summaries[0], folder)
 
     expanded = expand(
         model,
@@ -141,24 +147,69 @@ def run(arguments: argparse.Namespace) -> None:
         extra=evaluate,
         **settings,
     )
-    if not summaries:  # nothing is written, or the build was finished before
-        evaluate(expanded, None if arguments.out is None else expand_user(arguments.out))
-    summary = summaries[0]
-    if arguments.json:
-        print_json(
-            {
-                "out": arguments.out,
-                "model": records(summary),
-                "layers": records(expanded.layers),
-                "manifest": dict(expanded.manifest),
-            }
-        )
-        return
-    print_table(expanded.layers[list(LAYER_COLUMNS)], title="Expanded layers", formats=FORMATS)
-    title = f"Model, pruned by {arguments.pruner} (multiples of dense: flops, nonzeros, bytes)"
-    print_table(summary, title=title, formats=FORMATS)
-    if arguments.out is not None:
-        say(f"Saved to {arguments.out}.")
+    if not summaries:  # the build was finished before
+        evaluate(expanded, expand_user(arguments.out))
+    print_built(summaries[0], expanded.layers, expanded.manifest, arguments)
+
+
+def show(arguments: argparse.Namespace) -> None:
+    """Print the expansion, or the pruned model, that was made before."""
+    from entangle.results import load_result
+    from entangle.results.expansion import ExpansionReport
+
+    found = load_result(arguments.out)
+    assert isinstance(found, ExpansionReport)  # noqa: S101  (its name says so)
+    print_built(summary_of(found, arguments.out), found.layers, found.manifest, arguments)
+
+
+def print_built(
+    summary: "pd.DataFrame",
+    layers: "pd.DataFrame",
+    manifest: Mapping[str, object],
+    arguments: argparse.Namespace,
+) -> None:
+    """Print the layers, the model beside the dense one, and where it is."""
+    content = {
+        "out": arguments.out,
+        "model": records(summary),
+        "layers": records(layers),
+        "manifest": dict(manifest),
+    }
+    pruned = arguments.command == "prune"
+    stored = "stored as bitmap and values" if pruned else "flops, nonzeros, bytes"
+    title = f"Model, pruned by {arguments.pruner} (multiples of dense, {stored})"
+    shown = layers[[name for name in LAYER_COLUMNS if name in layers]]
+    settings: dict[str, Any] = {"formats": FORMATS, "optional": OPTIONAL}
+    of_layers = "Pruned layers" if pruned else "Expanded layers"
+    tables = [
+        Table("layers", layers, of_layers, keys=("layer",), shown=shown, **settings),
+        Table("model", summary, title, keys=("model", "perplexity"), **settings),
+    ]
+    present(arguments, tables, content, out=arguments.out)
+
+
+def summary_of(report: "ExpansionReport", folder: str) -> "pd.DataFrame":
+    """Return the closing table of a finished model: as it was kept, or without a dense model."""
+    import pandas as pd
+
+    from entangle.runs.provenance import expand_user
+    from entangle.runs.reading import decoding, regular_file
+
+    kept = expand_user(folder) / "model.parquet"
+    if kept.exists():
+        with decoding(regular_file(kept), remedy="make the result anew"):
+            table = pd.read_parquet(kept)
+    else:
+        counts = [str(report.layers["experts"].min()), str(report.layers["experts"].max())]
+        label = f"expansion (k = {' to '.join(dict.fromkeys(counts))})"
+        value = float("nan") if report.perplexity is None else report.perplexity
+        row = {"model": "pruned" if report.KIND == "pruning" else label, "perplexity": value}
+        table = pd.DataFrame([row | dict(report.costs)])
+    seconds, peak = report.run.get("seconds"), report.run.get("peak_memory_bytes")
+    for name, found, unit in (("seconds", seconds, 1), ("peak MiB", peak, 2**20)):
+        known = found / unit if isinstance(found, int | float) else float("nan")
+        table[name] = [*[float("nan")] * (len(table) - 1), known]  # of the last one's process
+    return table
 
 
 def summarise(
@@ -189,10 +240,13 @@ def summarise(
 
 
 def keep_table(summary: "pd.DataFrame", folder: Path) -> None:
-    """Write the closing table, of dense and plain pruning too, into a checkpoint without one."""
+    """Write the closing table, of dense and plain pruning too, into a checkpoint without one.
+
+    Seconds and memory, in which runs differ, are left out.
+    """
     from entangle.runs.provenance import output_file
 
-    path = folder / "model.parquet"
+    path, summary = folder / "model.parquet", summary.drop(columns=["seconds", "peak MiB"])
     if not path.exists():
         with output_file(path, remedy="name another folder") as temporary:
             summary.to_parquet(temporary, index=False)

@@ -2,8 +2,8 @@
 
 import argparse
 
-from entangle.cli.options import Subparsers, add_model_options, load_model
-from entangle.cli.tables import print_json, print_table, records
+from entangle.cli.options import Subparsers, add_model_options, add_table_options, load_model
+from entangle.cli.tables import Table, present, records
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -14,7 +14,7 @@ def add_parser(subparsers: Subparsers) -> None:
         description="List the linear layers of a model by the names that --layer accepts.",
     )
     add_model_options(parser)
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    add_table_options(parser, "layers")
     parser.set_defaults(run=run)
 
 
@@ -34,10 +34,13 @@ def run(arguments: argparse.Namespace) -> None:
         rows.append((experts.name, experts.block, experts.name.rpartition(".")[2], shape, False))
     frame = pd.DataFrame(rows, columns=["name", "block", "projection", "shape", "addressable"])
     frame = frame.astype({"block": "Int64"})
-    if arguments.json:
-        print_json(records(frame))
-        return
-    frame["addressable"] = frame["addressable"].map({True: "yes", False: "no: fused experts"})
-    if (frame["addressable"] == "yes").all():
-        frame = frame.drop(columns="addressable")
-    print_table(frame, title=f"Linear layers of {arguments.model}", formats={"block": ""})
+    shown = frame.assign(
+        addressable=frame["addressable"].map({True: "yes", False: "no: fused experts"})
+    )
+    if frame["addressable"].all():
+        shown = shown.drop(columns="addressable")
+    table = Table(
+        "layers", frame, f"Linear layers of {arguments.model}", {"block": ""}, keys=("name",),
+        optional=("projection", "block", "shape"), shown=shown,
+    )  # fmt: skip
+    present(arguments, [table], records(frame))

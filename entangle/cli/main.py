@@ -24,7 +24,11 @@ from entangle.checks import choice, share, shares, shown, whole, wholes
 from entangle.cli import (
     ablate,
     allocate,
+    asked,
+    columns,
     compare,
+    completion,
+    config,
     convert,
     decompose,
     demo,
@@ -39,6 +43,7 @@ from entangle.cli import (
     report,
     run,
     score,
+    show,
 )
 from entangle.cli.meaning import check_meaning, given_options
 from entangle.cli.options import names, numbers, parse_memory
@@ -52,6 +57,7 @@ from entangle.runs.provenance import (
     expand_user,
     is_expansion,
     read_manifest,
+    runs_as,
 )
 from entangle.seeding import check_seed
 
@@ -59,8 +65,8 @@ CLOSED_PIPE = 128 + 13
 """As a shell reports a program that the signal SIGPIPE (13) has ended."""
 
 COMMANDS = (
-    ablate, allocate, compare, convert, decompose, demo, diff, evaluate, expand, figures, layers,
-    probe, prune, report, run, score,
+    ablate, allocate, compare, completion, convert, decompose, demo, diff, evaluate, expand, figures,
+    layers, probe, prune, report, run, score, show,
 )  # fmt: skip
 
 
@@ -101,6 +107,8 @@ def _parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentP
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add_parser(subparsers)
+    for one in subparsers.choices.values():
+        options.add_config_option(one)
     return parser, subparsers.choices
 
 
@@ -169,17 +177,16 @@ def _warnings_told() -> Iterator[None]:
 
 
 def _run(argv: Sequence[str] | None) -> int:
-    written = options.spell_out(sys.argv[1:] if argv is None else argv)
-    parser, commands = _parsers()
-    arguments = parser.parse_args(written)
-    arguments.given = given_options(commands[arguments.command], written[1:], arguments)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
+        written = _written(sys.argv[1:] if argv is None else argv)
+        parser, commands = _parsers()
+        arguments = parser.parse_args(written)
+        arguments.given = given_options(commands[arguments.command], written[1:], arguments)
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         check_arguments(arguments)
         _keep_to_memory(getattr(arguments, "memory", options.AUTO))
-        shared = arguments.command == "figures"  # files that any number of commands may add to
-        with claimed(None if shared else getattr(arguments, "out", None)):  # before all else
-            arguments.run(arguments)
+        with runs_as(written):
+            _work(arguments)
     except EntangleError as error:
         tell(f"error: {error}")
         return error.exit_code
@@ -192,6 +199,30 @@ def _run(argv: Sequence[str] | None) -> int:
         tell("interrupted")
         return 130
     return 0
+
+
+def _written(argv: Sequence[str]) -> list[str]:
+    """Return a command line by today's names, with the options of its ``--config`` file."""
+    written = options.spell_out(argv)
+    if not any(one.startswith("--c") for one in written):
+        return written
+    commands = _parsers()[1]
+    known = bool(written) and written[0] in commands
+    return config.with_file(commands[written[0]], written) if known else written
+
+
+def _work(arguments: argparse.Namespace) -> None:
+    """Run a command, or print what it made before (`entangle.cli.asked`)."""
+    asked.name_output(arguments)
+    if asked.is_found(arguments):
+        asked.show_found(arguments)
+        return
+    shared = arguments.command == "figures"  # files that any number of commands may add to
+    with claimed(None if shared else getattr(arguments, "out", None)):  # before all else
+        if asked.is_found(arguments):  # another process has made it meanwhile
+            asked.show_found(arguments)
+        else:
+            arguments.run(arguments)
 
 
 def _said(error: OSError) -> str:
@@ -258,7 +289,7 @@ def _leave_pipe() -> int:
 LEAST: Mapping[str, int] = {
     "batch_size": 1, "count": 1, "eval_seq_len": 2, "eval_windows": 1, "limit": 1,
     "max_new_tokens": 1, "n_seq": 1,
-    "pairs_per_paradigm": 1, "seeds": 1, "seq_len": 1, "evaluations": 2,
+    "pairs_per_paradigm": 1, "seeds": 1, "seq_len": 1, "evaluations": 2, "top": 1,
 }  # fmt: skip
 """Options that are whole numbers, and the least of each."""
 NAMES: Mapping[str, tuple[str, Sequence[str]]] = {
@@ -276,10 +307,6 @@ NAMES: Mapping[str, tuple[str, Sequence[str]]] = {
 }  # fmt: skip
 """Options that are lists of names: what one is called in a message, and those that exist."""
 SELECTIONS = ("top", "bottom", "random", "random-norm", "random-variance", "all")
-COLUMNS = (
-    "block", "neuron", "wd", "wd_se", "wd_bound", "ks", "mean", "std", "skewness",
-    "excess_kurtosis", "weight_norm", "md", "n_tokens", "variance", "abs_mean", "abs_skewness",
-)  # fmt: skip
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
@@ -296,6 +323,8 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         for one in names(given[name]) if isinstance(given.get(name), str) else ():
             choice(name, one, known, kind=kind)
     _check_selections(given)
+    if given.get("table") is not None:
+        choice("table", given["table"], given["tables"])
     check_meaning(arguments)
     _check_files(given)
     _check_models(given)
@@ -304,6 +333,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         read_manifest(given["scores"], "scores")
     for side in ("a", "b") if given["command"] == "diff" else ():
         read_manifest(given[side], "scores")
+    columns.check_columns(given)
     for one in given.get("runs") or ():
         if not expand_user(one).exists():
             read_manifest(one, "result")
@@ -338,14 +368,11 @@ def _check_numbers(given: Mapping[str, object]) -> None:
 
 
 def _check_selections(given: Mapping[str, object]) -> None:
-    """Check what `ablate` chooses by; files of neurons and of scores come later."""
+    """Check what `ablate` chooses by; columns and files of neurons come later."""
     select = given.get("select")
     for one in names(select) if isinstance(select, str) else ():
         if not one.lower().endswith((".csv", ".parquet")):
             choice("select", one, SELECTIONS, kind="selection")
-    if given.get("command") == "ablate" and given.get("scores") is None:
-        for one in names(str(given["by"])):
-            choice("by", one, COLUMNS, kind="column")
 
 
 def _check_files(given: Mapping[str, object]) -> None:

@@ -4,7 +4,7 @@ Only what was written on the command line counts, never a default. Told before t
 """
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,14 +65,21 @@ def given_options(
     arguments
         What they were parsed to.
     """
+    return frozenset(given_values(subparser, argv, vars(arguments)))
+
+
+def given_values(
+    subparser: argparse.ArgumentParser, argv: Sequence[str], names: Iterable[str] = ()
+) -> dict[str, object]:
+    """Return the options that a command line holds by their names, as `given_options`.
+
+    ``names`` are those of defaults that no option has.
+    """
     absent: list[str] = []  # known by its identity; options that gather values begin with it
-    subparser.set_defaults(**dict.fromkeys(vars(arguments), absent))
+    known = {one.dest for one in subparser._actions if one.default is not argparse.SUPPRESS}
+    subparser.set_defaults(**dict.fromkeys({*names, *known}, absent))
     found, _ = subparser.parse_known_args(list(argv))
-    return frozenset(name for name, value in vars(found).items() if value is not absent)
-
-
-def _writes(arguments: argparse.Namespace) -> bool:
-    return any(getattr(arguments, name, None) for name in ("out", "export", "plot", "html"))
+    return {name: one for name, one in vars(found).items() if name in known and one is not absent}
 
 
 def _is_text(option: str) -> Callable[[argparse.Namespace], bool]:
@@ -133,7 +140,11 @@ def _is_scored(arguments: argparse.Namespace) -> bool:
 
 
 COMMON: Sequence[Meaning] = (
-    Meaning(("force",), _writes, "without a result to write (--out)"),
+    Meaning(("table",), lambda given: not given.json, "with --json, which holds all tables"),
+    Meaning(
+        ("wide",), lambda given: not (given.json or given.csv or given.latex),
+        "with --json, --csv or --latex, which hold all columns",
+    ),
 )  # fmt: skip
 
 _DRAWN = ("top", "bottom", "random")
@@ -145,7 +156,7 @@ _EVALUATION = (
 _TOKENS = "for token ids, which are in sequences already"
 _OF_CALIBRATION = Meaning(("join",), _is_text("calibration"), _TOKENS)
 _CALIBRATION = (
-    "calibration", "config", "split", "column", "n_seq", "seq_len", "sampling", "join",
+    "calibration", "calibration_config", "split", "column", "n_seq", "seq_len", "sampling", "join",
     "special_tokens", "seed",
 )  # fmt: skip
 
@@ -203,11 +214,7 @@ MEANINGS: Mapping[str, Sequence[Meaning]] = {
             ("no_baseline",), lambda given: given.evaluation is not None, "without --evaluation"
         ),
     ),
-    "prune": (
-        _OF_CALIBRATION,
-        *_PRUNING,
-        Meaning(("packed",), lambda given: given.out is not None, "without --out"),
-    ),
+    "prune": (_OF_CALIBRATION, *_PRUNING),
     "report": (
         Meaning(
             ("revision", "dtype", "device", "device_map", *_CALIBRATION),

@@ -184,7 +184,7 @@ def add_calibration_options(parser: argparse.ArgumentParser, *, holds_back: bool
         help="demo, wikitext2, c4, a data set's hub id, or a path: .txt, .jsonl, .parquet, a "
         "folder of them, or token ids in .safetensors (default: demo)",
     )
-    group.add_argument("--config", help="configuration of a hub data set")
+    group.add_argument("--calibration-config", help="configuration of a hub data set")
     articles = "train, which leaves the test articles out," if holds_back else "all articles"
     group.add_argument(
         "--split", help=f"split of a hub data set, or of demo: train or test (default: {articles} "
@@ -242,7 +242,7 @@ RENAMED: "Mapping[str, Mapping[str, str]]" = {
         "--data-split": "--evaluation-split", "--data-column": "--evaluation-column",
     },
     "evaluate": {
-        "--config": "--evaluation-config", "--split": "--evaluation-split",
+        "--split": "--evaluation-split",
         "--column": "--evaluation-column", "--seq-len": "--eval-seq-len",
         "--n-windows": "--eval-windows",
     },
@@ -308,7 +308,7 @@ def load_calibration(arguments: argparse.Namespace, model: "LanguageModel") -> "
         sampling=arguments.sampling,
         join=interpret_escapes(arguments.join),
         split=arguments.demo_split if unnamed else arguments.split,
-        config=arguments.config,
+        config=arguments.calibration_config,
         column=arguments.column,
         **special_tokens(arguments),
         context_length=model.context_length,
@@ -395,13 +395,56 @@ def add_storage_options(group: argparse._ActionsContainer) -> None:
     )  # fmt: skip
 
 
-def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """Add seed, output folder and the like."""
+def add_table_options(parser: argparse.ArgumentParser, *tables: str) -> None:
+    """Add in which format `entangle.cli.tables.present` prints the tables of these names."""
+    group = parser.add_argument_group("printed")
+    formats = group.add_mutually_exclusive_group()
+    formats.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    formats.add_argument(
+        "--csv", action="store_true", help="print one table as CSV, all columns, numbers in full"
+    )
+    formats.add_argument("--latex", action="store_true", help="print tables for LaTeX (booktabs)")
+    group.add_argument(
+        "--wide", action="store_true", help="print all columns, however narrow the terminal is"
+    )
+    several = f"{', '.join(tables)} (default: all; --csv: {tables[0]})"
+    group.add_argument(
+        "--table", metavar="NAME",
+        help=f"print only this table: {several if len(tables) > 1 else tables[0]}",
+    )  # fmt: skip
+    parser.set_defaults(tables=tables)
+
+
+def add_config_option(parser: argparse.ArgumentParser) -> None:
+    """Add the file that options may be read from (`entangle.cli.config`)."""
+    parser.add_argument(
+        "--config", metavar="FILE",
+        help="YAML file of options, such as n_seq: 16; those of the command line win",
+    )  # fmt: skip
+
+
+def add_run_options(
+    parser: argparse.ArgumentParser, *tables: str, ending: str = "", file: bool = False
+) -> None:
+    """Add seed, output folder and the like, and how tables of these names are printed.
+
+    Without ``--out`` the result gets a name of its own (`entangle.cli.asked`), which ends in
+    ``ending``. The result is a ``file``, or else a folder. Without tables, only
+    ``--json`` is there.
+    """
     parser.add_argument("--seed", type=int, default=0, help="seed of all draws (default: 0)")
-    parser.add_argument("--out", metavar="DIR", help="write the result to this folder")
+    kind, metavar = ("file", "FILE") if file else ("folder", "DIR")
+    named = f"runs/{parser.prog.split()[-1]}-DIGEST{ending}"
+    parser.add_argument(
+        "--out", metavar=metavar, help=f"write the result to this {kind} (default: {named})"
+    )
     parser.add_argument("--force", action="store_true", help="replace an existing result")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
+    if tables:
+        add_table_options(parser, *tables)
+    else:
+        parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.set_defaults(out_ending=ending)
 
 
 def check_run(arguments: argparse.Namespace) -> None:
@@ -413,8 +456,6 @@ def check_run(arguments: argparse.Namespace) -> None:
     from entangle.seeding import check_seed
 
     check_seed(arguments.seed)
-    if arguments.resume and arguments.out is None:
-        raise InvalidInput("--resume goes on with an unfinished folder; name it with --out.")
     if arguments.out is not None and not arguments.resume:
         check_output(arguments.out, force=arguments.force)
 

@@ -7,23 +7,22 @@ from typing import TYPE_CHECKING, Any
 
 from entangle.cli import options
 from entangle.cli.expand import (
-    FORMATS,
+    TABLES,
     add_pruning_options,
     allocation_of,
     check_evaluated,
     evaluation_text,
     keep_table,
+    print_built,
     pruning_settings,
+    show,
 )
-from entangle.cli.tables import print_json, print_table, records, say
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from entangle.evaluation import Perplexity
     from entangle.experts.expand import Expansion
-
-LAYER_COLUMNS = ("layer", "sparsity", "relative_error", "damping", "shrunk")
 
 
 def add_parser(subparsers: options.Subparsers) -> None:
@@ -51,8 +50,8 @@ def add_parser(subparsers: options.Subparsers) -> None:
         "for a --pattern of n of 16 weights, such as 5:16",
     )  # fmt: skip
     group.add_argument("--resume", action="store_true", help="go on with an unfinished pruning")
-    options.add_run_options(parser)
-    parser.set_defaults(run=run)
+    options.add_run_options(parser, *TABLES)
+    parser.set_defaults(run=run, show=show)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -77,7 +76,7 @@ def run(arguments: argparse.Namespace) -> None:
         dense = None if text is None else perplexity(model, text, progress=progress)
         summaries.append(summarise(dense, pruned))
         if text is not None and folder is not None:
-            keep_table(summaries[0].drop(columns=["seconds", "peak MiB"]), folder)
+            keep_table(summaries[0], folder)
 
     settings: dict[str, Any] = {
         **pruning_settings(arguments, allocated=allocation is not None),
@@ -98,25 +97,9 @@ def run(arguments: argparse.Namespace) -> None:
     else:
         packed = {"experts": 1, "format": arguments.packed, "keep": False}
         pruned = expand(model, calibration, **settings, **packed)
-    if not summaries:  # nothing is written, or the pruning was finished before
-        evaluate(pruned, None if arguments.out is None else expand_user(arguments.out))
-    summary = summaries[0]
-    if arguments.json:
-        print_json(
-            {
-                "out": arguments.out,
-                "model": records(summary),
-                "layers": records(pruned.layers),
-                "manifest": dict(pruned.manifest),
-            }
-        )
-        return
-    shown = [name for name in LAYER_COLUMNS if name in pruned.layers]
-    print_table(pruned.layers[shown], title="Pruned layers", formats=FORMATS)
-    title = f"Model, pruned by {arguments.pruner} (multiples of dense, stored as bitmap and values)"
-    print_table(summary, title=title, formats=FORMATS)
-    if arguments.out is not None:
-        say(f"Saved to {arguments.out}.")
+    if not summaries:  # the pruning was finished before
+        evaluate(pruned, expand_user(arguments.out))
+    print_built(summaries[0], pruned.layers, pruned.manifest, arguments)
 
 
 def summarise(dense: "Perplexity | None", pruned: "Expansion") -> "pd.DataFrame":

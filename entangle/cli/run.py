@@ -5,7 +5,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from entangle.cli import options
-from entangle.cli.tables import print_json, print_table, records, say
+from entangle.cli.tables import Table, present, records, say
 from entangle.errors import InvalidInput, Unavailable
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def add_parser(subparsers: options.Subparsers) -> None:
     group.add_argument("--no-dense", action="store_true", help="do not run the dense model")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
     parser.add_argument("--seed", type=int, default=0, help="seed of all draws (default: 0)")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    options.add_table_options(parser, "speed")
     parser.set_defaults(run=run)
 
 
@@ -65,11 +65,13 @@ def run(arguments: argparse.Namespace) -> None:
     if dense is not None:
         speed = table["tokens a second"]
         table["× dense"] = speed / speed.iloc[-1]
-    if arguments.json:
-        print_json({"prompt": arguments.prompt, "results": records(table)})
-        return
-    say(arguments.prompt + str(rows[0]["text"]))
-    print_table(table.drop(columns="text"), title="Speed", formats=FORMATS)
+    if not (arguments.json or arguments.csv or arguments.latex):
+        say(arguments.prompt + str(rows[0]["text"]))
+    printed = Table(
+        "speed", table, "Speed", FORMATS, keys=("model", "tokens a second"),
+        shown=table.drop(columns="text"),
+    )  # fmt: skip
+    present(arguments, [printed], {"prompt": arguments.prompt, "results": records(table)})
 
 
 def _dense(arguments: argparse.Namespace, *, expansion: bool) -> "LanguageModel | None":

@@ -1,10 +1,10 @@
 """``entangle score``: rank the neurons of some layers."""
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from entangle.cli import options
-from entangle.cli.tables import print_json, print_table, records, say
+from entangle.cli.tables import Table, present, records
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,6 +22,7 @@ FORMATS = {
 }  # fmt: skip
 OPTIONAL = ("flagged", "neurons", "97 % wd", "split-half ρ", "mean", "weight_norm", "std",
             "excess_kurtosis", "skewness", "ks", "null floor", "WD–MD ρ [95 %]", "md")  # fmt: skip
+TABLES = ("layers", "neurons")
 
 
 def add_parser(subparsers: options.Subparsers) -> None:
@@ -47,21 +48,18 @@ def add_parser(subparsers: options.Subparsers) -> None:
     options.add_memory_option(group)
     group.add_argument("--batch-size", type=int, help="sequences in one forward pass")
     parser.add_argument("--top", type=int, default=20, help="rows to print (default: 20)")
-    options.add_run_options(parser)
-    parser.set_defaults(run=run)
+    options.add_run_options(parser, *TABLES)
+    parser.set_defaults(run=run, show=show)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Score, print and save."""
-    from entangle.checks import whole
     from entangle.runs.provenance import check_output
     from entangle.seeding import check_seed
 
     check_seed(arguments.seed)
-    whole("--top", arguments.top, least=1)
     memory = options.parse_memory(arguments.memory)
-    if arguments.out is not None:
-        check_output(arguments.out, force=arguments.force)
+    check_output(arguments.out, force=arguments.force)
     from entangle.models.layers import find_layers
     from entangle.scoring.score import score
 
@@ -83,12 +81,15 @@ def run(arguments: argparse.Namespace) -> None:
     )
     if effect is not None:
         scores = scores.with_settings(special_tokens_effect=effect.describe())
-    if arguments.out is not None:
-        scores.save(arguments.out, force=arguments.force)
-    if arguments.json:
-        print_json(as_json(scores, top=arguments.top, out=arguments.out, seed=arguments.seed))
-    else:
-        print_scores(scores, top=arguments.top, out=arguments.out, seed=arguments.seed)
+    scores.save(arguments.out, force=arguments.force)
+    print_scores(scores, arguments)
+
+
+def show(arguments: argparse.Namespace) -> None:
+    """Print the scores that were made before."""
+    from entangle.results.scores import load_scores
+
+    print_scores(load_scores(arguments.out), arguments)
 
 
 def layer_summary(scores: "NeuronScores", *, seed: int) -> "pd.DataFrame":
@@ -130,49 +131,49 @@ def _wd_md(rows: "pd.DataFrame", *, seed: int) -> tuple[float, float, float]:
     return found.value, found.low, found.high
 
 
-def as_json(scores: "NeuronScores", *, top: int, out: str | None, seed: int) -> dict[str, object]:
-    """Return what ``--json`` prints."""
-    return {
-        "out": out,
-        "manifest": dict(scores.manifest),
-        "layers": records(scores.layers),
-        "summary": records(layer_summary(scores, seed=seed)),
-        "top": records(scores.top(top)),
-    }
-
-
-def print_scores(scores: "NeuronScores", *, top: int, out: str | None, seed: int) -> None:
+def print_scores(scores: "NeuronScores", arguments: argparse.Namespace) -> None:
     """Print the summary of the layers, the ranking, and where the result went."""
-    summary = layer_summary(scores, seed=seed)
-    if summary["WD–MD ρ"].notna().any():
-        interval = summary.apply(
-            lambda row: f"{row['WD–MD ρ']:.3f} [{row['low']:.3f}, {row['high']:.3f}]", axis=1
-        )
-        summary["WD–MD ρ [95 %]"] = interval
-    summary = summary.drop(columns=["WD–MD ρ", "low", "high"])
-    first = scores.layers.iloc[0]
-    print_table(
-        summary,
-        title=f"Wasserstein distance by layer ({first['method']}, {first['n_tokens']:,} tokens, "
-        f"special tokens: {scores.special_tokens})",
-        formats=FORMATS,
-        optional=OPTIONAL,
-    )
-    ranking = scores.top(top)[list(TOP_COLUMNS)]
-    ranking.insert(0, "rank", range(1, len(ranking) + 1))
-    print_table(
-        ranking.drop(columns="flag"),
-        title=f"The {len(ranking)} largest WD",
-        formats=FORMATS,
-        optional=OPTIONAL,
-    )
+    top, summary = arguments.top, layer_summary(scores, seed=arguments.seed)
     flagged = scores.frame[scores.frame["flag"] != ""]
-    for flag, count in flagged["flag"].value_counts().items():
-        say(f"{count} neuron(s) with {flag} outputs have no score.")
+    said = [
+        f"{count} neuron(s) with {flag} outputs have no score."
+        for flag, count in flagged["flag"].value_counts().items()
+    ]
     if (flagged["flag"] == "coarse").any():
-        say(
+        said.append(
             "Coarse ones have a WD that may be wrong by more than 0.05 (see wd_bound): score them "
             "with --method exact, or a model in float32."
         )
-    if out is not None:
-        say(f"Saved to {out}.")
+    content = {
+        "out": arguments.out,
+        "manifest": dict(scores.manifest),
+        "layers": records(scores.layers),
+        "summary": records(summary),
+        "top": records(scores.top(top)),
+    }
+    tables = score_tables(scores, summary, top=top)
+    present(arguments, tables, content, said=said, out=arguments.out)
+
+
+def score_tables(scores: "NeuronScores", summary: "pd.DataFrame", *, top: int) -> list[Table]:
+    """Return the tables of the layers and of the ``top`` neurons."""
+    shown = summary.drop(columns=["WD–MD ρ", "low", "high"])
+    if summary["WD–MD ρ"].notna().any():
+        shown["WD–MD ρ [95 %]"] = summary.apply(
+            lambda row: f"{row['WD–MD ρ']:.3f} [{row['low']:.3f}, {row['high']:.3f}]", axis=1
+        )
+    first, ranking = scores.layers.iloc[0], scores.top(top)
+    ranked = ranking[[name for name in TOP_COLUMNS if name != "flag"]]
+    ranked.insert(0, "rank", range(1, len(ranked) + 1))
+    title = (
+        f"Wasserstein distance by layer ({first['method']}, {first['n_tokens']:,} tokens, "
+        f"special tokens: {scores.special_tokens})"
+    )
+    settings: dict[str, Any] = {"formats": FORMATS, "optional": OPTIONAL}
+    return [
+        Table("layers", summary, title, keys=("layer",), shown=shown, **settings),
+        Table(
+            "neurons", ranking, f"The {len(ranking)} largest WD", shown=ranked,
+            keys=("rank", "layer", "neuron", "wd"), **settings,
+        ),
+    ]  # fmt: skip

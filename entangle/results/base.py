@@ -220,6 +220,10 @@ class Result(ABC):
         title = f"{self._TITLE} {described(self.manifest, 'model', 'name')}"
         return html_result(title, lines, table, rows=self._SHOWN)
 
+    def overview(self) -> tuple[list[str], pd.DataFrame]:
+        """Return what a notebook shows: lines that sum the result up, and its main table."""
+        return self._told()
+
     @abstractmethod
     def _told(self) -> tuple[list[str], pd.DataFrame]:
         """Return lines that sum the result up, and the table to show."""

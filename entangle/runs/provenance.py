@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from contextvars import ContextVar
 from functools import cache, partial, wraps
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -115,11 +116,29 @@ class RunClock:
         return reading if memory is None else reading | {"memory_bytes": memory}
 
 
+_EFFECTIVE: ContextVar[Sequence[str] | None] = ContextVar("arguments of the command", default=None)
+
+
+@contextmanager
+def runs_as(arguments: Sequence[str]) -> Iterator[None]:
+    """Let manifests of the block name these arguments, to which the given ones amount."""
+    token = _EFFECTIVE.set(tuple(arguments))
+    try:
+        yield
+    finally:
+        _EFFECTIVE.reset(token)
+
+
 def command_line() -> str | None:
-    """Return the ``entangle`` command that this process runs, None if it is another program."""
-    if Path(sys.argv[0]).stem != "entangle":
+    """Return the ``entangle`` command that this process runs, None if it is another program.
+
+    Options that were read from a file stand in it as if they had been written (`runs_as`).
+    """
+    program = Path(sys.argv[0])
+    if (program.parent.name if program.stem == "__main__" else program.stem) != "entangle":
         return None
-    return shlex.join(["entangle", *sys.argv[1:]])
+    effective = _EFFECTIVE.get()
+    return shlex.join(["entangle", *(sys.argv[1:] if effective is None else effective)])
 
 
 def make_manifest(kind: str, **parts: object) -> dict[str, object]:

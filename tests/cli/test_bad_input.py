@@ -110,7 +110,7 @@ CASES = {
     "model --calibration text.txt --sampling contiguous": "needs 4096 text",
     "model --calibration text.txt --join \\q": "backslash",
     f"model {TEXT} --seed -1": "`seed` integer [0, 2**63) -1",
-    f"model {TEXT} --top 0": "`--top` integer 1 0",
+    f"model {TEXT} --top 0": "`top` integer 1 0",
     f"model {TEXT} --memory lots": "size 512M 2G 'lots'",
     f"model {TEXT} --memory 1K": "`memory` least 1 MiB 1024",
     f"model {TEXT} --batch-size 0": "`batch_size` integer 1 0",

@@ -90,7 +90,6 @@ def test_a_finished_comparison_is_printed_again(run: Run) -> None:
     assert {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()} == before
     other = ("--sparsity", "0.6", "--out", "out", "--resume")
     check_one_line(run(*SMALL, *DATA, *other), "'out' comparison --force")
-    check_one_line(run(*SMALL, *DATA, "--resume"), "--resume unfinished")
 
 
 def test_an_arm_that_fails_is_named_and_the_finished_ones_stay(
@@ -130,7 +129,7 @@ def test_the_text_to_evaluate_on_must_be_named(run: Run) -> None:
     assert "required: --evaluation" in err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("mistake", ["--out model", "--methods wandb", "--sparsity x", "--resume"])
+@pytest.mark.parametrize("mistake", ["--out model", "--methods wandb", "--sparsity x"])
 def test_options_are_checked_before_the_model_is_loaded(
     run: Run, monkeypatch: pytest.MonkeyPatch, mistake: str
 ) -> None:

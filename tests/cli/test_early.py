@@ -11,7 +11,7 @@ from entangle.cli import main
 from entangle.cli.ablate import MEASURES
 from entangle.cli.main import build_parser
 from entangle.experiments.arms import INTERVENTIONS, ROUTERS, SELECTIONS
-from entangle.experiments.selection import ALIKE, DERIVED, SCORED
+from entangle.experiments.selection import ALIKE
 from entangle.results.comparison import COMPARED_METHODS
 
 HEAVY = {"torch", "transformers", "pandas", "datasets", "scipy", "sklearn", "matplotlib"}
@@ -88,7 +88,6 @@ def test_the_names_are_those_that_exist() -> None:
     assert main.NAMES["methods"][1] == tuple(COMPARED_METHODS)
     assert main.NAMES["router"][1] == ROUTERS
     assert main.NAMES["measure"][1] == tuple(MEASURES)
-    assert set(main.COLUMNS) == {*SCORED, *DERIVED}
     assert set(main.SELECTIONS) == {*SELECTIONS, *ALIKE, "all"}
     assert set(main.NAMES["rule"][1]) == {*RULES, "search"}
 

@@ -14,14 +14,14 @@ from tests.saved import resealed
 ALLOCATE = "allocate nowhere --sparsity 0.5"
 COMPARE = "compare --evaluation demo"
 IGNORED = {
-    "score --force": "--force",
+    "score --json --wide": "--wide --json",
+    "score --json --table layers": "--table --json",
     "score --calibration ids.safetensors --join x": "--join token ids",
     "evaluate --evaluation ids.safetensors --join x": "--join token ids",
     "decompose --layer 1 --experts 1 --router random": "--router one expert",
     "ablate --select all --fraction 0.1": "--fraction",
     "ablate --select rows.csv --count 3": "--count",
     "ablate --select all --scope model": "--scope",
-    "ablate --select random,random-norm --force": "--force --out",
     "ablate --select random --by md": "--by top bottom",
     "ablate --select top,bottom --seeds 3": "--seeds random",
     "ablate --intervention zero,mean --strength 0.9": "--strength prunes",
@@ -46,7 +46,6 @@ IGNORED = {
     f"{ALLOCATE} --rule linear --calibration text.txt": "--calibration",
     f"{ALLOCATE} --rule linear --n-seq 3": "--n-seq",
     f"{ALLOCATE} --rule linear --seed 3": "--seed",
-    f"{ALLOCATE} --force": "--force",
 }
 MEANT = (
     "ablate --select random-norm --by md --seeds 2 --count 3 --scope model",

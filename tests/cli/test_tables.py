@@ -64,9 +64,9 @@ def test_json_is_ascii_and_loses_nothing(capsys: pytest.CaptureFixture[str]) -> 
     ("width", "columns", "left_out"),
     [
         (80, ["layer", "block", "wd", "ρ"], ""),
-        (55, ["layer", "block", "wd"], "Left out for want of room: ρ."),
-        (45, ["layer", "wd"], "Left out for want of room: ρ, block."),
-        (20, ["layer"], "Left out for want of room: ρ, block, wd."),
+        (55, ["layer", "block", "wd"], "Left out for want of room: ρ; --wide prints all."),
+        (45, ["layer", "wd"], "Left out for want of room: ρ, block; --wide prints all."),
+        (34, ["layer"], "Left out for want of room: ρ, block, wd; --wide prints all."),
     ],
 )
 def test_a_narrow_terminal_gets_fewer_columns_but_whole_values(

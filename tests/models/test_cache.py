@@ -185,8 +185,3 @@ def test_a_folder_made_by_another_process_is_kept(tmp_path: Path) -> None:
     cache.write_atomically(tmp_path / "x", write)
     assert _files(tmp_path) == ["x"]
     assert _files(tmp_path / "x") == ["theirs"]
-
-
-def test_the_cache_folder_has_a_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("ENTANGLE_CACHE", raising=False)
-    assert "entangle" in cache.cache_folder().parts

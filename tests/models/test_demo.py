@@ -16,10 +16,10 @@ import torch
 from entangle.errors import Unavailable
 from entangle.models import demo, gguf_files
 from entangle.models import demo as cleaning
-from entangle.models.cache import cache_folder
 from entangle.models.demo import VERSION
 from entangle.models.layers import find_blocks, find_layers
 from entangle.models.loading import as_language_model, load_model
+from entangle.runs.places import cache_folder
 from entangle.texts.calibration import load_calibration
 from entangle.texts.special_tokens import model_habit
 

@@ -16,6 +16,7 @@ from entangle.errors import InvalidInput
 from entangle.models import cache, gguf_files
 from entangle.models.loading import load_model
 from entangle.models.pretrained import FLAGS
+from entangle.runs.places import cache_folder
 from tests.tiny_models import GROUPED, WORDS, write_gguf
 
 
@@ -230,4 +231,4 @@ def test_memory_for_float32_is_only_needed_for_the_cache(
     monkeypatch.setattr(psutil, "virtual_memory", Little)
     assert load_model(tiny_gguf, dtype="bfloat16", device="cpu").dtype == torch.bfloat16
     assert "without the cache" in capfd.readouterr().err
-    assert cache.cache_folder().exists()
+    assert cache_folder().exists()
