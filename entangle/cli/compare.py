@@ -159,8 +159,8 @@ def _sparsities(arguments: argparse.Namespace, allocations: "Sequence[Named]") -
 
 def draw(found: "Comparison", folder: Path) -> None:
     """Draw the figure into the result's folder, if it is missing and there is something to draw."""
-    from entangle.cli.figures import text_of
     from entangle.plotting import figure_comparison, save_figure
+    from entangle.results.drawings import text_of
 
     stem = folder / "figures" / "perplexity"
     if stem.with_suffix(".csv").exists():  # written last

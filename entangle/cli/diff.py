@@ -4,13 +4,14 @@ import argparse
 from typing import TYPE_CHECKING
 
 from entangle.cli import options
-from entangle.cli.tables import print_json, print_table, records, say
+from entangle.cli.tables import Table, present, records
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from entangle.results.difference import Difference
 
+TABLES = ("agreement", "moved", "differs")
 _ENDS = ("_low", "_high")
 _OPTIONAL = ("kendall", "ceiling", "median_change", "compared", "neurons", "tested")
 _MOVED = ["layer", "neuron", "a", "b", "change", "change_se", "p_adjusted", "rank_a", "rank_b"]
@@ -40,8 +41,8 @@ def add_parser(subparsers: options.Subparsers) -> None:
     )  # fmt: skip
     parser.add_argument("--top", type=int, default=20, help="rows to print (default: 20)")
     parser.add_argument("--html", metavar="FILE", help="write a page of its own to this file")
-    options.add_run_options(parser)
-    parser.set_defaults(run=run)
+    options.add_run_options(parser, *TABLES)
+    parser.set_defaults(run=run, show=show)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -71,10 +72,17 @@ def run(arguments: argparse.Namespace) -> None:
         found.save(arguments.out, force=arguments.force)
     if arguments.html is not None:
         found.save_html(arguments.html, force=arguments.force)
-    if arguments.json:
-        print_json(as_json(found, top=arguments.top, out=arguments.out, html=arguments.html))
-    else:
-        print_difference(found, top=arguments.top, out=arguments.out, html=arguments.html)
+    print_difference(found, arguments)
+
+
+def show(arguments: argparse.Namespace) -> None:
+    """Print the comparison that was made before."""
+    from entangle.results.difference import Difference
+
+    found = Difference.load(arguments.out)
+    if arguments.html is not None:
+        found.save_html(arguments.html, force=arguments.force)
+    print_difference(found, arguments)
 
 
 def as_json(
@@ -93,31 +101,31 @@ def as_json(
     }
 
 
-def print_difference(found: "Difference", *, top: int, out: str | None, html: str | None) -> None:
+def print_difference(found: "Difference", arguments: argparse.Namespace) -> None:
     """Print what differs, the agreement of every layer, what moved, and where the result went."""
-    if len(found.differs):
-        print_table(found.shown_differs(), title="What differs between the runs", formats={})
-    lines, _ = found._told()
-    say(*lines)
-    summary = _with_intervals(found.summary().drop(columns=["block", "projection"]))
-    print_table(
-        summary,
-        title=f"Agreement of {found.by} by layer [95 %]",
-        formats={"median_change": "+.4f", "ceiling": ".3f"},
-        optional=[*_OPTIONAL, *(str(name) for name in summary if str(name).startswith("top_"))],
-    )
-    moved = found.moved(top)
-    if len(moved):
-        print_table(
-            moved[_MOVED],
-            title=f"The {len(moved)} surest of {len(found.moved()):,} that moved beyond errors",
-            formats={"a": ".4f", "b": ".4f", "change": "+.4f", "change_se": ".4f",
-                     "p_adjusted": ".1e", "rank_a": "d", "rank_b": "d"},
-            optional=["rank_a", "rank_b", "change_se", "p_adjusted"],
-        )  # fmt: skip
-    for what, path in (("Saved to", out), ("Page:", html)):
-        if path is not None:
-            say(f"{what} {path}.")
+    out, html = arguments.out, arguments.html
+    moved = found.moved(arguments.top)
+    agreement = found.summary().drop(columns=["block", "projection"])
+    summary = _with_intervals(agreement)
+    tables = [
+        Table(
+            "agreement", agreement, f"Agreement of {found.by} by layer [95 %]",
+            {"median_change": "+.4f", "ceiling": ".3f"}, keys=("layer",),
+            optional=[*_OPTIONAL, *(str(name) for name in summary if str(name).startswith("top_"))],
+            shown=summary,
+        ),
+        Table(
+            "moved", moved[_MOVED],
+            f"The {len(moved)} surest of {len(found.moved()):,} that moved beyond errors",
+            {"a": ".4f", "b": ".4f", "change": "+.4f", "change_se": ".4f", "p_adjusted": ".1e",
+             "rank_a": "d", "rank_b": "d"},
+            keys=("layer", "neuron"), optional=("rank_a", "rank_b", "change_se", "p_adjusted"),
+        ),
+        Table("differs", found.shown_differs(), "What differs between the runs"),
+    ]  # fmt: skip
+    said = [*found._told()[0], *([] if html is None else [f"Page: {html}."])]
+    content = as_json(found, top=arguments.top, out=out, html=html)
+    present(arguments, tables, content, said=said, out=out)
 
 
 def _with_intervals(table: "pd.DataFrame") -> "pd.DataFrame":

@@ -65,8 +65,8 @@ CLOSED_PIPE = 128 + 13
 """As a shell reports a program that the signal SIGPIPE (13) has ended."""
 
 COMMANDS = (
-    ablate, allocate, compare, completion, convert, decompose, demo, diff, evaluate, expand, figures,
-    layers, probe, prune, report, run, score, show,
+    ablate, allocate, compare, completion, convert, decompose, demo, diff, evaluate, expand,
+    figures, layers, probe, prune, report, run, score, show,
 )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from entangle.cli import options
-from entangle.cli.tables import print_json, print_table, print_text, records, say
+from entangle.cli.tables import Table, present, print_text, records, say
 from entangle.errors import InvalidInput
 from entangle.runs.progress import on_terminal
 
@@ -42,7 +42,7 @@ def add_parser(subparsers: options.Subparsers) -> None:
     options.add_special_tokens_option(group)
     parser.add_argument("--html", metavar="FILE", help="write the coloured text to this file")
     parser.add_argument("--force", action="store_true", help="replace an existing file")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of the text")
+    options.add_table_options(parser, "tokens")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     parser.set_defaults(run=run)
 
@@ -74,12 +74,7 @@ def run(arguments: argparse.Namespace) -> None:
     if page is not None:
         with output_file(page) as temporary:
             temporary.write_text(found.html(), "utf-8")
-    if arguments.json:
-        print_json(as_json(found, html=arguments.html))
-        return
-    print_probe(found)
-    if page is not None:
-        say(f"Page: {arguments.html}.")
+    print_probe(found, arguments)
 
 
 def as_json(found: "Probe", *, html: str | None) -> dict[str, object]:
@@ -102,22 +97,23 @@ def in_colours() -> bool:
     return on_terminal(sys.stdout) and not plain
 
 
-def print_probe(found: "Probe") -> None:
+def print_probe(found: "Probe", arguments: argparse.Namespace) -> None:
     """Print the text in colours, or a row a token where there are none."""
-    if in_colours():
+    said = [*found.legend(), *([] if arguments.html is None else [f"Page: {arguments.html}."])]
+    if in_colours() and not (arguments.json or arguments.csv or arguments.latex):
         say(found.title)
         print_text(list(_pieces(found)))
-    else:
-        table = found.frame.drop(columns=["token_id", "piece", "special"]).dropna(
-            axis="columns", how="all"
-        )
-        print_table(
-            table.rename(columns={"sigma": "σ", "percentile": "above %"}),
-            title=found.title,
-            formats={"output": ".4g", "σ": "+.2f", "above %": ".3g"},
-            optional=["above %", "position", "output"] if "sigma" in table else ["position"],
-        )
-    say(*found.legend())
+        say(*said)
+        return
+    plain = found.frame.drop(columns=["token_id", "piece", "special"])
+    shown = plain.dropna(axis="columns", how="all")
+    table = Table(
+        "tokens", found.frame, found.title, {"output": ".4g", "σ": "+.2f", "above %": ".3g"},
+        keys=("token",),
+        optional=["above %", "position", "output"] if "sigma" in shown else ["position"],
+        shown=shown.rename(columns={"sigma": "σ", "percentile": "above %"}),
+    )  # fmt: skip
+    present(arguments, [table], as_json(found, html=arguments.html), said=said)
 
 
 def _pieces(found: "Probe") -> list[tuple[str, str]]:

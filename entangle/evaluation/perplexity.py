@@ -89,12 +89,12 @@ def next_token_logits(
 
 def next_tokens(
     model: LanguageModel,
-    batches: Sequence[Int64[Tensor, "windows tokens"]],
+    batches: Sequence[Tensor],
     *,
     memory: int | None = None,
     report: Callable[[int], None] = lambda _windows: None,
-) -> Iterator[tuple[Tensor, Float[Tensor, "windows tokens vocabulary"]]]:
-    """Yield the token ids and logits of every batch, in order.
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the token ids (windows, tokens) and logits of every batch, in order.
 
     Where the weights come block by block, all batches pass one block after the other, so that each
     is read once; elsewhere, and where a model cannot be run so, batch by batch.

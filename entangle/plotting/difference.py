@@ -10,7 +10,9 @@ from matplotlib.figure import Figure
 
 from entangle.checks import choice
 from entangle.errors import InvalidInput
-from entangle.plotting.save import FigureOptions, paper, record
+from entangle.plotting.options import FigureOptions, PlotOptions, asked_for, picked
+from entangle.plotting.page import axes_level, figure_level, paper
+from entangle.plotting.save import record
 from entangle.plotting.style import NOMINAL, axes_or_new, explain_above, ink
 from entangle.plotting.summaries import bell_curve, check_columns
 
@@ -23,6 +25,7 @@ _BINS = np.arange(-6.0, 6.01, 0.25)
 _FEW_LAYERS, _LAYERS = 12, "layers"
 
 
+@axes_level
 def plot_two_runs(
     frame: pd.DataFrame,
     *,
@@ -30,6 +33,7 @@ def plot_two_runs(
     by: str = "wd",
     legend: bool = True,
     ax: Axes | None = None,
+    **options: Unpack[PlotOptions],
 ) -> Axes:
     """Draw the values of run B against those of run A, a point a neuron.
 
@@ -45,6 +49,8 @@ def plot_two_runs(
         Write a legend.
     ax
         Where to draw; None makes a new figure.
+    options
+        See `entangle.plotting.options.PlotOptions`.
 
     Returns
     -------
@@ -63,18 +69,20 @@ def plot_two_runs(
             f"`frame` must hold a neuron with a value in both runs; got none of {len(frame)}; "
             "score other layers."
         )
-    own, ax = ax is None, axes_or_new(ax)
+    own, ax = ax is None, axes_or_new(ax, options)
     ends = [float(kept[["a", "b"]].min().min()), float(kept[["a", "b"]].max().max())]
-    (line,) = ax.plot(ends, ends, color=ink("gaussian"), lw=0.7, ls="--", label="no change")
-    record(line, panel="values", series="no change", x=ends, y=ends)
-    entries: list[tuple[Artist, str]] = [(line, "no change")]
-    for moved, name, role in _MOVES:
+    entries: list[tuple[Artist, str]] = []
+    if asked_for("no change"):
+        color = ink("gaussian", None, "no change")
+        (line,) = ax.plot(ends, ends, color=color, lw=0.7, ls="--", label="no change")
+        record(line, panel="values", series="no change", x=ends, y=ends)
+        entries.append((line, "no change"))
+    there = [move for move in _MOVES if (kept["moved"] == move[0]).any()]
+    for moved, name, role in picked(there, lambda move: move[1]):
         rows = kept[kept["moved"] == moved]
-        if rows.empty:
-            continue
         x, y = (rows[side].to_numpy(np.float64) for side in "ab")
         points = ax.scatter(
-            x, y, s=3.0 if role == "typical" else 6.0, color=ink(name, ink(role)), linewidths=0,
+            x, y, s=3.0 if role == "typical" else 6.0, color=ink(role, None, name), linewidths=0,
             alpha=0.35 if len(rows) > _MANY_POINTS else 0.6, label=name,
             rasterized=len(rows) > _MANY_POINTS,
         )  # fmt: skip
@@ -87,12 +95,14 @@ def plot_two_runs(
     return ax
 
 
+@axes_level
 def plot_rank_agreement(
     agreement: pd.DataFrame,
     *,
     measure: str = "spearman",
     legend: bool = True,
     ax: Axes | None = None,
+    **options: Unpack[PlotOptions],
 ) -> Axes:
     """Draw how far two runs agree in every layer, with intervals: a line a projection.
 
@@ -103,7 +113,7 @@ def plot_rank_agreement(
     measure
         ``spearman``, ``kendall``, or an overlap of top sets such as ``top_3``, which chance would
         make its share (a dotted line).
-    legend, ax
+    legend, ax, options
         As in `plot_two_runs`. Of ``spearman`` the ceiling that noise leaves is drawn dashed.
 
     Raises
@@ -120,13 +130,14 @@ def plot_rank_agreement(
             f"`agreement` must hold {measure} of at least one layer; got none: a ranking needs 3 "
             "neurons of different scores."
         )
-    own, ax = ax is None, axes_or_new(ax)
+    own, ax = ax is None, axes_or_new(ax, options)
     by_block = bool(rows["block"].notna().all()) and rows["block"].nunique() > 1
     rows = rows.assign(place=rows["block"] if by_block else np.arange(len(rows)))
     groups = list(rows.groupby("projection", sort=False)) if by_block else [(_LAYERS, rows)]
     entries: list[tuple[Artist, str]] = []
     ceilings: list[tuple[Artist, str]] = []
-    for color, (name, part) in zip(np.resize(NOMINAL, len(groups)), groups, strict=True):
+    colored = list(zip(np.resize(NOMINAL, len(groups)), groups, strict=True))
+    for color, (name, part) in picked(colored, lambda one: str(one[1][0])):
         x, y, low, high = (
             part[key].to_numpy(np.float64)
             for key in ("place", measure, f"{measure}_low", f"{measure}_high")
@@ -142,9 +153,10 @@ def plot_rank_agreement(
         if measure == "spearman" and "ceiling" in part:
             ceilings += _draw_ceiling(ax, x, part["ceiling"].to_numpy(np.float64), str(name), color)
     entries += ceilings[:1]
-    if measure.startswith("top_"):
+    if measure.startswith("top_") and asked_for("by chance"):
         chance = float(measure.removeprefix("top_")) / 100
-        line = ax.axhline(chance, color=ink("gaussian"), lw=0.7, ls=":", label="by chance")
+        color = ink("gaussian", None, "by chance")
+        line = ax.axhline(chance, color=color, lw=0.7, ls=":", label="by chance")
         record(line, panel=measure, series="by chance", y=chance)
         entries.append((line, "by chance"))
     _label_layers(ax, rows, by_block=by_block)
@@ -186,7 +198,14 @@ def _label_layers(ax: Axes, rows: pd.DataFrame, *, by_block: bool) -> None:
         ax.set_xlabel("layer")
 
 
-def plot_change_errors(frame: pd.DataFrame, *, legend: bool = True, ax: Axes | None = None) -> Axes:
+@axes_level
+def plot_change_errors(
+    frame: pd.DataFrame,
+    *,
+    legend: bool = True,
+    ax: Axes | None = None,
+    **options: Unpack[PlotOptions],
+) -> Axes:
     """Draw changes in units of their standard errors, beside a standard normal distribution.
 
     Where nothing moved, and no error is taken off, the two are alike: broader is change, narrower
@@ -196,7 +215,7 @@ def plot_change_errors(frame: pd.DataFrame, *, legend: bool = True, ax: Axes | N
     ----------
     frame
         `Difference.frame`: change, change_se.
-    legend, ax
+    legend, ax, options
         As in `plot_two_runs`.
 
     Raises
@@ -213,22 +232,26 @@ def plot_change_errors(frame: pd.DataFrame, *, legend: bool = True, ax: Axes | N
             "only WD has standard errors, of two groups of sequences or more."
         )
     units = np.clip(change[known] / error[known], _BINS[0], _BINS[-1])
-    own, ax = ax is None, axes_or_new(ax)
+    own, ax = ax is None, axes_or_new(ax, options)
     heights = np.histogram(units, _BINS)[0] / len(units) / np.diff(_BINS)
-    bars = ax.stairs(heights, _BINS, fill=True, lw=0, color=ink("typical"), label="neurons")
-    record(bars, panel="errors", series="neurons", x=_BINS[:-1], y=heights, x_right=_BINS[1:])
-    x = np.linspace(-4.0, 4.0, 201)
-    (curve,) = ax.plot(x, bell_curve(x), color=ink("gaussian"), lw=0.9, label="if none moved")
-    record(curve, panel="errors", series="if none moved", x=x, y=bell_curve(x))
+    entries: list[tuple[Artist, str]] = []
+    if asked_for("neurons"):
+        color = ink("typical", None, "neurons")
+        bars = ax.stairs(heights, _BINS, fill=True, lw=0, color=color, label="neurons")
+        record(bars, panel="errors", series="neurons", x=_BINS[:-1], y=heights, x_right=_BINS[1:])
+        entries.append((bars, f"neurons (n = {len(units):,})"))
+    if asked_for("if none moved"):
+        x = np.linspace(-4.0, 4.0, 201)
+        color = ink("gaussian", None, "if none moved")
+        (curve,) = ax.plot(x, bell_curve(x), color=color, lw=0.9, label="if none moved")
+        record(curve, panel="errors", series="if none moved", x=x, y=bell_curve(x))
+        entries.append((curve, "if none moved: N(0, 1)"))
     ax.set(xlabel="change ÷ its standard error (ends: and beyond)", ylabel="density")
-    entries: list[tuple[Artist, str]] = [
-        (bars, f"neurons (n = {len(units):,})"),
-        (curve, "if none moved: N(0, 1)"),
-    ]
     explain_above(ax, entries, legend=legend, own=own)
     return ax
 
 
+@figure_level
 def figure_difference(
     frame: pd.DataFrame,
     agreement: pd.DataFrame,
@@ -251,7 +274,7 @@ def figure_difference(
     top
         Which overlap of top sets is drawn, a column of ``agreement``.
     options
-        See `entangle.plotting.save.FigureOptions`.
+        See `entangle.plotting.options.FigureOptions`.
 
     Returns
     -------

@@ -27,6 +27,22 @@ PANELS = sorted(name for name in plotting.__all__ if name.startswith("plot_"))
 FIGURES = sorted(name for name in plotting.__all__ if name.startswith("figure_"))
 
 
+def difference() -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Tables of two runs that are compared."""
+    rng = np.random.default_rng(0)
+    a = rng.uniform(0, 1, 60)
+    frame = pd.DataFrame(
+        {"layer": "gate", "neuron": range(60), "a": a, "b": a + rng.normal(0, 0.1, 60),
+         "moved": ["up", "no", "no"] * 20, "change": rng.normal(0, 0.1, 60), "change_se": 0.1}
+    )  # fmt: skip
+    rows = [
+        {"layer": f"{block}.{name}", "block": block, "projection": name, "top_3": 0.4 + block / 10,
+         "top_3_low": 0.3, "top_3_high": 0.8}
+        for block in range(3) for name in ("gate_proj", "down_proj")
+    ]  # fmt: skip
+    return frame, pd.DataFrame(rows)
+
+
 def arguments(name: str) -> tuple[tuple[object, ...], dict[str, Any]]:
     """What a panel is drawn from: a table and, by keyword, the rest."""
     d = decompose_made_up()
@@ -64,6 +80,9 @@ def arguments(name: str) -> tuple[tuple[object, ...], dict[str, Any]]:
         "plot_wd_distribution": ((scores[scores["block"] == 1],), {"floor": (0.01, 0.02)}),
         "plot_wd_heatmap": ((scores,), {}),
         "plot_wd_ridge": ((scores,), {}),
+        "plot_two_runs": ((difference()[0],), {}),
+        "plot_change_errors": ((difference()[0],), {}),
+        "plot_rank_agreement": ((difference()[1],), {"measure": "top_3"}),
     }
     return made[name]
 
@@ -90,6 +109,9 @@ PARTS: dict[str, tuple[str, str]] = {
     "plot_wd_distribution": ("other neurons", "Gaussian floor"),
     "plot_wd_heatmap": ("model.layers.0.mlp.gate_proj", "block 3 · gate_proj"),
     "plot_wd_ridge": ("model.layers.0.mlp.gate_proj", "block 3 · gate_proj"),
+    "plot_two_runs": ("did not move", "moved up"),
+    "plot_change_errors": ("neurons", "if none moved"),
+    "plot_rank_agreement": ("gate_proj", "down_proj"),
 }
 """Two parts of every panel, in its own order."""
 COLORED = {"plot_wd_heatmap": "top", "plot_modes": "mode 0"}
