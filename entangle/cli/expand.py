@@ -159,7 +159,12 @@ def show(arguments: argparse.Namespace) -> None:
 
     found = load_result(arguments.out)
     assert isinstance(found, ExpansionReport)  # noqa: S101  (its name says so)
-    print_built(summary_of(found, arguments.out), found.layers, found.manifest, arguments)
+    print_built(
+        summary_of(found, arguments.out, pruned=arguments.command == "prune"),
+        found.layers,
+        found.manifest,
+        arguments,
+    )
 
 
 def print_built(
@@ -178,7 +183,8 @@ def print_built(
     pruned = arguments.command == "prune"
     stored = "stored as bitmap and values" if pruned else "flops, nonzeros, bytes"
     title = f"Model, pruned by {arguments.pruner} (multiples of dense, {stored})"
-    shown = layers[[name for name in LAYER_COLUMNS if name in layers]]
+    wanted = [name for name in LAYER_COLUMNS if not (pruned and "cluster" in name)]
+    shown = layers[[name for name in wanted if name in layers]]
     settings: dict[str, Any] = {"formats": FORMATS, "optional": OPTIONAL}
     of_layers = "Pruned layers" if pruned else "Expanded layers"
     tables = [
@@ -188,7 +194,7 @@ def print_built(
     present(arguments, tables, content, out=arguments.out)
 
 
-def summary_of(report: "ExpansionReport", folder: str) -> "pd.DataFrame":
+def summary_of(report: "ExpansionReport", folder: str, *, pruned: bool) -> "pd.DataFrame":
     """Return the closing table of a finished model: as it was kept, or without a dense model."""
     import pandas as pd
 
@@ -203,7 +209,7 @@ def summary_of(report: "ExpansionReport", folder: str) -> "pd.DataFrame":
         counts = [str(report.layers["experts"].min()), str(report.layers["experts"].max())]
         label = f"expansion (k = {' to '.join(dict.fromkeys(counts))})"
         value = float("nan") if report.perplexity is None else report.perplexity
-        row = {"model": "pruned" if report.KIND == "pruning" else label, "perplexity": value}
+        row = {"model": "pruned" if pruned else label, "perplexity": value}
         table = pd.DataFrame([row | dict(report.costs)])
     seconds, peak = report.run.get("seconds"), report.run.get("peak_memory_bytes")
     for name, found, unit in (("seconds", seconds, 1), ("peak MiB", peak, 2**20)):

@@ -79,10 +79,6 @@ def test_tokens_that_do_not_differ_name_their_layers(run: Run) -> None:
     check_one_line(ran, "model.layers.0.mlp.gate_proj model.layers.0.mlp.up_proj `k`")
 
 
-def test_resume_without_a_folder(run: Run) -> None:
-    check_one_line(run(*WIDE, "--resume"), "--resume unfinished")
-
-
 @pytest.mark.parametrize("pruner", ["sparsegpt", "wanda", "magnitude", "random"])
 def test_weights_that_are_nan_name_their_layer(run: Run, pruner: str) -> None:
     broken("model.layers.1.mlp.up_proj.weight")

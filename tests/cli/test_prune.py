@@ -88,7 +88,6 @@ def test_bits_groups_patterns_and_allocations(run: Run) -> None:
         ("--pruner wanda --damping 0.1", "--damping sparsegpt"),
         ("--allocation nowhere.safetensors", "nowhere.safetensors"),
         ("--layer lm_head --proj lm_head", "'lm_head' outside"),
-        ("--resume", "--resume --out"),
         ("--eval-windows 2", "--eval-windows needs --evaluation SOURCE"),
         ("--out text.txt", "output 'text.txt' file"),
     ],
@@ -115,7 +114,6 @@ def test_packed_weights_are_those_of_the_ordinary_model(
         load_model("plain", device="cpu"),
     )
     torch.testing.assert_close(packed.module(ids).logits, plain.module(ids).logits)
-    check_one_line(run(*PRUNE, "--packed", form), "--packed --out")
 
 
 def test_another_folder_is_not_replaced(run: Run, place: Path) -> None:

@@ -33,8 +33,9 @@ def test_the_tables(run: Run, small: Small) -> None:
     ]
     assert lines[6] == "The 3 largest WD"
     assert lines[7].split()[:5] == ["rank", "layer", "neuron", "wd", "wd_se"]
-    assert [line.split()[0] for line in lines[9:]] == ["1", "2", "3"]
-    assert all(line.split()[1].startswith("model.layers.1.mlp.") for line in lines[9:])
+    assert [line.split()[0] for line in lines[9:12]] == ["1", "2", "3"]
+    assert all(line.split()[1].startswith("model.layers.1.mlp.") for line in lines[9:12])
+    assert lines[12].startswith("Saved to ")
 
 
 def test_progress_is_told_in_lines_off_a_terminal(run: Run, small: Small) -> None:
