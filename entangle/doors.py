@@ -8,7 +8,7 @@ which is loaded when its name is asked for::
     mine = "my_package:prune"
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -128,6 +128,11 @@ class Door(Mapping[str, Thing], Generic[Thing]):
     def listed(self) -> list[Plugin]:
         """Return everything that can be chosen, with its source."""
         return [Plugin(self.kind, name, self.source(name)) for name in self]
+
+
+def with_installed(kind: str, ours: Sequence[str]) -> tuple[str, ...]:
+    """Return names of ours and of installed packages; nothing is loaded."""
+    return (*ours, *(name for name in _installed(kind) if name not in ours))
 
 
 def _package(found: EntryPoint) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from entangle.checks import share
 from entangle.cli import options
 from entangle.cli.tables import Table, present, records
 from entangle.errors import InvalidInput
@@ -22,11 +23,12 @@ FORMATS = {
     "sparsity": ".2f", "perplexity": ",.3f", "ratio": ".3f", "ratio_low": ".3f",
     "ratio_high": ".3f", "flops": ".3f", "nonzeros": ".3f", "bytes": ".3f",
     "relative_error": ".4f", "seconds": ".0f", "competitor_perplexity": ",.3f",
-    "uniform_ratio": ".3f", "uniform_low": ".3f", "uniform_high": ".3f",
+    "uniform_ratio": ".3f", "uniform_low": ".3f", "uniform_high": ".3f", "density": ".3f",
+    "increase": ".0%", "saved": ".3f", "low": ".3f", "high": ".3f",
 }  # fmt: skip
 
 
-TABLES = ("results", "equal-nonzeros")
+TABLES = ("results", "flops-saved", "equal-nonzeros")
 KEYS = ("method", "sparsity", "experts", "allocation")
 OPTIONAL = (
     "seconds", "competitor_perplexity", "relative_error", "uniform_low", "uniform_high",
@@ -48,9 +50,34 @@ def add_parser(subparsers: options.Subparsers) -> None:
     group = parser.add_argument_group("comparison")
     group.add_argument(
         "--methods", default="magnitude,wanda,sparsegpt,expansion,expansion-random",
-        help="comma-separated (default: %(default)s)",
+        help="comma-separated; `entangle list` names all (default: %(default)s)",
     )  # fmt: skip
     group.add_argument("--sparsity", help=f"(default: {SPARSITIES}, or those of the allocations)")
+    group.add_argument("--density", help="1 − sparsity, in its place: for example 0.25,0.5,0.75")
+    group.add_argument(
+        "--scope",
+        default="mlp",
+        choices=("mlp", "all"),
+        help="linears of the blocks whose activations may be masked, and whose multiply-adds "
+        "densities count (default: %(default)s)",
+    )
+    group.add_argument(
+        "--form",
+        choices=("threshold", "topk"),
+        help="how activations are masked (default: as published)",
+    )
+    group.add_argument(
+        "--dense-prefix",
+        type=int,
+        default=0,
+        metavar="N",
+        help="first tokens of a window whose activations are not masked (default: 0)",
+    )
+    group.add_argument(
+        "--prefix", type=int, default=0, metavar="N",
+        help="first tokens of a window that are not scored; griffin and coreinfer choose their "
+        "neurons from them (default: 0)",
+    )  # fmt: skip
     options.add_allocation_option(
         group,
         text="comma-separated files from `entangle allocate`, or NAME=FILE: every method is also "
@@ -92,7 +119,8 @@ def run(arguments: argparse.Namespace) -> None:
         model, calibration, text, methods=methods, sparsity=sparsity, experts=experts,
         allocations=allocations, seed=arguments.seed, memory=memory, out=arguments.out,
         resume=arguments.resume, force=arguments.force, extra=add_figure,
-        progress=not arguments.quiet,
+        scope=arguments.scope, form=arguments.form, dense_prefix=arguments.dense_prefix,
+        prefix=arguments.prefix, progress=not arguments.quiet,
     )  # fmt: skip
     if not drawn:  # read, for it was made before
         draw(found, expand_user(arguments.out))
@@ -110,13 +138,15 @@ def show(arguments: argparse.Namespace) -> None:
 
 def print_comparison(found: "Comparison", arguments: argparse.Namespace) -> None:
     """Print the tables, and say where the result is."""
-    from entangle.results.comparison import at_equal_nonzeros
+    from entangle.results.comparison import at_equal_nonzeros, flops_saved
 
+    saved = flops_saved(found)
     equal = at_equal_nonzeros(found.frame)
     content = {
         "out": arguments.out,
         "manifest": dict(found.manifest),
         "results": records(found.frame),
+        "flops_saved": records(saved),
         "equal_nonzeros": records(equal),
     }
     title = "At equal stored non-zeros (from 1 × dense on, dense itself is the competitor)"
@@ -128,6 +158,14 @@ def print_comparison(found: "Comparison", arguments: argparse.Namespace) -> None
             "Perplexity by method",
             keys=(*KEYS, "perplexity"),
             shown=_telling(found.frame),
+            **settings,
+        ),
+        Table(
+            "flops-saved",
+            saved,
+            "FLOPs saved at a higher perplexity (not reached: at least as much)",
+            keys=("method", "increase", "saved"),
+            shown=_telling(saved),
             **settings,
         ),
         Table(
@@ -149,6 +187,10 @@ def _telling(table: "pd.DataFrame") -> "pd.DataFrame":
 
 def _sparsities(arguments: argparse.Namespace, allocations: "Sequence[Named]") -> list[float]:
     """Return the sparsities asked for, or those of the allocations."""
+    if arguments.density is not None:
+        if arguments.sparsity is not None:
+            raise InvalidInput("--density is 1 − --sparsity; give one of them.")
+        return [1 - share("--density", one) for one in options.numbers(arguments.density, float)]
     if arguments.sparsity is None and allocations:
         from entangle.allocation.experts import nominal_sparsity
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from entangle.cli import options
 from entangle.cli.tables import Table, present, records
+from entangle.doors import with_installed
 from entangle.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def add_parser(subparsers: options.Subparsers) -> None:
     group.add_argument(
         "--pruner",
         default="sparsegpt",
-        choices=("sparsegpt", "wanda", "magnitude", "random"),
+        choices=with_installed("pruners", ("sparsegpt", "wanda", "magnitude", "random")),
         help="how experts are pruned (default: %(default)s)",
     )
     group.add_argument(

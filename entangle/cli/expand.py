@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from entangle.cli import options
 from entangle.cli.tables import Table, present, records
+from entangle.doors import with_installed
 from entangle.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def add_pruning_options(group: argparse._ArgumentGroup, *, allocation: str) -> N
     group.add_argument(
         "--pruner",
         default="sparsegpt",
-        choices=("sparsegpt", "wanda", "magnitude", "random"),
+        choices=with_installed("pruners", ("sparsegpt", "wanda", "magnitude", "random")),
         help="how weights are chosen (default: sparsegpt)",
     )
     group.add_argument("--bits", type=int, help="also quantise the weights to so many bits")

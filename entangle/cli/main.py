@@ -37,6 +37,7 @@ from entangle.cli import (
     expand,
     figures,
     layers,
+    listing,
     options,
     probe,
     prune,
@@ -45,9 +46,10 @@ from entangle.cli import (
     score,
     show,
 )
-from entangle.cli.meaning import check_meaning, given_options
+from entangle.cli.meaning import MASKS, check_meaning, given_options
 from entangle.cli.options import names, numbers, parse_memory
 from entangle.cli.tables import abandon, no_output
+from entangle.doors import with_installed
 from entangle.errors import EntangleError, InvalidInput, Unavailable, visible
 from entangle.memory import check_memory
 from entangle.runs.progress import tell
@@ -66,7 +68,7 @@ CLOSED_PIPE = 128 + 13
 
 COMMANDS = (
     ablate, allocate, compare, completion, convert, decompose, demo, diff, evaluate, expand,
-    figures, layers, probe, prune, report, run, score, show,
+    figures, layers, listing, probe, prune, report, run, score, show,
 )  # fmt: skip
 
 
@@ -292,16 +294,23 @@ LEAST: Mapping[str, int] = {
     "pairs_per_paradigm": 1, "seeds": 1, "seq_len": 1, "evaluations": 2, "top": 1,
 }  # fmt: skip
 """Options that are whole numbers, and the least of each."""
+PRUNERS = ("random", "magnitude", "wanda", "sparsegpt")
+COMPARED = (
+    *PRUNERS, "expansion", "expansion-random", *(f"dsnot:{name}" for name in PRUNERS), *MASKS,
+)  # fmt: skip
+"""What `compare` knows, without what installed packages add (`ADDED`)."""
+ADDED: Mapping[str, Sequence[str]] = {"methods": ("methods", "pruners"), "rule": ("rules",)}
+"""Doors whose names an option takes too."""
 NAMES: Mapping[str, tuple[str, Sequence[str]]] = {
     "intervention": ("intervention", (
         "prune", "prune-wanda", "prune-magnitude", "prune-random",
         "zero", "mean", "clamp-negative", "clamp-positive", "flip-negative",
     )),
-    "methods": ("method", ("magnitude", "wanda", "sparsegpt", "expansion", "expansion-random")),
+    "methods": ("method", COMPARED),
     "router": ("router", ("kmeans", "random")),
     "rule": ("allocation rule", (
         "uniform", "layer", "protect", "linear", "rank", "owl", "alphapruning", "trim", "neuroal",
-        "neuroal-blocks", "loss", "depth", "sensitivity", "search",
+        "neuroal-blocks", "erk", "magnitude-global", "loss", "depth", "sensitivity", "search",
     )),
     "measure": ("measure", ("perplexity", "divergence", "blimp")),
 }  # fmt: skip
@@ -319,7 +328,10 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     """
     given = vars(arguments)
     _check_numbers(given)
-    for name, (kind, known) in NAMES.items():
+    for name, (kind, ours) in NAMES.items():
+        known = tuple(ours)
+        for door in ADDED.get(name, ()):
+            known = with_installed(door, known)
         for one in names(given[name]) if isinstance(given.get(name), str) else ():
             choice(name, one, known, kind=kind)
     _check_selections(given)

@@ -167,6 +167,11 @@ _PRUNING = (
     Meaning(("group_size",), lambda given: given.bits is not None, "without --bits"),
 )
 
+MASKS = (
+    "teal", "teal-greedy", "column-norm", "wina", "wina-greedy", "cats", "chess", "chess+",
+    "rsparse", "larosa", "griffin", "coreinfer", "cett",
+)  # fmt: skip
+"""Our methods that mask activations."""
 MEANINGS: Mapping[str, Sequence[Meaning]] = {
     "score": (_OF_CALIBRATION,),
     "decompose": (
@@ -201,6 +206,9 @@ MEANINGS: Mapping[str, Sequence[Meaning]] = {
         Meaning(
             ("experts",), _has("methods", "expansion", "expansion-random"),
             "without the method expansion",
+        ),
+        Meaning(
+            ("form", "dense_prefix"), _has("methods", *MASKS), "without a method that masks",
         ),
     ),
     "expand": (

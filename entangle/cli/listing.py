@@ -1,0 +1,41 @@
+"""``entangle list``: what can be chosen by name, ours and what installed packages bring."""
+
+import argparse
+
+from entangle.cli.options import Subparsers, add_table_options
+from entangle.cli.tables import Table, present, records
+
+DOORS = ("pruners", "rules", "methods")
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add the command to the parser."""
+    parser = subparsers.add_parser(
+        "list",
+        help="list pruners, allocation rules and activation methods, with their sources",
+        description="List what --pruner, --rule and --methods take: ours, and what installed "
+        "packages bring by entry points (entangle.pruners, entangle.rules, entangle.methods).",
+    )
+    parser.add_argument("door", nargs="?", choices=DOORS, help="only these")
+    add_table_options(parser, "plugins")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """List them."""
+    import pandas as pd
+
+    from entangle.activation import ACTIVATION_METHODS
+    from entangle.allocation.rules import RULES
+    from entangle.pruning import PRUNERS
+
+    doors = (PRUNERS, RULES, ACTIVATION_METHODS)
+    rows = [
+        (one.door, one.name, one.source)
+        for door in doors
+        if arguments.door in (None, door.kind)
+        for one in door.listed()
+    ]
+    frame = pd.DataFrame(rows, columns=["kind", "name", "source"])
+    table = Table("plugins", frame, "What can be chosen by name", keys=("kind", "name"))
+    present(arguments, [table], records(frame))

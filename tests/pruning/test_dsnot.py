@@ -1,0 +1,95 @@
+"""DSnoT against a slow reference, by hand, and at its edges."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from entangle.errors import InvalidInput
+from entangle.experts.dsnot import prune_dsnot
+from entangle.pruning import prune
+from entangle.pruning.dsnot import InputStatistics, dsnot
+from tests.tiny_models import TINY
+
+
+def statistics(x: Tensor) -> InputStatistics:
+    found = InputStatistics.empty(x.shape[-1], torch.device("cpu"))
+    for part in x.split(1):
+        found.update(part)
+    return found
+
+
+def reference(w: Tensor, s: Tensor, x: Tensor, cycles: int = 50, limit: float = 0.1) -> Tensor:
+    """Row by row, in lists."""
+    m = (x.double().sum((0, 1)) / len(x)).tolist()
+    v = x.double().var(1, correction=0).mean(0).tolist()
+    a = (x.double().square().sum((0, 1)) / len(x)).sqrt().tolist()
+    found = s.clone()
+    for row in range(len(w)):
+        dense, sparse = w[row].double().tolist(), s[row].double().tolist()
+        places = range(len(dense))
+        error = sum((dense[j] - sparse[j]) * m[j] for j in places)
+        grow = sorted((j for j in places if sparse[j] == 0), key=lambda j: dense[j] * m[j] / v[j])
+        kept = sorted((j for j in places if sparse[j]), key=lambda j: abs(sparse[j]) * a[j])
+        signed = {sign: [j for j in kept if sparse[j] * m[j] * sign > 0] for sign in (-1, 1)}
+        for _ in range(cycles):
+            candidates = signed[-1] if error > 0 else signed[1]
+            if abs(error) <= limit * x.shape[1] / 2048 or not grow or not candidates:
+                break
+            g = grow.pop() if error > 0 else grow.pop(0)
+            d = candidates.pop(0)
+            error += sparse[d] * m[d] - dense[g] * m[g]
+            found[row, g], found[row, d] = w[row, g], 0
+    return found
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_as_the_reference(seed: int) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    w, shift = torch.randn(9, 40, generator=rng), torch.randn(40, generator=rng)
+    x = torch.randn(3, 64, 40, generator=rng) + 0.3 * shift
+    flat = x.flatten(0, 1)
+    method = ("wanda", "sparsegpt")[seed % 2]
+    s = prune(w, flat.T @ flat, method=method, sparsity=0.6).weight
+    kept = w.clone(), s.clone()
+    found = dsnot(w, s, statistics(x))
+    assert torch.equal(found, reference(w, s, x))
+    assert ((found == 0).sum(1) == (s == 0).sum(1)).all()
+    assert torch.equal(w, kept[0])
+    assert torch.equal(s, kept[1])
+    errors = [((w - one).double() @ x.double().sum((0, 1))).abs() for one in (s, found)]
+    assert errors[1].mean() < errors[0].mean()
+
+
+def test_one_swap_by_hand() -> None:
+    w, s = torch.tensor([[3.0, 1.0, -2.0]]), torch.tensor([[0.0, 1.0, -2.0]])
+    x = torch.tensor([[[1.0, 1.0, 1.0], [2.0, 2.0, 2.0]]])  # sums of 3: the error is 9
+    assert dsnot(w, s, statistics(x)).tolist() == [[3.0, 1.0, 0.0]]
+    assert torch.equal(dsnot(w, s, statistics(x), cycles=0), s)
+    assert torch.equal(dsnot(w, s, statistics(x), threshold=1e6), s)
+
+
+def test_a_sign_that_is_kept_stops_a_swap() -> None:
+    w, s = torch.tensor([[3.0, 1.0, -9.0]]), torch.tensor([[0.0, 1.0, -9.0]])
+    x = torch.tensor([[[1.0, 1.0, 1.0], [2.0, 2.0, 2.0]]])
+    assert not torch.equal(dsnot(w, s, statistics(x)), s)
+    assert torch.equal(dsnot(w, s, statistics(x), keep_sign=True), s)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    x = torch.randn(1, 4, 3)
+    with pytest.raises(InvalidInput):
+        dsnot(torch.ones(2, 3), torch.ones(3, 2), statistics(x))
+    with pytest.raises(InvalidInput):
+        dsnot(torch.ones(2, 3), torch.ones(2, 3), InputStatistics.empty(3, torch.device("cpu")))
+
+
+def test_a_model_is_pruned_block_by_block() -> None:
+    model = TINY["llama"]()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    ids = torch.randint(4, 112, (4, 16), generator=torch.Generator().manual_seed(0))
+    found = prune_dsnot(model, ids, pruner="magnitude", sparsity=0.5)
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name])
+    for name, p in found.module.named_parameters():
+        zeros = int((p == 0).sum())
+        assert zeros == (p.numel() // 2 if ".mlp." in name and p.ndim == 2 else 0)
