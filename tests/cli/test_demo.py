@@ -93,7 +93,7 @@ def real_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "EVAL_SEQ_LEN", 64)
     monkeypatch.setattr(demo, "EVAL_WINDOWS", 2)
     monkeypatch.setattr(demo, "SEEDS", 1)
-    monkeypatch.setattr(demo, "ABLATED", "model.layers.1.mlp.up_proj")
+    monkeypatch.setattr(demo, "ABLATED", demo.LAYER)
 
 
 @pytest.mark.demo
