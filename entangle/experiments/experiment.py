@@ -121,7 +121,7 @@ class Evaluation:
         """Return the perplexity that the losses of windows amount to."""
         text = self.text
         assert text is not None  # noqa: S101  (there are losses)
-        return Perplexity.of(torch.as_tensor(found["loss"]), text, prefix=self.prefix)
+        return Perplexity.of(torch.from_numpy(found["loss"].copy()), text, prefix=self.prefix)
 
     def rows(self, found: Arrays, dense: Arrays, *, seed: int) -> list[dict[str, object]]:
         """Return ``measure``, ``value``, ``low``, ``high`` of everything measured of an arm.
