@@ -11,7 +11,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from entangle.checks import choice
 from entangle.errors import InvalidInput
-from entangle.plotting.options import FigureOptions, PlotOptions, asked_for, picked
+from entangle.plotting.options import FigureOptions, PlotOptions, asked_for, choosing, picked
 from entangle.plotting.outputs import Entry, plural
 from entangle.plotting.page import axes_level, figure_level, paper
 from entangle.plotting.save import record
@@ -83,8 +83,7 @@ def plot_row_sparsity(
     InvalidInput
         If the column is missing, or a sparsity is not in [0, 1].
     """
-    if "layer" in neurons.columns:
-        neurons = _of_picked(neurons)
+    neurons = _of_picked(neurons)
     values = 100.0 * _sparsities(neurons, "neurons")
     own, ax = ax is None, axes_or_new(ax, options)
     counts, edges = np.histogram(values, np.linspace(0.0, 100.0, _ROW_BINS + 1))
@@ -215,7 +214,7 @@ def figure_allocation(
         layers, ("rows", "in_features", "zeros", "sparsity"), name="layers", writer=_ALLOCATION
     )
     layers = _of_picked(layers)
-    neurons = _of_picked(neurons) if "layer" in neurons.columns else neurons
+    neurons = _of_picked(neurons)
     weights = layers["rows"] * layers["in_features"]
     overall = float(layers["zeros"].sum() / weights.sum())
     known = [name for name in _PROFILES if name != "experts" or name in layers.columns]
@@ -240,6 +239,8 @@ def figure_allocation(
 
 def _of_picked(table: pd.DataFrame) -> pd.DataFrame:
     """Return the rows of the layers that are wanted."""
+    if not choosing() or "layer" not in table.columns:
+        return table
     found = picked(table["layer"].unique(), str, panels=True)
     kept: pd.DataFrame = table[table["layer"].isin(found)]
     return kept

@@ -7,7 +7,7 @@ import pandas as pd
 
 from entangle.checks import choice, plain_value
 from entangle.errors import InvalidInput
-from entangle.plotting.options import picked
+from entangle.plotting.options import choosing, picked
 from entangle.plotting.style import (
     KNOWN_TEXTS,
     called,
@@ -256,6 +256,8 @@ def read_arms(frame: pd.DataFrame, measure: str) -> Arms:
 
 def _picked_arms(arms: pd.DataFrame) -> pd.DataFrame:
     """Return the arms of the interventions and series that are wanted."""
+    if not choosing():
+        return arms
     arms = arms[arms["intervention"].isin(_interventions(arms))]
     series = arms.drop_duplicates("series").set_index("series")["selection"]
     kept = picked(series.index, lambda one: (str(one), str(series[one])), least=1)

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from entangle.checks import choice
 from entangle.errors import InvalidInput
-from entangle.plotting.options import FigureOptions, PlotOptions, asked_for, picked
+from entangle.plotting.options import FigureOptions, PlotOptions, asked_for, choosing, picked
 from entangle.plotting.outputs import Entry
 from entangle.plotting.page import axes_level, figure_level, paper, share_axes
 from entangle.plotting.save import record
@@ -192,6 +192,8 @@ def _on_map(rows: pd.DataFrame) -> tuple[pd.DataFrame, int]:
 
 def _picked_clusters(rows: pd.DataFrame) -> pd.DataFrame:
     """Return the tokens of the clusters that are wanted, a cluster after the other."""
+    if not choosing():
+        return rows
     found = picked(sorted(rows["cluster"].unique()), lambda one: f"cluster {one}", least=1)
     place = {cluster: number for number, cluster in enumerate(found)}
     kept: pd.DataFrame = rows[rows["cluster"].isin(found)]
@@ -208,7 +210,7 @@ def _map_title(rows: pd.DataFrame, hidden: int, lost: int) -> str:
 
 def _draw_tokens(ax: Axes, rows: pd.DataFrame, colors: Mapping[int, str]) -> None:
     panel = f"{int(rows['experts'].iloc[0])} experts"
-    for cluster, part in rows.groupby("cluster", sort=False):
+    for cluster, part in rows.groupby("cluster", sort=not choosing()):
         number = int(str(cluster))
         name = f"cluster {number}"
         usual = colors.get(number, NOMINAL[number % len(NOMINAL)])

@@ -15,7 +15,14 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from entangle.checks import choice
 from entangle.errors import InvalidInput
 from entangle.plotting.allocation import plot_layer_profile
-from entangle.plotting.options import FigureOptions, PlotOptions, asked_for, picked, worded
+from entangle.plotting.options import (
+    FigureOptions,
+    PlotOptions,
+    asked_for,
+    choosing,
+    picked,
+    worded,
+)
 from entangle.plotting.outputs import plural
 from entangle.plotting.page import axes_level, figure_level, paper
 from entangle.plotting.save import record
@@ -93,10 +100,11 @@ class _Models:
                 "`comparison` must hold at least 2 models with a finite perplexity, not all dense; "
                 f"got {len(frame)} among {len(comparison)}; {_WRITER}"
             )
-        curves = picked(_curves(frame[~is_dense]), _curve_names, least=1)
-        shown = pd.concat([curve.rows for curve in curves]).index
-        frame = frame[is_dense | frame.index.isin(shown)]
-        is_dense = frame["method"] == "dense"
+        if choosing():
+            curves = picked(_curves(frame[~is_dense]), _curve_names, least=1)
+            shown = pd.concat([curve.rows for curve in curves]).index
+            frame = frame[is_dense | frame.index.isin(shown)]
+            is_dense = frame["method"] == "dense"
         values = frame.loc[is_dense, "perplexity"]
         dense = None if values.empty else float(values.iloc[0])
         return cls(frame, frame[~is_dense], dense, int((~kept).sum()))

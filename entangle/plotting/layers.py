@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
 from entangle.errors import InvalidInput
-from entangle.plotting.options import FigureOptions, PlotOptions, picked
+from entangle.plotting.options import FigureOptions, PlotOptions, choosing, picked
 from entangle.plotting.outputs import layer_names, plural
 from entangle.plotting.page import axes_level, figure_level, paper
 from entangle.plotting.save import record
@@ -32,7 +32,7 @@ MOST_GROUPS = 6
 """Largest number of projections with panels of their own; more are drawn together."""
 _OVERLAP = 2.2
 _BINS, _MOST_MARKS, _TICK_INCHES = 48, 120, 0.32
-_COLORS, _GREY = "Greys", "#d1d1d1"
+_COLORS, _GREY = "Greys", "0.82"
 
 
 @dataclass(frozen=True)
@@ -241,6 +241,8 @@ def _finite(scores: pd.DataFrame, top: float) -> tuple[pd.DataFrame, list[str]]:
 
 def _picked_layers(rows: pd.DataFrame) -> pd.DataFrame:
     """Return the rows of the projections and layers that are wanted."""
+    if not choosing():
+        return rows
     if "projection" in rows.columns:
         found = picked(rows["projection"].unique(), str, panels=True)
         rows = rows[rows["projection"].isin(found)]

@@ -209,6 +209,12 @@ def color_of(named_as: Iterable[str], usual: str) -> str:
     return usual if asked is None else asked.color([*map(plain, named_as)], usual)
 
 
+def choosing() -> bool:
+    """Return whether parts are asked for by name, so that tables need to be filtered."""
+    asked = _WISHES.get()
+    return asked is not None and (asked.subset is not None or bool(asked.order))
+
+
 def picked(
     items: Iterable[T],
     named_as: Callable[[T], str | Iterable[str]],
@@ -236,7 +242,7 @@ def picked(
         Fewer are left.
     """
     asked, found = _WISHES.get(), list(items)
-    if asked is None or (asked.subset is None and not asked.order):
+    if asked is None or not choosing():
         return found
     called = [_called(named_as(item)) for item in found]
     own = dict.fromkeys(name for some in called for name in some)

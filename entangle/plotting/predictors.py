@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from entangle.checks import choice
 from entangle.errors import InvalidInput
-from entangle.plotting.options import FigureOptions, PlotOptions, asked_for, picked
+from entangle.plotting.options import FigureOptions, PlotOptions, asked_for, choosing, picked
 from entangle.plotting.outputs import Entry
 from entangle.plotting.page import axes_level, figure_level, paper
 from entangle.plotting.save import record
@@ -511,7 +511,10 @@ def _component_notes(rows: pd.DataFrame, lost: int, *, n_boot: int, seed: int) -
 
 def _fitted(rows: pd.DataFrame) -> tuple[pd.DataFrame, int]:
     check_columns(rows, _NEEDED, name="components", writer=DECOMPOSE)
-    rows = rows[rows["experts"].isin(picked(rows["experts"].unique().tolist(), _clusters, least=1))]
+    if choosing():
+        rows = rows[
+            rows["experts"].isin(picked(rows["experts"].unique().tolist(), _clusters, least=1))
+        ]
     columns, what = ("components_90", "error"), "cluster with finite numbers"
     return finite_rows(rows, columns, name="components", what=what)
 
