@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from entangle.errors import InvalidInput
 from entangle.models.layers import Layer
 from entangle.precision import accumulator_dtype, full_precision
+from entangle.ranks import Ranks
 from entangle.recording.hooks import Habits, SeenTensor, forward, joined, look_at, observe
 from entangle.texts.calibration_set import CalibrationSet
 
@@ -322,7 +323,7 @@ class Recorder:
             self._pass, self._last = None, None
             self._departs.clear()
 
-    def run(self, module: nn.Module, batches: Iterable[Batch]) -> None:
+    def run(self, module: nn.Module, batches: Iterable[Batch], *, whole: bool = True) -> None:
         """Run a model over batches of token ids.
 
         Each pass stops when all tokens have passed the layers that are watched, where a look at the
@@ -334,6 +335,9 @@ class Recorder:
             The model.
         batches
             (group, ids of shape (sequences, tokens)): all of the text's tokens, no pads.
+        whole
+            Check that all layers saw tokens; where the batches, or the layers, are a part of those
+            that other ranks have too, who puts the parts together does (`join`).
 
         Raises
         ------
@@ -349,6 +353,33 @@ class Recorder:
                 begun, stops = True, once and not _is_dispatched(module)
             with self.watching(), self.one_pass(tuple(ids.shape), group, stops=stops):
                 forward(module, ids, all_logits=all_logits)
+        if whole:
+            self.check_all_seen()
+
+    def take_over(self, other: "Recorder") -> None:
+        """Take what another recorder counted of some of these layers for this one's."""
+        self.tokens |= other.tokens
+        self.depths |= other.depths
+        self.left_out |= other.left_out
+
+    def join(self, ranks: Ranks) -> None:
+        """Put together what the recorders of all ranks counted of these layers, and check it.
+
+        Raises
+        ------
+        InvalidInput
+            As `check_all_seen`, or for a layer that was left out on one rank and not on another.
+        """
+        found = ranks.exchange([self.tokens, self.depths, self.left_out])
+        for name in self.tokens:
+            self.tokens[name] = sum(tokens.get(name, 0) for tokens, _, _ in found)
+        for _, depths, left_out in found:
+            for name, times in depths.items():
+                self.depths[name] = max(times, self.depths.get(name, 1))
+            self.left_out |= left_out
+        for name, why in self.left_out.items():
+            if self.tokens[name]:
+                raise InvalidInput(f"layer {name!r} {why}")
         self.check_all_seen()
 
     def check_all_seen(self) -> None:

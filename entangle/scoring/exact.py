@@ -93,6 +93,7 @@ def score_exact(
     report: Callable[[int], None],
     watch: Callable[[Recorded], None] | None = None,
     may_be_silent: bool = False,
+    whole: bool = True,
 ) -> tuple[list[LayerSummary], Recorder]:
     """Score layers from all their outputs; arguments as in `entangle.scoring.score.score`.
 
@@ -100,7 +101,8 @@ def score_exact(
     to multiply by their weight, whose own outputs are recorded beside the inputs.
 
     ``memory`` (bytes) holds recorded inputs, which spill beyond it (`TokenStore`), but for what the
-    outputs of the neurons take that are worked on: 1 GiB, 8 GiB on a GPU, at most a half.
+    outputs of the neurons take that are worked on: 1 GiB, 8 GiB on a GPU, at most a half. ``whole``
+    is that of `Recorder.run`.
     """
     summaries = []
     with ExitStack() as stack, full_precision():
@@ -109,7 +111,7 @@ def score_exact(
         budget = ByteBudget(memory - work_space)
         passes, watched = [ids.numel() for _, ids in batches], told(batches, report)
         recorded, recorder = _record(
-            module, layers, watched, budget, stack, watch, may_be_silent, passes
+            module, layers, watched, budget, stack, watch, may_be_silent, passes, whole
         )
         give_back()
         heard = [layer for layer in layers if layer.name in recorded]
@@ -140,6 +142,7 @@ def _record(
     watch: Callable[[Recorded], None] | None,
     may_be_silent: bool,
     passes: Sequence[int],
+    whole: bool,
 ) -> tuple[dict[str, RecordedInputs], Recorder]:
     """Record the inputs of each layer; neighbours with the same input tensor share a record.
 
@@ -165,7 +168,7 @@ def _record(
             one.outputs[name].append(found.outputs)
 
     recorder = Recorder(layers, keep, lenient=may_be_silent)
-    recorder.run(module, batches)
+    recorder.run(module, batches, whole=whole)
     recorder.check_sources()
     return recorded, recorder
 

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -31,10 +31,11 @@ from entangle.models.layers import (
 )
 from entangle.models.loading import AnyModel, LanguageModel, as_language_model
 from entangle.precision import full_precision
+from entangle.ranks import ALONE, Ranks, current
 from entangle.recording.recorder import Batch, Recorded, Recorder
 from entangle.results.scores import KIND, NeuronScores
 from entangle.runs.progress import Progress, ProgressBar
-from entangle.runs.provenance import RunClock, make_manifest
+from entangle.runs.provenance import RunClock, agree_on, make_manifest
 from entangle.scoring.exact import score_exact
 from entangle.scoring.layer_scores import (
     FinerOutputs,
@@ -47,6 +48,7 @@ from entangle.scoring.layer_scores import (
     neuron_table,
     summarise,
 )
+from entangle.scoring.spread import LayerCounts, own_batches, share_places, share_summaries
 from entangle.seeding import check_seed, numpy_rng
 from entangle.stats.bins import Scratch
 from entangle.stats.mapping_difficulty import MAX_PAIRS, PairSketch
@@ -90,9 +92,9 @@ class _Pairing:
     def __init__(self, *, seed: int, share: float) -> None:
         self._seed, self._share, self._batch = seed, share, -1
 
-    def next_batch(self) -> None:
-        """Begin a batch."""
-        self._batch += 1
+    def next_batch(self, index: int) -> None:
+        """Begin a batch, by its number in the text."""
+        self._batch = index
 
     def of(self, rows: Float[Tensor, "tokens features"]) -> _Pairs:
         """Return the pairs of the tokens that a layer received."""
@@ -162,60 +164,83 @@ def score_sketched(
     may_be_silent
         Leave out layers that see no token instead of refusing them.
     """
-    work = Scratch()
-    outputs = {
-        layer.name: OutputSketch(layer.out_features, n_groups=n_groups, scratch=work)
+    ranks = current() if watch is None else ALONE  # who watches sees all that is counted
+    work, squares, split = Scratch(), SharedSquares(), ranks.size > 1
+    counts = {
+        layer.name: LayerCounts(
+            OutputSketch(layer.out_features, n_groups=n_groups, scratch=work, split=split),
+            PairSketch(layer.out_features, scratch=work, split=split),
+            FinerOutputs(layer, squares, split=split),
+        )
         for layer in layers
     }
-    differences = {layer.name: PairSketch(layer.out_features, scratch=work) for layer in layers}
     pairing, pairs = _Pairing(seed=seed, share=pair_share), dict[int, _Pairs]()
-    squares = SharedSquares()
-    counted = {layer.name: FinerOutputs(layer, squares) for layer in layers}
-
-    def reported() -> Iterator[Batch]:
-        for batch in batches:
-            pairing.next_batch()
-            squares.forget()
-            yield batch
-            report(batch[1].shape[0])
+    batches = batches if ranks.size == 1 else list(batches)
 
     def update(seen: Recorded) -> None:
         if watch is not None:
             watch(seen)
-        name = seen.layer.name
-        rows = counted[name].of(seen.inputs, seen.outputs)
-        outputs[name].update(rows, group=seen.group)
+        own = counts[seen.layer.name]
+        rows = own.finer.of(seen.inputs, seen.outputs)
+        own.outputs.update(rows, group=seen.group)
         if pair_share > 0:
             if seen.leads:  # what was found for other inputs is done with
                 pairs.clear()
                 pairs[seen.source] = pairing.of(seen.inputs)
-            _add_pairs(rows, differences[name], pairs[seen.source])
+            _add_pairs(rows, own.pairs, pairs[seen.source])
 
     def measure(layer: Layer) -> MeasuredLayer:
-        found = outputs[layer.name].result()
+        own = counts[layer.name]
+        found = own.outputs.result()
         return MeasuredLayer(
             layer=layer,
             shape=found.shape,
             sketch=found,
-            pairs=differences[layer.name].result() if pair_share > 0 else None,
+            pairs=own.pairs.result() if pair_share > 0 else None,
             wd_bound=found.wd_bound,
             method="sketch",
-            rounding=counted[layer.name].error(found.shape, found.location),
+            rounding=own.finer.error(found.shape, found.location),
         )
 
-    with full_precision(), torch.no_grad():
+    def counted(chosen: Sequence[Layer], *, first: bool) -> Recorder:
+        """Run this rank's batches, after the first of all, which places the bins, if so asked."""
         compared = watch is not None  # who watches may read the weights
-        recorder = Recorder(layers, update, compared=compared, lenient=may_be_silent)
-        recorder.run(module, reported())
-        heard = [layer for layer in layers if outputs[layer.name].n_tokens]
-        PairSketch.settle(differences.values())
-        at_once = how_many(heard)
+        recorder = Recorder(chosen, update, compared=compared, lenient=may_be_silent)
+
+        def reported() -> Iterator[Batch]:
+            for index, batch in own_batches(batches, ranks, first=first):
+                pairing.next_batch(index)
+                squares.forget()
+                yield batch
+                if index or ranks.rank == 0:
+                    report(batch[1].shape[0] if first else 0)
+                else:  # it is the first rank that counts the first batch
+                    for own in counts.values():
+                        own.placed_at(own.places())
+                    recorder.tokens = dict.fromkeys(recorder.tokens, 0)
+
+        recorder.run(module, reported(), whole=ranks.size == 1)
+        return recorder
+
+    with full_precision(), torch.no_grad():
+        recorder = counted(layers, first=True)
+        if ranks.size > 1:
+            recorder.join(ranks)
+            again = share_places(ranks, counts, layers)
+            if again:
+                counted(again, first=False)
+        heard = [layer for layer in layers if recorder.tokens[layer.name]]
+        for number, layer in enumerate(heard):
+            counts[layer.name].pool(ranks, to=number % ranks.size)
+        own = heard[ranks.rank :: ranks.size]
+        PairSketch.settle(counts[layer.name].pairs for layer in own)
+        at_once = how_many(own)
         if at_once > 1:
-            found = list(mapped(lambda one: summarise(measure(one)), heard, at_once=at_once))
-            return found, recorder
-        measured = [measure(layer) for layer in heard]
+            found = list(mapped(lambda one: summarise(measure(one)), own, at_once=at_once))
+            return share_summaries(ranks, found, layers), recorder
+        measured = [measure(layer) for layer in own]
     with ThreadPoolExecutor() as pool:  # sorting, most of the work, lets threads run beside it
-        return list(pool.map(summarise, measured)), recorder
+        return share_summaries(ranks, list(pool.map(summarise, measured)), layers), recorder
 
 
 Method = Literal["auto", "exact", "sketch"]
@@ -329,6 +354,9 @@ def score_layers(
     budget = memory_for(memory, language_model.module)
     groups = _n_groups(resolved, calibration.n_seq)
     per_pass = _batch_size(batch_size, calibration)
+    asked = {"layers": [layer.name for layer in chosen], "method": resolved, "md": md, "seed": seed}
+    model, text = language_model.describe(), calibration.describe()
+    agree_on(model=model, calibration=text, settings=asked | {"batch_size": per_pass})
     with ProgressBar(f"scoring ({resolved})", enabled=progress) as bar:
         try:
             measured, recorder = _measuring(
@@ -347,8 +375,8 @@ def score_layers(
             ) from error
     manifest = make_manifest(
         KIND,
-        model=language_model.describe(),
-        calibration=calibration.describe(),
+        model=model,
+        calibration=text,
         settings={
             "layers": [one.layer.name for one in measured],
             "layers_without_tokens": sorted(
@@ -440,9 +468,10 @@ def _measuring(
     """Return the call that measures the layers by a method."""
     batches = _batches(calibration, n_groups, per_pass)
     if method == "exact":
-        bar.start(calibration.n_seq + len(layers), "sequences and layers")
+        ranks = current() if watch is None else ALONE
+        bar.start(calibration.n_seq * ranks.size + len(layers), "sequences and layers")
         return partial(
-            score_exact, model.module, layers, batches,
+            _exact_on_ranks, model.module, layers, batches, ranks,
             n_groups=n_groups, md=md, seed=seed, memory=memory, report=bar.advance, watch=watch,
             may_be_silent=may_be_silent,
         )  # fmt: skip
@@ -453,3 +482,26 @@ def _measuring(
         n_groups=n_groups, pair_share=2 * paired / calibration.n_tokens, seed=seed,
         report=bar.advance, watch=watch, may_be_silent=may_be_silent,
     )  # fmt: skip
+
+
+def _exact_on_ranks(
+    module: nn.Module,
+    layers: Sequence[Layer],
+    batches: Iterable[Batch],
+    ranks: Ranks,
+    *,
+    may_be_silent: bool,
+    **settings: Any,
+) -> tuple[list[LayerSummary], Recorder]:
+    """Score each rank's part of the layers, from all tokens."""
+    if ranks.size == 1:
+        return score_exact(module, layers, batches, may_be_silent=may_be_silent, **settings)
+    joined = Recorder(layers, lambda _found: None, lenient=may_be_silent)
+    own, found = [layers[i] for i in ranks.part(len(layers))], list[LayerSummary]()
+    if own:
+        found, recorder = score_exact(
+            module, own, batches, may_be_silent=may_be_silent, whole=False, **settings
+        )
+        joined.take_over(recorder)
+    joined.join(ranks)
+    return share_summaries(ranks, found, layers), joined
