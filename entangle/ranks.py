@@ -164,9 +164,11 @@ class Ranks:
     size = 1
     """How many there are."""
 
-    def __init__(self, *, leads: bool = True) -> None:
+    def __init__(self, *, leads: bool = True, beside: int = 1) -> None:
         self.leads = leads
         """Whether this process writes, prints and shows progress."""
+        self.beside = beside
+        """How many ranks share its machine, itself among them."""
 
     def part(self, count: int, *, rank: int | None = None) -> range:
         """Return which of so many things are this rank's (or another's): a run of them."""
@@ -181,6 +183,10 @@ class Ranks:
         """Return the value of every rank, in their order, as JSON gives it back."""
         return [json.loads(one) for one in self.gather(json.dumps(value).encode())]
 
+    def joined(self, values: "Tensor") -> "Tensor":
+        """Return the numbers of all ranks, one tensor of one dimension, on the CPU."""
+        return values
+
     def told(self, content: bytes | None, *, by: int = 0) -> bytes:
         """Return what rank ``by`` gives; what others give does not matter."""
         assert content is not None  # noqa: S101
@@ -188,6 +194,12 @@ class Ranks:
 
     def broadcast(self, tensor: "Tensor", *, by: int) -> None:
         """Overwrite a tensor, which is contiguous, by that of rank ``by``."""
+
+    def fill(self, tensor: "Tensor", shares: Sequence[range]) -> None:
+        """Fill a tensor, of which every rank has its share of the first dimension, on all ranks."""
+        for rank, share in enumerate(shares):
+            if len(share):
+                self.broadcast(tensor[share.start : share.stop], by=rank)
 
     def reduce(self, tensor: "Tensor", *, to: int, by: str = "sum") -> None:
         """Put the sum (or ``min``, ``max``) of all ranks' tensors into that of rank ``to``.
@@ -259,6 +271,7 @@ class _Joined(Ranks):
             f"rank {rank} of {self.size} (process {pid} on {name!r})"
             for rank, (name, pid, _) in enumerate(names)
         ]
+        self.beside = sum(name == host for name, _, _ in names)
         gpus = [gpu for _, _, gpu in names]
         for rank, gpu in enumerate(gpus):
             if gpu is not None and gpus.index(gpu) != rank:
@@ -300,6 +313,12 @@ class _Joined(Ranks):
         length = torch.tensor([len(own)])
         self._dist.broadcast(length, by)
         return self._carried(own, by, int(length))
+
+    def joined(self, values: "Tensor") -> "Tensor":
+        import torch
+
+        parts = self.gather(values.detach().cpu().contiguous().numpy().tobytes())
+        return torch.frombuffer(bytearray(b"".join(parts)), dtype=values.dtype)
 
     def _carried(self, content: bytes, by: int, length: int) -> bytes:
         import torch
@@ -445,7 +464,7 @@ def apart() -> Iterator[None]:
 
     It still writes and prints only if it is rank 0.
     """
-    _HERE.append(Ranks(leads=current().leads))
+    _HERE.append(Ranks(leads=current().leads, beside=current().beside))
     try:
         yield
     finally:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from entangle import ranks
 from entangle.cli import options
 from entangle.cli.tables import print_json, print_table, records, say
 from entangle.errors import InvalidInput
@@ -193,7 +194,7 @@ def keep_table(summary: "pd.DataFrame", folder: Path) -> None:
     from entangle.runs.provenance import output_file
 
     path = folder / "model.parquet"
-    if not path.exists():
+    if ranks.current().leads and not path.exists():
         with output_file(path, remedy="name another folder") as temporary:
             summary.to_parquet(temporary, index=False)
 

@@ -26,6 +26,7 @@ from entangle.errors import InvalidInput, MemoryLimit
 from entangle.memory import give_back
 from entangle.models.blocks import evaluates, evaluating
 from entangle.models.loading import AnyModel, LanguageModel, as_language_model
+from entangle.ranks import current
 from entangle.runs.progress import ProgressBar
 from entangle.runs.progress import tell as tell_line
 from entangle.runs.provenance import recorded, special_tokens_of
@@ -343,15 +344,17 @@ def measure_perplexity(
     language_model = as_causal_model(model)
     text = as_evaluation(text, language_model)
     per_pass = windows_in_a_pass(batch_size, language_model, text)
-    losses = []
+    batches, ranks = list(text.rows.batches(per_pass)), current()
+    losses = [torch.zeros(0, dtype=torch.float64)]
     held = evaluating(language_model.module)
     with held, ProgressBar("perplexity", enabled=progress) as bar, window_memory(per_pass):
         bar.start(text.n_windows, "windows")
-        for _, ids in text.rows.batches(per_pass):
-            losses.append(text.losses(next_token_logits(language_model, ids), ids))
+        for _, ids in (batches[i] for i in ranks.part(len(batches))):
+            losses.append(text.losses(next_token_logits(language_model, ids), ids).cpu().double())
             give_back()
             bar.advance(len(ids))
-    return Perplexity.of(torch.cat(losses), text)
+        every = ranks.joined(torch.cat(losses))
+    return Perplexity.of(every, text)
 
 
 def windows_in_a_pass(asked: int | None, model: LanguageModel, text: EvaluationText) -> int:

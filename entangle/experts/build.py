@@ -8,8 +8,9 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
+from itertools import accumulate
 from types import CellType, FunctionType, MethodType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Int
@@ -20,23 +21,28 @@ from entangle.allocation.allocation import Allocation
 from entangle.checks import real, tensor_of, whole
 from entangle.errors import InvalidInput, NumericalError
 from entangle.experts.linear import ExpandedLinear, SharedRouting
+from entangle.experts.router import Router
 from entangle.experts.solver import (
     Experts,
     ExpertSettings,
     Sparsity,
     cluster_grams,
+    clusters_at_once,
     solve_experts,
     solve_in_parts,
 )
+from entangle.experts.spread import cluster_shares, join_experts, share_inputs, share_router
 from entangle.experts.storage import Storage
 from entangle.memory import by_device, give_back
 from entangle.models.blocks import BlockRunner
 from entangle.models.layers import Layer
 from entangle.packed.formats import Packed
+from entangle.ranks import Ranks, current
 from entangle.recording.hooks import Habits, look_at
 from entangle.recording.recorder import Recorded, Recorder
 from entangle.recording.stream import ByteBudget, TokenStore, as_budget
 
+Made = TypeVar("Made")
 _RAM = torch.device("cpu")
 _PASS_TOKENS_GPU = 2**15
 _PASS_NUMBERS_GPU = 2**27
@@ -252,11 +258,16 @@ class HiddenStates:
     memory
         Bytes in memory, or a budget shared with others; what is beyond spills (`TokenStore`). While
         they advance, the states before and after a block are held.
+
+    Notes
+    -----
+    Of several ranks (`entangle.ranks`) each holds those of its own part of the passes.
     """
 
     def __init__(self, batches: Sequence[Int[Tensor, "_ _"]], *, memory: int | ByteBudget) -> None:
         self._batches, self._budget = batches, as_budget(memory)
         self._passes = batches
+        self._first = batches[0] if len(batches) else torch.zeros(0, 0, dtype=torch.int64)
         self._store = TokenStore(self._budget)
 
     def enter(self, runner: BlockRunner) -> None:
@@ -265,8 +276,21 @@ class HiddenStates:
             device = runner.enter(self._batches[0])[0].device
             most = by_device(device, cpu=0, gpu=_most_tokens(runner.widest))
             self._passes = _joined(self._batches, most)
+            self._take_part(current())
         for ids in self._passes:
             self._store.append(runner.enter(ids)[0].flatten(0, -2))
+
+    def _take_part(self, ranks: Ranks) -> None:
+        """Keep the passes of this rank, and the batches that they are made of."""
+        ends = [0, *accumulate(ids.numel() for ids in self._passes)]
+        own = ranks.part(len(self._passes))
+        begins = [0, *accumulate(ids.numel() for ids in self._batches)]
+        self._batches = [
+            ids
+            for ids, begin in zip(self._batches, begins, strict=False)
+            if ends[own.start] <= begin < ends[own.stop]
+        ]
+        self._passes = [self._passes[i] for i in own]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (token ids, hidden states of shape (sequences, tokens, features)), in order."""
@@ -274,8 +298,8 @@ class HiddenStates:
 
     @property
     def first(self) -> Int[Tensor, "sequences tokens"]:
-        """Token ids of the first batch."""
-        return self._batches[0]
+        """Token ids of the first batch of all."""
+        return self._first
 
     @property
     def pass_tokens(self) -> list[int]:
@@ -436,12 +460,19 @@ def _expand_block(
         )  # fmt: skip
         if index == plan.last:
             calibration.close()
-        for members, store in groups:
-            names = ", ".join(layer.name for layer in members)
-            try:
-                expanded += _expand_group(members, store, plan)
-            except (InvalidInput, NumericalError) as error:
-                raise type(error)(f"{names}: {error}") from error
+        groups = share_inputs(current(), groups, layers, budget=as_budget(memory), stack=stack)
+        fitted = {
+            number: _naming(members, _fitted, members, store, plan)
+            for number, (members, store) in enumerate(groups)
+            if number % current().size == current().rank
+        }
+        for number, (members, store) in enumerate(groups):
+            by = number % current().size
+            found = share_router(
+                current(), fitted.pop(number, None), by=by, tokens=store.n_tokens,
+                device=members[0].device,
+            )  # fmt: skip
+            expanded += _naming(members, _expand_group, members, store, plan, *found)
             give_back()
     order = {layer.name: i for i, layer in enumerate(layers)}
     return sorted(expanded, key=lambda one: order[one.layer.name])
@@ -498,16 +529,33 @@ def record_inputs(
 
     recorder = Recorder(layers, keep, affine="pruning", lenient=not named, habits=habits)
     run(recorder)
-    if named and layers:
+    alone = current().size == 1
+    if alone and named and layers:
         recorder.check_all_seen()
     recorder.check_sources()
+    if not alone:
+        recorder.join(current(), seen=named and bool(layers))
     return [(own, stores[source]) for source, own in enumerate(recorder.sources)]
 
 
-def _expand_group(layers: Sequence[Layer], store: TokenStore, plan: Plan) -> list[ExpandedLayer]:
-    """Fit one router on the common input of some layers, then solve every layer's experts."""
+def _naming(layers: Sequence[Layer], work: Callable[..., Made], *given: object) -> Made:
+    """Do some work on layers; an error names them."""
+    try:
+        return work(*given)
+    except (InvalidInput, NumericalError) as error:
+        raise type(error)(f"{', '.join(layer.name for layer in layers)}: {error}") from error
+
+
+def _fitted(layers: Sequence[Layer], store: TokenStore, plan: Plan) -> tuple[Router, Tensor | None]:
+    return plan.settings.fit(store, plan.experts[layers[0].name], layers[0].device)
+
+
+def _expand_group(
+    layers: Sequence[Layer], store: TokenStore, plan: Plan, router: Router, labels: Tensor | None
+) -> list[ExpandedLayer]:
+    """Solve the experts of some layers, with a router fitted on their common input."""
+    ranks = current()
     device, k = layers[0].device, plan.experts[layers[0].name]
-    router, labels = plan.settings.fit(store, k, device)
     sparsity = [plan.sparsity[layer.name] for layer in layers]
     most = max(1, _GRAM_NUMBERS_GPU // layers[0].in_features)
     at_once = by_device(device, cpu=_GRAM_TOKENS, gpu=min(_PASS_TOKENS_GPU, most))
@@ -515,22 +563,53 @@ def _expand_group(layers: Sequence[Layer], store: TokenStore, plan: Plan) -> lis
         if labels is None:
             blocks = store.blocks(_PASS_TOKENS_GPU)
             labels = torch.cat([router.route(rows.to(device)) for _, rows in blocks])
-        solved = solve_in_parts(layers, store, labels, sparsity, plan.settings, k=k)
+        run = clusters_at_once(layers, store.n_bytes, plan.settings, k)
+        shares = cluster_shares(k, len(layers), ranks, at_once=run)
+        solved = _solved_in_parts(layers, store, labels, sparsity, plan.settings, shares)
         store.close()
     else:
-        grams, _ = cluster_grams(store, router, device, at_once=at_once)
+        shares = cluster_shares(k, len(layers), ranks, at_once=k)
+        split = shares[0] if ranks.size > 1 and k >= ranks.size else ()
+        grams, _ = cluster_grams(store, router, device, at_once=at_once, shares=split)
         store.close()
         solved = [
-            solve_experts(layer, grams, share, plan.settings)
-            for layer, share in zip(layers, sparsity, strict=True)
+            solve_experts(layer, grams, share, plan.settings, clusters=own[ranks.rank])
+            if len(own[ranks.rank])
+            else None
+            for layer, share, own in zip(layers, sparsity, shares, strict=True)
         ]
     routing = SharedRouting(router)
     made = []
-    for layer, experts in zip(layers, solved, strict=True):
-        packed, weight = plan.storage.pack(layer.weight, experts.weight)
+    for layer, part, own in zip(layers, solved, shares, strict=True):
+        experts = join_experts(ranks, layer, part, own)
+        packed, weight = None, experts.weight
+        if ranks.leads or plan.storage.rounds(weight.dtype):
+            packed, weight = plan.storage.pack(layer.weight, weight)
         module = ExpandedLinear(weight, layer.bias, routing)
-        made.append(ExpandedLayer(layer, module, experts, packed))
+        made.append(ExpandedLayer(layer, module, experts if ranks.leads else None, packed))
     return made
+
+
+def _solved_in_parts(
+    layers: Sequence[Layer],
+    store: TokenStore,
+    labels: Tensor,
+    sparsity: Sequence[Sparsity],
+    settings: ExpertSettings,
+    shares: Sequence[Sequence[range]],
+) -> list[Experts | None]:
+    """Solve this rank's clusters: of all layers side by side where they are the same."""
+    rank, k = current().rank, max(own[-1].stop for own in shares)
+    together = all(own is shares[0] for own in shares)
+    found: list[Experts | None] = [None] * len(layers)
+    for some in [range(len(layers))] if together else [range(i, i + 1) for i in range(len(layers))]:
+        own = shares[some.start][rank]
+        if len(own):
+            found[some.start : some.stop] = solve_in_parts(
+                [layers[i] for i in some], store, labels, [sparsity[i] for i in some], settings,
+                k=k, clusters=own,
+            )  # fmt: skip
+    return found
 
 
 def _lies_on_gpu(store: TokenStore) -> bool:

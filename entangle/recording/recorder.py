@@ -362,8 +362,15 @@ class Recorder:
         self.depths |= other.depths
         self.left_out |= other.left_out
 
-    def join(self, ranks: Ranks) -> None:
+    def join(self, ranks: Ranks, *, seen: bool = True) -> None:
         """Put together what the recorders of all ranks counted of these layers, and check it.
+
+        Parameters
+        ----------
+        ranks
+            Who recorded.
+        seen
+            Whether to `check_all_seen`.
 
         Raises
         ------
@@ -380,7 +387,8 @@ class Recorder:
         for name, why in self.left_out.items():
             if self.tokens[name]:
                 raise InvalidInput(f"layer {name!r} {why}")
-        self.check_all_seen()
+        if seen:
+            self.check_all_seen()
 
     def check_all_seen(self) -> None:
         """Raise `InvalidInput` for a layer that saw no token; if lenient, if all are such.
