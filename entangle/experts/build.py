@@ -583,10 +583,10 @@ def _expand_group(
     for layer, part, own in zip(layers, solved, shares, strict=True):
         experts = join_experts(ranks, layer, part, own)
         packed, weight = None, experts.weight
-        if ranks.leads or plan.storage.rounds(weight.dtype):
+        if ranks.rank == 0 or plan.storage.rounds(weight.dtype):
             packed, weight = plan.storage.pack(layer.weight, weight)
         module = ExpandedLinear(weight, layer.bias, routing)
-        made.append(ExpandedLayer(layer, module, experts if ranks.leads else None, packed))
+        made.append(ExpandedLayer(layer, module, experts if ranks.rank == 0 else None, packed))
     return made
 
 

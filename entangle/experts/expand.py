@@ -370,7 +370,7 @@ def build(
     command = manifest.pop("command")
     agree_on(**{name: manifest[name] for name in PLANNED})
     folder, ranks = None, current()
-    if out is not None and ranks.leads:  # which writes for all
+    if out is not None and ranks.rank == 0:  # which writes for all
         folder = folders(Path(out), manifest, resume=resume, force=force)
     sink = _Sink(plan, folder, copied, keep=keep)
     budget = ByteBudget(memory)
@@ -455,7 +455,7 @@ class _Sink:
             self._folder.write(index, made, rows)
         for one in () if self.keep else expanded:
             self._module.set_submodule(one.layer.name, one.layer.module)
-        if current().leads:
+        if current().rank == 0:
             bar.advance()
 
 

@@ -147,7 +147,7 @@ def share_built(
     """Return, on all ranks, the layers of a block that the first rank has read; None if none."""
     described, states, known = b"", b"", {layer.name: layer for layer in layers}
     routings: list[SharedRouting] = []
-    if ranks.leads and found is not None:
+    if ranks.rank == 0 and found is not None:
         routings = list(dict.fromkeys(module.routing for _, module in found))
         places = [
             [layer.name, routings.index(module.routing), len(module.weight)]
@@ -161,12 +161,12 @@ def share_built(
     if not described:
         return None
     states = ranks.told(states)
-    if not ranks.leads:
+    if ranks.rank:
         routings = _routings(load(states))
     made = []
     for place, (name, routing, k) in enumerate(json.loads(described)):
         layer = known[name]
-        if ranks.leads and found is not None:
+        if ranks.rank == 0 and found is not None:
             module = found[place][1]
         else:
             weight = layer.weight.new_empty(k, *layer.weight.shape)

@@ -140,6 +140,8 @@ class ProgressBar(Progress):
     enabled
         None shows a bar on a terminal or in a notebook and nothing otherwise; True shows plain
         lines where there is neither; False shows nothing.
+    shared
+        The ranks whose work is counted; `entangle.ranks.current` by default.
 
     Notes
     -----
@@ -148,8 +150,10 @@ class ProgressBar(Progress):
 
     _count = 0
 
-    def __init__(self, title: str, *, enabled: bool | None = None) -> None:
-        self._tally, self._ranks, self._name = _Tally(title), ranks.current(), ""
+    def __init__(
+        self, title: str, *, enabled: bool | None = None, shared: ranks.Ranks | None = None
+    ) -> None:
+        self._tally, self._ranks, self._name = _Tally(title), shared or ranks.current(), ""
         self._view = _choose_view(enabled if self._ranks.leads else False)
 
     def __enter__(self) -> "ProgressBar":

@@ -92,9 +92,9 @@ class _Pairing:
     def __init__(self, *, seed: int, share: float) -> None:
         self._seed, self._share, self._batch = seed, share, -1
 
-    def next_batch(self, index: int) -> None:
-        """Begin a batch, by its number in the text."""
-        self._batch = index
+    def next_batch(self, index: int | None = None) -> None:
+        """Begin the next batch, or that of a number."""
+        self._batch = self._batch + 1 if index is None else index
 
     def of(self, rows: Float[Tensor, "tokens features"]) -> _Pairs:
         """Return the pairs of the tokens that a layer received."""
