@@ -20,11 +20,12 @@ import signal
 import socket
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cached_property
+from functools import cached_property, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -140,6 +141,7 @@ def _first_host(environment: Mapping[str, str]) -> str:
 def _hearing(function: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
     """Turn what a library says when another rank is gone into `RankLost`."""
 
+    @wraps(function)
     def heard(*args: _Given.args, **kwargs: _Given.kwargs) -> _Made:
         try:
             return function(*args, **kwargs)
@@ -246,6 +248,8 @@ class _Joined(Ranks):
         self._on_gpu = False
         self.names: list[str] = [""] * place.size
         """How messages call each rank."""
+        self.traffic: dict[str, float] = defaultdict(float)
+        """Bytes broadcast and reduced, and seconds waited for other ranks, so far."""
 
     @cached_property
     def _dist(self) -> Any:
@@ -295,7 +299,9 @@ class _Joined(Ranks):
         import torch
 
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        begin = time.perf_counter()
         self._dist.all_gather(sizes, torch.tensor([len(content)]))
+        self.traffic["waited"] += time.perf_counter() - begin
         lengths = [int(one) for one in sizes]
         longest = max(1, *lengths)
         if longest > _SMALL:
@@ -336,6 +342,7 @@ class _Joined(Ranks):
         return content if mine else bytes(buffer)
 
     def _send(self, flat: "Tensor", by: int) -> None:
+        self.traffic["broadcast"] += flat.numel()
         for piece in flat.split(_PIECE):
             self._dist.broadcast(piece, by)
 
@@ -351,6 +358,7 @@ class _Joined(Ranks):
     @_hearing
     def reduce(self, tensor: "Tensor", *, to: int, by: str = "sum") -> None:
         operation = {"sum": "SUM", "min": "MIN", "max": "MAX"}[by]
+        self.traffic["reduced"] += tensor.numel() * tensor.element_size()
         if tensor.numel():
             self._dist.reduce(tensor, to, op=getattr(self._dist.ReduceOp, operation))
 
@@ -358,7 +366,9 @@ class _Joined(Ranks):
         """Wait for all ranks where it is heard if one is gone, which NCCL does not tell."""
         import torch
 
+        begin = time.perf_counter()
         self._dist.all_reduce(torch.zeros(1))
+        self.traffic["waited"] += time.perf_counter() - begin
 
     @_hearing
     def tally(self, name: str, count: int, done: int) -> int:  # noqa: ARG002

@@ -166,7 +166,7 @@ class ProgressBar(Progress):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._ranks.size > 1 and error is None and self._tally.total:
+        if self._ranks.size > 1 and error is None and self._tally.done < self._tally.total:
             self.advance(0)  # what the others have done since
         self._tally.ended = True
         self._view.close()
