@@ -1,7 +1,7 @@
 """How much faster several processes are than one: GPUs of one host, or CPU cores.
 
-``python -m benchmarks.scale_ranks --gpus 2`` scores every MLP linear of a 7B-shaped model, expands a
-7B-shaped and a 70B-shaped block, spreads the arms of a comparison, and kills a rank; ``--cpus 2``
+``python -m benchmarks.scale_ranks --gpus 2`` scores every MLP linear of a 7B-shaped model, expands
+a 7B-shaped and a 70B-shaped block, spreads the arms of a comparison, and kills a rank; ``--cpus 2``
 does the like with the demo model, one thread a process. One and several processes are measured in
 turn in the same processes, of which all but the first wait for the former. Every row is printed as
 it is measured, then the table. ``--parts score,expand7`` does some of it; ``--sequences`` takes
@@ -126,7 +126,9 @@ def random_tokens(sequences: int, length: int = 2048, vocabulary: int = 32000) -
 def same_scores(first: Any, second: Any) -> str:
     """Tell whether two scores are equal to the bit."""
     equal = first.frame.equals(second.frame) and first.layers.equals(second.layers)
-    equal &= all((first.histograms[n].counts == h.counts).all() for n, h in second.histograms.items())
+    equal &= all(
+        (first.histograms[n].counts == h.counts).all() for n, h in second.histograms.items()
+    )
     return "tables equal to the bit" if equal else "TABLES DIFFER"
 
 
@@ -175,7 +177,11 @@ def measure_gpu(part: str, ranks: Any, sequences: int) -> Row:
         return compared(part, lambda: expand(model, text, **settings), ranks, same_experts)
     model = llama("7", 1)
     text = EvaluationText(random_tokens(8).ids, "ids", {})
-    arms = {"methods": ("expansion",), "sparsity": [0.2 + 0.1 * i for i in range(8)], "experts": 16}
+    arms: Any = {
+        "methods": ("expansion",),
+        "sparsity": [0.2 + 0.1 * i for i in range(8)],
+        "experts": 16,
+    }
     work = partial(compare, model, random_tokens(sequences // 4), text, **arms, progress=False)
     compare(model, random_tokens(8), text, "wanda", sparsity=0.5, progress=False)
     return compared(part, work, ranks, same_tables)
@@ -242,7 +248,9 @@ def kill(size: int, *, cpu: bool) -> Iterator[Row]:
         lines = [line for line in said.splitlines() if line.startswith("entangle:")]
         resumed = _alone(*command, "--out", str(out), "--resume")
         whole = _alone(*command, "--out", str(home / "whole"))
-        note = f"{len(lines)} line: {' | '.join(lines)}; exit {run.returncode}; ended in {ended:.1f} s"
+        note = (
+            f"{len(lines)} line: {' | '.join(lines)}; exit {run.returncode}; ended in {ended:.1f} s"
+        )
         equal = digests(out) == digests(home / "whole")
         yield {
             "work": "kill", "ranks": size, "one": f"{whole:.1f} s", "all": f"{resumed:.1f} s",
@@ -263,7 +271,8 @@ def _small_expansion(home: Path, *, cpu: bool) -> list[str]:
         num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=512,
     )  # fmt: skip
     torch.manual_seed(0)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(home / "model")
+    made: Any = LlamaForCausalLM(config)
+    made.to(torch.bfloat16).save_pretrained(home / "model")
     ids = random_tokens(32, 512, 1000).ids
     save_file({"ids": ids}, home / "ids.safetensors")
     text = ["--calibration", str(home / "ids.safetensors")]
@@ -312,7 +321,7 @@ def arithmetic() -> pd.DataFrame:
     tokens, k, (hidden, inner, *_) = 128 * 2048, 16, SHAPES["7"]
     inputs, experts = 2 * tokens * (hidden + inner), 2 * k * 3 * hidden * inner
     bins = 4 * (2 * inner + hidden) * (1536 + 9 * 192)
-    block, fit, batch, batches, scores = 2.9, 0.26, 0.14, 64, 9.0
+    block, fit, batches, scores = 2.9, 0.26, 64, 9.0
     found = []
     for size in (1, 2, 4, 8, 16, 32, 64):
         rate = 150e9 if size <= 8 else 50e9
@@ -320,7 +329,9 @@ def arithmetic() -> pd.DataFrame:
         solve = (block - fit - 0.15) * -(-k // min(size, k)) / k
         expand = fit + 0.15 + solve + moved / rate
         passes = (1 if size > 1 else 0) + (batches - 1) / size + (1 if size == 1 else 0)
-        score = (scores - 0.3) * passes / batches + 0.3 / size + (32 * bins / rate if size > 1 else 0)
+        score = (
+            (scores - 0.3) * passes / batches + 0.3 / size + (32 * bins / rate if size > 1 else 0)
+        )
         found.append(
             {"GPUs": size, "block, GB received a GPU": f"{moved / 1e9:.1f}",
              "block, s": f"{expand:.2f}", "times as fast": f"{block / expand:.1f}",
@@ -338,8 +349,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     kind.add_argument("--cpus", type=int, help="how many processes of one thread")
     kind.add_argument("--arithmetic", action="store_true", help="print the table of up to 64 GPUs")
     kind.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--parts", help=f"of {', '.join(PARTS)} (default: all; cpus: score, expand7, kill)")
-    parser.add_argument("--sequences", type=int, help="of 2,048 tokens (default: 128; cpus: 32 of 512)")
+    parser.add_argument(
+        "--parts", help=f"of {', '.join(PARTS)} (default: all; cpus: score, expand7, kill)"
+    )
+    parser.add_argument(
+        "--sequences", type=int, help="of 2,048 tokens (default: 128; cpus: 32 of 512)"
+    )
     given = parser.parse_args(arguments)
     if given.arithmetic:
         print(arithmetic().to_string(index=False))

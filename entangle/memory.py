@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 import psutil
 
-from entangle import ranks
 from entangle.errors import InvalidInput
+from entangle.ranks import current
 
 if TYPE_CHECKING:
     import torch
@@ -91,7 +91,7 @@ def memory_for(memory: object, module: "torch.nn.Module") -> int:
     if asked is not None:
         return asked
     gpus = set(gpus_among(parameter.device for parameter in module.parameters()))
-    free = min(map(free_on_gpu, gpus)) if gpus else free_ram() // ranks.current().beside
+    free = min(map(free_on_gpu, gpus)) if gpus else free_ram() // current().beside
     return max(LEAST_BYTES, free // SHARE)
 
 

@@ -189,7 +189,7 @@ class Ranks:
         """Return the numbers of all ranks, one tensor of one dimension, on the CPU."""
         return values
 
-    def told(self, content: bytes | None, *, by: int = 0) -> bytes:
+    def told(self, content: bytes | None, *, by: int = 0) -> bytes:  # noqa: ARG002
         """Return what rank ``by`` gives; what others give does not matter."""
         assert content is not None  # noqa: S101
         return content
@@ -209,14 +209,14 @@ class Ranks:
         The others' hold nothing of use afterwards.
         """
 
-    def tally(self, name: str, count: int, done: int) -> int:
+    def tally(self, name: str, count: int, done: int) -> int:  # noqa: ARG002
         """Count ``count`` more pieces of work of one name; return those of all ranks."""
         return done + count
 
     def post(self, name: str, content: bytes) -> None:
         """Leave something for the others, who need not wait for it (`posted`)."""
 
-    def posted(self, name: str) -> bytes | None:
+    def posted(self, name: str) -> bytes | None:  # noqa: ARG002
         """Return what was left under a name, None if nothing was."""
         return None
 
@@ -285,7 +285,7 @@ class _Joined(Ranks):
                 )
         if self._on_gpu != (None not in gpus):
             raise InvalidInput("all ranks must have a GPU, or none; start them on like machines.")
-        self.agree({"version of entangle or its packages": _versions(), "file of entangle": _code()})
+        self.agree({"versions of Python and packages": _versions(), "files of entangle": _code()})
 
     def _gpu(self) -> str | None:
         if not self._on_gpu:
@@ -424,7 +424,7 @@ class _Joined(Ranks):
         return missing
 
     def close(self, *, failed: bool) -> None:
-        """Leave the group; who keeps the notes of ranks that failed waits for them to be written."""
+        """Leave the group; who keeps the notes of ranks that failed waits for them."""
         with suppress(RuntimeError):
             if not failed:
                 self._meet()

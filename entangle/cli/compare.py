@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from entangle import ranks
 from entangle.cli import options
 from entangle.cli.tables import print_json, print_table, records, say
 from entangle.errors import InvalidInput
+from entangle.ranks import current
 from entangle.runs.progress import tell
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace) -> None:
         resume=arguments.resume, force=arguments.force, extra=add_figure,
         progress=False if arguments.quiet else None,
     )  # fmt: skip
-    if not ranks.current().leads:  # the first rank draws and prints
+    if not current().leads:  # the first rank draws and prints
         return
     if arguments.out is not None and not drawn:  # read, for it was made before
         add_figure(found, expand_user(arguments.out))

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from entangle import __version__, ranks
+from entangle import __version__
 from entangle.checks import choice, share, shares, shown, whole, wholes
 from entangle.cli import (
     ablate,
@@ -42,6 +42,7 @@ from entangle.cli.options import names, numbers, parse_memory
 from entangle.cli.tables import abandon, no_output
 from entangle.errors import EntangleError, InvalidInput, Unavailable, visible
 from entangle.memory import check_memory
+from entangle.ranks import Place, Ranks, place_of, started
 from entangle.runs.progress import tell
 from entangle.runs.provenance import (
     check_output,
@@ -174,9 +175,9 @@ def _run(argv: Sequence[str] | None) -> int:
     arguments.given = given_options(commands[arguments.command], written[1:], arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
-        place = ranks.place_of(os.environ)
+        place = place_of(os.environ)
         _check_shared(arguments, place)
-        with ranks.started(place) as here, _heard_of(here, written):
+        with started(place) as here, _heard_of(here, written):
             check_arguments(arguments)
             _keep_to_memory(getattr(arguments, "memory", options.AUTO))
             shared = arguments.command == "figures"  # files that any number of commands may add to
@@ -196,7 +197,7 @@ def _run(argv: Sequence[str] | None) -> int:
     return 0
 
 
-def _check_shared(arguments: argparse.Namespace, place: ranks.Place | None) -> None:
+def _check_shared(arguments: argparse.Namespace, place: Place | None) -> None:
     """Refuse to start a command several times that is not shared out."""
     if place is not None and arguments.command not in SHARED:
         if place.rank:
@@ -208,7 +209,7 @@ def _check_shared(arguments: argparse.Namespace, place: ranks.Place | None) -> N
 
 
 @contextmanager
-def _heard_of(here: ranks.Ranks, written: Sequence[str]) -> Iterator[None]:
+def _heard_of(here: Ranks, written: Sequence[str]) -> Iterator[None]:
     """Check that all ranks got one command; only the first prints."""
     here.agree({"command": list(written)})
     with ExitStack() as stack:

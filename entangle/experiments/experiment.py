@@ -309,7 +309,7 @@ class Experiment(ABC, Generic[AnyArm]):
         return result
 
     def _all_measured(self, arms: Sequence[AnyArm], bar: Progress, ranks: Ranks) -> list[Arrays]:
-        """Return the raw numbers of all arms, which the ranks measure one by one as they get free."""
+        """Return the raw numbers of all arms; a rank takes the next when it is done with one."""
         if ranks.size == 1:
             return [self.measured(arm, bar) for arm in arms]
         names = [f"arm-{arm.key}.safetensors" for arm in arms]

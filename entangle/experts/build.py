@@ -29,9 +29,14 @@ from entangle.experts.solver import (
     cluster_grams,
     clusters_at_once,
     solve_experts,
-    solve_in_parts,
 )
-from entangle.experts.spread import cluster_shares, join_experts, share_inputs, share_router
+from entangle.experts.spread import (
+    cluster_shares,
+    join_experts,
+    share_inputs,
+    share_router,
+    solve_shares,
+)
 from entangle.experts.storage import Storage
 from entangle.memory import by_device, give_back
 from entangle.models.blocks import BlockRunner
@@ -43,6 +48,8 @@ from entangle.recording.recorder import Recorded, Recorder
 from entangle.recording.stream import ByteBudget, TokenStore, as_budget
 
 Made = TypeVar("Made")
+Fitted = tuple[Router, Tensor | None]
+"""A router, and the clusters of the tokens that it was fitted on where they are known."""
 _RAM = torch.device("cpu")
 _PASS_TOKENS_GPU = 2**15
 _PASS_NUMBERS_GPU = 2**27
@@ -462,7 +469,9 @@ def _expand_block(
             calibration.close()
         groups = share_inputs(current(), groups, layers, budget=as_budget(memory), stack=stack)
         fitted = {
-            number: _naming(members, _fitted, members, store, plan)
+            number: _naming(
+                members, plan.settings.fit, store, plan.experts[members[0].name], members[0].device
+            )
             for number, (members, store) in enumerate(groups)
             if number % current().size == current().rank
         }
@@ -472,7 +481,7 @@ def _expand_block(
                 current(), fitted.pop(number, None), by=by, tokens=store.n_tokens,
                 device=members[0].device,
             )  # fmt: skip
-            expanded += _naming(members, _expand_group, members, store, plan, *found)
+            expanded += _naming(members, _expand_group, members, store, plan, found)
             give_back()
     order = {layer.name: i for i, layer in enumerate(layers)}
     return sorted(expanded, key=lambda one: order[one.layer.name])
@@ -546,26 +555,23 @@ def _naming(layers: Sequence[Layer], work: Callable[..., Made], *given: object) 
         raise type(error)(f"{', '.join(layer.name for layer in layers)}: {error}") from error
 
 
-def _fitted(layers: Sequence[Layer], store: TokenStore, plan: Plan) -> tuple[Router, Tensor | None]:
-    return plan.settings.fit(store, plan.experts[layers[0].name], layers[0].device)
-
-
 def _expand_group(
-    layers: Sequence[Layer], store: TokenStore, plan: Plan, router: Router, labels: Tensor | None
+    layers: Sequence[Layer], store: TokenStore, plan: Plan, fitted: Fitted | None = None
 ) -> list[ExpandedLayer]:
-    """Solve the experts of some layers, with a router fitted on their common input."""
+    """Fit one router on the common input of some layers, if there is none, and solve experts."""
     ranks = current()
     device, k = layers[0].device, plan.experts[layers[0].name]
+    router, labels = plan.settings.fit(store, k, device) if fitted is None else fitted
     sparsity = [plan.sparsity[layer.name] for layer in layers]
     most = max(1, _GRAM_NUMBERS_GPU // layers[0].in_features)
     at_once = by_device(device, cpu=_GRAM_TOKENS, gpu=min(_PASS_TOKENS_GPU, most))
-    if _lies_on_gpu(store):
+    if all(ranks.exchange(_lies_on_gpu(store))):
         if labels is None:
             blocks = store.blocks(_PASS_TOKENS_GPU)
             labels = torch.cat([router.route(rows.to(device)) for _, rows in blocks])
         run = clusters_at_once(layers, store.n_bytes, plan.settings, k)
         shares = cluster_shares(k, len(layers), ranks, at_once=run)
-        solved = _solved_in_parts(layers, store, labels, sparsity, plan.settings, shares)
+        solved = solve_shares(ranks, layers, store, labels, sparsity, plan.settings, shares)
         store.close()
     else:
         shares = cluster_shares(k, len(layers), ranks, at_once=k)
@@ -588,28 +594,6 @@ def _expand_group(
         module = ExpandedLinear(weight, layer.bias, routing)
         made.append(ExpandedLayer(layer, module, experts if ranks.rank == 0 else None, packed))
     return made
-
-
-def _solved_in_parts(
-    layers: Sequence[Layer],
-    store: TokenStore,
-    labels: Tensor,
-    sparsity: Sequence[Sparsity],
-    settings: ExpertSettings,
-    shares: Sequence[Sequence[range]],
-) -> list[Experts | None]:
-    """Solve this rank's clusters: of all layers side by side where they are the same."""
-    rank, k = current().rank, max(own[-1].stop for own in shares)
-    together = all(own is shares[0] for own in shares)
-    found: list[Experts | None] = [None] * len(layers)
-    for some in [range(len(layers))] if together else [range(i, i + 1) for i in range(len(layers))]:
-        own = shares[some.start][rank]
-        if len(own):
-            found[some.start : some.stop] = solve_in_parts(
-                [layers[i] for i in some], store, labels, [sparsity[i] for i in some], settings,
-                k=k, clusters=own,
-            )  # fmt: skip
-    return found
 
 
 def _lies_on_gpu(store: TokenStore) -> bool:

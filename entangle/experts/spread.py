@@ -18,7 +18,7 @@ from torch import Tensor
 from entangle.errors import InvalidInput
 from entangle.experts.linear import ExpandedLinear, SharedRouting
 from entangle.experts.router import Router
-from entangle.experts.solver import Experts
+from entangle.experts.solver import Experts, ExpertSettings, Sparsity, solve_in_parts
 from entangle.models.layers import Layer
 from entangle.ranks import Ranks
 from entangle.recording.stream import ByteBudget, TokenStore
@@ -184,6 +184,32 @@ def _routings(states: Mapping[str, Tensor]) -> list[SharedRouting]:
     return [SharedRouting(Router.from_state(found[i])) for i in sorted(found)]
 
 
+def solve_shares(
+    ranks: Ranks,
+    layers: Sequence[Layer],
+    store: TokenStore,
+    labels: Tensor,
+    sparsity: Sequence[Sparsity],
+    settings: ExpertSettings,
+    shares: Sequence[Sequence[range]],
+) -> list[Experts | None]:
+    """Solve this rank's clusters: of all layers side by side where they are the same.
+
+    Arguments are those of `solve_in_parts`, and `cluster_shares`.
+    """
+    rank, k = ranks.rank, max(own[-1].stop for own in shares)
+    together = all(own is shares[0] for own in shares)
+    found: list[Experts | None] = [None] * len(layers)
+    for some in [range(len(layers))] if together else [range(i, i + 1) for i in range(len(layers))]:
+        own = shares[some.start][rank]
+        if len(own):
+            found[some.start : some.stop] = solve_in_parts(
+                [layers[i] for i in some], store, labels, [sparsity[i] for i in some], settings,
+                k=k, clusters=own,
+            )  # fmt: skip
+    return found
+
+
 def join_experts(
     ranks: Ranks, layer: Layer, own: Experts | None, shares: Sequence[range]
 ) -> Experts:
@@ -234,7 +260,9 @@ def cluster_shares(k: int, layers: int, ranks: Ranks, *, at_once: int) -> list[l
     layers go to different ranks.
     """
     if k < ranks.size:
-        units = [[(i * k + c) * ranks.size // (layers * k) for c in range(k)] for i in range(layers)]
+        units = [
+            [(i * k + c) * ranks.size // (layers * k) for c in range(k)] for i in range(layers)
+        ]
         return [_runs_of(owners, ranks.size) for owners in units]
     run = at_once if -(-k // at_once) >= ranks.size else 1
     parts = [ranks.part(-(-k // run), rank=rank) for rank in range(ranks.size)]

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from entangle import ranks
 from entangle.errors import visible
+from entangle.ranks import Ranks, current
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -52,9 +52,9 @@ _SECONDS_BETWEEN_UPDATES = 0.2
 def tell(line: str) -> None:
     """Say what was chosen, found or is wrong, in one line on standard error.
 
-    What cannot be seen in it is spelled out (`entangle.errors.visible`). Of several ranks one speaks.
+    What cannot be seen in it is spelled out (`entangle.errors.visible`). Of ranks one speaks.
     """
-    if ranks.current().leads:
+    if current().leads:
         _write(f"entangle: {line}")
 
 
@@ -151,9 +151,9 @@ class ProgressBar(Progress):
     _count = 0
 
     def __init__(
-        self, title: str, *, enabled: bool | None = None, shared: ranks.Ranks | None = None
+        self, title: str, *, enabled: bool | None = None, shared: Ranks | None = None
     ) -> None:
-        self._tally, self._ranks, self._name = _Tally(title), shared or ranks.current(), ""
+        self._tally, self._ranks, self._name = _Tally(title), shared or current(), ""
         self._view = _choose_view(enabled if self._ranks.leads else False)
 
     def __enter__(self) -> "ProgressBar":

@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec, TypeVar, cast
 from uuid import uuid4
 
-from entangle import ranks
 from entangle.checks import path_of
 from entangle.errors import EntangleError, InvalidInput, Unavailable
+from entangle.ranks import current
 from entangle.runs.claims import beside, check_claimed, claim, insist
 from entangle.runs.reading import decoding, read_json, regular_file
 from entangle.runs.sealing import Schema, broken, check_table, sealed, unsealed
@@ -108,8 +108,8 @@ class RunClock:
             "seconds": round(time.perf_counter() - self._start, 3),
             "peak_memory_bytes": peak_memory_bytes(),
         }
-        if ranks.current().size > 1:
-            reading["ranks"] = ranks.current().size
+        if current().size > 1:
+            reading["ranks"] = current().size
         torch = sys.modules.get("torch")
         if torch is not None:
             reading["threads"] = int(torch.get_num_threads())
@@ -210,7 +210,7 @@ def claimed(path: str | os.PathLike[str] | None) -> Iterator[None]:
         If another process is writing it, or its folder cannot be written.
     """
     with ExitStack() as stack:
-        if path is not None and ranks.current().leads:
+        if path is not None and current().leads:
             target = Path(os.path.realpath(expand_user(path)))
             if not target.name:
                 raise InvalidInput(f"a result must have a name of its own; got {str(path)!r}.")
@@ -229,8 +229,8 @@ def agree_on(**parts: object) -> None:
     InvalidInput
         Naming the first part and rank that differ; the device may.
     """
-    if ranks.current().size > 1:
-        ranks.current().agree(
+    if current().size > 1:
+        current().agree(
             {
                 name: {key: one for key, one in part.items() if key not in ("device", "path")}
                 if isinstance(part, Mapping)

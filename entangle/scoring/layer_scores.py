@@ -312,9 +312,7 @@ class FinerOutputs:
         known = next((one for one in ranks.exchange(name) if one is not None), "float32")
         self._dtype = getattr(torch, known)
         device = self._layer.device
-        like = torch.zeros(
-            self._layer.in_features, dtype=accumulator_dtype(device), device=device
-        )
+        like = torch.zeros(self._layer.in_features, dtype=accumulator_dtype(device), device=device)
         self._sizes.pool(ranks, like, to=to)
 
     def of(

@@ -102,8 +102,8 @@ class OutputSketch:
     scratch
         Work space, which sketches that are updated one after the other may share.
     split
-        Keep the sums of every update apart, 32 bytes a neuron, so that `pool` can add those of several
-        ranks in the order of one.
+        Keep the sums of every update apart, 32 bytes a neuron, so that `pool` can add those of
+        several ranks in the order of one.
 
     Notes
     -----
