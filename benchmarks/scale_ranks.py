@@ -38,8 +38,8 @@ SHAPES = {"7": (4096, 11008, 32, 32), "70": (8192, 28672, 64, 8)}
 """Hidden size, inner size, heads and heads of keys."""
 
 
-def timed(work: Callable[[], Any], ranks: Any) -> tuple[float, Any]:
-    """Return how long some work takes on all ranks that take part, and what it gives."""
+def timed(work: Callable[[], Any], ranks: Any) -> tuple[float, Any, float]:
+    """Return how long some work takes, what it gives, and the most processor time of a rank."""
     import torch
 
     def wait() -> None:
@@ -48,10 +48,11 @@ def timed(work: Callable[[], Any], ranks: Any) -> tuple[float, Any]:
         ranks.exchange(0)
 
     wait()
-    begin = time.perf_counter()
+    begin, used = time.perf_counter(), time.process_time()
     found = work()
+    busy = time.process_time() - used
     wait()
-    return time.perf_counter() - begin, found
+    return time.perf_counter() - begin, found, max(ranks.exchange(busy))
 
 
 def compared(name: str, work: Callable[[], Any], ranks: Any, same: Callable[..., str]) -> Row:
@@ -62,13 +63,14 @@ def compared(name: str, work: Callable[[], Any], ranks: Any, same: Callable[...,
         with apart():
             return work() if ranks.rank == 0 else None
 
-    one, first = timed(alone, ranks)
+    one, first, busy = timed(alone, ranks)
     ranks.traffic.clear()
-    many, second = timed(work, ranks)
+    many, second, busiest = timed(work, ranks)
     sent = ranks.traffic
     moved = (sent["broadcast"] + sent["reduced"]) / GIB
     waits = ranks.exchange(sent["waited"])
     note = f"{moved:.2f} GiB sent and received; waited {min(waits):.1f} to {max(waits):.1f} s"
+    note += f"; processor time {busy:.1f} s against {busiest:.1f} s a rank"
     if ranks.rank == 0:
         note = f"{same(first, second)}; {note}"
     return row(name, ranks.size, one, many, note)

@@ -89,8 +89,8 @@ def place_of(environment: Mapping[str, str]) -> Place | None:
     if "RANK" in environment and "WORLD_SIZE" in environment:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     elif "SLURM_PROCID" in environment and not _in_shell(environment):
-        size = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environment else "SLURM_NTASKS"
-        names = ("SLURM_PROCID", size, "SLURM_LOCALID")
+        step = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environment else "SLURM_NTASKS"
+        names = ("SLURM_PROCID", step, "SLURM_LOCALID")
     else:
         return None
     size = _number(environment, names[1], least=1)
@@ -557,8 +557,9 @@ def _meeting_point(place: Place) -> Any:
     """Connect to where the ranks meet."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of a group whose members end
     _choose_interface(place.host)
-    import torch.distributed as dist
+    import torch.distributed
 
+    dist: Any = torch.distributed
     try:
         store = dist.TCPStore(
             place.host, place.port, is_master=place.rank == 0 and not place.hosted,

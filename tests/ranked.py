@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from entangle.cli import options
 from entangle.cli.main import main
 from entangle.errors import InvalidInput
 from entangle.evaluation import EvaluationText, perplexity
@@ -168,9 +169,7 @@ def run(kinds: str, folder: Path, command: list[str]) -> None:
     if kinds == FULL:
         sys.exit(main(command))
     if ranks.rank == 2:
-        import entangle.cli.score as dying
-
-        dying.options.load_model = lambda _: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment, return-value]
+        vars(options)["load_model"] = lambda _arguments: os.kill(os.getpid(), signal.SIGKILL)
     sys.exit(main(command))
 
 

@@ -12,7 +12,7 @@ from entangle.cli.figures import FIGURES
 
 PACKAGE = Path(__file__).parent.parent / "entangle"
 FLOORS = (
-    {"_renamed", "errors", "checks", "seeding", "precision", "memory", "kernels"},
+    {"_renamed", "errors", "checks", "seeding", "precision", "memory", "ranks", "kernels"},
     {"runs"},
     {"stats", "pruning", "packed"},
     {"plotting"},

@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from entangle.errors import InvalidInput
+from entangle.experts import spread
 from entangle.experts.spread import cluster_shares
 from entangle.ranks import ALONE, Place, Ranks, apart, current, place_of, started
 from entangle.results.scores import load_scores
+from entangle.texts import calibration_set
 from tests import ranked
 
 
@@ -56,8 +58,8 @@ def ours(errors: str) -> list[str]:
 @pytest.fixture
 def batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the settings that `tests.ranked` changes come back."""
-    monkeypatch.setattr(ranked.calibration_set, "_TOKENS_IN_A_PASS", 32)
-    monkeypatch.setattr(ranked.spread, "_ROWS", 24)
+    monkeypatch.setattr(calibration_set, "_TOKENS_IN_A_PASS", 32)
+    monkeypatch.setattr(spread, "_ROWS", 24)
 
 
 @pytest.mark.usefixtures("batches")

@@ -326,7 +326,7 @@ class Experiment(ABC, Generic[AnyArm]):
             ranks.post(here + names[i], to_safetensors(dict(found[i])))
             if ranks.leads:
                 self._keep_posted(arms, names, ranks, here)
-        own = [[i, to_safetensors(dict(one))] for i, one in sorted(found.items())]
+        own = [(i, to_safetensors(dict(one))) for i, one in sorted(found.items())]
         numbers = ranks.exchange([[i, len(content)] for i, content in own])
         every = ranks.gather(b"".join(content for _, content in own))
         for listed, content in zip(numbers, every, strict=True):

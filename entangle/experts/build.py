@@ -264,11 +264,8 @@ class HiddenStates:
         Token ids of each batch, (sequences, tokens).
     memory
         Bytes in memory, or a budget shared with others; what is beyond spills (`TokenStore`). While
-        they advance, the states before and after a block are held.
-
-    Notes
-    -----
-    Of several ranks (`entangle.ranks`) each holds those of its own part of the passes.
+        they advance, the states before and after a block are held. Each of several ranks holds
+        those of its own passes.
     """
 
     def __init__(self, batches: Sequence[Int[Tensor, "_ _"]], *, memory: int | ByteBudget) -> None:

@@ -334,10 +334,10 @@ def shrunk_grams(
     k, features = grams.gram.shape[:2]
     work = max(_WORK_BYTES, free_on_gpu(grams.gram.device) // _GPU_SHARE)
     per_batch = max(1, work // (_COPIES * 4 * features * (features + rows)))
-    own = range(k) if clusters is None else clusters
+    chosen = range(k) if clusters is None else clusters
     parts = [
-        slice(start, min(start + per_batch, own.stop))
-        for start in range(own.start, own.stop, per_batch)
+        slice(start, min(start + per_batch, chosen.stop))
+        for start in range(chosen.start, chosen.stop, per_batch)
     ]
     if not count_shrunk(grams):
         yield from ((part, grams.gram[part]) for part in parts)

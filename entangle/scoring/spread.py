@@ -149,14 +149,14 @@ def share_summaries(
     """Return the summaries of all ranks, in the order of the layers."""
     if ranks.size == 1:
         return list(own)
-    found = {}
+    found = dict[str, LayerSummary]()
     for content in ranks.gather(_packed(own)):
         found |= _unpacked(content, {layer.name: layer for layer in layers})
     return [found[layer.name] for layer in layers if layer.name in found]
 
 
 def _packed(summaries: Sequence[LayerSummary]) -> bytes:
-    arrays, described = {}, {}
+    arrays, described = dict[str, np.ndarray](), dict[str, list[object]]()
     for i, one in enumerate(summaries):
         own = {f"numbers.{name}": array for name, array in one.numbers.items()}
         shape = {f.name: getattr(one.histograms, f.name) for f in fields(LayerHistograms)}

@@ -263,6 +263,9 @@ class PairSketch:
     NaN where it lies beyond the last bin; the other statistics are exact.
     """
 
+    _sums: Tensor
+    _dy_max: Tensor
+
     def __init__(
         self, n_neurons: int, *, scratch: Scratch | None = None, split: bool = False
     ) -> None:

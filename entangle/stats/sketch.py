@@ -112,6 +112,14 @@ class OutputSketch:
     the second one with `fork`.
     """
 
+    _powers: Tensor
+    _group_powers: Tensor
+    _group_tokens: Tensor
+    _low: Tensor
+    _high: Tensor
+    _nan: Tensor
+    _inf: Tensor
+
     def __init__(
         self,
         n_neurons: int,
