@@ -213,16 +213,23 @@ class OutputSketch:
         """
         if self.n_tokens:
             self._close_group()
-        groups = ranks.exchange([[group for group, _ in self._parts], self._group_tokens.tolist()])
+        used = self._used_groups() if self.n_tokens else (N_BINS, -1)
+        found = ranks.exchange(
+            [[group for group, _ in self._parts], self._group_tokens.tolist(), *used]
+        )
+        groups = [(own, tokens) for own, tokens, _, _ in found]
+        some = slice(min(one for *_, one, _ in found), max(one for *_, one in found) + 1)
+        wide = slice(some.start * GROUP_FOLD, some.stop * GROUP_FOLD)
         sums = pooled_parts(
             ranks, [part for _, part in self._parts], [len(own) for own, _ in groups],
             like=self._powers, to=to,
         )  # fmt: skip
         flags = torch.stack([self._nan, self._inf]).byte()
-        for tensor, by in (
-            (self._counts, "sum"), (self._group_counts, "sum"), (self._low, "min"),
-            (self._high, "max"), (flags, "max"),
-        ):  # fmt: skip
+        for counts in (self._counts[:, wide], self._group_counts[:, :, some]):
+            sent = counts.contiguous()  # no other bins hold counts
+            ranks.reduce(sent, to=to)
+            counts.copy_(sent)
+        for tensor, by in ((self._low, "min"), (self._high, "max"), (flags, "max")):
             ranks.reduce(tensor, to=to, by=by)
         self._parts.clear()
         if ranks.rank != to:
