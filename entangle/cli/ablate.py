@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from entangle.cli import options
 from entangle.cli.tables import print_json, print_table, records, say
 from entangle.errors import InvalidInput
+from entangle.ranks import current
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -187,6 +188,8 @@ def run(arguments: argparse.Namespace) -> None:
         extra=save_figures,
         progress=False if arguments.quiet else None,
     )
+    if not current().leads:  # the first rank draws and prints
+        return
     figures = [] if arguments.out is None else save_figures(result, expand_user(arguments.out))
     if arguments.json:
         print_json(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from entangle.cli import options
 from entangle.cli.tables import print_json, print_table, records, say
 from entangle.errors import InvalidInput
+from entangle.ranks import current
 from entangle.runs.progress import tell
 
 if TYPE_CHECKING:
@@ -85,6 +86,8 @@ def run(arguments: argparse.Namespace) -> None:
         resume=arguments.resume, force=arguments.force, extra=add_figure,
         progress=False if arguments.quiet else None,
     )  # fmt: skip
+    if not current().leads:  # the first rank draws and prints
+        return
     if arguments.out is not None and not drawn:  # read, for it was made before
         add_figure(found, expand_user(arguments.out))
     equal = at_equal_nonzeros(found.frame)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from entangle.cli import options
 from entangle.cli.tables import print_json, print_table, records, say
 from entangle.errors import InvalidInput, Unavailable
+from entangle.ranks import current
 from entangle.runs.progress import tell
 
 if TYPE_CHECKING:
@@ -79,6 +80,10 @@ def run(arguments: argparse.Namespace) -> None:
 
     models = load_models(arguments)
     join = interpret_escapes(arguments.join)
+    if arguments.tasks is not None and current().size > 1:
+        raise InvalidInput(
+            "tasks run in one process; start `entangle evaluate --tasks` without torchrun or srun."
+        )
     if arguments.tasks is not None:
         _run_tasks(models, arguments)
         return
@@ -101,7 +106,7 @@ def run(arguments: argparse.Namespace) -> None:
         },
         **clock.read(),
     )
-    if arguments.out is not None:
+    if arguments.out is not None and current().leads:
         save(arguments.out, table, results, manifest, force=arguments.force)
     if arguments.json:
         print_json({"out": arguments.out, "manifest": manifest, "results": records(table)})

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from entangle.cli import options
 from entangle.cli.tables import print_json, print_table, records, say
 from entangle.errors import InvalidInput
+from entangle.ranks import current
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -193,7 +194,7 @@ def keep_table(summary: "pd.DataFrame", folder: Path) -> None:
     from entangle.runs.provenance import output_file
 
     path = folder / "model.parquet"
-    if not path.exists():
+    if current().leads and not path.exists():
         with output_file(path, remedy="name another folder") as temporary:
             summary.to_parquet(temporary, index=False)
 

@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -42,6 +42,7 @@ from entangle.cli.options import names, numbers, parse_memory
 from entangle.cli.tables import abandon, no_output
 from entangle.errors import EntangleError, InvalidInput, Unavailable, visible
 from entangle.memory import check_memory
+from entangle.ranks import Place, Ranks, place_of, started
 from entangle.runs.progress import tell
 from entangle.runs.provenance import (
     check_output,
@@ -60,6 +61,8 @@ COMMANDS = (
     run, score,
 )  # fmt: skip
 
+SHARED = ("score", "expand", "prune", "compare", "ablate", "evaluate")
+"""Commands that several ranks share out among themselves (`entangle.ranks`)."""
 
 _AGAIN = 0.1  # seconds until a signal that was lost is sent again
 STOPPING = ("SIGTERM", "SIGHUP")
@@ -172,11 +175,14 @@ def _run(argv: Sequence[str] | None) -> int:
     arguments.given = given_options(commands[arguments.command], written[1:], arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
-        check_arguments(arguments)
-        _keep_to_memory(getattr(arguments, "memory", options.AUTO))
-        shared = arguments.command == "figures"  # files that any number of commands may add to
-        with claimed(None if shared else getattr(arguments, "out", None)):  # before all else
-            arguments.run(arguments)
+        place = place_of(os.environ)
+        _check_shared(arguments, place)
+        with started(place) as here, _heard_of(here, written):
+            check_arguments(arguments)
+            _keep_to_memory(getattr(arguments, "memory", options.AUTO))
+            shared = arguments.command == "figures"  # files that any number of commands may add to
+            with claimed(None if shared else getattr(arguments, "out", None)):  # before all else
+                arguments.run(arguments)
     except EntangleError as error:
         tell(f"error: {error}")
         return error.exit_code
@@ -189,6 +195,28 @@ def _run(argv: Sequence[str] | None) -> int:
         tell("interrupted")
         return 130
     return 0
+
+
+def _check_shared(arguments: argparse.Namespace, place: Place | None) -> None:
+    """Refuse to start a command several times that is not shared out."""
+    if place is not None and arguments.command not in SHARED:
+        if place.rank:
+            raise SystemExit(InvalidInput.exit_code)  # the first says why
+        raise InvalidInput(
+            f"{arguments.command} runs in one process; this is rank {place.rank} of {place.size}: "
+            f"start it without torchrun or srun (shared out are {', '.join(SHARED)})."
+        )
+
+
+@contextmanager
+def _heard_of(here: Ranks, written: Sequence[str]) -> Iterator[None]:
+    """Check that all ranks got one command; only the first prints."""
+    here.agree({"command": list(written)})
+    with ExitStack() as stack:
+        if not here.leads:
+            nowhere = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
+            stack.enter_context(redirect_stdout(nowhere))
+        yield
 
 
 def _said(error: OSError) -> str:

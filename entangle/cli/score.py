@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from entangle.cli import options
 from entangle.cli.tables import print_json, print_table, records, say
+from entangle.ranks import current
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -83,7 +84,7 @@ def run(arguments: argparse.Namespace) -> None:
     )
     if effect is not None:
         scores = scores.with_settings(special_tokens_effect=effect.describe())
-    if arguments.out is not None:
+    if arguments.out is not None and current().leads:
         scores.save(arguments.out, force=arguments.force)
     if arguments.json:
         print_json(as_json(scores, top=arguments.top, out=arguments.out, seed=arguments.seed))

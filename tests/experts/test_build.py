@@ -5,10 +5,10 @@ import torch
 
 from entangle.evaluation import EvaluationText, perplexity
 from entangle.experts import build
-from entangle.recording.states import HiddenStates, _joined, _most_tokens
 from entangle.experts.expand import expand
 from entangle.models.blocks import BlockRunner
 from entangle.models.loading import LanguageModel
+from entangle.recording.states import HiddenStates, _joined, _most_tokens
 from entangle.texts.calibration_set import CalibrationSet
 from tests.tiny_models import TINY
 
