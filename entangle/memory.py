@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, TypeVar
 import psutil
 
 from entangle.errors import InvalidInput
+from entangle.ranks import current
 
 if TYPE_CHECKING:
     import torch
@@ -77,7 +78,7 @@ def memory_for(memory: object, module: "torch.nn.Module") -> int:
     ----------
     memory
         Bytes; None for half of what is free: on the GPU that has least of those that hold the
-        model, else in RAM.
+        model, else in RAM, of which the ranks of one machine take equal shares.
     module
         The model, where it is to run.
 
@@ -90,7 +91,7 @@ def memory_for(memory: object, module: "torch.nn.Module") -> int:
     if asked is not None:
         return asked
     gpus = set(gpus_among(parameter.device for parameter in module.parameters()))
-    free = min(map(free_on_gpu, gpus)) if gpus else free_ram()
+    free = min(map(free_on_gpu, gpus)) if gpus else free_ram() // current().beside
     return max(LEAST_BYTES, free // SHARE)
 
 

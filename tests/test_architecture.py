@@ -12,7 +12,17 @@ from entangle.results.drawings import FIGURES
 
 PACKAGE = Path(__file__).parent.parent / "entangle"
 FLOORS = (
-    {"_renamed", "errors", "checks", "seeding", "precision", "memory", "kernels", "doors"},
+    {
+        "_renamed",
+        "errors",
+        "checks",
+        "seeding",
+        "precision",
+        "memory",
+        "ranks",
+        "kernels",
+        "doors",
+    },
     {"runs"},
     {"stats", "pruning", "packed"},
     {"plotting"},

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from entangle.cli import options
 from entangle.cli.tables import Table, present, records
 from entangle.errors import InvalidInput
+from entangle.ranks import current
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -189,6 +190,8 @@ def run(arguments: argparse.Namespace) -> None:
         extra=save_figures,
         progress=False if arguments.quiet else None,
     )
+    if not current().leads:  # the first rank draws and prints
+        return
     print_result(result, arguments)
 
 

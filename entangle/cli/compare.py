@@ -9,6 +9,7 @@ from entangle.checks import share
 from entangle.cli import options
 from entangle.cli.tables import Table, present, records
 from entangle.errors import InvalidInput
+from entangle.ranks import current
 from entangle.runs.progress import tell
 from entangle.runs.provenance import expand_user
 
@@ -122,6 +123,8 @@ def run(arguments: argparse.Namespace) -> None:
         scope=arguments.scope, form=arguments.form, dense_prefix=arguments.dense_prefix,
         prefix=arguments.prefix, progress=not arguments.quiet,
     )  # fmt: skip
+    if not current().leads:  # the first rank draws and prints
+        return
     if not drawn:  # read, for it was made before
         draw(found, expand_user(arguments.out))
     print_comparison(found, arguments)

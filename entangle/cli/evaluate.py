@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from entangle.cli import options
 from entangle.cli.tables import Table, present, records
 from entangle.errors import InvalidInput, Unavailable
+from entangle.ranks import current
 from entangle.runs.progress import tell
 
 if TYPE_CHECKING:
@@ -78,6 +79,10 @@ def run(arguments: argparse.Namespace) -> None:
 
     models = load_models(arguments)
     join = interpret_escapes(arguments.join)
+    if arguments.tasks is not None and current().size > 1:
+        raise InvalidInput(
+            "tasks run in one process; start `entangle evaluate --tasks` without torchrun or srun."
+        )
     if arguments.tasks is not None:
         _run_tasks(models, arguments)
         return
@@ -100,7 +105,8 @@ def run(arguments: argparse.Namespace) -> None:
         },
         **clock.read(),
     )
-    save(arguments.out, table, results, manifest, force=arguments.force)
+    if current().leads:
+        save(arguments.out, table, results, manifest, force=arguments.force)
     bad = {label: one.n_bad_windows for label, one in results.items() if one.flag}
     print_results(table, manifest, arguments, bad=bad)
 

@@ -10,6 +10,7 @@ from entangle.cli import options
 from entangle.cli.tables import Table, present, records
 from entangle.doors import with_installed
 from entangle.errors import InvalidInput
+from entangle.ranks import current
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -254,7 +255,7 @@ def keep_table(summary: "pd.DataFrame", folder: Path) -> None:
     from entangle.runs.provenance import output_file
 
     path, summary = folder / "model.parquet", summary.drop(columns=["seconds", "peak MiB"])
-    if not path.exists():
+    if current().leads and not path.exists():
         with output_file(path, remedy="name another folder") as temporary:
             summary.to_parquet(temporary, index=False)
 

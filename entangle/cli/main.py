@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -52,6 +52,7 @@ from entangle.cli.tables import abandon, no_output
 from entangle.doors import with_installed
 from entangle.errors import EntangleError, InvalidInput, Unavailable, visible
 from entangle.memory import check_memory
+from entangle.ranks import Place, Ranks, current, place_of, started
 from entangle.runs.progress import tell
 from entangle.runs.provenance import (
     check_output,
@@ -71,6 +72,8 @@ COMMANDS = (
     figures, layers, listing, probe, prune, report, run, score, show,
 )  # fmt: skip
 
+SHARED = ("score", "expand", "prune", "compare", "ablate", "evaluate")
+"""Commands that several ranks share out among themselves (`entangle.ranks`)."""
 
 _AGAIN = 0.1  # seconds until a signal that was lost is sent again
 STOPPING = ("SIGTERM", "SIGHUP")
@@ -185,10 +188,13 @@ def _run(argv: Sequence[str] | None) -> int:
         arguments = parser.parse_args(written)
         arguments.given = given_options(commands[arguments.command], written[1:], arguments)
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-        check_arguments(arguments)
-        _keep_to_memory(getattr(arguments, "memory", options.AUTO))
-        with runs_as(written):
-            _work(arguments)
+        place = place_of(os.environ)
+        _check_shared(arguments, place)
+        with started(place) as here, _heard_of(here, written):
+            check_arguments(arguments)
+            _keep_to_memory(getattr(arguments, "memory", options.AUTO))
+            with runs_as(written):
+                _work(arguments)
     except EntangleError as error:
         tell(f"error: {error}")
         return error.exit_code
@@ -216,15 +222,42 @@ def _written(argv: Sequence[str]) -> list[str]:
 def _work(arguments: argparse.Namespace) -> None:
     """Run a command, or print what it made before (`entangle.cli.asked`)."""
     asked.name_output(arguments)
-    if asked.is_found(arguments):
+    if _is_found(arguments):
         asked.show_found(arguments)
         return
     shared = arguments.command == "figures"  # files that any number of commands may add to
     with claimed(None if shared else getattr(arguments, "out", None)):  # before all else
-        if asked.is_found(arguments):  # another process has made it meanwhile
+        if _is_found(arguments):  # another process has made it meanwhile
             asked.show_found(arguments)
         else:
             arguments.run(arguments)
+
+
+def _is_found(arguments: argparse.Namespace) -> bool:
+    """Tell whether a command has been done, as the first rank sees it."""
+    return bool(current().exchange(asked.is_found(arguments))[0])
+
+
+def _check_shared(arguments: argparse.Namespace, place: Place | None) -> None:
+    """Refuse to start a command several times that is not shared out."""
+    if place is not None and arguments.command not in SHARED:
+        if place.rank:
+            raise SystemExit(InvalidInput.exit_code)  # the first says why
+        raise InvalidInput(
+            f"{arguments.command} runs in one process; this is rank {place.rank} of {place.size}: "
+            f"start it without torchrun or srun (shared out are {', '.join(SHARED)})."
+        )
+
+
+@contextmanager
+def _heard_of(here: Ranks, written: Sequence[str]) -> Iterator[None]:
+    """Check that all ranks got one command; only the first prints."""
+    here.agree({"command": list(written)})
+    with ExitStack() as stack:
+        if not here.leads:
+            nowhere = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
+            stack.enter_context(redirect_stdout(nowhere))
+        yield
 
 
 def _said(error: OSError) -> str:

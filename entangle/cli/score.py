@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from entangle.cli import options
 from entangle.cli.tables import Table, present, records
+from entangle.ranks import current
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -81,7 +82,8 @@ def run(arguments: argparse.Namespace) -> None:
     )
     if effect is not None:
         scores = scores.with_settings(special_tokens_effect=effect.describe())
-    scores.save(arguments.out, force=arguments.force)
+    if current().leads:
+        scores.save(arguments.out, force=arguments.force)
     print_scores(scores, arguments)
 
 

@@ -14,14 +14,8 @@ from torch import Tensor
 
 from entangle.checks import choice
 from entangle.errors import InvalidInput
-from entangle.evaluation.perplexity import (
-    Perplexity,
-    as_causal_model,
-    check_fits,
-    next_token_logits,
-    window_memory,
-    windows_in_a_pass,
-)
+from entangle.evaluation.logits import as_causal_model, check_fits, next_token_logits
+from entangle.evaluation.perplexity import Perplexity, window_memory, windows_in_a_pass
 from entangle.memory import memory_for
 from entangle.models.blocks import BlockRunner, evaluating
 from entangle.models.loading import AnyModel

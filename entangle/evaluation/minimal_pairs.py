@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from entangle.checks import bootstrap, whole
 from entangle.errors import InvalidInput
-from entangle.evaluation.perplexity import as_causal_model, memory_limit, next_token_logits
+from entangle.evaluation.logits import as_causal_model, memory_limit, next_token_logits
 from entangle.models.blocks import evaluates
 from entangle.models.loading import AnyModel, LanguageModel
 from entangle.models.pretrained import broken_as

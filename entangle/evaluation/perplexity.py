@@ -1,141 +1,35 @@
 """Perplexity of a language model on a text, and of several beside the first.
 
-Running a causal language model for its logits, with plain errors.
-
 How much the special tokens in front of a text matter to a model: its first window, both ways.
 """
 
-import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-import transformers as hf
 from jaxtyping import Float, Int64
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from entangle.checks import whole
-from entangle.errors import InvalidInput, MemoryLimit
-from entangle.memory import give_back, memory_for
-from entangle.models.blocks import BlockRunner, evaluates, evaluating
+from entangle.errors import InvalidInput
+from entangle.evaluation.logits import as_causal_model, memory_limit, next_tokens
+from entangle.models.blocks import evaluates, evaluating
 from entangle.models.loading import AnyModel, LanguageModel, as_language_model
-from entangle.models.streaming import comes_by_blocks
-from entangle.recording.states import logits_by_blocks
+from entangle.ranks import current
 from entangle.runs.progress import ProgressBar
 from entangle.runs.progress import tell as tell_line
 from entangle.runs.provenance import recorded, special_tokens_of
 from entangle.stats.intervals import Interval, perplexity_ratio_interval
 from entangle.texts.evaluation import EvaluationText, as_evaluation, window_losses
 from entangle.texts.given import Source
-
-
-def as_causal_model(
-    model: AnyModel, tokenizer: PreTrainedTokenizerBase | None = None
-) -> LanguageModel:
-    """Return ``model`` as a `LanguageModel`; raise `InvalidInput` for an encoder."""
-    language_model = as_language_model(model, tokenizer)
-    config = getattr(language_model.module, "config", None)
-    masked = type(config) in hf.MODEL_FOR_MASKED_LM_MAPPING
-    if masked and not getattr(config, "is_decoder", False):
-        raise InvalidInput(
-            "evaluation needs a model that predicts the next token; "
-            f"{language_model.name!r} ({type(language_model.module).__name__}) is an encoder: "
-            "give a causal language model."
-        )
-    return language_model
-
-
-def check_fits(model: LanguageModel, text: EvaluationText) -> None:
-    """Raise `InvalidInput` if windows are longer than the context or ids no tokens of the model."""
-    if not isinstance(text, EvaluationText):
-        raise InvalidInput(
-            "the text to evaluate on must be an EvaluationText, from entangle.load_evaluation; got "
-            f"{type(text).__name__}."
-        )
-    as_evaluation(text, model)
-
-
-def next_token_logits(
-    model: LanguageModel, ids: Int64[Tensor, "windows tokens"]
-) -> Float[Tensor, "windows tokens vocabulary"]:
-    """Run a model on token ids and return its logits, on the model's device.
-
-    Raises
-    ------
-    InvalidInput
-        If the model returns no logits for each token.
-    """
-    accepted = inspect.signature(model.module.forward).parameters
-    options = {"use_cache": False} if "use_cache" in accepted else {}
-    with torch.no_grad():
-        output = model.module(ids.to(model.device), **options)
-    logits = getattr(output, "logits", output)
-    if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[:2] != ids.shape:
-        raise InvalidInput(
-            f"evaluation needs logits of shape (windows, tokens, vocabulary); {model.name!r} "
-            f"({type(model.module).__name__}) returns none: give a model with a "
-            "language-modelling head."
-        )
-    return logits
-
-
-def next_tokens(
-    model: LanguageModel,
-    batches: Sequence[Tensor],
-    *,
-    memory: int | None = None,
-    report: Callable[[int], None] = lambda _windows: None,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the token ids (windows, tokens) and logits of every batch, in order.
-
-    Where the weights come block by block, all batches pass one block after the other, so that each
-    is read once; elsewhere, and where a model cannot be run so, batch by batch.
-
-    Parameters
-    ----------
-    model
-        The model.
-    batches
-        Token ids.
-    memory
-        Bytes of hidden states between two blocks; by default half of what is free.
-    report
-        Called with the number of windows that are done with.
-    """
-    if not comes_by_blocks(model.module):
-        for ids in batches:
-            yield ids, next_token_logits(model, ids)
-            give_back()
-            report(len(ids))
-        return
-    budget = memory_for(memory, model.module)
-    runner = BlockRunner(model.module)
-    for ids, logits in logits_by_blocks(runner, batches, memory=budget):
-        yield ids, logits
-        report(len(ids))
-
-
-@contextmanager
-def memory_limit(load: str, *, lower: str) -> Iterator[None]:
-    """Turn the end of memory into a `MemoryLimit` that tells the load and what to lower."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        named = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if not named and "you tried to allocate" not in str(error):
-            raise
-        raise MemoryLimit(
-            f"memory ran out with {load} in one forward pass; lower {lower}."
-        ) from error
-
 
 MOST_TOKENS = 512
 """Tokens of the first window that are looked at, special ones included."""
@@ -440,15 +334,17 @@ def _measure(
     held, effect = evaluating(model.module), None
     with held, ProgressBar("perplexity", enabled=progress) as bar, window_memory(per_pass):
         bar.start(text.n_windows + len(probes), "windows")
-        batches = [*probes, *(ids for _, ids in text.rows.batches(per_pass))]
+        every, ranks = [ids for _, ids in text.rows.batches(per_pass)], current()
+        batches = [*probes, *(every[i] for i in ranks.part(len(every)))]
         found = next_tokens(model, batches, report=bar.advance)
         if probe is not None:
             effect = probe.effect(list(islice(found, len(probes))))
-        losses = [
-            window_losses(logits, ids, around=(prefix, 0)) if prefix else text.losses(logits, ids)
-            for ids, logits in found
-        ]
-    return Perplexity.of(torch.cat(losses), text, prefix=prefix), effect
+        losses = [torch.zeros(0, dtype=torch.float64)]
+        for ids, logits in found:
+            after = partial(window_losses, around=(prefix, 0)) if prefix else text.losses
+            losses.append(after(logits, ids).cpu().double())
+        joined = ranks.joined(torch.cat(losses))
+    return Perplexity.of(joined, text, prefix=prefix), effect
 
 
 def check_prefix(prefix: int, text: EvaluationText) -> int:

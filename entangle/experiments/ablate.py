@@ -17,7 +17,8 @@ from entangle.allocation.experts import zeros_digest
 from entangle.checks import choices, finite, names, several, share, shares, whole, wholes
 from entangle.errors import InvalidInput, NumericalError
 from entangle.evaluation import DenseReference, MinimalPairs, as_evaluation
-from entangle.evaluation.perplexity import affix_effect, as_causal_model, check_fits, tell
+from entangle.evaluation.logits import as_causal_model, check_fits
+from entangle.evaluation.perplexity import affix_effect, tell
 from entangle.experiments.arms import (
     INTERVENTIONS,
     MOST_STEPS,

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from entangle.checks import choice, finite, share
 from entangle.evaluation import EvaluationText, as_evaluation
-from entangle.evaluation.perplexity import as_causal_model, window_memory, windows_in_a_pass
+from entangle.evaluation.logits import as_causal_model
+from entangle.evaluation.perplexity import window_memory, windows_in_a_pass
 from entangle.experiments.arms import INTERVENTIONS, PRUNERS
 from entangle.experiments.interventions import RowEdit, edited_outputs, pruned_rows, swapped_rows
 from entangle.experiments.selection import Selection

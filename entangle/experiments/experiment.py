@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -19,7 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from safetensors.numpy import load_file
+from safetensors.numpy import load, load_file
 from safetensors.numpy import save as to_safetensors
 
 from entangle.checks import choices
@@ -38,10 +39,11 @@ from entangle.evaluation import (
 )
 from entangle.evaluation.perplexity import measure_perplexity
 from entangle.models.loading import LanguageModel
+from entangle.ranks import Ranks, apart, current
 from entangle.runs.progress import Progress, ProgressBar
-from entangle.runs.provenance import RunClock, expand_user, make_manifest
+from entangle.runs.provenance import RunClock, agree_on, expand_user, make_manifest
 from entangle.runs.reading import READ_ERRORS
-from entangle.runs.unfinished import Unfinished, is_made
+from entangle.runs.unfinished import PLANNED, Unfinished, is_made
 from entangle.stats.intervals import Interval, window_mean_interval
 from entangle.texts.calibration_set import CalibrationSet
 
@@ -49,6 +51,7 @@ Arrays = Mapping[str, NDArray[np.float64]]
 """Raw numbers of one arm: ``loss``, ``kl`` and ``agreement`` a window; ``good`` and ``bad`` a
 pair; others that an experiment has of its own."""
 
+_RUNS = count()
 MEASURES = ("perplexity", "divergence", "pairs")
 """What can be asked for: perplexity; KL and top-1 agreement with the dense model; minimal pairs."""
 WINDOW, PAIR = ("loss", "kl", "agreement"), ("good", "bad")
@@ -121,7 +124,7 @@ class Evaluation:
         """Return the perplexity that the losses of windows amount to."""
         text = self.text
         assert text is not None  # noqa: S101  (there are losses)
-        return Perplexity.of(torch.from_numpy(found["loss"].copy()), text, prefix=self.prefix)
+        return Perplexity.of(torch.tensor(found["loss"]), text, prefix=self.prefix)
 
     def rows(self, found: Arrays, dense: Arrays, *, seed: int) -> list[dict[str, object]]:
         """Return ``measure``, ``value``, ``low``, ``high`` of everything measured of an arm.
@@ -220,6 +223,8 @@ class Experiment(ABC, Generic[AnyArm]):
         self.dense: Arrays = {}
         """Raw numbers of the dense model."""
         self._kept: Unfinished | None = None
+        self._heard: set[str] = set()
+        """Files of arms that are finished, and told of."""
 
     @abstractmethod
     def settings(self) -> dict[str, object]:
@@ -268,7 +273,8 @@ class Experiment(ABC, Generic[AnyArm]):
         clock
             Measures the run.
         out, resume, force, extra, progress
-            As in `entangle.ablate`.
+            As in `entangle.ablate`. Of several ranks (`entangle.ranks`) the first reads and writes;
+            each makes what arms need, and takes the next arm when it is done with one.
 
         Raises
         ------
@@ -281,24 +287,72 @@ class Experiment(ABC, Generic[AnyArm]):
             self.kind, model=self.model.describe(), calibration=self.calibration.describe(),
             evaluation=self.evaluated(), settings=self.settings(),
         )  # fmt: skip
+        agree_on(**{name: manifest[name] for name in PLANNED})
+        shared = current()
         if out is not None:
-            if resume and not force and self._is_finished(out, manifest):
+            finished = shared.leads and resume and not force and self._is_finished(out, manifest)
+            if shared.exchange(finished)[0]:
                 return type(self).load(out)
+        if out is not None and shared.leads:
             self._kept = Unfinished(
                 out, manifest, what=self.kind, ending=self.ending, resume=resume, force=force
             )
         with ExitStack() as held:
+            held.enter_context(apart())
             arms = self.prepare(held, progress=progress)
-            bar = held.enter_context(ProgressBar(self.ending, enabled=progress))
+            bar = held.enter_context(ProgressBar(self.ending, enabled=progress, shared=shared))
             bar.start(len(arms) + self.steps(arms), "arms")
-            found = [self.measured(arm, bar) for arm in arms]
-            self.search(arms, found, bar)
+            found = self._all_measured(arms, bar, shared)
+            self.search(arms, found, bar if shared.leads else Progress())
         tables = self.tables(arms, found)
         result = type(self).result(**tables, manifest=manifest | clock.read(self.memory))
+        shared.exchange("made")  # on all ranks, before one writes
         if self._kept is not None:
             result.save(out, force=force, extra=None if extra is None else partial(extra, result))
             self._kept.remove()
         return result
+
+    def _all_measured(self, arms: Sequence[AnyArm], bar: Progress, ranks: Ranks) -> list[Arrays]:
+        """Return the raw numbers of all arms; a rank takes the next when it is done with one."""
+        if ranks.size == 1:
+            return [self.measured(arm, bar) for arm in arms]
+        names = [f"arm-{arm.key}.safetensors" for arm in arms]
+        kept = [self._read(name) is not None for name in names] if ranks.leads else []
+        kept = ranks.exchange(kept)[0]
+        waiting = [i for i in range(len(arms)) if not kept[i]]
+        found: dict[int, Arrays] = {}
+        if ranks.leads:  # before it takes new ones, so that the bar shows them
+            found = {i: self.measured(arms[i], bar) for i in range(len(arms)) if kept[i]}
+        here = f"{next(_RUNS)}/"  # all ranks run the same experiments
+        while (place := ranks.tally(f"{here}arms", 1, 0) - 1) < len(waiting):
+            i = waiting[place]
+            found[i] = self.measured(arms[i], bar)
+            ranks.post(here + names[i], to_safetensors(dict(found[i])))
+            if ranks.leads:
+                self._keep_posted(arms, names, ranks, here)
+        own = [(i, to_safetensors(dict(one))) for i, one in sorted(found.items())]
+        numbers = ranks.exchange([[i, len(content)] for i, content in own])
+        every = ranks.gather(b"".join(content for _, content in own))
+        for listed, content in zip(numbers, every, strict=True):
+            start = 0
+            for i, length in listed:
+                found.setdefault(i, load(content[start : start + length]))
+                start += length
+        if ranks.leads:
+            self._keep_posted(arms, names, ranks, here)
+        return [found[i] for i in range(len(arms))]
+
+    def _keep_posted(
+        self, arms: Sequence[AnyArm], names: Sequence[str], ranks: Ranks, here: str
+    ) -> None:
+        """Keep the arms that other ranks have measured since."""
+        for arm, name in zip(arms, names, strict=True):
+            content = None if name in self._heard else ranks.posted(here + name)
+            if content is not None:
+                self._heard.add(name)
+                if self._kept is not None:
+                    self._kept.keep(name, partial(_write, content))
+                self.done(arm, load(content))
 
     def measured(self, arm: AnyArm, bar: Progress, *, key: str | None = None) -> Arrays:
         """Return an arm's raw numbers, measured unless they are kept, and count it as done."""
@@ -312,6 +366,7 @@ class Experiment(ABC, Generic[AnyArm]):
                 raise type(error)(f"{arm.label}: {error}") from error
             if self._kept is not None:
                 self._kept.keep(name, partial(_write, to_safetensors(dict(found))))
+        self._heard.add(name)
         self.done(arm, found, known=known)
         bar.advance()
         return found

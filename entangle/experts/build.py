@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import CellType, FunctionType, MethodType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from numpy import ndarray
@@ -19,13 +19,21 @@ from entangle.allocation.allocation import Allocation
 from entangle.checks import real, tensor_of, whole
 from entangle.errors import InvalidInput, NumericalError
 from entangle.experts.linear import ExpandedLinear, SharedRouting
+from entangle.experts.router import Router
 from entangle.experts.solver import (
     Experts,
     ExpertSettings,
     Sparsity,
     cluster_grams,
+    clusters_at_once,
     solve_experts,
-    solve_in_parts,
+)
+from entangle.experts.spread import (
+    cluster_shares,
+    join_experts,
+    share_inputs,
+    share_router,
+    solve_shares,
 )
 from entangle.experts.storage import Storage
 from entangle.memory import by_device, give_back
@@ -33,11 +41,15 @@ from entangle.models.blocks import BlockRunner
 from entangle.models.layers import Layer
 from entangle.models.streaming import release
 from entangle.packed.formats import Packed
+from entangle.ranks import current
 from entangle.recording.hooks import Habits, look_at
 from entangle.recording.recorder import Recorded, Recorder
 from entangle.recording.states import PASS_TOKENS_GPU, HiddenStates
 from entangle.recording.stream import ByteBudget, TokenStore, as_budget
 
+Made = TypeVar("Made")
+Fitted = tuple[Router, Tensor | None]
+"""A router, and the clusters of the tokens that it was fitted on where they are known."""
 _RAM = torch.device("cpu")
 _GRAM_TOKENS = 2**13
 _GRAM_NUMBERS_GPU = 2**28
@@ -340,12 +352,21 @@ def _expand_block(
         )  # fmt: skip
         if index == plan.last:
             calibration.close()
-        for members, store in groups:
-            names = ", ".join(layer.name for layer in members)
-            try:
-                expanded += _expand_group(members, store, plan)
-            except (InvalidInput, NumericalError) as error:
-                raise type(error)(f"{names}: {error}") from error
+        groups = share_inputs(current(), groups, layers, budget=as_budget(memory), stack=stack)
+        fitted = {
+            number: _naming(
+                members, plan.settings.fit, store, plan.experts[members[0].name], members[0].device
+            )
+            for number, (members, store) in enumerate(groups)
+            if number % current().size == current().rank
+        }
+        for number, (members, store) in enumerate(groups):
+            by = number % current().size
+            found = share_router(
+                current(), fitted.pop(number, None), by=by, tokens=store.n_tokens,
+                device=members[0].device,
+            )  # fmt: skip
+            expanded += _naming(members, _expand_group, members, store, plan, found)
             give_back()
     order = {layer.name: i for i, layer in enumerate(layers)}
     return sorted(expanded, key=lambda one: order[one.layer.name])
@@ -402,38 +423,61 @@ def record_inputs(
 
     recorder = Recorder(layers, keep, affine="pruning", lenient=not named, habits=habits)
     run(recorder)
-    if named and layers:
+    alone = current().size == 1
+    if alone and named and layers:
         recorder.check_all_seen()
     recorder.check_sources()
+    if not alone:
+        recorder.join(current(), seen=named and bool(layers))
     return [(own, stores[source]) for source, own in enumerate(recorder.sources)]
 
 
-def _expand_group(layers: Sequence[Layer], store: TokenStore, plan: Plan) -> list[ExpandedLayer]:
-    """Fit one router on the common input of some layers, then solve every layer's experts."""
+def _naming(layers: Sequence[Layer], work: Callable[..., Made], *given: object) -> Made:
+    """Do some work on layers; an error names them."""
+    try:
+        return work(*given)
+    except (InvalidInput, NumericalError) as error:
+        raise type(error)(f"{', '.join(layer.name for layer in layers)}: {error}") from error
+
+
+def _expand_group(
+    layers: Sequence[Layer], store: TokenStore, plan: Plan, fitted: Fitted | None = None
+) -> list[ExpandedLayer]:
+    """Fit one router on the common input of some layers, if there is none, and solve experts."""
+    ranks = current()
     device, k = layers[0].device, plan.experts[layers[0].name]
-    router, labels = plan.settings.fit(store, k, device)
+    router, labels = plan.settings.fit(store, k, device) if fitted is None else fitted
     sparsity = [plan.sparsity[layer.name] for layer in layers]
     most = max(1, _GRAM_NUMBERS_GPU // layers[0].in_features)
     at_once = by_device(device, cpu=_GRAM_TOKENS, gpu=min(PASS_TOKENS_GPU, most))
-    if _lies_on_gpu(store) or _is_large(k, layers[0], store):
+    if all(ranks.exchange(_lies_on_gpu(store) or _is_large(k, layers[0], store))):
         if labels is None:
             blocks = store.blocks(PASS_TOKENS_GPU)
             labels = torch.cat([router.route(rows.to(device)) for _, rows in blocks])
-        solved = solve_in_parts(layers, store, labels, sparsity, plan.settings, k=k)
+        run = clusters_at_once(layers, store.n_bytes, plan.settings, k)
+        shares = cluster_shares(k, len(layers), ranks, at_once=run)
+        solved = solve_shares(ranks, layers, store, labels, sparsity, plan.settings, shares)
         store.close()
     else:
-        grams, _ = cluster_grams(store, router, device, at_once=at_once)
+        shares = cluster_shares(k, len(layers), ranks, at_once=k)
+        split = shares[0] if ranks.size > 1 and k >= ranks.size else ()
+        grams, _ = cluster_grams(store, router, device, at_once=at_once, shares=split)
         store.close()
         solved = [
-            solve_experts(layer, grams, share, plan.settings)
-            for layer, share in zip(layers, sparsity, strict=True)
+            solve_experts(layer, grams, share, plan.settings, clusters=own[ranks.rank])
+            if len(own[ranks.rank])
+            else None
+            for layer, share, own in zip(layers, sparsity, shares, strict=True)
         ]
     routing = SharedRouting(router)
     made = []
-    for layer, experts in zip(layers, solved, strict=True):
-        packed, weight = plan.storage.pack(layer.weight, experts.weight)
+    for layer, part, own in zip(layers, solved, shares, strict=True):
+        experts = join_experts(ranks, layer, part, own)
+        packed, weight = None, experts.weight
+        if ranks.rank == 0 or plan.storage.rounds(weight.dtype):
+            packed, weight = plan.storage.pack(layer.weight, weight)
         module = ExpandedLinear(weight, layer.bias, routing)
-        made.append(ExpandedLayer(layer, module, experts, packed))
+        made.append(ExpandedLayer(layer, module, experts if ranks.rank == 0 else None, packed))
     return made
 
 

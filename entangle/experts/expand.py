@@ -35,6 +35,7 @@ from entangle.experts.build import (
 from entangle.experts.checkpoint import BuildFolder, refuse_saving
 from entangle.experts.router import Kind
 from entangle.experts.solver import ExpertSettings, Sparsity, check_solvable
+from entangle.experts.spread import share_built
 from entangle.experts.storage import Storage
 from entangle.memory import check_memory, memory_for
 from entangle.models.blocks import evaluates
@@ -52,12 +53,14 @@ from entangle.models.layers import (
     projections,
 )
 from entangle.models.loading import AnyModel, LanguageModel, as_language_model
+from entangle.ranks import current
 from entangle.recording.recorder import shared_inputs
 from entangle.recording.states import HiddenStates
 from entangle.recording.stream import ByteBudget
 from entangle.results.expansion import KIND, ExpansionReport
 from entangle.runs.progress import Progress, ProgressBar
-from entangle.runs.provenance import RunClock, claims_out, expand_user, make_manifest
+from entangle.runs.provenance import RunClock, agree_on, claims_out, expand_user, make_manifest
+from entangle.runs.unfinished import PLANNED
 from entangle.texts.calibration import as_calibration
 from entangle.texts.calibration_set import CalibrationSet
 from entangle.texts.given import Source
@@ -365,8 +368,9 @@ def build(
         settings=_settings(plan) | describe_allocation(allocation),
     )
     command = manifest.pop("command")
-    folder = None
-    if out is not None:
+    agree_on(**{name: manifest[name] for name in PLANNED})
+    folder, ranks = None, current()
+    if out is not None and ranks.rank == 0:  # which writes for all
         folder = folders(Path(out), manifest, resume=resume, force=force)
     sink = _Sink(plan, folder, copied, keep=keep)
     budget = ByteBudget(memory)
@@ -379,8 +383,10 @@ def build(
         )  # fmt: skip
         perplexity = None
         if text is not None:
-            losses = [text.losses(runner.leave(h, ids), ids) for ids, h in streams[1]]
-            perplexity = Perplexity.of(torch.cat(losses), text)
+            losses = [torch.zeros(0, dtype=torch.float64)]
+            for ids, h in streams[1]:
+                losses.append(text.losses(runner.leave(h, ids), ids).cpu().double())
+            perplexity = Perplexity.of(ranks.joined(torch.cat(losses)), text)
     costs = model_costs(dense.module, sink.rows)
     table = pd.DataFrame(sink.rows)
     made = {row["layer"] for row in sink.rows}
@@ -429,25 +435,28 @@ class _Sink:
         self._read: list[dict[str, object]] = []
 
     def finished(self, index: int) -> Sequence[ExpandedLayer] | None:
-        """Return what an earlier run has made of a block, or None."""
-        found = None
+        """Return what an earlier run has made of a block, or None; the first rank reads it."""
+        found, layers, ranks = None, self._plan.layers[index], current()
         if self._folder is not None:
-            found = self._folder.read(index, self._plan.layers[index])
-        if found is None:
-            return None
-        self._read = found[1]
-        return found[0]
+            found = self._folder.read(index, layers)
+        self._read = [] if found is None else found[1]
+        if ranks.size == 1:
+            return None if found is None else found[0]
+        own = None if found is None else [(one.layer, one.module) for one in found[0]]
+        shared = share_built(ranks, own, layers)
+        return None if shared is None else [ExpandedLayer(*one, None) for one in shared]
 
     def done(self, index: int, expanded: Sequence[ExpandedLayer], bar: Progress) -> None:
         """Take over the layers of a block."""
         made = [one for one in expanded if one.experts is not None]
         rows = block_rows(made) if made else self._read if expanded else []
-        self.rows += rows
+        self.rows += current().exchange(rows)[0] if current().size > 1 else rows
         if self._folder is not None and made:
             self._folder.write(index, made, rows)
         for one in () if self.keep else expanded:
             self._module.set_submodule(one.layer.name, one.layer.module)
-        bar.advance()
+        if current().rank == 0:
+            bar.advance()
 
 
 def _plan(

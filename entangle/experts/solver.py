@@ -29,6 +29,7 @@ from entangle.pruning.factor import Factor, inverse_factor
 from entangle.pruning.grid import check_bits, check_group_size
 from entangle.pruning.methods import solve
 from entangle.pruning.problem import check_gram, prepare, quadratic
+from entangle.ranks import current
 from entangle.recording.stream import TokenStore
 from entangle.seeding import check_seed
 from entangle.stats.gram import ClusterGrams, ClusterGramsResult, sum_grams
@@ -85,15 +86,37 @@ class ExpertSettings:
 
 
 def cluster_grams(
-    inputs: TokenStore, router: Router, device: torch.device, *, at_once: int = _GRAM_TOKENS
+    inputs: TokenStore,
+    router: Router,
+    device: torch.device,
+    *,
+    at_once: int = _GRAM_TOKENS,
+    shares: Sequence[range] = (),
 ) -> tuple[ClusterGramsResult, Int64[Tensor, " tokens"]]:
-    """Route tokens, so many at once, and return the grams by cluster and the tokens' clusters."""
-    grams, labels = ClusterGrams(router.k, router.features, device=device), []
+    """Route tokens, so many at once, and return the grams by cluster and the tokens' clusters.
+
+    Of several ranks that have all tokens, each sums the grams of its share of the clusters.
+    """
+    ranks = current()
+    own = shares[ranks.rank] if shares else range(router.k)
+    grams, labels = ClusterGrams(max(1, len(own)), router.features, device=device), []
     for _, rows in inputs.blocks(at_once):
         rows = rows.to(device)
         labels.append(router.route(rows))
-        grams.update(rows, labels[-1])
-    return grams.result(), torch.cat(labels)
+        mine = labels[-1]
+        if len(own) < router.k:
+            chosen = (mine >= own.start) & (mine < own.stop)
+            rows, mine = rows[chosen], mine[chosen] - own.start
+        grams.update(rows, mine)
+    found, every = grams.result(), torch.cat(labels)
+    if len(own) < router.k:
+        whole = [one.new_empty(router.k, *one.shape[1:]) for one in (found.gram, found.total)]
+        for tensor, part in zip(whole, (found.gram, found.total), strict=True):
+            tensor[own.start : own.stop] = part[: len(own)]
+            ranks.fill(tensor, shares)
+        count = torch.bincount(every, minlength=router.k).to(device)
+        found = ClusterGramsResult(whole[0], whole[1], count)
+    return found, every
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +157,12 @@ def check_solvable(layer: Layer, sparsity: Sparsity, settings: ExpertSettings) -
 
 
 def solve_experts(
-    layer: Layer, grams: ClusterGramsResult, sparsity: Sparsity, settings: ExpertSettings
+    layer: Layer,
+    grams: ClusterGramsResult,
+    sparsity: Sparsity,
+    settings: ExpertSettings,
+    *,
+    clusters: range | None = None,
 ) -> Experts:
     """Prune a layer's own dense weight once for every cluster.
 
@@ -148,6 +176,8 @@ def solve_experts(
         For all rows, or one value a row; None with an n:m pattern of numbers, such as ``2:4``.
     settings
         Pruner, pattern and the like.
+    clusters
+        Solve these alone; the experts of the others are not set (`join_experts`).
 
     Notes
     -----
@@ -155,13 +185,19 @@ def solve_experts(
     """
     beside = by_device(layer.device, cpu=0, gpu=layer.out_features)
     parts = []
-    for clusters, gram in shrunk_grams(grams, rows=beside):
+    for some, gram in shrunk_grams(grams, rows=beside, clusters=clusters):
         part = prune_part(
-            layer.weight, gram, sparsity, settings, experts=len(gram), first=clusters.start
+            layer.weight, gram, sparsity, settings, experts=len(gram), first=some.start
         )
-        parts.append((part, squared_errors(layer, part.weight, grams.gram[clusters])))
+        parts.append((part, squared_errors(layer, part.weight, grams.gram[some])))
+    weight = None
+    if clusters is not None and len(clusters) < len(grams.gram):
+        weight = layer.weight.new_empty(len(grams.gram), *layer.weight.shape)
+        weight[clusters.start : clusters.stop] = torch.cat([part.weight for part, _ in parts])
     energy = dense_energy(layer, grams.gram.sum(0))
-    return join_parts(parts, energy=energy, tokens=grams.count, shrunk=count_shrunk(grams))
+    return join_parts(
+        parts, energy=energy, tokens=grams.count, shrunk=count_shrunk(grams), weight=weight
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -274,7 +310,7 @@ def join_parts(
 
 
 def shrunk_grams(
-    grams: ClusterGramsResult, *, rows: int = 0
+    grams: ClusterGramsResult, *, rows: int = 0, clusters: range | None = None
 ) -> Iterator[tuple[slice, Float[Tensor, "part features features"]]]:
     """Yield the grams to solve experts with, as many clusters at a time as the work memory holds.
 
@@ -287,6 +323,8 @@ def shrunk_grams(
         ``XᵀX`` and token count of every cluster.
     rows
         Weight rows that are solved with every gram, where they count beside it in memory.
+    clusters
+        Yield these alone.
 
     Yields
     ------
@@ -296,7 +334,11 @@ def shrunk_grams(
     k, features = grams.gram.shape[:2]
     work = max(_WORK_BYTES, free_on_gpu(grams.gram.device) // _GPU_SHARE)
     per_batch = max(1, work // (_COPIES * 4 * features * (features + rows)))
-    parts = [slice(start, start + per_batch) for start in range(0, k, per_batch)]
+    chosen = range(k) if clusters is None else clusters
+    parts = [
+        slice(start, min(start + per_batch, chosen.stop))
+        for start in range(chosen.start, chosen.stop, per_batch)
+    ]
     if not count_shrunk(grams):
         yield from ((part, grams.gram[part]) for part in parts)
         return
@@ -398,6 +440,7 @@ def solve_in_parts(
     *,
     k: int,
     size: int | None = None,
+    clusters: range | None = None,
 ) -> list[Experts]:
     """Prune the dense weights of layers with one input once for every cluster.
 
@@ -419,6 +462,8 @@ def solve_in_parts(
         Number of clusters.
     size
         Clusters at a time; None for as many as seem to fit.
+    clusters
+        As in `solve_experts`.
 
     Raises
     ------
@@ -427,12 +472,14 @@ def solve_in_parts(
     """
     group = _Group(layers, ClusterTokens(store, labels, k), sparsity, settings)
     weights = [layer.weight.new_empty(k, *layer.weight.shape) for layer in layers]
-    found = in_fitting_parts(
-        k,
-        size or _clusters_at_once(layers, store.n_bytes, settings, k),
-        lambda some: group.solve(some, [weight[some.start : some.stop] for weight in weights]),
-        told="solving",
-    )
+    own = range(k) if clusters is None else clusters
+
+    def solve_some(some: range) -> list[tuple[PrunedPart, Float[Tensor, " part"]]]:
+        some = own[some.start : some.stop]
+        return group.solve(some, [weight[some.start : some.stop] for weight in weights])
+
+    at_once = size or clusters_at_once(layers, store.n_bytes, settings, k)
+    found = in_fitting_parts(len(own), at_once, solve_some, told="solving")
     shrunk = sum(missing > 0 for missing in group.missing)
     by_layer = zip(zip(*found, strict=True), group.energies, weights, strict=True)
     return [
@@ -441,7 +488,7 @@ def solve_in_parts(
     ]
 
 
-def _clusters_at_once(
+def clusters_at_once(
     layers: Sequence[Layer], input_bytes: int, settings: ExpertSettings, k: int
 ) -> int:
     """Return how many clusters to solve together, so that the parts are of about one size.

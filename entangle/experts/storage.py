@@ -50,6 +50,15 @@ class Storage:
         """Whether codes of the solver's quantisation grid are stored."""
         return self.values is None and self.bits is not None and self.bits <= _WIDEST
 
+    def rounds(self, dtype: torch.dtype) -> bool:
+        """Tell whether what is stored of weights of this dtype may be other numbers."""
+        own = str(dtype).removeprefix("torch.")
+        other = self._values(own) != own and (own in FLOATS or self.values is not None)
+        return self.coded or other
+
+    def _values(self, own: str) -> str | None:
+        return None if self.coded else self.values or (own if own in FLOATS else "float32")
+
     def pack(
         self,
         dense: Float[Tensor, "rows cols"],
@@ -76,9 +85,8 @@ class Storage:
         if self.coded and self.bits is not None:
             codes = codes_of(dense.expand_as(weight), self.bits, self.group_size)
         own = str(weight.dtype).removeprefix("torch.")
-        values = None if codes is not None else self.values or (own if own in FLOATS else "float32")
-        layout, tensors = pack(weight, self.format, values=values, codes=codes)
-        if codes is not None or (values != own and (own in FLOATS or self.values is not None)):
+        layout, tensors = pack(weight, self.format, values=self._values(own), codes=codes)
+        if self.rounds(weight.dtype):
             experts = (unpack(tensors, layout, e, dtype=weight.dtype) for e in range(len(weight)))
             weight = torch.stack(list(experts))
         return Packed(tensors, layout), weight

@@ -30,6 +30,7 @@ from entangle.models.shards import device_of, read_weights, stored_of
 from entangle.models.streaming import is_streamed
 from entangle.packed.linear import PackedLinear, PackedRouter
 from entangle.precision import check_device_map, resolve_device, resolve_dtype
+from entangle.ranks import current
 from entangle.runs.progress import tell
 from entangle.runs.provenance import expand_user
 from entangle.runs.reading import decoding, read_object
@@ -306,11 +307,12 @@ class _Placed:
         if (folder / ADAPTER_CONFIG).is_file():
             return False
         gpu = self.device.type == "cuda"
-        free = free_on_gpu(self.device) if gpu else free_ram()
+        ranks = current()
+        free = free_on_gpu(self.device) if gpu else free_ram() // ranks.beside
         stored = [(kind, n) for kind, n in stored_sizes(folder) if kind in FLOATS]
         width = max((FLOATS[kind].itemsize for kind, _ in stored), default=0)
         needed = sum(n for _, n in stored) * (dtype.itemsize if dtype is not None else width)
-        if needed + (self.memory or 0) <= free:
+        if not any(ranks.exchange(needed + (self.memory or 0) > free)):  # all ranks stream, or none
             return False
         tell(
             f"{str(folder)!r} takes {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free "

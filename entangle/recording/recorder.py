@@ -24,6 +24,7 @@ from entangle.memory import memory_for
 from entangle.models.blocks import BlockRunner
 from entangle.models.layers import Layer
 from entangle.models.streaming import comes_by_blocks, rehearsing
+from entangle.ranks import Ranks
 from entangle.recording.affine import TokenCheck, is_affine
 from entangle.recording.hooks import Habits, SeenTensor, forward, joined, look_at, observe
 from entangle.recording.states import HiddenStates
@@ -41,18 +42,18 @@ class Batches:
     """Batches of a text that are gone through once, or once for every block."""
 
     listed: Sequence[Batch]
-    begin: Callable[[], None] = lambda: None
-    """Called before the first batch each time."""
-    before: Callable[[], None] = lambda: None
-    """Called before each batch."""
+    before: Callable[[int], None] = lambda _number: None
+    """Called with the number of each batch before it, each time."""
+    after: Callable[[int], None] = lambda _number: None
+    """Called with the number of each batch after it, each time."""
     report: Callable[[int], None] = lambda _sequences: None
     """Called with the number of sequences that are done with, each once."""
 
     def __iter__(self) -> Iterator[Batch]:
-        self.begin()
-        for batch in self.listed:
-            self.before()
+        for number, batch in enumerate(self.listed):
+            self.before(number)
             yield batch
+            self.after(number)
             self.report(batch[1].shape[0])
 
 
@@ -228,6 +229,7 @@ class Recorder:
         batches: Iterable[Batch],
         *,
         memory: int | ByteBudget | None = None,
+        whole: bool = True,
         after: Callable[[Sequence[Layer]], None] | None = None,
     ) -> None:
         """Run a model over batches of token ids.
@@ -248,6 +250,9 @@ class Recorder:
         after
             Called with some of the layers when all batches have passed them, and with all others in
             the end. The weights of a block are there then.
+        whole
+            Check that all layers saw tokens; where the batches, or the layers, are a part of those
+            that other ranks have too, who puts the parts together does (`join`).
 
         Raises
         ------
@@ -260,7 +265,8 @@ class Recorder:
             self._run_whole(module, batches)
             if after is not None:
                 after(self.layers)
-        self.check_all_seen()
+        if whole:
+            self.check_all_seen()
 
     def _run_by_blocks(
         self,
@@ -303,12 +309,14 @@ class Recorder:
     ) -> Iterator[Tensor]:
         """Yield what a block makes of every batch; with None, the model's logits."""
         self._longest = 0
-        batches.begin()
-        for (group, ids), (_, hidden) in zip(batches.listed, states, strict=True):
-            batches.before()
+        for number, ((group, ids), (_, hidden)) in enumerate(
+            zip(batches.listed, states, strict=True)
+        ):
+            batches.before(number)
             inputs = None if block is None else runner.enter(ids)[1]
             with self.watching(), self.one_pass((ids.shape[0], ids.shape[1]), group):
                 found = runner.leave(hidden, ids) if block is None else block(hidden, inputs)
+            batches.after(number)
             yield found
             bar.step()
 
@@ -322,6 +330,40 @@ class Recorder:
                 begun, stops = True, once and not _is_dispatched(module)
             with self.watching(), self.one_pass(tuple(ids.shape), group, stops=stops):
                 forward(module, ids, all_logits=all_logits)
+
+    def take_over(self, other: "Recorder") -> None:
+        """Take what another recorder counted of some of these layers for this one's."""
+        self.tokens |= other.tokens
+        self.depths |= other.depths
+        self.left_out |= other.left_out
+
+    def join(self, ranks: Ranks, *, seen: bool = True) -> None:
+        """Put together what the recorders of all ranks counted of these layers, and check it.
+
+        Parameters
+        ----------
+        ranks
+            Who recorded.
+        seen
+            Whether to `check_all_seen`.
+
+        Raises
+        ------
+        InvalidInput
+            As `check_all_seen`, or for a layer that was left out on one rank and not on another.
+        """
+        found = ranks.exchange([self.tokens, self.depths, self.left_out])
+        for name in self.tokens:
+            self.tokens[name] = sum(tokens.get(name, 0) for tokens, _, _ in found)
+        for _, depths, left_out in found:
+            for name, times in depths.items():
+                self.depths[name] = max(times, self.depths.get(name, 1))
+            self.left_out |= left_out
+        for name, why in self.left_out.items():
+            if self.tokens[name]:
+                raise InvalidInput(f"layer {name!r} {why}")
+        if seen:
+            self.check_all_seen()
 
     def check_all_seen(self) -> None:
         """Raise `InvalidInput` for a layer that saw no token; if lenient, if all are such.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from entangle.memory import by_device, give_back
 from entangle.models.blocks import BlockRunner
+from entangle.ranks import Ranks, current
 from entangle.recording.stream import ByteBudget, TokenStore, ahead, as_budget
 
 if TYPE_CHECKING:
@@ -34,7 +35,9 @@ class HiddenStates:
         Bytes in memory, or a budget shared with others; what is beyond spills (`TokenStore`). While
         they advance, the states before and after a block are held.
     joined
-        Whether a GPU may run blocks on larger batches than these, which only rounding depends on.
+        Whether a GPU may run blocks on larger batches than these, which only rounding depends on,
+        and several ranks share out these passes, each holding the states of its own; else the
+        batches are a rank's own.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class HiddenStates:
         self._batches, self._budget = batches, as_budget(memory)
         self._joins = joined
         self._passes = batches
+        self._first = batches[0] if len(batches) else torch.zeros(0, 0, dtype=torch.int64)
         self._store = TokenStore(self._budget)
 
     def enter(self, runner: BlockRunner) -> None:
@@ -55,8 +59,21 @@ class HiddenStates:
             device = runner.enter(self._batches[0])[0].device
             most = by_device(device, cpu=0, gpu=_most_tokens(runner.widest))
             self._passes = _joined(self._batches, most)
+            self._take_part(current())
         for ids in self._passes:
             self._store.append(runner.enter(ids)[0].flatten(0, -2))
+
+    def _take_part(self, ranks: Ranks) -> None:
+        """Keep the passes of this rank, and the batches that they are made of."""
+        ends = [0, *accumulate(ids.numel() for ids in self._passes)]
+        own = ranks.part(len(self._passes))
+        begins = [0, *accumulate(ids.numel() for ids in self._batches)]
+        self._batches = [
+            ids
+            for ids, begin in zip(self._batches, begins, strict=False)
+            if ends[own.start] <= begin < ends[own.stop]
+        ]
+        self._passes = [self._passes[i] for i in own]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (token ids, hidden states of shape (sequences, tokens, features)), in order."""
@@ -64,8 +81,8 @@ class HiddenStates:
 
     @property
     def first(self) -> Int[Tensor, "sequences tokens"]:
-        """Token ids of the first batch."""
-        return self._batches[0]
+        """Token ids of the first batch of all."""
+        return self._first
 
     @property
     def pass_tokens(self) -> list[int]:
@@ -142,7 +159,7 @@ def logits_by_blocks(
     *,
     memory: int | ByteBudget,
     report: Callable[[int], None] = lambda _blocks: None,
-) -> Iterator[tuple[Int[Tensor, "sequences tokens"], Float[Tensor, "sequences tokens _"]]]:
+) -> Iterator[tuple[Int[Tensor, "_ _"], Float[Tensor, "_ _ _"]]]:
     """Run all batches through one block after the other; yield ids and logits of each, in order.
 
     They are those of the model's own forward pass, bit for bit.

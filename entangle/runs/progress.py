@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from entangle.errors import visible
+from entangle.ranks import Ranks, current
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -51,9 +52,10 @@ _SECONDS_BETWEEN_UPDATES = 0.2
 def tell(line: str) -> None:
     """Say what was chosen, found or is wrong, in one line on standard error.
 
-    What cannot be seen in it is spelled out (`entangle.errors.visible`).
+    What cannot be seen in it is spelled out (`entangle.errors.visible`). Of ranks one speaks.
     """
-    _write(f"entangle: {line}")
+    if current().leads:
+        _write(f"entangle: {line}")
 
 
 def _write(line: str) -> None:
@@ -138,11 +140,21 @@ class ProgressBar(Progress):
     enabled
         None shows a bar on a terminal or in a notebook and nothing otherwise; True shows plain
         lines where there is neither; False shows nothing.
+    shared
+        The ranks whose work is counted; `entangle.ranks.current` by default.
+
+    Notes
+    -----
+    Of several ranks (`entangle.ranks`) the first shows what all of them have done.
     """
 
-    def __init__(self, title: str, *, enabled: bool | None = None) -> None:
-        self._tally = _Tally(title)
-        self._view = _choose_view(enabled)
+    _count = 0
+
+    def __init__(
+        self, title: str, *, enabled: bool | None = None, shared: Ranks | None = None
+    ) -> None:
+        self._tally, self._ranks, self._name = _Tally(title), shared or current(), ""
+        self._view = _choose_view(enabled if self._ranks.leads else False)
 
     def __enter__(self) -> "ProgressBar":
         self._view.open()
@@ -154,17 +166,22 @@ class ProgressBar(Progress):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if self._ranks.size > 1 and error is None and self._tally.done < self._tally.total:
+            self.advance(0)  # what the others have done since
         self._tally.ended = True
         self._view.close()
 
     def start(self, total: int, unit: str) -> None:
         """Begin to count ``total`` pieces of work, called ``unit``."""
+        if self._ranks.size > 1:
+            ProgressBar._count += 1
+            self._name = str(ProgressBar._count)
         self._tally = _Tally(self._tally.title, unit, total, began=time.monotonic())
         self._view.start(self._tally)
 
     def advance(self, count: int = 1) -> None:
         """Count ``count`` more pieces as done."""
-        self._tally.done += count
+        self._tally.done = self._ranks.tally(self._name, count, self._tally.done)
         self._view.advance()
 
 

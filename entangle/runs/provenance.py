@@ -27,6 +27,7 @@ from uuid import uuid4
 
 from entangle.checks import path_of
 from entangle.errors import EntangleError, InvalidInput, Unavailable
+from entangle.ranks import current
 from entangle.runs.claims import beside, check_claimed, claim, insist
 from entangle.runs.reading import decoding, read_json, regular_file
 from entangle.runs.sealing import Schema, broken, check_table, sealed, unsealed
@@ -77,7 +78,7 @@ def peak_memory_bytes() -> int:
 RUN_KEYS = frozenset(
     (
         "seconds", "peak_memory_bytes", "peak_gpu_memory_bytes", "memory_bytes", "command",
-        "threads",
+        "threads", "ranks",
     )
 )  # fmt: skip
 """What a manifest says about one run, and not about its result."""
@@ -101,13 +102,16 @@ class RunClock:
     def read(self, memory: int | None = None) -> dict[str, object]:
         """Return ``seconds`` and ``peak_memory_bytes`` (also of the GPU where one was used).
 
-        And ``threads``, how many torch computes with where it is imported, and ``memory_bytes``,
-        what the run was allowed to take, if ``memory`` is given.
+        And ``threads``, how many torch computes with where it is imported, ``ranks``, how many
+        processes shared the work if several did, and ``memory_bytes``, what the run was allowed to
+        take, if ``memory`` is given.
         """
         reading: dict[str, object] = {
             "seconds": round(time.perf_counter() - self._start, 3),
             "peak_memory_bytes": peak_memory_bytes(),
         }
+        if current().size > 1:
+            reading["ranks"] = current().size
         torch = sys.modules.get("torch")
         if torch is not None:
             reading["threads"] = int(torch.get_num_threads())
@@ -210,7 +214,8 @@ def expand_user(path: str | os.PathLike[str]) -> Path:
 def claimed(path: str | os.PathLike[str] | None) -> Iterator[None]:
     """Keep other processes from writing a result while the block runs (`entangle.runs.claims`).
 
-    What processes that were killed have left beside it is removed or put back first (`tidy`).
+    What processes that were killed have left beside it is removed or put back first (`tidy`). Of
+    several ranks the first claims, which writes for all.
 
     Parameters
     ----------
@@ -225,7 +230,7 @@ def claimed(path: str | os.PathLike[str] | None) -> Iterator[None]:
         If another process is writing it, or its folder cannot be written.
     """
     with ExitStack() as stack:
-        if path is not None:
+        if path is not None and current().leads:
             target = Path(os.path.realpath(expand_user(path)))
             if not target.name:
                 raise InvalidInput(f"a result must have a name of its own; got {str(path)!r}.")
@@ -234,6 +239,25 @@ def claimed(path: str | os.PathLike[str] | None) -> Iterator[None]:
                 if stack.enter_context(claim(target)):
                     tidy(target)
         yield
+
+
+def agree_on(**parts: object) -> None:
+    """Check that all ranks are to make the same (`entangle.ranks`), from parts of their manifests.
+
+    Raises
+    ------
+    InvalidInput
+        Naming the first part and rank that differ; the device may.
+    """
+    if current().size > 1:
+        current().agree(
+            {
+                name: {key: one for key, one in part.items() if key not in ("device", "path")}
+                if isinstance(part, Mapping)
+                else part
+                for name, part in parts.items()
+            }
+        )
 
 
 def claims_out(function: Callable[_Given, _Made]) -> Callable[_Given, _Made]:

@@ -24,7 +24,8 @@ from entangle.runs.sealing import file_digest
 
 PLAN = "plan.json"
 DIGESTS = "digests.json"
-_SAME = ("model", "calibration", "evaluation", "settings")
+PLANNED = ("model", "calibration", "evaluation", "settings")
+"""Parts of a manifest that make a result what it is."""
 _REMEDY = "name another folder; --resume goes on with what is written"
 
 
@@ -40,7 +41,7 @@ def is_made(
         return False
     found = read_manifest(final, kind)
     plan = _plan(manifest)
-    if _plan({key: found.get(key) for key in _SAME}) != plan:
+    if _plan({key: found.get(key) for key in PLANNED}) != plan:
         return False
     target = Path(os.path.realpath(expand_user(final)))
     pieces = beside(target, ending)
@@ -52,7 +53,7 @@ def is_made(
 
 def _plan(manifest: Mapping[str, object]) -> dict[str, object]:
     """Return what makes a result what it is, as JSON gives it back."""
-    plan = without_run({key: manifest[key] for key in _SAME})
+    plan = without_run({key: manifest[key] for key in PLANNED})
     return dict(json.loads(json.dumps(plan)))
 
 
@@ -235,8 +236,8 @@ class Unfinished:
 
     def _check_same(self) -> None:
         read = self._read(PLAN)
-        found = _plan({key: read.get(key) for key in _SAME})
-        differing = [key for key in _SAME if found[key] != self._plan[key]]
+        found = _plan({key: read.get(key) for key in PLANNED})
+        differing = [key for key in PLANNED if found[key] != self._plan[key]]
         if differing:
             raise InvalidInput(
                 f"the unfinished {self._what} of {str(self.final)!r} has another {differing[0]}; "

@@ -101,6 +101,7 @@ def score_exact(
     report: Callable[[int], None],
     watch: Callable[[Recorded], None] | None = None,
     may_be_silent: bool = False,
+    whole: bool = True,
 ) -> tuple[list[LayerSummary], Recorder]:
     """Score layers from all their outputs; arguments as in `entangle.scoring.score.score`.
 
@@ -108,7 +109,8 @@ def score_exact(
     to multiply by their weight, whose own outputs are recorded beside the inputs.
 
     ``memory`` (bytes) holds recorded inputs, which spill beyond it (`TokenStore`), but for what the
-    outputs of the neurons take that are worked on: 1 GiB, 8 GiB on a GPU, at most a half.
+    outputs of the neurons take that are worked on: 1 GiB, 8 GiB on a GPU, at most a half. ``whole``
+    is that of `Recorder.run`.
     """
     found: dict[str, LayerSummary] = {}
     with full_precision():
@@ -127,9 +129,7 @@ def score_exact(
 
         def score(recorded: Mapping[str, RecordedInputs], own: Sequence[Layer]) -> None:
             heard = [layer for layer in own if layer.name in recorded]
-            if (
-                md and at_once > 1
-            ):  # here, as to wait for each of them would keep a thread from work
+            if md and at_once > 1:  # to wait for each of them would keep a thread from work
                 for layer in heard:
                     recorded[layer.name].pairs(seed=seed, device=layer.device)
             made = mapped(lambda one: work(one, recorded[one.name]), heard, at_once=at_once)
@@ -137,7 +137,9 @@ def score_exact(
                 found[layer.name] = summary
                 report(1)
 
-        recorder = _record(module, layers, watched, budget, watch, may_be_silent, passes, score)
+        recorder = _record(
+            module, layers, watched, budget, watch, may_be_silent, passes, whole, score
+        )
     return [found[layer.name] for layer in layers if layer.name in found], recorder
 
 
@@ -149,6 +151,7 @@ def _record(
     watch: Callable[[Recorded], None] | None,
     may_be_silent: bool,
     passes: Sequence[int],
+    whole: bool,
     done: Callable[[Mapping[str, RecordedInputs], Sequence[Layer]], None],
 ) -> Recorder:
     """Record the inputs of each layer; neighbours with the same input tensor share a record.
@@ -185,7 +188,7 @@ def _record(
 
     recorder = Recorder(layers, keep, lenient=may_be_silent)
     with stack:
-        recorder.run(module, batches, memory=budget, after=after)
+        recorder.run(module, batches, memory=budget, after=after, whole=whole)
     return recorder
 
 

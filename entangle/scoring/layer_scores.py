@@ -21,12 +21,14 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from scipy.stats import rankdata
 from torch import Tensor
 
 from entangle.memory import gpus_among
 from entangle.models.layers import Layer
+from entangle.precision import accumulator_dtype
+from entangle.ranks import Ranks
 from entangle.recording.hooks import SeenTensor
 from entangle.results.scores import LayerHistograms
 from entangle.stats.bins import to_host
@@ -286,10 +288,36 @@ class FinerOutputs:
     its weight up to rounding. Where they are not, its own outputs stay what is measured.
     """
 
-    def __init__(self, layer: Layer, squares: SharedSquares) -> None:
-        self._layer, self._squares, self._sizes = layer, squares, FeatureSizes()
+    def __init__(self, layer: Layer, squares: SharedSquares, *, split: bool = False) -> None:
+        self._layer, self._squares, self._split = layer, squares, split
+        self._sizes = FeatureSizes(split=split)
         self._dtype = torch.float32
         self._again: Int64[Tensor, " coarse"] | None = None
+
+    @property
+    def again(self) -> Bool[Tensor, " neurons"] | None:
+        """Which neurons are computed again; None before the first tokens, or where none may be."""
+        if self._again is None:
+            return None
+        found = torch.zeros(self._layer.out_features, dtype=torch.bool, device=self._again.device)
+        found[self._again] = True
+        return found
+
+    def decided(self, again: Bool[Tensor, " neurons"] | None) -> "FinerOutputs":
+        """Return one that has seen nothing, and computes these neurons again."""
+        made = FinerOutputs(self._layer, self._squares, split=self._split)
+        if again is not None:
+            made._again = again.nonzero()[:, 0]
+        return made
+
+    def pool(self, ranks: Ranks, *, to: int) -> None:
+        """As `entangle.stats.sketch.OutputSketch.pool`."""
+        name = str(self._dtype).removeprefix("torch.") if self._sizes.n_tokens else None
+        known = next((one for one in ranks.exchange(name) if one is not None), "float32")
+        self._dtype = getattr(torch, known)
+        device = self._layer.device
+        like = torch.zeros(self._layer.in_features, dtype=accumulator_dtype(device), device=device)
+        self._sizes.pool(ranks, like, to=to)
 
     def of(
         self,

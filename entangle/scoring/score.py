@@ -1,23 +1,15 @@
-"""Score the neurons of a model's layers.
-
-Scoring by sketches: statistics of all layers from one pass, nothing recorded.
-"""
+"""Score the neurons of a model's layers."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
 from entangle.checks import choice, whole
 from entangle.errors import InvalidInput, MemoryLimit
-from entangle.kernels import sketch as kernels
-from entangle.kernels.dispatch import dispatch, on_gpu
 from entangle.memory import check_memory, memory_for
 from entangle.models.blocks import evaluates
 from entangle.models.layers import (
@@ -30,218 +22,20 @@ from entangle.models.layers import (
     layer_specs,
 )
 from entangle.models.loading import AnyModel, LanguageModel, as_language_model
-from entangle.models.streaming import comes_by_blocks
-from entangle.precision import full_precision
-from entangle.recording.recorder import Batch, Batches, Recorded, Recorder
+from entangle.ranks import ALONE, Ranks, current
+from entangle.recording.recorder import Batch, Recorded, Recorder
 from entangle.results.scores import KIND, NeuronScores
 from entangle.runs.progress import Progress, ProgressBar
-from entangle.runs.provenance import RunClock, make_manifest
+from entangle.runs.provenance import RunClock, agree_on, make_manifest
 from entangle.scoring.exact import score_exact
-from entangle.scoring.layer_scores import (
-    FinerOutputs,
-    LayerSummary,
-    MeasuredLayer,
-    SharedSquares,
-    how_many,
-    layer_table,
-    mapped,
-    neuron_table,
-    summarise,
-    weight_norms,
-)
-from entangle.seeding import check_seed, numpy_rng
-from entangle.stats.bins import Scratch
-from entangle.stats.mapping_difficulty import MAX_PAIRS, PairSketch
-from entangle.stats.sketch import OutputSketch
+from entangle.scoring.layer_scores import LayerSummary, layer_table, neuron_table
+from entangle.scoring.sketched import score_sketched
+from entangle.scoring.spread import share_summaries
+from entangle.seeding import check_seed
+from entangle.stats.mapping_difficulty import MAX_PAIRS
 from entangle.texts.calibration import as_calibration
 from entangle.texts.calibration_set import CalibrationSet
 from entangle.texts.given import Source
-
-
-@dataclass(frozen=True, eq=False)
-class _Pairs:
-    """Pairs that join the two halves of a batch, both read from one of their tokens on."""
-
-    starts: tuple[int, int]
-    """The tokens of pair 0, counted from the start of their half; round the end of each half, the
-    next pairs have the next ones."""
-    distance: Tensor
-    """Distance between the inputs of each pair, (pairs,)."""
-
-
-def _add_at_once(rows: Tensor, sketch: PairSketch, pairs: _Pairs) -> None:
-    sketch.update(*_halves(rows), pairs.distance, starts=pairs.starts)
-
-
-@dispatch(_add_at_once, where=on_gpu)
-def _add_pairs(rows: Tensor, sketch: PairSketch, pairs: _Pairs) -> None:
-    """Add the rows (tokens, neurons) of both tokens of each pair."""
-    first, second = _halves(rows)
-    for one, two, own in _runs(first.shape[0], pairs.starts, pairs.distance.shape[0]):
-        sketch.update(first[one], second[two], pairs.distance[own])
-
-
-class _Pairing:
-    """Draws the pairs of each batch.
-
-    Token i of a batch's first half goes with token i + shift of its second half, counted round the
-    end; the shift, and where to begin if not all tokens are paired, are drawn for every batch.
-    Pairs are disjoint, and runs of tokens need not be gathered one by one.
-    """
-
-    def __init__(self, *, seed: int, share: float) -> None:
-        self._seed, self._share, self._batch = seed, share, -1
-
-    def begin(self) -> None:
-        """Begin the text."""
-        self._batch = -1
-
-    def next_batch(self) -> None:
-        """Begin a batch."""
-        self._batch += 1
-
-    def of(self, rows: Float[Tensor, "tokens features"]) -> _Pairs:
-        """Return the pairs of the tokens that a layer received."""
-        starts, count = self._drawn(rows.shape[0])
-        return _Pairs(starts, _distances(*_halves(rows), starts=starts, n_pairs=count))
-
-    def _drawn(self, n_tokens: int) -> tuple[tuple[int, int], int]:
-        """Draw which tokens make pair 0, and return how many pairs there are."""
-        half = n_tokens // 2
-        count = min(half, round(half * self._share))
-        if count == 0:
-            return (0, 0), 0
-        rng = numpy_rng(self._seed, "pairs", self._batch, n_tokens)
-        start, shift = (int(value) for value in rng.integers(half, size=2))
-        return (start, (start + shift) % half), count
-
-
-def _halves(rows: Tensor) -> tuple[Tensor, Tensor]:
-    half = rows.shape[0] // 2
-    return rows[:half], rows[half : 2 * half]
-
-
-def _runs(half: int, starts: tuple[int, int], count: int) -> list[tuple[slice, slice, slice]]:
-    """Return runs of pairs in which neither half's end is passed: tokens of both, and pairs."""
-    cuts = sorted({0, count, *(half - start for start in starts if half - start < count)})
-    runs = []
-    for low, high in pairwise(cuts):
-        first, second = ((start + low) % half for start in starts)
-        n = high - low
-        runs.append((slice(first, first + n), slice(second, second + n), slice(low, high)))
-    return runs
-
-
-@dispatch(kernels.row_distances, where=kernels.fits_rows)
-def _distances(first: Tensor, second: Tensor, starts: tuple[int, int], n_pairs: int) -> Tensor:
-    """Return the Euclidean distances of pairs of rows, float32."""
-    runs = _runs(first.shape[0], starts, n_pairs)
-    parts = [(first[one].float() - second[two].float()).norm(dim=1) for one, two, _ in runs]
-    return torch.cat(parts) if parts else torch.empty(0, device=first.device)
-
-
-def score_sketched(
-    module: nn.Module,
-    layers: Sequence[Layer],
-    batches: Iterable[Batch],
-    *,
-    n_groups: int,
-    pair_share: float,
-    seed: int,
-    report: Callable[[int], None],
-    memory: int | None = None,
-    watch: Callable[[Recorded], None] | None = None,
-    may_be_silent: bool = False,
-) -> tuple[list[LayerSummary], Recorder]:
-    """Score layers in one pass over the batches.
-
-    Parameters
-    ----------
-    module, layers, batches, n_groups, seed
-        As in `entangle.scoring.exact.score_exact`.
-    pair_share
-        Share of each batch's tokens that is paired for the mapping difficulty; 0 leaves it out.
-        A pair joins a token of the batch's first half with one of its second half.
-    report
-        Called with the number of sequences after each batch.
-    memory
-        As in `entangle.recording.recorder.Recorder.run`.
-    watch
-        Called with what every layer received and gave in every pass.
-    may_be_silent
-        Leave out layers that see no token instead of refusing them.
-    """
-    work = Scratch()
-    outputs = {
-        layer.name: OutputSketch(layer.out_features, n_groups=n_groups, scratch=work)
-        for layer in layers
-    }
-    differences = {layer.name: PairSketch(layer.out_features, scratch=work) for layer in layers}
-    pairing, pairs = _Pairing(seed=seed, share=pair_share), dict[int, _Pairs]()
-    squares = SharedSquares()
-    counted = {layer.name: FinerOutputs(layer, squares) for layer in layers}
-
-    def before() -> None:
-        pairing.next_batch()
-        squares.forget()
-
-    def update(seen: Recorded) -> None:
-        if watch is not None:
-            watch(seen)
-        name = seen.layer.name
-        rows = counted[name].of(seen.inputs, seen.outputs)
-        outputs[name].update(rows, group=seen.group)
-        if pair_share > 0:
-            if seen.leads:  # what was found for other inputs is done with
-                pairs.clear()
-                pairs[seen.source] = pairing.of(seen.inputs)
-            _add_pairs(rows, differences[name], pairs[seen.source])
-
-    def measure(layer: Layer) -> MeasuredLayer:
-        found = outputs[layer.name].result()
-        return MeasuredLayer(
-            layer=layer,
-            shape=found.shape,
-            sketch=found,
-            pairs=differences[layer.name].result() if pair_share > 0 else None,
-            wd_bound=found.wd_bound,
-            method="sketch",
-            rounding=counted[layer.name].error(found.shape, found.location),
-        )
-
-    def finish(own: Sequence[Layer]) -> None:
-        heard = [layer for layer in own if outputs[layer.name].n_tokens]
-        PairSketch.settle(differences[layer.name] for layer in heard)
-        found.update(_summaries(measure, heard, here=comes_by_blocks(module)))
-        for layer in own:
-            del outputs[layer.name], differences[layer.name], counted[layer.name]
-
-    found: dict[str, LayerSummary] = {}
-    with full_precision(), torch.no_grad():
-        compared = watch is not None  # who watches may read the weights
-        recorder = Recorder(layers, update, compared=compared, lenient=may_be_silent)
-        told = Batches(list(batches), begin=pairing.begin, before=before, report=report)
-        recorder.run(module, told, memory=memory, after=finish)
-    return [found[layer.name] for layer in layers if layer.name in found], recorder
-
-
-def _summaries(
-    measure: Callable[[Layer], MeasuredLayer], layers: Sequence[Layer], *, here: bool
-) -> list[tuple[str, LayerSummary]]:
-    """Return what layers are; with their norms where weights go again (``here``)."""
-
-    def work(layer: Layer) -> tuple[str, LayerSummary]:
-        return layer.name, summarise(measure(layer))
-
-    at_once = how_many(layers)
-    if at_once > 1 and not here:
-        return list(mapped(work, layers, at_once=at_once))
-    measured = [measure(layer) for layer in layers]
-    norms = [weight_norms(layer).cpu() if here else None for layer in layers]
-    with ThreadPoolExecutor() as pool:  # sorting, most of the work, lets threads run beside it
-        summaries = pool.map(summarise, measured, norms)
-        return [(layer.name, one) for layer, one in zip(layers, summaries, strict=True)]
-
 
 Method = Literal["auto", "exact", "sketch"]
 SCORING_METHODS: tuple[Method, ...] = ("auto", "exact", "sketch")
@@ -354,6 +148,9 @@ def score_layers(
     budget = memory_for(memory, language_model.module)
     groups = _n_groups(resolved, calibration.n_seq)
     per_pass = _batch_size(batch_size, calibration)
+    asked = {"layers": [layer.name for layer in chosen], "method": resolved, "md": md, "seed": seed}
+    model, text = language_model.describe(), calibration.describe()
+    agree_on(model=model, calibration=text, settings=asked | {"batch_size": per_pass})
     with ProgressBar(f"scoring ({resolved})", enabled=progress) as bar:
         try:
             measured, recorder = _measuring(
@@ -372,8 +169,8 @@ def score_layers(
             ) from error
     manifest = make_manifest(
         KIND,
-        model=language_model.describe(),
-        calibration=calibration.describe(),
+        model=model,
+        calibration=text,
         settings={
             "layers": [one.layer.name for one in measured],
             "layers_without_tokens": sorted(
@@ -465,9 +262,10 @@ def _measuring(
     """Return the call that measures the layers by a method."""
     batches = _batches(calibration, n_groups, per_pass)
     if method == "exact":
-        bar.start(calibration.n_seq + len(layers), "sequences and layers")
+        ranks = current() if watch is None else ALONE
+        bar.start(calibration.n_seq * ranks.size + len(layers), "sequences and layers")
         return partial(
-            score_exact, model.module, layers, batches,
+            _exact_on_ranks, model.module, layers, batches, ranks,
             n_groups=n_groups, md=md, seed=seed, memory=memory, report=bar.advance, watch=watch,
             may_be_silent=may_be_silent,
         )  # fmt: skip
@@ -478,3 +276,26 @@ def _measuring(
         n_groups=n_groups, pair_share=2 * paired / calibration.n_tokens, seed=seed, memory=memory,
         report=bar.advance, watch=watch, may_be_silent=may_be_silent,
     )  # fmt: skip
+
+
+def _exact_on_ranks(
+    module: nn.Module,
+    layers: Sequence[Layer],
+    batches: Iterable[Batch],
+    ranks: Ranks,
+    *,
+    may_be_silent: bool,
+    **settings: Any,
+) -> tuple[list[LayerSummary], Recorder]:
+    """Score each rank's part of the layers, from all tokens."""
+    if ranks.size == 1:
+        return score_exact(module, layers, batches, may_be_silent=may_be_silent, **settings)
+    joined = Recorder(layers, lambda _found: None, lenient=may_be_silent)
+    own, found = [layers[i] for i in ranks.part(len(layers))], list[LayerSummary]()
+    if own:
+        found, recorder = score_exact(
+            module, own, batches, may_be_silent=may_be_silent, whole=False, **settings
+        )
+        joined.take_over(recorder)
+    joined.join(ranks)
+    return share_summaries(ranks, found, layers), joined

@@ -32,6 +32,7 @@ from jaxtyping import Float, Int32, Int64, Shaped
 from torch import Tensor
 
 from entangle.kernels.exact import fused_binned_distances
+from entangle.ranks import Ranks
 from entangle.stats.edges import HALF, PER_OCTAVE, signed_edges
 
 
@@ -55,6 +56,32 @@ class Scratch:
         if held is None or held.numel() < size:
             held = self._held[key] = torch.empty(size, dtype=dtype, device=device)
         return held[:size].view(shape)
+
+
+def pooled_parts(
+    ranks: Ranks, parts: Sequence[Tensor], counts: Sequence[int], *, like: Tensor, to: int
+) -> Tensor:
+    """Return the parts of sums that all ranks have, in their order, on rank ``to``.
+
+    Parameters
+    ----------
+    ranks
+        Who has them.
+    parts
+        This rank's, all like ``like``.
+    counts
+        How many every rank has.
+    like
+        Shape, dtype and device of a part.
+    to
+        Who gets them; what others get is of no use.
+    """
+    table = like.new_zeros(sum(counts), *like.shape)  # a sum of one number and zeros is exact
+    before = sum(counts[: ranks.rank])
+    for place, part in enumerate(parts, before):
+        table[place] = part
+    ranks.reduce(table, to=to)
+    return table
 
 
 _SHIFT = 23 - PER_OCTAVE.bit_length() + 1

@@ -11,7 +11,7 @@ The pair statistics of the mapping difficulty from a stream of outputs.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,9 +26,10 @@ from entangle.kernels import sketch as kernels
 from entangle.kernels.dispatch import dispatch, on_cpu, usable
 from entangle.memory import by_device
 from entangle.precision import accumulator_dtype
+from entangle.ranks import Ranks
 from entangle.seeding import torch_rng
 from entangle.stats import bins
-from entangle.stats.bins import Scratch, to_host
+from entangle.stats.bins import Scratch, pooled_parts, to_host
 from entangle.stats.edges import PER_OCTAVE, magnitude_edges
 
 MAX_PAIRS = 50_000
@@ -252,6 +253,8 @@ class PairSketch:
         Number of neurons.
     scratch
         Work space, which sketches that are updated one after the other may share.
+    split
+        As of `entangle.stats.sketch.OutputSketch`.
 
     Notes
     -----
@@ -260,12 +263,31 @@ class PairSketch:
     NaN where it lies beyond the last bin; the other statistics are exact.
     """
 
-    def __init__(self, n_neurons: int, *, scratch: Scratch | None = None) -> None:
+    _sums: Tensor
+    _dy_max: Tensor
+
+    def __init__(
+        self, n_neurons: int, *, scratch: Scratch | None = None, split: bool = False
+    ) -> None:
         self.n_neurons, self.n_pairs, self.n_identical = n_neurons, 0, 0
-        self._scratch = scratch or Scratch()
+        self._scratch, self._split = scratch or Scratch(), split
+        self._parts: list[tuple[float, Tensor]] = []
+        """Sum of the input distances and of what `_sums` holds, of every update, if kept apart."""
         self._dx_max = self._dx_sum = 0.0
         self._placed = False
         self._uncounted: list[Tensor] = []
+
+    @property
+    def place(self) -> Float[Tensor, " neurons"] | None:
+        """Unit of each neuron's bins, float32; None before the first pairs."""
+        return self._scale if self._placed else None
+
+    def placed_at(self, place: Float[Tensor, " neurons"] | None) -> "PairSketch":
+        """Return an empty sketch with these bins (`place`)."""
+        other = PairSketch(self.n_neurons, scratch=self._scratch, split=self._split)
+        if place is not None:
+            other._place(place.clone())
+        return other
 
     def fork(self) -> "PairSketch":
         """Return an empty sketch with the same bins, to be merged later."""
@@ -297,7 +319,18 @@ class PairSketch:
                 f"got {pairs} pairs and {starts}."
             )
         dx = input_distance.to(first.device)
+        if not self._split:
+            self._add(first, second, dx, starts)
+            return
+        before, self._dx_sum = self._dx_sum, 0.0
+        whole = self._sums if self._placed else None
+        if whole is not None:
+            self._sums = torch.zeros_like(whole)
         self._add(first, second, dx, starts)
+        if self._placed:
+            self._parts.append((self._dx_sum, self._sums))
+            self._sums = torch.zeros_like(self._sums) if whole is None else whole
+        self._dx_sum += before
 
     def _add_at_once(
         self, first: Tensor, second: Tensor, dx: Tensor, starts: tuple[int, int]
@@ -363,6 +396,47 @@ class PairSketch:
         self._dx_sum += other._dx_sum
         self.n_pairs += other.n_pairs
         self.n_identical += other.n_identical
+
+    def pool(self, ranks: Ranks, *, to: int) -> None:
+        """As `entangle.stats.sketch.OutputSketch.pool`."""
+        known = [self.n_pairs, self.n_identical, self._dx_max, [dx for dx, _ in self._parts]]
+        found = ranks.exchange([*known, [len(dx) for dx in self._uncounted]])
+        if self._placed:
+            sums = pooled_parts(
+                ranks, [part for _, part in self._parts], [len(own[3]) for own in found],
+                like=self._sums, to=to,
+            )  # fmt: skip
+            nan = self._dy_max.isnan().byte()
+            self._dy_max = self._dy_max.nan_to_num_(nan=0.0, posinf=torch.inf)
+            ranks.reduce(self._counts, to=to)
+            ranks.reduce(self._dy_max, to=to, by="max")
+            ranks.reduce(nan, to=to, by="max")
+            self._pool_distances(ranks, [own[4] for own in found], to=to)
+        self._parts.clear()
+        if ranks.rank != to:
+            return
+        self.n_pairs, self.n_identical = (sum(own[i] for own in found) for i in (0, 1))
+        self._dx_max = max(own[2] for own in found)
+        self._dx_sum = 0.0
+        for dx in [dx for own in found for dx in own[3]]:
+            self._dx_sum += dx
+        if self._placed:
+            self._dy_max.masked_fill_(nan.bool(), torch.nan)
+            self._sums.zero_()
+            for part in sums:
+                self._sums += part
+
+    def _pool_distances(self, ranks: Ranks, sizes: Sequence[Sequence[int]], *, to: int) -> None:
+        """Put together the distances of pairs that are not counted yet, ``sizes`` of every rank."""
+        counts = [sum(own) for own in sizes]
+        if not sum(counts):
+            return
+        own = torch.cat(self._uncounted).float() if self._uncounted else self._dy_max[:0]
+        every = self._dy_max.new_zeros(sum(counts))
+        start = sum(counts[: ranks.rank])
+        every[start : start + len(own)] = own
+        ranks.reduce(every, to=to)
+        self._uncounted = list(every.split([n for own in sizes for n in own]))
 
     def result(self) -> MappingDifficulty:
         """Return the pair statistics of all pairs seen so far, on the CPU."""

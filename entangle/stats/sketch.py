@@ -26,6 +26,7 @@ from entangle.kernels import sketch as kernels
 from entangle.kernels.dispatch import dispatch, on_cpu, usable
 from entangle.memory import by_device
 from entangle.precision import accumulator_dtype, row_parts
+from entangle.ranks import Ranks
 from entangle.stats import bins
 from entangle.stats.bins import (
     GROUP_FOLD,
@@ -37,6 +38,7 @@ from entangle.stats.bins import (
     higher_moments,
     joined_edges,
     mean_and_std,
+    pooled_parts,
     power_sums,
     resampled,
     to_host,
@@ -99,6 +101,9 @@ class OutputSketch:
         Number of groups of whole sequences for the jackknife.
     scratch
         Work space, which sketches that are updated one after the other may share.
+    split
+        Keep the sums of every update apart, 32 bytes a neuron, so that `pool` can add those of
+        several ranks in the order of one.
 
     Notes
     -----
@@ -107,8 +112,21 @@ class OutputSketch:
     the second one with `fork`.
     """
 
+    _powers: Tensor
+    _group_powers: Tensor
+    _group_tokens: Tensor
+    _low: Tensor
+    _high: Tensor
+    _nan: Tensor
+    _inf: Tensor
+
     def __init__(
-        self, n_neurons: int, *, n_groups: int = 8, scratch: Scratch | None = None
+        self,
+        n_neurons: int,
+        *,
+        n_groups: int = 8,
+        scratch: Scratch | None = None,
+        split: bool = False,
     ) -> None:
         if n_neurons < 1 or n_groups < 1:
             raise InvalidInput(
@@ -116,7 +134,22 @@ class OutputSketch:
             )
         self.n_neurons, self.n_groups, self.n_tokens = n_neurons, n_groups, 0
         self._placed, self._open_group = False, 0
-        self._scratch = scratch or Scratch()
+        self._scratch, self._split = scratch or Scratch(), split
+        self._parts: list[tuple[int, Tensor]] = []
+        """Group and power sums of every update, where they are kept apart."""
+
+    @property
+    def place(self) -> Float[Tensor, "two=2 neurons"] | None:
+        """Centre and unit of each neuron's bins, float32; None before the first update."""
+        return torch.stack([self._location, self._scale]) if self._placed else None
+
+    def placed_at(self, place: Float[Tensor, "two=2 neurons"]) -> "OutputSketch":
+        """Return an empty sketch with these bins (`place`)."""
+        other = OutputSketch(
+            self.n_neurons, n_groups=self.n_groups, scratch=self._scratch, split=self._split
+        )
+        other._place(*(one.clone() for one in place))
+        return other
 
     def fork(self) -> "OutputSketch":
         """Return an empty sketch with the same bins, to be merged later."""
@@ -142,7 +175,12 @@ class OutputSketch:
             if self.n_tokens:
                 self._close_group()
             self._open_group = group
+        whole = self._powers
+        if self._split:
+            self._powers = torch.zeros_like(whole)
+            self._parts.append((group, self._powers))
         self._add(outputs, group)
+        self._powers = whole
         self.n_tokens += outputs.shape[0]
         self._group_tokens[group] += outputs.shape[0]
 
@@ -165,6 +203,46 @@ class OutputSketch:
         self._inf |= other._inf
         self._closed_counts.add_(other._closed_counts)
         self.n_tokens += other.n_tokens
+
+    def pool(self, ranks: Ranks, *, to: int) -> None:
+        """Put what the sketches of all ranks have seen into that of rank ``to``.
+
+        All have the same bins, keep their sums apart (``split``), and have seen one text, the first
+        rank its beginning: what comes out is what one sketch of all of it holds, to the bit. Those
+        of the other ranks hold nothing of use afterwards.
+        """
+        if self.n_tokens:
+            self._close_group()
+        used = self._used_groups() if self.n_tokens else (N_BINS, -1)
+        found = ranks.exchange(
+            [[group for group, _ in self._parts], self._group_tokens.tolist(), *used]
+        )
+        groups = [(own, tokens) for own, tokens, _, _ in found]
+        some = slice(min(one for *_, one, _ in found), max(one for *_, one in found) + 1)
+        wide = slice(some.start * GROUP_FOLD, some.stop * GROUP_FOLD)
+        sums = pooled_parts(
+            ranks, [part for _, part in self._parts], [len(own) for own, _ in groups],
+            like=self._powers, to=to,
+        )  # fmt: skip
+        flags = torch.stack([self._nan, self._inf]).byte()
+        for counts in (self._counts[:, wide], self._group_counts[:, :, some]):
+            sent = counts.contiguous()  # no other bins hold counts
+            ranks.reduce(sent, to=to)
+            counts.copy_(sent)
+        for tensor, by in ((self._low, "min"), (self._high, "max"), (flags, "max")):
+            ranks.reduce(tensor, to=to, by=by)
+        self._parts.clear()
+        if ranks.rank != to:
+            return
+        self._nan, self._inf = flags.bool()
+        self._closed_counts = self._group_counts.sum(0, dtype=torch.int32)
+        self._group_tokens = torch.tensor([own for _, own in groups]).sum(0)
+        self.n_tokens = int(self._group_tokens.sum())
+        self._powers.zero_()
+        self._group_powers.zero_()
+        for group, part in zip([group for own, _ in groups for group in own], sums, strict=True):
+            self._powers += part
+            self._group_powers[group] += part[:2]
 
     def result(self, *, distances: bool = True) -> SketchResult:
         """Compute all statistics of the tokens seen so far.

@@ -32,7 +32,9 @@ from entangle.kernels import exact
 from entangle.kernels.dispatch import dispatch, on_cpu
 from entangle.memory import by_device
 from entangle.precision import accumulator_dtype, row_parts
+from entangle.ranks import Ranks
 from entangle.seeding import numpy_rng
+from entangle.stats.bins import pooled_parts
 
 _SORT_BYTES = 64 * 2**20
 _SORT_BYTES_GPU = 2**30
@@ -461,9 +463,10 @@ def reach(
 class FeatureSizes:
     """Root mean square of every input of a layer, over the tokens."""
 
-    def __init__(self) -> None:
-        self.n_tokens = 0
+    def __init__(self, *, split: bool = False) -> None:
+        self.n_tokens, self._split = 0, split
         self._squares: Tensor | None = None
+        self._parts: list[Tensor] = []
 
     @classmethod
     def of(cls, blocks: Iterable[Float[Tensor, "_ features"]]) -> "FeatureSizes":
@@ -475,8 +478,19 @@ class FeatureSizes:
 
     def add(self, squares: Float[Tensor, " features"], n_tokens: int) -> None:
         """Add what `feature_squares` found in some tokens."""
+        if self._split:
+            self._parts.append(squares)
         self._squares = squares.clone() if self._squares is None else self._squares + squares
         self.n_tokens += n_tokens
+
+    def pool(self, ranks: Ranks, like: Float[Tensor, " features"], *, to: int) -> None:
+        """As `entangle.stats.sketch.OutputSketch.pool`; ``like`` is as what is added."""
+        found = ranks.exchange([len(self._parts), self.n_tokens])
+        sums = pooled_parts(ranks, self._parts, [own[0] for own in found], like=like, to=to)
+        self._parts, self._squares, self.n_tokens = [], None, 0
+        for part in sums:
+            self.add(part, 0)
+        self.n_tokens = sum(own[1] for own in found)
 
     def rms(self) -> Float[Tensor, " features"]:
         """Return the root mean squares, in input units, on the CPU; there must be a token."""

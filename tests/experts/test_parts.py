@@ -16,7 +16,7 @@ from entangle.experts.solver import (
     ClusterTokens,
     Experts,
     ExpertSettings,
-    _clusters_at_once,
+    clusters_at_once,
     prune_part,
     solve_experts,
     solve_in_parts,
@@ -286,21 +286,21 @@ def test_size_of_the_parts_of_a_7b_block() -> None:
     first, second = _meta_layers((11008, 4096), (11008, 4096)), _meta_layers((4096, 11008))
     settings = ExpertSettings(pattern="block")
     tokens = 2 * 2**18
-    assert _clusters_at_once(first, tokens * 4096, settings, 16) == 4
-    assert _clusters_at_once(second, tokens * 11008, settings, 16) == 2
-    assert _clusters_at_once(first, tokens * 4096, ExpertSettings(pattern="2:4"), 16) == 1
+    assert clusters_at_once(first, tokens * 4096, settings, 16) == 4
+    assert clusters_at_once(second, tokens * 11008, settings, 16) == 2
+    assert clusters_at_once(first, tokens * 4096, ExpertSettings(pattern="2:4"), 16) == 1
 
 
 def test_small_layers_are_solved_in_one_part() -> None:
     for shape in ((1536, 576), (576, 1536)):
         for settings in (ExpertSettings(), ExpertSettings(bits=4)):
-            assert _clusters_at_once(_meta_layers(shape), 2**20, settings, 16) == 16
+            assert clusters_at_once(_meta_layers(shape), 2**20, settings, 16) == 16
 
 
 def test_parts_are_of_about_one_size() -> None:
     layers = _meta_layers((4096, 11008))  # of one cluster 1.13 GB, so that 11 of 16 have room
-    assert _clusters_at_once(layers, 35 * 10**9, ExpertSettings(), 16) == 8
-    assert _clusters_at_once(layers, 0, ExpertSettings(), 16) == 1
+    assert clusters_at_once(layers, 35 * 10**9, ExpertSettings(), 16) == 8
+    assert clusters_at_once(layers, 0, ExpertSettings(), 16) == 1
 
 
 @pytest.mark.parametrize("router", ["kmeans", "random"])
@@ -323,7 +323,7 @@ def test_a_model_is_expanded_alike_both_ways(
 
     expected = run()
     monkeypatch.setattr(build, "_lies_on_gpu", lambda _store: True)
-    monkeypatch.setattr(solver, "_clusters_at_once", lambda *_: 2)
+    monkeypatch.setattr(solver, "clusters_at_once", lambda *_: 2)
     errors, value = run()
     assert errors == pytest.approx(expected[0], rel=1e-3)
     assert value == pytest.approx(expected[1], rel=1e-3 if router == "kmeans" else 1e-2)

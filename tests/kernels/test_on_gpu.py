@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from entangle.experts.clusters import kmeans
-from entangle.scoring.score import _add_pairs, _Pairing
+from entangle.scoring.sketched import _add_pairs, _Pairing
 from entangle.seeding import torch_rng
 from entangle.stats.mapping_difficulty import PairSketch, draw_pairs, mapping_difficulty
 from entangle.stats.sketch import OutputSketch
@@ -68,7 +68,7 @@ def test_pairs(dtype: torch.dtype, share: float) -> None:
     for device in ("cpu", "cuda"):
         sketch, pairing = PairSketch(300), _Pairing(seed=0, share=share)
         for batch in range(4):
-            pairing.next_batch()
+            pairing.batch = batch
             rows = y.roll(batch, 0) * (1 + batch)
             _add_pairs(rows.to(device), sketch, pairing.of(x.to(device)))
         results.append(sketch.result())

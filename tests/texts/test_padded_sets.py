@@ -20,7 +20,7 @@ from entangle.evaluation import (
     perplexity_ratio,
     window_losses,
 )
-from entangle.evaluation.perplexity import next_token_logits
+from entangle.evaluation.logits import next_token_logits
 from entangle.experiments.compare import compare
 from entangle.models.layers import find_layers
 from entangle.models.loading import LanguageModel, as_language_model

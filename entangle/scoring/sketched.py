@@ -1,0 +1,287 @@
+"""Scoring by sketches: statistics of all layers from one pass, nothing recorded."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from entangle.kernels import sketch as kernels
+from entangle.kernels.dispatch import dispatch, on_gpu
+from entangle.models.layers import Layer
+from entangle.models.streaming import comes_by_blocks
+from entangle.precision import full_precision
+from entangle.ranks import ALONE, current
+from entangle.recording.recorder import Batch, Batches, Recorded, Recorder
+from entangle.scoring.layer_scores import (
+    FinerOutputs,
+    LayerSummary,
+    MeasuredLayer,
+    SharedSquares,
+    how_many,
+    mapped,
+    summarise,
+    weight_norms,
+)
+from entangle.scoring.spread import (
+    LayerCounts,
+    own_batches,
+    pool_counts,
+    share_places,
+    share_summaries,
+)
+from entangle.seeding import numpy_rng
+from entangle.stats.bins import Scratch
+from entangle.stats.mapping_difficulty import PairSketch
+from entangle.stats.sketch import OutputSketch
+
+
+@dataclass(frozen=True, eq=False)
+class _Pairs:
+    """Pairs that join the two halves of a batch, both read from one of their tokens on."""
+
+    starts: tuple[int, int]
+    """The tokens of pair 0, counted from the start of their half; round the end of each half, the
+    next pairs have the next ones."""
+    distance: Tensor
+    """Distance between the inputs of each pair, (pairs,)."""
+
+
+def _add_at_once(rows: Tensor, sketch: PairSketch, pairs: _Pairs) -> None:
+    sketch.update(*_halves(rows), pairs.distance, starts=pairs.starts)
+
+
+@dispatch(_add_at_once, where=on_gpu)
+def _add_pairs(rows: Tensor, sketch: PairSketch, pairs: _Pairs) -> None:
+    """Add the rows (tokens, neurons) of both tokens of each pair."""
+    first, second = _halves(rows)
+    for one, two, own in _runs(first.shape[0], pairs.starts, pairs.distance.shape[0]):
+        sketch.update(first[one], second[two], pairs.distance[own])
+
+
+class _Pairing:
+    """Draws the pairs of each batch.
+
+    Token i of a batch's first half goes with token i + shift of its second half, counted round the
+    end; the shift, and where to begin if not all tokens are paired, are drawn for every batch.
+    Pairs are disjoint, and runs of tokens need not be gathered one by one.
+    """
+
+    def __init__(self, *, seed: int, share: float) -> None:
+        self._seed, self.share = seed, share
+        self.batch = 0
+        """Number of the batch in the text."""
+
+    def of(self, rows: Float[Tensor, "tokens features"]) -> _Pairs:
+        """Return the pairs of the tokens that a layer received."""
+        starts, count = self._drawn(rows.shape[0])
+        return _Pairs(starts, _distances(*_halves(rows), starts=starts, n_pairs=count))
+
+    def _drawn(self, n_tokens: int) -> tuple[tuple[int, int], int]:
+        """Draw which tokens make pair 0, and return how many pairs there are."""
+        half = n_tokens // 2
+        count = min(half, round(half * self.share))
+        if count == 0:
+            return (0, 0), 0
+        rng = numpy_rng(self._seed, "pairs", self.batch, n_tokens)
+        start, shift = (int(value) for value in rng.integers(half, size=2))
+        return (start, (start + shift) % half), count
+
+
+def _halves(rows: Tensor) -> tuple[Tensor, Tensor]:
+    half = rows.shape[0] // 2
+    return rows[:half], rows[half : 2 * half]
+
+
+def _runs(half: int, starts: tuple[int, int], count: int) -> list[tuple[slice, slice, slice]]:
+    """Return runs of pairs in which neither half's end is passed: tokens of both, and pairs."""
+    cuts = sorted({0, count, *(half - start for start in starts if half - start < count)})
+    runs = []
+    for low, high in pairwise(cuts):
+        first, second = ((start + low) % half for start in starts)
+        n = high - low
+        runs.append((slice(first, first + n), slice(second, second + n), slice(low, high)))
+    return runs
+
+
+@dispatch(kernels.row_distances, where=kernels.fits_rows)
+def _distances(first: Tensor, second: Tensor, starts: tuple[int, int], n_pairs: int) -> Tensor:
+    """Return the Euclidean distances of pairs of rows, float32."""
+    runs = _runs(first.shape[0], starts, n_pairs)
+    parts = [(first[one].float() - second[two].float()).norm(dim=1) for one, two, _ in runs]
+    return torch.cat(parts) if parts else torch.empty(0, device=first.device)
+
+
+def score_sketched(
+    module: nn.Module,
+    layers: Sequence[Layer],
+    batches: Iterable[Batch],
+    *,
+    n_groups: int,
+    pair_share: float,
+    seed: int,
+    report: Callable[[int], None],
+    memory: int | None = None,
+    watch: Callable[[Recorded], None] | None = None,
+    may_be_silent: bool = False,
+) -> tuple[list[LayerSummary], Recorder]:
+    """Score layers in one pass over the batches, which several ranks share out.
+
+    Parameters
+    ----------
+    module, layers, batches, n_groups, seed
+        As in `entangle.scoring.exact.score_exact`.
+    pair_share
+        Share of each batch's tokens that is paired for the mapping difficulty; 0 leaves it out.
+        A pair joins a token of the batch's first half with one of its second half.
+    report
+        Called with the number of sequences after each batch.
+    memory
+        As in `entangle.recording.recorder.Recorder.run`.
+    watch
+        Called with what every layer received and gave in every pass; every rank sees all of it.
+    may_be_silent
+        Leave out layers that see no token instead of refusing them.
+    """
+    ranks = current() if watch is None else ALONE
+    work, squares, split = Scratch(), SharedSquares(), ranks.size > 1
+    counts = {
+        layer.name: LayerCounts(
+            OutputSketch(layer.out_features, n_groups=n_groups, scratch=work, split=split),
+            PairSketch(layer.out_features, scratch=work, split=split),
+            FinerOutputs(layer, squares, split=split),
+        )
+        for layer in layers
+    }
+    pass_of = _Passes(counts, squares, _Pairing(seed=seed, share=pair_share), watch)
+    found: dict[str, LayerSummary] = {}
+    again, late = list[Layer](), list[Layer]()
+
+    def settle(own: Sequence[Layer]) -> None:
+        heard = pool_counts(ranks, counts, own)
+        PairSketch.settle(counts[layer.name].pairs for layer in heard)
+        found.update(pass_of.summaries(heard, here=comes_by_blocks(module)))
+        for layer in own:
+            counts.pop(layer.name, None)
+
+    def finish(own: Sequence[Layer]) -> None:
+        others, mine = share_places(ranks, counts, own)
+        again.extend(mine)
+        late.extend(others)
+        names = {layer.name for layer in others}
+        settle([layer for layer in own if layer.name not in names])
+
+    def run(chosen: Sequence[Layer], *, first: bool) -> Recorder:
+        own = own_batches(numbered, ranks, first=first)
+        compared = watch is not None  # who watches may read the weights
+        recorder = Recorder(chosen, pass_of.update, compared=compared, lenient=may_be_silent)
+        drop = bool(first and ranks.rank)  # it is the first rank that counts the first batch
+        told = pass_of.told(own, recorder, drop=drop, report=report if first else _unheard)
+        done = finish if first else None
+        recorder.run(module, told, memory=memory, whole=ranks.size == 1, after=done)
+        return recorder
+
+    numbered = list(enumerate(batches))
+    with full_precision(), torch.no_grad():
+        recorder = run(layers, first=True)
+        if ranks.size > 1:
+            recorder.join(ranks)
+            if again:
+                run(again, first=False)
+            settle(late)
+        return share_summaries(ranks, list(found.values()), layers), recorder
+
+
+def _unheard(_sequences: int) -> None:
+    """Report nothing: of batches that were reported before."""
+
+
+class _Passes:
+    """Counts what layers give in every pass, and measures what was counted."""
+
+    def __init__(
+        self,
+        counts: Mapping[str, LayerCounts],
+        squares: SharedSquares,
+        pairing: _Pairing,
+        watch: Callable[[Recorded], None] | None,
+    ) -> None:
+        self._counts, self._squares, self._pairing, self._watch = counts, squares, pairing, watch
+        self._pairs: dict[int, _Pairs] = {}
+        self._fresh: set[str] = set()
+        """Layers that were counted in the pass under way."""
+
+    def told(
+        self,
+        own: Sequence[tuple[int, Batch]],
+        recorder: Recorder,
+        *,
+        drop: bool,
+        report: Callable[[int], None],
+    ) -> Batches:
+        """Return batches to run; of the first, if so asked, the places of the bins alone stay."""
+        skipped = len(own[0][1][1]) if drop else 0
+
+        def before(place: int) -> None:
+            self._pairing.batch = own[place][0]
+            self._squares.forget()
+            self._fresh.clear()
+
+        def after(place: int) -> None:
+            for name in self._fresh if drop and place == 0 else ():
+                self._counts[name].placed_at(self._counts[name].places())
+                recorder.tokens[name] = 0
+
+        def reported(sequences: int) -> None:
+            nonlocal skipped
+            unheard = min(skipped, sequences)
+            skipped -= unheard
+            if sequences > unheard:
+                report(sequences - unheard)
+
+        return Batches([batch for _, batch in own], before, after, reported)
+
+    def update(self, seen: Recorded) -> None:
+        """Count what a layer gave."""
+        if self._watch is not None:
+            self._watch(seen)
+        own = self._counts[seen.layer.name]
+        self._fresh.add(seen.layer.name)
+        rows = own.finer.of(seen.inputs, seen.outputs)
+        own.outputs.update(rows, group=seen.group)
+        if self._pairing.share > 0:
+            if seen.leads:  # what was found for other inputs is done with
+                self._pairs.clear()
+                self._pairs[seen.source] = self._pairing.of(seen.inputs)
+            _add_pairs(rows, own.pairs, self._pairs[seen.source])
+
+    def summaries(self, layers: Sequence[Layer], *, here: bool) -> list[tuple[str, LayerSummary]]:
+        """Return what was counted of layers; with their norms where weights go again (``here``)."""
+
+        def work(layer: Layer) -> tuple[str, LayerSummary]:
+            return layer.name, summarise(self._measure(layer))
+
+        at_once = how_many(layers)
+        if at_once > 1 and not here:
+            return list(mapped(work, layers, at_once=at_once))
+        measured = [self._measure(layer) for layer in layers]
+        norms = [weight_norms(layer).cpu() if here else None for layer in layers]
+        with ThreadPoolExecutor() as pool:  # sorting, most of the work, lets threads run beside it
+            summaries = pool.map(summarise, measured, norms)
+            return [(layer.name, one) for layer, one in zip(layers, summaries, strict=True)]
+
+    def _measure(self, layer: Layer) -> MeasuredLayer:
+        own = self._counts[layer.name]
+        found = own.outputs.result()
+        return MeasuredLayer(
+            layer=layer,
+            shape=found.shape,
+            sketch=found,
+            pairs=own.pairs.result() if self._pairing.share > 0 else None,
+            wd_bound=found.wd_bound,
+            method="sketch",
+            rounding=own.finer.error(found.shape, found.location),
+        )
