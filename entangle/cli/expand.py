@@ -161,12 +161,8 @@ def show(arguments: argparse.Namespace) -> None:
 
     found = load_result(arguments.out)
     assert isinstance(found, ExpansionReport)  # noqa: S101  (its name says so)
-    print_built(
-        summary_of(found, arguments.out, pruned=arguments.command == "prune"),
-        found.layers,
-        found.manifest,
-        arguments,
-    )
+    summary = summary_of(found, arguments.out, pruned=arguments.command == "prune")
+    print_built(summary, found.layers, found.manifest, arguments)
 
 
 def print_built(
