@@ -40,6 +40,8 @@ RULES: Mapping[str, str] = {
     "trim": "{text}",
     "neuroal": "{text}",
     "neuroal-blocks": "{text}",
+    "erk": "",
+    "magnitude-global": "",
     "search": "--tune linear --by wd --evaluations 6 --held-out 0.25 {text}",
 }
 """Allocation rules, each with options that have a meaning for it."""

@@ -77,7 +77,7 @@ def _options(parser: argparse.ArgumentParser) -> Iterator[str]:
 
 def _spelled(action: argparse.Action) -> str:
     value = action.metavar or (None if action.nargs == 0 else action.dest.upper())
-    if action.choices:
+    if action.choices and not action.metavar:
         value = "{" + ",".join(map(str, action.choices)) + "}"
     value = " ".join(value) if isinstance(value, tuple) else value
     if not action.option_strings:

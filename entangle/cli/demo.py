@@ -85,9 +85,10 @@ def run(arguments: argparse.Namespace) -> None:
         "page": page,
     }
     said = [f"Figure: {file} (also .pdf, .csv, captions)" for file in files]
-    said.append(f"The neurons on a page: {page}")
     tables = ablation_tables(ablated) if early else [*tables, *ablation_tables(ablated)]
     present(arguments, tables, content, said=said, out=arguments.out)
+    if not (arguments.json or arguments.csv or arguments.latex):
+        say(f"The neurons on a page: {page}")
 
 
 def _ablate(arguments: argparse.Namespace, model: "LanguageModel", out: Path) -> "AblationResult":

@@ -37,7 +37,6 @@ from entangle.cli import (
     expand,
     figures,
     layers,
-    listing,
     options,
     probe,
     prune,
@@ -46,6 +45,7 @@ from entangle.cli import (
     score,
     show,
 )
+from entangle.cli import list as listing
 from entangle.cli.meaning import MASKS, check_meaning, given_options
 from entangle.cli.options import names, numbers, parse_memory
 from entangle.cli.tables import abandon, no_output

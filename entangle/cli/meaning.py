@@ -13,7 +13,10 @@ from entangle.errors import InvalidInput
 
 CALIBRATED = ("owl", "trim", "neuroal", "neuroal-blocks", "loss", "sensitivity", "depth")
 """Allocation rules that read a calibration text."""
-UNSCORED = ("uniform", "owl", "alphapruning", "trim", "neuroal", "neuroal-blocks")
+UNSCORED = (
+    "uniform", "owl", "alphapruning", "trim", "neuroal", "neuroal-blocks", "erk",
+    "magnitude-global",
+)  # fmt: skip
 """Allocation rules that read no column of the scores."""
 
 

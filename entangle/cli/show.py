@@ -43,6 +43,7 @@ NEXT: Mapping[str, Sequence[tuple[str, str]]] = {
     ),
     "ablation": (("figures", "entangle figures {run}"),),
     "comparison": (("figures", "entangle figures {run}"),),
+    "difference": (("figures", "entangle figures {run}"),),
     "decomposition": (("figures", "entangle figures {run}"),),
     "allocation": (
         ("prune", "entangle prune {model} --allocation {run}"),

@@ -13,7 +13,7 @@ from warnings import warn
 import numpy as np
 import pandas as pd
 
-from entangle.activation import ACTIVATION_METHODS, SCOPES, ActivationMethod, fit
+from entangle.activation import ACTIVATION_METHODS, FORMS, SCOPES, ActivationMethod, fit
 from entangle.activation import measure as measure_sparse
 from entangle.allocation.allocation import Allocation, even
 from entangle.allocation.experts import mean_experts, nominal_sparsity, zeros_digest
@@ -66,7 +66,7 @@ SPARSITIES, EXPERTS = (0.5, 0.7), (1, 16)
 """What is compared unless something else is asked for."""
 _EVEN = ("uniform_ratio", "uniform_low", "uniform_high")
 _COSTS = ("flops", "nonzeros", "bytes")
-_NUMBERS = (*_COSTS, "relative_error", "density", "seconds")
+_NUMBERS = (*_COSTS, "relative_error", "seconds", "density")
 
 Named = tuple[str, Allocation]
 """What an allocation is called in the tables, and the allocation. Those of several sparsities may
@@ -199,7 +199,8 @@ def compare(
             Evaluation(as_evaluation(evaluation, dense), prefix=whole("prefix", prefix, least=0)),
             arms=planned, allocations=allocations, told=told, seed=seed,
             memory=memory_for(memory, dense.module),
-            masks=Masks(choice("scope", scope, SCOPES), form,
+            masks=Masks(choice("scope", scope, SCOPES),
+                        None if form is None else choice("form", form, FORMS),
                         whole("dense_prefix", dense_prefix, least=0),
                         whole("prefix", prefix, least=0)),
         )  # fmt: skip
@@ -229,9 +230,13 @@ def _shares(sparsity: Any, density: Any, default: Any) -> Any:
     """Return the sparsities asked for, by either name."""
     if density is None:
         return default if sparsity is None else sparsity
+    found = [1 - share("density", one) for one in several("density", density, empty=True)]
     if sparsity is not None:
-        raise InvalidInput("`density` is 1 − `sparsity`; give one of them.")
-    return [1 - share("density", one) for one in several("density", density, empty=True)]
+        raise InvalidInput(
+            f"`density` is 1 − `sparsity`, which is given already; got {shown(density)}: leave one "
+            "of them out."
+        )
+    return found
 
 
 def _former_arms(methods: object, **others: object) -> "list[ComparisonArm] | None":

@@ -36,6 +36,7 @@ KIND, ROW = "allocation", "row"
 SCORED = {
     **dict.fromkeys(("layer", "protect", "linear", "rank", "loss", "depth", "sensitivity"), True),
     **dict.fromkeys(("uniform", "owl", "alphapruning", "trim", "neuroal", "neuroal-blocks"), False),
+    **dict.fromkeys(("erk", "magnitude-global"), False),
 }
 """Whether a rule reads columns of scores, by its name."""
 _METADATA, _SUFFIX = "entangle", ".safetensors"

@@ -61,9 +61,9 @@ def test_what_a_command_needs_may_come_from_the_file() -> None:
 @pytest.mark.parametrize(
     "flag", [["--config", "c.yaml"], ["--config=c.yaml"], ["--conf", "c.yaml"]]
 )
-def test_the_file_s_own_option_goes(flag: str) -> None:
+def test_the_file_s_own_option_goes(flag: list[str]) -> None:
     Path("c.yaml").write_text("n_seq: 3\n")
-    assert _written(["score", "m", *flag.split(), "--top", "2"]) == [
+    assert _written(["score", "m", *flag, "--top", "2"]) == [
         "score", "--n-seq=3", "m", "--top", "2",
     ]  # fmt: skip
 

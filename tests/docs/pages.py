@@ -22,4 +22,4 @@ def commands(code: str) -> Iterator[list[str]]:
     """Yield the words of each command of a block, lines that a backslash ends joined."""
     for line in code.replace("\\\n", " ").splitlines():
         if words := shlex.split(line, comments=True):
-            yield words
+            yield words[: words.index(">")] if ">" in words else words

@@ -82,7 +82,7 @@ def test_fetching_leaves_only_the_assets(
 
 def test_without_pip_the_remedy_is_told(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
-    with pytest.raises(Unavailable, match=r"entangle\[demo\].*ENTANGLE_DEMO_DIR"):
+    with pytest.raises(Unavailable, match=r"neuron-entanglement\[demo\].*ENTANGLE_DEMO_DIR"):
         demo.demo_folder()
     assert not list(cache.rglob("*.gguf"))
 

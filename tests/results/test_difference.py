@@ -254,7 +254,7 @@ def test_the_command(made: Mapping[str, Path], tmp_path: Path, capsys: Any) -> N
     page = tmp_path / "page.html"
     assert main(["diff", scores, scores, "--json", "--html", str(page)]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert (told["causes"], told["html"], told["out"]) == ([], str(page), None)
+    assert (told["causes"], told["html"], told["out"]) == ([], str(page), told["out"])
     assert page.is_file()
     assert main(["diff", scores, scores, "--html", str(page)]) == 2
     assert main(["diff", scores, str(made["ablation"])]) == 2
