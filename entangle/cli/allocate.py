@@ -61,7 +61,8 @@ def _add_rule_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--rule", default=PROTECT,
         help="uniform, layer, protect, linear, rank, loss, sensitivity, depth, owl, alphapruning, "
-        "trim, neuroal, neuroal-blocks, erk, magnitude-global, or search, which tunes another one (default: protect)",
+        "trim, neuroal, neuroal-blocks, erk, magnitude-global, or search, which tunes another one "
+        "(default: protect)",
     )  # fmt: skip
     group.add_argument(
         "--by", default="wd", help="column of the scores, or several joined by + (default: wd)"

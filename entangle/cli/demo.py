@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from entangle.cli.options import Subparsers, add_table_options
-from entangle.cli.tables import present, records
+from entangle.cli.tables import present, records, say
 from entangle.runs.progress import tell
 
 if TYPE_CHECKING:

@@ -24,8 +24,12 @@ def statement(title: str, manifest: Mapping[str, Any]) -> str:
     manifest
         Of the result, of any version; what it lacks is called not recorded.
     """
-    texts = [*_texts(manifest)] or [f"texts {_UNKNOWN}"]
-    what = f"{title[0].lower()}{title[1:]} {_model(manifest.get('model'))}"
+    compared = [manifest[side] for side in ("a", "b") if isinstance(manifest.get(side), Mapping)]
+    runs = compared or [manifest]
+    texts = list(dict.fromkeys(text for one in runs for text in _texts(one)))
+    texts = texts or [f"texts {_UNKNOWN}"]
+    models = " and ".join(dict.fromkeys(_model(one.get("model")) for one in runs))
+    what = f"{title[0].lower()}{title[1:]} {models}"
     first = f"For the {what}, {_versions(manifest)} read {' and '.join(texts)}"
     return visible(f"{first}. {_seeds(manifest)}.")
 

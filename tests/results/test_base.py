@@ -84,7 +84,7 @@ def test_how_to_make_it_again_in_two_sentences(kind: str, result: Result) -> Non
     assert len(re.findall(r"\. [A-Z]", said)) == 1
     model: Any = result.manifest["model"]
     if kind == "difference":
-        model = model | {"device": result.manifest["a"]["model"]["device"]}  # type: ignore[index]
+        model = result.manifest["a"]["model"]  # type: ignore[index]
     facts = [model["digest"][:16], model["dtype"], model["device"], Path(model["name"]).name]
     text: Any = result.manifest.get("calibration")
     if text is not None:
