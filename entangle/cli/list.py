@@ -16,7 +16,13 @@ def add_parser(subparsers: Subparsers) -> None:
         description="List what --pruner, --rule and --methods take: ours, and what installed "
         "packages bring by entry points (entangle.pruners, entangle.rules, entangle.methods).",
     )
-    parser.add_argument("door", nargs="?", choices=DOORS, help="only these")
+    parser.add_argument(
+        "door",
+        metavar="KIND",
+        nargs="?",
+        choices=DOORS,
+        help="only these: pruners, rules or methods (default: all)",
+    )
     add_table_options(parser, "plugins")
     parser.set_defaults(run=run)
 

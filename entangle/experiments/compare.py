@@ -390,14 +390,10 @@ class Comparing(Experiment[ComparisonArm]):
 
     def _density(self, flops: float) -> float:
         """Return the density in scope that FLOPs of the whole model amount to."""
-        proj = "mlp" if self._masks.scope == "mlp" else None
-        sizes = {x.name: math.prod(x.shape) for x in list_layers(self.model.module)}
-        scope = sum(
-            sizes[layer.name]
-            for layer in find_layers(self.model.module, "all", proj)
-            if layer.block is not None
-        )
-        return 1 - (1 - flops) * sum(sizes.values()) / scope
+        module, proj = self.model.module, "mlp" if self._masks.scope == "mlp" else None
+        inside = [x.shape for x in find_layers(module, "all", proj) if x.block is not None]
+        every = sum(math.prod(x.shape) for x in list_layers(module))
+        return 1 - (1 - flops) * every / sum(map(math.prod, inside))
 
     def _masked(self, arm: ComparisonArm) -> Arrays:
         """Return the numbers of a method that masks activations; NaN where it does not apply."""
@@ -447,8 +443,7 @@ class Comparing(Experiment[ComparisonArm]):
         progress: bool | None,
     ) -> Sequence[ComparisonArm]:
         """Measure the dense model."""
-        alike = (*_COSTS, "density")
-        ones = {name: np.array(1.0 if name in alike else np.nan) for name in _NUMBERS}
+        ones = {n: np.array(1.0 if n in (*_COSTS, "density") else np.nan) for n in _NUMBERS}
         self.dense = self.evaluation.measure(self.model, progress=progress) | ones
         self.done(None, self.dense)
         return self.arms

@@ -242,12 +242,9 @@ def claimed(path: str | os.PathLike[str] | None) -> Iterator[None]:
 
 
 def agree_on(**parts: object) -> None:
-    """Check that all ranks are to make the same (`entangle.ranks`), from parts of their manifests.
+    """Refuse ranks (`entangle.ranks`) that are to make other things, by parts of their manifests.
 
-    Raises
-    ------
-    InvalidInput
-        Naming the first part and rank that differ; the device may.
+    The device may differ; the error names the first part and rank that do.
     """
     if current().size > 1:
         current().agree(

@@ -4,7 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,14 @@ import matplotlib.pyplot as plt
 import pytest
 import transformers as hf
 
+from entangle.activation import ACTIVATION_METHODS
+from entangle.allocation.rules import RULES
 from entangle.cli.main import build_parser, main
+from entangle.doors import Door
 from entangle.experts import checkpoint
 from entangle.models import demo, loading
 from entangle.models.loading import LanguageModel
+from entangle.pruning import PRUNERS
 from entangle.seeding import numpy_rng
 from tests.docs.pages import PAGES, ROOT, blocks, commands
 from tests.tiny_models import GROUPED, own_generator, tiny_tokenizer
@@ -65,8 +69,21 @@ def tiny_demo(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(home, "load_model", loads(home.load_model))
 
 
+@pytest.fixture
+def doors() -> Iterator[None]:
+    """Leave no name of a page behind."""
+    doors: tuple[Door[Any], ...] = (PRUNERS, RULES, ACTIVATION_METHODS)
+    kept = [(door, tuple(door._things)) for door in doors]
+    yield
+    for door, names in kept:
+        for name in set(door._things) - set(names):
+            door.remove(name)
+
+
 @pytest.mark.parametrize("page", RUN, ids=lambda page: page.stem)
-def test_what_a_page_shows_runs_in_order(page: Path, place: Path, tiny_demo: None) -> None:
+def test_what_a_page_shows_runs_in_order(
+    page: Path, place: Path, tiny_demo: None, doors: None
+) -> None:
     names: dict[str, Any] = {}
     for language, code in blocks(page, "python", "sh"):
         if language == "python":
