@@ -155,9 +155,9 @@ def test_groups_of_several_batches_are_joined(
     module, name = tiny("llama").module, "model.layers.1.mlp.gate_proj"
     measured: list[MeasuredLayer] = []
 
-    def note(one: MeasuredLayer) -> LayerSummary:
+    def note(one: MeasuredLayer, norms: Tensor | None) -> LayerSummary:
         measured.append(one)
-        return summarise(one)
+        return summarise(one, norms)
 
     monkeypatch.setattr(exact, "summarise", note)
     measure(module, [name], calibration.ids, 2**30)
