@@ -352,8 +352,17 @@ class _Joined(Ranks):
 
         if tensor.is_cuda:
             self._meet()
-        if tensor.numel():
-            self._send(tensor.view(-1).view(torch.uint8), by)
+        if not tensor.numel():
+            return
+        flat = tensor.view(-1).view(torch.uint8)
+        if tensor.is_cuda or not self._on_gpu or flat.numel() <= _SMALL:
+            self._send(flat, by)
+            return
+        there = flat.cuda() if by == self.rank else torch.empty_like(flat, device="cuda")
+        self._meet()
+        self._send(there, by)
+        if by != self.rank:
+            flat.copy_(there)
 
     @_hearing
     def reduce(self, tensor: "Tensor", *, to: int, by: str = "sum") -> None:

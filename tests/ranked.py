@@ -21,7 +21,9 @@ from entangle.experiments.compare import compare
 from entangle.experts import spread
 from entangle.experts.expand import expand
 from entangle.experts.prune import prune
-from entangle.models.loading import as_language_model
+from entangle.models import streaming
+from entangle.models.loading import as_language_model, load_model
+from entangle.models.streaming import is_streamed
 from entangle.ranks import Ranks, current, place_of, started
 from entangle.results.scores import NeuronScores
 from entangle.scoring.score import score
@@ -93,8 +95,8 @@ def of_scores(scores: NeuronScores) -> str:
     return digest(scores.frame, scores.layers, histograms, scores.manifest["settings"])
 
 
-def of_folder(folder: Path) -> str:
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+def of_folder(folder: Path, *, ending: str = "") -> str:
+    files = (path for path in sorted(folder.rglob(f"*{ending}")) if path.is_file())
     return digest(
         [(path.name, path.read_bytes()) for path in files if path.name not in ("run.json",)]
     )
@@ -113,6 +115,26 @@ def scored(kinds: str) -> Iterator[tuple[str, str]]:
                     f"{name} {method} {dtype}",
                     of_scores(score(model, text, proj=None, **settings)),
                 )
+
+
+def streamed(folder: Path) -> Iterator[tuple[str, str]]:
+    """Score and expand models that come block by block, and measure their perplexity."""
+    text, evaluation = texts()
+    where = folder / "llama"
+    if current().rank == 0:
+        made = TINY["llama"]().to(torch.bfloat16)
+        made.save_pretrained(where, max_shard_size="20KB")  # type: ignore[operator]
+    current().exchange("written")
+    model = load_model(where, device="cpu", stream=True)
+    assert is_streamed(model.module)
+    for method in ("sketch", "exact"):
+        found = score(model, text, proj=None, method=method, batch_size=1, progress=False)
+        yield f"streamed {method}", digest(found.frame.drop(columns="model"), found.layers)
+    yield "streamed loss", digest(perplexity(model, evaluation, batch_size=1).window_losses)
+    out = folder / "streamed"
+    expand(model, text, experts=3, sparsity=0.5, restarts=1, out=out, keep=False, progress=False)
+    if current().rank == 0:
+        yield "streamed files", of_folder(out, ending=".safetensors")
 
 
 def built(kinds: str, folder: Path) -> Iterator[tuple[str, str]]:
@@ -147,7 +169,9 @@ def work(kinds: str, folder: Path) -> dict[str, str]:
     """Do all of it, in batches of two sequences."""
     calibration_set._TOKENS_IN_A_PASS = 32
     spread._ROWS = 24
-    return {**dict(scored(kinds)), **dict(built(kinds, folder))}
+    streaming._SMALL = 100
+    found = {**dict(scored(kinds)), **dict(built(kinds, folder))}
+    return found | dict(streamed(folder) if kinds == FULL else ())
 
 
 def _disagrees(ranks: Ranks) -> str:

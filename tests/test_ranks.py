@@ -14,6 +14,7 @@ import torch
 from entangle.errors import InvalidInput
 from entangle.experts import spread
 from entangle.experts.spread import cluster_shares
+from entangle.models import streaming
 from entangle.ranks import ALONE, Place, Ranks, apart, current, place_of, started
 from entangle.results.scores import load_scores
 from entangle.texts import calibration_set
@@ -60,6 +61,7 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the settings that `tests.ranked` changes come back."""
     monkeypatch.setattr(calibration_set, "_TOKENS_IN_A_PASS", 32)
     monkeypatch.setattr(spread, "_ROWS", 24)
+    monkeypatch.setattr(streaming, "_SMALL", 100)
 
 
 @pytest.mark.usefixtures("batches")

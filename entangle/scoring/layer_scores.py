@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -310,14 +310,18 @@ class FinerOutputs:
             made._again = again.nonzero()[:, 0]
         return made
 
-    def pool(self, ranks: Ranks, *, to: int) -> None:
-        """As `entangle.stats.sketch.OutputSketch.pool`."""
+    def known(self) -> Sequence[Any]:
+        """As `entangle.stats.sketch.OutputSketch.known`."""
         name = str(self._dtype).removeprefix("torch.") if self._sizes.n_tokens else None
-        known = next((one for one in ranks.exchange(name) if one is not None), "float32")
+        return [name, self._sizes.known()]
+
+    def pool(self, ranks: Ranks, found: Sequence[Sequence[Any]], *, to: int) -> None:
+        """As `entangle.stats.sketch.OutputSketch.pool`."""
+        known = next((name for name, _ in found if name is not None), "float32")
         self._dtype = getattr(torch, known)
         device = self._layer.device
         like = torch.zeros(self._layer.in_features, dtype=accumulator_dtype(device), device=device)
-        self._sizes.pool(ranks, like, to=to)
+        self._sizes.pool(ranks, [sizes for _, sizes in found], like, to=to)
 
     def of(
         self,

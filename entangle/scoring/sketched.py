@@ -211,8 +211,10 @@ class _Passes:
     ) -> None:
         self._counts, self._squares, self._pairing, self._watch = counts, squares, pairing, watch
         self._pairs: dict[int, _Pairs] = {}
+        self._places_bins = False
+        """Whether the pass under way is not counted."""
         self._fresh: set[str] = set()
-        """Layers that were counted in the pass under way."""
+        """Layers that were seen in it."""
 
     def told(
         self,
@@ -229,10 +231,11 @@ class _Passes:
             self._pairing.batch = own[place][0]
             self._squares.forget()
             self._fresh.clear()
+            self._places_bins = drop and place == 0
 
-        def after(place: int) -> None:
-            for name in self._fresh if drop and place == 0 else ():
-                self._counts[name].placed_at(self._counts[name].places())
+        def after(_place: int) -> None:
+            for name in self._fresh if self._places_bins else ():
+                self._counts[name].begin()
                 recorder.tokens[name] = 0
 
         def reported(sequences: int) -> None:
@@ -251,7 +254,10 @@ class _Passes:
         own = self._counts[seen.layer.name]
         self._fresh.add(seen.layer.name)
         rows = own.finer.of(seen.inputs, seen.outputs)
-        own.outputs.update(rows, group=seen.group)
+        if self._places_bins:
+            own.outputs.begin(rows)
+        else:
+            own.outputs.update(rows, group=seen.group)
         if self._pairing.share > 0:
             if seen.leads:  # what was found for other inputs is done with
                 self._pairs.clear()

@@ -5,13 +5,13 @@ are shared out. What was counted of a layer comes together on one rank, in the o
 sequences, and is measured there; then every rank has all summaries.
 """
 
-import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors.numpy import load, save
 from torch import Tensor
 
 from entangle.models.layers import Layer
@@ -46,6 +46,11 @@ class LayerCounts:
             None if again is None else again.float()[None],
         ]
 
+    def begin(self) -> None:
+        """Begin anew with the places alone, after `outputs` were placed and not counted."""
+        self.pairs = self.pairs.placed_at(self.pairs.place)
+        self.finer = self.finer.decided(self.finer.again)
+
     def placed_at(self, places: Sequence[Tensor | None]) -> None:
         """Begin anew with what `places` gave."""
         outputs, pairs, again = places
@@ -54,15 +59,19 @@ class LayerCounts:
         self.pairs = self.pairs.placed_at(None if pairs is None else pairs[0])
         self.finer = self.finer.decided(None if again is None else again[0] > 0)
 
-    def pool(self, ranks: Ranks, *, to: int) -> None:
+    def known(self) -> list[Any]:
+        """Return what all ranks must know of this to `pool` it, as JSON takes it."""
+        return [self.outputs.known(), self.pairs.known(), self.finer.known()]
+
+    def pool(self, ranks: Ranks, known: Sequence[Sequence[Any]], *, to: int) -> None:
         """Put what all ranks counted together on rank ``to``, as one would have counted it."""
-        if ranks.size == 1:
-            return
-        self.outputs.pool(ranks, to=to)
-        self.pairs.pool(ranks, to=to)
-        self.finer.pool(ranks, to=to)
+        outputs, pairs, finer = zip(*known, strict=True)
+        self.outputs.pool(ranks, outputs, to=to)
+        self.pairs.pool(ranks, pairs, to=to)
+        self.finer.pool(ranks, finer, to=to)
 
 
+_ALIGNED = 8  # bytes
 _ROWS = (2, 1, 1)  # of each of `LayerCounts.places`
 
 
@@ -122,8 +131,12 @@ def pool_counts(
     """
     seen = ranks.exchange([counts[layer.name].outputs.n_tokens for layer in layers])
     heard = [layer for layer, *tokens in zip(layers, *seen, strict=True) if any(tokens)]
+    if ranks.size == 1:
+        return heard
+    known = ranks.exchange([counts[layer.name].known() for layer in heard])
     for number, layer in enumerate(heard):
-        counts[layer.name].pool(ranks, to=number % ranks.size)
+        found = [own[number] for own in known]
+        counts[layer.name].pool(ranks, found, to=number % ranks.size)
         if number % ranks.size != ranks.rank:
             del counts[layer.name]
     return heard[ranks.rank :: ranks.size]
@@ -169,37 +182,47 @@ def share_summaries(
     """Return the summaries of all ranks, in the order of the layers."""
     if ranks.size == 1:
         return list(own)
-    found = dict[str, LayerSummary]()
-    for content in ranks.gather(_packed(own)):
-        found |= _unpacked(content, {layer.name: layer for layer in layers})
+    described, content = _packed(own)
+    found, known = {one.layer.name: one for one in own}, {layer.name: layer for layer in layers}
+    for rank, (size, theirs) in enumerate(ranks.exchange([len(content), described])):
+        sent = content if rank == ranks.rank else torch.empty(size, dtype=torch.uint8)
+        ranks.broadcast(sent, by=rank)
+        if rank != ranks.rank:
+            found |= {name: _unpacked(sent, known[name], one) for name, one in theirs.items()}
     return [found[layer.name] for layer in layers if layer.name in found]
 
 
-def _packed(summaries: Sequence[LayerSummary]) -> bytes:
-    arrays, described = dict[str, np.ndarray](), dict[str, list[object]]()
-    for i, one in enumerate(summaries):
+def _packed(summaries: Sequence[LayerSummary]) -> tuple[dict[str, Any], Tensor]:
+    """Return what `_unpacked` needs of each layer, as JSON takes it, and all arrays' bytes."""
+    described: dict[str, Any] = {}
+    arrays, size = list[tuple[int, np.ndarray]](), 0
+    for one in summaries:
         own = {f"numbers.{name}": array for name, array in one.numbers.items()}
         shape = {f.name: getattr(one.histograms, f.name) for f in fields(LayerHistograms)}
-        own |= {} if one.norms is None else {"norms.": one.norms.numpy()}
         own |= {f"histograms.{k}": v for k, v in shape.items() if isinstance(v, np.ndarray)}
-        arrays |= {f"{i}.{name}": np.ascontiguousarray(array) for name, array in own.items()}
-        described[one.layer.name] = [i, one.n_tokens, one.row, one.histograms.first_bin]
-    arrays["described"] = np.frombuffer(json.dumps(described).encode(), np.uint8)
-    return save(arrays)
+        own |= {} if one.norms is None else {"norms.": one.norms.numpy()}
+        places = {}
+        for name, array in own.items():
+            places[name] = [size, array.dtype.str, array.shape]
+            arrays.append((size, array))
+            size += -(-array.nbytes // _ALIGNED) * _ALIGNED
+        described[one.layer.name] = [places, one.n_tokens, one.row, one.histograms.first_bin]
+    content = torch.zeros(size, dtype=torch.uint8)
+    for start, array in arrays:
+        place = content.numpy()[start : start + array.nbytes]
+        np.copyto(place.view(array.dtype).reshape(array.shape), array)
+    return described, content
 
 
-def _unpacked(content: bytes, layers: Mapping[str, Layer]) -> dict[str, LayerSummary]:
-    arrays = load(content)
-    found = {}
-    for name, (i, n_tokens, row, first) in json.loads(arrays["described"].tobytes()).items():
-        parts: dict[str, dict[str, np.ndarray]] = {"numbers": {}, "histograms": {}, "norms": {}}
-        for key, array in arrays.items():
-            number, _, rest = key.partition(".")
-            if number == str(i):
-                kind, _, column = rest.partition(".")
-                parts[kind][column] = array
-        histograms = LayerHistograms(first_bin=first, **parts["histograms"])
-        norms = torch.from_numpy(parts["norms"][""]) if parts["norms"] else None
-        numbers = parts["numbers"]
-        found[name] = LayerSummary(layers[name], n_tokens, numbers, row, histograms, norms)
-    return found
+def _unpacked(content: Tensor, layer: Layer, described: Sequence[Any]) -> LayerSummary:
+    """Return a layer's summary, whose arrays stay where they came."""
+    places, n_tokens, row, first = described
+    parts: dict[str, dict[str, np.ndarray]] = {"numbers": {}, "histograms": {}, "norms": {}}
+    for key, (start, kind, shape) in places.items():
+        n_bytes = math.prod(shape) * np.dtype(kind).itemsize
+        part, _, name = key.partition(".")
+        place = content.numpy()[start : start + n_bytes]
+        parts[part][name] = place.view(kind).reshape(shape)
+    histograms = LayerHistograms(first_bin=first, **parts["histograms"])
+    norms = torch.from_numpy(parts["norms"][""]) if parts["norms"] else None
+    return LayerSummary(layer, n_tokens, parts["numbers"], row, histograms, norms)

@@ -78,8 +78,8 @@ def pooled_parts(
     """
     table = like.new_zeros(sum(counts), *like.shape)  # a sum of one number and zeros is exact
     before = sum(counts[: ranks.rank])
-    for place, part in enumerate(parts, before):
-        table[place] = part
+    if parts:
+        torch.stack(list(parts), out=table[before : before + len(parts)])
     ranks.reduce(table, to=to)
     return table
 

@@ -13,7 +13,7 @@ The pair statistics of the mapping difficulty from a stream of outputs.
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -397,10 +397,13 @@ class PairSketch:
         self.n_pairs += other.n_pairs
         self.n_identical += other.n_identical
 
-    def pool(self, ranks: Ranks, *, to: int) -> None:
-        """As `entangle.stats.sketch.OutputSketch.pool`."""
+    def known(self) -> Sequence[Any]:
+        """As `entangle.stats.sketch.OutputSketch.known`."""
         known = [self.n_pairs, self.n_identical, self._dx_max, [dx for dx, _ in self._parts]]
-        found = ranks.exchange([*known, [len(dx) for dx in self._uncounted]])
+        return [*known, [len(dx) for dx in self._uncounted]]
+
+    def pool(self, ranks: Ranks, found: Sequence[Sequence[Any]], *, to: int) -> None:
+        """As `entangle.stats.sketch.OutputSketch.pool`."""
         if self._placed:
             sums = pooled_parts(
                 ranks, [part for _, part in self._parts], [len(own[3]) for own in found],

@@ -15,6 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
+from typing import Any
 
 import torch
 from jaxtyping import Float, Float64, Int32
@@ -204,19 +205,27 @@ class OutputSketch:
         self._closed_counts.add_(other._closed_counts)
         self.n_tokens += other.n_tokens
 
-    def pool(self, ranks: Ranks, *, to: int) -> None:
+    def begin(self, outputs: Float[Tensor, "tokens neurons"]) -> None:
+        """Place the bins by outputs that are not counted, unless they are placed."""
+        if outputs.shape[0] and not self._placed:
+            self._place(*place_bins(outputs.detach()))
+
+    def known(self) -> Sequence[Any]:
+        """Return what all ranks must know of this sketch to `pool` it, as JSON takes it."""
+        if self.n_tokens:
+            self._close_group()
+        used = self._used_groups() if self.n_tokens else (N_BINS, -1)
+        tokens = self._group_tokens.tolist() if self._placed else []
+        return [[group for group, _ in self._parts], tokens, *used]
+
+    def pool(self, ranks: Ranks, found: Sequence[Sequence[Any]], *, to: int) -> None:
         """Put what the sketches of all ranks have seen into that of rank ``to``.
 
         All have the same bins, keep their sums apart (``split``), and have seen one text, the first
         rank its beginning: what comes out is what one sketch of all of it holds, to the bit. Those
-        of the other ranks hold nothing of use afterwards.
+        of the other ranks hold nothing of use afterwards. ``found`` is what every rank's `known`
+        gave.
         """
-        if self.n_tokens:
-            self._close_group()
-        used = self._used_groups() if self.n_tokens else (N_BINS, -1)
-        found = ranks.exchange(
-            [[group for group, _ in self._parts], self._group_tokens.tolist(), *used]
-        )
         groups = [(own, tokens) for own, tokens, _, _ in found]
         some = slice(min(one for *_, one, _ in found), max(one for *_, one in found) + 1)
         wide = slice(some.start * GROUP_FOLD, some.stop * GROUP_FOLD)

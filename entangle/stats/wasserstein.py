@@ -483,9 +483,19 @@ class FeatureSizes:
         self._squares = squares.clone() if self._squares is None else self._squares + squares
         self.n_tokens += n_tokens
 
-    def pool(self, ranks: Ranks, like: Float[Tensor, " features"], *, to: int) -> None:
+    def known(self) -> Sequence[int]:
+        """As `entangle.stats.sketch.OutputSketch.known`."""
+        return [len(self._parts), self.n_tokens]
+
+    def pool(
+        self,
+        ranks: Ranks,
+        found: Sequence[Sequence[int]],
+        like: Float[Tensor, " features"],
+        *,
+        to: int,
+    ) -> None:
         """As `entangle.stats.sketch.OutputSketch.pool`; ``like`` is as what is added."""
-        found = ranks.exchange([len(self._parts), self.n_tokens])
         sums = pooled_parts(ranks, self._parts, [own[0] for own in found], like=like, to=to)
         self._parts, self._squares, self.n_tokens = [], None, 0
         for part in sums:
