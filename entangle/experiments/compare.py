@@ -372,7 +372,7 @@ class Comparing(Experiment[ComparisonArm]):
             every[0].weight.element_size(),
             dense - sum(math.prod(x.shape) for x in pruned),
         )
-        packed = [t.nbytes for x in pruned for t in pack(x.weight, "bitmap")[1].values()]
+        packed = [t.nbytes for x in pruned for t in pack(x.weight[None], "bitmap")[1].values()]
         flops = 1 - zeros / dense
         numbers = {
             "flops": flops, "nonzeros": flops,

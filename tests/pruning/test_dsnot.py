@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
+import entangle
 from entangle.errors import InvalidInput
 from entangle.experts.dsnot import prune_dsnot
 from entangle.pruning import prune
 from entangle.pruning.dsnot import InputStatistics, dsnot
+from entangle.results.comparison import flops_saved
 from tests.tiny_models import TINY
 
 
@@ -88,3 +90,17 @@ def test_a_model_is_pruned_block_by_block() -> None:
     for name, p in found.module.named_parameters():
         zeros = int((p == 0).sum())
         assert zeros == (p.numel() // 2 if ".mlp." in name and p.ndim == 2 else 0)
+
+
+def test_it_costs_in_a_comparison_what_the_pruner_alone_costs() -> None:
+    ids = torch.randint(4, 112, (4, 16), generator=torch.Generator().manual_seed(0))
+    methods = ["wanda", "dsnot:wanda", "teal", "griffin"]
+    found = entangle.compare(TINY["llama"](), ids, ids, methods, sparsity=0.5, progress=False)
+    rows = found.frame.set_index("method")
+    for cost in ("flops", "nonzeros", "bytes", "density"):
+        assert rows[cost]["dsnot:wanda"] == pytest.approx(rows[cost]["wanda"], rel=1e-6)
+    assert rows["density"]["teal"] == pytest.approx(0.5, abs=0.03)
+    assert rows["perplexity"].isna()["griffin"]  # no prefix to choose from
+    saved = flops_saved(found, at=(0.05,), resamples=20).set_index("method")
+    assert set(saved.index) == {"wanda", "dsnot:wanda", "teal"}
+    assert ((saved["saved"] >= 0) & (saved["saved"] <= 1)).all()
