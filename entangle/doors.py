@@ -18,7 +18,7 @@ from entangle.errors import EntangleError, InvalidInput, unknown_name
 
 Thing = TypeVar("Thing")
 
-KINDS = ("pruners", "routers", "rules", "methods", "columns", "measures")
+KINDS = ("pruners", "rules", "methods")
 """The doors: groups of entry points are ``entangle.`` and one of these."""
 
 
@@ -48,6 +48,7 @@ class Door(Mapping[str, Thing], Generic[Thing]):
         self.kind, self._adapt = kind, adapt
         self._things: dict[str, Thing] = {}
         self._sources: dict[str, str] = {}
+        self._ours: set[str] = set()
 
     def register(self, name: str, thing: Any, *, source: str = "") -> None:
         """Add something.
@@ -76,6 +77,11 @@ class Door(Mapping[str, Thing], Generic[Thing]):
             )
         self._things[name] = self._adapt(name, thing)
         self._sources[name] = source
+
+    def own(self, name: str, thing: Any, *, source: str) -> None:
+        """Add something of this package's."""
+        self.register(name, thing, source=source)
+        self._ours.add(name)
 
     def remove(self, name: str) -> None:
         """Take out what `register` added."""
@@ -117,6 +123,10 @@ class Door(Mapping[str, Thing], Generic[Thing]):
     def __contains__(self, name: object) -> bool:
         """Tell whether a name exists, without loading what it stands for."""
         return name in self._things or name in self._found()
+
+    def is_ours(self, name: str) -> bool:
+        """Tell whether something is part of this package."""
+        return name in self._ours
 
     def source(self, name: str) -> str:
         """Return where something comes from."""

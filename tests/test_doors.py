@@ -44,6 +44,8 @@ def test_a_pruner_of_ones_own_is_a_method_like_ours(own: str) -> None:
     model = TINY["llama"]()
     found = entangle.compare(model, IDS, IDS, ["wanda", own], sparsity=0.5, progress=False)
     rows = found.frame.set_index("method")["perplexity"]
+    settings: Any = found.manifest["settings"]
+    assert settings["plugins"] == {own: "here"}
     assert rows["own"] == pytest.approx(rows["wanda"], rel=1e-6)
 
 

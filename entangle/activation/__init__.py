@@ -24,12 +24,13 @@ from entangle.activation.methods import (
 )
 from entangle.activation.rules import FORMS, Window
 from entangle.activation.sparsity import ActivationSparsity
-from entangle.activation.subject import SCOPES, Subject
+from entangle.activation.subject import SCOPES, Masks, Subject
 from entangle.checks import choice, whole
 from entangle.errors import InvalidInput
 from entangle.evaluation.perplexity import Perplexity, check_prefix, measure_perplexity
 from entangle.models.blocks import evaluating
 from entangle.models.loading import AnyModel, as_language_model
+from entangle.models.streaming import comes_by_blocks
 from entangle.texts.calibration import as_calibration
 from entangle.texts.evaluation import as_evaluation
 from entangle.texts.given import Source
@@ -41,6 +42,7 @@ __all__ = [
     "ActivationMethod",
     "ActivationSparsity",
     "Levels",
+    "Masks",
     "SparseEvaluation",
     "chunk_sparsity",
     "fit",
@@ -52,7 +54,7 @@ __all__ = [
     "search_levels",
 ]
 
-ACTIVATION_METHODS.register(Cett.name, Cett, source=Cett.source)
+ACTIVATION_METHODS.own(Cett.name, Cett, source=Cett.source)
 
 
 def fit(
@@ -99,6 +101,11 @@ def fit(
     scope = choice("scope", scope, SCOPES)
     window = Window(dense=whole("dense_prefix", dense_prefix, least=0))
     known = as_language_model(model)
+    if comes_by_blocks(known.module):
+        raise InvalidInput(
+            "activation sparsity needs the model's weights in memory; this one's come block by "
+            "block: load it with --no-stream (stream=False)."
+        )
     with evaluating(known.module):
         subject = Subject(known, as_calibration(calibration, known), scope, window)
         if not subject.layers:

@@ -174,5 +174,5 @@ class WinaGreedy(_Searched, Wina):
 
 
 for _one in (TealGreedy, WinaGreedy):
-    ACTIVATION_METHODS.register(_one.name, _one, source=_one.source)
+    ACTIVATION_METHODS.own(_one.name, _one, source=_one.source)
 __all__ = ["BlockPath", "TealGreedy", "WinaGreedy", "search_levels"]

@@ -18,7 +18,7 @@ from entangle.activation.sparsity import ActivationSparsity, LowRank
 from entangle.activation.subject import Subject
 from entangle.checks import choice
 from entangle.doors import Door
-from entangle.errors import InvalidInput
+from entangle.errors import EntangleError, InvalidInput
 from entangle.models.layers import Layer
 from entangle.recording.recorder import Recorded
 
@@ -445,7 +445,14 @@ class _Given(Rule):
     def weigh(self, z: Float[Tensor, "... features"]) -> Float[Tensor, "... features"]:
         """Return the scores; refuse what are none."""
         flat = z.flatten(0, -2)
-        found: Any = self.function(flat, self.weight)
+        try:
+            found: Any = self.function(flat, self.weight)
+        except EntangleError:
+            raise
+        except Exception as error:
+            raise InvalidInput(
+                f"the function of scores failed: {type(error).__name__}: {error}"
+            ) from error
         if not isinstance(found, Tensor) or found.shape != flat.shape:
             shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise InvalidInput(
@@ -500,7 +507,7 @@ ACTIVATION_METHODS: Door[type[ActivationMethod]] = Door("methods", as_method)
 """The methods by name."""
 for _one in (Teal, ColumnNorm, Wina, Cats, Chess, ChessAttention, RSparse, Larosa, Griffin,
              CoreInfer):  # fmt: skip
-    ACTIVATION_METHODS.register(_one.name, _one, source=_one.source)
+    ACTIVATION_METHODS.own(_one.name, _one, source=_one.source)
 
 
 def _layers(part: FeedForward) -> Iterable[Layer]:

@@ -190,7 +190,7 @@ class Rule:
         """Return which of the scores are kept."""
         if self.form == "threshold":
             assert self._threshold is not None, "settle() takes it from the calibration"  # noqa: S101
-            return scores > self._threshold
+            return ~(scores <= self._threshold)  # what is no number stays, and is seen
         count = int(scores.shape[-1] * (1 - self.level) + 1e-9)
         best = scores.topk(count, sorted=False).indices
         return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True)

@@ -169,6 +169,13 @@ class ActivationSparsity:
                 return float(every.sum() - sum(spared))
         return float(stored.sum())
 
+    @property
+    def stored(self) -> int:
+        """Numbers that are stored beside the weights: turns and low-rank rests."""
+        turns = {id(r.turn): r.turn for r in self.rules if r.turn and not r.dense}
+        rests = (a.numel() + b.numel() for a, b in self.rest.values())
+        return sum(turn.basis.numel() for turn in turns.values()) + sum(rests)
+
     def density(self) -> dict[str, float]:
         """Return multiply-adds a token as measured, as shares of the dense model's.
 

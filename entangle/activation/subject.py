@@ -1,7 +1,7 @@
 """What methods of activation sparsity look at: a model's layers, what they read, and a text."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 
 import torch
@@ -19,6 +19,21 @@ from entangle.texts.calibration_set import CalibrationSet
 
 SCOPES = ("mlp", "all")
 """Linears of the blocks that may be sparse: of the feed-forward part, or with attention's too."""
+
+
+@dataclass(frozen=True)
+class Masks:
+    """How activations are masked, and which tokens are scored."""
+
+    scope: str = "mlp"
+    form: str | None = None
+    dense_prefix: int = 0
+    prefix: int = 0
+
+    def describe(self) -> dict[str, object]:
+        """Return what differs from the usual, JSON-serialisable."""
+        usual = Masks()
+        return {k: v for k, v in asdict(self).items() if v != getattr(usual, k)}
 
 
 @dataclass(frozen=True, eq=False)

@@ -567,4 +567,4 @@ def as_rule(name: str, thing: object) -> Rule:
 RULES: Door[Rule] = Door("rules", as_rule)
 """Rules by name, in the order in which they are listed."""
 for _name, _rule in _OURS.items():
-    RULES.register(_name, _rule, source=_rule.summary)
+    RULES.own(_name, _rule, source=_rule.summary)

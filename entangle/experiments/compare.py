@@ -13,7 +13,14 @@ from warnings import warn
 import numpy as np
 import pandas as pd
 
-from entangle.activation import ACTIVATION_METHODS, FORMS, SCOPES, ActivationMethod, fit
+from entangle.activation import (
+    ACTIVATION_METHODS,
+    FORMS,
+    SCOPES,
+    ActivationMethod,
+    Masks,
+    fit,
+)
 from entangle.activation import measure as measure_sparse
 from entangle.allocation.allocation import Allocation, even
 from entangle.allocation.experts import mean_experts, nominal_sparsity, zeros_digest
@@ -211,21 +218,6 @@ def compare(
         return found
 
 
-@dataclass(frozen=True)
-class Masks:
-    """How activations are masked, and which tokens are scored."""
-
-    scope: str = "mlp"
-    form: str | None = None
-    dense_prefix: int = 0
-    prefix: int = 0
-
-    def describe(self) -> dict[str, object]:
-        """Return what differs from the usual, JSON-serialisable."""
-        usual = Masks()
-        return {k: v for k, v in asdict(self).items() if v != getattr(usual, k)}
-
-
 def _shares(sparsity: Any, density: Any, default: Any) -> Any:
     """Return the sparsities asked for, by either name."""
     if density is None:
@@ -285,11 +277,10 @@ class Comparing(Experiment[ComparisonArm]):
         told: Callable[[str], None] | None = None,
         seed: int = 0,
         memory: int,
-        masks: Masks = Masks(),
+        masks: Masks | None = None,
     ) -> None:
         super().__init__(model, calibration, evaluation, seed=seed, memory=memory)
-        self._masks = masks
-        self._fitted: dict[str, ActivationMethod] = {}
+        self._masks, self._fitted = masks or Masks(), dict[str, ActivationMethod]()
         self.arms, self._allocations, self._told = arms, allocations, told
         self._layers, self._by_name = common_layers(allocations), by_name(allocations)
         self._evenly = {sparsity: even(one) for (_, sparsity), one in self._by_name.items()}
@@ -310,6 +301,7 @@ class Comparing(Experiment[ComparisonArm]):
             "arms": [[arm.method, arm.sparsity, arm.experts, arm.allocation] for arm in self.arms],
             "seed": self.seed,
             **self._masks.describe(),
+            **self._plugins(),
         }
         if self._allocations:
             settings["allocations"] = [
@@ -317,6 +309,15 @@ class Comparing(Experiment[ComparisonArm]):
                 for name, one in self._allocations
             ]
         return settings
+
+    def _plugins(self) -> dict[str, object]:
+        """Return where methods that are not ours come from, by name."""
+        found = {}
+        for name in dict.fromkeys(arm.method.removeprefix(DSNOT) for arm in self.arms):
+            door = ACTIVATION_METHODS if name in ACTIVATION_METHODS else PRUNERS
+            if name in door and not door.is_ours(name):
+                found[name] = door.source(name)
+        return {"plugins": found} if found else {}
 
     def evaluated(self) -> dict[str, object]:
         """Return what a manifest records of the evaluation: the text alone."""
@@ -362,8 +363,9 @@ class Comparing(Experiment[ComparisonArm]):
         clock = time.perf_counter()
         pruner = arm.method.removeprefix(DSNOT)
         built = prune_dsnot(
-            self.model, self.calibration, pruner=pruner, sparsity=arm.sparsity, seed=self.seed
-        )
+            self.model, self.calibration, pruner=pruner, sparsity=arm.sparsity, seed=self.seed,
+            memory=self.memory,
+        )  # fmt: skip
         found = measure_perplexity(built, self._text, prefix=self._masks.prefix, progress=False)
         every, pruned = list_layers(built.module), find_layers(built.module, "all", "mlp")
         dense = sum(math.prod(x.shape) for x in every)
@@ -389,11 +391,13 @@ class Comparing(Experiment[ComparisonArm]):
         return self.evaluation.text
 
     def _density(self, flops: float) -> float:
-        """Return the density in scope that FLOPs of the whole model amount to."""
+        """Return the density in scope that FLOPs of the whole model amount to; NaN if unknown."""
         module, proj = self.model.module, "mlp" if self._masks.scope == "mlp" else None
-        inside = [x.shape for x in find_layers(module, "all", proj) if x.block is not None]
+        inside = {x.name: x.shape for x in find_layers(module, "all", proj) if x.block is not None}
+        if self._layers is not None and not {*self._layers} <= inside.keys():
+            return np.nan  # an allocation prunes layers that are out of scope
         every = sum(math.prod(x.shape) for x in list_layers(module))
-        return 1 - (1 - flops) * every / sum(map(math.prod, inside))
+        return 1 - (1 - flops) * every / sum(map(math.prod, inside.values()))
 
     def _masked(self, arm: ComparisonArm) -> Arrays:
         """Return the numbers of a method that masks activations; NaN where it does not apply."""
@@ -412,13 +416,11 @@ class Comparing(Experiment[ComparisonArm]):
             nothing = dict.fromkeys(_NUMBERS, np.array(np.nan))
             return {"loss": np.full(len(self.dense["loss"]), np.nan), **nothing}
         numbers = {
-            "flops": found.flops, "nonzeros": 1.0, "bytes": 1.0, "relative_error": np.nan,
+            "flops": found.flops, "relative_error": np.nan,
             "density": found.density, "seconds": time.perf_counter() - clock,
         }  # fmt: skip
-        if made.rest:  # stored beside the weights
-            dense = sum(math.prod(x.shape) for x in list_layers(self.model.module))
-            more = sum(a.numel() + b.numel() for a, b in made.rest.values()) / dense
-            numbers |= {"nonzeros": 1 + more, "bytes": 1 + more}
+        more = 1 + made.stored / sum(math.prod(x.shape) for x in list_layers(self.model.module))
+        numbers |= {"nonzeros": more, "bytes": more}
         arrays = {name: np.array(value, np.float64) for name, value in numbers.items()}
         return {"loss": found.perplexity.window_losses, **arrays}
 

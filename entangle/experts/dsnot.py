@@ -1,18 +1,24 @@
 """A model pruned block by block with DSnoT after each layer's pruner."""
 
 import copy
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from entangle.models.blocks import BlockInputs, BlockRunner, evaluates
+from entangle.errors import InvalidInput
+from entangle.memory import memory_for
+from entangle.models.blocks import BlockRunner, evaluates
 from entangle.models.layers import Layer, LayerSpec, Projections, find_layers
 from entangle.models.loading import AnyModel, LanguageModel, as_language_model
+from entangle.models.streaming import comes_by_blocks
 from entangle.pruning import prune
 from entangle.pruning.dsnot import InputStatistics, dsnot
-from entangle.recording.hooks import observe
-from entangle.recording.recorder import of_one_group
+from entangle.recording.hooks import Habits, look_at
+from entangle.recording.recorder import Recorded, Recorder, of_one_group
+from entangle.recording.states import HiddenStates
 from entangle.texts.calibration import as_calibration
 from entangle.texts.given import Source
 
@@ -28,6 +34,7 @@ def prune_dsnot(
     proj: Projections = "mlp",
     keep_sign: bool = False,
     seed: int = 0,
+    memory: int | None = None,
 ) -> LanguageModel:
     """Prune a copy of a model: each block on what the pruned ones before it give, then DSnoT.
 
@@ -47,6 +54,8 @@ def prune_dsnot(
         As in `entangle.pruning.dsnot.dsnot`.
     seed
         Of a pruner that draws.
+    memory
+        Bytes of hidden states, as in `entangle.prune`.
 
     Returns
     -------
@@ -54,48 +63,53 @@ def prune_dsnot(
         The pruned copy.
     """
     dense = as_language_model(model)
+    if comes_by_blocks(dense.module):
+        raise InvalidInput(
+            "DSnoT needs the model's weights in memory; this one's come block by block: load it "
+            "with --no-stream (stream=False)."
+        )
     found = replace(dense, module=copy.deepcopy(dense.module))
     chosen = find_layers(found.module, layers, proj)
     for layer in chosen:
         layer.check_writable("pruning")
-    text = as_calibration(calibration, found)
+    batches = [ids for _, ids in of_one_group(as_calibration(calibration, found))]
     runner = BlockRunner(found.module)
-    entered = [runner.enter(ids) for _, ids in of_one_group(text)]
-    states, inputs = [h for h, _ in entered], [i for _, i in entered]
-    for index in range(runner.n_blocks):
-        own = [layer for layer in chosen if layer.block == index]
-        grams, statistics = _watched(runner, index, own, states, inputs)
-        for layer in own:
-            weight = layer.weight.clone()
-            gram = grams[layer.name].to(torch.float32)
-            made = prune(weight, gram, method=pruner, sparsity=sparsity, seed=seed, loss=False)
-            final = dsnot(weight, made.weight, statistics[layer.name], keep_sign=keep_sign)
-            with torch.no_grad():
-                layer.weight.copy_(final)
-        states = [runner.run(index, h, i) for h, i in zip(states, inputs, strict=True)]
+    habits = look_at(found.module, chosen, batches[0])
+    bytes_of = memory_for(memory, found.module)
+    with closing(HiddenStates(batches, memory=bytes_of)) as states:
+        states.enter(runner)
+        for index in range(runner.n_blocks):
+            own = [layer for layer in chosen if layer.block == index]
+            seen = _Watched(own, habits)
+            for ids, hidden in states.passes() if own else ():
+                seen.run(runner, index, ids, hidden)
+            for layer in own:
+                weight, gram = layer.weight.clone(), seen.grams[layer.name].float()
+                made = prune(weight, gram, method=pruner, sparsity=sparsity, seed=seed, loss=False)
+                swapped = dsnot(weight, made.weight, seen.found[layer.name], keep_sign=keep_sign)
+                with torch.no_grad():
+                    layer.weight.copy_(swapped)
+            states.advance(runner, index)
     return found
 
 
-def _watched(
-    runner: BlockRunner,
-    index: int,
-    layers: list[Layer],
-    states: list[Tensor],
-    inputs: list[BlockInputs],
-) -> tuple[dict[str, Tensor], dict[str, InputStatistics]]:
-    """Return grams and statistics of the inputs of a block's layers."""
-    grams: dict[str, Tensor] = {}
-    found = {x.name: InputStatistics.empty(x.in_features, x.device) for x in layers}
-    shape: list[torch.Size] = []
+class _Watched:
+    """Grams and statistics of the inputs of a block's layers."""
 
-    def take(layer: Layer, x: Tensor, _outputs: Tensor) -> None:
-        rows = x.flatten(0, -2).float()
+    def __init__(self, layers: Sequence[Layer], habits: Mapping[str, Habits]) -> None:
+        self.grams: dict[str, Tensor] = {}
+        self.found = {x.name: InputStatistics.empty(x.in_features, x.device) for x in layers}
+        self._recorder = Recorder(layers, self._take, once=True, affine="pruning", habits=habits)
+        self._shape: tuple[int, ...] = ()
+
+    def run(self, runner: BlockRunner, index: int, ids: Tensor, hidden: Tensor) -> None:
+        """Run the block on a pass and count what its layers read."""
+        self._shape = tuple(ids.shape)
+        with self._recorder.watching(), self._recorder.one_pass(self._shape):
+            runner.run(index, hidden, runner.enter(ids)[1])
+
+    def _take(self, seen: Recorded) -> None:
+        name, rows = seen.layer.name, seen.inputs.float()
         gram = (rows.T @ rows).double()
-        grams[layer.name] = grams[layer.name] + gram if layer.name in grams else gram
-        found[layer.name].update(x.reshape(*shape[-1], -1))
-
-    with observe(layers, take):
-        for hidden, one in zip(states, inputs, strict=True):
-            shape.append(hidden.shape[:2])
-            runner.run(index, hidden, one)
-    return grams, found
+        self.grams[name] = self.grams[name] + gram if name in self.grams else gram
+        self.found[name].update(rows.unflatten(0, self._shape))

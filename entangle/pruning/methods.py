@@ -228,7 +228,7 @@ def _ours(name: str, source: str) -> Callable[[Solver], Solver]:
 
     def add(function: Solver) -> Solver:
         function.solves_problems = True  # type: ignore[attr-defined]
-        PRUNERS.register(name, function, source=source)
+        PRUNERS.own(name, function, source=source)
         return function
 
     return add

@@ -192,6 +192,7 @@ def _competition(row: pd.Series, frame: pd.DataFrame) -> dict[str, object]:
     return {**kept, **found, "allocation": row["allocation"]}
 
 
+_SAVED = ("method", "experts", "allocation")
 DEARER = (0.01, 0.05, 0.10)
 """Increases of perplexity at which `flops_saved` is told."""
 
@@ -235,9 +236,7 @@ def flops_saved(
     place: dict[object, int] = {key: i for i, key in enumerate(table.columns)}
     dense = means[:, place[_key(frame[frame["method"] == DENSE].iloc[0])]]
     rows = []
-    for names, arms in frame[frame["method"] != DENSE].groupby(
-        ["method", "experts", "allocation"], sort=False
-    ):
+    for names, arms in frame[frame["method"] != DENSE].groupby(list(_SAVED), sort=False):
         arms = arms[np.isfinite(arms["perplexity"])].sort_values("flops", ascending=False)
         arms = arms[[_key(arm) in place for _, arm in arms.iterrows()]]
         if arms.empty:
@@ -248,11 +247,12 @@ def flops_saved(
             found = [_saved(one, flops, math.log1p(increase)) for one in logs]
             low, high = np.percentile(found[1:], [2.5, 97.5]) if resamples else (np.nan, np.nan)
             rows.append(
-                {**dict(zip(("method", "experts", "allocation"), names, strict=True)),
+                {**dict(zip(_SAVED, names, strict=True)),
                  "increase": increase, "saved": found[0], "low": low, "high": high,
                  "reached": bool(logs[0].max() >= math.log1p(increase))}
             )  # fmt: skip
-    return pd.DataFrame(rows)
+    columns = [*_SAVED, "increase", "saved", "low", "high", "reached"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def _key(row: "pd.Series[Any]") -> tuple[object, ...]:

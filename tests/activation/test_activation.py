@@ -283,6 +283,23 @@ def test_a_method_of_ones_own() -> None:
             fit(model(), IDS, input_method("bad", wrong))
 
 
+def test_what_is_no_number_is_kept_by_a_threshold() -> None:
+    rule = Rule(0.5, Window(), "threshold")
+    rule.scores.update(torch.arange(8.0))
+    rule.settle()
+    inputs, keep = rule(torch.tensor([[1.0, 6.0, float("nan"), float("inf")]]))
+    assert keep.tolist() == [[False, True, True, True]]
+    assert inputs[0].isnan().tolist() == [False, False, True, False]
+
+
+def test_a_function_that_raises_is_told() -> None:
+    def fails(_inputs: Tensor, _weight: Tensor) -> Tensor:
+        raise ZeroDivisionError
+
+    with pytest.raises(InvalidInput, match="ZeroDivisionError"):
+        fit(model(), IDS, input_method("bad", fails))
+
+
 def test_names_and_numbers_that_do_not_exist_are_refused() -> None:
     with pytest.raises(UnknownName, match="teal"):
         fit(model(), IDS, "teel")

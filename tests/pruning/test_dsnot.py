@@ -104,3 +104,17 @@ def test_it_costs_in_a_comparison_what_the_pruner_alone_costs() -> None:
     saved = flops_saved(found, at=(0.05,), resamples=20).set_index("method")
     assert set(saved.index) == {"wanda", "dsnot:wanda", "teal"}
     assert ((saved["saved"] >= 0) & (saved["saved"] <= 1)).all()
+
+
+def test_an_allocation_out_of_scope_has_no_density_and_nothing_finite_saves_nothing() -> None:
+    ids = torch.randint(4, 112, (4, 16), generator=torch.Generator().manual_seed(0))
+    model = TINY["llama"]()
+    scores = entangle.score(model, ids, layers=[1], proj="attn", md=False, progress=False)
+    given = entangle.allocate(scores, sparsity=0.5, rule="linear", model=model)
+    found = entangle.compare(model, ids, ids, ["wanda"], allocations=("own", given), progress=False)
+    assert found.frame["density"].tolist()[0] == 1
+    assert found.frame["density"].isna().tolist()[1:] == [True, True]
+    none = entangle.compare(model, ids, ids, ["griffin"], sparsity=0.5, progress=False)
+    assert none.frame["perplexity"].isna().tolist() == [False, True]
+    assert flops_saved(none).empty
+    assert "saved" in flops_saved(none)
