@@ -145,6 +145,12 @@ def with_installed(kind: str, ours: Sequence[str]) -> tuple[str, ...]:
     return (*ours, *(name for name in _installed(kind) if name not in ours))
 
 
+def packages() -> dict[str, dict[str, str]]:
+    """Return what installed packages bring, by kind and name; nothing is loaded."""
+    found = {kind: {n: _package(one) for n, one in _installed(kind).items()} for kind in KINDS}
+    return {kind: brought for kind, brought in found.items() if brought}
+
+
 def _package(found: EntryPoint) -> str:
     dist = found.dist
     return f"{dist.name} {dist.version}" if dist is not None else found.value

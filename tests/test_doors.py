@@ -150,6 +150,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def test_an_installed_package_brings_a_pruner(package: Path) -> None:
     assert {"mine", "broken"} <= set(PRUNERS)
     assert PRUNERS.source("mine") == "mine 1.2"
+    assert doors.packages() == {"pruners": {"mine": "mine 1.2", "broken": "mine 1.2"}}
     weight = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
     found = prune(weight, method="mine", sparsity=0.5).weight
     assert torch.equal(found, prune(weight, method="magnitude", sparsity=0.5).weight)

@@ -1,8 +1,9 @@
 """Results that nobody has named: ``runs/COMMAND-DIGEST``, found again by what was asked.
 
 The digest is that of the command, of every option that changes the result, of the files that these
-name, and of the version of entangle. So the same command again finds what it made before: a
-finished result is read and printed, no model is loaded; unfinished work is gone on with.
+name, and of the versions of entangle and of packages that bring plug-ins. So the same command again
+finds what it made before: a finished result is read and printed, no model is loaded; unfinished
+work is gone on with.
 ``--force`` makes it anew. Other options, or other files under the same names, make another result.
 A place that ``--out`` names is another matter: what exists there is refused, or replaced if asked.
 """
@@ -18,6 +19,7 @@ from pathlib import Path
 
 from entangle import __version__
 from entangle.cli import show
+from entangle.doors import packages
 from entangle.errors import visible
 from entangle.runs.claims import beside
 from entangle.runs.places import runs_folder
@@ -50,7 +52,8 @@ def asked(arguments: argparse.Namespace) -> dict[str, object]:
         for part, path in _files(given.get(name))
     }  # fmt: skip
     question = {"command": arguments.command, "version": __version__, "options": given}
-    return question | {"files": files}
+    brought = packages()
+    return question | {"files": files} | ({"plugins": brought} if brought else {})
 
 
 def name_output(arguments: argparse.Namespace) -> None:

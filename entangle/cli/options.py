@@ -279,9 +279,12 @@ def tell_special_tokens(
     """Say so where special tokens matter much to the model; return how much."""
     from entangle.evaluation.perplexity import affix_effect, tell
     from entangle.models.streaming import comes_by_blocks
+    from entangle.runs.progress import tell as tell_line
 
     if comes_by_blocks(model.module):
-        return None  # it would take a pass over all shards of its own
+        if not arguments.quiet:  # it would take a pass over all shards of its own
+            tell_line("how much special tokens matter is not measured of a streamed model")
+        return None
     effect = affix_effect(model, text.rows.sequence(0), text.settings)
     if not arguments.quiet:
         tell(effect)
