@@ -55,11 +55,15 @@ CEILING = 100.0
 """Multiple of the dense perplexity above which models are off the axis, if others are below."""
 
 _NAMES = {"wanda": "Wanda", "sparsegpt": "SparseGPT", "expansion-random": "random clusters"}
+_NAMES |= {
+    name: name.upper() for name in ("teal", "wina", "cats", "chess", "chess+", "griffin", "cett")
+} | {"rsparse": "R-Sparse", "larosa": "LaRoSA", "coreinfer": "CoreInfer"}
 _CONTROLS = ("expansion-random",)
 _MARKERS = "o^sDvP"
 _STYLES = ("-", "-.", ":")
 _INTERVAL = "bars: 95 % paired bootstrap over windows"
 _DENSE_COST = 1.0
+_ROUNDING = 1e-9
 _WRITER = "the command `entangle compare` writes such tables."
 _EXPAND = "the command `entangle expand` writes such tables."
 _NEEDED = ("method", "sparsity", "experts", "perplexity", "ratio", "ratio_low", "ratio_high")
@@ -71,6 +75,7 @@ _EXPANDED = {
 }
 """What the panels of an expansion show, by their titles."""
 _EQUAL = {"sparsity": "Equal FLOPs per token", "nonzeros": "Equal memory"}
+_ACTIVE = {"flops": "FLOPs per token", "nonzeros": "Memory"}
 _LOG_SPAN, _PANEL_INCHES = 3.0, 2.3
 
 
@@ -135,7 +140,8 @@ class _Models:
             return ""
         text = "k experts a layer"
         if "flops" in routed.columns:
-            plain = self.pruned[self.pruned["experts"] == 1].groupby("sparsity")["flops"].min()
+            pruned = self.pruned[~masked(self.pruned)] if "nonzeros" in routed else self.pruned
+            plain = pruned[pruned["experts"] == 1].groupby("sparsity")["flops"].min()
             extra = float((routed["flops"] / routed["sparsity"].map(plain) - 1.0).max())
             text += f" (router: up to {100.0 * extra:.2g} % more FLOPs)" if extra > 0.0 else ""
         return text
@@ -155,6 +161,12 @@ class _Curve:
     """Whether it is a control, drawn dashed and hollow."""
     style: str = "-"
     """Line style, which tells allocations apart."""
+
+
+def masked(comparison: pd.DataFrame) -> "pd.Series[bool]":
+    """Tell which models compute less than they store without routing: activations are masked."""
+    less = comparison["flops"] < comparison["nonzeros"] - _ROUNDING
+    return (comparison["experts"] == 1) & less
 
 
 @axes_level
@@ -218,7 +230,8 @@ def figure_comparison(
     """Draw the perplexity of every model at equal FLOPs per token and at equal memory.
 
     Left, against sparsity: at one sparsity all models take the same active FLOPs per token, but for
-    the router's, which the legend states. Right, against the non-zeros that are stored.
+    the router's, which the legend states. Where some mask activations, whose FLOPs are measured,
+    against the active FLOPs. Right, against the non-zeros that are stored.
 
     Parameters
     ----------
@@ -239,12 +252,13 @@ def figure_comparison(
     """
     models = _Models.of(comparison, ("flops", "nonzeros"))
     with paper(options) as page:
-        panels = picked(_EQUAL, lambda x: (_EQUAL[x], x), panels=True)
+        named = _ACTIVE if masked(models.frame).any() else _EQUAL
+        panels = picked(named, lambda x: (named[x], x), panels=True)
         axes = page.grid(len(panels), panel_inches=_PANEL_INCHES)
         for ax, x in zip(axes, panels, strict=True):
             plot_perplexity(models.frame, x=x, legend=False, notes=False, ax=ax)
             ax.set_xlabel(wrap(ax, ax.get_xlabel(), size=7.0))
-            add_title(ax, _EQUAL[x])
+            add_title(ax, named[x])
         for right in axes[1:]:
             right.sharey(axes[0])
             right.set_ylabel("")

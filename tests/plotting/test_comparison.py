@@ -26,7 +26,7 @@ from entangle.plotting import (
 )
 from entangle.plotting.comparison import CEILING
 from entangle.plotting.style import METHOD_PALETTE, SPARE_COLORS
-from tests.plotting.conftest import expanded
+from tests.plotting.conftest import expanded, model
 from tests.plotting.layout import crowded
 
 TEXT = "WikiText-2, n = 152 windows"
@@ -303,3 +303,16 @@ def test_an_expansion_has_its_errors_beside_its_costs() -> None:
     assert said.endswith("1 layer outside the blocks left out.")
     with pytest.raises(InvalidInput, match=r"`layers`.*sparsity.*`entangle expand`"):
         figure_expansion(layers.drop(columns="sparsity"), costs)
+
+
+def test_masked_activations_are_drawn_against_their_active_flops() -> None:
+    frame = pd.DataFrame([model("dense", 0, 1, 1.0), model("wanda", 50, 1, 2.0)])
+    assert figure_comparison(frame).axes[0].get_xlabel().startswith("zeros")
+    less = model("teal", 50, 1, 1.5) | {"flops": 0.55, "nonzeros": 1.0}
+    mixed = pd.concat([frame, pd.DataFrame([less, model("expansion", 50, 4, 1.8)])])
+    figure = figure_comparison(mixed)
+    assert figure.axes[0].get_xlabel().startswith("active FLOPs")
+    table = drawn(figure)
+    found = table.loc[table["series"].eq("TEAL") & table["panel"].eq("flops"), "x"]
+    assert 0.55 in found.tolist()
+    assert "up to 1 % more FLOPs" in caption_of(figure)  # 0.007 of 0.7: of Wanda's, not TEAL's
