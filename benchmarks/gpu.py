@@ -1,8 +1,9 @@
 """How fast scoring, solving and expanding 7B-sized layers are on one GPU.
 
 ``python -m benchmarks.gpu`` prints one table; ``python -m benchmarks.gpu solve wd`` only some parts
-of it (solve, wd, score, block, demo). Answers are compared with the reference's before a time is
-printed. Each reference runs on the same machine: `benchmarks.published`, or the bare forward pass.
+of it (solve, wd, score, block, demo, seventy). Answers are compared with the reference's before a
+time is printed. Each reference runs on the same machine: `benchmarks.published`, or the bare
+forward pass.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -138,14 +140,22 @@ def distances() -> list[Row]:
     return [row(work, reference * neurons / len(few), own, 1 / 100, note=note)]
 
 
-def llama(blocks: int) -> torch.nn.Module:
-    """Return a Llama of 7B's shape with random bfloat16 weights."""
+SEVENTY: dict[str, Any] = {
+    "hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64,
+    "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False,
+}  # fmt: skip
+"""The shapes of Llama-3.1-70B, which has 80 such blocks."""
+
+
+def llama(blocks: int, **shapes: Any) -> torch.nn.Module:
+    """Return a Llama of 7B's shape, or another, with random bfloat16 weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        hidden_size=4096, intermediate_size=11008, num_hidden_layers=blocks,
-        num_attention_heads=32, vocab_size=32000, max_position_embeddings=4096,
-    )  # fmt: skip
+    seven: dict[str, Any] = {
+        "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32,
+        "vocab_size": 32000,
+    }  # fmt: skip
+    config = LlamaConfig(**(seven | shapes), num_hidden_layers=blocks, max_position_embeddings=4096)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -296,12 +306,60 @@ def demo() -> list[Row]:
     return [row("the demo model, 16 experts, 128 × 2048", reference, own, 4, note="random tokens")]
 
 
+def seventy() -> list[Row]:
+    """Time 8 of the 80 blocks of a 70B-shaped model, count their memory, tell of all 80.
+
+    The blocks are drawn on the device. Scores: every MLP linear, sketch with MD, against the bare
+    pass of the same blocks; expansion: one block to 16 experts. The blocks not held are the
+    weights of 72 more, which a streamed model holds two at a time.
+    """
+    blocks, whole, sequences = 8, 80, 128
+    model = as_language_model(llama(blocks, **SEVENTY))
+    calibration = random_tokens(sequences, 128256)
+    bare(model.module, random_tokens(2, 128256), 2)
+    reference = seconds(partial(bare, model.module, calibration, calibration.per_pass))
+    run = partial(score, model, proj="mlp", method="sketch", memory=8 * GIB, progress=False)
+    run(random_tokens(2, 128256))
+    scores, peak = measured(partial(run, calibration))
+    found = [
+        row(
+            f"70B: {blocks} blocks scored, {sequences} × 2048", reference, scores, 1.25,
+            note=f"peak {peak:.1f} GB; 80 blocks: {scores * whole / blocks / 60:.1f} min",
+        )
+    ]  # fmt: skip
+    del model, run
+    torch.cuda.empty_cache()
+    one = as_language_model(llama(1, **SEVENTY))
+    settings = partial(
+        expand, one, experts=EXPERTS, sparsity=0.5, pattern="block", memory=40 * GIB,
+        progress=False,
+    )  # fmt: skip
+    settings(random_tokens(16, 128256))
+    own, peak = measured(partial(settings, calibration))
+    found += [
+        {"work": f"70B: one block, 16 experts, {sequences} × 2048", "reference": "", "ratio": "",
+         "ours": f"{own:.1f} s", "goal": "≤ 45 s", "met": "yes" if own <= 45 else "no",
+         "note": f"80 blocks: {own * whole / 60:.0f} min"},
+        {"work": "its peak memory", "reference": "", "ours": f"{peak:.1f} GB", "ratio": "",
+         "goal": "≤ 70 GB", "met": "yes" if peak <= 70 else "no", "note": "model included"},
+    ]  # fmt: skip
+    return found
+
+
+def measured(work: Callable[[], object]) -> tuple[float, float]:
+    """Return the seconds and the peak GB of some work on the GPU."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return seconds(work), torch.cuda.max_memory_allocated() / 1e9
+
+
 PARTS: dict[str, Callable[[], list[Row]]] = {
     "solve": lambda: [*solves(11008, 4096, 1 / 25), *solves(4096, 11008, 1 / 10)],
     "wd": distances,
     "score": scoring,
     "block": block,
     "demo": demo,
+    "seventy": seventy,
 }
 
 
