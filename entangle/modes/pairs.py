@@ -114,7 +114,8 @@ def near_pairs(
     rng = numpy_rng(seed, "separated pairs")
     sample = np.sort(rng.choice(inputs.n_tokens, size=most, replace=False))
     tokens = inputs.take(torch.from_numpy(sample)).float().cpu()
-    return sample[_within(tokens, float(np.quantile(distance, near)))].astype(np.int64)
+    found: NDArray[np.int64] = sample[_within(tokens, float(np.quantile(distance, near)))]
+    return found
 
 
 _ROWS, _NUMBERS = 1024, 2**22  # at a time: rows of products; numbers of rows that are subtracted

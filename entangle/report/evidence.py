@@ -79,6 +79,8 @@ class Evidence:
     """Texts of tokens."""
     notes: Sequence[str]
     """What it was read from, and what is left out."""
+    elsewhere: Sequence[str] = ()
+    """Of the notes those on every page: it was read from another text than the scores."""
 
     def tables(self) -> dict[str, tuple[pd.DataFrame, Sequence[str]]]:
         """Return the tables of the page, and their columns."""
@@ -360,12 +362,18 @@ class _Gathering:
         )
         words = [self._words.token(int(one)) for one in self._different]
         notes = tuple(self._notes(scores))
-        return Evidence(modes, windows, shades, near, tokens, self._codes[kept], words, notes)
+        return Evidence(
+            modes, windows, shades, near, tokens, self._codes[kept], words, notes,
+            elsewhere=() if self._is_text_of(scores) else notes[:1],
+        )  # fmt: skip
+
+    def _is_text_of(self, scores: NeuronScores) -> bool:
+        own = scores.manifest.get("calibration")
+        return isinstance(own, Mapping) and own.get("digest") == self._text.digest
 
     def _notes(self, scores: NeuronScores) -> Iterator[str]:
-        text, own = self._text, scores.manifest.get("calibration")
+        text, same = self._text, self._is_text_of(scores)
         size = f"{text.n_seq:,} × {text.seq_len:,} tokens of {text.source}"
-        same = isinstance(own, Mapping) and own.get("digest") == text.digest
         told = "the text of the scores" if same else (
             "NOT the text of the scores: outputs there are written in σ of the scores"
         )  # fmt: skip
