@@ -38,6 +38,8 @@ SOURCES = (
     "allocation", "select", "runs", "run", "text", "a", "b",
 )  # fmt: skip
 """Options that may name files, whose content belongs to the question."""
+MODELS = ("expand", "prune")
+"""Commands whose result is a whole model."""
 DIGITS = 12
 _READ = 2**26  # bytes up to which a file's content is looked at; then its size and time of change
 _MOST = 10_000  # files of a folder that are looked at
@@ -72,6 +74,12 @@ def name_output(arguments: argparse.Namespace) -> None:
         arguments.resume = True
         if any(_pieces(out)):
             tell(f"going on with unfinished work on {arguments.out}; --force starts anew")
+
+
+def tell_place(arguments: argparse.Namespace) -> None:
+    """Say where a whole model is about to be written, if nobody has named the place."""
+    if arguments.unnamed and arguments.command in MODELS and not arguments.quiet:
+        tell(f"writing the whole model to {arguments.out}; --out names another place")
 
 
 def is_found(arguments: argparse.Namespace) -> bool:

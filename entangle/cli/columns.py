@@ -1,7 +1,7 @@
 """Names of columns that options give, checked against what there is, before any work.
 
 What a file holds is told by its head: the schema of a Parquet table, the first rows of JSON lines,
-the first line of a CSV. Columns of a hub data set are told when it is read.
+the first line of a CSV. A hub data set is opened at its split, and read as far as it takes to tell.
 """
 
 import csv
@@ -23,8 +23,14 @@ SCORED = (
 DERIVED = {"variance": "std", "abs_mean": "mean", "abs_skewness": "skewness"}
 """Columns that ablations compute, and what from."""
 _LISTED = ("layer", "neuron")
-_TEXTS = {"column": "calibration", "evaluation_column": "evaluation"}
-"""Options that name the column of a text, and the option that names the text."""
+_TEXTS: Mapping[str, tuple[str, str, str, Sequence[str]]] = {
+    "column": ("calibration", "split", "calibration_config", ("train",)),
+    "evaluation_column": (
+        "evaluation", "evaluation_split", "evaluation_config", ("test", "validation"),
+    ),
+}  # fmt: skip
+"""Options that name the column of a text; those that name the text, its split and configuration;
+and the splits that are tried where none is named."""
 
 
 def check_columns(given: Mapping[str, object]) -> None:
@@ -50,10 +56,11 @@ def check_columns(given: Mapping[str, object]) -> None:
     for name in names(select) if isinstance(select, str) else ():
         if name.lower().endswith((".csv", ".parquet")):
             _check_listed(name)
-    for option, text in _TEXTS.items():
-        column, source = given.get(option), given.get(text)
+    for option, (text, split, config, unnamed) in _TEXTS.items():
+        column, source, chosen = given.get(option), given.get(text), given.get(split)
         if isinstance(column, str) and isinstance(source, str):
-            _check_text(expand_user(source), column)
+            splits = unnamed if chosen is None else [chosen]
+            _check_text(source, column, given.get(config), splits)
 
 
 def scored_columns(scores: object = None, *, derived: bool = False) -> list[str]:
@@ -105,7 +112,22 @@ def _check_listed(name: str) -> None:
         )
 
 
-def _check_text(path: Path, column: str) -> None:
+def _check_text(source: str, column: str, config: object, splits: Sequence[object]) -> None:
+    """Refuse a column that a text does not have: no file of it on the disk, or the data set."""
+    from entangle.texts.documents import as_path, refuse
+    from entangle.texts.hub import check_column
+
+    path = as_path(source)
+    if path is not None:
+        _check_files(path, column)
+    elif source == "demo":
+        refuse("'demo'", column=column)
+    else:
+        known = None if config is None else str(config)
+        check_column(source, column, config=known, splits=[str(one) for one in splits])
+
+
+def _check_files(path: Path, column: str) -> None:
     """Refuse a column that no file of a text on the disk has."""
     from entangle.texts.files import READERS, file_column
 

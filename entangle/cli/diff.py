@@ -7,12 +7,9 @@ from entangle.cli import options
 from entangle.cli.tables import Table, present, records
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from entangle.results.difference import Difference
 
 TABLES = ("agreement", "moved", "differs")
-_ENDS = ("_low", "_high")
 _OPTIONAL = ("kendall", "ceiling", "median_change", "compared", "neurons", "tested")
 _MOVED = ["layer", "neuron", "a", "b", "change", "change_se", "p_adjusted", "rank_a", "rank_b"]
 
@@ -103,10 +100,12 @@ def as_json(
 
 def print_difference(found: "Difference", arguments: argparse.Namespace) -> None:
     """Print what differs, the agreement of every layer, what moved, and where the result went."""
+    from entangle.results.difference import with_intervals
+
     out, html = arguments.out, arguments.html
     moved = found.moved(arguments.top)
     agreement = found.summary().drop(columns=["block", "projection"])
-    summary = _with_intervals(agreement)
+    summary = with_intervals(agreement)
     tables = [
         Table(
             "agreement", agreement, f"Agreement of {found.by} by layer [95 %]",
@@ -126,18 +125,3 @@ def print_difference(found: "Difference", arguments: argparse.Namespace) -> None
     said = [*found._told()[0], *([] if html is None else [f"Page: {html}."])]
     content = as_json(found, top=arguments.top, out=out, html=html)
     present(arguments, tables, content, said=said, out=out)
-
-
-def _with_intervals(table: "pd.DataFrame") -> "pd.DataFrame":
-    """Write every interval behind its value."""
-    ends = [name for name in table if str(name).endswith(_ENDS)]
-    shown = table.drop(columns=ends)
-    for name in shown:
-        if f"{name}_low" in table:
-            columns = zip(table[name], table[f"{name}_low"], table[f"{name}_high"], strict=True)
-            shown[name] = [_told(*one) for one in columns]
-    return shown
-
-
-def _told(value: float, low: float, high: float) -> str:
-    return "–" if value != value else f"{value:.2f} [{low:.2f}, {high:.2f}]"

@@ -230,6 +230,7 @@ def _work(arguments: argparse.Namespace) -> None:
         if _is_found(arguments):  # another process has made it meanwhile
             asked.show_found(arguments)
         else:
+            asked.tell_place(arguments)
             arguments.run(arguments)
 
 

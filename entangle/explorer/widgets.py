@@ -10,6 +10,7 @@ from typing import Any
 import ipywidgets as w
 
 from entangle.explorer.evidence import Content, Question, Render
+from entangle.explorer.export import followed
 from entangle.explorer.views import PAGE, LayerMenu, NeuronTable
 from entangle.runs.tables import escaped
 
@@ -259,7 +260,10 @@ class Board:
     def _export(self, kind: str, _button: w.Button) -> None:
         assert self._exporter is not None  # noqa: S101
         tab = self.tabs.titles[self.tabs.selected_index or 0]
-        self.link.value = self._exporter(self.layer, self.neuron, tab, kind)
+        found = self._exporter(self.layer, self.neuron, tab, kind)
+        if found.startswith("<a "):
+            self.link.value = followed(found)
+        self.link.value = found  # what is kept saves nothing when it is shown again
 
     def _render(self, *, asked: bool = False) -> None:
         pane = self.panes[self.tabs.selected_index or 0]

@@ -12,7 +12,6 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int64
 from numpy.typing import NDArray
-from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
 from entangle.experts.pca import fit_pca
@@ -114,12 +113,47 @@ def near_pairs(
     most = min(inputs.n_tokens, PAIR_TOKENS)
     rng = numpy_rng(seed, "separated pairs")
     sample = np.sort(rng.choice(inputs.n_tokens, size=most, replace=False))
-    tokens = inputs.take(torch.from_numpy(sample)).float().cpu().numpy()
-    search = NearestNeighbors(radius=float(np.quantile(distance, near)), algorithm="brute")
-    found = search.fit(tokens).radius_neighbors_graph(mode="distance").tocoo()
-    wanted = (found.row < found.col) & (found.data > 0)
-    pairs = np.stack([sample[found.row[wanted]], sample[found.col[wanted]]], axis=1)
-    return pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))].astype(np.int64)
+    tokens = inputs.take(torch.from_numpy(sample)).float().cpu()
+    found: NDArray[np.int64] = sample[_within(tokens, float(np.quantile(distance, near)))]
+    return found
+
+
+_ROWS, _NUMBERS = 1024, 2**22  # at a time: rows of products; numbers of rows that are subtracted
+
+
+def _within(rows: Float[Tensor, "rows width"], radius: float) -> Int64[np.ndarray, "pairs two=2"]:
+    """Return the pairs of different rows at most ``radius`` apart, the lower index first, in order.
+
+    Products in float32 tell it where all that rounding can do to them leaves no doubt; elsewhere
+    the differences in float64 do.
+    """
+    centred = rows - rows.mean(0)
+    squares = centred.square().sum(1)
+    slack = 4 * rows.shape[1] * torch.finfo(torch.float32).eps
+    found = [np.empty((0, 2), dtype=np.int64)]
+    for start in range(0, len(rows), _ROWS):
+        block = centred[start : start + _ROWS]
+        both = squares[start : start + _ROWS, None] + squares[start:]
+        apart, doubt = both - 2 * block @ centred[start:].T, slack * both
+        pairs = torch.nonzero((apart <= radius**2 + doubt).triu(1))
+        told, doubted = (one[pairs[:, 0], pairs[:, 1]] for one in (apart, doubt))
+        known = ((told > doubted) & (told < radius**2 - doubted)).numpy()
+        near = pairs.numpy() + start
+        known[~known] = _are_within(rows, near[~known], radius)
+        found.append(near[known])
+    return np.concatenate(found)
+
+
+def _are_within(
+    rows: Float[Tensor, "rows width"], pairs: Int64[np.ndarray, "pairs two=2"], radius: float
+) -> NDArray[np.bool_]:
+    """Tell of pairs whether their rows differ, by at most ``radius``."""
+    step = max(_NUMBERS // rows.shape[1], 1)
+    found = [np.empty(0, dtype=np.bool_)]
+    for part in torch.from_numpy(pairs).split(step):
+        apart = (rows[part[:, 0]].double() - rows[part[:, 1]].double()).norm(dim=1).numpy()
+        found.append((apart > 0) & (apart <= radius))
+    return np.concatenate(found)
 
 
 def separated_rows(

@@ -7,6 +7,7 @@ import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from entangle.checks import choice
 from entangle.errors import InvalidInput
@@ -182,6 +183,7 @@ def _draw_ceiling(
 def _label_layers(ax: Axes, rows: pd.DataFrame, *, by_block: bool) -> None:
     if by_block:
         ax.set_xlabel("block")
+        ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         return
     ax.set_xlim(-0.5, len(rows) - 0.5)
     if len(rows) <= _FEW_LAYERS:

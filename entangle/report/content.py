@@ -156,7 +156,8 @@ def content_of(
     small, positive = _bars(scores)
     frame = scores.frame.assign(positive=positive)
     places = _Places(scores, rows)
-    notes = (*runs.notes, *_other_texts(runs), *_away(scores), *_told(runs, evidence))
+    others = tuple(_other_texts(runs))
+    notes = (*runs.notes, *others, *_away(scores), *_told(runs, evidence))
     data = {
         "layers": list(_layers(scores)),
         "columns": list(_columns(frame)),
@@ -168,6 +169,7 @@ def content_of(
         "arms": [arm for run in runs.of_kind("ablation") for arm in _arms(run)],
         "text": None if evidence is None else evidence.packed_text(),
         "missing": _missing(runs, evidence),
+        "elsewhere": [*others, *(() if evidence is None else evidence.elsewhere)],
     }
     model = scores.manifest.get("model")
     name = str(model.get("name")) if isinstance(model, Mapping) else "a model"

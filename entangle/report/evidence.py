@@ -79,6 +79,8 @@ class Evidence:
     """Texts of tokens."""
     notes: Sequence[str]
     """What it was read from, and what is left out."""
+    elsewhere: Sequence[str] = ()
+    """Of the notes those on every page: it was read from another text than the scores."""
 
     def tables(self) -> dict[str, tuple[pd.DataFrame, Sequence[str]]]:
         """Return the tables of the page, and their columns."""
@@ -261,8 +263,7 @@ class _Gathering:
         neurons, means, stds = (rows[name].tolist() for name in ("neuron", "mean", "std"))
         kept = {neurons[i]: outputs[i] for i in np.flatnonzero(finite)}
         modes, examples = describe_modes(
-            kept, self._text, self._model.tokenizer, layer, per_mode=PER_MODE, window=0,
-            seed=self._seed,
+            kept, self._text, self._words, layer, per_mode=PER_MODE, window=0, seed=self._seed,
         )  # fmt: skip
         units = modes["neuron"].map(dict(zip(neurons, zip(means, stds, strict=True), strict=True)))
         mean, std = (np.array([one[i] for one in units]) for i in (0, 1))
@@ -361,12 +362,18 @@ class _Gathering:
         )
         words = [self._words.token(int(one)) for one in self._different]
         notes = tuple(self._notes(scores))
-        return Evidence(modes, windows, shades, near, tokens, self._codes[kept], words, notes)
+        return Evidence(
+            modes, windows, shades, near, tokens, self._codes[kept], words, notes,
+            elsewhere=() if self._is_text_of(scores) else notes[:1],
+        )  # fmt: skip
+
+    def _is_text_of(self, scores: NeuronScores) -> bool:
+        own = scores.manifest.get("calibration")
+        return isinstance(own, Mapping) and own.get("digest") == self._text.digest
 
     def _notes(self, scores: NeuronScores) -> Iterator[str]:
-        text, own = self._text, scores.manifest.get("calibration")
+        text, same = self._text, self._is_text_of(scores)
         size = f"{text.n_seq:,} × {text.seq_len:,} tokens of {text.source}"
-        same = isinstance(own, Mapping) and own.get("digest") == text.digest
         told = "the text of the scores" if same else (
             "NOT the text of the scores: outputs there are written in σ of the scores"
         )  # fmt: skip
@@ -388,17 +395,32 @@ def _ranked(z: NDArray[np.float64]) -> Iterator[tuple[str, int]]:
 
     At both ends no two are nearer to one another than a context is wide.
     """
-    order = np.argsort(z, kind="stable")
+    ordered = np.sort(z)
     for group, (share, count) in GROUPS.items():
         if share in (0.0, 1.0):
-            ends = order if share == 0.0 else order[::-1]
+            most = min(32 * count, len(z))
+            ends = _places(z, ordered, 0, most) if share == 0.0 else (
+                _places(z, ordered, len(z) - most, len(z))[::-1]
+            )  # fmt: skip
             found: list[int] = []
-            for position in ends[: 32 * count].tolist():
+            for position in ends.tolist():
                 if all(abs(position - one) > WINDOW for one in found):
                     found.append(position)
                 if len(found) == count:
                     break
         else:
-            middle = round(share * (len(order) - 1)) - count // 2
-            found = order[max(middle, 0) :][:count].tolist()
+            first = max(round(share * (len(z) - 1)) - count // 2, 0)
+            found = _places(z, ordered, first, min(first + count, len(z))).tolist()
         yield from ((group, position) for position in found)
+
+
+def _places(
+    z: NDArray[np.float64], ordered: NDArray[np.float64], first: int, last: int
+) -> NDArray[np.int64]:
+    """Return ``np.argsort(z, kind="stable")[first:last]`` from the sorted values, in less time."""
+    if last <= first:
+        return np.empty(0, dtype=np.int64)
+    low, high = ordered[first], ordered[last - 1]
+    inside = np.flatnonzero((z >= low) & (z <= high))
+    before = int(np.searchsorted(ordered, low))
+    return inside[np.argsort(z[inside], kind="stable")][first - before : last - before]

@@ -146,7 +146,7 @@ class Difference(Result):
         found = self.moved()
         columns = ["layer", "neuron", "a", "b", "change", "change_se", "t", "p_adjusted", "rank_a",
                    "rank_b"]  # fmt: skip
-        summary = self.summary().drop(columns=["block", "projection"])
+        summary = with_intervals(self.summary().drop(columns=["block", "projection"]))
         return template.render(
             title=f"{self._TITLE} {described(self.manifest, 'model', 'name')}",
             lines=lines,
@@ -159,7 +159,7 @@ class Difference(Result):
             n_moved=len(found),
             moved=Markup(html_table(found[columns], rows=moved)),  # noqa: S704
             picture=self._picture(),
-            described=described(self.manifest, "packages", "entangle"),
+            described=described(self.manifest, "packages", "entangle", default=""),
         )
 
     def save_html(self, path: str | os.PathLike[str], *, force: bool = False) -> Path:
@@ -208,6 +208,19 @@ class Difference(Result):
             "tested",
         ]
         return lines, self.summary().drop(columns=["block", "projection"])
+
+
+def with_intervals(table: pd.DataFrame) -> pd.DataFrame:
+    """Write every interval of a table of agreement behind its value, in one column."""
+    shown = table.drop(columns=[name for name in table if str(name).endswith(("_low", "_high"))])
+    for name in shown:
+        if f"{name}_low" in table:
+            columns = zip(table[name], table[f"{name}_low"], table[f"{name}_high"], strict=True)
+            shown[name] = [
+                "–" if value != value else f"{value:.2f} [{low:.2f}, {high:.2f}]"
+                for value, low, high in columns
+            ]
+    return shown
 
 
 def _seen(value: Any) -> Any:

@@ -180,10 +180,12 @@ def claim_file(target: Path) -> Path:
 
 def beside(target: Path, ending: str) -> Path:
     """Return the hidden path beside ``target`` that is named after it and ends so."""
-    name = target.name
+    if target.name in ("", ".."):  # ".", "..", "/": none of them ends in a name
+        target = Path(os.path.abspath(target))  # noqa: PTH100  (links are not followed)
+    name = target.name or "root"
     if len(os.fsencode(name)) > _LONGEST:
         name = hashlib.sha256(os.fsencode(name)).hexdigest()
-    return target.with_name(f".{name}.{ending}")
+    return target.parent / f".{name}.{ending}"
 
 
 def _claim(target: Path) -> Writer:

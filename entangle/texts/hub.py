@@ -4,7 +4,7 @@ import ast
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -110,6 +110,33 @@ def read_hub(request: HubRequest) -> HubDocuments:
             request.name, request.config, split=request.split, streaming=request.streaming
         )
     return _documents(dataset, request)
+
+
+def check_column(source: str, column: str, *, config: str | None, splits: Sequence[str]) -> None:
+    """Refuse a column that a data set does not have, at the first of some splits that it has.
+
+    Parameters
+    ----------
+    source
+        Short name or id.
+    column
+        What is looked for.
+    config
+        Configuration; None for the only one.
+    splits
+        Tried in order. Where there is none of them nothing is refused: the reading says so.
+
+    Raises
+    ------
+    UnknownName, Unavailable, InvalidInput
+        As `read_hub`.
+    """
+    for split in splits:
+        try:
+            read_hub(hub_request(source, split=split, config=config, column=column))
+        except UnknownSplit:
+            continue
+        return
 
 
 def _check_files(request: HubRequest) -> None:

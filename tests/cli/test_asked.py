@@ -249,3 +249,17 @@ def test_an_allocation_is_kept_and_found_and_exported_later(
     assert (here / "x.csv").is_file()
     assert f"Saved to runs/{file.name}." in first.out.splitlines()
     assert run(*words, "--export", "csv:x.csv").status == 2  # what is named is not replaced
+
+
+@pytest.mark.parametrize(
+    ("words", "tells"),
+    [("prune m", True), ("expand m", True), ("prune m --out x", False), ("prune m --quiet", False),
+     ("score m", False)],
+)  # fmt: skip
+def test_where_a_whole_model_goes_is_told_first(
+    words: str, tells: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = _parsers()[0].parse_args(words.split())
+    asked.name_output(arguments)
+    asked.tell_place(arguments)
+    assert (str(arguments.out) in capsys.readouterr().err) is tells

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import datasets
 import pandas as pd
 import pytest
 
@@ -59,6 +60,36 @@ def test_a_wrong_name(
 
 
 @pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("score --calibration owner/name --column bod", "'bod' body"),
+        ("score --calibration c4 --column titel", "'titel' title"),
+        ("evaluate --evaluation owner/name --evaluation-column bod", "'bod' body"),
+        ("score --calibration demo --column text", "`column` 'text' 'demo'"),
+    ],
+)
+def test_a_wrong_name_of_a_data_set(
+    run: Run, unloaded: None, monkeypatch: pytest.MonkeyPatch, command: str, said: str
+) -> None:
+    seen = []
+
+    def load(_path: str, _config: str | None, *, split: str, **_: object) -> object:
+        seen.append(split)
+        if split == "test":  # as the library says it
+            message = "Unknown split \"test\". Should be one of ['train', 'validation']."
+            raise ValueError(message)
+        return datasets.IterableDataset.from_generator(lambda: iter([{"body": "a", "title": "b"}]))
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    status, out, err = run(*command.split())
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert holds(err, said), err
+    assert seen == {"evaluate": ["test", "validation"]}.get(
+        command.split()[0], [] if "demo" in command else ["train"]
+    )
+
+
+@pytest.mark.parametrize(
     "given",
     [
         {"command": "ablate", "by": "wd, abs_mean"},
@@ -66,7 +97,6 @@ def test_a_wrong_name(
         {"command": "allocate", "by": "wd+md", "scores": "S"},
         {"column": "body", "calibration": "t.parquet"},
         {"column": "body", "calibration": "texts"},
-        {"column": "any", "calibration": "owner/name"},
         {"select": "top,random"},
     ],
 )

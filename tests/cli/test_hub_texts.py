@@ -51,7 +51,7 @@ def test_configuration_split_and_column(
     options = (*NAMES, "--device", "cpu", "--quiet", "--json")
     status, out, err = run(*BEGIN[command], "some/data", *options)
     assert (status, err) == (0, "")
-    assert calls == [("some/data", "raw", "dev")]
+    assert set(calls) == {("some/data", "raw", "dev")}
     found = json.loads(out)["manifest"]["evaluation"]
     found = found.get("text", found)
     tokenizer = tiny_tokenizer()
@@ -70,7 +70,7 @@ def test_the_split_is_test_unless_named(
 ) -> None:
     options = ("--evaluation-column", "body", "--device", "cpu", "--quiet", "--json")
     assert run(*BEGIN[command], "some/data", *options).status == 0
-    assert calls == [("some/data", None, "test")]
+    assert set(calls) == {("some/data", None, "test")}
 
 
 @pytest.mark.parametrize("command", BEGIN)
@@ -88,4 +88,4 @@ def test_the_calibration_text_has_options_of_its_own(
     own = ("--calibration", "other/data", "--split", "train", "--column", "title")
     done = run(*BEGIN["compare"], "some/data", *own, *NAMES, "--device", "cpu", "--quiet")
     assert done.status == 0
-    assert sorted(calls) == [("other/data", None, "train"), ("some/data", "raw", "dev")]
+    assert set(calls) == {("other/data", None, "train"), ("some/data", "raw", "dev")}

@@ -125,6 +125,22 @@ def test_what_is_no_result(
     assert f"'{path}'" in err
 
 
+@pytest.mark.parametrize("path", [".", "..", "a/.."])
+def test_the_folder_one_stands_in(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    here = tmp_path / "b"
+    (here / "a").mkdir(parents=True)
+    (tmp_path / "c").mkdir()
+    monkeypatch.chdir(here)
+    status, out, err = run("show", path)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert f"'{path}'" in err
+    plan = beside(Path(path), "comparing")
+    place = tmp_path if path == ".." else here
+    assert plan.resolve() == place.parent / f".{place.name}.comparing"
+
+
 def test_evaluations(run: Run, text_file: Path, tmp_path: Path) -> None:
     import pandas as pd
 

@@ -156,6 +156,7 @@ def test_another_text_is_told_and_another_model_refused(
     other = replace(calibration, ids=calibration.ids[:4])
     found = gather(scores, rows[:1], tiny("llama"), other, progress=False)
     assert any("NOT the text of the scores" in note for note in found.notes)
+    assert [*found.elsewhere] == [*found.notes[:1]]
     with pytest.raises(InvalidInput, match="digest"):
         gather(scores, rows, tiny("gpt2"), calibration, progress=False)
 

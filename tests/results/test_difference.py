@@ -15,7 +15,7 @@ import entangle
 from entangle.cli.main import main
 from entangle.errors import InvalidInput, UnknownName
 from entangle.results.diff import diff, match_layers
-from entangle.results.difference import Difference
+from entangle.results.difference import Difference, with_intervals
 from entangle.runs.differing import causes, what_differs
 from entangle.stats.agreement import pair_balance, rank_agreement
 
@@ -233,6 +233,10 @@ def test_saved_loaded_and_shown(first: "NeuronScores", tmp_path: Path) -> None:
         assert "<img src=x" not in page
         assert "\x1b" not in page
         assert "\u202e" not in page
+    shown = with_intervals(again.summary())
+    assert not [name for name in shown if name.endswith(("_low", "_high"))]
+    value, low, high = (again.summary()[f"spearman{end}"][0] for end in ("", "_low", "_high"))
+    assert shown["spearman"][0] == f"{value:.2f} [{low:.2f}, {high:.2f}]"
     place = again.save_html(tmp_path / "page.html")
     assert "http" not in place.read_text("utf-8").replace("http-equiv", "")
     with pytest.raises(InvalidInput, match="force"):

@@ -25,6 +25,7 @@ class NeuronPage {
     const bars = await this.bars(), whole = this.page !== undefined;
     this.host.replaceChildren(el("div", {}, this.heading(), !whole && el("p", { cls: "note missing" }, this.told(DATA.missing.page)),
       el("div", { cls: "two" }, el("div", {}, this.distribution(bars, found.modes, whole), this.standing()), this.numbers()),
+      whole && DATA.elsewhere.map((note) => el("p", { cls: "note" }, this.told(note))),
       whole && [this.modes(found), this.contexts(found), this.ends(found), this.pairs(found), this.experts(found)], whole && this.ablation(found)));
     this.redraws.forEach((redraw) => redraw());
   }
