@@ -222,6 +222,11 @@ def _written(argv: Sequence[str]) -> list[str]:
 def _work(arguments: argparse.Namespace) -> None:
     """Run a command, or print what it made before (`entangle.cli.asked`)."""
     asked.name_output(arguments)
+    if getattr(arguments, "dry_run", False):
+        from entangle.cli import dry
+
+        dry.run(arguments)
+        return
     if _is_found(arguments):
         asked.show_found(arguments)
         return
@@ -240,6 +245,10 @@ def _is_found(arguments: argparse.Namespace) -> bool:
 
 def _check_shared(arguments: argparse.Namespace, place: Place | None) -> None:
     """Refuse to start a command several times that is not shared out."""
+    if place is not None and getattr(arguments, "dry_run", False):
+        if place.rank:
+            raise SystemExit(InvalidInput.exit_code)
+        raise InvalidInput("--dry-run tells of one process; start it without torchrun or srun.")
     if place is not None and arguments.command not in SHARED:
         if place.rank:
             raise SystemExit(InvalidInput.exit_code)  # the first says why
