@@ -167,7 +167,7 @@ def _ran(command: list[str]) -> tuple[str, dict[str, float]]:
         [sys.executable, "-W", "ignore", "-m", "entangle", *command], stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL, text=True,
     )  # fmt: skip
-    assert child.stdout is not None  # noqa: S101
+    assert child.stdout is not None
     printed = child.stdout.read()
     _, status, used = os.wait4(child.pid, 0)
     child.returncode = os.waitstatus_to_exitcode(status)
@@ -196,7 +196,11 @@ def dry(only: str = "") -> pd.DataFrame:
         }  # fmt: skip
         row: dict[str, object] = {"command": line, "dry run CPU s": measuring["CPU s"]}
         for name, found in took.items():
-            row |= {f"told {name}": said[name], name: found, f"{name} told/took": said[name] / found}
+            row |= {
+                f"told {name}": said[name],
+                name: found,
+                f"{name} told/took": said[name] / found,
+            }
         rows.append(row)
         print(pd.Series(row).to_string(), "\n", file=sys.stderr, flush=True)
     return pd.DataFrame(rows)

@@ -37,7 +37,7 @@ from entangle.experts.router import Kind
 from entangle.experts.solver import ExpertSettings, Sparsity, check_solvable
 from entangle.experts.spread import share_built
 from entangle.experts.storage import Storage
-from entangle.memory import check_memory, memory_for
+from entangle.memory import check_memory, memory_for, refuse_beyond
 from entangle.models.blocks import evaluates
 from entangle.models.layers import (
     DEFAULT_PROJ,
@@ -58,6 +58,7 @@ from entangle.recording.recorder import shared_inputs
 from entangle.recording.states import HiddenStates
 from entangle.recording.stream import ByteBudget
 from entangle.results.expansion import KIND, ExpansionReport
+from entangle.runs.places import check_room
 from entangle.runs.progress import Progress, ProgressBar
 from entangle.runs.provenance import RunClock, agree_on, claims_out, expand_user, make_manifest
 from entangle.runs.unfinished import PLANNED
@@ -356,6 +357,7 @@ def build(
         chosen, named=asked_by_name(layers, chosen), experts=counts, sparsity=sparsities,
         settings=settings, storage=storage,
     )  # fmt: skip
+    _check_room(plan, sparsities, out=out, keep=keep)
     if len(set(counts.values())) > 1:
         check_shared(
             shared_inputs(copied, chosen, calibration.rows.sequence(0)[None, :_PROBE]), counts
@@ -405,6 +407,34 @@ def build(
     result = replace(result, run={"command": command, **result.run})
     add = None if extra is None else partial(extra, result)
     return replace(result, run=folder.finish(table, manifest, result.run, dense=dense, extra=add))
+
+
+def _check_room(
+    plan: Plan,
+    sparsity: Mapping[str, Sparsity],
+    *,
+    out: str | os.PathLike[str] | None,
+    keep: bool,
+) -> None:
+    """Refuse experts that memory, or the disk, certainly has no room for."""
+    held, written = [], 0.0
+    for layers in plan.layers.values():
+        sizes = [plan.experts[one.name] * math.prod(one.shape) for one in layers]
+        held.append(
+            sum(n * one.weight.element_size() for n, one in zip(sizes, layers, strict=True))
+        )
+        for n, one in zip(sizes, layers, strict=True):
+            share = sparsity[one.name]
+            kept = 0.0 if share is None else 1 - float(torch.as_tensor(share).double().mean())
+            bits = plan.settings.bits
+            written += n / 8 + n * kept * (one.weight.element_size() if bits is None else bits / 8)
+    if out is not None:
+        check_room(out, written)
+    refuse_beyond(
+        sum(held) if keep else max(held, default=0), next(iter(plan.layers.values()))[0].device,
+        what="holding the experts",
+        remedy="ask for fewer --experts (experts), or keep them on the disk alone (keep=False)",
+    )  # fmt: skip
 
 
 def _streams(
