@@ -145,8 +145,8 @@ def _report(**numbers: float) -> None:
     print(json.dumps(numbers))
 
 
-TEXT = "--n-seq 16 --seq-len 256"
-EVALUATED = "--evaluation demo --evaluation-split test --eval-seq-len 512 --eval-windows 6"
+TEXT = "--n-seq 8 --seq-len 256"
+EVALUATED = "--evaluation demo --evaluation-split test --eval-seq-len 512 --eval-windows 4"
 COMMANDS = (
     f"score {TEXT}",
     f"score {TEXT} --layer 0,1,2,3 --method exact",

@@ -95,12 +95,21 @@ def memory_for(memory: object, module: "torch.nn.Module") -> int:
     return max(LEAST_BYTES, free // SHARE)
 
 
+def ran_out(error: BaseException) -> bool:
+    """Tell whether memory ran out; torch has no class of its own for that on the CPU."""
+    import torch
+
+    named = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    said = ("you tried to allocate", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return named or (isinstance(error, RuntimeError) and any(one in str(error) for one in said))
+
+
 def free_on(device: "torch.device") -> int:
     """Return the free bytes of a GPU, or of RAM: an equal share for each rank of a machine."""
     return free_on_gpu(device) if device.type == "cuda" else free_ram() // current().beside
 
 
-def refuse_beyond(needed: float, device: "torch.device", *, what: str, remedy: str) -> None:
+def refuse_beyond(needed: int, device: "torch.device", *, what: str, remedy: str) -> None:
     """Refuse, before it begins, what takes more memory than is free.
 
     Parameters

@@ -16,6 +16,7 @@ from entangle.cli.tables import Table, present
 from entangle.cli.trials import (
     Counts,
     Job,
+    Number,
     Spent,
     Subject,
     estimate,
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from entangle.models.loading import LanguageModel
 
 
-def _stored(job: Job, *, records: "Sequence[Layer]", states: int = 2) -> float:
+def _stored(job: Job, *, records: "Sequence[Layer]", states: int = 2) -> Number:
     """Return the bytes of hidden states and of records, which spill beyond the budget."""
     size = job.model.dtype.itemsize
     held = states * (job.tokens + job.evaluated) * job.width * size
@@ -40,7 +41,7 @@ def _stored(job: Job, *, records: "Sequence[Layer]", states: int = 2) -> float:
     )
 
 
-def _pass(job: Job) -> float:
+def _pass(job: Job) -> Number:
     """Return the numbers of a pass: tokens at once times the widest activation."""
     widest = max((max(one.shape) for one in job.layers), default=1)
     tokens = 0 if job.text is None else min(job.tokens, job.text.per_pass * job.text.seq_len)
@@ -57,7 +58,7 @@ def _window_tokens(job: Job) -> int:
     return min(job.windows.n_windows, at_once) * job.windows.seq_len
 
 
-def _logits(job: Job) -> float:
+def _logits(job: Job) -> Number:
     return float(_window_tokens(job) * job.model.vocab_size)
 
 
@@ -100,7 +101,7 @@ def _run_evaluate(job: Job, out: Path) -> object:
 
     assert job.windows is not None  # noqa: S101
     found = evaluate_models(
-        [(DENSE, job.model)], job.windows, batch_size=job.given["batch_size"], progress=False
+        [(DENSE, job.model)], job.windows, batch_size=job.given.get("batch_size"), progress=False
     )
     manifest = make_manifest(
         KIND, models={DENSE: job.model.describe()}, evaluation=job.windows.describe()
@@ -132,11 +133,11 @@ def _run_build(job: Job, out: Path) -> object:
     )  # fmt: skip
 
 
-def _built(job: Job, experts: float, *, evaluated: float) -> dict[str, float]:
+def _built(job: Job, experts: Number, *, evaluated: Number) -> dict[str, Number]:
     """Count what building all layers with some experts takes."""
     wide = float(sum(one.in_features**2 for one in job.inputs))
     return {
-        "forward": job.forward(2, evaluated),
+        "forward": job.forward(2 * job.reached, evaluated),
         "gram": job.tokens * wide,
         "solve": sum(solving(one) for one in job.layers) * experts,
         "cluster": job.tokens * float(len(job.inputs)) * experts if experts > 1 else 0.0,
@@ -200,7 +201,7 @@ def _count_compare(job: Job) -> Counts:
 
     own = job.given
     planned = own.get("arms") or arms(own["methods"], own["sparsity"], own["experts"])
-    time_of: dict[str, float] = {
+    time_of: dict[str, Number] = {
         "arms": float(len(planned)), "forward": job.forward(0, 1),
         "head": job.evaluated * job.head * (1 + len(planned)),
     }  # fmt: skip
@@ -391,20 +392,21 @@ def _build_job(arguments: argparse.Namespace, model: "LanguageModel") -> Job:
     from entangle.models.layers import find_layers
 
     plain = arguments.command == "prune"
+    packed = arguments.packed if plain else None
     allocation = expand.allocation_of(arguments)
     expand.check_evaluated(arguments)
     spec = options.chosen_layers(arguments, allocation)
     build = expand.pruning_settings(arguments, allocated=False) | {"seed": arguments.seed}
-    experts: float = 1 if plain else arguments.experts
+    experts: Number = 1 if plain else arguments.experts
     if allocation is not None:
         build |= {"sparsity": allocation.overall, "pattern": "row"}
         if allocation.experts is not None and not plain:
             experts = round(sum(allocation.experts.values()) / len(allocation.experts))
     text = _text_of(arguments, model, arguments.evaluation)
     given: dict[str, Any] = {
-        "build": build, "plain": plain and arguments.packed is None, "experts": experts,
+        "build": build, "plain": plain and packed is None, "experts": experts,
         "memory": options.parse_memory(arguments.memory), "dense": text is not None,
-        "format": arguments.packed or "bitmap", "values": None, "router": "kmeans",
+        "format": packed or "bitmap", "values": None, "router": "kmeans",
     }  # fmt: skip
     if not plain:
         given |= {name: getattr(arguments, name) for name in ("format", "values", "router")}
@@ -481,10 +483,11 @@ def _ablate_job(arguments: argparse.Namespace, model: "LanguageModel") -> Job:
     return Job(model, tuple(layers), options.load_calibration(arguments, model), text, given)
 
 
+_EVALUATE = Subject(_run_evaluate, _count_evaluate)
 _BUILD = Subject(_run_build, _count_build, _sizes_build)
 COMMANDS: Mapping[str, tuple[Callable[[argparse.Namespace, Any], Job], Subject]] = {
     "score": (_score_job, Subject(_run_score, _count_score)),
-    "evaluate": (_evaluate_job, Subject(_run_evaluate, _count_evaluate)),
+    "evaluate": (_evaluate_job, _EVALUATE),
     "prune": (_build_job, _BUILD),
     "expand": (_build_job, _BUILD),
     "compare": (_compare_job, Subject(_run_compare, _count_compare, _sizes_compare)),
@@ -515,13 +518,14 @@ def run(arguments: argparse.Namespace) -> None:
         job = replace(job, budget=memory_for(memory, model.module))
         since = time.time() - psutil.Process().create_time()
         before = (time.process_time(), since, high_water())
-        found, seconds = estimate(subject, job, before=before)
+        also = None if job.windows is None or subject is _EVALUATE else _EVALUATE
+        found, seconds = estimate(subject, job, beside=also, before=before)
     show(arguments, job, subject.counts(job), found, seconds)
     refuse(arguments, job, found)
 
 
 def show(
-    arguments: argparse.Namespace, job: Job, counts: Counts, found: Spent, seconds: float
+    arguments: argparse.Namespace, job: Job, counts: Counts, found: Spent, seconds: Number
 ) -> None:
     """Print the estimate."""
     import pandas as pd

@@ -29,12 +29,16 @@ if TYPE_CHECKING:
 
     Texts = tuple["CalibrationSet | None", "EvaluationText | None"]
 
+Number = int | float
+
 FLOPS = 4e10
 """Most multiplications and additions of a trial's pass over a block."""
 SOLVED = 2e11
 """Of a trial's solves, where a layer allows."""
 MOST_TOKENS = 2048
 """Of a trial."""
+_SHAPES = ((1, 1, 0.25), (1, 1, 1.0), (2, 2, 0.25), (2, 1, 1.0))
+"""Blocks of a trial, those of them whose layers are worked on, and the share of the tokens."""
 _HIGH_WATER = Path("/proc/self/clear_refs")
 
 
@@ -64,7 +68,7 @@ class Job:
         """Tokens of the windows."""
         return 0 if self.windows is None else int(self.windows.windows.numel())
 
-    def forward(self, passes: float, windows: float = 0.0) -> float:
+    def forward(self, passes: Number, windows: Number = 0.0) -> Number:
         """Return the operations of so many passes of the text, and of the windows."""
         found = 0.0
         for text, times in ((self.text, passes), (self.windows, windows)):
@@ -73,7 +77,7 @@ class Job:
                 found += times * n * self.per_token(text.seq_len)
         return found
 
-    def per_token(self, seq_len: int) -> float:
+    def per_token(self, seq_len: int) -> Number:
         """Return the operations of all blocks on a token of a sequence of some length."""
         return 2.0 * sum(self.weights.values()) + 4.0 * seq_len * self.width * len(self.weights)
 
@@ -87,6 +91,12 @@ class Job:
             if layer.block is not None:
                 found[layer.block] += math.prod(layer.shape)
         return found
+
+    @property
+    def reached(self) -> Number:
+        """Share of the blocks up to the last that holds one of the layers."""
+        last = max((one.block for one in self.layers if one.block is not None), default=0)
+        return (last + 1) / max(1, len(self.weights))
 
     @property
     def width(self) -> int:
@@ -110,7 +120,7 @@ class Job:
         return sum(layer.out_features for layer in self.layers)
 
     @property
-    def head(self) -> float:
+    def head(self) -> Number:
         """Multiplications of the head for one token."""
         return float(self.model.vocab_size * self.width)
 
@@ -119,14 +129,14 @@ class Job:
 class Counts:
     """What time, memory and disk of a job are linear in, and what is known of them."""
 
-    time: Mapping[str, float]
-    peak: Mapping[str, float]
-    disk: Mapping[str, float]
-    held: float = 0.0
+    time: Mapping[str, Number]
+    peak: Mapping[str, Number]
+    disk: Mapping[str, Number]
+    held: Number = 0.0
     """Bytes of memory that are known."""
-    written: float = 0.0
+    written: Number = 0.0
     """Bytes of disk that are known."""
-    passes: tuple[float, float] = (0, 0)
+    passes: tuple[Number, Number] = (0, 0)
     """How often the text, and the windows, pass the blocks."""
 
 
@@ -145,9 +155,9 @@ class Subject:
 class Spent:
     """What a job took, or will."""
 
-    cpu: float
+    cpu: Number
     """Seconds."""
-    wall: float
+    wall: Number
     """Seconds."""
     peak: int
     """Most bytes of the process."""
@@ -184,10 +194,10 @@ def _like(model: "LanguageModel", layers: "Sequence[Layer]", most: int) -> "tupl
     return tuple(own[name] for name in (*names, *outside) if name in own)
 
 
-def _cut(job: Job, blocks: int, share: float, given: Mapping[str, Any]) -> Job:
+def _cut(job: Job, blocks: int, with_layers: int, share: Number, given: Mapping[str, Any]) -> Job:
     """Return a trial on the first blocks, and a share of the tokens that a trial may have."""
     model = first_blocks(job.model, blocks)
-    small = Job(model, _like(model, job.layers, blocks), None, None)
+    small = Job(model, _like(model, job.layers, with_layers), None, None)
     most = FLOPS / max(1.0, small.per_token(64) / blocks)
     tokens = int(max(64, min(MOST_TOKENS, most)) * share)
     layers = small.layers
@@ -223,10 +233,10 @@ def _solvable(layers: "tuple[Layer, ...]") -> "tuple[Layer, ...]":
     return cheap or tuple(one for one in layers if solving(one) == least)[:2]
 
 
-def solving(layer: "Layer", rows: float | None = None) -> float:
+def solving(layer: "Layer", rows: Number | None = None) -> Number:
     """Return the multiplications of solving some rows of a layer once, all by default."""
     rows = layer.out_features if rows is None else rows
-    return layer.in_features**2 * (layer.in_features + rows)
+    return float(layer.in_features**2 * (layer.in_features + rows))
 
 
 @contextmanager
@@ -268,8 +278,8 @@ def spent(subject: Subject, job: Job, folder: Path) -> Spent:
 
 
 def fitted(
-    counts: Sequence[Mapping[str, float]], found: Sequence[float], job: Mapping[str, float]
-) -> float:
+    counts: Sequence[Mapping[str, Number]], found: Sequence[Number], job: Mapping[str, Number]
+) -> Number:
     """Return what a job takes, by what trials with other counts took.
 
     Parameters
@@ -284,70 +294,93 @@ def fitted(
     import numpy as np
     from scipy.optimize import nnls
 
-    names = ["start", *{name: None for one in counts for name in one}]
-    table = np.array([[1.0, *(one.get(name, 0.0) for name in names[1:])] for one in counts])
+    names = list({name: None for one in counts for name in one})
+    table = np.array([[float(one.get(name, 0)) for name in names] for one in counts])
     scale = table.max(0)
     kept = scale > 0
     table, scale = table[:, kept] / scale[kept], scale[kept]
-    wanted = np.array([1.0, *(job.get(name, 0.0) for name in names[1:])])[kept] / scale
+    wanted = np.array([float(job.get(name, 0)) for name in names])[kept] / scale
     target = np.maximum(np.array(found, float), 1e-9)
     solved, _ = nnls(table / target[:, None], np.ones(len(target)))
     return float(wanted @ solved)
 
 
 def estimate(
-    subject: Subject, job: Job, *, before: tuple[float, float, int]
-) -> tuple[Spent, float]:
+    subject: Subject, job: Job, *, beside: Subject | None = None, before: tuple[Number, Number, int]
+) -> tuple[Spent, Number]:
     """Return what a job will take, and the seconds that finding it took.
 
     Parameters
     ----------
     subject, job
         What is to be done.
+    beside
+        Another subject whose trials tell of some of the same counts.
     before
         Processor and wall seconds, and most bytes, of what comes before it (imports, loading).
     """
     begin = time.perf_counter()
     trials = [
-        _cut(job, blocks, share, {**given, "solves": True})
+        _cut(job, blocks, with_layers, share, {**given, "solves": True})
         for given in subject.sizes(job)
-        for blocks, share in ((1, 0.25), (1, 1.0), (2, 0.25), (2, 1.0))
+        for blocks, with_layers, share in _SHAPES
     ]
-    hashing, base, n_bytes = _hashed(trials, job), _resident(job), weights_bytes(job)
+    base, untouched, device = _resident(), _untouched(), job.model.device.type
+    hashing = _hashed(trials, job)
     with tempfile.TemporaryDirectory(prefix="entangle-dry-") as name:
         warm = spent(subject, trials[0], Path(name))
         took = [spent(subject, one, Path(name)) for one in trials]
+        others = []
+        if beside is not None:
+            others = [(beside.counts(one), spent(beside, one, Path(name))) for one in trials]
     counts, whole = [subject.counts(one) for one in trials], subject.counts(job)
-    times = [one.time for one in counts]
-    gpu = job.model.device.type == "cuda"
-    measured = [one.wall if gpu else one.cpu for one in took]
-    first = max(0.0, (warm.wall if gpu else warm.cpu) - measured[0])
-    seconds = first + hashing + fitted(times, measured, whole.time)
-    ratio = 1.0 if gpu else sum(one.wall for one in took) / max(1e-9, sum(measured))
-    peaks = [one.peak for one in counts]
+    times = [{"start": 1, **one.time} for one in counts]
+    seconds = [_busy(one, device) for one in took]
+    for count, own in others:
+        times.append({"start beside": 1, **count.time})
+        seconds.append(_busy(own, device))
+    once = max(0.0, _busy(warm, device) - seconds[0])
+    work = hashing + once + fitted(times, seconds, {"start": 1, **whole.time})
+    ratio = sum(one.wall for one in took) / sum(_busy(one, device) for one in took)
+    peaks, peak = [{"start": 1, **one.peak} for one in counts], {"start": 1, **whole.peak}
     host = [max(1.0, one.peak - base - c.held) for one, c in zip(took, counts, strict=True)]
-    device = [max(1.0, one.device - c.held) for one, c in zip(took, counts, strict=True)]
-    disk = [max(1.0, one.disk - c.written) for one, c in zip(took, counts, strict=True)]
-    on_gpu = int(n_bytes + whole.held + fitted(peaks, device, whole.peak)) if gpu else 0
-    in_ram = fitted(peaks, host, whole.peak) + (0.0 if gpu else whole.held)
+    there = [max(1.0, one.device - c.held) for one, c in zip(took, counts, strict=True)]
+    files = [max(1.0, one.disk - c.written) for one, c in zip(took, counts, strict=True)]
+    gpu = device == "cuda"
+    in_ram = fitted(peaks, host, peak) + (0.0 if gpu else whole.held)
+    on_gpu = weights_bytes(job) + whole.held + fitted(peaks, there, peak) if gpu else 0.0
+    of_disk = [{"start": 1, **one.disk} for one in counts]
     found = Spent(
-        cpu=before[0] + seconds,
-        wall=before[1] + seconds * ratio,
-        peak=int(max(before[2], base + in_ram)),
-        device=on_gpu,
-        disk=int(whole.written + fitted([one.disk for one in counts], disk, whole.disk)),
-    )  # fmt: skip
+        cpu=before[0] + work,
+        wall=before[1] + work * ratio,
+        peak=int(max(before[2], base + untouched + in_ram)),
+        device=int(on_gpu),
+        disk=int(whole.written + fitted(of_disk, files, {"start": 1, **whole.disk})),
+    )
     return found, time.perf_counter() - begin
 
 
-def _resident(job: Job) -> int:
-    """Return the bytes of the process with all of the model that is to lie in RAM."""
+def _busy(one: Spent, device: str) -> Number:
+    """Return the seconds that trials are compared by: the host's waiting tells nothing of it."""
+    return max(1e-6, one.wall if device == "cuda" else one.cpu)
+
+
+def _resident() -> int:
+    """Return the bytes of the process."""
     import psutil
 
     give_back()
-    rss = int(psutil.Process().memory_info().rss)
-    parameters = [p for p in job.model.module.parameters() if p.device.type == "cpu"]
-    return max(rss, sum(p.numel() * p.element_size() for p in parameters))
+    return int(psutil.Process().memory_info().rss)
+
+
+def _untouched() -> int:
+    """Return the bytes of weights that are mapped from their files and have not been read."""
+    import psutil
+
+    with suppress(AttributeError, OSError):  # not on every system
+        maps = psutil.Process().memory_maps()
+        return sum(one.size - one.rss for one in maps if one.path.endswith(".safetensors"))
+    return 0
 
 
 def weights_bytes(job: Job) -> int:
@@ -355,7 +388,7 @@ def weights_bytes(job: Job) -> int:
     return sum(p.numel() * p.element_size() for p in job.model.module.parameters())
 
 
-def _hashed(trials: Sequence[Job], job: Job) -> float:
+def _hashed(trials: Sequence[Job], job: Job) -> Number:
     """Give the trials' models their digests; return what that of the whole model will take."""
     found = 0.0
     for number, one in enumerate(trials):

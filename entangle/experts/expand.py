@@ -429,7 +429,7 @@ def _check_room(
             bits = plan.settings.bits
             written += n / 8 + n * kept * (one.weight.element_size() if bits is None else bits / 8)
     if out is not None:
-        check_room(out, written)
+        check_room(out, int(written))
     refuse_beyond(
         sum(held) if keep else max(held, default=0), next(iter(plan.layers.values()))[0].device,
         what="holding the experts",

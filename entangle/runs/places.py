@@ -38,7 +38,7 @@ def cache_folder() -> Path:
     return Path(platformdirs.user_cache_dir("entangle")) if own is None else own / "cache"
 
 
-def check_room(place: str | os.PathLike[str], needed: float) -> None:
+def check_room(place: str | os.PathLike[str], needed: int) -> None:
     """Refuse to write more than a disk has room for, before anything is made.
 
     Parameters

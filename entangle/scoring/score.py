@@ -6,12 +6,11 @@ from functools import partial
 from itertools import pairwise
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from entangle.checks import choice, whole
 from entangle.errors import InvalidInput, MemoryLimit
-from entangle.memory import check_memory, memory_for, refuse_beyond
+from entangle.memory import check_memory, memory_for, ran_out, refuse_beyond
 from entangle.models.blocks import evaluates
 from entangle.models.layers import (
     DEFAULT_PROJ,
@@ -165,7 +164,7 @@ def score_layers(
             )()  # fmt: skip
             frame = neuron_table(measured, language_model.name)
         except (RuntimeError, MemoryError) as error:
-            if not _out_of_memory(error):
+            if not ran_out(error):
                 raise
             raise MemoryLimit(
                 f"memory ran out while scoring {len(chosen)} layer(s) by the {resolved} method on "
@@ -211,12 +210,6 @@ def _check_sketches(
         what=f"a sketch of {sum(by_place.values()):,} neurons",
         remedy="score part after part with --layer (layers), or with --method exact",
     )  # fmt: skip
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """Tell whether memory ran out; torch has no class of its own for that on the CPU."""
-    named = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return named or "you tried to allocate" in str(error)
 
 
 def _check_readable(layers: Sequence[Layer]) -> None:
