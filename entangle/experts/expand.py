@@ -32,7 +32,7 @@ from entangle.experts.build import (
     planned_sparsity,
     structural_copy,
 )
-from entangle.experts.checkpoint import BuildFolder, refuse_saving
+from entangle.experts.checkpoint import BlockWriters, BuildFolder, refuse_saving
 from entangle.experts.router import Kind
 from entangle.experts.solver import ExpertSettings, Sparsity, check_solvable
 from entangle.experts.spread import share_built
@@ -382,7 +382,9 @@ def build(
         runner = build_blocks(
             copied, plan, streams, memory=budget, finished=sink.finished,
             done=lambda index, expanded: sink.done(index, expanded, bar),
+            writer=sink.writers.of,
         )  # fmt: skip
+        sink.writers.finish()
         perplexity = None
         if text is not None:
             losses = [torch.zeros(0, dtype=torch.float64)]
@@ -463,6 +465,8 @@ class _Sink:
         self.keep = keep
         self._plan, self._folder, self._module = plan, folder, module
         self._read: list[dict[str, object]] = []
+        self._builds = False
+        self.writers = BlockWriters(folder)
 
     def finished(self, index: int) -> Sequence[ExpandedLayer] | None:
         """Return what an earlier run has made of a block, or None; the first rank reads it."""
@@ -471,18 +475,23 @@ class _Sink:
             found = self._folder.read(index, layers)
         self._read = [] if found is None else found[1]
         if ranks.size == 1:
+            self._builds = found is None
             return None if found is None else found[0]
         own = None if found is None else [(one.layer, one.module) for one in found[0]]
         shared = share_built(ranks, own, layers)
+        self._builds = shared is None
         return None if shared is None else [ExpandedLayer(*one, None) for one in shared]
 
     def done(self, index: int, expanded: Sequence[ExpandedLayer], bar: Progress) -> None:
         """Take over the layers of a block."""
         made = [one for one in expanded if one.experts is not None]
         rows = block_rows(made) if made else self._read if expanded else []
-        self.rows += current().exchange(rows)[0] if current().size > 1 else rows
-        if self._folder is not None and made:
-            self._folder.write(index, made, rows)
+        if current().size > 1:
+            rows = current().exchange(rows)[self.writers.of(index) if self._builds else 0]
+        self.rows += rows
+        if self._builds and expanded:
+            self.writers.write(index, made, rows)
+        self._builds = False
         for one in () if self.keep else expanded:
             self._module.set_submodule(one.layer.name, one.layer.module)
         if current().rank == 0:

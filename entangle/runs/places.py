@@ -59,7 +59,7 @@ def check_room(place: str | os.PathLike[str], needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise Unavailable(
-            f"the result takes {needed / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free on the "
+            f"the result takes {needed / 2**20:,.1f} MiB and {free / 2**20:,.1f} are free on the "
             f"disk of {str(folder)!r}; name another place (--out), or make room there."
         )
 
