@@ -22,10 +22,6 @@ COMMANDS = {
     "prune": (*TEXT, *EVALUATED),
     "expand": (*TEXT, "--experts", 3),
     "evaluate": EVALUATED,
-    "compare": (*TEXT, "--methods", "wanda,expansion", "--sparsity", "0.5", "--experts", 2,
-                *EVALUATED),
-    "ablate": (*TEXT, "--seeds", 2, "--strength", "0.5", *EVALUATED),
-    "decompose": (*TEXT, "--layer", 0, "--proj", "gate_proj", "--experts", "1,2"),
 }  # fmt: skip
 
 
