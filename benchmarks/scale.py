@@ -9,10 +9,14 @@ of its own, the time to read all shards and that of the bare products of the mod
 as many tokens. The disk's cache is not emptied; the model is deleted in the end.
 
 ``--layers 4`` makes a smaller one; ``--keep`` leaves it.
+
+``python -m benchmarks.scale dry`` asks commands on the demo model what they will take
+(``--dry-run``), runs them, and prints both beside one another.
 """
 
 import argparse
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -141,6 +145,67 @@ def _report(**numbers: float) -> None:
     print(json.dumps(numbers))
 
 
+TEXT = "--n-seq 8 --seq-len 256"
+EVALUATED = "--evaluation demo --evaluation-split test --eval-seq-len 512 --eval-windows 4"
+COMMANDS = (
+    f"score {TEXT}",
+    f"score {TEXT} --layer 0,1,2,3 --method exact",
+    f"prune {TEXT} --layer 0,1,2,3 {EVALUATED}",
+    f"expand {TEXT} --layer 0,1 --experts 8",
+    "evaluate --eval-windows 4 --eval-seq-len 1024",
+    f"ablate {TEXT} --layer 0,1 --seeds 2 --strength 0.9,0.95 {EVALUATED}",
+    f"compare {TEXT} --methods wanda,sparsegpt --sparsity 0.5 {EVALUATED}",
+    f"decompose {TEXT} --layer 1 --proj gate_proj --experts 1,2,4,8",
+)
+"""Of `dry`, on the demo model."""
+
+
+def _ran(command: list[str]) -> tuple[str, dict[str, float]]:
+    """Run a command; return what it printed, and what its process took."""
+    begin = time.perf_counter()
+    child = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-m", "entangle", *command], stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    assert child.stdout is not None
+    printed = child.stdout.read()
+    _, status, used = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        raise SystemExit(f"{command} ended with {child.returncode}")
+    took = {
+        "wall s": time.perf_counter() - begin, "CPU s": used.ru_utime + used.ru_stime,
+        "peak GiB": used.ru_maxrss * 1024 / GIB,
+    }  # fmt: skip
+    return printed, took
+
+
+def dry(only: str = "") -> pd.DataFrame:
+    """Return what ``--dry-run`` tells of every command, what then happens, and the quotient."""
+    rows = []
+    for line in (one for one in COMMANDS if one.startswith(only)):
+        with tempfile.TemporaryDirectory() as place:
+            command = [*line.split(), "--quiet", "--json", "--out", f"{place}/made"]
+            printed, measuring = _ran([*command, "--dry-run"])
+            told = json.loads(printed)
+            _, took = _ran(command)
+            took["disk MiB"] = sum(f.stat().st_size for f in Path(place).rglob("*")) / 2**20
+        said = {
+            "wall s": told["seconds"], "CPU s": told["cpu_seconds"],
+            "peak GiB": told["peak_memory_bytes"] / GIB, "disk MiB": told["disk_bytes"] / 2**20,
+        }  # fmt: skip
+        row: dict[str, object] = {"command": line, "dry run CPU s": measuring["CPU s"]}
+        for name, found in took.items():
+            row |= {
+                f"told {name}": said[name],
+                name: found,
+                f"{name} told/took": said[name] / found,
+            }
+        rows.append(row)
+        print(pd.Series(row).to_string(), "\n", file=sys.stderr, flush=True)
+    return pd.DataFrame(rows)
+
+
 PARTS = {one.__name__: one for one in (bare, score, evaluate, expand)}
 
 
@@ -173,11 +238,15 @@ def laptop(folder: Path, *, layers: int) -> pd.DataFrame:
 def main() -> None:
     """Run the benchmark, or one part of it."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=("laptop", *PARTS))
+    parser.add_argument("part", choices=("laptop", "dry", *PARTS))
     parser.add_argument("folder", nargs="?", type=Path)
     parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--only", default="", help="commands of `dry` that begin so")
     parser.add_argument("--keep", action="store_true")
     arguments = parser.parse_args()
+    if arguments.part == "dry":
+        print(dry(arguments.only).to_string(index=False))
+        return
     if arguments.part != "laptop":
         PARTS[arguments.part](arguments.folder)
         return

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import psutil
 
-from entangle.errors import InvalidInput
+from entangle.errors import InvalidInput, MemoryLimit
 from entangle.ranks import current
 
 if TYPE_CHECKING:
@@ -93,6 +93,46 @@ def memory_for(memory: object, module: "torch.nn.Module") -> int:
     gpus = set(gpus_among(parameter.device for parameter in module.parameters()))
     free = min(map(free_on_gpu, gpus)) if gpus else free_ram() // current().beside
     return max(LEAST_BYTES, free // SHARE)
+
+
+def ran_out(error: BaseException) -> bool:
+    """Tell whether memory ran out; torch has no class of its own for that on the CPU."""
+    import torch
+
+    named = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    said = ("you tried to allocate", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return named or (isinstance(error, RuntimeError) and any(one in str(error) for one in said))
+
+
+def free_on(device: "torch.device") -> int:
+    """Return the free bytes of a GPU, or of RAM: an equal share for each rank of a machine."""
+    return free_on_gpu(device) if device.type == "cuda" else free_ram() // current().beside
+
+
+def refuse_beyond(needed: int, device: "torch.device", *, what: str, remedy: str) -> None:
+    """Refuse, before it begins, what takes more memory than is free.
+
+    Parameters
+    ----------
+    needed
+        Bytes that are certain; what comes on top is not known yet.
+    device
+        Where they are to lie.
+    what, remedy
+        What takes them, and what to ask for instead.
+
+    Raises
+    ------
+    MemoryLimit
+        On all ranks, if there are several.
+    """
+    free = free_on(device)
+    if not any(current().exchange(bool(needed > free))):
+        return
+    raise MemoryLimit(
+        f"{what} takes at least {needed / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free on "
+        f"{device}; {remedy}."
+    )
 
 
 def by_device(device: "torch.device", *, cpu: int, gpu: int) -> int:

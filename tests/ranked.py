@@ -18,7 +18,7 @@ from entangle.cli.main import main
 from entangle.errors import InvalidInput
 from entangle.evaluation import EvaluationText, perplexity
 from entangle.experiments.compare import compare
-from entangle.experts import spread
+from entangle.experts import block_files, checkpoint, spread
 from entangle.experts.expand import expand
 from entangle.experts.prune import prune
 from entangle.models import streaming
@@ -185,9 +185,22 @@ def _disagrees(ranks: Ranks) -> str:
 def run(kinds: str, folder: Path, command: list[str]) -> None:
     """Do it as one of several ranks, and write what came of it; then run a command, or die."""
     torch.set_num_threads(1)
+    wrote: list[str] = []
+    write = block_files.write_block
+
+    def noted(path: Path, expanded: Any) -> None:
+        wrote.append(path.name)
+        write(path, expanded)
+
+    vars(checkpoint)["write_block"] = noted
     with started(place_of(os.environ)) as ranks:
         found = work(kinds, folder)
-        content = {"found": found, "refusal": _disagrees(ranks), "part": list(ranks.part(7))}
+        content = {
+            "found": found,
+            "wrote": wrote,
+            "refusal": _disagrees(ranks),
+            "part": list(ranks.part(7)),
+        }
         (folder / f"rank-{ranks.rank}.json").write_text(json.dumps(content))
     os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
     if kinds == FULL:

@@ -92,6 +92,7 @@ def test_ranks_make_what_one_process_makes(
         assert "rank 1 of" in found["refusal"]
         wanted = {name: one for name, one in expected.items() if rank == 0 or "files" not in name}
         assert found["found"] == wanted
+        assert found["wrote"]  # files of blocks, each rank in its turn
     lines = [line for _, _, errors in ends for line in ours(errors)]
     if kinds == ranked.FULL:
         assert [status for status, _, _ in ends] == [0] * size, ends

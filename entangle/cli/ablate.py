@@ -55,6 +55,7 @@ def add_parser(subparsers: options.Subparsers) -> None:
         help="go on with an unfinished ablation; print a finished one again",
     )  # fmt: skip
     options.add_run_options(parser, *TABLES)
+    options.add_dry_run_option(parser)
     parser.set_defaults(run=run, show=show)
 
 

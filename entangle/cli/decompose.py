@@ -60,6 +60,7 @@ def add_parser(subparsers: options.Subparsers) -> None:
     )  # fmt: skip
     options.add_memory_option(group)
     options.add_run_options(parser, *TABLES)
+    options.add_dry_run_option(parser)
     parser.set_defaults(run=run, show=show)
 
 

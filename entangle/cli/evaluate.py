@@ -63,6 +63,7 @@ def add_parser(subparsers: options.Subparsers) -> None:
     parser.add_argument("--limit", type=int, help="take only the first examples of every task")
     parser.add_argument("--batch-size", type=int, help="windows in one forward pass")
     options.add_run_options(parser, "results")
+    options.add_dry_run_option(parser)
     parser.set_defaults(run=run, show=show, evaluation="demo")
 
 

@@ -67,6 +67,7 @@ def add_parser(subparsers: options.Subparsers) -> None:
     )
     group.add_argument("--resume", action="store_true", help="go on with an unfinished build")
     options.add_run_options(parser, *TABLES)
+    options.add_dry_run_option(parser)
     parser.set_defaults(run=run, show=show)
 
 

@@ -50,8 +50,8 @@ from entangle.cli.meaning import MASKS, check_meaning, given_options
 from entangle.cli.options import names, numbers, parse_memory
 from entangle.cli.tables import abandon, no_output
 from entangle.doors import with_installed
-from entangle.errors import EntangleError, InvalidInput, Unavailable, visible
-from entangle.memory import check_memory
+from entangle.errors import EntangleError, InvalidInput, MemoryLimit, Unavailable, visible
+from entangle.memory import check_memory, ran_out
 from entangle.ranks import Place, Ranks, current, place_of, started
 from entangle.runs.progress import tell
 from entangle.runs.provenance import (
@@ -193,7 +193,7 @@ def _run(argv: Sequence[str] | None) -> int:
         with started(place) as here, _heard_of(here, written):
             check_arguments(arguments)
             _keep_to_memory(getattr(arguments, "memory", options.AUTO))
-            with runs_as(written):
+            with runs_as(written), _end_of_memory_told():
                 _work(arguments)
     except EntangleError as error:
         tell(f"error: {error}")
@@ -209,6 +209,29 @@ def _run(argv: Sequence[str] | None) -> int:
     return 0
 
 
+@contextmanager
+def _end_of_memory_told() -> Iterator[None]:
+    """Turn the end of memory, wherever it comes, into one line with what to ask for instead."""
+    try:
+        yield
+    except EntangleError:
+        raise
+    except (MemoryError, RuntimeError) as error:
+        if not ran_out(error):
+            raise
+        left = ""
+        if "torch" in sys.modules and (gpu := sys.modules["torch"].cuda).is_initialized():
+            left = (
+                f" ({gpu.mem_get_info()[0] / 2**30:.2f} GiB are free on the GPU now, whose memory "
+            )
+            left += "other processes may fill meanwhile)"
+        raise MemoryLimit(
+            f"memory ran out{left}; lower --memory, --batch-size, --n-seq or --seq-len, take fewer "
+            "layers at a time (--layer), or bring the weights block by block (--stream); finished "
+            "work is gone on with by --resume where the command has it."
+        ) from error
+
+
 def _written(argv: Sequence[str]) -> list[str]:
     """Return a command line by today's names, with the options of its ``--config`` file."""
     written = options.spell_out(argv)
@@ -222,6 +245,11 @@ def _written(argv: Sequence[str]) -> list[str]:
 def _work(arguments: argparse.Namespace) -> None:
     """Run a command, or print what it made before (`entangle.cli.asked`)."""
     asked.name_output(arguments)
+    if getattr(arguments, "dry_run", False):
+        from entangle.cli import dry
+
+        dry.run(arguments)
+        return
     if _is_found(arguments):
         asked.show_found(arguments)
         return
@@ -241,6 +269,10 @@ def _is_found(arguments: argparse.Namespace) -> bool:
 
 def _check_shared(arguments: argparse.Namespace, place: Place | None) -> None:
     """Refuse to start a command several times that is not shared out."""
+    if place is not None and getattr(arguments, "dry_run", False):
+        if place.rank:
+            raise SystemExit(InvalidInput.exit_code)
+        raise InvalidInput("--dry-run tells of one process; start it without torchrun or srun.")
     if place is not None and arguments.command not in SHARED:
         if place.rank:
             raise SystemExit(InvalidInput.exit_code)  # the first says why

@@ -450,6 +450,15 @@ def add_run_options(
     parser.set_defaults(out_ending=ending)
 
 
+def add_dry_run_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option that tells what a run would take (`entangle.cli.dry`)."""
+    parser.add_argument(
+        "--dry-run", action="store_true",
+        help="print tokens, passes, memory, disk and time that this will take, from a few measured "
+        "seconds, and write nothing",
+    )  # fmt: skip
+
+
 def check_run(arguments: argparse.Namespace) -> None:
     """Check seed, ``--out``, ``--resume`` and ``--force`` before anything is loaded.
 

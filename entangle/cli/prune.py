@@ -51,6 +51,7 @@ def add_parser(subparsers: options.Subparsers) -> None:
     )  # fmt: skip
     group.add_argument("--resume", action="store_true", help="go on with an unfinished pruning")
     options.add_run_options(parser, *TABLES)
+    options.add_dry_run_option(parser)
     parser.set_defaults(run=run, show=show)
 
 

@@ -50,6 +50,7 @@ def add_parser(subparsers: options.Subparsers) -> None:
     group.add_argument("--batch-size", type=int, help="sequences in one forward pass")
     parser.add_argument("--top", type=int, default=20, help="rows to print (default: 20)")
     options.add_run_options(parser, *TABLES)
+    options.add_dry_run_option(parser)
     parser.set_defaults(run=run, show=show)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from entangle.errors import InvalidInput, MemoryLimit
-from entangle.memory import give_back, memory_for
+from entangle.memory import give_back, memory_for, ran_out
 from entangle.models.blocks import BlockRunner
 from entangle.models.loading import AnyModel, LanguageModel, as_language_model
 from entangle.models.streaming import comes_by_blocks
@@ -111,8 +111,7 @@ def memory_limit(load: str, *, lower: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        named = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if not named and "you tried to allocate" not in str(error):
+        if not ran_out(error):
             raise
         raise MemoryLimit(
             f"memory ran out with {load} in one forward pass; lower {lower}."

@@ -276,6 +276,7 @@ def build_blocks(
     memory: int | ByteBudget,
     finished: Callable[[int], Sequence[ExpandedLayer] | None],
     done: Callable[[int, Sequence[ExpandedLayer]], None],
+    writer: Callable[[int], int] = lambda _block: 0,
 ) -> BlockRunner:
     """Replace the planned layers of ``module``, one block after the other.
 
@@ -295,6 +296,8 @@ def build_blocks(
         Gives the layers of a block that an earlier run has built, or None.
     done
         Called with the index and the layers of each block, after all streams have passed it.
+    writer
+        Gives the rank that packs and reports a block's experts.
 
     Returns
     -------
@@ -312,7 +315,9 @@ def build_blocks(
         layers = plan.layers.get(index, ())
         expanded = finished(index) if layers else ()
         if expanded is None:
-            expanded = _expand_block(runner, streams[0], index, layers, plan, memory, habits)
+            expanded = _expand_block(
+                runner, streams[0], index, layers, plan, memory, habits, writer(index)
+            )
         for one in expanded:
             module.set_submodule(one.layer.name, one.module)
         for stream in streams if index < plan.last else streams[1:]:
@@ -337,6 +342,7 @@ def _expand_block(
     plan: Plan,
     memory: int | ByteBudget,
     habits: Mapping[str, Habits],
+    writer: int,
 ) -> list[ExpandedLayer]:
     """Expand the layers of one block; the last one closes the calibration stream."""
     expanded: list[ExpandedLayer] = []
@@ -366,7 +372,7 @@ def _expand_block(
                 current(), fitted.pop(number, None), by=by, tokens=store.n_tokens,
                 device=members[0].device,
             )  # fmt: skip
-            expanded += _naming(members, _expand_group, members, store, plan, found)
+            expanded += _naming(members, _expand_group, members, store, plan, found, writer)
             give_back()
     order = {layer.name: i for i, layer in enumerate(layers)}
     return sorted(expanded, key=lambda one: order[one.layer.name])
@@ -441,7 +447,11 @@ def _naming(layers: Sequence[Layer], work: Callable[..., Made], *given: object) 
 
 
 def _expand_group(
-    layers: Sequence[Layer], store: TokenStore, plan: Plan, fitted: Fitted | None = None
+    layers: Sequence[Layer],
+    store: TokenStore,
+    plan: Plan,
+    fitted: Fitted | None = None,
+    writer: int = 0,
 ) -> list[ExpandedLayer]:
     """Fit one router on the common input of some layers, if there is none, and solve experts."""
     ranks = current()
@@ -474,10 +484,11 @@ def _expand_group(
     for layer, part, own in zip(layers, solved, shares, strict=True):
         experts = join_experts(ranks, layer, part, own)
         packed, weight = None, experts.weight
-        if ranks.rank == 0 or plan.storage.rounds(weight.dtype):
+        writes = ranks.rank == writer
+        if writes or plan.storage.rounds(weight.dtype):
             packed, weight = plan.storage.pack(layer.weight, weight)
         module = ExpandedLinear(weight, layer.bias, routing)
-        made.append(ExpandedLayer(layer, module, experts if ranks.rank == 0 else None, packed))
+        made.append(ExpandedLayer(layer, module, experts if writes else None, packed))
     return made
 
 

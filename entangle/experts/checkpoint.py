@@ -35,11 +35,18 @@ from entangle.models.loading import AnyModel, LanguageModel, as_language_model, 
 from entangle.models.pretrained import load_folder
 from entangle.packed import huggingface
 from entangle.precision import resolve_device
+from entangle.ranks import current
 from entangle.results.expansion import KIND, read_run, write_run
-from entangle.runs.provenance import expand_user, output_folder, read_manifest, write_json
+from entangle.runs.provenance import (
+    disk_errors,
+    expand_user,
+    output_folder,
+    read_manifest,
+    write_json,
+)
 from entangle.runs.reading import inside
 from entangle.runs.sealing import file_digest
-from entangle.runs.unfinished import Unfinished, is_made
+from entangle.runs.unfinished import PLAN, Unfinished, is_made
 
 _CONFIG = "config.json"
 
@@ -126,6 +133,11 @@ class BuildFolder:
         )
         self._unfinished.keep(block_file(index), partial(write_block, expanded=expanded))
 
+    def adopt(self, index: int) -> None:
+        """Keep the files of a block that another rank has written beside (`BlockWriters`)."""
+        for name in (build_file(index), block_file(index)):
+            self._unfinished.keep(name, partial(os.replace, _beside(self.path, name)))
+
     def read(
         self, index: int, layers: Sequence[Layer]
     ) -> tuple[list[ExpandedLayer], list[dict[str, object]]] | None:
@@ -185,6 +197,74 @@ class BuildFolder:
             complete(made, dense, manifest, list(digests), known=digests)
         self._unfinished.remove()
         return run
+
+
+def _beside(folder: Path, name: str) -> Path:
+    """Return where a rank writes a file that the first is to keep."""
+    return folder / f"{name}.ranked"
+
+
+class BlockWriters:
+    """Which rank writes the files of a block: all in turn, where they see the first one's folder.
+
+    The first rank writes the first block that is built, and says where. A block that another has
+    written beside the kept ones is kept when the next one is told of, so that nobody waits.
+
+    Parameters
+    ----------
+    folder
+        Of the first rank, None on the others, and where nothing is written.
+    """
+
+    def __init__(self, folder: BuildFolder | None) -> None:
+        self._folder, self._place, self._asked = folder, Path(), False
+        self._waiting: list[int] = []
+        self._taken_in_turn = False
+
+    def of(self, index: int) -> int:
+        """Return the rank that packs, reports and writes a block."""
+        return index % current().size if self._taken_in_turn else 0
+
+    def write(
+        self, index: int, made: Sequence[ExpandedLayer], rows: Sequence[Mapping[str, object]]
+    ) -> None:
+        """Write a block that was built; called on all ranks, after one exchange about it."""
+        by, ranks = self.of(index), current()
+        self._keep()
+        if by == 0 and self._folder is not None:
+            self._folder.write(index, made, rows)
+        elif by and by == ranks.rank:
+            for name, write in (
+                (build_file(index), partial(write_build, expanded=made, report=rows)),
+                (block_file(index), partial(write_block, expanded=made)),
+            ):
+                with disk_errors(self._place / name):
+                    write(_beside(self._place, name))
+        if by:
+            self._waiting.append(index)
+        if ranks.size > 1 and not self._asked:
+            self._meet()
+
+    def finish(self) -> None:
+        """Keep what was written last; called on all ranks."""
+        if current().size > 1:
+            current().exchange("written")
+        self._keep()
+
+    def _keep(self) -> None:
+        folder = self._folder
+        for index in self._waiting if folder is not None else ():
+            assert folder is not None  # noqa: S101
+            folder.adopt(index)
+        self._waiting.clear()
+
+    def _meet(self) -> None:
+        """Find out whether all ranks see the folder in which the first has begun."""
+        self._asked, ranks = True, current()
+        place = ranks.exchange("" if self._folder is None else str(self._folder.path))[0]
+        self._place = Path(place)
+        seen = bool(place) and os.access(self._place, os.W_OK) and (self._place / PLAN).is_file()
+        self._taken_in_turn = all(ranks.exchange(seen))
 
 
 def complete(

@@ -32,12 +32,12 @@ from entangle.experts.build import (
     planned_sparsity,
     structural_copy,
 )
-from entangle.experts.checkpoint import BuildFolder, refuse_saving
+from entangle.experts.checkpoint import BlockWriters, BuildFolder, refuse_saving
 from entangle.experts.router import Kind
 from entangle.experts.solver import ExpertSettings, Sparsity, check_solvable
 from entangle.experts.spread import share_built
 from entangle.experts.storage import Storage
-from entangle.memory import check_memory, memory_for
+from entangle.memory import check_memory, memory_for, refuse_beyond
 from entangle.models.blocks import evaluates
 from entangle.models.layers import (
     DEFAULT_PROJ,
@@ -58,6 +58,7 @@ from entangle.recording.recorder import shared_inputs
 from entangle.recording.states import HiddenStates
 from entangle.recording.stream import ByteBudget
 from entangle.results.expansion import KIND, ExpansionReport
+from entangle.runs.places import check_room
 from entangle.runs.progress import Progress, ProgressBar
 from entangle.runs.provenance import RunClock, agree_on, claims_out, expand_user, make_manifest
 from entangle.runs.unfinished import PLANNED
@@ -356,6 +357,7 @@ def build(
         chosen, named=asked_by_name(layers, chosen), experts=counts, sparsity=sparsities,
         settings=settings, storage=storage,
     )  # fmt: skip
+    _check_room(plan, sparsities, out=out, keep=keep)
     if len(set(counts.values())) > 1:
         check_shared(
             shared_inputs(copied, chosen, calibration.rows.sequence(0)[None, :_PROBE]), counts
@@ -380,7 +382,9 @@ def build(
         runner = build_blocks(
             copied, plan, streams, memory=budget, finished=sink.finished,
             done=lambda index, expanded: sink.done(index, expanded, bar),
+            writer=sink.writers.of,
         )  # fmt: skip
+        sink.writers.finish()
         perplexity = None
         if text is not None:
             losses = [torch.zeros(0, dtype=torch.float64)]
@@ -405,6 +409,34 @@ def build(
     result = replace(result, run={"command": command, **result.run})
     add = None if extra is None else partial(extra, result)
     return replace(result, run=folder.finish(table, manifest, result.run, dense=dense, extra=add))
+
+
+def _check_room(
+    plan: Plan,
+    sparsity: Mapping[str, Sparsity],
+    *,
+    out: str | os.PathLike[str] | None,
+    keep: bool,
+) -> None:
+    """Refuse experts that memory, or the disk, certainly has no room for."""
+    held, written = [], 0.0
+    for layers in plan.layers.values():
+        sizes = [plan.experts[one.name] * math.prod(one.shape) for one in layers]
+        held.append(
+            sum(n * one.weight.element_size() for n, one in zip(sizes, layers, strict=True))
+        )
+        for n, one in zip(sizes, layers, strict=True):
+            share = sparsity[one.name]
+            kept = 0.0 if share is None else 1 - float(torch.as_tensor(share).double().mean())
+            bits = plan.settings.bits
+            written += n / 8 + n * kept * (one.weight.element_size() if bits is None else bits / 8)
+    if out is not None:
+        check_room(out, int(written))
+    refuse_beyond(
+        sum(held) if keep else max(held, default=0), next(iter(plan.layers.values()))[0].device,
+        what="holding the experts",
+        remedy="ask for fewer --experts (experts), or keep them on the disk alone (keep=False)",
+    )  # fmt: skip
 
 
 def _streams(
@@ -433,6 +465,8 @@ class _Sink:
         self.keep = keep
         self._plan, self._folder, self._module = plan, folder, module
         self._read: list[dict[str, object]] = []
+        self._builds = False
+        self.writers = BlockWriters(folder)
 
     def finished(self, index: int) -> Sequence[ExpandedLayer] | None:
         """Return what an earlier run has made of a block, or None; the first rank reads it."""
@@ -441,18 +475,23 @@ class _Sink:
             found = self._folder.read(index, layers)
         self._read = [] if found is None else found[1]
         if ranks.size == 1:
+            self._builds = found is None
             return None if found is None else found[0]
         own = None if found is None else [(one.layer, one.module) for one in found[0]]
         shared = share_built(ranks, own, layers)
+        self._builds = shared is None
         return None if shared is None else [ExpandedLayer(*one, None) for one in shared]
 
     def done(self, index: int, expanded: Sequence[ExpandedLayer], bar: Progress) -> None:
         """Take over the layers of a block."""
         made = [one for one in expanded if one.experts is not None]
         rows = block_rows(made) if made else self._read if expanded else []
-        self.rows += current().exchange(rows)[0] if current().size > 1 else rows
-        if self._folder is not None and made:
-            self._folder.write(index, made, rows)
+        if current().size > 1:
+            rows = current().exchange(rows)[self.writers.of(index) if self._builds else 0]
+        self.rows += rows
+        if self._builds and expanded:
+            self.writers.write(index, made, rows)
+        self._builds = False
         for one in () if self.keep else expanded:
             self._module.set_submodule(one.layer.name, one.layer.module)
         if current().rank == 0:

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from entangle.checks import shown
 from entangle.errors import InvalidInput
-from entangle.memory import free_on_gpu, free_ram
+from entangle.memory import free_on, refuse_beyond
 from entangle.models import demo, gguf_files, pretrained
 from entangle.models.cache import FLOATS, stored_sizes
 from entangle.models.hub import ADAPTER_CONFIG, check_folder, check_settings, model_source
@@ -301,17 +301,25 @@ class _Placed:
     memory: int | None
 
     def streams(self, folder: Path, dtype: torch.dtype | None) -> bool:
-        """Tell whether the weights of a folder are to come block by block."""
-        if self.stream is not None:
-            return self.stream
-        if (folder / ADAPTER_CONFIG).is_file():
-            return False
-        gpu = self.device.type == "cuda"
-        ranks = current()
-        free = free_on_gpu(self.device) if gpu else free_ram() // ranks.beside
+        """Tell whether the weights of a folder are to come block by block.
+
+        Raises
+        ------
+        MemoryLimit
+            If they are not to, and do not fit.
+        """
+        if self.stream or (self.stream is None and (folder / ADAPTER_CONFIG).is_file()):
+            return bool(self.stream)
+        ranks, free = current(), free_on(self.device)
         stored = [(kind, n) for kind, n in stored_sizes(folder) if kind in FLOATS]
         width = max((FLOATS[kind].itemsize for kind, _ in stored), default=0)
         needed = sum(n for _, n in stored) * (dtype.itemsize if dtype is not None else width)
+        if self.stream is False:
+            refuse_beyond(
+                needed, self.device, what=f"holding the weights of {str(folder)!r}",
+                remedy="leave --no-stream (stream=False) out: blocks then come from the disk",
+            )  # fmt: skip
+            return False
         if not any(ranks.exchange(needed + (self.memory or 0) > free)):  # all ranks stream, or none
             return False
         tell(

@@ -263,7 +263,7 @@ def _follow(path: Path, dead: Writer | None, writer: Writer) -> bool:
     """
     try:
         with path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of a network it may never come
             if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return False
             found = Writer.read(path)
@@ -277,6 +277,9 @@ def _follow(path: Path, dead: Writer | None, writer: Writer) -> bool:
                 insist(partial(own.unlink, missing_ok=True))
             return True
     except FileNotFoundError:  # released meanwhile
+        return False
+    except BlockingIOError:  # another's turn
+        time.sleep(0.02)
         return False
     except (NameError, OSError):  # a system, or a file system, without locks
         _set_aside(path, dead)

@@ -6,11 +6,13 @@ the user's, as platformdirs knows it, and results go to ``runs`` in the current 
 """
 
 import os
+import shutil
 from pathlib import Path
 
 import platformdirs
 
 from entangle.checks import path_of
+from entangle.errors import Unavailable
 
 
 def home() -> Path | None:
@@ -34,6 +36,32 @@ def cache_folder() -> Path:
     if named:
         return Path(named)
     return Path(platformdirs.user_cache_dir("entangle")) if own is None else own / "cache"
+
+
+def check_room(place: str | os.PathLike[str], needed: int) -> None:
+    """Refuse to write more than a disk has room for, before anything is made.
+
+    Parameters
+    ----------
+    place
+        What is to be written; the nearest folder above it that exists counts.
+    needed
+        Bytes.
+
+    Raises
+    ------
+    Unavailable
+        If fewer are free.
+    """
+    folder = Path(os.path.abspath(os.path.expanduser(place)))  # noqa: PTH100, PTH111
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise Unavailable(
+            f"the result takes {needed / 2**20:,.1f} MiB and {free / 2**20:,.1f} are free on the "
+            f"disk of {str(folder)!r}; name another place (--out), or make room there."
+        )
 
 
 def runs_folder() -> Path:

@@ -1,16 +1,16 @@
 """Score the neurons of a model's layers."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from entangle.checks import choice, whole
 from entangle.errors import InvalidInput, MemoryLimit
-from entangle.memory import check_memory, memory_for
+from entangle.memory import check_memory, memory_for, ran_out, refuse_beyond
 from entangle.models.blocks import evaluates
 from entangle.models.layers import (
     DEFAULT_PROJ,
@@ -22,6 +22,7 @@ from entangle.models.layers import (
     layer_specs,
 )
 from entangle.models.loading import AnyModel, LanguageModel, as_language_model
+from entangle.models.streaming import comes_by_blocks
 from entangle.ranks import ALONE, Ranks, current
 from entangle.recording.recorder import Batch, Recorded, Recorder
 from entangle.results.scores import KIND, NeuronScores
@@ -32,7 +33,8 @@ from entangle.scoring.layer_scores import LayerSummary, layer_table, neuron_tabl
 from entangle.scoring.sketched import score_sketched
 from entangle.scoring.spread import share_summaries
 from entangle.seeding import check_seed
-from entangle.stats.mapping_difficulty import MAX_PAIRS
+from entangle.stats.bins import bytes_a_neuron
+from entangle.stats.mapping_difficulty import MAX_PAIRS, PAIR_BYTES
 from entangle.texts.calibration import as_calibration
 from entangle.texts.calibration_set import CalibrationSet
 from entangle.texts.given import Source
@@ -147,6 +149,8 @@ def score_layers(
     resolved = _resolve_method(method, language_model, chosen, calibration, memory)
     budget = memory_for(memory, language_model.module)
     groups = _n_groups(resolved, calibration.n_seq)
+    if resolved == "sketch":
+        _check_sketches(language_model, chosen, n_groups=groups, md=md)
     per_pass = _batch_size(batch_size, calibration)
     asked = {"layers": [layer.name for layer in chosen], "method": resolved, "md": md, "seed": seed}
     model, text = language_model.describe(), calibration.describe()
@@ -160,7 +164,7 @@ def score_layers(
             )()  # fmt: skip
             frame = neuron_table(measured, language_model.name)
         except (RuntimeError, MemoryError) as error:
-            if not _out_of_memory(error):
+            if not ran_out(error):
                 raise
             raise MemoryLimit(
                 f"memory ran out while scoring {len(chosen)} layer(s) by the {resolved} method on "
@@ -193,10 +197,19 @@ def score_layers(
     )
 
 
-def _out_of_memory(error: Exception) -> bool:
-    """Tell whether memory ran out; torch has no class of its own for that on the CPU."""
-    named = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return named or "you tried to allocate" in str(error)
+def _check_sketches(
+    model: LanguageModel, layers: Sequence[Layer], *, n_groups: int, md: bool
+) -> None:
+    """Refuse sketches of more neurons than memory holds: a block's where blocks come in turn."""
+    by_place = defaultdict[int | None, int](int)
+    for layer in layers:
+        by_place[layer.block if comes_by_blocks(model.module) else None] += layer.out_features
+    own = bytes_a_neuron(n_groups) + (PAIR_BYTES if md else 0)
+    refuse_beyond(
+        own * max(by_place.values(), default=0), model.device,
+        what=f"a sketch of {sum(by_place.values()):,} neurons",
+        remedy="score part after part with --layer (layers), or with --method exact",
+    )  # fmt: skip
 
 
 def _check_readable(layers: Sequence[Layer]) -> None:

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from entangle.kernels.exact import fused_binned_distances
 from entangle.ranks import Ranks
-from entangle.stats.edges import HALF, PER_OCTAVE, signed_edges
+from entangle.stats.edges import HALF, N_BINS, PER_OCTAVE, signed_edges
 
 
 class Scratch:
@@ -328,6 +328,11 @@ GROUP_FOLD = 8
 
 LEAST_SPREAD = 1e-3
 """Of |mean − location|: squares summed in float32 resolve no smaller spread."""
+
+
+def bytes_a_neuron(n_groups: int) -> int:
+    """Return the bytes that the histograms of an `OutputSketch` take of a neuron, at least."""
+    return 4 * (N_BINS + (n_groups + 1) * (N_BINS // GROUP_FOLD))
 
 
 def resampled(

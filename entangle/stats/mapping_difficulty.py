@@ -231,6 +231,8 @@ def _median(values: Tensor) -> Tensor:
 
 
 _BINS, _PILOT_PAIRS = 3 * PER_OCTAVE, 512
+PAIR_BYTES = 4 * _BINS
+"""That a `PairSketch` holds of a neuron, at least."""
 
 
 def _can_add_at_once(_sketch: object, first: Tensor, second: Tensor, *_: object) -> bool:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from entangle.errors import InvalidInput
 from entangle.evaluation import perplexity
+from entangle.experiments.ablate import ablate
+from entangle.experiments.compare import compare
 from entangle.experts.expand import expand
 from entangle.experts.prune import prune
 from entangle.models import streaming
@@ -19,6 +21,7 @@ from entangle.models.blocks import BlockRunner
 from entangle.models.layers import find_layers
 from entangle.models.loading import LanguageModel, load_model
 from entangle.models.shards import Shards, stored_of
+from entangle.modes.decompose import decompose
 from entangle.recording.hooks import changed_rows
 from entangle.scoring.score import score
 from entangle.seeding import torch_rng
@@ -200,3 +203,20 @@ def test_pruned_models_are_written_without_being_held(
         held = load_model(tmp_path / str(number), stream=False)
         found.append((held.digest, made.model.digest, _logits(held, _ids(1, 8)).sum().item()))
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_experiments_are_the_same_to_the_bit(name: str, pair: Callable[[str], Pair]) -> None:
+    text, windows = _ids(6, 16), _ids(3, 24)
+    found = []
+    for model in pair(name):
+        compared = compare(model, text, windows, methods=["wanda", "expansion"], sparsity=0.5,
+                           experts=2, progress=False)  # fmt: skip
+        ablated = ablate(model, text, evaluation=windows, strengths=[0.5], seeds=1, progress=False)
+        parts = decompose(model, text, layers=0, experts=(1, 2), sparsity=0.5, progress=False)
+        tables = [compared.frame.drop(columns="seconds"), compared.windows, ablated.frame]
+        tables += [ablated.windows, parts.neurons, parts.outputs]
+        found.append([one.drop(columns="model", errors="ignore") for one in tables])
+    for held, streamed in zip(*found, strict=True):
+        assert len(held)
+        pd.testing.assert_frame_equal(streamed, held, check_exact=True)

@@ -1,0 +1,145 @@
+"""What a run will take is told before it: counts are those that happen, and nothing is written."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from entangle.cli import dry, options, trials
+from entangle.errors import MemoryLimit, Unavailable
+from entangle.memory import refuse_beyond
+from entangle.models.layers import find_blocks, list_layers
+from entangle.runs.places import check_room
+from tests.cli.runs import Run
+
+EVALUATED = ("--eval-seq-len", 32, "--eval-windows", 8)
+TEXT = ("--n-seq", 24, "--seq-len", 32)
+COMMANDS = {
+    "score": (*TEXT, "--method", "sketch"),
+    "prune": (*TEXT, *EVALUATED),
+    "expand": (*TEXT, "--experts", 3),
+    "evaluate": EVALUATED,
+}  # fmt: skip
+
+
+def test_least_squares_find_what_counts_take() -> None:
+    seconds = {"start": 3.0, "tokens": 0.5, "solves": 20.0}
+    trials_of = [{"tokens": t, "solves": s} for t, s in ((10.0, 1.0), (40.0, 1.0), (10.0, 2.0))]
+    found = [3.0 + 0.5 * one["tokens"] + 20 * one["solves"] for one in trials_of]
+    job = {"tokens": 5000.0, "solves": 60.0, "never seen": 9.0}
+    wanted = seconds["start"] + 0.5 * 5000 + 20 * 60
+    assert trials.fitted(trials_of, found, job) == pytest.approx(wanted)
+    assert trials.fitted(trials_of, [2 * one for one in found], job) == pytest.approx(2 * wanted)
+
+
+def test_nothing_takes_less_than_nothing() -> None:
+    counts = [{"tokens": 1.0}, {"tokens": 2.0}]
+    assert trials.fitted(counts, [2.0, 1.0], {"tokens": 1e6}) >= 0
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_is_told_is_what_happens(
+    command: str,
+    run: Run,
+    tiny_folder: Callable[[str], Path],
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sources = () if command == "evaluate" else ("--calibration", text_file)
+    if EVALUATED[0] in COMMANDS[command]:
+        sources = (*sources, "--evaluation", text_file)
+    asked = (command, tiny_folder("llama"), *sources, *COMMANDS[command], "--json", "--quiet")
+    ran = run(*asked, "--dry-run")
+    assert ran.status == 0, ran.err
+    told = json.loads(ran.out)
+    assert list(tmp_path.iterdir()) == []  # it writes nothing
+    seen: list[int] = []
+    loading = options.load_model
+
+    def watched(arguments: object) -> object:
+        model = loading(arguments)  # type: ignore[arg-type]
+        first = next(one for one in list_layers(model.module) if one.block == 0)
+        first.module.register_forward_hook(
+            lambda _module, inputs, _output: seen.append(inputs[0].shape[:-1].numel())
+        )
+        return model
+
+    monkeypatch.setattr(options, "load_model", watched)
+    out = tmp_path / "made"
+    assert run(*asked, "--out", out).status == 0
+    tokens = told["tokens"] * told["passes"]
+    tokens += told["evaluation_tokens"] * told["evaluation_passes"]
+    assert tokens / 1.5 <= sum(seen) <= tokens * 1.5
+    written = sum(one.stat().st_size for one in out.rglob("*") if one.is_file())
+    assert written / 1.5 <= told["disk_bytes"] <= written * 1.5
+    assert min(told["seconds"], told["cpu_seconds"], told["peak_memory_bytes"]) > 0
+
+
+def test_a_trial_ends_after_few_blocks_of_the_model(tiny_folder: Callable[[str], Path]) -> None:
+    from entangle.models.loading import load_model
+
+    model = load_model(tiny_folder("llama"))
+    short = trials.first_blocks(model, 1)
+    assert len(find_blocks(short.module)[1]) == 1
+    assert len(find_blocks(model.module)[1]) > 1
+    ids = torch.arange(4, 12)[None]
+    with torch.no_grad():
+        logits = short.module(ids).logits
+    assert logits.shape[-1] == model.vocab_size
+    assert np.isfinite(logits.numpy()).all()
+
+
+def test_what_does_not_fit_is_refused(
+    run: Run,
+    tiny_folder: Callable[[str], Path],
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(dry, "free_ram", lambda: -(2**50))
+    ran = run("score", tiny_folder("llama"), "--calibration", text_file, *TEXT, "--dry-run")
+    assert ran.status == 2
+    assert "tokens to calibrate on" in ran.out
+    assert "--stream" in ran.err
+    assert "--memory" in ran.err
+
+
+def test_work_that_does_not_fit_does_not_begin(
+    run: Run,
+    tiny_folder: Callable[[str], Path],
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import entangle.memory
+
+    model, out = tiny_folder("llama"), tmp_path / "made"
+    given = ("--calibration", text_file, *TEXT, "--out", out)
+    monkeypatch.setattr(entangle.memory, "free_ram", lambda: 2**10)
+    for command, remedy in (
+        (("score", model, *given, "--method", "sketch"), "--layer"),
+        (("expand", model, *given), "--experts"),
+        (("score", model, *given, "--no-stream"), "--no-stream"),
+    ):
+        ran = run(*command, "--memory", "8M")
+        assert ran.status == 2
+        assert remedy in ran.err
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_refusal_tells_both_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import entangle.memory
+
+    monkeypatch.setattr(entangle.memory, "free_ram", lambda: 2**30)
+    refuse_beyond(2**30, torch.device("cpu"), what="this", remedy="ask for less")
+    with pytest.raises(MemoryLimit, match=r"3\.00.*1\.00.*ask for less"):
+        refuse_beyond(3 * 2**30, torch.device("cpu"), what="this", remedy="ask for less")
+    check_room(tmp_path / "a" / "b", 1)
+    with pytest.raises(Unavailable, match=str(tmp_path)):
+        check_room(tmp_path / "a" / "b", 2**60)
