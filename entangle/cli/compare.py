@@ -25,6 +25,7 @@ FORMATS = {
     "ratio_high": ".3f", "flops": ".3f", "nonzeros": ".3f", "bytes": ".3f",
     "relative_error": ".4f", "seconds": ".0f", "competitor_perplexity": ",.3f",
     "uniform_ratio": ".3f", "uniform_low": ".3f", "uniform_high": ".3f", "density": ".3f",
+    "token_bytes": ".3f",
     "increase": ".0%", "saved": ".3f", "low": ".3f", "high": ".3f",
 }  # fmt: skip
 
@@ -33,7 +34,7 @@ TABLES = ("results", "flops-saved", "equal-nonzeros")
 KEYS = ("method", "sparsity", "experts", "allocation")
 OPTIONAL = (
     "seconds", "competitor_perplexity", "relative_error", "uniform_low", "uniform_high",
-    "uniform_ratio", "flops", "bytes", "nonzeros", "ratio_low", "ratio_high", "ratio",
+    "uniform_ratio", "flops", "bytes", "nonzeros", "token_bytes", "ratio_low", "ratio_high", "ratio",
 )  # fmt: skip
 """The least important columns first."""
 

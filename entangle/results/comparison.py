@@ -45,6 +45,7 @@ _FRAME = {
     **_ARM, "perplexity": reals(0), "ratio": reals(0), "ratio_low": reals(0),
     "ratio_high": reals(0), "flops": reals(0), "nonzeros": reals(0), "bytes": reals(0),
     "relative_error": reals(0), "density": reals(0, optional=True),
+    "token_bytes": reals(0, optional=True),
     "uniform_ratio": reals(0, optional=True),
     "uniform_low": reals(0, optional=True), "uniform_high": reals(0, optional=True),
 }  # fmt: skip
@@ -72,7 +73,8 @@ class Comparison(Result):
     """One row an arm: method, sparsity, experts, allocation, perplexity, ratio to dense with its
     95 % interval, flops, nonzeros, bytes (multiples of dense), relative_error (mean over layers),
     density (multiply-adds a token of the layers in scope over the dense ones, routers, turns and
-    low-rank rests included), seconds. NaN perplexity and costs: the method does not apply to the
+    low-rank rests included), token_bytes (of weights that a token reads, over the dense model's),
+    seconds. NaN perplexity and costs: the method does not apply to the
     model, or cannot be that sparse. With allocations also uniform_ratio with uniform_low and
     uniform_high: the ratio to the
     perplexity of the same method, sparsity and experts without the allocation, with its paired
@@ -168,7 +170,8 @@ def at_equal_nonzeros(frame: pd.DataFrame) -> pd.DataFrame:
     dense = frame[frame["method"] == DENSE]
     if len(dense) != 1:
         raise InvalidInput(f"`frame` must have one row of the dense model; got {len(dense)}.")
-    rows = [_competition(row, frame) for _, row in frame[frame["experts"] > 1].iterrows()]
+    routed = (frame["experts"] > 1) & frame["method"].isin(list(COMPARED_METHODS))
+    rows = [_competition(row, frame) for _, row in frame[routed].iterrows()]
     return pd.DataFrame(rows, columns=list(_EQUAL_COLUMNS)).astype(_EQUAL_COLUMNS)
 
 
