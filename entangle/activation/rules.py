@@ -5,7 +5,7 @@ count, how often every input was, from which all costs follow.
 """
 
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -110,6 +110,7 @@ class Turn:
         return x if self.gain is None else x * self.gain
 
 
+@runtime_checkable
 class Routing(Protocol):
     """Sends tokens to experts, whose columns have zeros of their own."""
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from entangle.checks import share
 from entangle.cli import options
 from entangle.cli.tables import Table, present, records
+from entangle.doors import with_installed
 from entangle.errors import InvalidInput
 from entangle.ranks import current
 from entangle.runs.progress import tell
@@ -34,7 +35,8 @@ TABLES = ("results", "flops-saved", "equal-nonzeros")
 KEYS = ("method", "sparsity", "experts", "allocation")
 OPTIONAL = (
     "seconds", "competitor_perplexity", "relative_error", "uniform_low", "uniform_high",
-    "uniform_ratio", "flops", "bytes", "nonzeros", "token_bytes", "ratio_low", "ratio_high", "ratio",
+    "uniform_ratio", "flops", "bytes", "nonzeros", "token_bytes", "ratio_low", "ratio_high",
+    "ratio",
 )  # fmt: skip
 """The least important columns first."""
 
@@ -90,6 +92,12 @@ def add_parser(subparsers: options.Subparsers) -> None:
         default="16",
         help="for example 1,2,4,8,16,32; one expert is plain pruning (default: 16)",
     )
+    group.add_argument(
+        "--router",
+        default="kmeans",
+        choices=with_installed("routers", ("kmeans", "random")),
+        help="of the method expansion, which is then expansion:ROUTER (default: kmeans)",
+    )
     options.add_evaluation_options(group, default="")
     options.add_memory_option(group)
     group.add_argument("--resume", action="store_true", help="go on with an unfinished comparison")
@@ -104,6 +112,8 @@ def run(arguments: argparse.Namespace) -> None:
     options.check_run(arguments)
     allocations = options.load_allocations(arguments)
     methods, sparsity = options.names(arguments.methods), _sparsities(arguments, allocations)
+    if arguments.router != "kmeans":
+        methods = [_with_router(one, arguments.router) for one in methods]
     experts = options.numbers(arguments.experts, int)
     arms(methods, sparsity, experts, allocations=allocations)  # checked before anything is loaded
     memory = options.parse_memory(arguments.memory)
@@ -187,6 +197,11 @@ def print_comparison(found: "Comparison", arguments: argparse.Namespace) -> None
 def _telling(table: "pd.DataFrame") -> "pd.DataFrame":
     """Leave out a column that says nothing."""
     return table.drop(columns="allocation") if table["allocation"].eq("uniform").all() else table
+
+
+def _with_router(method: str, router: str) -> str:
+    plain = method.split(":")[-1] == "expansion"
+    return f"{method}:{router}" if plain else method
 
 
 def _sparsities(arguments: argparse.Namespace, allocations: "Sequence[Named]") -> list[float]:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,7 +22,6 @@ from entangle.evaluation.perplexity import affix_effect, tell
 from entangle.experiments.arms import (
     INTERVENTIONS,
     MOST_STEPS,
-    ROUTERS,
     SELECTIONS,
     AblationArm,
     ArmPlan,
@@ -42,7 +41,7 @@ from entangle.experiments.interventions import (
 from entangle.experiments.selection import Selection, scores_of, select, silent_layers, union_rows
 from entangle.experts.linear import installed
 from entangle.experts.routed_rows import Level, RoutedRows, SolvedRows, fit_rows, solve_rows
-from entangle.experts.router import Kind
+from entangle.experts.router import ROUTERS
 from entangle.memory import check_memory, memory_for
 from entangle.models.blocks import evaluating
 from entangle.models.layers import (
@@ -371,7 +370,7 @@ class Ablation(Experiment[AblationArm]):
                 self.model, self.calibration, union_rows(arm.selection.rows for arm in own),
                 sparsities=sorted({arm.strength for arm in own}),
                 experts=[1, *dict.fromkeys(arm.experts for arm in own)],
-                pruner=str(pruner), router=cast("Kind", router), damping=self._damping,
+                pruner=str(pruner), router=router, damping=self._damping,
                 seed=self.seed, memory=memory, md=self._md, progress=progress,
             )  # fmt: skip
         return arms

@@ -20,6 +20,7 @@ from entangle.experiments.experiment import Arm, Arrays, Evaluation
 from entangle.experiments.interventions import OUTPUT_EDITS
 from entangle.experiments.selection import ALIKE, DERIVED, SCOPES, SCORED, Selection, column, select
 from entangle.experts.routed_rows import Level
+from entangle.experts.router import ROUTERS as DOOR
 from entangle.models.layers import Layer
 from entangle.runs.progress import Progress
 
@@ -129,7 +130,7 @@ def check_settings(
     for name in interventions:
         choice("interventions", name, INTERVENTIONS, kind="intervention")
     for name in routers:
-        choice("router", name, ROUTERS)
+        choice("router", name, DOOR)
     for name, values in (("strengths", strengths), ("edit_strengths", edit_strengths)):
         for value in values:
             share(name, value)

@@ -21,6 +21,7 @@ from entangle.activation import (
 from entangle.allocation.allocation import Allocation, even
 from entangle.allocation.experts import mean_experts, nominal_sparsity, zeros_digest
 from entangle.checks import choice, named, renamed, several, share, shown, whole
+from entangle.doors import brought
 from entangle.errors import InvalidInput
 from entangle.evaluation import EvaluationText, as_evaluation, perplexity_ratio
 from entangle.evaluation.perplexity import check_prefix, measure_perplexity
@@ -28,6 +29,7 @@ from entangle.experiments.experiment import WINDOW, Arm, Arrays, Evaluation, Exp
 from entangle.experiments.masked import COSTS, DSNOT, NUMBERS, Rivals, combined, made_by, nothing
 from entangle.experts.build import check_experts
 from entangle.experts.expand import expand
+from entangle.experts.router import ROUTERS
 from entangle.memory import check_memory, memory_for
 from entangle.models.blocks import evaluating
 from entangle.models.layers import find_layers
@@ -142,7 +144,8 @@ def compare(
         ``coreinfer``. Any pruner by its name, and with ``dsnot:`` in front of it, DSnoT after it.
         ``teal:sparsegpt`` masks the activations of a model that SparseGPT has pruned, and
         ``teal:expansion`` those of an expansion, each expert's own columns counted: both keep the
-        root of the density. `entangle list` shows all.
+        root of the density. ``expansion:NAME`` is an expansion by another router. `entangle list`
+        shows all.
     sparsity
         Shares of zeros in [0, 1], the same in every row; by default 0.5 and 0.7, or those of the
         allocations where there are some. Methods that mask activations leave out that share of the
@@ -305,12 +308,10 @@ class Comparing(Experiment[ComparisonArm]):
 
     def _plugins(self) -> dict[str, object]:
         """Return where methods that are not ours come from, by name."""
-        found = {}
-        used = (arm.method.removeprefix(DSNOT).partition(":") for arm in self.arms)
-        for name in dict.fromkeys(one for parts in used for one in (parts[0], parts[2])):
-            door = ACTIVATION_METHODS if name in ACTIVATION_METHODS else PRUNERS
-            if name in door and not door.is_ours(name):
-                found[name] = door.source(name)
+        found: dict[str, str] = {}
+        names = [name for arm in self.arms for name in arm.method.split(":")]
+        for door in (ACTIVATION_METHODS, PRUNERS, ROUTERS):
+            found |= brought(door, names)
         return {"plugins": found} if found else {}
 
     def evaluated(self) -> dict[str, object]:
@@ -331,7 +332,7 @@ class Comparing(Experiment[ComparisonArm]):
             return nothing(len(self.dense["loss"]))
         if arm.method.startswith(DSNOT):
             return rivals.swapped(arm.method, arm.sparsity)
-        pruner, router = COMPARED_METHODS.get(arm.method, (arm.method, "single"))
+        pruner, router = made_by(arm.method)
         built = expand(
             self.model,
             self.calibration,
@@ -454,7 +455,7 @@ def arms(
         A method that does not exist, a number out of range, or nothing to build.
     """
     methods = [
-        one if isinstance(one, str) and combined(one) else choice("method", one, known_methods())
+        one if isinstance(one, str) and _joined(one) else choice("method", one, known_methods())
         for one in several("methods", methods, empty=True)
     ]
     sparsities = [share("sparsity", one) for one in several("sparsity", sparsities, empty=True)]
@@ -486,6 +487,17 @@ def known_methods() -> tuple[str, ...]:
     swapped = [DSNOT + name for name in PRUNERS]
     both = [f"teal:{name}" for name in dict.fromkeys([*COMPARED_METHODS, *PRUNERS])]
     return tuple(dict.fromkeys([*COMPARED_METHODS, *PRUNERS, *swapped, *ACTIVATION_METHODS, *both]))
+
+
+def _joined(method: str) -> bool:
+    """Tell whether a name is of masks on weights, or of an expansion by a named router."""
+    parts = combined(method)
+    weights = method if parts is None else parts[1]
+    router = weights.removeprefix("expansion:")
+    if router != weights:
+        choice("router", router, ROUTERS)
+        return True
+    return parts is not None
 
 
 def _router(method: str) -> str:

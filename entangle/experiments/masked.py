@@ -1,4 +1,4 @@
-"""Arms of a comparison that mask activations, swap zeros, or mask the activations of sparse weights.
+"""Arms of a comparison that mask activations or swap zeros, or do both to sparse weights.
 
 Sparse weights with masked activations share what goes: both keep the root of the density, and the
 masks' level is solved until the calibration text shows the density that was asked for.
@@ -36,7 +36,7 @@ from entangle.models.loading import LanguageModel
 from entangle.packed.formats import pack
 from entangle.pruning import PRUNERS
 from entangle.recording.recorder import of_one_group
-from entangle.results.comparison import COMPARED_METHODS
+from entangle.results.comparison import made_with
 from entangle.texts.calibration_set import CalibrationSet
 
 DSNOT = "dsnot:"
@@ -50,14 +50,13 @@ _SOLVED, _ROUNDS, _SEQUENCES = 0.005, 4, 8
 def combined(method: str) -> tuple[str, str] | None:
     """Return the method that masks and the one of the weights, of ``teal:sparsegpt``; else None."""
     masks, _, weights = method.partition(":")
-    known = weights in COMPARED_METHODS or weights in PRUNERS
+    known = weights in PRUNERS or made_with(weights) is not None
     return (masks, weights) if masks in ACTIVATION_METHODS and known else None
 
 
 def made_by(weights: str) -> tuple[str, str]:
     """Return pruner and router of a method of weights."""
-    pruner, router = COMPARED_METHODS.get(weights, (weights, "single"))
-    return pruner, router
+    return made_with(weights) or (weights, "single")
 
 
 @dataclass(eq=False)

@@ -170,7 +170,7 @@ def at_equal_nonzeros(frame: pd.DataFrame) -> pd.DataFrame:
     dense = frame[frame["method"] == DENSE]
     if len(dense) != 1:
         raise InvalidInput(f"`frame` must have one row of the dense model; got {len(dense)}.")
-    routed = (frame["experts"] > 1) & frame["method"].isin(list(COMPARED_METHODS))
+    routed = (frame["experts"] > 1) & frame["method"].map(made_with).notna()
     rows = [_competition(row, frame) for _, row in frame[routed].iterrows()]
     return pd.DataFrame(rows, columns=list(_EQUAL_COLUMNS)).astype(_EQUAL_COLUMNS)
 
@@ -276,8 +276,21 @@ def _saved(logs: NDArray[np.float64], flops: NDArray[np.float64], limit: float) 
     return 1.0 - at
 
 
+def made_with(method: str) -> tuple[str, str] | None:
+    """Return pruner and router of a method of weights; None of others.
+
+    ``expansion:NAME`` is an expansion by the router of this name.
+    """
+    if method in COMPARED_METHODS:
+        return COMPARED_METHODS[method]
+    first, _, router = method.partition(":")
+    return (COMPARED_METHODS[first][0], router) if first == "expansion" and router else None
+
+
 def plain_method(method: str) -> str:
     """Return the method with the same pruner and one expert."""
+    if method.startswith("expansion:"):
+        method = "expansion"
     method = choice("method", method, COMPARED_METHODS)
     wanted = (COMPARED_METHODS[method][0], "single")
     return next(name for name, made in COMPARED_METHODS.items() if made == wanted)
