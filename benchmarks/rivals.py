@@ -59,8 +59,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run what is missing, and print and draw what there is."""
     given, started = _parser().parse_args(argv), time.perf_counter()
     model = load_model(given.model, device=given.device)
-    texts = {"context_length": model.context_length, "vocab_size": model.vocab_size}
-    of_demo = {"split": "train"} if given.calibration == "demo" else {}
+    texts: dict[str, Any] = {"context_length": model.context_length, "vocab_size": model.vocab_size}
+    of_demo: dict[str, Any] = {"split": "train"} if given.calibration == "demo" else {}
     settings: dict[str, Any] = {
         "calibration": load_calibration(
             given.calibration, model.tokenizer, n_seq=given.n_seq, seq_len=given.seq_len,

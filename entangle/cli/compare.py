@@ -98,6 +98,12 @@ def add_parser(subparsers: options.Subparsers) -> None:
         choices=with_installed("routers", ("kmeans", "random")),
         help="of the method expansion, which is then expansion:ROUTER (default: kmeans)",
     )
+    group.add_argument(
+        "--measure",
+        default="perplexity",
+        help="measures of installed packages beside perplexity, a column each (`entangle list "
+        "measures`)",
+    )
     options.add_evaluation_options(group, default="")
     options.add_memory_option(group)
     group.add_argument("--resume", action="store_true", help="go on with an unfinished comparison")
@@ -132,7 +138,9 @@ def run(arguments: argparse.Namespace) -> None:
         allocations=allocations, seed=arguments.seed, memory=memory, out=arguments.out,
         resume=arguments.resume, force=arguments.force, extra=add_figure,
         scope=arguments.scope, form=arguments.form, dense_prefix=arguments.dense_prefix,
-        prefix=arguments.prefix, progress=not arguments.quiet,
+        prefix=arguments.prefix,
+        measures=[one for one in options.names(arguments.measure) if one != "perplexity"],
+        progress=not arguments.quiet,
     )  # fmt: skip
     if not current().leads:  # the first rank draws and prints
         return

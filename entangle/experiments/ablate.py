@@ -59,6 +59,7 @@ from entangle.results.ablation import KIND, AblationResult, layer_set, load_abla
 from entangle.results.scores import NeuronScores
 from entangle.runs.progress import Progress
 from entangle.runs.provenance import RunClock, claimed
+from entangle.scoring.columns import is_own
 from entangle.seeding import check_seed
 from entangle.texts.calibration import as_calibration
 from entangle.texts.calibration_set import CalibrationSet
@@ -358,6 +359,7 @@ class Ablation(Experiment[AblationArm]):
             self.model, self.calibration, list(self.layers.values()), scores=self._scores,
             grams=self.plan.prunes and (1 in self.plan.experts or self.plan.match),
             md=self._md, seed=self.seed, progress=progress, named=self._named,
+            columns=[name for name in self.plan.columns if is_own(name)],
         )  # fmt: skip
         self.layers = {n: one for n, one in self.layers.items() if n in known.scores.histograms}
         arms = self.plan.arms(known.scores.frame) or []

@@ -24,6 +24,7 @@ from entangle.checks import choice, named, renamed, several, share, shown, whole
 from entangle.doors import brought
 from entangle.errors import InvalidInput
 from entangle.evaluation import EvaluationText, as_evaluation, perplexity_ratio
+from entangle.evaluation.measures import MEASURES, own_measures
 from entangle.evaluation.perplexity import check_prefix, measure_perplexity
 from entangle.experiments.experiment import WINDOW, Arm, Arrays, Evaluation, Experiment, numbered
 from entangle.experiments.masked import COSTS, DSNOT, NUMBERS, Rivals, combined, made_by, nothing
@@ -118,6 +119,7 @@ def compare(
     form: str | None = None,
     dense_prefix: int = 0,
     prefix: int = 0,
+    measures: str | Iterable[str] = (),
     seed: int = 0,
     memory: int | None = None,
     out: str | os.PathLike[str] | None = None,
@@ -159,6 +161,8 @@ def compare(
         for the same layers, which all arms prune; the MLP linears without allocations. Uniform arms
         of an allocation's sparsity spread its very number of zeros evenly. One that has numbers of
         experts of its own is built with those, in place of ``experts``.
+    measures
+        Of `entangle.evaluation.measures.MEASURES`, not ours: a column each, the mean over windows.
     seed
         Seed of the routers and of the bootstrap.
     memory
@@ -199,7 +203,10 @@ def compare(
         held.enter_context(evaluating(dense.module))
         experiment = Comparing(
             dense, as_calibration(calibration, dense),
-            Evaluation(as_evaluation(evaluation, dense), prefix=whole("prefix", prefix, least=0)),
+            Evaluation(
+                as_evaluation(evaluation, dense), None, ("perplexity", *own_measures(measures)),
+                whole("prefix", prefix, least=0),
+            ),
             arms=planned, allocations=allocations, told=told, seed=seed,
             memory=memory_for(memory, dense.module),
             masks=Masks(choice("scope", scope, SCOPES),
@@ -312,12 +319,14 @@ class Comparing(Experiment[ComparisonArm]):
         names = [name for arm in self.arms for name in arm.method.split(":")]
         for door in (ACTIVATION_METHODS, PRUNERS, ROUTERS):
             found |= brought(door, names)
+        found |= brought(MEASURES, self.evaluation.own)
         return {"plugins": found} if found else {}
 
     def evaluated(self) -> dict[str, object]:
         """Return what a manifest records of the evaluation: the text alone."""
         found: dict[str, object] = dict(self.evaluation.describe()["text"])  # type: ignore[call-overload]
-        return found | ({"prefix": self._masks.prefix} if self._masks.prefix else {})
+        own = {"measures": self.evaluation.own} if self.evaluation.own else {}
+        return found | own | ({"prefix": self._masks.prefix} if self._masks.prefix else {})
 
     def measure(self, arm: ComparisonArm) -> Arrays:
         """Build an arm and return its losses, costs, relative error, density and seconds."""
@@ -329,7 +338,8 @@ class Comparing(Experiment[ComparisonArm]):
                 return rivals.combined(arm.method, arm.sparsity, arm.experts)
         except InvalidInput as error:  # it does not apply, or not so sparsely: the table says so
             tell(f"{arm.label}: {error}")
-            return nothing(len(self.dense["loss"]))
+            blank = {k: v * np.nan for k, v in self.dense.items() if k.startswith("own:")}
+            return nothing(len(self.dense["loss"])) | blank
         if arm.method.startswith(DSNOT):
             return rivals.swapped(arm.method, arm.sparsity)
         pruner, router = made_by(arm.method)
@@ -346,7 +356,7 @@ class Comparing(Experiment[ComparisonArm]):
             seed=self.seed,
             memory=self.memory,
             evaluation=None if self._masks.prefix else self.evaluation.text,
-            keep=bool(self._masks.prefix),
+            keep=bool(self._masks.prefix or self.evaluation.own),
             progress=False,
         )
         found = built.perplexity
@@ -354,16 +364,20 @@ class Comparing(Experiment[ComparisonArm]):
             assert built.model is not None  # noqa: S101
             found = measure_perplexity(built.model, self._text, prefix=self._masks.prefix)
         assert found is not None  # noqa: S101
-        error, seconds = built.layers["relative_error"].mean(), float(str(built.run["seconds"]))
-        numbers = {**built.costs, "relative_error": error, "seconds": seconds}
+        wrong, seconds = built.layers["relative_error"].mean(), float(str(built.run["seconds"]))
+        numbers = {**built.costs, "relative_error": wrong, "seconds": seconds}
         numbers["density"] = rivals.density(float(built.costs["flops"]), self._layers)
         numbers["token_bytes"] = rivals.expanded(built)
         arrays = {name: np.array(numbers[name], np.float64) for name in NUMBERS}
-        return {"loss": found.window_losses, **arrays}
+        own = {} if built.model is None else self.evaluation.measured_own(built.model)
+        return {"loss": found.window_losses, **arrays, **own}
 
     @cached_property
     def _rivals(self) -> Rivals:
-        return Rivals(self.model, self.calibration, self._text, self._masks, self.seed, self.memory)
+        return Rivals(
+            self.model, self.calibration, self._text, self._masks, self.seed, self.memory,
+            self.evaluation.measured_own,
+        )  # fmt: skip
 
     @property
     def _text(self) -> EvaluationText:
@@ -415,6 +429,7 @@ class Comparing(Experiment[ComparisonArm]):
         row = {**arm.columns, "perplexity": result.value, "ratio": ratio.value}
         row |= {"ratio_low": ratio.low, "ratio_high": ratio.high}
         row |= {name: float(found[name]) for name in NUMBERS}
+        row |= {name: float(found[f"own:{name}"].mean()) for name in self.evaluation.own}
         uniform = measured.get(replace(arm, allocation=UNIFORM))
         if arm.allocation != UNIFORM and uniform is not None:
             ratio = perplexity_ratio(result, self.evaluation.perplexity(uniform), seed=seed)

@@ -7,11 +7,12 @@ masks' level is solved until the calibration text shows the density that was ask
 import copy
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from entangle.activation import (
@@ -69,6 +70,8 @@ class Rivals:
     masks: Masks
     seed: int
     memory: int
+    also: Callable[[LanguageModel], Mapping[str, NDArray[np.float64]]] = lambda _model: {}
+    """Measures of one's own of an arm, as arrays."""
     _fitted: dict[str, ActivationMethod] = field(default_factory=dict)
 
     @property
@@ -113,7 +116,7 @@ class Rivals:
         return _arrays(
             found.window_losses, clock, flops=flops, nonzeros=flops, bytes=stored,
             token_bytes=stored, density=self.density(flops),
-        )  # fmt: skip
+        ) | self.also(built)  # fmt: skip
 
     def masked(self, method: str, sparsity: float) -> Arrays:
         """Return the numbers of a method that masks activations.
@@ -135,7 +138,7 @@ class Rivals:
         return _arrays(
             found.perplexity.window_losses, clock, flops=found.flops, density=found.density,
             nonzeros=more, bytes=more, token_bytes=made.token_bytes(),
-        )  # fmt: skip
+        ) | self._also(made)  # fmt: skip
 
     def combined(self, method: str, sparsity: float, experts: int) -> Arrays:
         """Return the numbers of a method that masks activations of pruned or expanded weights.
@@ -159,7 +162,11 @@ class Rivals:
             found.perplexity.window_losses, clock, flops=found.flops, density=found.density,
             nonzeros=built.costs["nonzeros"], bytes=built.costs["bytes"],
             token_bytes=made.token_bytes(),
-        )  # fmt: skip
+        ) | self._also(made)  # fmt: skip
+
+    def _also(self, made: ActivationSparsity) -> dict[str, NDArray[np.float64]]:
+        with made.applied():
+            return dict(self.also(made.subject.model))
 
     def _on(self, built: Expansion, method: str, experts: int) -> ActivationMethod:
         """Return a method fitted to a model with sparse weights."""
@@ -222,7 +229,7 @@ def _routed(module: ExpandedLinear) -> Routed:
     return Routed(nonzeros, module.routing, tokens / max(1.0, float(tokens.sum())), cost)
 
 
-def _arrays(losses: object, clock: float, **numbers: float) -> Arrays:
+def _arrays(losses: object, clock: float, **numbers: float) -> dict[str, NDArray[np.float64]]:
     given = {"relative_error": math.nan, "seconds": time.perf_counter() - clock, **numbers}
     return {"loss": np.asarray(losses)} | {n: np.array(given[n], np.float64) for n in NUMBERS}
 
