@@ -23,6 +23,15 @@ OwnMeasure = Callable[[Float[Tensor, "tokens vocab"], Int64[Tensor, " tokens"]],
 """From logits, float32, of every position but the last, and the tokens that come next: a number."""
 
 
+TAKEN = (
+    "method", "sparsity", "experts", "allocation", "ratio", "ratio_low", "ratio_high", "flops",
+    "nonzeros", "bytes", "token_bytes", "density", "relative_error", "seconds", "uniform_ratio",
+    "uniform_low", "uniform_high", "perplexity_ratio", "kl", "top1_agreement", "blimp", "accuracy",
+    "accuracy_difference",
+)  # fmt: skip
+"""Names that mean something else where measures are told."""
+
+
 @dataclass(frozen=True)
 class Ours:
     """A measure of this package, which `entangle.experiments.experiment` knows how to take."""
@@ -40,6 +49,8 @@ def as_measure(name: str, thing: Any) -> "OwnMeasure | Ours":
     """
     if isinstance(thing, Ours):
         return thing
+    if name in TAKEN:
+        raise InvalidInput(f"a measure must not be called {name!r}, a column of tables of results.")
     if not callable(thing):
         raise InvalidInput(f"a measure must be a function; {name!r} is {type(thing).__name__}.")
 

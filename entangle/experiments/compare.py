@@ -376,7 +376,7 @@ class Comparing(Experiment[ComparisonArm]):
     def _rivals(self) -> Rivals:
         return Rivals(
             self.model, self.calibration, self._text, self._masks, self.seed, self.memory,
-            self.evaluation.measured_own,
+            self.evaluation.measured_own if self.evaluation.own else None,
         )  # fmt: skip
 
     @property

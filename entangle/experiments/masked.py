@@ -7,7 +7,7 @@ masks' level is solved until the calibration text shows the density that was ask
 import copy
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -70,7 +70,7 @@ class Rivals:
     masks: Masks
     seed: int
     memory: int
-    also: Callable[[LanguageModel], Mapping[str, NDArray[np.float64]]] = lambda _model: {}
+    also: Callable[[LanguageModel], dict[str, NDArray[np.float64]]] | None = None
     """Measures of one's own of an arm, as arrays."""
     _fitted: dict[str, ActivationMethod] = field(default_factory=dict)
 
@@ -116,7 +116,7 @@ class Rivals:
         return _arrays(
             found.window_losses, clock, flops=flops, nonzeros=flops, bytes=stored,
             token_bytes=stored, density=self.density(flops),
-        ) | self.also(built)  # fmt: skip
+        ) | ({} if self.also is None else self.also(built))  # fmt: skip
 
     def masked(self, method: str, sparsity: float) -> Arrays:
         """Return the numbers of a method that masks activations.
@@ -165,6 +165,8 @@ class Rivals:
         ) | self._also(made)  # fmt: skip
 
     def _also(self, made: ActivationSparsity) -> dict[str, NDArray[np.float64]]:
+        if self.also is None:  # what runs no model under masks is refused
+            return {}
         with made.applied():
             return dict(self.also(made.subject.model))
 
@@ -234,7 +236,7 @@ def _arrays(losses: object, clock: float, **numbers: float) -> dict[str, NDArray
     return {"loss": np.asarray(losses)} | {n: np.array(given[n], np.float64) for n in NUMBERS}
 
 
-def nothing(windows: int) -> Arrays:
+def nothing(windows: int) -> dict[str, NDArray[np.float64]]:
     """Return the numbers of an arm that does not apply."""
     missing = {name: np.array(math.nan) for name in NUMBERS}
     return {"loss": np.full(windows, math.nan), **missing}

@@ -29,6 +29,13 @@ OwnColumn = Callable[
 """From a layer's inputs, outputs and weight, float32: a number for every neuron, (neurons,)."""
 
 
+TAKEN = (
+    "model", "layer", "block", "projection", "neuron", "n_tokens", "flag", "variance", "abs_mean",
+    "abs_skewness",
+)  # fmt: skip
+"""Columns of scores that are no scores, or computed from them."""
+
+
 @dataclass(frozen=True)
 class Ours:
     """A column of this package, which every table of scores has."""
@@ -46,6 +53,8 @@ def as_column(name: str, thing: Any) -> "OwnColumn | Ours":
     """
     if isinstance(thing, Ours):
         return thing
+    if name in TAKEN:
+        raise InvalidInput(f"a column must not be called {name!r}, which scores have already.")
     if not callable(thing):
         raise InvalidInput(f"a column must be a function; {name!r} is {type(thing).__name__}.")
 
