@@ -26,12 +26,12 @@ from entangle.evaluation import load_evaluation
 from entangle.experiments.compare import compare, known_methods
 from entangle.models.layers import find_layers
 from entangle.models.loading import LanguageModel, load_model
-from entangle.plotting import figure_comparison, save_figure
+from entangle.plotting import figure_density, save_figure
 from entangle.results.comparison import DENSE, Comparison, flops_saved
 from entangle.results.drawings import text_of
 from entangle.texts.calibration import load_calibration
 
-QUICK = ("teal", "column-norm", "cats", "chess", "wina", "magnitude", "magnitude+magnitude-global")
+QUICK = ("teal", "column-norm", "cats", "chess", "wina", "magnitude", "magnitude-global")
 """A pass over the calibration text, or none."""
 SOLVED = ("larosa", "rsparse", "cett", "wanda", "sparsegpt", "dsnot:wanda")
 """Decompositions, or a solve for every layer and density."""
@@ -159,7 +159,7 @@ def _write(found: Comparison, stem: Path) -> None:
     found.frame.to_csv(stem.with_suffix(".csv"), index=False)
     flops_saved(found).to_csv(f"{stem}_flops_saved.csv", index=False)
     try:
-        figure = figure_comparison(found.frame, text=text_of(found.manifest))
+        figure = figure_density(found.frame, text=text_of(found.manifest), column="double")
         save_figure(figure, stem, formats="png", force=True)
     except EntangleError as error:
         print(f"no figure: {error}", file=sys.stderr)

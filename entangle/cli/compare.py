@@ -27,11 +27,12 @@ FORMATS = {
     "relative_error": ".4f", "seconds": ".0f", "competitor_perplexity": ",.3f",
     "uniform_ratio": ".3f", "uniform_low": ".3f", "uniform_high": ".3f", "density": ".3f",
     "token_bytes": ".3f",
-    "increase": ".0%", "saved": ".3f", "low": ".3f", "high": ".3f",
+    "increase": ".0%", "saved": ".3f", "within": ".2f", "doubling": ".2f", "step": ".2f",
+    "low": ".3f", "high": ".3f",
 }  # fmt: skip
 
 
-TABLES = ("results", "flops-saved", "equal-nonzeros")
+TABLES = ("results", "flops-saved", "equal-nonzeros", "knees")
 KEYS = ("method", "sparsity", "experts", "allocation")
 OPTIONAL = (
     "seconds", "competitor_perplexity", "relative_error", "uniform_low", "uniform_high",
@@ -160,16 +161,17 @@ def show(arguments: argparse.Namespace) -> None:
 
 def print_comparison(found: "Comparison", arguments: argparse.Namespace) -> None:
     """Print the tables, and say where the result is."""
-    from entangle.results.comparison import at_equal_nonzeros, flops_saved
+    from entangle.results.comparison import at_equal_nonzeros, flops_saved, knees
 
     saved = flops_saved(found)
-    equal = at_equal_nonzeros(found.frame)
+    equal, knee = at_equal_nonzeros(found.frame), knees(found.frame)
     content = {
         "out": arguments.out,
         "manifest": dict(found.manifest),
         "results": records(found.frame),
         "flops_saved": records(saved),
         "equal_nonzeros": records(equal),
+        "knees": records(knee),
     }
     title = "At equal stored non-zeros (from 1 × dense on, dense itself is the competitor)"
     settings: dict[str, Any] = {"formats": FORMATS, "optional": OPTIONAL}
@@ -199,6 +201,10 @@ def print_comparison(found: "Comparison", arguments: argparse.Namespace) -> None
             **settings,
         ),
     ]
+    if not knee.empty:
+        tables.append(Table("knees", knee, "Sparsity up to which perplexity hardly rises",
+                            keys=("method", "within", "doubling"), shown=_telling(knee),
+                            **settings))  # fmt: skip
     present(arguments, tables, content, out=arguments.out)
 
 
@@ -228,7 +234,7 @@ def _sparsities(arguments: argparse.Namespace, allocations: "Sequence[Named]") -
 
 def draw(found: "Comparison", folder: Path) -> None:
     """Draw the figure into the result's folder, if it is missing and there is something to draw."""
-    from entangle.plotting import figure_comparison, save_figure
+    from entangle.plotting import figure_comparison, figure_density, save_figure
     from entangle.results.drawings import text_of
 
     stem = folder / "figures" / "perplexity"
@@ -239,4 +245,7 @@ def draw(found: "Comparison", folder: Path) -> None:
     except InvalidInput as error:  # no arm has a finite perplexity: the tables say so
         tell(f"no figure: {error}")
         return
+    if "density" in found.frame and found.frame["density"].notna().sum() > 1:
+        drawn = figure_density(found.frame, text=text_of(found.manifest))
+        save_figure(drawn, folder / "figures" / "density", force=True)
     save_figure(figure, stem, force=True)

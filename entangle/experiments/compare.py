@@ -18,6 +18,7 @@ from entangle.activation import (
     SCOPES,
     Masks,
 )
+from entangle.allocation.allocate import allocate
 from entangle.allocation.allocation import Allocation, even
 from entangle.allocation.experts import mean_experts, nominal_sparsity, zeros_digest
 from entangle.checks import choice, named, renamed, several, share, shown, whole
@@ -27,7 +28,16 @@ from entangle.evaluation import EvaluationText, as_evaluation, perplexity_ratio
 from entangle.evaluation.measures import MEASURES, own_measures
 from entangle.evaluation.perplexity import check_prefix, measure_perplexity
 from entangle.experiments.experiment import WINDOW, Arm, Arrays, Evaluation, Experiment, numbered
-from entangle.experiments.masked import COSTS, DSNOT, NUMBERS, Rivals, combined, made_by, nothing
+from entangle.experiments.masked import (
+    COSTS,
+    DSNOT,
+    GLOBAL,
+    NUMBERS,
+    Rivals,
+    combined,
+    made_by,
+    nothing,
+)
 from entangle.experts.build import check_experts
 from entangle.experts.expand import expand
 from entangle.experts.router import ROUTERS
@@ -385,6 +395,15 @@ class Comparing(Experiment[ComparisonArm]):
         return self.evaluation.text
 
     def _allocation(self, arm: ComparisonArm) -> Allocation | None:
+        if arm.method == GLOBAL:
+            layers = find_layers(self.model.module, self._layers or "all",
+                                 "mlp" if self._layers is None else None)  # fmt: skip
+            rows = [pd.DataFrame({"layer": x.name, "neuron": range(x.out_features)})
+                    for x in layers]  # fmt: skip
+            return allocate(
+                pd.concat(rows), sparsity=arm.sparsity, rule=GLOBAL, model=self.model,
+                progress=False,
+            )  # fmt: skip
         key = arm.allocation, arm.sparsity
         allocation = self._by_name.get(key, self._evenly.get(arm.sparsity))
         if allocation is not None and _router(arm.method) == "single":
@@ -477,7 +496,7 @@ def arms(
     experts = [whole("experts", k, least=1) for k in several("experts", experts, empty=True)]
     allocations = several_named(allocations)
     routed = {one for one in methods if _router(one) != "single"}
-    masked = {one for one in methods if one in ACTIVATION_METHODS or ":" in one}
+    masked = {one for one in methods if one in ACTIVATION_METHODS or ":" in one or one == GLOBAL}
     levels: list[tuple[float, str, Allocation | None]]
     levels = [(sparsity, UNIFORM, None) for sparsity in sparsities]
     levels += [(sparsity, name, one) for (name, sparsity), one in by_name(allocations).items()]
@@ -501,7 +520,9 @@ def known_methods() -> tuple[str, ...]:
     """Return the names of everything that can be compared."""
     swapped = [DSNOT + name for name in PRUNERS]
     both = [f"teal:{name}" for name in dict.fromkeys([*COMPARED_METHODS, *PRUNERS])]
-    return tuple(dict.fromkeys([*COMPARED_METHODS, *PRUNERS, *swapped, *ACTIVATION_METHODS, *both]))
+    return tuple(
+        dict.fromkeys([*COMPARED_METHODS, GLOBAL, *PRUNERS, *swapped, *ACTIVATION_METHODS, *both])
+    )
 
 
 def _joined(method: str) -> bool:

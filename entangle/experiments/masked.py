@@ -42,6 +42,8 @@ from entangle.texts.calibration_set import CalibrationSet
 
 DSNOT = "dsnot:"
 """In front of a pruner's name: DSnoT swaps the zeros that it made."""
+GLOBAL = "magnitude-global"
+"""One threshold on |w| for all layers that are pruned: essential sparsity."""
 COSTS = ("flops", "nonzeros", "bytes")
 NUMBERS = (*COSTS, "relative_error", "seconds", "density", "token_bytes")
 """What is known of an arm beside its losses."""
@@ -57,6 +59,8 @@ def combined(method: str) -> tuple[str, str] | None:
 
 def made_by(weights: str) -> tuple[str, str]:
     """Return pruner and router of a method of weights."""
+    if weights == GLOBAL:
+        return "magnitude", "single"
     return made_with(weights) or (weights, "single")
 
 
@@ -242,4 +246,14 @@ def nothing(windows: int) -> dict[str, NDArray[np.float64]]:
     return {"loss": np.full(windows, math.nan), **missing}
 
 
-__all__ = ["COSTS", "DSNOT", "NUMBERS", "InvalidInput", "Rivals", "combined", "made_by", "nothing"]
+__all__ = [
+    "COSTS",
+    "DSNOT",
+    "GLOBAL",
+    "NUMBERS",
+    "InvalidInput",
+    "Rivals",
+    "combined",
+    "made_by",
+    "nothing",
+]

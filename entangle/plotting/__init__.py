@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     )
     from entangle.plotting.comparison import (
         figure_comparison,
+        figure_density,
         figure_expansion,
         plot_costs,
         plot_perplexity,
@@ -77,7 +78,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "ablation": ("figure_ablation", "plot_ablation"),
     "clusters": ("figure_disentanglement", "figure_router_map", "plot_change", "plot_router_map"),
-    "comparison": ("figure_comparison", "figure_expansion", "plot_costs", "plot_perplexity"),
+    "comparison": ("figure_comparison", "figure_density", "figure_expansion", "plot_costs", "plot_perplexity"),
     "difference": (
         "figure_difference", "plot_change_errors", "plot_rank_agreement", "plot_two_runs",
     ),

@@ -258,6 +258,52 @@ def flops_saved(
     return pd.DataFrame(rows, columns=columns)
 
 
+def knees(frame: pd.DataFrame, *, most: float = 0.1) -> pd.DataFrame:
+    """Return where perplexity begins to rise sharply with sparsity, for every method.
+
+    The paper on essential sparsity (arXiv 2306.03805) reads a sharp drop off its figures; this is
+    our definition, meant for a grid of 5 % steps.
+
+    Parameters
+    ----------
+    frame
+        `Comparison.frame`.
+    most
+        Rise of the logarithm of perplexity over the dense model's that is still none.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row a method, number of experts and allocation with at least 3 sparsities: method,
+        experts, allocation, within (the largest sparsity up to which no arm has risen by more than
+        ``most``; 0 if the first has), doubling (the largest sparsity not above ``within`` after
+        which the slope is at least twice that before it, and rises; NaN if there is none), step
+        (the largest gap between neighbours).
+    """
+    rows = []
+    frame = _with_allocation(frame)
+    for names, arms in frame[frame["method"] != DENSE].groupby(list(_SAVED), sort=False):
+        arms = arms[np.isfinite(arms["ratio"]) & (arms["ratio"] > 0)].sort_values("sparsity")
+        if len(arms) < 3:
+            continue
+        s = np.concatenate([[0.0], arms["sparsity"].to_numpy(np.float64)])
+        logs = np.concatenate([[0.0], np.log(arms["ratio"].to_numpy(np.float64))])
+        s, first = np.unique(s, return_index=True)
+        logs = logs[first]
+        risen = np.flatnonzero(logs > most)
+        last = int(risen[0]) - 1 if len(risen) else len(s) - 1
+        slopes = np.diff(logs) / np.diff(s)
+        turns = [
+            i for i in range(1, len(slopes))
+            if i <= last and slopes[i] > 0 and slopes[i] >= 2 * slopes[i - 1]
+        ]  # fmt: skip
+        rows.append(
+            {**dict(zip(_SAVED, names, strict=True)), "within": s[max(last, 0)],
+             "doubling": s[turns[-1]] if turns else np.nan, "step": float(np.diff(s).max())}
+        )  # fmt: skip
+    return pd.DataFrame(rows, columns=[*_SAVED, "within", "doubling", "step"])
+
+
 def _key(row: "pd.Series[Any]") -> tuple[object, ...]:
     return tuple(row[name] for name in KEY)
 
