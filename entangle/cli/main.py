@@ -329,7 +329,8 @@ LEAST: Mapping[str, int] = {
 """Options that are whole numbers, and the least of each."""
 PRUNERS = ("random", "magnitude", "wanda", "sparsegpt")
 COMPARED = (
-    *PRUNERS, "expansion", "expansion-random", *(f"dsnot:{name}" for name in PRUNERS), *MASKS,
+    *PRUNERS, "magnitude-global", "expansion", "expansion-random",
+    *(f"dsnot:{name}" for name in PRUNERS), *MASKS,
 )  # fmt: skip
 """What `compare` knows, without what installed packages add (`ADDED`)."""
 ADDED: Mapping[str, Sequence[str]] = {

@@ -25,7 +25,6 @@ from entangle.activation import (
 )
 from entangle.activation.rules import Window
 from entangle.activation.subject import Routed, Subject
-from entangle.errors import InvalidInput
 from entangle.evaluation import EvaluationText
 from entangle.evaluation.perplexity import measure_perplexity
 from entangle.experiments.experiment import Arrays
@@ -251,7 +250,6 @@ __all__ = [
     "DSNOT",
     "GLOBAL",
     "NUMBERS",
-    "InvalidInput",
     "Rivals",
     "combined",
     "made_by",
