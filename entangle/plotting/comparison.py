@@ -542,6 +542,8 @@ def _set_x(ax: Axes, values: Floats, x: str) -> None:
         if len(shown) <= 8:
             ax.set_xticks(shown)
         return
+    if x == "density":
+        return
     if max(values.max(), 1.0) / min(values.min(), 1.0) > _LOG_SPAN:
         ax.set_xscale("log", base=2)
         ax.xaxis.set_major_formatter(FuncFormatter(plain_number))
