@@ -8,7 +8,7 @@ which is loaded when its name is asked for::
     mine = "my_package:prune"
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -18,7 +18,7 @@ from entangle.errors import EntangleError, InvalidInput, unknown_name
 
 Thing = TypeVar("Thing")
 
-KINDS = ("pruners", "rules", "methods")
+KINDS = ("pruners", "routers", "rules", "methods", "columns", "measures")
 """The doors: groups of entry points are ``entangle.`` and one of these."""
 
 
@@ -143,6 +143,12 @@ class Door(Mapping[str, Thing], Generic[Thing]):
 def with_installed(kind: str, ours: Sequence[str]) -> tuple[str, ...]:
     """Return names of ours and of installed packages; nothing is loaded."""
     return (*ours, *(name for name in _installed(kind) if name not in ours))
+
+
+def brought(door: "Door[Any]", names: Iterable[str]) -> dict[str, str]:
+    """Return where those of some names of a door come from that are not ours, for manifests."""
+    known = [one for one in dict.fromkeys(names) if one in door and not door.is_ours(one)]
+    return {one: door.source(one) for one in known}
 
 
 def packages() -> dict[str, dict[str, str]]:

@@ -3,14 +3,24 @@
 Each raises `AssertionError` that says what is wrong, as scikit-learn's ``check_estimator`` does.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["check_activation_method", "check_pruner", "check_rule"]
+from entangle.doors import Door
+
+__all__ = [
+    "check_activation_method",
+    "check_column",
+    "check_measure",
+    "check_pruner",
+    "check_router",
+    "check_rule",
+]
 
 _SHAPES = ((1, 8), (5, 16), (12, 33))
 
@@ -126,6 +136,123 @@ def check_rule(function: Callable[..., Any], *, name: str = "the rule") -> None:
         inside = bool(((found >= 0) & (found <= 1)).all())
         _require(inside, f"{where}: sparsities must be in [0, 1]")
         _require(bool((given == scores).all()), f"{where}: it changed what it was given")
+
+
+def check_router(function: Callable[..., Any], *, name: str = "the router") -> None:
+    """Check a function for the door ``entangle.routers`` (`entangle.experts.own_router`).
+
+    Parameters
+    ----------
+    function
+        Maps tokens (tokens, features), a number of clusters and a seed to centroids (clusters,
+        features), or to directions of that shape and offsets (clusters,).
+    name
+        In messages.
+
+    Raises
+    ------
+    AssertionError
+        If it returns other shapes or what is not finite, is not the same twice, changes the tokens,
+        or sends a token elsewhere when others are beside it.
+    """
+    from entangle.experts.own_router import scores_of
+    from entangle.experts.router import ROUTERS, fit_router
+
+    rng = torch.Generator().manual_seed(0)
+    with _registered(ROUTERS, function, name):
+        for k, width in ((2, 5), (3, 8), (7, 16)):
+            tokens = torch.randn(64, width, generator=rng) + 0.5
+            first, second = (scores_of(name, function, tokens, k, 0) for _ in range(2))
+            where = f"{name}, {k} clusters of {width} features"
+            same = all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+            _require(same, f"{where}: it differs when repeated")
+            router = fit_router([tokens], k, seed=0, kind="__checked__")
+            clusters = router.route(tokens)
+            alone = torch.cat([router.route(one) for one in tokens.split(1)])
+            _require(torch.equal(clusters, alone), f"{where}: a token's cluster depends on others")
+            _require(len(clusters.unique()) > 1, f"{where}: all tokens go to one cluster")
+
+
+def check_column(function: Callable[..., Any], *, name: str = "the column") -> None:
+    """Check a function for the door ``entangle.columns`` (`entangle.scoring.columns`).
+
+    Parameters
+    ----------
+    function
+        Maps inputs (tokens, features), outputs (tokens, neurons) and a weight (neurons, features)
+        to numbers (neurons,).
+    name
+        In messages.
+
+    Raises
+    ------
+    AssertionError
+        If it returns another shape or what is not finite, is not the same twice, changes what it is
+        given, or gives a neuron another number when the neurons come in another order.
+    """
+    from entangle.scoring.columns import COLUMNS
+
+    rng = torch.Generator().manual_seed(0)
+    with _registered(COLUMNS, function, name):
+        column: Any = COLUMNS["__checked__"]
+        for rows, cols in _SHAPES:
+            x, weight = (torch.randn(n, cols, generator=rng) for n in (40, rows))
+            given = x, x @ weight.T, weight
+            kept = [one.clone() for one in given]
+            values, again = column(*given), column(*given)
+            where = f"{name}, {rows} neurons"
+            _require(bool((values == again).all()), f"{where}: it differs when repeated")
+            same = all(torch.equal(a, b) for a, b in zip(given, kept, strict=True))
+            _require(same, f"{where}: it changed what it was given")
+            turned = column(x, given[1].flip(1), weight.flip(0))
+            close = np.allclose(turned[::-1], values, rtol=1e-4, atol=1e-6)
+            _require(close, f"{where}: a neuron's number depends on the order of the neurons")
+
+
+def check_measure(function: Callable[..., Any], *, name: str = "the measure") -> None:
+    """Check a function for the door ``entangle.measures`` (`entangle.evaluation.measures`).
+
+    Parameters
+    ----------
+    function
+        Maps logits (tokens, vocabulary) and the tokens that come next (tokens,) to a number.
+    name
+        In messages.
+
+    Raises
+    ------
+    AssertionError
+        If it returns what is no finite number, is not the same twice, or changes what it is given.
+    """
+    from entangle.evaluation.measures import MEASURES
+
+    rng = torch.Generator().manual_seed(0)
+    with _registered(MEASURES, function, name):
+        measure: Any = MEASURES["__checked__"]
+        for length, words in ((1, 4), (6, 9), (33, 20)):
+            logits = torch.randn(length, words, generator=rng)
+            tokens = torch.randint(words, (length,), generator=rng)
+            kept = logits.clone(), tokens.clone()
+            where = f"{name}, {length} tokens"
+            same = measure(logits, tokens) == measure(logits, tokens)
+            _require(same, f"{where}: it differs when repeated")
+            same = torch.equal(logits, kept[0]) and torch.equal(tokens, kept[1])
+            _require(same, f"{where}: it changed what it was given")
+
+
+@contextmanager
+def _registered(door: "Door[Any]", function: Any, name: str) -> Iterator[None]:
+    """Have a function in a door for a while; what breaks its contract is an AssertionError."""
+    from entangle.errors import EntangleError
+
+    try:
+        door.register("__checked__", function)
+        yield
+    except EntangleError as error:
+        raise AssertionError(str(error).replace("'__checked__'", repr(name))) from error
+    finally:
+        if "__checked__" in door:
+            door.remove("__checked__")
 
 
 def _require(holds: bool, message: str) -> None:

@@ -104,10 +104,10 @@ def search_levels(
     runner = BlockRunner(subject.module)
     ids: list[Tensor] = []
     for _, batch in of_one_group(subject.calibration):
-        ids += batch.split(1)
-        if len(ids) >= sequences:
+        ids.append(batch[: sequences - sum(map(len, ids))])
+        if sum(map(len, ids)) >= sequences:
             break
-    entered = [runner.enter(one) for one in ids[:sequences]]
+    entered = [runner.enter(one) for one in ids]
     hidden, inputs = [h for h, _ in entered], [i for _, i in entered]
     found = {}
     for index in range(runner.n_blocks):
@@ -122,7 +122,6 @@ def search_levels(
 def _search(method: InputMethod, block: _Block, *, step: float, most: float) -> BlockPath:
     sizes = {layer.name: layer.weight.numel() for layer in block.layers}
     first = next(iter(sizes.values()))
-    others = {layer.name: 0.0 for layer in method.subject.layers}
     levels = dict.fromkeys(sizes, 0.0)
     path, means, errors = [dict(levels)], [0.0], [0.0]
     while means[-1] < most:
@@ -130,7 +129,7 @@ def _search(method: InputMethod, block: _Block, *, step: float, most: float) -> 
         for name, size in sizes.items():
             if levels[name] < 1:
                 higher = min(1.0, levels[name] + step * first / size)
-                made = method.plain_at({**others, **levels, name: higher})
+                made = method.plain_at({**levels, name: higher})
                 tried.append((block.error(made), name, higher))
         error, name, level = min(tried)
         levels[name] = level
@@ -163,6 +162,7 @@ class _Searched(InputMethod):
 class TealGreedy(_Searched, Teal):
     """TEAL with levels that its greedy search finds for every block's layers."""
 
+    routes = False
     name, source = "teal-greedy", "arXiv 2408.14690, section 4.3; github.com/FasterDecoding/TEAL"
 
 

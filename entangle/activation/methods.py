@@ -15,7 +15,7 @@ from torch import Tensor
 from entangle.activation.neurons import Chooser, FeedForward, NeuronRule, Part, PromptRule
 from entangle.activation.rules import FORMS, Rule, Scores, Turn
 from entangle.activation.sparsity import ActivationSparsity, LowRank
-from entangle.activation.subject import Subject
+from entangle.activation.subject import Routed, Subject
 from entangle.checks import choice
 from entangle.doors import Door
 from entangle.errors import EntangleError, InvalidInput
@@ -44,10 +44,17 @@ class ActivationMethod(ABC):
     """How it chooses as published."""
     scope: ClassVar[str | None] = None
     """The only scope that it has, if it has one."""
+    routes: ClassVar[bool] = False
+    """Whether layers may have several experts: it looks at no weight."""
 
     def __init__(self, subject: Subject, form: str | None = None) -> None:
         self.subject = subject
         self.chosen = choice("form", form or type(self).form, FORMS)
+        if subject.routed and not self.routes:
+            raise InvalidInput(
+                f"{self.name} looks at one weight a layer; of several experts only methods that "
+                "look at none mask the inputs, such as teal."
+            )
         self.fit()
 
     def fit(self) -> None:  # noqa: B027  (not all need it)
@@ -65,10 +72,19 @@ class ActivationMethod(ABC):
             size = len(rule.scale) if rule.scale is not None else self._width(made, rule)
             rule.kept = torch.full((size,), kept, dtype=torch.float64)
             rule.tokens = 1
+            if rule.routing is not None:
+                rule.joint = kept * self._routed(made, rule).share[:, None].expand(-1, size)
         found = made.density()["density"]
         for rule in share:
-            rule.kept, rule.tokens = None, 0
+            rule.kept, rule.tokens, rule.joint = None, 0, None
         return found
+
+    @staticmethod
+    def _routed(made: ActivationSparsity, rule: Rule) -> Routed:
+        routed = made.subject.routed
+        return next(
+            routed[name] for name, one in made.inputs.items() if one is rule and name in routed
+        )
 
     @staticmethod
     def _width(made: ActivationSparsity, rule: Rule) -> int:
@@ -141,19 +157,31 @@ class InputMethod(ActivationMethod):
         for group in self.subject.groups:
             shared: dict[float, Rule] = {}
             for layer in group:
+                if layer.name not in levels:
+                    continue
                 level = levels[layer.name]
                 if not self.shares or level not in shared:
                     shared[level] = self.rule(layer, level)
                 found[layer.name] = shared[level]
+                if layer.name in self.subject.routed:
+                    shared[level].routing = self.subject.routed[layer.name].routing
         return found
+
+    def _levels(self, level: Levels) -> dict[str, float]:
+        if isinstance(level, Mapping):
+            return {name: float(level[name]) for name in self._made if name in level}
+        return dict.fromkeys(self._made, float(level))
 
     def at(self, level: Levels) -> ActivationSparsity:
         """Return the rules at a level, or at one of every layer's own."""
         return self.plain_at(level)
 
     def plain_at(self, level: Levels) -> ActivationSparsity:
-        """Return the rules at a level, the same for all layers, or at one of every layer's own."""
-        levels = {name: _level(level, layer) for name, layer in self._made.items()}
+        """Return the rules at a level, the same for all layers, or at one of each layer's own.
+
+        Layers without one have no rule.
+        """
+        levels = self._levels(level)
         rules = self._rules(levels)
         for name, rule in rules.items():
             if name in self._scores:
@@ -167,6 +195,7 @@ class Teal(InputMethod):
     """Inputs of small magnitude go."""
 
     name, source = "teal", "arXiv 2408.14690; github.com/FasterDecoding/TEAL"
+    routes = True
 
 
 class ColumnNorm(InputMethod):
@@ -205,7 +234,7 @@ class RSparse(ColumnNorm):
 
     def plain_at(self, level: Levels) -> ActivationSparsity:
         """Return the rules at a level: columns and rank share what is kept of each layer."""
-        wanted = {name: _level(level, layer) for name, layer in self._made.items()}
+        wanted = self._levels(level)
         made = super().plain_at(
             {name: 1 - (1 - s) * self.rho if 0 < s < 1 else s for name, s in wanted.items()}
         )

@@ -5,7 +5,7 @@ count, how often every input was, from which all costs follow.
 """
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -28,12 +28,14 @@ class Scores:
 
     def __init__(self) -> None:
         self._counts: Tensor | None = None
+        self._sums: Tensor | None = None
 
     def update(self, scores: Float[Tensor, "..."]) -> None:
         """Count scores, which are finite and not negative."""
         bins = scores.float().contiguous().view(torch.int32).flatten() >> _SHIFT
         counts = torch.bincount(bins, minlength=2**16).cpu()
         self._counts = counts if self._counts is None else self._counts + counts
+        self._sums = None
 
     def quantile(self, share: float) -> float:
         """Return the score that ``share`` of them do not pass, to 1/256 of itself.
@@ -44,7 +46,10 @@ class Scores:
             return -1.0
         if share >= 1:
             return float("inf")
-        wanted, passed = share * float(self._counts.sum()), self._counts.cumsum(0)
+        if self._sums is None:
+            self._sums = self._counts.cumsum(0)
+        passed = self._sums
+        wanted = share * float(passed[-1])
         place = int(torch.searchsorted(passed, wanted))
         inside = float(passed[place] - wanted) / float(self._counts[place])
         low, high = self._edges(place)
@@ -59,8 +64,11 @@ class Scores:
         place = int(torch.tensor(value).view(torch.int32)) >> _SHIFT
         low, high = self._edges(place)
         inside = 1.0 if place == 0 else (value - low) / (high - low)  # zeros are not above it
-        under = float(self._counts[:place].sum()) + inside * float(self._counts[place])
-        return 1 - under / float(self._counts.sum())
+        if self._sums is None:
+            self._sums = self._counts.cumsum(0)
+        own = float(self._counts[place])
+        under = float(self._sums[place]) - own + inside * own
+        return 1 - under / float(self._sums[-1])
 
     @staticmethod
     def _edges(place: int) -> tuple[float, float]:
@@ -100,6 +108,21 @@ class Turn:
         """Return what `into` was given."""
         x = z @ self.basis.T
         return x if self.gain is None else x * self.gain
+
+
+@runtime_checkable
+class Routing(Protocol):
+    """Sends tokens to experts, whose columns have zeros of their own."""
+
+    @property
+    def k(self) -> int:
+        """Number of experts."""
+
+    def __call__(self, x: Float[Tensor, "*batch features"]) -> Int64[Tensor, " tokens"]:
+        """Return the expert of every token."""
+
+    def follow(self, given: Tensor, masked: Tensor) -> None:
+        """Send the tokens of an input that was masked where those that were given go."""
 
 
 @dataclass(eq=False)
@@ -151,6 +174,10 @@ class Rule:
     """How often every input was kept, of the tokens counted."""
     tokens: int = 0
     """Tokens counted."""
+    routing: Routing | None = None
+    """Where the layer's tokens go, which the input as it was decides."""
+    joint: Float[Tensor, "experts features"] | None = None
+    """How often every input was kept of each expert's tokens, with `routing`."""
 
     def __post_init__(self) -> None:
         self._last: tuple[SeenTensor, Thinned] | None = None
@@ -159,7 +186,7 @@ class Rule:
     @property
     def dense(self) -> bool:
         """Whether nothing goes, so that inputs are left as they are."""
-        return self.level <= 0
+        return self.level <= 0 and self.routing is None
 
     @property
     def expected(self) -> float:
@@ -207,6 +234,8 @@ class Rule:
         if self.turn is not None:
             inputs = self.turn.back(inputs).to(x.dtype)
         self.count(keep)
+        if self.routing is not None:
+            self._follow(x, inputs, keep)
         found = Thinned(inputs, keep)
         self._last = SeenTensor.of(x), found
         return found
@@ -220,6 +249,18 @@ class Rule:
         kept = keep.flatten(0, -2).sum(0)
         self.kept = kept if self.kept is None else self.kept + kept
         self.tokens += tokens
+
+    def _follow(self, x: Tensor, inputs: Tensor, keep: Tensor) -> None:
+        """Count what was kept by the expert that the unmasked input goes to."""
+        assert self.routing is not None  # noqa: S101
+        experts = self.routing(x)
+        self.routing.follow(x, inputs)
+        if self.window.uncounted:
+            keep = keep & self.window.of(keep, self.window.uncounted)
+        flat = keep.flatten(0, -2).double()
+        if self.joint is None:
+            self.joint = flat.new_zeros(self.routing.k, flat.shape[-1])
+        self.joint.index_add_(0, experts, flat)
 
     def forget(self) -> None:
         """Let go of the last input."""

@@ -4,13 +4,14 @@ The masks are simulated: everything is multiplied, by zeros too. What is counted
 that skips them would multiply; how fast that is belongs to `entangle.packed`.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -18,12 +19,13 @@ from entangle.activation.neurons import NeuronRule, PromptRule
 from entangle.activation.rules import Rule, Window
 from entangle.activation.subject import Subject
 from entangle.models.blocks import evaluating
-from entangle.models.layers import Layer, list_layers
+from entangle.models.layers import Layer
 from entangle.recording.hooks import (
     Edit,
     InputEdit,
     edit_inputs,
     edit_with_inputs,
+    forward,
     observe,
     shape_told,
 )
@@ -67,7 +69,7 @@ class ActivationSparsity:
         """
         layers = {layer.name: layer for layer in self.subject.layers}
         for rule in self.rules:
-            rule.kept, rule.tokens = None, 0
+            rule.kept, rule.tokens, rule.joint = None, 0, None
         masked: list[Edit] = []
         added: list[InputEdit] = []
         for name, rule in self.inputs.items():
@@ -122,11 +124,12 @@ class ActivationSparsity:
         charged: set[int] = set()
         rows = []
         for layer in self.subject.layers:
-            weight = layer.weight
-            dense = weight.numel()
-            active = float(self._active(layer, weight))
             rule = self.inputs.get(layer.name)
             extra = 0.0
+            routing = None if rule is None else rule.routing
+            if routing is not None and id(routing) not in charged:
+                charged.add(id(routing))
+                extra += self.subject.routed[layer.name].router
             if layer.name in self.rest:
                 left, right = self.rest[layer.name]
                 extra += left.numel() + right.numel()
@@ -136,29 +139,33 @@ class ActivationSparsity:
                 extra += turn.basis.numel()
             rows.append(
                 {"layer": layer.name, "block": layer.block, "projection": layer.projection,
-                 "dense": dense, "active": active, "extra": extra}
+                 "dense": math.prod(layer.shape), "active": self._active(layer), "extra": extra}
             )  # fmt: skip
         return pd.DataFrame(rows)
 
-    def _active(self, layer: Layer, weight: Tensor) -> float:
+    def _active(self, layer: Layer) -> float:
         """Return the multiply-adds of a token in one layer: non-zero weights of what was kept."""
-        stored = (weight != 0).double()
         rule = self.inputs.get(layer.name)
         if rule is not None and not rule.dense:
             kept = rule.share_kept()
             assert kept is not None, "applied() runs first"  # noqa: S101
             if rule.turn is not None:  # turned weights have no zeros
-                return float(kept.sum()) * len(weight)
-            return float(stored.sum(0).to(kept.device) @ kept)
+                return float(kept.sum()) * layer.out_features
+            if rule.routing is not None:
+                assert rule.joint is not None  # noqa: S101
+                nonzeros = self.subject.routed[layer.name].nonzeros.to(rule.joint)
+                return float((nonzeros * rule.joint).sum()) / max(1, rule.tokens)
+            return float(self.subject.nonzeros[layer.name][0].to(kept.device) @ kept)
+        columns, rows = self.subject.nonzeros[layer.name]
         for neuron in self.neurons:
             share = neuron.share_kept()
             part = neuron.part
             if share is None or part is None:
                 continue
             if part.down.name == layer.name:
-                return float(stored.sum(0).to(share.device) @ share)
+                return float(columns.to(share.device) @ share)
             known = isinstance(neuron, PromptRule)
-            every = stored.sum(1).to(share.device)
+            every = rows.to(share.device)
             early = part.gate is not None and neuron.spares_up
             spared = [
                 every.narrow(0, piece.start, piece.size) @ (1 - share)
@@ -167,7 +174,7 @@ class ActivationSparsity:
             ]
             if spared:
                 return float(every.sum() - sum(spared))
-        return float(stored.sum())
+        return float(columns.sum())
 
     @property
     def stored(self) -> int:
@@ -183,9 +190,7 @@ class ActivationSparsity:
         turns, ``flops`` of all linear layers, the head included.
         """
         found = self.costs()
-        everything = sum(
-            layer.shape[0] * layer.shape[1] for layer in list_layers(self.subject.module)
-        )
+        everything = self.subject.everything
         dense, active = float(found["dense"].sum()), float(found["active"].sum())
         whole = active + float(found["extra"].sum())
         turns = sum(
@@ -197,6 +202,35 @@ class ActivationSparsity:
             "without_turns": (whole - turns) / dense,
             "flops": (everything - dense + whole) / everything,
         }
+
+    def density_on(self, ids: Sequence[Int64[Tensor, "sequences tokens"]]) -> float:
+        """Return the density in scope, everything charged, as measured on token ids."""
+        with self.applied():
+            for batch in ids:
+                forward(self.subject.module, batch)
+            return self.density()["density"]
+
+    def token_bytes(self) -> float:
+        """Return the bytes of weights that a token reads, over the dense model's.
+
+        As the layers would be packed: a column that an input is kept for is read with its
+        non-zeros, and with a bit for every weight where some are zeros. Turns, low-rank rests and
+        routers are read whole; everything out of scope too. Text as in `applied`.
+        """
+        width = next(self.subject.module.parameters()).element_size()
+        costs, whole = self.costs(), self.subject.everything * width
+        read = whole - width * float(costs["dense"].sum())
+        for row in costs.to_dict("records"):
+            name, active, dense = str(row["layer"]), float(row["active"]), float(row["dense"])
+            read += width * (active + float(row["extra"]))
+            routed = self.subject.routed.get(name)
+            if routed is None:
+                stored = float(self.subject.nonzeros[name][0].sum())
+            else:
+                stored = float(routed.nonzeros.sum(1) @ routed.share.to(routed.nonzeros))
+            if 0 < stored < dense:
+                read += dense / 8 * min(1.0, active / stored)
+        return read / whole
 
     def row_errors(self) -> pd.DataFrame:
         """Return every neuron's relative error on the dense model's inputs of the calibration text.

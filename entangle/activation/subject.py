@@ -1,17 +1,18 @@
 """What methods of activation sparsity look at: a model's layers, what they read, and a text."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
 from entangle.activation.neurons import FeedForward, feed_forwards
-from entangle.activation.rules import Window
+from entangle.activation.rules import Routing, Window
 from entangle.errors import InvalidInput
-from entangle.models.layers import Layer, find_layers
+from entangle.models.layers import Layer, find_layers, list_layers
 from entangle.models.loading import LanguageModel
 from entangle.recording.hooks import forward, observe
 from entangle.recording.recorder import Recorded, Recorder, of_one_group, shared_inputs
@@ -45,18 +46,38 @@ class Norm:
 
 
 @dataclass(frozen=True, eq=False)
+class Routed:
+    """A layer of several experts, of which every token has one."""
+
+    nonzeros: Float64[Tensor, "experts features"]
+    """Non-zero weights of every column of every expert."""
+    routing: Routing
+    """Which expert a token goes to; layers that read one input share it."""
+    share: Float64[Tensor, " experts"]
+    """Of the calibration text's tokens."""
+    router: int
+    """Multiply-adds of the router for a token."""
+
+
+@dataclass(frozen=True, eq=False)
 class Subject:
-    """A dense model, the layers of a scope, and the calibration text."""
+    """A model, the layers of a scope, and the calibration text."""
 
     model: LanguageModel
     calibration: CalibrationSet
     scope: str
     """One of `SCOPES`."""
     window: Window
+    stand_ins: Sequence[Layer] = ()
+    """Layers that are in the place of linears of the scope: those of `routed`."""
+    routed: Mapping[str, Routed] = field(default_factory=dict)
+    """Layers of several experts, by name."""
 
     @cached_property
     def layers(self) -> tuple[Layer, ...]:
         """The linears of the blocks that are in scope."""
+        if self.stand_ins:
+            return tuple(self.stand_ins)
         found = find_layers(self.module, "all", "mlp" if self.scope == "mlp" else None)
         return tuple(layer for layer in found if layer.block is not None)
 
@@ -64,6 +85,19 @@ class Subject:
     def module(self) -> nn.Module:
         """The model."""
         return self.model.module
+
+    @cached_property
+    def everything(self) -> int:
+        """Weights of all linear layers of the dense model, the head included."""
+        routed = [layer for layer in self.stand_ins if layer.name in self.routed]
+        return sum(math.prod(layer.shape) for layer in (*list_layers(self.module), *routed))
+
+    @cached_property
+    def nonzeros(self) -> Mapping[str, tuple[Tensor, Tensor]]:
+        """Non-zero weights of every column and of every row of a layer, float64, by its name."""
+        plain = [layer for layer in self.layers if layer.name not in self.routed]
+        kept = {layer.name: layer.weight != 0 for layer in plain}
+        return {name: (one.sum(0).double(), one.sum(1).double()) for name, one in kept.items()}
 
     @cached_property
     def groups(self) -> list[list[Layer]]:

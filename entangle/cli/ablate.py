@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from entangle.cli import options
 from entangle.cli.tables import Table, present, records
+from entangle.doors import with_installed
 from entangle.errors import InvalidInput
 from entangle.ranks import current
 
@@ -299,7 +300,8 @@ def _without_router(table: "pd.DataFrame") -> "pd.DataFrame":
 def _measures(arguments: argparse.Namespace) -> list[str]:
     from entangle.checks import choices
 
-    return choices("--measure", options.names(arguments.measure), MEASURES, kind="measure")
+    known = with_installed("measures", MEASURES)
+    return choices("--measure", options.names(arguments.measure), known, kind="measure")
 
 
 def _default_data(arguments: argparse.Namespace) -> None:
@@ -346,7 +348,7 @@ def _selections(
 def _text(
     arguments: argparse.Namespace, model: "LanguageModel", measures: Sequence[str]
 ) -> "EvaluationText | None":
-    if not {"perplexity", "divergence"} & set(measures):
+    if set(measures) <= {"blimp"}:
         return None
     return options.load_evaluation(arguments, model)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from entangle.checks import choice
 from entangle.cli.options import names
+from entangle.doors import with_installed
 from entangle.errors import InvalidInput, UnknownName
 from entangle.runs.provenance import expand_user
 from entangle.runs.reading import decoding, regular_file
@@ -73,7 +74,8 @@ def scored_columns(scores: object = None, *, derived: bool = False) -> list[str]
     derived
         Whether columns count that are computed.
     """
-    found = list(SCORED) if scores is None else list(_numeric(_table(scores)))
+    known = with_installed("columns", SCORED)
+    found = list(known) if scores is None else list(_numeric(_table(scores)))
     return found + [name for name, source in DERIVED.items() if derived and source in found]
 
 

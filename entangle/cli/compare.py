@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from entangle.checks import share
 from entangle.cli import options
 from entangle.cli.tables import Table, present, records
+from entangle.doors import with_installed
 from entangle.errors import InvalidInput
 from entangle.ranks import current
 from entangle.runs.progress import tell
@@ -25,15 +26,18 @@ FORMATS = {
     "ratio_high": ".3f", "flops": ".3f", "nonzeros": ".3f", "bytes": ".3f",
     "relative_error": ".4f", "seconds": ".0f", "competitor_perplexity": ",.3f",
     "uniform_ratio": ".3f", "uniform_low": ".3f", "uniform_high": ".3f", "density": ".3f",
-    "increase": ".0%", "saved": ".3f", "low": ".3f", "high": ".3f",
+    "token_bytes": ".3f",
+    "increase": ".0%", "saved": ".3f", "within": ".2f", "doubling": ".2f", "step": ".2f",
+    "low": ".3f", "high": ".3f",
 }  # fmt: skip
 
 
-TABLES = ("results", "flops-saved", "equal-nonzeros")
+TABLES = ("results", "flops-saved", "equal-nonzeros", "knees")
 KEYS = ("method", "sparsity", "experts", "allocation")
 OPTIONAL = (
     "seconds", "competitor_perplexity", "relative_error", "uniform_low", "uniform_high",
-    "uniform_ratio", "flops", "bytes", "nonzeros", "ratio_low", "ratio_high", "ratio",
+    "uniform_ratio", "flops", "bytes", "nonzeros", "token_bytes", "ratio_low", "ratio_high",
+    "ratio",
 )  # fmt: skip
 """The least important columns first."""
 
@@ -89,6 +93,18 @@ def add_parser(subparsers: options.Subparsers) -> None:
         default="16",
         help="for example 1,2,4,8,16,32; one expert is plain pruning (default: 16)",
     )
+    group.add_argument(
+        "--router",
+        default="kmeans",
+        choices=with_installed("routers", ("kmeans", "random")),
+        help="of the method expansion, which is then expansion:ROUTER (default: kmeans)",
+    )
+    group.add_argument(
+        "--measure",
+        default="perplexity",
+        help="measures of installed packages beside perplexity, a column each (`entangle list "
+        "measures`)",
+    )
     options.add_evaluation_options(group, default="")
     options.add_memory_option(group)
     group.add_argument("--resume", action="store_true", help="go on with an unfinished comparison")
@@ -104,6 +120,8 @@ def run(arguments: argparse.Namespace) -> None:
     options.check_run(arguments)
     allocations = options.load_allocations(arguments)
     methods, sparsity = options.names(arguments.methods), _sparsities(arguments, allocations)
+    if arguments.router != "kmeans":
+        methods = [_with_router(one, arguments.router) for one in methods]
     experts = options.numbers(arguments.experts, int)
     arms(methods, sparsity, experts, allocations=allocations)  # checked before anything is loaded
     memory = options.parse_memory(arguments.memory)
@@ -122,7 +140,9 @@ def run(arguments: argparse.Namespace) -> None:
         allocations=allocations, seed=arguments.seed, memory=memory, out=arguments.out,
         resume=arguments.resume, force=arguments.force, extra=add_figure,
         scope=arguments.scope, form=arguments.form, dense_prefix=arguments.dense_prefix,
-        prefix=arguments.prefix, progress=not arguments.quiet,
+        prefix=arguments.prefix,
+        measures=[one for one in options.names(arguments.measure) if one != "perplexity"],
+        progress=not arguments.quiet,
     )  # fmt: skip
     if not current().leads:  # the first rank draws and prints
         return
@@ -142,16 +162,17 @@ def show(arguments: argparse.Namespace) -> None:
 
 def print_comparison(found: "Comparison", arguments: argparse.Namespace) -> None:
     """Print the tables, and say where the result is."""
-    from entangle.results.comparison import at_equal_nonzeros, flops_saved
+    from entangle.results.comparison import at_equal_nonzeros, flops_saved, knees
 
     saved = flops_saved(found)
-    equal = at_equal_nonzeros(found.frame)
+    equal, knee = at_equal_nonzeros(found.frame), knees(found.frame)
     content = {
         "out": arguments.out,
         "manifest": dict(found.manifest),
         "results": records(found.frame),
         "flops_saved": records(saved),
         "equal_nonzeros": records(equal),
+        "knees": records(knee),
     }
     title = "At equal stored non-zeros (from 1 × dense on, dense itself is the competitor)"
     settings: dict[str, Any] = {"formats": FORMATS, "optional": OPTIONAL}
@@ -181,12 +202,21 @@ def print_comparison(found: "Comparison", arguments: argparse.Namespace) -> None
             **settings,
         ),
     ]
+    if not knee.empty:
+        tables.append(Table("knees", knee, "Sparsity up to which perplexity hardly rises",
+                            keys=("method", "within", "doubling"), shown=_telling(knee),
+                            **settings))  # fmt: skip
     present(arguments, tables, content, out=arguments.out)
 
 
 def _telling(table: "pd.DataFrame") -> "pd.DataFrame":
     """Leave out a column that says nothing."""
     return table.drop(columns="allocation") if table["allocation"].eq("uniform").all() else table
+
+
+def _with_router(method: str, router: str) -> str:
+    plain = method.split(":")[-1] == "expansion"
+    return f"{method}:{router}" if plain else method
 
 
 def _sparsities(arguments: argparse.Namespace, allocations: "Sequence[Named]") -> list[float]:
@@ -205,7 +235,7 @@ def _sparsities(arguments: argparse.Namespace, allocations: "Sequence[Named]") -
 
 def draw(found: "Comparison", folder: Path) -> None:
     """Draw the figure into the result's folder, if it is missing and there is something to draw."""
-    from entangle.plotting import figure_comparison, save_figure
+    from entangle.plotting import figure_comparison, figure_density, save_figure
     from entangle.results.drawings import text_of
 
     stem = folder / "figures" / "perplexity"
@@ -216,4 +246,7 @@ def draw(found: "Comparison", folder: Path) -> None:
     except InvalidInput as error:  # no arm has a finite perplexity: the tables say so
         tell(f"no figure: {error}")
         return
+    if "density" in found.frame and found.frame["density"].notna().sum() > 1:
+        drawn = figure_density(found.frame, text=text_of(found.manifest))
+        save_figure(drawn, folder / "figures" / "density", force=True)
     save_figure(figure, stem, force=True)

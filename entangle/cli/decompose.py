@@ -42,7 +42,7 @@ def add_parser(subparsers: options.Subparsers) -> None:
         help="how experts are pruned (default: %(default)s)",
     )
     group.add_argument(
-        "--router", default="kmeans", choices=("kmeans", "random"),
+        "--router", default="kmeans", choices=with_installed("routers", ("kmeans", "random")),
         help="kmeans, or the control: clusters without meaning (default: %(default)s)",
     )  # fmt: skip
     group.add_argument(

@@ -56,7 +56,7 @@ def add_parser(subparsers: options.Subparsers) -> None:
         "experts of every layer if it has them; the layers are the allocation's",
     )
     group.add_argument(
-        "--router", default="kmeans", choices=("kmeans", "random"),
+        "--router", default="kmeans", choices=with_installed("routers", ("kmeans", "random")),
         help="kmeans, or the control: clusters without meaning (default: kmeans)",
     )  # fmt: skip
     options.add_storage_options(group)

@@ -4,24 +4,24 @@ import argparse
 
 from entangle.cli.options import Subparsers, add_table_options
 from entangle.cli.tables import Table, present, records
+from entangle.doors import KINDS
 
-DOORS = ("pruners", "rules", "methods")
+DOORS = KINDS
 
 
 def add_parser(subparsers: Subparsers) -> None:
     """Add the command to the parser."""
     parser = subparsers.add_parser(
         "list",
-        help="list pruners, allocation rules and activation methods, with their sources",
-        description="List what --pruner, --rule and --methods take: ours, and what installed "
-        "packages bring by entry points (entangle.pruners, entangle.rules, entangle.methods).",
+        help="list pruners, routers, rules, methods, columns and measures, with their sources",
+        description="List what --pruner, --router, --rule, --methods, --by and --measure take: "
+        "ours, and what installed packages bring by entry points of the groups entangle.KIND.",
     )
     parser.add_argument(
         "door",
-        metavar="KIND",
         nargs="?",
         choices=DOORS,
-        help="only these: pruners, rules or methods (default: all)",
+        help="only these (default: all)",
     )
     add_table_options(parser, "plugins")
     parser.set_defaults(run=run)
@@ -33,9 +33,12 @@ def run(arguments: argparse.Namespace) -> None:
 
     from entangle.activation import ACTIVATION_METHODS
     from entangle.allocation.rules import RULES
+    from entangle.evaluation.measures import MEASURES
+    from entangle.experts.router import ROUTERS
     from entangle.pruning import PRUNERS
+    from entangle.scoring.columns import COLUMNS
 
-    doors = (PRUNERS, RULES, ACTIVATION_METHODS)
+    doors = (PRUNERS, ROUTERS, RULES, ACTIVATION_METHODS, COLUMNS, MEASURES)
     rows = [
         (one.door, one.name, one.source)
         for door in doors

@@ -362,10 +362,14 @@ LEAST: Mapping[str, int] = {
 """Options that are whole numbers, and the least of each."""
 PRUNERS = ("random", "magnitude", "wanda", "sparsegpt")
 COMPARED = (
-    *PRUNERS, "expansion", "expansion-random", *(f"dsnot:{name}" for name in PRUNERS), *MASKS,
+    *PRUNERS, "magnitude-global", "expansion", "expansion-random",
+    *(f"dsnot:{name}" for name in PRUNERS), *MASKS,
 )  # fmt: skip
 """What `compare` knows, without what installed packages add (`ADDED`)."""
-ADDED: Mapping[str, Sequence[str]] = {"methods": ("methods", "pruners"), "rule": ("rules",)}
+ADDED: Mapping[str, Sequence[str]] = {
+    "methods": ("methods", "pruners"), "rule": ("rules",), "router": ("routers",),
+    "measure": ("measures",),
+}  # fmt: skip
 """Doors whose names an option takes too."""
 NAMES: Mapping[str, tuple[str, Sequence[str]]] = {
     "intervention": ("intervention", (
@@ -384,6 +388,16 @@ NAMES: Mapping[str, tuple[str, Sequence[str]]] = {
 SELECTIONS = ("top", "bottom", "random", "random-norm", "random-variance", "all")
 
 
+def _joined(method: str, known: Sequence[str]) -> bool:
+    """Tell whether a name is of methods one on top of the other: ``teal:expansion:mine``."""
+    first, *rest = method.split(":")
+    if first == "expansion" and len(rest) == 1:
+        return rest[0] in with_installed("routers", ("kmeans", "random"))
+    if not rest or first not in known or first in ("expansion", "expansion-random"):
+        return False
+    return rest[0] in known if len(rest) == 1 else _joined(":".join(rest), known)
+
+
 def check_arguments(arguments: argparse.Namespace) -> None:
     """Check model, texts, numbers and names of any command's arguments; import nothing heavy.
 
@@ -399,7 +413,8 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         for door in ADDED.get(name, ()):
             known = with_installed(door, known)
         for one in names(given[name]) if isinstance(given.get(name), str) else ():
-            choice(name, one, known, kind=kind)
+            if not (name == "methods" and _joined(one, known)):
+                choice(name, one, known, kind=kind)
     _check_selections(given)
     if given.get("table") is not None:
         choice("table", given["table"], given["tables"])

@@ -114,6 +114,11 @@ def _selects(*wanted: str) -> Callable[[argparse.Namespace], bool]:
     return of
 
 
+def _reads_text(arguments: argparse.Namespace) -> bool:
+    """Tell whether something is measured on a text: all but minimal pairs are."""
+    return not set(names(arguments.measure)) <= {"blimp"}
+
+
 def _prunes(arguments: argparse.Namespace) -> bool:
     return any(name.startswith("prune") for name in names(arguments.intervention))
 
@@ -197,8 +202,7 @@ MEANINGS: Mapping[str, Sequence[Meaning]] = {
         Meaning(("damping",), _has("intervention", "prune"), "without the intervention prune"),
         Meaning(("edit_strength",), _edits, "without an edit of outputs, such as zero"),
         Meaning(
-            _EVALUATION, _has("measure", "perplexity", "divergence"),
-            "without the measure perplexity or divergence",
+            _EVALUATION, _reads_text, "without the measure perplexity or divergence",
         ),
         Meaning(
             ("pairs", "pairs_per_paradigm"), _has("measure", "blimp"), "without the measure blimp"

@@ -46,6 +46,11 @@ def add_parser(subparsers: options.Subparsers) -> None:
         "(default: auto)",
     )
     group.add_argument("--no-md", action="store_true", help="skip the mapping difficulty")
+    group.add_argument(
+        "--columns", default="", metavar="NAMES",
+        help="comma-separated columns of installed packages to compute too (`entangle list "
+        "columns`)",
+    )  # fmt: skip
     options.add_memory_option(group)
     group.add_argument("--batch-size", type=int, help="sequences in one forward pass")
     parser.add_argument("--top", type=int, default=20, help="rows to print (default: 20)")
@@ -79,6 +84,7 @@ def run(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         memory=memory,
         batch_size=arguments.batch_size,
+        columns=options.names(arguments.columns) if arguments.columns else (),
         progress=not arguments.quiet,
     )
     if effect is not None:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,7 +22,6 @@ from entangle.evaluation.perplexity import affix_effect, tell
 from entangle.experiments.arms import (
     INTERVENTIONS,
     MOST_STEPS,
-    ROUTERS,
     SELECTIONS,
     AblationArm,
     ArmPlan,
@@ -42,7 +41,7 @@ from entangle.experiments.interventions import (
 from entangle.experiments.selection import Selection, scores_of, select, silent_layers, union_rows
 from entangle.experts.linear import installed
 from entangle.experts.routed_rows import Level, RoutedRows, SolvedRows, fit_rows, solve_rows
-from entangle.experts.router import Kind
+from entangle.experts.router import ROUTERS
 from entangle.memory import check_memory, memory_for
 from entangle.models.blocks import evaluating
 from entangle.models.layers import (
@@ -60,6 +59,7 @@ from entangle.results.ablation import KIND, AblationResult, layer_set, load_abla
 from entangle.results.scores import NeuronScores
 from entangle.runs.progress import Progress
 from entangle.runs.provenance import RunClock, claimed
+from entangle.scoring.columns import is_own
 from entangle.seeding import check_seed
 from entangle.texts.calibration import as_calibration
 from entangle.texts.calibration_set import CalibrationSet
@@ -359,6 +359,7 @@ class Ablation(Experiment[AblationArm]):
             self.model, self.calibration, list(self.layers.values()), scores=self._scores,
             grams=self.plan.prunes and (1 in self.plan.experts or self.plan.match),
             md=self._md, seed=self.seed, progress=progress, named=self._named,
+            columns=[name for name in self.plan.columns if is_own(name)],
         )  # fmt: skip
         self.layers = {n: one for n, one in self.layers.items() if n in known.scores.histograms}
         arms = self.plan.arms(known.scores.frame) or []
@@ -371,7 +372,7 @@ class Ablation(Experiment[AblationArm]):
                 self.model, self.calibration, union_rows(arm.selection.rows for arm in own),
                 sparsities=sorted({arm.strength for arm in own}),
                 experts=[1, *dict.fromkeys(arm.experts for arm in own)],
-                pruner=str(pruner), router=cast("Kind", router), damping=self._damping,
+                pruner=str(pruner), router=router, damping=self._damping,
                 seed=self.seed, memory=memory, md=self._md, progress=progress,
             )  # fmt: skip
         return arms

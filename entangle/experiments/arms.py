@@ -20,8 +20,10 @@ from entangle.experiments.experiment import Arm, Arrays, Evaluation
 from entangle.experiments.interventions import OUTPUT_EDITS
 from entangle.experiments.selection import ALIKE, DERIVED, SCOPES, SCORED, Selection, column, select
 from entangle.experts.routed_rows import Level
+from entangle.experts.router import ROUTERS as DOOR
 from entangle.models.layers import Layer
 from entangle.runs.progress import Progress
+from entangle.scoring.columns import COLUMNS as DOOR_COLUMNS
 
 if TYPE_CHECKING:
     from entangle.experiments.ablate import Ablation
@@ -129,7 +131,7 @@ def check_settings(
     for name in interventions:
         choice("interventions", name, INTERVENTIONS, kind="intervention")
     for name in routers:
-        choice("router", name, ROUTERS)
+        choice("router", name, DOOR)
     for name, values in (("strengths", strengths), ("edit_strengths", edit_strengths)):
         for value in values:
             share(name, value)
@@ -211,6 +213,7 @@ class ArmPlan:
 
     def _check_columns(self, *, md: bool, scores: pd.DataFrame | None) -> None:
         known = (*SCORED, *(name for name, (source, _) in DERIVED.items() if source in SCORED))
+        known = tuple(dict.fromkeys([*known, *DOOR_COLUMNS]))
         for name in self.columns:
             if scores is None and name not in known:
                 raise unknown_name("column", name, known, "Choose a column of the scores.")

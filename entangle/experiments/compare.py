@@ -1,11 +1,10 @@
 """`compare`: pruning methods and expansions at several sparsities, on one text."""
 
-import math
 import os
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from warnings import warn
@@ -17,26 +16,35 @@ from entangle.activation import (
     ACTIVATION_METHODS,
     FORMS,
     SCOPES,
-    ActivationMethod,
     Masks,
-    fit,
 )
-from entangle.activation import measure as measure_sparse
+from entangle.allocation.allocate import allocate
 from entangle.allocation.allocation import Allocation, even
 from entangle.allocation.experts import mean_experts, nominal_sparsity, zeros_digest
 from entangle.checks import choice, named, renamed, several, share, shown, whole
+from entangle.doors import brought
 from entangle.errors import InvalidInput
 from entangle.evaluation import EvaluationText, as_evaluation, perplexity_ratio
+from entangle.evaluation.measures import MEASURES, own_measures
 from entangle.evaluation.perplexity import check_prefix, measure_perplexity
 from entangle.experiments.experiment import WINDOW, Arm, Arrays, Evaluation, Experiment, numbered
+from entangle.experiments.masked import (
+    COSTS,
+    DSNOT,
+    GLOBAL,
+    NUMBERS,
+    Rivals,
+    combined,
+    made_by,
+    nothing,
+)
 from entangle.experts.build import check_experts
-from entangle.experts.dsnot import prune_dsnot
 from entangle.experts.expand import expand
+from entangle.experts.router import ROUTERS
 from entangle.memory import check_memory, memory_for
 from entangle.models.blocks import evaluating
-from entangle.models.layers import find_layers, list_layers
+from entangle.models.layers import find_layers
 from entangle.models.loading import AnyModel, LanguageModel, as_language_model
-from entangle.packed.formats import pack
 from entangle.pruning import PRUNERS
 from entangle.results.comparison import (
     COMPARED_METHODS,
@@ -67,13 +75,9 @@ __all__ = [
     "load_comparison",
 ]  # fmt: skip
 
-DSNOT = "dsnot:"
-"""In front of a pruner's name: DSnoT swaps the zeros that it made."""
 SPARSITIES, EXPERTS = (0.5, 0.7), (1, 16)
 """What is compared unless something else is asked for."""
 _EVEN = ("uniform_ratio", "uniform_low", "uniform_high")
-_COSTS = ("flops", "nonzeros", "bytes")
-_NUMBERS = (*_COSTS, "relative_error", "seconds", "density")
 
 Named = tuple[str, Allocation]
 """What an allocation is called in the tables, and the allocation. Those of several sparsities may
@@ -125,6 +129,7 @@ def compare(
     form: str | None = None,
     dense_prefix: int = 0,
     prefix: int = 0,
+    measures: str | Iterable[str] = (),
     seed: int = 0,
     memory: int | None = None,
     out: str | os.PathLike[str] | None = None,
@@ -149,7 +154,10 @@ def compare(
         the names of `entangle.activation`, which mask activations: ``teal``, ``column-norm``,
         ``wina``, ``cats``, ``chess``, ``chess+``, ``rsparse``, ``larosa``, ``griffin``,
         ``coreinfer``. Any pruner by its name, and with ``dsnot:`` in front of it, DSnoT after it.
-        `entangle list` shows all.
+        ``teal:sparsegpt`` masks the activations of a model that SparseGPT has pruned, and
+        ``teal:expansion`` those of an expansion, each expert's own columns counted: both keep the
+        root of the density. ``expansion:NAME`` is an expansion by another router. `entangle list`
+        shows all.
     sparsity
         Shares of zeros in [0, 1], the same in every row; by default 0.5 and 0.7, or those of the
         allocations where there are some. Methods that mask activations leave out that share of the
@@ -163,6 +171,8 @@ def compare(
         for the same layers, which all arms prune; the MLP linears without allocations. Uniform arms
         of an allocation's sparsity spread its very number of zeros evenly. One that has numbers of
         experts of its own is built with those, in place of ``experts``.
+    measures
+        Of `entangle.evaluation.measures.MEASURES`, not ours: a column each, the mean over windows.
     seed
         Seed of the routers and of the bootstrap.
     memory
@@ -203,7 +213,10 @@ def compare(
         held.enter_context(evaluating(dense.module))
         experiment = Comparing(
             dense, as_calibration(calibration, dense),
-            Evaluation(as_evaluation(evaluation, dense), prefix=whole("prefix", prefix, least=0)),
+            Evaluation(
+                as_evaluation(evaluation, dense), None, ("perplexity", *own_measures(measures)),
+                whole("prefix", prefix, least=0),
+            ),
             arms=planned, allocations=allocations, told=told, seed=seed,
             memory=memory_for(memory, dense.module),
             masks=Masks(choice("scope", scope, SCOPES),
@@ -280,7 +293,7 @@ class Comparing(Experiment[ComparisonArm]):
         masks: Masks | None = None,
     ) -> None:
         super().__init__(model, calibration, evaluation, seed=seed, memory=memory)
-        self._masks, self._fitted = masks or Masks(), dict[str, ActivationMethod]()
+        self._masks = masks or Masks()
         self.arms, self._allocations, self._told = arms, allocations, told
         self._layers, self._by_name = common_layers(allocations), by_name(allocations)
         self._evenly = {sparsity: even(one) for (_, sparsity), one in self._by_name.items()}
@@ -312,25 +325,34 @@ class Comparing(Experiment[ComparisonArm]):
 
     def _plugins(self) -> dict[str, object]:
         """Return where methods that are not ours come from, by name."""
-        found = {}
-        for name in dict.fromkeys(arm.method.removeprefix(DSNOT) for arm in self.arms):
-            door = ACTIVATION_METHODS if name in ACTIVATION_METHODS else PRUNERS
-            if name in door and not door.is_ours(name):
-                found[name] = door.source(name)
+        found: dict[str, str] = {}
+        names = [name for arm in self.arms for name in arm.method.split(":")]
+        for door in (ACTIVATION_METHODS, PRUNERS, ROUTERS):
+            found |= brought(door, names)
+        found |= brought(MEASURES, self.evaluation.own)
         return {"plugins": found} if found else {}
 
     def evaluated(self) -> dict[str, object]:
         """Return what a manifest records of the evaluation: the text alone."""
         found: dict[str, object] = dict(self.evaluation.describe()["text"])  # type: ignore[call-overload]
-        return found | ({"prefix": self._masks.prefix} if self._masks.prefix else {})
+        own = {"measures": self.evaluation.own} if self.evaluation.own else {}
+        return found | own | ({"prefix": self._masks.prefix} if self._masks.prefix else {})
 
     def measure(self, arm: ComparisonArm) -> Arrays:
         """Build an arm and return its losses, costs, relative error, density and seconds."""
-        if arm.method in ACTIVATION_METHODS:
-            return self._masked(arm)
+        rivals = self._rivals
+        try:
+            if arm.method in ACTIVATION_METHODS:
+                return rivals.masked(arm.method, arm.sparsity)
+            if combined(arm.method):
+                return rivals.combined(arm.method, arm.sparsity, arm.experts)
+        except InvalidInput as error:  # it does not apply, or not so sparsely: the table says so
+            tell(f"{arm.label}: {error}")
+            blank = {k: v * np.nan for k, v in self.dense.items() if k.startswith("own:")}
+            return nothing(len(self.dense["loss"])) | blank
         if arm.method.startswith(DSNOT):
-            return self._swapped(arm)
-        pruner, router = COMPARED_METHODS.get(arm.method, (arm.method, "single"))
+            return rivals.swapped(arm.method, arm.sparsity)
+        pruner, router = made_by(arm.method)
         built = expand(
             self.model,
             self.calibration,
@@ -344,7 +366,7 @@ class Comparing(Experiment[ComparisonArm]):
             seed=self.seed,
             memory=self.memory,
             evaluation=None if self._masks.prefix else self.evaluation.text,
-            keep=bool(self._masks.prefix),
+            keep=bool(self._masks.prefix or self.evaluation.own),
             progress=False,
         )
         found = built.perplexity
@@ -352,79 +374,36 @@ class Comparing(Experiment[ComparisonArm]):
             assert built.model is not None  # noqa: S101
             found = measure_perplexity(built.model, self._text, prefix=self._masks.prefix)
         assert found is not None  # noqa: S101
-        error, seconds = built.layers["relative_error"].mean(), float(str(built.run["seconds"]))
-        numbers = {**built.costs, "relative_error": error, "seconds": seconds}
-        numbers["density"] = self._density(float(built.costs["flops"]))
-        arrays = {name: np.array(numbers[name], np.float64) for name in _NUMBERS}
-        return {"loss": found.window_losses, **arrays}
+        wrong, seconds = built.layers["relative_error"].mean(), float(str(built.run["seconds"]))
+        numbers = {**built.costs, "relative_error": wrong, "seconds": seconds}
+        numbers["density"] = rivals.density(float(built.costs["flops"]), self._layers)
+        numbers["token_bytes"] = rivals.expanded(built)
+        arrays = {name: np.array(numbers[name], np.float64) for name in NUMBERS}
+        own = {} if built.model is None else self.evaluation.measured_own(built.model)
+        return {"loss": found.window_losses, **arrays, **own}
 
-    def _swapped(self, arm: ComparisonArm) -> Arrays:
-        """Return the numbers of a pruner with DSnoT after it."""
-        clock = time.perf_counter()
-        pruner = arm.method.removeprefix(DSNOT)
-        built = prune_dsnot(
-            self.model, self.calibration, pruner=pruner, sparsity=arm.sparsity, seed=self.seed,
-            memory=self.memory,
+    @cached_property
+    def _rivals(self) -> Rivals:
+        return Rivals(
+            self.model, self.calibration, self._text, self._masks, self.seed, self.memory,
+            self.evaluation.measured_own if self.evaluation.own else None,
         )  # fmt: skip
-        found = measure_perplexity(built, self._text, prefix=self._masks.prefix, progress=False)
-        every, pruned = list_layers(built.module), find_layers(built.module, "all", "mlp")
-        dense = sum(math.prod(x.shape) for x in every)
-        zeros = sum(int((x.weight == 0).sum()) for x in pruned)
-        width, others = (
-            every[0].weight.element_size(),
-            dense - sum(math.prod(x.shape) for x in pruned),
-        )
-        packed = [t.nbytes for x in pruned for t in pack(x.weight[None], "bitmap")[1].values()]
-        flops = 1 - zeros / dense
-        numbers = {
-            "flops": flops, "nonzeros": flops,
-            "bytes": (others * width + sum(packed)) / (dense * width),
-            "relative_error": np.nan, "density": self._density(flops),
-            "seconds": time.perf_counter() - clock,
-        }  # fmt: skip
-        arrays = {name: np.array(value, np.float64) for name, value in numbers.items()}
-        return {"loss": found.window_losses, **arrays}
 
     @property
     def _text(self) -> EvaluationText:
         assert self.evaluation.text is not None  # noqa: S101
         return self.evaluation.text
 
-    def _density(self, flops: float) -> float:
-        """Return the density in scope that FLOPs of the whole model amount to; NaN if unknown."""
-        module, proj = self.model.module, "mlp" if self._masks.scope == "mlp" else None
-        inside = {x.name: x.shape for x in find_layers(module, "all", proj) if x.block is not None}
-        if self._layers is not None and not {*self._layers} <= inside.keys():
-            return np.nan  # an allocation prunes layers that are out of scope
-        every = sum(math.prod(x.shape) for x in list_layers(module))
-        return 1 - (1 - flops) * every / sum(map(math.prod, inside.values()))
-
-    def _masked(self, arm: ComparisonArm) -> Arrays:
-        """Return the numbers of a method that masks activations; NaN where it does not apply."""
-        masks, clock = self._masks, time.perf_counter()
-        first = masks.prefix or masks.dense_prefix
-        try:
-            if arm.method not in self._fitted:
-                self._fitted[arm.method] = fit(
-                    self.model, self.calibration, arm.method, scope=masks.scope, form=masks.form,
-                    dense_prefix=first,
-                )  # fmt: skip
-            made = self._fitted[arm.method].at_density(1 - arm.sparsity)
-            found = measure_sparse(made, self._text, prefix=masks.prefix, progress=False)
-        except InvalidInput as error:
-            tell(f"{arm.label}: {error}")
-            nothing = dict.fromkeys(_NUMBERS, np.array(np.nan))
-            return {"loss": np.full(len(self.dense["loss"]), np.nan), **nothing}
-        numbers = {
-            "flops": found.flops, "relative_error": np.nan,
-            "density": found.density, "seconds": time.perf_counter() - clock,
-        }  # fmt: skip
-        more = 1 + made.stored / sum(math.prod(x.shape) for x in list_layers(self.model.module))
-        numbers |= {"nonzeros": more, "bytes": more}
-        arrays = {name: np.array(value, np.float64) for name, value in numbers.items()}
-        return {"loss": found.perplexity.window_losses, **arrays}
-
     def _allocation(self, arm: ComparisonArm) -> Allocation | None:
+        if arm.method == GLOBAL:
+            layers = find_layers(self.model.module, self._layers or "all",
+                                 "mlp" if self._layers is None else None)  # fmt: skip
+            rows = [pd.DataFrame({"layer": x.name, "neuron": range(x.out_features)})
+                    for x in layers]  # fmt: skip
+            return allocate(
+                pd.concat(rows), sparsity=arm.sparsity, rule=GLOBAL, model=self.model,
+                progress=False,
+            )  # fmt: skip
         key = arm.allocation, arm.sparsity
         allocation = self._by_name.get(key, self._evenly.get(arm.sparsity))
         if allocation is not None and _router(arm.method) == "single":
@@ -445,7 +424,8 @@ class Comparing(Experiment[ComparisonArm]):
         progress: bool | None,
     ) -> Sequence[ComparisonArm]:
         """Measure the dense model."""
-        ones = {n: np.array(1.0 if n in (*_COSTS, "density") else np.nan) for n in _NUMBERS}
+        told = (*COSTS, "density", "token_bytes")
+        ones = {n: np.array(1.0 if n in told else np.nan) for n in NUMBERS}
         self.dense = self.evaluation.measure(self.model, progress=progress) | ones
         self.done(None, self.dense)
         return self.arms
@@ -467,7 +447,8 @@ class Comparing(Experiment[ComparisonArm]):
         ratio = perplexity_ratio(result, dense, seed=seed)
         row = {**arm.columns, "perplexity": result.value, "ratio": ratio.value}
         row |= {"ratio_low": ratio.low, "ratio_high": ratio.high}
-        row |= {name: float(found[name]) for name in _NUMBERS}
+        row |= {name: float(found[name]) for name in NUMBERS}
+        row |= {name: float(found[f"own:{name}"].mean()) for name in self.evaluation.own}
         uniform = measured.get(replace(arm, allocation=UNIFORM))
         if arm.allocation != UNIFORM and uniform is not None:
             ratio = perplexity_ratio(result, self.evaluation.perplexity(uniform), seed=seed)
@@ -508,13 +489,14 @@ def arms(
         A method that does not exist, a number out of range, or nothing to build.
     """
     methods = [
-        choice("method", one, known_methods()) for one in several("methods", methods, empty=True)
+        one if isinstance(one, str) and _joined(one) else choice("method", one, known_methods())
+        for one in several("methods", methods, empty=True)
     ]
     sparsities = [share("sparsity", one) for one in several("sparsity", sparsities, empty=True)]
     experts = [whole("experts", k, least=1) for k in several("experts", experts, empty=True)]
     allocations = several_named(allocations)
     routed = {one for one in methods if _router(one) != "single"}
-    masked = {one for one in methods if one in ACTIVATION_METHODS or one.startswith(DSNOT)}
+    masked = {one for one in methods if one in ACTIVATION_METHODS or ":" in one or one == GLOBAL}
     levels: list[tuple[float, str, Allocation | None]]
     levels = [(sparsity, UNIFORM, None) for sparsity in sparsities]
     levels += [(sparsity, name, one) for (name, sparsity), one in by_name(allocations).items()]
@@ -537,11 +519,26 @@ def arms(
 def known_methods() -> tuple[str, ...]:
     """Return the names of everything that can be compared."""
     swapped = [DSNOT + name for name in PRUNERS]
-    return tuple(dict.fromkeys([*COMPARED_METHODS, *PRUNERS, *swapped, *ACTIVATION_METHODS]))
+    both = [f"teal:{name}" for name in dict.fromkeys([*COMPARED_METHODS, *PRUNERS])]
+    return tuple(
+        dict.fromkeys([*COMPARED_METHODS, GLOBAL, *PRUNERS, *swapped, *ACTIVATION_METHODS, *both])
+    )
+
+
+def _joined(method: str) -> bool:
+    """Tell whether a name is of masks on weights, or of an expansion by a named router."""
+    parts = combined(method)
+    weights = method if parts is None else parts[1]
+    router = weights.removeprefix("expansion:")
+    if router != weights:
+        choice("router", router, ROUTERS)
+        return True
+    return parts is not None
 
 
 def _router(method: str) -> str:
-    return COMPARED_METHODS.get(method, ("", "single"))[1]
+    parts = combined(method)
+    return made_by(method if parts is None else parts[1])[1]
 
 
 def several_named(allocations: Named | Iterable[Named]) -> list[Named]:

@@ -24,6 +24,7 @@ from safetensors.numpy import load, load_file
 from safetensors.numpy import save as to_safetensors
 
 from entangle.checks import choices
+from entangle.doors import brought
 from entangle.errors import EntangleError, InvalidInput
 from entangle.evaluation import (
     DenseReference,
@@ -37,6 +38,8 @@ from entangle.evaluation import (
     minimal_pair_scores,
     perplexity_ratio,
 )
+from entangle.evaluation.measures import MEASURES as DOOR
+from entangle.evaluation.measures import is_own, measure_own
 from entangle.evaluation.perplexity import measure_perplexity
 from entangle.models.loading import LanguageModel
 from entangle.ranks import Ranks, apart, current
@@ -66,7 +69,7 @@ class Evaluation:
     pairs: MinimalPairs | None = None
     """For minimal-pair accuracy."""
     measures: tuple[str, ...] = MEASURES[:1]
-    """From `MEASURES`."""
+    """From `entangle.evaluation.measures.MEASURES`."""
     prefix: int = 0
     """First tokens of every window that perplexity is not scored on."""
 
@@ -82,8 +85,9 @@ class Evaluation:
             measures = [*(["perplexity"] if text else []), *(["pairs"] if pairs else [])]
             if not measures:
                 raise InvalidInput("nothing is measured; give `evaluation` (a text) or `pairs`.")
-        measures = choices("measures", measures, MEASURES, kind="measure")
-        needs_text = {"perplexity", "divergence"} & set(measures)
+        measures = choices("measures", measures, DOOR, kind="measure")
+        own = set(filter(is_own, measures))
+        needs_text = ({"perplexity", "divergence"} & set(measures)) | own
         if needs_text and text is None:
             raise InvalidInput(f"{min(needs_text)} needs a text; give `evaluation`.")
         if "pairs" in measures and pairs is None:
@@ -92,10 +96,12 @@ class Evaluation:
 
     def describe(self) -> dict[str, object]:
         """Return the texts and measures, JSON-serialisable."""
+        plugins = brought(DOOR, self.measures)
         return {
             "text": None if self.text is None else self.text.describe(),
             "pairs": None if self.pairs is None else self.pairs.describe(),
             "measures": list(self.measures),
+            **({"plugins": plugins} if plugins else {}),
         }
 
     def measure(
@@ -118,7 +124,20 @@ class Evaluation:
         if self.pairs is not None and "pairs" in self.measures:
             scores = minimal_pair_scores(model, self.pairs, progress=progress)
             found["good"], found["bad"] = scores.good, scores.bad
+        found |= self.measured_own(model)
         return {name: np.ascontiguousarray(values) for name, values in found.items()}
+
+    @property
+    def own(self) -> list[str]:
+        """Measures of one's own."""
+        return [name for name in self.measures if is_own(name)]
+
+    def measured_own(self, model: LanguageModel) -> dict[str, NDArray[np.float64]]:
+        """Return the values of windows of measures of one's own, by ``own:`` and their name."""
+        if not self.own or self.text is None:
+            return {}
+        found = measure_own(model, self.text, self.own, prefix=self.prefix)
+        return {f"own:{name}": values for name, values in found.items()}
 
     def perplexity(self, found: Arrays) -> Perplexity:
         """Return the perplexity that the losses of windows amount to."""
@@ -147,6 +166,11 @@ class Evaluation:
                 agreements = found["agreement"].astype(np.int64)
                 seen = Divergence(result, base, np.array(found["kl"]), agreements, counts)
                 known += [(k, seen.interval(k, seed=seed)) for k in ("kl", "top1_agreement")]
+        for name in self.own:
+            values = found[f"own:{name}"]
+            known.append(
+                (name, window_mean_interval(values, np.ones(len(values), np.int64), seed=seed))
+            )
         if "good" in found and self.pairs is not None:
             ours, theirs = (PairScores(a["good"], a["bad"], self.pairs, {}) for a in (found, dense))
             for row in ours.table(seed=seed).to_dict("records"):

@@ -276,6 +276,7 @@ def layer_statistics(
     seed: int = 0,
     progress: bool | None = None,
     named: bool = True,
+    columns: Sequence[str] = (),
 ) -> LayerStatistics:
     """Score layers and accumulate their grams in one pass over the calibration set.
 
@@ -287,7 +288,7 @@ def layer_statistics(
         Scores made before; then only the grams are accumulated, and without them nothing runs.
     grams
         Whether pruning needs the grams.
-    md, seed, progress
+    md, seed, progress, columns
         As in `entangle.score`.
     named
         Whether the layers were asked for by name. If not, those that see no token are left out.
@@ -296,7 +297,7 @@ def layer_statistics(
     if scores is None:
         scores = score_layers(
             model, calibration, layers, may_be_silent=not named, method="sketch", md=md,
-            seed=seed, progress=progress, watch=watch if grams else None,
+            seed=seed, progress=progress, watch=watch if grams else None, columns=columns,
         )  # fmt: skip
     elif grams:
         with ProgressBar("calibrating", enabled=progress) as bar:

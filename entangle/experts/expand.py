@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from entangle.doors import brought
 from entangle.errors import InvalidInput, MemoryLimit
 from entangle.evaluation import EvaluationText, Perplexity, as_evaluation
 from entangle.evaluation.perplexity import windows_by_default
@@ -33,7 +34,7 @@ from entangle.experts.build import (
     structural_copy,
 )
 from entangle.experts.checkpoint import BlockWriters, BuildFolder, refuse_saving
-from entangle.experts.router import Kind
+from entangle.experts.router import ROUTERS, Kind
 from entangle.experts.solver import ExpertSettings, Sparsity, check_solvable
 from entangle.experts.spread import share_built
 from entangle.experts.storage import Storage
@@ -53,6 +54,7 @@ from entangle.models.layers import (
     projections,
 )
 from entangle.models.loading import AnyModel, LanguageModel, as_language_model
+from entangle.pruning import PRUNERS
 from entangle.ranks import current
 from entangle.recording.recorder import shared_inputs
 from entangle.recording.states import HiddenStates
@@ -532,10 +534,12 @@ def _refuse_fused(module: nn.Module, chosen: Sequence[Layer]) -> None:
 def _settings(plan: Plan) -> dict[str, object]:
     """Describe a plan for the manifest; vectors of sparsities by their digest."""
     counts = set(plan.experts.values())
+    plugins = brought(ROUTERS, [plan.settings.router]) | brought(PRUNERS, [plan.settings.pruner])
     return {
         "sparsity": {name: _describe_sparsity(share) for name, share in plan.sparsity.items()},
         "experts": counts.pop() if len(counts) == 1 else dict(plan.experts),
         **asdict(plan.settings),
+        **({"plugins": plugins} if plugins else {}),
         "format": plan.storage.format,
         "values": plan.storage.values,
     }

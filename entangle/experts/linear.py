@@ -39,6 +39,15 @@ class SharedRouting:
             self._last = weakref.ref(x), x._version, self._route(x)
         return self._last[2]
 
+    @property
+    def k(self) -> int:
+        """Number of experts."""
+        return self.router.k
+
+    def follow(self, given: Tensor, masked: Tensor) -> None:
+        """Send the tokens of an input that was masked where those that were given go."""
+        self._last = weakref.ref(masked), masked._version, self(given)
+
     def __getstate__(self) -> dict[str, object]:
         """Leave the last input out of copies."""
         return {"router": self.router, "_last": None}
@@ -97,6 +106,16 @@ class ExpandedLinear(nn.Module):
                 chosen = nn.functional.linear(tokens[index], self.weight[expert], self.bias)
                 outputs[index] = chosen
         return outputs.reshape(*x.shape[:-1], self.weight.shape[1])
+
+    @property
+    def in_features(self) -> int:
+        """Width of a token."""
+        return int(self.weight.shape[2])
+
+    @property
+    def out_features(self) -> int:
+        """Number of neurons."""
+        return int(self.weight.shape[1])
 
     def extra_repr(self) -> str:
         """Describe the shape for ``print(model)``."""

@@ -20,15 +20,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from itertools import chain
-from typing import Literal, get_args
+from typing import Any
 
 import torch
 from jaxtyping import Float, Float32, Float64, Int64
 from torch import Tensor
 
 from entangle.checks import choice, whole
+from entangle.doors import Door
 from entangle.errors import InvalidInput
 from entangle.experts.clusters import kmeans
+from entangle.experts.own_router import MAX_TOKENS, OwnRouter, as_centroids, scores_of
 from entangle.experts.pca import Pca, fit_pca
 from entangle.memory import by_device
 from entangle.packed.routing import PackedRouter, hash_clusters
@@ -116,8 +118,10 @@ def hash_key(features: int, *, seed: int) -> Int64[Tensor, " features"]:
     return torch.from_numpy(rng.integers(-(2**63), 2**63, size=features) | 1)
 
 
-Kind = Literal["kmeans", "random", "single"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+Kind = str
+"""Name of a router: one of `ROUTERS`, or ``single``."""
+KINDS: tuple[Kind, ...] = ("kmeans", "random", "single")
+"""Ways to find a token's cluster: the nearest centroid, a hash, or none."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,6 +156,7 @@ class Router:
     """
 
     kind: Kind
+    """One of `KINDS`: routers of one's own have centroids too."""
     mean: Float32[Tensor, " features"]
     """Subtracted before the projection, (features,); zero for the controls."""
     components: Float32[Tensor, "n_components features"]
@@ -331,8 +336,8 @@ def fit_router(
     seed
         Seed of the k-means++ draws, of the hash, and of the subsample.
     kind
-        ``"kmeans"``, or a control that knows nothing of where a token lies: ``"random"``,
-        ``"single"``.
+        One of `ROUTERS`, such as ``"kmeans"`` or the control ``"random"``, which knows nothing of
+        where a token lies; or ``"single"``.
     n_components
         Principal components; by default ``features // 32``, at least 1.
     restarts
@@ -393,13 +398,50 @@ def fit_router_and_labels(
     target = None if device is None else torch.device(device)
     blocks = partial(fixed_blocks, stream, device=target)
     with torch.no_grad():
-        if kind == "kmeans":
-            return _fit_kmeans(blocks, k, check_seed(seed), n_components, restarts, max_tokens)
-        return _fit_control(blocks, k, check_seed(seed), kind), None
+        if kind == "single":
+            return _fit_control(blocks, k, check_seed(seed), kind), None
+        fitter = ROUTERS[kind]
+        return fitter(
+            blocks, k, check_seed(seed), n_components=n_components, restarts=restarts,
+            max_tokens=max_tokens,
+        )  # fmt: skip
+
+
+def _fit_own(
+    name: str, function: OwnRouter, blocks: Blocks, k: int, seed: int, *, max_tokens: int,
+    **_settings: object,
+) -> tuple[Router, Tensor | None]:  # fmt: skip
+    """Fit a router of somebody's own on some of the tokens, and count those of its clusters."""
+    total = sum(len(block) for block in blocks())
+    most = min(total, max_tokens, MAX_TOKENS)
+    keep = torch.zeros(total, dtype=torch.bool)
+    rng = numpy_rng(seed, "routing", "own")
+    keep[torch.from_numpy(rng.choice(total, size=most, replace=False))] = True
+    pieces, start = [], 0
+    for block in blocks():
+        require_finite(block)
+        pieces.append(block[keep[start : start + len(block)].to(block.device)].float())
+        start += len(block)
+    directions, offsets = scores_of(name, function, torch.cat(pieces), k, seed)
+    components, centroids = as_centroids(directions, offsets)
+    made = _control(directions.shape[1], k, seed, "single").to(directions.device)
+    made = replace(made, kind="kmeans", components=components, centroids=centroids)
+    nothing = torch.zeros(len(components), dtype=torch.float64)
+    router = replace(made, statistics=replace(made.statistics, explained_variance=nothing))
+    return _counted(router, blocks()), None
+
+
+def _counted(router: Router, blocks: Iterable[Tensor]) -> Router:
+    """Return a router with the tokens of its clusters counted."""
+    count = torch.zeros(router.k, dtype=torch.int64)
+    for block in blocks:
+        require_finite(block)
+        count += torch.bincount(router.route(block).flatten(), minlength=router.k).cpu()
+    return replace(router, statistics=replace(router.statistics, tokens_per_cluster=count))
 
 
 def _fit_kmeans(
-    blocks: Blocks, k: int, seed: int, n_components: int | None, restarts: int, max_tokens: int
+    blocks: Blocks, k: int, seed: int, *, n_components: int | None, restarts: int, max_tokens: int
 ) -> tuple[Router, Tensor | None]:
     pca = fit_pca(blocks(), n_components)
     if k > pca.tokens:
@@ -452,11 +494,7 @@ def _fit_control(blocks: Blocks, k: int, seed: int, kind: Kind) -> Router:
     rest = blocks()
     first = next(rest)
     router = _control(first.shape[1], k, seed, kind).to(first.device)
-    count = torch.zeros(k, dtype=torch.int64)
-    for block in chain([first], rest):
-        require_finite(block)
-        count += torch.bincount(router.route(block), minlength=k).cpu()
-    return replace(router, statistics=replace(router.statistics, tokens_per_cluster=count))
+    return _counted(router, chain([first], rest))
 
 
 def _control(features: int, k: int, seed: int, kind: Kind) -> Router:
@@ -478,7 +516,43 @@ def _control(features: int, k: int, seed: int, kind: Kind) -> Router:
 
 
 def _check_parameters(k: int, max_tokens: int, kind: str) -> None:
-    choice("kind", kind, KINDS)
+    choice("kind", kind, (*ROUTERS, "single"))
     if kind == "single" and k != 1:
         raise InvalidInput(f"`k` must be 1 for the single cluster; got {k}.")
     whole("max_tokens", max_tokens, least=k)
+
+
+Fitter = Callable[..., tuple[Router, Tensor | None]]
+"""Fits a router to blocks of tokens, given their number of clusters and a seed."""
+
+
+def as_fitter(name: str, thing: Any) -> Fitter:
+    """Return what fits a router: `thing` itself if it is ours, or one made of an `OwnRouter`.
+
+    Raises
+    ------
+    InvalidInput
+        If it is no function; when it is run, what `entangle.experts.own_router.scores_of` refuses.
+    """
+    if getattr(thing, "fits_router", False):
+        ours: Fitter = thing
+        return ours
+    if not callable(thing):
+        raise InvalidInput(f"a router must be a function; {name!r} is {type(thing).__name__}.")
+    return partial(_fit_own, name, thing)
+
+
+def _fit_random(
+    blocks: Blocks, k: int, seed: int, **_settings: object
+) -> tuple[Router, Tensor | None]:
+    return _fit_control(blocks, k, seed, "random"), None
+
+
+ROUTERS: Door[Fitter] = Door("routers", as_fitter)
+"""Routers of several clusters by name."""
+for _name, _fitter, _source in (
+    ("kmeans", _fit_kmeans, "arXiv 2405.15756, algorithm A1: k-means on principal components"),
+    ("random", _fit_random, "the control: a hash of the token's bits"),
+):
+    _fitter.fits_router = True  # type: ignore[attr-defined]
+    ROUTERS.own(_name, _fitter, source=_source)

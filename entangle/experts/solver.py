@@ -19,7 +19,7 @@ from torch import Tensor
 
 from entangle.checks import choice, finite, whole
 from entangle.errors import InvalidInput
-from entangle.experts.router import KINDS, Kind, Router, fit_router_and_labels
+from entangle.experts.router import ROUTERS, Kind, Router, fit_router_and_labels
 from entangle.kernels.dispatch import dispatch, on_cpu
 from entangle.memory import by_device, free_on_gpu, in_fitting_parts
 from entangle.models.layers import Layer
@@ -70,7 +70,7 @@ class ExpertSettings:
             "seed": check_seed(self.seed),
             "damping": finite("damping", self.damping, least=0),
             "pruner": choice("pruner", self.pruner, PRUNERS, kind="pruning method"),
-            "router": choice("router", self.router, KINDS),
+            "router": choice("router", self.router, (*ROUTERS, "single")),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)

@@ -1,7 +1,8 @@
 """Perplexity of pruned and expanded models against what they cost; what one expansion costs."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import count
 from typing import Unpack
 
 import matplotlib as mpl
@@ -48,6 +49,8 @@ COST_LABELS: dict[str, str] = {
     "flops": "active FLOPs per token (× dense)",
     "nonzeros": "stored non-zeros (× dense)",
     "bytes": "stored bytes (× dense)",
+    "density": "multiply-adds of the layers in scope, measured (× dense)",
+    "token_bytes": "bytes of weights read per token (× dense)",
 }
 COST_NAMES = {"flops": "FLOPs per token", "nonzeros": "stored non-zeros", "bytes": "stored bytes"}
 PERPLEXITY_LABEL = "perplexity (× dense)"
@@ -76,7 +79,7 @@ _EXPANDED = {
 """What the panels of an expansion show, by their titles."""
 _EQUAL = {"sparsity": "Equal FLOPs per token", "nonzeros": "Equal memory"}
 _ACTIVE = {"flops": "FLOPs per token", "nonzeros": "Memory"}
-_LOG_SPAN, _PANEL_INCHES = 3.0, 2.3
+_LOG_SPAN, _PANEL_INCHES, _MOST = 3.0, 2.3, 10.0
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,8 @@ class _Models:
     """Perplexity of the dense model; None where there is no row of it."""
     dropped: int
     """Rows left out because a number is missing or infinite."""
+    most: float = CEILING
+    """Multiple of the dense perplexity that the y axis ends at, if others are below."""
 
     @classmethod
     def of(cls, comparison: pd.DataFrame, costs: Sequence[str]) -> "_Models":
@@ -118,7 +123,7 @@ class _Models:
     def ceiling(self) -> float:
         """Upper limit of the y axis, infinite where nothing needs to be off it."""
         ratio = self.pruned["ratio"]
-        return CEILING if ratio.gt(CEILING).any() and ratio.le(CEILING).any() else np.inf
+        return self.most if ratio.gt(self.most).any() and ratio.le(self.most).any() else np.inf
 
     def notes(self, text: str | None) -> list[str]:
         """Return what the legend says in words: text, dense model, intervals, what is not seen."""
@@ -128,7 +133,7 @@ class _Models:
             None if self.dense is None else f"dense perplexity {self.dense:.4g}",
             _INTERVAL,
             self._experts(),
-            f"{above} above {CEILING:g} × dense, off the axis" if above else None,
+            f"{above} above {self.most:g} × dense, off the axis" if above else None,
             f"{self.dropped} left out: no finite perplexity" if self.dropped else None,
         )
         return [clause for clause in clauses if clause]
@@ -270,6 +275,45 @@ def figure_comparison(
         return page.finish(caption)
 
 
+@figure_level
+def figure_density(
+    comparison: pd.DataFrame, *, text: str | None = None, **options: Unpack[FigureOptions]
+) -> Figure:
+    """Draw the perplexity of every method against the density that was measured in scope.
+
+    One line a method, with a band of the paired bootstrap; the dense model is a star. Models above
+    10 times the dense perplexity are off the axis if others are below.
+
+    Parameters
+    ----------
+    comparison, text
+        As in `plot_perplexity`, with the column ``density``.
+    options
+        See `entangle.plotting.options.FigureOptions`.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        One panel.
+
+    Raises
+    ------
+    InvalidInput
+        What `plot_perplexity` refuses.
+    """
+    models = replace(_Models.of(comparison, ["density"]), most=_MOST)
+    with paper(options) as page:
+        (ax,) = page.grid(1, panel_inches=2 * _PANEL_INCHES)
+        _draw(ax, models, "density")
+        notes = [note for note in models.notes(text) if note != _INTERVAL]
+        caption = (
+            "Perplexity as a multiple of the dense model's, against the multiply-adds a token of "
+            "the layers in scope as measured",
+            "bands: 95 % paired bootstrap over windows", *notes,
+        )  # fmt: skip
+        return page.finish(caption)
+
+
 @axes_level
 def plot_costs(
     costs: pd.DataFrame,
@@ -393,9 +437,11 @@ def _draw(ax: Axes, models: _Models, x: str) -> list[Line2D]:
 
 def _curves(pruned: pd.DataFrame) -> Iterator[_Curve]:
     counts = sorted({1, *pruned["experts"].astype(int)})
-    spare = iter(SPARE_COLORS * len(pruned))
+    spare, rounds = iter(SPARE_COLORS * len(pruned)), count()
     for method, rows in pruned.groupby("method", sort=False, observed=True):
-        name, color = str(method), METHOD_PALETTE.get(str(method)) or next(spare)
+        name, color, turn = str(method), METHOD_PALETTE.get(str(method)), 0
+        if color is None:
+            color, turn = next(spare), next(rounds) // len(SPARE_COLORS)
         color = ink(name, color, _NAMES.get(name, name))
         numbers = sorted(set(rows["experts"].astype(int)))
         for share, k in zip(np.linspace(1.0, 0.5, len(numbers))[::-1], numbers, strict=True):
@@ -404,7 +450,7 @@ def _curves(pruned: pd.DataFrame) -> Iterator[_Curve]:
                     rows=own,
                     label=_NAMES.get(name, name) + (f", k = {k}" if k > 1 else "") + allocation,
                     color=shade(color, float(share)),
-                    marker=_MARKERS[counts.index(k) % len(_MARKERS)],
+                    marker=_MARKERS[(counts.index(k) + turn) % len(_MARKERS)],
                     plain=k == 1,
                     control=name in _CONTROLS,
                     style=_STYLES[style % len(_STYLES)],
@@ -452,7 +498,10 @@ def _draw_curve(ax: Axes, curve: _Curve, x: str) -> Line2D:
         zorder=2.2 if curve.control else 2.1,
     )
     known = np.isfinite(low) & np.isfinite(high)
-    ax.vlines(place[known], low[known], high[known], color=curve.color, lw=0.8, zorder=2.3)
+    if x == "density":
+        ax.fill_between(place, low, high, color=curve.color, alpha=0.18, lw=0, zorder=1.8)
+    else:
+        ax.vlines(place[known], low[known], high[known], color=curve.color, lw=0.8, zorder=2.3)
     record(
         line, panel=x, series=curve.label, x=place, y=ratio, y_low=low, y_high=high,
         **{name: rows[name].to_numpy() for name in ("perplexity", "sparsity", "experts")},
@@ -492,6 +541,8 @@ def _set_x(ax: Axes, values: Floats, x: str) -> None:
         shown = np.unique(values)
         if len(shown) <= 8:
             ax.set_xticks(shown)
+        return
+    if x == "density":
         return
     if max(values.max(), 1.0) / min(values.min(), 1.0) > _LOG_SPAN:
         ax.set_xscale("log", base=2)

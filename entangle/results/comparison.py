@@ -45,6 +45,7 @@ _FRAME = {
     **_ARM, "perplexity": reals(0), "ratio": reals(0), "ratio_low": reals(0),
     "ratio_high": reals(0), "flops": reals(0), "nonzeros": reals(0), "bytes": reals(0),
     "relative_error": reals(0), "density": reals(0, optional=True),
+    "token_bytes": reals(0, optional=True),
     "uniform_ratio": reals(0, optional=True),
     "uniform_low": reals(0, optional=True), "uniform_high": reals(0, optional=True),
 }  # fmt: skip
@@ -72,7 +73,8 @@ class Comparison(Result):
     """One row an arm: method, sparsity, experts, allocation, perplexity, ratio to dense with its
     95 % interval, flops, nonzeros, bytes (multiples of dense), relative_error (mean over layers),
     density (multiply-adds a token of the layers in scope over the dense ones, routers, turns and
-    low-rank rests included), seconds. NaN perplexity and costs: the method does not apply to the
+    low-rank rests included), token_bytes (of weights that a token reads, over the dense model's),
+    seconds. NaN perplexity and costs: the method does not apply to the
     model, or cannot be that sparse. With allocations also uniform_ratio with uniform_low and
     uniform_high: the ratio to the
     perplexity of the same method, sparsity and experts without the allocation, with its paired
@@ -168,7 +170,8 @@ def at_equal_nonzeros(frame: pd.DataFrame) -> pd.DataFrame:
     dense = frame[frame["method"] == DENSE]
     if len(dense) != 1:
         raise InvalidInput(f"`frame` must have one row of the dense model; got {len(dense)}.")
-    rows = [_competition(row, frame) for _, row in frame[frame["experts"] > 1].iterrows()]
+    routed = (frame["experts"] > 1) & frame["method"].map(made_with).notna()
+    rows = [_competition(row, frame) for _, row in frame[routed].iterrows()]
     return pd.DataFrame(rows, columns=list(_EQUAL_COLUMNS)).astype(_EQUAL_COLUMNS)
 
 
@@ -255,6 +258,52 @@ def flops_saved(
     return pd.DataFrame(rows, columns=columns)
 
 
+def knees(frame: pd.DataFrame, *, most: float = 0.1) -> pd.DataFrame:
+    """Return where perplexity begins to rise sharply with sparsity, for every method.
+
+    The paper on essential sparsity (arXiv 2306.03805) reads a sharp drop off its figures; this is
+    our definition, meant for a grid of 5 % steps.
+
+    Parameters
+    ----------
+    frame
+        `Comparison.frame`.
+    most
+        Rise of the logarithm of perplexity over the dense model's that is still none.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row a method, number of experts and allocation with at least 3 sparsities: method,
+        experts, allocation, within (the largest sparsity up to which no arm has risen by more than
+        ``most``; 0 if the first has), doubling (the largest sparsity not above ``within`` after
+        which the slope is at least twice that before it, and rises; NaN if there is none), step
+        (the largest gap between neighbours).
+    """
+    rows = []
+    frame = _with_allocation(frame)
+    for names, arms in frame[frame["method"] != DENSE].groupby(list(_SAVED), sort=False):
+        arms = arms[np.isfinite(arms["ratio"]) & (arms["ratio"] > 0)].sort_values("sparsity")
+        if len(arms) < 3:
+            continue
+        s = np.concatenate([[0.0], arms["sparsity"].to_numpy(np.float64)])
+        logs = np.concatenate([[0.0], np.log(arms["ratio"].to_numpy(np.float64))])
+        s, first = np.unique(s, return_index=True)
+        logs = logs[first]
+        risen = np.flatnonzero(logs > most)
+        last = int(risen[0]) - 1 if len(risen) else len(s) - 1
+        slopes = np.diff(logs) / np.diff(s)
+        turns = [
+            i for i in range(1, len(slopes))
+            if i <= last and slopes[i] > 0 and slopes[i] >= 2 * slopes[i - 1]
+        ]  # fmt: skip
+        rows.append(
+            {**dict(zip(_SAVED, names, strict=True)), "within": s[max(last, 0)],
+             "doubling": s[turns[-1]] if turns else np.nan, "step": float(np.diff(s).max())}
+        )  # fmt: skip
+    return pd.DataFrame(rows, columns=[*_SAVED, "within", "doubling", "step"])
+
+
 def _key(row: "pd.Series[Any]") -> tuple[object, ...]:
     return tuple(row[name] for name in KEY)
 
@@ -273,8 +322,21 @@ def _saved(logs: NDArray[np.float64], flops: NDArray[np.float64], limit: float) 
     return 1.0 - at
 
 
+def made_with(method: str) -> tuple[str, str] | None:
+    """Return pruner and router of a method of weights; None of others.
+
+    ``expansion:NAME`` is an expansion by the router of this name.
+    """
+    if method in COMPARED_METHODS:
+        return COMPARED_METHODS[method]
+    first, _, router = method.partition(":")
+    return (COMPARED_METHODS[first][0], router) if first == "expansion" and router else None
+
+
 def plain_method(method: str) -> str:
     """Return the method with the same pruner and one expert."""
+    if method.startswith("expansion:"):
+        method = "expansion"
     method = choice("method", method, COMPARED_METHODS)
     wanted = (COMPARED_METHODS[method][0], "single")
     return next(name for name, made in COMPARED_METHODS.items() if made == wanted)

@@ -56,7 +56,7 @@ FIGURES: dict[str, tuple[str, ...]] = {
         "wd_distribution", "wd_by_layer", "top_and_typical", "top_outputs", "wd_against_md",
     ),
     "ablation": tuple(f"ablation_{name}" for name in ABLATION_MEASURES),
-    "comparison": ("comparison",),
+    "comparison": ("comparison", "density"),
     "decomposition": (*DECOMPOSED, *ONE_NEURON),
     "allocation": ("allocation",),
     "expansion": ("expansion",),
@@ -187,10 +187,12 @@ def _ablation(found: Any, measure: str, style: Style) -> "Figure":
 
 
 def _of_comparison(found: Any, style: Style) -> Iterator[tuple[str, Draw]]:
-    from entangle.plotting import figure_comparison
+    from entangle.plotting import figure_comparison, figure_density
 
     text = text_of(found.manifest)
     yield "comparison", partial(figure_comparison, found.frame, text=text, **style)
+    if "density" in found.frame and found.frame["density"].notna().sum() > 1:
+        yield "density", partial(figure_density, found.frame, text=text, **style)
 
 
 def text_of(manifest: Mapping[str, object], *, pairs: bool = False) -> str | None:

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from torch import nn
 
-from entangle.checks import choice, whole
+from entangle.checks import choice, choices, whole
+from entangle.doors import brought
 from entangle.errors import InvalidInput, MemoryLimit
 from entangle.memory import check_memory, memory_for, ran_out, refuse_beyond
 from entangle.models.blocks import evaluates
@@ -28,6 +29,7 @@ from entangle.recording.recorder import Batch, Recorded, Recorder
 from entangle.results.scores import KIND, NeuronScores
 from entangle.runs.progress import Progress, ProgressBar
 from entangle.runs.provenance import RunClock, agree_on, make_manifest
+from entangle.scoring.columns import COLUMNS, is_own, with_columns
 from entangle.scoring.exact import score_exact
 from entangle.scoring.layer_scores import LayerSummary, layer_table, neuron_table
 from entangle.scoring.sketched import score_sketched
@@ -62,6 +64,7 @@ def score(
     batch_size: int | None = None,
     progress: bool | None = None,
     watch: Callable[[Recorded], None] | None = None,
+    columns: str | Iterable[str] = (),
 ) -> NeuronScores:
     """Score every neuron of some layers: distance from a Gaussian, moments, mapping difficulty.
 
@@ -92,6 +95,9 @@ def score(
         Sequences in one forward pass; by default as many as make 4,096 tokens.
     progress
         Show a progress bar on standard error; by default if that is a terminal.
+    columns
+        Of `entangle.scoring.columns.COLUMNS`, not ours, which are always there: computed from the
+        first 8,192 tokens in one more pass.
     watch
         Called with an `entangle.recording.recorder.Recorded` of every layer and pass, so that other
         statistics of the same tokens need no forward pass of their own. It must not change it.
@@ -120,7 +126,7 @@ def score(
     return score_layers(
         language_model, calibration, chosen, may_be_silent=not asked_by_name(layers, chosen),
         method=method, md=md, seed=seed, memory=memory, batch_size=batch_size, progress=progress,
-        watch=watch,
+        watch=watch, columns=choices("columns", columns, COLUMNS, kind="column") if columns else (),
     )  # fmt: skip
 
 
@@ -137,6 +143,7 @@ def score_layers(
     batch_size: int | None = None,
     progress: bool | None = None,
     watch: Callable[[Recorded], None] | None = None,
+    columns: Sequence[str] = (),
 ) -> NeuronScores:
     """Score layers that were found; arguments as in `score`.
 
@@ -163,6 +170,8 @@ def score_layers(
                 watch=watch, may_be_silent=may_be_silent,
             )()  # fmt: skip
             frame = neuron_table(measured, language_model.name)
+            own = [name for name in columns if is_own(name)]
+            frame = with_columns(frame, language_model, calibration, chosen, own)
         except (RuntimeError, MemoryError) as error:
             if not ran_out(error):
                 raise
@@ -186,6 +195,7 @@ def score_layers(
             "batch_size": per_pass,
             "md": md,
             "seed": seed,
+            **({"columns": list(columns), "plugins": brought(COLUMNS, columns)} if own else {}),
         },
         **clock.read(budget),
     )

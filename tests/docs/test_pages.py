@@ -16,10 +16,13 @@ from entangle.activation import ACTIVATION_METHODS
 from entangle.allocation.rules import RULES
 from entangle.cli.main import build_parser, main
 from entangle.doors import Door
+from entangle.evaluation.measures import MEASURES
 from entangle.experts import checkpoint
+from entangle.experts.router import ROUTERS
 from entangle.models import demo, loading
 from entangle.models.loading import LanguageModel
 from entangle.pruning import PRUNERS
+from entangle.scoring.columns import COLUMNS
 from entangle.seeding import numpy_rng
 from tests.docs.pages import PAGES, ROOT, blocks, commands
 from tests.tiny_models import GROUPED, own_generator, tiny_tokenizer
@@ -72,7 +75,9 @@ def tiny_demo(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def doors() -> Iterator[None]:
     """Leave no name of a page behind."""
-    doors: tuple[Door[Any], ...] = (PRUNERS, RULES, ACTIVATION_METHODS)
+    doors: tuple[Door[Any], ...] = (
+        PRUNERS, RULES, ACTIVATION_METHODS, ROUTERS, COLUMNS, MEASURES,
+    )  # fmt: skip
     kept = [(door, tuple(door._things)) for door in doors]
     yield
     for door, names in kept:

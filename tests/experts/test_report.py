@@ -32,7 +32,7 @@ def test_bytes_are_those_of_the_checkpoint(
 ) -> None:
     model = tiny("llama")
     found = expand(
-        model, calibration, experts=3, restarts=1, router=router, out=tmp_path / "x",  # type: ignore[arg-type]
+        model, calibration, experts=3, restarts=1, router=router, out=tmp_path / "x",
         progress=False,
     )  # fmt: skip
     table = found.layers
