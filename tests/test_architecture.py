@@ -34,6 +34,7 @@ FLOORS = (
     {"experts"},
     {"experiments", "modes"},
     {"report", "explorer"},
+    {"studies"},
     {"cli", "testing", "__main__"},
 )
 """The order on the ground floor is kept by the test of circles."""

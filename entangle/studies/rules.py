@@ -17,16 +17,18 @@ interval (Altman and Bland, How to obtain the P value from a confidence interval
 p-values in place of intervals stands beside the first one.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 from scipy.stats import norm
 
-HOLDS, WEAKER, FAILS, NOT_MEASURED = "holds", "weaker", "fails", "not measured"
-VERDICTS = (HOLDS, WEAKER, FAILS, NOT_MEASURED)
-"""From best to worst; what is not measured says nothing."""
+from entangle.results.study import VERDICTS
+
+HOLDS, WEAKER, FAILS, NOT_MEASURED = VERDICTS
+YES, NO, UNKNOWN = "yes", "no", ""
+"""Whether a number passes its bar."""
 MAIN, CONTROL, SHOWN = "main", "control", "shown"
 """What a number does: decides whether a claim holds at all, whether it holds against controls, or
 stands beside them."""
@@ -56,8 +58,8 @@ THRESHOLDS: Mapping[str, Mapping[str, Bar]] = {
     # In the layer where it is least so: the row at the edge of the top 3 % by WD, less 1.96
     # standard errors, over the null floor's upper quantile; and the largest WD over the median.
     "non-gaussian": {
-        "top 3 % / null floor, least layer": Bar(MAIN, 1.0, True),
-        "largest / median row, least layer": Bar(CONTROL, 2.0, True),
+        "top 3 % / null floor, least layer": Bar(MAIN, 1.0),
+        "largest / median row, least layer": Bar(CONTROL, 2.0),
     },
     # "Highly correlated" without a coefficient: read as a mean over layers above 0.5.
     "wd-md": {
@@ -112,7 +114,7 @@ THRESHOLDS: Mapping[str, Mapping[str, Bar]] = {
     "allocation": _ratios("layers by mean WD", "top 3 % protected"),
 }
 """By the id of a claim: what decides about it. Other numbers of a claim are only shown. What other
-rooms register (`entangle.study.claims.register`) brings a table of its own."""
+rooms register (`entangle.studies.claims.register`) brings a table of its own."""
 
 
 def p_value(value: float, low: float, high: float, bar: Bar) -> float:
@@ -157,25 +159,24 @@ def decided(rows: pd.DataFrame, table: Mapping[str, Mapping[str, Bar]]) -> pd.Da
     -------
     pandas.DataFrame
         The rows with ``role``, ``bar`` (NaN where only shown), ``p``, ``p_holm`` (over all that can
-        decide), ``passes`` and ``passes_holm`` (missing where there is no interval).
+        decide), ``passes`` and ``passes_holm`` (``yes``, ``no``, empty without an interval).
     """
     bars = [table.get(r.claim, {}).get(r.number) for r in rows.itertuples()]
     ends = rows[["value", "low", "high"]].to_numpy(np.float64)
     pairs = zip(bars, ends, strict=True)
     values = [np.nan if bar is None else p_value(*end, bar) for bar, end in pairs]
     p = pd.Series(values, index=rows.index, dtype="float64")
-    known = np.array([b is not None for b in bars], bool) & np.isfinite(ends[:, 1])
     level = pd.Series([np.nan if b is None else b.bar for b in bars], rows.index, dtype="float64")
-    adjusted = holm(p)
+    known, adjusted = level.notna() & np.isfinite(ends[:, 1]), holm(p)
     return rows.assign(
         role=[SHOWN if bar is None else bar.role for bar in bars], bar=level, p=p, p_holm=adjusted,
-        passes=_known(rows["low"] > level, known),
-        passes_holm=_known(adjusted <= ONE_SIDED, known & adjusted.notna().to_numpy()),
+        passes=_said(rows["low"] > level, known),
+        passes_holm=_said(adjusted <= ONE_SIDED, known & adjusted.notna()),
     )  # fmt: skip
 
 
-def _known(values: "pd.Series[bool]", known: np.ndarray) -> "pd.Series[bool]":
-    return values.astype("boolean").where(known, other=pd.NA)
+def _said(values: "pd.Series[bool]", known: "pd.Series[bool]") -> "pd.Series[str]":
+    return values.map({True: YES, False: NO}).where(known, other=UNKNOWN)
 
 
 def verdict(rows: pd.DataFrame, bars: Mapping[str, Bar], passes: str = "passes") -> str:
@@ -191,21 +192,18 @@ def verdict(rows: pd.DataFrame, bars: Mapping[str, Bar], passes: str = "passes")
         ``passes`` or ``passes_holm``.
     """
     given = [_of_setting(part, bars, passes) for _, part in rows.groupby("setting", sort=False)]
-    return _worst(one for one in given if one != NOT_MEASURED)
-
-
-def _worst(given: Iterable[str]) -> str:
-    return max(given, key=VERDICTS.index, default=NOT_MEASURED)
+    measured = [one for one in given if one != NOT_MEASURED]
+    return max(measured, key=VERDICTS.index, default=NOT_MEASURED)
 
 
 def _of_setting(rows: pd.DataFrame, bars: Mapping[str, Bar], passes: str) -> str:
     found = dict(zip(rows["number"], rows[passes], strict=True))
     said = {
-        role: [found.get(name, pd.NA) for name, bar in bars.items() if bar.role == role]
+        role: [found.get(name, UNKNOWN) for name, bar in bars.items() if bar.role == role]
         for role in (MAIN, CONTROL)
     }
-    if any(one is pd.NA for one in said[MAIN]):
+    if UNKNOWN in said[MAIN]:
         return NOT_MEASURED
-    if not all(said[MAIN]):
+    if NO in said[MAIN]:
         return FAILS
-    return HOLDS if all(one is not pd.NA and bool(one) for one in said[CONTROL]) else WEAKER
+    return HOLDS if set(said[CONTROL]) <= {YES} else WEAKER
