@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from entangle.evaluation import EvaluationText, MinimalPairs
     from entangle.models.loading import LanguageModel
     from entangle.results.study import Study
+    from entangle.studies.study import Loaded
     from entangle.texts.calibration_set import CalibrationSet
 
 TABLES = ("verdicts", "deciding", "numbers", "models")
@@ -76,7 +77,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Study, print and save."""
     from entangle.studies.claims import CLAIMS
     from entangle.studies.rules import MAIN
-    from entangle.studies.study import Loaded, study
+    from entangle.studies.study import study
     from entangle.studies.subject import SIZES as KNOWN
 
     claims = "all" if arguments.claims == "all" else options.names(arguments.claims)
@@ -97,7 +98,22 @@ def run(arguments: argparse.Namespace) -> None:
     whole("seeds", arguments.seeds, least=5)
     memory = options.parse_memory(arguments.memory)
     size = KNOWN[choice("size", arguments.size, KNOWN)]
-    _default_texts(arguments, size)
+    default_texts(arguments, size)
+
+    found = study(
+        arguments.models, out=arguments.out, size=arguments.size, claims=claims,
+        calibration=arguments.calibration, evaluation=arguments.evaluation,
+        blimp=_pairs(arguments, arguments.blimp, size.pairs),
+        other=_pairs(arguments, arguments.other_pairs, None), seeds=arguments.seeds,
+        seed=arguments.seed, memory=memory, resume=arguments.resume, force=arguments.force,
+        progress=not arguments.quiet, loaded=loaded(arguments),
+    )  # fmt: skip
+    print_study(found, arguments)
+
+
+def loaded(arguments: argparse.Namespace) -> "Loaded":
+    """Return how the options say that models are loaded, and texts made."""
+    from entangle.studies.study import Loaded
 
     def load(name: str, revision: str | None) -> "LanguageModel":
         own = {"model": name} | ({} if revision is None else {"revision": revision})
@@ -110,18 +126,10 @@ def run(arguments: argparse.Namespace) -> None:
                 setattr(given, name, min(getattr(given, name), model.context_length))
         return options.load_calibration(given, model), options.load_evaluation(given, model)
 
-    found = study(
-        arguments.models, out=arguments.out, size=arguments.size, claims=claims,
-        calibration=arguments.calibration, evaluation=arguments.evaluation,
-        blimp=_pairs(arguments, arguments.blimp, size.pairs),
-        other=_pairs(arguments, arguments.other_pairs, None), seeds=arguments.seeds,
-        seed=arguments.seed, memory=memory, resume=arguments.resume, force=arguments.force,
-        progress=not arguments.quiet, loaded=Loaded(texts, load),
-    )  # fmt: skip
-    print_study(found, arguments)
+    return Loaded(texts, load)
 
 
-def _default_texts(arguments: argparse.Namespace, size: Any) -> None:
+def default_texts(arguments: argparse.Namespace, size: Any) -> None:
     """Fill in what the size says of texts, unless it was given."""
     if arguments.evaluation is None:
         arguments.evaluation = "demo"
@@ -157,14 +165,15 @@ def show(arguments: argparse.Namespace) -> None:
 
 def print_study(found: "Study", arguments: argparse.Namespace) -> None:
     """Print the verdicts, and where the page is."""
-    content = {"out": arguments.out, "manifest": dict(found.manifest),
-               **{name: records(getattr(found, name)) for name in ("frame", "numbers", "models")}}  # fmt: skip
+    content = {"out": arguments.out, "manifest": dict(found.manifest)}
+    content |= {one: records(getattr(found, one)) for one in ("frame", "numbers", "models")}
     verdicts = found.verdicts()
     deciding = found.frame.drop(columns=["sentence", "paper"])
     tables = [
         Table("verdicts", verdicts, "Verdicts", keys=("claim", *verdicts.columns[1:])),
         Table("deciding", deciding, "The number that decided (95 %)", FORMATS,
-              keys=("claim", "model", "verdict"), optional=("why", "verdict_holm", "setting")),
+              keys=("claim", "model", "verdict"),
+              optional=("why", "lost", "verdict_holm", "setting")),
     ]  # fmt: skip
     if arguments.csv or arguments.latex or arguments.table:
         tables += [Table("numbers", found.numbers, "All numbers", FORMATS,

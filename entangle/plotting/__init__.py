@@ -71,6 +71,12 @@ if TYPE_CHECKING:
         figure_sparsities,
         plot_sparse_output,
     )
+    from entangle.plotting.study import (
+        figure_trace,
+        figure_verdicts,
+        plot_trace,
+        plot_verdicts,
+    )
     from entangle.plotting.style import COLUMN_INCHES, PALETTE, paper_style
     from entangle.plotting.summaries import dense_output
 
@@ -104,6 +110,7 @@ _HOMES = {
     "sparse_outputs": (
         "figure_recovery", "figure_sparse_outputs", "figure_sparsities", "plot_sparse_output",
     ),
+    "study": ("figure_trace", "figure_verdicts", "plot_trace", "plot_verdicts"),
     "style": ("COLUMN_INCHES", "PALETTE", "paper_style"),
 }  # fmt: skip
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
@@ -128,12 +135,13 @@ __all__ = [
     "figure_expansion", "figure_experts", "figure_modes", "figure_output_distributions",
     "figure_predictors", "figure_recovery", "figure_router_map", "figure_separated_pairs",
     "figure_sparse_outputs", "figure_sparsities", "figure_top_and_typical",
-    "figure_wd_against_md", "figure_wd_by_layer", "figure_wd_distribution", "paper_style",
+    "figure_trace", "figure_verdicts", "figure_wd_against_md", "figure_wd_by_layer",
+    "figure_wd_distribution", "paper_style",
     "plot_ablation", "plot_change", "plot_change_errors", "plot_components", "plot_contexts",
     "plot_costs", "plot_distances", "plot_experts", "plot_layer_profile", "plot_modes",
     "plot_output_distribution", "plot_pair_contexts", "plot_perplexity", "plot_predictor",
     "plot_rank_agreement", "plot_router_map", "plot_row_sparsity", "plot_separated_pairs",
-    "plot_sparse_output", "plot_two_runs", "plot_wd_against_md", "plot_wd_distribution",
-    "plot_wd_heatmap", "plot_wd_ridge", "save_figure", "shared_names", "sign",
-    "top_and_typical",
+    "plot_sparse_output", "plot_trace", "plot_two_runs", "plot_verdicts", "plot_wd_against_md",
+    "plot_wd_distribution", "plot_wd_heatmap", "plot_wd_ridge", "save_figure", "shared_names",
+    "sign", "top_and_typical",
 ]  # fmt: skip

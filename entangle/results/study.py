@@ -23,7 +23,8 @@ _VERDICT = texts(*VERDICTS)
 _ENDS = {"value": reals(), "low": reals(), "high": reals()}
 _FRAME: Schema = {
     "claim": texts(), "model": texts(), "sentence": texts(), "paper": texts(), "verdict": _VERDICT,
-    "verdict_holm": _VERDICT, "setting": texts(), "number": texts(), **_ENDS, "why": texts(),
+    "verdict_holm": _VERDICT, "setting": texts(), "number": texts(), **_ENDS, "lost": texts(),
+    "why": texts(),
 }  # fmt: skip
 NUMBERS: Schema = {
     "claim": texts(), "model": texts(), "setting": texts(), "number": texts(), **_ENDS,
@@ -53,9 +54,9 @@ class Study(Result):
 
     frame: pd.DataFrame
     """One row a claim and model: claim, model, sentence, paper (its number), verdict, verdict_holm
-    (with p-values adjusted for all that decides about this model), the deciding number that lies
-    lowest against its bar (setting, number, value, low, high: 95 %), why (where nothing was
-    measured, or a part was not)."""
+    (with p-values adjusted for all that decides about this model), of the main comparisons the one
+    that lies lowest against its bar (setting, number, value, low, high: 95 %), lost (the controls
+    that it does not pass), why (where nothing was measured, or a part was not)."""
     numbers: pd.DataFrame = field(repr=False)
     """One row a measured number: claim, model, setting, number, value, low, high (95 %), n and unit
     (what the interval is over), role (`entangle.studies.rules`), bar, p (one-sided), p_holm, passes

@@ -48,7 +48,7 @@ def _cell(row: dict[Any, Any] | None) -> dict[str, object]:
         "verdict": verdict, "kind": verdict.replace(" ", "-"), "mark": MARKS[verdict],
         "adjusted": "" if adjusted == verdict else adjusted,
         "ends": _ends(row, value=True) if row["value"] == row["value"] else "",
-        "number": row["number"], "setting": row["setting"], "why": row["why"],
+        "number": row["number"], "setting": row["setting"], "why": row["why"], "lost": row["lost"],
     }  # fmt: skip
 
 

@@ -39,6 +39,7 @@ from entangle.studies.rules import (
     MAIN,
     NOT_MEASURED,
     ONE_SIDED,
+    Bar,
     decided,
     verdict,
 )
@@ -149,6 +150,7 @@ def study(
 
         def extra(folder: Path) -> None:
             (folder / PAGE).write_text(page(found), "utf-8")
+            found.figures(folder / "figures")
             for place in [*kept.path.glob("runs/*"), *_earlier(names)]:
                 shutil.copytree(place, folder / "runs" / place.name, dirs_exist_ok=True)
 
@@ -168,11 +170,11 @@ def _plan(
     said = [one if isinstance(one, str) else getattr(one, "source", "given") for one in texts]
     pairs = {name: None if one is None else one.describe()
              for name, one in (("grammar", grammar), ("other", other))}  # fmt: skip
-    settings = {"size": size, **vars(wanted), "seeds": seeds, "seed": seed, **pairs,
-                "level": LEVEL, "one_sided": ONE_SIDED, "adjusted": "Holm, of each model"}  # fmt: skip
+    rule = {"level": LEVEL, "one_sided": ONE_SIDED, "adjusted": "Holm, of each model"}
+    settings = {"size": size, **vars(wanted), "seeds": seeds, "seed": seed, **pairs, **rule}
     return {
-        "model": None, "calibration": {"source": str(said[0])}, "evaluation": {"source": str(said[1])},
-        "settings": settings,
+        "model": None, "calibration": {"source": str(said[0])},
+        "evaluation": {"source": str(said[1])}, "settings": settings,
     }  # fmt: skip
 
 
@@ -337,40 +339,35 @@ def _described(subject: Subject, tests: int, seconds: float) -> dict[str, object
 
 
 def _judged(claim: Claim, numbers: pd.DataFrame, label: str, why: str) -> dict[str, object]:
-    """Return a row of the study: the verdicts, and the number that decided."""
+    """Return a row of the study: the verdicts, and the numbers that decided."""
     rows = numbers[numbers["claim"] == claim.id]
     said = verdict(rows, claim.bars), verdict(rows, claim.bars, "passes_holm")
-    head = _deciding(rows, claim.bars)
+    known = rows[(rows["role"] == MAIN) & (rows["passes"] != "")]
+    gaps = [_gap(float(str(r.low)), claim.bars[str(r.number)]) for r in known.itertuples()]
+    head = known.iloc[int(np.argmin(gaps))] if gaps else None
     lacking = [name for name in claim.bars if name not in set(rows["number"])]
     if said[0] != NOT_MEASURED and lacking:
         why = f"not measured: {', '.join(lacking)}"
     elif said[0] == NOT_MEASURED and not why:
         why = "no interval: measure more windows, layers or rows"
+    lost = rows[(rows["role"] == CONTROL) & (rows["passes"] == "no")]
     ends = {name: float(head[name]) if head is not None else np.nan
             for name in ("value", "low", "high")}  # fmt: skip
     return {
         "claim": claim.id, "model": label, "sentence": claim.sentence, "paper": claim.paper,
         "verdict": said[0], "verdict_holm": said[1],
         "setting": "" if head is None else head["setting"],
-        "number": "" if head is None else head["number"], **ends, "why": why,
+        "number": "" if head is None else head["number"], **ends,
+        "lost": "; ".join(_lost(row) for row in lost.to_dict("records")), "why": why,
     }  # fmt: skip
 
 
-def _deciding(rows: pd.DataFrame, bars: Mapping[str, Any]) -> "pd.Series[Any] | None":
-    """Return the number that lies lowest against its bar among those that decide.
-
-    Where a main comparison fails, one of those; else a control that does, else a main one.
-    """
-    known = rows[rows["passes"] != ""]
-    for role, failing in ((MAIN, True), (CONTROL, True), (MAIN, False)):
-        part = known[(known["role"] == role) & ((known["passes"] == "no") | (not failing))]
-        if len(part):
-            gaps = [_gap(float(r.low), bars[str(r.number)]) for r in part.itertuples()]
-            return part.iloc[int(np.argmin(gaps))]
-    return None
+def _lost(row: Mapping[Any, Any]) -> str:
+    where = f" at {row['setting']}" if row["setting"] else ""
+    return f"{row['number']}{where}: {row['value']:.3g} [{row['low']:.3g}, {row['high']:.3g}]"
 
 
-def _gap(low: float, bar: Any) -> float:
+def _gap(low: float, bar: Bar) -> float:
     return float(np.log(max(low, 1e-300) / bar.bar)) if bar.ratio else low - bar.bar
 
 
