@@ -85,12 +85,10 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         import pandas as pd
 
-        rows = [
-            {"claim": one, "sentence": CLAIMS[one].sentence,
-             "decides": "; ".join(f"{name} > {bar.bar:g}" + ("" if bar.role == MAIN else " (control)")
-                                  for name, bar in CLAIMS[one].bars.items())}
-            for one in asked
-        ]  # fmt: skip
+        rows = [{"claim": one, "sentence": CLAIMS[one].sentence, "decides": "; ".join(
+            f"{name} > {bar.bar:g}" + ("" if bar.role == MAIN else " (control)")
+            for name, bar in CLAIMS[one].bars.items()
+        )} for one in asked]  # fmt: skip
         table = pd.DataFrame(rows)
         present(arguments, [Table("verdicts", table, "Claims", keys=("claim",))], records(table))
         return

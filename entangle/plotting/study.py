@@ -131,10 +131,12 @@ def plot_trace(
     colored = [(str(color), *one) for color, one in zip(NOMINAL, lines.items(), strict=False)]
     for usual, column, name in picked(colored, lambda one: one[2]):
         y, color = frame[column].to_numpy(np.float64), ink(name, usual)
-        ends = [np.asarray(frame.get(f"{column}_{end}", y), np.float64) for end in ("low", "high")]
-        ax.fill_between(x, *ends, color=color, alpha=0.2, lw=0)
+        low, high = (
+            np.asarray(frame.get(f"{column}_{end}", y), np.float64) for end in ("low", "high")
+        )
+        ax.fill_between(x, low, high, color=color, alpha=0.2, lw=0)
         (line,) = ax.plot(x, y, "o-", color=color, ms=2.5, lw=0.9, label=name)
-        record(line, panel=measure, series=name, x=x, y=y, low=ends[0], high=ends[1])
+        record(line, panel=measure, series=name, x=x, y=y, low=low, high=high)
         entries.append((line, name))
     if by_step and len(x) > 2 and x.max() > 20 * max(x[x > 0].min(), 1.0):
         ax.set_xscale("symlog", linthresh=float(x[x > 0].min()))

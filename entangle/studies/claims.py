@@ -114,13 +114,13 @@ def _claim(
     "the top 3 % are called Wasserstein neurons (2405.15756); no distance in units of a floor",
 )
 def _non_gaussian(subject: Subject) -> list[Number]:
-    layers = subject.scores.layers.set_index("layer")
+    floors = subject.scores.layers.set_index("layer")["null_floor_high"]
     edges, tails = [], []
     for name, part in subject.scores.frame.groupby("layer", sort=False):
         rows = part[part["wd"].notna()].sort_values("wd", ascending=False)
         if rows.empty:
             continue
-        floor = float(layers.loc[str(name), "null_floor_high"])
+        floor = float(floors[str(name)])
         edges.append(_over(rows.iloc[max(1, round(FRACTION * len(rows))) - 1], floor))
         tails.append(_over(rows.iloc[0], float(rows["wd"].median())))
     if not edges:
@@ -288,7 +288,8 @@ def _over_layers(
             draws.append(statistic([[part[names[i]] for i in drawn] for part in parts]))
         else:
             rows = [part[names[0]] for part in parts]
-            draws.append(statistic([[rng.choice(one, len(one))] for one in rows]))
+            again = [[one[rng.integers(len(one), size=len(one))]] for one in rows]
+            draws.append(statistic(again))
     return Interval(value, *percentiles(draws, 0.95))
 
 
@@ -345,16 +346,16 @@ def _improvement(subject: Subject) -> list[Number]:
         table, "ri", given=("variance", "weight_norm"), n_boot=200, seed=subject.seed
     )
     pooled = found[found["scope"] == "pooled ranks"].set_index("predictor")
-    n = int(pooled.loc["wd", "n"])
+    n = int(pooled["n"]["wd"])
 
     def ends(name: str, kind: str) -> Interval:
-        return Interval(*(float(pooled.loc[name, f"{kind}{e}"]) for e in ("", "_low", "_high")))
+        return Interval(*(float(pooled[f"{kind}{end}"][name]) for end in ("", "_low", "_high")))
 
     others = [name for name in pooled.index if name != "wd"]
     return [
         number("WD, pooled ranks", ends("wd", "spearman"), n=n, unit="rows"),
         number("WD given variance and weight norm", ends("wd", "partial"), n=n, unit="rows"),
-        number("R² of WD", float(pooled.loc["wd", "r2"]), n=n),
+        number("R² of WD", float(pooled["r2"]["wd"]), n=n),
         *(number(f"{name}, pooled ranks", ends(name, "spearman"), n=n, unit="rows")
           for name in others),
     ]  # fmt: skip
@@ -471,7 +472,7 @@ def negative_share(
         The frame by layer and neuron, where many are asked for.
     """
     table = scores.frame.set_index(["layer", "neuron"]) if known is None else known
-    row = table.loc[(layer, neuron)]
+    row: Any = table.loc[(layer, neuron)]
     mean, std = float(row["mean"]), float(row["std"])
     if row["flag"] != "" or not std > 0:
         return float("nan")
@@ -494,7 +495,7 @@ def negative_share(
 )
 def _single_neuron(subject: Subject) -> list[Number]:
     rows = subject.damage
-    own = {name: part["damage"].to_numpy(np.float64) for name, part in rows.groupby("group")}
+    own = {str(name): one.to_numpy(np.float64) for name, one in rows.groupby("group")["damage"]}
     made = [
         number(f"top − {name}", _welch(own["top"], own[group]), n=len(own["top"]), unit="rows")
         for name, group in (("random", "random"), ("top variance", "variance"))

@@ -161,10 +161,11 @@ def decided(rows: pd.DataFrame, table: Mapping[str, Mapping[str, Bar]]) -> pd.Da
         The rows with ``role``, ``bar`` (NaN where only shown), ``p``, ``p_holm`` (over all that can
         decide), ``passes`` and ``passes_holm`` (``yes``, ``no``, empty without an interval).
     """
-    bars = [table.get(r.claim, {}).get(r.number) for r in rows.itertuples()]
+    named = zip(rows["claim"].tolist(), rows["number"].tolist(), strict=True)
+    bars = [table.get(claim, {}).get(number) for claim, number in named]
     ends = rows[["value", "low", "high"]].to_numpy(np.float64)
     pairs = zip(bars, ends, strict=True)
-    values = [np.nan if bar is None else p_value(*end, bar) for bar, end in pairs]
+    values = [np.nan if bar is None else p_value(*map(float, end), bar=bar) for bar, end in pairs]
     p = pd.Series(values, index=rows.index, dtype="float64")
     level = pd.Series([np.nan if b is None else b.bar for b in bars], rows.index, dtype="float64")
     known, adjusted = level.notna() & np.isfinite(ends[:, 1]), holm(p)

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from entangle.checks import choice, choices, whole
+from entangle.checks import names as checked_names
 from entangle.errors import EntangleError, InvalidInput, Unavailable
 from entangle.evaluation import EvaluationText, MinimalPairs, load_evaluation
 from entangle.evaluation.logits import as_causal_model
@@ -122,8 +123,7 @@ def study(
         of a model does not end the study: the claim is ``not measured``, and why is told.
     """
     clock, seed = RunClock(), check_seed(seed)
-    names = [models] if isinstance(models, str) else list(models)
-    chosen = _claims(claims)
+    names, chosen = checked_names("models", models), _claims(claims)
     whole("seeds", seeds, least=5)
     wanted = SIZES[choice("size", size, SIZES)]
     made = loaded or Loaded(_texts_of(calibration, evaluation), _load)

@@ -69,10 +69,14 @@ class Size:
 
 
 SIZES: Mapping[str, Size] = {
-    "small": Size(16, 512, 12, 256, (1, 4), (0.5, 0.7), 4, (), (0.7,), 2, 2, 6),
+    "small": Size(
+        n_seq=16, seq_len=512, windows=12, window=256, inside=(1, 4), sparsities=(0.5, 0.7),
+        expansion=4, sweep=(), allocated=(0.7,), pairs=2, blocks=2, rows=6,
+    ),
     "full": Size(
-        64, 2048, 40, 1024, (1, 4, 16), (0.5, 0.6, 0.7, 0.8), 16, (2, 4, 8, 32),
-        (0.5, 0.7, 0.8), 100, 4, 12,
+        n_seq=64, seq_len=2048, windows=32, window=1024, inside=(1, 4, 16),
+        sparsities=(0.5, 0.6, 0.7, 0.8), expansion=16, sweep=(2, 4, 8, 32),
+        allocated=(0.5, 0.7, 0.8), pairs=50, blocks=3, rows=8,
     ),
 }  # fmt: skip
 """``small`` is for two CPU cores (about half an hour of a 135M model), ``full`` for a GPU."""
@@ -241,8 +245,8 @@ class Subject:
         steps = self.clamped.matched
         if steps.empty:
             return float("nan")
-        best = (steps["loss"] - steps["target"]).abs().idxmin()
-        return float(steps.loc[best, "fraction"])
+        best = int((steps["loss"] - steps["target"]).abs().to_numpy().argmin())
+        return float(steps["fraction"].iloc[best])
 
     def _gate_frame(self) -> pd.DataFrame:
         return self.scores.frame[self.scores.frame["layer"].isin(self.gates)]

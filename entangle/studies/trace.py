@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from entangle.checks import choice, whole
+from entangle.checks import names as checked_names
 from entangle.errors import InvalidInput
 from entangle.evaluation.logits import as_causal_model
 from entangle.models.hub import model_source
@@ -114,7 +115,7 @@ def trace(
         tokens than the last.
     """
     clock, seed, whole_seeds = RunClock(), check_seed(seed), whole("seeds", seeds, least=1)
-    names = revisions_of([models] if isinstance(models, str) else models, revisions)
+    names = revisions_of(checked_names("models", models), revisions)
     for one in names:
         model_source(split_revision(one)[0])
     wanted = SIZES[choice("size", size, SIZES)]
