@@ -79,7 +79,7 @@ def plot_verdicts(
         marker, filled = _VERDICTS[name]
         color = ink(name, str(NOMINAL[list(_VERDICTS).index(name)]))
         (points,) = ax.plot(
-            x, y, marker, fillstyle=filled, ms=6.0, color=color, mew=1.0, label=name,  # type: ignore[arg-type]
+            x, y, marker, fillstyle=filled, ms=6.0, color=color, mew=1.0, label=name,
         )  # fmt: skip
         record(points, panel="verdicts", series=name, x=x, y=y, claim=rows["claim"].to_numpy(str))
         entries.append((points, f"{name} (n = {len(rows)})"))

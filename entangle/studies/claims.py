@@ -295,7 +295,7 @@ def _over_layers(
 
 def _by_layer(values: "pd.Series[float]") -> dict[str, Floats]:
     groups = values.groupby(level="layer", sort=False)
-    return {str(name): one.to_numpy(np.float64) for name, one in groups}
+    return {str(name): np.asarray(one, np.float64) for name, one in groups}
 
 
 @_claim(

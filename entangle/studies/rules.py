@@ -164,8 +164,8 @@ def decided(rows: pd.DataFrame, table: Mapping[str, Mapping[str, Bar]]) -> pd.Da
     named = zip(rows["claim"].tolist(), rows["number"].tolist(), strict=True)
     bars = [table.get(claim, {}).get(number) for claim, number in named]
     ends = rows[["value", "low", "high"]].to_numpy(np.float64)
-    pairs = zip(bars, ends, strict=True)
-    values = [np.nan if bar is None else p_value(*map(float, end), bar=bar) for bar, end in pairs]
+    pairs = zip(bars, ends.tolist(), strict=True)
+    values = [np.nan if bar is None else p_value(a, b, c, bar) for bar, (a, b, c) in pairs]
     p = pd.Series(values, index=rows.index, dtype="float64")
     level = pd.Series([np.nan if b is None else b.bar for b in bars], rows.index, dtype="float64")
     known, adjusted = level.notna() & np.isfinite(ends[:, 1]), holm(p)

@@ -145,7 +145,8 @@ def study(
             _of_model(name, label, chosen, kept, made, rest)
             for name, label in zip(fresh, labels, strict=True)
         ]
-        manifest = make_manifest(KIND, **plan, asked=names)
+        asked = {"models": names, **{key: plan[key] for key in _TEXTS}}
+        manifest = make_manifest(KIND, **plan, asked=asked)
         found = joined([*before, *parts], manifest | clock.read(memory))
 
         def extra(folder: Path) -> None:
@@ -159,7 +160,7 @@ def study(
     return found
 
 
-_PARTS = ("model", "calibration", "evaluation", "settings")
+_TEXTS = ("calibration", "evaluation")
 
 
 def _plan(
@@ -190,9 +191,10 @@ def _finished(
 ) -> Study:  # fmt: skip
     """Return a finished study, if it is the one that is asked for."""
     found = Study.load(out)
-    same = all(_plain(found.manifest[key]) == _plain(plan[key]) for key in _PARTS[1:])
-    there = {one.id for one in claims} <= set(found.frame["claim"])
-    if not (same and there and found.manifest.get("asked") == list(names)):
+    asked = {"models": list(names), **{key: plan[key] for key in _TEXTS}}
+    wanted = [asked, plan["settings"], sorted(one.id for one in claims)]
+    known = [found.manifest.get(key) for key in ("asked", "settings")]
+    if _plain(wanted) != _plain([*known, sorted(found.frame["claim"].unique())]):
         raise InvalidInput(
             f"{str(out)!r} holds a finished study of other models, claims, texts or settings; name "
             "another folder, which a finished one can be joined to by naming it as a model."
@@ -297,7 +299,8 @@ def _of_model(
     seconds = float(str(clock.read()["seconds"]))
     models = pd.DataFrame([_described(subject, int(table["p"].notna().sum()), seconds)])
     frame = pd.DataFrame([_judged(one, table, label, why[one.id]) for one in claims])
-    return Study(frame, table, models, {"model": model.describe()})
+    texts = {"calibration": calibration.describe(), "evaluation": text.describe()}
+    return Study(frame, table, models, {"model": model.describe(), **texts})
 
 
 def _measured(
@@ -387,8 +390,10 @@ def joined(parts: Sequence[Study], manifest: Mapping[str, object]) -> Study:
             f"{twice[twice.duplicated()].iloc[0]!r} twice."
         )
     described = [one.manifest.get("model") for one in parts]
-    model = described[0] if len(described) == 1 else {"name": ", ".join(twice)}
+    facts: dict[str, object] = {"model": {"name": ", ".join(twice)}}
+    if len(parts) == 1:
+        facts = {key: parts[0].manifest[key] for key in ("model", *_TEXTS)}
     return Study(
         frame.iloc[place].reset_index(drop=True), tables["numbers"], tables["models"],
-        {**manifest, "model": model, "models": described},
+        {**manifest, **facts, "models": described},
     )  # fmt: skip
