@@ -19,10 +19,10 @@ from entangle.plotting.summaries import check_columns
 _STUDY = "the command `entangle study` writes such tables."
 _TRACE = "the command `entangle trace` writes such tables."
 _VERDICTS = {
-    "holds": ("o", "full"), "weaker": ("o", "bottom"), "fails": ("o", "none"),
-    "not measured": ("_", "full"),
+    "holds": ("o", "full", 2), "weaker": ("o", "bottom", 1), "fails": ("o", "none", 0),
+    "not measured": ("_", "full", 3),
 }  # fmt: skip
-"""Marker and filling of each verdict, so that they are told apart without colours."""
+"""Marker, filling (so that they are told apart without colours) and colour of each verdict."""
 TRACED = {
     "wd": ("WD (σ)", {"wd_largest": "largest", "wd_top": "edge of the top rows",
                       "wd_median": "median"}),
@@ -76,8 +76,8 @@ def plot_verdicts(
         rows = frame[frame["verdict"] == name]
         x = rows["model"].map(models.index).to_numpy(np.float64)
         y = rows["claim"].map(claims.index).to_numpy(np.float64)
-        marker, filled = _VERDICTS[name]
-        color = ink(name, str(NOMINAL[list(_VERDICTS).index(name)]))
+        marker, filled, hue = _VERDICTS[name]
+        color = ink(name, str(NOMINAL[hue]))
         (points,) = ax.plot(
             x, y, marker, fillstyle=filled, ms=6.0, color=color, mew=1.0, label=name,
         )  # fmt: skip

@@ -335,10 +335,16 @@ def _described(subject: Subject, tests: int, seconds: float) -> dict[str, object
         "stored": stored_as(subject.model), "digest": str(about["digest"]),
         "class": str(about["class"]), "dtype": str(about["dtype"]),
         "n_parameters": about["n_parameters"],
-        "special_tokens": shown(subject.text.settings), "calibration": subject.calibration.source,
-        "calibration_tokens": subject.calibration.n_tokens, "evaluation": subject.text.source,
+        "special_tokens": shown(subject.text.settings),
+        "calibration": _source(subject.calibration.source),
+        "calibration_tokens": subject.calibration.n_tokens,
+        "evaluation": _source(subject.text.source),
         "windows": subject.text.n_windows, "tests": tests, "seconds": seconds,
     }  # fmt: skip
+
+
+def _source(source: str) -> str:
+    return Path(source).name if Path(source).is_absolute() else source
 
 
 def _judged(claim: Claim, numbers: pd.DataFrame, label: str, why: str) -> dict[str, object]:
