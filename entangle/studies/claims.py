@@ -15,13 +15,19 @@ from scipy.special import ndtr
 from scipy.stats import t as student
 
 from entangle.errors import InvalidInput
-from entangle.experiments.predictors import predictor_table
+from entangle.experiments.predictors import PREDICTORS, partial_interval
+from entangle.experiments.selection import column
 from entangle.results.ablation import AblationResult
 from entangle.results.comparison import UNIFORM, at_equal_nonzeros
 from entangle.results.contrasts import paired_difference
 from entangle.results.scores import NeuronScores
 from entangle.seeding import numpy_rng
-from entangle.stats.intervals import Interval, percentiles, share_interval
+from entangle.stats.intervals import (
+    Interval,
+    percentiles,
+    share_interval,
+    spearman_interval,
+)
 from entangle.studies.rules import THRESHOLDS, Bar
 from entangle.studies.subject import (
     ALIKE,
@@ -148,17 +154,29 @@ def _over(row: "pd.Series[Any]", below: float) -> Interval:
     "wd-md", "WD and mapping difficulty agree.", "“highly correlated”, no coefficient (2405.15756)"
 )
 def _wd_md(subject: Subject) -> list[Number]:
-    table = predictor_table(subject.frame, "md", predictors=["wd"], n_boot=200, seed=subject.seed)
-    row = table[table["scope"] == "mean of layers"].iloc[0]
-    mean = Interval(*(float(row[f"spearman{end}"]) for end in ("", "_low", "_high")))
-    own = table[table["scope"] == "layer"]["spearman"]
-    n = int(row["n_layers"])
+    known = subject.frame.dropna(subset=["wd", "md"])
+    own = pd.Series(
+        {name: part["wd"].corr(part["md"], "spearman") for name, part in known.groupby("layer")},
+        dtype="float64",
+    ).dropna()
+    if own.empty:
+        raise InvalidInput("no layer has rows of different WD and MD; measure more tokens.")
+    mean, n = _student(own.to_numpy(np.float64)), len(own)
     return [
         number("Spearman, mean of layers", mean, n=n, unit="layers"),
         number("Spearman, mean of layers, is high", mean, n=n, unit="layers"),
         number("Spearman, lowest layer", float(own.min()), n=n),
         number("Spearman, highest layer", float(own.max()), n=n),
     ]
+
+
+def _student(values: Floats) -> Interval:
+    """Return a mean with Student's interval; no ends from a single value."""
+    mean, n = float(values.mean()), len(values)
+    if n < 2:
+        return Interval(mean, np.nan, np.nan)
+    half = float(student.ppf(0.975, n - 1) * values.std(ddof=1) / np.sqrt(n))
+    return Interval(mean, mean - half, mean + half)
 
 
 @_claim(
@@ -342,23 +360,26 @@ def _improvement(subject: Subject) -> list[Number]:
     drawn = pd.concat([one.frame for one in subject.chosen("random")]).drop_duplicates()
     keys = ["layer", "neuron"]
     table = subject.frame.merge(drawn, on=keys).merge(rows[[*keys, "ri"]], on=keys)
-    found = predictor_table(
-        table, "ri", given=("variance", "weight_norm"), n_boot=200, seed=subject.seed
-    )
-    pooled = found[found["scope"] == "pooled ranks"].set_index("predictor")
-    n = int(pooled["n"]["wd"])
-
-    def ends(name: str, kind: str) -> Interval:
-        return Interval(*(float(pooled[f"{kind}{end}"][name]) for end in ("", "_low", "_high")))
-
-    others = [name for name in pooled.index if name != "wd"]
+    names = [name for name in PREDICTORS if name not in ("md", "gmm_components")]
+    values = pd.DataFrame({name: column(table, name) for name in (*names, "ri")})
+    values = values[np.isfinite(values).all(axis=1)]
+    layers = table["layer"][values.index]
+    pooled = values.groupby(layers).rank(pct=True)
+    if len(pooled) < 10 or pooled["ri"].nunique() < 2:
+        raise InvalidInput(f"a rank correlation needs at least 10 rows; got {len(pooled)}.")
+    ranks = {name: pooled[name].to_numpy(np.float64) for name in pooled}
+    boot: dict[str, Any] = {"n_boot": 500, "seed": subject.seed, "level": 0.95}
+    others = np.column_stack([ranks["variance"], ranks["weight_norm"]])
+    partial = partial_interval(ranks["wd"], ranks["ri"], others, **boot)
+    plain = {name: spearman_interval(ranks[name], ranks["ri"], **boot) for name in names}
+    inside = values.groupby(layers).transform(lambda one: (one - one.mean()) / one.std(ddof=0))
+    n = len(values)
     return [
-        number("WD, pooled ranks", ends("wd", "spearman"), n=n, unit="rows"),
-        number("WD given variance and weight norm", ends("wd", "partial"), n=n, unit="rows"),
-        number("R² of WD", float(pooled["r2"]["wd"]), n=n),
-        *(number(f"{name}, pooled ranks", ends(name, "spearman"), n=n, unit="rows")
-          for name in others),
-    ]  # fmt: skip
+        number("WD, pooled ranks", plain.pop("wd"), n=n, unit="rows"),
+        number("WD given variance and weight norm", partial, n=n, unit="rows"),
+        number("R² of WD", float(inside["wd"].corr(inside["ri"]) ** 2), n=n),
+        *(number(f"{name}, pooled ranks", one, n=n, unit="rows") for name, one in plain.items()),
+    ]
 
 
 @_claim(

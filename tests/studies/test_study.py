@@ -69,8 +69,8 @@ def test_all_claims_on_one_model(tiny_folder: Folder, texts: list[object], tmp_p
     contrast = ablation.contrasts()
     at = (contrast["strength"] == 0.95) & (contrast["by"] == "wd")
     row = contrast[at & (contrast["against"] == "random")].iloc[0]
-    mine = numbers[(numbers["claim"] == "pruning") & (numbers["number"] == "random")]
-    mine = mine[mine["setting"] == "95 % zeros"].iloc[0]
+    own = numbers[(numbers["claim"] == "pruning") & (numbers["number"] == "random")]
+    mine = own[own["setting"] == "95 % zeros"].iloc[0]
     for one, two in (("value", "ratio"), ("low", "low"), ("high", "high")):
         assert mine[one] == pytest.approx(row[two])
 
@@ -222,7 +222,7 @@ def outputs(values: np.ndarray) -> NeuronScores:
             found: torch.Tensor = self.layers[0]["copy"](self.embed(input_ids))  # type: ignore[index]
             return found
 
-        def get_input_embeddings(self) -> nn.Module:
+        def get_input_embeddings(self) -> object:
             return self.embed
 
     ids = torch.arange(len(values)).reshape(8, -1)
