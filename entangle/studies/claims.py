@@ -161,7 +161,7 @@ def _wd_md(subject: Subject) -> list[Number]:
     ).dropna()
     if own.empty:
         raise InvalidInput("no layer has rows of different WD and MD; measure more tokens.")
-    mean, n = _student(own.to_numpy(np.float64)), len(own)
+    mean, n = _student(np.asarray(own, np.float64)), len(own)
     return [
         number("Spearman, mean of layers", mean, n=n, unit="layers"),
         number("Spearman, mean of layers, is high", mean, n=n, unit="layers"),
@@ -362,7 +362,7 @@ def _improvement(subject: Subject) -> list[Number]:
     table = subject.frame.merge(drawn, on=keys).merge(rows[[*keys, "ri"]], on=keys)
     names = [name for name in PREDICTORS if name not in ("md", "gmm_components")]
     values = pd.DataFrame({name: column(table, name) for name in (*names, "ri")})
-    values = values[np.isfinite(values).all(axis=1)]
+    values = values.loc[np.isfinite(values.to_numpy(np.float64)).all(axis=1)]
     layers = table["layer"][values.index]
     pooled = values.groupby(layers).rank(pct=True)
     if len(pooled) < 10 or pooled["ri"].nunique() < 2:
