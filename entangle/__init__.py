@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from entangle.results.difference import Difference, load_difference
     from entangle.results.scores import NeuronScores, load_scores
     from entangle.scoring.score import score
+    from entangle.studies.study import study
+    from entangle.studies.trace import trace
     from entangle.texts.calibration import load_calibration
     from entangle.texts.calibration_set import CalibrationSet
 
@@ -75,6 +77,8 @@ _HOMES = {
     "probe": "entangle.modes.probe",
     "prune": "entangle.experts.prune",
     "score": "entangle.scoring.score",
+    "study": "entangle.studies.study",
+    "trace": "entangle.studies.trace",
 }
 
 __all__ = [
@@ -109,6 +113,8 @@ __all__ = [
     "probe",
     "prune",
     "score",
+    "study",
+    "trace",
 ]
 
 

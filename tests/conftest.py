@@ -189,6 +189,10 @@ def made(
         "expansion": ("expand", model, *text, "--proj", "up_proj", "--experts", 2),
         "pruning": ("prune", model, *text, "--proj", "up_proj"),
         "allocation": ("allocate", folder / "scores", "--sparsity", 0.5, "--quiet"),
+        "study": (
+            "study", model, *text, *evaluated, "--size", "small", "--claims", "non-gaussian,wd-md",
+        ),
+        "trace": ("trace", model, tiny_folder("qwen3"), *text, *evaluated, "--seeds", 1),
         "difference": ("diff", folder / "scores", folder / "ablation" / "scores"),
     }  # fmt: skip
     paths = {kind: folder / kind for kind in commands}

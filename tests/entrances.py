@@ -112,6 +112,7 @@ ELSEWHERE = {
     "load_ablation", "load_allocation", "load_comparison", "load_decomposition", "load_difference",
     "load_expanded", "load_result", "load_scores",  # see `unlike_paths`
     "load_calibration", "load_evaluation", "load_minimal_pairs", "load_model",  # tests of their own
+    "study", "trace",  # likewise
 }  # fmt: skip
 
 NOT_COUNTED = {"memory", "progress", "quiet", "bins", "text"}

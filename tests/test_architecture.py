@@ -34,6 +34,7 @@ FLOORS = (
     {"experts"},
     {"experiments", "modes"},
     {"report", "explorer"},
+    {"studies"},
     {"cli", "testing", "__main__"},
 )
 """The order on the ground floor is kept by the test of circles."""
@@ -108,7 +109,7 @@ def test_light_imports(code: str, absent: set[str]) -> None:
 
 KINDS = (
     "scores", "ablation", "comparison", "decomposition", "allocation", "expansion", "pruning",
-    "difference",
+    "difference", "study", "trace",
 )  # fmt: skip
 
 

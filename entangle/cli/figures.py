@@ -24,6 +24,8 @@ MAKERS: dict[str, str] = {
     "expansion": "entangle expand",
     "pruning": "entangle prune",
     "difference": "entangle diff",
+    "study": "entangle study",
+    "trace": "entangle trace",
 }
 """Command that makes a result, by its kind."""
 

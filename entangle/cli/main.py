@@ -44,6 +44,8 @@ from entangle.cli import (
     run,
     score,
     show,
+    study,
+    trace,
 )
 from entangle.cli import list as listing
 from entangle.cli.meaning import MASKS, check_meaning, given_options
@@ -70,6 +72,7 @@ CLOSED_PIPE = 128 + 13
 COMMANDS = (
     ablate, allocate, compare, completion, convert, decompose, demo, diff, evaluate, expand,
     figures, layers, listing, probe, prune, report, run, score, show,
+    study, trace,
 )  # fmt: skip
 
 SHARED = ("score", "expand", "prune", "compare", "ablate", "evaluate")

@@ -31,6 +31,7 @@ _PLAIN = {"evaluation": "perplexity.parquet", "tasks": "tasks.parquet"}
 """Kinds of folders without a class of results, and their table."""
 _MAIN = {
     "ablating": "ablate", "comparing": "compare", "building": "expand or prune",
+    "studying": "study", "tracing": "trace",
 }  # fmt: skip
 """Command that goes on with unfinished work, by the ending of its folder."""
 NEXT: Mapping[str, Sequence[tuple[str, str]]] = {
@@ -44,6 +45,11 @@ NEXT: Mapping[str, Sequence[tuple[str, str]]] = {
     "ablation": (("figures", "entangle figures {run}"),),
     "comparison": (("figures", "entangle figures {run}"),),
     "difference": (("figures", "entangle figures {run}"),),
+    "study": (
+        ("study", "entangle study {run} OTHER"),
+        ("figures", "entangle figures {run}"),
+    ),
+    "trace": (("figures", "entangle figures {run}"),),
     "decomposition": (("figures", "entangle figures {run}"),),
     "allocation": (
         ("prune", "entangle prune {model} --allocation {run}"),

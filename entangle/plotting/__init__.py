@@ -72,6 +72,12 @@ if TYPE_CHECKING:
         figure_sparsities,
         plot_sparse_output,
     )
+    from entangle.plotting.study import (
+        figure_trace,
+        figure_verdicts,
+        plot_trace,
+        plot_verdicts,
+    )
     from entangle.plotting.style import COLUMN_INCHES, PALETTE, paper_style
     from entangle.plotting.summaries import dense_output
 
@@ -107,6 +113,7 @@ _HOMES = {
     "sparse_outputs": (
         "figure_recovery", "figure_sparse_outputs", "figure_sparsities", "plot_sparse_output",
     ),
+    "study": ("figure_trace", "figure_verdicts", "plot_trace", "plot_verdicts"),
     "style": ("COLUMN_INCHES", "PALETTE", "paper_style"),
 }  # fmt: skip
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
@@ -152,6 +159,8 @@ __all__ = [
     "figure_sparse_outputs",
     "figure_sparsities",
     "figure_top_and_typical",
+    "figure_trace",
+    "figure_verdicts",
     "figure_wd_against_md",
     "figure_wd_by_layer",
     "figure_wd_distribution",
@@ -175,7 +184,9 @@ __all__ = [
     "plot_row_sparsity",
     "plot_separated_pairs",
     "plot_sparse_output",
+    "plot_trace",
     "plot_two_runs",
+    "plot_verdicts",
     "plot_wd_against_md",
     "plot_wd_distribution",
     "plot_wd_heatmap",
@@ -184,4 +195,4 @@ __all__ = [
     "shared_names",
     "sign",
     "top_and_typical",
-]  # fmt: skip
+]

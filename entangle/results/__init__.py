@@ -16,6 +16,8 @@ CLASSES = {
     "expansion": "expansion.ExpansionReport",
     "pruning": "expansion.PruneReport",
     "difference": "difference.Difference",
+    "study": "study.Study",
+    "trace": "study.Trace",
 }
 """Module and class of every kind of result."""
 

@@ -62,6 +62,8 @@ FIGURES: dict[str, tuple[str, ...]] = {
     "expansion": ("expansion",),
     "pruning": ("expansion",),
     "difference": ("difference",),
+    "study": ("verdicts",),
+    "trace": ("trace",),
 }  # fmt: skip
 """What is drawn of a result, by its kind."""
 
@@ -89,6 +91,8 @@ def drawings(result: Any, style: Style) -> Iterator[tuple[str, Draw]]:
         "expansion": _of_expansion,
         "pruning": _of_expansion,
         "difference": lambda found, style: iter([("difference", partial(found.plot, **style))]),
+        "study": lambda found, style: iter([("verdicts", partial(found.plot, **style))]),
+        "trace": lambda found, style: iter([("trace", partial(found.plot, **style))]),
     }
     return makers[str(result.KIND)](result, style)
 

@@ -16,7 +16,8 @@ from tests.cli.runs import Run, holds
 from tests.saved import resealed
 
 KINDS = (
-    "scores", "ablation", "comparison", "decomposition", "allocation", "expansion", "difference"
+    "scores", "ablation", "comparison", "decomposition", "allocation", "expansion", "difference",
+    "study", "trace",
 )  # fmt: skip
 
 

@@ -39,7 +39,7 @@ def test_every_kind_of_result_has_a_next_step() -> None:
     from entangle.cli.show import NEXT
     from entangle.results import CLASSES
 
-    assert set(NEXT) == set(CLASSES) == {*KINDS, "difference"}
+    assert set(NEXT) == set(CLASSES) == {*KINDS, "difference", "study", "trace"}
 
 
 def test_a_folder_of_several(run: Run, made: dict[str, Path], tmp_path: Path) -> None:

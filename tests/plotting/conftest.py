@@ -153,6 +153,22 @@ def expanded() -> tuple[pd.DataFrame, pd.DataFrame]:
     return layers, pd.DataFrame(costs.items(), columns=["cost", "multiple"])
 
 
+def studied() -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Tables of a study, and of a trace."""
+    frame = pd.DataFrame(
+        {"claim": ["a", "b", "c"] * 2, "model": ["one"] * 3 + ["two"] * 3,
+         "verdict": ["holds", "weaker", "fails", "holds", "not measured", "fails"]}
+    )  # fmt: skip
+    step = np.array([1.0, 10.0, 100.0, 1000.0])
+    trace = pd.DataFrame(
+        {"revision": [f"step{one:g}" for one in step], "place": range(4), "step": step,
+         "wd_median": step / 2e4, "wd_top": step / 1e4, "wd_largest": step / 5e3,
+         "md_median": 0.7, "overlap": [0.1, 0.3, 0.6, 1.0], "chance": 0.03, "damage": step,
+         "damage_random": 1.1, "ratio": step / 1.1, "ratio_low": step / 1.2, "ratio_high": step}
+    )  # fmt: skip
+    return frame, trace
+
+
 def differing() -> tuple[pd.DataFrame, pd.DataFrame]:
     """Neurons and agreement of two runs of three blocks; some neurons moved."""
     rng = np.random.default_rng(5)

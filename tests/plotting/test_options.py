@@ -18,7 +18,14 @@ from entangle.errors import InvalidInput, UnknownName
 from entangle.plotting.options import PlotOptions
 from entangle.plotting.style import PaperFigure
 from tests.plotting.ablation_frames import ablation_frame
-from tests.plotting.conftest import allocated, expanded, histogram_of, layer_scores, model
+from tests.plotting.conftest import (
+    allocated,
+    expanded,
+    histogram_of,
+    layer_scores,
+    model,
+    studied,
+)
 from tests.plotting.decomposition_frames import TOP, decompose_made_up
 
 Draw = Callable[..., Axes]
@@ -83,6 +90,8 @@ def arguments(name: str) -> tuple[tuple[object, ...], dict[str, Any]]:
         "plot_two_runs": ((difference()[0],), {}),
         "plot_change_errors": ((difference()[0],), {}),
         "plot_rank_agreement": ((difference()[1],), {"measure": "top_3"}),
+        "plot_verdicts": ((studied()[0],), {}),
+        "plot_trace": ((studied()[1],), {}),
     }
     return made[name]
 
@@ -112,6 +121,8 @@ PARTS: dict[str, tuple[str, str]] = {
     "plot_two_runs": ("did not move", "moved up"),
     "plot_change_errors": ("neurons", "if none moved"),
     "plot_rank_agreement": ("gate_proj", "down_proj"),
+    "plot_verdicts": ("holds", "weaker"),
+    "plot_trace": ("largest", "edge of the top rows"),
 }
 """Two parts of every panel, in its own order."""
 COLORED = {"plot_wd_heatmap": "top", "plot_modes": "mode 0"}

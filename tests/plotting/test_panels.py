@@ -16,14 +16,15 @@ from matplotlib.transforms import Bbox
 from entangle import plotting
 from entangle.errors import InvalidInput
 from tests.plotting.ablation_frames import ablation_frame
-from tests.plotting.conftest import allocated, differing, expanded
+from tests.plotting.conftest import allocated, differing, expanded, studied
 from tests.plotting.decomposition_frames import TOP, Decomposed
 from tests.plotting.layout import texts
 
 Case = tuple[Callable[..., Axes], pd.DataFrame, dict[str, Any]]
 NAMES = [name.removeprefix("plot_") for name in plotting.__all__ if name.startswith("plot_")]
 TEXTS = ("contexts", "pair_contexts")
-WITH_UNITS = ("σ", "÷", "%", "ratio", "units", "share", "components", "× dense", "block")
+WITH_UNITS = ("σ", "÷", "%", "ratio", "units", "share", "components", "× dense", "block",
+              "step", "model")  # fmt: skip
 
 
 @pytest.fixture(params=NAMES)
@@ -63,6 +64,8 @@ def case(
         "two_runs": (differing()[0], {"names": ("A: seed 0", "B: seed 1")}),
         "change_errors": (differing()[0], {}),
         "rank_agreement": (differing()[1], {"measure": "top_3"}),
+        "verdicts": (studied()[0], {}),
+        "trace": (studied()[1], {"measure": "overlap"}),
         "wd_ridge": (many_scores, {}),
         "wd_heatmap": (many_scores, {}),
     }

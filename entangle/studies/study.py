@@ -1,0 +1,405 @@
+"""`study`: every claim on every model, gone on with where it ended, as one result with a page."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from entangle.checks import choice, choices, whole
+from entangle.checks import names as checked_names
+from entangle.errors import EntangleError, InvalidInput, Unavailable
+from entangle.evaluation import EvaluationText, MinimalPairs, load_evaluation
+from entangle.evaluation.logits import as_causal_model
+from entangle.models.hub import model_source
+from entangle.models.loading import LanguageModel, load_model
+from entangle.results.study import KIND, NUMBERS, Study
+from entangle.runs.progress import tell
+from entangle.runs.provenance import (
+    RunClock,
+    claimed,
+    expand_user,
+    make_manifest,
+    read_manifest,
+    shown,
+)
+from entangle.runs.unfinished import Unfinished
+from entangle.seeding import check_seed
+from entangle.studies.claims import CLAIMS, Claim
+from entangle.studies.page import page
+from entangle.studies.rules import (
+    CONTROL,
+    LEVEL,
+    MAIN,
+    NOT_MEASURED,
+    ONE_SIDED,
+    Bar,
+    decided,
+    verdict,
+)
+from entangle.studies.subject import SIZES, Size, Subject, stored_as
+from entangle.texts.calibration import load_calibration
+from entangle.texts.calibration_set import CalibrationSet
+from entangle.texts.given import Source
+
+PAGE = "index.html"
+Texts = Callable[[LanguageModel, Size], tuple[CalibrationSet, EvaluationText]]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """How models are loaded, and what they are studied on."""
+
+    texts: Texts
+    """Makes both texts with a model's tokenizer."""
+    load: Callable[[str, str | None], LanguageModel]
+    """Loads a model by name and revision."""
+
+
+def study(
+    models: str | Iterable[str],
+    *,
+    out: str | os.PathLike[str],
+    size: str = "full",
+    claims: str | Iterable[str] = "all",
+    calibration: Source = "demo",
+    evaluation: Source = "demo",
+    blimp: MinimalPairs | None = None,
+    other: MinimalPairs | None = None,
+    seeds: int = 5,
+    seed: int = 0,
+    memory: int | None = None,
+    resume: bool = False,
+    force: bool = False,
+    progress: bool | None = None,
+    loaded: Loaded | None = None,
+) -> Study:
+    """Measure the paper's claims on models, and say of each whether it holds.
+
+    Parameters
+    ----------
+    models
+        Names as `entangle.load_model` takes them, ``NAME@REVISION`` for a revision of the hub, or
+        folders of finished studies, which are read and not made again.
+    out
+        Folder of the result, with the page ``index.html``. What is finished is kept beside it.
+    size
+        ``small`` or ``full`` (`entangle.studies.subject.SIZES`).
+    claims
+        Ids of `entangle.studies.claims.CLAIMS`, or ``all``.
+    calibration, evaluation
+        Texts, as in `entangle.load_calibration` and `entangle.load_evaluation`, cut as ``size``
+        says; sets that were made before are taken as they are. One set and the same windows serve
+        all arms of a model.
+    blimp, other
+        Minimal pairs about grammar, and about something else (`entangle.load_minimal_pairs`).
+    seeds
+        Draws of every random arm, at least 5.
+    seed
+        Of everything random.
+    memory
+        As in `entangle.ablate`.
+    resume
+        Go on with an unfinished study of the same texts and settings, also with other models or
+        claims.
+    force
+        Replace an existing result.
+    progress
+        Show what is made; by default where standard error is a terminal.
+    loaded
+        In place of ``calibration`` and ``evaluation``: how texts are made and models loaded.
+
+    Raises
+    ------
+    InvalidInput, UnknownName, Unavailable
+        If a setting breaks a rule, or a model or text cannot be had. What one claim cannot measure
+        of a model does not end the study: the claim is ``not measured``, and why is told.
+    """
+    clock, seed = RunClock(), check_seed(seed)
+    names, chosen = checked_names("models", models), _claims(claims)
+    whole("seeds", seeds, least=5)
+    wanted = SIZES[choice("size", size, SIZES)]
+    made = loaded or Loaded(_texts_of(calibration, evaluation), _load)
+    with ExitStack() as held:
+        held.enter_context(claimed(out))
+        plan = _plan(wanted, size, seeds, seed, blimp, other, calibration, evaluation)
+        if resume and not force and is_study(str(out)):
+            return _finished(out, plan, names, chosen)
+        before = [Study.load(one) for one in names if is_study(one)]
+        fresh = [one for one in names if not is_study(one)]
+        for one in fresh:
+            model_source(split_revision(one)[0])
+        kept = Unfinished(out, plan, what=KIND, ending="studying", resume=resume, force=force)
+        kept.begin()
+        labels = labelled(fresh, [name for one in before for name in one.models["model"]])
+        rest: dict[str, Any] = {"size": wanted, "seeds": seeds, "seed": seed, "memory": memory,
+                                "grammar": blimp, "other": other, "progress": progress}  # fmt: skip
+        parts = [
+            _of_model(name, label, chosen, kept, made, rest)
+            for name, label in zip(fresh, labels, strict=True)
+        ]
+        asked = {"models": names, **{key: plan[key] for key in _TEXTS}}
+        manifest = make_manifest(KIND, **plan, asked=asked)
+        found = joined([*before, *parts], manifest | clock.read(memory))
+
+        def extra(folder: Path) -> None:
+            (folder / PAGE).write_text(page(found), "utf-8")
+            found.figures(folder / "figures")
+            for place in [*kept.path.glob("runs/*"), *_earlier(names)]:
+                shutil.copytree(place, folder / "runs" / place.name, dirs_exist_ok=True)
+
+        found.save(out, force=force, extra=extra)
+        kept.remove()
+    return found
+
+
+_TEXTS = ("calibration", "evaluation")
+
+
+def _plan(
+    wanted: Size, size: str, seeds: int, seed: int,
+    grammar: MinimalPairs | None, other: MinimalPairs | None, *texts: Source,
+) -> dict[str, object]:  # fmt: skip
+    """Return what makes a study: not the models and claims, of which there may come more."""
+    said = [one if isinstance(one, str) else getattr(one, "source", "given") for one in texts]
+    pairs = {name: None if one is None else one.describe()
+             for name, one in (("grammar", grammar), ("other", other))}  # fmt: skip
+    rule = {"level": LEVEL, "one_sided": ONE_SIDED, "adjusted": "Holm, of each model"}
+    settings = {"size": size, **vars(wanted), "seeds": seeds, "seed": seed, **pairs, **rule}
+    return {
+        "model": None, "calibration": {"source": str(said[0])},
+        "evaluation": {"source": str(said[1])}, "settings": settings,
+    }  # fmt: skip
+
+
+def _claims(asked: str | Iterable[str]) -> list[Claim]:
+    if asked == "all":
+        return list(CLAIMS.values())
+    return [CLAIMS[one] for one in choices("claims", asked, CLAIMS, kind="claim")]
+
+
+def _finished(
+    out: str | os.PathLike[str], plan: Mapping[str, object], names: Sequence[str],
+    claims: Sequence[Claim],
+) -> Study:  # fmt: skip
+    """Return a finished study, if it is the one that is asked for."""
+    found = Study.load(out)
+    asked = {"models": list(names), **{key: plan[key] for key in _TEXTS}}
+    wanted = [asked, plan["settings"], sorted(one.id for one in claims)]
+    known = [found.manifest.get(key) for key in ("asked", "settings")]
+    if _plain(wanted) != _plain([*known, sorted(found.frame["claim"].unique())]):
+        raise InvalidInput(
+            f"{str(out)!r} holds a finished study of other models, claims, texts or settings; name "
+            "another folder, which a finished one can be joined to by naming it as a model."
+        )
+    return found
+
+
+def _plain(content: object) -> object:
+    return json.loads(json.dumps(content))
+
+
+def is_study(name: str) -> bool:
+    """Tell whether a name is the folder of a finished study."""
+    place = expand_user(name)
+    try:
+        return place.is_dir() and bool(read_manifest(place, KIND))
+    except (InvalidInput, Unavailable):
+        return False
+
+
+def _earlier(names: Iterable[str]) -> Iterator[Path]:
+    for name in names:
+        if is_study(name):
+            yield from expand_user(name).glob("runs/*")
+
+
+def split_revision(name: str) -> tuple[str, str | None]:
+    """Return a name and its revision: ``org/model@step1000``; a path that exists is a path."""
+    base, at, revision = name.rpartition("@")
+    if not at or not base or not revision or expand_user(name).exists():
+        return name, None
+    return base, revision
+
+
+def labelled(names: Sequence[str], taken: Iterable[str] = ()) -> list[str]:
+    """Return short names, no two alike: the last part of a path, a hub id as it is."""
+    used, found = set(taken), []
+    for name in names:
+        short = Path(name).name if expand_user(name).exists() else name
+        label, count = short, 1
+        while label in used:
+            count += 1
+            label = f"{short} ({count})"
+        used.add(label)
+        found.append(label)
+    return found
+
+
+def _load(name: str, revision: str | None) -> LanguageModel:
+    return load_model(name, revision=revision)
+
+
+def _texts_of(calibration: Source, evaluation: Source) -> Texts:
+    def make(model: LanguageModel, size: Size) -> tuple[CalibrationSet, EvaluationText]:
+        fitted: dict[str, Any] = {
+            "context_length": model.context_length,
+            "vocab_size": model.vocab_size,
+        }
+        context = model.context_length or size.seq_len
+        text, windows = calibration, evaluation
+        if not isinstance(text, CalibrationSet):
+            text = load_calibration(
+                text, model.tokenizer, n_seq=size.n_seq, seq_len=min(size.seq_len, context),
+                split="train" if text == "demo" else None, **fitted,
+            )  # fmt: skip
+        if not isinstance(windows, EvaluationText):
+            windows = load_evaluation(
+                windows, model.tokenizer, seq_len=min(size.window, context),
+                n_windows=size.windows, split="test" if windows == "demo" else None, **fitted,
+            )  # fmt: skip
+        return text, windows
+
+    return make
+
+
+def _of_model(
+    name: str, label: str, claims: Sequence[Claim], kept: Unfinished, made: Loaded,
+    rest: Mapping[str, Any],
+) -> Study:  # fmt: skip
+    """Measure all claims on one model."""
+    clock, progress = RunClock(), rest["progress"]
+    base, revision = split_revision(name)
+    if progress is not False:
+        tell(f"{label}: loading")
+    model = as_causal_model(made.load(base, revision))
+    calibration, text = made.texts(model, rest["size"])
+    facts = model.digest, calibration.digest, text.digest
+    key = hashlib.sha256("".join(facts).encode()).hexdigest()[:12]
+    place = kept.path / "runs" / key
+    place.mkdir(parents=True, exist_ok=True)
+    subject = Subject(label, model, calibration, text, folder=place, **rest)
+    numbers, why = [], {}
+    for claim in claims:
+        found, reason = _measured(claim, subject, kept, f"{key}-{claim.id}.parquet")
+        numbers.append(found.assign(claim=claim.id, model=label))
+        why[claim.id] = reason
+        if progress is not False:
+            tell(f"{label}: {claim.id}: {reason or 'measured'} ({clock.read()['seconds']:.0f} s)")
+    table = _typed(pd.concat(numbers, ignore_index=True))
+    bars = {one.id: one.bars for one in claims}
+    table = decided(table, bars)
+    seconds = float(str(clock.read()["seconds"]))
+    models = pd.DataFrame([_described(subject, int(table["p"].notna().sum()), seconds)])
+    frame = pd.DataFrame([_judged(one, table, label, why[one.id]) for one in claims])
+    texts = {"calibration": calibration.describe(), "evaluation": text.describe()}
+    return Study(frame, table, models, {"model": model.describe(), **texts})
+
+
+def _measured(
+    claim: Claim, subject: Subject, kept: Unfinished, piece: str
+) -> tuple[pd.DataFrame, str]:
+    """Return a claim's numbers, kept once they are measured, or none and why."""
+    known = kept.find(piece)
+    if known is not None:
+        return pd.read_parquet(known), ""
+    try:
+        found = pd.DataFrame(claim.measure(subject))
+    except Unavailable:
+        raise
+    except EntangleError as error:
+        return pd.DataFrame(), str(error)
+    kept.keep(piece, lambda path: found.to_parquet(path, index=False))
+    return found, ""
+
+
+def _typed(table: pd.DataFrame) -> pd.DataFrame:
+    """Return measured numbers with all columns, and their types, where there may be none."""
+    wanted = ("claim", "model", "setting", "number", "value", "low", "high", "n", "unit")
+    return table.reindex(columns=list(wanted)).astype(
+        {name: NUMBERS[name].dtype for name in wanted}
+    )
+
+
+def _described(subject: Subject, tests: int, seconds: float) -> dict[str, object]:
+    about = subject.model.describe()
+    return {
+        "model": subject.label, "name": str(about["name"]), "source": str(about["source"]),
+        "stored": stored_as(subject.model), "digest": str(about["digest"]),
+        "class": str(about["class"]), "dtype": str(about["dtype"]),
+        "n_parameters": about["n_parameters"],
+        "special_tokens": shown(subject.text.settings),
+        "calibration": _source(subject.calibration.source),
+        "calibration_tokens": subject.calibration.n_tokens,
+        "evaluation": _source(subject.text.source),
+        "windows": subject.text.n_windows, "tests": tests, "seconds": seconds,
+    }  # fmt: skip
+
+
+def _source(source: str) -> str:
+    return Path(source).name if Path(source).is_absolute() else source
+
+
+def _judged(claim: Claim, numbers: pd.DataFrame, label: str, why: str) -> dict[str, object]:
+    """Return a row of the study: the verdicts, and the numbers that decided."""
+    rows = numbers[numbers["claim"] == claim.id]
+    said = verdict(rows, claim.bars), verdict(rows, claim.bars, "passes_holm")
+    known = rows[(rows["role"] == MAIN) & (rows["passes"] != "")]
+    gaps = [_gap(float(str(r.low)), claim.bars[str(r.number)]) for r in known.itertuples()]
+    head = known.iloc[int(np.argmin(gaps))] if gaps else None
+    lacking = [name for name in claim.bars if name not in set(rows["number"])]
+    if said[0] != NOT_MEASURED and lacking:
+        why = f"not measured: {', '.join(lacking)}"
+    elif said[0] == NOT_MEASURED and not why:
+        why = "no interval: measure more windows, layers or rows"
+    lost = rows[(rows["role"] == CONTROL) & (rows["passes"] == "no")]
+    ends = {name: float(head[name]) if head is not None else np.nan
+            for name in ("value", "low", "high")}  # fmt: skip
+    return {
+        "claim": claim.id, "model": label, "sentence": claim.sentence, "paper": claim.paper,
+        "verdict": said[0], "verdict_holm": said[1],
+        "setting": "" if head is None else head["setting"],
+        "number": "" if head is None else head["number"], **ends,
+        "lost": "; ".join(_lost(row) for row in lost.to_dict("records")), "why": why,
+    }  # fmt: skip
+
+
+def _lost(row: Mapping[Any, Any]) -> str:
+    where = f" at {row['setting']}" if row["setting"] else ""
+    return f"{row['number']}{where}: {row['value']:.3g} [{row['low']:.3g}, {row['high']:.3g}]"
+
+
+def _gap(low: float, bar: Bar) -> float:
+    return float(np.log(max(low, 1e-300) / bar.bar)) if bar.ratio else low - bar.bar
+
+
+def joined(parts: Sequence[Study], manifest: Mapping[str, object]) -> Study:
+    """Put studies of different models together."""
+    tables = {
+        name: pd.concat([getattr(one, name) for one in parts], ignore_index=True)
+        for name in ("frame", "numbers", "models")
+    }
+    order = {claim: i for i, claim in enumerate(CLAIMS)}
+    frame = tables["frame"]
+    place = frame["claim"].map(order).fillna(len(order)).argsort(kind="stable")
+    twice = tables["models"]["model"]
+    if twice.duplicated().any():
+        raise InvalidInput(
+            f"studies that are joined must be of different models; got "
+            f"{twice[twice.duplicated()].iloc[0]!r} twice."
+        )
+    described = [one.manifest.get("model") for one in parts]
+    facts: dict[str, object] = {"model": {"name": ", ".join(twice)}}
+    if len(parts) == 1:
+        facts = {key: parts[0].manifest[key] for key in ("model", *_TEXTS)}
+    return Study(
+        frame.iloc[place].reset_index(drop=True), tables["numbers"], tables["models"],
+        {**manifest, **facts, "models": described},
+    )  # fmt: skip

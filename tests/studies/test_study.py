@@ -1,0 +1,261 @@
+"""A study of tiny models, from the command line to its page."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.stats import wasserstein_distance
+
+import entangle
+from entangle.cli.main import main
+from entangle.errors import InvalidInput
+from entangle.models.loading import LanguageModel
+from entangle.results.scores import NeuronScores
+from entangle.results.study import Study
+from entangle.runs.claims import beside
+from entangle.studies.claims import CLAIMS, Claim, negative_share, number, register
+from entangle.studies.page import page
+from entangle.studies.rules import Bar
+from entangle.studies.study import labelled, split_revision
+from entangle.studies.subject import stored_as
+
+Folder = Callable[[str], Path]
+
+
+@pytest.fixture
+def texts(text_file: Path) -> list[object]:
+    return [
+        "--calibration", text_file, "--n-seq", 6, "--seq-len", 48, "--evaluation", text_file,
+        "--eval-seq-len", 32, "--eval-windows", 4, "--size", "small", "--quiet",
+    ]  # fmt: skip
+
+
+def run(*command: object) -> int:
+    return main(["study", *map(str, command)])
+
+
+def pairs_file(path: Path, wrong: str) -> Path:
+    rows = [{"sentence_good": f"the {i} cats", "sentence_bad": f"the {i} {wrong}"}
+            for i in range(8)]  # fmt: skip
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def test_all_claims_on_one_model(tiny_folder: Folder, texts: list[object], tmp_path: Path) -> None:
+    out, model = tmp_path / "all", tiny_folder("llama")
+    grammar, other = (pairs_file(tmp_path / f"{n}.jsonl", n) for n in ("catz", "dogs"))
+    pairs = ("--blimp", grammar, "--other-pairs", other)
+    assert run(model, *texts, *pairs, "--out", out) == 0
+    found = entangle.load_result(out)
+    assert isinstance(found, Study)
+    assert found.frame["claim"].tolist() == list(CLAIMS)
+    assert found.manifest["settings"]["seeds"] == 5  # type: ignore[index]
+    numbers = found.numbers
+    unmeasured = set(found.frame.loc[found.frame["verdict"] == "not measured", "claim"])
+    assert unmeasured <= {"syntax"}  # where no low-WD rows cost as much
+    for claim in set(CLAIMS) - unmeasured:
+        own = numbers[numbers["claim"] == claim]
+        assert set(CLAIMS[claim].bars) <= set(own["number"]), claim
+        table = pd.read_csv(out / "claims" / f"{claim}.csv")
+        assert table["value"].to_numpy() == pytest.approx(own["value"].to_numpy(), nan_ok=True)
+    settings = numbers[numbers["claim"] == "pruning"]["setting"].unique().tolist()
+    assert settings == ["90 % zeros", "95 % zeros", "99 % zeros"]
+    ablation = entangle.load_ablation(next(out.glob("runs/*/pruning")))
+    contrast = ablation.contrasts()
+    at = (contrast["strength"] == 0.95) & (contrast["by"] == "wd")
+    row = contrast[at & (contrast["against"] == "random")].iloc[0]
+    own = numbers[(numbers["claim"] == "pruning") & (numbers["number"] == "random")]
+    mine = own[own["setting"] == "95 % zeros"].iloc[0]
+    for one, two in (("value", "ratio"), ("low", "low"), ("high", "high")):
+        assert mine[one] == pytest.approx(row[two])
+
+
+CHEAP = ("--claims", "non-gaussian,wd-md")
+
+
+def test_models_side_by_side_and_studies_joined(
+    tiny_folder: Folder, texts: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, two = tiny_folder("gpt2"), tiny_folder("gpt_neox")
+    assert run(one, two, *texts, *CHEAP, "--out", tmp_path / "both") == 0
+    for name, model in (("a", one), ("b", two)):
+        assert run(model, *texts, *CHEAP, "--out", tmp_path / name) == 0
+    assert run(tmp_path / "a", tmp_path / "b", *texts, *CHEAP, "--out", tmp_path / "joined") == 0
+    both, joined = (entangle.load_result(tmp_path / name) for name in ("both", "joined"))
+    assert isinstance(both, Study)
+    assert isinstance(joined, Study)
+    pd.testing.assert_frame_equal(both.frame, joined.frame)
+    pd.testing.assert_frame_equal(both.numbers, joined.numbers)
+    assert both.models["model"].tolist() == ["gpt2", "gpt_neox"]
+    assert both.verdicts().columns.tolist() == ["claim", "gpt2", "gpt_neox"]
+    assert len(list((tmp_path / "joined" / "runs").iterdir())) == 2
+    capsys.readouterr()
+    assert run(tmp_path / "a", tmp_path / "a", *texts, "--out", tmp_path / "twice") in (0, 2)
+
+
+def test_what_a_model_lacks_is_not_measured(
+    tiny_folder: Folder, texts: list[object], tmp_path: Path
+) -> None:
+    asked = ("--claims", "clamp,syntax,negative-side,wd-md")
+    assert run(tiny_folder("phi3"), *texts, *asked, "--out", tmp_path / "s") == 0
+    found = entangle.load_result(tmp_path / "s")
+    assert isinstance(found, Study)
+    rows = found.frame.set_index("claim")
+    for claim in ("clamp", "syntax", "negative-side"):
+        assert rows["verdict"][claim] == rows["verdict_holm"][claim] == "not measured"
+    assert "gate_up_proj" in rows["why"]["clamp"]
+    assert rows["verdict"]["wd-md"] != "not measured"
+    assert not (set(found.numbers["claim"]) - {"wd-md"})
+
+
+def test_an_unfinished_study_is_gone_on_with(
+    tiny_folder: Folder, texts: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, model, times = tmp_path / "s", tiny_folder("gpt2"), []
+
+    def measure(subject: object) -> Sequence[Mapping[str, object]]:
+        times.append(subject)
+        return [number("x", 1.0)]
+
+    def stops(subject: object) -> Sequence[Mapping[str, object]]:
+        raise KeyboardInterrupt
+
+    bars = {"x": Bar("main", 0.0)}
+    for name, function in (("counted", measure), ("stopping", stops)):
+        monkeypatch.setitem(CLAIMS, name, Claim(name, name, "", function, bars))  # type: ignore[arg-type]
+    asked = ("--claims", "counted,stopping,wd-md", "--out", out)
+    assert run(model, *texts, *asked) == 130
+    assert beside(out, "studying").is_dir()
+    assert run(model, *texts, *asked) == 2  # there is unfinished work
+    assert run(model, *texts, "--seed", 1, *asked, "--resume") == 2  # of other settings
+    monkeypatch.setitem(CLAIMS, "stopping", Claim("stopping", "", "", measure, bars))  # type: ignore[arg-type]
+    assert run(model, *texts, *asked, "--resume") == 0
+    assert len(times) == 2  # once each
+    assert not beside(out, "studying").exists()
+    assert run(model, *texts, *asked, "--resume") == 0  # finished: read
+    assert len(times) == 2
+    assert run(model, *texts, "--claims", "wd-md", "--out", out, "--resume") == 2
+
+
+def test_mistakes_are_told_before_any_work(
+    tiny_folder: Folder, texts: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, out = tiny_folder("gpt2"), tmp_path / "s"
+    wrong: list[tuple[Sequence[object], str]] = [
+        (("--claims", "wd-mb"), "wd-md"), (("--seeds", 4), "4"), (("--seed", -1), "-1"),
+    ]  # fmt: skip
+    for options, said in wrong:
+        assert run(model, *texts, *options, "--out", out) == 2
+        assert said in capsys.readouterr().err
+    assert run(model, tmp_path / "absent.gguf", *texts, *CHEAP, "--out", out) == 2
+    assert "absent" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_claims_are_listed_without_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["study", "--dry-run", "--json"]) == 0
+    assert [one["claim"] for one in json.loads(capsys.readouterr().out)] == list(CLAIMS)
+
+
+def test_claims_of_others_need_a_name_of_their_own() -> None:
+    known = CLAIMS["pruning"]
+    with pytest.raises(InvalidInput, match="pruning"):
+        register(known)
+
+
+def test_the_page_escapes_what_it_is_given(made: Mapping[str, Path]) -> None:
+    found = entangle.load_result(made["study"])
+    assert isinstance(found, Study)
+    evil = "<script>alert(1)</script>\u202e"
+    models = found.models.assign(model=evil)
+    frame = found.frame.assign(model=evil, why=evil, lost=evil)
+    text = page(Study(frame, found.numbers.assign(model=evil), models, {"model": {"name": evil}}))
+    assert "<script>alert" not in text
+    assert "\u202e" not in text
+    assert len(re.findall(r"&lt;script&gt;alert", text)) >= 4
+    for verdict in found.frame["verdict"]:
+        assert verdict in text
+    assert "http" not in text.replace("http-equiv", "")
+
+
+def test_names(tmp_path: Path) -> None:
+    assert split_revision("a/b@step3") == ("a/b", "step3")
+    for plain in ("a/b", "@x", "a@"):
+        assert split_revision(plain) == (plain, None)
+    place = tmp_path / "x@y"
+    place.mkdir()
+    assert split_revision(str(place)) == (str(place), None)
+    assert labelled([str(place), "a/b", "a/b"], ["x@y"]) == ["x@y (2)", "a/b", "a/b (2)"]
+
+
+def test_quantised_weights_are_recognised(tiny: Callable[[str], LanguageModel]) -> None:
+    from tests.tiny_models import TINY
+
+    assert stored_as(tiny("llama")) == "float32"
+    model = entangle.load_model(TINY["llama"]())
+    weight = model.module.get_parameter("model.layers.0.mlp.gate_proj.weight")
+    step = weight.data.abs().amax(1, keepdim=True) / 7
+    weight.data.copy_((weight.data / step).round() * step)
+    assert "4 bits" in stored_as(model)
+
+
+def outputs(values: np.ndarray) -> NeuronScores:
+    """Scores of a layer that copies its inputs, which are given."""
+    import torch
+    from torch import nn
+
+    from entangle.texts.calibration_set import CalibrationSet
+
+    class Copies(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding.from_pretrained(torch.tensor(values[:, None]).float())
+            self.layers = nn.ModuleList([nn.ModuleDict({"copy": nn.Linear(1, 1, bias=False)})])
+            self.layers[0]["copy"].weight.data.fill_(1.0)  # type: ignore[index]
+
+        def forward(self, input_ids: torch.Tensor, **_: object) -> torch.Tensor:
+            found: torch.Tensor = self.layers[0]["copy"](self.embed(input_ids))  # type: ignore[index]
+            return found
+
+        def get_input_embeddings(self) -> object:
+            return self.embed
+
+    ids = torch.arange(len(values)).reshape(8, -1)
+    return entangle.score(
+        Copies().eval(), CalibrationSet(ids, "x", {}), layers="layers.0.copy", md=False,
+        progress=False,
+    )  # fmt: skip
+
+
+def test_the_share_of_the_negative_side() -> None:
+    """Against a slow integral of the two distributions, and cases that are known."""
+    rng = np.random.default_rng(0)
+    tail = np.concatenate([rng.normal(1.0, 0.3, 3800), rng.normal(-3.0, 0.3, 200)])
+    for values in (tail, -tail, rng.exponential(1.0, 4000), rng.gamma(0.5, 1.0, 4000) - 0.2):
+        scores = outputs(values)
+        z = (values - values.mean()) / values.std()
+        zero = -values.mean() / values.std()
+        grid = np.linspace(-10, 10, 200_001)
+        below = np.searchsorted(np.sort(z), grid, side="right") / len(z)
+        from scipy.special import ndtr
+
+        gap = np.abs(below - ndtr(grid))
+        assert gap.sum() * 1e-4 == pytest.approx(float(scores.frame["wd"].iloc[0]), rel=0.02)
+        expected = gap[grid <= zero].sum() / gap.sum()
+        found = negative_share(scores, "layers.0.copy", 0)
+        assert found == pytest.approx(expected, abs=0.02)
+    assert wasserstein_distance(tail, -tail) > 0  # the two first cases are unlike
+    shifted = outputs(tail + 100.0)
+    assert negative_share(shifted, "layers.0.copy", 0) == pytest.approx(0.0, abs=1e-3)
+
+
+def test_a_page_can_be_copied_away(made: Mapping[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(made["study"], tmp_path / "elsewhere")
+    found = entangle.load_result(tmp_path / "elsewhere")
+    assert isinstance(found, Study)
+    assert (tmp_path / "elsewhere" / "index.html").read_text("utf-8") == page(found)
