@@ -48,6 +48,13 @@ def add_parser(subparsers: options.Subparsers) -> None:
     group.add_argument("--no-md", action="store_true", help="skip the mapping difficulty")
     options.add_memory_option(group)
     group.add_argument("--batch-size", type=int, help="sequences in one forward pass")
+    group.add_argument(
+        "--min-tokens",
+        type=int,
+        default=512,
+        help="tokens that an expert of a mixture must see for its neurons to be scored "
+        "(default: 512)",
+    )
     parser.add_argument("--top", type=int, default=20, help="rows to print (default: 20)")
     options.add_run_options(parser, *TABLES)
     parser.set_defaults(run=run, show=show)
@@ -78,6 +85,7 @@ def run(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         memory=memory,
         batch_size=arguments.batch_size,
+        min_tokens=arguments.min_tokens,
         progress=not arguments.quiet,
     )
     if effect is not None:

@@ -12,7 +12,7 @@ import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -23,6 +23,7 @@ from entangle.errors import InvalidInput
 from entangle.memory import memory_for
 from entangle.models.blocks import BlockRunner
 from entangle.models.layers import Layer
+from entangle.models.mixtures import ExpertLinear
 from entangle.models.streaming import comes_by_blocks, rehearsing
 from entangle.ranks import Ranks
 from entangle.recording.affine import TokenCheck, is_affine
@@ -82,6 +83,9 @@ class Recorded:
     affine: bool
     """Whether `Layer.weight` and `Layer.bias` give the outputs, but for rounding; false if nobody
     compared."""
+    at: Int[Tensor, " tokens"] | None = None
+    """Which of the pass's tokens an expert sees, (tokens,); None for all of them, or if nobody
+    knows."""
 
     def check_affine(self, what: str) -> None:
         """Raise `InvalidInput` unless the layer is `affine`, which ``what`` needs."""
@@ -399,6 +403,9 @@ class Recorder:
             return
         gathered, wanted = now.gathered[name], now.shape[0] * now.shape[1]
         gathered.runs += 1
+        if isinstance(layer.module, ExpertLinear):
+            self._note_expert(layer, layer.module, now, inputs, outputs)
+            return
         if name in self._habits and self._habits[name].is_table(inputs, gathered.runs - 1):
             return
         rows, seen = inputs.shape[:-1].numel(), SeenTensor.of(inputs)
@@ -414,6 +421,20 @@ class Recorder:
         active = (one.name for one in self.layers if one.name not in self.left_out)
         if now.stops and all(now.gathered[one].depths for one in active):
             raise _AllSeen
+
+    def _note_expert(
+        self, layer: Layer, linear: ExpertLinear, now: _Pass, inputs: Tensor, outputs: Tensor
+    ) -> None:
+        """Hand on what an expert of a mixture gave on its tokens, all of which come at once."""
+        gathered = now.gathered[layer.name]
+        gathered.pieces, gathered.rows = [_Piece(SeenTensor.of(inputs), inputs, outputs)], 0
+        nowhere = self._once and linear.bank.at is None
+        if nowhere or not linear.bank.holds(now.shape[0] * now.shape[1]):
+            self._refuse(layer, now, gathered)
+            return
+        # what stands for an expert's projection multiplies by its weight, and does nothing else
+        found = self._emitted(layer, now, gathered, inputs, outputs, affine=self._is_compared)
+        self._take(replace(found, at=linear.bank.at))
 
     def _joined(
         self, layer: Layer, now: _Pass, gathered: _Gathered

@@ -141,7 +141,7 @@ def _trimmed(
 KIND = "scores"
 _NUMERIC = "Choose a numeric column of the scores."
 _ARRAYS = ("counts", "location", "scale", "low", "high")
-_FLAGS = ("", "constant", "nan", "inf", "coarse")
+_FLAGS = ("", "constant", "nan", "inf", "coarse", "few_tokens")
 _SCORES = {
     "model": texts(), "layer": texts(), "block": integers(null=True), "projection": texts(),
     "neuron": integers(), "wd": reals(0), "wd_se": reals(0), "wd_bound": reals(0), "ks": shares(),
@@ -175,7 +175,8 @@ class NeuronScores(Result):
     frame: pd.DataFrame
     """One row a neuron: model, layer, block, projection, neuron, wd, wd_se, wd_bound, ks, mean,
     std, skewness, excess_kurtosis, weight_norm, md, n_tokens, flag ("", constant, nan,
-    inf, or coarse where a sketch's histogram or the rounding of the outputs cannot resolve the WD).
+    inf, few_tokens where an expert saw too few, or coarse where a sketch's histogram or the
+    rounding of the outputs cannot resolve the WD).
     ``wd_bound`` is the largest error of WD through both."""
     layers: pd.DataFrame
     """One row a layer: layer, block, projection, n_neurons, n_tokens, method, null_floor,

@@ -28,7 +28,13 @@ from entangle.results.scores import KIND, NeuronScores
 from entangle.runs.progress import Progress, ProgressBar
 from entangle.runs.provenance import RunClock, agree_on, make_manifest
 from entangle.scoring.exact import score_exact
-from entangle.scoring.layer_scores import LayerSummary, layer_table, neuron_table
+from entangle.scoring.layer_scores import (
+    MIN_TOKENS,
+    LayerSummary,
+    layer_table,
+    neuron_table,
+    without_few,
+)
 from entangle.scoring.sketched import score_sketched
 from entangle.scoring.spread import share_summaries
 from entangle.seeding import check_seed
@@ -58,6 +64,7 @@ def score(
     seed: int = 0,
     memory: int | None = None,
     batch_size: int | None = None,
+    min_tokens: int = MIN_TOKENS,
     progress: bool | None = None,
     watch: Callable[[Recorded], None] | None = None,
 ) -> NeuronScores:
@@ -88,6 +95,9 @@ def score(
         default half of what is free on the model's device.
     batch_size
         Sequences in one forward pass; by default as many as make 4,096 tokens.
+    min_tokens
+        Tokens that an expert of a mixture must see: below, its neurons have no scores, and the flag
+        ``few_tokens``. Layers that see all of the text's tokens are not held to it.
     progress
         Show a progress bar on standard error; by default if that is a terminal.
     watch
@@ -117,8 +127,8 @@ def score(
     chosen = find_layers(language_model.module, layers, proj)
     return score_layers(
         language_model, calibration, chosen, may_be_silent=not asked_by_name(layers, chosen),
-        method=method, md=md, seed=seed, memory=memory, batch_size=batch_size, progress=progress,
-        watch=watch,
+        method=method, md=md, seed=seed, memory=memory, batch_size=batch_size,
+        min_tokens=min_tokens, progress=progress, watch=watch,
     )  # fmt: skip
 
 
@@ -133,6 +143,7 @@ def score_layers(
     seed: int = 0,
     memory: int | None = None,
     batch_size: int | None = None,
+    min_tokens: int = MIN_TOKENS,
     progress: bool | None = None,
     watch: Callable[[Recorded], None] | None = None,
 ) -> NeuronScores:
@@ -142,6 +153,7 @@ def score_layers(
     """
     clock = RunClock()
     check_seed(seed)
+    least = whole("min_tokens", min_tokens, least=1)
     _check_readable(chosen)
     calibration = as_calibration(calibration, language_model)
     resolved = _resolve_method(method, language_model, chosen, calibration, memory)
@@ -158,7 +170,10 @@ def score_layers(
                 n_groups=groups, per_pass=per_pass, md=md, seed=seed, memory=budget, bar=bar,
                 watch=watch, may_be_silent=may_be_silent,
             )()  # fmt: skip
-            frame = neuron_table(measured, language_model.name)
+            frame, table = without_few(
+                neuron_table(measured, language_model.name), layer_table(measured),
+                n_tokens=calibration.n_tokens, least=least,
+            )  # fmt: skip
         except (RuntimeError, MemoryError) as error:
             if not _out_of_memory(error):
                 raise
@@ -177,6 +192,7 @@ def score_layers(
                 {layer.name for layer in chosen} - {one.layer.name for one in measured}
             ),
             **({"pooled_depths": recorder.depths} if recorder.depths else {}),
+            **({"min_tokens": least} if any(one.layer.is_expert for one in measured) else {}),
             "method": resolved,
             "n_groups": groups,
             "batch_size": per_pass,
@@ -187,7 +203,7 @@ def score_layers(
     )
     return NeuronScores(
         frame=frame,
-        layers=layer_table(measured),
+        layers=table,
         histograms={one.layer.name: one.histograms for one in measured},
         manifest=manifest,
     )
