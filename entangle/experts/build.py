@@ -39,6 +39,7 @@ from entangle.experts.storage import Storage
 from entangle.memory import by_device, give_back
 from entangle.models.blocks import BlockRunner
 from entangle.models.layers import Layer
+from entangle.models.mixtures import put_layer
 from entangle.models.streaming import release
 from entangle.packed.formats import Packed
 from entangle.ranks import current
@@ -314,7 +315,7 @@ def build_blocks(
         if expanded is None:
             expanded = _expand_block(runner, streams[0], index, layers, plan, memory, habits)
         for one in expanded:
-            module.set_submodule(one.layer.name, one.module)
+            put_layer(module, one.layer.name, one.module)
         for stream in streams if index < plan.last else streams[1:]:
             stream.advance(runner, index)
         for one in expanded:

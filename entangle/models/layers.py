@@ -22,7 +22,14 @@ from transformers.pytorch_utils import Conv1D
 
 from entangle.checks import names, several, shown
 from entangle.errors import InvalidInput, unknown_name
-from entangle.models.mixtures import ExpertLinear, expose, quantised_experts, stored_name
+from entangle.models.mixtures import (
+    EXPERT,
+    ExpertLinear,
+    expert_shares,
+    expose,
+    quantised_experts,
+    stored_name,
+)
 from entangle.models.shards import place_of, present, stored_of
 
 LISTING = "`entangle layers MODEL` lists them all."
@@ -47,6 +54,9 @@ class Layer:
     """Other names of the same module, which then runs at several depths."""
     shared: tuple[str, ...] = ()
     """Names of other modules' parameters that are the same memory as this layer's weight."""
+    share: float = 1.0
+    """Share of a text's tokens that the layer sees: of an expert, where all are sent equally
+    many."""
 
     @property
     def weight(self) -> Float[Tensor, "out_features in_features"]:
@@ -120,7 +130,7 @@ class Layer:
     @property
     def is_expert(self) -> bool:
         """Whether the layer is part of an expert, which sees the tokens that are sent to it."""
-        return re.search(r"\.experts\.(\w*_)?\d+\.", self.name) is not None
+        return EXPERT.search(self.name) is not None
 
     def check_writable(self, what: str) -> None:
         """Raise `InvalidInput` unless the layer is `writable`; ``what`` needs it."""
@@ -201,6 +211,7 @@ def list_layers(module: nn.Module) -> tuple[Layer, ...]:
     """
     expose(module)
     blocks, owners, names = _block_name(module), _owners(module), _names(module)
+    shares = expert_shares(module)
     found: list[Layer] = []
     inside: tuple[str, ...] = ()  # of an adapter
     for name, child in module.named_modules():
@@ -221,6 +232,7 @@ def list_layers(module: nn.Module) -> tuple[Layer, ...]:
                 transposed=isinstance(inner, Conv1D),
                 aliases=tuple(other for other in aliases if other != name),
                 shared=_shared(inner, owners, aliases),
+                share=shares.get(name[: at.start()] if (at := EXPERT.search(name)) else "", 1.0),
             )
         )
     return tuple(found)

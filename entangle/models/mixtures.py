@@ -30,6 +30,10 @@ Layout = Literal["routed", "repeated", "sorted"]
 """How a mixture's module gets its tokens: with the experts of each (``routed``), all of them once
 for every expert (``repeated``, Llama 4), or in the order of the experts (``sorted``, JetMoE)."""
 
+EXPERT = re.compile(r"(?<=\.experts)\.(\w*_)?\d+\.")
+"""What stands between the name of a mixture and that of a part of one of its experts."""
+
+_CHOSEN = ("top_k", "num_experts_per_tok", "moe_top_k", "num_selected_experts")
 _BANK = "entangle_bank"
 _NAMES = ("hidden_states", "top_k_index|router_indices", "top_k_weights|routing_weights")
 
@@ -280,19 +284,23 @@ def put_layer(module: nn.Module, name: str, replacement: nn.Module) -> None:
 
     A mixture in which some expert is replaced runs expert by expert from then on.
     """
-    place = name.split(".")
-    home: Any = module
-    for key in place[:-2]:
-        home = getattr(home, key, None)
-    bank: ExpertBank | None = getattr(home, _BANK, None)
-    if bank is None and len(place) > 2 and isinstance(home, nn.Module):
+    parts = name.split(".")
+    if len(parts) > 2 and parts[-2].isdigit():
         expose(module)
-        bank = getattr(home, _BANK, None)
     module.set_submodule(name, replacement)
+    home = module.get_submodule(".".join(parts[:-2]))
+    _settle(getattr(home, _BANK, None))
+
+
+def settle(module: nn.Module) -> None:
+    """Have mixtures run expert by expert where others have put modules in the place of experts."""
+    for bank in banks_of(module):
+        _settle(bank)
+
+
+def _settle(bank: ExpertBank | None) -> None:
     for part in () if bank is None else bank.runs:
-        part.__dict__.pop("forward", None)
-        if bank is not None and bank.is_changed:
-            part.__dict__["forward"] = MethodType(_run, part)
+        _put_back(part, MethodType(_run, part) if bank is not None and bank.is_changed else None)
 
 
 def expose(module: nn.Module) -> None:
@@ -312,6 +320,23 @@ def banks_of(module: nn.Module) -> list[ExpertBank]:
     expose(module)
     found = (getattr(one, _BANK, None) for one in module.modules())
     return list({id(bank): bank for bank in found if bank is not None}.values())
+
+
+def expert_shares(module: nn.Module) -> dict[str, float]:
+    """Return k / n of every mixture that sends a token to k of its n experts, by its name.
+
+    k is what the module around the experts, or its router, declares; 1 where neither does.
+    """
+    found = {}
+    for name, child in module.named_modules():
+        keys = [key for key in child._modules if re.fullmatch(r"(\w*_)?\d+", key)]
+        if name.rpartition(".")[2] == "experts" and keys:
+            parent = module.get_submodule(name.rpartition(".")[0])
+            around = (parent, *parent._modules.values(), child, *child._modules.values())
+            declared = (getattr(one, key, None) for one in around for key in _CHOSEN)
+            k = next((one for one in declared if isinstance(one, int)), 1)
+            found[name] = min(1.0, k / len(keys))
+    return found
 
 
 def quantised_experts(module: nn.Module) -> dict[str, str]:

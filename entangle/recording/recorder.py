@@ -84,8 +84,8 @@ class Recorded:
     """Whether `Layer.weight` and `Layer.bias` give the outputs, but for rounding; false if nobody
     compared."""
     at: Int[Tensor, " tokens"] | None = None
-    """Which of the pass's tokens an expert sees, (tokens,); None for all of them, or if nobody
-    knows."""
+    """Which tokens an expert sees, (tokens,), counted from the first of the run's; None for all of
+    the pass, or if nobody knows."""
 
     def check_affine(self, what: str) -> None:
         """Raise `InvalidInput` unless the layer is `affine`, which ``what`` needs."""
@@ -126,6 +126,8 @@ class _Pass:
     group: int
     longest: bool
     """Whether its sequences are longer than any before."""
+    start: int = 0
+    """Tokens of the passes before."""
     stops: bool = False
     """Whether to stop when all tokens have passed all layers."""
     gathered: dict[str, _Gathered] = field(default_factory=lambda: defaultdict(_Gathered))
@@ -181,7 +183,7 @@ class Recorder:
         self._affine: dict[str, bool] = {}
         self._checks: dict[str, TokenCheck] = {}
         self._departs: dict[str, Tensor] = {}
-        self._longest = 0
+        self._longest = self._start = 0
         self._last: tuple[str, list[SeenTensor]] | None = None
         self._pass: _Pass | None = None
 
@@ -214,8 +216,10 @@ class Recorder:
             weight's on every token though they were at first.
         """
         n_seq, length = shape
-        now = self._pass = _Pass((n_seq, length), group, length > self._longest, stops)
+        longest = length > self._longest
+        now = self._pass = _Pass((n_seq, length), group, longest, self._start, stops)
         self._longest = max(self._longest, length)
+        self._start += n_seq * length
         try:
             with suppress(_AllSeen):
                 yield
@@ -312,7 +316,7 @@ class Recorder:
         bar: "_Shared",
     ) -> Iterator[Tensor]:
         """Yield what a block makes of every batch; with None, the model's logits."""
-        self._longest = 0
+        self._longest = self._start = 0
         for number, ((group, ids), (_, hidden)) in enumerate(
             zip(batches.listed, states, strict=True)
         ):
@@ -326,7 +330,7 @@ class Recorder:
 
     def _run_whole(self, module: nn.Module, batches: Iterable[Batch]) -> None:
         all_logits = any(layer.block is None for layer in self.layers)
-        begun, stops = False, False
+        begun, stops, self._start = False, False, 0
         for group, ids in batches:
             if not begun:
                 self._habits = look_at(module, self.layers, ids)
@@ -434,7 +438,8 @@ class Recorder:
             return
         # what stands for an expert's projection multiplies by its weight, and does nothing else
         found = self._emitted(layer, now, gathered, inputs, outputs, affine=self._is_compared)
-        self._take(replace(found, at=linear.bank.at))
+        at = linear.bank.at
+        self._take(replace(found, at=None if at is None else now.start + at))
 
     def _joined(
         self, layer: Layer, now: _Pass, gathered: _Gathered
