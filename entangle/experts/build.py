@@ -354,6 +354,9 @@ def _expand_block(
         if index == plan.last:
             calibration.close()
         groups = share_inputs(current(), groups, layers, budget=as_budget(memory), stack=stack)
+        if not plan.named:  # experts of a mixture that see fewer tokens than clusters stay
+            wanted = plan.experts
+            groups = [(own, one) for own, one in groups if one.n_tokens >= wanted[own[0].name]]
         fitted = {
             number: _naming(
                 members, plan.settings.fit, store, plan.experts[members[0].name], members[0].device

@@ -58,6 +58,7 @@ if TYPE_CHECKING:
         plot_components,
         plot_predictor,
     )
+    from entangle.plotting.routing import figure_routing, plot_routing_drop, plot_wd_inside
     from entangle.plotting.save import caption_of, drawn, save_figure, sign
     from entangle.plotting.scores import (
         figure_wd_against_md,
@@ -95,6 +96,7 @@ _HOMES = {
     ),
     "predictors": ("figure_components", "figure_predictors", "plot_components", "plot_predictor"),
     "options": ("FigureOptions", "PlotOptions", "shared_names"),
+    "routing": ("figure_routing", "plot_routing_drop", "plot_wd_inside"),
     "save": ("caption_of", "drawn", "save_figure", "sign"),
     "scores": (
         "figure_wd_against_md", "figure_wd_distribution", "plot_wd_against_md",
@@ -126,14 +128,14 @@ __all__ = [
     "dense_output", "drawn", "figure_ablation", "figure_allocation", "figure_comparison",
     "figure_components", "figure_difference", "figure_disentanglement", "figure_distances",
     "figure_expansion", "figure_experts", "figure_modes", "figure_output_distributions",
-    "figure_predictors", "figure_recovery", "figure_router_map", "figure_separated_pairs",
+    "figure_predictors", "figure_recovery", "figure_router_map", "figure_routing", "figure_separated_pairs",
     "figure_sparse_outputs", "figure_sparsities", "figure_top_and_typical",
     "figure_wd_against_md", "figure_wd_by_layer", "figure_wd_distribution", "paper_style",
     "plot_ablation", "plot_change", "plot_change_errors", "plot_components", "plot_contexts",
     "plot_costs", "plot_distances", "plot_experts", "plot_layer_profile", "plot_modes",
     "plot_output_distribution", "plot_pair_contexts", "plot_perplexity", "plot_predictor",
-    "plot_rank_agreement", "plot_router_map", "plot_row_sparsity", "plot_separated_pairs",
+    "plot_rank_agreement", "plot_router_map", "plot_routing_drop", "plot_row_sparsity", "plot_separated_pairs",
     "plot_sparse_output", "plot_two_runs", "plot_wd_against_md", "plot_wd_distribution",
-    "plot_wd_heatmap", "plot_wd_ridge", "save_figure", "shared_names", "sign",
+    "plot_wd_heatmap", "plot_wd_inside", "plot_wd_ridge", "save_figure", "shared_names", "sign",
     "top_and_typical",
 ]  # fmt: skip

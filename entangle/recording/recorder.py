@@ -432,8 +432,12 @@ class Recorder:
         """Hand on what an expert of a mixture gave on its tokens, all of which come at once."""
         gathered = now.gathered[layer.name]
         gathered.pieces, gathered.rows = [_Piece(SeenTensor.of(inputs), inputs, outputs)], 0
-        nowhere = self._once and linear.bank.at is None
-        if nowhere or not linear.bank.holds(now.shape[0] * now.shape[1]):
+        if self._once and linear.bank.at is None:
+            raise InvalidInput(
+                f"layer {layer.name!r} is of a mixture that does not tell which tokens an expert "
+                "sees, so its outputs have no known place in the text; choose another layer."
+            )
+        if not linear.bank.holds(now.shape[0] * now.shape[1]):
             self._refuse(layer, now, gathered)
             return
         # what stands for an expert's projection multiplies by its weight, and does nothing else

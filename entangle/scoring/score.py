@@ -35,6 +35,7 @@ from entangle.scoring.layer_scores import (
     neuron_table,
     without_few,
 )
+from entangle.scoring.routing import routing_distances
 from entangle.scoring.sketched import score_sketched
 from entangle.scoring.spread import share_summaries
 from entangle.seeding import check_seed
@@ -65,6 +66,7 @@ def score(
     memory: int | None = None,
     batch_size: int | None = None,
     min_tokens: int = MIN_TOKENS,
+    routing: bool = False,
     progress: bool | None = None,
     watch: Callable[[Recorded], None] | None = None,
 ) -> NeuronScores:
@@ -98,6 +100,10 @@ def score(
     min_tokens
         Tokens that an expert of a mixture must see: below, its neurons have no scores, and the flag
         ``few_tokens``. Layers that see all of the text's tokens are not held to it.
+    routing
+        Measure the neurons of a mixture's experts on as many tokens from all of the text as well,
+        twice (`entangle.scoring.routing`): columns ``wd_inside``, ``wd_outside``, ``wd_control``,
+        and the table `NeuronScores.routing`. The text runs once more.
     progress
         Show a progress bar on standard error; by default if that is a terminal.
     watch
@@ -128,7 +134,7 @@ def score(
     return score_layers(
         language_model, calibration, chosen, may_be_silent=not asked_by_name(layers, chosen),
         method=method, md=md, seed=seed, memory=memory, batch_size=batch_size,
-        min_tokens=min_tokens, progress=progress, watch=watch,
+        min_tokens=min_tokens, routing=routing, progress=progress, watch=watch,
     )  # fmt: skip
 
 
@@ -144,6 +150,7 @@ def score_layers(
     memory: int | None = None,
     batch_size: int | None = None,
     min_tokens: int = MIN_TOKENS,
+    routing: bool = False,
     progress: bool | None = None,
     watch: Callable[[Recorded], None] | None = None,
 ) -> NeuronScores:
@@ -182,6 +189,13 @@ def score_layers(
                 f"{per_pass} × {calibration.seq_len} tokens at a time; lower --seq-len (seq_len), "
                 "--batch-size (batch_size), --memory (memory) or the number of layers."
             ) from error
+    if routing:
+        others = routing_distances(
+            language_model.module, [one.layer for one in measured],
+            _batches(calibration, groups, per_pass), n_tokens=calibration.n_tokens, least=least,
+            seed=seed, memory=budget,
+        )  # fmt: skip
+        frame = frame.merge(others, on=["layer", "neuron"], how="left")
     manifest = make_manifest(
         KIND,
         model=model,
@@ -197,6 +211,7 @@ def score_layers(
             "n_groups": groups,
             "batch_size": per_pass,
             "md": md,
+            **({"routing": True} if routing else {}),
             "seed": seed,
         },
         **clock.read(budget),
