@@ -396,7 +396,7 @@ def test_a_mixture_in_an_unknown_layout_is_refused(calibration: CalibrationSet) 
     model = as_language_model(Qwen2MoeForCausalLM(config).eval())  # type: ignore[no-untyped-call]
     for block in model.module.get_submodule("model.layers").children():
         experts = block.get_submodule("mlp.experts")
-        del experts.is_transposed  # what tells how the parameters lie
+        experts.register_parameter("more", torch.nn.Parameter(torch.zeros(4, 2, 2)))
     with pytest.raises(InvalidInput, match=r"'model\.layers\.0\.mlp\.experts\.\w+' holds its exp"):
         run(model, calibration)
     found = run(model, calibration, layers="*.shared_expert.up_proj", proj=None)
