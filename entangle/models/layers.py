@@ -514,7 +514,8 @@ def _refuse_experts(module: nn.Module, pattern: str | int) -> None:
     """Raise where ``pattern`` is the name, suffix, parent or glob of fused experts."""
     for experts in list_fused_experts(module):
         names = (experts.name, experts.name.rpartition(".")[0])
-        if any(fnmatchcase(f".{name}", f"*.{pattern}") for name in names):
+        inside = str(pattern).startswith(f"{names[1]}.")
+        if inside or any(fnmatchcase(f".{name}", f"*.{pattern}") for name in names):
             raise InvalidInput(
                 f"layer {experts.name!r} holds the weights of {experts.shape[0]} experts in "
                 f"{experts.why}, so they cannot be addressed; choose plain linears. {LISTING}"
