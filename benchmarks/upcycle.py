@@ -165,7 +165,10 @@ def train(
         p.requires_grad_(False)
     for p in (*routers, *experts):
         p.requires_grad_(True)
-    groups = [{"params": routers, "rate": given.router_rate}, {"params": experts, "rate": given.rate}]
+    groups = [
+        {"params": routers, "rate": given.router_rate},
+        {"params": experts, "rate": given.rate},
+    ]
     optimiser = torch.optim.AdamW(groups, lr=given.rate, weight_decay=0.0, betas=(0.9, 0.95))
     generator = torch.Generator().manual_seed(given.seed)
     begun, best, kept, told, step = time.monotonic(), math.inf, dict[str, Tensor](), [], 0
@@ -178,7 +181,9 @@ def train(
             print(json.dumps(told[-1]), flush=True)
             if loss < best:
                 best = loss
-                kept = {k: v.detach().clone() for k, v in made.named_parameters() if v.requires_grad}
+                kept = {
+                    k: v.detach().clone() for k, v in made.named_parameters() if v.requires_grad
+                }
         if gone >= 1:
             break
         share = min(1.0, (step + 1) / 50) * max(0.02, 0.5 + 0.5 * math.cos(math.pi * min(gone, 1)))
@@ -218,7 +223,9 @@ def _imbalance(logits: Any, config: Any) -> Tensor:
     found = []
     for one in logits:
         chosen = one.float().softmax(-1)
-        used = torch.zeros_like(chosen).scatter(1, one.topk(config.num_experts_per_tok).indices, 1.0)
+        used = torch.zeros_like(chosen).scatter(
+            1, one.topk(config.num_experts_per_tok).indices, 1.0
+        )
         share = used.mean(0) / config.num_experts_per_tok
         found.append(len(share) * (share * chosen.mean(0)).sum())
     return torch.stack(found).mean()

@@ -31,7 +31,9 @@ def run(arguments: argparse.Namespace) -> None:
     ]
     for experts in list_fused_experts(model.module):
         shape = " × ".join(map(str, experts.shape))
-        rows.append((experts.name, experts.block, experts.name.rpartition(".")[2], shape, experts.why))
+        rows.append(
+            (experts.name, experts.block, experts.name.rpartition(".")[2], shape, experts.why)
+        )
     frame = pd.DataFrame(rows, columns=["name", "block", "projection", "shape", "addressable"])
     why = frame["addressable"].map(lambda one: f"no: {one}" if one else "yes")
     frame = frame.astype({"block": "Int64"}).assign(addressable=frame["addressable"] == "")

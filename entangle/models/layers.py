@@ -314,7 +314,7 @@ def list_fused_experts(module: nn.Module) -> tuple[FusedExperts, ...]:
     found = []
     for name, child in module.named_modules():
         block = _block_index(name, blocks)
-        if isinstance(child, _ConvNd) or isinstance(child, ExpertLinear) or block is None:
+        if isinstance(child, _ConvNd | ExpertLinear) or block is None:
             continue
         quantised = quantised_experts(child)
         for key, parameter in child.named_parameters(recurse=False):

@@ -1,4 +1,4 @@
-"""The experts of a mixture, held in stacked parameters, as linears that can be addressed one by one.
+"""The experts of a mixture, held in stacked parameters, as linears to be addressed one by one.
 
 transformers keeps the experts of a layer as 3-D parameters of one module, which multiplies by them
 without running a module per expert. Here they are found by their structure, and every projection of
@@ -106,7 +106,7 @@ class ExpertLinear(nn.Module):
         bias = self.stack.bias
         return None if bias is None else bias[self.number]
 
-    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:  # noqa: ARG002
         """Yield the stacked parameter, which tells dtype and device."""
         yield self.stack.stored
 
@@ -427,9 +427,7 @@ def _stacked(name: str, module: nn.Module) -> ExpertBank | None:
     )  # fmt: skip
     stacks = {"gate_proj": stack(gate), "up_proj": stack(rest)} if gated else {"up_proj": stack()}
     layout: Layout = "routed" if declared else "repeated"
-    return ExpertBank(
-        name, module, layout, (module,), {**stacks, "down_proj": last}, interleaved
-    )
+    return ExpertBank(name, module, layout, (module,), {**stacks, "down_proj": last}, interleaved)
 
 
 def _glued(name: str, module: nn.Module) -> ExpertBank | None:

@@ -31,9 +31,7 @@ class _Seen:
     """What entered a mixture: every token once, and which of them each expert saw."""
 
     hidden: Float[Tensor, "tokens features"]
-    at: dict[int, list[Int64[Tensor, " tokens"]]] = field(
-        default_factory=lambda: defaultdict(list)
-    )
+    at: dict[int, list[Int64[Tensor, " tokens"]]] = field(default_factory=lambda: defaultdict(list))
 
 
 def routing_distances(
@@ -92,7 +90,9 @@ def routing_distances(
     for several in _at_once(list(banks.values()), n_tokens, memory):
         seen = _record(module, every, several, batches, n_tokens)
         with full_precision(), torch.no_grad():
-            parts += [part for own in several for part in _measured(own, seen, n_tokens, least, seed)]
+            parts += [
+                part for own in several for part in _measured(own, seen, n_tokens, least, seed)
+            ]
     return pd.concat(parts, ignore_index=True)
 
 
@@ -141,7 +141,9 @@ def _record(
         linear = seen.layer.module
         assert isinstance(linear, ExpertLinear)  # noqa: S101
         bank = linear.bank
-        if seen.at is None or (bank.layout == "repeated" and round(seen.layer.share * bank.n_experts) > 1):
+        if seen.at is None or (
+            bank.layout == "repeated" and round(seen.layer.share * bank.n_experts) > 1
+        ):
             raise InvalidInput(
                 f"the mixture {bank.name!r} does not give an expert the tokens as all others get "
                 "them, so what it would make of others is not known; leave `routing` out."

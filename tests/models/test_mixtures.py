@@ -1,4 +1,4 @@
-"""Experts in stacked parameters: every family's projections are found, named, and run as they do."""
+"""Experts in stacked parameters: every family's are found, named, and run as they do."""
 
 import copy
 from collections.abc import Iterator
@@ -175,6 +175,8 @@ def test_quantised_experts_are_refused_by_name() -> None:
         "gate_up_proj", "down_proj"
     ]  # fmt: skip
     for spec in ("model.layers.2.mlp.experts", "model.layers.2.mlp.experts.0.gate_proj"):
-        with pytest.raises(InvalidInput, match=r"model\.layers\.2\.mlp\.experts.*quantised.*Packed"):
+        with pytest.raises(
+            InvalidInput, match=r"model\.layers\.2\.mlp\.experts.*quantised.*Packed"
+        ):
             find_layers(module, spec)
     assert not any(layer.is_expert for layer in list_layers(module) if layer.block == 2)
