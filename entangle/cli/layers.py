@@ -25,18 +25,19 @@ def run(arguments: argparse.Namespace) -> None:
     from entangle.models.layers import list_fused_experts, list_layers
 
     model = load_model(arguments)
-    rows: list[tuple[str, int | None, str, str, bool]] = [
-        (layer.name, layer.block, layer.projection, f"{layer.shape[0]} × {layer.shape[1]}", True)
+    rows: list[tuple[str, int | None, str, str, str]] = [
+        (layer.name, layer.block, layer.projection, f"{layer.shape[0]} × {layer.shape[1]}", "")
         for layer in list_layers(model.module)
     ]
     for experts in list_fused_experts(model.module):
         shape = " × ".join(map(str, experts.shape))
-        rows.append((experts.name, experts.block, experts.name.rpartition(".")[2], shape, False))
+        rows.append(
+            (experts.name, experts.block, experts.name.rpartition(".")[2], shape, experts.why)
+        )
     frame = pd.DataFrame(rows, columns=["name", "block", "projection", "shape", "addressable"])
-    frame = frame.astype({"block": "Int64"})
-    shown = frame.assign(
-        addressable=frame["addressable"].map({True: "yes", False: "no: fused experts"})
-    )
+    why = frame["addressable"].map(lambda one: f"no: {one}" if one else "yes")
+    frame = frame.astype({"block": "Int64"}).assign(addressable=frame["addressable"] == "")
+    shown = frame.assign(addressable=why)
     if frame["addressable"].all():
         shown = shown.drop(columns="addressable")
     table = Table(

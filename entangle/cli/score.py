@@ -23,7 +23,7 @@ FORMATS = {
 }  # fmt: skip
 OPTIONAL = ("flagged", "neurons", "97 % wd", "split-half ρ", "mean", "weight_norm", "std",
             "excess_kurtosis", "skewness", "ks", "null floor", "WD–MD ρ [95 %]", "md")  # fmt: skip
-TABLES = ("layers", "neurons")
+TABLES = ("layers", "neurons", "routing")
 
 
 def add_parser(subparsers: options.Subparsers) -> None:
@@ -45,6 +45,12 @@ def add_parser(subparsers: options.Subparsers) -> None:
         "exact if the recorded inputs take at most 1 GiB, or half of a --memory that is given "
         "(default: auto)",
     )
+    group.add_argument(
+        "--routing",
+        action="store_true",
+        help="compare the neurons of a mixture's experts with themselves on as many tokens of the "
+        "whole text: does the model's own router disentangle them?",
+    )
     group.add_argument("--no-md", action="store_true", help="skip the mapping difficulty")
     group.add_argument(
         "--columns", default="", metavar="NAMES",
@@ -53,6 +59,13 @@ def add_parser(subparsers: options.Subparsers) -> None:
     )  # fmt: skip
     options.add_memory_option(group)
     group.add_argument("--batch-size", type=int, help="sequences in one forward pass")
+    group.add_argument(
+        "--min-tokens",
+        type=int,
+        default=512,
+        help="tokens that an expert of a mixture must see for its neurons to be scored "
+        "(default: 512)",
+    )
     parser.add_argument("--top", type=int, default=20, help="rows to print (default: 20)")
     options.add_run_options(parser, *TABLES)
     options.add_dry_run_option(parser)
@@ -85,6 +98,8 @@ def run(arguments: argparse.Namespace) -> None:
         memory=memory,
         batch_size=arguments.batch_size,
         columns=options.names(arguments.columns) if arguments.columns else (),
+        min_tokens=arguments.min_tokens,
+        routing=arguments.routing,
         progress=not arguments.quiet,
     )
     if effect is not None:
@@ -161,7 +176,30 @@ def print_scores(scores: "NeuronScores", arguments: argparse.Namespace) -> None:
         "top": records(scores.top(top)),
     }
     tables = score_tables(scores, summary, top=top)
+    if "wd_inside" in scores.frame.columns:
+        routing = scores.routing(seed=arguments.seed)
+        content["routing"] = records(routing)
+        tables.append(routing_table(routing))
     present(arguments, tables, content, said=said, out=arguments.out)
+
+
+def routing_table(routing: "pd.DataFrame") -> Table:
+    """Return the table of what the model's own routers do to WD."""
+    shown = routing[["block", "projection", "experts", "neurons", "wd_inside", "wd_outside"]]
+    for name, prefix in (("drop", ""), ("control", "control_")):
+        shown = shown.assign(
+            **{
+                f"{name} [95 %]": [
+                    f"{row[name]:.3f} [{row[prefix + 'low']:.3f}, {row[prefix + 'high']:.3f}]"
+                    for _, row in routing.iterrows()
+                ]
+            }
+        )
+    title = "WD on as many tokens of the text ÷ WD on the expert's own (control: two random draws)"
+    return Table(
+        "routing", routing, title, {"wd_inside": ".4f", "wd_outside": ".4f"},
+        keys=("block", "projection"), shown=shown,
+    )  # fmt: skip
 
 
 def score_tables(scores: "NeuronScores", summary: "pd.DataFrame", *, top: int) -> list[Table]:

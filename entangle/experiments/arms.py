@@ -218,6 +218,11 @@ class ArmPlan:
             if scores is None and name not in known:
                 raise unknown_name("column", name, known, "Choose a column of the scores.")
             missing = not md if scores is None else column(scores, name).isna().all()
+            if missing and scores is not None and (scores["flag"] == "few_tokens").all():
+                raise InvalidInput(
+                    f"`by` {name} needs scores, but the experts chosen saw too few tokens "
+                    "(few_tokens); give more text, or score with a lower --min-tokens (min_tokens)."
+                )
             if missing and (scores is not None or name == "md"):
                 raise InvalidInput(
                     f"`by` {name} needs scores that hold it; compute it (for md: md=True, without "

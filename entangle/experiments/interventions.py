@@ -25,7 +25,7 @@ from torch import Tensor
 
 from entangle.checks import choice, share
 from entangle.errors import InvalidInput, unknown_name
-from entangle.experiments.selection import Selection, in_module_order
+from entangle.experiments.selection import Selection, heard, in_module_order
 from entangle.models.layers import Layer
 from entangle.models.loading import LanguageModel
 from entangle.pruning import PruneResult, prune
@@ -299,6 +299,7 @@ def layer_statistics(
             model, calibration, layers, may_be_silent=not named, method="sketch", md=md,
             seed=seed, progress=progress, watch=watch if grams else None, columns=columns,
         )  # fmt: skip
+        scores = scores if named else heard(scores)
     elif grams:
         with ProgressBar("calibrating", enabled=progress) as bar:
             bar.start(calibration.n_seq, "sequences")

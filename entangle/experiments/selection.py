@@ -8,7 +8,7 @@ Drawing a control that resembles a selection in one quantity.
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from warnings import warn
 
 import numpy as np
@@ -436,10 +436,25 @@ def check_scores_fit(scores: NeuronScores, model: LanguageModel) -> None:
 
 
 def silent_layers(scores: NeuronScores) -> set[str]:
-    """Return the layers that scores left out because they saw no token."""
+    """Return the layers without scores because they saw no token, or, as experts, too few."""
     settings = scores.manifest.get("settings")
     found = settings.get("layers_without_tokens") if isinstance(settings, dict) else None
-    return {str(name) for name in found or ()}
+    few = scores.frame.loc[scores.frame["flag"] == "few_tokens", "layer"]
+    return {str(name) for name in [*(found or ()), *few]}
+
+
+def heard(scores: NeuronScores) -> NeuronScores:
+    """Return scores without the experts that saw too few tokens, which the settings then name."""
+    silent = silent_layers(scores)
+    few = [str(name) for name in scores.layers["layer"] if name in silent]
+    if not few or len(few) == len(scores.layers):
+        return scores
+    frame, layers = (
+        one[~one["layer"].isin(few)].reset_index(drop=True) for one in (scores.frame, scores.layers)
+    )
+    histograms = {name: one for name, one in scores.histograms.items() if name not in few}
+    kept = replace(scores, frame=frame, layers=layers, histograms=histograms)
+    return kept.with_settings(layers_with_few_tokens=few)
 
 
 def scores_of(scores: NeuronScores, layers: Sequence[Layer], model: LanguageModel) -> NeuronScores:

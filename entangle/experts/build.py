@@ -39,6 +39,7 @@ from entangle.experts.storage import Storage
 from entangle.memory import by_device, give_back
 from entangle.models.blocks import BlockRunner
 from entangle.models.layers import Layer
+from entangle.models.mixtures import put_layer
 from entangle.models.streaming import release
 from entangle.packed.formats import Packed
 from entangle.ranks import current
@@ -319,7 +320,7 @@ def build_blocks(
                 runner, streams[0], index, layers, plan, memory, habits, writer(index)
             )
         for one in expanded:
-            module.set_submodule(one.layer.name, one.module)
+            put_layer(module, one.layer.name, one.module)
         for stream in streams if index < plan.last else streams[1:]:
             stream.advance(runner, index)
         for one in expanded:
@@ -359,6 +360,9 @@ def _expand_block(
         if index == plan.last:
             calibration.close()
         groups = share_inputs(current(), groups, layers, budget=as_budget(memory), stack=stack)
+        if not plan.named:  # experts of a mixture that see fewer tokens than clusters stay
+            wanted = plan.experts
+            groups = [(own, one) for own, one in groups if one.n_tokens >= wanted[own[0].name]]
         fitted = {
             number: _naming(
                 members, plan.settings.fit, store, plan.experts[members[0].name], members[0].device

@@ -32,6 +32,7 @@ from entangle.experts.build import ExpandedLayer, structural_copy
 from entangle.models.blocks import evaluates
 from entangle.models.layers import Layer, list_layers
 from entangle.models.loading import AnyModel, LanguageModel, as_language_model, load_model
+from entangle.models.mixtures import put_layer, settle
 from entangle.models.pretrained import load_folder
 from entangle.packed import huggingface
 from entangle.precision import resolve_device
@@ -54,7 +55,7 @@ _CONFIG = "config.json"
 def install(module: nn.Module, expanded: Sequence[ExpandedLayer]) -> None:
     """Put expanded layers into a model, in place of the dense ones."""
     for one in expanded:
-        module.set_submodule(one.layer.name, one.module)
+        put_layer(module, one.layer.name, one.module)
 
 
 def refuse_saving(module: nn.Module) -> None:
@@ -282,7 +283,8 @@ def complete(
     made
         The folder.
     dense
-        The dense model; there is no rest of one that transformers cannot build.
+        The dense model; there is no rest of one that transformers cannot build, or that a mixture's
+        experts were expanded in.
     manifest
         Of the checkpoint.
     names
@@ -291,8 +293,8 @@ def complete(
         Their SHA-256, where it is known.
     """
     files = dict(folder.digests(made, names) if known is None else known)
-    if folder.loads_alone(dense.module):
-        blocks = [described_in(made / name) for name in names if name.endswith(".build")]
+    blocks = [described_in(made / name) for name in names if name.endswith(".build")]
+    if folder.loads_alone(dense.module, blocks):
         shards = folder.write_dense(made, dense, folder.config_of(blocks, dense.module))
         files |= folder.digests(made, shards)
         folder.write_card(made, dense, manifest)
@@ -439,6 +441,7 @@ def _put_packed(module: nn.Module, where: Path, manifest: Mapping[str, Any]) -> 
             if key.rpartition(".")[0] == name
         }
         module.get_submodule(name).load_state_dict(own, assign=True)
+    settle(module)
 
 
 def _put_old(module: nn.Module, where: Path, manifest: Mapping[str, Any]) -> None:

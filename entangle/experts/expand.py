@@ -54,6 +54,7 @@ from entangle.models.layers import (
     projections,
 )
 from entangle.models.loading import AnyModel, LanguageModel, as_language_model
+from entangle.models.mixtures import put_layer
 from entangle.pruning import PRUNERS
 from entangle.ranks import current
 from entangle.recording.recorder import shared_inputs
@@ -135,7 +136,8 @@ def model_costs(module: nn.Module, rows: Iterable[Mapping[str, object]]) -> dict
 
     Counted are all linear layers, the head included: ``flops`` for a token, stored ``nonzeros`` of
     the weights, and stored ``bytes`` (bitmaps included). Routers are included in flops and bytes,
-    once for layers that share one.
+    once for layers that share one. Of a mixture all experts are stored, and as many as a token is
+    sent to are active: the flops of each count by its `Layer.share`.
 
     Parameters
     ----------
@@ -146,15 +148,20 @@ def model_costs(module: nn.Module, rows: Iterable[Mapping[str, object]]) -> dict
     """
     table = pd.DataFrame(list(rows))
     width = next(module.parameters()).element_size()
-    dense = sum(math.prod(layer.shape) for layer in list_layers(module))
+    layers = list_layers(module)
+    dense = sum(math.prod(layer.shape) for layer in layers)
     if table.empty:
         return {"flops": 1.0, "nonzeros": 1.0, "bytes": 1.0}
+    share = table["layer"].map({layer.name: layer.share for layer in layers})
     others = dense - int(table["dense_weights"].sum())
-    routers = table.drop_duplicates(["block", "router"])[["router_flops", "router_bytes"]].sum()
-    flops = float(table["flops"].sum() + routers["router_flops"])
+    active = sum(math.prod(layer.shape) * layer.share for layer in layers)
+    still = active - float((table["dense_weights"] * share).sum())
+    routers = table.assign(router_flops=table["router_flops"] * share)
+    routers = routers.drop_duplicates(["block", "router"])[["router_flops", "router_bytes"]].sum()
+    flops = float((table["flops"] * share).sum() + routers["router_flops"])
     stored = float(table["bytes"].sum() + routers["router_bytes"])
     return {
-        "flops": (2 * others + flops) / (2 * dense),
+        "flops": (2 * still + flops) / (2 * active),
         "nonzeros": (others + float(table["nonzeros"].sum())) / dense,
         "bytes": (others * width + stored) / (dense * width),
     }
@@ -495,7 +502,7 @@ class _Sink:
             self.writers.write(index, made, rows)
         self._builds = False
         for one in () if self.keep else expanded:
-            self._module.set_submodule(one.layer.name, one.layer.module)
+            put_layer(self._module, one.layer.name, one.layer.module)
         if current().rank == 0:
             bar.advance()
 
@@ -526,7 +533,7 @@ def _refuse_fused(module: nn.Module, chosen: Sequence[Layer]) -> None:
     for fused in list_fused_experts(module):
         if fused.block in blocks and "experts" in fused.name.split("."):
             raise InvalidInput(
-                f"the mixture {fused.name!r} holds its experts in one parameter, which cannot be "
+                f"the mixture {fused.name!r} holds its experts in {fused.why}, which cannot be "
                 "expanded; name the linear layers to expand (layers=…, proj=None)."
             )
 

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
+from entangle.models.layers import list_layers
 from entangle.models.loading import LanguageModel
+from entangle.models.mixtures import ExpertLinear
 from entangle.models.pretrained import auto_class, quiet
 from entangle.models.shards import present
 from entangle.models.streaming import is_streamed
@@ -57,8 +59,15 @@ def _shape(layer: Mapping[str, Any]) -> tuple[int, int]:
     return layer["layout"]["out_features"], layer["layout"]["in_features"]
 
 
-def loads_alone(module: nn.Module) -> bool:
-    """Tell whether transformers can build a model anew, from its class and config."""
+def loads_alone(module: nn.Module, blocks: Sequence[Mapping[str, Any]]) -> bool:
+    """Tell whether transformers can build a model anew, from its class and config.
+
+    It cannot where experts of a mixture, which it keeps in stacked parameters, were expanded in the
+    ``blocks`` (as in `config_of`).
+    """
+    stacked = {one.name for one in list_layers(module) if isinstance(one.module, ExpertLinear)}
+    if any(name in stacked for block in blocks for name in block["layers"]):
+        return False
     return isinstance(module, PreTrainedModel) and type(module).__module__.startswith(
         "transformers."
     )

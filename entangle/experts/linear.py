@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from entangle.errors import InvalidInput, unknown_name
 from entangle.experts.router import Router
 from entangle.models.layers import Layer
+from entangle.models.mixtures import put_layer
 
 
 class SharedRouting:
@@ -251,11 +252,11 @@ def installed(
     originals = {name: present[name] for name in replacements}
     try:
         for name, replacement in replacements.items():
-            module.set_submodule(name, replacement)
+            put_layer(module, name, replacement)
         yield originals
     finally:
         for name, original in originals.items():
-            module.set_submodule(name, original)
+            put_layer(module, name, original)
 
 
 Packed = tuple[UInt8[Tensor, " bytes"], Float[Tensor, " nonzeros"]]

@@ -39,6 +39,7 @@ from entangle.models.layers import (
     projections,
 )
 from entangle.models.loading import AnyModel, LanguageModel, as_language_model, load_model
+from entangle.models.mixtures import ExpertLinear
 from entangle.models.pretrained import quiet
 from entangle.models.shards import present
 from entangle.models.streaming import is_streamed
@@ -136,6 +137,13 @@ def prune(
         allocation = replace(allocation, experts=None)
 
     streams = is_streamed(dense.module) and out is not None  # written from the blocks' files
+    chosen = find_layers(dense.module, layers, proj) if streams else ()
+    for layer in chosen:
+        if isinstance(layer.module, ExpertLinear):
+            raise InvalidInput(
+                f"{layer.name!r} is part of an expert, which cannot be written while the model is "
+                "streamed; load it whole (stream=False), or leave its experts out."
+            )
 
     def write(expansion: Expansion, folder: Path) -> None:
         if streams:
@@ -204,10 +212,17 @@ def plain_module(dense: nn.Module, expanded: nn.Module) -> nn.Module:
         The same model, with an `ExpandedLinear` of one expert in place of some layers.
     """
     copied = structural_copy(dense)
-    layers = {layer.name: layer for layer in list_layers(copied)}
+    layers, own = {layer.name: layer for layer in list_layers(copied)}, set[int]()
     for name, module in expanded.named_modules():
         if isinstance(module, ExpandedLinear):
             layer, weight = layers[name], module.weight.detach()[0]
+            if isinstance(layer.module, ExpertLinear):
+                stack = layer.module.stack
+                if id(stack.stored) not in own:
+                    stack.make_own()
+                    own.add(id(stack.stored))
+                layer.weight.copy_(weight)
+                continue
             stored = weight.T.contiguous() if layer.transposed else weight
             layer.module.register_parameter("weight", nn.Parameter(stored, requires_grad=False))
     return copied

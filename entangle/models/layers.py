@@ -2,8 +2,9 @@
 
 No list of model families: the transformer blocks are the longest ``ModuleList`` of like modules, a
 layer is an ``nn.Linear``, a GPT-2 ``Conv1D``, whose transposed weight is handled here alone, or
-what stands in for one: a quantised linear, or an adapter (PEFT) around a linear, which is one layer
-with it.
+what stands in for one: a quantised linear, an adapter (PEFT) around a linear, which is one layer
+with it, or one projection of an expert whose weights are stacked with those of others
+(`entangle.models.mixtures`).
 """
 
 import re
@@ -21,6 +22,14 @@ from transformers.pytorch_utils import Conv1D
 
 from entangle.checks import names, several, shown
 from entangle.errors import InvalidInput, unknown_name
+from entangle.models.mixtures import (
+    EXPERT,
+    ExpertLinear,
+    expert_shares,
+    expose,
+    quantised_experts,
+    stored_name,
+)
 from entangle.models.shards import place_of, present, stored_of
 
 LISTING = "`entangle layers MODEL` lists them all."
@@ -45,6 +54,9 @@ class Layer:
     """Other names of the same module, which then runs at several depths."""
     shared: tuple[str, ...] = ()
     """Names of other modules' parameters that are the same memory as this layer's weight."""
+    share: float = 1.0
+    """Share of a text's tokens that the layer sees: of an expert, where all are sent equally
+    many."""
 
     @property
     def weight(self) -> Float[Tensor, "out_features in_features"]:
@@ -57,7 +69,7 @@ class Layer:
         stored = self._stored
         if stored is None:
             return self._probed()[0]
-        if stored.is_meta:
+        if stored.is_meta:  # never of an expert, whose weight is read
             stored = present(self.module.get_parameter("weight"))
         return stored.T if self.transposed else stored
 
@@ -111,7 +123,14 @@ class Layer:
         or is the memory of another module's parameter, such as a head tied to the embedding.
         """
         parameters: Any = self.module._parameters
+        if isinstance(self.module, ExpertLinear):
+            return True
         return parameters.get("weight") is not None and self._stored is not None and not self.shared
+
+    @property
+    def is_expert(self) -> bool:
+        """Whether the layer is part of an expert, which sees the tokens that are sent to it."""
+        return EXPERT.search(self.name) is not None
 
     def check_writable(self, what: str) -> None:
         """Raise `InvalidInput` unless the layer is `writable`; ``what`` needs it."""
@@ -167,7 +186,7 @@ def _size(module: nn.Module, name: str) -> int:
 
 @dataclass(frozen=True)
 class FusedExperts:
-    """All experts of a mixture, held in one 3-D parameter: listed, but not addressable."""
+    """Experts of a mixture in a layout that is not known: listed, but not addressable."""
 
     name: str
     """Full dotted name of the parameter."""
@@ -175,19 +194,24 @@ class FusedExperts:
     """Index of the transformer block, None outside the blocks."""
     shape: tuple[int, ...]
     """Shape of the parameter; experts come first."""
+    why: str = "a layout that is not known"
+    """Why they are not addressable."""
 
 
 def list_layers(module: nn.Module) -> tuple[Layer, ...]:
     """Return every linear layer of ``module`` in module order; a shared module is listed once.
 
-    An adapter and the linear it wraps are one layer, of the wrapper's name.
+    An adapter and the linear it wraps are one layer, of the wrapper's name. Experts that are held
+    in stacked parameters get stand-ins in the module's tree (`entangle.models.mixtures.expose`).
 
     Parameters
     ----------
     module
         A model, usually from transformers.
     """
+    expose(module)
     blocks, owners, names = _block_name(module), _owners(module), _names(module)
+    shares = expert_shares(module)
     found: list[Layer] = []
     inside: tuple[str, ...] = ()  # of an adapter
     for name, child in module.named_modules():
@@ -208,6 +232,7 @@ def list_layers(module: nn.Module) -> tuple[Layer, ...]:
                 transposed=isinstance(inner, Conv1D),
                 aliases=tuple(other for other in aliases if other != name),
                 shared=_shared(inner, owners, aliases),
+                share=shares.get(name[: at.start()] if (at := EXPERT.search(name)) else "", 1.0),
             )
         )
     return tuple(found)
@@ -277,15 +302,26 @@ def _shared(
 
 
 def list_fused_experts(module: nn.Module) -> tuple[FusedExperts, ...]:
-    """Return every 3-D parameter inside the blocks that is not a convolution's kernel."""
+    """Return the parameters inside the blocks that hold experts who cannot be addressed.
+
+    Every 3-D one that is neither a convolution's kernel nor of a layout that
+    `entangle.models.mixtures` knows, and those of quantised experts.
+    """
+    expose(module)
     blocks = _block_name(module)
-    return tuple(
-        FusedExperts(f"{name}.{key}", block, tuple(parameter.shape))
-        for name, child in module.named_modules()
-        if not isinstance(child, _ConvNd) and (block := _block_index(name, blocks)) is not None
-        for key, parameter in child.named_parameters(recurse=False)
-        if parameter.ndim == 3
-    )
+    known = {id(layer.module.stack.stored) for layer in list_layers(module)
+             if isinstance(layer.module, ExpertLinear)}  # fmt: skip
+    found = []
+    for name, child in module.named_modules():
+        block = _block_index(name, blocks)
+        if isinstance(child, _ConvNd | ExpertLinear) or block is None:
+            continue
+        quantised = quantised_experts(child)
+        for key, parameter in child.named_parameters(recurse=False):
+            if id(parameter) not in known and (parameter.ndim == 3 or key in quantised):
+                why = quantised.get(key, FusedExperts.why)
+                found.append(FusedExperts(f"{name}.{key}", block, tuple(parameter.shape), why))
+    return tuple(found)
 
 
 def find_blocks(module: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -340,12 +376,15 @@ def find_layers(module: nn.Module, spec: LayerSpec, proj: Projections = None) ->
     spec
         A block index (``1`` or ``"1"``), a full dotted name, a `Layer` (by its name), a glob
         (``"*.mlp.gate_proj"``), ``"all"`` (every linear inside the blocks), or several of these.
+        An expert is called as on disk (``"model.layers.3.mlp.experts.17.gate_proj"``); names and
+        globs of checkpoints that transformers renames (``block_sparse_moe.experts.17.w1``) count.
     proj
         Narrows the choice: the last component or a dotted suffix of the name (``"gate_proj"``,
         ``"mlp.gate_proj"``), or several of them. ``"attn"`` or ``"attention"`` is the attention
         part of a block: its linears in a module named or classed "attn" or "attention", or so named
         themselves. ``"mlp"`` is the feed-forward part: its other linears, save those beside a
-        convolution, which mixes tokens too. None takes all. `DEFAULT_PROJ`, the default of commands
+        convolution, which mixes tokens too. ``"experts"`` are the linears of a mixture's experts.
+        None takes all. `DEFAULT_PROJ`, the default of commands
         and functions, is ``"mlp"`` of blocks and of ``"all"``, and narrows no names and globs.
 
     Raises
@@ -461,6 +500,8 @@ def _resolve(module: nn.Module, layers: Sequence[Layer], spec: int | str) -> lis
         names = list(_aliases(module, layers, spec))
     if names:
         return names
+    if isinstance(spec, str) and (other := stored_name(module, spec)) != spec:
+        return _resolve(module, layers, other)
     _refuse_experts(module, spec)
     raise unknown_name("layer", str(spec), (layer.name for layer in layers), LISTING)
 
@@ -473,10 +514,11 @@ def _refuse_experts(module: nn.Module, pattern: str | int) -> None:
     """Raise where ``pattern`` is the name, suffix, parent or glob of fused experts."""
     for experts in list_fused_experts(module):
         names = (experts.name, experts.name.rpartition(".")[0])
-        if any(fnmatchcase(f".{name}", f"*.{pattern}") for name in names):
+        inside = str(pattern).startswith(f"{names[1]}.")
+        if inside or any(fnmatchcase(f".{name}", f"*.{pattern}") for name in names):
             raise InvalidInput(
-                f"layer {experts.name!r} holds the weights of {experts.shape[0]} experts in one "
-                f"tensor, which cannot be addressed; choose plain linears. {LISTING}"
+                f"layer {experts.name!r} holds the weights of {experts.shape[0]} experts in "
+                f"{experts.why}, so they cannot be addressed; choose plain linears. {LISTING}"
             )
 
 
@@ -501,10 +543,15 @@ def _narrow(module: nn.Module, layers: tuple[Layer, ...], proj: str) -> tuple[La
         found = tuple(layer for layer in layers if _feed_forward(module, blocks, layer))
     elif proj in ("attn", "attention"):
         found = tuple(layer for layer in layers if _attends(module, blocks, layer))
+    elif proj == "experts":
+        found = tuple(layer for layer in layers if layer.is_expert)
     else:
         found = tuple(layer for layer in layers if f".{layer.name}".endswith(f".{proj}"))
     if found:
         return found
+    other = stored_name(module, f"experts.*.{proj}").rpartition(".")[2]
+    if other != proj and other != "*":
+        return _narrow(module, layers, other)
     _refuse_experts(module, "experts" if proj == "mlp" else proj)
     raise unknown_name("projection", proj, (layer.projection for layer in layers), LISTING)
 

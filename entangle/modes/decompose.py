@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from entangle.checks import different, renamed, share, whole, wholes
@@ -26,6 +26,7 @@ from entangle.memory import check_memory, memory_for, work_bytes
 from entangle.models.blocks import evaluates
 from entangle.models.layers import DEFAULT_PROJ, Layer, LayerSpec, Projections, find_layers
 from entangle.models.loading import AnyModel, LanguageModel, as_language_model
+from entangle.models.mixtures import ExpertLinear
 from entangle.modes import describe_modes
 from entangle.modes.groups import (
     Chosen,
@@ -46,7 +47,7 @@ from entangle.results.decomposition import COLUMNS, KIND, Decomposition, joined
 from entangle.runs.progress import Progress, ProgressBar
 from entangle.runs.provenance import RunClock, make_manifest
 from entangle.texts.calibration import as_calibration
-from entangle.texts.calibration_set import CalibrationSet
+from entangle.texts.calibration_set import CalibrationSet, SeenTokens, Tokens
 from entangle.texts.given import Source
 from entangle.texts.words import TokenText
 
@@ -75,7 +76,7 @@ class DecompositionPlan:
 def decompose_group(
     layers: Sequence[Layer],
     inputs: TokenStore,
-    calibration: CalibrationSet,
+    calibration: Tokens,
     tokenizer: PreTrainedTokenizerBase | None,
     request: DecompositionPlan,
     *,
@@ -181,7 +182,7 @@ def _add_tokens(
     parts: Parts,
     chosen: Sequence[Chosen],
     inputs: TokenStore,
-    calibration: CalibrationSet,
+    calibration: Tokens,
     tokenizer: PreTrainedTokenizerBase | None,
     request: DecompositionPlan,
 ) -> None:
@@ -252,21 +253,27 @@ def record_groups(
     Raises
     ------
     InvalidInput
-        If a layer does not run exactly once on every token, or does not multiply by its weight.
+        If a layer does not run exactly once on every token, or does not multiply by its weight. An
+        expert runs on some of them; which, is `TokenStore.at`.
     """
     budget, stores = ByteBudget(memory), dict[int, TokenStore]()
+    places: dict[int, list[Tensor]] = defaultdict(list)
 
     def keep(found: Recorded) -> None:
         if found.source not in stores:
             stores[found.source] = stack.enter_context(TokenStore(budget))
         if found.leads:
             stores[found.source].append(found.inputs)
+            places[found.source] += [] if found.at is None else [found.at.cpu()]
 
     recorder = Recorder(layers, keep, once=True, affine="decomposition")
     recorder.run(module, told(of_one_group(calibration), report))
     recorder.check_sources()
+    for source, own in places.items():
+        stores[source].at = torch.cat(own) if own else None
+    experts = {layer.name for layer in layers if isinstance(layer.module, ExpertLinear)}
     for name, count in recorder.tokens.items():
-        if count != calibration.n_tokens:
+        if count != calibration.n_tokens and name not in experts:
             raise InvalidInput(
                 f"layer {name!r} ran on {count} tokens where the text has {calibration.n_tokens}; "
                 "choose layers that run once on every token."
@@ -421,21 +428,40 @@ def _tables(
             model.module, layers, calibration, memory=memory, stack=stack, report=bar.advance
         )
         for members, inputs in groups:
+            if max(request.experts) > inputs.n_tokens:
+                raise InvalidInput(
+                    f"layer {members[0].name!r} sees {inputs.n_tokens} tokens, fewer than "
+                    f"`experts` {max(request.experts)}; lower `experts`, or give more text."
+                )
+            at = inputs.at
+            seen = calibration if at is None else SeenTokens(calibration, at)
             try:
                 found = decompose_group(
-                    members, inputs, calibration, model.tokenizer, request,
-                    report=bar.advance,
-                )  # fmt: skip
+                    members, inputs, seen, model.tokenizer, request, report=bar.advance
+                )
             except NumericalError as error:
                 names = ", ".join(one.name for one in members)
                 raise NumericalError(f"{names}: {error}") from error
             inputs.close()
             for name, own in found.items():
-                parts[name] += own
+                parts[name] += own if at is None else [_in_text(name, one, at) for one in own]
     order = [one.name for one in layers]
     tables = {name: joined(name, own, order) for name, own in parts.items()}
     tables["neurons"] = _with_ri(tables["neurons"], order, request.experts)
     return tables
+
+
+_PLACES = {
+    "contexts": ["position"], "separated": ["position_a", "position_b"],
+    "router_map": ["position"], "pairs": ["token_a", "token_b"],
+}  # fmt: skip
+
+
+def _in_text(name: str, rows: pd.DataFrame, at: Tensor) -> pd.DataFrame:
+    """Return rows of a table with tokens of an expert counted over the whole text."""
+    for column in _PLACES.get(name, ()):
+        rows = rows.assign(**{column: at.numpy()[rows[column]]})
+    return rows
 
 
 def _with_ri(neurons: pd.DataFrame, layers: Sequence[str], experts: Sequence[int]) -> pd.DataFrame:

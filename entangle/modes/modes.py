@@ -16,7 +16,7 @@ from itertools import pairwise
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Float32, Float64
+from jaxtyping import Float, Float32, Float64, Int64
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter1d
 from scipy.signal import find_peaks
@@ -33,7 +33,7 @@ from entangle.recording.recorder import Recorded, Recorder, of_one_group, told
 from entangle.runs.progress import ProgressBar
 from entangle.seeding import check_seed, numpy_rng
 from entangle.texts.calibration import as_calibration
-from entangle.texts.calibration_set import CalibrationSet
+from entangle.texts.calibration_set import CalibrationSet, SeenTokens, Tokens
 from entangle.texts.given import Source
 from entangle.texts.words import TokenText
 
@@ -281,6 +281,7 @@ Neurons = int | Iterable[int] | np.ndarray
 """Indices of neurons of one layer, or one index."""
 
 Outputs = Float32[np.ndarray, " tokens"]
+Positions = Int64[np.ndarray, " tokens"]
 
 TOP_TOKENS = 10
 """Most frequent tokens that are kept of a mode."""
@@ -307,7 +308,10 @@ class NeuronModes:
     center), ``position`` (index of the token in the calibration set, sequence by sequence),
     ``output`` (in its own units), ``token``, and the text ``before`` and ``after`` it."""
     outputs: Mapping[int, Outputs] = field(repr=False)
-    """Outputs on all tokens, float32 of shape (tokens,), by neuron."""
+    """Outputs on all tokens, of an expert on those that it sees, float32 of shape (tokens,), by
+    neuron."""
+    at: Positions | None = None
+    """Which tokens an expert sees, (tokens,); None for all of them."""
 
 
 @evaluates
@@ -356,18 +360,20 @@ def neuron_modes(
     index = check_neurons(chosen, neurons)
     calibration = as_calibration(calibration, language_model)
     per_mode, window, seed = _counts(per_mode, window, seed)
-    outputs = layer_outputs(language_model.module, calibration, chosen, index, progress)
+    outputs, at = layer_outputs(language_model.module, calibration, chosen, index, progress)
     by_neuron = dict(zip(index, outputs, strict=True))
     modes, contexts = describe_modes(
-        by_neuron, calibration, language_model.tokenizer, chosen.name,
-        per_mode=per_mode, window=window, seed=seed,
+        by_neuron, calibration if at is None else SeenTokens(calibration, torch.from_numpy(at)),
+        language_model.tokenizer, chosen.name, per_mode=per_mode, window=window, seed=seed,
     )  # fmt: skip
-    return NeuronModes(modes, contexts, by_neuron)
+    if at is not None:
+        contexts["position"] = at[contexts["position"]]
+    return NeuronModes(modes, contexts, by_neuron, at)
 
 
 def describe_modes(
     outputs: Mapping[int, Outputs],
-    calibration: CalibrationSet,
+    calibration: Tokens,
     tokenizer: PreTrainedTokenizerBase | TokenText | None,
     layer: str,
     *,
@@ -380,7 +386,8 @@ def describe_modes(
     Parameters
     ----------
     outputs
-        Outputs on all tokens of the calibration set, in its order, by neuron.
+        Outputs on all tokens of ``calibration``, in its order, by neuron; of an expert on those
+        that it sees (`entangle.texts.calibration_set.SeenTokens`), which ``position`` counts.
     calibration, layer, per_mode, window, seed
         As in `neuron_modes`.
     tokenizer
@@ -393,7 +400,7 @@ def describe_modes(
     """
     per_mode, window, seed = _counts(per_mode, window, seed)
     text = tokenizer if isinstance(tokenizer, TokenText) else TokenText(tokenizer)
-    ids = calibration.rows.flat().numpy()
+    ids = calibration.flat().numpy()
     modes, contexts = [], []
     for neuron, values in outputs.items():
         _check_outputs(values, neuron, layer, ids.size)
@@ -467,35 +474,41 @@ def layer_outputs(
     layer: Layer,
     neurons: Sequence[int],
     progress: bool | None,
-) -> Float32[np.ndarray, "neurons tokens"]:
+) -> tuple[Float32[np.ndarray, "neurons tokens"], Positions | None]:
     """Run the model once; compute the neurons' outputs in float32 from the layer's inputs.
 
-    Where the layer does not multiply by its weight, they are its own.
+    Where the layer does not multiply by its weight, they are its own. Of an expert they are those
+    on the tokens that it sees; which these are comes second, None where it is all of them.
     """
     chosen = list(neurons)
     weight = layer.weight[chosen].float()
     bias = None if layer.bias is None else layer.bias[chosen].float()
-    parts: list[Tensor] = []
+    parts, places = list[Tensor](), list[Tensor]()
 
     def keep(seen: Recorded) -> None:
         with full_precision():
             computed = nn.functional.linear(seen.inputs.float(), weight, bias)
         parts.append((computed if seen.affine else seen.outputs[:, chosen].float()).cpu())
+        if seen.at is not None:
+            places.append(seen.at.cpu())
 
     with ProgressBar("modes", enabled=progress) as bar:
         bar.start(calibration.n_seq, "sequences")
         Recorder([layer], keep, once=True).run(module, told(of_one_group(calibration), bar.advance))
     outputs = torch.cat(parts)
+    found = np.ascontiguousarray(outputs.numpy().T)
+    if places:
+        return found, torch.cat(places).numpy()
     if outputs.shape[0] != calibration.n_tokens:
         raise InvalidInput(
             f"layer {layer.name!r} ran on {outputs.shape[0]} tokens where the text has "
             f"{calibration.n_tokens}, so its outputs have no place in it; choose another layer."
         )
-    return np.ascontiguousarray(outputs.numpy().T)
+    return found, None
 
 
 def _context(
-    text: TokenText, calibration: CalibrationSet, position: int, window: int
+    text: TokenText, calibration: Tokens, position: int, window: int
 ) -> tuple[str, str, str]:
     sequence, place = calibration.place(position)
     ids = calibration.rows.sequence(sequence).tolist()

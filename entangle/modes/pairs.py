@@ -20,7 +20,7 @@ from entangle.experts.rows import ClusterPairs, Clusters, pair_tokens
 from entangle.recording.stream import TokenStore
 from entangle.seeding import numpy_rng
 from entangle.stats.mapping_difficulty import mapping_difficulty
-from entangle.texts.calibration_set import CalibrationSet
+from entangle.texts.calibration_set import Tokens
 from entangle.texts.words import TokenText
 
 
@@ -161,7 +161,7 @@ def separated_rows(
     neurons: tuple[int, ...],
     pairs: Int64[np.ndarray, "pairs two=2"],
     inputs: TokenStore,
-    calibration: CalibrationSet,
+    calibration: Tokens,
     text: TokenText,
     *,
     most: int,
@@ -246,7 +246,7 @@ def farthest_pairs(
 
 
 def _described(
-    side: str, position: int, outputs: NDArray[np.float64], calibration: CalibrationSet,
+    side: str, position: int, outputs: NDArray[np.float64], calibration: Tokens,
     text: TokenText, window: int,
 ) -> Iterator[tuple[str, object]]:  # fmt: skip
     sequence, place = calibration.place(position)

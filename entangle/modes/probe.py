@@ -212,7 +212,11 @@ def probe(
     histogram, mean, std = _reference(scores, known, chosen, neuron)
     policy = _policy(special_tokens, scores)
     tokens, special = _tokenised(known, named("text", text), policy)
-    values = layer_outputs(known.module, tokens, chosen, [neuron], progress=False)[0]
+    outputs, at = layer_outputs(known.module, tokens, chosen, [neuron], progress=False)
+    values = outputs[0]
+    if at is not None:  # an expert gives nothing on the other tokens
+        values = np.full(tokens.n_tokens, np.nan, np.float32)
+        values[at] = outputs[0]
     if modes is None:
         modes = histogram_modes(histogram) if len(histogram) else pd.DataFrame()
     words, ids = TokenText(known.tokenizer), tokens.ids[0].tolist()

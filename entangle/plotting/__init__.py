@@ -59,6 +59,7 @@ if TYPE_CHECKING:
         plot_components,
         plot_predictor,
     )
+    from entangle.plotting.routing import figure_routing, plot_routing_drop, plot_wd_inside
     from entangle.plotting.save import caption_of, drawn, save_figure, sign
     from entangle.plotting.scores import (
         figure_wd_against_md,
@@ -104,6 +105,7 @@ _HOMES = {
     ),
     "predictors": ("figure_components", "figure_predictors", "plot_components", "plot_predictor"),
     "options": ("FigureOptions", "PlotOptions", "shared_names"),
+    "routing": ("figure_routing", "plot_routing_drop", "plot_wd_inside"),
     "save": ("caption_of", "drawn", "save_figure", "sign"),
     "scores": (
         "figure_wd_against_md", "figure_wd_distribution", "plot_wd_against_md",
@@ -155,6 +157,7 @@ __all__ = [
     "figure_predictors",
     "figure_recovery",
     "figure_router_map",
+    "figure_routing",
     "figure_separated_pairs",
     "figure_sparse_outputs",
     "figure_sparsities",
@@ -181,6 +184,7 @@ __all__ = [
     "plot_predictor",
     "plot_rank_agreement",
     "plot_router_map",
+    "plot_routing_drop",
     "plot_row_sparsity",
     "plot_separated_pairs",
     "plot_sparse_output",
@@ -190,6 +194,7 @@ __all__ = [
     "plot_wd_against_md",
     "plot_wd_distribution",
     "plot_wd_heatmap",
+    "plot_wd_inside",
     "plot_wd_ridge",
     "save_figure",
     "shared_names",

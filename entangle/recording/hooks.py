@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from entangle.errors import InvalidInput
 from entangle.models.blocks import uncompiled
 from entangle.models.layers import Layer, find_blocks
+from entangle.models.mixtures import ExpertLinear, one_by_one
 from entangle.models.shards import device_of, stored_of
 from entangle.models.streaming import is_streamed, rehearsing
 
@@ -52,14 +53,21 @@ def observe(layers: Sequence[Layer], callback: Callback) -> Iterator[None]:
     -----
     The hooks return nothing, so the output is the very tensor that it would be without them. They
     are removed however the block ends. Blocks may be nested. Compiled modules run uncompiled
-    meanwhile.
+    meanwhile. Experts that are held together run one by one, which rounds differently.
     """
     with ExitStack() as stack:
-        stack.enter_context(uncompiled())
+        stack.enter_context(_as_modules(layers))
         for layer in layers:
             notify = partial(_notify, layer, callback)
             handle = layer.module.register_forward_hook(notify, with_kwargs=True)
             stack.callback(handle.remove)
+        yield
+
+
+@contextmanager
+def _as_modules(layers: Sequence[Layer]) -> Iterator[None]:
+    """Have the model run layers as the modules that they are."""
+    with uncompiled(), one_by_one(layer.module for layer in layers):
         yield
 
 
@@ -127,7 +135,7 @@ def edit_with_inputs(edits: Sequence[InputEdit]) -> Iterator[None]:
         runs[place] += 1
 
     with ExitStack() as stack:
-        stack.enter_context(uncompiled())
+        stack.enter_context(_as_modules([layer for layer, _ in edits]))
         for place, (layer, function) in enumerate(edits):
             hook = partial(_replace, layer, function, partial(count, place))
             handle = layer.module.register_forward_hook(hook, with_kwargs=True)
@@ -160,7 +168,7 @@ def edit_inputs(edits: Sequence[Edit]) -> Iterator[None]:
     """
     runs = dict.fromkeys(range(len(edits)), 0)
     with ExitStack() as stack:
-        stack.enter_context(uncompiled())
+        stack.enter_context(_as_modules([layer for layer, _ in edits]))
         for place, (layer, function) in enumerate(edits):
             hook = partial(_replace_input, layer, function, runs, place)
             handle = layer.module.register_forward_pre_hook(hook, with_kwargs=True)
@@ -317,9 +325,9 @@ def changed_rows(changes: Sequence[Change]) -> Iterator[None]:
                 bias = None if layer.bias is None else layer.bias[rows]
                 edits.append((layer, partial(_replaced, rows, weight.to(layer.device), bias)))
                 continue
-            stored = stored_of(layer.module.weight)
+            stored = stored_of(_parameter(layer))
             if stored is not None:  # it is brought anew, with the rows
-                write = partial(_overlay, layer.transposed, rows, weight)
+                write = partial(_overlay, layer, rows, weight)
                 stack.enter_context(stored.overlay(write))
                 continue
             dense = layer.weight
@@ -327,6 +335,11 @@ def changed_rows(changes: Sequence[Change]) -> Iterator[None]:
             _write(dense, rows, weight.to(dense))
         stack.enter_context(edit_with_inputs(edits))
         yield
+
+
+def _parameter(layer: Layer) -> object:
+    one = layer.module
+    return one.stack.stored if isinstance(one, ExpertLinear) else one.weight
 
 
 def _replaced(
@@ -339,8 +352,10 @@ def _replaced(
     return output.index_copy(-1, rows, chosen.to(output.dtype))
 
 
-def _overlay(transposed: bool, rows: Tensor, values: Tensor, stored: Tensor) -> None:
-    weight = stored.T if transposed else stored
+def _overlay(layer: Layer, rows: Tensor, values: Tensor, stored: Tensor) -> None:
+    weight = stored.T if layer.transposed else stored
+    if isinstance(layer.module, ExpertLinear):
+        weight = layer.module.stack.view(stored)[layer.module.number]
     _write(weight, rows.to(weight.device), values.to(weight))
 
 
@@ -404,6 +419,10 @@ def look_at(
 
 
 def _look(module: nn.Module, layers: Sequence[Layer], ids: Tensor, most: int) -> dict[str, Habits]:
+    found = {x.name: Habits(0, (), False) for x in layers if isinstance(x.module, ExpertLinear)}
+    layers = [layer for layer in layers if layer.name not in found]
+    if not layers:
+        return found
     flat = ids.flatten()
     length = max(1, min(most, len(flat) // 2, ids.shape[1]))
     one, two = flat[:length], flat[-length:]
@@ -419,7 +438,7 @@ def _look(module: nn.Module, layers: Sequence[Layer], ids: Tensor, most: int) ->
         )
     ]
     first, moved, others, ended = passes
-    return {
+    return found | {
         layer.name: _habits(
             first[layer.name],
             moved[layer.name] if told_apart else (),
@@ -531,6 +550,8 @@ def _is_fixed(run: Tensor, others: Sequence[Tensor], length: int) -> bool:
 
 def _every_second(before: Tensor, after: Tensor) -> bool:
     """Tell whether only every second row has changed."""
+    if before.shape != after.shape:
+        return False
     changed = (before != after).any(-1)
     return len(changed) > 2 and bool(changed.any()) and not bool(changed[::2].any())
 

@@ -12,7 +12,7 @@ import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -23,6 +23,7 @@ from entangle.errors import InvalidInput
 from entangle.memory import memory_for
 from entangle.models.blocks import BlockRunner
 from entangle.models.layers import Layer
+from entangle.models.mixtures import ExpertLinear
 from entangle.models.streaming import comes_by_blocks, rehearsing
 from entangle.ranks import Ranks
 from entangle.recording.affine import TokenCheck, is_affine
@@ -82,6 +83,9 @@ class Recorded:
     affine: bool
     """Whether `Layer.weight` and `Layer.bias` give the outputs, but for rounding; false if nobody
     compared."""
+    at: Int[Tensor, " tokens"] | None = None
+    """Which tokens an expert sees, (tokens,), counted from the first of the run's; None for all of
+    the pass, or if nobody knows."""
 
     def check_affine(self, what: str) -> None:
         """Raise `InvalidInput` unless the layer is `affine`, which ``what`` needs."""
@@ -122,6 +126,8 @@ class _Pass:
     group: int
     longest: bool
     """Whether its sequences are longer than any before."""
+    start: int = 0
+    """Tokens of the passes before."""
     stops: bool = False
     """Whether to stop when all tokens have passed all layers."""
     gathered: dict[str, _Gathered] = field(default_factory=lambda: defaultdict(_Gathered))
@@ -177,7 +183,7 @@ class Recorder:
         self._affine: dict[str, bool] = {}
         self._checks: dict[str, TokenCheck] = {}
         self._departs: dict[str, Tensor] = {}
-        self._longest = 0
+        self._longest = self._start = 0
         self._last: tuple[str, list[SeenTensor]] | None = None
         self._pass: _Pass | None = None
 
@@ -210,8 +216,10 @@ class Recorder:
             weight's on every token though they were at first.
         """
         n_seq, length = shape
-        now = self._pass = _Pass((n_seq, length), group, length > self._longest, stops)
+        longest = length > self._longest
+        now = self._pass = _Pass((n_seq, length), group, longest, self._start, stops)
         self._longest = max(self._longest, length)
+        self._start += n_seq * length
         try:
             with suppress(_AllSeen):
                 yield
@@ -308,7 +316,7 @@ class Recorder:
         bar: "_Shared",
     ) -> Iterator[Tensor]:
         """Yield what a block makes of every batch; with None, the model's logits."""
-        self._longest = 0
+        self._longest = self._start = 0
         for number, ((group, ids), (_, hidden)) in enumerate(
             zip(batches.listed, states, strict=True)
         ):
@@ -322,7 +330,7 @@ class Recorder:
 
     def _run_whole(self, module: nn.Module, batches: Iterable[Batch]) -> None:
         all_logits = any(layer.block is None for layer in self.layers)
-        begun, stops = False, False
+        begun, stops, self._start = False, False, 0
         for group, ids in batches:
             if not begun:
                 self._habits = look_at(module, self.layers, ids)
@@ -399,6 +407,9 @@ class Recorder:
             return
         gathered, wanted = now.gathered[name], now.shape[0] * now.shape[1]
         gathered.runs += 1
+        if isinstance(layer.module, ExpertLinear):
+            self._note_expert(layer, layer.module, now, inputs, outputs)
+            return
         if name in self._habits and self._habits[name].is_table(inputs, gathered.runs - 1):
             return
         rows, seen = inputs.shape[:-1].numel(), SeenTensor.of(inputs)
@@ -414,6 +425,25 @@ class Recorder:
         active = (one.name for one in self.layers if one.name not in self.left_out)
         if now.stops and all(now.gathered[one].depths for one in active):
             raise _AllSeen
+
+    def _note_expert(
+        self, layer: Layer, linear: ExpertLinear, now: _Pass, inputs: Tensor, outputs: Tensor
+    ) -> None:
+        """Hand on what an expert of a mixture gave on its tokens, all of which come at once."""
+        gathered = now.gathered[layer.name]
+        gathered.pieces, gathered.rows = [_Piece(SeenTensor.of(inputs), inputs, outputs)], 0
+        if self._once and linear.bank.at is None:
+            raise InvalidInput(
+                f"layer {layer.name!r} is of a mixture that does not tell which tokens an expert "
+                "sees, so its outputs have no known place in the text; choose another layer."
+            )
+        if not linear.bank.holds(now.shape[0] * now.shape[1]):
+            self._refuse(layer, now, gathered)
+            return
+        # what stands for an expert's projection multiplies by its weight, and does nothing else
+        found = self._emitted(layer, now, gathered, inputs, outputs, affine=self._is_compared)
+        at = linear.bank.at
+        self._take(replace(found, at=None if at is None else now.start + at))
 
     def _joined(
         self, layer: Layer, now: _Pass, gathered: _Gathered

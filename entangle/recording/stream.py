@@ -117,6 +117,8 @@ class TokenStore:
 
     def __init__(self, budget: ByteBudget) -> None:
         self.n_tokens = 0
+        self.at: Int[Tensor, " tokens"] | None = None
+        """Which of the text's tokens the rows are of, where they are of some only."""
         self._budget, self._held = budget, 0
         self._chunks: list[Tensor] = []
         self._far: list[Tensor] = []

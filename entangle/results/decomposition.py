@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _TEXT, _WHOLE, _ANY = texts(), integers(), reals()
 _AT, _PLACE = {"layer": _TEXT, "neuron": _WHOLE}, integers(-1)
-_FLAGS = ("", "constant", "nan", "inf", "coarse")
+_FLAGS = ("", "constant", "nan", "inf", "coarse", "few_tokens")
 
 SCHEMAS: Mapping[str, Schema] = {
     "neurons": {

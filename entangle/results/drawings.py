@@ -54,6 +54,7 @@ ONE_NEURON: dict[str, tuple[str, ...]] = {
 FIGURES: dict[str, tuple[str, ...]] = {
     "scores": (
         "wd_distribution", "wd_by_layer", "top_and_typical", "top_outputs", "wd_against_md",
+        "routing",
     ),
     "ablation": tuple(f"ablation_{name}" for name in ABLATION_MEASURES),
     "comparison": ("comparison", "density"),
@@ -144,6 +145,13 @@ def _of_scores(scores: Any, style: Style) -> Iterator[tuple[str, Draw]]:
     yield "top_and_typical", partial(plotting.figure_top_and_typical, first, histogram, **style)
     yield "top_outputs", partial(_top_outputs, few, histogram, style)
     yield "wd_against_md", partial(plotting.figure_wd_against_md, few, **style)
+    yield "routing", partial(_routing, scores, style)
+
+
+def _routing(scores: Any, style: Style) -> "Figure":
+    from entangle.plotting import figure_routing
+
+    return figure_routing(scores.frame, scores.routing(), **style)
 
 
 def _wd_by_layer(frame: "pd.DataFrame", style: Style) -> "Figure":

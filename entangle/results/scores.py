@@ -17,12 +17,15 @@ from safetensors import safe_open
 from safetensors.numpy import save as to_safetensors
 
 from entangle.checks import choice, names, whole
+from entangle.errors import InvalidInput
 from entangle.results.base import Named, Result, settings_of, strange_layer
 from entangle.runs.provenance import special_tokens_of
 from entangle.runs.reading import decoding
 from entangle.runs.sealing import integers, reals, shares, texts
 from entangle.runs.tables import described, number
+from entangle.seeding import numpy_rng
 from entangle.stats.edges import N_BINS, SAVED_FOLD, signed_edges
+from entangle.stats.intervals import percentiles, resampled_means
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -141,12 +144,13 @@ def _trimmed(
 KIND = "scores"
 _NUMERIC = "Choose a numeric column of the scores."
 _ARRAYS = ("counts", "location", "scale", "low", "high")
-_FLAGS = ("", "constant", "nan", "inf", "coarse")
+_FLAGS = ("", "constant", "nan", "inf", "coarse", "few_tokens")
 _SCORES = {
     "model": texts(), "layer": texts(), "block": integers(null=True), "projection": texts(),
     "neuron": integers(), "wd": reals(0), "wd_se": reals(0), "wd_bound": reals(0), "ks": shares(),
     "mean": reals(), "std": reals(0), "skewness": reals(), "excess_kurtosis": reals(),
     "weight_norm": reals(0), "md": reals(0), "n_tokens": integers(), "flag": texts(*_FLAGS),
+    **{name: reals(0, optional=True) for name in ("wd_inside", "wd_outside", "wd_control")},
 }  # fmt: skip
 _LAYERS = {
     "layer": texts(), "block": integers(null=True), "projection": texts(), "n_neurons": integers(),
@@ -175,8 +179,10 @@ class NeuronScores(Result):
     frame: pd.DataFrame
     """One row a neuron: model, layer, block, projection, neuron, wd, wd_se, wd_bound, ks, mean,
     std, skewness, excess_kurtosis, weight_norm, md, n_tokens, flag ("", constant, nan,
-    inf, or coarse where a sketch's histogram or the rounding of the outputs cannot resolve the WD).
-    ``wd_bound`` is the largest error of WD through both."""
+    inf, few_tokens where an expert saw too few, or coarse where a sketch's histogram or the
+    rounding of the outputs cannot resolve the WD).
+    ``wd_bound`` is the largest error of WD through both. Where routing was measured also
+    wd_inside, wd_outside and wd_control (`entangle.scoring.routing.routing_distances`)."""
     layers: pd.DataFrame
     """One row a layer: layer, block, projection, n_neurons, n_tokens, method, null_floor,
     null_floor_high, split_half, n_pairs, n_identical_pairs and the rank agreement of MD with its
@@ -227,6 +233,50 @@ class NeuronScores(Result):
         table["md_median"] = by["md"].median()
         table["unscored"] = by["wd"].apply(lambda wd: int(wd.isna().sum()))
         return table.reset_index()
+
+    def routing(self, *, n_boot: int = 1000, seed: int = 0) -> pd.DataFrame:
+        """Return what the model's own routers do to WD, one row a block and projection.
+
+        Returns
+        -------
+        pandas.DataFrame
+            ``block``, ``projection``, ``experts`` (that saw enough tokens), ``neurons``,
+            ``wd_inside`` and ``wd_outside`` (medians, σ), ``drop``: WD on as many tokens of the
+            whole text over WD on the expert's own, the geometric mean over an expert's neurons,
+            then over experts, so above 1 where routing disentangles; ``low``, ``high``: 95 %,
+            experts being resampled; ``control``, ``control_low``, ``control_high``: likewise of two
+            draws from the whole text.
+
+        Raises
+        ------
+        InvalidInput
+            If routing was not measured, or no expert saw enough tokens.
+        """
+        known = self.frame[self.frame.get("wd_inside", pd.Series(np.nan, self.frame.index)) > 0]
+        if known.empty:
+            raise InvalidInput(
+                "these scores hold no WD of experts on other tokens than their own; `entangle "
+                "score --proj experts --routing` measures it (on experts of enough tokens)."
+            )
+        logs = np.log(known[["wd_inside", "wd_outside", "wd_control"]])
+        known = known.assign(
+            drop=logs["wd_outside"] - logs["wd_inside"],
+            control=logs["wd_outside"] - logs["wd_control"],
+        )
+        rows = []
+        for (block, projection), part in known.groupby(["block", "projection"], sort=False):
+            row = {"block": block, "projection": projection, "experts": part["layer"].nunique(),
+                   "neurons": len(part), "wd_inside": part["wd_inside"].median(),
+                   "wd_outside": part["wd_outside"].median()}  # fmt: skip
+            for name, prefix in (("drop", ""), ("control", "control_")):
+                means = part.groupby("layer", sort=False)[name].mean().to_numpy(np.float64)
+                rng = numpy_rng(seed, "routing intervals", f"{block} {projection} {name}")
+                drawn = resampled_means(means, np.ones(len(means)), n_boot=n_boot, rng=rng)
+                low, high = percentiles(drawn, 0.95)
+                row |= {name: np.exp(means.mean()), f"{prefix}low": np.exp(low),
+                        f"{prefix}high": np.exp(high)}  # fmt: skip
+            rows.append(row)
+        return pd.DataFrame(rows)
 
     def _summed(self) -> pd.DataFrame:
         return self.summary()

@@ -92,7 +92,11 @@ Vector = npt.NDArray[np.float64]
 COARSE = 0.05
 """Largest possible error of a WD, in σ, above which histogram or outputs count as too coarse."""
 
+MIN_TOKENS = 512
+"""Tokens that an expert must see for scores of its neurons, unless another number is asked for."""
+
 _FLAGS = ("", "nan", "inf", "constant", "coarse")
+_SCORES = ("wd", "wd_se", "wd_bound", "ks", "skewness", "excess_kurtosis", "md")
 _NUMBERS = (
     "wd", "wd_se", "wd_bound", "ks", "mean", "std", "skewness", "excess_kurtosis", "weight_norm",
     "md",
@@ -153,6 +157,30 @@ def neuron_table(layers: Sequence[LayerSummary], model: str) -> pd.DataFrame:
             "flag": _strings(_FLAGS, np.concatenate([one.numbers["flag"] for one in layers])),
         }
     )
+
+
+def without_few(
+    frame: pd.DataFrame, layers: pd.DataFrame, *, n_tokens: int, least: int
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Take the scores of neurons of experts that saw too few tokens, and flag them ``few_tokens``.
+
+    Parameters
+    ----------
+    frame, layers
+        From `neuron_table` and `layer_table`.
+    n_tokens
+        Tokens of the text; a layer that saw fewer is (part of) an expert.
+    least
+        Tokens that an expert must have seen.
+    """
+    few = (frame["n_tokens"] < min(least, n_tokens)) & ~frame["flag"].isin(["nan", "inf"])
+    if not few.any():
+        return frame, layers
+    frame, layers = frame.copy(), layers.copy()
+    frame.loc[few, list(_SCORES)] = np.nan
+    frame.loc[few, "flag"] = "few_tokens"
+    layers.loc[layers["n_tokens"] < min(least, n_tokens), "split_half"] = np.nan
+    return frame, layers
 
 
 def weight_norms(layer: Layer) -> torch.Tensor:

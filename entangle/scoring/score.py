@@ -31,7 +31,14 @@ from entangle.runs.progress import Progress, ProgressBar
 from entangle.runs.provenance import RunClock, agree_on, make_manifest
 from entangle.scoring.columns import COLUMNS, is_own, with_columns
 from entangle.scoring.exact import score_exact
-from entangle.scoring.layer_scores import LayerSummary, layer_table, neuron_table
+from entangle.scoring.layer_scores import (
+    MIN_TOKENS,
+    LayerSummary,
+    layer_table,
+    neuron_table,
+    without_few,
+)
+from entangle.scoring.routing import routing_distances
 from entangle.scoring.sketched import score_sketched
 from entangle.scoring.spread import share_summaries
 from entangle.seeding import check_seed
@@ -62,6 +69,8 @@ def score(
     seed: int = 0,
     memory: int | None = None,
     batch_size: int | None = None,
+    min_tokens: int = MIN_TOKENS,
+    routing: bool = False,
     progress: bool | None = None,
     watch: Callable[[Recorded], None] | None = None,
     columns: str | Iterable[str] = (),
@@ -93,6 +102,13 @@ def score(
         default half of what is free on the model's device.
     batch_size
         Sequences in one forward pass; by default as many as make 4,096 tokens.
+    min_tokens
+        Tokens that an expert of a mixture must see: below, its neurons have no scores, and the flag
+        ``few_tokens``. Layers that see all of the text's tokens are not held to it.
+    routing
+        Measure the neurons of a mixture's experts on as many tokens from all of the text as well,
+        twice (`entangle.scoring.routing`): columns ``wd_inside``, ``wd_outside``, ``wd_control``,
+        and the table `NeuronScores.routing`. The text runs once more.
     progress
         Show a progress bar on standard error; by default if that is a terminal.
     columns
@@ -125,8 +141,9 @@ def score(
     chosen = find_layers(language_model.module, layers, proj)
     return score_layers(
         language_model, calibration, chosen, may_be_silent=not asked_by_name(layers, chosen),
-        method=method, md=md, seed=seed, memory=memory, batch_size=batch_size, progress=progress,
-        watch=watch, columns=choices("columns", columns, COLUMNS, kind="column") if columns else (),
+        method=method, md=md, seed=seed, memory=memory, batch_size=batch_size,
+        min_tokens=min_tokens, routing=routing, progress=progress, watch=watch,
+        columns=choices("columns", columns, COLUMNS, kind="column") if columns else (),
     )  # fmt: skip
 
 
@@ -141,6 +158,8 @@ def score_layers(
     seed: int = 0,
     memory: int | None = None,
     batch_size: int | None = None,
+    min_tokens: int = MIN_TOKENS,
+    routing: bool = False,
     progress: bool | None = None,
     watch: Callable[[Recorded], None] | None = None,
     columns: Sequence[str] = (),
@@ -151,6 +170,7 @@ def score_layers(
     """
     clock = RunClock()
     check_seed(seed)
+    least = whole("min_tokens", min_tokens, least=1)
     _check_readable(chosen)
     calibration = as_calibration(calibration, language_model)
     resolved = _resolve_method(method, language_model, chosen, calibration, memory)
@@ -169,7 +189,10 @@ def score_layers(
                 n_groups=groups, per_pass=per_pass, md=md, seed=seed, memory=budget, bar=bar,
                 watch=watch, may_be_silent=may_be_silent,
             )()  # fmt: skip
-            frame = neuron_table(measured, language_model.name)
+            frame, table = without_few(
+                neuron_table(measured, language_model.name), layer_table(measured),
+                n_tokens=calibration.n_tokens, least=least,
+            )  # fmt: skip
             own = [name for name in columns if is_own(name)]
             frame = with_columns(frame, language_model, calibration, chosen, own)
         except (RuntimeError, MemoryError) as error:
@@ -180,6 +203,13 @@ def score_layers(
                 f"{per_pass} × {calibration.seq_len} tokens at a time; lower --seq-len (seq_len), "
                 "--batch-size (batch_size), --memory (memory) or the number of layers."
             ) from error
+    if routing:
+        others = routing_distances(
+            language_model.module, [one.layer for one in measured],
+            _batches(calibration, groups, per_pass), n_tokens=calibration.n_tokens, least=least,
+            seed=seed, memory=budget,
+        )  # fmt: skip
+        frame = frame.merge(others, on=["layer", "neuron"], how="left")
     manifest = make_manifest(
         KIND,
         model=model,
@@ -190,10 +220,12 @@ def score_layers(
                 {layer.name for layer in chosen} - {one.layer.name for one in measured}
             ),
             **({"pooled_depths": recorder.depths} if recorder.depths else {}),
+            **({"min_tokens": least} if any(one.layer.is_expert for one in measured) else {}),
             "method": resolved,
             "n_groups": groups,
             "batch_size": per_pass,
             "md": md,
+            **({"routing": True} if routing else {}),
             "seed": seed,
             **({"columns": list(columns), "plugins": brought(COLUMNS, columns)} if own else {}),
         },
@@ -201,7 +233,7 @@ def score_layers(
     )
     return NeuronScores(
         frame=frame,
-        layers=layer_table(measured),
+        layers=table,
         histograms={one.layer.name: one.histograms for one in measured},
         manifest=manifest,
     )

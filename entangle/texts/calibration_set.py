@@ -100,6 +100,10 @@ class CalibrationSet:
         """The sequences without their pads."""
         return TokenRows(self.ids, self.mask)
 
+    def flat(self) -> Int64[Tensor, " tokens"]:
+        """Return all ids, sequence by sequence, pads left out, (tokens,)."""
+        return self.rows.flat()
+
     def place(self, position: int) -> tuple[int, int]:
         """Return the sequence and the place in it of a token, counted over all sequences."""
         sequence = bisect_right(self.rows.ends, position) - 1
@@ -391,3 +395,30 @@ def is_running(ids: Int64[Tensor, "..."], longest: int | None) -> bool:
     A tokenizer gives a whole text as one row, ``tokenizer(text, return_tensors="pt")``.
     """
     return ids.ndim == 1 or (len(ids) == 1 and longest is not None and ids.shape[1] > longest)
+
+
+@dataclass(frozen=True, eq=False)
+class SeenTokens:
+    """Some of a calibration set's tokens, such as those that an expert sees, counted from 0."""
+
+    text: CalibrationSet
+    """All of them."""
+    at: Int64[Tensor, " tokens"]
+    """Which of them, (tokens,), on the CPU."""
+
+    @property
+    def rows(self) -> TokenRows:
+        """The sequences, whole."""
+        return self.text.rows
+
+    def flat(self) -> Int64[Tensor, " tokens"]:
+        """Return the ids, (tokens,)."""
+        return self.text.flat()[self.at]
+
+    def place(self, position: int) -> tuple[int, int]:
+        """Return the sequence and the place in it of token number ``position``."""
+        return self.text.place(int(self.at[position]))
+
+
+Tokens = CalibrationSet | SeenTokens
+"""Tokens in their text."""

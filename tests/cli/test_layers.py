@@ -22,14 +22,13 @@ def test_the_listing(run: Run, tiny_folder: Folder) -> None:
     assert len(rows) == 3 + 12 + 1
 
 
-def test_fused_experts_are_named_as_not_addressable(run: Run, tiny_folder: Folder) -> None:
+def test_experts_are_listed_one_by_one(run: Run, tiny_folder: Folder) -> None:
     out = run("layers", tiny_folder("mixtral")).out
     rows = [line.split() for line in out.splitlines() if "experts" in line]
-    assert [row[0] for row in rows[:2]] == [
-        f"model.layers.0.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")
+    assert [row[0] for row in rows[:3]] == [
+        f"model.layers.0.mlp.experts.0.{name}" for name in ("gate_proj", "up_proj", "down_proj")
     ]
-    assert all(line.rstrip().endswith("no: fused experts") for line in out.splitlines()
-               if ".experts." in line)  # fmt: skip
+    assert len(rows) == 3 * 4 * 3
 
 
 @pytest.mark.parametrize("name", ["llama", "bert", "mixtral"])
@@ -40,7 +39,7 @@ def test_json(run: Run, tiny_folder: Folder, name: str) -> None:
     assert all(
         row.keys() == {"name", "block", "projection", "shape", "addressable"} for row in rows
     )
-    assert {row["addressable"] for row in rows} == ({True, False} if name == "mixtral" else {True})
+    assert {row["addressable"] for row in rows} == {True}
     assert {row["block"] for row in rows} >= {0, 1, 2}
 
 

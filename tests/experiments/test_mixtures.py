@@ -1,128 +1,133 @@
-from collections.abc import Callable
+"""Experts of a mixture ablated, pruned, expanded, decomposed; what is counted of them."""
+
+import math
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
+import torch
 
-from entangle.errors import InvalidInput, UnknownName
-from entangle.experiments.outliers import _bic, _sample, gmm_components, mixture_components
-from entangle.experiments.selection import select
-from entangle.experts.routed_rows import RowIndices
-from entangle.models.loading import LanguageModel
-from entangle.results.scores import NeuronScores
-from entangle.scoring.score import score
-from entangle.texts.calibration_set import CalibrationSet
-from tests.reference.mixtures import best_bic
+import entangle
+from entangle.errors import InvalidInput
+from entangle.experts.expand import model_costs
+from entangle.models.layers import find_layers, list_layers
+from tests.mixtures import TEXT, mixture, text
 
-Floats = NDArray[np.float64]
+EXPERTS: dict[str, Any] = {"layers": 1, "proj": "experts"}
+NAMES = ["Mixtral", "GptOss"]
 
 
-def humps(means: list[float], n: int = 600, seed: int = 0) -> Floats:
-    rng = np.random.default_rng(seed)
-    return np.concatenate([rng.normal(mean, 1.0, size=n // len(means)) for mean in means])
+@pytest.mark.parametrize("name", NAMES)
+def test_pruned_experts_are_saved_as_an_ordinary_model(name: str, tmp_path: Path) -> None:
+    module = mixture(name)
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    out = tmp_path / "pruned"
+    pruned = entangle.prune(
+        module, TEXT(), sparsity=0.5, out=out, evaluation=text(4, 32, seed=2), **EXPERTS
+    )
+    seen = set(pruned.layers["layer"])
+    layers = {one.name: one for one in list_layers(pruned.model.module)}
+    for layer_name in seen:
+        zeros = (layers[layer_name].weight == 0).sum(1)
+        assert (zeros == layers[layer_name].in_features // 2).all()
+    loaded = entangle.load_model(out).module.state_dict()
+    for key, value in pruned.model.module.state_dict().items():
+        assert torch.equal(value, loaded[key]), key
+    assert all(torch.equal(before[key], value) for key, value in module.state_dict().items())
+    ids = text(2, 16, seed=3)
+    assert not torch.equal(pruned.model.module(ids).logits, module(ids).logits)
 
 
-@pytest.fixture(scope="module")
-def scores(tiny: Callable[[str], LanguageModel], calibration: CalibrationSet) -> NeuronScores:
-    return score(tiny("llama"), calibration, layers=[0, 1], proj="gate_proj")
+@pytest.mark.parametrize("name", NAMES)
+def test_experts_are_expanded_again(name: str, tmp_path: Path) -> None:
+    module, ids = mixture(name), text(2, 16, seed=3)
+    same = entangle.expand(module, TEXT(), experts=2, sparsity=0.0, **EXPERTS)
+    torch.testing.assert_close(same.model.module(ids).logits, module(ids).logits)  # type: ignore[union-attr]
+    out = tmp_path / "expanded"
+    found = entangle.expand(module, TEXT(), experts=2, sparsity=0.5, out=out, **EXPERTS)
+    logits = found.model.module(ids).logits  # type: ignore[union-attr]
+    assert not torch.allclose(logits, module(ids).logits)
+    loaded = entangle.load_expanded(out, base=module)
+    torch.testing.assert_close(loaded.module(ids).logits, logits)
 
 
-@pytest.mark.parametrize("means", [[0.0], [-6.0, 6.0], [-12.0, 0.0, 12.0]])
-def test_bic_agrees_with_plain_expectation_maximisation(means: list[float]) -> None:
-    values = humps(means)
-    z = (values - values.mean()) / values.std()
-    starts = [(mean - values.mean()) / values.std() for mean in means]
-    found = _bic(values, 3, 0)
-    assert found[len(means) - 1] == pytest.approx(best_bic(z.tolist(), starts), abs=0.1)
-    assert np.argmin(found) == len(means) - 1
+def test_experts_of_fewer_tokens_than_clusters_stay_unless_they_are_named() -> None:
+    module, last = mixture("Qwen2Moe"), {**EXPERTS, "layers": 2}
+    counts = entangle.score(module, TEXT(), **last, min_tokens=1).layers.set_index("layer")
+    least, k = str(counts["n_tokens"].idxmin()), int(counts["n_tokens"].min()) + 1
+    assert k < 16
+    found = entangle.expand(module, TEXT(), experts=k, sparsity=0.5, **last)
+    assert least not in set(found.layers["layer"])
+    assert least in found.manifest["layers_without_tokens"]  # type: ignore[operator]
+    with pytest.raises(InvalidInput, match=r"model\.layers\.2\.mlp\.experts"):
+        entangle.expand(module, TEXT(), experts=k, sparsity=0.5, layers=least, proj=None)
 
 
-def test_one_component_by_hand() -> None:
-    # variance 1 after standardising: -2 log L = n (log 2π + 1), and there are two parameters
-    n = 100
-    expected = n * (np.log(2 * np.pi) + 1) + 2 * np.log(n)
-    assert _bic(np.tile([-3.0, 7.0], 50), 1, 0) == pytest.approx([expected], abs=1e-3)
+def test_experts_are_ablated_and_those_of_few_tokens_left_out() -> None:
+    module, ids, last = mixture("Qwen2Moe"), text(24, 64), {**EXPERTS, "layers": 2}
+    scores = entangle.score(module, ids, **last)
+    few = set(scores.frame.loc[scores.frame["flag"] == "few_tokens", "layer"])
+    assert 0 < len(few) < len(scores.layers)
+    settings: dict[str, Any] = {
+        "evaluation": text(4, 32, seed=2), "fraction": 0.1, "strengths": 0.9, "seeds": 1,
+        "selections": ("top", "random"), **last,
+    }  # fmt: skip
+    own, given = (entangle.ablate(module, ids, scores=one, **settings) for one in (None, scores))
+    for found in (own, given):
+        named = ";".join(found.frame["layer_set"].dropna().unique())
+        assert not any(name in named for name in few)
+        values = found.frame.loc[found.frame["measure"] == "perplexity", "value"]
+        assert np.isfinite(values).all()
+        assert values.nunique() > 1
+    with pytest.raises(InvalidInput, match="few_tokens"):
+        entangle.ablate(
+            module, ids, scores=scores, **{**settings, "layers": min(few), "proj": None}
+        )
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 4])
-def test_separate_humps_are_counted(count: int) -> None:
-    values = humps([10.0 * i for i in range(count)])
-    assert mixture_components(values) == count
-    assert mixture_components(values, max_components=2) == min(count, 2)
-    assert mixture_components(values[::-1]) == count
-    assert mixture_components(1e-6 * values - 1e-3) == count
+def test_decomposition_and_modes_tell_the_tokens_that_an_expert_sees() -> None:
+    module, ids = mixture("Mixtral"), TEXT()
+    name = "model.layers.1.mlp.experts.2.gate_proj"
+    home = module.get_submodule("model.layers.1.mlp.experts")
+    seen: list[torch.Tensor] = []
+    handle = home.register_forward_pre_hook(lambda _module, args: seen.extend(args[:2]))
+    module(ids)
+    handle.remove()
+    at = (seen[1] == 2).any(1).nonzero()[:, 0].numpy()
+    rows = seen[0][at] @ home.gate_up_proj[2].T[:, :48]  # type: ignore[union-attr,index]
+    modes = entangle.neuron_modes(module, ids, name, [5])
+    np.testing.assert_array_equal(modes.at, at)
+    np.testing.assert_allclose(modes.outputs[5], rows[:, 5], atol=1e-5)
+    found = entangle.decompose(module, ids, layers=name, proj=None, experts=(1, 2), neurons=[5])
+    for table in (modes.contexts, found.contexts):
+        assert set(table["position"]) <= set(at.tolist())
+        outputs = rows[np.searchsorted(at, table["position"]), 5]
+        np.testing.assert_allclose(table["output"], outputs, atol=1e-5)
+        tokens = ids.flatten().numpy()[table["position"]]
+        assert [str(one) for one in tokens.tolist()] == table["token"].tolist()
+    assert set(found.pairs["token_a"]) | set(found.router_map["position"]) <= set(at.tolist())
+    with pytest.raises(InvalidInput, match="sees 2"):
+        entangle.decompose(module, ids, layers=name, proj=None, experts=(len(at) + 1,))
+    with pytest.raises(InvalidInput, match="does not tell which tokens"):
+        entangle.neuron_modes(mixture("JetMoe"), ids, "model.layers.0.mlp.experts.0.up_proj", [1])
 
 
-def test_a_heavy_tail_counts_as_more_than_one() -> None:
-    assert mixture_components(np.random.default_rng(0).standard_t(2, size=2000)) > 1
-
-
-@pytest.mark.parametrize(
-    ("values", "options", "says"),
-    [
-        (np.ones(100), {}, r"\b100\b.*\b100\b.*\b1\b.*\b1\b"),
-        (np.array([*range(99), np.nan]), {}, r"\b99\b.*\b100\b"),
-        (np.arange(39.0), {}, r"\b40\b.*\(39,\)"),
-        (np.zeros((40, 1)), {}, r"\(40, 1\)"),
-        (np.arange(99.0), {"max_components": 0}, r"`max_components`.*1; got 0"),
-        (np.arange(99.0), {"seed": -1}, r"`seed`.*-1\b"),
-    ],
-)
-def test_values_without_a_mixture_are_refused(
-    values: Floats, options: dict[str, int], says: str
-) -> None:
-    with pytest.raises(InvalidInput, match=says):
-        mixture_components(values, **options)
-
-
-def test_samples_follow_the_histogram(scores: NeuronScores) -> None:
-    layer = scores.layers["layer"][0]
-    histogram = scores.histogram(layer, 3)
-    sample = _sample(scores, layer, 3, 20_000, 0)
-    edges = np.append(histogram["left"], histogram["right"].iloc[-1])
-    share = np.histogram(sample, edges)[0] / len(sample)
-    np.testing.assert_allclose(share, histogram["count"] / histogram["count"].sum(), atol=0.015)
-    row = scores.frame.iloc[3]
-    assert sample.mean() == pytest.approx(row["mean"], abs=0.05 * row["std"])
-    assert sample.std() == pytest.approx(row["std"], rel=0.05)
-
-
-def test_every_neuron_by_itself(scores: NeuronScores) -> None:
-    layers = scores.layers["layer"].tolist()
-    rows: dict[str, RowIndices] = {layers[1]: [7, 2], layers[0]: np.array([0])}
-    found = gmm_components(scores, rows=rows, points=200)
-    assert found["layer"].tolist() == [layers[1], layers[1], layers[0]]
-    assert found["neuron"].tolist() == [7, 2, 0]
-    for layer, neuron, count in found.itertuples(index=False):
-        assert count == mixture_components(_sample(scores, layer, neuron, 200, 0))
-    alone = gmm_components(scores, rows={layers[1]: [2]}, points=200)
-    assert alone["gmm_components"].item() == found["gmm_components"][1]
-    top = select(scores.frame, "top", count=1)
-    assert len(gmm_components(scores, rows=top.rows, points=40)) == 2
-    merged = scores.frame.merge(found, on=["layer", "neuron"], how="left")
-    assert merged["gmm_components"].notna().sum() == 3
-
-
-def test_all_neurons_and_flags(scores: NeuronScores) -> None:
-    frame = scores.frame.copy()
-    frame.loc[5, "flag"] = "constant"
-    flagged = NeuronScores(frame, scores.layers, scores.histograms, scores.manifest)
-    layer = flagged.layer(scores.layers["layer"][0])
-    found = gmm_components(layer, points=40, max_components=1, progress=False)
-    assert found["neuron"].tolist() == list(range(48))
-    assert np.isnan(found["gmm_components"][5])
-    assert (found["gmm_components"].drop(5) == 1).all()
-
-
-def test_bad_requests(scores: NeuronScores) -> None:
-    layer = scores.layers["layer"][0]
-    with pytest.raises(UnknownName, match="'nowhere'"):
-        gmm_components(scores, rows={"nowhere": [0]})
-    with pytest.raises(InvalidInput, match=r"\b0\b.*47.*\b48\b"):
-        gmm_components(scores, rows={layer: [48]})
-    with pytest.raises(InvalidInput, match=r"`rows\[.*got"):
-        gmm_components(scores, rows={layer: np.array([0.5])})
-    with pytest.raises(InvalidInput, match=r"`points`.*\b10\b.*\b40\b.*\b39\b"):
-        gmm_components(scores, points=39)
-    with pytest.raises(InvalidInput, match=r"max_components.*\b0\b"):
-        gmm_components(scores, max_components=0)
+def test_costs_count_all_experts_stored_and_the_chosen_ones_active() -> None:
+    module: Any = mixture("Mixtral")
+    layers = list_layers(module)
+    sizes = {one.name: math.prod(one.shape) for one in layers}
+    experts = sum(sizes[one.name] for one in layers if one.is_expert)
+    others = sum(sizes.values()) - experts
+    assert experts == 3 * 4 * 3 * 48 * 32
+    (layer,) = find_layers(module, "model.layers.1.mlp.experts.2.up_proj")
+    row = {
+        "layer": layer.name, "block": 1, "router": 0, "dense_weights": 48 * 32, "flops": 0.0,
+        "nonzeros": 100, "bytes": 400, "router_flops": 64, "router_bytes": 12,
+    }  # fmt: skip
+    found = model_costs(module, [row])
+    active = others + experts / 2
+    assert found["flops"] == pytest.approx((2 * (active - 48 * 32 / 2) + 64 / 2) / (2 * active))
+    stored = others + experts
+    assert found["nonzeros"] == pytest.approx((stored - 48 * 32 + 100) / stored)
+    assert found["bytes"] == pytest.approx((4 * (stored - 48 * 32) + 412) / (4 * stored))

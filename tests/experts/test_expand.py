@@ -387,13 +387,16 @@ def test_settings_are_checked_before_anything_is_recorded(
         run(tiny("llama"), calibration, **settings)
 
 
-def test_a_mixture_in_one_parameter_is_refused(calibration: CalibrationSet) -> None:
+def test_a_mixture_in_an_unknown_layout_is_refused(calibration: CalibrationSet) -> None:
     config = Qwen2MoeConfig(
         vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, moe_intermediate_size=16,
         shared_expert_intermediate_size=24, num_experts=4, max_position_embeddings=128,
     )  # fmt: skip
     model = as_language_model(Qwen2MoeForCausalLM(config).eval())  # type: ignore[no-untyped-call]
+    for block in model.module.get_submodule("model.layers").children():
+        experts = block.get_submodule("mlp.experts")
+        experts.register_parameter("more", torch.nn.Parameter(torch.zeros(4, 2, 2)))
     with pytest.raises(InvalidInput, match=r"'model\.layers\.0\.mlp\.experts\.\w+' holds its exp"):
         run(model, calibration)
     found = run(model, calibration, layers="*.shared_expert.up_proj", proj=None)

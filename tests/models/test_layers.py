@@ -33,13 +33,18 @@ SPLIT = {
 }
 GATED = {"mlp.gate_proj": (48, 32), "mlp.up_proj": (48, 32), "mlp.down_proj": (32, 48)}
 PLAIN = {"mlp.dense_h_to_4h": (48, 32), "mlp.dense_4h_to_h": (32, 48)}
+EXPERTS = {
+    f"mlp.experts.{expert}.{name}": shape
+    for expert in range(4)
+    for name, shape in (("gate_proj", (48, 32)), ("up_proj", (48, 32)), ("down_proj", (32, 48)))
+}
 Parts = dict[str, tuple[int, int]]
 EXPECTED: dict[str, tuple[str, Parts, Parts, list[str]]] = {
     "llama": ("model.layers", SPLIT, GATED, ["lm_head"]),
     "gemma3": ("model.layers", SPLIT, GATED, ["lm_head"]),
     "qwen3": ("model.layers", SPLIT, GATED, ["lm_head"]),
     "mistral": ("model.layers", SPLIT, GATED, ["lm_head"]),
-    "mixtral": ("model.layers", SPLIT, {}, ["lm_head"]),
+    "mixtral": ("model.layers", SPLIT, EXPERTS, ["lm_head"]),
     "phi3": (
         "model.layers",
         {"self_attn.o_proj": Q32, "self_attn.qkv_proj": (64, 32)},
@@ -116,7 +121,7 @@ def test_names_shapes_and_blocks_of_every_architecture(name: str) -> None:
     assert len(find_blocks(module)[1]) == 3
 
 
-@pytest.mark.parametrize("name", [name for name in TINY if name != "mixtral"])
+@pytest.mark.parametrize("name", TINY)
 def test_mlp_is_the_feed_forward_part(name: str) -> None:
     blocks, _, feed_forward, _ = EXPECTED[name]
     found = find_layers(TINY[name](), 2, "mlp")
@@ -130,7 +135,7 @@ def test_weights_are_views_that_reproduce_the_module(name: str) -> None:
         x = torch.randn(5, layer.in_features, generator=generator)
         bias = 0.0 if layer.bias is None else layer.bias
         torch.testing.assert_close(x @ layer.weight.T + bias, layer.module(x))
-        raw = layer.module.get_parameter("weight")
+        raw = layer.weight if layer.is_expert else layer.module.get_parameter("weight")
         assert layer.weight.data_ptr() == raw.data_ptr()
         assert not layer.weight.requires_grad
         assert layer.transposed == (name == "gpt2" and layer.name != "lm_head")
@@ -266,31 +271,43 @@ def test_empty_and_boolean_specs_are_refused() -> None:
         find_layers(TINY["opt"](), True)
 
 
-def test_fused_experts_are_listed() -> None:
-    experts = list_fused_experts(TINY["mixtral"]())
-    assert [(e.name, e.block, e.shape) for e in experts[:2]] == [
-        ("model.layers.0.mlp.experts.gate_up_proj", 0, (4, 96, 32)),
-        ("model.layers.0.mlp.experts.down_proj", 0, (4, 32, 48)),
+class Strange(nn.Module):
+    """Experts in a layout that nothing is known of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Parameter(torch.zeros(4, 96, 32))
+
+
+def strange() -> nn.Module:
+    """A model whose first mixture is held otherwise."""
+    module = TINY["mixtral"]()
+    module.get_submodule("model.layers.0.mlp").experts = Strange()
+    return module
+
+
+def test_experts_of_an_unknown_layout_are_listed() -> None:
+    experts = list_fused_experts(strange())
+    assert [(e.name, e.block, e.shape) for e in experts] == [
+        ("model.layers.0.mlp.experts.wide", 0, (4, 96, 32))
     ]
-    assert [e.block for e in experts] == [0, 0, 1, 1, 2, 2]
-    assert all(list_fused_experts(TINY[name]()) == () for name in TINY if name != "mixtral")
+    assert all(list_fused_experts(TINY[name]()) == () for name in TINY)
 
 
 @pytest.mark.parametrize(
     ("spec", "proj"),
     [
-        ("model.layers.0.mlp.experts.down_proj", None),
+        ("model.layers.0.mlp.experts.wide", None),
         ("model.layers.0.mlp.experts", None),
-        ("*.experts.*", None),
-        (0, "down_proj"),
-        ("all", "experts.gate_up_proj"),
-        ("all", "mlp"),
-        ([1, "model.layers.0.mlp.experts.down_proj"], None),
+        ("*.0.mlp.experts.*", None),
+        (0, "mlp"),
+        ("all", "experts.wide"),
+        ([1, "model.layers.0.mlp.experts.wide"], None),
     ],
 )
-def test_fused_experts_are_refused(spec: int | str | list[int | str], proj: str | None) -> None:
+def test_unknown_experts_are_refused(spec: int | str | list[int | str], proj: str | None) -> None:
     with pytest.raises(InvalidInput, match=r"'model\.layers\.0\.mlp.*\b4 experts"):
-        find_layers(TINY["mixtral"](), spec, proj)
+        find_layers(strange(), spec, proj)
 
 
 class Shared(nn.Module):

@@ -50,6 +50,22 @@ def difference() -> tuple[pd.DataFrame, pd.DataFrame]:
     return frame, pd.DataFrame(rows)
 
 
+def routed() -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Tables of what routing does to WD."""
+    rng = np.random.default_rng(0)
+    names = ("gate_proj", "down_proj")
+    frame = pd.DataFrame(
+        {"projection": np.repeat(names, 30), "wd_inside": rng.uniform(0.01, 0.2, 60),
+         "wd_outside": rng.uniform(0.01, 0.2, 60)}
+    )  # fmt: skip
+    rows = [
+        {"block": block, "projection": name, "drop": 1.1 + block / 10, "low": 1.0, "high": 1.5,
+         "control": 1.0, "experts": 4}
+        for block in range(3) for name in names
+    ]  # fmt: skip
+    return frame, pd.DataFrame(rows)
+
+
 def arguments(name: str) -> tuple[tuple[object, ...], dict[str, Any]]:
     """What a panel is drawn from: a table and, by keyword, the rest."""
     d = decompose_made_up()
@@ -89,6 +105,8 @@ def arguments(name: str) -> tuple[tuple[object, ...], dict[str, Any]]:
         "plot_wd_ridge": ((scores,), {}),
         "plot_two_runs": ((difference()[0],), {}),
         "plot_change_errors": ((difference()[0],), {}),
+        "plot_wd_inside": ((routed()[0],), {}),
+        "plot_routing_drop": ((routed()[1],), {}),
         "plot_rank_agreement": ((difference()[1],), {"measure": "top_3"}),
         "plot_verdicts": ((studied()[0],), {}),
         "plot_trace": ((studied()[1],), {}),
@@ -120,6 +138,8 @@ PARTS: dict[str, tuple[str, str]] = {
     "plot_wd_ridge": ("model.layers.0.mlp.gate_proj", "block 3 · gate_proj"),
     "plot_two_runs": ("did not move", "moved up"),
     "plot_change_errors": ("neurons", "if none moved"),
+    "plot_wd_inside": ("gate_proj", "down_proj"),
+    "plot_routing_drop": ("gate_proj", "down_proj"),
     "plot_rank_agreement": ("gate_proj", "down_proj"),
     "plot_verdicts": ("holds", "weaker"),
     "plot_trace": ("largest", "edge of the top rows"),
