@@ -208,7 +208,7 @@ def train(
     device = parts["train"].device
     model = build(plan, tokenizer).to(device)
     # the type of a compiled module is not told
-    run: torch.nn.Module = torch.compile(model) if faster else model  # type: ignore[assignment]
+    run: torch.nn.Module = torch.compile(model, dynamic=False) if faster else model  # type: ignore[assignment]
     steps = checkpoint_steps(plan.steps, plan.checkpoints)
     optimizer, stream = optimiser(model, plan), batches(parts["train"], plan)
     losses: list[dict[str, float]] = []
@@ -216,7 +216,7 @@ def train(
     began, since = time.monotonic(), 0
     for step in range(plan.steps + 1):
         if step in steps:
-            row = {"step": step, "tokens": step * plan.batch * plan.window}
+            row: dict[str, float] = {"step": step, "tokens": step * plan.batch * plan.window}
             trained = float(recent) / since if since else math.nan
             held = validate(run, parts["valid"], plan)
             spent = time.monotonic() - began
@@ -234,7 +234,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = rate_at(step, plan)
         loss = loss_of(run, next(stream))
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
