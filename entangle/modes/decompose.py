@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from entangle.checks import different, renamed, share, whole, wholes
@@ -49,6 +49,8 @@ from entangle.texts.calibration import as_calibration
 from entangle.texts.calibration_set import CalibrationSet
 from entangle.texts.given import Source
 from entangle.texts.words import TokenText
+
+Errors = NDArray[np.float64]
 
 Parts = dict[str, list[pd.DataFrame]]
 """Parts of the tables, by the table's name."""
@@ -123,7 +125,8 @@ def _add_outputs(
     device = group.weight.device
     on_map = RouterMap(inputs, device, seed=request.settings.seed)
     common = [CommonBins(one.outputs) for one in chosen]
-    for run in _runs(request.experts, group, request.memory):
+    single: Tensor | None = None
+    for run in _runs(sorted(request.experts, key=lambda k: k != 1), group, request.memory):
         fits = [
             fit_group(group, inputs, k, [request.sparsity], request.settings, md=True) for k in run
         ]
@@ -132,6 +135,7 @@ def _add_outputs(
         )
         parts["neurons"].append(measured.merge(scored.drop(columns="wd"), on=["layer", "neuron"]))
         for fit in fits:
+            single = fit.weight[0] if fit.router.k == 1 else single
             needed = components_needed(inputs, fit.clusters, device)
             apart = sliced_distances(inputs, fit.clusters, seed=request.settings.seed)
             start = 0
@@ -143,12 +147,21 @@ def _add_outputs(
                     "experts": fit.router.k,
                     "sparsity": request.sparsity,
                 }
-                errors = relative_errors(
-                    group.weight[rows], group.bias[rows], fit.weight[0][:, rows], inputs,
-                    fit.clusters, memory=request.memory,
+                errors, before = (
+                    relative_errors(
+                        group.weight[rows], group.bias[rows], sparse[:, rows], inputs,
+                        fit.clusters, memory=request.memory,
+                    )
+                    if sparse is not None else np.full(fit.router.k, np.nan)
+                    for sparse in (
+                        fit.weight[0],
+                        None if single is None else single.expand(fit.router.k, -1, -1),
+                    )
                 )  # fmt: skip
+                columns = {"components_90": needed, "error": errors, "sliced_wd": apart}
+                columns["ri"] = _improvement(before, errors)
                 parts["router_map"].append(on_map.rows(fit.clusters).assign(**arm))
-                parts["components"].append(_clusters(fit, needed, errors, apart).assign(**arm))
+                parts["components"].append(_clusters(fit, columns).assign(**arm))
                 parts["outputs"] += [
                     histogram.assign(**arm)
                     for histogram in _histograms(group, one, bins, fit, inputs)
@@ -157,13 +170,16 @@ def _add_outputs(
 
 
 def _clusters(
-    fit: RowFit, needed: Sequence[int], errors: NDArray[np.float64], apart: Sequence[float]
+    fit: RowFit, columns: Mapping[str, Sequence[int] | Sequence[float] | Errors]
 ) -> pd.DataFrame:
     """Return one row a cluster."""
-    columns = {
-        "tokens": fit.clusters.sizes, "components_90": needed, "error": errors, "sliced_wd": apart,
-    }  # fmt: skip
-    return pd.DataFrame({"cluster": range(fit.router.k), **columns})
+    return pd.DataFrame({"cluster": range(fit.router.k), "tokens": fit.clusters.sizes, **columns})
+
+
+def _improvement(before: Errors, after: Errors) -> Errors:
+    """Return the ratio of root errors of one expert for all and of a cluster's own."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.sqrt(before / after)
 
 
 def _histograms(
