@@ -108,7 +108,7 @@ def test_light_imports(code: str, absent: set[str]) -> None:
 
 KINDS = (
     "scores", "ablation", "comparison", "decomposition", "allocation", "expansion", "pruning",
-    "difference",
+    "difference", "anchor",
 )  # fmt: skip
 
 

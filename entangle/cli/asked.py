@@ -35,7 +35,7 @@ NEUTRAL = frozenset((
 """What says how a command runs and prints, and not what it finds."""
 SOURCES = (
     "model", "base", "dense", "expansion", "calibration", "evaluation", "pairs", "scores",
-    "allocation", "select", "runs", "run", "text", "a", "b",
+    "allocation", "select", "runs", "run", "text", "a", "b", "dictionary",
 )  # fmt: skip
 """Options that may name files, whose content belongs to the question."""
 DIGITS = 12

@@ -24,6 +24,7 @@ MAKERS: dict[str, str] = {
     "expansion": "entangle expand",
     "pruning": "entangle prune",
     "difference": "entangle diff",
+    "anchor": "entangle anchor",
 }
 """Command that makes a result, by its kind."""
 

@@ -45,6 +45,7 @@ NEXT: Mapping[str, Sequence[tuple[str, str]]] = {
     "comparison": (("figures", "entangle figures {run}"),),
     "difference": (("figures", "entangle figures {run}"),),
     "decomposition": (("figures", "entangle figures {run}"),),
+    "anchor": (("figures", "entangle figures {run}"),),
     "allocation": (
         ("prune", "entangle prune {model} --allocation {run}"),
         ("expand", "entangle expand {model} --allocation {run}"),

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         plot_layer_profile,
         plot_row_sparsity,
     )
+    from entangle.plotting.anchor import figure_anchor, plot_anchor
     from entangle.plotting.clusters import (
         figure_disentanglement,
         figure_router_map,
@@ -77,6 +78,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "ablation": ("figure_ablation", "plot_ablation"),
     "clusters": ("figure_disentanglement", "figure_router_map", "plot_change", "plot_router_map"),
+    "anchor": ("figure_anchor", "plot_anchor"),
     "comparison": ("figure_comparison", "figure_expansion", "plot_costs", "plot_perplexity"),
     "difference": (
         "figure_difference", "plot_change_errors", "plot_rank_agreement", "plot_two_runs",
@@ -123,13 +125,15 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "COLUMN_INCHES", "PALETTE", "FigureOptions", "NeuronOutput", "PlotOptions", "caption_of",
-    "dense_output", "drawn", "figure_ablation", "figure_allocation", "figure_comparison",
+    "dense_output", "drawn", "figure_ablation", "figure_allocation", "figure_anchor",
+    "figure_comparison",
     "figure_components", "figure_difference", "figure_disentanglement", "figure_distances",
     "figure_expansion", "figure_experts", "figure_modes", "figure_output_distributions",
     "figure_predictors", "figure_recovery", "figure_router_map", "figure_separated_pairs",
     "figure_sparse_outputs", "figure_sparsities", "figure_top_and_typical",
     "figure_wd_against_md", "figure_wd_by_layer", "figure_wd_distribution", "paper_style",
-    "plot_ablation", "plot_change", "plot_change_errors", "plot_components", "plot_contexts",
+    "plot_ablation", "plot_anchor", "plot_change", "plot_change_errors", "plot_components",
+    "plot_contexts",
     "plot_costs", "plot_distances", "plot_experts", "plot_layer_profile", "plot_modes",
     "plot_output_distribution", "plot_pair_contexts", "plot_perplexity", "plot_predictor",
     "plot_rank_agreement", "plot_router_map", "plot_row_sparsity", "plot_separated_pairs",

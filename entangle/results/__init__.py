@@ -16,6 +16,7 @@ CLASSES = {
     "expansion": "expansion.ExpansionReport",
     "pruning": "expansion.PruneReport",
     "difference": "difference.Difference",
+    "anchor": "anchor.Anchor",
 }
 """Module and class of every kind of result."""
 

@@ -62,6 +62,7 @@ FIGURES: dict[str, tuple[str, ...]] = {
     "expansion": ("expansion",),
     "pruning": ("expansion",),
     "difference": ("difference",),
+    "anchor": ("anchor",),
 }  # fmt: skip
 """What is drawn of a result, by its kind."""
 
@@ -89,6 +90,7 @@ def drawings(result: Any, style: Style) -> Iterator[tuple[str, Draw]]:
         "expansion": _of_expansion,
         "pruning": _of_expansion,
         "difference": lambda found, style: iter([("difference", partial(found.plot, **style))]),
+        "anchor": lambda found, style: iter([("anchor", partial(found.plot, **style))]),
     }
     return makers[str(result.KIND)](result, style)
 

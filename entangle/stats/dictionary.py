@@ -7,7 +7,7 @@ two atoms are left out of that account.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int64
@@ -22,6 +22,7 @@ Points = Float[Tensor, "tokens features"]
 _BATCH = 64
 
 
+@runtime_checkable
 class Dictionary(Protocol):
     """What writes inputs as sums of atoms."""
 
