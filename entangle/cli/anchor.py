@@ -41,7 +41,7 @@ def add_parser(subparsers: options.Subparsers) -> None:
         "(default: %(default)s)",
     )  # fmt: skip
     group.add_argument(
-        "--given", default="weight_norm,variance", metavar="LIST",
+        "--controls", default="weight_norm,variance", metavar="LIST",
         help="scores held fixed in the partial correlations (default: %(default)s)",
     )  # fmt: skip
     options.add_memory_option(group)
@@ -61,8 +61,8 @@ def run(arguments: argparse.Namespace) -> None:
         )
     memory = options.parse_memory(arguments.memory)
     check_output(arguments.out, force=arguments.force)
+    from entangle.experiments.anchor import anchor
     from entangle.models.layers import find_layers
-    from entangle.modes.anchor import anchor
 
     model = options.load_model(arguments)
     layers = options.chosen_layers(arguments, None)
@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> None:
         atoms=arguments.atoms,
         active=arguments.active,
         threshold=arguments.threshold,
-        given=options.names(arguments.given),
+        controls=options.names(arguments.controls),
         seed=arguments.seed,
         memory=memory,
         progress=not arguments.quiet,

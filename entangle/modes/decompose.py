@@ -1,8 +1,6 @@
 """`decompose`: everything that the figures about neurons and experts need, from one pass.
 
 Decompose the layers that read one input: every table's part.
-
-Record the inputs of layers during one pass over the text.
 """
 
 from collections import defaultdict
@@ -14,7 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from entangle.checks import different, renamed, share, whole, wholes
@@ -40,8 +38,8 @@ from entangle.modes.groups import (
 from entangle.modes.modes import Neurons, check_neurons
 from entangle.modes.pairs import RouterMap, draw_all, near_pairs, pair_rows, separated_rows
 from entangle.precision import full_precision
-from entangle.recording.recorder import Recorded, Recorder, of_one_group, told
-from entangle.recording.stream import ByteBudget, TokenStore
+from entangle.recording.groups import record_groups
+from entangle.recording.stream import TokenStore
 from entangle.results.decomposition import COLUMNS, KIND, Decomposition, joined
 from entangle.runs.progress import Progress, ProgressBar
 from entangle.runs.provenance import RunClock, make_manifest
@@ -51,6 +49,7 @@ from entangle.texts.given import Source
 from entangle.texts.words import TokenText
 
 Errors = NDArray[np.float64]
+_Columns = dict[str, Sequence[int] | Sequence[float] | Errors]
 
 Parts = dict[str, list[pd.DataFrame]]
 """Parts of the tables, by the table's name."""
@@ -158,7 +157,7 @@ def _add_outputs(
                         None if single is None else single.expand(fit.router.k, -1, -1),
                     )
                 )  # fmt: skip
-                columns = {"components_90": needed, "error": errors, "sliced_wd": apart}
+                columns: _Columns = {"components_90": needed, "error": errors, "sliced_wd": apart}
                 columns["ri"] = _improvement(before, errors)
                 parts["router_map"].append(on_map.rows(fit.clusters).assign(**arm))
                 parts["components"].append(_clusters(fit, columns).assign(**arm))
@@ -169,9 +168,7 @@ def _add_outputs(
             report(len(chosen))
 
 
-def _clusters(
-    fit: RowFit, columns: Mapping[str, Sequence[int] | Sequence[float] | Errors]
-) -> pd.DataFrame:
+def _clusters(fit: RowFit, columns: _Columns) -> pd.DataFrame:
     """Return one row a cluster."""
     return pd.DataFrame({"cluster": range(fit.router.k), "tokens": fit.clusters.sizes, **columns})
 
@@ -234,60 +231,6 @@ def _runs(experts: Sequence[int], group: RowGroup, memory: int) -> Iterator[list
             run = []
         run.append(k)
     yield run
-
-
-Group = tuple[tuple[Layer, ...], TokenStore]
-"""Layers that read one input, and that input, (tokens, in_features)."""
-
-
-def record_groups(
-    module: nn.Module,
-    layers: Sequence[Layer],
-    calibration: CalibrationSet,
-    *,
-    memory: int,
-    stack: ExitStack,
-    report: Callable[[int], None],
-) -> list[Group]:
-    """Run the model once, up to the last of the layers, and record what they receive.
-
-    Parameters
-    ----------
-    module, calibration
-        The model and the token ids.
-    layers
-        Layers to watch; those that run one after the other on one input, such as gate and up, share
-        a record.
-    memory
-        Bytes for the records; what is beyond goes to a temporary file.
-    stack
-        Closes the records when it is closed.
-    report
-        Called with the number of sequences that have passed.
-
-    Raises
-    ------
-    InvalidInput
-        If a layer does not run exactly once on every token, or does not multiply by its weight.
-    """
-    budget, stores = ByteBudget(memory), dict[int, TokenStore]()
-
-    def keep(found: Recorded) -> None:
-        if found.source not in stores:
-            stores[found.source] = stack.enter_context(TokenStore(budget))
-        if found.leads:
-            stores[found.source].append(found.inputs)
-
-    recorder = Recorder(layers, keep, once=True, affine="decomposition")
-    recorder.run(module, told(of_one_group(calibration), report))
-    recorder.check_sources()
-    for name, count in recorder.tokens.items():
-        if count != calibration.n_tokens:
-            raise InvalidInput(
-                f"layer {name!r} ran on {count} tokens where the text has {calibration.n_tokens}; "
-                "choose layers that run once on every token."
-            )
-    return [(tuple(own), stores[source]) for source, own in enumerate(recorder.sources)]
 
 
 @renamed(layer="layers", pairs="token_pairs")

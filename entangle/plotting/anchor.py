@@ -82,7 +82,7 @@ def plot_anchor(
         ax.hlines(y, low, high, color=mark, lw=1.0)
         (dots,) = ax.plot(x, y, "o", color=mark, ms=3.0, label=str(name))
         record(
-            dots, panel=measure, series=str(name), x=x, x_low=low, x_high=high,
+            dots, panel=measure, series=str(name), x=x, y=y, x_low=low, x_high=high,
             score=part["predictor"].to_numpy(str),
         )  # fmt: skip
         entries.append((dots, str(name)))
@@ -103,7 +103,7 @@ def _rows(
     if layer is not None:
         layer, scope = choice("layer", layer, own), "layer"
     scope = ("mean of layers" if len(own) > 1 else "layer") if scope is None else scope
-    rows = correlations[correlations["scope"] == choice("scope", scope, _SCOPES)]
+    rows: pd.DataFrame = correlations[correlations["scope"] == choice("scope", scope, _SCOPES)]
     if scope == "layer":
         rows = rows[rows["layer"] == (own[0] if layer is None and own else layer)]
     rows = rows[np.isfinite(rows[measure])]

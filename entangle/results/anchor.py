@@ -76,8 +76,8 @@ class Anchor(Result):
     token's index in the calibration set."""
     correlations: pd.DataFrame = field(repr=False)
     """Rank correlation of scores with ``participation``, with bootstrap intervals over neurons (of
-    ``mean of layers``: Student's over layers), and ``partial``, with what the settings call
-    ``given`` held fixed; rows as of `entangle.experiments.predictors.predictor_table`."""
+    ``mean of layers``: Student's over layers), and ``partial``, with the settings'
+    ``controls`` held fixed; rows as of `entangle.experiments.predictors.predictor_table`."""
     manifest: Mapping[str, object] = field(repr=False)
     """Model, calibration set, settings, versions, seconds and peak memory."""
 

@@ -266,4 +266,5 @@ def participation(shares: Float[Tensor, "neurons atoms"]) -> Float[Tensor, " neu
 
 def entropy(shares: Float[Tensor, "neurons atoms"]) -> Float[Tensor, " neurons"]:
     """Return the entropy in nats of what a neuron reads, from 0 to log of the atoms' number."""
-    return torch.special.entr(shares).sum(1)
+    found: Tensor = torch.special.entr(shares).sum(1)
+    return found

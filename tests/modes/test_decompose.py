@@ -104,13 +104,13 @@ def test_improvement_of_every_expert_against_the_layer_itself(
 ) -> None:
     """The module's own inputs, weights given back by `fit_rows`, and errors summed in numpy."""
     layer = LAYERS["llama"]
-    module, seen = model.module.get_submodule(layer), list[np.ndarray]()
-    hook = module.register_forward_pre_hook(
+    watched, seen = find_layers(model.module, layer)[0], list[np.ndarray]()
+    hook = watched.module.register_forward_pre_hook(
         lambda _module, given: seen.append(given[0].detach().flatten(0, 1).numpy())
     )
     model.module(text.ids)
     hook.remove()
-    tokens, dense = np.concatenate(seen), module.weight.detach().numpy()
+    tokens, dense = np.concatenate(seen), watched.weight.detach().numpy()
     rows = fit_rows(
         model, text, {layer: range(len(dense))}, sparsities=[0.75], experts=[1, 3], restarts=2,
         progress=False,

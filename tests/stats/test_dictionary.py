@@ -27,7 +27,8 @@ def normal(*shape: int, name: str = "x") -> Tensor:
 
 
 def unit(rows: Tensor) -> Tensor:
-    return rows / rows.norm(dim=1, keepdim=True)
+    found: Tensor = rows / rows.norm(dim=1, keepdim=True)
+    return found
 
 
 def slow_pursuit(point: np.ndarray, atoms: np.ndarray, active: int) -> np.ndarray:

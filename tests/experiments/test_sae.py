@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from entangle.errors import InvalidInput, Unavailable
-from entangle.modes.sae import SAELENS, SPARSIFY, load_sae
+from entangle.experiments.sae import SAELENS, SPARSIFY, load_sae
 from entangle.seeding import torch_rng
 
 ATOMS, FEATURES = 7, 4
@@ -43,11 +43,12 @@ def sparsify(folder: Path, **config: Any) -> Path:
 
 def before(point: np.ndarray, *, shift: bool = True) -> np.ndarray:
     own = {name: one.numpy() for name, one in tensors().items()}
-    return (point - shift * own["b_dec"]) @ own["W_enc"] + own["b_enc"]
+    found: np.ndarray = (point - shift * own["b_dec"]) @ own["W_enc"] + own["b_enc"]
+    return found
 
 
 def largest(values: np.ndarray, k: int) -> np.ndarray:
-    kept = np.maximum(values, 0)
+    kept: np.ndarray = np.maximum(values, 0)
     kept[np.argsort(-kept)[k:]] = 0
     return kept
 

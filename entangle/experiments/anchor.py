@@ -17,14 +17,13 @@ from torch import Tensor
 from entangle.checks import finite, names, whole
 from entangle.errors import InvalidInput
 from entangle.experiments.predictors import predictor_table
+from entangle.experiments.sae import EncoderDictionary, load_sae
 from entangle.memory import check_memory, memory_for
 from entangle.models.blocks import evaluates
 from entangle.models.layers import DEFAULT_PROJ, Layer, LayerSpec, Projections, find_layers
 from entangle.models.loading import AnyModel, LanguageModel, as_language_model
-from entangle.modes.decompose import Group, record_groups
-from entangle.modes.groups import choose
-from entangle.modes.sae import EncoderDictionary, load_sae
 from entangle.precision import full_precision
+from entangle.recording.groups import Group, record_groups
 from entangle.results.anchor import KIND, Anchor, typed
 from entangle.runs.progress import ProgressBar
 from entangle.runs.provenance import RunClock, make_manifest
@@ -48,8 +47,8 @@ from entangle.texts.given import Source
 from entangle.texts.words import TokenText
 
 ITDA, SAE, RANDOM, PCA = "itda", "sae", "random tokens", "principal directions"
-READ, WINDOW = 5, 12
-"""Atoms told of a neuron, and tokens around each."""
+TOP, READ, WINDOW = 3, 5, 12
+"""Neurons of largest WD that are looked at, atoms told of each, tokens around these."""
 _BLOCK = 1024
 
 
@@ -86,7 +85,7 @@ def anchor(
     atoms: int | None = None,
     active: int = 40,
     threshold: float = 0.3,
-    given: str | Sequence[str] = ("weight_norm", "variance"),
+    controls: str | Sequence[str] = ("weight_norm", "variance"),
     n_boot: int = 500,
     seed: int = 0,
     memory: int | None = None,
@@ -102,8 +101,9 @@ def anchor(
     model, calibration, layers, proj
         As for `entangle.score`; layers that run once on every token.
     dictionary
-        Folder of a sparse autoencoder of these inputs, as `entangle.modes.sae.load_sae` reads one,
-        instead of ITDA. That it was trained on the input of these layers is the caller's to know.
+        Folder of a sparse autoencoder of these inputs, as `entangle.experiments.sae.load_sae` reads
+        one, instead of ITDA. That it was trained on the inputs of these layers is the caller's to
+        know.
     atoms
         Atoms of a dictionary; by default twice the input's features, so that the principal
         directions and their opposites are as many. A brought dictionary has its own number.
@@ -111,7 +111,7 @@ def anchor(
         Atoms of an input, at most, of dictionaries coded with by matching pursuit.
     threshold
         Share of its squared length in (0, 1) that a token must lose to become an atom of ITDA.
-    given
+    controls
         Scores held fixed in the partial correlations.
     n_boot
         Resamples of the neurons.
@@ -142,7 +142,7 @@ def anchor(
     )
     if not 0 < plan.threshold < 1:
         raise InvalidInput(f"`threshold` must lie in (0, 1); got {threshold}.")
-    held = names("given", given) if given else []
+    held = names("controls", controls) if controls else []
     check_memory(memory)
     dense = as_language_model(model)
     calibration = as_calibration(calibration, dense)
@@ -155,7 +155,13 @@ def anchor(
     with ExitStack() as stack, full_precision(), ProgressBar("anchoring", enabled=progress) as bar:
         bar.start(calibration.n_seq + len(chosen), "sequences and layers")
         groups = record_groups(
-            dense.module, chosen, calibration, memory=budget, stack=stack, report=bar.advance
+            dense.module,
+            chosen,
+            calibration,
+            memory=budget,
+            stack=stack,
+            report=bar.advance,
+            what="an anchor",
         )
         for group in groups:
             for name, rows in _of_group(group, scored.frame, dense, calibration, plan).items():
@@ -167,7 +173,7 @@ def anchor(
     settings = {
         "layers": spec, "dictionary": None if dictionary is None else str(dictionary),
         "sae": None if plan.brought is None else dict(plan.brought.facts), "atoms": plan.atoms,
-        "active": plan.active, "threshold": plan.threshold, "given": held, "n_boot": n_boot,
+        "active": plan.active, "threshold": plan.threshold, "controls": held, "n_boot": n_boot,
         "seed": seed,
     }  # fmt: skip
     manifest = make_manifest(
@@ -285,7 +291,7 @@ def _reads(
         return pd.DataFrame()
     text, length = TokenText(model.tokenizer), calibration.ids.shape[1]
     wd, rows = scores.set_index("neuron")["wd"], list[dict[str, object]]()
-    for neuron in choose(scores):
+    for neuron in _looked_at(wd):
         values, atoms = shares[neuron].nan_to_num().topk(min(READ, shares.shape[1]))
         for rank, (share, atom) in enumerate(zip(values.tolist(), atoms.tolist(), strict=True)):
             position = int(places[atom])
@@ -299,6 +305,12 @@ def _reads(
                 }
             )  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def _looked_at(wd: "pd.Series[float]") -> list[int]:
+    """Return the neurons of largest WD, and the median one."""
+    ordered = wd.dropna().sort_values(ascending=False, kind="stable").index.tolist()
+    return list(dict.fromkeys([*ordered[:TOP], ordered[len(ordered) // 2]]))
 
 
 def _in_order(name: str, parts: Sequence[pd.DataFrame], layers: Sequence[str]) -> pd.DataFrame:

@@ -26,18 +26,20 @@ SAELENS, SPARSIFY = "sae_weights.safetensors", "sae.safetensors"
 class EncoderDictionary:
     """The atoms of a sparse autoencoder, coded with by its own encoder."""
 
-    atoms: Float[Tensor, "atoms features"]
-    """The decoder's rows."""
-    bias: Float[Tensor, " features"]
-    """Added to what codes stand for."""
-    encoder: Float[Tensor, "atoms features"]
-    encoder_bias: Float[Tensor, " atoms"]
+    atoms: Tensor
+    """The decoder's rows, (atoms, features)."""
+    bias: Tensor
+    """Added to what codes stand for, (features,)."""
+    encoder: Tensor
+    """(atoms, features)."""
+    encoder_bias: Tensor
+    """(atoms,)."""
     shifts: bool
     """Whether ``bias`` is taken from the inputs before the encoder."""
     kept: int | None
     """Atoms of an input, the largest; None keeps all."""
-    least: Float[Tensor, " atoms"] | None
-    """What an atom must exceed; None is 0."""
+    least: Tensor | None
+    """What an atom must exceed, (atoms,); None is 0."""
     facts: Mapping[str, object] = field(default_factory=dict)
     """Layout, hook and other facts of its file."""
 
@@ -97,7 +99,7 @@ def load_sae(folder: str | Path) -> EncoderDictionary:
     read = _saelens if weights[0] == SAELENS else _sparsify
     try:
         found = read(config, tensors)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InvalidInput(f"'{place}' lacks {error}; copy it again.") from error
     _check(found, place)
     return found
@@ -146,7 +148,7 @@ def _refuse(name: str, value: object, known: tuple[object, ...]) -> None:
 
 
 def _check(found: EncoderDictionary, place: Path) -> None:
-    atoms, features = found.atoms.shape
+    atoms, features = found.atoms.shape if found.atoms.ndim == 2 else (0, 0)
     shapes = found.encoder.shape, found.encoder_bias.shape, found.bias.shape
     if shapes != ((atoms, features), (atoms,), (features,)):
         raise InvalidInput(

@@ -12,15 +12,16 @@ from safetensors.torch import save_file
 from scipy.stats import spearmanr
 
 from entangle.errors import InvalidInput, Unavailable, UnknownName
+from entangle.experiments.anchor import anchor
+from entangle.models.layers import find_layers
 from entangle.models.loading import LanguageModel, as_language_model
-from entangle.modes.anchor import anchor
 from entangle.results.anchor import COLUMNS, load_anchor
 from entangle.scoring.score import score
 from entangle.seeding import torch_rng
 from entangle.stats.dictionary import PursuitDictionary, measure_coding, principal_atoms
 from entangle.texts.calibration_set import CalibrationSet
 from entangle.texts.words import TokenText
-from tests.modes.test_sae import saelens
+from tests.experiments.test_sae import saelens
 from tests.tiny_models import tiny_tokenizer
 
 Tiny = Callable[[str], LanguageModel]
@@ -58,7 +59,7 @@ def test_principal_directions_from_the_module_itself(
     model, layer = tiny("llama"), LAYERS["llama"][1]
     found = anchor(model, calibration, layers=layer, **SMALL).frame
     own = found[found["dictionary"] == "principal directions"]
-    module, seen = model.module.get_submodule(layer), list[torch.Tensor]()
+    module, seen = find_layers(model.module, layer)[0].module, list[torch.Tensor]()
     hook = module.register_forward_pre_hook(lambda _m, given: seen.append(given[0].detach()))
     with torch.no_grad():
         model.module(calibration.ids)
@@ -70,7 +71,10 @@ def test_principal_directions_from_the_module_itself(
     centre = fitted.mean(0)
     atoms = principal_atoms(fitted - centre, atoms=24)
     coding = measure_coding(PursuitDictionary(atoms, centre, 4), [measured])
-    q = coding.energy * (module.weight.detach().double() @ atoms.mT).square()
+    q = (
+        coding.energy
+        * (find_layers(model.module, layer)[0].weight.detach().double() @ atoms.mT).square()
+    )
     expected = q.sum(1).square() / q.square().sum(1)
     np.testing.assert_allclose(own["participation"], expected, rtol=1e-3)
 
@@ -122,17 +126,10 @@ def test_a_brought_dictionary(tiny: Tiny, calibration: CalibrationSet, tmp_path:
         anchor(model, calibration, layers=LAYERS["llama"], dictionary=saelens(tmp_path), **SMALL)
     with pytest.raises(Unavailable):
         anchor(model, calibration, layers=LAYERS["llama"], dictionary=tmp_path / "no", **SMALL)
-    width = model.module.get_submodule(LAYERS["llama"][0]).in_features
-    eye = torch.eye(width)
-    save_file(
-        {
-            "W_enc": eye,
-            "W_dec": eye.clone(),
-            "b_enc": torch.zeros(width),
-            "b_dec": torch.zeros(width),
-        },
-        tmp_path / "sae_weights.safetensors",
-    )
+    width = find_layers(model.module, LAYERS["llama"][0])[0].in_features
+    made = {"W_enc": torch.eye(width), "W_dec": torch.eye(width)}
+    made |= {name: torch.zeros(width) for name in ("b_enc", "b_dec")}
+    save_file(made, tmp_path / "sae_weights.safetensors")
     found = anchor(
         model, calibration, layers=LAYERS["llama"], dictionary=tmp_path,
         **{**SMALL, "atoms": None},
@@ -148,7 +145,7 @@ def test_mistakes(tiny: Tiny, calibration: CalibrationSet) -> None:
     model = tiny("llama")
     wrong: list[tuple[dict[str, Any], type[Exception], str]] = [
         ({"threshold": 1.5}, InvalidInput, "threshold"), ({"active": 0}, InvalidInput, "active"),
-        ({"atoms": 1}, InvalidInput, "atoms"), ({"given": "nothing"}, UnknownName, "nothing"),
+        ({"atoms": 1}, InvalidInput, "atoms"), ({"controls": "nothing"}, UnknownName, "nothing"),
         ({"layers": "nowhere"}, UnknownName, "nowhere"), ({"n_boot": 0}, InvalidInput, "n_boot"),
     ]  # fmt: skip
     for settings, error, match in wrong:
