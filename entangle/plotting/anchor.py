@@ -147,10 +147,11 @@ def figure_anchor(
     shown = picked(known or ["spearman"], str, panels=True)
     with paper(options, column="double" if len(shown) > 1 else "single") as page:
         axes = page.grid(len(shown), across=len(shown), panel_inches=2.2)
-        for number, (ax, measure) in enumerate(zip(axes, shown, strict=True)):
+        for ax, measure in zip(axes, shown, strict=True):
             plot_anchor(
-                correlations, measure=measure, scope=scope, layer=layer, legend=number == 0, ax=ax
+                correlations, measure=measure, scope=scope, layer=layer, legend=False, ax=ax
             )
+            ax.sharex(axes[0])
         rows = _rows(correlations, shown[0], scope, layer)
         where = str(rows["layer"].iloc[0]) or f"{int(rows['n_layers'].max())} layers"
         caption = (

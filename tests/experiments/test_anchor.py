@@ -71,10 +71,8 @@ def test_principal_directions_from_the_module_itself(
     centre = fitted.mean(0)
     atoms = principal_atoms(fitted - centre, atoms=24)
     coding = measure_coding(PursuitDictionary(atoms, centre, 4), [measured])
-    q = (
-        coding.energy
-        * (find_layers(model.module, layer)[0].weight.detach().double() @ atoms.mT).square()
-    )
+    weight = find_layers(model.module, layer)[0].weight.double()
+    q = coding.energy * (weight @ atoms.mT).square()
     expected = q.sum(1).square() / q.square().sum(1)
     np.testing.assert_allclose(own["participation"], expected, rtol=1e-3)
 
