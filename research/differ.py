@@ -40,7 +40,7 @@ STRONGEST = 3
 CHANGES = {
     "without first tokens": "the first token of each sequence is left out (the attention sink)",
     **{f"{bits} bits": f"weights rounded to {bits} bits, blocks of 32" for bits in BITS},
-    "bits of noise": "control of 4 bits: Gaussian noise of the size of that rounding",
+    "noise as of 3 bits": "the control: Gaussian noise of the size of that rounding",
     "without strongest inputs": f"the {STRONGEST} inputs of largest variance held at their mean",
     "other activation": "what the activation gives computed with GELU for SiLU, or SiLU for GELU",
 }
@@ -92,10 +92,10 @@ def changed(
     for bits in BITS:
         coarse = rounded(weight, bits)
         yield f"{bits} bits", wd_of(coarse, inputs)
-        if bits == 4:
+        if bits == 3:
             size = (coarse - weight).square().mean(1, keepdim=True).sqrt()
             noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
-            yield "bits of noise", wd_of(weight + size * noise.to(weight.device), inputs)
+            yield "noise as of 3 bits", wd_of(weight + size * noise.to(weight.device), inputs)
     held, strongest = inputs.clone(), inputs.var(0).topk(STRONGEST).indices
     held[:, strongest] = inputs[:, strongest].mean(0)
     yield "without strongest inputs", wd_of(weight, held)
@@ -222,7 +222,7 @@ def damage(model: LanguageModel, calibration: CalibrationSet, evaluation: str) -
     The ratio of rises of the log perplexity, and its parts.
     """
     text = entangle.load_evaluation(
-        evaluation, model.tokenizer, seq_len=calibration.ids.shape[1], windows=24
+        evaluation, model.tokenizer, seq_len=calibration.ids.shape[1], n_windows=24
     )
     found = entangle.ablate(
         model, calibration, evaluation=text, selections=("top", "random"), fraction=TOP,
@@ -230,7 +230,7 @@ def damage(model: LanguageModel, calibration: CalibrationSet, evaluation: str) -
         progress=False,
     )  # fmt: skip
     frame = found.frame
-    dense = float(np.log(frame.loc[frame["selection"] == "none", "value"].iloc[0]))
+    dense = float(np.log(frame["value"].iloc[0]))  # the dense model comes first
     rise = np.log(frame["value"]) - dense
     top, random = (float(rise[frame["selection"] == one].mean()) for one in ("top", "random"))
     return {"dense_log_ppl": dense, "top_rise": top, "random_rise": random, "ratio": top / random}

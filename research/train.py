@@ -72,7 +72,7 @@ def checkpoint_steps(last: int, count: int) -> list[int]:
     for left in range(count - 1, 0, -1):  # the ratio to the end, afresh: small steps round up
         begin = max(steps[-1], 1)
         grown = round(begin * (last / begin) ** (1 / left)) if steps[-1] else 1
-        steps.append(min(max(grown, steps[-1] + 1), last - left + 1))
+        steps.append(last if left == 1 else min(max(grown, steps[-1] + 1), last - left + 1))
     return steps
 
 
