@@ -186,6 +186,7 @@ def made(
         "decomposition": (
             "decompose", model, "--layer", 1, "--proj", "mlp.gate_proj", *text, "--experts", "1,2",
         ),
+        "anchor": ("anchor", model, "--layer", 1, "--proj", "up_proj", *text, "--atoms", 20),
         "expansion": ("expand", model, *text, "--proj", "up_proj", "--experts", 2),
         "pruning": ("prune", model, *text, "--proj", "up_proj"),
         "allocation": ("allocate", folder / "scores", "--sparsity", 0.5, "--quiet"),

@@ -109,7 +109,7 @@ def test_light_imports(code: str, absent: set[str]) -> None:
 
 KINDS = (
     "scores", "ablation", "comparison", "decomposition", "allocation", "expansion", "pruning",
-    "difference", "study", "trace",
+    "difference", "study", "trace", "anchor",
 )  # fmt: skip
 
 

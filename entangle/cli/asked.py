@@ -36,6 +36,7 @@ NEUTRAL = frozenset((
 SOURCES = (
     "model", "base", "dense", "expansion", "calibration", "evaluation", "pairs", "scores",
     "allocation", "select", "runs", "run", "text", "a", "b", "models", "blimp", "other_pairs",
+    "dictionary",
 )  # fmt: skip
 """Options that may name files, whose content belongs to the question."""
 MODELS = ("expand", "prune")

@@ -26,6 +26,7 @@ MAKERS: dict[str, str] = {
     "difference": "entangle diff",
     "study": "entangle study",
     "trace": "entangle trace",
+    "anchor": "entangle anchor",
 }
 """Command that makes a result, by its kind."""
 

@@ -24,6 +24,7 @@ from entangle.checks import choice, share, shares, shown, whole, wholes
 from entangle.cli import (
     ablate,
     allocate,
+    anchor,
     asked,
     columns,
     compare,
@@ -70,7 +71,7 @@ CLOSED_PIPE = 128 + 13
 """As a shell reports a program that the signal SIGPIPE (13) has ended."""
 
 COMMANDS = (
-    ablate, allocate, compare, completion, convert, decompose, demo, diff, evaluate, expand,
+    ablate, allocate, anchor, compare, completion, convert, decompose, demo, diff, evaluate, expand,
     figures, layers, listing, probe, prune, report, run, score, show,
     study, trace,
 )  # fmt: skip
@@ -479,7 +480,7 @@ def _check_files(given: Mapping[str, object]) -> None:
         if not path.exists():
             raise InvalidInput(f"{str(path)!r} is no file; name one that allocate wrote.")
     folder = given.get("command") in (
-        "ablate", "expand", "compare", "convert", "score", "decompose", "diff", "prune",
+        "ablate", "anchor", "expand", "compare", "convert", "score", "decompose", "diff", "prune",
     )  # fmt: skip
     if folder and isinstance(out, str) and not given.get("resume"):
         check_output(out, force=bool(given.get("force")))

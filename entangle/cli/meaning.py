@@ -182,6 +182,12 @@ MASKS = (
 """Our methods that mask activations."""
 MEANINGS: Mapping[str, Sequence[Meaning]] = {
     "score": (_OF_CALIBRATION,),
+    "anchor": (
+        _OF_CALIBRATION,
+        Meaning(
+            ("atoms", "threshold"), lambda given: given.dictionary is None, "with a --dictionary"
+        ),
+    ),
     "decompose": (
         _OF_CALIBRATION,
         Meaning(("router",), _several_experts, "with one expert"),

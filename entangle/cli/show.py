@@ -51,6 +51,7 @@ NEXT: Mapping[str, Sequence[tuple[str, str]]] = {
     ),
     "trace": (("figures", "entangle figures {run}"),),
     "decomposition": (("figures", "entangle figures {run}"),),
+    "anchor": (("figures", "entangle figures {run}"),),
     "allocation": (
         ("prune", "entangle prune {model} --allocation {run}"),
         ("expand", "entangle expand {model} --allocation {run}"),

@@ -1,8 +1,6 @@
 """`decompose`: everything that the figures about neurons and experts need, from one pass.
 
 Decompose the layers that read one input: every table's part.
-
-Record the inputs of layers during one pass over the text.
 """
 
 from collections import defaultdict
@@ -14,7 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from entangle.checks import different, renamed, share, whole, wholes
@@ -26,7 +24,6 @@ from entangle.memory import check_memory, memory_for, work_bytes
 from entangle.models.blocks import evaluates
 from entangle.models.layers import DEFAULT_PROJ, Layer, LayerSpec, Projections, find_layers
 from entangle.models.loading import AnyModel, LanguageModel, as_language_model
-from entangle.models.mixtures import ExpertLinear
 from entangle.modes import describe_modes
 from entangle.modes.groups import (
     Chosen,
@@ -41,8 +38,8 @@ from entangle.modes.groups import (
 from entangle.modes.modes import Neurons, check_neurons
 from entangle.modes.pairs import RouterMap, draw_all, near_pairs, pair_rows, separated_rows
 from entangle.precision import full_precision
-from entangle.recording.recorder import Recorded, Recorder, of_one_group, told
-from entangle.recording.stream import ByteBudget, TokenStore
+from entangle.recording.groups import record_groups
+from entangle.recording.stream import TokenStore
 from entangle.results.decomposition import COLUMNS, KIND, Decomposition, joined
 from entangle.runs.progress import Progress, ProgressBar
 from entangle.runs.provenance import RunClock, make_manifest
@@ -50,6 +47,9 @@ from entangle.texts.calibration import as_calibration
 from entangle.texts.calibration_set import CalibrationSet, SeenTokens, Tokens
 from entangle.texts.given import Source
 from entangle.texts.words import TokenText
+
+Errors = NDArray[np.float64]
+_Columns = dict[str, Sequence[int] | Sequence[float] | Errors]
 
 Parts = dict[str, list[pd.DataFrame]]
 """Parts of the tables, by the table's name."""
@@ -124,7 +124,8 @@ def _add_outputs(
     device = group.weight.device
     on_map = RouterMap(inputs, device, seed=request.settings.seed)
     common = [CommonBins(one.outputs) for one in chosen]
-    for run in _runs(request.experts, group, request.memory):
+    single: Tensor | None = None
+    for run in _runs(sorted(request.experts, key=lambda k: k != 1), group, request.memory):
         fits = [
             fit_group(group, inputs, k, [request.sparsity], request.settings, md=True) for k in run
         ]
@@ -133,6 +134,7 @@ def _add_outputs(
         )
         parts["neurons"].append(measured.merge(scored.drop(columns="wd"), on=["layer", "neuron"]))
         for fit in fits:
+            single = fit.weight[0] if fit.router.k == 1 else single
             needed = components_needed(inputs, fit.clusters, device)
             apart = sliced_distances(inputs, fit.clusters, seed=request.settings.seed)
             start = 0
@@ -144,12 +146,21 @@ def _add_outputs(
                     "experts": fit.router.k,
                     "sparsity": request.sparsity,
                 }
-                errors = relative_errors(
-                    group.weight[rows], group.bias[rows], fit.weight[0][:, rows], inputs,
-                    fit.clusters, memory=request.memory,
+                errors, before = (
+                    relative_errors(
+                        group.weight[rows], group.bias[rows], sparse[:, rows], inputs,
+                        fit.clusters, memory=request.memory,
+                    )
+                    if sparse is not None else np.full(fit.router.k, np.nan)
+                    for sparse in (
+                        fit.weight[0],
+                        None if single is None else single.expand(fit.router.k, -1, -1),
+                    )
                 )  # fmt: skip
+                columns: _Columns = {"components_90": needed, "error": errors, "sliced_wd": apart}
+                columns["ri"] = _improvement(before, errors)
                 parts["router_map"].append(on_map.rows(fit.clusters).assign(**arm))
-                parts["components"].append(_clusters(fit, needed, errors, apart).assign(**arm))
+                parts["components"].append(_clusters(fit, columns).assign(**arm))
                 parts["outputs"] += [
                     histogram.assign(**arm)
                     for histogram in _histograms(group, one, bins, fit, inputs)
@@ -157,14 +168,15 @@ def _add_outputs(
             report(len(chosen))
 
 
-def _clusters(
-    fit: RowFit, needed: Sequence[int], errors: NDArray[np.float64], apart: Sequence[float]
-) -> pd.DataFrame:
+def _clusters(fit: RowFit, columns: _Columns) -> pd.DataFrame:
     """Return one row a cluster."""
-    columns = {
-        "tokens": fit.clusters.sizes, "components_90": needed, "error": errors, "sliced_wd": apart,
-    }  # fmt: skip
-    return pd.DataFrame({"cluster": range(fit.router.k), **columns})
+    return pd.DataFrame({"cluster": range(fit.router.k), "tokens": fit.clusters.sizes, **columns})
+
+
+def _improvement(before: Errors, after: Errors) -> Errors:
+    """Return the ratio of root errors of one expert for all and of a cluster's own."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.sqrt(before / after)
 
 
 def _histograms(
@@ -219,66 +231,6 @@ def _runs(experts: Sequence[int], group: RowGroup, memory: int) -> Iterator[list
             run = []
         run.append(k)
     yield run
-
-
-Group = tuple[tuple[Layer, ...], TokenStore]
-"""Layers that read one input, and that input, (tokens, in_features)."""
-
-
-def record_groups(
-    module: nn.Module,
-    layers: Sequence[Layer],
-    calibration: CalibrationSet,
-    *,
-    memory: int,
-    stack: ExitStack,
-    report: Callable[[int], None],
-) -> list[Group]:
-    """Run the model once, up to the last of the layers, and record what they receive.
-
-    Parameters
-    ----------
-    module, calibration
-        The model and the token ids.
-    layers
-        Layers to watch; those that run one after the other on one input, such as gate and up, share
-        a record.
-    memory
-        Bytes for the records; what is beyond goes to a temporary file.
-    stack
-        Closes the records when it is closed.
-    report
-        Called with the number of sequences that have passed.
-
-    Raises
-    ------
-    InvalidInput
-        If a layer does not run exactly once on every token, or does not multiply by its weight. An
-        expert runs on some of them; which, is `TokenStore.at`.
-    """
-    budget, stores = ByteBudget(memory), dict[int, TokenStore]()
-    places: dict[int, list[Tensor]] = defaultdict(list)
-
-    def keep(found: Recorded) -> None:
-        if found.source not in stores:
-            stores[found.source] = stack.enter_context(TokenStore(budget))
-        if found.leads:
-            stores[found.source].append(found.inputs)
-            places[found.source] += [] if found.at is None else [found.at.cpu()]
-
-    recorder = Recorder(layers, keep, once=True, affine="decomposition")
-    recorder.run(module, told(of_one_group(calibration), report))
-    recorder.check_sources()
-    for source, own in places.items():
-        stores[source].at = torch.cat(own) if own else None
-    experts = {layer.name for layer in layers if isinstance(layer.module, ExpertLinear)}
-    for name, count in recorder.tokens.items():
-        if count != calibration.n_tokens and name not in experts:
-            raise InvalidInput(
-                f"layer {name!r} ran on {count} tokens where the text has {calibration.n_tokens}; "
-                "choose layers that run once on every token."
-            )
-    return [(tuple(own), stores[source]) for source, own in enumerate(recorder.sources)]
 
 
 @renamed(layer="layers", pairs="token_pairs")

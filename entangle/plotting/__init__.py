@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         plot_layer_profile,
         plot_row_sparsity,
     )
+    from entangle.plotting.anchor import figure_anchor, plot_anchor
     from entangle.plotting.clusters import (
         figure_disentanglement,
         figure_router_map,
@@ -85,9 +86,14 @@ if TYPE_CHECKING:
 _HOMES = {
     "ablation": ("figure_ablation", "plot_ablation"),
     "clusters": ("figure_disentanglement", "figure_router_map", "plot_change", "plot_router_map"),
+<<<<<<< HEAD
     "comparison": (
         "figure_comparison", "figure_density", "figure_expansion", "plot_costs", "plot_perplexity",
     ),
+=======
+    "anchor": ("figure_anchor", "plot_anchor"),
+    "comparison": ("figure_comparison", "figure_expansion", "plot_costs", "plot_perplexity"),
+>>>>>>> anchor22
     "difference": (
         "figure_difference", "plot_change_errors", "plot_rank_agreement", "plot_two_runs",
     ),
@@ -144,6 +150,7 @@ __all__ = [
     "drawn",
     "figure_ablation",
     "figure_allocation",
+    "figure_anchor",
     "figure_comparison",
     "figure_components",
     "figure_density",
@@ -169,6 +176,7 @@ __all__ = [
     "figure_wd_distribution",
     "paper_style",
     "plot_ablation",
+    "plot_anchor",
     "plot_change",
     "plot_change_errors",
     "plot_components",

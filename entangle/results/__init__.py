@@ -18,6 +18,7 @@ CLASSES = {
     "difference": "difference.Difference",
     "study": "study.Study",
     "trace": "study.Trace",
+    "anchor": "anchor.Anchor",
 }
 """Module and class of every kind of result."""
 

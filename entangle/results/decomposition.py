@@ -54,7 +54,7 @@ SCHEMAS: Mapping[str, Schema] = {
     "components": {
         "layer": _TEXT, "experts": integers(1), "sparsity": shares(), "cluster": _WHOLE,
         "tokens": _WHOLE, "components_90": _WHOLE, "error": reals(0),
-        "sliced_wd": reals(0, optional=True),
+        "sliced_wd": reals(0, optional=True), "ri": reals(0, optional=True),
     },
     "modes": {
         **_AT, "mode": _WHOLE, "center": _ANY, "left": _ANY, "right": _ANY, "tokens": _WHOLE,
@@ -131,7 +131,9 @@ class Decomposition(Result):
     hold 90 % of their variance), ``error``: ‖sparse − dense‖² / ‖dense − mean‖², summed over its
     tokens and all neurons of the layer, the mean being that of the cluster; NaN without tokens;
     ``sliced_wd``: sliced Wasserstein distance of its inputs from those of all other clusters, in
-    input units."""
+    input units; ``ri``: its own relative improvement, the RMSE over its tokens and all neurons of
+    one expert for all tokens divided by that of its own expert; NaN unless 1 is among the numbers
+    of experts."""
     modes: pd.DataFrame = field(repr=False)
     """Modes of the chosen neurons, as `entangle.modes.NeuronModes.modes`."""
     contexts: pd.DataFrame = field(repr=False)

@@ -13,6 +13,7 @@ from tests.cli.runs import Run, holds
 
 KINDS = (
     "scores", "ablation", "comparison", "decomposition", "expansion", "pruning", "allocation",
+    "anchor",
 )  # fmt: skip
 
 

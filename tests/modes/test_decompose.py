@@ -5,10 +5,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from scipy.stats import wasserstein_distance
+from scipy.stats import spearmanr, wasserstein_distance
 from torch import nn
 
 from entangle.errors import InvalidInput, MemoryLimit, NumericalError, UnknownName
+from entangle.experiments.predictors import predictor_table
 from entangle.experts.routed_rows import fit_rows
 from entangle.models.layers import find_layers
 from entangle.models.loading import LanguageModel, as_language_model
@@ -96,6 +97,58 @@ def test_chosen_neurons(found: Decomposition) -> None:
         for table in (found.outputs, found.pairs, found.separated, found.contexts):
             mine = table.loc[table["layer"] == layer, "neuron"]
             assert mine.drop_duplicates().tolist() == chosen
+
+
+def test_improvement_of_every_expert_against_the_layer_itself(
+    found: Decomposition, model: LanguageModel, text: CalibrationSet
+) -> None:
+    """The module's own inputs, weights given back by `fit_rows`, and errors summed in numpy."""
+    layer = LAYERS["llama"]
+    watched, seen = find_layers(model.module, layer)[0], list[np.ndarray]()
+    hook = watched.module.register_forward_pre_hook(
+        lambda _module, given: seen.append(given[0].detach().flatten(0, 1).numpy())
+    )
+    model.module(text.ids)
+    hook.remove()
+    tokens, dense = np.concatenate(seen), watched.weight.detach().numpy()
+    rows = fit_rows(
+        model, text, {layer: range(len(dense))}, sparsities=[0.75], experts=[1, 3], restarts=2,
+        progress=False,
+    )  # fmt: skip
+    labels = rows.router(layer, 3).route(torch.from_numpy(tokens)).numpy()
+
+    def squares(k: int, expert: int, own: np.ndarray) -> float:
+        change = rows.weight(layer, range(len(dense)), k, 0.75)[expert].numpy() - dense
+        return float(np.square(own @ change.T).sum())
+
+    expected = [
+        np.sqrt(squares(1, 0, tokens[labels == c]) / squares(3, c, tokens[labels == c]))
+        for c in range(3)
+    ]
+    clusters = found.components.query("layer == @layer")
+    np.testing.assert_allclose(clusters.query("experts == 3")["ri"], expected, rtol=1e-3)
+    assert clusters.query("experts == 1")["ri"].tolist() == [1.0]
+
+
+def test_improvement_needs_one_expert(model: LanguageModel, text: CalibrationSet) -> None:
+    layer = LAYERS["llama"]
+    without = decompose(model, text, layers=layer, **{**SMALL, "experts": [3]})
+    assert without.components["ri"].isna().all()
+    last = decompose(model, text, layers=layer, **{**SMALL, "experts": [3, 1]})
+    first = decompose(model, text, layers=layer, **SMALL)
+    key = ["experts", "cluster"]
+    one, other = (table.components.set_index(key)["ri"].sort_index() for table in (first, last))
+    pd.testing.assert_series_equal(one, other)
+
+
+def test_distance_predicts_improvement_as_any_other_column(found: Decomposition) -> None:
+    """A cluster is what `predictor_table` calls a neuron: its rows need no other shape."""
+    clusters = found.components.rename(columns={"cluster": "neuron"}).query("experts == 3")
+    table = predictor_table(clusters, "ri", predictors="sliced_wd", n_boot=10)
+    own = clusters[clusters["layer"] == LAYERS["llama"]]
+    expected = spearmanr(own["sliced_wd"], own["ri"]).statistic
+    row = table[table["layer"] == LAYERS["llama"]]
+    assert row["spearman"].tolist() == pytest.approx([expected])
 
 
 def test_histograms_agree_with_the_neurons(found: Decomposition, text: CalibrationSet) -> None:

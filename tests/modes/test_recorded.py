@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from entangle.errors import InvalidInput
 from entangle.models.layers import find_layers
 from entangle.models.loading import LanguageModel
-from entangle.modes.decompose import Group, record_groups
+from entangle.recording.groups import Group, record_groups
 from entangle.recording.stream import ByteBudget, TokenStore
 from entangle.texts.calibration_set import CalibrationSet
 

@@ -66,6 +66,20 @@ def routed() -> tuple[pd.DataFrame, pd.DataFrame]:
     return frame, pd.DataFrame(rows)
 
 
+def correlations() -> pd.DataFrame:
+    """Two scores against the atoms of two dictionaries, of two layers."""
+    rows = [
+        {"dictionary": name, "scope": scope, "layer": layer, "predictor": score, "n": 60,
+         "n_layers": 2, "spearman": value, "spearman_low": value - 0.1,
+         "spearman_high": value + 0.1, "partial": value / 2, "partial_low": value / 2 - 0.1,
+         "partial_high": value / 2 + 0.1}
+        for name, value in (("itda", -0.2), ("random tokens", 0.3))
+        for scope, layer in (("layer", "a"), ("layer", "b"), ("mean of layers", ""))
+        for score in ("wd", "md")
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
 def arguments(name: str) -> tuple[tuple[object, ...], dict[str, Any]]:
     """What a panel is drawn from: a table and, by keyword, the rest."""
     d = decompose_made_up()
@@ -83,6 +97,7 @@ def arguments(name: str) -> tuple[tuple[object, ...], dict[str, Any]]:
     spread = np.random.default_rng(0).normal(size=900)
     made: dict[str, tuple[tuple[object, ...], dict[str, Any]]] = {
         "plot_ablation": ((ablation_frame(),), {}),
+        "plot_anchor": ((correlations(),), {}),
         "plot_change": ((d.neurons,), {"experts": 4}),
         "plot_components": ((d.components,), {"n_boot": 20}),
         "plot_contexts": ((d.contexts,), {"modes": d.modes}),
@@ -116,6 +131,7 @@ def arguments(name: str) -> tuple[tuple[object, ...], dict[str, Any]]:
 
 PARTS: dict[str, tuple[str, str]] = {
     "plot_ablation": ("top WD", "random"),
+    "plot_anchor": ("itda", "random tokens"),
     "plot_change": ("other neurons", "top 3 % by WD"),
     "plot_components": ("1 cluster", "8 clusters"),
     "plot_contexts": ("mode 0", "mode 1"),

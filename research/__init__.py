@@ -1,0 +1,1 @@
+"""Programs behind the findings: models of our own, and tests of why models differ."""

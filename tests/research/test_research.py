@@ -1,0 +1,109 @@
+"""The programs behind the findings: text, a small model, and changes of one thing at a time."""
+
+import json
+import lzma
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import entangle
+from entangle.seeding import torch_rng
+from research import corpus, differ, train
+
+
+@pytest.mark.parametrize(("last", "count"), [(2000, 30), (100, 6), (29, 30), (31, 30), (40, 2)])
+def test_steps_of_checkpoints(last: int, count: int) -> None:
+    steps = train.checkpoint_steps(last, count)
+    assert (steps[0], steps[-1], len(steps)) == (0, last, min(count, last + 1))
+    assert steps == sorted(set(steps))
+    gaps = np.diff(steps)
+    assert (np.diff(gaps) >= -1).all()  # apart for rounding, never nearer to one another
+
+
+def test_prose_is_kept_and_the_rest_is_not() -> None:
+    prose = "A sentence of more than eight words, in plain English, is kept as it is."
+    for text in (
+        "too short",
+        "x = {1: 2, 3: 4}; y[0] += f(x) * 3.14 / (2 - z) % 7 == 0;;",
+        "é " * 9,
+    ):
+        assert not corpus.is_prose(text)
+    assert list(corpus.paragraphs(f"{prose}\n\n   code();\n\n{prose[:20]}\n{prose[20:]}")) == [
+        prose, f"{prose[:20]} {prose[20:]}",
+    ]  # fmt: skip
+
+
+def test_pages_lose_their_marks(tmp_path: Path) -> None:
+    page = "<html><head><title>No</title></head><p>One two.</p><pre>code</pre><li>Three.</html>"
+    (tmp_path / "a.html").write_text(page)
+    assert corpus.read_page(tmp_path / "a.html").split() == ["One", "two.", "Three."]
+
+
+def test_every_fiftieth_document_is_held_out(tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("\n".join(f"line {i}" for i in range(60 * 101)))
+    rows = list(corpus.file_documents(tmp_path / "t.txt"))
+    assert len(rows) == 101
+    corpus.write(({"source": "t", "part": "train", "text": one} for one in rows), tmp_path / "o.xz")
+    with lzma.open(tmp_path / "o.xz", "rt") as lines:
+        assert [json.loads(line)["text"] for line in lines] == rows
+
+
+def test_a_small_model_is_trained_and_saved(tmp_path: Path) -> None:
+    text = ["the cat sat on the mat and the dog on the log " * 40] * 12
+    plan = train.Plan(
+        steps=12, batch=2, window=32, checkpoints=4, vocabulary=280, width=64, mlp=64, blocks=1
+    )
+    tokenizer = train.train_tokenizer(text, plan.vocabulary, plan.window)
+    ids = train.token_ids(tokenizer, text)
+    assert tokenizer.decode(ids[: len(ids) // 12]).removesuffix(train.END) == text[0]
+    losses = train.train(plan, tokenizer, {"train": ids, "valid": ids}, tmp_path, faster=False)
+    assert losses[-1]["valid_loss"] < losses[0]["valid_loss"] - 0.1
+    folders = sorted(one.name for one in tmp_path.iterdir())
+    assert folders == ["step-000000", "step-000001", "step-000003", "step-000012"]
+    stored = load_file(tmp_path / folders[-1] / "model.safetensors")
+    assert {one.dtype for one in stored.values()} == {torch.bfloat16}
+    loaded = entangle.load_model(tmp_path / folders[-1], dtype="float32")
+    loss = train.validate(loaded.module, ids, plan)
+    assert loss == pytest.approx(losses[-1]["valid_loss"], abs=0.05)
+
+
+def test_windows_of_an_epoch_are_different_and_one_token_apart() -> None:
+    ids = torch.arange(2000)
+    plan = train.Plan(batch=3, window=9)
+    stream = train.batches(ids, plan)
+    first = torch.cat([next(stream) for _ in range(60)])
+    assert (first.diff(dim=1) == 1).all()
+    assert first[:, 0].unique().numel() == len(first)
+    with pytest.raises(SystemExit, match="too few"):
+        next(train.batches(ids[:20], plan))
+
+
+def test_rounded_weights() -> None:
+    weight = torch.randn(5, 70, generator=torch_rng(0, "w"))
+    for bits in differ.BITS:
+        found = differ.rounded(weight, bits)
+        assert found.shape == weight.shape
+        torch.testing.assert_close(differ.rounded(found, bits), found)
+        for row in range(5):
+            for start in (0, 32, 64):
+                own, coarse = (one[row, start : start + 32] for one in (weight, found))
+                step = (own.max() - own.min()) / (2**bits - 1)
+                assert (own - coarse).abs().max() <= step / 2 + 1e-6
+                assert coarse.unique().numel() <= 2**bits
+    assert torch.equal(differ.rounded(torch.ones(2, 3), 4), torch.ones(2, 3))
+
+
+def test_changes_are_set_against_the_unchanged() -> None:
+    wd = np.arange(1.0, 101.0)
+    rows = pd.concat(
+        pd.DataFrame({"layer": "a", "neuron": range(100), "change": name, "wd": values})
+        for name, values in (("none", wd), ("double", 2 * wd), ("reversed", wd[::-1]))
+    )
+    table = differ.compared(rows).set_index("change")
+    double, turned = table.loc["double"], table.loc["reversed"]
+    assert (double["median_ratio"], double["top_kept"], double["spearman"]) == (2, 1, 1)
+    assert (turned["median_ratio"], turned["top_kept"], turned["spearman"]) == (1, 0, -1)
