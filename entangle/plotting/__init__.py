@@ -86,14 +86,11 @@ if TYPE_CHECKING:
 _HOMES = {
     "ablation": ("figure_ablation", "plot_ablation"),
     "clusters": ("figure_disentanglement", "figure_router_map", "plot_change", "plot_router_map"),
-<<<<<<< HEAD
     "comparison": (
         "figure_comparison", "figure_density", "figure_expansion", "plot_costs", "plot_perplexity",
     ),
-=======
     "anchor": ("figure_anchor", "plot_anchor"),
     "comparison": ("figure_comparison", "figure_expansion", "plot_costs", "plot_perplexity"),
->>>>>>> anchor22
     "difference": (
         "figure_difference", "plot_change_errors", "plot_rank_agreement", "plot_two_runs",
     ),

@@ -63,12 +63,9 @@ FIGURES: dict[str, tuple[str, ...]] = {
     "expansion": ("expansion",),
     "pruning": ("expansion",),
     "difference": ("difference",),
-<<<<<<< HEAD
     "study": ("verdicts",),
     "trace": ("trace",),
-=======
     "anchor": ("anchor",),
->>>>>>> anchor22
 }  # fmt: skip
 """What is drawn of a result, by its kind."""
 
@@ -96,12 +93,9 @@ def drawings(result: Any, style: Style) -> Iterator[tuple[str, Draw]]:
         "expansion": _of_expansion,
         "pruning": _of_expansion,
         "difference": lambda found, style: iter([("difference", partial(found.plot, **style))]),
-<<<<<<< HEAD
         "study": lambda found, style: iter([("verdicts", partial(found.plot, **style))]),
         "trace": lambda found, style: iter([("trace", partial(found.plot, **style))]),
-=======
         "anchor": lambda found, style: iter([("anchor", partial(found.plot, **style))]),
->>>>>>> anchor22
     }
     return makers[str(result.KIND)](result, style)
 
