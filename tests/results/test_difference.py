@@ -234,7 +234,7 @@ def test_saved_loaded_and_shown(first: "NeuronScores", tmp_path: Path) -> None:
         assert "\x1b" not in page
         assert "\u202e" not in page
     shown = with_intervals(again.summary())
-    assert not [name for name in shown if name.endswith(("_low", "_high"))]
+    assert not [name for name in map(str, shown) if name.endswith(("_low", "_high"))]
     value, low, high = (again.summary()[f"spearman{end}"][0] for end in ("", "_low", "_high"))
     assert shown["spearman"][0] == f"{value:.2f} [{low:.2f}, {high:.2f}]"
     place = again.save_html(tmp_path / "page.html")
