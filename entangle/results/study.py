@@ -46,7 +46,8 @@ class Study(Result):
     """Claims measured on models, each with its verdict.
 
     Its folder holds, beside the tables, every claim's numbers as ``claims/CLAIM.csv`` and
-    ``.parquet``, the page ``index.html``, and the results that they were taken from in ``runs``.
+    ``.parquet``, and the page ``index.html``; the results that they were taken from lie beside it,
+    in a folder of its name and ``-runs``.
     """
 
     KIND, _TITLE, _SHOWN = KIND, "Study of", 60

@@ -364,7 +364,8 @@ def _improvement(subject: Subject) -> list[Number]:
     values = pd.DataFrame({name: column(table, name) for name in (*names, "ri")})
     values = values.loc[np.isfinite(values.to_numpy(np.float64)).all(axis=1)]
     layers = table["layer"][values.index]
-    pooled = values.groupby(layers).rank(pct=True)
+    groups = values.groupby(layers)
+    pooled = groups.rank(pct=True) - 0.5 / groups.transform("count")
     if len(pooled) < 10 or pooled["ri"].nunique() < 2:
         raise InvalidInput(f"a rank correlation needs at least 10 rows; got {len(pooled)}.")
     ranks = {name: pooled[name].to_numpy(np.float64) for name in pooled}
@@ -372,7 +373,7 @@ def _improvement(subject: Subject) -> list[Number]:
     others = np.column_stack([ranks["variance"], ranks["weight_norm"]])
     partial = partial_interval(ranks["wd"], ranks["ri"], others, **boot)
     plain = {name: spearman_interval(ranks[name], ranks["ri"], **boot) for name in names}
-    inside = values.groupby(layers).transform(lambda one: (one - one.mean()) / one.std(ddof=0))
+    inside = groups.transform(lambda one: (one - one.mean()) / one.std(ddof=0))
     n = len(values)
     return [
         number("WD, pooled ranks", plain.pop("wd"), n=n, unit="rows"),

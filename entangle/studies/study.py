@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from entangle.runs.progress import tell
 from entangle.runs.provenance import (
     RunClock,
     claimed,
+    disk_errors,
     expand_user,
     make_manifest,
     read_manifest,
@@ -152,10 +153,9 @@ def study(
         def extra(folder: Path) -> None:
             (folder / PAGE).write_text(page(found), "utf-8")
             found.figures(folder / "figures")
-            for place in [*kept.path.glob("runs/*"), *_earlier(names)]:
-                shutil.copytree(place, folder / "runs" / place.name, dirs_exist_ok=True)
 
         found.save(out, force=force, extra=extra)
+        keep_runs(kept)
         kept.remove()
     return found
 
@@ -215,10 +215,17 @@ def is_study(name: str) -> bool:
         return False
 
 
-def _earlier(names: Iterable[str]) -> Iterator[Path]:
-    for name in names:
-        if is_study(name):
-            yield from expand_user(name).glob("runs/*")
+def keep_runs(kept: Unfinished) -> None:
+    """Move the results that a study was taken from into ``OUT-runs``, beside it.
+
+    They are large, and results of their own: the study can be copied away without them.
+    """
+    home = kept.final.with_name(f"{kept.final.name}-runs")
+    with disk_errors(home):
+        for place in kept.path.glob("runs/*"):
+            home.mkdir(exist_ok=True)
+            shutil.rmtree(home / place.name, ignore_errors=True)
+            place.rename(home / place.name)
 
 
 def split_revision(name: str) -> tuple[str, str | None]:

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,7 +19,7 @@ from entangle.runs.progress import tell
 from entangle.runs.provenance import RunClock, claimed, expand_user, make_manifest
 from entangle.runs.unfinished import Unfinished
 from entangle.seeding import check_seed
-from entangle.studies.study import Loaded, _load, _texts_of, labelled, split_revision
+from entangle.studies.study import Loaded, _load, _texts_of, keep_runs, labelled, split_revision
 from entangle.studies.subject import FRACTION, SIZES, Subject, losses
 from entangle.texts.given import Source
 
@@ -155,10 +154,9 @@ def trace(
 
         def extra(folder: Path) -> None:
             found.figures(folder / "figures")
-            for one in kept.path.glob("runs/*"):
-                shutil.copytree(one, folder / "runs" / one.name, dirs_exist_ok=True)
 
         found.save(out, force=force, extra=extra)
+        keep_runs(kept)
         kept.remove()
     return found
 

@@ -65,7 +65,7 @@ def test_all_claims_on_one_model(tiny_folder: Folder, texts: list[object], tmp_p
         assert table["value"].to_numpy() == pytest.approx(own["value"].to_numpy(), nan_ok=True)
     settings = numbers[numbers["claim"] == "pruning"]["setting"].unique().tolist()
     assert settings == ["90 % zeros", "95 % zeros", "99 % zeros"]
-    ablation = entangle.load_ablation(next(out.glob("runs/*/pruning")))
+    ablation = entangle.load_ablation(next((tmp_path / "all-runs").glob("*/pruning")))
     contrast = ablation.contrasts()
     at = (contrast["strength"] == 0.95) & (contrast["by"] == "wd")
     row = contrast[at & (contrast["against"] == "random")].iloc[0]
@@ -93,7 +93,7 @@ def test_models_side_by_side_and_studies_joined(
     pd.testing.assert_frame_equal(both.numbers, joined.numbers)
     assert both.models["model"].tolist() == ["gpt2", "gpt_neox"]
     assert both.verdicts().columns.tolist() == ["claim", "gpt2", "gpt_neox"]
-    assert len(list((tmp_path / "joined" / "runs").iterdir())) == 2
+    assert len(list((tmp_path / "both-runs").iterdir())) == 2
     capsys.readouterr()
     assert run(tmp_path / "a", tmp_path / "a", *texts, "--out", tmp_path / "twice") in (0, 2)
 

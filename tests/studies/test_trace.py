@@ -48,7 +48,7 @@ def test_checkpoints_are_followed(checkpoints: Path, text_file: Path, tmp_path: 
     assert overlap[0] < overlap[1]
     for row in found.frame.itertuples():
         place = next(
-            one for one in out.glob("runs/*/damage")
+            one for one in (tmp_path / "t-runs").glob("*/damage")
             if entangle.load_ablation(one).manifest["model"]["name"].endswith(str(row.revision))  # type: ignore[index]
         )  # fmt: skip
         ablation = entangle.load_ablation(place)
