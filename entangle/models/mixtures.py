@@ -149,7 +149,7 @@ class ExpertBank:
 
     def linear(self, number: int, key: str) -> nn.Module:
         """Return what multiplies by one projection of an expert."""
-        return cast("nn.Module", self.home.get_submodule(f"{number}.{key}"))
+        return self.home.get_submodule(f"{number}.{key}")
 
     def holds(self, n_tokens: int) -> bool:
         """Tell whether the run under way has all of a pass's tokens, equally often each."""
@@ -203,7 +203,7 @@ class ExpertBank:
             self.at = places // k
             y = self.expert(number, rows[self.at])
             out = out.index_copy(0, places, (y * weights[places]).to(out.dtype))
-        summed = out.unflatten(0, (-1, k)).sum(1).to(hidden.dtype)
+        summed: Tensor = out.unflatten(0, (-1, k)).sum(1).to(hidden.dtype)
         return summed.view_as(hidden).to(hidden.device)
 
     def routed(self, index: Int[Tensor, "tokens k"]) -> Iterator[tuple[int, Int[Tensor, " n"]]]:
@@ -448,7 +448,7 @@ def _glued(name: str, module: nn.Module) -> ExpertBank | None:
 
 def _sorted_pair(name: str, module: nn.Module) -> ExpertBank | None:
     """Return the mixture whose two stacked linears receive tokens in the experts' order."""
-    pair = [
+    pair: list[tuple[str, Any]] = [
         (key, child)
         for key, child in module._modules.items()
         if child is not None and _is_sorted_linear(child)
@@ -456,7 +456,7 @@ def _sorted_pair(name: str, module: nn.Module) -> ExpertBank | None:
     if len(pair) != 2 or _BANK in pair[0][1].__dict__:
         return None
     (first, up), (last, down) = pair
-    n, rows, width = up.weight.shape[0], up.weight.shape[1], down.weight.shape[2]
+    (n, rows, _), width = up._parameters["weight"].shape, down._parameters["weight"].shape[2]
     if rows not in (width, 2 * width):
         return None
     stack: Callable[..., Stack] = partial(Stack, up, "weight", n)
