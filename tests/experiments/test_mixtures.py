@@ -95,7 +95,7 @@ def test_decomposition_and_modes_tell_the_tokens_that_an_expert_sees() -> None:
     module(ids)
     handle.remove()
     at = (seen[1] == 2).any(1).nonzero()[:, 0].numpy()
-    rows = seen[0][at] @ home.gate_up_proj[2].T[:, :48]
+    rows = seen[0][at] @ home.gate_up_proj[2].T[:, :48]  # type: ignore[index]
     modes = entangle.neuron_modes(module, ids, name, [5])
     np.testing.assert_array_equal(modes.at, at)
     np.testing.assert_allclose(modes.outputs[5], rows[:, 5], atol=1e-5)
