@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
+from entangle.errors import InvalidInput
 from entangle.models.shards import present
 
 Layout = Literal["routed", "repeated", "sorted"]
@@ -156,6 +157,14 @@ class ExpertBank:
         if self.layout == "sorted":
             return self.tokens % n_tokens == 0
         return self.tokens == n_tokens
+
+    def check_told(self, name: str) -> None:
+        """Raise `InvalidInput`, naming a layer, where it is not known which tokens experts see."""
+        if self.at is None:
+            raise InvalidInput(
+                f"layer {name!r} is of a mixture that does not tell which tokens an expert sees; "
+                "choose another layer."
+            )
 
     def activate(self, gate: Tensor | None, up: Tensor) -> Float[Tensor, "tokens width"]:
         """Return the input of down_proj, from the outputs of gate_proj, where there is one, and up.
