@@ -134,7 +134,8 @@ def mixture(dense: LanguageModel, order: Tensor, routers: Tensor, top_k: int) ->
     with quiet():
         made = MixtralForCausalLM(config)
     made.load_state_dict(state)
-    return made.to(next(module.parameters()).device).eval()
+    made.to(next(module.parameters()).device).eval()
+    return made
 
 
 def own_text(module: Any, ids: Tensor, batches: int, seed: int) -> Tensor:
@@ -215,7 +216,8 @@ def _loss(teacher: Any, made: Any, batch: Tensor, given: Any) -> Tensor:
         kl = nn.functional.kl_div(logs, soft.float().log_softmax(-1), reduction="batchmean",
                                   log_target=True)  # fmt: skip
         total = total + given.soft * kl + (1 - given.soft) * hard
-    return total / len(batch) + given.balance * _imbalance(found.router_logits, made.config)
+    balance: Tensor = given.balance * _imbalance(found.router_logits, made.config)
+    return total / len(batch) + balance
 
 
 def _imbalance(logits: Any, config: Any) -> Tensor:
@@ -291,7 +293,8 @@ def unpack(folder: Path, dense: LanguageModel) -> tuple[MixtralForCausalLM, dict
     pack = {k: v for file in folder.glob("pack-*") for k, v in load_file(file).items()}
     about = json.loads((folder / "upcycled.json").read_text("utf-8"))
     order = pack.pop("order").long()
-    shape = (len(order), about["experts"], dense.module.config.hidden_size)  # type: ignore[union-attr]
+    known: Any = dense.module
+    shape = (len(order), about["experts"], known.config.hidden_size)
     made = mixture(dense, order, torch.zeros(shape), about["top_k"])
     with torch.no_grad():
         for name, now in made.named_parameters():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from entangle.activation.neurons import FeedForward, feed_forwards
 from entangle.activation.rules import Routing, Window
 from entangle.errors import InvalidInput
-from entangle.models.layers import Layer, find_layers, list_layers
+from entangle.models.layers import Layer, find_layers, list_layers, refuse_experts
 from entangle.models.loading import LanguageModel
 from entangle.recording.hooks import forward, observe
 from entangle.recording.recorder import Recorded, Recorder, of_one_group, shared_inputs
@@ -79,6 +79,7 @@ class Subject:
         if self.stand_ins:
             return tuple(self.stand_ins)
         found = find_layers(self.module, "all", "mlp" if self.scope == "mlp" else None)
+        refuse_experts(found, "activation sparsity")
         return tuple(layer for layer in found if layer.block is not None)
 
     @property

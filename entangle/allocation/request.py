@@ -18,7 +18,15 @@ from entangle.allocation.allocation import Counts, LayerRows, Reals, step_sizes
 from entangle.allocation.measurements import Measurements
 from entangle.checks import choice, finite, share, shown, whole
 from entangle.errors import InvalidInput, unknown_name
-from entangle.models.layers import LISTING, Layer, LayerSpec, Projections, find_layers, list_layers
+from entangle.models.layers import (
+    LISTING,
+    Layer,
+    LayerSpec,
+    Projections,
+    find_layers,
+    list_layers,
+    refuse_experts,
+)
 from entangle.models.loading import AnyModel, LanguageModel, as_language_model
 from entangle.results.scores import NeuronScores
 
@@ -484,8 +492,11 @@ def _chosen(
                 raise unknown_name(
                     "layer", name, found, "The scores are of another model than the one given."
                 )
-        return tuple(layer for name, layer in found.items() if name in set(scored))
+        known = tuple(layer for name, layer in found.items() if name in set(scored))
+        refuse_experts(known, "an allocation")
+        return known
     chosen = find_layers(module, "all" if layers is None else layers, proj)
+    refuse_experts(chosen, "an allocation")
     for layer in chosen:
         if layer.name not in scored:
             raise InvalidInput(

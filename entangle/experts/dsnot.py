@@ -11,7 +11,7 @@ from torch import Tensor
 from entangle.errors import InvalidInput
 from entangle.memory import memory_for
 from entangle.models.blocks import BlockRunner, evaluates
-from entangle.models.layers import Layer, LayerSpec, Projections, find_layers
+from entangle.models.layers import Layer, LayerSpec, Projections, find_layers, refuse_experts
 from entangle.models.loading import AnyModel, LanguageModel, as_language_model
 from entangle.models.streaming import comes_by_blocks
 from entangle.pruning import prune
@@ -70,6 +70,7 @@ def prune_dsnot(
         )
     found = replace(dense, module=copy.deepcopy(dense.module))
     chosen = find_layers(found.module, layers, proj)
+    refuse_experts(chosen, "DSnoT")
     for layer in chosen:
         layer.check_writable("pruning")
     batches = [ids for _, ids in of_one_group(as_calibration(calibration, found))]

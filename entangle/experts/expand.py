@@ -156,8 +156,8 @@ def model_costs(module: nn.Module, rows: Iterable[Mapping[str, object]]) -> dict
     others = dense - int(table["dense_weights"].sum())
     active = sum(math.prod(layer.shape) * layer.share for layer in layers)
     still = active - float((table["dense_weights"] * share).sum())
-    routers = table.assign(router_flops=table["router_flops"] * share)
-    routers = routers.drop_duplicates(["block", "router"])[["router_flops", "router_bytes"]].sum()
+    shared = table.assign(router_flops=table["router_flops"] * share)
+    routers = shared.drop_duplicates(["block", "router"])[["router_flops", "router_bytes"]].sum()
     flops = float((table["flops"] * share).sum() + routers["router_flops"])
     stored = float(table["bytes"].sum() + routers["router_bytes"])
     return {

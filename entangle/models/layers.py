@@ -349,6 +349,16 @@ def find_blocks(module: nn.Module) -> tuple[str, nn.ModuleList]:
     return name, blocks
 
 
+def refuse_experts(layers: Iterable[Layer], what: str) -> None:
+    """Raise `InvalidInput`, naming it, for a part of an expert; ``what`` cannot deal with one."""
+    for layer in layers:
+        if isinstance(layer.module, ExpertLinear):
+            raise InvalidInput(
+                f"{what} cannot deal with experts of a mixture, which see some of the tokens, and "
+                f"{layer.name!r} is part of one; choose other layers."
+            )
+
+
 LayerSpec = int | str | Layer | Iterable[int | str | Layer]
 """Which layers are meant; see `find_layers`."""
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
+from entangle.errors import InvalidInput
 from entangle.models.shards import present
 
 Layout = Literal["routed", "repeated", "sorted"]
@@ -149,13 +150,21 @@ class ExpertBank:
 
     def linear(self, number: int, key: str) -> nn.Module:
         """Return what multiplies by one projection of an expert."""
-        return cast("nn.Module", self.home.get_submodule(f"{number}.{key}"))
+        return self.home.get_submodule(f"{number}.{key}")
 
     def holds(self, n_tokens: int) -> bool:
         """Tell whether the run under way has all of a pass's tokens, equally often each."""
         if self.layout == "sorted":
             return self.tokens % n_tokens == 0
         return self.tokens == n_tokens
+
+    def check_told(self, name: str) -> None:
+        """Raise `InvalidInput`, naming a layer, where it is not known which tokens experts see."""
+        if self.at is None:
+            raise InvalidInput(
+                f"layer {name!r} is of a mixture that does not tell which tokens an expert sees; "
+                "choose another layer."
+            )
 
     def activate(self, gate: Tensor | None, up: Tensor) -> Float[Tensor, "tokens width"]:
         """Return the input of down_proj, from the outputs of gate_proj, where there is one, and up.
@@ -203,7 +212,7 @@ class ExpertBank:
             self.at = places // k
             y = self.expert(number, rows[self.at])
             out = out.index_copy(0, places, (y * weights[places]).to(out.dtype))
-        summed = out.unflatten(0, (-1, k)).sum(1).to(hidden.dtype)
+        summed: Tensor = out.unflatten(0, (-1, k)).sum(1).to(hidden.dtype)
         return summed.view_as(hidden).to(hidden.device)
 
     def routed(self, index: Int[Tensor, "tokens k"]) -> Iterator[tuple[int, Int[Tensor, " n"]]]:
@@ -448,7 +457,7 @@ def _glued(name: str, module: nn.Module) -> ExpertBank | None:
 
 def _sorted_pair(name: str, module: nn.Module) -> ExpertBank | None:
     """Return the mixture whose two stacked linears receive tokens in the experts' order."""
-    pair = [
+    pair: list[tuple[str, Any]] = [
         (key, child)
         for key, child in module._modules.items()
         if child is not None and _is_sorted_linear(child)
@@ -456,7 +465,7 @@ def _sorted_pair(name: str, module: nn.Module) -> ExpertBank | None:
     if len(pair) != 2 or _BANK in pair[0][1].__dict__:
         return None
     (first, up), (last, down) = pair
-    n, rows, width = up.weight.shape[0], up.weight.shape[1], down.weight.shape[2]
+    (n, rows, _), width = up._parameters["weight"].shape, down._parameters["weight"].shape[2]
     if rows not in (width, 2 * width):
         return None
     stack: Callable[..., Stack] = partial(Stack, up, "weight", n)

@@ -30,6 +30,7 @@ from entangle.recording.affine import TokenCheck, is_affine
 from entangle.recording.hooks import Habits, SeenTensor, forward, joined, look_at, observe
 from entangle.recording.states import HiddenStates
 from entangle.recording.stream import ByteBudget
+from entangle.runs.progress import SharedReport
 from entangle.texts.calibration_set import CalibrationSet
 
 _LOG = logging.getLogger(__name__)
@@ -84,8 +85,7 @@ class Recorded:
     """Whether `Layer.weight` and `Layer.bias` give the outputs, but for rounding; false if nobody
     compared."""
     at: Int[Tensor, " tokens"] | None = None
-    """Which tokens an expert sees, (tokens,), counted from the first of the run's; None for all of
-    the pass, or if nobody knows."""
+    """Which of the run's tokens an expert sees; None for all of the pass, or if nobody knows."""
 
     def check_affine(self, what: str) -> None:
         """Raise `InvalidInput` unless the layer is `affine`, which ``what`` needs."""
@@ -126,8 +126,7 @@ class _Pass:
     group: int
     longest: bool
     """Whether its sequences are longer than any before."""
-    start: int = 0
-    """Tokens of the passes before."""
+    start: int = 0  # tokens of the passes before
     stops: bool = False
     """Whether to stop when all tokens have passed all layers."""
     gathered: dict[str, _Gathered] = field(default_factory=lambda: defaultdict(_Gathered))
@@ -216,9 +215,8 @@ class Recorder:
             weight's on every token though they were at first.
         """
         n_seq, length = shape
-        longest = length > self._longest
+        longest, self._longest = length > self._longest, max(self._longest, length)
         now = self._pass = _Pass((n_seq, length), group, longest, self._start, stops)
-        self._longest = max(self._longest, length)
         self._start += n_seq * length
         try:
             with suppress(_AllSeen):
@@ -292,7 +290,9 @@ class Recorder:
         others = [layer for layer in self.layers if layer.block is None]
         blocks = max((one.block + 1 for one in self.layers if one.block is not None), default=0)
         blocks = runner.n_blocks if others else blocks
-        bar = _Shared(batches.report, sum(map(len, listed)), (blocks + bool(others)) * len(listed))
+        bar = SharedReport(
+            batches.report, sum(map(len, listed)), (blocks + bool(others)) * len(listed)
+        )
         with closing(HiddenStates(listed, memory=budget, joined=False)) as states:
             states.enter(runner)
             for index in range(blocks):
@@ -313,7 +313,7 @@ class Recorder:
         batches: Batches,
         states: HiddenStates,
         block: Callable[..., Tensor] | None,
-        bar: "_Shared",
+        bar: SharedReport,
     ) -> Iterator[Tensor]:
         """Yield what a block makes of every batch; with None, the model's logits."""
         self._longest = self._start = 0
@@ -431,19 +431,15 @@ class Recorder:
     ) -> None:
         """Hand on what an expert of a mixture gave on its tokens, all of which come at once."""
         gathered = now.gathered[layer.name]
-        gathered.pieces, gathered.rows = [_Piece(SeenTensor.of(inputs), inputs, outputs)], 0
-        if self._once and linear.bank.at is None:
-            raise InvalidInput(
-                f"layer {layer.name!r} is of a mixture that does not tell which tokens an expert "
-                "sees, so its outputs have no known place in the text; choose another layer."
-            )
+        gathered.pieces = [_Piece(SeenTensor.of(inputs), inputs, outputs)]
+        if self._once:
+            linear.bank.check_told(layer.name)
         if not linear.bank.holds(now.shape[0] * now.shape[1]):
             self._refuse(layer, now, gathered)
             return
-        # what stands for an expert's projection multiplies by its weight, and does nothing else
         found = self._emitted(layer, now, gathered, inputs, outputs, affine=self._is_compared)
-        at = linear.bank.at
-        self._take(replace(found, at=None if at is None else now.start + at))
+        at = None if linear.bank.at is None else now.start + linear.bank.at
+        self._take(replace(found, at=at))
 
     def _joined(
         self, layer: Layer, now: _Pass, gathered: _Gathered
@@ -559,21 +555,6 @@ def _differs(layer: Layer) -> InvalidInput:
         f"layer {layer.name!r} ({type(layer.module).__name__}) multiplies by its weight in some of "
         "its runs only; leave it out, take sequences of one length, or score it by sketch."
     )
-
-
-class _Shared:
-    """Reports sequences as parts of them are done with."""
-
-    def __init__(self, report: Callable[[int], None], n_seq: int, steps: int) -> None:
-        self._report, self._n_seq, self._steps = report, n_seq, steps
-        self._done = self._told = 0
-
-    def step(self) -> None:
-        self._done += 1
-        due = self._n_seq * self._done // self._steps
-        if due > self._told:
-            self._report(due - self._told)
-            self._told = due
 
 
 def of_one_group(calibration: CalibrationSet) -> list[Batch]:

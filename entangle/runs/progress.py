@@ -7,6 +7,7 @@ import html
 import re
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -291,3 +292,19 @@ def _make_bar() -> "RichProgress":
         TimeRemainingColumn(elapsed_when_finished=True),
         console=Console(stderr=True),
     )
+
+
+class SharedReport:
+    """Reports sequences as parts of them are done with."""
+
+    def __init__(self, report: Callable[[int], None], n_seq: int, steps: int) -> None:
+        self._report, self._n_seq, self._steps = report, n_seq, steps
+        self._done = self._told = 0
+
+    def step(self) -> None:
+        """Note that one more part is done with."""
+        self._done += 1
+        due = self._n_seq * self._done // self._steps
+        if due > self._told:
+            self._report(due - self._told)
+            self._told = due

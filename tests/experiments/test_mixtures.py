@@ -9,9 +9,14 @@ import pytest
 import torch
 
 import entangle
+from entangle.activation.rules import Window
+from entangle.activation.subject import Subject
 from entangle.errors import InvalidInput
+from entangle.experts.dsnot import prune_dsnot
 from entangle.experts.expand import model_costs
 from entangle.models.layers import find_layers, list_layers
+from entangle.models.loading import as_language_model
+from entangle.texts.calibration import as_calibration
 from tests.mixtures import TEXT, mixture, text
 
 EXPERTS: dict[str, Any] = {"layers": 1, "proj": "experts"}
@@ -95,7 +100,7 @@ def test_decomposition_and_modes_tell_the_tokens_that_an_expert_sees() -> None:
     module(ids)
     handle.remove()
     at = (seen[1] == 2).any(1).nonzero()[:, 0].numpy()
-    rows = seen[0][at] @ home.gate_up_proj[2].T[:, :48]  # type: ignore[union-attr,index]
+    rows = seen[0][at] @ home.gate_up_proj[2].T[:, :48]  # type: ignore[index]
     modes = entangle.neuron_modes(module, ids, name, [5])
     np.testing.assert_array_equal(modes.at, at)
     np.testing.assert_allclose(modes.outputs[5], rows[:, 5], atol=1e-5)
@@ -111,6 +116,25 @@ def test_decomposition_and_modes_tell_the_tokens_that_an_expert_sees() -> None:
         entangle.decompose(module, ids, layers=name, proj=None, experts=(len(at) + 1,))
     with pytest.raises(InvalidInput, match="does not tell which tokens"):
         entangle.neuron_modes(mixture("JetMoe"), ids, "model.layers.0.mlp.experts.0.up_proj", [1])
+
+
+def in_scope(module: Any) -> object:
+    model = as_language_model(module)
+    return Subject(model, as_calibration(TEXT(), model), "mlp", Window()).layers
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        lambda module, scores: entangle.allocate(scores, sparsity=0.5, model=module),
+        lambda module, _scores: prune_dsnot(module, TEXT(), pruner="wanda", sparsity=0.5),
+        lambda module, _scores: in_scope(module),
+    ],
+)
+def test_what_cannot_deal_with_experts_says_so(refused: Any) -> None:
+    module = mixture("Mixtral")
+    with pytest.raises(InvalidInput, match=r"experts of a mixture.*mlp\.experts\.0\.gate_proj"):
+        refused(module, entangle.score(module, TEXT(), layers=1, min_tokens=64, md=False))
 
 
 def test_costs_count_all_experts_stored_and_the_chosen_ones_active() -> None:

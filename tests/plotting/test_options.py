@@ -50,7 +50,7 @@ def difference() -> tuple[pd.DataFrame, pd.DataFrame]:
     return frame, pd.DataFrame(rows)
 
 
-def routed() -> tuple[pd.DataFrame, pd.DataFrame]:
+def routings() -> tuple[pd.DataFrame, pd.DataFrame]:
     """Tables of what routing does to WD."""
     rng = np.random.default_rng(0)
     names = ("gate_proj", "down_proj")
@@ -120,8 +120,8 @@ def arguments(name: str) -> tuple[tuple[object, ...], dict[str, Any]]:
         "plot_wd_ridge": ((scores,), {}),
         "plot_two_runs": ((difference()[0],), {}),
         "plot_change_errors": ((difference()[0],), {}),
-        "plot_wd_inside": ((routed()[0],), {}),
-        "plot_routing_drop": ((routed()[1],), {}),
+        "plot_wd_inside": ((routings()[0],), {}),
+        "plot_routing_drop": ((routings()[1],), {}),
         "plot_rank_agreement": ((difference()[1],), {"measure": "top_3"}),
         "plot_verdicts": ((studied()[0],), {}),
         "plot_trace": ((studied()[1],), {}),

@@ -32,7 +32,8 @@ def seen_by(module: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def score(module: nn.Module, **settings: Any) -> NeuronScores:
-    return entangle.score(module, TEXT(), **{"proj": "experts", "min_tokens": 64} | settings)
+    given: dict[str, Any] = {"proj": "experts", "min_tokens": 64, **settings}
+    return entangle.score(module, TEXT(), **given)
 
 
 @pytest.mark.parametrize("method", ["exact", "sketch"])
