@@ -197,7 +197,8 @@ def _run_compare(job: Job, out: Path) -> object:
 
 def _count_compare(job: Job) -> Counts:
     from entangle.activation import ACTIVATION_METHODS
-    from entangle.experiments.compare import DSNOT, arms
+    from entangle.experiments.compare import arms
+    from entangle.experiments.masked import DSNOT
 
     own = job.given
     planned = own.get("arms") or arms(own["methods"], own["sparsity"], own["experts"])

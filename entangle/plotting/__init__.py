@@ -90,7 +90,6 @@ _HOMES = {
         "figure_comparison", "figure_density", "figure_expansion", "plot_costs", "plot_perplexity",
     ),
     "anchor": ("figure_anchor", "plot_anchor"),
-    "comparison": ("figure_comparison", "figure_expansion", "plot_costs", "plot_perplexity"),
     "difference": (
         "figure_difference", "plot_change_errors", "plot_rank_agreement", "plot_two_runs",
     ),
