@@ -14,8 +14,9 @@ from entangle.activation.rules import Routing, Window
 from entangle.errors import InvalidInput
 from entangle.models.layers import Layer, find_layers, list_layers, refuse_experts
 from entangle.models.loading import LanguageModel
+from entangle.recording.groups import shared_inputs
 from entangle.recording.hooks import forward, observe
-from entangle.recording.recorder import Recorded, Recorder, of_one_group, shared_inputs
+from entangle.recording.recorder import Recorded, Recorder, of_one_group
 from entangle.texts.calibration_set import CalibrationSet
 
 SCOPES = ("mlp", "all")

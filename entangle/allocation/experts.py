@@ -71,7 +71,7 @@ def expert_budget(
         Least and greatest number of experts; by default 1 and twice ``experts``.
     groups
         Layers, or their names, that read one input, from
-        `entangle.recording.recorder.shared_inputs`; by default the layers of a block together,
+        `entangle.recording.groups.shared_inputs`; by default the layers of a block together,
         which every model allows.
 
     Returns

@@ -12,7 +12,8 @@ from entangle.errors import InvalidInput, NumericalError
 from entangle.models.layers import Layer
 from entangle.models.loading import LanguageModel
 from entangle.precision import accumulator_dtype
-from entangle.recording.recorder import Batch, Recorded, Recorder, shared_inputs
+from entangle.recording.groups import shared_inputs
+from entangle.recording.recorder import Batch, Recorded, Recorder
 from entangle.runs.progress import Progress
 from entangle.stats.gram import Gram, GramResult
 from entangle.texts.calibration import as_calibration

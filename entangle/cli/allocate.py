@@ -362,7 +362,7 @@ def _with_experts(
 
     from entangle.allocation import expert_budget
     from entangle.models.layers import find_layers
-    from entangle.recording.recorder import shared_inputs
+    from entangle.recording.groups import shared_inputs
 
     layers = find_layers(model.module, list(allocation.zeros))
     groups = shared_inputs(model.module, layers, torch.zeros(1, 4, dtype=torch.int64))

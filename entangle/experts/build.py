@@ -195,7 +195,7 @@ def check_shared(groups: Sequence[Sequence[Layer]], experts: Mapping[str, int]) 
     Parameters
     ----------
     groups
-        From `entangle.recording.recorder.shared_inputs`.
+        From `entangle.recording.groups.shared_inputs`.
     experts
         By layer name.
     """

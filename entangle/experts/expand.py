@@ -57,7 +57,7 @@ from entangle.models.loading import AnyModel, LanguageModel, as_language_model
 from entangle.models.mixtures import put_layer
 from entangle.pruning import PRUNERS
 from entangle.ranks import current
-from entangle.recording.recorder import shared_inputs
+from entangle.recording.groups import shared_inputs
 from entangle.recording.states import HiddenStates
 from entangle.recording.stream import ByteBudget
 from entangle.results.expansion import KIND, ExpansionReport

@@ -5,11 +5,13 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from entangle.errors import InvalidInput
 from entangle.models.layers import Layer
 from entangle.models.mixtures import ExpertLinear
+from entangle.models.streaming import rehearsing
 from entangle.recording.recorder import Recorded, Recorder, of_one_group, told
 from entangle.recording.stream import ByteBudget, TokenStore
 from entangle.texts.calibration_set import CalibrationSet
@@ -75,3 +77,23 @@ def record_groups(
                 "choose layers that run once on every token."
             )
     return [(tuple(own), stores[source]) for source, own in enumerate(recorder.sources)]
+
+
+def shared_inputs(
+    module: nn.Module, layers: Sequence[Layer], ids: Int[Tensor, "sequences tokens"]
+) -> list[list[Layer]]:
+    """Return groups of layers that read one input, found by one forward pass.
+
+    Parameters
+    ----------
+    module
+        The model.
+    layers
+        Layers to sort; those that see none of the tokens are in no group.
+    ids
+        Token ids; a few are enough.
+    """
+    recorder = Recorder(layers, lambda _found: None, compared=False, lenient=True)
+    with rehearsing(module):
+        recorder.run(module, [(0, ids)])
+    return recorder.sources

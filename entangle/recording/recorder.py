@@ -578,23 +578,3 @@ def _is_dispatched(module: nn.Module) -> bool:
     """Tell whether accelerate moves weights around a pass, which must then run to its end."""
     places = getattr(module, "hf_device_map", None)
     return isinstance(places, dict) and bool({"cpu", "disk"} & {str(p) for p in places.values()})
-
-
-def shared_inputs(
-    module: nn.Module, layers: Sequence[Layer], ids: Int[Tensor, "sequences tokens"]
-) -> list[list[Layer]]:
-    """Return groups of layers that read one input, found by one forward pass.
-
-    Parameters
-    ----------
-    module
-        The model.
-    layers
-        Layers to sort; those that see none of the tokens are in no group.
-    ids
-        Token ids; a few are enough.
-    """
-    recorder = Recorder(layers, lambda _found: None, compared=False, lenient=True)
-    with rehearsing(module):
-        recorder.run(module, [(0, ids)])
-    return recorder.sources

@@ -14,7 +14,7 @@ from entangle.experts.checkpoint import load_expanded
 from entangle.experts.expand import Expansion, expand
 from entangle.models.layers import find_layers
 from entangle.models.loading import LanguageModel
-from entangle.recording.recorder import shared_inputs
+from entangle.recording.groups import shared_inputs
 from entangle.texts.calibration_set import CalibrationSet
 from tests.allocation.samples import random_allocation
 from tests.cli.expansions import experts_of

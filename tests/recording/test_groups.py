@@ -5,7 +5,7 @@ import torch
 
 from entangle.models.layers import find_layers
 from entangle.models.loading import LanguageModel
-from entangle.recording.recorder import shared_inputs
+from entangle.recording.groups import shared_inputs
 
 IDS = torch.arange(4, 8)[None]
 GROUPS = {
