@@ -323,7 +323,8 @@ def difference(made: MixtralForCausalLM, start: MixtralForCausalLM) -> float:
             flat = now.detach().flatten(1)
             apart = torch.cdist(flat, flat) / flat.norm(dim=1)[:, None]
             found.append(float((apart + torch.eye(len(flat)).to(apart) * 1e9).min()))
-            moved.append(float((now - before[name]).norm() / before[name].norm()))
+            change = (now - before[name]).detach().norm()
+            moved.append(float(change / before[name].detach().norm()))
     print(f"trained weights moved by {min(moved):.3f} to {max(moved):.3f} of their norm")
     return min(found)
 
