@@ -21,7 +21,8 @@ def add_parser(subparsers: Subparsers) -> None:
         "door",
         nargs="?",
         choices=DOORS,
-        help="only these (default: all)",
+        metavar="DOOR",
+        help=f"only these: {', '.join(DOORS)} (default: all)",
     )
     add_table_options(parser, "plugins")
     parser.set_defaults(run=run)

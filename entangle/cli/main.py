@@ -249,7 +249,7 @@ def _written(argv: Sequence[str]) -> list[str]:
 def _work(arguments: argparse.Namespace) -> None:
     """Run a command, or print what it made before (`entangle.cli.asked`)."""
     asked.name_output(arguments)
-    if getattr(arguments, "dry_run", False):
+    if getattr(arguments, "dry_run", False) and arguments.command != "study":
         from entangle.cli import dry
 
         dry.run(arguments)

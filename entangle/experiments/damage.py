@@ -28,6 +28,7 @@ from entangle.memory import memory_for
 from entangle.models.blocks import BlockRunner, evaluates
 from entangle.models.layers import Layer, list_layers
 from entangle.models.loading import AnyModel, LanguageModel, as_language_model
+from entangle.models.mixtures import ExpertLinear
 from entangle.recording.hooks import edit
 from entangle.recording.states import HiddenStates
 from entangle.runs.progress import Progress, ProgressBar
@@ -322,7 +323,10 @@ def residual_writers(
     runner = BlockRunner(dense.module)
     probe = ids[: _PROBE[0], : _PROBE[1]]
     hidden, inputs = runner.enter(probe)
-    layers = [x for x in list_layers(dense.module) if x.out_features == hidden.shape[-1]]
+    layers = [
+        layer for layer in list_layers(dense.module)
+        if layer.out_features == hidden.shape[-1] and not isinstance(layer.module, ExpertLinear)
+    ]  # fmt: skip
     rng, writers = torch_rng(seed, "residual writers"), []
     noise = torch.randn(hidden.shape, generator=rng).to(hidden)
     for block in range(runner.n_blocks):

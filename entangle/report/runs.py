@@ -17,6 +17,8 @@ from entangle.runs.provenance import expand_user
 from entangle.runs.sealing import manifest_digest
 
 _MANIFEST = "manifest.json"
+_OF_MODELS = ("study", "trace")
+"""Kinds of results of more than one model."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,6 +136,9 @@ def _results(given: Path) -> Iterator[tuple[Path, str | None]]:
 
 def _check(scores: NeuronScores, one: Run) -> Iterator[str]:
     """Refuse a run of another model or of other layers; yield what is left out, and why."""
+    if one.kind in _OF_MODELS:
+        yield f"{one.name} ({one.kind}) is of several models, and is drawn by `entangle figures`."
+        return
     ours, theirs = (_digest(found.manifest) for found in (scores, one.result))
     if ours is not None and theirs is not None and ours != theirs:
         raise InvalidInput(

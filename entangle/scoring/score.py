@@ -143,7 +143,7 @@ def score(
         language_model, calibration, chosen, may_be_silent=not asked_by_name(layers, chosen),
         method=method, md=md, seed=seed, memory=memory, batch_size=batch_size,
         min_tokens=min_tokens, routing=routing, progress=progress, watch=watch,
-        columns=choices("columns", columns, COLUMNS, kind="column") if columns else (),
+        columns=choices("columns", columns, COLUMNS, kind="`columns` entry") if columns else (),
     )  # fmt: skip
 
 

@@ -59,6 +59,11 @@ def interrupt() -> None:
     signal.raise_signal(signal.SIGINT)
 
 
+def without_experts(layers: list[Layer]) -> list[Layer]:
+    """Leave out experts, which a few tokens may not reach (`tests.experiments.test_mixtures`)."""
+    return [layer for layer in layers if ".experts." not in layer.name]
+
+
 def fail() -> None:
     raise ValueError("inside the block")
 
@@ -67,7 +72,7 @@ def fail() -> None:
 def test_swapped_rows_come_back_bit_for_bit(name: str, calibration: CalibrationSet) -> None:
     module = TINY[name]()
     before, objects = bits(module), list(module.parameters())
-    layers = find_layers(module, 1)
+    layers = without_experts(find_layers(module, 1))
     edits = random_edits(layers)
 
     def use(stop: Callable[[], None]) -> None:
@@ -211,7 +216,7 @@ def test_only_the_selected_outputs_change(
     name: str, kind: str, calibration: CalibrationSet, count_hooks: CountHooks
 ) -> None:
     module = TINY[name]()
-    weights, layers = bits(module), find_layers(module, 1)
+    weights, layers = bits(module), without_experts(find_layers(module, 1))
     selection = every_third(layers)
     means = {layer.name: torch.randn(layer.out_features).double() for layer in layers}
     dense: dict[str, Tensor] = {}

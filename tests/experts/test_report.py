@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -54,13 +55,13 @@ def test_one_expert_needs_no_router(tiny: Tiny, calibration: CalibrationSet) -> 
 
 
 def test_routers_that_differ_are_counted_each_and_shared_ones_once(tiny: Tiny) -> None:
-    row: dict[str, float] = {
-        "block": 0, "router": 0, "router_flops": 8.0, "router_bytes": 100, "flops": 20.0,
-        "nonzeros": 10, "bytes": 50, "dense_weights": 20, "dense_bytes": 80,
+    row: dict[str, Any] = {
+        "layer": "0", "block": 0, "router": 0, "router_flops": 8.0, "router_bytes": 100,
+        "flops": 20.0, "nonzeros": 10, "bytes": 50, "dense_weights": 20, "dense_bytes": 80,
     }  # fmt: skip
     module = torch.nn.Sequential(torch.nn.Linear(8, 5), torch.nn.Linear(5, 8))  # 80 weights
 
-    def costs(*changes: dict[str, float]) -> dict[str, float]:
+    def costs(*changes: dict[str, Any]) -> dict[str, float]:
         return model_costs(module, [row | change for change in changes])
 
     shared = costs({}, {})

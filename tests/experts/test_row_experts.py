@@ -178,7 +178,7 @@ def test_originals_come_back_if_a_later_replacement_fails() -> None:
     before = snapshot(model)
     first, second, third = (layer.name for layer in find_layers(model, 1, "mlp"))
     broken = {first: nn.Identity(), second: "no module", third: nn.Identity()}
-    with pytest.raises(ValueError, match=r"nn\.Module"), installed(model, broken):  # type: ignore[arg-type]
+    with pytest.raises((ValueError, TypeError), match=r"Module"), installed(model, broken):  # type: ignore[arg-type]
         pytest.fail("the block must not run")
     assert_restored(model, before)
 

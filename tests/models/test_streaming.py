@@ -186,7 +186,7 @@ def test_a_model_that_does_not_fit_is_streamed_and_that_is_told(
 ) -> None:
     folder = _save("llama", tmp_path / "llama")
     assert not streaming.is_streamed(load_model(folder, device="cpu").module)
-    monkeypatch.setattr("entangle.models.loading.free_ram", lambda: 1000)
+    monkeypatch.setattr("entangle.memory.free_ram", lambda: 1000)
     assert streaming.is_streamed(load_model(folder, device="cpu").module)
     assert str(folder) in capsys.readouterr().err
     assert not streaming.is_streamed(load_model(folder, device="cpu", stream=False).module)

@@ -19,6 +19,7 @@ from tests.plotting.ablation_frames import ablation_frame
 from tests.plotting.conftest import allocated, differing, expanded, studied
 from tests.plotting.decomposition_frames import TOP, Decomposed
 from tests.plotting.layout import texts
+from tests.plotting.test_options import correlations, routings
 
 Case = tuple[Callable[..., Axes], pd.DataFrame, dict[str, Any]]
 NAMES = [name.removeprefix("plot_") for name in plotting.__all__ if name.startswith("plot_")]
@@ -66,6 +67,9 @@ def case(
         "rank_agreement": (differing()[1], {"measure": "top_3"}),
         "verdicts": (studied()[0], {}),
         "trace": (studied()[1], {"measure": "overlap"}),
+        "anchor": (correlations(), {}),
+        "wd_inside": (routings()[0], {}),
+        "routing_drop": (routings()[1], {}),
         "wd_ridge": (many_scores, {}),
         "wd_heatmap": (many_scores, {}),
     }

@@ -180,7 +180,9 @@ def test_the_page_escapes_what_it_is_given(made: Mapping[str, Path]) -> None:
     assert len(re.findall(r"&lt;script&gt;alert", text)) >= 4
     for verdict in found.frame["verdict"]:
         assert verdict in text
-    assert "http" not in text.replace("http-equiv", "")
+    for known in ("http-equiv", "http://www.w3.org/2000/svg"):  # a name, nothing that is fetched
+        text = text.replace(known, "")
+    assert "http" not in text
 
 
 def test_names(tmp_path: Path) -> None:
