@@ -191,7 +191,7 @@ def _of_comparison(found: Any, style: Style) -> Iterator[tuple[str, Draw]]:
 
     text = text_of(found.manifest)
     yield "comparison", partial(figure_comparison, found.frame, text=text, **style)
-    if "density" in found.frame and found.frame["density"].notna().sum() > 1:
+    if found.masks:
         yield "density", partial(figure_density, found.frame, text=text, **style)
 
 
