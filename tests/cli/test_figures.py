@@ -37,7 +37,7 @@ def test_everything_is_drawn_and_the_rest_named_with_its_command(
     drawn = {path.stem for path in tmp_path.glob("*.png")}
     assert {path.stem for path in tmp_path.glob("*.csv")} == drawn
     names = {name for several in FIGURES.values() for name in several}
-    skipped = {"ablation_accuracy", "wd_by_layer"}
+    skipped = {"ablation_accuracy", "density", "wd_by_layer"}
     assert names - drawn <= skipped | {"separated_pairs"}  # pairs that few tokens may lack
     assert (
         "ablation_accuracy: this ablation holds no accuracy; `entangle ablate --measure blimp`"
