@@ -29,6 +29,7 @@ from entangle.models.loading import LanguageModel, load_model
 from entangle.plotting import figure_density, save_figure
 from entangle.results.comparison import DENSE, Comparison, flops_saved
 from entangle.results.drawings import text_of
+from entangle.runs.tables import latex_table
 from entangle.texts.calibration import load_calibration
 
 QUICK = ("teal", "column-norm", "cats", "chess", "wina", "magnitude", "magnitude-global")
@@ -157,6 +158,9 @@ def _write(found: Comparison, stem: Path) -> None:
     """Save a table's comparison, its CSVs and its figure beside the methods' folders."""
     found.save(stem.with_suffix(".comparison"), force=True)
     found.frame.to_csv(stem.with_suffix(".csv"), index=False)
+    shown = ["method", "allocation", "experts", "density", "perplexity", "ratio", "ratio_low"]
+    table = found.frame[[*shown, "ratio_high", "flops", "token_bytes", "nonzeros"]]
+    Path(f"{stem}_table.tex").write_text(latex_table(table), encoding="utf-8")
     flops_saved(found).to_csv(f"{stem}_flops_saved.csv", index=False)
     try:
         figure = figure_density(found.frame, text=text_of(found.manifest), column="double")

@@ -246,7 +246,7 @@ def draw(found: "Comparison", folder: Path) -> None:
     except InvalidInput as error:  # no arm has a finite perplexity: the tables say so
         tell(f"no figure: {error}")
         return
-    if "density" in found.frame and found.frame["density"].notna().sum() > 1:
+    if found.masks:
         drawn = figure_density(found.frame, text=text_of(found.manifest))
         save_figure(drawn, folder / "figures" / "density", force=True)
     save_figure(figure, stem, force=True)

@@ -19,10 +19,10 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     parser.add_argument(
         "door",
+        metavar="KIND",
         nargs="?",
         choices=DOORS,
-        metavar="DOOR",
-        help=f"only these: {', '.join(DOORS)} (default: all)",
+        help="only these: pruners, routers, rules, methods, columns or measures (default: all)",
     )
     add_table_options(parser, "plugins")
     parser.set_defaults(run=run)

@@ -368,6 +368,7 @@ PRUNERS = ("random", "magnitude", "wanda", "sparsegpt")
 COMPARED = (
     *PRUNERS, "magnitude-global", "expansion", "expansion-random",
     *(f"dsnot:{name}" for name in PRUNERS), *MASKS,
+    *(f"teal:{name}" for name in (*PRUNERS, "expansion", "expansion-random")),
 )  # fmt: skip
 """What `compare` knows, without what installed packages add (`ADDED`)."""
 ADDED: Mapping[str, Sequence[str]] = {

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from entangle.cli.options import names, numbers
+from entangle.doors import with_installed
 from entangle.errors import InvalidInput
 
 CALIBRATED = ("owl", "trim", "neuroal", "neuroal-blocks", "loss", "sensitivity", "depth")
@@ -119,6 +120,21 @@ def _reads_text(arguments: argparse.Namespace) -> bool:
     return not set(names(arguments.measure)) <= {"blimp"}
 
 
+def _part_of(option: str, *wanted: str) -> Callable[[argparse.Namespace], bool]:
+    """As `_has`, of parts of names too: ``teal:expansion`` has expansion."""
+
+    def of(arguments: argparse.Namespace) -> bool:
+        parts = (name.split(":") for name in names(str(getattr(arguments, option))))
+        return bool(set(wanted) & {one for several in parts for one in several})
+
+    return of
+
+
+def _masks(arguments: argparse.Namespace) -> bool:
+    """Tell whether a method masks activations: one of ours, or of an installed package."""
+    return _part_of("methods", *with_installed("methods", MASKS))(arguments)
+
+
 def _prunes(arguments: argparse.Namespace) -> bool:
     return any(name.startswith("prune") for name in names(arguments.intervention))
 
@@ -217,11 +233,12 @@ MEANINGS: Mapping[str, Sequence[Meaning]] = {
     "compare": (
         _OF_CALIBRATION,
         Meaning(
-            ("experts",), _has("methods", "expansion", "expansion-random"),
+            ("experts",), _part_of("methods", "expansion", "expansion-random"),
             "without the method expansion",
         ),
+        Meaning(("router",), _part_of("methods", "expansion"), "without the method expansion"),
         Meaning(
-            ("form", "dense_prefix"), _has("methods", *MASKS), "without a method that masks",
+            ("form", "dense_prefix"), _masks, "without a method that masks",
         ),
     ),
     "expand": (

@@ -96,6 +96,15 @@ class Comparison(Result):
         losses = self.windows.loc[self.windows["method"] == DENSE, "loss"]
         return [float(losses.sum()) / math.log(dense["perplexity"]) / len(losses)] * len(losses)
 
+    @property
+    def masks(self) -> bool:
+        """Whether densities were measured, of methods that mask activations."""
+        frame = self.frame
+        if "density" not in frame.columns:
+            return False
+        less = frame["flops"] < frame["nonzeros"] - 1e-9
+        return bool((less & (frame["experts"] == 1) & frame["density"].notna()).any())
+
     def plot(self, **options: Any) -> "Figure":
         """Draw perplexities at equal FLOPs and at equal memory; see `figure_comparison`."""
         from entangle.plotting import figure_comparison
@@ -170,7 +179,8 @@ def at_equal_nonzeros(frame: pd.DataFrame) -> pd.DataFrame:
     dense = frame[frame["method"] == DENSE]
     if len(dense) != 1:
         raise InvalidInput(f"`frame` must have one row of the dense model; got {len(dense)}.")
-    routed = (frame["experts"] > 1) & frame["method"].map(made_with).notna()
+    on_top = frame["method"].str.contains(":") & frame["method"].map(made_with).isna()
+    routed = (frame["experts"] > 1) & ~on_top
     rows = [_competition(row, frame) for _, row in frame[routed].iterrows()]
     return pd.DataFrame(rows, columns=list(_EQUAL_COLUMNS)).astype(_EQUAL_COLUMNS)
 

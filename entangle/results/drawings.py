@@ -201,12 +201,22 @@ def _ablation(found: Any, measure: str, style: Style) -> "Figure":
 
 
 def _of_comparison(found: Any, style: Style) -> Iterator[tuple[str, Draw]]:
-    from entangle.plotting import figure_comparison, figure_density
+    from entangle.plotting import figure_comparison
 
     text = text_of(found.manifest)
     yield "comparison", partial(figure_comparison, found.frame, text=text, **style)
-    if "density" in found.frame and found.frame["density"].notna().sum() > 1:
-        yield "density", partial(figure_density, found.frame, text=text, **style)
+    yield "density", partial(_density, found, style)
+
+
+def _density(found: Any, style: Style) -> "Figure":
+    from entangle.plotting import figure_density
+
+    if not found.masks:
+        raise InvalidInput(
+            "this comparison masks no activations; `entangle compare --methods teal` measures "
+            "densities."
+        )
+    return figure_density(found.frame, text=text_of(found.manifest), **style)
 
 
 def text_of(manifest: Mapping[str, object], *, pairs: bool = False) -> str | None:
