@@ -27,9 +27,11 @@ COMMANDS = {
 
 def test_least_squares_find_what_counts_take() -> None:
     seconds = {"start": 3.0, "tokens": 0.5, "solves": 20.0}
-    trials_of = [{"tokens": t, "solves": s} for t, s in ((10.0, 1.0), (40.0, 1.0), (10.0, 2.0))]
+    trials_of = [
+        {"start": 1, "tokens": t, "solves": s} for t, s in ((10.0, 1.0), (40.0, 1.0), (10.0, 2.0))
+    ]
     found = [3.0 + 0.5 * one["tokens"] + 20 * one["solves"] for one in trials_of]
-    job = {"tokens": 5000.0, "solves": 60.0, "never seen": 9.0}
+    job = {"start": 1, "tokens": 5000.0, "solves": 60.0, "never seen": 9.0}
     wanted = seconds["start"] + 0.5 * 5000 + 20 * 60
     assert trials.fitted(trials_of, found, job) == pytest.approx(wanted)
     assert trials.fitted(trials_of, [2 * one for one in found], job) == pytest.approx(2 * wanted)
