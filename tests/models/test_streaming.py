@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from entangle.errors import InvalidInput
+from entangle.errors import InvalidInput, MemoryLimit
 from entangle.evaluation import perplexity
 from entangle.experiments.ablate import ablate
 from entangle.experiments.compare import compare
@@ -186,10 +186,11 @@ def test_a_model_that_does_not_fit_is_streamed_and_that_is_told(
 ) -> None:
     folder = _save("llama", tmp_path / "llama")
     assert not streaming.is_streamed(load_model(folder, device="cpu").module)
-    monkeypatch.setattr("entangle.models.loading.free_ram", lambda: 1000)
+    monkeypatch.setattr("entangle.memory.free_ram", lambda: 1000)
     assert streaming.is_streamed(load_model(folder, device="cpu").module)
     assert str(folder) in capsys.readouterr().err
-    assert not streaming.is_streamed(load_model(folder, device="cpu", stream=False).module)
+    with pytest.raises(MemoryLimit, match="--no-stream"):
+        load_model(folder, device="cpu", stream=False)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
