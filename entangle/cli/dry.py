@@ -186,12 +186,14 @@ def _sizes_build(job: Job) -> list[dict[str, Any]]:
 
 
 def _run_compare(job: Job, out: Path) -> object:
+    from entangle.cli.compare import draw
     from entangle.experiments.compare import compare
 
     own = job.given
     return compare(
         job.model, job.text, job.windows, methods=own["methods"], sparsity=own["sparsity"],
-        experts=own["experts"], memory=own["memory"], out=out, progress=False, **own["masks"],
+        experts=own["experts"], memory=own["memory"], out=out, extra=draw, progress=False,
+        **own["masks"],
     )  # fmt: skip
 
 

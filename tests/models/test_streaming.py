@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from entangle.errors import InvalidInput
+from entangle.errors import InvalidInput, MemoryLimit
 from entangle.evaluation import perplexity
 from entangle.experiments.ablate import ablate
 from entangle.experiments.compare import compare
@@ -189,7 +189,8 @@ def test_a_model_that_does_not_fit_is_streamed_and_that_is_told(
     monkeypatch.setattr("entangle.memory.free_ram", lambda: 1000)
     assert streaming.is_streamed(load_model(folder, device="cpu").module)
     assert str(folder) in capsys.readouterr().err
-    assert not streaming.is_streamed(load_model(folder, device="cpu", stream=False).module)
+    with pytest.raises(MemoryLimit, match="--no-stream"):
+        load_model(folder, device="cpu", stream=False)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
