@@ -135,8 +135,8 @@ def test_a_folder_of_another_kind(kind: str, result: Result, made: Mapping[str, 
 
 
 def test_what_is_no_result(tmp_path: Path) -> None:
-    (tmp_path / "manifest.json").write_text('{"kind": "study", "schema_version": 1}')
-    with pytest.raises(UnknownName, match="'study'"):
+    (tmp_path / "manifest.json").write_text('{"kind": "novel", "schema_version": 1}')
+    with pytest.raises(UnknownName, match="'novel'"):
         entangle.load_result(tmp_path)
     with pytest.raises(InvalidInput, match="no result"):
         entangle.load_result(tmp_path / "missing")
