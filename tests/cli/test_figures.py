@@ -16,8 +16,7 @@ from tests.cli.runs import Run, holds
 from tests.saved import resealed
 
 KINDS = (
-    "scores", "ablation", "comparison", "decomposition", "allocation", "expansion", "difference",
-    "study", "trace",
+    "scores", "ablation", "comparison", "decomposition", "allocation", "expansion", "difference"
 )  # fmt: skip
 
 
@@ -38,7 +37,7 @@ def test_everything_is_drawn_and_the_rest_named_with_its_command(
     drawn = {path.stem for path in tmp_path.glob("*.png")}
     assert {path.stem for path in tmp_path.glob("*.csv")} == drawn
     names = {name for several in FIGURES.values() for name in several}
-    skipped = {"ablation_accuracy", "wd_by_layer", "routing", "anchor"}
+    skipped = {"ablation_accuracy", "density", "wd_by_layer"}
     assert names - drawn <= skipped | {"separated_pairs"}  # pairs that few tokens may lack
     assert (
         "ablation_accuracy: this ablation holds no accuracy; `entangle ablate --measure blimp`"
@@ -85,9 +84,7 @@ def test_results_of_one_kind_go_to_folders_of_their_own(
     assert run("figures", *runs, "--out", tmp_path / "f", "--format", "png").status == 0
     assert sorted(str(p.relative_to(tmp_path / "f")) for p in tmp_path.glob("f/*/*.png")) == [
         "comparison/comparison.png",
-        "comparison/density.png",
         "other/comparison.png",
-        "other/density.png",
     ]
     same = run("figures", made["comparison"], made["comparison"], "--out", tmp_path / "g")
     assert same.status == 2

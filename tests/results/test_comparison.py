@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from entangle.errors import InvalidInput
+from entangle.errors import InvalidInput, UnknownName
 from entangle.plotting import figure_comparison
 from entangle.results.comparison import KIND, Comparison, at_equal_nonzeros, load_comparison
 from entangle.runs.provenance import make_manifest, write_json
@@ -85,8 +85,8 @@ def test_tables_that_are_no_comparison_are_refused() -> None:
         at_equal_nonzeros(frame.drop(columns="nonzeros"))
     with pytest.raises(InvalidInput, match=r"`frame`.*dense.*\b0\b"):
         at_equal_nonzeros(frame[1:])
-    others = at_equal_nonzeros(table(*PLAIN, ("mine", 2, 0.61, 50.0)))
-    assert others.empty  # of a method of one's own, nobody knows what it competes with
+    with pytest.raises(UnknownName, match=r"method.*'mine'"):
+        at_equal_nonzeros(table(*PLAIN, ("mine", 2, 0.61, 50.0)))
 
 
 def test_a_loaded_comparison_is_the_saved_one_and_draws(found: Comparison, tmp_path: Path) -> None:
