@@ -67,7 +67,7 @@ def test_a_common_input_is_kept_once(
         made.append(TokenStore(budget))
         return made[-1]
 
-    monkeypatch.setattr("entangle.modes.decompose.TokenStore", make)
+    monkeypatch.setattr("entangle.recording.groups.TokenStore", make)
     with ExitStack() as stack:
         groups, _ = record(tiny("llama").module, ["model.layers.1.mlp.*"], calibration, stack)
         assert made == [store for _, store in groups]
