@@ -61,8 +61,8 @@ def rounded(weight: Tensor, bits: int, block: int = 32) -> Tensor:
     step = (parts.amax(-1, keepdim=True) - least) / (2**bits - 1)
     safe = torch.where(step > 0, step, 1)
     found = least + step * ((parts - least) / safe).round()
-    kept: Tensor = found.reshape(rows, -1)[:, :columns]
-    return kept
+    whole: Tensor = found.reshape(rows, -1)[:, :columns]
+    return whole
 
 
 def wd_of(weight: Tensor, inputs: Tensor) -> np.ndarray:
@@ -152,7 +152,7 @@ def measured(
         seen: dict[int | None, dict[str, tuple[Layer, Tensor]]] = {}
         for members, store in groups:
             inputs = torch.cat(list(store)).float()
-            tails.append(float(np.median(kurtosis(inputs.double().cpu().numpy(), axis=0))))
+            tails.append(float(np.nanmedian(kurtosis(inputs.double().cpu().numpy(), axis=0))))
             for layer in members:
                 seen.setdefault(layer.block, {})[layer.projection] = (layer, inputs)
             for layer in members:
@@ -179,7 +179,7 @@ def compared(rows: pd.DataFrame) -> pd.DataFrame:
         numbers = pd.DataFrame([_one(own["none"], own[change]) for _, own in pairs])
         spread = numbers["spearman"].std(ddof=1) if len(numbers) > 1 else np.nan
         told: dict[str, object] = {"change": change, "layers": len(numbers), "spearman_sd": spread}
-        found.append(told | {str(k): v for k, v in numbers.mean().items()})
+        found.append(told | {name: numbers[name].mean() for name in numbers})
     return pd.DataFrame(found)
 
 
