@@ -88,8 +88,8 @@ def plot_anchor(
         entries.append((dots, str(name)))
     names = [PREDICTORS[one][0].partition(" (")[0] if one in PREDICTORS else one for one in scores]
     ax.set_yticks([height[one] for one in scores], names)
-    seen = f"n = {int(rows['n'].max())} rows"
-    ax.set(xlabel=f"{_MEASURES[measure]}; {seen}", ylim=(-0.6, len(scores) - 0.4))
+    seen = f"(n = {int(rows['n'].max()):,} rows)"
+    ax.set(xlabel=f"{_MEASURES[measure]} {seen}", ylabel="score", ylim=(-0.6, len(scores) - 0.4))
     explain_above(ax, entries, legend=legend, own=own)
     return ax
 

@@ -25,7 +25,7 @@ Case = tuple[Callable[..., Axes], pd.DataFrame, dict[str, Any]]
 NAMES = [name.removeprefix("plot_") for name in plotting.__all__ if name.startswith("plot_")]
 TEXTS = ("contexts", "pair_contexts")
 WITH_UNITS = ("σ", "÷", "%", "ratio", "units", "share", "components", "× dense", "block",
-              "step", "model")  # fmt: skip
+              "step", "model", "ρ")  # fmt: skip
 
 
 @pytest.fixture(params=NAMES)

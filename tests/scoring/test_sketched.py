@@ -36,8 +36,8 @@ def test_the_sketch_keeps_within_its_bound_of_the_exact_scores(name: str, scored
     assert (unseen | (sketch.frame["wd_bound"] < 0.02)).all()
     for column in ("mean", "std", "skewness", "excess_kurtosis"):
         np.testing.assert_allclose(sketch.frame[column], exact.frame[column], rtol=2e-3, atol=1e-4)
-    assert (sketch.frame["ks"] <= exact.frame["ks"] + 1e-5).all()
-    assert (sketch.frame["ks"] >= exact.frame["ks"] - 0.05).all()
+    assert (unseen | (sketch.frame["ks"] <= exact.frame["ks"] + 1e-5)).all()
+    assert (unseen | (sketch.frame["ks"] >= exact.frame["ks"] - 0.05)).all()
     assert sketch.layers["method"].eq("sketch").all()
     assert (sketch.frame["md"] / exact.frame["md"]).median() == pytest.approx(1, abs=0.3)
 
