@@ -59,9 +59,9 @@ def interrupt() -> None:
     signal.raise_signal(signal.SIGINT)
 
 
-def without_experts(layers: list[Layer]) -> list[Layer]:
+def without_experts(layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
     """Leave out experts, which a few tokens may not reach (`tests.experiments.test_mixtures`)."""
-    return [layer for layer in layers if ".experts." not in layer.name]
+    return tuple(layer for layer in layers if ".experts." not in layer.name)
 
 
 def fail() -> None:
