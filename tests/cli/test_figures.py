@@ -16,7 +16,8 @@ from tests.cli.runs import Run, holds
 from tests.saved import resealed
 
 KINDS = (
-    "scores", "ablation", "comparison", "decomposition", "allocation", "expansion", "difference"
+    "scores", "ablation", "comparison", "decomposition", "allocation", "expansion", "difference",
+    "study", "trace", "anchor",
 )  # fmt: skip
 
 
@@ -37,7 +38,7 @@ def test_everything_is_drawn_and_the_rest_named_with_its_command(
     drawn = {path.stem for path in tmp_path.glob("*.png")}
     assert {path.stem for path in tmp_path.glob("*.csv")} == drawn
     names = {name for several in FIGURES.values() for name in several}
-    skipped = {"ablation_accuracy", "density", "wd_by_layer"}
+    skipped = {"ablation_accuracy", "density", "wd_by_layer", "routing"}
     assert names - drawn <= skipped | {"separated_pairs"}  # pairs that few tokens may lack
     assert (
         "ablation_accuracy: this ablation holds no accuracy; `entangle ablate --measure blimp`"
