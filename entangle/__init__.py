@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from entangle.allocation.allocate import allocate
     from entangle.evaluation import load_evaluation, load_minimal_pairs, perplexity
     from entangle.experiments.ablate import ablate
+    from entangle.experiments.anchor import anchor
     from entangle.experiments.compare import compare
     from entangle.experts.checkpoint import load_expanded
     from entangle.experts.expand import expand
@@ -55,6 +56,7 @@ _HOMES = {
     "NeuronScores": "entangle.results.scores",
     "ablate": "entangle.experiments.ablate",
     "allocate": "entangle.allocation",
+    "anchor": "entangle.experiments.anchor",
     "compare": "entangle.experiments.compare",
     "decompose": "entangle.modes.decompose",
     "diff": "entangle.results.diff",
@@ -91,6 +93,7 @@ __all__ = [
     "__version__",
     "ablate",
     "allocate",
+    "anchor",
     "compare",
     "decompose",
     "diff",

@@ -203,7 +203,7 @@ class ActivationSparsity:
             "flops": (everything - dense + whole) / everything,
         }
 
-    def density_on(self, ids: Sequence[Int64[Tensor, "sequences tokens"]]) -> float:
+    def density_on(self, ids: Sequence[Int64[Tensor, "_ _"]]) -> float:
         """Return the density in scope, everything charged, as measured on token ids."""
         with self.applied():
             for batch in ids:

@@ -20,7 +20,14 @@ from entangle.experiments.predictors import predictor_table
 from entangle.experiments.sae import EncoderDictionary, load_sae
 from entangle.memory import check_memory, memory_for
 from entangle.models.blocks import evaluates
-from entangle.models.layers import DEFAULT_PROJ, Layer, LayerSpec, Projections, find_layers
+from entangle.models.layers import (
+    DEFAULT_PROJ,
+    Layer,
+    LayerSpec,
+    Projections,
+    find_layers,
+    refuse_experts,
+)
 from entangle.models.loading import AnyModel, LanguageModel, as_language_model
 from entangle.precision import full_precision
 from entangle.recording.groups import Group, record_groups
@@ -147,6 +154,7 @@ def anchor(
     dense = as_language_model(model)
     calibration = as_calibration(calibration, dense)
     chosen = find_layers(dense.module, layers, proj)
+    refuse_experts(chosen, "an anchor")
     _check_fit(chosen, calibration, plan)
     spec = [one.name for one in chosen]
     budget = memory_for(memory, dense.module)
@@ -246,10 +254,10 @@ def _halves(calibration: CalibrationSet, seed: int) -> tuple[Tensor, Tensor]:
     """Return the indices of the tokens to fit to, and of those to measure on."""
     order = torch.randperm(calibration.n_seq, generator=torch_rng(seed, "anchor halves"))
     half = calibration.n_seq // 2
-    length = calibration.ids.shape[1]
-    tokens = torch.arange(calibration.n_tokens).view(calibration.n_seq, length)
+    tokens = torch.arange(calibration.n_tokens).split(list(calibration.rows.lengths))
     first, second = order[: calibration.n_seq - half].sort().values, order[-half:].sort().values
-    return tokens[first].flatten(), tokens[second].flatten()
+    own = [[tokens[index] for index in some.tolist()] for some in (first, second)]
+    return torch.cat(own[0]), torch.cat(own[1])
 
 
 def _dictionaries(points: Tensor, plan: _Plan) -> Mapping[str, _Fitted]:
@@ -289,14 +297,15 @@ def _reads(
     """Return what the neurons of largest WD and the median one read most."""
     if scores["wd"].isna().all():
         return pd.DataFrame()
-    text, length = TokenText(model.tokenizer), calibration.ids.shape[1]
+    text = TokenText(model.tokenizer)
     wd, rows = scores.set_index("neuron")["wd"], list[dict[str, object]]()
     for neuron in _looked_at(wd):
         values, atoms = shares[neuron].nan_to_num().topk(min(READ, shares.shape[1]))
         for rank, (share, atom) in enumerate(zip(values.tolist(), atoms.tolist(), strict=True)):
             position = int(places[atom])
-            sequence = calibration.ids[position // length].tolist()
-            before, token, after = text.context(sequence, position % length, WINDOW)
+            index, place = calibration.place(position)
+            sequence = calibration.rows.sequence(index).tolist()
+            before, token, after = text.context(sequence, place, WINDOW)
             rows.append(
                 {
                     "layer": scores["layer"].iloc[0], "neuron": neuron, "wd": wd[neuron],

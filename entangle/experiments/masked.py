@@ -82,25 +82,35 @@ class Rivals:
         """Weights of all linear layers."""
         return sum(math.prod(x.shape) for x in list_layers(self.model.module))
 
+    @property
+    def active(self) -> float:
+        """Weights of all linear layers that a token meets: of experts, those it is sent to."""
+        return sum(math.prod(x.shape) * x.share for x in list_layers(self.model.module))
+
     def density(self, flops: float, layers: Sequence[str] | None = None) -> float:
         """Return the density in scope that FLOPs of the whole model amount to.
 
         NaN where other layers than those of the scope were pruned (``layers``).
         """
         module, proj = self.model.module, "mlp" if self.masks.scope == "mlp" else None
-        inside = {x.name: x.shape for x in find_layers(module, "all", proj) if x.block is not None}
+        inside = {
+            x.name: math.prod(x.shape) * x.share
+            for x in find_layers(module, "all", proj) if x.block is not None
+        }  # fmt: skip
         if layers is not None and not {*layers} <= inside.keys():
             return math.nan
-        return 1 - (1 - flops) * self.everything / sum(map(math.prod, inside.values()))
+        return 1 - (1 - flops) * self.active / sum(inside.values())
 
     def expanded(self, built: Expansion) -> float:
         """Return the bytes of weights that a token reads of an expanded model, over the dense."""
         width = next(self.model.module.parameters()).element_size()
-        table = built.layers
-        routers = table.drop_duplicates(["block", "router"])["router_bytes"].sum()
-        others = self.everything - int(table["dense_weights"].sum())
-        read = others * width + float((table["bytes"] / table["experts"]).sum()) + float(routers)
-        return read / (self.everything * width)
+        shares = {x.name: x.share for x in list_layers(self.model.module)}
+        table = built.layers.assign(share=built.layers["layer"].map(shares))
+        routers = table.drop_duplicates(["block", "router"])
+        others = self.active - float((table["dense_weights"] * table["share"]).sum())
+        read = others * width + float((table["bytes"] / table["experts"] * table["share"]).sum())
+        read += float((routers["router_bytes"] * routers["share"]).sum())
+        return read / (self.active * width)
 
     def swapped(self, method: str, sparsity: float) -> Arrays:
         """Return the numbers of a pruner with DSnoT after it."""
@@ -213,8 +223,11 @@ class Rivals:
         Inputs that are kept often have columns with more weights, which an expectation over all
         inputs alike does not see.
         """
-        texts: list[Tensor] = [ids for _, ids in of_one_group(self.calibration)]
-        ids = [torch.cat(texts)[:_SEQUENCES]] if texts else []
+        ids = list[Tensor]()
+        for _, some in of_one_group(self.calibration):  # of one length each
+            ids.append(some[: _SEQUENCES - sum(map(len, ids))])
+            if sum(map(len, ids)) >= _SEQUENCES:
+                break
         wanted = density
         for _ in range(_ROUNDS):
             made = fitted.at_density(min(1.0, wanted))

@@ -137,7 +137,7 @@ def model_costs(module: nn.Module, rows: Iterable[Mapping[str, object]]) -> dict
     Counted are all linear layers, the head included: ``flops`` for a token, stored ``nonzeros`` of
     the weights, and stored ``bytes`` (bitmaps included). Routers are included in flops and bytes,
     once for layers that share one. Of a mixture all experts are stored, and as many as a token is
-    sent to are active: the flops of each count by its `Layer.share`.
+    sent to are active: the flops of each count by its `Layer.share`, and are NaN where that is.
 
     Parameters
     ----------
@@ -438,7 +438,8 @@ def _check_room(
             share = sparsity[one.name]
             kept = 0.0 if share is None else 1 - float(torch.as_tensor(share).double().mean())
             bits = plan.settings.bits
-            written += n / 8 + n * kept * (one.weight.element_size() if bits is None else bits / 8)
+            width = one.weight.element_size() if bits is None else bits / 8
+            written += n * kept * width + (0 if share is None else n / 8)
     if out is not None:
         check_room(out, int(written))
     refuse_beyond(

@@ -55,8 +55,8 @@ class Layer:
     shared: tuple[str, ...] = ()
     """Names of other modules' parameters that are the same memory as this layer's weight."""
     share: float = 1.0
-    """Share of a text's tokens that the layer sees: of an expert, where all are sent equally
-    many."""
+    """Share of a text's tokens that the layer sees: of an expert, where all are sent equally many;
+    NaN where the model does not declare to how many experts a token is sent."""
 
     @property
     def weight(self) -> Float[Tensor, "out_features in_features"]:

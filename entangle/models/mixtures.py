@@ -10,6 +10,7 @@ of one, the experts run one by one.
 """
 
 import inspect
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -334,7 +335,8 @@ def banks_of(module: nn.Module) -> list[ExpertBank]:
 def expert_shares(module: nn.Module) -> dict[str, float]:
     """Return k / n of every mixture that sends a token to k of its n experts, by its name.
 
-    k is what the module around the experts, or its router, declares; 1 where neither does.
+    k is what the module around the experts, or its router, declares; NaN where neither does, so
+    that nothing is counted with a number that nobody knows.
     """
     found = {}
     for name, child in module.named_modules():
@@ -343,8 +345,8 @@ def expert_shares(module: nn.Module) -> dict[str, float]:
             parent = module.get_submodule(name.rpartition(".")[0])
             around = (parent, *parent._modules.values(), child, *child._modules.values())
             declared = (getattr(one, key, None) for one in around for key in _CHOSEN)
-            k = next((one for one in declared if isinstance(one, int)), 1)
-            found[name] = min(1.0, k / len(keys))
+            k = next((one for one in declared if isinstance(one, int)), math.nan)
+            found[name] = k / len(keys) if math.isnan(k) else min(1.0, k / len(keys))
     return found
 
 

@@ -7,6 +7,7 @@ import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from entangle.errors import InvalidInput
@@ -18,6 +19,7 @@ from entangle.plotting.summaries import check_columns
 
 _WRITER = "`entangle score --proj experts --routing` writes such tables."
 _MANY_POINTS = 5_000
+_APART = 0.08  # of the distance of blocks, so that bars of projections do not hide each other
 
 
 @axes_level
@@ -118,19 +120,25 @@ def plot_routing_drop(
     entries: list[tuple[Artist, str]] = []
     groups = list(routing.groupby("projection", sort=False))
     colored = list(zip(np.resize(NOMINAL, len(groups)), groups, strict=True))
-    for color, (name, part) in picked(colored, lambda one: str(one[1][0])):
+    steps = np.diff(np.unique(routing["block"].to_numpy(np.float64)))
+    apart = _APART * (float(steps.min()) if len(steps) else 1.0)
+    for place, (color, (name, part)) in picked(
+        list(enumerate(colored)), lambda one: str(one[1][1][0])
+    ):
+        shift = apart * (place - (len(groups) - 1) / 2)
         x, y, low, high, control = (
             part[key].to_numpy(np.float64) for key in ("block", "drop", "low", "high", "control")
         )
         color = ink(str(name), str(color))
         bars = ax.errorbar(
-            x, y, (np.maximum(y - low, 0.0), np.maximum(high - y, 0.0)), color=color, fmt="o-",
-            ms=2.2, lw=0.8, elinewidth=0.7, label=str(name),
+            x + shift, y, (np.maximum(y - low, 0.0), np.maximum(high - y, 0.0)), color=color,
+            fmt="o-", ms=2.2, lw=0.8, elinewidth=0.7, label=str(name),
         )  # fmt: skip
         record(bars.lines[0], panel="drop", series=str(name), x=x, y=y, low=low, high=high)
         (dots,) = ax.plot(x, control, color=color, lw=0.7, ls=":")
         record(dots, panel="drop", series=f"{name}, random routing", x=x, y=control)
         entries.append((bars.lines[0], str(name)))
+    entries.append((Line2D([], [], color="0.3", lw=0.7, ls=":"), "random routing"))
     if asked_for("no change"):
         color = ink("gaussian", None, "no change")
         line = ax.axhline(1.0, color=color, lw=0.7, ls="--", label="no change")

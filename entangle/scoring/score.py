@@ -193,6 +193,8 @@ def score_layers(
                 neuron_table(measured, language_model.name), layer_table(measured),
                 n_tokens=calibration.n_tokens, least=least,
             )  # fmt: skip
+            few = any(one.layer.is_expert for one in measured)
+            few |= bool((frame["flag"] == "few_tokens").any())
             own = [name for name in columns if is_own(name)]
             frame = with_columns(frame, language_model, calibration, chosen, own)
         except (RuntimeError, MemoryError) as error:
@@ -220,7 +222,7 @@ def score_layers(
                 {layer.name for layer in chosen} - {one.layer.name for one in measured}
             ),
             **({"pooled_depths": recorder.depths} if recorder.depths else {}),
-            **({"min_tokens": least} if any(one.layer.is_expert for one in measured) else {}),
+            **({"min_tokens": least} if few else {}),
             "method": resolved,
             "n_groups": groups,
             "batch_size": per_pass,

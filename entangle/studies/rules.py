@@ -50,7 +50,7 @@ class Bar:
 
 
 def _ratios(main: str, *controls: str, bar: float = 1.0) -> dict[str, Bar]:
-    """Return the rule of the issue: above 1 against ``main``, and against every control."""
+    """Return bars of ratios: above 1 against ``main``, and against every control."""
     return {main: Bar(MAIN, bar, True)} | {one: Bar(CONTROL, bar, True) for one in controls}
 
 

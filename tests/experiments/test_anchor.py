@@ -22,6 +22,7 @@ from entangle.stats.dictionary import PursuitDictionary, measure_coding, princip
 from entangle.texts.calibration_set import CalibrationSet
 from entangle.texts.words import TokenText
 from tests.experiments.test_sae import saelens
+from tests.mixtures import TEXT, mixture
 from tests.tiny_models import tiny_tokenizer
 
 Tiny = Callable[[str], LanguageModel]
@@ -152,3 +153,27 @@ def test_mistakes(tiny: Tiny, calibration: CalibrationSet) -> None:
     one = CalibrationSet(calibration.ids[:1], "one", {})
     with pytest.raises(InvalidInput, match="2 sequences"):
         anchor(model, one, layers=LAYERS["llama"], **SMALL)
+
+
+def test_pads_are_no_tokens(tiny: Tiny, calibration: CalibrationSet) -> None:
+    """Sequences that a mask cuts are those that are shorter: same halves, same numbers."""
+    model, layer = tiny("llama"), LAYERS["llama"][0]
+    ids = calibration.ids[:6, :20]
+    padded = torch.cat([ids, torch.zeros_like(ids[:, :3])], 1)
+    mask = torch.cat([torch.ones_like(ids), torch.zeros_like(ids[:, :3])], 1)
+    text = {"input_ids": padded, "attention_mask": mask}
+    found = anchor(model, text, layers=layer, **SMALL)
+    plain = anchor(model, ids, layers=layer, **SMALL)
+    pd.testing.assert_frame_equal(found.frame, plain.frame)
+    pd.testing.assert_frame_equal(found.reads, plain.reads)
+    mask[2:, 15:] = 0  # sequences of two lengths
+    found = anchor(model, text, layers=layer, **SMALL)
+    told = found.dictionaries.iloc[0]
+    assert told["tokens_measured"] in {3 * 15, 2 * 15 + 20, 15 + 2 * 20}
+    assert found.reads["position"].between(0, 2 * 20 + 4 * 15 - 1).all()
+
+
+def test_experts_of_a_mixture_are_refused() -> None:
+    """They see some of the tokens, and halves are of all."""
+    with pytest.raises(InvalidInput, match=r"anchor.*experts\.0\.gate_proj"):
+        anchor(mixture("Mixtral"), TEXT(), layers="*.experts.0.gate_proj", proj=None, **SMALL)

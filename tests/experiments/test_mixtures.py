@@ -155,3 +155,29 @@ def test_costs_count_all_experts_stored_and_the_chosen_ones_active() -> None:
     stored = others + experts
     assert found["nonzeros"] == pytest.approx((stored - 48 * 32 + 100) / stored)
     assert found["bytes"] == pytest.approx((4 * (stored - 48 * 32) + 412) / (4 * stored))
+
+
+def test_a_comparison_counts_experts_as_tokens_meet_them() -> None:
+    """Half of every expert's weights is half of the scope, however many experts there are."""
+    found = entangle.compare(
+        mixture("Mixtral"), TEXT(), text(4, 24), ["sparsegpt"], sparsity=0.5, progress=False
+    )
+    rows = found.frame[found.frame["method"] == "sparsegpt"]
+    assert rows["density"].tolist() == pytest.approx([0.5], abs=1e-3)
+    assert (rows["token_bytes"] > rows["bytes"]).all()  # a token meets all of the attention
+
+
+def test_what_is_not_declared_is_not_counted() -> None:
+    """A model that does not say how many experts a token meets has no FLOPs."""
+    module = mixture("Mixtral")
+    layer = find_layers(module, 1, "experts")[0]
+    row = {"layer": layer.name, "block": 1, "router": 0, "router_flops": 0, "router_bytes": 0,
+           "flops": 1.0, "nonzeros": 1, "bytes": 1, "dense_bytes": 1,
+           "dense_weights": math.prod(layer.shape)}  # fmt: skip
+    assert math.isfinite(model_costs(module, [row])["flops"])
+    for part in module.modules():
+        for key in ("top_k", "num_experts_per_tok"):
+            part.__dict__.pop(key, None)
+    costs = model_costs(module, [row])
+    assert math.isnan(costs["flops"])
+    assert math.isfinite(costs["nonzeros"])

@@ -192,3 +192,13 @@ def test_global_magnitude_is_one_threshold() -> None:
     assert rows.loc["magnitude-global", "perplexity"] != rows.loc["magnitude", "perplexity"]
     with pytest.raises(InvalidInput):
         ROUTERS.register("magnitude-global", 3)
+
+
+def test_masks_on_sparse_weights_take_sequences_of_several_lengths() -> None:
+    mask = torch.ones_like(IDS)
+    mask[2:, -4:] = 0
+    text: Any = {"input_ids": IDS, "attention_mask": mask}
+    found = entangle.compare(
+        TINY["llama"](), text, IDS, ["teal:wanda"], density=0.6, progress=False
+    )
+    assert found.frame["density"].iloc[-1] == pytest.approx(0.6, rel=0.03)
