@@ -7,6 +7,7 @@ import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from entangle.checks import choice
 from entangle.errors import InvalidInput
@@ -88,6 +89,7 @@ def plot_anchor(
         entries.append((dots, str(name)))
     names = [PREDICTORS[one][0].partition(" (")[0] if one in PREDICTORS else one for one in scores]
     ax.set_yticks([height[one] for one in scores], names)
+    ax.xaxis.set_major_locator(MaxNLocator(5))
     seen = f"(n = {int(rows['n'].max()):,} rows)"
     ax.set(xlabel=f"{_MEASURES[measure]} {seen}", ylabel="score", ylim=(-0.6, len(scores) - 0.4))
     explain_above(ax, entries, legend=legend, own=own)
