@@ -109,9 +109,8 @@ class Probe:
             return [
                 "Outputs in their own units, coloured by sign; without scores there are no modes."
             ]
-        lines = [
-            f"σ: (output − {number(self.mean, 3)}) / {number(self.std, 3)}, of the scores' text"
-        ]
+        moved = f"output {'+' if self.mean < 0 else '−'} {number(abs(self.mean), 3)}"
+        lines = [f"σ: ({moved}) / {number(self.std, 3)}, of the scores' text"]
         for row in self.modes.to_dict("records") if len(self.modes) > 1 else ():
             left, right = ((float(row[end]) - self.mean) / self.std for end in ("left", "right"))
             ends = f"{number(left, 2)} to {number(right, 2)} σ"
