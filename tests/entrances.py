@@ -67,6 +67,11 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         {"model": MODEL, "calibration": TEXT, "layers": GATE, "experts": 1, "neurons": 5,
          "sparsity": 0.5, "token_pairs": 20, "contexts": 2, "separated": 2},
     ),
+    "anchor": (
+        entangle.anchor,
+        {"model": MODEL, "calibration": TEXT, "layers": GATE, "atoms": 8, "active": 2,
+         "controls": "variance", "n_boot": 20},
+    ),
     "neuron_modes": (
         entangle.neuron_modes,
         {"model": MODEL, "calibration": TEXT, "layer": GATE, "neurons": 5},

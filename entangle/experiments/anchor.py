@@ -150,6 +150,7 @@ def anchor(
     if not 0 < plan.threshold < 1:
         raise InvalidInput(f"`threshold` must lie in (0, 1); got {threshold}.")
     held = names("controls", controls) if controls else []
+    n_boot, seed = whole("n_boot", n_boot, least=1), plan.seed
     check_memory(memory)
     dense = as_language_model(model)
     calibration = as_calibration(calibration, dense)
