@@ -14,6 +14,7 @@ hold one model to the bit, since what was trained is rounded before it is measur
 
 import argparse
 import json
+import lzma
 import math
 import time
 from collections.abc import Iterator
@@ -153,10 +154,35 @@ def own_text(module: Any, ids: Tensor, batches: int, seed: int) -> Tensor:
     return torch.cat(written)
 
 
+def more_text(file: Path, tokenizer: Any, given: Any) -> Tensor:
+    """Return sequences of the parts for training of a corpus that ``research.corpus`` wrote."""
+    with lzma.open(file, "rt", encoding="utf-8") as lines:
+        documents = [json.loads(line) for line in lines]
+    texts = [one["text"] for one in documents if one["part"] == "train"][:: given.stride]
+    rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    flat = torch.tensor([token for row in rows for token in row])
+    n = len(flat) // given.seq_len
+    return flat[: n * given.seq_len].view(n, given.seq_len)
+
+
+def _parted(dense: LanguageModel, ids: Tensor, given: Any) -> tuple[Tensor, Tensor]:
+    """Return `part`, from its file where that is there, which is made otherwise."""
+    if given.parted is not None and given.parted.exists():
+        known = load_file(given.parted)
+        return known["order"], known["routers"]
+    order, routers = part(dense, ids, given.experts)
+    if given.parted is not None:
+        save_file({"order": order, "routers": routers}, given.parted)
+    return order, routers
+
+
 def train(
-    dense: LanguageModel, made: MixtralForCausalLM, ids: Tensor, held: Tensor, given: Any
+    dense: LanguageModel, made: MixtralForCausalLM, sources: list[Tensor], held: Tensor, given: Any
 ) -> list[dict[str, float]]:
-    """Train routers and experts until the time is up; the best on ``held`` text stays."""
+    """Train routers and experts until the time is up; the best on ``held`` text stays.
+
+    Every batch is drawn from all sources alike.
+    """
     teacher: Any = dense.module
     device = next(made.parameters()).device
     made.set_experts_implementation("eager")  # the loop that autocast knows
@@ -190,7 +216,10 @@ def train(
         share = min(1.0, (step + 1) / 50) * max(0.02, 0.5 + 0.5 * math.cos(math.pi * min(gone, 1)))
         for group in optimiser.param_groups:
             group["lr"] = share * group["rate"]
-        batch = ids[torch.randint(len(ids), (given.batch,), generator=generator)].to(device)
+        batch = torch.cat([
+            one[torch.randint(len(one), (given.batch // len(sources),), generator=generator)]
+            for one in sources
+        ]).to(device)  # fmt: skip
         _loss(teacher, made, batch, given).backward()
         nn.utils.clip_grad_norm_((*routers, *experts), 1.0)
         optimiser.step()
@@ -348,6 +377,13 @@ def main() -> None:
     add("--soft", type=float, default=0.8, help="weight of the dense model's distribution")
     add("--balance", type=float, default=0.01, help="weight of the experts' balance")
     add("--own-text", type=int, default=6, help="batches of text that the dense model writes")
+    add("--text", type=Path, help="more to train on: .jsonl.xz of research.corpus")
+    add("--stride", type=int, default=4, help="of that text each so-manyth document")
+    add(
+        "--parted",
+        type=Path,
+        help="file that keeps how neurons are parted, read if there",
+    )
     add("--every", type=int, default=200, help="steps between two looks at held-out text")
     add("--windows", type=int, default=None, help="of the evaluation text; all by default")
     add("--seed", type=int, default=0)
@@ -374,12 +410,15 @@ def upcycle(
         split="train", seed=given.seed,
     )  # fmt: skip
     ids, held = text.ids[:-32], text.ids[-32:]
-    order, routers = part(dense, ids[:8].to(device), given.experts)
+    order, routers = _parted(dense, ids[:8].to(device), given)
     start = mixture(dense, order, routers, given.top_k)
     made = mixture(dense, order, routers, given.top_k)
-    written = own_text(module, ids, given.own_text, given.seed)
-    print(f"{text.settings['n_text_tokens']} tokens of text, {written.numel()} in all", flush=True)
-    told = train(dense, made, written, held, given)
+    sources = [own_text(module, ids, given.own_text, given.seed)]
+    if given.text is not None:
+        sources.append(more_text(given.text, dense.tokenizer, given))
+    sizes = [one.numel() for one in sources]
+    print(f"{text.settings['n_text_tokens']} tokens of text, {sizes} in all", flush=True)
+    told = train(dense, made, sources, held, given)
     pack = {"order": order.to(torch.int16)} | rounded(start, made)
     evaluation = entangle.load_evaluation(
         "demo", dense.tokenizer, split="test", seq_len=given.seq_len, n_windows=given.windows
