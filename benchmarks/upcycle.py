@@ -18,6 +18,7 @@ import lzma
 import math
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 import entangle
 from entangle.models.loading import LanguageModel
@@ -154,11 +156,11 @@ def own_text(module: Any, ids: Tensor, batches: int, seed: int) -> Tensor:
     return torch.cat(written)
 
 
-def more_text(file: Path, tokenizer: Any, given: Any) -> Tensor:
-    """Return sequences of the parts for training of a corpus that ``research.corpus`` wrote."""
+def more_text(file: Path, tokenizer: Any, given: Any, part: str = "train") -> Tensor:
+    """Return sequences of a part of a corpus that ``research.corpus`` wrote."""
     with lzma.open(file, "rt", encoding="utf-8") as lines:
         documents = [json.loads(line) for line in lines]
-    texts = [one["text"] for one in documents if one["part"] == "train"][:: given.stride]
+    texts = [one["text"] for one in documents if one["part"] == part][:: given.stride]
     rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
     flat = torch.tensor([token for row in rows for token in row])
     n = len(flat) // given.seq_len
@@ -177,15 +179,12 @@ def _parted(dense: LanguageModel, ids: Tensor, given: Any) -> tuple[Tensor, Tens
 
 
 def train(
-    dense: LanguageModel, made: MixtralForCausalLM, sources: list[Tensor], held: Tensor, given: Any
+    dense: LanguageModel, made: MixtralForCausalLM, ids: Tensor, held: Tensor, given: Any
 ) -> list[dict[str, float]]:
-    """Train routers and experts until the time is up; the best on ``held`` text stays.
-
-    Every batch is drawn from all sources alike.
-    """
+    """Train routers and experts until the time is up; the best on ``held`` text stays."""
     teacher: Any = dense.module
     device = next(made.parameters()).device
-    made.set_experts_implementation("eager")  # the loop that autocast knows
+    _at_once(made)
     routers = [p for name, p in made.named_parameters() if name.endswith("mlp.gate.weight")]
     experts = [p for name, p in made.named_parameters() if name.endswith(EXPERTS)]
     for p in made.parameters():
@@ -196,7 +195,9 @@ def train(
         {"params": routers, "rate": given.router_rate},
         {"params": experts, "rate": given.rate},
     ]
-    optimiser = torch.optim.AdamW(groups, lr=given.rate, weight_decay=0.0, betas=(0.9, 0.95))
+    optimiser = torch.optim.AdamW(
+        groups, lr=given.rate, weight_decay=0.0, betas=(0.9, 0.95), fused=device.type == "cuda"
+    )
     generator = torch.Generator().manual_seed(given.seed)
     begun, best, kept, told, step = time.monotonic(), math.inf, dict[str, Tensor](), [], 0
     while True:
@@ -216,18 +217,33 @@ def train(
         share = min(1.0, (step + 1) / 50) * max(0.02, 0.5 + 0.5 * math.cos(math.pi * min(gone, 1)))
         for group in optimiser.param_groups:
             group["lr"] = share * group["rate"]
-        batch = torch.cat([
-            one[torch.randint(len(one), (given.batch // len(sources),), generator=generator)]
-            for one in sources
-        ]).to(device)  # fmt: skip
+        batch = ids[torch.randint(len(ids), (given.batch,), generator=generator)].to(device)
         _loss(teacher, made, batch, given).backward()
         nn.utils.clip_grad_norm_((*routers, *experts), 1.0)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
         step += 1
     made.load_state_dict(kept, strict=False)
-    made.set_experts_implementation("grouped_mm")
+    for module in made.modules():
+        module.__dict__.pop("forward", None)
     return told
+
+
+def _at_once(made: MixtralForCausalLM) -> None:
+    """Compute the neurons of all experts at once, those of the others times zero: few launches."""
+    for module in made.modules():
+        if isinstance(module, MixtralExperts):
+            module.forward = partial(_all_experts, module)  # type: ignore[method-assign]
+
+
+def _all_experts(experts: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    n = experts.num_experts
+    share = weights.new_zeros(len(hidden), n).scatter(1, index, weights)
+    both = nn.functional.linear(hidden, experts.gate_up_proj.flatten(0, 1)).unflatten(1, (n, -1))
+    gate, up = both.chunk(2, dim=-1)
+    inner = (experts.act_fn(gate) * up * share[:, :, None]).flatten(1)
+    down = experts.down_proj.transpose(0, 1).flatten(1)
+    return nn.functional.linear(inner, down).to(hidden.dtype)
 
 
 def _loss(teacher: Any, made: Any, batch: Tensor, given: Any) -> Tensor:
@@ -237,14 +253,14 @@ def _loss(teacher: Any, made: Any, batch: Tensor, given: Any) -> Tensor:
             wanted = teacher(batch, use_cache=False).logits
         found = made(batch, use_cache=False, output_router_logits=True)
     total = batch.new_zeros((), dtype=torch.float32)
-    for logits, soft, target in zip(  # a sequence at a time: the vocabulary is large
-        found.logits[:, :-1], wanted[:, :-1], batch[:, 1:], strict=True
+    for logits, soft, target in zip(  # few sequences at a time: the vocabulary is large
+        found.logits.split(4), wanted.split(4), batch.split(4), strict=True
     ):
-        logs = logits.float().log_softmax(-1)
-        hard = nn.functional.nll_loss(logs, target)
-        kl = nn.functional.kl_div(logs, soft.float().log_softmax(-1), reduction="batchmean",
-                                  log_target=True)  # fmt: skip
-        total = total + given.soft * kl + (1 - given.soft) * hard
+        logs = logits[:, :-1].float().log_softmax(-1).flatten(0, 1)
+        hard = nn.functional.nll_loss(logs, target[:, 1:].flatten())
+        kl = nn.functional.kl_div(logs, soft[:, :-1].float().log_softmax(-1).flatten(0, 1),
+                                  reduction="batchmean", log_target=True)  # fmt: skip
+        total = total + len(target) * (given.soft * kl + (1 - given.soft) * hard)
     balance: Tensor = given.balance * _imbalance(found.router_logits, made.config)
     return total / len(batch) + balance
 
@@ -384,6 +400,7 @@ def main() -> None:
         type=Path,
         help="file that keeps how neurons are parted, read if there",
     )
+    add("--repeat", type=int, default=6, help="of the demo text beside that text")
     add("--every", type=int, default=200, help="steps between two looks at held-out text")
     add("--windows", type=int, default=None, help="of the evaluation text; all by default")
     add("--seed", type=int, default=0)
@@ -415,10 +432,11 @@ def upcycle(
     made = mixture(dense, order, routers, given.top_k)
     sources = [own_text(module, ids, given.own_text, given.seed)]
     if given.text is not None:
-        sources.append(more_text(given.text, dense.tokenizer, given))
+        held = more_text(given.text, dense.tokenizer, given, part="valid")[-64:]
+        sources = given.repeat * sources + [more_text(given.text, dense.tokenizer, given)]
     sizes = [one.numel() for one in sources]
     print(f"{text.settings['n_text_tokens']} tokens of text, {sizes} in all", flush=True)
-    told = train(dense, made, sources, held, given)
+    told = train(dense, made, torch.cat(sources), held, given)
     pack = {"order": order.to(torch.int16)} | rounded(start, made)
     evaluation = entangle.load_evaluation(
         "demo", dense.tokenizer, split="test", seq_len=given.seq_len, n_windows=given.windows
