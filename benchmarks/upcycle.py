@@ -146,7 +146,8 @@ def own_text(module: Any, ids: Tensor, batches: int, seed: int) -> Tensor:
     torch.manual_seed(seed)
     written, (n, length) = [ids], ids.shape
     for _ in range(batches):
-        start = ids[torch.randperm(n)[: min(n, 512)], :32].to(next(module.parameters()).device)
+        begun = torch.randint(n, (1024,)) if n > 32 else torch.arange(n)
+        start = ids[begun, :32].to(next(module.parameters()).device)
         with torch.no_grad():
             more = module.generate(
                 start, attention_mask=torch.ones_like(start), do_sample=True, top_k=0,
