@@ -217,7 +217,7 @@ class Cett(ActivationMethod):
         counted = Scores()
         counted.update(scores)
         low, high = 0.0, 1.0
-        for _ in range(16):
+        for _ in range(16 if error > 0 else 0):
             middle = (low + high) / 2
             dropped = torch.where(scores > counted.quantile(middle), 0.0, states) @ weight.T
             found = float((dropped.norm(dim=1) / whole_norm.clamp_min(1e-30)).double().mean())

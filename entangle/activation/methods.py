@@ -124,9 +124,6 @@ def _level(levels: Levels, layer: Layer) -> float:
 class InputMethod(ActivationMethod):
     """Methods that score the inputs of every layer."""
 
-    shares: ClassVar[bool] = True
-    """Whether layers that read one input have one rule."""
-
     def fit(self) -> None:
         """Count the scores of all inputs, for thresholds."""
         self._scores: dict[str, Scores] = {}
@@ -152,19 +149,24 @@ class InputMethod(ActivationMethod):
         """Return a new rule for a layer."""
         return Rule(level, self.subject.window, self.chosen)
 
+    def alike(self, layer: Layer) -> str:  # noqa: ARG002  (others look at it)
+        """Return what layers that read one input have in common if they have one rule."""
+        return ""
+
     def _rules(self, levels: Mapping[str, float]) -> dict[str, Rule]:
         found: dict[str, Rule] = {}
         for group in self.subject.groups:
-            shared: dict[float, Rule] = {}
+            shared: dict[tuple[float, str], Rule] = {}
             for layer in group:
                 if layer.name not in levels:
                     continue
                 level = levels[layer.name]
-                if not self.shares or level not in shared:
-                    shared[level] = self.rule(layer, level)
-                found[layer.name] = shared[level]
+                alike = level, self.alike(layer)
+                if alike not in shared:
+                    shared[alike] = self.rule(layer, level)
+                found[layer.name] = shared[alike]
                 if layer.name in self.subject.routed:
-                    shared[level].routing = self.subject.routed[layer.name].routing
+                    shared[alike].routing = self.subject.routed[layer.name].routing
         return found
 
     def _levels(self, level: Levels) -> dict[str, float]:
@@ -202,7 +204,6 @@ class ColumnNorm(InputMethod):
     """Inputs of small magnitude times the norm of their column go: WINA's and R-Sparse's core."""
 
     name, source = "column-norm", "arXiv 2505.19427, arXiv 2504.19449: |x_j| · ‖W[:, j]‖"
-    shares = False
 
     def prepare(self) -> None:
         """Measure the columns."""
@@ -213,6 +214,10 @@ class ColumnNorm(InputMethod):
     def rule(self, layer: Layer, level: float) -> Rule:
         """Return a new rule for a layer."""
         return Rule(level, self.subject.window, self.chosen, scale=self._norms[layer.name])
+
+    def alike(self, layer: Layer) -> str:
+        """Return the layer's name: its columns are its own."""
+        return layer.name
 
 
 class RSparse(ColumnNorm):
@@ -260,7 +265,7 @@ class Wina(InputMethod):
     """
 
     name, source = "wina", "arXiv 2505.19427; github.com/microsoft/wina"
-    form, shares = "topk", False
+    form = "topk"
 
     def prepare(self) -> None:
         """Find the basis of every input that comes from a norm."""
@@ -274,7 +279,8 @@ class Wina(InputMethod):
             gain = self.subject.gain(lead)
             weight = gates.get(lead.name, Part(lead, 0, lead.out_features)).of(lead.weight.T).T
             weight = weight.float() * gain
-            basis = torch.linalg.svd(weight.double(), full_matrices=True).Vh.T.float()
+            wide = weight.shape[0] < weight.shape[1]  # only then are more vectors needed
+            basis = torch.linalg.svd(weight.double(), full_matrices=wide).Vh.T.float()
             turn = Turn(basis, gain)
             self._turns |= dict.fromkeys([layer.name for layer in group], turn)
             self._scales[lead.name] = (weight @ basis).norm(dim=0)
@@ -290,6 +296,10 @@ class Wina(InputMethod):
             level, self.subject.window, self.chosen, scale=self._scales.get(layer.name),
             turn=self._turns.get(layer.name),
         )  # fmt: skip
+
+    def alike(self, layer: Layer) -> str:
+        """Return the name of a layer whose columns count, and nothing of the others."""
+        return layer.name if layer.name in self._scales else ""
 
 
 def _lead(group: list[Layer], gates: Mapping[str, Part]) -> Layer | None:
@@ -516,7 +526,9 @@ def input_method(name: str, function: Score, source: str = "") -> type[InputMeth
         made.function, made.weight = function, layer.weight
         return made
 
-    settings = {"name": name, "source": source, "shares": False, "rule": rule}
+    settings = {
+        "name": name, "source": source, "rule": rule, "alike": lambda _self, layer: layer.name
+    }  # fmt: skip
     return type(f"Given_{name}", (InputMethod,), settings)
 
 
