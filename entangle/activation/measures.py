@@ -5,7 +5,6 @@ CETT and PPL-p % (Sparsing Law, arXiv 2411.02335), and consistency of routing in
 arXiv 2505.16056, whose formulas are not public: ours are written at `routing_consistency`.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,7 +14,7 @@ from jaxtyping import Float, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
-from entangle.activation.methods import ActivationMethod, Levels
+from entangle.activation.methods import ActivationMethod, Levels, level_of
 from entangle.activation.neurons import FeedForward, NeuronRule
 from entangle.activation.rules import Scores, Window
 from entangle.activation.sparsity import ActivationSparsity
@@ -199,14 +198,12 @@ class Cett(ActivationMethod):
 
         self.subject.watch(_downs(self.subject), take)
         self._states = {name: torch.cat(parts) for name, parts in kept.items()}
-        self._thresholds: dict[tuple[str, float], float] = {}
 
     def at(self, level: Levels) -> ActivationSparsity:
         """Return the rules at an error."""
-        errors = [level[p.down.name] if isinstance(level, Mapping) else level
-                  for p in self.subject.parts]  # fmt: skip
-        rules = [self._rule(p, float(e)) for p, e in zip(self.subject.parts, errors, strict=True)]
-        mean = sum(float(error) for error in errors) / len(errors)
+        errors = [level_of(level, part.down) for part in self.subject.parts]
+        rules = [self._rule(p, e) for p, e in zip(self.subject.parts, errors, strict=True)]
+        mean = sum(errors) / len(errors)
         return ActivationSparsity(self.name, mean, self.subject, {}, rules)
 
     def _rule(self, part: FeedForward, error: float) -> NeuronRule:

@@ -16,7 +16,7 @@ from entangle.activation.neurons import Chooser, FeedForward, NeuronRule, Part, 
 from entangle.activation.rules import FORMS, Rule, Scores, Turn
 from entangle.activation.sparsity import ActivationSparsity, LowRank
 from entangle.activation.subject import Routed, Subject
-from entangle.checks import choice
+from entangle.checks import choice, share
 from entangle.doors import Door
 from entangle.errors import EntangleError, InvalidInput
 from entangle.models.layers import Layer
@@ -100,9 +100,9 @@ class ActivationMethod(ABC):
         Raises
         ------
         InvalidInput
-            If the method cannot be that sparse.
+            If it is no share, or the method cannot be that sparse.
         """
-        low, high = 0.0, 1.0
+        low, high, density = 0.0, 1.0, share("density", density)
         least = self.expected(high)
         if density < least - 1e-6:
             raise InvalidInput(
@@ -117,8 +117,13 @@ class ActivationMethod(ABC):
         return self.at(high)
 
 
-def _level(levels: Levels, layer: Layer) -> float:
-    return float(levels[layer.name] if isinstance(levels, Mapping) else levels)
+def level_of(levels: Levels, layer: Layer) -> float:
+    """Return a layer's level; refuse what is no share, or lacks the layer."""
+    if isinstance(levels, Mapping):
+        if layer.name not in levels:
+            raise InvalidInput(f"levels must have one for {layer.name!r}; give it.")
+        return share("level", levels[layer.name])
+    return share("level", levels)
 
 
 class InputMethod(ActivationMethod):
@@ -171,8 +176,12 @@ class InputMethod(ActivationMethod):
 
     def _levels(self, level: Levels) -> dict[str, float]:
         if isinstance(level, Mapping):
-            return {name: float(level[name]) for name in self._made if name in level}
-        return dict.fromkeys(self._made, float(level))
+            if unknown := [name for name in level if name not in self._made]:
+                raise InvalidInput(f"levels must be of layers in scope; {unknown[0]!r} is none.")
+            if not level:
+                raise InvalidInput("levels must be of one layer at least; got none.")
+            return {n: share("level", level[n]) for n in self._made if n in level}
+        return dict.fromkeys(self._made, share("level", level))
 
     def at(self, level: Levels) -> ActivationSparsity:
         """Return the rules at a level, or at one of every layer's own."""
@@ -413,14 +422,14 @@ class Cats(ActivationMethod):
 
     def at(self, level: Levels) -> ActivationSparsity:
         """Return the rules at a level of every feed-forward part (by the name of its `down`)."""
-        neurons = [self._rule(part, _level(level, part.down)) for part in self.subject.parts]
+        neurons = [self._rule(part, level_of(level, part.down)) for part in self.subject.parts]
         for rule in neurons:
             assert rule.part is not None  # noqa: S101
             rule.scores = self._scores[rule.part.down.name]
             rule.settle()
         layers = {layer.name: layer for layer in self.subject.layers}
         inputs = {
-            name: Rule(_level(level, layers[name]), self.subject.window, self.chosen,
+            name: Rule(level_of(level, layers[name]), self.subject.window, self.chosen,
                        scores=self._scores[name])
             for name in self._queries()
         }  # fmt: skip
@@ -457,8 +466,8 @@ class Griffin(ActivationMethod):
                 f"{self.name} chooses neurons from the first tokens; give `prefix`, their number."
             )
         neurons = [
-            PromptRule(_level(level, part.down), self.subject.window, part=part,
-                       chooser=Chooser(self.name, 1 - _level(level, part.down)))
+            PromptRule(level_of(level, part.down), self.subject.window, part=part,
+                       chooser=Chooser(self.name, 1 - level_of(level, part.down)))
             for part in self.subject.parts
         ]  # fmt: skip
         mean = sum(rule.level for rule in neurons) / len(neurons)
