@@ -170,4 +170,7 @@ def test_an_allocation_out_of_scope_has_no_density_and_nothing_finite_saves_noth
     none = entangle.compare(model, ids, ids, ["griffin"], sparsity=0.5, progress=False)
     assert none.frame["perplexity"].isna().tolist() == [False, True]
     assert flops_saved(none).empty
+    mixture = entangle.compare(TINY["mixtral"](), ids, ids, ["dsnot:wanda"], sparsity=0.5,
+                               progress=False)  # fmt: skip
+    assert mixture.frame["perplexity"].isna().tolist() == [False, True]
     assert "saved" in flops_saved(none)
