@@ -8,7 +8,8 @@ its own in ``FOLDER/TABLE/METHOD``, kept arm by arm: the same command goes on wh
 method. Cheap methods come first; ``--seconds`` lets none begin later than that.
 
 ``--small`` is for two cores: 8 sequences of 512 tokens to calibrate on, 8 windows of 256 tokens, 4
-experts, without the searches of levels; what masks activations of one table is one comparison.
+experts, without the searches of levels; what masks activations of one table is one comparison. No
+method begins after 1,000 s; the same command goes on.
 
 Special tokens are those of the model (BOS of Gemma's).
 """
@@ -58,17 +59,18 @@ METHODS = {
 }  # fmt: skip
 """What every table has, in the order of the run; after a plus a rule of allocation."""
 WINDOW_PREFIX = 256
-_WINA = ("wina", "larosa", "rsparse")
+_TURNED = ("wina", "larosa", "rsparse")
 SMALL: dict[str, Any] = {
     "n_seq": 8, "seq_len": 512, "eval_windows": 8, "eval_seq_len": 256, "experts": 4, "prefix": 128,
+    "tables": "prefix,mlp", "seconds": 1000.0,
     "chosen": {
+        "prefix": ("griffin", "coreinfer", "teal", "cats", "chess"),
         "mlp": (
-            *QUICK[:4], *_WINA, "cett", "magnitude", "magnitude-global", "wanda", "sparsegpt",
-            "teal:sparsegpt", "expansion", "teal:expansion", "dsnot:wanda", "dsnot:magnitude",
-            "sparsegpt+erk", "expansion-random", "teal:wanda", "dsnot:sparsegpt",
+            *QUICK[:4], *_TURNED, "magnitude", "wanda", "sparsegpt", "teal:sparsegpt", "expansion",
+            "teal:expansion", "dsnot:wanda", "cett", "magnitude-global", "sparsegpt+erk",
+            "expansion-random", "teal:wanda", "dsnot:magnitude", "dsnot:sparsegpt",
         ),
-        "all": ("teal", "column-norm", "chess+", *_WINA),
-        "prefix": ("griffin", "coreinfer", "teal", "cats", "chess", "wanda", "sparsegpt"),
+        "all": ("teal", "column-norm", "chess+", *_TURNED),
     },
 }  # fmt: skip
 """What is other with ``--small``."""
