@@ -174,8 +174,8 @@ class _Rows:
         count = torch.where(up, self._counts[0], self._counts[1])
         at = torch.where(up, self._next[0], self._next[1])
         last = at.clamp(0, self._order.shape[1] - 1)[:, None]
-        lists = [one.gather(1, last) for one in self._lists]
-        return torch.where(up[:, None], *lists), at < count
+        negative, positive = (one.gather(1, last) for one in self._lists)
+        return torch.where(up[:, None], negative, positive), at < count
 
     def _of_group(self, grow: Tensor) -> tuple[Tensor, Tensor]:
         """Return the kept weight that matters least in the group of what grows, and whether."""
