@@ -144,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
 def _groups(methods: Sequence[str]) -> list[tuple[str, ...]]:
     """Return methods that mask activations together, which measure the dense model once."""
     masked = tuple(one for one in methods if one in ACTIVATION_METHODS)
-    alone = [(one,) for one in methods if one not in masked]
+    alone: list[tuple[str, ...]] = [(one,) for one in methods if one not in masked]
     return [masked, *alone] if masked else alone
 
 
