@@ -7,6 +7,10 @@ its own in ``FOLDER/TABLE/METHOD``, kept arm by arm: the same command goes on wh
 ``FOLDER/TABLE.comparison`` (for `entangle show`), its figure and its CSVs are made anew after every
 method. Cheap methods come first; ``--seconds`` lets none begin later than that.
 
+``--small`` is for two cores: 8 sequences of 512 tokens to calibrate on, 8 windows of 256 tokens, 4
+experts, without the searches of levels; what masks activations of one table is one comparison. No
+method begins after 1,000 s; the same command goes on.
+
 Special tokens are those of the model (BOS of Gemma's).
 """
 
@@ -20,6 +24,7 @@ from typing import Any
 
 import pandas as pd
 
+from entangle.activation import ACTIVATION_METHODS
 from entangle.allocation.allocate import allocate
 from entangle.errors import EntangleError
 from entangle.evaluation import load_evaluation
@@ -54,11 +59,29 @@ METHODS = {
 }  # fmt: skip
 """What every table has, in the order of the run; after a plus a rule of allocation."""
 WINDOW_PREFIX = 256
+_TURNED = ("wina", "larosa", "rsparse")
+SMALL: dict[str, Any] = {
+    "n_seq": 8, "seq_len": 512, "eval_windows": 8, "eval_seq_len": 256, "experts": 4, "prefix": 128,
+    "tables": "prefix,mlp", "seconds": 1000.0,
+    "chosen": {
+        "prefix": ("griffin", "coreinfer", "teal", "cats", "chess"),
+        "mlp": (
+            *QUICK[:4], *_TURNED, "magnitude", "wanda", "sparsegpt", "teal:sparsegpt", "expansion",
+            "teal:expansion", "dsnot:wanda", "cett", "magnitude-global", "sparsegpt+erk",
+            "expansion-random", "teal:wanda", "dsnot:magnitude", "dsnot:sparsegpt",
+        ),
+        "all": ("teal", "column-norm", "chess+", *_TURNED),
+    },
+}  # fmt: skip
+"""What is other with ``--small``."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run what is missing, and print and draw what there is."""
-    given, started = _parser().parse_args(argv), time.perf_counter()
+    parser, started = _parser(), time.perf_counter()
+    if parser.parse_args(argv).small:
+        parser.set_defaults(**SMALL)
+    given = parser.parse_args(argv)
     model = load_model(given.model, device=given.device)
     texts: dict[str, Any] = {"context_length": model.context_length, "vocab_size": model.vocab_size}
     of_demo: dict[str, Any] = {"split": "train"} if given.calibration == "demo" else {}
@@ -75,10 +98,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     }  # fmt: skip
     for table in given.tables.split(","):
         done: list[Comparison] = []
-        for method in given.methods.split(",") if given.methods else METHODS[table]:
+        listed = given.methods.split(",") if given.methods else given.chosen[table]
+        for method in _groups(listed) if given.small else [(one,) for one in listed]:
             late = time.perf_counter() - started > given.seconds
-            folder = given.folder / table / method.replace(":", "-")
-            if (late and not folder.is_dir()) or _parts(method)[0] not in known_methods():
+            folder = given.folder / table / "+".join(method).replace(":", "-")
+            unknown = {_parts(one)[0] for one in method}.difference(known_methods())
+            if (late and not folder.is_dir()) or unknown:
                 print(f"{table} {method}: {'no time left' if late else 'unknown'}", flush=True)
                 continue
             clock = time.perf_counter()
@@ -87,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             except EntangleError as error:
                 print(f"{table} {method}: {error}", flush=True)
                 continue
-            print(f"{table} {method}: {time.perf_counter() - clock:.1f} s", flush=True)
+            print(f"{table} {', '.join(method)}: {time.perf_counter() - clock:.1f} s", flush=True)
             _write(_merged(done), given.folder / table)
         if done:
             _print(_merged(done), table)
@@ -110,8 +135,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prefix", type=int, default=WINDOW_PREFIX)
     parser.add_argument("--tables", default="mlp,all,prefix")
     parser.add_argument("--methods", default="", help="in place of the tables' own")
+    parser.add_argument("--small", action="store_true", help="for two cores")
+    parser.set_defaults(chosen=METHODS)
     parser.add_argument("--seconds", type=float, default=float("inf"))
     return parser
+
+
+def _groups(methods: Sequence[str]) -> list[tuple[str, ...]]:
+    """Return methods that mask activations together, which measure the dense model once."""
+    masked = tuple(one for one in methods if one in ACTIVATION_METHODS)
+    alone: list[tuple[str, ...]] = [(one,) for one in methods if one not in masked]
+    return [masked, *alone] if masked else alone
 
 
 def _parts(method: str) -> tuple[str, str]:
@@ -123,15 +157,15 @@ def _parts(method: str) -> tuple[str, str]:
 
 
 def _measure(
-    model: LanguageModel, method: str, table: str, folder: Path, prefix: int,
+    model: LanguageModel, methods: Sequence[str], table: str, folder: Path, prefix: int,
     settings: dict[str, Any],
 ) -> Comparison:  # fmt: skip
-    """Return the comparison of one method, read where it is finished."""
-    name, rule = _parts(method)
+    """Return the comparison of some methods, read where it is finished."""
+    names, rule = [_parts(one)[0] for one in methods], _parts(methods[0])[1]
     made = [(rule, one) for one in _allocations(model, rule, settings["density"])] if rule else []
     folder.parent.mkdir(parents=True, exist_ok=True)
     return compare(
-        model, methods=name, allocations=made, scope="all" if table == "all" else "mlp",
+        model, methods=names, allocations=made, scope="all" if table == "all" else "mlp",
         prefix=prefix if table == "prefix" else 0, out=folder, resume=True,
         progress=False, **settings,
     )  # fmt: skip

@@ -94,7 +94,7 @@ def search_levels(
     Returns
     -------
     dict
-        Path of every block, by its index.
+        Path of every block that has layers in scope, by its index.
 
     References
     ----------
@@ -114,7 +114,8 @@ def search_levels(
         outputs = [runner.run(index, h, i) for h, i in zip(hidden, inputs, strict=True)]
         layers = [layer for layer in subject.layers if layer.block == index]
         block = _Block(index, layers, runner, hidden, inputs, outputs)
-        found[index] = _search(method, block, step=step, most=most)
+        if layers:
+            found[index] = _search(method, block, step=step, most=most)
         hidden = outputs
     return found
 

@@ -5,7 +5,6 @@ CETT and PPL-p % (Sparsing Law, arXiv 2411.02335), and consistency of routing in
 arXiv 2505.16056, whose formulas are not public: ours are written at `routing_consistency`.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,7 +14,7 @@ from jaxtyping import Float, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
-from entangle.activation.methods import ActivationMethod, Levels
+from entangle.activation.methods import ActivationMethod, Levels, level_of
 from entangle.activation.neurons import FeedForward, NeuronRule
 from entangle.activation.rules import Scores, Window
 from entangle.activation.sparsity import ActivationSparsity
@@ -31,6 +30,7 @@ from entangle.texts.calibration import as_calibration
 from entangle.texts.evaluation import as_evaluation
 from entangle.texts.given import Source
 
+_HALVINGS = 12  # of the share that is left out, for an error
 CHUNK = 8
 """Consecutive tokens of a chunk."""
 
@@ -199,32 +199,43 @@ class Cett(ActivationMethod):
 
         self.subject.watch(_downs(self.subject), take)
         self._states = {name: torch.cat(parts) for name, parts in kept.items()}
-        self._thresholds: dict[tuple[str, float], float] = {}
+        self._counted: dict[str, Scores] = {}
+        self._norms: dict[str, Tensor] = {}
+        self._errors: dict[tuple[str, float], float] = {}
 
     def at(self, level: Levels) -> ActivationSparsity:
         """Return the rules at an error."""
-        errors = [level[p.down.name] if isinstance(level, Mapping) else level
-                  for p in self.subject.parts]  # fmt: skip
-        rules = [self._rule(p, float(e)) for p, e in zip(self.subject.parts, errors, strict=True)]
-        mean = sum(float(error) for error in errors) / len(errors)
+        errors = [level_of(level, part.down) for part in self.subject.parts]
+        rules = [self._rule(p, e) for p, e in zip(self.subject.parts, errors, strict=True)]
+        mean = sum(errors) / len(errors)
         return ActivationSparsity(self.name, mean, self.subject, {}, rules)
 
+    def _error(self, part: FeedForward, share: float) -> float:
+        """Return the error of leaving out a share of the scores; each is measured once."""
+        name = part.down.name
+        if (name, share) not in self._errors:
+            states, weight = self._states[name], part.down.weight.float()
+            small = states.abs() * weight.norm(dim=0) <= self._counted[name].quantile(share)
+            left = (states * small) @ weight.T
+            kept = (left.norm(dim=1) / self._norms[name]).double().mean()
+            self._errors[name, share] = float(kept)
+        return self._errors[name, share]
+
     def _rule(self, part: FeedForward, error: float) -> NeuronRule:
-        states, weight = self._states[part.down.name], part.down.weight.float()
-        norms = weight.norm(dim=0)
-        scores = states.abs() * norms
-        whole_norm = (states @ weight.T).norm(dim=1)
-        counted = Scores()
-        counted.update(scores)
+        name, norms = part.down.name, part.down.weight.float().norm(dim=0)
+        if name not in self._counted:
+            states = self._states[name]
+            self._counted[name] = counted = Scores()
+            counted.update(states.abs() * norms)
+            whole_norm = (states @ part.down.weight.float().T).norm(dim=1)
+            self._norms[name] = whole_norm.clamp_min(1e-30)
         low, high = 0.0, 1.0
-        for _ in range(16):
+        for _ in range(_HALVINGS if error > 0 else 0):
             middle = (low + high) / 2
-            dropped = torch.where(scores > counted.quantile(middle), 0.0, states) @ weight.T
-            found = float((dropped.norm(dim=1) / whole_norm.clamp_min(1e-30)).double().mean())
-            low, high = (middle, high) if found <= error else (low, middle)
+            low, high = (middle, high) if self._error(part, middle) <= error else (low, middle)
         rule = _OutputRule(low, self.subject.window, "threshold", scale=norms, part=part,
                            spares_up=False)  # fmt: skip
-        rule.scores = counted
+        rule.scores = self._counted[name]
         rule.settle()
         return rule
 

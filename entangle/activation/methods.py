@@ -16,7 +16,7 @@ from entangle.activation.neurons import Chooser, FeedForward, NeuronRule, Part, 
 from entangle.activation.rules import FORMS, Rule, Scores, Turn
 from entangle.activation.sparsity import ActivationSparsity, LowRank
 from entangle.activation.subject import Routed, Subject
-from entangle.checks import choice
+from entangle.checks import choice, share
 from entangle.doors import Door
 from entangle.errors import EntangleError, InvalidInput
 from entangle.models.layers import Layer
@@ -100,9 +100,9 @@ class ActivationMethod(ABC):
         Raises
         ------
         InvalidInput
-            If the method cannot be that sparse.
+            If it is no share, or the method cannot be that sparse.
         """
-        low, high = 0.0, 1.0
+        low, high, density = 0.0, 1.0, share("density", density)
         least = self.expected(high)
         if density < least - 1e-6:
             raise InvalidInput(
@@ -117,15 +117,17 @@ class ActivationMethod(ABC):
         return self.at(high)
 
 
-def _level(levels: Levels, layer: Layer) -> float:
-    return float(levels[layer.name] if isinstance(levels, Mapping) else levels)
+def level_of(levels: Levels, layer: Layer) -> float:
+    """Return a layer's level; refuse what is no share, or lacks the layer."""
+    if isinstance(levels, Mapping):
+        if layer.name not in levels:
+            raise InvalidInput(f"levels must have one for {layer.name!r}; give it.")
+        return share("level", levels[layer.name])
+    return share("level", levels)
 
 
 class InputMethod(ActivationMethod):
     """Methods that score the inputs of every layer."""
-
-    shares: ClassVar[bool] = True
-    """Whether layers that read one input have one rule."""
 
     def fit(self) -> None:
         """Count the scores of all inputs, for thresholds."""
@@ -152,25 +154,34 @@ class InputMethod(ActivationMethod):
         """Return a new rule for a layer."""
         return Rule(level, self.subject.window, self.chosen)
 
+    def alike(self, layer: Layer) -> str:  # noqa: ARG002  (others look at it)
+        """Return what layers that read one input have in common if they have one rule."""
+        return ""
+
     def _rules(self, levels: Mapping[str, float]) -> dict[str, Rule]:
         found: dict[str, Rule] = {}
         for group in self.subject.groups:
-            shared: dict[float, Rule] = {}
+            shared: dict[tuple[float, str], Rule] = {}
             for layer in group:
                 if layer.name not in levels:
                     continue
                 level = levels[layer.name]
-                if not self.shares or level not in shared:
-                    shared[level] = self.rule(layer, level)
-                found[layer.name] = shared[level]
+                alike = level, self.alike(layer)
+                if alike not in shared:
+                    shared[alike] = self.rule(layer, level)
+                found[layer.name] = shared[alike]
                 if layer.name in self.subject.routed:
-                    shared[level].routing = self.subject.routed[layer.name].routing
+                    shared[alike].routing = self.subject.routed[layer.name].routing
         return found
 
     def _levels(self, level: Levels) -> dict[str, float]:
         if isinstance(level, Mapping):
-            return {name: float(level[name]) for name in self._made if name in level}
-        return dict.fromkeys(self._made, float(level))
+            if unknown := [name for name in level if name not in self._made]:
+                raise InvalidInput(f"levels must be of layers in scope; {unknown[0]!r} is none.")
+            if not level:
+                raise InvalidInput("levels must be of one layer at least; got none.")
+            return {n: share("level", level[n]) for n in self._made if n in level}
+        return dict.fromkeys(self._made, share("level", level))
 
     def at(self, level: Levels) -> ActivationSparsity:
         """Return the rules at a level, or at one of every layer's own."""
@@ -202,7 +213,6 @@ class ColumnNorm(InputMethod):
     """Inputs of small magnitude times the norm of their column go: WINA's and R-Sparse's core."""
 
     name, source = "column-norm", "arXiv 2505.19427, arXiv 2504.19449: |x_j| · ‖W[:, j]‖"
-    shares = False
 
     def prepare(self) -> None:
         """Measure the columns."""
@@ -213,6 +223,10 @@ class ColumnNorm(InputMethod):
     def rule(self, layer: Layer, level: float) -> Rule:
         """Return a new rule for a layer."""
         return Rule(level, self.subject.window, self.chosen, scale=self._norms[layer.name])
+
+    def alike(self, layer: Layer) -> str:
+        """Return the layer's name: its columns are its own."""
+        return layer.name
 
 
 class RSparse(ColumnNorm):
@@ -260,7 +274,7 @@ class Wina(InputMethod):
     """
 
     name, source = "wina", "arXiv 2505.19427; github.com/microsoft/wina"
-    form, shares = "topk", False
+    form = "topk"
 
     def prepare(self) -> None:
         """Find the basis of every input that comes from a norm."""
@@ -274,7 +288,8 @@ class Wina(InputMethod):
             gain = self.subject.gain(lead)
             weight = gates.get(lead.name, Part(lead, 0, lead.out_features)).of(lead.weight.T).T
             weight = weight.float() * gain
-            basis = torch.linalg.svd(weight.double(), full_matrices=True).Vh.T.float()
+            wide = weight.shape[0] < weight.shape[1]  # only then are more vectors needed
+            basis = torch.linalg.svd(weight.double(), full_matrices=wide).Vh.T.float()
             turn = Turn(basis, gain)
             self._turns |= dict.fromkeys([layer.name for layer in group], turn)
             self._scales[lead.name] = (weight @ basis).norm(dim=0)
@@ -290,6 +305,10 @@ class Wina(InputMethod):
             level, self.subject.window, self.chosen, scale=self._scales.get(layer.name),
             turn=self._turns.get(layer.name),
         )  # fmt: skip
+
+    def alike(self, layer: Layer) -> str:
+        """Return the name of a layer whose columns count, and nothing of the others."""
+        return layer.name if layer.name in self._scales else ""
 
 
 def _lead(group: list[Layer], gates: Mapping[str, Part]) -> Layer | None:
@@ -403,14 +422,14 @@ class Cats(ActivationMethod):
 
     def at(self, level: Levels) -> ActivationSparsity:
         """Return the rules at a level of every feed-forward part (by the name of its `down`)."""
-        neurons = [self._rule(part, _level(level, part.down)) for part in self.subject.parts]
+        neurons = [self._rule(part, level_of(level, part.down)) for part in self.subject.parts]
         for rule in neurons:
             assert rule.part is not None  # noqa: S101
             rule.scores = self._scores[rule.part.down.name]
             rule.settle()
         layers = {layer.name: layer for layer in self.subject.layers}
         inputs = {
-            name: Rule(_level(level, layers[name]), self.subject.window, self.chosen,
+            name: Rule(level_of(level, layers[name]), self.subject.window, self.chosen,
                        scores=self._scores[name])
             for name in self._queries()
         }  # fmt: skip
@@ -447,8 +466,8 @@ class Griffin(ActivationMethod):
                 f"{self.name} chooses neurons from the first tokens; give `prefix`, their number."
             )
         neurons = [
-            PromptRule(_level(level, part.down), self.subject.window, part=part,
-                       chooser=Chooser(self.name, 1 - _level(level, part.down)))
+            PromptRule(level_of(level, part.down), self.subject.window, part=part,
+                       chooser=Chooser(self.name, 1 - level_of(level, part.down)))
             for part in self.subject.parts
         ]  # fmt: skip
         mean = sum(rule.level for rule in neurons) / len(neurons)
@@ -516,7 +535,9 @@ def input_method(name: str, function: Score, source: str = "") -> type[InputMeth
         made.function, made.weight = function, layer.weight
         return made
 
-    settings = {"name": name, "source": source, "shares": False, "rule": rule}
+    settings = {
+        "name": name, "source": source, "rule": rule, "alike": lambda _self, layer: layer.name
+    }  # fmt: skip
     return type(f"Given_{name}", (InputMethod,), settings)
 
 

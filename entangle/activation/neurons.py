@@ -146,6 +146,8 @@ class Chooser:
     ) -> Bool[Tensor, "sequences neurons"]:
         """Return which neurons are kept for the rest of every sequence."""
         count = int(self.share * z.shape[-1] + 1e-9)
+        if count == z.shape[-1]:  # none goes, those without a vote neither
+            return torch.ones_like(z[:, 0], dtype=torch.bool)
         z = z.float()
         if self.kind == "griffin":
             unit = z / z.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(z.dtype).tiny)

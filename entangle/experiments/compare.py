@@ -346,12 +346,12 @@ class Comparing(Experiment[ComparisonArm]):
                 return rivals.masked(arm.method, arm.sparsity)
             if combined(arm.method):
                 return rivals.combined(arm.method, arm.sparsity, arm.experts)
+            if arm.method.startswith(DSNOT):
+                return rivals.swapped(arm.method, arm.sparsity)
         except InvalidInput as error:  # it does not apply, or not so sparsely: the table says so
             tell(f"{arm.label}: {error}")
             blank = {k: v * np.nan for k, v in self.dense.items() if k.startswith("own:")}
             return nothing(len(self.dense["loss"])) | blank
-        if arm.method.startswith(DSNOT):
-            return rivals.swapped(arm.method, arm.sparsity)
         pruner, router = made_by(arm.method)
         built = expand(
             self.model,

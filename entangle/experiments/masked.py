@@ -229,6 +229,7 @@ class Rivals:
             if sum(map(len, ids)) >= _SEQUENCES:
                 break
         wanted = density
+        fitted.subject.window.uncounted = self.masks.prefix  # dense tokens would hide the others
         for _ in range(_ROUNDS):
             made = fitted.at_density(min(1.0, wanted))
             found = made.density_on(ids)

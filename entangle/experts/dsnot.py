@@ -8,14 +8,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from entangle.checks import choice
 from entangle.errors import InvalidInput
 from entangle.memory import memory_for
 from entangle.models.blocks import BlockRunner, evaluates
 from entangle.models.layers import Layer, LayerSpec, Projections, find_layers, refuse_experts
 from entangle.models.loading import AnyModel, LanguageModel, as_language_model
 from entangle.models.streaming import comes_by_blocks
-from entangle.pruning import prune
+from entangle.pruning import PRUNERS, prune
 from entangle.pruning.dsnot import InputStatistics, dsnot
+from entangle.pruning.masks import parse_pattern
 from entangle.recording.hooks import Habits, look_at
 from entangle.recording.recorder import Recorded, Recorder, of_one_group
 from entangle.recording.states import HiddenStates
@@ -29,7 +31,8 @@ def prune_dsnot(
     calibration: Source,
     *,
     pruner: str = "wanda",
-    sparsity: float = 0.6,
+    sparsity: float | None = None,
+    pattern: str = "row",
     layers: LayerSpec = "all",
     proj: Projections = "mlp",
     keep_sign: bool = False,
@@ -47,7 +50,9 @@ def prune_dsnot(
     pruner
         Of `entangle.pruning.PRUNERS`.
     sparsity
-        Share of zeros in every row.
+        Share of zeros in every row, 0.6 by default; with ``pattern`` n:m that says it.
+    pattern
+        As in `entangle.pruning.prune`; of n:m, zeros are swapped within their groups of m.
     layers, proj
         Layers to prune, as in `entangle.prune`.
     keep_sign
@@ -62,7 +67,10 @@ def prune_dsnot(
     LanguageModel
         The pruned copy.
     """
-    dense = as_language_model(model)
+    dense, parsed = as_language_model(model), parse_pattern(pattern)
+    if sparsity is None and parsed.kind != "n:m":
+        sparsity = 0.6
+    choice("pruner", pruner, PRUNERS)
     if comes_by_blocks(dense.module):
         raise InvalidInput(
             "DSnoT needs the model's weights in memory; this one's come block by block: load it "
@@ -86,8 +94,14 @@ def prune_dsnot(
                 seen.run(runner, index, ids, hidden)
             for layer in own:
                 weight, gram = layer.weight.clone(), seen.grams[layer.name].float()
-                made = prune(weight, gram, method=pruner, sparsity=sparsity, seed=seed, loss=False)
-                swapped = dsnot(weight, made.weight, seen.found[layer.name], keep_sign=keep_sign)
+                made = prune(
+                    weight, gram, method=pruner, sparsity=sparsity, pattern=pattern, seed=seed,
+                    loss=False,
+                )  # fmt: skip
+                swapped = dsnot(
+                    weight, made.weight, seen.found[layer.name], keep_sign=keep_sign,
+                    group=parsed.group if parsed.kind == "n:m" else None,
+                )  # fmt: skip
                 with torch.no_grad():
                     layer.weight.copy_(swapped)
             states.advance(runner, index)

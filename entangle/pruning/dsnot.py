@@ -52,6 +52,7 @@ def dsnot(
     cycles: int = CYCLES,
     threshold: float = THRESHOLD,
     keep_sign: bool = False,
+    group: int | None = None,
 ) -> Float[Tensor, "rows cols"]:
     """Swap zeros of every row: regrow a pruned weight, prune a kept one, until the error is small.
 
@@ -73,6 +74,11 @@ def dsnot(
     keep_sign
         Stop a row before a swap that would turn its error's sign, as the paper says; the published
         code does not.
+    group
+        The m of a mask that keeps n of every m columns, which every swap leaves as it is: what goes
+        is the kept weight of the smallest |w| · ‖x‖ in the grown one's group, of any sign, and rows
+        stop before their error turns its sign, both as in the published code. A candidate whose
+        group has no kept weight left is passed over.
 
     Returns
     -------
@@ -99,11 +105,12 @@ def dsnot(
     variance = statistics.variance / statistics.sequences
     norm = (statistics.squares / statistics.sequences).sqrt()
     w, s = dense.double(), sparse.double()
-    rows = _Rows(w * mean, s * mean, s == 0, variance, s.abs() * norm)
+    group = None if group is None else whole("group", group, least=1)
+    rows = _Rows(w * mean, s * mean, s == 0, variance, s.abs() * norm, group)
     rows.error = ((w - s) * mean).sum(1)
     limit = threshold * statistics.length / LENGTH
     for _ in range(cycles):
-        if not rows.swap(limit, keep_sign=keep_sign):
+        if not rows.swap(limit, keep_sign=keep_sign or group is not None):
             break
     grown = rows.grown
     result = torch.where(grown, dense, sparse)
@@ -114,9 +121,11 @@ class _Rows:
     """All rows' candidates in their orders, and how far each list has been used."""
 
     def __init__(
-        self, grows: Tensor, goes: Tensor, pruned: Tensor, variance: Tensor, saliency: Tensor
-    ) -> None:
-        self._grow, self._go = grows, goes
+        self, grows: Tensor, goes: Tensor, pruned: Tensor, variance: Tensor, saliency: Tensor,
+        group: int | None = None,
+    ) -> None:  # fmt: skip
+        self._grow, self._go, self._group = grows, goes, group
+        self._kept = saliency.masked_fill(pruned, torch.inf)
         self.error = torch.zeros(len(grows), dtype=grows.dtype, device=grows.device)
         self.grown, self.dropped = torch.zeros_like(pruned), torch.zeros_like(pruned)
         usable = pruned & (grows != 0)
@@ -140,24 +149,38 @@ class _Rows:
         up = self.error > 0
         place = torch.where(up, self._last, self._first)
         self._running &= self._first <= self._last
-        count = torch.where(up, self._counts[0], self._counts[1])
-        at = torch.where(up, self._next[0], self._next[1])
-        self._running &= at < count
-        width = self._order.shape[1] - 1
-        grow = self._order.gather(1, place.clamp(0, width)[:, None])
-        at = at.clamp(0, width)[:, None]
-        drop = torch.where(up[:, None], self._lists[0].gather(1, at), self._lists[1].gather(1, at))
+        grow = self._order.gather(1, place.clamp(0, self._order.shape[1] - 1)[:, None])
+        drop, there = self._of_row(up) if self._group is None else self._of_group(grow)
+        if self._group is None:
+            self._running &= there
         gained, lost = self._grow.gather(1, grow)[:, 0], self._go.gather(1, drop)[:, 0]
         after = self.error + lost - gained
         if keep_sign:
-            self._running &= after.sign() == self.error.sign()
+            self._running &= (after.sign() == self.error.sign()) | ~there
         run = self._running
-        chosen = run.nonzero()[:, 0]
+        chosen = (run & there).nonzero()[:, 0]
         self.grown[chosen, grow[chosen, 0]] = True
         self.dropped[chosen, drop[chosen, 0]] = True
-        self.error = torch.where(run, after, self.error)
+        self._kept[chosen, drop[chosen, 0]] = torch.inf
+        self.error = torch.where(run & there, after, self.error)
         self._last -= (run & up).long()
         self._first += (run & ~up).long()
         self._next[0] += (run & up).long()
         self._next[1] += (run & ~up).long()
         return bool(run.any())
+
+    def _of_row(self, up: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the kept weight that goes next from every row, and whether there is one."""
+        count = torch.where(up, self._counts[0], self._counts[1])
+        at = torch.where(up, self._next[0], self._next[1])
+        last = at.clamp(0, self._order.shape[1] - 1)[:, None]
+        negative, positive = (one.gather(1, last) for one in self._lists)
+        return torch.where(up[:, None], negative, positive), at < count
+
+    def _of_group(self, grow: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the kept weight that matters least in the group of what grows, and whether."""
+        assert self._group is not None  # noqa: S101
+        own = grow - grow % self._group + torch.arange(self._group, device=grow.device)
+        own = own.clamp_max(self._order.shape[1] - 1)  # the last group may be shorter
+        least, place = self._kept.gather(1, own).min(1, keepdim=True)
+        return own.gather(1, place), (least < torch.inf)[:, 0]

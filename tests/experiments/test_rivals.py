@@ -167,6 +167,10 @@ def test_combined_arms_have_the_density_asked_for() -> None:
     assert rows.loc["cats:wanda", "density"] == pytest.approx(0.6, rel=0.03)
     assert np.isnan(rows.loc["column-norm:expansion", "perplexity"])  # one weight a layer alone
     assert (rows["token_bytes"].dropna() <= 1.01).all()
+    late = entangle.compare(  # what is dense first is not counted when levels are solved
+        model, IDS, IDS, "teal:sparsegpt", density=0.6, prefix=8, progress=False
+    ).frame.set_index("method")
+    assert late.loc["teal:sparsegpt", "density"] == pytest.approx(0.6, rel=0.06)
 
 
 def test_knees_of_a_curve_made_by_hand() -> None:
