@@ -92,7 +92,8 @@ def diff(
     by = _column(first, second, by)
     matched, notes = match_layers(first.layers, second.layers)
     matched["errors"] = [
-        _errors(first, second, one) if by == "wd" else UNTESTED for one in matched.itertuples()
+        _errors(first, second, one["layer"], one["layer_b"]) if by == "wd" else UNTESTED
+        for one in matched.to_dict("records")
     ]
     frame = _frame(first, second, matched, by)
     _judge(frame, fdr)
@@ -241,21 +242,18 @@ def _without(scores: NeuronScores, layer: str) -> NDArray[np.float64] | None:
     return None if found is None else found.astype(np.float64)
 
 
-def _errors(a: NeuronScores, b: NeuronScores, pair: Any) -> str:
+def _errors(a: NeuronScores, b: NeuronScores, layer: str, layer_b: str) -> str:
     """Return whether a layer's errors are ``paired``: of the same tokens, in the same groups."""
-    parts = [_without(a, pair.layer), _without(b, pair.layer_b)]
-    if not _same_tokens(a, b) or parts[0] is None or parts[1] is None:
+    first, second = _without(a, layer), _without(b, layer_b)
+    if not _same_tokens(a, b) or first is None or second is None:
         return "unpaired"
-    unlike = parts[0].shape != parts[1].shape or any(
-        not np.array_equal(_filled(parts[0]), _filled(one)) for one in parts[1:]
-    )
-    return "unpaired" if unlike or _filled(parts[0]).sum() < 2 else "paired"
+    alike = first.shape == second.shape and np.array_equal(_filled(first), _filled(second))
+    return "paired" if alike and _filled(first).sum() > 1 else "unpaired"
 
 
 def _filled(without: NDArray[np.float64]) -> NDArray[np.bool_]:
     """Return which groups have tokens."""
-    filled: NDArray[np.bool_] = ~np.isnan(without).all(1)
-    return filled
+    return np.logical_not(np.isnan(without).all(1))
 
 
 def _changes_errors(
@@ -268,12 +266,12 @@ def _changes_errors(
     with np.errstate(divide="ignore", invalid="ignore"):
         parts = sum(one**4 / (count - 1) for one, count in zip(each, counts, strict=True))
         freedom = np.where(error > 0.0, error**4 / parts, min(counts) - 1)
-    start = 0
-    for one in matched.itertuples():
-        here = slice(start, start := start + one.n_neurons)
-        first, second = _without(a, one.layer), _without(b, one.layer_b)
-        if one.errors != "paired" or first is None or second is None:
+    ends = matched["n_neurons"].cumsum().tolist()
+    for start, end, one in zip([0, *ends], ends, matched.to_dict("records"), strict=False):
+        first, second = _without(a, one["layer"]), _without(b, one["layer_b"])
+        if one["errors"] != "paired" or first is None or second is None:
             continue
+        here = slice(start, end)
         filled = _filled(first)
         error[here] = np.where(np.isnan(error[here]), np.nan, jackknife((second - first)[filled]))
         freedom[here] = np.where(np.isnan(error[here]), np.nan, filled.sum() - 1)

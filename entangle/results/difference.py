@@ -208,8 +208,8 @@ class Difference(Result):
             f"What differs: {causes}",
             f"{len(self.frame):,} neurons of both, {self.by}: Spearman ρ "
             f"{_interval(last, 'spearman')}, Kendall τ {_interval(last, 'kendall')}",
-            f"moved beyond their error{told}: {up:,} up, {down:,} down of {len(self.frame) - untested:,} "
-            "tested",
+            f"moved beyond their error{told}: {up:,} up, {down:,} down of "
+            f"{len(self.frame) - untested:,} tested",
         ]
         return lines, self.summary().drop(columns=["block", "projection"])
 

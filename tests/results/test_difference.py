@@ -165,7 +165,7 @@ def test_changes_on_the_same_tokens_have_errors_of_their_own(
     rng = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for weight in noisy.module.parameters():
-            weight += 0.02 * weight.std() * torch.randn(weight.shape, generator=rng)
+            weight.add_(0.02 * weight.std() * torch.randn(weight.shape, generator=rng))
     options: dict[str, Any] = {"layers": 1, "proj": "mlp", "progress": False}
     second = entangle.score(noisy, calibration, **options)
     found, apart = diff(first, second), diff(loose(first), second)
@@ -175,10 +175,11 @@ def test_changes_on_the_same_tokens_have_errors_of_their_own(
     assert not any("paired" in note for note in found.notes)
     sums = np.hypot(apart.frame["a_se"], apart.frame["b_se"])
     np.testing.assert_array_equal(apart.frame["change_se"], sums)
-    assert (found.frame["change_se"] / sums).median() < 0.5
-    for name, rows in found.frame.groupby("layer"):
-        parts = [one.histograms[str(name)].wd_without for one in (first, second)]
-        own = [[float(b[i]) - float(a[i]) for a, b in zip(*parts, strict=True)]  # type: ignore[arg-type]
+    assert np.median(found.frame["change_se"].to_numpy() / sums.to_numpy()) < 0.5
+    for name in first.histograms:
+        rows = found.frame[found.frame["layer"] == name]
+        parts: list[Any] = [one.histograms[name].wd_without for one in (first, second)]
+        own = [[float(b[i]) - float(a[i]) for a, b in zip(*parts, strict=True)]
                for i in range(len(rows))]  # fmt: skip
         n = len(own[0])
         slow = [((n - 1) / n * sum((d - sum(one) / n) ** 2 for d in one)) ** 0.5 for one in own]
