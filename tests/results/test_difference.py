@@ -175,7 +175,7 @@ def test_changes_on_the_same_tokens_have_errors_of_their_own(
     assert not any("paired" in note for note in found.notes)
     sums = np.hypot(apart.frame["a_se"], apart.frame["b_se"])
     np.testing.assert_array_equal(apart.frame["change_se"], sums)
-    assert np.median(found.frame["change_se"].to_numpy() / sums.to_numpy()) < 0.5
+    assert np.median(found.frame["change_se"].to_numpy() / np.asarray(sums)) < 0.5
     for name in first.histograms:
         rows = found.frame[found.frame["layer"] == name]
         parts: list[Any] = [one.histograms[name].wd_without for one in (first, second)]
