@@ -2,6 +2,9 @@
 
 import copy
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -347,6 +350,29 @@ def test_very_few_neurons(first: "NeuronScores", n: int) -> None:
     assert found.agreement["spearman"].isna().all()
     assert len(found.plot().axes) == 2
     assert "nan" not in found._repr_html_()
+
+
+def test_no_display_and_no_fonts_but_matplotlibs(made: Mapping[str, Path], tmp_path: Path) -> None:
+    page, scores = tmp_path / "page.html", str(made["scores"])
+    code = f"""
+import sys
+from matplotlib import font_manager, get_data_path
+manager = font_manager.fontManager
+manager.ttflist = [one for one in manager.ttflist if one.fname.startswith(get_data_path())]
+from entangle.cli.main import main
+sys.exit(main(["diff", {scores!r}, {scores!r}, "--html", {str(page)!r}, "--out",
+               {str(tmp_path / "diff")!r}, "--quiet"]))
+"""
+    environment = {name: value for name, value in os.environ.items()
+                   if name not in ("DISPLAY", "MPLBACKEND", "WAYLAND_DISPLAY")}  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-c", code], env=environment,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "glyph" not in done.stderr.lower()
+    assert "font" not in done.stderr.lower()
+    assert "data:image/png;base64,iVBOR" in page.read_text("utf-8")
 
 
 def test_the_command(made: Mapping[str, Path], tmp_path: Path, capsys: Any) -> None:
