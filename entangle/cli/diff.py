@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from entangle.results.difference import Difference
 
 TABLES = ("agreement", "moved", "differs")
-_OPTIONAL = ("kendall", "ceiling", "median_change", "compared", "neurons", "tested")
+_OPTIONAL = ("kendall", "ceiling", "median_change", "compared", "neurons", "tested", "errors")
 _MOVED = ["layer", "neuron", "a", "b", "change", "change_se", "p_adjusted", "rank_a", "rank_b"]
 
 

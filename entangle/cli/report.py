@@ -27,9 +27,6 @@ def add_parser(subparsers: options.Subparsers) -> None:
         "holds its own) among them",
     )  # fmt: skip
     parser.add_argument(
-        "--out", default="report.html", metavar="FILE", help="the page (default: %(default)s)"
-    )
-    parser.add_argument(
         "--neurons", default="3%", metavar="SHARE",
         help="neurons of each layer with a whole page, by WD: a share (0.03, 3%%), a number, or "
         "all (default: %(default)s)",
@@ -40,11 +37,8 @@ def add_parser(subparsers: options.Subparsers) -> None:
     )  # fmt: skip
     options.add_loading_options(parser.add_argument_group("model"))
     options.add_calibration_options(parser)
-    parser.add_argument("--seed", type=int, default=0, help="seed of all draws (default: 0)")
-    parser.add_argument("--force", action="store_true", help="replace an existing page")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--quiet", action="store_true", help="show no progress")
-    parser.set_defaults(run=run)
+    options.add_run_options(parser, ending=".html", file=True)
+    parser.set_defaults(run=run, show=show)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -69,6 +63,18 @@ def run(arguments: argparse.Namespace) -> None:
         print_json(as_json(report))
     else:
         print_report(report)
+
+
+def show(arguments: argparse.Namespace) -> None:
+    """Say where the page is that was made before; of its content it tells the size alone."""
+    from entangle.runs.provenance import expand_user
+
+    path = expand_user(arguments.out).resolve()
+    if arguments.json:
+        told = {"path": str(path), "address": path.as_uri(), "bytes": path.stat().st_size}
+        print_json(told)
+    else:
+        say(f"Report: {path.as_uri()}")
 
 
 def as_json(report: "Report") -> dict[str, object]:

@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -119,6 +120,7 @@ def bandwidth_scale(ordered: Float64[np.ndarray, " values"]) -> float:
 
 
 Floats = NDArray[np.float64]
+Columns = dict[str, NDArray[Any]]
 
 PROMINENCE = 4.0
 """Standard errors by which a valley lies below both its peaks, on the root of the density."""
@@ -163,8 +165,12 @@ def find_modes(outputs: Float[np.ndarray, " values"], *, max_modes: int = 4) -> 
     The standard error takes the values for independent. Of 1,000 independent values a mode is found
     from about 2 % on, of 10,000 or more from 0.5 % on.
     """
-    max_modes = whole("max_modes", max_modes, least=1)
-    ordered = np.sort(np.asarray(outputs, dtype=np.float64))
+    return pd.DataFrame(_found_modes(outputs, whole("max_modes", max_modes, least=1)))
+
+
+def _found_modes(outputs: Float[np.ndarray, " values"], max_modes: int = 4) -> Columns:
+    """Return the columns of `find_modes`."""
+    ordered = np.sort(outputs).astype(np.float64)
     if ordered.size == 0:
         raise InvalidInput("`outputs` must hold at least one value; got none.")
     bad = int(np.count_nonzero(~np.isfinite(ordered)))
@@ -184,23 +190,26 @@ def find_modes(outputs: Float[np.ndarray, " values"], *, max_modes: int = 4) -> 
 
 def mode_of(outputs: Float[np.ndarray, " values"], modes: pd.DataFrame) -> NDArray[np.int64]:
     """Return the mode that every value lies in, by a table of `find_modes`."""
-    borders = modes["left"].to_numpy(np.float64)[1:]
-    return np.searchsorted(borders, outputs.astype(np.float64), side="right")
+    return _member(outputs, modes["left"].to_numpy(np.float64))
 
 
-def _table(ordered: Floats, centers: Floats, borders: Floats) -> pd.DataFrame:
+def _member(outputs: Float[np.ndarray, " values"], left: Floats) -> NDArray[np.int64]:
+    if len(left) == 1:
+        return np.zeros(len(outputs), dtype=np.int64)
+    return np.searchsorted(left[1:], outputs.astype(np.float64), side="right")
+
+
+def _table(ordered: Floats, centers: Floats, borders: Floats) -> Columns:
     ends = np.concatenate([[0], np.searchsorted(ordered, borders, side="left"), [len(ordered)]])
     tokens = np.diff(ends)
-    return pd.DataFrame(
-        {
-            "mode": np.arange(len(centers)),
-            "center": centers,
-            "left": np.concatenate([[-np.inf], borders]),
-            "right": np.concatenate([borders, [np.inf]]),
-            "tokens": tokens,
-            "share": tokens / len(ordered),
-        }
-    )
+    return {
+        "mode": np.arange(len(centers)),
+        "center": centers,
+        "left": np.concatenate([[-np.inf], borders]),
+        "right": np.concatenate([borders, [np.inf]]),
+        "tokens": tokens,
+        "share": tokens / len(ordered),
+    }
 
 
 @dataclass(eq=False)
@@ -401,13 +410,13 @@ def describe_modes(
     per_mode, window, seed = _counts(per_mode, window, seed)
     text = tokenizer if isinstance(tokenizer, TokenText) else TokenText(tokenizer)
     ids = calibration.flat().numpy()
-    modes, contexts = [], []
+    modes, tops, contexts = list[Columns](), list[str](), []
     for neuron, values in outputs.items():
         _check_outputs(values, neuron, layer, ids.size)
-        found = find_modes(values)
-        member = mode_of(values, found)
-        top = [_top_tokens(ids[member == mode], text) for mode in found["mode"]]
-        modes.append(found.assign(layer=layer, neuron=neuron, top_tokens=top))
+        found = _found_modes(values)
+        member = _member(values, found["left"])
+        tops += [_top_tokens(ids[member == mode], text) for mode in found["mode"]]
+        modes.append(found | {"neuron": np.full(len(found["mode"]), neuron)})
         for mode, center in enumerate(found["center"].tolist()):
             rng = numpy_rng(seed, "modes", layer, neuron, mode)
             inside = np.flatnonzero(member == mode)
@@ -418,9 +427,12 @@ def describe_modes(
                  *_context(text, calibration, position, window))
                 for rank, position in enumerate(drawn.tolist())
             ]  # fmt: skip
-    table = pd.concat(modes) if modes else pd.DataFrame(columns=list(_MODE_TYPES))
+    columns = {
+        name: np.concatenate([one[name] for one in modes]) for name in (modes[0] if modes else ())
+    }
+    table = pd.DataFrame(columns | {"layer": [layer] * len(tops), "top_tokens": tops})
     return (
-        table[list(_MODE_TYPES)].astype(_MODE_TYPES).reset_index(drop=True),
+        table.reindex(columns=list(_MODE_TYPES)).astype(_MODE_TYPES),
         pd.DataFrame(contexts, columns=list(_CONTEXT_TYPES)).astype(_CONTEXT_TYPES),
     )
 

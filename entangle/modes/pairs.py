@@ -132,11 +132,15 @@ def _within(rows: Float[Tensor, "rows width"], radius: float) -> Int64[np.ndarra
     slack = 4 * rows.shape[1] * torch.finfo(torch.float32).eps
     found = [np.empty((0, 2), dtype=np.int64)]
     for start in range(0, len(rows), _ROWS):
-        block = centred[start : start + _ROWS]
-        both = squares[start : start + _ROWS, None] + squares[start:]
-        apart, doubt = both - 2 * block @ centred[start:].T, slack * both
-        pairs = torch.nonzero((apart <= radius**2 + doubt).triu(1))
-        told, doubted = (one[pairs[:, 0], pairs[:, 1]] for one in (apart, doubt))
+        block, own = centred[start : start + _ROWS], squares[start : start + _ROWS]
+        # |a − b|² ≤ r² + slack · (a² + b²) as ab − (1 − slack) b² / 2 ≥ ((1 − slack) a² − r²) / 2
+        raised = torch.addmm((0.5 * slack - 0.5) * squares[start:], block, centred[start:].T)
+        likely = raised >= (0.5 * ((1 - slack) * own - radius**2))[:, None]
+        likely[:, : len(block)].triu_(1)
+        pairs = torch.nonzero(likely)
+        a, b = pairs.T
+        doubted = slack * (own[a] + squares[start:][b])
+        told = own[a] - 2 * raised[a, b] + slack * squares[start:][b]
         known = ((told > doubted) & (told < radius**2 - doubted)).numpy()
         near = pairs.numpy() + start
         known[~known] = _are_within(rows, near[~known], radius)
@@ -206,7 +210,7 @@ def separated_rows(
     return pd.DataFrame(rows)
 
 
-_LIKELY = 4096
+_LIKELY, _STRIDE = (256, 4096), 16
 
 
 def farthest_pairs(
@@ -229,10 +233,14 @@ def farthest_pairs(
         Tokens; the one with the lower output comes first.
     """
     moved = np.abs(outputs[pairs[:, 0]] - outputs[pairs[:, 1]])
-    likely = np.arange(len(moved))
-    if len(moved) > _LIKELY:  # those that are as far as the 4,096th, in order
-        likely = np.flatnonzero(moved >= np.partition(moved, -_LIKELY)[-_LIKELY])
-    for among in (likely, np.arange(len(moved))):
+    some = moved[::_STRIDE]
+    bounds = [  # of about the 256 and the 4,096 farthest, by a part of the pairs
+        float(np.partition(some, -many // _STRIDE)[-many // _STRIDE])
+        for many in _LIKELY
+        if len(moved) > 2 * many
+    ]
+    for bound in (*bounds, 0.0):  # a picked pair is never nearer than one that is not looked at
+        among = np.flatnonzero(moved >= bound)
         order = among[np.argsort(-moved[among], kind="stable")]
         picked, taken = list[tuple[int, int]](), set[int]()
         for pair in order[moved[order] > 0].tolist() if most else ():

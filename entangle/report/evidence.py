@@ -5,6 +5,7 @@ A page holds the text once; a context is a place in it, and how much each of its
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -171,6 +172,30 @@ def _parts(
         yield part
 
 
+@dataclass(eq=False)
+class _Found:
+    """What was read of some neurons, a row or an array each."""
+
+    modes: list[pd.DataFrame] = field(default_factory=list)
+    windows: list[tuple[object, ...]] = field(default_factory=list)
+    shades: list[NDArray[np.int8]] = field(default_factory=list)
+    near: list[dict[str, object]] = field(default_factory=list)
+    tokens: list[tuple[object, ...]] = field(default_factory=list)
+    drift: float = 0.0
+    """Largest mean of outputs in σ of the scores."""
+    n_neurons: int = 0
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Why nothing is said of some, by the layer."""
+
+    def add(self, other: "_Found") -> None:
+        """Put what was read of others behind it."""
+        for name in ("modes", "windows", "shades", "near", "tokens"):
+            getattr(self, name).extend(getattr(other, name))
+        self.drift = max(self.drift, other.drift)
+        self.n_neurons += other.n_neurons
+        self.left_out = other.left_out | self.left_out
+
+
 class _Gathering:
     """Tables that grow by a part of the layers at a time."""
 
@@ -186,30 +211,36 @@ class _Gathering:
         rng = numpy_rng(seed, "report pairs")
         most = min(text.n_tokens, PAIR_TOKENS)
         self._sample = np.sort(rng.choice(text.n_tokens, size=most, replace=False))
-        self._modes: list[pd.DataFrame] = []
-        self._windows: list[tuple[object, ...]] = []
-        self._shades: list[NDArray[np.int8]] = []
-        self._near: list[dict[str, object]] = []
-        self._tokens: list[tuple[object, ...]] = []
-        self._left_out: dict[str, str] = {}
-        self._drift = 0.0
+        self._found = _Found()
 
     def read(self, layers: Sequence[Layer], memory: int, bar: Progress) -> None:
         """Run the model once for some layers, and describe their neurons."""
         with ExitStack() as stack:
             outputs, inputs = self._run(layers, memory, stack, bar.advance)
-            pairs: dict[int, NDArray[np.int64]] = {}
-            for layer in layers:
-                parts = outputs.pop(layer.name, [])
-                found = torch.cat(parts, dim=1).numpy() if parts else np.empty((0, 0), np.float32)
-                if found.shape[1] != self._text.n_tokens:
-                    self._left_out.setdefault(layer.name, "it does not run once on every token")
+            near: dict[int, NDArray[np.int64]] = {}
+
+            def describe(name: str) -> _Found:
+                parts = outputs.pop(name)
+                source, store = inputs[name]
+                return self._describe(name, torch.cat(parts, dim=1).numpy(), store, near[source])
+
+            whole = []
+            for name in (layer.name for layer in layers):
+                if sum(part.shape[1] for part in outputs[name]) != self._text.n_tokens:
+                    self._found.left_out.setdefault(name, "it does not run once on every token")
                     continue
-                source, store = inputs[layer.name]
-                if source not in pairs:
+                whole.append(name)
+                source, store = inputs[name]
+                if source not in near:
                     drawn = draw_all(store, seed=self._seed)
-                    pairs[source] = near_pairs(store, drawn, near=NEAR, seed=self._seed)
-                self._describe(layer.name, found, store, pairs[source], bar)
+                    near[source] = near_pairs(store, drawn, near=NEAR, seed=self._seed)
+            with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+                try:
+                    for found in pool.map(describe, whole):
+                        self._found.add(found)
+                        bar.advance(found.n_neurons)
+                finally:
+                    pool.shutdown(wait=False, cancel_futures=True)
 
     def _run(
         self, layers: Sequence[Layer], memory: int, stack: ExitStack, report: Callable[[int], None]
@@ -243,7 +274,7 @@ class _Gathering:
 
         recorder = Recorder(layers, keep, lenient=True)
         recorder.run(self._model.module, told(of_one_group(self._text), report))
-        self._left_out |= recorder.left_out
+        self._found.left_out |= recorder.left_out
         return outputs, inputs
 
     def _weights(self, layer: Layer) -> tuple[list[int], Tensor, Tensor | None]:
@@ -252,14 +283,10 @@ class _Gathering:
         return index, layer.weight[index].float(), bias
 
     def _describe(
-        self, layer: str, outputs: Floats, store: TokenStore, pairs: NDArray[np.int64],
-        bar: Progress,
-    ) -> None:  # fmt: skip
+        self, layer: str, outputs: Floats, store: TokenStore, pairs: NDArray[np.int64]
+    ) -> "_Found":
         """Describe a layer's neurons by their outputs, (neurons, tokens)."""
         rows, finite = self._wanted[layer], np.isfinite(outputs).all(1)
-        if not finite.all():
-            count = int((~finite).sum())
-            self._left_out.setdefault(layer, f"{count} neurons have outputs that are not finite")
         neurons, means, stds = (rows[name].tolist() for name in ("neuron", "mean", "std"))
         kept = {neurons[i]: outputs[i] for i in np.flatnonzero(finite)}
         modes, examples = describe_modes(
@@ -268,33 +295,41 @@ class _Gathering:
         units = modes["neuron"].map(dict(zip(neurons, zip(means, stds, strict=True), strict=True)))
         mean, std = (np.array([one[i] for one in units]) for i in (0, 1))
         scaled = {name: (modes[name] - mean) / std for name in ("center", "left", "right")}
-        self._modes.append(modes.assign(**scaled))
+        found = _Found([modes.assign(**scaled)], n_neurons=len(rows))
+        if not finite.all():
+            count = int((~finite).sum())
+            found.left_out[layer] = f"{count} neurons have outputs that are not finite"
         drawn = dict(iter(examples.groupby("neuron", sort=False)))
         for neuron, values in kept.items():
             place = neurons.index(neuron)
-            z = (values.astype(np.float64) - means[place]) / stds[place]
-            self._drift = max(self._drift, abs(float(z.mean())))
+            z, ordered = (
+                (one.astype(np.float64) - means[place]) / stds[place]
+                for one in (values, np.sort(values))
+            )
+            found.drift = max(found.drift, abs(float(z.mean())))
             own = drawn[neuron]
             named = [f"mode {mode}" for mode in own["mode"]]
-            self._add(layer, neuron, z, [*_ranked(z), *zip(named, own["position"], strict=True)])
-            self._near += [
+            for group, position in (
+                *_ranked(z, ordered), *zip(named, own["position"].tolist(), strict=True)
+            ):  # fmt: skip
+                shades, where = self._window(z, position)
+                found.shades.append(shades)
+                found.windows.append((layer, neuron, group, float(z[position]), *where))
+            found.tokens += [(layer, neuron, *one) for one in self._ends(z)]
+            found.near += [
                 {"layer": layer, "neuron": neuron, **one} for one in self._pairs(z, store, pairs)
             ]
-            bar.advance(1)
+        return found
 
-    def _add(
-        self, layer: str, neuron: int, z: NDArray[np.float64], chosen: Sequence[tuple[str, int]]
-    ) -> None:
-        """Add the contexts of a neuron, and its tokens of least and largest mean output."""
-        for group, position in chosen:
-            before, after = self._reach(position)
-            shades = np.full(2 * WINDOW + 1, _OUTSIDE, dtype=np.int8)
-            inside = np.rint(np.arcsinh(z[position - before : position + after + 1]) * STEPS)
-            shades[WINDOW - before : WINDOW + after + 1] = inside.clip(-SHADES, SHADES)
-            self._shades.append(shades)
-            where = (position, before, after)
-            self._windows.append((layer, neuron, group, float(z[position]), *where))
-        self._tokens += [(layer, neuron, *one) for one in self._ends(z)]
+    def _window(
+        self, z: NDArray[np.float64], position: int
+    ) -> tuple[NDArray[np.int8], tuple[int, int, int]]:
+        """Return the shades of a context, and where it lies."""
+        before, after = self._reach(position)
+        shades = np.full(2 * WINDOW + 1, _OUTSIDE, dtype=np.int8)
+        inside = np.rint(np.arcsinh(z[position - before : position + after + 1]) * STEPS)
+        shades[WINDOW - before : WINDOW + after + 1] = inside.clip(-SHADES, SHADES)
+        return shades, (position, before, after)
 
     def _reach(self, position: int) -> tuple[int, int]:
         """Return how many tokens of the sequence stand before and after one, at most `WINDOW`."""
@@ -318,8 +353,11 @@ class _Gathering:
         self, z: NDArray[np.float64], store: TokenStore, pairs: NDArray[np.int64]
     ) -> Iterator[dict[str, object]]:
         own = z[self._sample]
-        for a, b in farthest_pairs(own, pairs, PAIRS):
-            x, y = store.take(torch.tensor([a, b])).double().cpu()
+        picked = farthest_pairs(own, pairs, PAIRS)
+        inputs = store.take(torch.tensor(picked, dtype=torch.int64).flatten()).double().cpu()
+        for (a, b), (x, y) in zip(
+            picked, inputs.view(len(picked), 2, inputs.shape[1]), strict=True
+        ):
             found: dict[str, object] = {
                 "input_distance": float((x - y).norm()),
                 "cosine": float(nn.functional.cosine_similarity(x, y, dim=0)),
@@ -337,8 +375,8 @@ class _Gathering:
     def result(self, scores: NeuronScores) -> Evidence:
         """Return the tables, with the tokens of the text that they name."""
         columns = ("layer", "neuron", "group", "output", "place", "before", "after")
-        windows = pd.DataFrame(self._windows, columns=list(columns))
-        near = pd.DataFrame(self._near)
+        windows = pd.DataFrame(self._found.windows, columns=list(columns))
+        near = pd.DataFrame(self._found.near)
         used = np.zeros(self._text.n_tokens + 1, dtype=np.int64)
         spans = [windows] + [
             near.rename(columns={f"{name}_{side}": name for name in columns[-3:]})
@@ -353,12 +391,18 @@ class _Gathering:
         windows["place"] = moved[windows["place"].to_numpy(np.int64)]
         for side in "ab" if len(near) else "":
             near[f"place_{side}"] = moved[near[f"place_{side}"].to_numpy(np.int64)]
-        modes = pd.concat(self._modes, ignore_index=True) if self._modes else pd.DataFrame()
+        modes = (
+            pd.concat(self._found.modes, ignore_index=True) if self._found.modes else pd.DataFrame()
+        )
         if len(modes):
             modes["top_tokens"] = [seen_tokens(one) for one in modes["top_tokens"]]
-        shades = np.stack(self._shades) if self._shades else np.empty((0, 2 * WINDOW + 1), np.int8)
+        shades = (
+            np.stack(self._found.shades)
+            if self._found.shades
+            else np.empty((0, 2 * WINDOW + 1), np.int8)
+        )
         tokens = pd.DataFrame(
-            self._tokens, columns=["layer", "neuron", "end", "token", "mean", "count"]
+            self._found.tokens, columns=["layer", "neuron", "end", "token", "mean", "count"]
         )
         words = [self._words.token(int(one)) for one in self._different]
         notes = tuple(self._notes(scores))
@@ -381,21 +425,20 @@ class _Gathering:
             f"Modes, contexts, pairs and tokens were read from the model {self._model.name!r} for "
             f"this page, on {size}, {told}."
         )
-        if same and self._drift > _DRIFT:
+        if same and self._found.drift > _DRIFT:
             yield (
                 f"Outputs that were computed again differ from the scores by up to "
-                f"{self._drift:.2g} σ in the mean, as in another precision."
+                f"{self._found.drift:.2g} σ in the mean, as in another precision."
             )
-        for name, reason in self._left_out.items():
+        for name, reason in self._found.left_out.items():
             yield f"Nothing was read of {name}: {reason}."
 
 
-def _ranked(z: NDArray[np.float64]) -> Iterator[tuple[str, int]]:
+def _ranked(z: NDArray[np.float64], ordered: NDArray[np.float64]) -> Iterator[tuple[str, int]]:
     """Yield positions by their place in the order of outputs, and the group of each.
 
     At both ends no two are nearer to one another than a context is wide.
     """
-    ordered = np.sort(z)
     for group, (share, count) in GROUPS.items():
         if share in (0.0, 1.0):
             most = min(32 * count, len(z))

@@ -24,7 +24,7 @@ from entangle.runs.provenance import RunClock, make_manifest
 from entangle.runs.tables import described
 from entangle.seeding import check_seed
 from entangle.stats.agreement import rank_agreement
-from entangle.stats.intervals import Interval
+from entangle.stats.intervals import Interval, jackknife
 
 TOPS = (0.01, 0.03, 0.1)
 """Shares of the neurons that are compared as top sets."""
@@ -74,12 +74,15 @@ def diff(
 
     Notes
     -----
-    A change is tested by Welch's t, from the standard errors of both runs (jackknives over as many
-    groups of sequences as ``n_groups`` in their settings says) after what the method, rounding and
-    the difference of the null floors can do to it has been taken off; where neither run tells a
-    neuron from a Gaussian it did not move. p-values of all neurons are adjusted by Benjamini and
-    Hochberg, 1995. Errors of runs on one text are not independent: what its tokens do to both
-    cancels in the change, and the test is too cautious.
+    Standard errors are jackknives over as many groups of sequences as ``n_groups`` in the settings
+    says. Where both runs read the same tokens in the same groups, what the tokens do to both
+    cancels: a change is tested by its own jackknife, of the differences of both WDs without each
+    group, with Student's t (``paired``). Else the errors of both add up as of independent texts,
+    with Welch's t (``unpaired``): too cautious on the same tokens by two methods, or in results of
+    versions that kept no WD without a group. Before, what the method, rounding and the difference
+    of the null floors can do is taken off; where neither run tells a neuron from a Gaussian it did
+    not move. p-values of all neurons are adjusted by Benjamini and Hochberg, 1995. Efron and
+    Tibshirani, An Introduction to the Bootstrap, 1993, chapter 11 (jackknife).
     """
     clock = RunClock()
     fdr, seed = share("fdr", fdr, zero=False, one=False), check_seed(seed)
@@ -88,13 +91,17 @@ def diff(
     first, second = (one if isinstance(one, NeuronScores) else load_scores(one) for one in (a, b))
     by = _column(first, second, by)
     matched, notes = match_layers(first.layers, second.layers)
+    matched["errors"] = [
+        _errors(first, second, one["layer"], one["layer_b"]) if by == "wd" else UNTESTED
+        for one in matched.to_dict("records")
+    ]
     frame = _frame(first, second, matched, by)
     _judge(frame, fdr)
     options = {"n_boot": n_boot, "level": level, "seed": seed}
     with ProgressBar("rank agreement", enabled=progress) as bar:
         agreement = _agreement(frame, matched, bar, tops=tops, noisy=by == "wd", **options)
     differs = what_differs(first.manifest, second.manifest)
-    notes = [*_notes(first, second, frame, by), *notes]
+    notes = [*_notes(first, second, frame, matched, by), *notes]
     for note in notes:
         _LOG.warning("%s", note)
     names = dict.fromkeys(described(one.manifest, "model", "name") for one in (first, second))
@@ -204,14 +211,13 @@ def _frame(a: NeuronScores, b: NeuronScores, matched: pd.DataFrame, by: str) -> 
     for side, one in zip("ab", rows, strict=True):
         frame[f"{side}_se"] = one["wd_se"] if by == "wd" else np.nan
     frame["change"] = frame["b"] - frame["a"]
-    frame["change_se"] = np.hypot(frame["a_se"], frame["b_se"])
+    freedom = _changes_errors(frame, a, b, matched)
     floors = matched.loc[matched.index.repeat(matched["n_neurons"])].reset_index(drop=True)
     frame["margin"] = np.nan
     if by == "wd":
         apart = (floors["null_floor_a"] - floors["null_floor_b"]).abs().fillna(0.0)
         frame["margin"] = rows[0]["wd_bound"] + rows[1]["wd_bound"] + apart
-    groups = [_groups(one) for one in (a, b)]
-    frame["t"], frame["p"] = _welch(frame, groups)
+    frame["t"], frame["p"] = _tested(frame, freedom)
     gaussian = (frame["a"] <= floors["null_floor_high_a"]) & (
         frame["b"] <= floors["null_floor_high_b"]
     )
@@ -225,26 +231,71 @@ def _frame(a: NeuronScores, b: NeuronScores, matched: pd.DataFrame, by: str) -> 
     return frame
 
 
+def _same_tokens(a: NeuronScores, b: NeuronScores) -> bool:
+    digests = [described(one.manifest, "calibration", "digest") for one in (a, b)]
+    return digests[0] == digests[1] != "?"
+
+
+def _without(scores: NeuronScores, layer: str) -> NDArray[np.float64] | None:
+    """Return WD without each group of sequences, (groups, neurons), of groups that have tokens."""
+    found = scores.histograms[layer].wd_without
+    return None if found is None else found.astype(np.float64)
+
+
+def _errors(a: NeuronScores, b: NeuronScores, layer: str, layer_b: str) -> str:
+    """Return whether a layer's errors are ``paired``: of the same tokens, in the same groups."""
+    first, second = _without(a, layer), _without(b, layer_b)
+    if not _same_tokens(a, b) or first is None or second is None:
+        return "unpaired"
+    alike = first.shape == second.shape and np.array_equal(_filled(first), _filled(second))
+    return "paired" if alike and _filled(first).sum() > 1 else "unpaired"
+
+
+def _filled(without: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Return which groups have tokens."""
+    return np.logical_not(np.isnan(without).all(1))
+
+
+def _changes_errors(
+    frame: pd.DataFrame, a: NeuronScores, b: NeuronScores, matched: pd.DataFrame
+) -> NDArray[np.float64]:
+    """Add the standard errors of the changes; return their degrees of freedom."""
+    counts = [_groups(one) for one in (a, b)]
+    each = frame[["a_se", "b_se"]].to_numpy(np.float64).T
+    error = np.hypot(*each)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        parts = sum(one**4 / (count - 1) for one, count in zip(each, counts, strict=True))
+        freedom = np.where(error > 0.0, error**4 / parts, min(counts) - 1)
+    ends = matched["n_neurons"].cumsum().tolist()
+    for start, end, one in zip([0, *ends], ends, matched.to_dict("records"), strict=False):
+        first, second = _without(a, one["layer"]), _without(b, one["layer_b"])
+        if one["errors"] != "paired" or first is None or second is None:
+            continue
+        here = slice(start, end)
+        filled = _filled(first)
+        error[here] = np.where(np.isnan(error[here]), np.nan, jackknife((second - first)[filled]))
+        freedom[here] = np.where(np.isnan(error[here]), np.nan, filled.sum() - 1)
+    frame["change_se"] = error
+    return freedom
+
+
 def _groups(scores: NeuronScores) -> float:
     found = settings_of(scores.manifest).get("n_groups")
     return float(found) if isinstance(found, int) and found > 1 else np.nan
 
 
-def _welch(
-    frame: pd.DataFrame, groups: Sequence[float]
+def _tested(
+    frame: pd.DataFrame, freedom: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return Welch's t beyond the margin and its two-sided p; NaN without standard errors."""
+    """Return t beyond the margin and its two-sided p; NaN without standard errors."""
     from scipy.special import stdtr  # not by those who only read results
 
-    change, margin, error, *each = (
-        frame[name].to_numpy(np.float64)
-        for name in ("change", "margin", "change_se", "a_se", "b_se")
+    change, margin, error = (
+        frame[name].to_numpy(np.float64) for name in ("change", "margin", "change_se")
     )
     beyond = np.sign(change) * np.maximum(np.abs(change) - margin, 0.0)
     with np.errstate(divide="ignore", invalid="ignore"):
         t = np.where(beyond == 0.0, 0.0 * error, beyond / error)
-        parts = sum(one**4 / (count - 1) for one, count in zip(each, groups, strict=True))
-        freedom = np.where(error > 0.0, error**4 / parts, min(groups) - 1)
     t = np.where(np.isnan(freedom), np.nan, t)
     return t, np.where(np.isnan(t), np.nan, 2.0 * stdtr(freedom, -np.abs(t)))
 
@@ -281,11 +332,13 @@ def _agreement(
         row = _agreeing(parts[one["layer"]], tops, **options)
         ceiling = _ceiling(one["split_half_a"], one["split_half_b"]) if noisy else np.nan
         place = {name: one[name] for name in ("layer", "block", "projection")}
-        rows.append({**place, **row, "ceiling": ceiling})
+        rows.append({**place, **row, "ceiling": ceiling, "errors": one["errors"]})
         bar.advance()
     if len(rows) > 1:
         nowhere = {"layer": WHOLE, "block": pd.NA, "projection": WHOLE}
-        rows.append({**nowhere, **_agreeing(frame, tops, **options), "ceiling": np.nan})
+        kinds = set(matched["errors"])
+        found = {"ceiling": np.nan, "errors": kinds.pop() if len(kinds) == 1 else "mixed"}
+        rows.append({**nowhere, **_agreeing(frame, tops, **options), **found})
         bar.advance()
     return pd.DataFrame(rows).astype({"block": "Int64", "layer": "str", "projection": "str"})
 
@@ -320,12 +373,13 @@ def _ceiling(a: float, b: float) -> float:
     return float(np.sqrt(2 * a / (1 + a) * 2 * b / (1 + b)))
 
 
-def _notes(a: NeuronScores, b: NeuronScores, frame: pd.DataFrame, by: str) -> list[str]:
+def _notes(
+    a: NeuronScores, b: NeuronScores, frame: pd.DataFrame, matched: pd.DataFrame, by: str
+) -> list[str]:
     """Return what a reader has to know before the numbers."""
     found = causes(what_differs(a.manifest, b.manifest))
-    notes = []
+    notes, equal = [], frame["a"].equals(frame["b"])
     if not found:
-        equal = frame["a"].equals(frame["b"])
         notes.append(
             "Both runs are of the same model, text and settings"
             + (", and their scores are equal." if equal else ", and yet their scores differ.")
@@ -340,11 +394,13 @@ def _notes(a: NeuronScores, b: NeuronScores, frame: pd.DataFrame, by: str) -> li
             "The models have other weights: neuron i of A is neuron i of B only if one was made "
             "from the other."
         )
-    digests = [described(one.manifest, "calibration", "digest") for one in (a, b)]
-    if found and digests[0] == digests[1] != "?" and by == "wd":
+    unpaired = int((matched["errors"] == "unpaired").sum())
+    if unpaired and _same_tokens(a, b) and not equal:
         notes.append(
-            "Both runs read the same tokens: their errors cancel in part, so that the test of what "
-            "moved is too cautious."
+            f"Both runs read the same tokens, but the errors of {unpaired:,} of {len(matched):,} "
+            "layers are unpaired, so that the test of what moved is too cautious there: they were "
+            "scored by two methods, or by a version that kept no WD without a group of sequences. "
+            "Score both anew by one method."
         )
     if by != "wd":
         notes.append(f"{by} has no standard errors: nothing is said of which neurons moved.")

@@ -37,6 +37,7 @@ _ENDS = {f"{name}{end}": reals(-1, 1) for name in ("spearman", "kendall") for en
 _AGREEMENT = {
     **_AT, "neurons": integers(), "compared": integers(), "tested": integers(), "up": integers(),
     "down": integers(), "median_change": reals(), **_ENDS, "ceiling": shares(),
+    "errors": texts("paired", "unpaired", "mixed", UNTESTED, optional=True),
 }  # fmt: skip
 DIFFERS = {"cause": texts(), "entry": texts(), "a": texts(), "b": texts()}
 """What the table ``differs`` holds."""
@@ -68,7 +69,9 @@ class Difference(Result):
     neurons, compared (with a value in both), tested, up, down (that moved), median_change,
     spearman, kendall and, of every share of top neurons, ``top_1`` and so on (overlap of the two
     top sets), each with ``_low`` and ``_high``; ceiling: the Spearman coefficient that noise alone
-    would leave, from the split halves of both runs (NaN where unknown)."""
+    would leave, from the split halves of both runs (NaN where unknown); errors: how changes were
+    tested, ``paired`` (of the same tokens: by the errors of the change itself), ``unpaired`` (as of
+    independent texts), ``mixed`` (of all layers) or ``untested``. Earlier versions have none."""
     differs: pd.DataFrame
     """One row an entry of the manifests that differs: cause, entry, a, b
     (`entangle.runs.differing.what_differs`)."""
@@ -200,12 +203,13 @@ class Difference(Result):
         counts = self.frame["moved"].value_counts()
         up, down, untested = (int(counts.get(key, 0)) for key in ("up", "down", UNTESTED))
         last = self.agreement.iloc[-1]
+        told = "" if (errors := last.get("errors", UNTESTED)) == UNTESTED else f" ({errors})"
         lines = [
             f"What differs: {causes}",
             f"{len(self.frame):,} neurons of both, {self.by}: Spearman ρ "
             f"{_interval(last, 'spearman')}, Kendall τ {_interval(last, 'kendall')}",
-            f"moved beyond their error: {up:,} up, {down:,} down of {len(self.frame) - untested:,} "
-            "tested",
+            f"moved beyond their error{told}: {up:,} up, {down:,} down of "
+            f"{len(self.frame) - untested:,} tested",
         ]
         return lines, self.summary().drop(columns=["block", "projection"])
 

@@ -54,6 +54,9 @@ class LayerHistograms:
     """float64, shape (neurons,): smallest output, in the neuron's own units."""
     high: np.ndarray
     """float64, shape (neurons,): largest output, in the neuron's own units."""
+    wd_without: np.ndarray | None = None
+    """float32, shape (groups, neurons): WD without each group of sequences, NaN where it is not
+    known; None in results of earlier versions."""
 
     @classmethod
     def from_sketch(cls, sketch: "SketchResult") -> "LayerHistograms":
@@ -68,6 +71,7 @@ class LayerHistograms:
             scale=sketch.scale.numpy(),
             low=sketch.low.numpy(),
             high=sketch.high.numpy(),
+            wd_without=sketch.wd_without.numpy().astype(np.float32),
         )
 
     def fault(self, n_neurons: int) -> str | None:
@@ -86,6 +90,12 @@ class LayerHistograms:
                 return (
                     f"need a float64 {name!r} a neuron; got {values.dtype} of shape {values.shape}"
                 )
+        without = self.wd_without
+        if without is not None and (
+            without.dtype != np.float32 or without.ndim != 2 or without.shape[1] != n_neurons
+        ):
+            got = f"{without.dtype} of shape {without.shape}"
+            return f"need float32 'wd_without' of {n_neurons} neurons; got {got}"
         return None
 
     def neuron(self, index: int) -> pd.DataFrame:
@@ -144,6 +154,7 @@ def _trimmed(
 KIND = "scores"
 _NUMERIC = "Choose a numeric column of the scores."
 _ARRAYS = ("counts", "location", "scale", "low", "high")
+_OPTIONAL = "wd_without"
 _FLAGS = ("", "constant", "nan", "inf", "coarse", "few_tokens")
 _SCORES = {
     "model": texts(), "layer": texts(), "block": integers(null=True), "projection": texts(),
@@ -340,7 +351,7 @@ class NeuronScores(Result):
         arrays = {
             f"{name}:{key}": np.ascontiguousarray(getattr(histograms, key))
             for name, histograms in self.histograms.items()
-            for key in _ARRAYS
+            for key in (*_ARRAYS, *((_OPTIONAL,) if histograms.wd_without is not None else ()))
         }
         first = {name: h.first_bin for name, h in self.histograms.items()}
         content = to_safetensors(arrays, {"first_bin": json.dumps(first)})
@@ -435,11 +446,15 @@ def load_scores(path: str | os.PathLike[str]) -> NeuronScores:
 
 def _read_histograms(path: Path) -> dict[str, LayerHistograms]:
     with decoding(path, remedy="make the result anew"), safe_open(path, framework="np") as file:
-        first = json.loads((file.metadata() or {})["first_bin"])
+        first, there = json.loads((file.metadata() or {})["first_bin"]), set(file.keys())
         return {
             name: LayerHistograms(
                 first_bin=first_bin,
-                **{key: file.get_tensor(f"{name}:{key}") for key in _ARRAYS},
+                **{
+                    key: file.get_tensor(f"{name}:{key}")
+                    for key in (*_ARRAYS, _OPTIONAL)
+                    if key != _OPTIONAL or f"{name}:{key}" in there
+                },
             )
             for name, first_bin in first.items()
         }

@@ -250,13 +250,16 @@ class _Measured(NamedTuple):
 
 
 def _measured_at_once(
-    outputs: Tensor, spans: Sequence[tuple[int, int, int]], pairs: TokenPairs | None, **_: int
+    outputs: Tensor, spans: Sequence[tuple[int, int, int]], pairs: TokenPairs | None, n_groups: int
 ) -> _Measured:
     """Do what `_measured` does; the GPU is waited for once."""
     difference = None if pairs is None else pairs.difficulty(outputs)
     bounds = [0, *(end for _, _, end in spans)]
     rows, difference = fetched(measure_rows(outputs, bounds), difference)
-    return _Measured(*rows.results(outputs), difference)
+    shape, sketch = rows.results(outputs)
+    without = sketch.wd_without.new_full((n_groups, len(outputs)), torch.nan)
+    without[[group for group, _, _ in spans]] = sketch.wd_without
+    return _Measured(shape, replace(sketch, wd_without=without), difference)
 
 
 def _fits(outputs: Tensor, spans: Sequence[tuple[int, int, int]], _pairs: object, **_: int) -> bool:
@@ -375,7 +378,7 @@ def _joined(parts: Sequence[Part]) -> Part:
         if isinstance(values[0], ShapeStatistics):
             joined[f.name] = _joined(values)
         elif isinstance(values[0], Tensor):
-            axis = 1 if f.name == "wd_halves" else 0
+            axis = 1 if f.name in ("wd_halves", "wd_without") else 0
             joined[f.name] = torch.cat(values, dim=axis)
         else:
             joined[f.name] = values[0]

@@ -84,6 +84,7 @@ class MeasuredLayer:
             shape=shape,
             wd_se=self.sketch.wd_se.masked_fill(bad, math.nan),
             wd_halves=self.sketch.wd_halves.masked_fill(bad, math.nan),
+            wd_without=self.sketch.wd_without.masked_fill(bad, math.nan),
         )
         return replace(self, shape=shape, sketch=sketch, pairs=pairs, wd_bound=bound)
 

@@ -341,8 +341,12 @@ def resampled(
     tokens: Int64[Tensor, " groups"],
     low: Float[Tensor, " neurons"],
     high: Float[Tensor, " neurons"],
-) -> tuple[Float[Tensor, " neurons"], Float[Tensor, "halves=2 neurons"]]:
-    """Return the jackknife's standard error of WD and the WD of the even and the odd groups.
+) -> tuple[
+    Float[Tensor, " neurons"], Float[Tensor, "halves=2 neurons"], Float[Tensor, "groups neurons"]
+]:
+    """Return the jackknife's standard error of WD, and WD of the even and the odd groups.
+
+    At last WD without each group, NaN of one without tokens.
 
     Parameters
     ----------
@@ -356,9 +360,10 @@ def resampled(
         Smallest and largest x.
     """
     used = tokens.nonzero()[:, 0].tolist()
+    each = torch.full_like(powers[:, 0], math.nan)
     if len(used) < 2:
         nothing = torch.full_like(powers[0], math.nan)
-        return nothing[0], nothing
+        return nothing[0], nothing, each
     sets = [*([g for g in used if g != left_out] for left_out in used), used[::2], used[1::2]]
     chosen = torch.zeros(len(sets), len(tokens), dtype=torch.int32)
     for row, members in zip(chosen, sets, strict=True):
@@ -370,7 +375,9 @@ def resampled(
     wd = binned_at_once(counts, chosen, shift, spread, low, high, fold=GROUP_FOLD)[0]
     wd = wd.masked_fill(spread <= LEAST_SPREAD * shift.abs(), math.nan)
     without = wd[: len(used)]
-    return ((len(used) - 1) * without.var(0, correction=0)).sqrt(), wd[len(used) :]
+    for row, group in enumerate(used):
+        each[group] = without[row]
+    return ((len(used) - 1) * without.var(0, correction=0)).sqrt(), wd[len(used) :], each
 
 
 def binned_at_once(

@@ -118,6 +118,22 @@ def percentiles(
     return float(low), float(high)
 
 
+def jackknife(without: Floats) -> Floats:
+    """Return standard errors from what is found without each group: √((n−1)/n · Σ(θᵢ − θ̄)²).
+
+    ``without`` has shape (groups, values), groups of about equal size; NaN below two groups.
+
+    Notes
+    -----
+    Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 11.
+    """
+    n = len(without)
+    if n < 2:
+        return np.full(without.shape[1:], np.nan)
+    found: Floats = np.sqrt((n - 1) * without.var(0))
+    return found
+
+
 def resampled_means(
     values: Floats, counts: NDArray[np.generic], *, n_boot: int, rng: np.random.Generator
 ) -> Floats:

@@ -73,6 +73,9 @@ class SketchResult:
     """Standard error of WD by jackknife over groups of whole sequences; NaN below two groups."""
     wd_halves: Float[Tensor, "halves=2 neurons"]
     """WD in the even and in the odd groups; NaN below two groups."""
+    wd_without: Float[Tensor, "groups neurons"]
+    """WD without each group, from which ``wd_se`` is; NaN of a group without tokens, and below two
+    groups."""
     counts: Int32[Tensor, "neurons bins"]
     """The histogram over ``entangle.stats.signed_edges(SAVED_FOLD)`` in units of ``scale``."""
     location: Float[Tensor, " neurons"]
@@ -273,10 +276,10 @@ class OutputSketch:
         if distances:
             binned = self._distances(self._counts, shift, spread, fold=1)
         skewness, kurtosis = higher_moments(moments, shift, spread)
-        se, halves = self._resample()
+        se, halves, without = self._resample()
         found = [binned.wd, binned.ks, mean, std, skewness, kurtosis, binned.wd_bound, se]
         found[6] = found[6] + _SUMS * (moments[1] / spread.square())
-        columns = torch.stack([*found, *halves]).masked_fill(bad, math.nan)
+        columns = torch.stack([*found, *halves, *without]).masked_fill(bad, math.nan)
         ends = location + scale * self._low, location + scale * self._high
         places = torch.stack([location, scale, *ends])
         flags = torch.stack([constant, nan, inf])
@@ -292,7 +295,8 @@ class OutputSketch:
             shape=ShapeStatistics(*columns[:6], *flags.bool()),
             wd_bound=columns[6],
             wd_se=columns[7],
-            wd_halves=columns[8:],
+            wd_halves=columns[8:10],
+            wd_without=columns[10:],
             counts=counts,
             location=places[0],
             scale=places[1],
@@ -433,18 +437,19 @@ class OutputSketch:
         wd = self._distances(counts, shift, spread, fold=GROUP_FOLD).wd
         return wd.masked_fill(spread <= LEAST_SPREAD * shift.abs(), math.nan)
 
-    def _resample_at_once(self) -> tuple[Tensor, Tensor]:
+    def _resample_at_once(self) -> tuple[Tensor, Tensor, Tensor]:
         return resampled(
             self._group_counts, self._group_powers, self._group_tokens, self._low, self._high
         )
 
     @dispatch(_resample_at_once, where=_is_counted_by_kernels)
-    def _resample(self) -> tuple[Tensor, Tensor]:
-        """Return the jackknife's standard error and the WD of the two halves."""
+    def _resample(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the jackknife's standard error, WD of the two halves and without each group."""
         used = [g for g in range(self.n_groups) if self._group_tokens[g] > 0]
+        each = torch.full_like(self._group_powers[:, 0], math.nan)
         if len(used) < 2:
             nothing = torch.full_like(self._powers[:2], math.nan)
-            return nothing[0], nothing
+            return nothing[0], nothing, each
         total = int(self._group_tokens.sum())
         powers = _sum(self._group_powers)
         without = torch.stack(
@@ -469,7 +474,8 @@ class OutputSketch:
                 for half in (used[::2], used[1::2])
             ]
         )
-        return se, halves
+        each[used] = without
+        return se, halves, each
 
 
 def _sum(groups: Tensor) -> Tensor:
@@ -516,7 +522,7 @@ class MeasuredRows:
     `entangle.stats.bins.fetched` brings it to the CPU, where `results` reads it.
     """
 
-    numbers: Float64[Tensor, "fourteen=14 neurons"]
+    numbers: Float64[Tensor, "numbers neurons"]
     counts: Int32[Tensor, "neurons bins"]
     n_tokens: int
 
@@ -537,7 +543,7 @@ class MeasuredRows:
         sketch : SketchResult
             Its ``wd_bound`` is NaN, its ``shape`` is the one above.
         """
-        found, what, se, halves, places = self.numbers.split([6, 1, 1, 2, 4])
+        found, what, se, halves, places, without = self.numbers.tensor_split([6, 7, 8, 10, 14])
         kind = what[0].to(torch.uint8)
         crowded = (kind == exact.CROWDED).nonzero()[:, 0]
         if len(crowded):
@@ -552,6 +558,7 @@ class MeasuredRows:
             wd_bound=torch.full_like(se[0], math.nan),
             wd_se=se[0].masked_fill(bad, math.nan),
             wd_halves=halves.masked_fill(bad, math.nan),
+            wd_without=without.masked_fill(bad, math.nan),
             counts=self.counts,
             location=places[0],
             scale=places[1],
@@ -586,13 +593,13 @@ def measure_rows(outputs: Float[Tensor, "neurons tokens"], bounds: Sequence[int]
         bounds=ends.to(device, non_blocking=True),
     )  # fmt: skip
     assert histograms is not None  # noqa: S101
-    se, halves = resampled(
+    se, halves, without = resampled(
         histograms.group_counts, histograms.powers, ends.diff().long(), *histograms.ends
     )
     sides = location.double() + scale.double() * histograms.ends.double()
     numbers = [found, what.double()[None], se[None], halves, location[None], scale[None], sides]
     return MeasuredRows(
-        numbers=torch.cat([part.double() for part in numbers]),
+        numbers=torch.cat([part.double() for part in [*numbers, without]]),
         counts=bins.fold_counts(histograms.counts, SAVED_FOLD),
         n_tokens=tokens,
     )

@@ -15,12 +15,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from entangle.cli.main import main
 from entangle.errors import InvalidInput
 from entangle.report import write_report
 from entangle.report.content import check_neurons, content_of
 from entangle.report.page import render
 from entangle.report.runs import Run, open_runs, together
 from entangle.results.decomposition import COLUMNS, Decomposition
+from entangle.results.diff import diff
 from entangle.results.scores import NeuronScores
 from tests.report.samples import MODEL, TEXT, by_hand, data_of, text_of, unpacked
 
@@ -213,6 +215,10 @@ def test_a_million_neurons(tmp_path: Path) -> None:
     report = scores.report(tmp_path / "page.html", neurons=2)
     assert (report.n_neurons, report.n_pages) == (1_000_000, 40)
     assert report.n_bytes < 60e6
+    assert scores.summary()["n_neurons"].sum() == 1_000_000
+    found = diff(scores, scores, n_boot=2)
+    assert found.agreement["compared"].iloc[-1] == 1_000_000
+    assert found.moved().empty
 
 
 def test_the_same_runs_give_the_same_page(scores: NeuronScores, page: str, tmp_path: Path) -> None:
@@ -282,6 +288,54 @@ def test_no_torch_is_needed(made: Mapping[str, Path], tmp_path: Path) -> None:
     assert lines[-2:] == ["0", "set()"]
     assert lines[-3] == f"Report: {(tmp_path / 'page.html').resolve().as_uri()}"
     assert any("--model MODEL" in line for line in lines)
+
+
+def test_a_page_without_a_name_is_found_again(
+    made: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("ENTANGLE_HOME")
+    scores = str(made["scores"])
+    assert main(["report", scores]) == 0
+    first = capsys.readouterr().out
+    (page,) = (tmp_path / "runs").iterdir()
+    assert re.fullmatch(r"report-[0-9a-f]{12}\.html", page.name)
+    assert first.splitlines()[-1] == f"Report: {page.resolve().as_uri()}"
+    stamp = page.stat().st_mtime_ns
+    assert main(["report", scores, "--json"]) == 0
+    again = capsys.readouterr()
+    told = json.loads(again.out)
+    assert (told["path"], told["bytes"]) == (str(page.resolve()), page.stat().st_size)
+    assert f"runs/{page.name}" in again.err
+    assert main(["report", scores, "--neurons", "1"]) == 0
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+    assert page.stat().st_mtime_ns == stamp
+
+
+def test_what_is_gone_or_mixed_up_is_refused_in_one_line(
+    made: Mapping[str, Path], tmp_path: Path, capsys: Any
+) -> None:
+    runs, page = str(made["scores"].parent), str(tmp_path / "page.html")
+    gone = str(tmp_path / "gone")
+    for words in (
+        ["report", str(made["scores"]), "--out", page, "--model", gone],
+        ["report", gone, "--out", page], ["report", str(tmp_path), "--out", page],
+        ["diff", runs, runs],
+    ):  # fmt: skip
+        assert main(words) == 2, words
+        told = capsys.readouterr().err
+        assert (told.count("\n"), told[:17]) == (1, "entangle: error: "), words
+    assert not Path(page).exists()
+
+
+def test_one_neuron_from_the_shell(tmp_path: Path, capsys: Any) -> None:
+    run, page = str(tmp_path / "one"), tmp_path / "page.html"
+    by_hand({"only": 1}).save(run)
+    for words in (["show", run], ["diff", run, run, "--out", str(tmp_path / "diff")],
+                  ["report", run, "--out", str(page)]):  # fmt: skip
+        assert main(words) == 0, words
+        assert "nan" not in capsys.readouterr().out.lower()
+    assert data_of(page.read_text("utf-8"))["layers"][0]["n"] == 1
 
 
 def test_pages_of_ones_own(tmp_path: Path) -> None:

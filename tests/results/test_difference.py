@@ -1,6 +1,10 @@
 """Two runs compared: made by hand, against slow references, and end to end."""
 
+import copy
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from scipy import stats
 
 import entangle
@@ -18,6 +23,8 @@ from entangle.results.diff import diff, match_layers
 from entangle.results.difference import Difference, with_intervals
 from entangle.runs.differing import causes, what_differs
 from entangle.stats.agreement import pair_balance, rank_agreement
+from entangle.stats.intervals import jackknife
+from entangle.stats.sketch import OutputSketch
 
 if TYPE_CHECKING:
     from entangle.models.loading import LanguageModel
@@ -31,6 +38,12 @@ if TYPE_CHECKING:
 @pytest.fixture(scope="module")
 def first(tiny: "Callable[[str], LanguageModel]", calibration: "CalibrationSet") -> "NeuronScores":
     return entangle.score(tiny("llama"), calibration, layers=1, proj="mlp", progress=False)
+
+
+def loose(scores: "NeuronScores") -> "NeuronScores":
+    """Return scores as an earlier version saved them, without WD without a group."""
+    bare = {name: replace(one, wd_without=None) for name, one in scores.histograms.items()}
+    return replace(scores, histograms=bare)
 
 
 def moved_by(
@@ -95,7 +108,7 @@ def test_nothing_moves_where_nothing_changed(first: "NeuronScores") -> None:
 
 def test_what_moved_is_found_and_nothing_else(first: "NeuronScores") -> None:
     wide = {"wd_bound": 0.0, "wd_se": 0.01}
-    base = replace(first, frame=first.frame.assign(wd=0.3 + first.frame["wd"], **wide))
+    base = replace(loose(first), frame=first.frame.assign(wd=0.3 + first.frame["wd"], **wide))
     found = diff(base, moved_by(base, [3, 50], +20.0))
     assert found.moved().index.tolist() == [3, 50]
     assert set(found.moved()["moved"]) == {"up"}
@@ -145,6 +158,90 @@ def test_other_columns_are_ranked_and_not_tested(first: "NeuronScores") -> None:
     assert any("weight_norm" in note for note in found.notes)
     with pytest.raises(UnknownName, match="weight_norms"):
         diff(first, first, by="weight_norms")
+
+
+def test_changes_on_the_same_tokens_have_errors_of_their_own(
+    tiny: "Callable[[str], LanguageModel]", calibration: "CalibrationSet", first: "NeuronScores"
+) -> None:
+    llama = tiny("llama")
+    noisy = replace(llama, module=copy.deepcopy(llama.module))
+    rng = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in noisy.module.parameters():
+            weight.add_(0.02 * weight.std() * torch.randn(weight.shape, generator=rng))
+    options: dict[str, Any] = {"layers": 1, "proj": "mlp", "progress": False}
+    second = entangle.score(noisy, calibration, **options)
+    found, apart = diff(first, second), diff(loose(first), second)
+    assert set(found.agreement["errors"]) == {"paired"}
+    assert set(apart.agreement["errors"]) == {"unpaired"}
+    assert any("unpaired" in note for note in apart.notes)
+    assert not any("paired" in note for note in found.notes)
+    sums = np.hypot(apart.frame["a_se"], apart.frame["b_se"])
+    np.testing.assert_array_equal(apart.frame["change_se"], sums)
+    assert np.median(found.frame["change_se"].to_numpy() / np.asarray(sums)) < 0.5
+    for name in first.histograms:
+        rows = found.frame[found.frame["layer"] == name]
+        parts: list[Any] = [one.histograms[name].wd_without for one in (first, second)]
+        own = [[float(b[i]) - float(a[i]) for a, b in zip(*parts, strict=True)]
+               for i in range(len(rows))]  # fmt: skip
+        n = len(own[0])
+        slow = [((n - 1) / n * sum((d - sum(one) / n) ** 2 for d in one)) ** 0.5 for one in own]
+        np.testing.assert_allclose(rows["change_se"], slow, rtol=1e-9, atol=1e-12)
+        p = 2 * stats.t.sf(rows["t"].abs(), n - 1)
+        np.testing.assert_allclose(rows["p"][rows["p"] < 1], p[rows["p"] < 1], rtol=1e-9)
+    other = entangle.CalibrationSet(calibration.ids.roll(1, 1), **{
+        key: getattr(calibration, key) for key in ("source", "settings")
+    })  # fmt: skip
+    assert set(diff(first, entangle.score(noisy, other, **options)).agreement["errors"]) == {
+        "unpaired"
+    }
+
+
+def test_groups_without_tokens_are_paired_with_their_like_only(first: "NeuronScores") -> None:
+    def lacking(group: int) -> "NeuronScores":
+        parts = {}
+        for name, one in first.histograms.items():
+            assert one.wd_without is not None
+            without = one.wd_without.copy()
+            without[group] = np.nan
+            parts[name] = replace(one, wd_without=without)
+        return replace(first, histograms=parts)
+
+    assert set(diff(lacking(1), lacking(1)).agreement["errors"]) == {"paired"}
+    assert set(diff(lacking(1), lacking(2)).agreement["errors"]) == {"unpaired"}
+    assert set(diff(lacking(1), first).agreement["errors"]) == {"unpaired"}
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_errors_of_changes_cover_the_change(same: bool) -> None:
+    """Each neuron is a draw of its own of the same two distributions, 8 groups of 200 tokens."""
+    rng, shape = np.random.default_rng(3), (8, 200, 400)
+
+    def outputs() -> tuple[Any, Any]:
+        x = rng.exponential(size=shape) + 0.3 * rng.normal(size=(8, 1, 400))  # groups differ
+        return x, x + 0.05 * x**2
+
+    def wds(y: Any) -> tuple[Any, Any]:
+        sketch = OutputSketch(400, n_groups=8)
+        for group, rows in enumerate(torch.from_numpy(y).float()):
+            sketch.update(rows, group=group)
+        found = sketch.result()
+        return found.shape.wd.numpy(), found.wd_without.numpy()
+
+    truth, _ = (np.stack([wds(one)[0] for one in outputs()]).mean(1) for _ in range(2))
+    x, y = outputs()
+    if not same:
+        _, y = outputs()
+    (a, a_each), (b, b_each) = wds(x), wds(y)
+    summed = np.hypot(jackknife(a_each), jackknife(b_each))
+    error = jackknife(b_each - a_each) if same else summed
+    freedom = 7 if same else 14
+    inside = np.abs((b - a) - (truth[1] - truth[0])) <= stats.t.ppf(0.95, freedom) * error
+    assert 0.85 < inside.mean() < 0.95
+    if same:
+        assert np.median(error / summed) < 0.5
+        loosely = np.abs((b - a) - (truth[1] - truth[0])) <= stats.t.ppf(0.95, 14) * summed
+        assert loosely.mean() > 0.99
 
 
 @pytest.mark.parametrize(
@@ -246,11 +343,36 @@ def test_saved_loaded_and_shown(first: "NeuronScores", tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("n", [1, 2])
 def test_very_few_neurons(first: "NeuronScores", n: int) -> None:
-    few = replace(first, frame=first.frame.head(n), layers=first.layers.head(1).assign(n_neurons=n))
+    few = replace(
+        loose(first), frame=first.frame.head(n), layers=first.layers.head(1).assign(n_neurons=n)
+    )
     found = diff(few, few)
     assert found.agreement["spearman"].isna().all()
     assert len(found.plot().axes) == 2
     assert "nan" not in found._repr_html_()
+
+
+def test_no_display_and_no_fonts_but_matplotlibs(made: Mapping[str, Path], tmp_path: Path) -> None:
+    page, scores = tmp_path / "page.html", str(made["scores"])
+    code = f"""
+import sys
+from matplotlib import font_manager, get_data_path
+manager = font_manager.fontManager
+manager.ttflist = [one for one in manager.ttflist if one.fname.startswith(get_data_path())]
+from entangle.cli.main import main
+sys.exit(main(["diff", {scores!r}, {scores!r}, "--html", {str(page)!r}, "--out",
+               {str(tmp_path / "diff")!r}, "--quiet"]))
+"""
+    environment = {name: value for name, value in os.environ.items()
+                   if name not in ("DISPLAY", "MPLBACKEND", "WAYLAND_DISPLAY")}  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-c", code], env=environment,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "glyph" not in done.stderr.lower()
+    assert "font" not in done.stderr.lower()
+    assert "data:image/png;base64,iVBOR" in page.read_text("utf-8")
 
 
 def test_the_command(made: Mapping[str, Path], tmp_path: Path, capsys: Any) -> None:

@@ -70,7 +70,7 @@ def test_is_the_plain_version(bounds: list[int]) -> None:
         here, there = getattr(shape, name), getattr(found, name)
         torch.testing.assert_close(there, here, rtol=2e-6, atol=2e-6, equal_nan=True)
     assert all(torch.equal(getattr(shape, name), getattr(found, name)) for name in FLAGS)
-    for name in ("wd_se", "wd_halves"):
+    for name in ("wd_se", "wd_halves", "wd_without"):
         here, there = getattr(sketch, name), getattr(found_sketch, name)
         torch.testing.assert_close(there, here, rtol=1e-3, atol=1e-5, equal_nan=True)
     for name in PLACES:

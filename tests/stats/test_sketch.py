@@ -234,6 +234,7 @@ def test_constant_nan_and_infinity_are_flagged_and_stay_in_their_neuron(when: st
     for name in ("wd_bound", "wd_se", "wd_halves"):
         assert getattr(found, name)[..., :7].isnan().all(), name
         assert getattr(found, name)[..., 7].isfinite().all(), name
+    assert found.wd_without.isfinite().tolist() == [[False] * 7 + [True]] * 4 + [[False] * 8] * 4
     assert found.shape.wd[7].item() == pytest.approx(exact_wd(y[:, 7].double().numpy()), abs=1e-3)
 
 

@@ -45,6 +45,8 @@ def test_standard_error_agrees_with_leaving_groups_out_exactly() -> None:
     # deviation of 1/√14 = 0.27 in any jackknife.)
     np.testing.assert_allclose(found.wd_se.numpy()[:2], exact[:2], rtol=0.05)
     np.testing.assert_allclose(found.wd_se.numpy()[2], exact[2], rtol=0.25)
+    without = [shape_statistics(y[groups != group].T).wd for group in range(8)]
+    assert (found.wd_without - torch.stack(without)).abs().max() < 1e-2
 
 
 def test_halves_agree_with_the_exact_distance() -> None:

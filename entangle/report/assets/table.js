@@ -190,7 +190,7 @@ class Grid {
     line.link.href = neurons.address(row);
     line.link.title = `${layer.name}, neuron ${neurons.neuron(row)}`;
     line.layer.textContent = `${layer.label} · ${neurons.neuron(row)}`;
-    line.dot.hidden = !neurons.pageOf.has(row);
+    line.dot.classList.toggle("none", !neurons.pageOf.has(row));
     smallBars(line.canvas, neurons.levels, row * DATA.bars.n, DATA.bars.n, this.inks);
     neurons.columns.forEach((column, i) => {
       const value = column.values[row];
