@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,12 +12,12 @@ import torch
 from torch import Tensor
 
 from entangle.errors import InvalidInput, MemoryLimit
-from entangle.evaluation import perplexity
+from entangle.evaluation import logits, perplexity
 from entangle.experiments.ablate import ablate
 from entangle.experiments.compare import compare
 from entangle.experts.expand import expand
 from entangle.experts.prune import prune
-from entangle.models import streaming
+from entangle.models import blocks, streaming
 from entangle.models.blocks import BlockRunner
 from entangle.models.layers import find_layers
 from entangle.models.loading import LanguageModel, load_model
@@ -96,9 +97,44 @@ def test_scores_are_the_same_to_the_bit(
     assert streamed.manifest["settings"] == held.manifest["settings"]
 
 
-def test_perplexities_are_the_same_to_the_bit(pair: Callable[[str], Pair]) -> None:
+def test_a_token_for_padding_beyond_those_that_are_looked_up(tmp_path: Path) -> None:
+    module: Any = TINY["llama"]()  # type: ignore[operator]
+    module.config.pad_token_id = module.config.vocab_size - 1
+    module.save_pretrained(tmp_path)
+    held, streamed = (load_model(tmp_path, stream=stream) for stream in (False, True))
+    table: Any = streamed.module.get_input_embeddings()
+    assert table.padding_idx == 111
+    assert torch.equal(_logits(streamed, _ids(1, 3)), _logits(held, _ids(1, 3)))
+    assert table.padding_idx == 111
+
+
+@pytest.mark.parametrize("most", [blocks.MOST_LOGITS, 2 * 5 * 112])
+def test_perplexities_are_the_same_to_the_bit(
+    most: int, pair: Callable[[str], Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "MOST_LOGITS", most)
+    monkeypatch.setattr(logits, "MOST_LOGITS", most)
+    monkeypatch.setattr(blocks, "LOGITS_OF_A_PART", most)
     held, streamed = (perplexity(model, _ids(5, 24), batch_size=2) for model in pair("gemma3"))
     assert np.array_equal(held.window_losses, streamed.window_losses)
+
+
+def test_the_head_is_read_once_for_all_batches(
+    pair: Callable[[str], Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, streamed = pair("llama")
+    read: list[str] = []
+    original = Shards.read
+
+    def spy(own: Shards, name: str) -> Tensor:
+        read.append(name)
+        return original(own, name)
+
+    monkeypatch.setattr(Shards, "read", spy)
+    found = perplexity(streamed, _ids(5, 24), batch_size=1)
+    assert len(found.window_losses) == 5
+    assert read.count("lm_head.weight") == 2  # tried on four tokens before
+    assert all(p.is_meta for p in streamed.module.get_submodule("lm_head").parameters())
 
 
 def test_checkpoints_of_expansions_are_the_same_to_the_byte(
