@@ -254,9 +254,9 @@ def pack(
         if name not in VALUES or name.startswith("int"):
             raise InvalidInput(f"`values` must be a float of `VALUES` without a grid; got {name}.")
         stored = weight.to(VALUES[name])
-        if not bool(stored.isfinite().all()):
+        if not all(bool(own.isfinite().all()) for own in stored):  # one by one: it makes copies
             raise InvalidInput(f"a weight overflows {name}; store a wider dtype.")
-        if bool(((stored == 0) & mask).any()):
+        if stored.dtype != weight.dtype:
             mask = stored != 0
     extra = {} if codes is None else _grid_tensors(codes)
     described: dict[str, Any] = {
@@ -303,7 +303,7 @@ def _pack_bitmap(stored: Tensor, mask: Tensor) -> dict[str, Tensor]:
     values = stored.new_zeros(_room(starts))
     for start, own, kept in zip(starts[:, :-1, None].long(), stored, mask, strict=True):
         values[(start * _UNIT + kept.cumsum(-1) - 1)[kept]] = own[kept]  # 8 bytes a weight of one
-    bitmap = (bits * weights).sum(-1, dtype=torch.uint8)
+    bitmap = torch.stack([(own * weights).sum(-1, dtype=torch.uint8) for own in bits])
     return {"bitmap": bitmap, "starts": starts, "values": values}
 
 
