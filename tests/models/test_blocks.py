@@ -439,7 +439,7 @@ class _Sums(nn.Module):
 @pytest.mark.usefixtures("in_parts")
 def test_what_joins_tokens_after_the_blocks_is_never_parted() -> None:
     model, ids = TINY["llama"](), _ids(1, 13)
-    model.lm_head = _Sums(model.lm_head)
+    model.lm_head = _Sums(model.get_submodule("lm_head"))
     runner = BlockRunner(model)
     (start, logits), *others = runner.leave_in_parts(runner.last(ids), ids)
     assert (start, others) == (0, [])

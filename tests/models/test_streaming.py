@@ -98,11 +98,11 @@ def test_scores_are_the_same_to_the_bit(
 
 
 def test_a_token_for_padding_beyond_those_that_are_looked_up(tmp_path: Path) -> None:
-    module: Any = TINY["llama"]()  # type: ignore[operator]
+    module: Any = TINY["llama"]()
     module.config.pad_token_id = module.config.vocab_size - 1
     module.save_pretrained(tmp_path)
     held, streamed = (load_model(tmp_path, stream=stream) for stream in (False, True))
-    table: Any = streamed.module.get_input_embeddings()
+    table: Any = streamed.module.get_input_embeddings()  # type: ignore[operator]
     assert table.padding_idx == 111
     assert torch.equal(_logits(streamed, _ids(1, 3)), _logits(held, _ids(1, 3)))
     assert table.padding_idx == 111
@@ -203,6 +203,28 @@ def test_a_shard_that_goes_or_is_cut_off_is_told(pair: Callable[[str], Pair]) ->
     file.unlink()
     with pytest.raises(InvalidInput, match=file.name):
         _logits(model, _ids(1, 8))
+
+
+def test_a_shard_that_is_cut_off_in_the_middle_of_a_run(
+    pair: Callable[[str], Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, model = pair("llama")
+    stored = stored_of(find_layers(model.module, 2, "up_proj")[0].module.weight)
+    assert stored is not None
+    file = stored.recipe.shards.slabs[stored.recipe.sources[0][0]].file
+    original, read = Shards.read, list[str]()
+
+    def cut(own: Shards, name: str) -> Tensor:
+        read.append(name)
+        if "layers.1." in name:
+            file.write_bytes(file.read_bytes()[:200])
+        return original(own, name)
+
+    monkeypatch.setattr(Shards, "read", cut)
+    with pytest.raises(InvalidInput, match=file.name) as caught:
+        score(model, _ids(4, 16), method="sketch")
+    assert "--resume" in str(caught.value)
+    assert any("layers.0.mlp" in name for name in read)
 
 
 def test_what_cannot_be_streamed_is_refused(tmp_path: Path) -> None:
