@@ -117,6 +117,19 @@ def scored(kinds: str) -> Iterator[tuple[str, str]]:
                 )
 
 
+def short(folder: Path) -> Iterator[tuple[str, str]]:
+    """Score and expand on two sequences, fewer than there are ranks."""
+    text = CalibrationSet(texts()[0].ids[:2], "random ids", {})
+    model, out = as_language_model(TINY["llama"]()), folder / "short"
+    for method in ("sketch", "exact"):
+        found = score(model, text, proj=None, method=method, batch_size=1, progress=False)
+        yield f"two sequences, {method}", of_scores(found)
+    settings: Any = {"experts": 2, "layers": 0, "restarts": 1, "keep": False, "progress": False}
+    yield "two sequences", digest(expand(model, text, sparsity=0.5, out=out, **settings).layers)
+    if current().rank == 0:
+        yield "two sequences, files", of_folder(out)
+
+
 def streamed(folder: Path) -> Iterator[tuple[str, str]]:
     """Score and expand models that come block by block, and measure their perplexity."""
     text, evaluation = texts()
@@ -171,7 +184,7 @@ def work(kinds: str, folder: Path) -> dict[str, str]:
     spread._ROWS = 24
     streaming._SMALL = 100
     found = {**dict(scored(kinds)), **dict(built(kinds, folder))}
-    return found | dict(streamed(folder) if kinds == FULL else ())
+    return found | dict(streamed(folder) if kinds == FULL else short(folder))
 
 
 def _disagrees(ranks: Ranks) -> str:

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from entangle import ranks
 from entangle.errors import InvalidInput
 from entangle.experts import spread
 from entangle.experts.spread import cluster_shares
 from entangle.models import streaming
-from entangle.ranks import ALONE, Place, Ranks, apart, current, place_of, started
+from entangle.ranks import ALONE, Place, Ranks, _Joined, apart, current, place_of, started
 from entangle.results.scores import load_scores
 from entangle.texts import calibration_set
 from tests import ranked
@@ -196,3 +197,38 @@ def test_every_cluster_is_solved_once(size: int, k: int, layers: int, at_once: i
         assert [cluster for share in shares for cluster in share] == list(range(k))
         if -(-k // at_once) >= size:  # solved side by side as on one rank
             assert all(share.start % at_once == 0 for share in shares)
+
+
+class _Told(_Joined):
+    """The first of two ranks, the other of which says something else of one part."""
+
+    def __init__(self, other: str) -> None:
+        super().__init__(Place(0, 2, 0, "host", 1), None)
+        self.names, self.other = ["rank 0", "rank 1"], other
+
+    def exchange(self, value: dict[str, str]) -> list[dict[str, str]]:
+        return [value, {**value, self.other: "another"}]
+
+
+def test_ranks_of_other_versions_or_files_do_not_work_together() -> None:
+    parts = {"versions": ranks._versions(), "files": ranks._code()}
+    for part in parts:
+        with pytest.raises(InvalidInput, match=f"{part}.*rank 1"):
+            _Told(part).agree(parts)
+    _Told("nothing else").agree(parts)
+
+
+def test_versions_and_files_tell_builds_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = ranks._versions()
+    assert {"python", "torch", "transformers"} <= set(before)
+    monkeypatch.setattr("importlib.metadata.version", lambda name: f"0 {name}")
+    assert ranks._versions() != before
+    monkeypatch.setattr(ranks, "__file__", str(tmp_path / "ranks.py"))
+    found = []
+    for name, content in (("a.py", "1"), ("a.py", "2"), ("b.cu", "1"), ("notes.txt", "1")):
+        (tmp_path / name).write_text(content)
+        found.append(ranks._code())
+    assert len(set(found)) == 3
+    assert found[2] == found[3]

@@ -11,6 +11,7 @@ from entangle.errors import InvalidInput
 
 if TYPE_CHECKING:
     from entangle.allocation import Allocation
+    from entangle.cli.trials import Counts, Job
     from entangle.models.loading import LanguageModel
     from entangle.results.scores import NeuronScores
 
@@ -52,6 +53,7 @@ def add_parser(subparsers: options.Subparsers) -> None:
         "--plot", metavar="FILE", help="draw it; FILE.pdf, FILE.png and FILE.csv are written"
     )
     options.add_run_options(parser, *TABLES, ending=".safetensors", file=True)
+    options.add_dry_run_option(parser)
     parser.set_defaults(run=run, show=show)
 
 
@@ -299,6 +301,12 @@ def _figure_files(plot: str) -> list[Path]:
 
 def _load_model(arguments: argparse.Namespace, scores: "NeuronScores") -> "LanguageModel":
     """Load the model that the scores were made from."""
+    name_model(arguments, scores)
+    return options.load_model(arguments)
+
+
+def name_model(arguments: argparse.Namespace, scores: "NeuronScores") -> None:
+    """Put what the scores were made from into the arguments, where nothing else was named."""
     made_from = scores.manifest.get("model")
     if arguments.model is None:
         if not isinstance(made_from, dict) or made_from.get("source") == "memory":
@@ -308,7 +316,6 @@ def _load_model(arguments: argparse.Namespace, scores: "NeuronScores") -> "Langu
             arguments.revision = made_from.get("revision")
     if arguments.dtype == "auto" and isinstance(made_from, dict):
         arguments.dtype = str(made_from.get("dtype") or "auto")
-    return options.load_model(arguments)
 
 
 def _allocate(
@@ -322,14 +329,7 @@ def _allocate(
 
     choice("--rule", arguments.rule, (*RULES, SEARCH), kind="allocation rule")
     settings: dict[str, Any] = {
-        "sparsity": arguments.sparsity,
-        "by": arguments.by,
-        "combine": arguments.combine,
-        **_given(arguments, "protect", "protect_sparsity", "spread"),
-        "across": arguments.across,
-        "lowest": arguments.lowest,
-        "highest": arguments.highest,
-        "pattern": arguments.pattern,
+        **_rule(arguments),
         "layers": arguments.layer,
         "proj": arguments.proj,
         "model": model,
@@ -340,11 +340,111 @@ def _allocate(
         text = options.load_calibration(arguments, model)
         own = _given(arguments, "tune", "evaluations", "held_out")
         return search(scores, calibration=text, **own, **settings)
-    calibrated = any(
-        name in RULES and RULES[name].calibrated for name in (arguments.rule, arguments.across)
-    )
-    calibration = options.load_calibration(arguments, model) if calibrated else None
+    calibration = options.load_calibration(arguments, model) if _reads(arguments) else None
     return allocate(scores, rule=arguments.rule, calibration=calibration, **settings)
+
+
+def _rule(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return what the rule is asked for."""
+    return {
+        "sparsity": arguments.sparsity,
+        "by": arguments.by,
+        "combine": arguments.combine,
+        **_given(arguments, "protect", "protect_sparsity", "spread"),
+        "across": arguments.across,
+        "lowest": arguments.lowest,
+        "highest": arguments.highest,
+        "pattern": arguments.pattern,
+    }
+
+
+def _reads(arguments: argparse.Namespace) -> bool:
+    """Tell whether the rule is measured on text."""
+    from entangle.allocation import RULES
+
+    asked = (arguments.rule, arguments.across)
+    return any(name in RULES and RULES[name].calibrated for name in asked)
+
+
+def dry_job(arguments: argparse.Namespace, model: "LanguageModel") -> "Job":
+    """Return what ``--dry-run`` asks about."""
+    from entangle.allocation import RULES
+    from entangle.allocation.request import find_subject
+    from entangle.checks import choice
+    from entangle.cli.trials import Job
+    from entangle.results.scores import load_scores
+
+    choice("--rule", arguments.rule, (*RULES, SEARCH), kind="allocation rule")
+    _check_meaning(arguments)
+    scores, spec = load_scores(arguments.scores), (arguments.layer, arguments.proj)
+    found = find_subject(scores, model=model, layers=spec[0], proj=spec[1], in_features=None)
+    searching = arguments.rule == SEARCH
+    reads = searching or _reads(arguments)
+    given = {
+        "settings": _rule(arguments), "rule": arguments.rule, "reads": reads,
+        "search": _given(arguments, "tune", "evaluations", "held_out") if searching else {},
+        "memory": options.parse_memory(arguments.memory),
+    }  # fmt: skip
+    text = options.load_calibration(arguments, model) if reads else None
+    return Job(model, tuple(found.layers), text, None, given)
+
+
+def dry_run(job: "Job", out: Path) -> object:
+    """Allocate to a job's layers, by scores that are drawn."""
+    import pandas as pd
+
+    from entangle.allocation import allocate, search
+    from entangle.seeding import numpy_rng
+
+    own, rng = job.given, numpy_rng(0, "allocation", "trial")
+    parts = [
+        pd.DataFrame({"layer": one.name, "neuron": range(one.out_features)}) for one in job.layers
+    ]
+    scores = pd.concat(parts, ignore_index=True)
+    for column in own["settings"]["by"].split("+"):
+        scores[column.strip()] = rng.gamma(4.0, size=len(scores))
+    settings: dict[str, Any] = {
+        **own["settings"], "model": job.model, "calibration": job.text, "memory": own["memory"],
+        "layers": [one.name for one in job.layers], "progress": False,
+    }  # fmt: skip
+    if own["rule"] == SEARCH:
+        found = search(scores, **settings, **own["search"])
+    else:
+        found = allocate(scores, rule=own["rule"], **settings)
+    out.mkdir()
+    found.save(out / "allocation.safetensors")
+    return found
+
+
+def dry_counts(job: "Job") -> "Counts":
+    """Return what the time, memory and disk of an allocation are linear in."""
+    import math
+
+    from entangle.cli.trials import Counts, solving
+
+    own = job.given
+    builds = int(own["search"].get("evaluations", 8)) if own["rule"] == SEARCH else 0
+    held_out = float(own["search"].get("held_out", 0.25)) if builds else 0.0
+    reads = float(own["reads"])
+    wide = float(sum(one.in_features**2 for one in job.inputs))
+    weights = float(sum(math.prod(one.shape) for one in job.layers))
+    time_of = {
+        "neurons": float(job.neurons), "weights": weights, "gram": job.tokens * wide,
+        "products": job.tokens * weights, "forward": job.forward(reads + builds * held_out),
+        "head": builds * held_out * job.tokens * job.head,
+        "solve": sum(map(solving, job.layers)) * max(reads, float(builds)),
+    }  # fmt: skip
+    peak = {"neurons": float(job.neurons), "weights": weights, "grams": reads * wide,
+            "logits": builds * held_out * job.tokens * job.model.vocab_size}  # fmt: skip
+    passes = (reads + builds * held_out, 0.0)
+    return Counts(time_of, peak, {"neurons": float(job.neurons)}, passes=passes)
+
+
+def dry_sizes(job: "Job") -> list[dict[str, Any]]:
+    """Vary the candidates of a search: two and three in place of many."""
+    if job.given["rule"] != SEARCH:
+        return [{}]
+    return [{"search": {**job.given["search"], "evaluations": few}} for few in (2, 3)]
 
 
 def _given(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from entangle.cli import options
+from entangle.cli import allocate, options
 from entangle.cli.tables import Table, present
 from entangle.cli.trials import (
     Counts,
@@ -495,6 +495,10 @@ COMMANDS: Mapping[str, tuple[Callable[[argparse.Namespace, Any], Job], Subject]]
     "expand": (_build_job, _BUILD),
     "compare": (_compare_job, Subject(_run_compare, _count_compare, _sizes_compare)),
     "ablate": (_ablate_job, Subject(_run_ablate, _count_ablate, _sizes_ablate)),
+    "allocate": (
+        allocate.dry_job,
+        Subject(allocate.dry_run, allocate.dry_counts, allocate.dry_sizes),
+    ),
     "decompose": (_decompose_job, Subject(_run_decompose, _count_decompose, _sizes_decompose)),
 }
 """Commands that can tell, and how."""
@@ -514,6 +518,10 @@ def run(arguments: argparse.Namespace) -> None:
     from entangle.models.blocks import evaluating
 
     make, subject = COMMANDS[arguments.command]
+    if arguments.command == "allocate":
+        from entangle.results.scores import load_scores
+
+        allocate.name_model(arguments, load_scores(arguments.scores))
     model = options.load_model(arguments)
     with evaluating(model.module):
         job = make(arguments, model)

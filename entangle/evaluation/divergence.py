@@ -14,7 +14,7 @@ from torch import Tensor
 
 from entangle.checks import choice
 from entangle.errors import InvalidInput
-from entangle.evaluation.logits import as_causal_model, check_fits, next_token_logits
+from entangle.evaluation.logits import Parts, as_causal_model, check_fits, logits_in_parts
 from entangle.evaluation.perplexity import Perplexity, window_memory, windows_in_a_pass
 from entangle.memory import memory_for
 from entangle.models.blocks import BlockRunner, evaluating
@@ -87,7 +87,7 @@ class DenseReference:
             for _, ids in text.rows.batches(self.batch_size):
                 hidden = self._last_hidden(ids)
                 self._store.append(hidden.flatten(0, -2))
-                losses.append(text.losses(self._runner.leave(hidden, ids), ids))
+                losses.append(text.losses_in_parts(self._runner.leave_in_parts(hidden, ids), ids))
                 bar.advance(len(ids))
         return Perplexity.of(torch.cat(losses), text)
 
@@ -106,8 +106,12 @@ class DenseReference:
         """Forget the hidden states; again does nothing."""
         self._store.close()
 
-    def logits(self, start: int, end: int) -> Float[Tensor, "windows tokens vocabulary"]:
+    def logits(
+        self, start: int, end: int, part: slice = slice(None)
+    ) -> Float[Tensor, "windows tokens vocabulary"]:
         """Return the dense model's logits of the windows from ``start`` up to ``end``.
+
+        Of ``part`` of their tokens alone, where that is asked for.
 
         These must have one length, as in `EvaluationText.rows`.
         They are those of the dense model's own forward pass bit for bit, if these windows ran
@@ -116,7 +120,7 @@ class DenseReference:
         (_, ids), ends = next(self.text.rows.batches(end - start, start)), self.text.rows.ends
         rows = self._store.span(ends[start], ends[end]).to(self._model.device)
         with evaluating(self._model.module):
-            return self._runner.leave(rows.unflatten(0, tuple(ids.shape)), ids)
+            return self._runner.leave(rows.unflatten(0, tuple(ids.shape))[:, part], ids[:, part])
 
     def _last_hidden(self, ids: Int64[Tensor, "windows tokens"]) -> Tensor:
         hidden, inputs = self._runner.enter(ids)
@@ -238,14 +242,12 @@ def compare_with_dense(
     with held, ProgressBar("divergence", enabled=progress) as bar, window_memory(per_pass):
         bar.start(text.n_windows, "windows")
         for start, ids in text.rows.batches(per_pass):
-            changed = next_token_logits(language_model, ids)
-            losses.append(text.losses(changed, ids))
-            dense = reference.logits(start, start + len(ids)).to(changed.device)
-            _check_vocabulary(changed, dense)
-            counted = slice(text.first_predicted - 1, ids.shape[1] - 1 - text.around[1])
-            kl, agreed = _compare(dense[:, counted], changed[:, counted])
-            divergences.append(kl)
-            agreements.append(agreed)
+            found = _Windows(reference, start, len(ids))
+            losses.append(
+                text.losses_in_parts(found.seen(logits_in_parts(language_model, ids)), ids)
+            )
+            divergences.append(found.kl)
+            agreements.append(found.agreed)
             bar.advance(len(ids))
     return Divergence(
         perplexity=Perplexity.of(torch.cat(losses), text),
@@ -254,6 +256,31 @@ def compare_with_dense(
         window_agreements=torch.cat(agreements).numpy(),
         window_positions=text.window_tokens,
     )
+
+
+class _Windows:
+    """KL and agreements of some windows, summed while a model's logits come in parts."""
+
+    def __init__(self, reference: DenseReference, start: int, count: int) -> None:
+        self._reference, self._start = reference, start
+        self.kl = torch.zeros(count, dtype=torch.float64)
+        self.agreed = torch.zeros(count, dtype=torch.int64)
+
+    def seen(self, parts: Parts) -> Parts:
+        """Yield the parts as they are, each compared with the dense model's."""
+        text, start, end = self._reference.text, self._start, self._start + len(self.kl)
+        last = text.rows.lengths[start] - 1 - text.around[1]
+        for place, changed in parts:
+            part = slice(place, place + changed.shape[1])
+            dense = self._reference.logits(start, end, part).to(changed.device)
+            _check_vocabulary(changed, dense)
+            first = max(0, text.first_predicted - 1 - place)
+            counted = slice(first, max(first, last - place))
+            kl, agreed = _compare(dense[:, counted], changed[:, counted])
+            self.kl += kl
+            self.agreed += agreed
+            del dense
+            yield place, changed
 
 
 def _check_vocabulary(changed: Tensor, dense: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 import transformers as hf
@@ -12,10 +12,10 @@ from transformers import PreTrainedTokenizerBase
 
 from entangle.errors import InvalidInput, MemoryLimit
 from entangle.memory import give_back, memory_for, ran_out
-from entangle.models.blocks import BlockRunner
+from entangle.models.blocks import MOST_LOGITS, BlockRunner
 from entangle.models.loading import AnyModel, LanguageModel, as_language_model
-from entangle.models.streaming import comes_by_blocks
-from entangle.recording.states import logits_by_blocks
+from entangle.models.streaming import comes_by_blocks, kept_outside
+from entangle.recording.states import last_by_blocks
 from entangle.texts.evaluation import EvaluationText, as_evaluation
 
 
@@ -92,17 +92,51 @@ def next_tokens(
     report
         Called with the number of windows that are done with.
     """
+    for ids, parts in next_tokens_in_parts(model, batches, memory=memory, report=report):
+        together = [logits for _, logits in parts]
+        yield ids, together[0] if len(together) == 1 else torch.cat(together, 1)
+
+
+Parts = Iterator[tuple[int, Float[Tensor, "windows part vocabulary"]]]
+"""Logits of one part of the tokens after the other, each with the place of its first token."""
+
+
+def next_tokens_in_parts(
+    model: LanguageModel,
+    batches: Sequence[Int64[Tensor, "_ _"]],
+    *,
+    memory: int | None = None,
+    report: Callable[[int], None] = lambda _windows: None,
+) -> Iterator[tuple[Int64[Tensor, "_ _"], Parts]]:
+    """As `next_tokens`, with the logits in parts where a batch has more than `MOST_LOGITS`.
+
+    Take all parts of a batch before the next one. A model that cannot be run block by block gives
+    them whole.
+    """
     if not comes_by_blocks(model.module):
         for ids in batches:
-            yield ids, next_token_logits(model, ids)
+            yield ids, logits_in_parts(model, ids)
             give_back()
             report(len(ids))
         return
     budget = memory_for(memory, model.module)
     runner = BlockRunner(model.module)
-    for ids, logits in logits_by_blocks(runner, batches, memory=budget):
-        yield ids, logits
-        report(len(ids))
+    with kept_outside(model.module):
+        for ids, hidden in last_by_blocks(runner, batches, memory=budget):
+            yield ids, runner.leave_in_parts(hidden, ids)
+            report(len(ids))
+
+
+def logits_in_parts(model: LanguageModel, ids: Int64[Tensor, "windows tokens"]) -> Parts:
+    """Yield the logits of one batch in parts, as `next_tokens_in_parts`."""
+    runner = None
+    if ids.numel() * model.vocab_size > MOST_LOGITS:
+        with suppress(InvalidInput):  # a model of another kind, whose logits come whole
+            runner = BlockRunner(model.module)
+    if runner is None:
+        yield 0, next_token_logits(model, ids)
+        return
+    yield from runner.leave_in_parts(runner.last(ids), ids)
 
 
 @contextmanager

@@ -4,11 +4,9 @@ How much the special tokens in front of a text matter to a model: its first wind
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -20,7 +18,12 @@ from torch import Tensor
 
 from entangle.checks import whole
 from entangle.errors import InvalidInput
-from entangle.evaluation.logits import as_causal_model, memory_limit, next_tokens
+from entangle.evaluation.logits import (
+    Parts,
+    as_causal_model,
+    memory_limit,
+    next_tokens_in_parts,
+)
 from entangle.models.blocks import evaluates, evaluating
 from entangle.models.loading import AnyModel, LanguageModel, as_language_model
 from entangle.ranks import current
@@ -28,7 +31,7 @@ from entangle.runs.progress import ProgressBar
 from entangle.runs.progress import tell as tell_line
 from entangle.runs.provenance import recorded, special_tokens_of
 from entangle.stats.intervals import Interval, perplexity_ratio_interval
-from entangle.texts.evaluation import EvaluationText, as_evaluation, window_losses
+from entangle.texts.evaluation import EvaluationText, as_evaluation, losses_in_parts
 from entangle.texts.given import Source
 
 MOST_TOKENS = 512
@@ -104,10 +107,9 @@ def affix_effect(
     if probe is None:
         return None
     try:
-        found = list(next_tokens(as_causal_model(model), probe.rows))
+        return probe.effect(next_tokens_in_parts(as_causal_model(model), probe.rows))
     except InvalidInput:  # an encoder, or no head: nothing is predicted
         return None
-    return probe.effect(found)
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,12 +144,12 @@ class _Fronts:
         fronts = (torch.tensor(front, dtype=torch.int64) for front in self.fronts)
         return [torch.cat([front, self.text])[None] for front in fronts]
 
-    def effect(self, found: Sequence[tuple[Tensor, Tensor]]) -> AffixEffect:
-        """Return the mean losses of all tokens but the first, by ids and logits of both."""
+    def effect(self, found: Iterator[tuple[Tensor, Parts]]) -> AffixEffect:
+        """Return the mean losses of all tokens but the first; ids and logits of both come next."""
         count = len(self.text) - 1
         losses = [
-            float(window_losses(logits, ids, around=(len(front) + 1, 0))[0]) / count
-            for front, (ids, logits) in zip(self.fronts, found, strict=True)
+            float(losses_in_parts(parts, ids, around=(len(front) + 1, 0))[0]) / count
+            for front, (ids, parts) in zip(self.fronts, found, strict=False)
         ]
         return AffixEffect(*self.names, losses[0], losses[1], count)
 
@@ -336,13 +338,12 @@ def _measure(
         bar.start(text.n_windows + len(probes), "windows")
         every, ranks = [ids for _, ids in text.rows.batches(per_pass)], current()
         batches = [*probes, *(every[i] for i in ranks.part(len(every)))]
-        found = next_tokens(model, batches, report=bar.advance)
+        found = next_tokens_in_parts(model, batches, report=bar.advance)
         if probe is not None:
-            effect = probe.effect(list(islice(found, len(probes))))
+            effect = probe.effect(found)
         losses = [torch.zeros(0, dtype=torch.float64)]
-        for ids, logits in found:
-            after = partial(window_losses, around=(prefix, 0)) if prefix else text.losses
-            losses.append(after(logits, ids).cpu().double())
+        around = (prefix, 0) if prefix else text.around
+        losses += [losses_in_parts(parts, ids, around=around) for ids, parts in found]
         joined = ranks.joined(torch.cat(losses))
     return Perplexity.of(joined, text, prefix=prefix), effect
 

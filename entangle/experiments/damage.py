@@ -201,13 +201,14 @@ def _losses(
                         end = start
                         for later in range(block, runner.n_blocks):
                             end = runner.run(later, end, inputs)
-                        logits = runner.leave(end, ids)
-                    found[layer.name, neuron].append(text.losses(logits, ids))
+                        parts = runner.leave_in_parts(end, ids)
+                        losses = text.losses_in_parts(parts, ids)
+                    found[layer.name, neuron].append(losses)
                     bar.advance()
             states.advance(runner, block)
         for ids, hidden in states:
-            logits = runner.leave(hidden.to(model.device), ids)
-            found[_DENSE].append(text.losses(logits, ids))
+            parts = runner.leave_in_parts(hidden.to(model.device), ids)
+            found[_DENSE].append(text.losses_in_parts(parts, ids))
     return {one: torch.cat(parts).numpy() for one, parts in found.items()}
 
 

@@ -7,7 +7,7 @@ allocation says.
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import CellType, FunctionType, MethodType
 from typing import Any, TypeVar
 
@@ -370,7 +370,9 @@ def _expand_block(
             for number, (members, store) in enumerate(groups)
             if number % current().size == current().rank
         }
-        for number, (members, store) in enumerate(groups):
+        # The largest record first: it goes before there are many experts beside it.
+        for number in sorted(range(len(groups)), key=lambda i: -groups[i][1].n_bytes):
+            members, store = groups[number]
             by = number % current().size
             found = share_router(
                 current(), fitted.pop(number, None), by=by, tokens=store.n_tokens,
@@ -379,7 +381,15 @@ def _expand_block(
             expanded += _naming(members, _expand_group, members, store, plan, found, writer)
             give_back()
     order = {layer.name: i for i, layer in enumerate(layers)}
-    return sorted(expanded, key=lambda one: order[one.layer.name])
+    expanded.sort(key=lambda one: order[one.layer.name])
+    return [_packed(one, plan.storage) for one in expanded]
+
+
+def _packed(one: ExpandedLayer, storage: Storage) -> ExpandedLayer:
+    """Pack a layer's experts if this rank reports them and has not done so."""
+    if one.experts is None or one.packed is not None:
+        return one
+    return replace(one, packed=storage.pack(one.layer.weight, one.module.weight)[0])
 
 
 def record_inputs(
@@ -489,7 +499,7 @@ def _expand_group(
         experts = join_experts(ranks, layer, part, own)
         packed, weight = None, experts.weight
         writes = ranks.rank == writer
-        if writes or plan.storage.rounds(weight.dtype):
+        if plan.storage.rounds(weight.dtype):  # else when the records are gone (`_packed`)
             packed, weight = plan.storage.pack(layer.weight, weight)
         module = ExpandedLinear(weight, layer.bias, routing)
         made.append(ExpandedLayer(layer, module, experts if writes else None, packed))

@@ -398,7 +398,7 @@ def build(
         if text is not None:
             losses = [torch.zeros(0, dtype=torch.float64)]
             for ids, h in streams[1]:
-                losses.append(text.losses(runner.leave(h, ids), ids).cpu().double())
+                losses.append(text.losses_in_parts(runner.leave_in_parts(h, ids), ids))
             perplexity = Perplexity.of(ranks.joined(torch.cat(losses)), text)
     costs = model_costs(dense.module, sink.rows)
     table = pd.DataFrame(sink.rows)

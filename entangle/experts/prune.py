@@ -44,6 +44,7 @@ from entangle.models.pretrained import quiet
 from entangle.models.shards import present
 from entangle.models.streaming import is_streamed
 from entangle.results.expansion import PruneReport, read_run, write_run
+from entangle.runs.places import check_room
 from entangle.runs.provenance import claims_out, output_folder, write_json
 from entangle.texts.given import Source
 
@@ -136,6 +137,9 @@ def prune(
     if isinstance(allocation, Allocation):
         allocation = replace(allocation, experts=None)
 
+    if out is not None and not Path(os.fspath(out)).exists():  # what is there may be resumed
+        weights = dense.module.parameters()
+        check_room(out, sum(one.numel() * one.element_size() for one in weights))
     streams = is_streamed(dense.module) and out is not None  # written from the blocks' files
     chosen = find_layers(dense.module, layers, proj) if streams else ()
     for layer in chosen:

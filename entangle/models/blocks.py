@@ -31,9 +31,13 @@ Call = Callable[[nn.Module, Tensor], Tensor]
 
 _TOLERANCE = 0.02  # of the largest logit: passes a GPU's reordered sums, not a missing term
 
+MOST_LOGITS = 2**27
+"""Up to so many logits are computed at once (0.5 GiB in float32); of more, `LOGITS_OF_A_PART`."""
+LOGITS_OF_A_PART = 2**26
+
 
 class _AllCaptured(Exception):
-    """Raised in place of the last block when only the blocks' arguments are asked for."""
+    """Raised in place of the last block, or after it, when nothing behind it is asked for."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,6 +132,47 @@ class BlockRunner:
         with _replaced(self._blocks, inject):
             return _logits(self._module, ids)
 
+    def last(self, ids: Ids) -> Hidden:
+        """Return what the last block gives in the model's own forward; nothing after it runs."""
+        found: list[Tensor] = []
+
+        def stop(index: int, forward: Callable[..., Any], *args: object, **kwargs: object) -> Any:
+            output = forward(*args, **kwargs)
+            if index < self.n_blocks - 1:
+                return output
+            found.append(output if isinstance(output, Tensor) else output[0])
+            raise _AllCaptured
+
+        with _replaced(self._blocks, stop), suppress(_AllCaptured):
+            _forward(self._module, ids)
+        return found[0]
+
+    def leave_in_parts(
+        self, hidden: Hidden, ids: Ids
+    ) -> Iterator[tuple[int, Float[Tensor, "sequences part vocabulary"]]]:
+        """Yield what `leave` returns, a part of each sequence's tokens after the other.
+
+        How long a part is depends on the number of sequences and on the vocabulary alone. With each
+        goes the place of its first token. It is one part up to `MOST_LOGITS`, and where what comes
+        after the blocks joins neighbouring tokens.
+        """
+        n_seq, tokens = ids.shape
+        size = max(1, LOGITS_OF_A_PART // max(1, n_seq * self._vocabulary))
+        size = size // 64 * 64 or size
+        if n_seq * tokens * self._vocabulary <= MOST_LOGITS or not self._parts_alone(hidden, ids):
+            yield 0, self.leave(hidden, ids)
+            return
+        for start in range(0, tokens, size):
+            part = slice(start, start + size)
+            yield start, self.leave(hidden[:, part], ids[:, part])
+
+    def _parts_alone(self, hidden: Tensor, ids: Tensor) -> bool:
+        """Tell whether a token's logits are the same without the tokens before it."""
+        few, first = (hidden[:1, :4], ids[:1, :4]), (hidden[:1, 2:4], ids[:1, 2:4])
+        together, alone = self.leave(*few)[:, 2:], self.leave(*first)
+        close = _TOLERANCE * float(together.nan_to_num().abs().max())
+        return torch.allclose(together, alone, rtol=0, atol=close, equal_nan=True)
+
     def _output(self, index: int, hidden: Tensor) -> object:
         """Wrap hidden states as block ``index`` does."""
         extras = self._extras[index]
@@ -143,6 +188,7 @@ class BlockRunner:
 
         with _replaced(self._blocks, note):
             logits = _logits(self._module, ids)
+        self._vocabulary = logits.shape[-1]
         if (order := [index for index, _ in seen]) != list(range(self.n_blocks)):
             raise _refusal(self._module, f"its {self.n_blocks} blocks run in the order {order}")
         try:

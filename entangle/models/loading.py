@@ -26,7 +26,7 @@ from entangle.models import demo, gguf_files, pretrained
 from entangle.models.cache import FLOATS, stored_sizes
 from entangle.models.hub import ADAPTER_CONFIG, check_folder, check_settings, model_source
 from entangle.models.pretrained import Loaded
-from entangle.models.shards import device_of, read_weights, stored_of
+from entangle.models.shards import device_of, digest_of, stored_of
 from entangle.models.streaming import is_streamed
 from entangle.packed.linear import PackedLinear, PackedRouter
 from entangle.precision import check_device_map, resolve_device, resolve_dtype
@@ -463,9 +463,7 @@ def _reserved_positions(module: nn.Module) -> int:
 def _hash(modules: Mapping[str, nn.Module], name: str, parameter: Tensor) -> str:
     stored = stored_of(parameter)
     if stored is not None:
-        if stored.digest is None:
-            read_weights([stored])
-        return str(stored.digest)
+        return digest_of(stored)
     digest = hashlib.sha256()
     for chunk in _chunks(modules, name, parameter):
         digest.update(chunk.contiguous().cpu().view(torch.uint8).numpy().data)

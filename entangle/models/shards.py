@@ -29,6 +29,7 @@ DTYPES = {
 """Of safetensors, those that are read here."""
 
 _AGAIN = "copy it again"
+_CHUNK = 2**22
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,17 @@ class Shards:
         with self._opened(slab.file) as opened:
             _fill(opened, slab.start, found, slab.file)
         return found
+
+    def hash(self, name: str) -> str:
+        """Return the SHA-256 of a stored tensor's bytes, in hexadecimal, without holding it."""
+        slab, digest = self.slabs[name], hashlib.sha256()
+        work = torch.empty(min(slab.n_bytes, _CHUNK), dtype=torch.uint8)
+        with self._opened(slab.file) as opened:
+            for start in range(0, slab.n_bytes, _CHUNK):
+                part = work[: slab.n_bytes - start]
+                _fill(opened, slab.start + start, part, slab.file)
+                digest.update(part.numpy().data)
+        return digest.hexdigest()
 
     def rows(self, name: str, index: Int64[Tensor, " rows"]) -> Tensor:
         """Return some rows of a stored matrix, in the order asked for; nothing else is read."""
@@ -265,6 +277,17 @@ def read_weights(weights: Iterable[StoredWeight]) -> dict[StoredWeight, Tensor]:
                 weight.digest = hash_of(one)
             found[weight] = one.to(weight.device)
     return found
+
+
+def digest_of(weight: StoredWeight) -> str:
+    """Return the SHA-256 of a weight's bytes, in hexadecimal; it is read if it was not so far."""
+    recipe = weight.recipe
+    slab = recipe.shards.slabs[recipe.sources[0][0]]
+    if weight.digest is None and recipe.converter is None and slab.dtype == recipe.dtype:
+        weight.digest = recipe.shards.hash(recipe.sources[0][0])
+    elif weight.digest is None:
+        read_weights([weight])
+    return str(weight.digest)
 
 
 def hash_of(weight: Tensor) -> str:

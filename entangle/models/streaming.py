@@ -10,7 +10,7 @@ once; a whole forward pass reads all of them.
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,7 @@ class BlockSource:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="entangle-shards")
         self._rehearsal: dict[object, Weights] | None = None
         self._held: list[tuple[nn.Module, str, StoredWeight, int]] = []
+        self._keeps = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "BlockSource":
         """Return a source of its own for the copied blocks."""
@@ -98,6 +99,18 @@ class BlockSource:
         for waiting in self._ready.values():
             waiting.cancel()
         self._ready.clear()
+
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Keep the parts outside the blocks, once they were brought, inside the ``with`` block."""
+        before, self._keeps = self._keeps, True
+        try:
+            yield
+        finally:
+            self._keeps = before
+            if not before and self._rehearsal is None:
+                _remove(self._held)
+                self._held = []
 
     @contextmanager
     def rehearsing(self) -> Iterator[None]:
@@ -140,14 +153,15 @@ class BlockSource:
         self._installed, self._current = [], None
 
     def _bringing_other(self, part: nn.Module) -> Iterator[None]:
-        """Bring a part outside the blocks for one call, or for the whole rehearsal."""
+        """Bring a part outside the blocks for one call, or for as long as such parts are kept."""
         installed = _install(part, self._read(part))
-        if self._rehearsal is not None:
+        kept = self._keeps or self._rehearsal is not None
+        if kept:
             self._held += installed
         try:
             yield
         finally:
-            if self._rehearsal is None:
+            if not kept:
                 _remove(installed)
 
     def _example(self, block: nn.Module, index: int) -> Weights:
@@ -246,10 +260,14 @@ class _LookedUp(_Brought):
         if rows is None:  # what is out of range, the embedding itself refuses
             return None
         self.part._parameters["weight"] = nn.Parameter(rows, requires_grad=False)
+        padding: Any = (
+            self.part.padding_idx
+        )  # a row that may not be among these, only for gradients
+        self.part.padding_idx = None  # type: ignore[assignment]
         try:
             found = type(self.part).forward(self.part, place.to(rows.device))
         finally:
-            self.part._parameters["weight"] = table
+            self.part._parameters["weight"], self.part.padding_idx = table, padding
         return found if isinstance(found, Tensor) else None
 
 
@@ -275,6 +293,14 @@ def release(module: nn.Module) -> None:
     source = source_of(module)
     if source is not None:
         source.release()
+
+
+@contextmanager
+def kept_outside(module: nn.Module) -> Iterator[None]:
+    """Keep what a streamed module brings outside its blocks, such as the head, meanwhile."""
+    source = source_of(module)
+    with nullcontext() if source is None else source.keeping():
+        yield
 
 
 @contextmanager

@@ -68,6 +68,7 @@ BLOCK = 16
 _UNIT = 8  # values in which `starts` counts
 _FILL = 32  # values, at least 16 bytes, in which all of them are counted
 _WORD = 64  # columns in which a bitmap's rows are counted
+_WEIGHTS_AT_ONCE = 2**26  # of which places of 8 bytes are worked out together
 _MARKED = 4096  # values of which a fingerprint is taken
 
 
@@ -254,9 +255,9 @@ def pack(
         if name not in VALUES or name.startswith("int"):
             raise InvalidInput(f"`values` must be a float of `VALUES` without a grid; got {name}.")
         stored = weight.to(VALUES[name])
-        if not bool(stored.isfinite().all()):
+        if not all(bool(own.isfinite().all()) for own in stored):  # one by one: it makes copies
             raise InvalidInput(f"a weight overflows {name}; store a wider dtype.")
-        if bool(((stored == 0) & mask).any()):
+        if stored.dtype != weight.dtype:
             mask = stored != 0
     extra = {} if codes is None else _grid_tensors(codes)
     described: dict[str, Any] = {
@@ -297,14 +298,19 @@ def _room(starts: Tensor) -> int:
 
 
 def _pack_bitmap(stored: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    bits = torch.nn.functional.pad(mask, (0, -mask.shape[-1] % _WORD)).unflatten(-1, (-1, 8))
+    cols = mask.shape[-1]
     weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=mask.device)
     starts = _starts(mask.sum(-1))
-    values = stored.new_zeros(_room(starts))
-    for start, own, kept in zip(starts[:, :-1, None].long(), stored, mask, strict=True):
-        values[(start * _UNIT + kept.cumsum(-1) - 1)[kept]] = own[kept]  # 8 bytes a weight of one
-    bitmap = (bits * weights).sum(-1, dtype=torch.uint8)
-    return {"bitmap": bitmap, "starts": starts, "values": values}
+    values, bitmaps = stored.new_zeros(_room(starts)), []
+    some = max(1, _WEIGHTS_AT_ONCE // cols)
+    for start, expert, kept in zip(starts[:, :-1, None].long(), stored, mask, strict=True):
+        for place, own, there in zip(
+            start.split(some), expert.split(some), kept.split(some), strict=True
+        ):
+            values[(place * _UNIT + there.cumsum(-1) - 1)[there]] = own[there]
+        bits = torch.nn.functional.pad(kept, (0, -cols % _WORD)).unflatten(-1, (-1, 8))
+        bitmaps.append((bits * weights).sum(-1, dtype=torch.uint8))
+    return {"bitmap": torch.stack(bitmaps), "starts": starts, "values": values}
 
 
 def _pack_delta(stored: Tensor, mask: Tensor, zero: Tensor | None) -> dict[str, Tensor]:

@@ -153,16 +153,16 @@ def _joined(batches: Sequence[Tensor], most: int) -> list[Tensor]:
     return joined
 
 
-def logits_by_blocks(
+def last_by_blocks(
     runner: BlockRunner,
     batches: Sequence[Int[Tensor, "_ _"]],
     *,
     memory: int | ByteBudget,
     report: Callable[[int], None] = lambda _blocks: None,
 ) -> Iterator[tuple[Int[Tensor, "_ _"], Float[Tensor, "_ _ _"]]]:
-    """Run all batches through one block after the other; yield ids and logits of each, in order.
+    """Run all batches through one block after the other; yield ids and the last block's output.
 
-    They are those of the model's own forward pass, bit for bit.
+    In order; what the model makes of it (`BlockRunner.leave`) is its own forward pass, bit for bit.
 
     Parameters
     ----------
@@ -180,5 +180,4 @@ def logits_by_blocks(
         for index in range(runner.n_blocks):
             states.advance(runner, index)
             report(1)
-        for ids, hidden in states:
-            yield ids, runner.leave(hidden, ids)
+        yield from states

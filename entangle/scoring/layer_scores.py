@@ -25,9 +25,9 @@ from jaxtyping import Bool, Float, Int64
 from scipy.stats import rankdata
 from torch import Tensor
 
-from entangle.memory import gpus_among
+from entangle.memory import by_device, gpus_among
 from entangle.models.layers import Layer
-from entangle.precision import accumulator_dtype
+from entangle.precision import accumulator_dtype, row_parts
 from entangle.ranks import Ranks
 from entangle.recording.hooks import SeenTensor
 from entangle.results.scores import LayerHistograms
@@ -95,6 +95,9 @@ COARSE = 0.05
 
 MIN_TOKENS = 512
 """Tokens that an expert must see for scores of its neurons, unless another number is asked for."""
+
+_CACHED = 2**19
+"""Weights to look at together on a CPU."""
 
 _FLAGS = ("", "nan", "inf", "constant", "coarse")
 _SCORES = ("wd", "wd_se", "wd_bound", "ks", "skewness", "excess_kurtosis", "md")
@@ -186,8 +189,10 @@ def without_few(
 
 def weight_norms(layer: Layer) -> torch.Tensor:
     """Return the Euclidean norm of every weight row, (neurons,), float64."""
-    norms: torch.Tensor = layer.weight.float().norm(dim=1).double()
-    return norms
+    weight = layer.weight
+    at_once = by_device(weight.device, cpu=_CACHED // weight.shape[1], gpu=weight.shape[0])
+    parts = row_parts(weight.shape[0], at_once)
+    return torch.cat([weight[part].float().norm(dim=1) for part in parts]).double()
 
 
 def layer_table(layers: Sequence[LayerSummary]) -> pd.DataFrame:
@@ -322,6 +327,7 @@ class FinerOutputs:
         self._sizes = FeatureSizes(split=split)
         self._dtype = torch.float32
         self._again: Int64[Tensor, " coarse"] | None = None
+        self._kept: tuple[Tensor, Tensor | None] | None = None
 
     @property
     def again(self) -> Bool[Tensor, " neurons"] | None:
@@ -373,6 +379,10 @@ class FinerOutputs:
         finer[:, self._again] = self._product(inputs, self._again)
         return finer
 
+    def keep(self) -> None:
+        """Take from the weight what `error` needs of it; no tokens come after this."""
+        self._kept = self._of_weight()
+
     def error(self, shape: ShapeStatistics, location: Float[Tensor, " neurons"]) -> OutputError:
         """Return how far what was counted is rounded.
 
@@ -383,10 +393,11 @@ class FinerOutputs:
         location
             About the median of what was counted.
         """
-        own = self._error(shape.mean, shape.std, location, self._dtype, own=True)
+        kept = self._of_weight() if self._kept is None else self._kept
+        own = self._error(shape.mean, shape.std, location, self._dtype, kept)
         if self._again is None or not len(self._again):
             return own
-        finer = self._error(shape.mean, shape.std, location, torch.float32, own=False)
+        finer = self._error(shape.mean, shape.std, location, torch.float32, kept, own=False)
         again = torch.zeros(len(location), dtype=torch.bool)
         again[self._again.cpu()] = True
         return OutputError(
@@ -395,20 +406,32 @@ class FinerOutputs:
         )
 
     def _error(
-        self, mean: Tensor, std: Tensor, location: Tensor, dtype: torch.dtype, *, own: bool
+        self,
+        mean: Tensor,
+        std: Tensor,
+        location: Tensor,
+        dtype: torch.dtype,
+        of_weight: tuple[Tensor, Tensor | None],
+        *,
+        own: bool = True,
     ) -> OutputError:
         """Return the error of the module's ``own`` outputs, or of `_product`."""
-        weight, sizes = self._layer.weight, self._sizes.rms()
-        bias = None if self._layer.bias is None else self._layer.bias.cpu().double()
-        known = weight.is_floating_point() and weight.shape == (len(mean), len(sizes))
-        reached = reach(weight, sizes) if known else torch.zeros_like(mean)
+        reached, bias = of_weight
         return output_error(
             mean, std, location,
             reach=reached if bias is None or not own else reached + bias.abs(),
-            in_features=len(sizes),
+            in_features=len(self._sizes.rms()),
             dtype=dtype,
             bias=bias,
         )  # fmt: skip
+
+    def _of_weight(self) -> tuple[Tensor, Tensor | None]:
+        """Return how far the weight's sums reach (0 where it gives none), and the bias, float64."""
+        weight, bias, sizes = self._layer.weight, self._layer.bias, self._sizes.rms()
+        rows = self._layer.out_features
+        known = weight.is_floating_point() and weight.shape == (rows, len(sizes))
+        reached = reach(weight, sizes) if known else torch.zeros(rows, dtype=torch.float64)
+        return reached, None if bias is None else bias.cpu().double()
 
     def _has_products(self, inputs: Tensor, rows: Tensor) -> bool:
         weight = self._layer.weight
@@ -417,7 +440,7 @@ class FinerOutputs:
     def _coarse(self, inputs: Tensor, rows: Tensor) -> Tensor:
         """Return the neurons to compute again, by the first rows of outputs."""
         mean, std = _mean_and_std(rows)
-        own = self._error(mean, std, mean, rows.dtype, own=True).bound
+        own = self._error(mean, std, mean, rows.dtype, self._of_weight()).bound
         again = (wd_error(own, std) > FINE).nonzero()[:, 0].to(rows.device)
         limit = own.to(rows.device)[again].float()
         difference = (self._product(inputs, again) - rows[:, again].float()).div_(limit)

@@ -180,8 +180,12 @@ def score_layers(
         _check_sketches(language_model, chosen, n_groups=groups, md=md)
     per_pass = _batch_size(batch_size, calibration)
     asked = {"layers": [layer.name for layer in chosen], "method": resolved, "md": md, "seed": seed}
-    model, text = language_model.describe(), calibration.describe()
-    agree_on(model=model, calibration=text, settings=asked | {"batch_size": per_pass})
+    text = calibration.describe()
+    if current().size > 1:  # alone, blocks that come in turn are described while they are here
+        agree_on(
+            model=language_model.describe(), calibration=text,
+            settings=asked | {"batch_size": per_pass},
+        )  # fmt: skip
     with ProgressBar(f"scoring ({resolved})", enabled=progress) as bar:
         try:
             measured, recorder = _measuring(
@@ -214,7 +218,7 @@ def score_layers(
         frame = frame.merge(others, on=["layer", "neuron"], how="left")
     manifest = make_manifest(
         KIND,
-        model=model,
+        model=language_model.describe(),
         calibration=text,
         settings={
             "layers": [one.layer.name for one in measured],
@@ -249,8 +253,9 @@ def _check_sketches(
     for layer in layers:
         by_place[layer.block if comes_by_blocks(model.module) else None] += layer.out_features
     own = bytes_a_neuron(n_groups) + (PAIR_BYTES if md else 0)
+    at_once = min(2, len(by_place))  # one block is measured while the next is counted
     refuse_beyond(
-        own * max(by_place.values(), default=0), model.device,
+        own * at_once * max(by_place.values(), default=0), model.device,
         what=f"a sketch of {sum(by_place.values()):,} neurons",
         remedy="score part after part with --layer (layers), or with --method exact",
     )  # fmt: skip

@@ -1,7 +1,8 @@
 """Scoring by sketches: statistics of all layers from one pass, nothing recorded."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from entangle.kernels import sketch as kernels
 from entangle.kernels.dispatch import dispatch, on_gpu
+from entangle.memory import gpus_among
 from entangle.models.layers import Layer
 from entangle.models.streaming import comes_by_blocks
 from entangle.precision import full_precision
@@ -157,13 +159,12 @@ def score_sketched(
         for layer in layers
     }
     pass_of = _Passes(counts, squares, _Pairing(seed=seed, share=pair_share), watch)
-    found: dict[str, LayerSummary] = {}
     again, late = list[Layer](), list[Layer]()
 
     def settle(own: Sequence[Layer]) -> None:
         heard = pool_counts(ranks, counts, own)
         PairSketch.settle(counts[layer.name].pairs for layer in heard)
-        found.update(pass_of.summaries(heard, here=comes_by_blocks(module)))
+        pass_of.summarise(heard, here=comes_by_blocks(module))
         for layer in own:
             counts.pop(layer.name, None)
 
@@ -185,14 +186,14 @@ def score_sketched(
         return recorder
 
     numbered = list(enumerate(batches))
-    with full_precision(), torch.no_grad():
+    with full_precision(), torch.no_grad(), closing(pass_of):
         recorder = run(layers, first=True)
         if ranks.size > 1:
             recorder.join(ranks)
             if again:
                 run(again, first=False)
             settle(late)
-        return share_summaries(ranks, list(found.values()), layers), recorder
+        return share_summaries(ranks, pass_of.summaries(), layers), recorder
 
 
 def _unheard(_sequences: int) -> None:
@@ -215,6 +216,9 @@ class _Passes:
         """Whether the pass under way is not counted."""
         self._fresh: set[str] = set()
         """Layers that were seen in it."""
+        self._found: list[LayerSummary] = []
+        self._under_way: list[Future[LayerSummary]] = []
+        self._pool = ThreadPoolExecutor(max(1, torch.get_num_threads()))
 
     def told(
         self,
@@ -264,23 +268,50 @@ class _Passes:
                 self._pairs[seen.source] = self._pairing.of(seen.inputs)
             _add_pairs(rows, own.pairs, self._pairs[seen.source])
 
-    def summaries(self, layers: Sequence[Layer], *, here: bool) -> list[tuple[str, LayerSummary]]:
-        """Return what was counted of layers; with their norms where weights go again (``here``)."""
+    def summarise(self, layers: Sequence[Layer], *, here: bool) -> None:
+        """Measure and summarise what was counted of layers.
 
-        def work(layer: Layer) -> tuple[str, LayerSummary]:
-            return layer.name, summarise(self._measure(layer))
+        Where weights go again (``here``), what is asked of them is taken before this returns; on a
+        CPU the rest goes on beside the next layers.
+        """
+        counted = {layer.name: self._counts[layer.name] for layer in layers}
+        if layers and not gpus_among(layer.device for layer in layers):
+            tasks = []
+            for layer in layers:
+                own, norms = counted[layer.name], weight_norms(layer) if here else None
+                own.finer.keep()
+                tasks.append(self._pool.submit(self._summary, layer, own, norms))
+            self._collect()
+            self._under_way = tasks
+            if not here:
+                self._collect()
+            return
 
-        at_once = how_many(layers)
-        if at_once > 1 and not here:
-            return list(mapped(work, layers, at_once=at_once))
-        measured = [self._measure(layer) for layer in layers]
-        norms = [weight_norms(layer).cpu() if here else None for layer in layers]
-        with ThreadPoolExecutor() as pool:  # sorting, most of the work, lets threads run beside it
-            summaries = pool.map(summarise, measured, norms)
-            return [(layer.name, one) for layer, one in zip(layers, summaries, strict=True)]
+        def work(layer: Layer) -> LayerSummary:
+            norms = weight_norms(layer).cpu() if here else None
+            return self._summary(layer, counted[layer.name], norms)
 
-    def _measure(self, layer: Layer) -> MeasuredLayer:
-        own = self._counts[layer.name]
+        self._found += mapped(work, layers, at_once=how_many(layers))
+
+    def summaries(self) -> list[LayerSummary]:
+        """Return all summaries, in the order in which they were asked for."""
+        self._collect()
+        return self._found
+
+    def close(self) -> None:
+        """End what goes on beside."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def _collect(self) -> None:
+        """Wait for what is under way."""
+        self._found += [task.result() for task in self._under_way]
+        self._under_way = []
+
+    def _summary(self, layer: Layer, own: LayerCounts, norms: Tensor | None) -> LayerSummary:
+        with torch.no_grad():
+            return summarise(self._measure(layer, own), norms)
+
+    def _measure(self, layer: Layer, own: LayerCounts) -> MeasuredLayer:
         found = own.outputs.result()
         return MeasuredLayer(
             layer=layer,

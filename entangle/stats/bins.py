@@ -31,6 +31,7 @@ import torch
 from jaxtyping import Float, Int32, Int64, Shaped
 from torch import Tensor
 
+from entangle.kernels.dispatch import dispatch, on_cpu
 from entangle.kernels.exact import fused_binned_distances
 from entangle.ranks import Ranks
 from entangle.stats.edges import HALF, N_BINS, PER_OCTAVE, signed_edges
@@ -177,25 +178,53 @@ def binned_distances(
         bin. Where F crosses Φ inside a bin, Φ is taken as its chord there, which errs by at most
         twice the area between the two. The bound is the sum of both over the bins.
     """
-    mass = counts.to(edges.dtype)
-    mass = mass / mass.sum(1, keepdim=True)
-    cumulative = torch.nn.functional.pad(mass.cumsum(1), (1, 0))
-    normal = torch.special.ndtr(edges)
-    gap = cumulative - normal
+    mass, normal, gap, wd = _integrated(counts, edges, counts.sum(1, keepdim=True))
     width = edges.diff(dim=1)
-    area = width * (cumulative[:, :-1] + mass / 2) - _normal_area(edges, normal)
-    left, right = gap[:, :-1], gap[:, 1:]
-    change = (right - left).abs().clamp_min(1e-300)
-    crossing = width * (left.square() + right.square()) / (2 * change)
-    inside = torch.where(left * right < 0, crossing.maximum(area.abs()), area.abs())
+    bound = mass.mul_(width).div_(2).add_(_chord_area(width, normal).mul_(2))
+    return BinnedDistances(wd, _in_order(bound), torch.maximum(-gap.amin(1), gap.amax(1)))
+
+
+def binned_wd(
+    counts: Shaped[Tensor, "rows bins"], edges: Float[Tensor, "rows edges"], *, total: int
+) -> Float[Tensor, " rows"]:
+    """Return the first of `binned_distances` alone, in less time; ``total`` counts in each row."""
+    return _integrated(counts, edges, total)[-1]
+
+
+def _integrated(
+    counts: Tensor, edges: Tensor, total: int | Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return mass of the bins, Φ and F − Φ at their edges, and WD."""
+    mass = counts.to(edges.dtype, copy=True).div_(total)
+    normal = torch.special.ndtr(edges)
+    gap = edges.new_zeros(edges.shape)
+    torch.cumsum(mass, 1, out=gap[:, 1:])
+    width = edges.diff(dim=1)
+    area = (mass / 2).add_(gap[:, :-1]).mul_(width).sub_(_normal_area(edges, normal)).abs_()
+    gap -= normal
+    inside = _true(gap[:, :-1] * gap[:, 1:] < 0)  # one or a few of a row's bins
+    at = inside + inside // width.shape[1]  # a row has one edge more
+    left, right = gap.view(-1)[at], gap.view(-1)[at + 1]
+    change = (right - left).abs_().clamp_min_(1e-300)
+    crossing = width.view(-1)[inside] * (left.square() + right.square()) / (2 * change)
+    area.view(-1)[inside] = crossing.maximum(area.view(-1)[inside])
     tails = _normal_tail(edges[:, 0]) + _normal_tail(-edges[:, -1])
-    bound = mass * width / 2 + 2 * _chord_area(width, normal)
-    return BinnedDistances(_in_order(inside) + tails, _in_order(bound), gap.abs().amax(1))
+    return mass, normal, gap, _in_order(area) + tails
+
+
+def _places_by_numpy(mask: Tensor) -> Tensor:
+    return torch.from_numpy(np.flatnonzero(mask.numpy()))
+
+
+@dispatch(_places_by_numpy, where=on_cpu)
+def _true(mask: Tensor) -> Tensor:
+    """Return the places that are true, counted row after row."""
+    return mask.flatten().nonzero()[:, 0]
 
 
 def _in_order(values: Tensor) -> Tensor:
-    """Sum rows from left to right, so that zeros on either side change no bit."""
-    return values.cumsum(1)[:, -1]
+    """Sum rows from left to right, so that zeros on either side change no bit; in their memory."""
+    return values.cumsum_(1)[:, -1]
 
 
 def _chord_area(width: Tensor, normal: Tensor) -> Tensor:
@@ -204,14 +233,14 @@ def _chord_area(width: Tensor, normal: Tensor) -> Tensor:
     It is at most w³ max|Φ''| / 12 by Taylor, and half of rise times width as both are monotone.
     """
     steepest = math.exp(-0.5) / math.sqrt(2 * math.pi)  # max|Φ''|, at ±1
-    return (width**3 * (steepest / 12)).minimum(width * normal.diff(dim=1) / 2)
+    half = normal.diff(dim=1).mul_(width).div_(2)
+    return (width**3).mul_(steepest / 12).minimum(half)
 
 
 def _normal_area(edges: Tensor, normal: Tensor) -> Tensor:
     """Integrate Φ over each bin: ∫Φ = zΦ + φ."""
-    density = torch.exp(-edges.square() / 2) / math.sqrt(2 * math.pi)
-    primitive: Tensor = edges * normal + density
-    return primitive.diff(dim=1)
+    density = edges.square().div_(-2).exp_().div_(math.sqrt(2 * math.pi))
+    return density.add_(edges * normal).diff(dim=1)
 
 
 def _normal_tail(z: Tensor) -> Tensor:

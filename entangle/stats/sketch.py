@@ -12,7 +12,7 @@ The plain version is `entangle.stats.wasserstein.shape_statistics` with an
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -36,6 +36,7 @@ from entangle.stats.bins import (
     Scratch,
     binned_at_once,
     binned_distances,
+    binned_wd,
     higher_moments,
     joined_edges,
     mean_and_std,
@@ -55,6 +56,9 @@ from entangle.stats.wasserstein import (
 )
 
 _PILOT_TOKENS = 512
+_AT_ONCE = 2**15
+"""Bins to integrate over at once on a CPU, whose cache holds what is worked out of them."""
+
 _SUMS = 2.5 * 16 * 2.0**-24
 """Error of WD through sums of x and x² that are wrong by 15 roundings: (δm₁ + 1.5 δm₂) / s²."""
 
@@ -409,32 +413,48 @@ class OutputSketch:
     def _distances(
         self, counts: Tensor, shift: Tensor, spread: Tensor, *, fold: int
     ) -> BinnedDistances:
-        rows = max(1, by_device(shift.device, cpu=2**17, gpu=2**25) // counts.shape[1])
+        found = torch.empty(3, self.n_neurons, dtype=shift.dtype, device=shift.device)
+        ends = bins.signed_index(torch.stack([self._low, self._high])).long() // fold
+        for part, own, edges in self._standardised(counts, shift, spread, ends, fold=fold):
+            one = binned_distances(own, edges)
+            found[:, part] = torch.stack([one.wd, one.wd_bound, one.ks])
+        return BinnedDistances(*found)
+
+    def _standardised(
+        self, counts: Tensor, shift: Tensor, spread: Tensor, ends: Tensor, *, fold: int
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield neurons, their counts and the standardised edges of these bins, few at a time.
+
+        ``ends`` are the first and the last bin that each neuron has counts in, (2, neurons). Empty
+        bins at a neuron's ends get no width, so that no other neuron's bins matter; neurons whose
+        counts reach about as far go together.
+        """
         edges = joined_edges(fold, shift.dtype, shift.device)
-        parts = []
-        for i in range(0, self.n_neurons, rows):
-            part = slice(i, i + rows)
-            low, high = self._low[part, None].to(shift), self._high[part, None].to(shift)
-            firsts, lasts = _occupied(counts[part])
-            # Empty bins at a row's ends get no width, so that no other row's bins matter.
-            low = low.where(firsts == 0, low.maximum(edges[firsts]))
-            high = high.where(lasts == counts.shape[1] - 1, high.minimum(edges[lasts + 1]))
-            first, last = int(firsts.min()), int(lasts.max())
-            placed = edges[first : last + 2].expand(low.shape[0], -1).clone()
-            if first == 0:  # the outermost bins are open
-                placed[:, :1] = placed[:, :1].minimum(low)
-            if last == counts.shape[1] - 1:
-                placed[:, -1:] = placed[:, -1:].maximum(high)
-            placed = placed.clamp(low, high).sub_(shift[part, None]).div_(spread[part, None])
-            parts.append(binned_distances(counts[part, first : last + 1], placed))
-        return BinnedDistances(
-            *(torch.cat([getattr(p, name) for p in parts]) for name in ("wd", "wd_bound", "ks"))
+        last = counts.shape[1] - 1
+        low = self._low.to(shift).where(ends[0] == 0, self._low.to(shift).maximum(edges[ends[0]]))
+        high = self._high.to(shift).where(
+            ends[1] == last, self._high.to(shift).minimum(edges[ends[1] + 1])
         )
+        order = (ends[1] - ends[0]).argsort(stable=True)
+        at_once = by_device(shift.device, cpu=_AT_ONCE, gpu=2**25)
+        for part in _alike(order, ends[:, order], at_once):
+            first, end = int(ends[0, part].min()), int(ends[1, part].max()) + 1
+            own = low[part, None], high[part, None]
+            placed = torch.clamp(edges[None, first : end + 1], *own)
+            if first == 0:  # the outermost bins are open
+                placed[:, :1] = own[0]
+            if end == last + 1:
+                placed[:, -1:] = own[1]
+            placed.sub_(shift[part, None]).div_(spread[part, None])
+            yield part, counts[:, first:end].index_select(0, part), placed
 
     def _subset_wd(self, counts: Tensor, powers: Tensor, tokens: int) -> Tensor:
         """Return the WD of some of the groups; NaN where rounding hides their spread."""
         shift, spread = mean_and_std(powers / tokens)
-        wd = self._distances(counts, shift, spread, fold=GROUP_FOLD).wd
+        wd = torch.empty_like(shift)
+        parts = self._standardised(counts, shift, spread, _occupied(counts), fold=GROUP_FOLD)
+        for part, own, edges in parts:
+            wd[part] = binned_wd(own, edges, total=tokens)
         return wd.masked_fill(spread <= LEAST_SPREAD * shift.abs(), math.nan)
 
     def _resample_at_once(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -484,11 +504,22 @@ def _sum(groups: Tensor) -> Tensor:
     return total
 
 
-def _occupied(counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the first and the last bin that each row has counts in, (rows, 1)."""
+def _occupied(counts: Tensor) -> Tensor:
+    """Return the first and the last bin that each row has counts in, (2, rows)."""
     used = (counts > 0).byte()
-    last = counts.shape[1] - 1 - used.flip(1).argmax(1, keepdim=True)
-    return used.argmax(1, keepdim=True), last
+    last = counts.shape[1] - 1 - used.flip(1).argmax(1)
+    return torch.stack([used.argmax(1), last])
+
+
+def _alike(order: Tensor, ends: Tensor, at_once: int) -> Iterator[Tensor]:
+    """Split rows, ordered by how far their ``ends`` are apart, into parts of so many bins."""
+    width = (ends[1] - ends[0] + 1).tolist()
+    start = 0
+    while start < len(width):
+        stop = start + max(1, at_once // width[start])
+        stop = start + max(1, at_once // width[min(stop, len(width)) - 1])
+        yield order[start:stop]
+        start = stop
 
 
 def _block_columns(outputs: Tensor) -> int:

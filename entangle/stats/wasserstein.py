@@ -454,8 +454,9 @@ def reach(
     By Minkowski's inequality it is at most Σ_i |w_i| · rms(x_i).
     """
     factor = sizes.to(weight.device, torch.float32).reshape(-1, weight.shape[1]).T
-    rows = max(1, 16 * _BLOCK // max(1, weight.shape[1]))
-    found = torch.cat([part.abs().float() @ factor for part in weight.split(rows)])
+    at_once = by_device(weight.device, cpu=2 * _BLOCK, gpu=16 * _BLOCK) // max(1, weight.shape[1])
+    parts = row_parts(weight.shape[0], at_once)
+    found = torch.cat([weight[part].abs().float() @ factor for part in parts])
     by_set: Tensor = found.T.reshape(*sizes.shape[:-1], weight.shape[0])
     return by_set.cpu().double()
 

@@ -6,7 +6,7 @@ Cutting tokens into windows that lie end to end, for evaluation.
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -74,7 +74,20 @@ def window_losses(
     InvalidInput
         If no token of a window is predicted or an id is outside the vocabulary.
     """
-    windows, tokens, vocabulary = logits.shape
+    return losses_in_parts([(0, logits)], ids, around=around)
+
+
+def losses_in_parts(
+    parts: Iterable[tuple[int, Float[Tensor, "windows part vocabulary"]]],
+    ids: Int64[Tensor, "windows tokens"],
+    *,
+    around: tuple[int, int] = (0, 0),
+) -> Float[Tensor, " windows"]:
+    """As `window_losses`, to the bit, of logits that come a part of the tokens after the other.
+
+    With each part, in order, goes the place of its first token.
+    """
+    windows, tokens = ids.shape
     first, last = max(around[0], 1), tokens - around[1]
     if windows == 0 or last <= first:
         raise InvalidInput(
@@ -82,19 +95,28 @@ def window_losses(
             f"({windows}, {tokens})."
         )
     low, high = (int(bound) for bound in torch.aminmax(ids))
+    found: list[list[Tensor]] = [[] for _ in range(windows)]
+    for start, logits in parts:
+        _check_vocabulary(low, high, logits.shape[-1])
+        begin, end = max(first - 1, start), min(last - 1, start + logits.shape[1])
+        rows = max(1, LOGITS_AT_ONCE // logits.shape[-1])
+        targets = ids[:, begin + 1 : end + 1].to(logits.device)
+        counted = logits[:, begin - start : max(begin, end) - start]
+        for own, window, target_row in zip(found, counted, targets, strict=True):
+            own += [
+                functional.cross_entropy(part.float(), target, reduction="none")
+                for part, target in zip(window.split(rows), target_row.split(rows), strict=True)
+            ]
+    losses = torch.cat([loss for own in found for loss in own])
+    return losses.cpu().double().view(windows, last - first).sum(1)
+
+
+def _check_vocabulary(low: int, high: int, vocabulary: int) -> None:
     if low < 0 or high >= vocabulary:
         raise InvalidInput(
             f"token ids must lie in [0, {vocabulary}), as many as there are logits; "
             f"got {low if low < 0 else high}."
         )
-    rows = max(1, LOGITS_AT_ONCE // vocabulary)
-    targets = ids[:, first:last].to(logits.device)
-    losses = [
-        functional.cross_entropy(part.float(), target, reduction="none")
-        for window, target_row in zip(logits[:, first - 1 : last - 1], targets, strict=True)
-        for part, target in zip(window.split(rows), target_row.split(rows), strict=True)
-    ]
-    return torch.cat(losses).cpu().double().view(windows, last - first).sum(1)
 
 
 DEFAULT_SEQ_LEN = 2048
@@ -281,6 +303,12 @@ class EvaluationText:
     ) -> Float[Tensor, " windows"]:
         """Return the summed loss of the predicted tokens of some windows, as `window_losses`."""
         return window_losses(logits, ids, around=self.around)
+
+    def losses_in_parts(
+        self, parts: Iterable[tuple[int, Tensor]], ids: Int64[Tensor, "windows tokens"]
+    ) -> Float[Tensor, " windows"]:
+        """As `losses`, of logits that come in parts (`losses_in_parts`)."""
+        return losses_in_parts(parts, ids, around=self.around)
 
     @property
     def longest(self) -> int:

@@ -1,6 +1,7 @@
 """What a run will take is told before it: counts are those that happen, and nothing is written."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -133,6 +134,55 @@ def test_work_that_does_not_fit_does_not_begin(
         assert ran.status == 2
         assert remedy in ran.err
         assert list(tmp_path.iterdir()) == []
+
+
+def test_what_an_allocation_takes_is_told(
+    run: Run,
+    tiny_folder: Callable[[str], Path],
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = ("--calibration", text_file, *TEXT, "--quiet")
+    assert run("score", tiny_folder("llama"), *text, "--no-md", "--out", "scores").status == 0
+    before = sorted(tmp_path.rglob("*"))
+    for rule, passes in (("protect", 0), ("loss", 1), ("search", 1 + 3 * 0.25)):
+        more = {"protect": ("--quiet",), "search": (*text, "--evaluations", 3)}.get(rule, text)
+        asked = ("allocate", "scores", "--sparsity", 0.5, "--rule", rule, *more, "--json")
+        ran = run(*asked, "--dry-run")
+        assert ran.status == 0, ran.err
+        told = json.loads(ran.out)
+        assert (told["tokens"], told["passes"]) == (24 * 32 * bool(passes), passes)
+        assert min(told["seconds"], told["disk_bytes"], told["peak_memory_bytes"]) > 0
+    assert sorted(tmp_path.rglob("*")) == before
+    assert run(*asked, "--by", "nothing", "--dry-run").status == 2
+    ran = run(*asked, "--out", "a.safetensors")
+    assert ran.status == 0, ran.err
+    written = Path("a.safetensors").stat().st_size
+    assert written / 1.5 <= told["disk_bytes"] <= written * 1.5
+
+
+def test_a_pruned_model_needs_room_before_any_work(
+    run: Run,
+    tiny_folder: Callable[[str], Path],
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from entangle.models.loading import load_model
+
+    model = tiny_folder("llama")
+    size = sum(one.numel() * one.element_size() for one in load_model(model).module.parameters())
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _place: usage._replace(free=size - 1))
+    out = tmp_path / "made"
+    ran = run("prune", model, "--calibration", text_file, *TEXT, "--quiet", "--out", out)
+    assert ran.status == 2
+    assert "--out" in ran.err
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(shutil, "disk_usage", lambda _place: usage)
+    assert run("prune", model, "--calibration", text_file, *TEXT, "--out", out).status == 0
 
 
 def test_a_refusal_tells_both_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -204,3 +204,13 @@ def test_a_full_disk_leaves_a_build_that_can_be_resumed(
     assert [name for name in BLOCKS if name in content_of(".x.building")] == BLOCKS[:blocks]
     assert run(*SMALL, "--out", "x", "--resume").status == 0
     assert without_run("x") == whole
+
+
+@pytest.mark.parametrize("command", ["score", "prune"])
+def test_other_results_that_the_disk_refuses(command: str, run: Run) -> None:
+    given = (*[one for one in SMALL if one not in ("expand", "--experts", 3)], "--out", "x")
+    with largest_file(512):
+        ran = run(command, *given)
+    check_one_line(ran, "large")
+    assert not Path("x").exists()
+    assert run(command, *given, "--force").status == 0

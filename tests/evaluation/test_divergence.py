@@ -61,8 +61,8 @@ class FixedReference(DenseReference):
         self.text, self.batch_size, self._logits = text, 1, logits
         self.perplexity = perplexity(Table([[0.0] * logits.shape[-1]] * 4), text)
 
-    def logits(self, start: int, end: int) -> torch.Tensor:
-        return self._logits[start:end]
+    def logits(self, start: int, end: int, part: slice = slice(None)) -> torch.Tensor:
+        return self._logits[start:end, part]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -220,6 +220,32 @@ def test_parts_of_a_window_do_not_matter(
     got = compare_with_dense(changed, dense)
     assert got.window_kl == pytest.approx(expected.window_kl, rel=1e-12)
     assert got.window_agreements.tolist() == expected.window_agreements.tolist()
+
+
+def test_logits_that_come_in_parts(
+    tiny: Tiny, windows: EvaluationText, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed = _changed("llama")
+    expected = compare_with_dense(changed, DenseReference(tiny("llama"), windows))
+    for module in ("entangle.models.blocks", "entangle.evaluation.logits"):
+        monkeypatch.setattr(sys.modules[module], "MOST_LOGITS", 112)
+    monkeypatch.setattr(sys.modules["entangle.models.blocks"], "LOGITS_OF_A_PART", 8 * 5 * 112)
+    seen: list[int] = []
+    handle = changed.get_submodule("lm_head").register_forward_hook(
+        lambda *args: seen.append(args[2].shape[1])
+    )
+    dense = DenseReference(tiny("llama"), windows)
+    got = compare_with_dense(changed, dense)
+    handle.remove()
+    assert seen[-7:] == [5] * 6 + [2]
+    assert dense.perplexity.window_losses == pytest.approx(expected.dense.window_losses, rel=1e-6)
+    assert got.window_kl == pytest.approx(expected.window_kl, rel=1e-5)
+    assert got.perplexity.window_losses == pytest.approx(
+        expected.perplexity.window_losses, rel=1e-6
+    )
+    assert got.window_agreements.tolist() == expected.window_agreements.tolist()
+    same = compare_with_dense(tiny("llama").module, dense)
+    assert (same.window_kl.tolist(), same.top1_agreement) == ([0.0] * 8, 1.0)
 
 
 def test_intervals(tiny: Tiny, windows: EvaluationText) -> None:

@@ -10,6 +10,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 from entangle.errors import InvalidInput
+from entangle.models import blocks
 from entangle.models.blocks import BlockRunner
 from entangle.models.layers import find_blocks
 from entangle.seeding import torch_rng
@@ -397,3 +398,49 @@ def test_a_forward_of_a_blocks_own_is_put_back(count_hooks: Callable[[nn.Module]
     assert vars(block).pop("forward") is own
     assert _untouched(model)
     assert count_hooks(model) == 0
+
+
+@pytest.fixture
+def in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have logits of five tokens at most computed at once."""
+    for name in ("MOST_LOGITS", "LOGITS_OF_A_PART"):
+        monkeypatch.setattr(blocks, name, 5 * 112)
+
+
+@pytest.mark.usefixtures("in_parts")
+@pytest.mark.parametrize("name", DECODERS)
+def test_logits_in_parts_are_the_whole_ones(name: str) -> None:
+    model, ids = TINY[name](), _ids(1, 13)
+    runner, (outputs, logits) = BlockRunner(model), _watch_blocks(model, ids)
+    hidden = runner.last(ids)
+    assert torch.equal(hidden, outputs[-1])
+    starts, parts = zip(*runner.leave_in_parts(hidden, ids), strict=True)
+    assert starts == (0, 5, 10)
+    torch.testing.assert_close(torch.cat(parts, 1), logits)
+    assert torch.equal(_logits(model, ids), logits)  # all is as it was
+    few = list(runner.leave_in_parts(hidden[:, :5], ids[:, :5]))
+    assert [(start, part.shape[1]) for start, part in few] == [(0, 5)]
+    both = runner.last(_ids(2, 13))
+    assert [part.shape[1] for _, part in runner.leave_in_parts(both, _ids(2, 13))] == [2] * 6 + [1]
+
+
+class _Sums(nn.Module):
+    """A head before which every token gets the sum of those before it."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.weight, self.own = head.weight, head
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        found: Tensor = self.own(hidden.cumsum(1))
+        return found
+
+
+@pytest.mark.usefixtures("in_parts")
+def test_what_joins_tokens_after_the_blocks_is_never_parted() -> None:
+    model, ids = TINY["llama"](), _ids(1, 13)
+    model.lm_head = _Sums(model.get_submodule("lm_head"))
+    runner = BlockRunner(model)
+    (start, logits), *others = runner.leave_in_parts(runner.last(ids), ids)
+    assert (start, others) == (0, [])
+    assert torch.equal(logits, _logits(model, ids))

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,12 +12,12 @@ import torch
 from torch import Tensor
 
 from entangle.errors import InvalidInput, MemoryLimit
-from entangle.evaluation import perplexity
+from entangle.evaluation import logits, perplexity
 from entangle.experiments.ablate import ablate
 from entangle.experiments.compare import compare
 from entangle.experts.expand import expand
 from entangle.experts.prune import prune
-from entangle.models import streaming
+from entangle.models import blocks, streaming
 from entangle.models.blocks import BlockRunner
 from entangle.models.layers import find_layers
 from entangle.models.loading import LanguageModel, load_model
@@ -96,9 +97,44 @@ def test_scores_are_the_same_to_the_bit(
     assert streamed.manifest["settings"] == held.manifest["settings"]
 
 
-def test_perplexities_are_the_same_to_the_bit(pair: Callable[[str], Pair]) -> None:
+def test_a_token_for_padding_beyond_those_that_are_looked_up(tmp_path: Path) -> None:
+    module: Any = TINY["llama"]()
+    module.config.pad_token_id = module.config.vocab_size - 1
+    module.save_pretrained(tmp_path)
+    held, streamed = (load_model(tmp_path, stream=stream) for stream in (False, True))
+    table: Any = streamed.module.get_input_embeddings()  # type: ignore[operator]
+    assert table.padding_idx == 111
+    assert torch.equal(_logits(streamed, _ids(1, 3)), _logits(held, _ids(1, 3)))
+    assert table.padding_idx == 111
+
+
+@pytest.mark.parametrize("most", [blocks.MOST_LOGITS, 2 * 5 * 112])
+def test_perplexities_are_the_same_to_the_bit(
+    most: int, pair: Callable[[str], Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "MOST_LOGITS", most)
+    monkeypatch.setattr(logits, "MOST_LOGITS", most)
+    monkeypatch.setattr(blocks, "LOGITS_OF_A_PART", most)
     held, streamed = (perplexity(model, _ids(5, 24), batch_size=2) for model in pair("gemma3"))
     assert np.array_equal(held.window_losses, streamed.window_losses)
+
+
+def test_the_head_is_read_once_for_all_batches(
+    pair: Callable[[str], Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, streamed = pair("llama")
+    read: list[str] = []
+    original = Shards.read
+
+    def spy(own: Shards, name: str) -> Tensor:
+        read.append(name)
+        return original(own, name)
+
+    monkeypatch.setattr(Shards, "read", spy)
+    found = perplexity(streamed, _ids(5, 24), batch_size=1)
+    assert len(found.window_losses) == 5
+    assert read.count("lm_head.weight") == 2  # tried on four tokens before
+    assert all(p.is_meta for p in streamed.module.get_submodule("lm_head").parameters())
 
 
 def test_checkpoints_of_expansions_are_the_same_to_the_byte(
@@ -167,6 +203,28 @@ def test_a_shard_that_goes_or_is_cut_off_is_told(pair: Callable[[str], Pair]) ->
     file.unlink()
     with pytest.raises(InvalidInput, match=file.name):
         _logits(model, _ids(1, 8))
+
+
+def test_a_shard_that_is_cut_off_in_the_middle_of_a_run(
+    pair: Callable[[str], Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, model = pair("llama")
+    stored = stored_of(find_layers(model.module, 2, "up_proj")[0].module.weight)
+    assert stored is not None
+    file = stored.recipe.shards.slabs[stored.recipe.sources[0][0]].file
+    original, read = Shards.read, list[str]()
+
+    def cut(own: Shards, name: str) -> Tensor:
+        read.append(name)
+        if "layers.1." in name:
+            file.write_bytes(file.read_bytes()[:200])
+        return original(own, name)
+
+    monkeypatch.setattr(Shards, "read", cut)
+    with pytest.raises(InvalidInput, match=file.name) as caught:
+        score(model, _ids(4, 16), method="sketch")
+    assert "--resume" in str(caught.value)
+    assert any("layers.0.mlp" in name for name in read)
 
 
 def test_what_cannot_be_streamed_is_refused(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from entangle.errors import InvalidInput
 from entangle.seeding import torch_rng
 from entangle.texts import evaluation
-from entangle.texts.evaluation import window_losses
+from entangle.texts.evaluation import losses_in_parts, window_losses
 from tests.reference import perplexity as reference
 
 
@@ -100,3 +100,20 @@ def test_ids_outside_the_vocabulary_are_refused(bad: int) -> None:
 def test_nothing_to_predict(shape: tuple[int, int]) -> None:
     with pytest.raises(InvalidInput, match=r"`ids`.*\b1\b.*\b2\b"):
         window_losses(torch.zeros(*shape, 5), torch.zeros(shape, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("around", [(0, 0), (1, 0), (3, 2)])
+@pytest.mark.parametrize("sizes", [[11], [1, 10], [4, 4, 3], [2, 1, 1, 7], [1] * 11])
+def test_parts_of_the_tokens_change_no_bit(sizes: list[int], around: tuple[int, int]) -> None:
+    logits, ids = _case(3, 11, 7)
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    parts = zip(starts, logits.split(sizes, 1), strict=True)
+    whole = window_losses(logits, ids, around=around)
+    assert torch.equal(losses_in_parts(parts, ids, around=around), whole)
+
+
+def test_each_part_must_have_logits_of_all_tokens() -> None:
+    logits, ids = _case(1, 4, 7)
+    ids[0, 1] = 6
+    with pytest.raises(InvalidInput, match=r"\[0, 6\)"):
+        losses_in_parts([(0, logits[:, :2]), (2, logits[:, 2:, :6])], ids)
