@@ -31,7 +31,7 @@ FLOORS = (
     {"recording"},
     {"evaluation", "scoring"},
     {"allocation", "activation"},
-    {"experts"},
+    {"experts", "mixtures"},
     {"experiments", "modes"},
     {"report", "explorer"},
     {"studies"},

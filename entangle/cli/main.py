@@ -49,7 +49,7 @@ from entangle.cli import (
     trace,
 )
 from entangle.cli import list as listing
-from entangle.cli.meaning import MASKS, check_meaning, given_options
+from entangle.cli.meaning import MASKS, MIXTURES, check_meaning, given_options
 from entangle.cli.options import names, numbers, parse_memory
 from entangle.cli.tables import abandon, no_output
 from entangle.doors import with_installed
@@ -367,12 +367,12 @@ LEAST: Mapping[str, int] = {
 PRUNERS = ("random", "magnitude", "wanda", "sparsegpt")
 COMPARED = (
     *PRUNERS, "magnitude-global", "expansion", "expansion-random",
-    *(f"dsnot:{name}" for name in PRUNERS), *MASKS,
+    *(f"dsnot:{name}" for name in PRUNERS), *MASKS, *MIXTURES,
     *(f"teal:{name}" for name in (*PRUNERS, "expansion", "expansion-random")),
 )  # fmt: skip
 """What `compare` knows, without what installed packages add (`ADDED`)."""
 ADDED: Mapping[str, Sequence[str]] = {
-    "methods": ("methods", "pruners"), "rule": ("rules",), "router": ("routers",),
+    "methods": ("methods", "mixtures", "pruners"), "rule": ("rules",), "router": ("routers",),
     "measure": ("measures",),
 }  # fmt: skip
 """Doors whose names an option takes too."""
