@@ -36,6 +36,7 @@ from entangle.cli import (
     diff,
     evaluate,
     expand,
+    experts,
     figures,
     layers,
     options,
@@ -72,7 +73,7 @@ CLOSED_PIPE = 128 + 13
 
 COMMANDS = (
     ablate, allocate, anchor, compare, completion, convert, decompose, demo, diff, evaluate, expand,
-    figures, layers, listing, probe, prune, report, run, score, show,
+    experts, figures, layers, listing, probe, prune, report, run, score, show,
     study, trace,
 )  # fmt: skip
 
