@@ -5,6 +5,9 @@ import argparse
 from entangle.cli import options
 from entangle.cli.tables import Table, present, records
 
+SHOWN = 10
+"""Experts in the table, unless it is asked for alone."""
+
 
 def add_parser(subparsers: options.Subparsers) -> None:
     """Add the command to the parser."""
@@ -44,11 +47,14 @@ def run(arguments: argparse.Namespace) -> None:
     found = expert_table(gather(model, options.load_calibration(arguments, model)))
     formats = {"gate": ".3f", "peak": ".4g", **dict.fromkeys(found.columns[6:], ".3g")}
     optional = (*found.columns[:5:-1], "block", "gate")
+    whole = arguments.table == "experts"
+    title = "Experts (of a method's numbers the lowest go first)"
+    title += "" if whole else f": the {SHOWN} of the largest peaks (all: --table experts)"
     tables = [
         Table("super", found[found["super"]], "Super experts", formats, keys=("mixture", "expert"),
               optional=optional),
-        Table("experts", found, "Experts (the lowest of a column go first)", formats,
-              keys=("mixture", "expert"), optional=optional),
+        Table("experts", found, title, formats, keys=("mixture", "expert"), optional=optional,
+              shown=found if whole else found.nlargest(SHOWN, "peak")),
     ]  # fmt: skip
     content = {"experts": records(found), "super": records(found[found["super"]])}
     if scores is not None:

@@ -47,7 +47,8 @@ def expert_table(statistics: Statistics) -> pd.DataFrame:
     parts = [_rows(one, blocks.get(f"{one.name}.0")) for one in statistics.mixtures]
     table = pd.concat(parts, ignore_index=True).astype({"block": "Int64"})
     peaks = table["peak"].to_numpy(np.float64)
-    early = table["block"].fillna(0).to_numpy(np.float64) < DEPTH * len(find_blocks(module)[1])
+    depth = table["block"].fillna(0).to_numpy(np.float64) + 1
+    early = depth <= DEPTH * len(find_blocks(module)[1])
     large = (peaks > np.quantile(peaks, QUANTILE)) & (peaks > PART * peaks.max())
     table.insert(5, "super", large & early)
     return table

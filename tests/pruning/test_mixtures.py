@@ -1,11 +1,14 @@
 """Experts pruned: statistics against loops over tokens, rules by hand, what is left."""
 
 import copy
+import json
 import math
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import entangle
+from entangle.cli.main import main
 from entangle.errors import InvalidInput
 from entangle.mixtures import (
     MIXTURE_METHODS,
@@ -24,6 +28,7 @@ from entangle.mixtures import (
 )
 from entangle.mixtures.methods import lowest, scores_of
 from entangle.mixtures.statistics import find_mixtures
+from entangle.mixtures.super_experts import expert_table, super_overlap
 from tests.mixtures import TEXT, mixture, text
 from tests.tiny_models import TINY
 
@@ -508,3 +513,71 @@ def test_the_order_of_calibration_does_not_matter_much() -> None:
     for one, other in zip(seen("Olmoe").mixtures, turned.mixtures, strict=True):
         torch.testing.assert_close(one.gated, other.gated, rtol=1e-5, atol=1e-8)
         torch.testing.assert_close(one.turning, other.turning, rtol=1e-4, atol=1e-8)
+
+
+def with_super() -> Any:
+    """Return a mixture whose expert 2 of block 0 puts out enormous numbers, and its statistics."""
+    module: Any = mixture("Mixtral")
+    module.model.layers[0].mlp.experts.down_proj[2] *= 1000
+    module.model.layers[2].mlp.experts.down_proj[1] *= 1e5  # too late to be one
+    return module
+
+
+def test_super_experts_are_early_and_far_above_the_others() -> None:
+    module = with_super()
+    statistics = gather(module, IDS)
+    table = expert_table(statistics)
+    assert len(table) == 12
+    assert not table["super"].any()  # the largest lies in the last block
+    module.model.layers[2].mlp.experts.down_proj[1] *= 1e-5
+    table = expert_table(gather(module, IDS))
+    chosen = table[table["super"]]
+    assert chosen[["block", "expert"]].to_numpy().tolist() == [[0, 2]]
+    with noted(module, "mlp.experts") as calls:
+        module(IDS)
+    (hidden, index, _), _ = calls[0]
+    home = module.get_submodule("model.layers.1.mlp.experts")
+    peaks = [
+        max(float(output(home, e, neurons(home, e, hidden[t].double())).abs().max())
+            for t in (index == e).any(1).nonzero()[:, 0])
+        for e in range(4)
+    ]  # fmt: skip
+    np.testing.assert_allclose(table[table["block"] == 1]["peak"], peaks, rtol=1e-5)
+
+
+def test_overlap_counts_top_neurons_in_super_experts() -> None:
+    module = mixture("Mixtral")
+    up = "model.layers.1.mlp.experts.*.up_proj"
+    scores = entangle.score(module, TEXT(), layers=up, proj=None, min_tokens=16, md=False)
+    table = expert_table(gather(module, TEXT()))
+    name = "model.layers.1.mlp.experts"
+    table["super"] = (table["mixture"] == name) & (table["expert"] == 3)
+    floors = scores.layers.set_index("layer")["null_floor"]
+    wd = scores.frame["layer"].map(floors) + 0.1
+    one = scores.frame["layer"] == f"{name}.3.up_proj"
+    wd[one & (scores.frame["neuron"] < 12)] += 1.0
+    wd[scores.frame["layer"] == f"{name}.0.up_proj"] += 0.5  # more, but not so large
+    planted = replace(scores, frame=scores.frame.assign(wd=wd))
+    found = super_overlap(table, planted, top=12 / (4 * 48)).set_index("projection")
+    row = found.loc["up_proj"]
+    assert (row["neurons"], row["tops"], row["top_share"]) == (48, 12, 0.25)
+    assert (row["rank"], row["others"], row["experts"]) == (1, 0.0, 4)
+    wd[one] = scores.frame["layer"].map(floors)
+    none = super_overlap(table, replace(scores, frame=scores.frame.assign(wd=wd)), top=0.1)
+    assert none.loc[0, ["tops", "rank"]].tolist() == [0, 2]
+    with pytest.raises(InvalidInput, match="--proj experts"):
+        super_overlap(table.assign(mixture="other"), scores)
+
+
+def test_the_command_prints_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with_super().save_pretrained(tmp_path / "model")
+    entangle.load_calibration(IDS).save(tmp_path / "ids.safetensors")
+    given = ["experts", str(tmp_path / "model"), "--calibration", str(tmp_path / "ids.safetensors")]
+    assert main([*given, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["experts"]) == 12
+    assert {"reap", "mone", "peak", "super"} <= set(found["experts"][0])
+    assert main([*given, "--table", "experts"]) == 0
+    assert capsys.readouterr().out.count("model.layers.") == 12
+    TINY["llama"]().save_pretrained(tmp_path / "plain")  # type: ignore[operator]
+    assert main([given[0], str(tmp_path / "plain"), *given[2:]]) == 2
