@@ -6,12 +6,12 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from entangle.mixtures import (
 from entangle.mixtures.methods import lowest, scores_of
 from entangle.mixtures.statistics import find_mixtures
 from entangle.mixtures.super_experts import expert_table, super_overlap
+from entangle.results.scores import NeuronScores
 from tests.mixtures import TEXT, mixture, text
 from tests.tiny_models import TINY
 
@@ -546,27 +547,24 @@ def test_super_experts_are_early_and_far_above_the_others() -> None:
 
 
 def test_overlap_counts_top_neurons_in_super_experts() -> None:
-    module = mixture("Mixtral")
-    up = "model.layers.1.mlp.experts.*.up_proj"
-    scores = entangle.score(module, TEXT(), layers=up, proj=None, min_tokens=16, md=False)
-    table = expert_table(gather(module, TEXT()))
     name = "model.layers.1.mlp.experts"
-    table["super"] = (table["mixture"] == name) & (table["expert"] == 3)
-    floors = scores.layers.set_index("layer")["null_floor"]
-    wd = scores.frame["layer"].map(floors) + 0.1
-    one = scores.frame["layer"] == f"{name}.3.up_proj"
-    wd[one & (scores.frame["neuron"] < 12)] += 1.0
-    wd[scores.frame["layer"] == f"{name}.0.up_proj"] += 0.5  # more, but not so large
-    planted = replace(scores, frame=scores.frame.assign(wd=wd))
-    found = super_overlap(table, planted, top=12 / (4 * 48)).set_index("projection")
-    row = found.loc["up_proj"]
+    rows = [(f"{name}.{e}.up_proj", n, 0.1) for e in range(4) for n in range(48)]
+    frame = pd.DataFrame(rows, columns=["layer", "neuron", "wd"]).assign(projection="up_proj")
+    floors = pd.DataFrame({"layer": frame["layer"].unique(), "null_floor": [0.5, 0.1, 0.1, 0.01]})
+    own = frame["layer"] == f"{name}.3.up_proj"
+    frame["wd"] += frame["layer"].map(floors.set_index("layer")["null_floor"])
+    frame.loc[own & (frame["neuron"] < 12), "wd"] += 0.1  # above its floor more than any other
+    scores = NeuronScores(frame, floors, {}, {})
+    table = pd.DataFrame({"mixture": name, "expert": range(4), "super": [False] * 3 + [True]})
+    row = super_overlap(table, scores, top=12 / (4 * 48)).iloc[0]
     assert (row["neurons"], row["tops"], row["top_share"]) == (48, 12, 0.25)
     assert (row["rank"], row["others"], row["experts"]) == (1, 0.0, 4)
-    wd[one] = scores.frame["layer"].map(floors)
-    none = super_overlap(table, replace(scores, frame=scores.frame.assign(wd=wd)), top=0.1)
-    assert none.loc[0, ["tops", "rank"]].tolist() == [0, 2]
+    frame.loc[frame["layer"] == f"{name}.0.up_proj", "wd"] += 0.5
+    row = super_overlap(table, scores, top=0.1 + 48 / (4 * 48)).iloc[0]
+    assert (row["tops"], row["rank"]) == (12, 2)
+    frame["wd"] = math.nan
     with pytest.raises(InvalidInput, match="--proj experts"):
-        super_overlap(table.assign(mixture="other"), scores)
+        super_overlap(table, scores)
 
 
 def test_the_command_prints_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
