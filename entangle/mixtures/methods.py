@@ -64,6 +64,9 @@ def prune_mixtures(
     level = share("sparsity", sparsity)
     if known.gradients and not statistics.gradients:
         raise InvalidInput(f"{known.name} needs the loss differentiated; gather with `gradients`.")
+    if known.gradients:  # which are not finite anywhere where one expert is not
+        for mixture in statistics.mixtures:
+            _finite_experts(mixture, known)
     return PrunedMixtures(statistics, known.make(statistics, known, level))
 
 
