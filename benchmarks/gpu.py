@@ -171,7 +171,9 @@ def olmoe(device: str = "cuda", **shapes: Any) -> torch.nn.Module:
     return drawn(OlmoeForCausalLM, OlmoeConfig(**(own | shapes)), device)
 
 
-def drawn(kind: Callable[[Any], torch.nn.Module], config: Any, device: str = "cuda") -> Any:
+def drawn(
+    kind: Callable[[Any], torch.nn.Module], config: Any, device: str = "cuda"
+) -> torch.nn.Module:
     """Return a model with random bfloat16 weights, drawn where it stays."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)

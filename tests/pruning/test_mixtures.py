@@ -58,7 +58,7 @@ def noted(module: nn.Module, key: str) -> Iterator[list[Any]]:
     handle.remove()
 
 
-def neurons(home: Any, number: int, x: Tensor) -> Tensor:
+def neurons(home: Any, number: int, x: Tensor) -> Any:
     """Return what enters an expert's last weight, by the family's formula."""
     stored = home.gate_up_proj[number].double()
     if hasattr(home, "alpha"):  # gpt-oss
@@ -69,7 +69,7 @@ def neurons(home: Any, number: int, x: Tensor) -> Tensor:
     return nn.functional.silu(gate) * up
 
 
-def output(home: Any, number: int, z: Tensor) -> Tensor:
+def output(home: Any, number: int, z: Tensor) -> Any:
     stored = home.down_proj[number].double()
     if hasattr(home, "alpha"):
         return z @ stored + home.down_proj_bias[number]
@@ -110,7 +110,7 @@ def test_statistics_are_sums_over_tokens(name: str) -> None:
             own = torch.as_tensor(sums.get(number, 0.0))
             torch.testing.assert_close(
                 getattr(found, key)[number], own.double().expand_as(getattr(found, key)[number]),
-                rtol=2e-5, atol=1e-7, msg=lambda text, key=key: f"{key}: {text}",
+                rtol=2e-5, atol=1e-7,
             )  # fmt: skip
     assert found.tokens == IDS.numel()
     with noted(module_of(statistics), next(
@@ -181,7 +181,7 @@ def test_scores_of_a_mixture_made_by_hand() -> None:
     own.outputs_squared[:, :2] = torch.tensor(
         [[4.0, 0], [16.0, 10.0], [0, 0], [0, 0]], dtype=torch.float64
     )
-    expected = {
+    expected: dict[str, list[float]] = {
         "frequency": [4, 2, 0, 2], "ean": [4, 6, 0, 1], "man": [1, 3, -1, 0.5],
         "msan": [2, 10, -1, 0.5], "reap": [0.5, 1.5, -1, 0.25],
         # variances 0; 8 − 4 and 5 − 1: √8, times 1/10
@@ -189,7 +189,7 @@ def test_scores_of_a_mixture_made_by_hand() -> None:
     }  # fmt: skip
     for name, values in expected.items():
         found = scores_of(MIXTURE_METHODS[name], own)
-        np.testing.assert_allclose(found, values, atol=1e-12, err_msg=name)
+        np.testing.assert_allclose(found.numpy(), values, atol=1e-12, err_msg=name)
     assert own.chosen == 1  # 8 calls of 10 tokens
 
 
