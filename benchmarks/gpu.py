@@ -1,9 +1,9 @@
 """How fast scoring, solving and expanding 7B-sized layers are on one GPU.
 
 ``python -m benchmarks.gpu`` prints one table; ``python -m benchmarks.gpu solve wd`` only some parts
-of it (solve, wd, score, block, demo, seventy). Answers are compared with the reference's before a
-time is printed. Each reference runs on the same machine: `benchmarks.published`, or the bare
-forward pass.
+of it (solve, wd, score, mixture, block, demo, seventy). Answers are compared with the reference's
+before a time is printed. Each reference runs on the same machine: `benchmarks.published`, or the
+bare forward pass.
 """
 
 import argparse
@@ -156,12 +156,30 @@ def llama(blocks: int, **shapes: Any) -> torch.nn.Module:
         "vocab_size": 32000,
     }  # fmt: skip
     config = LlamaConfig(**(seven | shapes), num_hidden_layers=blocks, max_position_embeddings=4096)
+    return drawn(LlamaForCausalLM, config)
+
+
+def olmoe(device: str = "cuda", **shapes: Any) -> torch.nn.Module:
+    """Return a mixture of OLMoE-1B-7B's shape (1.3B active), or another, with random weights."""
+    from transformers import OlmoeConfig, OlmoeForCausalLM
+
+    own: dict[str, Any] = {
+        "hidden_size": 2048, "intermediate_size": 1024, "num_hidden_layers": 16,
+        "num_attention_heads": 16, "num_experts": 64, "num_experts_per_tok": 8, "vocab_size": 50304,
+        "max_position_embeddings": 4096,
+    }  # fmt: skip
+    return drawn(OlmoeForCausalLM, OlmoeConfig(**(own | shapes)), device)
+
+
+def drawn(
+    kind: Callable[[Any], torch.nn.Module], config: Any, device: str = "cuda"
+) -> torch.nn.Module:
+    """Return a model with random bfloat16 weights, drawn where it stays."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        with torch.device("cuda"):
-            model: torch.nn.Module = LlamaForCausalLM(config)
-            return model.train(mode=False)
+        with torch.device(device):
+            return kind(config).train(mode=False)
     finally:
         torch.set_default_dtype(before)
 
@@ -176,7 +194,7 @@ def bare(module: torch.nn.Module, calibration: CalibrationSet, batch: int) -> No
     """Run a model on all tokens."""
     with torch.no_grad():
         for _, ids in calibration.batches(batch):
-            module(ids.cuda(), use_cache=False)
+            module(ids.to(next(module.parameters()).device), use_cache=False)
 
 
 def scoring() -> list[Row]:
@@ -202,6 +220,28 @@ def scoring() -> list[Row]:
             work = f"{method} of every MLP linear, {sequences} × 2048 tokens"
             found.append(row(work, reference, own, goal, note="with MD" if md else "without MD"))
     return found
+
+
+def mixture() -> list[Row]:
+    """Time scoring every neuron of every expert against the bare pass over the same tokens."""
+    module = olmoe()
+    model, calibration = as_language_model(module), random_tokens(64, 50304)
+    bare(module, random_tokens(2, 50304), 2)
+    reference = seconds(partial(bare, module, calibration, calibration.per_pass), repeats=2)
+    found = []
+    for several, layers in (("blocks 0, 5, 10, 15", [0, 5, 10, 15]), ("all 16 blocks", "all")):
+        own, peak = measured(partial(score_experts, model, calibration, layers))
+        work = f"sketch of the experts of {several}, 64 × 2048 tokens"
+        found.append(row(work, reference, own, 1.3, note=f"OLMoE's shapes, peak {peak:.1f} GB"))
+    return found
+
+
+def score_experts(model: LanguageModel, calibration: CalibrationSet, layers: Any) -> None:
+    """Score experts by sketches, without MD."""
+    score(
+        model, calibration, layers=layers, proj="experts", method="sketch", md=False,
+        memory=60 * GIB, progress=False,
+    )  # fmt: skip
 
 
 def check_scores(model: LanguageModel) -> None:
@@ -357,6 +397,7 @@ PARTS: dict[str, Callable[[], list[Row]]] = {
     "solve": lambda: [*solves(11008, 4096, 1 / 25), *solves(4096, 11008, 1 / 10)],
     "wd": distances,
     "score": scoring,
+    "mixture": mixture,
     "block": block,
     "demo": demo,
     "seventy": seventy,

@@ -18,7 +18,7 @@ from entangle.errors import EntangleError, InvalidInput, unknown_name
 
 Thing = TypeVar("Thing")
 
-KINDS = ("pruners", "routers", "rules", "methods", "columns", "measures")
+KINDS = ("pruners", "routers", "rules", "methods", "mixtures", "columns", "measures")
 """The doors: groups of entry points are ``entangle.`` and one of these."""
 
 

@@ -31,7 +31,7 @@ FLOORS = (
     {"recording"},
     {"evaluation", "scoring"},
     {"allocation", "activation"},
-    {"experts"},
+    {"experts", "mixtures"},
     {"experiments", "modes"},
     {"report", "explorer"},
     {"studies"},
@@ -127,7 +127,7 @@ def test_results_are_read_and_drawn_without_a_model(
         modules = done.stdout.splitlines()[-1].split()[1:]
         assert not {"torch", "transformers"} & set(modules)
         if kind == "ablation":
-            assert sum(name.partition(".")[0] == "entangle" for name in modules) <= 67
+            assert sum(name.partition(".")[0] == "entangle" for name in modules) <= 68
     assert bool(list(tmp_path.glob("*.png"))) == (kind in FIGURES)
 
 

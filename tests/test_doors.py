@@ -16,6 +16,7 @@ from entangle.activation import ACTIVATION_METHODS
 from entangle.allocation.rules import RULES
 from entangle.doors import Door
 from entangle.errors import InvalidInput, UnknownName
+from entangle.mixtures import MIXTURE_METHODS
 from entangle.pruning import METHODS, PRUNERS, prune
 from entangle.testing import check_activation_method, check_pruner, check_rule
 from tests.tiny_models import TINY
@@ -169,6 +170,6 @@ def test_two_packages_with_one_name_are_refused(package: Path) -> None:
 
 
 def test_what_is_listed_has_a_source() -> None:
-    for door in (PRUNERS, RULES, ACTIVATION_METHODS):
+    for door in (PRUNERS, RULES, ACTIVATION_METHODS, MIXTURE_METHODS):
         assert isinstance(door, Door)
         assert all(one.source for one in door.listed())

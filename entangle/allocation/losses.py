@@ -77,21 +77,30 @@ def output_sensitivity(measured: Measurements) -> dict[str, Float[Tensor, " _"]]
         sums[name] = sums[name] + square if name in sums else square
 
     def tap(name: str, output: Tensor) -> Tensor:
-        followed = output if output.requires_grad else output.detach().requires_grad_()
-        tapped: Tensor = _Tap.apply(followed, partial(add, name))  # type: ignore[no-untyped-call]
-        return tapped
+        return tapped(output, partial(add, name))
 
     edits: list[Edit] = [(layer, partial(tap, layer.name)) for layer in measured.layers]
     measured.progress.start(measured.calibration.n_seq, "sequences")
     with torch.inference_mode(False), torch.enable_grad(), edit(edits):
         for index, ids in measured.calibration.batches(1):
-            _loss(module, ids.to(measured.model.device), index).backward()
+            text_loss(module, ids.to(measured.model.device), index).backward()
             measured.progress.advance()
     tokens = measured.calibration.n_tokens
     return {layer.name: sums[layer.name] / tokens for layer in measured.layers}
 
 
-def _loss(module: nn.Module, ids: Int[Tensor, "sequences tokens"], index: int) -> Tensor:
+def tapped(tensor: Tensor, sink: Callable[[Tensor], None]) -> Tensor:
+    """Return a tensor whose gradient a backward pass shows to ``sink``."""
+    followed = tensor if tensor.requires_grad else tensor.detach().requires_grad_()
+    found: Tensor = _Tap.apply(followed, sink)  # type: ignore[no-untyped-call]
+    return found
+
+
+def text_loss(module: nn.Module, ids: Int[Tensor, "sequences tokens"], index: int) -> Tensor:
+    """Return the summed cross-entropy of the next tokens, or what stands for it.
+
+    For a model without logits a projection of its last hidden states; ``index`` seeds it.
+    """
     accepted = inspect.signature(module.forward).parameters
     found = module(ids, **({"use_cache": False} if "use_cache" in accepted else {}))
     logits = getattr(found, "logits", None)

@@ -201,6 +201,7 @@ def _count_compare(job: Job) -> Counts:
     from entangle.activation import ACTIVATION_METHODS
     from entangle.experiments.compare import arms
     from entangle.experiments.masked import DSNOT
+    from entangle.mixtures import MIXTURE_METHODS
 
     own = job.given
     planned = own.get("arms") or arms(own["methods"], own["sparsity"], own["experts"])
@@ -211,7 +212,7 @@ def _count_compare(job: Job) -> Counts:
     passes, fits = 0.0, set[str]()
     for arm in planned:
         name = arm.method
-        if name in ACTIVATION_METHODS:
+        if name in ACTIVATION_METHODS or name in MIXTURE_METHODS:
             time_of[f"masks {name}"] = time_of.get(f"masks {name}", 0.0) + job.forward(0, 1)
             if name not in fits:
                 time_of[f"fit {name}"] = job.forward(1)

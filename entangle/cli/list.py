@@ -22,7 +22,7 @@ def add_parser(subparsers: Subparsers) -> None:
         metavar="KIND",
         nargs="?",
         choices=DOORS,
-        help="only these: pruners, routers, rules, methods, columns or measures (default: all)",
+        help=f"only these: {', '.join(DOORS[:-1])} or {DOORS[-1]} (default: all)",
     )
     add_table_options(parser, "plugins")
     parser.set_defaults(run=run)
@@ -36,10 +36,11 @@ def run(arguments: argparse.Namespace) -> None:
     from entangle.allocation.rules import RULES
     from entangle.evaluation.measures import MEASURES
     from entangle.experts.router import ROUTERS
+    from entangle.mixtures import MIXTURE_METHODS
     from entangle.pruning import PRUNERS
     from entangle.scoring.columns import COLUMNS
 
-    doors = (PRUNERS, ROUTERS, RULES, ACTIVATION_METHODS, COLUMNS, MEASURES)
+    doors = (PRUNERS, ROUTERS, RULES, ACTIVATION_METHODS, MIXTURE_METHODS, COLUMNS, MEASURES)
     rows = [
         (one.door, one.name, one.source)
         for door in doors

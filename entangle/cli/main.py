@@ -36,6 +36,7 @@ from entangle.cli import (
     diff,
     evaluate,
     expand,
+    experts,
     figures,
     layers,
     options,
@@ -49,7 +50,7 @@ from entangle.cli import (
     trace,
 )
 from entangle.cli import list as listing
-from entangle.cli.meaning import MASKS, check_meaning, given_options
+from entangle.cli.meaning import MASKS, MIXTURES, check_meaning, given_options
 from entangle.cli.options import names, numbers, parse_memory
 from entangle.cli.tables import abandon, no_output
 from entangle.doors import with_installed
@@ -72,7 +73,7 @@ CLOSED_PIPE = 128 + 13
 
 COMMANDS = (
     ablate, allocate, anchor, compare, completion, convert, decompose, demo, diff, evaluate, expand,
-    figures, layers, listing, probe, prune, report, run, score, show,
+    experts, figures, layers, listing, probe, prune, report, run, score, show,
     study, trace,
 )  # fmt: skip
 
@@ -367,12 +368,12 @@ LEAST: Mapping[str, int] = {
 PRUNERS = ("random", "magnitude", "wanda", "sparsegpt")
 COMPARED = (
     *PRUNERS, "magnitude-global", "expansion", "expansion-random",
-    *(f"dsnot:{name}" for name in PRUNERS), *MASKS,
+    *(f"dsnot:{name}" for name in PRUNERS), *MASKS, *MIXTURES,
     *(f"teal:{name}" for name in (*PRUNERS, "expansion", "expansion-random")),
 )  # fmt: skip
 """What `compare` knows, without what installed packages add (`ADDED`)."""
 ADDED: Mapping[str, Sequence[str]] = {
-    "methods": ("methods", "pruners"), "rule": ("rules",), "router": ("routers",),
+    "methods": ("methods", "mixtures", "pruners"), "rule": ("rules",), "router": ("routers",),
     "measure": ("measures",),
 }  # fmt: skip
 """Doors whose names an option takes too."""

@@ -196,6 +196,11 @@ MASKS = (
     "rsparse", "larosa", "griffin", "coreinfer", "cett",
 )  # fmt: skip
 """Our methods that mask activations."""
+MIXTURES = (
+    "frequency", "ean", "reap", "man", "msan", "easy-ep", "mone", "m-smoe", "stun", "stun-experts",
+    "heapr",
+)  # fmt: skip
+"""Our methods that prune the experts of a mixture."""
 MEANINGS: Mapping[str, Sequence[Meaning]] = {
     "score": (_OF_CALIBRATION,),
     "anchor": (

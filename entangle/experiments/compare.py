@@ -12,12 +12,7 @@ from warnings import warn
 import numpy as np
 import pandas as pd
 
-from entangle.activation import (
-    ACTIVATION_METHODS,
-    FORMS,
-    SCOPES,
-    Masks,
-)
+from entangle.activation import ACTIVATION_METHODS, FORMS, SCOPES, Masks
 from entangle.allocation.allocate import allocate
 from entangle.allocation.allocation import Allocation, even
 from entangle.allocation.experts import mean_experts, nominal_sparsity, zeros_digest
@@ -42,6 +37,7 @@ from entangle.experts.build import check_experts
 from entangle.experts.expand import expand
 from entangle.experts.router import ROUTERS
 from entangle.memory import check_memory, memory_for
+from entangle.mixtures import MIXTURE_METHODS
 from entangle.models.blocks import evaluating
 from entangle.models.layers import find_layers
 from entangle.models.loading import AnyModel, LanguageModel, as_language_model
@@ -92,7 +88,8 @@ class ComparisonArm(Arm):
     """A key of `COMPARED_METHODS`, a pruner, or one of `ACTIVATION_METHODS`."""
     sparsity: float
     """Share of zeros: in every row, or of all layers together with an allocation. Of methods that
-    mask activations, the share of the multiply-adds in scope that go."""
+    mask activations, the share of the multiply-adds in scope that go; of those that prune experts,
+    that of the experts' stored weights."""
     experts: int
     """Experts a layer (on average with an allocation that has its own); 1 without a router."""
     allocation: str = UNIFORM
@@ -153,7 +150,8 @@ def compare(
         Of ``magnitude``, ``wanda``, ``sparsegpt``, ``expansion`` and ``expansion-random``, and of
         the names of `entangle.activation`, which mask activations: ``teal``, ``column-norm``,
         ``wina``, ``cats``, ``chess``, ``chess+``, ``rsparse``, ``larosa``, ``griffin``,
-        ``coreinfer``. Any pruner by its name, and with ``dsnot:`` in front of it, DSnoT after it.
+        ``coreinfer``; and of `entangle.mixtures`, which prune the experts of a mixture. Any pruner
+        by its name, and with ``dsnot:`` in front of it, DSnoT after it.
         ``teal:sparsegpt`` masks the activations of a model that SparseGPT has pruned, and
         ``teal:expansion`` those of an expansion, each expert's own columns counted: both keep the
         root of the density. ``expansion:NAME`` is an expansion by another router. `entangle list`
@@ -161,7 +159,8 @@ def compare(
     sparsity
         Shares of zeros in [0, 1], the same in every row; by default 0.5 and 0.7, or those of the
         allocations where there are some. Methods that mask activations leave out that share of the
-        multiply-adds in scope, everything charged, as expected from the calibration text.
+        multiply-adds in scope, everything charged, as expected from the calibration text; methods
+        that prune experts leave out that share of the experts' stored weights.
     density
         One minus ``sparsity``, in its place.
     experts
@@ -327,7 +326,7 @@ class Comparing(Experiment[ComparisonArm]):
         """Return where methods that are not ours come from, by name."""
         found: dict[str, str] = {}
         names = [name for arm in self.arms for name in arm.method.split(":")]
-        for door in (ACTIVATION_METHODS, PRUNERS, ROUTERS):
+        for door in (ACTIVATION_METHODS, MIXTURE_METHODS, PRUNERS, ROUTERS):
             found |= brought(door, names)
         found |= brought(MEASURES, self.evaluation.own)
         return {"plugins": found} if found else {}
@@ -344,6 +343,8 @@ class Comparing(Experiment[ComparisonArm]):
         try:
             if arm.method in ACTIVATION_METHODS:
                 return rivals.masked(arm.method, arm.sparsity)
+            if arm.method in MIXTURE_METHODS:
+                return rivals.mixtures(arm.method, arm.sparsity)
             if combined(arm.method):
                 return rivals.combined(arm.method, arm.sparsity, arm.experts)
             if arm.method.startswith(DSNOT):
@@ -496,7 +497,8 @@ def arms(
     experts = [whole("experts", k, least=1) for k in several("experts", experts, empty=True)]
     allocations = several_named(allocations)
     routed = {one for one in methods if _router(one) != "single"}
-    masked = {one for one in methods if one in ACTIVATION_METHODS or ":" in one or one == GLOBAL}
+    own = (*ACTIVATION_METHODS, *MIXTURE_METHODS, GLOBAL)
+    masked = {one for one in methods if one in own or ":" in one}
     levels: list[tuple[float, str, Allocation | None]]
     levels = [(sparsity, UNIFORM, None) for sparsity in sparsities]
     levels += [(sparsity, name, one) for (name, sparsity), one in by_name(allocations).items()]
@@ -520,9 +522,8 @@ def known_methods() -> tuple[str, ...]:
     """Return the names of everything that can be compared."""
     swapped = [DSNOT + name for name in PRUNERS]
     both = [f"teal:{name}" for name in dict.fromkeys([*COMPARED_METHODS, *PRUNERS])]
-    return tuple(
-        dict.fromkeys([*COMPARED_METHODS, GLOBAL, *PRUNERS, *swapped, *ACTIVATION_METHODS, *both])
-    )
+    own = (*COMPARED_METHODS, GLOBAL, *PRUNERS, *swapped, *ACTIVATION_METHODS, *MIXTURE_METHODS)
+    return tuple(dict.fromkeys([*own, *both]))
 
 
 def _joined(method: str) -> bool:

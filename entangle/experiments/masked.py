@@ -31,6 +31,7 @@ from entangle.experiments.experiment import Arrays
 from entangle.experts.dsnot import prune_dsnot
 from entangle.experts.expand import Expansion, expand
 from entangle.experts.linear import ExpandedLinear
+from entangle.mixtures import MIXTURE_METHODS, Statistics, gather, prune_mixtures
 from entangle.models.layers import Layer, find_layers, list_layers
 from entangle.models.loading import LanguageModel
 from entangle.packed.formats import pack
@@ -76,6 +77,7 @@ class Rivals:
     also: Callable[[LanguageModel], dict[str, NDArray[np.float64]]] | None = None
     """Measures of one's own of an arm, as arrays."""
     _fitted: dict[str, ActivationMethod] = field(default_factory=dict)
+    _mixtures: dict[bool, Statistics] = field(default_factory=dict)
 
     @property
     def everything(self) -> int:
@@ -130,6 +132,29 @@ class Rivals:
             found.window_losses, clock, flops=flops, nonzeros=flops, bytes=stored,
             token_bytes=stored, density=self.density(flops),
         ) | ({} if self.also is None else self.also(built))  # fmt: skip
+
+    def mixtures(self, method: str, sparsity: float) -> Arrays:
+        """Return the numbers of a method that prunes the experts of a mixture.
+
+        Raises
+        ------
+        InvalidInput
+            If the model has none, or the method cannot do it.
+        """
+        clock, known = time.perf_counter(), MIXTURE_METHODS[method]
+        seen = self._mixtures.get(True) or self._mixtures.get(known.gradients)
+        if seen is None:
+            seen = gather(self.model, self.calibration, gradients=known.gradients)
+            self._mixtures[known.gradients] = seen
+        pruned = prune_mixtures(seen, method, sparsity=sparsity)
+        with pruned.applied():
+            found = measure_perplexity(
+                self.model, self.text, prefix=self.masks.prefix, progress=False
+            )
+            costs = pruned.costs()
+            own = {} if self.also is None else self.also(self.model)
+        density = self.density(costs["flops"])
+        return _arrays(found.window_losses, clock, **costs, density=density) | own
 
     def masked(self, method: str, sparsity: float) -> Arrays:
         """Return the numbers of a method that masks activations.

@@ -12,7 +12,7 @@ of one, the experts run one by one.
 import inspect
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -187,18 +187,32 @@ class ExpertBank:
         """Return what a whole expert makes of tokens, before their routing weights."""
         gate = self.linear(number, "gate_proj")(x) if "gate_proj" in self.stacks else None
         z = self.activate(gate, self.linear(number, "up_proj")(x))
-        y: Tensor = self.linear(number, "down_proj")(z)
-        norm: Any = self.runs[0]
-        return norm.post_expert_norm(y) if getattr(norm, "has_post_expert_norm", False) else y
+        return self.finished(self.linear(number, "down_proj")(z))
+
+    @property
+    def norms_outputs(self) -> bool:
+        """Whether a norm follows ``down_proj``."""
+        return bool(getattr(self.runs[0], "has_post_expert_norm", False))
+
+    def finished(self, y: Tensor) -> Tensor:
+        """Return what an expert makes of the outputs of its ``down_proj``."""
+        module: Any = self.runs[0]
+        return module.post_expert_norm(y) if self.norms_outputs else y
 
     def run(self, module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """Do what a module of `runs` does, expert by expert."""
         if self.layout == "routed":
-            return self._run_routed(*_given(args, kwargs))
+            return self._run_routed(*self.given(args, kwargs))
         hidden = args[0] if args else next(iter(kwargs.values()))
         if self.layout == "repeated":
             return self._run_repeated(hidden)
         return self._run_sorted(module, hidden, args[1] if len(args) > 1 else kwargs["expert_size"])
+
+    @staticmethod
+    def given(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+        """Return hidden states, expert numbers and routing weights, by position or name."""
+        names = [next((key for key in kwargs if key in one.split("|")), "") for one in _NAMES]
+        return [args[i] if i < len(args) else kwargs[name] for i, name in enumerate(names)]
 
     def _run_routed(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         rows, device = hidden.flatten(0, -2), self.stacks["down_proj"].stored.device
@@ -258,12 +272,6 @@ class ExpertBank:
         return any(not isinstance(one, ExpertLinear) for unit in units for one in unit.children())
 
 
-def _given(args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
-    """Return hidden states, expert numbers and routing weights, by position or name."""
-    names = [next((key for key in kwargs if key in one.split("|")), "") for one in _NAMES]
-    return [args[i] if i < len(args) else kwargs[name] for i, name in enumerate(names)]
-
-
 def _run(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     bank: ExpertBank = getattr(module, _BANK)
     return bank.run(module, *args, **kwargs)
@@ -280,11 +288,12 @@ def one_by_one(modules: Iterable[nn.Module]) -> Iterator[None]:
         for part in (part for bank in banks.values() for part in bank.runs):
             before = part.__dict__.get("forward")
             part.__dict__["forward"] = MethodType(_run, part)
-            stack.callback(partial(_put_back, part, before))
+            stack.callback(partial(put_back, part, before))
         yield
 
 
-def _put_back(part: nn.Module, before: object) -> None:
+def put_back(part: nn.Module, before: object) -> None:
+    """Give a module the ``forward`` of its own that it had before, None where it had none."""
     part.__dict__.pop("forward", None)
     part.__dict__.update({} if before is None else {"forward": before})
 
@@ -310,7 +319,7 @@ def settle(module: nn.Module) -> None:
 
 def _settle(bank: ExpertBank | None) -> None:
     for part in () if bank is None else bank.runs:
-        _put_back(part, MethodType(_run, part) if bank is not None and bank.is_changed else None)
+        put_back(part, MethodType(_run, part) if bank is not None and bank.is_changed else None)
 
 
 def expose(module: nn.Module) -> None:

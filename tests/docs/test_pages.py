@@ -19,6 +19,7 @@ from entangle.doors import Door
 from entangle.evaluation.measures import MEASURES
 from entangle.experts import checkpoint
 from entangle.experts.router import ROUTERS
+from entangle.mixtures import MIXTURE_METHODS
 from entangle.models import demo, loading
 from entangle.models.loading import LanguageModel
 from entangle.pruning import PRUNERS
@@ -76,7 +77,7 @@ def tiny_demo(monkeypatch: pytest.MonkeyPatch) -> None:
 def doors() -> Iterator[None]:
     """Leave no name of a page behind."""
     doors: tuple[Door[Any], ...] = (
-        PRUNERS, RULES, ACTIVATION_METHODS, ROUTERS, COLUMNS, MEASURES,
+        PRUNERS, RULES, ACTIVATION_METHODS, MIXTURE_METHODS, ROUTERS, COLUMNS, MEASURES,
     )  # fmt: skip
     kept = [(door, tuple(door._things)) for door in doors]
     yield

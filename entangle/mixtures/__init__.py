@@ -1,0 +1,20 @@
+"""Pruning the experts of a mixture, and the neurons in them, without training.
+
+``gather(model, text)`` looks at a text once; ``prune_mixtures(seen, "reap", sparsity=0.5)`` says
+what goes; ``with pruned.applied():`` the model is without it.
+"""
+
+from entangle.mixtures.methods import MIXTURE_METHODS, MixtureMethod, prune_mixtures
+from entangle.mixtures.pruned import Change, PrunedMixtures
+from entangle.mixtures.statistics import Mixture, Statistics, gather
+
+__all__ = [
+    "MIXTURE_METHODS",
+    "Change",
+    "Mixture",
+    "MixtureMethod",
+    "PrunedMixtures",
+    "Statistics",
+    "gather",
+    "prune_mixtures",
+]
