@@ -106,7 +106,7 @@ def test_groups_keep_their_zeros_as_the_reference(pattern: str) -> None:
 def test_a_model_keeps_n_of_m() -> None:
     ids = torch.randint(4, 112, (4, 16), generator=torch.Generator().manual_seed(0))
     found = prune_dsnot(TINY["qwen3"](), ids, pattern="2:4")
-    up = found.module.get_submodule("model.layers.1.mlp.up_proj").weight
+    up = dict(found.module.named_parameters())["model.layers.1.mlp.up_proj.weight"]
     assert ((up.unflatten(1, (-1, 4)) == 0).sum(-1) == 2).all()
     with pytest.raises(EntangleError):
         prune_dsnot(TINY["qwen3"](), ids, pattern="5:4")
