@@ -44,7 +44,11 @@ def browser() -> str:
     return found
 
 
-@pytest.fixture(params=FRONT_ENDS)
+@pytest.fixture(
+    params=[
+        name if name == "lab" else pytest.param(name, marks=pytest.mark.slow) for name in FRONT_ENDS
+    ]
+)
 def front(request: pytest.FixtureRequest) -> FrontEnd:
     found = FRONT_ENDS[request.param]
     if find_spec(found.module) is None:

@@ -1,11 +1,13 @@
 """The notebooks run from top to bottom, and are stored without what they print."""
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import pytest
+from jupyter_client.manager import KernelManager
 from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parent.parent.parent / "notebooks"
@@ -58,12 +60,28 @@ def test_only_public_names_are_used(name: str) -> None:
             assert not node.attr.startswith("_")
 
 
+@pytest.fixture(scope="module")
+def kernel() -> Iterator[KernelManager]:
+    """Return a kernel whose modules are loaded once; every notebook finds it without names."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(SIZE, "small")
+        manager = KernelManager(kernel_name="python3")
+        manager.start_kernel()
+    yield manager
+    manager.shutdown_kernel(now=True)
+
+
 @pytest.mark.demo
 @pytest.mark.parametrize("name", NAMES)
-def test_runs_on_small_settings(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(SIZE, "small")
-    where = {"metadata": {"path": str(tmp_path)}}
-    client = NotebookClient(read(name), timeout=600, kernel_name="python3", resources=where)
-    for cell in client.execute().cells:
+def test_runs_on_small_settings(name: str, tmp_path: Path, kernel: KernelManager) -> None:
+    book = read(name)
+    book.cells.insert(0, nbformat.v4.new_code_cell(f"%reset -f\n%cd -q {tmp_path}"))
+    client = NotebookClient(book, km=kernel, timeout=600)
+    try:
+        client.execute()
+    finally:
+        if client.kc is not None:
+            client.kc.stop_channels()
+    for cell in book.cells:
         for output in cell.get("outputs", []):
             assert output.get("name") != "stderr", output.get("text")

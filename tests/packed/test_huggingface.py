@@ -215,21 +215,26 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], {settings})
 ids = torch.arange(5, 21)[None]
 found = model(ids).logits
-with torch.no_grad():
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(ids).logits, found)
+{last}
 print(found.double().sum().item())
 """
 
 
+COMPILED = """
+with torch.no_grad():
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(ids).logits, found)
+"""
+
+
 def in_a_process(folder: Path, **parts: str) -> "subprocess.CompletedProcess[str]":
-    code = IN_A_PROCESS.format(**{"first": "", "then": "", "settings": "", **parts})
+    code = IN_A_PROCESS.format(**{"first": "", "then": "", "settings": "", "last": "", **parts})
     command = [sys.executable, "-c", code, str(folder)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize("parts", [
-    {"first": "import entangle"}, {"then": "import entangle"},
+    {"first": "import entangle", "last": COMPILED}, {"then": "import entangle"},
     {"settings": "trust_remote_code=True"},
 ])  # fmt: skip
 def test_it_loads_in_a_new_process(
