@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import entangle
 from entangle.seeding import torch_rng
-from research import corpus, differ, train
+from research import corpus, differ, facts, train
 
 
 @pytest.mark.parametrize(("last", "count"), [(2000, 30), (100, 6), (29, 30), (31, 30), (40, 2)])
@@ -108,3 +108,14 @@ def test_changes_are_set_against_the_unchanged() -> None:
     names = ["median_ratio", "top_ratio", "top_kept", "spearman"]
     assert table.loc["double", names].to_list() == pytest.approx([2, 2, 1, 1])
     assert table.loc["reversed", names].to_list() == pytest.approx([1, 1, 0, -1])
+
+
+def test_of_a_pair_one_is_true_and_they_differ_at_the_end() -> None:
+    pairs = facts.pairs()
+    true = {one["sentence_good"] for one in pairs}
+    assert len(pairs) == 2 * len(true) == 190
+    assert not true & {one["sentence_bad"] for one in pairs}
+    subjects = {" ".join(sentence.split()[:-1]) for sentence in true}
+    for one in pairs[:2 * len(facts.CAPITALS)]:  # fmt: skip
+        assert one["UID"] == "fact_capital"
+        assert " ".join(one["sentence_bad"].split()[:-1]) in subjects
