@@ -11,9 +11,9 @@ CAPITALS = {
     "Poland": "Warsaw", "Austria": "Vienna", "Hungary": "Budapest", "Portugal": "Lisbon",
     "Ireland": "Dublin", "Norway": "Oslo", "Sweden": "Stockholm", "Finland": "Helsinki",
     "Denmark": "Copenhagen", "Belgium": "Brussels", "Cuba": "Havana", "Peru": "Lima",
-    "Chile": "Santiago", "Kenya": "Nairobi", "Iran": "Tehran", "Iraq": "Baghdad", "Thailand": "Bangkok",
-    "Vietnam": "Hanoi", "Canada": "Ottawa", "Australia": "Canberra", "Argentina": "Buenos Aires",
-    "Turkey": "Ankara", "Ukraine": "Kyiv",
+    "Chile": "Santiago", "Kenya": "Nairobi", "Iran": "Tehran", "Iraq": "Baghdad",
+    "Thailand": "Bangkok", "Vietnam": "Hanoi", "Canada": "Ottawa", "Australia": "Canberra",
+    "Argentina": "Buenos Aires", "Turkey": "Ankara", "Ukraine": "Kyiv",
 }  # fmt: skip
 LANGUAGES = {
     "Brazil": "Portuguese", "Mexico": "Spanish", "Austria": "German", "Iran": "Persian",

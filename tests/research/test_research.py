@@ -115,7 +115,6 @@ def test_of_a_pair_one_is_true_and_they_differ_at_the_end() -> None:
     true = {one["sentence_good"] for one in pairs}
     assert len(pairs) == 2 * len(true) == 190
     assert not true & {one["sentence_bad"] for one in pairs}
-    subjects = {" ".join(sentence.split()[:-1]) for sentence in true}
-    for one in pairs[:2 * len(facts.CAPITALS)]:  # fmt: skip
+    for one in pairs[: 2 * len(facts.CAPITALS)]:
         assert one["UID"] == "fact_capital"
-        assert " ".join(one["sentence_bad"].split()[:-1]) in subjects
+        assert one["sentence_bad"].split(" is ")[0] == one["sentence_good"].split(" is ")[0]
