@@ -327,6 +327,16 @@ def test_neurons_that_go_are_as_zeros_in_the_weights() -> None:
     assert costs["nonzeros"] == pytest.approx((everything - experts + left) / everything)
 
 
+def test_what_a_model_is_tried_on_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    pruned = prune_mixtures(seen("Mixtral"), "heapr", sparsity=0.3)
+    for module in ("entangle.models.blocks", "entangle.evaluation.logits"):
+        monkeypatch.setattr(f"{module}.MOST_LOGITS", 112)
+    with pruned.applied():
+        entangle.perplexity(module_of(seen("Mixtral")), IDS, progress=False)
+    assert pruned.tokens == IDS.numel()
+    assert all(float(one.calls.sum()) == 2 * IDS.numel() for one in pruned.changes)
+
+
 def test_wanda_zeroes_what_stun_leaves_to_it() -> None:
     statistics = seen("Mixtral")
     module = module_of(statistics)
