@@ -589,3 +589,24 @@ def test_the_command_prints_them(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().out.count("model.layers.") == 12
     TINY["llama"]().save_pretrained(tmp_path / "plain")  # type: ignore[operator]
     assert main([given[0], str(tmp_path / "plain"), *given[2:]]) == 2
+
+
+def test_scores_of_another_model_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = with_super()
+    module.save_pretrained(tmp_path / "model")
+    ids = tmp_path / "ids.safetensors"
+    entangle.load_calibration(IDS).save(ids)
+    scored = entangle.score(
+        entangle.load_model(tmp_path / "model"), IDS, layers=1, proj="experts", min_tokens=8,
+        progress=False,
+    )  # fmt: skip
+    scored.save(tmp_path / "scores")
+    given = ["--calibration", str(ids), "--scores", str(tmp_path / "scores"), "--quiet", "--json"]
+    assert main(["experts", str(tmp_path / "model"), *given]) == 0
+    assert "overlap" in json.loads(capsys.readouterr().out)
+    module.model.layers[1].mlp.experts.down_proj[0] *= 2
+    module.save_pretrained(tmp_path / "other")
+    assert main(["experts", str(tmp_path / "other"), *given]) == 2
+    assert "digest" in capsys.readouterr().err
