@@ -460,6 +460,8 @@ def test_an_expert_that_is_not_finite_is_named() -> None:
         if method != "frequency":
             with pytest.raises(InvalidInput, match=r"layers\.1.*not finite"):
                 prune_mixtures(statistics, method, sparsity=0.25)
+    with pytest.raises(InvalidInput, match=r"expert \d of 'model\.layers\.1.*finite"):
+        expert_table(statistics)
 
 
 def test_what_is_not_there_is_refused() -> None:
