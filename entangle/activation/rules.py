@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from entangle.errors import InvalidInput
+from entangle.models.blocks import is_trying
 from entangle.recording.hooks import SeenTensor
 
 FORMS = ("threshold", "topk")
@@ -271,6 +272,8 @@ class Rule:
 
     def count(self, keep: Bool[Tensor, "... features"]) -> None:
         """Count what was kept of the tokens that are counted."""
+        if is_trying():
+            return
         tokens = keep.shape[:-1].numel()
         if self.window.uncounted:
             late = self.window.of(keep, self.window.uncounted)
@@ -287,6 +290,8 @@ class Rule:
         if self.window.uncounted:
             keep = keep & self.window.of(keep, self.window.uncounted)
         flat = keep.flatten(0, -2).double()
+        if is_trying():
+            return
         if self.joint is None:
             self.joint = flat.new_zeros(self.routing.k, flat.shape[-1])
         self.joint.index_add_(0, experts, flat)

@@ -37,6 +37,7 @@ def add_parser(subparsers: options.Subparsers) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Gather, and print."""
     from entangle.checks import share
+    from entangle.experiments.selection import check_scores_fit
     from entangle.mixtures import gather
     from entangle.mixtures.super_experts import expert_table, super_overlap
     from entangle.results.scores import load_scores
@@ -44,6 +45,8 @@ def run(arguments: argparse.Namespace) -> None:
     top = share("--fraction", arguments.fraction)
     scores = None if arguments.scores is None else load_scores(arguments.scores)
     model = options.load_model(arguments)
+    if scores is not None:
+        check_scores_fit(scores, model)
     found = expert_table(gather(model, options.load_calibration(arguments, model)))
     formats = {"gate": ".3f", "peak": ".4g", **dict.fromkeys(found.columns[6:], ".3g")}
     optional = (*found.columns[:5:-1], "block", "gate")

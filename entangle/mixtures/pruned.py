@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from entangle.errors import InvalidInput
 from entangle.mixtures.routers import never_chosen
 from entangle.mixtures.statistics import Mixture, Statistics, routing_of
+from entangle.models.blocks import is_trying
 from entangle.models.layers import list_layers
 from entangle.models.mixtures import ExpertBank, one_by_one
 from entangle.packed.formats import pack
@@ -136,7 +137,8 @@ class PrunedMixtures:
             yield
 
     def _count(self, args: Any, kwargs: Any) -> None:
-        self.tokens += first_given(args, kwargs)[..., 0].numel()
+        if not is_trying():
+            self.tokens += first_given(args, kwargs)[..., 0].numel()
 
     @staticmethod
     def _enter(held: ExitStack, change: Change) -> None:
@@ -249,7 +251,8 @@ def _tally(change: Change, args: Any, kwargs: Any) -> None:
             f"the router of {change.mixture.name!r} chose an expert that was pruned; experts of "
             "this model cannot be pruned as a whole."
         )
-    change.calls += found
+    if not is_trying():
+        change.calls += found
 
 
 def _write(held: ExitStack, target: Tensor, value: Tensor) -> None:

@@ -38,6 +38,11 @@ def expert_table(statistics: Statistics) -> pd.DataFrame:
         a number an expert (`entangle.mixtures.MIXTURE_METHODS`), the lowest of which go first; NaN
         where the mixture does not tell what the method needs.
 
+    Raises
+    ------
+    InvalidInput
+        If an expert's outputs are not finite.
+
     References
     ----------
     arXiv 2507.23279 looks at the first token that an expert is sent; here are all.
@@ -47,6 +52,12 @@ def expert_table(statistics: Statistics) -> pd.DataFrame:
     parts = [_rows(one, blocks.get(f"{one.name}.0")) for one in statistics.mixtures]
     table = pd.concat(parts, ignore_index=True).astype({"block": "Int64"})
     peaks = table["peak"].to_numpy(np.float64)
+    if len(wrong := table[~np.isfinite(peaks)]):
+        first = wrong.iloc[0]
+        raise InvalidInput(
+            f"outputs of expert {first['expert']} of {first['mixture']!r} must be finite, or none "
+            "is the largest; mend the model."
+        )
     depth = table["block"].fillna(0).to_numpy(np.float64) + 1
     early = depth <= DEPTH * len(find_blocks(module)[1])
     large = (peaks > np.quantile(peaks, QUANTILE)) & (peaks > PART * peaks.max())

@@ -25,8 +25,8 @@ class InputStatistics:
     variance: Float[Tensor, " cols"]
     """Sum over sequences of the variance within a sequence."""
     sequences: int = 0
-    length: int = LENGTH
-    """Tokens of a sequence."""
+    length: float = LENGTH
+    """Tokens of a sequence, on average."""
 
     @classmethod
     def empty(cls, cols: int, device: torch.device) -> "InputStatistics":
@@ -40,8 +40,9 @@ class InputStatistics:
         self.total += x.sum((0, 1))
         self.squares += x.square().sum((0, 1))
         self.variance += x.var(1, correction=0).sum(0)
-        self.sequences += len(x)
-        self.length = x.shape[1]
+        before, self.sequences = self.sequences, self.sequences + len(x)
+        tokens = before * self.length + len(x) * x.shape[1]
+        self.length = tokens / max(1, self.sequences)
 
 
 def dsnot(

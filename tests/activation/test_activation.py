@@ -106,6 +106,18 @@ def test_measured_density_is_near_the_one_asked_for(method: str) -> None:
     assert found.perplexity.value != perplexity(model(), IDS, progress=False).value
 
 
+def test_what_a_model_is_tried_on_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where logits come in parts, the model first runs on a few made-up tokens."""
+    made = fit(TINY["gemma3"](), IDS, "teal").at(0.5)
+    whole = measure(made, IDS, batch_size=1, progress=False)
+    tokens = made.rules[0].tokens
+    for module in ("entangle.models.blocks", "entangle.evaluation.logits"):
+        monkeypatch.setattr(f"{module}.MOST_LOGITS", 112)
+    found = measure(made, IDS, batch_size=1, progress=False)
+    assert made.rules[0].tokens == tokens == IDS.numel()
+    assert found.density == whole.density
+
+
 def test_at_level_1_nothing_enters_the_layers() -> None:
     found = measure(fit(model(), IDS, "teal", scope="mlp").at(1.0), IDS, progress=False)
     assert found.density == 0

@@ -14,7 +14,7 @@ from entangle.models import blocks
 from entangle.models.blocks import BlockRunner
 from entangle.models.layers import find_blocks
 from entangle.seeding import torch_rng
-from tests.tiny_models import GROUPED, TINY
+from tests.tiny_models import GROUPED, TINY, build_other
 
 DECODERS = [name for name in TINY if name != "bert"]
 SHAPES = [(1, 1), (1, 7), (3, 20), (2, 64)]  # below and above the tiny models' sliding windows
@@ -444,3 +444,21 @@ def test_what_joins_tokens_after_the_blocks_is_never_parted() -> None:
     (start, logits), *others = runner.leave_in_parts(runner.last(ids), ids)
     assert (start, others) == (0, [])
     assert torch.equal(logits, _logits(model, ids))
+
+
+@pytest.mark.usefixtures("in_parts")
+def test_hidden_states_of_another_form_are_never_parted() -> None:
+    """Gemma 3n's are (versions, sequences, tokens, features)."""
+    model, ids = build_other("gemma3n"), _ids(1, 13)
+    runner = BlockRunner(model)
+    (start, logits), *others = runner.leave_in_parts(runner.last(ids), ids)
+    assert (start, others) == (0, [])
+    torch.testing.assert_close(logits, _logits(model, ids))
+
+
+@pytest.mark.usefixtures("in_parts")
+def test_logits_of_two_tokens_are_not_parted() -> None:
+    model, ids = TINY["llama"](), _ids(7, 2)
+    runner = BlockRunner(model)
+    ((_, logits),) = runner.leave_in_parts(runner.last(ids), ids)
+    torch.testing.assert_close(logits, _logits(model, ids))

@@ -114,6 +114,12 @@ def test_a_model_keeps_n_of_m() -> None:
         prune_dsnot(TINY["qwen3"](), ids, pruner="none")
 
 
+def test_lengths_are_averaged_over_sequences() -> None:
+    found = statistics(torch.randn(3, 8, 4))
+    found.update(torch.randn(1, 16, 4))
+    assert (found.sequences, found.length) == (4, 10.0)
+
+
 def test_one_swap_by_hand() -> None:
     w, s = torch.tensor([[3.0, 1.0, -2.0]]), torch.tensor([[0.0, 1.0, -2.0]])
     x = torch.tensor([[[1.0, 1.0, 1.0], [2.0, 2.0, 2.0]]])  # sums of 3: the error is 9

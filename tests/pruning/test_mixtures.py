@@ -327,6 +327,16 @@ def test_neurons_that_go_are_as_zeros_in_the_weights() -> None:
     assert costs["nonzeros"] == pytest.approx((everything - experts + left) / everything)
 
 
+def test_what_a_model_is_tried_on_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    pruned = prune_mixtures(seen("Mixtral"), "heapr", sparsity=0.3)
+    for module in ("entangle.models.blocks", "entangle.evaluation.logits"):
+        monkeypatch.setattr(f"{module}.MOST_LOGITS", 112)
+    with pruned.applied():
+        entangle.perplexity(module_of(seen("Mixtral")), IDS, progress=False)
+    assert pruned.tokens == IDS.numel()
+    assert all(float(one.calls.sum()) == 2 * IDS.numel() for one in pruned.changes)
+
+
 def test_wanda_zeroes_what_stun_leaves_to_it() -> None:
     statistics = seen("Mixtral")
     module = module_of(statistics)
@@ -450,6 +460,8 @@ def test_an_expert_that_is_not_finite_is_named() -> None:
         if method != "frequency":
             with pytest.raises(InvalidInput, match=r"layers\.1.*not finite"):
                 prune_mixtures(statistics, method, sparsity=0.25)
+    with pytest.raises(InvalidInput, match=r"expert \d of 'model\.layers\.1.*finite"):
+        expert_table(statistics)
 
 
 def test_what_is_not_there_is_refused() -> None:
@@ -579,3 +591,24 @@ def test_the_command_prints_them(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().out.count("model.layers.") == 12
     TINY["llama"]().save_pretrained(tmp_path / "plain")  # type: ignore[operator]
     assert main([given[0], str(tmp_path / "plain"), *given[2:]]) == 2
+
+
+def test_scores_of_another_model_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = with_super()
+    module.save_pretrained(tmp_path / "model")
+    ids = tmp_path / "ids.safetensors"
+    entangle.load_calibration(IDS).save(ids)
+    scored = entangle.score(
+        entangle.load_model(tmp_path / "model"), IDS, layers=1, proj="experts", min_tokens=8,
+        progress=False,
+    )  # fmt: skip
+    scored.save(tmp_path / "scores")
+    given = ["--calibration", str(ids), "--scores", str(tmp_path / "scores"), "--quiet", "--json"]
+    assert main(["experts", str(tmp_path / "model"), *given]) == 0
+    assert "overlap" in json.loads(capsys.readouterr().out)
+    module.model.layers[1].mlp.experts.down_proj[0] *= 2
+    module.save_pretrained(tmp_path / "other")
+    assert main(["experts", str(tmp_path / "other"), *given]) == 2
+    assert "digest" in capsys.readouterr().err
