@@ -1,10 +1,16 @@
 """``entangle experts``: what every expert of a mixture does, and which are super experts."""
 
 import argparse
+from typing import TYPE_CHECKING
 
 from entangle.cli import options
 from entangle.cli.tables import Table, present, records
 
+if TYPE_CHECKING:
+    import pandas as pd
+
+KIND = "experts"
+_EXPERTS, _OVERLAP = "experts.parquet", "overlap.parquet"
 SHOWN = 10
 """Experts in the table, unless it is asked for alone."""
 
@@ -28,26 +34,57 @@ def add_parser(subparsers: options.Subparsers) -> None:
         "--fraction", type=float, default=0.03,
         help="share of the neurons that are top ones by WD above its floor (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="of the text's sample (default: 0)")
-    options.add_table_options(parser, "super", "overlap", "experts")
-    parser.add_argument("--quiet", action="store_true", help="show no progress")
-    parser.set_defaults(run=run)
+    options.add_run_options(parser, "super", "overlap", "experts")
+    parser.set_defaults(run=run, show=show)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Gather, and print."""
+    """Gather, save and print."""
     from entangle.checks import share
     from entangle.experiments.selection import check_scores_fit
     from entangle.mixtures import gather
     from entangle.mixtures.super_experts import expert_table, super_overlap
     from entangle.results.scores import load_scores
+    from entangle.runs.provenance import RunClock, make_manifest, output_folder, write_json
 
+    clock = RunClock()
     top = share("--fraction", arguments.fraction)
     scores = None if arguments.scores is None else load_scores(arguments.scores)
     model = options.load_model(arguments)
     if scores is not None:
         check_scores_fit(scores, model)
-    found = expert_table(gather(model, options.load_calibration(arguments, model)))
+    text = options.load_calibration(arguments, model)
+    found = expert_table(gather(model, text))
+    overlap = None if scores is None else super_overlap(found, scores, top=top)
+    manifest = make_manifest(
+        KIND, model=model.describe(), calibration=text.describe(),
+        settings={"fraction": top, "seed": arguments.seed}, **clock.read(),
+    )  # fmt: skip
+    with output_folder(arguments.out, force=arguments.force) as folder:
+        write_json(folder / "manifest.json", manifest)
+        found.to_parquet(folder / _EXPERTS, index=False)
+        if overlap is not None:
+            overlap.to_parquet(folder / _OVERLAP, index=False)
+    print_experts(found, overlap, manifest, arguments)
+
+
+def show(arguments: argparse.Namespace) -> None:
+    """Print what was made before."""
+    from entangle.runs.provenance import expand_user, read_manifest, read_table
+
+    folder = expand_user(arguments.out)
+    manifest = read_manifest(folder, KIND, [_EXPERTS])
+    overlap = None if arguments.scores is None else read_table(folder / _OVERLAP, {})
+    print_experts(read_table(folder / _EXPERTS, {}), overlap, manifest, arguments)
+
+
+def print_experts(
+    found: "pd.DataFrame",
+    overlap: "pd.DataFrame | None",
+    manifest: dict[str, object],
+    arguments: argparse.Namespace,
+) -> None:
+    """Print super experts, whether neurons of high WD lie in them, and all experts."""
     formats = {"gate": ".3f", "peak": ".4g", **dict.fromkeys(found.columns[6:], ".3g")}
     optional = (*found.columns[:5:-1], "block", "gate")
     whole = arguments.table == "experts"
@@ -59,13 +96,19 @@ def run(arguments: argparse.Namespace) -> None:
         Table("experts", found, title, formats, keys=("mixture", "expert"), optional=optional,
               shown=found if whole else found.nlargest(SHOWN, "peak")),
     ]  # fmt: skip
-    content = {"experts": records(found), "super": records(found[found["super"]])}
-    if scores is not None:
-        overlap = super_overlap(found, scores, top=top)
+    content = {
+        "out": arguments.out, "experts": records(found), "super": records(found[found["super"]]),
+        "manifest": manifest,
+    }  # fmt: skip
+    if overlap is not None:
         content["overlap"] = records(overlap)
         shares = dict.fromkeys(("top_share", "chance", "others"), ".1%")
-        title = f"Neurons of super experts among the top {top:.0%} by WD above its floor"
+        title = f"Neurons of super experts among the top {arguments.fraction:.0%} by WD above its"
         tables.insert(
-            1, Table("overlap", overlap, title, shares, keys=("mixture", "expert", "projection"))
-        )
-    present(arguments, tables, content)
+            1,
+            Table(
+                "overlap", overlap, f"{title} floor", shares,
+                keys=("mixture", "expert", "projection"),
+            ),
+        )  # fmt: skip
+    present(arguments, tables, content, out=arguments.out)

@@ -482,7 +482,8 @@ def _check_files(given: Mapping[str, object]) -> None:
         if not path.exists():
             raise InvalidInput(f"{str(path)!r} is no file; name one that allocate wrote.")
     folder = given.get("command") in (
-        "ablate", "anchor", "expand", "compare", "convert", "score", "decompose", "diff", "prune",
+        "ablate", "anchor", "expand", "experts", "compare", "convert", "score", "decompose", "diff",
+        "prune",
     )  # fmt: skip
     if folder and isinstance(out, str) and not given.get("resume"):
         check_output(out, force=bool(given.get("force")))

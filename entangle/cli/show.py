@@ -27,7 +27,9 @@ UNFINISHED = "unfinished"
 DAMAGED = "damaged"
 _REMEDY = "name a folder or file that entangle wrote"
 _DEPTH, _MOST = 3, 1000  # folders below that results are looked for in, and how many
-_PLAIN = {"evaluation": "perplexity.parquet", "tasks": "tasks.parquet"}
+_PLAIN = {
+    "evaluation": "perplexity.parquet", "tasks": "tasks.parquet", "experts": "experts.parquet",
+}  # fmt: skip
 """Kinds of folders without a class of results, and their table."""
 _MAIN = {
     "ablating": "ablate", "comparing": "compare", "building": "expand or prune",
@@ -42,7 +44,10 @@ NEXT: Mapping[str, Sequence[tuple[str, str]]] = {
         ("ablate", "entangle ablate {model} --scores {run}"),
         ("diff", "entangle diff {run} OTHER"),
     ),
-    "ablation": (("figures", "entangle figures {run}"),),
+    "ablation": (
+        ("report", "entangle report {run} --out page.html"),
+        ("figures", "entangle figures {run}"),
+    ),
     "comparison": (("figures", "entangle figures {run}"),),
     "difference": (("figures", "entangle figures {run}"),),
     "study": (
@@ -50,7 +55,10 @@ NEXT: Mapping[str, Sequence[tuple[str, str]]] = {
         ("figures", "entangle figures {run}"),
     ),
     "trace": (("figures", "entangle figures {run}"),),
-    "decomposition": (("figures", "entangle figures {run}"),),
+    "decomposition": (
+        ("report", "entangle report SCORES {run} --out page.html"),
+        ("figures", "entangle figures {run}"),
+    ),
     "anchor": (("figures", "entangle figures {run}"),),
     "allocation": (
         ("prune", "entangle prune {model} --allocation {run}"),
@@ -199,7 +207,7 @@ def _listed(found: Sequence[Found], folder: Path) -> "pd.DataFrame":
     return pd.DataFrame(
         {
             "run": one.path.relative_to(folder).as_posix(),
-            "kind": one.kind if one.state == "finished" else f"{one.kind} ({_short(one.state)})",
+            "kind": _stated(one),
             "model": _named(one.manifest, "model"),
             "text": text_of(one.manifest),
             "made": _when(one.place),
@@ -209,8 +217,11 @@ def _listed(found: Sequence[Found], folder: Path) -> "pd.DataFrame":
     )
 
 
-def _short(state: str) -> str:
-    return state if state == UNFINISHED else DAMAGED
+def _stated(one: Found) -> str:
+    """Return a result's kind, and in brackets what is the matter with it."""
+    if one.state == "finished" or one.kind == DAMAGED:
+        return one.kind
+    return f"{one.kind} ({UNFINISHED if one.state == UNFINISHED else DAMAGED})"
 
 
 def _show(one: Found, others: Sequence[Found], arguments: argparse.Namespace) -> None:

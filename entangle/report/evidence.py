@@ -146,11 +146,10 @@ def gather(
     gathering = _Gathering(known, text, wanted, seed)
     budget = memory_for(memory, known.module)
     parts = list(_parts(layers, wanted, text.n_tokens, budget))
-    with ProgressBar("reading neurons", enabled=progress) as bar, full_precision():
-        bar.start(text.n_seq * len(parts) + len(frame), "sequences and neurons")
-        with evaluating(known.module):
-            for part in parts:
-                gathering.read(part, budget, bar)
+    showing = ProgressBar("reading neurons", enabled=progress)
+    with showing as bar, full_precision(), evaluating(known.module):
+        for part in parts:
+            gathering.read(part, budget, bar)
     return gathering.result(scores)
 
 
@@ -216,6 +215,7 @@ class _Gathering:
     def read(self, layers: Sequence[Layer], memory: int, bar: Progress) -> None:
         """Run the model once for some layers, and describe their neurons."""
         with ExitStack() as stack:
+            bar.start(self._text.n_seq, "sequences")  # hours or seconds: not counted with neurons
             outputs, inputs = self._run(layers, memory, stack, bar.advance)
             near: dict[int, NDArray[np.int64]] = {}
 
@@ -234,6 +234,7 @@ class _Gathering:
                 if source not in near:
                     drawn = draw_all(store, seed=self._seed)
                     near[source] = near_pairs(store, drawn, near=NEAR, seed=self._seed)
+            bar.start(sum(len(self._wanted[name]) for name in whole), "neurons")
             with ThreadPoolExecutor(torch.get_num_threads()) as pool:
                 try:
                     for found in pool.map(describe, whole):

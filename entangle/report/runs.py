@@ -72,6 +72,7 @@ def open_runs(paths: Iterable[str | os.PathLike[str]]) -> Runs:
     InvalidInput, UnknownName, Unavailable
         If one is no result or damaged, or as `together`.
     """
+    paths = list(paths)
     listed = [one for given in paths for one in _results(Path(given))]
     found = [Run(_named(path), kind, load_result(path)) for path, kind in listed if kind]
     left_out = [_named(path) for path, kind in listed if kind is None]
@@ -90,6 +91,11 @@ def open_runs(paths: Iterable[str | os.PathLike[str]]) -> Runs:
     others = [one for one in found if one is not scored[0]]
     opened = together(scores, others, name=scored[0].name)
     notes = [f"{one} has no place on the page, so it is left out." for one in left_out]
+    notes += [
+        f"{_named(one)} lies deeper than results are looked for, so it is left out: name it."
+        for given in paths
+        for one in _deeper(Path(given), {path.resolve() for path, _ in listed})
+    ]
     return replace(opened, notes=(*opened.notes, *notes))
 
 
@@ -132,6 +138,18 @@ def _results(given: Path) -> Iterator[tuple[Path, str | None]]:
     for one in inner or [path]:
         kind = kind_of(one)
         yield one, kind if kind in CLASSES or not inner else None
+
+
+def _deeper(given: Path, known: set[Path]) -> Iterator[Path]:
+    """Yield results that stand one folder deeper, in a folder that is none or in that of scores."""
+    path = expand_user(given)
+    whole = path.is_file() or (path / _MANIFEST).exists()
+    for home in [path] if whole else sorted(path.iterdir()):
+        if not (home / _MANIFEST).exists() or kind_of(home) == NeuronScores.KIND:
+            found = (one.parent for one in sorted(home.glob(f"*/{_MANIFEST}")))
+            yield from (
+                one for one in found if one.resolve() not in known and kind_of(one) in CLASSES
+            )
 
 
 def _check(scores: NeuronScores, one: Run) -> Iterator[str]:

@@ -60,7 +60,7 @@ def test_a_folder_of_several(run: Run, made: dict[str, Path], tmp_path: Path) ->
     rows = {one["run"]: one for one in json.loads(run("show", tmp_path, "--json").out)["results"]}
     assert {name: one["kind"] for name, one in rows.items()} == {
         "a.safetensors": "allocation",
-        "broken": "damaged (damaged)",
+        "broken": "damaged",
         "half": "comparing (unfinished)",
         "below/odd\x1b[31m<b>": "scores",
     }

@@ -23,3 +23,9 @@ def commands(code: str) -> Iterator[list[str]]:
     for line in code.replace("\\\n", " ").splitlines():
         if words := shlex.split(line, comments=True):
             yield words[: words.index(">")] if ">" in words else words
+
+
+def with_settings(words: list[str]) -> tuple[dict[str, str], list[str]]:
+    """Return the variables that are set for one command (``NAME=value entangle …``), and it."""
+    command = words.index("entangle")
+    return dict(word.split("=", 1) for word in words[:command]), words[command:]

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import matplotlib.pyplot as plt
 import pytest
@@ -25,7 +26,7 @@ from entangle.models.loading import LanguageModel
 from entangle.pruning import PRUNERS
 from entangle.scoring.columns import COLUMNS
 from entangle.seeding import numpy_rng
-from tests.docs.pages import PAGES, ROOT, blocks, commands
+from tests.docs.pages import PAGES, ROOT, blocks, commands, with_settings
 from tests.tiny_models import GROUPED, own_generator, tiny_tokenizer
 
 LONG = GROUPED | {"max_position_embeddings": 1024}
@@ -96,9 +97,9 @@ def test_what_a_page_shows_runs_in_order(
             exec(compile(code, page.name, "exec"), names)
             plt.close("all")
             continue
-        for words in commands(code):
-            assert words[0] == "entangle", words
-            assert main(words[1:]) == 0, words
+        for settings, words in map(with_settings, commands(code)):
+            with mock.patch.dict(os.environ, settings):
+                assert main(words[1:]) == 0, words
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -126,18 +127,27 @@ def test_the_readme_is_short_and_begins_with_what_there_is_to_see() -> None:
     assert sum(line.startswith(("make ", "entangle ")) for line in screen.splitlines()) == 3
 
 
+START = """
+import os
+from unittest import mock
+from entangle.cli.main import main
+def _entangle(settings, words):
+    with mock.patch.dict(os.environ, settings):
+        assert main(words) == 0, words
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.demo
 @pytest.mark.parametrize("page", RUN, ids=lambda page: page.stem)
 def test_what_a_page_shows_runs_on_the_demo_model(page: Path, place: Path) -> None:
-    lines = ["from entangle.cli.main import main"]
+    lines = [START]
     for language, code in blocks(page, "python", "sh"):
-        asked = (
-            [f"assert main({words[1:]!r}) == 0" for words in commands(code)]
-            if language == "sh"
-            else []
-        )
-        lines += [code] if language == "python" else asked
+        if language == "python":
+            lines.append(code)
+            continue
+        asked = map(with_settings, commands(code))
+        lines += [f"_entangle({settings!r}, {words[1:]!r})" for settings, words in asked]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"}
     done = subprocess.run(
         [sys.executable, "-c", "\n".join(lines)], cwd=place, env=environment, capture_output=True,

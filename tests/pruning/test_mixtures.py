@@ -579,7 +579,9 @@ def test_overlap_counts_top_neurons_in_super_experts() -> None:
         super_overlap(table, scores)
 
 
-def test_the_command_prints_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_and_keeps_them(
+    tmp_path: Path, own_home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with_super().save_pretrained(tmp_path / "model")
     entangle.load_calibration(IDS).save(tmp_path / "ids.safetensors")
     given = ["experts", str(tmp_path / "model"), "--calibration", str(tmp_path / "ids.safetensors")]
@@ -587,8 +589,14 @@ def test_the_command_prints_them(tmp_path: Path, capsys: pytest.CaptureFixture[s
     found = json.loads(capsys.readouterr().out)
     assert len(found["experts"]) == 12
     assert {"reap", "mone", "peak", "super"} <= set(found["experts"][0])
+    (kept,) = (own_home / "runs").iterdir()
+    assert main(["show", str(kept), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kind"] == "experts"
     assert main([*given, "--table", "experts"]) == 0
-    assert capsys.readouterr().out.count("model.layers.") == 12
+    printed = capsys.readouterr()
+    assert printed.out.count("model.layers.") == 12
+    assert f"read from {kept}" in printed.err
+    assert len(list((own_home / "runs").iterdir())) == 1  # read from there
     TINY["llama"]().save_pretrained(tmp_path / "plain")  # type: ignore[operator]
     assert main([given[0], str(tmp_path / "plain"), *given[2:]]) == 2
 

@@ -102,6 +102,8 @@ def test_searching(page: "Page") -> None:
     found(page, "7", "2 of 605 neurons")
     found(page, "skew<-5", "1 of 605 neurons")
     assert row_at_top(page) == "0.p0 · 10"
+    found(page, "wd=0.102", "1 of 605 neurons")  # 0.102005, equal in the digits that are written
+    found(page, "wd=1.02e-1", "1 of 605 neurons")
     found(page, "block:1 wd>=0.5", "100 of 605 neurons")
     found(page, "b/c", "200 of 605 neurons")
     found(page, f'"{SEEN[3]}"', "1 of 605 neurons")  # a token of one neuron

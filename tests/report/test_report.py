@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -274,6 +275,12 @@ def test_folders_of_runs(
     (tmp_path / "mixed" / "other").mkdir()
     (tmp_path / "mixed" / "other" / "manifest.json").write_text('{"kind": "evaluation"}')
     assert any("mixed/other" in note for note in open_runs([tmp_path / "mixed"]).notes)
+    shutil.copytree(made["ablation"], tmp_path / "mixed" / "hand" / "ablation")
+    scores.save(tmp_path / "mixed" / "deep" / "hand")
+    deeper = [note.split()[0] for note in open_runs([tmp_path / "mixed"]).notes if "deep" in note]
+    assert deeper == ["deep/hand", "hand/ablation"]
+    (note,) = open_runs([tmp_path / "mixed" / "hand"]).notes
+    assert "hand/ablation" in note
     with pytest.raises(InvalidInput, match=r"comparison.*is of the model.*'by hand'"):
         open_runs([tmp_path / "mixed", made["comparison"]])
 

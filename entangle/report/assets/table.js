@@ -57,7 +57,12 @@ function decimalsOf(values) {
 }
 
 // What is searched: a list of tests of a row, from words.
-const COMPARE = { "<": (a, b) => a < b, ">": (a, b) => a > b, "<=": (a, b) => a <= b, ">=": (a, b) => a >= b, "=": (a, b) => a === Math.fround(b) };
+const COMPARE = { "<": (a, b) => a < b, ">": (a, b) => a > b, "<=": (a, b) => a <= b, ">=": (a, b) => a >= b };
+// Equal to so many digits as are written.
+const written = (text) => {
+  const [, digits, power] = text.match(/^[+\-−]?\d*\.?(\d*)(?:e([+-]?\d+))?$/iu) ?? [];
+  return 0.5 * 10 ** ((Number(power) || 0) - (digits ?? "").length) * (1 + 1e-9);
+};
 
 async function testsOf(text, neurons, wordsOf) {
   const tests = [];
@@ -69,7 +74,8 @@ async function testsOf(text, neurons, wordsOf) {
       const [, name, sign, value] = comparison;
       const column = neurons.columns.find((one) => one.name === name.toLowerCase() || one.title.toLowerCase() === name.toLowerCase());
       if (!column) throw new Error(`There is no number called “${name}”. There are: ${neurons.columns.map((one) => one.name).join(", ")}.`);
-      const wanted = Number(value.replace("−", "-")), compare = COMPARE[sign];
+      const wanted = Number(value.replace("−", "-")), near = written(value);
+      const compare = COMPARE[sign] ?? ((a, b) => Math.abs(a - b) <= near);
       tests.push((row) => compare(column.values[row], wanted));
       continue;
     }
