@@ -73,3 +73,11 @@ def text(n_seq: int, length: int, seed: int = 1) -> Tensor:
 
 
 TEXT = partial(text, 16, 32)
+
+
+def with_super() -> Any:
+    """Return a mixture whose expert 2 of block 0 puts out enormous numbers, and its statistics."""
+    module: Any = mixture("Mixtral")
+    module.model.layers[0].mlp.experts.down_proj[2] *= 1000
+    module.model.layers[2].mlp.experts.down_proj[1] *= 1e5  # too late to be one
+    return module

@@ -31,7 +31,8 @@ from entangle.scoring.layer_scores import (
 )
 from entangle.stats.bins import fetched
 from entangle.stats.mapping_difficulty import MappingDifficulty, TokenPairs, draw_pairs
-from entangle.stats.sketch import OutputSketch, SketchResult, measure_rows
+from entangle.stats.rows import measure_rows
+from entangle.stats.sketch import OutputSketch, SketchResult
 from entangle.stats.wasserstein import (
     FeatureSizes,
     OutputError,

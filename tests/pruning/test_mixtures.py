@@ -1,13 +1,11 @@
 """Experts pruned: statistics against loops over tokens, rules by hand, what is left."""
 
 import copy
-import json
 import math
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 import entangle
-from entangle.cli.main import main
 from entangle.errors import InvalidInput
 from entangle.mixtures import (
     MIXTURE_METHODS,
@@ -29,7 +26,7 @@ from entangle.mixtures.methods import lowest, scores_of
 from entangle.mixtures.statistics import find_mixtures
 from entangle.mixtures.super_experts import expert_table, super_overlap
 from entangle.results.scores import NeuronScores
-from tests.mixtures import mixture, text
+from tests.mixtures import mixture, text, with_super
 from tests.tiny_models import TINY
 
 IDS = text(4, 24)
@@ -528,14 +525,6 @@ def test_the_order_of_calibration_does_not_matter_much() -> None:
         torch.testing.assert_close(one.turning, other.turning, rtol=1e-4, atol=1e-8)
 
 
-def with_super() -> Any:
-    """Return a mixture whose expert 2 of block 0 puts out enormous numbers, and its statistics."""
-    module: Any = mixture("Mixtral")
-    module.model.layers[0].mlp.experts.down_proj[2] *= 1000
-    module.model.layers[2].mlp.experts.down_proj[1] *= 1e5  # too late to be one
-    return module
-
-
 def test_super_experts_are_early_and_far_above_the_others() -> None:
     module = with_super()
     statistics = gather(module, IDS)
@@ -577,46 +566,3 @@ def test_overlap_counts_top_neurons_in_super_experts() -> None:
     frame["wd"] = math.nan
     with pytest.raises(InvalidInput, match="--proj experts"):
         super_overlap(table, scores)
-
-
-def test_the_command_prints_and_keeps_them(
-    tmp_path: Path, own_home: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with_super().save_pretrained(tmp_path / "model")
-    entangle.load_calibration(IDS).save(tmp_path / "ids.safetensors")
-    given = ["experts", str(tmp_path / "model"), "--calibration", str(tmp_path / "ids.safetensors")]
-    assert main([*given, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert len(found["experts"]) == 12
-    assert {"reap", "mone", "peak", "super"} <= set(found["experts"][0])
-    (kept,) = (own_home / "runs").iterdir()
-    assert main(["show", str(kept), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["kind"] == "experts"
-    assert main([*given, "--table", "experts"]) == 0
-    printed = capsys.readouterr()
-    assert printed.out.count("model.layers.") == 12
-    assert f"read from {kept}" in printed.err
-    assert len(list((own_home / "runs").iterdir())) == 1  # read from there
-    TINY["llama"]().save_pretrained(tmp_path / "plain")  # type: ignore[operator]
-    assert main([given[0], str(tmp_path / "plain"), *given[2:]]) == 2
-
-
-def test_scores_of_another_model_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    module = with_super()
-    module.save_pretrained(tmp_path / "model")
-    ids = tmp_path / "ids.safetensors"
-    entangle.load_calibration(IDS).save(ids)
-    scored = entangle.score(
-        entangle.load_model(tmp_path / "model"), IDS, layers=1, proj="experts", min_tokens=8,
-        progress=False,
-    )  # fmt: skip
-    scored.save(tmp_path / "scores")
-    given = ["--calibration", str(ids), "--scores", str(tmp_path / "scores"), "--quiet", "--json"]
-    assert main(["experts", str(tmp_path / "model"), *given]) == 0
-    assert "overlap" in json.loads(capsys.readouterr().out)
-    module.model.layers[1].mlp.experts.down_proj[0] *= 2
-    module.save_pretrained(tmp_path / "other")
-    assert main(["experts", str(tmp_path / "other"), *given]) == 2
-    assert "digest" in capsys.readouterr().err

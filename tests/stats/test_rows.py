@@ -9,7 +9,8 @@ from torch import Tensor
 from entangle.kernels.exact import fits
 from entangle.seeding import torch_rng
 from entangle.stats.bins import fetched
-from entangle.stats.sketch import OutputSketch, SketchResult, measure_rows
+from entangle.stats.rows import measure_rows
+from entangle.stats.sketch import OutputSketch, SketchResult
 from entangle.stats.wasserstein import ShapeStatistics, shape_statistics
 
 COLUMNS = ("wd", "ks", "mean", "std", "skewness", "excess_kurtosis")

@@ -1,0 +1,56 @@
+"""`entangle experts`: what is printed and kept, and what is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import entangle
+from entangle.cli.main import main
+from tests.mixtures import text, with_super
+from tests.tiny_models import TINY
+
+IDS = text(4, 24)
+
+
+def test_the_command_prints_and_keeps_them(
+    tmp_path: Path, own_home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_super().save_pretrained(tmp_path / "model")
+    entangle.load_calibration(IDS).save(tmp_path / "ids.safetensors")
+    given = ["experts", str(tmp_path / "model"), "--calibration", str(tmp_path / "ids.safetensors")]
+    assert main([*given, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["experts"]) == 12
+    assert {"reap", "mone", "peak", "super"} <= set(found["experts"][0])
+    (kept,) = (own_home / "runs").iterdir()
+    assert main(["show", str(kept), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kind"] == "experts"
+    assert main([*given, "--table", "experts"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.count("model.layers.") == 12
+    assert f"read from {kept}" in printed.err
+    assert len(list((own_home / "runs").iterdir())) == 1  # read from there
+    TINY["llama"]().save_pretrained(tmp_path / "plain")  # type: ignore[operator]
+    assert main([given[0], str(tmp_path / "plain"), *given[2:]]) == 2
+
+
+def test_scores_of_another_model_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = with_super()
+    module.save_pretrained(tmp_path / "model")
+    ids = tmp_path / "ids.safetensors"
+    entangle.load_calibration(IDS).save(ids)
+    scored = entangle.score(
+        entangle.load_model(tmp_path / "model"), IDS, layers=1, proj="experts", min_tokens=8,
+        progress=False,
+    )  # fmt: skip
+    scored.save(tmp_path / "scores")
+    given = ["--calibration", str(ids), "--scores", str(tmp_path / "scores"), "--quiet", "--json"]
+    assert main(["experts", str(tmp_path / "model"), *given]) == 0
+    assert "overlap" in json.loads(capsys.readouterr().out)
+    module.model.layers[1].mlp.experts.down_proj[0] *= 2
+    module.save_pretrained(tmp_path / "other")
+    assert main(["experts", str(tmp_path / "other"), *given]) == 2
+    assert "digest" in capsys.readouterr().err
