@@ -39,8 +39,9 @@ def _has_cuda() -> bool:
 
 @pytest.fixture(scope="session", autouse=True)
 def _interruptible() -> None:
-    """Make Ctrl-C a KeyboardInterrupt also where the tests run in the background of a shell."""
+    """Take signals as a program in the foreground does, also in the background or under nohup."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture

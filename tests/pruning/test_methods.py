@@ -53,7 +53,7 @@ def test_layers_hold_exactly_the_zeros_asked_for(
 ) -> None:
     weight, gram = make(2, rows, cols)
     result = prune(weight, gram, method=method, sparsity=sparsity, pattern="layer")
-    assert (result.weight == 0).sum((-1, -2)).tolist() == [round(sparsity * rows * cols)] * 2
+    assert (result.weight == 0).sum((-1, -2)).tolist() == [round(sparsity * (rows * cols))] * 2
 
 
 @EVERY
