@@ -43,7 +43,8 @@ def run(arguments: argparse.Namespace) -> None:
     from entangle.checks import share
     from entangle.experiments.selection import check_scores_fit
     from entangle.mixtures import gather
-    from entangle.mixtures.super_experts import expert_table, super_overlap
+    from entangle.mixtures.statistics import find_mixtures
+    from entangle.mixtures.super_experts import expert_table, scored_neurons, super_overlap
     from entangle.results.scores import load_scores
     from entangle.runs.provenance import RunClock, make_manifest, output_folder, write_json
 
@@ -51,14 +52,17 @@ def run(arguments: argparse.Namespace) -> None:
     top = share("--fraction", arguments.fraction)
     scores = None if arguments.scores is None else load_scores(arguments.scores)
     model = options.load_model(arguments)
-    if scores is not None:
+    settings: dict[str, object] = {"fraction": top, "seed": arguments.seed}
+    if scores is not None:  # refused before the pass over the text
         check_scores_fit(scores, model)
+        scored_neurons(scores, [one.name for one in find_mixtures(model.module)])
+        settings["scores"] = {key: scores.manifest.get(key) for key in ("calibration", "settings")}
     text = options.load_calibration(arguments, model)
     found = expert_table(gather(model, text))
     overlap = None if scores is None else super_overlap(found, scores, top=top)
     manifest = make_manifest(
         KIND, model=model.describe(), calibration=text.describe(),
-        settings={"fraction": top, "seed": arguments.seed}, **clock.read(),
+        settings=settings, **clock.read(),
     )  # fmt: skip
     with output_folder(arguments.out, force=arguments.force) as folder:
         write_json(folder / "manifest.json", manifest)

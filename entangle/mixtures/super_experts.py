@@ -4,6 +4,8 @@ A super expert puts out a few enormous numbers (arXiv 2507.23279), which the att
 token rests upon.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 import pandas as pd
 import torch
@@ -107,16 +109,7 @@ def super_overlap(table: pd.DataFrame, scores: NeuronScores, *, top: float = 0.0
     InvalidInput
         If the scores hold no neuron of an expert with a score.
     """
-    top = share("top", top)
-    neurons = scores.frame.merge(scores.layers[["layer", "null_floor"]], on="layer")
-    found = neurons["layer"].str.extract(r"^(?P<mixture>.*)\.(?P<expert>\d+)\.\w+$")
-    neurons = neurons.assign(**found, above=neurons["wd"] - neurons["null_floor"])
-    known = neurons[neurons["mixture"].isin(table["mixture"]) & neurons["above"].notna()]
-    if known.empty:
-        raise InvalidInput(
-            "the scores must hold neurons of the mixtures' experts; these have none with a score: "
-            "score them with --proj experts, on text enough."
-        )
+    top, known = share("top", top), scored_neurons(scores, table["mixture"])
     limit = known.groupby("projection")["above"].transform(lambda one: one.quantile(1 - top))
     known = known.assign(is_top=known["above"] > limit, expert=known["expert"].astype(int))
     keys = ["projection", "mixture", "expert"]
@@ -142,3 +135,29 @@ def super_overlap(table: pd.DataFrame, scores: NeuronScores, *, top: float = 0.0
     names = ("mixture", "expert", "projection", "neurons", "tops", "top_share", "chance", "others",
              "rank", "experts")  # fmt: skip
     return pd.DataFrame(rows, columns=list(names))
+
+
+def scored_neurons(scores: NeuronScores, mixtures: Iterable[str]) -> pd.DataFrame:
+    """Return the neurons of mixtures' experts that have a score, with their place and floor.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Rows of the scores with the columns mixture, expert (its number as text), null_floor and
+        above (WD above it).
+
+    Raises
+    ------
+    InvalidInput
+        If there is none.
+    """
+    neurons = scores.frame.merge(scores.layers[["layer", "null_floor"]], on="layer")
+    found = neurons["layer"].str.extract(r"^(?P<mixture>.*)\.(?P<expert>\d+)\.\w+$")
+    neurons = neurons.assign(**found, above=neurons["wd"] - neurons["null_floor"])
+    known = neurons[neurons["mixture"].isin(list(mixtures)) & neurons["above"].notna()]
+    if known.empty:
+        raise InvalidInput(
+            "the scores must hold neurons of the mixtures' experts; these have none with a score: "
+            "score them with --proj experts, on text enough."
+        )
+    return known

@@ -49,8 +49,31 @@ def test_scores_of_another_model_are_refused(
     scored.save(tmp_path / "scores")
     given = ["--calibration", str(ids), "--scores", str(tmp_path / "scores"), "--quiet", "--json"]
     assert main(["experts", str(tmp_path / "model"), *given]) == 0
-    assert "overlap" in json.loads(capsys.readouterr().out)
+    found = json.loads(capsys.readouterr().out)
+    assert "overlap" in found
+    known = found["manifest"]["settings"]["scores"]["calibration"]
+    assert known["digest"] == found["manifest"]["calibration"]["digest"]
     module.model.layers[1].mlp.experts.down_proj[0] *= 2
     module.save_pretrained(tmp_path / "other")
     assert main(["experts", str(tmp_path / "other"), *given]) == 2
     assert "digest" in capsys.readouterr().err
+
+
+def test_scores_without_experts_are_refused_before_the_text_is_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_super().save_pretrained(tmp_path / "model")
+    scored = entangle.score(
+        entangle.load_model(tmp_path / "model"), IDS, layers=1, proj="q_proj", progress=False
+    )
+    scored.save(tmp_path / "scores")
+    entangle.load_calibration(IDS).save(tmp_path / "ids.safetensors")
+
+    def never(*_given: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("entangle.mixtures.gather", never)
+    given = ["--calibration", str(tmp_path / "ids.safetensors"), "--quiet"]
+    command = ["experts", str(tmp_path / "model"), "--scores", str(tmp_path / "scores"), *given]
+    assert main(command) == 2
+    assert "--proj experts" in capsys.readouterr().err

@@ -20,18 +20,32 @@ def statistics(x: Tensor) -> InputStatistics:
     return found
 
 
+def sizes(x: Tensor) -> tuple[list[float], list[float]]:
+    """Return sums over a sequence, and Euclidean norms, of what a column is given."""
+    m, squares = (one.sum((0, 1)) / len(x) for one in (x.double(), x.double().square()))
+    return m.tolist(), squares.sqrt().tolist()
+
+
+def begun(
+    w: Tensor, s: Tensor, x: Tensor
+) -> tuple[list[float], list[float], float, list[int]]:  # fmt: skip
+    """Return a row dense and sparse, its error, and what may grow, by mean over variance."""
+    m, v = sizes(x)[0], x.double().var(1, correction=0).mean(0).tolist()
+    dense, sparse = w.double().tolist(), s.double().tolist()
+    places = range(len(dense))
+    error = sum((dense[j] - sparse[j]) * m[j] for j in places)
+    grow = sorted((j for j in places if sparse[j] == 0), key=lambda j: dense[j] * m[j] / v[j])
+    return dense, sparse, error, grow
+
+
 def reference(w: Tensor, s: Tensor, x: Tensor, cycles: int = 50, limit: float = 0.1) -> Tensor:
     """Row by row, in lists."""
-    m = (x.double().sum((0, 1)) / len(x)).tolist()
-    v = x.double().var(1, correction=0).mean(0).tolist()
-    a = (x.double().square().sum((0, 1)) / len(x)).sqrt().tolist()
-    found = s.clone()
+    found, m, a = s.clone(), *sizes(x)
     for row in range(len(w)):
-        dense, sparse = w[row].double().tolist(), s[row].double().tolist()
-        places = range(len(dense))
-        error = sum((dense[j] - sparse[j]) * m[j] for j in places)
-        grow = sorted((j for j in places if sparse[j] == 0), key=lambda j: dense[j] * m[j] / v[j])
-        kept = sorted((j for j in places if sparse[j]), key=lambda j: abs(sparse[j]) * a[j])
+        dense, sparse, error, grow = begun(w[row], s[row], x)
+        kept = sorted(
+            (j for j in range(len(sparse)) if sparse[j]), key=lambda j: abs(sparse[j]) * a[j]
+        )
         signed = {sign: [j for j in kept if sparse[j] * m[j] * sign > 0] for sign in (-1, 1)}
         for _ in range(cycles):
             candidates = signed[-1] if error > 0 else signed[1]
@@ -62,16 +76,10 @@ def test_as_the_reference(seed: int) -> None:
 
 def in_groups(w: Tensor, s: Tensor, x: Tensor, group: int) -> Tensor:
     """Row by row: what goes is of the group of what grows, and the error keeps its sign."""
-    m = (x.double().sum((0, 1)) / len(x)).tolist()
-    v = x.double().var(1, correction=0).mean(0).tolist()
-    a = (x.double().square().sum((0, 1)) / len(x)).sqrt().tolist()
-    found = s.clone()
+    found, m, a = s.clone(), *sizes(x)
     for row in range(len(w)):
-        dense, sparse = w[row].double().tolist(), s[row].double().tolist()
-        places = range(len(dense))
-        error = sum((dense[j] - sparse[j]) * m[j] for j in places)
-        grow = sorted((j for j in places if sparse[j] == 0), key=lambda j: dense[j] * m[j] / v[j])
-        left = {j for j in places if sparse[j]}
+        dense, sparse, error, grow = begun(w[row], s[row], x)
+        left = {j for j in range(len(sparse)) if sparse[j]}
         for _ in range(50):
             if abs(error) <= 0.1 * x.shape[1] / 2048 or not grow:
                 break
