@@ -1,11 +1,12 @@
 """Make a small real mixture of experts out of the demo model, none being small enough to fetch.
 
-``python -m benchmarks.upcycle --out FOLDER`` parts the neurons of every feed-forward block into
-experts by which neurons are large on the same tokens (every neuron in one expert, no copies), fits
-a router, and trains routers and experts on the demo text until the time is up: next-token loss, and
-the dense model's own distribution as a soft target, on the text and on what the dense model writes
-itself. What it writes is an ordinary Mixtral folder that transformers loads, and says plainly what
-it is: an upcycled model, whose router was trained for minutes, not a mixture trained from scratch.
+``python -m benchmarks.upcycle --out FOLDER`` parts the neurons of every feed-forward block: those
+that put out most make an expert that every token uses, the others are parted into experts by which
+of them are large on the same tokens (every neuron in one expert, no copies). It fits a router, and
+trains routers and experts on the demo text until the time is up: next-token loss, and the dense
+model's own distribution as a soft target, on the text and on what the dense model writes itself.
+What it writes is an ordinary Qwen2-MoE folder that transformers loads, and says plainly what it is:
+an upcycled model, whose router was trained for minutes, not a mixture trained from scratch.
 
 ``--pack FOLDER`` writes the same model as 4-bit changes of the dense model's weights (about 42 MB
 in files below 16 MiB); ``--unpack PACK --out FOLDER`` makes the ordinary folder of it. Both folders
@@ -27,8 +28,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
-from transformers import MixtralConfig, MixtralForCausalLM
-from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts
 
 import entangle
 from entangle.models.loading import LanguageModel
@@ -37,10 +38,12 @@ from entangle.models.pretrained import quiet
 GROUP = 64  # weights with one scale
 SHARD = 14 * 2**20  # bytes of a file
 _SPREAD = 0.1  # of the routers' first logits
-EXPERTS = ("gate_up_proj", "down_proj")
+EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
+SHARED = tuple(f"shared_expert.{name}_proj.weight" for name in ("gate", "up", "down"))
+ROUTERS = ("mlp.gate.weight", "mlp.shared_expert_gate.weight")
 
 
-def part(dense: LanguageModel, ids: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+def part(dense: LanguageModel, ids: Tensor, experts: int, shared: int) -> tuple[Tensor, Tensor]:
     """Part the neurons of every block into experts, and fit routers.
 
     Parameters
@@ -50,12 +53,16 @@ def part(dense: LanguageModel, ids: Tensor, experts: int) -> tuple[Tensor, Tenso
     ids
         Text, (sequences, tokens).
     experts
-        Number of experts.
+        Number of experts that tokens are sent to.
+    shared
+        Neurons of the expert that all tokens use: those whose part of the output is largest, in the
+        mean of squares.
 
     Returns
     -------
     order : Tensor
-        Neurons of the experts, one expert after the other, int64 of shape (blocks, neurons).
+        Neurons, those of the shared expert first, then one expert after the other, int64 of shape
+        (blocks, neurons).
     routers : Tensor
         By least squares from a token to how much an expert puts out on it, beside the others, and
         small, so that the chosen ones weigh about the same; (blocks, experts, features).
@@ -63,10 +70,13 @@ def part(dense: LanguageModel, ids: Tensor, experts: int) -> tuple[Tensor, Tenso
     module: Any = dense.module
     order, routers = [], []
     for hidden, z, down in _streams(module, ids):
-        sizes = (z.abs() / z.abs().mean(0)).cpu()
-        own = _balanced(torch.nn.functional.normalize(sizes - sizes.mean(0), dim=0).T, experts)
-        order.append(own)
-        large = (z * down.norm(dim=0)).square()[:, own.to(z.device)].unflatten(1, (experts, -1))
+        parts = (z * down.norm(dim=0)).square()
+        ranked = parts.mean(0).argsort(descending=True).cpu()
+        rest = ranked[shared:].sort().values
+        sizes = (z.abs() / z.abs().mean(0)).cpu()[:, rest]
+        own = rest[_balanced(nn.functional.normalize(sizes - sizes.mean(0), dim=0).T, experts)]
+        order.append(torch.cat([ranked[:shared], own]))
+        large = parts[:, own.to(z.device)].unflatten(1, (experts, -1))
         large = large.sum(-1).sqrt().double()
         large = large / large.mean(1, keepdim=True) - 1
         x = hidden.double()
@@ -107,11 +117,14 @@ def _balanced(points: Tensor, k: int) -> Tensor:
     return torch.from_numpy(np.argsort(labels, kind="stable"))
 
 
-def mixture(dense: LanguageModel, order: Tensor, routers: Tensor, top_k: int) -> MixtralForCausalLM:
-    """Return a Mixtral with the dense model's weights, neurons in the order of their experts.
+def mixture(
+    dense: LanguageModel, order: Tensor, routers: Tensor, top_k: int, shared: int
+) -> Qwen2MoeForCausalLM:
+    """Return a Qwen2-MoE with the dense model's weights, neurons in the order of their experts.
 
-    Routing weights add up to 1, so an expert puts out ``top_k`` times what its neurons did: with
-    all experts chosen and a router of zeros the logits are the dense ones.
+    Routing weights add up to 1, so an expert puts out ``top_k`` times what its neurons did; the
+    shared expert's gate begins at one half, so that expert puts out twice as much: with all experts
+    chosen and a router of zeros the logits are the dense ones.
     """
     module: Any = dense.module
     own, experts = module.config, routers.shape[1]
@@ -119,35 +132,42 @@ def mixture(dense: LanguageModel, order: Tensor, routers: Tensor, top_k: int) ->
             "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "hidden_act",
             "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id",
             "rope_parameters")  # fmt: skip
-    config = MixtralConfig(
-        **{name: getattr(own, name) for name in same}, sliding_window=None,
-        intermediate_size=own.intermediate_size // experts, num_local_experts=experts,
-        num_experts_per_tok=top_k,
+    config = Qwen2MoeConfig(
+        **{name: getattr(own, name) for name in same}, qkv_bias=False, norm_topk_prob=True,
+        moe_intermediate_size=(own.intermediate_size - shared) // experts, num_experts=experts,
+        num_experts_per_tok=top_k, shared_expert_intermediate_size=shared,
     )  # fmt: skip
     state = {k: v for k, v in module.state_dict().items() if ".mlp." not in k}
     for i, block in enumerate(module.model.layers):
         gate, up, down = (
             getattr(block.mlp, f"{name}_proj").weight.detach() for name in ("gate", "up", "down")
         )
-        place = order[i].to(gate.device).unflatten(0, (experts, -1))
+        neurons = order[i].to(gate.device)
+        always, place = neurons[:shared], neurons[shared:].unflatten(0, (experts, -1))
         name = f"model.layers.{i}.mlp"
+        for key, weight in zip(
+            SHARED, (gate[always], up[always], 2 * down[:, always]), strict=True
+        ):
+            state[f"{name}.{key}"] = weight
+        state[f"{name}.shared_expert_gate.weight"] = torch.zeros_like(gate[:1])
         state[f"{name}.experts.gate_up_proj"] = torch.cat([gate[place], up[place]], 1)
         state[f"{name}.experts.down_proj"] = top_k * down.T[place].mT.contiguous()
         state[f"{name}.gate.weight"] = routers[i]
     with quiet():
-        made = MixtralForCausalLM(config)
+        made = Qwen2MoeForCausalLM(config)
     made.load_state_dict(state)
     made.to(next(module.parameters()).device).eval()
     return made
 
 
 def own_text(module: Any, ids: Tensor, batches: int, seed: int) -> Tensor:
-    """Return text that the dense model writes, begun by 32 tokens of the text."""
+    """Return text that the dense model writes, begun by any 32 tokens in a row of the text."""
     torch.manual_seed(seed)
     written, (n, length) = [ids], ids.shape
     for _ in range(batches):
         begun = torch.randint(n, (1024,)) if n > 32 else torch.arange(n)
-        start = ids[begun, :32].to(next(module.parameters()).device)
+        first = torch.randint(length - 31, (len(begun), 1)) + torch.arange(32)
+        start = ids[begun[:, None], first].to(next(module.parameters()).device)
         with torch.no_grad():
             more = module.generate(
                 start, attention_mask=torch.ones_like(start), do_sample=True, top_k=0,
@@ -173,21 +193,21 @@ def _parted(dense: LanguageModel, ids: Tensor, given: Any) -> tuple[Tensor, Tens
     if given.parted is not None and given.parted.exists():
         known = load_file(given.parted)
         return known["order"], known["routers"]
-    order, routers = part(dense, ids, given.experts)
+    order, routers = part(dense, ids, given.experts, given.shared)
     if given.parted is not None:
         save_file({"order": order, "routers": routers}, given.parted)
     return order, routers
 
 
 def train(
-    dense: LanguageModel, made: MixtralForCausalLM, ids: Tensor, held: Tensor, given: Any
+    dense: LanguageModel, made: Qwen2MoeForCausalLM, ids: Tensor, held: Tensor, given: Any
 ) -> list[dict[str, float]]:
     """Train routers and experts until the time is up; the best on ``held`` text stays."""
     teacher: Any = dense.module
     device = next(made.parameters()).device
     _at_once(made)
-    routers = [p for name, p in made.named_parameters() if name.endswith("mlp.gate.weight")]
-    experts = [p for name, p in made.named_parameters() if name.endswith(EXPERTS)]
+    routers = [p for name, p in made.named_parameters() if name.endswith(ROUTERS)]
+    experts = [p for name, p in made.named_parameters() if name.endswith((*EXPERTS, *SHARED))]
     for p in made.parameters():
         p.requires_grad_(False)
     for p in (*routers, *experts):
@@ -230,10 +250,10 @@ def train(
     return told
 
 
-def _at_once(made: MixtralForCausalLM) -> None:
+def _at_once(made: Qwen2MoeForCausalLM) -> None:
     """Compute the neurons of all experts at once, those of the others times zero: few launches."""
     for module in made.modules():
-        if isinstance(module, MixtralExperts):
+        if isinstance(module, Qwen2MoeExperts):
             module.forward = partial(_all_experts, module)  # type: ignore[method-assign]
 
 
@@ -290,7 +310,7 @@ def _held_loss(made: Any, held: Tensor, batch: int) -> float:
     return sum(losses) / len(losses)
 
 
-def rounded(start: MixtralForCausalLM, made: MixtralForCausalLM) -> dict[str, Tensor]:
+def rounded(start: Qwen2MoeForCausalLM, made: Qwen2MoeForCausalLM) -> dict[str, Tensor]:
     """Round what was trained to what a pack holds, in place, and return the pack's tensors.
 
     Changes of experts become 4-bit numbers with a 16-bit scale for every 64 of them.
@@ -299,10 +319,10 @@ def rounded(start: MixtralForCausalLM, made: MixtralForCausalLM) -> dict[str, Te
     before = dict(start.named_parameters())
     with torch.no_grad():
         for name, now in made.named_parameters():
-            if name.endswith("mlp.gate.weight"):
+            if name.endswith(ROUTERS):
                 pack[name] = now.half().cpu().contiguous()
                 now.copy_(pack[name])
-            elif name.endswith(EXPERTS):
+            elif name.endswith((*EXPERTS, *SHARED)):
                 change = (now - before[name]).reshape(-1, GROUP)
                 scale = (change.abs().amax(1, keepdim=True) / 7).half()
                 codes = (change / scale.float().clamp_min(1e-12)).round().clamp(-7, 7) + 8
@@ -334,24 +354,24 @@ def write_pack(folder: Path, pack: dict[str, Tensor], about: dict[str, Any]) -> 
     (folder / "upcycled.json").write_text(json.dumps(about, indent=1), "utf-8")
 
 
-def unpack(folder: Path, dense: LanguageModel) -> tuple[MixtralForCausalLM, dict[str, Any]]:
+def unpack(folder: Path, dense: LanguageModel) -> tuple[Qwen2MoeForCausalLM, dict[str, Any]]:
     """Return the model of a pack, and what tells how it was made."""
     pack = {k: v for file in folder.glob("pack-*") for k, v in load_file(file).items()}
     about = json.loads((folder / "upcycled.json").read_text("utf-8"))
     order = pack.pop("order").long()
     known: Any = dense.module
     shape = (len(order), about["experts"], known.config.hidden_size)
-    made = mixture(dense, order, torch.zeros(shape), about["top_k"])
+    made = mixture(dense, order, torch.zeros(shape), about["top_k"], about["shared"])
     with torch.no_grad():
         for name, now in made.named_parameters():
-            if name.endswith("mlp.gate.weight"):
+            if name.endswith(ROUTERS):
                 now.copy_(pack[name])
-            elif name.endswith(EXPERTS):
+            elif name.endswith((*EXPERTS, *SHARED)):
                 now.copy_(_changed(now, pack, name))
     return made, about
 
 
-def save(folder: Path, made: MixtralForCausalLM, dense: LanguageModel, about: Any) -> None:
+def save(folder: Path, made: Qwen2MoeForCausalLM, dense: LanguageModel, about: Any) -> None:
     """Write an ordinary folder."""
     with quiet():
         made.save_pretrained(folder)
@@ -360,7 +380,7 @@ def save(folder: Path, made: MixtralForCausalLM, dense: LanguageModel, about: An
     (folder / "upcycled.json").write_text(json.dumps(about, indent=1), "utf-8")
 
 
-def difference(made: MixtralForCausalLM, start: MixtralForCausalLM) -> float:
+def difference(made: Qwen2MoeForCausalLM, start: Qwen2MoeForCausalLM) -> float:
     """Return the least relative distance of two experts of a block, of those of all blocks."""
     found, moved = [], []
     before = dict(start.named_parameters())
@@ -383,8 +403,9 @@ def main() -> None:
     add("--pack", type=Path, help="small folder to write")
     add("--unpack", type=Path, help="small folder to make the ordinary one of")
     add("--device", default="auto")
-    add("--experts", type=int, default=8)
-    add("--top-k", type=int, default=4)
+    add("--experts", type=int, default=12)
+    add("--top-k", type=int, default=9)
+    add("--shared", type=int, default=384, help="neurons of the expert that all tokens use")
     add("--minutes", type=float, default=6.0, help="of training")
     add("--steps", type=int, default=0, help="at most so many steps; 0: as many as fit")
     add("--batch", type=int, default=32, help="sequences of a step")
@@ -420,17 +441,22 @@ def main() -> None:
 
 def upcycle(
     dense: LanguageModel, given: argparse.Namespace
-) -> tuple[MixtralForCausalLM, dict[str, Tensor], dict[str, Any]]:
+) -> tuple[Qwen2MoeForCausalLM, dict[str, Tensor], dict[str, Any]]:
     """Return the trained model, its pack, and what tells how it was made."""
     device, module = dense.device, dense.module
+    known: Any = module.config
+    width = known.intermediate_size
+    if (width - given.shared) % given.experts or not 0 < given.shared < width:
+        raise SystemExit(
+            f"{width} neurons: {given.shared} shared and {given.experts} equal experts"
+        )
     text = entangle.load_calibration(
         "demo", dense.tokenizer, n_seq=max(64, 800 * 512 // given.seq_len), seq_len=given.seq_len,
         split="train", seed=given.seed,
     )  # fmt: skip
     ids, held = text.ids[:-32], text.ids[-32:]
-    order, routers = _parted(dense, ids[:8].to(device), given)
-    start = mixture(dense, order, routers, given.top_k)
-    made = mixture(dense, order, routers, given.top_k)
+    order, routers = _parted(dense, ids[:32].to(device), given)
+    start, made = (mixture(dense, order, routers, given.top_k, given.shared) for _ in range(2))
     sources = [own_text(module, ids, given.own_text, given.seed)]
     if given.text is not None:
         held = more_text(given.text, dense.tokenizer, given, part="valid")[-64:]
@@ -450,7 +476,10 @@ def upcycle(
     about = {
         "what": "The demo model, its feed-forward neurons parted into experts, and routers and "
         "experts trained for minutes: upcycled, no mixture trained from scratch.",
-        "experts": given.experts, "top_k": given.top_k, "perplexity": values,
+        "experts": given.experts, "top_k": given.top_k, "shared": given.shared,
+        "share_of_neurons": (given.shared + (width - given.shared) * given.top_k / given.experts)
+        / width,
+        "perplexity": values,
         "perplexity_ratio": values["mixture"] / values["dense"],
         "least_relative_distance_of_experts": difference(made, start), "training": told,
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(given).items()},
