@@ -75,8 +75,10 @@ if TYPE_CHECKING:
         plot_sparse_output,
     )
     from entangle.plotting.study import (
+        figure_evidence,
         figure_trace,
         figure_verdicts,
+        plot_evidence,
         plot_trace,
         plot_verdicts,
     )
@@ -117,7 +119,10 @@ _HOMES = {
     "sparse_outputs": (
         "figure_recovery", "figure_sparse_outputs", "figure_sparsities", "plot_sparse_output",
     ),
-    "study": ("figure_trace", "figure_verdicts", "plot_trace", "plot_verdicts"),
+    "study": (
+        "figure_evidence", "figure_trace", "figure_verdicts", "plot_evidence", "plot_trace",
+        "plot_verdicts",
+    ),
     "style": ("COLUMN_INCHES", "PALETTE", "paper_style"),
 }  # fmt: skip
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
@@ -153,6 +158,7 @@ __all__ = [
     "figure_difference",
     "figure_disentanglement",
     "figure_distances",
+    "figure_evidence",
     "figure_expansion",
     "figure_experts",
     "figure_modes",
@@ -179,6 +185,7 @@ __all__ = [
     "plot_contexts",
     "plot_costs",
     "plot_distances",
+    "plot_evidence",
     "plot_experts",
     "plot_layer_profile",
     "plot_modes",

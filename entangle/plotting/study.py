@@ -1,5 +1,6 @@
-"""What a study and a trace found: verdicts by claim and model; WD, overlaps and damage by step."""
+"""What a study and a trace found: verdicts and numbers by claim and model; revisions by step."""
 
+from collections.abc import Sequence
 from typing import Unpack
 
 import numpy as np
@@ -13,7 +14,7 @@ from entangle.errors import InvalidInput
 from entangle.plotting.options import FigureOptions, PlotOptions, picked
 from entangle.plotting.page import axes_level, figure_level, paper
 from entangle.plotting.save import record
-from entangle.plotting.style import NOMINAL, axes_or_new, explain_above, ink
+from entangle.plotting.style import NOMINAL, add_title, axes_or_new, explain_above, ink
 from entangle.plotting.summaries import check_columns
 
 _STUDY = "the command `entangle study` writes such tables."
@@ -23,6 +24,10 @@ _VERDICTS = {
     "not measured": ("_", "full", 3),
 }  # fmt: skip
 """Marker, filling (so that they are told apart without colours) and colour of each verdict."""
+_ROLES = {"main": ("o", "full", 0.12, 0), "control": ("D", "none", -0.12, 1)}
+"""Marker, filling, place beside the model's line, and colour of a number by its role."""
+_WIDE = 8.0
+"""Ratio of largest to least number from which an axis of ratios is logarithmic."""
 TRACED = {
     "wd": ("WD (σ)", {"wd_largest": "largest", "wd_top": "edge of the top rows",
                       "wd_median": "median"}),
@@ -92,6 +97,85 @@ def plot_verdicts(
     ax.set(xlabel="model", ylabel="claim")
     explain_above(ax, entries, legend=legend, own=own)
     return ax
+
+
+@axes_level
+def plot_evidence(
+    numbers: pd.DataFrame,
+    *,
+    claim: str,
+    legend: bool = True,
+    ax: Axes | None = None,
+    **options: Unpack[PlotOptions],
+) -> Axes:
+    """Draw the numbers that decide one claim, with 95 % intervals, a row a model.
+
+    Of the claim's main comparisons and of its controls the least one each, as it is their lower
+    ends that must lie above their bars (dotted): what is nearest to its bar or farthest below it.
+
+    Parameters
+    ----------
+    numbers
+        `Study.numbers`.
+    claim
+        One of its claims.
+    legend, ax, options
+        As in `plot_verdicts`.
+
+    Raises
+    ------
+    InvalidInput, UnknownName
+        Missing columns, no such claim, or a claim of which no number was measured.
+    """
+    check_columns(numbers, ("claim", "model", "number", "role", "value", "low", "high", "bar"),
+                  name="numbers", writer=_STUDY)  # fmt: skip
+    choice("claim", claim, dict.fromkeys(numbers["claim"]))
+    rows = numbers[(numbers["claim"] == claim) & numbers["role"].isin(list(_ROLES))]
+    rows = rows[np.isfinite(rows["low"].astype(float))]
+    if rows.empty:
+        raise InvalidInput(f"`numbers` must hold a number that decides {claim}; got none.")
+    own, ax = ax is None, axes_or_new(ax, options)
+    models = list(dict.fromkeys(numbers["model"]))
+    entries: list[tuple[Artist, str]] = []
+    for role in picked([one for one in _ROLES if (rows["role"] == one).any()], _called):
+        least = _least(rows[rows["role"] == role])
+        marker, filled, aside, hue = _ROLES[role]
+        color = ink(_called(role), str(NOMINAL[hue]))
+        y = least["model"].map(models.index).to_numpy(np.float64) - aside
+        x, low, high = (least[key].to_numpy(np.float64) for key in ("value", "low", "high"))
+        ax.hlines(y, low, high, color=color, lw=1.0)
+        (points,) = ax.plot(
+            x, y, marker, fillstyle=filled, ms=4.0, mew=1.0, color=color, label=_called(role)
+        )
+        bars = least["bar"].to_numpy(np.float64)
+        ax.vlines(bars, y - 0.2, y + 0.2, color=color, ls=":", lw=1.0)
+        names = {key: least[key].to_numpy(str) for key in ("model", "number")}
+        record(
+            points, panel=claim, series=_called(role), x=x, y=y, low=low, high=high, bar=bars,
+            **names,
+        )  # fmt: skip
+        entries.append((points, _called(role)))
+    if (rows["bar"] > 0).all() and (rows["low"] > 0).all() and (
+        rows["high"].max() > _WIDE * min(rows["low"].min(), 1.0)
+    ):  # fmt: skip
+        ax.set_xscale("log")
+    ax.set_yticks(range(len(models)), models, parse_math=False)
+    ax.set_ylim(len(models) - 0.5, -0.5)
+    ratios = all((rows["bar"] >= 1) | (rows["role"] != "main"))
+    ax.set(xlabel="ratio" if ratios else "share or coefficient", ylabel="model")
+    explain_above(ax, entries, legend=legend, own=own)
+    return ax
+
+
+def _called(role: str) -> str:
+    return {"main": "main comparison", "control": "hardest control"}[role]
+
+
+def _least(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return for each model the row whose lower end is least beside its bar."""
+    beside = np.where(rows["bar"] > 0, rows["low"] / rows["bar"].clip(lower=1e-300), rows["low"])
+    ranked = rows.assign(_beside=beside).sort_values("_beside", kind="stable")
+    return ranked.groupby("model", sort=False).head(1).drop(columns="_beside")
 
 
 @axes_level
@@ -172,6 +256,50 @@ def figure_verdicts(frame: pd.DataFrame, **options: Unpack[FigureOptions]) -> Fi
             "holds: against every control; weaker: against the main comparison alone",
         )
         return page.finish(caption, shared=False)
+
+
+@figure_level
+def figure_evidence(
+    numbers: pd.DataFrame, *, claims: Sequence[str] | None = None, **options: Unpack[FigureOptions]
+) -> Figure:
+    """Draw the numbers that decide each claim, with 95 % intervals, a panel a claim.
+
+    Parameters
+    ----------
+    numbers
+        `Study.numbers`.
+    claims
+        Which, in this order; None draws all of which a deciding number was measured.
+    options
+        See `entangle.plotting.options.FigureOptions`.
+
+    Raises
+    ------
+    InvalidInput, UnknownName
+        As `plot_evidence`.
+    """
+    check_columns(numbers, ("claim", "model", "role", "low"), name="numbers", writer=_STUDY)
+    decided = numbers[
+        numbers["role"].isin(list(_ROLES)) & np.isfinite(numbers["low"].astype(float))
+    ]
+    chosen = list(dict.fromkeys(decided["claim"])) if claims is None else list(claims)
+    if not chosen:
+        raise InvalidInput("`numbers` must hold a number that decides a claim; got none.")
+    with paper(options) as page:
+        height = 0.75 + 0.17 * numbers["model"].nunique()
+        grid = page.grid(len(chosen), panel_inches=height)
+        for i, (claim, ax) in enumerate(zip(chosen, grid, strict=True)):
+            plot_evidence(numbers, claim=claim, legend=False, ax=ax)
+            add_title(ax, claim)
+            if i % page.across:
+                ax.set_yticklabels([])
+                ax.set_ylabel("")
+        caption = (
+            f"{len(chosen)} claims on {numbers['model'].nunique()} models",
+            "of each claim's main comparisons and of its controls the one nearest to its bar "
+            "(dotted), with 95 % intervals; a claim holds where both intervals lie above",
+        )
+        return page.finish(caption)
 
 
 @figure_level

@@ -63,7 +63,7 @@ FIGURES: dict[str, tuple[str, ...]] = {
     "expansion": ("expansion",),
     "pruning": ("expansion",),
     "difference": ("difference",),
-    "study": ("verdicts",),
+    "study": ("verdicts", "evidence"),
     "trace": ("trace",),
     "anchor": ("anchor",),
 }  # fmt: skip
@@ -93,7 +93,7 @@ def drawings(result: Any, style: Style) -> Iterator[tuple[str, Draw]]:
         "expansion": _of_expansion,
         "pruning": _of_expansion,
         "difference": lambda found, style: iter([("difference", partial(found.plot, **style))]),
-        "study": lambda found, style: iter([("verdicts", partial(found.plot, **style))]),
+        "study": _of_study,
         "trace": lambda found, style: iter([("trace", partial(found.plot, **style))]),
         "anchor": lambda found, style: iter([("anchor", partial(found.plot, **style))]),
     }
@@ -217,6 +217,13 @@ def _density(found: Any, style: Style) -> "Figure":
             "densities."
         )
     return figure_density(found.frame, text=text_of(found.manifest), **style)
+
+
+def _of_study(found: Any, style: Style) -> Iterator[tuple[str, Draw]]:
+    from entangle.plotting import figure_evidence
+
+    yield "verdicts", partial(found.plot, **style)
+    yield "evidence", partial(figure_evidence, found.numbers, **style)
 
 
 def text_of(manifest: Mapping[str, object], *, pairs: bool = False) -> str | None:

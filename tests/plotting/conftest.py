@@ -169,6 +169,23 @@ def studied() -> tuple[pd.DataFrame, pd.DataFrame]:
     return frame, trace
 
 
+def evidence() -> pd.DataFrame:
+    """Numbers of a study: two models, a claim of ratios in two settings, and one of differences."""
+    rows = [
+        ("a", "one", "50 %", "random", "main", 1.0, 3.0, 2.0, 5.0),
+        ("a", "one", "90 %", "random", "main", 1.0, 30.0, 20.0, 50.0),
+        ("a", "one", "50 %", "norm", "control", 1.0, 0.9, 0.8, 1.1),
+        ("a", "one", "50 %", "mean", "control", 1.0, 1.5, 1.2, 1.9),
+        ("a", "two", "50 %", "random", "main", 1.0, 1.5, 1.4, 1.6),
+        ("a", "two", "90 %", "random", "main", 1.0, 0.9, 0.7, 1.1),
+        ("b", "one", "", "rank", "main", 0.0, 0.1, -0.1, 0.3),
+        ("b", "one", "", "rank, given", "control", 0.5, 0.6, 0.55, 0.7),
+        ("b", "two", "", "median", "shown", np.nan, 0.2, np.nan, np.nan),
+    ]
+    names = ["claim", "model", "setting", "number", "role", "bar", "value", "low", "high"]
+    return pd.DataFrame(rows, columns=names)
+
+
 def differing() -> tuple[pd.DataFrame, pd.DataFrame]:
     """Neurons and agreement of two runs of three blocks; some neurons moved."""
     rng = np.random.default_rng(5)

@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import StepPatch
 from numpy.typing import NDArray
 
-from entangle.errors import InvalidInput
+from entangle import plotting
+from entangle.errors import InvalidInput, UnknownName
 from entangle.plotting import (
     NeuronOutput,
     caption_of,
@@ -23,6 +24,7 @@ from entangle.plotting import (
     top_and_typical,
 )
 from entangle.plotting.outputs import MAX_PANELS, layer_label
+from tests.plotting.conftest import evidence
 from tests.plotting.layout import crowded
 
 
@@ -260,3 +262,23 @@ def test_notes_cover_no_data_in_small_multiples(
             for points in ax.collections:
                 offsets = np.asarray(points.get_offsets())
                 assert not box.count_contains(ax.transData.transform(offsets))
+
+
+def test_evidence_takes_the_comparison_and_the_control_nearest_to_their_bars() -> None:
+    numbers = evidence()
+    table = plotting.drawn(plotting.figure_evidence(numbers))
+    a = table[table["panel"] == "a"].set_index(["series", "model"])
+    assert a.loc[("main comparison", "one"), "x"] == 3.0
+    assert a.loc[("main comparison", "two"), "x"] == 0.9
+    assert a.loc[("hardest control", "one"), "x"] == 0.9
+    assert ("hardest control", "two") not in a.index
+    b = table[table["panel"] == "b"]
+    assert sorted(b["x"]) == [0.1, 0.6]
+    assert set(b["model"]) == {"one"}
+    only = plotting.drawn(plotting.figure_evidence(numbers, claims=["b"]))
+    assert set(only["panel"]) == {"b"}
+    shown = numbers[numbers["role"] == "shown"]
+    with pytest.raises(InvalidInput, match="number that decides"):
+        plotting.figure_evidence(shown)
+    with pytest.raises(UnknownName):
+        plotting.figure_evidence(numbers, claims=["c"])

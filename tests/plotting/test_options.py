@@ -20,6 +20,7 @@ from entangle.plotting.style import PaperFigure
 from tests.plotting.ablation_frames import ablation_frame
 from tests.plotting.conftest import (
     allocated,
+    evidence,
     expanded,
     histogram_of,
     layer_scores,
@@ -124,6 +125,7 @@ def arguments(name: str) -> tuple[tuple[object, ...], dict[str, Any]]:
         "plot_routing_drop": ((routings()[1],), {}),
         "plot_rank_agreement": ((difference()[1],), {"measure": "top_3"}),
         "plot_verdicts": ((studied()[0],), {}),
+        "plot_evidence": ((evidence(),), {"claim": "a"}),
         "plot_trace": ((studied()[1],), {}),
     }
     return made[name]
@@ -158,6 +160,7 @@ PARTS: dict[str, tuple[str, str]] = {
     "plot_routing_drop": ("gate_proj", "down_proj"),
     "plot_rank_agreement": ("gate_proj", "down_proj"),
     "plot_verdicts": ("holds", "weaker"),
+    "plot_evidence": ("main comparison", "hardest control"),
     "plot_trace": ("largest", "edge of the top rows"),
 }
 """Two parts of every panel, in its own order."""

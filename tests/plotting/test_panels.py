@@ -16,7 +16,7 @@ from matplotlib.transforms import Bbox
 from entangle import plotting
 from entangle.errors import InvalidInput
 from tests.plotting.ablation_frames import ablation_frame
-from tests.plotting.conftest import allocated, differing, expanded, studied
+from tests.plotting.conftest import allocated, differing, evidence, expanded, studied
 from tests.plotting.decomposition_frames import TOP, Decomposed
 from tests.plotting.layout import texts
 from tests.plotting.test_options import correlations, routings
@@ -66,6 +66,7 @@ def case(
         "change_errors": (differing()[0], {}),
         "rank_agreement": (differing()[1], {"measure": "top_3"}),
         "verdicts": (studied()[0], {}),
+        "evidence": (evidence(), {"claim": "b"}),
         "trace": (studied()[1], {"measure": "overlap"}),
         "anchor": (correlations(), {}),
         "wd_inside": (routings()[0], {}),
