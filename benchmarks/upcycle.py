@@ -37,7 +37,7 @@ from entangle.models.pretrained import quiet
 
 GROUP = 64  # weights with one scale
 SHARD = 14 * 2**20  # bytes of a file
-_SPREAD = 0.1  # of the routers' first logits
+_SPREAD = 0.03  # of the routers' first logits
 EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 SHARED = tuple(f"shared_expert.{name}_proj.weight" for name in ("gate", "up", "down"))
 ROUTERS = ("mlp.gate.weight", "mlp.shared_expert_gate.weight")
