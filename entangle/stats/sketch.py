@@ -203,11 +203,6 @@ class OutputSketch:
         self._closed_counts.add_(other._closed_counts)
         self.n_tokens += other.n_tokens
 
-    def begin(self, outputs: Float[Tensor, "tokens neurons"]) -> None:
-        """Place the bins by outputs that are not counted, unless they are placed."""
-        if outputs.shape[0] and not self._placed:
-            self._place(*place_bins(outputs.detach()))
-
     def known(self) -> Sequence[Any]:
         """Return what all ranks must know of this sketch to `pool` it, as JSON takes it."""
         if self.n_tokens:
