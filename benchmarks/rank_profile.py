@@ -34,13 +34,13 @@ PHASES = {
     "share inputs": ("experts.build:share_inputs",),
     "fit routers": ("experts.solver:ExpertSettings.fit",),
     "wait for a router": ("experts.build:share_router",),
-    "gram of all tokens": ("experts.solver:_Group.__init__",),
+    "gram of all tokens": ("experts.solver:whole_gram", "experts.build:whole_gram"),
     "grams": ("experts.solver:ClusterTokens.grams", "experts.build:cluster_grams"),
     "factors": ("experts.solver:_Group._factor",),
     "prune": ("experts.solver:prune_part",),
     "errors": ("experts.solver:squared_errors",),
     "join experts": ("experts.build:join_experts",),
-    "pack and report": ("experts.storage:Storage.pack", "experts.expand:block_rows"),
+    "pack and report": ("experts.build:share_packing", "experts.expand:block_rows"),
     "prepare arms": ("experiments.compare:Comparing.prepare",),
 }  # fmt: skip
 OFTEN = ("counts of a sketch", "wait for places")

@@ -186,9 +186,9 @@ def measure_gpu(part: str, ranks: Any, sequences: int, size: Size) -> Row:
     if part == "score":
         model = llama("7", size.blocks, size)
         settings: Any = {"memory": size.memory // 8, "progress": False}
-        run = partial(score, model, proj="mlp", method="sketch", **settings)
+        run: Any = partial(score, model, proj="mlp", method="sketch", **settings)
         run(text(4 * ranks.size))  # kernels are compiled, ranks connected
-        return compared(part, partial(run, text(sequences)), ranks, same_scores)
+        return compared(part, lambda: run(text(sequences)), ranks, same_scores)
     if part == "compare":
         return measure_arms(ranks, sequences // 4, size)
     model = llama(part.removeprefix("expand"), 1, size)
