@@ -104,11 +104,11 @@ def of_folder(folder: Path, *, ending: str = "") -> str:
 
 def scored(kinds: str) -> Iterator[tuple[str, str]]:
     text, _ = texts()
-    builds: list[tuple[str, Callable[[], nn.Module]]] = [("llama", TINY["llama"])]
-    builds.append(("mixture", mixture))
-    for name, build in builds:
+    makers: list[tuple[str, Callable[[], nn.Module]]] = [("llama", TINY["llama"])]
+    makers.append(("mixture", mixture))
+    for name, make in makers:
         for dtype in (torch.float32, torch.bfloat16) if kinds == FULL else (torch.bfloat16,):
-            model = as_language_model(build().to(dtype))
+            model = as_language_model(make().to(dtype))
             for method in ("sketch", "exact") if kinds == FULL else ("sketch",):
                 settings: Any = {"method": method, "batch_size": 1, "progress": False}
                 yield (

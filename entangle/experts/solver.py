@@ -38,8 +38,7 @@ Sparsity = float | Float[Tensor, " out_features"] | None
 
 _WORK_BYTES, _GPU_SHARE = 2 * 2**30, 4
 _COPIES = 6  # of the gram and of the rows, at most, inside a solver
-_CHANGE_BYTES = 2**28
-_GRAM_TOKENS = 2**13
+_CHANGE_BYTES, _GRAM_TOKENS = 2**28, 2**13
 
 
 @dataclass(frozen=True)

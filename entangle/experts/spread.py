@@ -245,7 +245,7 @@ def share_packing(
     for name, (shape, dtype) in layout.tensors().items():
         found[name] = torch.zeros(shape, dtype=dtype, device=weight.device)
         of_values = name in ("values", "index")
-        a_unit = UNIT * len(found[name]) // layout.stored if of_values else 0
+        a_unit = UNIT * len(found[name]) // max(1, layout.stored) if of_values else 0
         places = [range(a * a_unit, b * a_unit) for a, b in pairwise(ends)] if of_values else shares
         if mine is not None:
             place, part = places[ranks.rank], mine.tensors[name]
