@@ -362,7 +362,7 @@ def arithmetic() -> pd.DataFrame:
         moved = 0 if size == 1 else inputs + experts
         solve = (block - fit - 0.15) * -(-k // min(size, k)) / k
         expand = fit + 0.15 + solve + moved / rate
-        passes = (1 if size > 1 else 0) + (batches - 1) / size + (1 if size == 1 else 0)
+        passes = -(-batches // size)
         score = (
             (scores - 0.3) * passes / batches + 0.3 / size + (32 * bins / rate if size > 1 else 0)
         )

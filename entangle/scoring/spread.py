@@ -24,6 +24,7 @@ from entangle.ranks import Ranks
 from entangle.recording.recorder import Batch
 from entangle.results.scores import LayerHistograms
 from entangle.scoring.layer_scores import FinerOutputs, LayerSummary
+from entangle.stats.bins import ToAdd, add_in_order
 from entangle.stats.mapping_difficulty import PairSketch
 from entangle.stats.sketch import OutputSketch
 
@@ -63,17 +64,19 @@ class LayerCounts:
         """Return what all ranks must know of this to `pool` it, as JSON takes it."""
         return [self.outputs.known(), self.pairs.known(), self.finer.known()]
 
-    def pool(self, ranks: Ranks, known: Sequence[Sequence[Any]], *, to: int) -> None:
+    def pool(self, ranks: Ranks, known: Sequence[Sequence[Any]], *, to: int) -> ToAdd:
         """Put what all ranks counted together on rank ``to``, as one would have counted it."""
         outputs, pairs, finer = zip(*known, strict=True)
-        self.outputs.pool(ranks, outputs, to=to)
-        self.pairs.pool(ranks, pairs, to=to)
-        self.finer.pool(ranks, finer, to=to)
+        return [
+            *self.outputs.pool(ranks, outputs, to=to),
+            *self.pairs.pool(ranks, pairs, to=to),
+            *self.finer.pool(ranks, finer, to=to),
+        ]
 
 
 _ALIGNED = 8  # bytes
 _ROWS = (2, 1, 1)  # of each of `LayerCounts.places`
-_PAUSE = 2e-4  # seconds
+_PAUSE, _LONGEST = 2e-4, 2e-3  # seconds
 _RUNS = count()
 
 
@@ -129,14 +132,15 @@ class FirstPlaces:
         """Give a layer that has seen no token the first rank's places, if that finds some."""
         if not self._first or self._ranks.rank == 0:
             return
-        key = f"{self._here}/{name}"
+        key, pause = f"{self._here}/{name}", _PAUSE
         content = self._ranks.posted(key)
         while content is None:
             if self._ranks.posted(f"{self._here}/end/{self._passes}") is not None:
                 content = self._ranks.posted(key)
                 break
             self._ranks.check()
-            time.sleep(_PAUSE)
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST)
             content = self._ranks.posted(key)
         found = load(content) if content else {}
         if found:
@@ -192,11 +196,13 @@ def pool_counts(
     if ranks.size == 1:
         return heard
     known = ranks.exchange([counts[layer.name].known() for layer in heard])
+    sums: ToAdd = []
     for number, layer in enumerate(heard):
         found = [own[number] for own in known]
-        counts[layer.name].pool(ranks, found, to=number % ranks.size)
+        sums += counts[layer.name].pool(ranks, found, to=number % ranks.size)
         if number % ranks.size != ranks.rank:
             del counts[layer.name]
+    add_in_order(sums)
     return heard[ranks.rank :: ranks.size]
 
 
