@@ -1,11 +1,13 @@
 """How much faster several processes are than one: GPUs of one host, or CPU cores.
 
 ``python -m benchmarks.scale_ranks --gpus 2`` scores every MLP linear of a 7B-shaped model, expands
-a 7B-shaped and a 70B-shaped block, spreads the arms of a comparison, and kills a rank; ``--cpus 2``
-does the like with the demo model, one thread a process. One and several processes are measured in
-turn in the same processes, of which all but the first wait for the former. Every row is printed as
-it is measured, then the table. ``--parts score,expand7`` does some of it; ``--sequences`` takes
-fewer tokens.
+a 7B-shaped and a 70B-shaped block, and spreads the arms of a comparison; ``--cpus 2`` does the like
+with the demo model, one thread a process. One and several processes are measured in turn in the
+same processes, of which all but the first wait for the former. Every row is printed as it is
+measured, then the table, and for every row where each rank's time went, by phase
+(`benchmarks.rank_profile`). ``--parts score,kill`` does some of it, ``kill`` kills a rank in the
+middle of an expansion; ``--sequences`` takes fewer tokens; ``--small`` takes the GPUs' parts with
+shapes so small that they say nothing of time.
 
 ``--arithmetic`` prints what 2 to 64 GPUs send and wait for, from the counts and the rates in this
 file; nothing is run.
@@ -13,20 +15,24 @@ file; nothing is run.
 
 import argparse
 import hashlib
+import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-Row = dict[str, object]
+from benchmarks.rank_profile import Seconds, profile_table, profiled, synchronise
+
+Row = dict[str, Any]
 GIB = 2**30
 PARTS = ("score", "expand7", "expand70", "compare", "kill")
 GOALS = {
@@ -34,25 +40,40 @@ GOALS = {
     "compare": {2: 1.9},
 }  # fmt: skip
 CPU_GOALS = {"score": {2: 1.7}, "expand7": {2: 1.5}}
-SHAPES = {"7": (4096, 11008, 32, 32), "70": (8192, 28672, 64, 8)}
-"""Hidden size, inner size, heads and heads of keys."""
 
 
-def timed(work: Callable[[], Any], ranks: Any) -> tuple[float, Any, float]:
-    """Return how long some work takes, what it gives, and the most processor time of a rank."""
-    import torch
+@dataclass(frozen=True)
+class Size:
+    """How large the parts are."""
+
+    shapes: Mapping[str, tuple[int, int, int, int]]
+    """Hidden size, inner size, heads and heads of keys, by the model's name."""
+    blocks: int
+    """Of the model that is scored."""
+    length: int
+    """Tokens of a sequence."""
+    memory: int
+    """Bytes for what is recorded."""
+
+
+LARGE = Size({"7": (4096, 11008, 32, 32), "70": (8192, 28672, 64, 8)}, 32, 2048, 60 * GIB)
+SMALL = Size({"7": (64, 172, 4, 4), "70": (128, 448, 8, 2)}, 4, 64, GIB // 4)
+
+
+def timed(work: Callable[[], Any], ranks: Any) -> tuple[float, Any, float, Seconds]:
+    """Return how long work takes, what it gives, the most processor time of a rank, its phases."""
 
     def wait() -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        synchronise()
         ranks.exchange(0)
 
     wait()
-    begin, used = time.perf_counter(), time.process_time()
-    found = work()
-    busy = time.process_time() - used
+    with profiled() as profile:
+        begin, used = time.perf_counter(), time.process_time()
+        found = work()
+        busy = time.process_time() - used
     wait()
-    return time.perf_counter() - begin, found, max(ranks.exchange(busy))
+    return time.perf_counter() - begin, found, max(ranks.exchange(busy)), profile.seconds
 
 
 def compared(name: str, work: Callable[[], Any], ranks: Any, same: Callable[..., str]) -> Row:
@@ -63,9 +84,9 @@ def compared(name: str, work: Callable[[], Any], ranks: Any, same: Callable[...,
         with apart():
             return work() if ranks.rank == 0 else None
 
-    one, first, busy = timed(alone, ranks)
+    one, first, busy, phases = timed(alone, ranks)
     ranks.traffic.clear()
-    many, second, busiest = timed(work, ranks)
+    many, second, busiest, own = timed(work, ranks)
     sent = ranks.traffic
     moved = (sent["broadcast"] + sent["reduced"]) / GIB
     waits = ranks.exchange(sent["waited"])
@@ -73,7 +94,8 @@ def compared(name: str, work: Callable[[], Any], ranks: Any, same: Callable[...,
     note += f"; processor time {busy:.1f} s against {busiest:.1f} s a rank"
     if ranks.rank == 0:
         note = f"{same(first, second)}; {note}"
-    return row(name, ranks.size, one, many, note)
+    every = {f"rank {rank}": found for rank, found in enumerate(ranks.exchange(own))}
+    return row(name, ranks.size, one, many, note) | {"phases": {"one": phases} | every}
 
 
 def row(name: str, size: int, one: float, many: float, note: str) -> Row:
@@ -91,14 +113,14 @@ def row(name: str, size: int, one: float, many: float, note: str) -> Row:
     }  # fmt: skip
 
 
-def llama(shape: str, blocks: int) -> Any:
-    """Return a Llama of one of `SHAPES` with random bfloat16 weights, the same on every rank."""
+def llama(shape: str, blocks: int, size: Size) -> Any:
+    """Return a Llama of one of the shapes, random bfloat16 weights, the same on every rank."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from entangle.models.loading import as_language_model
 
-    hidden, inner, heads, keys = SHAPES[shape]
+    hidden, inner, heads, keys = size.shapes[shape]
     config = LlamaConfig(
         hidden_size=hidden, intermediate_size=inner, num_hidden_layers=blocks,
         num_attention_heads=heads, num_key_value_heads=keys, vocab_size=32000,
@@ -108,7 +130,7 @@ def llama(shape: str, blocks: int) -> Any:
     torch.set_default_dtype(torch.bfloat16)
     torch.manual_seed(0)
     try:
-        with torch.device("cuda"):
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
             return as_language_model(LlamaForCausalLM(config).train(mode=False))
     finally:
         torch.set_default_dtype(before)
@@ -153,40 +175,49 @@ def same_tables(first: Any, second: Any) -> str:
     return "tables equal to the bit" if frames[0].equals(frames[1]) else "TABLES DIFFER"
 
 
-def measure_gpu(part: str, ranks: Any, sequences: int) -> Row:
+def measure_gpu(part: str, ranks: Any, sequences: int, size: Size) -> Row:
     """Measure one part on GPUs."""
     import torch
 
-    from entangle.evaluation import EvaluationText
-    from entangle.experiments.compare import compare
     from entangle.experts.expand import expand
     from entangle.scoring.score import score
 
+    text = partial(random_tokens, length=size.length)
     if part == "score":
-        model = llama("7", 32)
-        run = partial(score, model, proj="mlp", method="sketch", memory=8 * GIB, progress=False)
-        run(random_tokens(4 * ranks.size))  # kernels are compiled, ranks connected
-        return compared(part, lambda: run(random_tokens(sequences)), ranks, same_scores)
-    if part in ("expand7", "expand70"):
-        model = llama(part.removeprefix("expand"), 1)
-        settings: Any = {
-            "experts": 16, "sparsity": 0.5, "pattern": "block", "memory": 60 * GIB,
-            "progress": False,
-        }  # fmt: skip
-        expand(model, random_tokens(16), **settings)
+        model = llama("7", size.blocks, size)
+        settings: Any = {"memory": size.memory // 8, "progress": False}
+        run: Any = partial(score, model, proj="mlp", method="sketch", **settings)
+        run(text(4 * ranks.size))  # kernels are compiled, ranks connected
+        return compared(part, lambda: run(text(sequences)), ranks, same_scores)
+    if part == "compare":
+        return measure_arms(ranks, sequences // 4, size)
+    model = llama(part.removeprefix("expand"), 1, size)
+    settings = {
+        "experts": 16, "sparsity": 0.5, "pattern": "block", "memory": size.memory,
+        "progress": False,
+    }  # fmt: skip
+    expand(model, text(16), **settings)
+    if torch.cuda.is_available():
         torch.cuda.empty_cache()
-        text = random_tokens(sequences)
-        return compared(part, lambda: expand(model, text, **settings), ranks, same_experts)
-    model = llama("7", 1)
-    text = EvaluationText(random_tokens(8).ids, "ids", {})
+    ids = text(sequences if part == "expand7" else sequences // 4)
+    return compared(part, lambda: expand(model, ids, **settings), ranks, same_experts)
+
+
+def measure_arms(ranks: Any, sequences: int, size: Size) -> Row:
+    """Measure a comparison of eight arms of equal cost."""
+    from entangle.evaluation import EvaluationText
+    from entangle.experiments.compare import compare
+
+    model, text = llama("7", 1, size), partial(random_tokens, length=size.length)
+    evaluation = EvaluationText(text(8).ids, "ids", {})
     arms: Any = {
         "methods": ("expansion",),
         "sparsity": [0.2 + 0.1 * i for i in range(8)],
         "experts": 16,
     }
-    work = partial(compare, model, random_tokens(sequences // 4), text, **arms, progress=False)
-    compare(model, random_tokens(8), text, "wanda", sparsity=0.5, progress=False)
-    return compared(part, work, ranks, same_tables)
+    work = partial(compare, model, text(sequences), evaluation, **arms, progress=False)
+    compare(model, text(8), evaluation, "wanda", sparsity=0.5, progress=False)
+    return compared("compare", work, ranks, same_tables)
 
 
 def measure_cpu(part: str, ranks: Any, sequences: int) -> Row:
@@ -205,7 +236,7 @@ def measure_cpu(part: str, ranks: Any, sequences: int) -> Row:
     return compared(part, lambda: expand(model, text, **settings), ranks, same_experts)
 
 
-def inside(parts: Sequence[str], sequences: int) -> None:
+def inside(parts: Sequence[str], sequences: int, *, small: bool) -> None:
     """Measure, as one of the ranks; the first writes each row."""
     import torch
 
@@ -213,12 +244,13 @@ def inside(parts: Sequence[str], sequences: int) -> None:
 
     torch.set_num_threads(torch.get_num_threads() if torch.cuda.is_available() else 1)
     with ranks.started(ranks.place_of(os.environ)) as here:
-        measure = measure_gpu if torch.cuda.is_available() else measure_cpu
+        measure: Callable[[str, Any, int], Row] = measure_cpu
+        if small or torch.cuda.is_available():
+            measure = partial(measure_gpu, size=SMALL if small else LARGE)
         for part in parts:
             found = measure(part, here, sequences)
             if here.rank == 0:
-                pd.DataFrame([found]).to_json(sys.stdout, orient="records", lines=True)
-                sys.stdout.flush()
+                print(json.dumps(found), flush=True)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
@@ -320,7 +352,7 @@ def arithmetic() -> pd.DataFrame:
     Rates, of one H200 host with NVLink and of hosts joined by 50 GB/s a GPU: bytes are divided by
     them; work is what one H200 took (docs/LOG.md), of which the fit of a router is not shared out.
     """
-    tokens, k, (hidden, inner, *_) = 128 * 2048, 16, SHAPES["7"]
+    tokens, k, (hidden, inner, *_) = 128 * 2048, 16, LARGE.shapes["7"]
     inputs, experts = 2 * tokens * (hidden + inner), 2 * k * 3 * hidden * inner
     bins = 4 * (2 * inner + hidden) * (1536 + 9 * 192)
     block, fit, batches, scores = 2.9, 0.26, 64, 9.0
@@ -330,7 +362,7 @@ def arithmetic() -> pd.DataFrame:
         moved = 0 if size == 1 else inputs + experts
         solve = (block - fit - 0.15) * -(-k // min(size, k)) / k
         expand = fit + 0.15 + solve + moved / rate
-        passes = (1 if size > 1 else 0) + (batches - 1) / size + (1 if size == 1 else 0)
+        passes = -(-batches // size)
         score = (
             (scores - 0.3) * passes / batches + 0.3 / size + (32 * bins / rate if size > 1 else 0)
         )
@@ -352,39 +384,55 @@ def main(arguments: Sequence[str] | None = None) -> int:
     kind.add_argument("--arithmetic", action="store_true", help="print the table of up to 64 GPUs")
     kind.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument(
-        "--parts", help=f"of {', '.join(PARTS)} (default: all; cpus: score, expand7, kill)"
+        "--parts", help=f"of {', '.join(PARTS)} (default: all but kill; cpus: score, expand7, kill)"
     )
     parser.add_argument(
-        "--sequences", type=int, help="of 2,048 tokens (default: 128; cpus: 32 of 512)"
-    )
+        "--sequences", type=int,
+        help="of 2,048 tokens (default: 128; cpus: 32 of 512; a quarter for expand70, compare)",
+    )  # fmt: skip
+    parser.add_argument("--small", action="store_true", help="the GPUs' parts, in tiny shapes")
     given = parser.parse_args(arguments)
     if given.arithmetic:
         print(arithmetic().to_string(index=False))
         return 0
     cpu = given.cpus is not None
-    parts = (given.parts or ("score,expand7,kill" if cpu else ",".join(PARTS))).split(",")
+    usual = "score,expand7,kill" if cpu and not given.small else ",".join(PARTS[:-1])
+    parts = (given.parts or usual).split(",")
     sequences = given.sequences or (32 if cpu else 128)
     if given.inside:
-        inside(parts, sequences)
+        inside(parts, sequences, small=given.small)
         return 0
     rows: list[Row] = []
     size = given.cpus if cpu else given.gpus
     with _one_thread(cpu=cpu):
-        for row in _measured(parts, size, sequences, cpu=cpu):
-            print(row, flush=True)
+        for row in _measured(parts, size, sequences, cpu=cpu, small=given.small):
+            print({name: one for name, one in row.items() if name != "phases"}, flush=True)
             rows.append(row)
-    print(pd.DataFrame(rows).to_string(index=False), flush=True)
+    _print(rows)
     print(f"load average: {os.getloadavg()[0]:.1f}; {os.cpu_count()} cores", flush=True)
     return 0 if all(row["met"] != "no" for row in rows) else 1
 
 
-def _measured(parts: Sequence[str], size: int, sequences: int, *, cpu: bool) -> Iterator[Row]:
-    """Yield the rows of all parts; what fails is a row too."""
-    import json
+def _print(rows: Sequence[Row]) -> None:
+    """Print the table, what was sent and found equal, and where the time went."""
+    table = pd.DataFrame(rows).drop(columns=["phases", "note"], errors="ignore")
+    print(f"\n{table.to_string(index=False)}\n", flush=True)
+    for row in rows:
+        print(f"{row['work']}: {row['note']}")
+    for row in rows:
+        if row.get("phases"):
+            print(f"\n{row['work']}: seconds by phase (processor time of the leading thread)")
+            print(profile_table(row["phases"]).to_string(), flush=True)
 
+
+def _measured(
+    parts: Sequence[str], size: int, sequences: int, *, cpu: bool, small: bool
+) -> Iterator[Row]:
+    """Yield the rows of all parts; what fails is a row too."""
     plain = [part for part in parts if part != "kill"]
     if plain:
         own = ["--inside", "--parts", ",".join(plain), "--sequences", str(sequences)]
+        own += ["--small"] if small else []
         run = torchrun(size, "benchmarks.scale_ranks", *own, stdout=subprocess.PIPE)
         assert run.stdout is not None
         for line in run.stdout:

@@ -220,6 +220,9 @@ class Ranks:
         """Return what was left under a name, None if nothing was."""
         return None
 
+    def check(self) -> None:
+        """Raise `RankLost` if another has noted that it ends: for who waits for what is posted."""
+
     def agree(self, parts: Mapping[str, object]) -> None:
         """Check that all ranks have the same, by digest.
 
@@ -330,9 +333,9 @@ class _Joined(Ranks):
         import torch
 
         mine = by == self.rank
-        buffer = bytearray(content) if mine else bytearray(length)
         if not length:
             return b""
+        buffer = bytearray(content) if mine else bytearray(length)
         tensor = torch.frombuffer(buffer, dtype=torch.uint8)
         if self._on_gpu and length > _SMALL:
             there = tensor.cuda()
@@ -366,10 +369,9 @@ class _Joined(Ranks):
 
     @_hearing
     def reduce(self, tensor: "Tensor", *, to: int, by: str = "sum") -> None:
-        operation = {"sum": "SUM", "min": "MIN", "max": "MAX"}[by]
         self.traffic["reduced"] += tensor.numel() * tensor.element_size()
         if tensor.numel():
-            self._dist.reduce(tensor, to, op=getattr(self._dist.ReduceOp, operation))
+            self._dist.reduce(tensor, to, op=getattr(self._dist.ReduceOp, by.upper()))
 
     def _meet(self) -> None:
         """Wait for all ranks where it is heard if one is gone, which NCCL does not tell."""
@@ -392,6 +394,11 @@ class _Joined(Ranks):
         key = f"post/{name}"
         return bytes(self._store.get(key)) if self._store.check([key]) else None
 
+    @_hearing
+    def check(self) -> None:
+        if self._store.check(["ends"]):
+            raise RankLost("another rank has ended")
+
     def agree(self, parts: Mapping[str, object]) -> None:
         digests = {what: _digest(value) for what, value in parts.items()}
         found = self.exchange(digests)
@@ -404,14 +411,7 @@ class _Joined(Ranks):
                     )
 
     def ended(self, reason: str) -> tuple[bool, list[int], bool]:
-        """Note why this rank ends.
-
-        Returns
-        -------
-        tuple
-            Whether it is the one to speak of it; the ranks that are gone without a note; whether
-            all noted the same.
-        """
+        """Note why this rank ends; return if it speaks, who left no note, if all say the same."""
         own = f"ended/{self.rank}"
         try:
             self._store.set(own, reason)

@@ -18,7 +18,7 @@ from entangle.cli.main import main
 from entangle.errors import InvalidInput
 from entangle.evaluation import EvaluationText, perplexity
 from entangle.experiments.compare import compare
-from entangle.experts import block_files, checkpoint, spread
+from entangle.experts import block_files, build, checkpoint, spread
 from entangle.experts.expand import expand
 from entangle.experts.prune import prune
 from entangle.models import streaming
@@ -104,11 +104,11 @@ def of_folder(folder: Path, *, ending: str = "") -> str:
 
 def scored(kinds: str) -> Iterator[tuple[str, str]]:
     text, _ = texts()
-    builds: list[tuple[str, Callable[[], nn.Module]]] = [("llama", TINY["llama"])]
-    builds.append(("mixture", mixture))
-    for name, build in builds:
+    makers: list[tuple[str, Callable[[], nn.Module]]] = [("llama", TINY["llama"])]
+    makers.append(("mixture", mixture))
+    for name, make in makers:
         for dtype in (torch.float32, torch.bfloat16) if kinds == FULL else (torch.bfloat16,):
-            model = as_language_model(build().to(dtype))
+            model = as_language_model(make().to(dtype))
             for method in ("sketch", "exact") if kinds == FULL else ("sketch",):
                 settings: Any = {"method": method, "batch_size": 1, "progress": False}
                 yield (
@@ -158,7 +158,10 @@ def built(kinds: str, folder: Path) -> Iterator[tuple[str, str]]:
         "one expert": {"experts": 1, "layers": 0},
         "codes": {"experts": 2, "bits": 4, "router": "random", "layers": 0},
     }
-    for name, settings in several.items() if kinds == FULL else [("few", {"experts": 4})]:
+    few: dict[str, Any] = {"experts": 4, "format": "delta"}
+    if kinds != FULL:
+        vars(build)["_GRAM_BYTES"] = 0  # clusters are solved without all their grams at once
+    for name, settings in several.items() if kinds == FULL else [("few", few)]:
         out = folder / name.replace(" ", "-")
         made = expand(
             model, text, sparsity=0.5, evaluation=evaluation, out=out, keep=False, restarts=2,

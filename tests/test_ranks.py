@@ -13,7 +13,7 @@ import torch
 
 from entangle import ranks
 from entangle.errors import InvalidInput
-from entangle.experts import spread
+from entangle.experts import build, spread
 from entangle.experts.spread import cluster_shares
 from entangle.models import streaming
 from entangle.ranks import ALONE, Place, Ranks, _Joined, apart, current, place_of, started
@@ -63,6 +63,7 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration_set, "_TOKENS_IN_A_PASS", 32)
     monkeypatch.setattr(spread, "_ROWS", 24)
     monkeypatch.setattr(streaming, "_SMALL", 100)
+    monkeypatch.setattr(build, "_GRAM_BYTES", build._GRAM_BYTES)
 
 
 @pytest.mark.usefixtures("batches")

@@ -27,12 +27,15 @@ from entangle.experts.solver import (
     cluster_grams,
     clusters_at_once,
     solve_experts,
+    whole_gram,
 )
 from entangle.experts.spread import (
     cluster_shares,
     join_experts,
     share_inputs,
+    share_packing,
     share_router,
+    share_totals,
     solve_shares,
 )
 from entangle.experts.storage import Storage
@@ -363,33 +366,54 @@ def _expand_block(
         if not plan.named:  # experts of a mixture that see fewer tokens than clusters stay
             wanted = plan.experts
             groups = [(own, one) for own, one in groups if one.n_tokens >= wanted[own[0].name]]
-        fitted = {
-            number: _naming(
-                members, plan.settings.fit, store, plan.experts[members[0].name], members[0].device
-            )
-            for number, (members, store) in enumerate(groups)
-            if number % current().size == current().rank
-        }
+        ready = _prepared(groups, plan)
         # The largest record first: it goes before there are many experts beside it.
         for number in sorted(range(len(groups)), key=lambda i: -groups[i][1].n_bytes):
             members, store = groups[number]
-            by = number % current().size
-            found = share_router(
-                current(), fitted.pop(number, None), by=by, tokens=store.n_tokens,
-                device=members[0].device,
-            )  # fmt: skip
-            expanded += _naming(members, _expand_group, members, store, plan, found, writer)
+            expanded += _naming(members, _expand_group, members, store, plan, ready[number], writer)
             give_back()
     order = {layer.name: i for i, layer in enumerate(layers)}
     expanded.sort(key=lambda one: order[one.layer.name])
-    return [_packed(one, plan.storage) for one in expanded]
+    return [_packed(one, plan.storage, writer) for one in expanded]
 
 
-def _packed(one: ExpandedLayer, storage: Storage) -> ExpandedLayer:
-    """Pack a layer's experts if this rank reports them and has not done so."""
-    if one.experts is None or one.packed is not None:
+def _packed(one: ExpandedLayer, storage: Storage, writer: int) -> ExpandedLayer:
+    """Pack a layer's experts for the rank that reports them, where that is not done."""
+    if one.packed is not None:
         return one
-    return replace(one, packed=storage.pack(one.layer.weight, one.module.weight)[0])
+    dense, weight = one.layer.weight, one.module.weight
+    return replace(one, packed=share_packing(current(), storage, dense, weight, to=writer))
+
+
+@dataclass(eq=False)
+class _Prepared:
+    """What is known of one input before its experts are solved."""
+
+    in_parts: bool
+    """Whether its clusters are solved without all their grams at once, on all ranks."""
+    fits: int = 0
+    """The rank that fits the router."""
+    sums: int = 0
+    """The rank that sums the gram of all tokens, where it is another."""
+    fitted: Fitted | None = None
+    gram: Tensor | None = None
+
+
+def _prepared(groups: Sequence[tuple[list[Layer], TokenStore]], plan: Plan) -> list[_Prepared]:
+    """Fit this rank's part of the routers; where another does, sum the gram meanwhile."""
+    ranks, found = current(), list[_Prepared]()
+    for number, (members, store) in enumerate(groups):
+        large = _is_large(plan.experts[members[0].name], members[0], store)
+        in_parts = all(ranks.exchange(_lies_on_gpu(store) or large))
+        found.append(_Prepared(in_parts, number % ranks.size, (number + 1) % ranks.size))
+    for one, (members, store) in zip(found, groups, strict=True):
+        device = members[0].device
+        if one.fits == ranks.rank:
+            k = plan.experts[members[0].name]
+            one.fitted = _naming(members, plan.settings.fit, store, k, device)
+        elif one.sums == ranks.rank and one.in_parts:
+            one.gram = _naming(members, whole_gram, store, device)
+    return found
 
 
 def record_inputs(
@@ -464,23 +488,27 @@ def _expand_group(
     layers: Sequence[Layer],
     store: TokenStore,
     plan: Plan,
-    fitted: Fitted | None = None,
+    ready: _Prepared,
     writer: int = 0,
 ) -> list[ExpandedLayer]:
-    """Fit one router on the common input of some layers, if there is none, and solve experts."""
+    """Solve experts of some layers for the clusters of their common input."""
     ranks = current()
     device, k = layers[0].device, plan.experts[layers[0].name]
-    router, labels = plan.settings.fit(store, k, device) if fitted is None else fitted
+    router, labels = share_router(
+        ranks, ready.fitted, by=ready.fits, tokens=store.n_tokens, device=device
+    )
     sparsity = [plan.sparsity[layer.name] for layer in layers]
     most = max(1, _GRAM_NUMBERS_GPU // layers[0].in_features)
     at_once = by_device(device, cpu=_GRAM_TOKENS, gpu=min(PASS_TOKENS_GPU, most))
-    if all(ranks.exchange(_lies_on_gpu(store) or _is_large(k, layers[0], store))):
+    if ready.in_parts:
         if labels is None:
             blocks = store.blocks(PASS_TOKENS_GPU)
             labels = torch.cat([router.route(rows.to(device)) for _, rows in blocks])
         run = clusters_at_once(layers, store.n_bytes, plan.settings, k)
         shares = cluster_shares(k, len(layers), ranks, at_once=run)
-        solved = solve_shares(ranks, layers, store, labels, sparsity, plan.settings, shares)
+        totals = share_totals(ranks, layers, ready.gram, labels, k, by=ready.sums)
+        ready.gram = None
+        solved = solve_shares(ranks, layers, store, labels, sparsity, plan.settings, shares, totals)
         store.close()
     else:
         shares = cluster_shares(k, len(layers), ranks, at_once=k)

@@ -36,11 +36,9 @@ from entangle.stats.gram import ClusterGrams, ClusterGramsResult, sum_grams
 
 Sparsity = float | Float[Tensor, " out_features"] | None
 
-_WORK_BYTES = 2 * 2**30
-_GPU_SHARE = 4
+_WORK_BYTES, _GPU_SHARE = 2 * 2**30, 4
 _COPIES = 6  # of the gram and of the rows, at most, inside a solver
-_CHANGE_BYTES = 2**28
-_GRAM_TOKENS = 2**13
+_CHANGE_BYTES, _GRAM_TOKENS = 2**28, 2**13
 
 
 @dataclass(frozen=True)
@@ -366,9 +364,7 @@ def _quadratic(rows: Tensor, gram: Tensor) -> Tensor:
         return quadratic(rows, gram.to(rows.dtype)).sum(1, dtype=torch.float64)
 
 
-_BATCH = 2**13
-_WORK_BYTES_AT_ONCE = 2**30
-_WORK_SHARE = 1 / 3
+_WORK_BYTES_AT_ONCE, _WORK_SHARE = 2**30, 1 / 3
 _FACTOR_WORK = 1 / 3  # of a gram, beside the gram and its factor
 _COPIES_FUSED, _COPIES_OF_ROWS = 1.75, 6  # of an expert's float32 rows, at most, while it is solved
 
@@ -402,7 +398,7 @@ class ClusterTokens:
 
     def batches(self, cluster: int) -> Iterator[Float[Tensor, "tokens features"]]:
         """Yield a cluster's tokens in order, 8,192 at a time, each time in the same memory."""
-        size = max(1, min(_BATCH, sum(len(order[cluster]) for order in self._order)))
+        size = max(1, min(_GRAM_TOKENS, sum(len(order[cluster]) for order in self._order)))
         rows, held = self._chunks[0].new_empty(size, self._features, device=self._store.device), 0
         for chunk, order in zip(self._chunks, self._order, strict=True):
             left = order[cluster]
@@ -425,10 +421,23 @@ class ClusterTokens:
         sets = [self.batches(cluster) for cluster in clusters]
         return sum_grams(sets, self._features, device=device)
 
-    def whole(self, device: torch.device) -> Float[Tensor, "_ _"]:
-        """Return ``XᵀX`` of all tokens."""
-        everything = (rows.to(device) for _, rows in self._store.blocks(_BATCH))
-        return sum_grams([everything], self._features, device=device)[0]
+
+def whole_gram(store: TokenStore, device: torch.device) -> Float[Tensor, "_ _"]:
+    """Return ``XᵀX`` of all tokens of a record."""
+    features = next(iter(store.chunks())).shape[1]
+    everything = (rows.to(device) for _, rows in store.blocks(_GRAM_TOKENS))
+    return sum_grams([everything], features, device=device)[0]
+
+
+Totals = tuple[list[float], Tensor | None]
+"""Energy of every layer over all tokens, and the mean of ``xxᵀ`` where clusters are short."""
+
+
+def totals_of(layers: Sequence[Layer], whole: Tensor, labels: Tensor, k: int) -> Totals:
+    """Return what layers with one input have in common, given its gram, which is overwritten."""
+    energies = [dense_energy(layer, whole) for layer in layers]
+    short = int(torch.bincount(labels, minlength=k).min()) < len(whole)
+    return energies, whole.div_(len(labels)) if short else None
 
 
 def solve_in_parts(
@@ -441,6 +450,7 @@ def solve_in_parts(
     k: int,
     size: int | None = None,
     clusters: range | None = None,
+    totals: Totals | None = None,
 ) -> list[Experts]:
     """Prune the dense weights of layers with one input once for every cluster.
 
@@ -464,13 +474,16 @@ def solve_in_parts(
         Clusters at a time; None for as many as seem to fit.
     clusters
         As in `solve_experts`.
+    totals
+        Of all tokens, where another rank has summed them.
 
     Raises
     ------
     torch.OutOfMemoryError
         If memory runs out with one cluster. With more, half as many are tried.
     """
-    group = _Group(layers, ClusterTokens(store, labels, k), sparsity, settings)
+    totals = totals or totals_of(layers, whole_gram(store, layers[0].device), labels, k)
+    group = _Group(layers, ClusterTokens(store, labels, k), sparsity, settings, totals)
     weights = [layer.weight.new_empty(k, *layer.weight.shape) for layer in layers]
     own = range(k) if clusters is None else clusters
 
@@ -524,15 +537,13 @@ class _Group:
         tokens: ClusterTokens,
         sparsity: Sequence[Sparsity],
         settings: ExpertSettings,
+        totals: Totals,
     ) -> None:
         self.tokens = tokens
         self.missing: list[int] = (layers[0].in_features - tokens.count).clamp_min(0).tolist()
         self._layers, self._sparsity, self._settings = layers, sparsity, settings
         self._device = layers[0].device
-        whole = tokens.whole(self._device)
-        self.energies = [dense_energy(layer, whole) for layer in layers]
-        """Of each layer, over all tokens."""
-        self._average = whole.div_(int(tokens.count.sum())) if any(self.missing) else None
+        self.energies, self._average = totals
 
     def solve(
         self, clusters: range, into: Sequence[Tensor]

@@ -9,6 +9,7 @@ import json
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from itertools import accumulate, pairwise
 
 import torch
 from jaxtyping import Int64
@@ -18,8 +19,17 @@ from torch import Tensor
 from entangle.errors import InvalidInput
 from entangle.experts.linear import ExpandedLinear, SharedRouting
 from entangle.experts.router import Router
-from entangle.experts.solver import Experts, ExpertSettings, Sparsity, solve_in_parts
+from entangle.experts.solver import (
+    Experts,
+    ExpertSettings,
+    Sparsity,
+    Totals,
+    solve_in_parts,
+    totals_of,
+)
+from entangle.experts.storage import Storage
 from entangle.models.layers import Layer
+from entangle.packed.formats import UNIT, Layout, Packed, room
 from entangle.ranks import Ranks
 from entangle.recording.stream import ByteBudget, TokenStore
 
@@ -184,6 +194,68 @@ def _routings(states: Mapping[str, Tensor]) -> list[SharedRouting]:
     return [SharedRouting(Router.from_state(found[i])) for i in sorted(found)]
 
 
+def share_totals(
+    ranks: Ranks, layers: Sequence[Layer], whole: Tensor | None, labels: Tensor, k: int, *, by: int
+) -> Totals | None:
+    """Return what rank ``by`` finds of layers' common input, whose gram it alone has summed.
+
+    None of one rank, and where none has summed it.
+    """
+    if not any(ranks.exchange(whole is not None)):
+        return None
+    found, average = None, None
+    if whole is not None:
+        energies, average = totals_of(layers, whole, labels, k)
+        found = [energies, average is not None]
+    energies, short = ranks.exchange(found)[by]
+    if short:
+        width, device = layers[0].in_features, layers[0].device
+        average = torch.empty(width, width, device=device) if average is None else average
+        ranks.broadcast(average, by=by)
+    return energies, average
+
+
+def share_packing(
+    ranks: Ranks, storage: Storage, dense: Tensor, weight: Tensor, *, to: int
+) -> Packed | None:
+    """Return the packed experts of a layer on rank ``to``, of which every rank packs some.
+
+    Parameters
+    ----------
+    ranks
+        All have all experts.
+    storage
+        How; what is stored of ``n16`` is as wide as the fullest block of all experts needs, so
+        that one rank packs them.
+    dense, weight
+        As of `entangle.experts.storage.Storage.pack`.
+    to
+        Who needs them; None on the others.
+    """
+    if ranks.size == 1 or storage.format == "n16":
+        return storage.pack(dense, weight)[0] if ranks.rank == to else None
+    shares = [ranks.part(len(weight), rank=rank) for rank in range(ranks.size)]
+    own = shares[ranks.rank]
+    mine = storage.pack(dense, weight[own.start : own.stop])[0] if len(own) else None
+    units = ranks.exchange(0 if mine is None else int(mine.tensors["starts"][-1, -1]))
+    ends = list(accumulate(units, initial=0))
+    described = next(filter(None, ranks.exchange(None if mine is None else mine.layout.describe())))
+    layout = Layout(**described | {"experts": len(weight), "stored": room(ends[-1])})
+    found = {}
+    for name, (shape, dtype) in layout.tensors().items():
+        found[name] = torch.zeros(shape, dtype=dtype, device=weight.device)
+        of_values = name in ("values", "index")
+        a_unit = UNIT * len(found[name]) // max(1, layout.stored) if of_values else 0
+        places = [range(a * a_unit, b * a_unit) for a, b in pairwise(ends)] if of_values else shares
+        if mine is not None:
+            place, part = places[ranks.rank], mine.tensors[name]
+            found[name][place.start : place.stop] = part[: len(place)]
+            if name == "starts":
+                found[name][place.start : place.stop] += ends[ranks.rank]
+        ranks.fill(found[name], places)
+    return Packed(found, layout) if ranks.rank == to else None
+
+
 def solve_shares(
     ranks: Ranks,
     layers: Sequence[Layer],
@@ -192,6 +264,7 @@ def solve_shares(
     sparsity: Sequence[Sparsity],
     settings: ExpertSettings,
     shares: Sequence[Sequence[range]],
+    totals: Totals | None = None,
 ) -> list[Experts | None]:
     """Solve this rank's clusters: of all layers side by side where they are the same.
 
@@ -203,9 +276,10 @@ def solve_shares(
     for some in [range(len(layers))] if together else [range(i, i + 1) for i in range(len(layers))]:
         own = shares[some.start][rank]
         if len(own):
+            known = None if totals is None else (totals[0][some.start : some.stop], totals[1])
             found[some.start : some.stop] = solve_in_parts(
                 [layers[i] for i in some], store, labels, [sparsity[i] for i in some], settings,
-                k=k, clusters=own,
+                k=k, clusters=own, totals=known,
             )  # fmt: skip
     return found
 

@@ -65,7 +65,8 @@ GROUP = 128
 """Columns that share a step of the quantisation grid."""
 BLOCK = 16
 """Neighbouring columns of which ``n16`` keeps n."""
-_UNIT = 8  # values in which `starts` counts
+UNIT = 8
+"""Values in which ``starts`` counts."""
 _FILL = 32  # values, at least 16 bytes, in which all of them are counted
 _WORD = 64  # columns in which a bitmap's rows are counted
 _WEIGHTS_AT_ONCE = 2**26  # of which places of 8 bytes are worked out together
@@ -285,16 +286,20 @@ def pack(
 def _starts(counts: Tensor) -> Tensor:
     """Return where the rows start, (experts, rows + 1), of these numbers of values."""
     k, rows = counts.shape
-    ends = ((counts.flatten() + _UNIT - 1) // _UNIT).cumsum(0)
+    ends = ((counts.flatten() + UNIT - 1) // UNIT).cumsum(0)
     if int(ends[-1]) >= 2**31:
         raise InvalidInput("a packed layer holds at most 2**34 values; expand into fewer experts.")
     starts = torch.cat([ends.new_zeros(1), ends])
     return torch.cat([starts[:-1].view(k, rows), starts[rows::rows, None]], 1).int()
 
 
+def room(units: int) -> int:
+    """Return how many values are stored where rows take so many units."""
+    return math.ceil(units * UNIT / _FILL) * _FILL
+
+
 def _room(starts: Tensor) -> int:
-    """Return how many values are stored."""
-    return math.ceil(int(starts[-1, -1]) * _UNIT / _FILL) * _FILL
+    return room(int(starts[-1, -1]))
 
 
 def _pack_bitmap(stored: Tensor, mask: Tensor) -> dict[str, Tensor]:
@@ -307,7 +312,7 @@ def _pack_bitmap(stored: Tensor, mask: Tensor) -> dict[str, Tensor]:
         for place, own, there in zip(
             start.split(some), expert.split(some), kept.split(some), strict=True
         ):
-            values[(place * _UNIT + there.cumsum(-1) - 1)[there]] = own[there]
+            values[(place * UNIT + there.cumsum(-1) - 1)[there]] = own[there]
         bits = torch.nn.functional.pad(kept, (0, -cols % _WORD)).unflatten(-1, (-1, 8))
         bitmaps.append((bits * weights).sum(-1, dtype=torch.uint8))
     return {"bitmap": torch.stack(bitmaps), "starts": starts, "values": values}
@@ -325,7 +330,7 @@ def _pack_delta(stored: Tensor, mask: Tensor, zero: Tensor | None) -> dict[str, 
     counts.index_add_(0, lines, fillers + 1)
     starts = _starts(counts.view(k, rows))
     empty = torch.zeros_like(stored[:, :, 0]) if zero is None else zero
-    units = (starts[:, 1:] - starts[:, :-1]).flatten().long() * _UNIT
+    units = (starts[:, 1:] - starts[:, :-1]).flatten().long() * UNIT
     values = stored.new_zeros(_room(starts))
     index = torch.zeros_like(values, dtype=torch.uint8)
     filled = empty.flatten().repeat_interleave(units)
@@ -333,7 +338,7 @@ def _pack_delta(stored: Tensor, mask: Tensor, zero: Tensor | None) -> dict[str, 
     # a value stands behind all values and fillers of its row that come before it
     running = (fillers + 1).cumsum(0)
     ahead = (counts.cumsum(0) - counts)[lines]
-    places = starts[:, :-1].flatten().long()[lines] * _UNIT + running - 1 - ahead
+    places = starts[:, :-1].flatten().long()[lines] * UNIT + running - 1 - ahead
     values[places] = stored.view(k * rows, cols)[lines, columns]
     index[places] = ((jumps - 1) % BLOCK).to(torch.uint8)
     total = int(fillers.sum())
@@ -395,7 +400,7 @@ def check_starts(starts: Int[Tensor, "experts ends"], layout: Layout) -> None:
         If not; the kernels would read or write past the ends.
     """
     ends = starts.long()
-    sizes, most = ends.diff(dim=1), math.ceil(layout.in_features / _UNIT)
+    sizes, most = ends.diff(dim=1), math.ceil(layout.in_features / UNIT)
     inside = ends[0, 0] >= 0 and _room(ends) == layout.stored
     joined = torch.equal(ends[1:, 0], ends[:-1, -1])
     if not (inside and joined and bool(((sizes >= 0) & (sizes <= most)).all())):
@@ -487,7 +492,7 @@ def _read_values(
     tensors: Mapping[str, Tensor], layout: Layout, expert: int, first: int, stop: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return all stored values of some rows, their rows, and their numbers within these."""
-    starts = tensors["starts"][expert, first : stop + 1].long() * _UNIT
+    starts = tensors["starts"][expert, first : stop + 1].long() * UNIT
     begin, end = int(starts[0]), int(starts[-1])
     if layout.values == "int4":
         values = _halves(tensors["values"][begin // 2 : end // 2])
@@ -502,7 +507,7 @@ def _read_delta(
     tensors: Mapping[str, Tensor], layout: Layout, expert: int, first: int, stop: int
 ) -> tuple[Tensor, Bool[Tensor, "rows cols"]]:
     values, row, offset = _read_values(tensors, layout, expert, first, stop)
-    begin = int(tensors["starts"][expert, first]) * _UNIT
+    begin = int(tensors["starts"][expert, first]) * UNIT
     gaps = _halves(tensors["index"][begin // 2 : (begin + len(values)) // 2]).long() + 1
     running = gaps.cumsum(0)
     ahead = (running - gaps)[offset == 0]  # of each row that stores anything

@@ -50,6 +50,8 @@ class Batches:
     """Called with the number of each batch after it, each time."""
     report: Callable[[int], None] = lambda _sequences: None
     """Called with the number of sequences that are done with, each once."""
+    sample: Tensor | None = None
+    """Ids to look at a model with (`entangle.recording.hooks.look_at`) in place of the first's."""
 
     def __iter__(self) -> Iterator[Batch]:
         for number, batch in enumerate(self.listed):
@@ -285,7 +287,8 @@ class Recorder:
         listed = [ids for _, ids in batches.listed]
         with rehearsing(module):
             runner = BlockRunner(module)
-            self._habits = look_at(module, self.layers, listed[0])
+            sample = listed[0] if batches.sample is None else batches.sample
+            self._habits = look_at(module, self.layers, sample)
         budget = memory if isinstance(memory, ByteBudget) else memory_for(memory, module)
         others = [layer for layer in self.layers if layer.block is None]
         blocks = max((one.block + 1 for one in self.layers if one.block is not None), default=0)
@@ -331,9 +334,10 @@ class Recorder:
     def _run_whole(self, module: nn.Module, batches: Iterable[Batch]) -> None:
         all_logits = any(layer.block is None for layer in self.layers)
         begun, stops, self._start = False, False, 0
+        sample = batches.sample if isinstance(batches, Batches) else None
         for group, ids in batches:
             if not begun:
-                self._habits = look_at(module, self.layers, ids)
+                self._habits = look_at(module, self.layers, ids if sample is None else sample)
                 once = all(habit.depths == 1 for habit in self._habits.values())
                 begun, stops = True, once and not _is_dispatched(module)
             with self.watching(), self.one_pass(tuple(ids.shape), group, stops=stops):

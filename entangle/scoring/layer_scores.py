@@ -31,7 +31,7 @@ from entangle.precision import accumulator_dtype, row_parts
 from entangle.ranks import Ranks
 from entangle.recording.hooks import SeenTensor
 from entangle.results.scores import LayerHistograms
-from entangle.stats.bins import to_host
+from entangle.stats.bins import ToAdd, to_host
 from entangle.stats.mapping_difficulty import MappingDifficulty, OutputNorm
 from entangle.stats.sketch import SketchResult
 from entangle.stats.wasserstein import (
@@ -350,13 +350,13 @@ class FinerOutputs:
         name = str(self._dtype).removeprefix("torch.") if self._sizes.n_tokens else None
         return [name, self._sizes.known()]
 
-    def pool(self, ranks: Ranks, found: Sequence[Sequence[Any]], *, to: int) -> None:
+    def pool(self, ranks: Ranks, found: Sequence[Sequence[Any]], *, to: int) -> ToAdd:
         """As `entangle.stats.sketch.OutputSketch.pool`."""
         known = next((name for name, _ in found if name is not None), "float32")
         self._dtype = getattr(torch, known)
         device = self._layer.device
         like = torch.zeros(self._layer.in_features, dtype=accumulator_dtype(device), device=device)
-        self._sizes.pool(ranks, [sizes for _, sizes in found], like, to=to)
+        return self._sizes.pool(ranks, [sizes for _, sizes in found], like, to=to)
 
     def of(
         self,

@@ -360,4 +360,4 @@ def _exact_on_ranks(
         )
         joined.take_over(recorder)
     joined.join(ranks)
-    return share_summaries(ranks, found, layers), joined
+    return share_summaries(ranks, found, [one.layer.name for one in found], layers), joined

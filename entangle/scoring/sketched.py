@@ -1,10 +1,10 @@
 """Scoring by sketches: statistics of all layers from one pass, nothing recorded."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
+from itertools import chain, pairwise
 
 import torch
 from jaxtyping import Float
@@ -29,6 +29,7 @@ from entangle.scoring.layer_scores import (
     weight_norms,
 )
 from entangle.scoring.spread import (
+    FirstPlaces,
     LayerCounts,
     own_batches,
     pool_counts,
@@ -158,13 +159,14 @@ def score_sketched(
         )
         for layer in layers
     }
-    pass_of = _Passes(counts, squares, _Pairing(seed=seed, share=pair_share), watch)
+    pairing, places = _Pairing(seed=seed, share=pair_share), FirstPlaces(ranks)
+    pass_of = _Passes(counts, squares, pairing, places, watch)
     again, late = list[Layer](), list[Layer]()
 
     def settle(own: Sequence[Layer]) -> None:
         heard = pool_counts(ranks, counts, own)
         PairSketch.settle(counts[layer.name].pairs for layer in heard)
-        pass_of.summarise(heard, here=comes_by_blocks(module))
+        pass_of.summarise(heard, here=comes_by_blocks(module), norms=split)
         for layer in own:
             counts.pop(layer.name, None)
 
@@ -176,11 +178,12 @@ def score_sketched(
         settle([layer for layer in own if layer.name not in names])
 
     def run(chosen: Sequence[Layer], *, first: bool) -> Recorder:
-        own = own_batches(numbered, ranks, first=first)
+        own, drop = own_batches(numbered, ranks)
         compared = watch is not None  # who watches may read the weights
         recorder = Recorder(chosen, pass_of.update, compared=compared, lenient=may_be_silent)
-        drop = bool(first and ranks.rank)  # it is the first rank that counts the first batch
-        told = pass_of.told(own, recorder, drop=drop, report=report if first else _unheard)
+        said = report if first and not drop else _unheard
+        told = pass_of.told(own, recorder, drop=drop, first=first, report=said)
+        told = replace(told, sample=numbered[0][1][1])
         done = finish if first else None
         recorder.run(module, told, memory=memory, whole=ranks.size == 1, after=done)
         return recorder
@@ -193,11 +196,11 @@ def score_sketched(
             if again:
                 run(again, first=False)
             settle(late)
-        return share_summaries(ranks, pass_of.summaries(), layers), recorder
+        return share_summaries(ranks, pass_of.summaries(), pass_of.names, layers), recorder
 
 
 def _unheard(_sequences: int) -> None:
-    """Report nothing: of batches that were reported before."""
+    """Report nothing: of batches that another rank reports, or that were reported before."""
 
 
 class _Passes:
@@ -208,15 +211,17 @@ class _Passes:
         counts: Mapping[str, LayerCounts],
         squares: SharedSquares,
         pairing: _Pairing,
+        places: FirstPlaces,
         watch: Callable[[Recorded], None] | None,
     ) -> None:
         self._counts, self._squares, self._pairing, self._watch = counts, squares, pairing, watch
         self._pairs: dict[int, _Pairs] = {}
-        self._places_bins = False
-        """Whether the pass under way is not counted."""
+        self._places = places
         self._fresh: set[str] = set()
-        """Layers that were seen in it."""
-        self._found: list[LayerSummary] = []
+        """Layers that were seen in the pass under way."""
+        self.names: list[str] = []
+        """Of the layers of `summaries`."""
+        self._found: list[Iterable[LayerSummary]] = []
         self._under_way: list[Future[LayerSummary]] = []
         self._pool = ThreadPoolExecutor(max(1, torch.get_num_threads()))
 
@@ -226,61 +231,61 @@ class _Passes:
         recorder: Recorder,
         *,
         drop: bool,
+        first: bool,
         report: Callable[[int], None],
     ) -> Batches:
-        """Return batches to run; of the first, if so asked, the places of the bins alone stay."""
-        skipped = len(own[0][1][1]) if drop else 0
+        """Return batches to run; of those that are to ``drop``, the places of the bins alone stay.
+
+        ``first`` tells of batches of which the first places bins (`FirstPlaces`).
+        """
 
         def before(place: int) -> None:
             self._pairing.batch = own[place][0]
             self._squares.forget()
             self._fresh.clear()
-            self._places_bins = drop and place == 0
+            self._places.before(first=first and place == 0)
 
         def after(_place: int) -> None:
-            for name in self._fresh if self._places_bins else ():
-                self._counts[name].begin()
+            self._places.after()
+            for name in self._fresh if drop else ():
+                self._counts[name].placed_at(self._counts[name].places())
                 recorder.tokens[name] = 0
 
-        def reported(sequences: int) -> None:
-            nonlocal skipped
-            unheard = min(skipped, sequences)
-            skipped -= unheard
-            if sequences > unheard:
-                report(sequences - unheard)
-
-        return Batches([batch for _, batch in own], before, after, reported)
+        return Batches([batch for _, batch in own], before, after, report)
 
     def update(self, seen: Recorded) -> None:
         """Count what a layer gave."""
         if self._watch is not None:
             self._watch(seen)
-        own = self._counts[seen.layer.name]
-        self._fresh.add(seen.layer.name)
+        name = seen.layer.name
+        own, new = self._counts[name], name not in self._fresh
+        self._fresh.add(name)
+        if new:
+            self._places.fetch(name, own, seen.layer.device)
         rows = own.finer.of(seen.inputs, seen.outputs)
-        if self._places_bins:
-            own.outputs.begin(rows)
-        else:
-            own.outputs.update(rows, group=seen.group)
+        own.outputs.update(rows, group=seen.group)
         if self._pairing.share > 0:
             if seen.leads:  # what was found for other inputs is done with
                 self._pairs.clear()
                 self._pairs[seen.source] = self._pairing.of(seen.inputs)
             _add_pairs(rows, own.pairs, self._pairs[seen.source])
+        if new:
+            self._places.tell(name, own)
 
-    def summarise(self, layers: Sequence[Layer], *, here: bool) -> None:
+    def summarise(self, layers: Sequence[Layer], *, here: bool, norms: bool) -> None:
         """Measure and summarise what was counted of layers.
 
         Where weights go again (``here``), what is asked of them is taken before this returns; on a
-        CPU the rest goes on beside the next layers.
+        CPU the rest goes on beside the next layers. ``norms`` asks for norms of weights then too.
         """
         counted = {layer.name: self._counts[layer.name] for layer in layers}
+        self.names += counted
         if layers and not gpus_among(layer.device for layer in layers):
             tasks = []
             for layer in layers:
-                own, norms = counted[layer.name], weight_norms(layer) if here else None
+                own, of_weight = counted[layer.name], weight_norms(layer) if norms or here else None
                 own.finer.keep()
-                tasks.append(self._pool.submit(self._summary, layer, own, norms))
+                tasks.append(self._pool.submit(self._summary, layer, own, of_weight))
             self._collect()
             self._under_way = tasks
             if not here:
@@ -288,15 +293,16 @@ class _Passes:
             return
 
         def work(layer: Layer) -> LayerSummary:
-            norms = weight_norms(layer).cpu() if here else None
-            return self._summary(layer, counted[layer.name], norms)
+            of_weight = weight_norms(layer).cpu() if norms or here else None
+            return self._summary(layer, counted[layer.name], of_weight)
 
-        self._found += mapped(work, layers, at_once=how_many(layers))
+        found = mapped(work, layers, at_once=how_many(layers))
+        self._found.append(list(found) if here else found)
 
-    def summaries(self) -> list[LayerSummary]:
-        """Return all summaries, in the order in which they were asked for."""
+    def summaries(self) -> Iterator[LayerSummary]:
+        """Yield all summaries as they are done, in the order in which they were asked for."""
         self._collect()
-        return self._found
+        yield from chain.from_iterable(self._found)
 
     def close(self) -> None:
         """End what goes on beside."""
@@ -304,7 +310,7 @@ class _Passes:
 
     def _collect(self) -> None:
         """Wait for what is under way."""
-        self._found += [task.result() for task in self._under_way]
+        self._found.append([task.result() for task in self._under_way])
         self._under_way = []
 
     def _summary(self, layer: Layer, own: LayerCounts, norms: Tensor | None) -> LayerSummary:

@@ -1,17 +1,22 @@
 """Scoring shared out to several ranks: sequences by sketch, layers by the exact method.
 
-Every rank runs the first batch, which places the bins; the first rank counts it. The other batches
-are shared out. What was counted of a layer comes together on one rank, in the order of the
-sequences, and is measured there; then every rank has all summaries.
+Batches are shared out. The first rank's first one places a layer's bins; the others run one of
+theirs beside it, and wait at every layer for its places. What was counted of a layer comes together
+on one rank, in the order of the sequences, and is measured there; every rank gets each summary
+while the next ones are measured.
 """
 
+import json
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import chain, count, islice
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load, save
 from torch import Tensor
 
 from entangle.models.layers import Layer
@@ -19,6 +24,7 @@ from entangle.ranks import Ranks
 from entangle.recording.recorder import Batch
 from entangle.results.scores import LayerHistograms
 from entangle.scoring.layer_scores import FinerOutputs, LayerSummary
+from entangle.stats.bins import ToAdd, add_in_order
 from entangle.stats.mapping_difficulty import PairSketch
 from entangle.stats.sketch import OutputSketch
 
@@ -46,11 +52,6 @@ class LayerCounts:
             None if again is None else again.float()[None],
         ]
 
-    def begin(self) -> None:
-        """Begin anew with the places alone, after `outputs` were placed and not counted."""
-        self.pairs = self.pairs.placed_at(self.pairs.place)
-        self.finer = self.finer.decided(self.finer.again)
-
     def placed_at(self, places: Sequence[Tensor | None]) -> None:
         """Begin anew with what `places` gave."""
         outputs, pairs, again = places
@@ -63,26 +64,87 @@ class LayerCounts:
         """Return what all ranks must know of this to `pool` it, as JSON takes it."""
         return [self.outputs.known(), self.pairs.known(), self.finer.known()]
 
-    def pool(self, ranks: Ranks, known: Sequence[Sequence[Any]], *, to: int) -> None:
+    def pool(self, ranks: Ranks, known: Sequence[Sequence[Any]], *, to: int) -> ToAdd:
         """Put what all ranks counted together on rank ``to``, as one would have counted it."""
         outputs, pairs, finer = zip(*known, strict=True)
-        self.outputs.pool(ranks, outputs, to=to)
-        self.pairs.pool(ranks, pairs, to=to)
-        self.finer.pool(ranks, finer, to=to)
+        return [
+            *self.outputs.pool(ranks, outputs, to=to),
+            *self.pairs.pool(ranks, pairs, to=to),
+            *self.finer.pool(ranks, finer, to=to),
+        ]
 
 
 _ALIGNED = 8  # bytes
 _ROWS = (2, 1, 1)  # of each of `LayerCounts.places`
+_PAUSE, _LONGEST = 2e-4, 2e-3  # seconds
+_RUNS = count()
 
 
 def own_batches(
-    numbered: Sequence[tuple[int, Batch]], ranks: Ranks, *, first: bool = True
-) -> list[tuple[int, Batch]]:
-    """Return this rank's part of the batches, after the ``first``, which all ranks run."""
-    if ranks.size == 1:
-        return list(numbered)
-    own = [numbered[index + 1] for index in ranks.part(len(numbered) - 1)]
-    return [numbered[0], *own] if first else own
+    numbered: Sequence[tuple[int, Batch]], ranks: Ranks
+) -> tuple[list[tuple[int, Batch]], bool]:
+    """Return this rank's part of the batches, of which the first rank has the first.
+
+    A rank for which none is left runs the first one too, and drops what it counts of it, as the
+    second of what is returned tells.
+    """
+    start, stop = (-(-(ranks.rank + i) * len(numbered) // ranks.size) for i in (0, 1))
+    return (list(numbered[start:stop]), False) if start < stop else ([numbered[0]], True)
+
+
+class FirstPlaces:
+    """Where the first rank's first batch places the bins, told to the others layer by layer.
+
+    A block's layers are told of as they run; the others, which may be ahead, wait for each. A layer
+    that the first batch did not reach, such as an expert, is placed by whoever reaches it
+    (`share_places` then says whose places count). Nobody waits for a message of all ranks.
+
+    Parameters
+    ----------
+    ranks
+        Who counts.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        run = next(_RUNS) if ranks.size > 1 else 0  # of those that all ranks share
+        self._here, self._passes = f"places/{run}", 0
+        self._first = False
+
+    def before(self, *, first: bool) -> None:
+        """Hear of a batch before it runs, and whether it is this rank's ``first``."""
+        self._first = first and self._ranks.size > 1
+
+    def after(self) -> None:
+        """Hear of the end of a batch."""
+        if self._first and self._ranks.rank == 0:
+            self._ranks.post(f"{self._here}/end/{self._passes}", b"")
+        self._passes += self._first
+        self._first = False
+
+    def tell(self, name: str, counts: LayerCounts) -> None:
+        """Tell of a layer's places, just found."""
+        if self._first and self._ranks.rank == 0:
+            found = {str(i): one.cpu() for i, one in enumerate(counts.places()) if one is not None}
+            self._ranks.post(f"{self._here}/{name}", save(found))
+
+    def fetch(self, name: str, counts: LayerCounts, device: torch.device) -> None:
+        """Give a layer that has seen no token the first rank's places, if that finds some."""
+        if not self._first or self._ranks.rank == 0:
+            return
+        key, pause = f"{self._here}/{name}", _PAUSE
+        content = self._ranks.posted(key)
+        while content is None:
+            if self._ranks.posted(f"{self._here}/end/{self._passes}") is not None:
+                content = self._ranks.posted(key)
+                break
+            self._ranks.check()
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST)
+            content = self._ranks.posted(key)
+        found = load(content) if content else {}
+        if found:
+            counts.placed_at([found[i].to(device) if i in found else None for i in ("0", "1", "2")])
 
 
 def share_places(
@@ -134,11 +196,13 @@ def pool_counts(
     if ranks.size == 1:
         return heard
     known = ranks.exchange([counts[layer.name].known() for layer in heard])
+    sums: ToAdd = []
     for number, layer in enumerate(heard):
         found = [own[number] for own in known]
-        counts[layer.name].pool(ranks, found, to=number % ranks.size)
+        sums += counts[layer.name].pool(ranks, found, to=number % ranks.size)
         if number % ranks.size != ranks.rank:
             del counts[layer.name]
+    add_in_order(sums)
     return heard[ranks.rank :: ranks.size]
 
 
@@ -177,41 +241,71 @@ def _there(place: Tensor | None, like: Tensor) -> Tensor:
 
 
 def share_summaries(
-    ranks: Ranks, own: Sequence[LayerSummary], layers: Sequence[Layer]
+    ranks: Ranks, own: Iterable[LayerSummary], mine: Sequence[str], layers: Sequence[Layer]
 ) -> list[LayerSummary]:
-    """Return the summaries of all ranks, in the order of the layers."""
+    """Return the summaries of all ranks, in the order of the layers.
+
+    Parameters
+    ----------
+    ranks
+        Who measured.
+    own
+        This rank's, each as it is done: it goes to the others while the next is measured.
+    mine
+        Names of their layers, in the same order.
+    layers
+        All layers.
+    """
     if ranks.size == 1:
         return list(own)
-    described, content = _packed(own)
-    found, known = {one.layer.name: one for one in own}, {layer.name: layer for layer in layers}
-    for rank, (size, theirs) in enumerate(ranks.exchange([len(content), described])):
-        sent = content if rank == ranks.rank else torch.empty(size, dtype=torch.uint8)
-        ranks.broadcast(sent, by=rank)
-        if rank != ranks.rank:
-            found |= {name: _unpacked(sent, known[name], one) for name, one in theirs.items()}
+    every, known = ranks.exchange(list(mine)), {layer.name: layer for layer in layers}
+    found: dict[str, LayerSummary] = {}
+    on_gpu = any(layer.device.type == "cuda" for layer in layers)
+    beside = torch.cuda.Stream() if on_gpu else None  # waits for none of what is being measured
+    coming = iter(own)
+    coming = chain(list(islice(coming, 1)), coming)  # all begin, before one waits for another
+    for name, rank in _in_turn(every):
+        one = next(coming) if rank == ranks.rank else None
+        with torch.cuda.stream(beside):
+            found[name] = _shared(ranks, one, known[name], by=rank)
     return [found[layer.name] for layer in layers if layer.name in found]
 
 
-def _packed(summaries: Sequence[LayerSummary]) -> tuple[dict[str, Any], Tensor]:
-    """Return what `_unpacked` needs of each layer, as JSON takes it, and all arrays' bytes."""
-    described: dict[str, Any] = {}
-    arrays, size = list[tuple[int, np.ndarray]](), 0
-    for one in summaries:
-        own = {f"numbers.{name}": array for name, array in one.numbers.items()}
-        shape = {f.name: getattr(one.histograms, f.name) for f in fields(LayerHistograms)}
-        own |= {f"histograms.{k}": v for k, v in shape.items() if isinstance(v, np.ndarray)}
-        own |= {} if one.norms is None else {"norms.": one.norms.numpy()}
-        places = {}
-        for name, array in own.items():
-            places[name] = [size, array.dtype.str, array.shape]
-            arrays.append((size, array))
-            size += -(-array.nbytes // _ALIGNED) * _ALIGNED
-        described[one.layer.name] = [places, one.n_tokens, one.row, one.histograms.first_bin]
-    content = torch.zeros(size, dtype=torch.uint8)
-    for start, array in arrays:
-        place = content.numpy()[start : start + array.nbytes]
+def _in_turn(names: Sequence[Sequence[str]]) -> list[tuple[str, int]]:
+    """Return the layers of all ranks, the first of each, then the second, with their ranks."""
+    turns = range(max(map(len, names)))
+    return [(own[i], rank) for i in turns for rank, own in enumerate(names) if i < len(own)]
+
+
+def _shared(ranks: Ranks, one: LayerSummary | None, layer: Layer, *, by: int) -> LayerSummary:
+    """Return the summary of a layer that rank ``by`` has."""
+    if one is not None:
+        described, content = _packed(one)
+        ranks.told(json.dumps([len(content), described]).encode(), by=by)
+        ranks.broadcast(content, by=by)
+        return one
+    size, theirs = json.loads(ranks.told(None, by=by))
+    content = torch.empty(size, dtype=torch.uint8)
+    ranks.broadcast(content, by=by)
+    return _unpacked(content, layer, theirs)
+
+
+def _packed(one: LayerSummary) -> tuple[list[Any], Tensor]:
+    """Return what `_unpacked` needs of a layer, as JSON takes it, and all arrays' bytes."""
+    own = {f"numbers.{name}": array for name, array in one.numbers.items()}
+    shape = {f.name: getattr(one.histograms, f.name) for f in fields(LayerHistograms)}
+    own |= {f"histograms.{k}": v for k, v in shape.items() if isinstance(v, np.ndarray)}
+    own |= {} if one.norms is None else {"norms.": one.norms.numpy()}
+    places: dict[str, Any] = {}
+    size = 0
+    for name, array in own.items():
+        places[name] = [size, array.dtype.str, array.shape]
+        size += -(-array.nbytes // _ALIGNED) * _ALIGNED
+    content = torch.empty(size, dtype=torch.uint8)
+    for name, array in own.items():
+        place = content.numpy()[places[name][0] :][: array.nbytes]
         np.copyto(place.view(array.dtype).reshape(array.shape), array)
-    return described, content
+    return [places, one.n_tokens, one.row, one.histograms.first_bin], content
 
 
 def _unpacked(content: Tensor, layer: Layer, described: Sequence[Any]) -> LayerSummary:

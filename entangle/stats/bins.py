@@ -85,6 +85,17 @@ def pooled_parts(
     return table
 
 
+ToAdd = list[tuple[Tensor, Sequence[Tensor]]]
+"""Sums, and what is still to be added to each, in its order."""
+
+
+def add_in_order(sums: ToAdd) -> None:
+    """Add to many sums at once, which takes a GPU no longer than to add to one."""
+    for i in range(max((len(parts) for _, parts in sums), default=0)):
+        some = [(whole, parts[i]) for whole, parts in sums if i < len(parts)]
+        torch._foreach_add_([whole for whole, _ in some], [part for _, part in some])
+
+
 _SHIFT = 23 - PER_OCTAVE.bit_length() + 1
 _LANES = 4
 _ONE = 0x3F800000 >> _SHIFT  # the leading bits of 1.0

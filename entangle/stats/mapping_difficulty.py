@@ -29,7 +29,7 @@ from entangle.precision import accumulator_dtype
 from entangle.ranks import Ranks
 from entangle.seeding import torch_rng
 from entangle.stats import bins
-from entangle.stats.bins import Scratch, pooled_parts, to_host
+from entangle.stats.bins import Scratch, ToAdd, pooled_parts, to_host
 from entangle.stats.edges import PER_OCTAVE, magnitude_edges
 
 MAX_PAIRS = 50_000
@@ -404,7 +404,7 @@ class PairSketch:
         known = [self.n_pairs, self.n_identical, self._dx_max, [dx for dx, _ in self._parts]]
         return [*known, [len(dx) for dx in self._uncounted]]
 
-    def pool(self, ranks: Ranks, found: Sequence[Sequence[Any]], *, to: int) -> None:
+    def pool(self, ranks: Ranks, found: Sequence[Sequence[Any]], *, to: int) -> ToAdd:
         """As `entangle.stats.sketch.OutputSketch.pool`."""
         if self._placed:
             sums = pooled_parts(
@@ -419,17 +419,16 @@ class PairSketch:
             self._pool_distances(ranks, [own[4] for own in found], to=to)
         self._parts.clear()
         if ranks.rank != to:
-            return
+            return []
         self.n_pairs, self.n_identical = (sum(own[i] for own in found) for i in (0, 1))
         self._dx_max = max(own[2] for own in found)
         self._dx_sum = 0.0
         for dx in [dx for own in found for dx in own[3]]:
             self._dx_sum += dx
-        if self._placed:
-            self._dy_max.masked_fill_(nan.bool(), torch.nan)
-            self._sums.zero_()
-            for part in sums:
-                self._sums += part
+        if not self._placed:
+            return []
+        self._dy_max.masked_fill_(nan.bool(), torch.nan)
+        return [(self._sums.zero_(), sums.unbind())]
 
     def _pool_distances(self, ranks: Ranks, sizes: Sequence[Sequence[int]], *, to: int) -> None:
         """Put together the distances of pairs that are not counted yet, ``sizes`` of every rank."""

@@ -28,6 +28,7 @@ from entangle.stats.bins import (
     LEAST_SPREAD,
     BinnedDistances,
     Scratch,
+    ToAdd,
     binned_at_once,
     binned_distances,
     binned_wd,
@@ -203,11 +204,6 @@ class OutputSketch:
         self._closed_counts.add_(other._closed_counts)
         self.n_tokens += other.n_tokens
 
-    def begin(self, outputs: Float[Tensor, "tokens neurons"]) -> None:
-        """Place the bins by outputs that are not counted, unless they are placed."""
-        if outputs.shape[0] and not self._placed:
-            self._place(*place_bins(outputs.detach()))
-
     def known(self) -> Sequence[Any]:
         """Return what all ranks must know of this sketch to `pool` it, as JSON takes it."""
         if self.n_tokens:
@@ -216,13 +212,13 @@ class OutputSketch:
         tokens = self._group_tokens.tolist() if self._placed else []
         return [[group for group, _ in self._parts], tokens, *used]
 
-    def pool(self, ranks: Ranks, found: Sequence[Sequence[Any]], *, to: int) -> None:
+    def pool(self, ranks: Ranks, found: Sequence[Sequence[Any]], *, to: int) -> ToAdd:
         """Put what the sketches of all ranks have seen into that of rank ``to``.
 
         All have the same bins, keep their sums apart (``split``), and have seen one text, the first
-        rank its beginning: what comes out is what one sketch of all of it holds, to the bit. Those
-        of the other ranks hold nothing of use afterwards. ``found`` is what every rank's `known`
-        gave.
+        rank its beginning: what comes out is what one sketch of all of it holds, to the bit, when
+        what is returned has been added. Those of the other ranks hold nothing of use afterwards.
+        ``found`` is what every rank's `known` gave.
         """
         groups = [(own, tokens) for own, tokens, _, _ in found]
         some = slice(min(one for *_, one, _ in found), max(one for *_, one in found) + 1)
@@ -240,16 +236,19 @@ class OutputSketch:
             ranks.reduce(tensor, to=to, by=by)
         self._parts.clear()
         if ranks.rank != to:
-            return
+            return []
         self._nan, self._inf = flags.bool()
         self._closed_counts = self._group_counts.sum(0, dtype=torch.int32)
         self._group_tokens = torch.tensor([own for _, own in groups]).sum(0)
         self.n_tokens = int(self._group_tokens.sum())
         self._powers.zero_()
         self._group_powers.zero_()
-        for group, part in zip([group for own, _ in groups for group in own], sums, strict=True):
-            self._powers += part
-            self._group_powers[group] += part[:2]
+        parts, of_groups = sums.unbind(), [group for own, _ in groups for group in own]
+        by_group: dict[int, list[Tensor]] = {}
+        for group, part in zip(of_groups, parts, strict=True):
+            by_group.setdefault(group, []).append(part[:2])
+        each = [(self._group_powers[group], some) for group, some in by_group.items()]
+        return [(self._powers, parts), *each]
 
     def result(self, *, distances: bool = True) -> SketchResult:
         """Compute all statistics of the tokens seen so far.

@@ -34,7 +34,7 @@ from entangle.memory import by_device
 from entangle.precision import accumulator_dtype, row_parts
 from entangle.ranks import Ranks
 from entangle.seeding import numpy_rng
-from entangle.stats.bins import pooled_parts
+from entangle.stats.bins import ToAdd, pooled_parts
 
 _SORT_BYTES = 64 * 2**20
 _SORT_BYTES_GPU = 2**30
@@ -495,13 +495,15 @@ class FeatureSizes:
         like: Float[Tensor, " features"],
         *,
         to: int,
-    ) -> None:
+    ) -> ToAdd:
         """As `entangle.stats.sketch.OutputSketch.pool`; ``like`` is as what is added."""
         sums = pooled_parts(ranks, self._parts, [own[0] for own in found], like=like, to=to)
-        self._parts, self._squares, self.n_tokens = [], None, 0
-        for part in sums:
-            self.add(part, 0)
+        self._parts, self._squares = [], None
         self.n_tokens = sum(own[1] for own in found)
+        if ranks.rank != to or not len(sums):
+            return []
+        self._squares = torch.zeros_like(like)
+        return [(self._squares, sums.unbind())]
 
     def rms(self) -> Float[Tensor, " features"]:
         """Return the root mean squares, in input units, on the CPU; there must be a token."""

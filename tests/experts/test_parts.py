@@ -264,7 +264,7 @@ def test_tokens_that_are_not_finite_are_refused() -> None:
 def test_tokens_come_cluster_by_cluster_in_order(
     batch: int, chunks: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(solver, "_BATCH", batch)
+    monkeypatch.setattr(solver, "_GRAM_TOKENS", batch)
     tokens, labels = make_tokens()
     found = ClusterTokens(stored(tokens.bfloat16(), *chunks), labels, len(SIZES))
     assert found.count.tolist() == list(SIZES)
@@ -404,7 +404,7 @@ def test_rows_in_ram_beside_a_gpu_give_the_same_bits(
 ) -> None:
     """Played on the CPU: the rows that a budget does not hold lie elsewhere, in other chunks."""
     layers, (tokens, labels) = make_layers(), make_tokens()
-    monkeypatch.setattr(solver, "_BATCH", 32)
+    monkeypatch.setattr(solver, "_GRAM_TOKENS", 32)
     whole = in_parts(layers, stored(tokens), labels, len(SIZES), size)
     monkeypatch.setattr(stream, "_is_far", lambda _rows: True)
     with TokenStore(ByteBudget(rows_in_memory * 4 * FEATURES)) as store:

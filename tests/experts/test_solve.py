@@ -138,7 +138,9 @@ def test_rows_inside_experts_are_an_expansion_restricted_to_them(pruner: str, ro
         plan = Plan(
             {0: layers}, dict.fromkeys(names, 0.5), dict.fromkeys(names, 20), True, settings
         )
-        made = [one.module for one in build._expand_group(layers, stored(inputs), plan)]
+        store = stored(inputs)
+        [ready] = build._prepared([(list(layers), store)], plan)
+        made = [one.module for one in build._expand_group(layers, store, plan, ready)]
         assert torch.equal(made[0].routing.router.centroids, found.router.centroids)
         return torch.cat(
             [
