@@ -26,10 +26,15 @@ class Bins(NamedTuple):
     one: int
 
 
-def fits(outputs: Float[Tensor, "tokens neurons"]) -> bool:
+def fits(outputs: Float[Tensor, "tokens neurons"], *_others: object) -> bool:
     """Tell whether these kernels can count outputs."""
-    right = outputs.device.type == "cpu" and outputs.dtype in _DTYPES and outputs.stride(1) == 1
-    return right and bool(native.forms())
+    return outputs.device.type == "cpu" and bool(native.forms())
+
+
+def _readable(outputs: Tensor) -> Tensor:
+    """Return outputs as the kernels read them: of a dtype they know, a token's side by side."""
+    known = outputs if outputs.dtype in _DTYPES else outputs.float()
+    return known if known.stride(1) == 1 else known.contiguous()
 
 
 class _Job(IntEnum):
@@ -82,6 +87,7 @@ def add_outputs(
     bins
         How numbers become bins; the middle one begins at 0.
     """
+    outputs = _readable(outputs)
     sums = torch.empty(4, outputs.shape[1], dtype=torch.float64)
     location, scale = location.contiguous(), scale.contiguous()
     _run(
@@ -117,6 +123,7 @@ def add_pairs(
     bins
         How numbers become bins.
     """
+    first, second = _readable(first), _readable(second)
     sums = torch.empty(2, first.shape[1], dtype=torch.float64)
     scale, factor = scale.contiguous(), factor.contiguous()
     _run(

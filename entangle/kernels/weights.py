@@ -4,7 +4,7 @@ Partial sums are float32, each row's in one order whatever the threads, and join
 """
 
 from enum import IntEnum
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -90,12 +90,8 @@ class _Sums(Code):
         at = self.variable(self.whole(0))
         for sums, lanes in ((places, _LANES), (places[:1], _LANES), ([rest], 1)):
             whole = lanes * len(sums)
-
-            def there(whole: int = whole) -> Any:
-                return self.at.icmp_signed("<=", self.sum(self.get(at), whole), columns)
-
-            columns = self.field[_Job.COLS]
-            with self.whilst(there):
+            last = self.at.sub(self.field[_Job.COLS], self.whole(whole))
+            with self.whilst(partial(self._until, at, last)):
                 for number, place in enumerate(sums):
                     column = self.sum(self.get(at), number * lanes)
                     self.set(place, self._term(line, column, lanes, self.get(place)))
@@ -107,6 +103,9 @@ class _Sums(Code):
                 one = self.at.extract_element(value, self.i32(lane))
                 total = self.at.fadd(total, self.at.fpext(one, self.f64))
         self.store(total, self.sum(self.field[_Job.FOUND], self.times(row, 8)))
+
+    def _until(self, place: Any, last: Any) -> Any:
+        return self.at.icmp_signed("<=", self.get(place), last)
 
     def _term(self, line: Any, column: Any, lanes: int, before: Any) -> Any:
         """Return a sum with the columns from one on."""

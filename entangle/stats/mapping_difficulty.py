@@ -240,10 +240,6 @@ def _can_add_at_once(_sketch: object, first: Tensor, second: Tensor, *_: object)
     return kernels.fits(first, _BINS, bytes_a_count=4) and first.stride() == second.stride()
 
 
-def _can_count_on_cpu(_sketch: object, first: Tensor, second: Tensor, _dx: Tensor) -> bool:
-    return counting.fits(first) and counting.fits(second) and first.dtype == second.dtype
-
-
 def _typical(first: Tensor, second: Tensor) -> Tensor:
     """Return the scale of the bins by the outputs of some pairs."""
     sample = (first.float() - second.float()).abs_().nan_to_num_(0.0, 0.0, 0.0)
@@ -383,7 +379,7 @@ class PairSketch:
             bins=bins.BITS, counts=self._counts, highest=self._dy_max,
         )  # fmt: skip
 
-    @dispatch(_count_on_cpu, where=_can_count_on_cpu)
+    @dispatch(_count_on_cpu, where=lambda _sketch, first, *_: counting.fits(first))
     def _count(self, first: Tensor, second: Tensor, dx: Tensor) -> None:
         """Count pairs with different inputs, a block of neurons after the other."""
         at_once = by_device(first.device, cpu=2**18, gpu=2**26)
