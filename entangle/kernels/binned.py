@@ -190,12 +190,13 @@ class _Distances(Code):
                 (_Job.LOW, row), (_Job.HIGH, row), (_Job.SHIFT, place), (_Job.SPREAD, place),
             )
         )  # fmt: skip
+        per_unit = self.at.fdiv(self._number(1.0), spread)
         edges = self.sum(self.field[_Job.EDGES], self.times(first, 8))
         most = self.variable(self.constant(self.wide, 0.0))
         with self.loop(0, self.sum(size, 1), _LANES) as number:
             at = self.times(number, 8)
             edge = self.smaller(self.larger(self.load(self.wide, self.sum(edges, at)), low), high)
-            z = self.at.fdiv(self.at.fsub(edge, shift), spread)
+            z = self.at.fmul(self.at.fsub(edge, shift), per_unit)
             normal, area = self._normal(z)
             gap = self.at.fsub(self._shares(up_to, number, share), normal)
             for line, value in zip(others, (z, normal, area, gap), strict=True):
@@ -219,12 +220,16 @@ class _Distances(Code):
             height = self.at.fadd(self._shares(up_to, at, share), half)
             area = self.at.fsub(self.at.fmul(height, width), self.at.fsub(after, before))
             area = self.own("fabs", area)
-            change = self.larger(self.own("fabs", self.at.fsub(right, left)), number(_LEAST))
-            squares = self.at.fadd(self.at.fmul(left, left), self.at.fmul(right, right))
-            crossing = self.at.fmul(self.at.fmul(width, number(0.5)), squares)
-            crossing = self.larger(self.at.fdiv(crossing, change), area)
             crosses = self.at.fcmp_ordered("<", self.at.fmul(left, right), number(0.0))
-            area = self.at.select(crosses, crossing, area)
+            placed = self.variable(area)
+            any_ = self.at.bitcast(crosses, native.ir.IntType(_LANES))
+            with self.at.if_then(self.at.icmp_unsigned("!=", any_, any_.type(0)), likely=False):
+                change = self.larger(self.own("fabs", self.at.fsub(right, left)), number(_LEAST))
+                squares = self.at.fadd(self.at.fmul(left, left), self.at.fmul(right, right))
+                crossing = self.at.fmul(self.at.fmul(width, number(0.5)), squares)
+                crossing = self.larger(self.at.fdiv(crossing, change), area)
+                self.set(placed, self.at.select(crosses, crossing, area))
+            area = self.get(placed)
             self.set(found, self.at.fadd(self.get(found), area))
             cube = self.at.fmul(self.at.fmul(width, width), self.at.fmul(width, number(_STEEPEST)))
             rise = self.at.fmul(self.at.fmul(self.at.fsub(high, low), width), number(0.5))

@@ -37,16 +37,32 @@ from entangle.kernels.exact import fused_binned_distances
 from entangle.ranks import Ranks
 from entangle.stats.edges import HALF, N_BINS, PER_OCTAVE, signed_edges
 
+_LENDING = Lock()
+
 
 class Scratch:
     """Hands out tensors of undefined content; those taken under one name share their memory.
 
     One object may serve any number of accumulators that are updated one after the other, but not
-    two threads.
+    two threads; only `give_back` may come from another one.
     """
 
     def __init__(self) -> None:
         self._held: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+        self._zeros: list[Tensor] = []
+
+    def zeros(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return zeros, in memory of that shape that was given back where there is some."""
+        with _LENDING:
+            for place, one in enumerate(self._zeros):
+                if (one.shape, one.dtype, one.device) == (shape, dtype, device):
+                    return self._zeros.pop(place)
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    def give_back(self, zeros: Tensor) -> None:
+        """Keep a tensor of zeros, which nobody uses any more, for `zeros`."""
+        with _LENDING:
+            self._zeros.append(zeros)
 
     def take(
         self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device

@@ -474,10 +474,16 @@ class PairSketch:
             n_identical=self.n_identical,
         )
 
+    def release(self) -> None:
+        """As `entangle.stats.sketch.OutputSketch.release`."""
+        if self._placed:
+            self._scratch.give_back(self._counts.zero_())
+            del self._counts
+
     def _place(self, scale: Tensor) -> None:
         wide = accumulator_dtype(scale.device)
         self._scale, self._placed = scale, True
-        self._counts = torch.zeros(self.n_neurons, _BINS, dtype=torch.int32, device=scale.device)
+        self._counts = self._scratch.zeros((self.n_neurons, _BINS), torch.int32, scale.device)
         self._sums = torch.zeros(2, self.n_neurons, dtype=wide, device=scale.device)
         self._dy_max = torch.zeros(self.n_neurons, device=scale.device)
 

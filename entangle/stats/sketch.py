@@ -285,7 +285,7 @@ class OutputSketch:
         table, counts = to_host(
             [
                 torch.cat([columns, places, flags.to(places)]),
-                bins.fold_counts(self._counts, SAVED_FOLD),
+                self._saved_counts(),
             ]
         )
         columns, places, flags = table.split(sizes)
@@ -303,15 +303,38 @@ class OutputSketch:
             n_tokens=self.n_tokens,
         )
 
+    def release(self) -> None:
+        """Leave the histograms' memory to other sketches; nothing can be asked afterwards."""
+        if not self._placed:
+            return
+        first, last = self._used_groups()
+        used = slice(first, last + 1)
+        self._counts[:, first * GROUP_FOLD : (last + 1) * GROUP_FOLD].zero_()
+        self._closed_counts[:, used].zero_()
+        for group in self._group_tokens.nonzero()[:, 0].tolist():
+            self._group_counts[group, :, used].zero_()
+        for tensor in (self._counts, self._group_counts, self._closed_counts):
+            self._scratch.give_back(tensor)
+        del self._counts, self._group_counts, self._closed_counts
+
+    def _saved_counts(self) -> Tensor:
+        """Return the histogram in the bins that are saved."""
+        first, last = self._used_groups()
+        step = GROUP_FOLD // SAVED_FOLD
+        found = self._counts.new_zeros(self.n_neurons, N_BINS // SAVED_FOLD)
+        used = self._counts[:, first * GROUP_FOLD : (last + 1) * GROUP_FOLD]
+        found[:, first * step : (last + 1) * step] = bins.fold_counts(used, SAVED_FOLD)
+        return found
+
     def _place(self, location: Tensor, scale: Tensor) -> None:
         device, n, groups = location.device, self.n_neurons, self.n_groups
         wide = accumulator_dtype(device)
         self._location, self._scale, self._placed = location, scale, True
-        self._counts = torch.zeros(n, N_BINS, dtype=torch.int32, device=device)
-        self._group_counts = torch.zeros(
-            groups, n, N_BINS // GROUP_FOLD, dtype=torch.int32, device=device
+        joined = n, N_BINS // GROUP_FOLD
+        self._counts, self._group_counts, self._closed_counts = (
+            self._scratch.zeros(shape, torch.int32, device)
+            for shape in ((n, N_BINS), (groups, *joined), joined)
         )
-        self._closed_counts = torch.zeros_like(self._group_counts[0])
         self._powers = torch.zeros(4, n, dtype=wide, device=device)
         self._group_powers = torch.zeros(groups, 2, n, dtype=wide, device=device)
         self._group_tokens = torch.zeros(groups, dtype=torch.int64)
