@@ -24,7 +24,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from benchmarks.sparse_layers import answer_is_right, dense_bfloat16, packed_layer
-from entangle.packed import cpu, native
+from entangle.kernels import native
+from entangle.packed import cpu
 from entangle.packed.formats import unpack
 from entangle.runs.provenance import package_versions
 

@@ -6,7 +6,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from entangle.packed import native
+from entangle.kernels import native
 from entangle.packed.formats import GROUP, Codes, Layout, pack
 
 

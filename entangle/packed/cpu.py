@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 
 from entangle.checks import choice
 from entangle.errors import InvalidInput
-from entangle.packed import native
+from entangle.kernels import native
 from entangle.packed.activations import ACTIVATIONS
 from entangle.packed.cpu_products import product
 from entangle.packed.cpu_rows import Job, Kernel, Part

@@ -1,4 +1,4 @@
-"""Kernels that multiply packed experts, as they are written for `entangle.packed.native`.
+"""Kernels that multiply packed experts, as they are written for `entangle.kernels.native`.
 
 The numbers of a row meet the x of their columns:
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
+from entangle.kernels.native import Code
 from entangle.packed.formats import GROUP, Layout
-from entangle.packed.native import Code
 
 
 class Job(IntEnum):

@@ -1,4 +1,4 @@
-"""Kernels that unpack rows of packed experts, as they are written for `entangle.packed.native`."""
+"""Kernels that unpack rows of packed experts, as they are written for `entangle.kernels.native`."""
 
 from typing import Any
 

@@ -10,8 +10,10 @@ library.
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from scipy.linalg import lapack
 from torch import Tensor
 
 from entangle.errors import InvalidInput, NumericalError
@@ -95,7 +97,7 @@ MAX_TRIES = 7
 FIRST_AFTER_ZERO = 1e-4
 """The damping that follows 0."""
 
-_SMALL = 256
+_REVERSED = 2**20  # numbers at a time
 _HEADROOM = 2**20
 
 
@@ -185,16 +187,17 @@ def _factor_in_double(
     """Do what `_factor` does in float64, one matrix after the other, and round the result.
 
     The last bits of a library's factor depend on the number of threads. Rounding takes them away.
+    All steps work in the memory of one float64 matrix: of 14,336 inputs it takes 1.6 GB.
     """
     upper, failed = torch.empty_like(gram, memory_format=torch.contiguous_format), []
     for expert, (own, added) in enumerate(zip(gram, shift, strict=True)):
-        damped = own.to(torch.float64, copy=True)
-        damped.diagonal().add_(added)
-        lower, info = torch.linalg.cholesky_ex(damped.flip(-2, -1))
-        if int(info):
-            failed.append(expert)
+        work = own.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
+        work.diagonal().add_(added)
+        if _invert_root_(work):
+            upper[expert] = work.mT
         else:
-            upper[expert] = _invert_lower(lower).flip(-2, -1)
+            failed.append(expert)
+        del work
     return upper, torch.tensor(failed, dtype=torch.int64)
 
 
@@ -208,17 +211,34 @@ def _factor(
     return damped, factorise_(damped).nonzero()[:, 0]
 
 
-def _invert_lower(lower: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
-    """Invert a lower-triangular matrix by halves, so that the work is in matrix products."""
-    n = lower.shape[-1]
-    if n <= _SMALL:
-        unit = torch.eye(n, dtype=lower.dtype)
-        corner: Tensor = torch.linalg.solve_triangular(lower, unit, upper=False)
-        return corner
-    inverse, half = torch.zeros_like(lower), n // 2
-    first, last = slice(half), slice(half, n)
-    inverse[first, first] = _invert_lower(lower[first, first])
-    inverse[last, last] = _invert_lower(lower[last, last])
-    product = lower[last, first] @ inverse[first, first]
-    inverse[last, first] = inverse[last, last] @ product.neg_()
-    return inverse
+def _invert_root_(matrix: Float[Tensor, "n n"]) -> bool:
+    """Overwrite a symmetric float64 matrix by ``U^T``; tell whether it is positive definite.
+
+    Only its lower triangle is read. LAPACK counts columns first: what it calls lower is the upper
+    triangle here, to which the reversal brings the lower one.
+    """
+    _reverse_(matrix)
+    there = matrix.numpy().T
+    for step, settings in (
+        (lapack.dpotrf, {"overwrite_a": 1}),
+        (lapack.dtrtri, {"overwrite_c": 1}),
+    ):
+        found, info = step(there, lower=1, **settings)
+        if info:
+            return False
+        assert np.shares_memory(found, there)  # noqa: S101
+    matrix.triu_()
+    _reverse_(matrix)
+    return True
+
+
+def _reverse_(matrix: Float[Tensor, "n n"]) -> None:
+    """Reverse rows and columns in place."""
+    flat = matrix.view(-1).numpy()
+    size = len(flat)
+    for start in range(0, size // 2, _REVERSED):
+        stop = min(start + _REVERSED, size // 2)
+        front, back = flat[start:stop], flat[size - stop : size - start]
+        kept = front[::-1].copy()
+        front[:] = back[::-1]
+        back[:] = kept

@@ -25,6 +25,8 @@ from jaxtyping import Bool, Float, Int64
 from scipy.stats import rankdata
 from torch import Tensor
 
+from entangle.kernels import weights
+from entangle.kernels.dispatch import dispatch
 from entangle.memory import by_device, gpus_among
 from entangle.models.layers import Layer
 from entangle.precision import accumulator_dtype, row_parts
@@ -189,7 +191,15 @@ def without_few(
 
 def weight_norms(layer: Layer) -> torch.Tensor:
     """Return the Euclidean norm of every weight row, (neurons,), float64."""
-    weight = layer.weight
+    return _row_norms(layer.weight)
+
+
+def _norms_on_cpu(weight: Tensor) -> Tensor:
+    return weights.squares(weight).sqrt()
+
+
+@dispatch(_norms_on_cpu, where=weights.fits)
+def _row_norms(weight: Tensor) -> Tensor:
     at_once = by_device(weight.device, cpu=_CACHED // weight.shape[1], gpu=weight.shape[0])
     parts = row_parts(weight.shape[0], at_once)
     return torch.cat([weight[part].float().norm(dim=1) for part in parts]).double()
@@ -456,7 +466,10 @@ class FinerOutputs:
 
 def _mean_and_std(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation of every column, float64, on the CPU."""
-    std, mean = (one.cpu().double() for one in torch.std_mean(rows.float(), 0, correction=0))
+    values = rows.float()
+    mean = values.mean(0)
+    std = (values - mean).square_().mean(0).sqrt_().cpu().double()
+    mean = mean.cpu().double()
     large = (~std.isfinite()).nonzero()[:, 0]  # squares may overflow float32
     if len(large):
         wide = rows[:, large.to(rows.device)].cpu().double()

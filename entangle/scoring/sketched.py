@@ -315,7 +315,11 @@ class _Passes:
 
     def _summary(self, layer: Layer, own: LayerCounts, norms: Tensor | None) -> LayerSummary:
         with torch.no_grad():
-            return summarise(self._measure(layer, own), norms)
+            found = summarise(self._measure(layer, own), norms)
+            if norms is not None:  # the next blocks' neurons are counted where these were
+                own.outputs.release()
+                own.pairs.release()
+            return found
 
     def _measure(self, layer: Layer, own: LayerCounts) -> MeasuredLayer:
         found = own.outputs.result()

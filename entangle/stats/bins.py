@@ -16,13 +16,13 @@ Results from a GPU to the CPU, with one wait.
 
 Moments from the sums of powers that a sketch keeps.
 
-The jackknife over groups of sequences on a GPU, from the groups' histograms.
+The jackknife over groups of sequences, from the groups' histograms, by kernels.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from functools import cache, lru_cache
+from functools import cache, lru_cache, reduce
 from threading import Lock
 from typing import Any, TypeVar
 
@@ -31,21 +31,38 @@ import torch
 from jaxtyping import Float, Int32, Int64, Shaped
 from torch import Tensor
 
-from entangle.kernels.dispatch import dispatch, on_cpu
+from entangle.kernels import binned, counting
+from entangle.kernels.dispatch import dispatch, on_cpu, usable
 from entangle.kernels.exact import fused_binned_distances
 from entangle.ranks import Ranks
 from entangle.stats.edges import HALF, N_BINS, PER_OCTAVE, signed_edges
+
+_LENDING = Lock()
 
 
 class Scratch:
     """Hands out tensors of undefined content; those taken under one name share their memory.
 
     One object may serve any number of accumulators that are updated one after the other, but not
-    two threads.
+    two threads; only `give_back` may come from another one.
     """
 
     def __init__(self) -> None:
         self._held: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+        self._zeros: list[Tensor] = []
+
+    def zeros(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return zeros, in memory of that shape that was given back where there is some."""
+        with _LENDING:
+            for place, one in enumerate(self._zeros):
+                if (one.shape, one.dtype, one.device) == (shape, dtype, device):
+                    return self._zeros.pop(place)
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    def give_back(self, zeros: Tensor) -> None:
+        """Keep a tensor of zeros, which nobody uses any more, for `zeros`."""
+        with _LENDING:
+            self._zeros.append(zeros)
 
     def take(
         self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
@@ -99,6 +116,8 @@ def add_in_order(sums: ToAdd) -> None:
 _SHIFT = 23 - PER_OCTAVE.bit_length() + 1
 _LANES = 4
 _ONE = 0x3F800000 >> _SHIFT  # the leading bits of 1.0
+BITS = counting.Bins(_SHIFT, _ONE)
+"""What the kernels for CPUs need to know of the bins."""
 
 
 def magnitude_index(magnitude: Float[Tensor, "*shape"], n_bins: int) -> Int32[Tensor, "*shape"]:
@@ -404,22 +423,72 @@ def resampled(
     if len(used) < 2:
         nothing = torch.full_like(powers[0], math.nan)
         return nothing[0], nothing, each
-    sets = [*([g for g in used if g != left_out] for left_out in used), used[::2], used[1::2]]
+    asked = [*(tuple(g for g in used if g != left_out) for left_out in used),
+             tuple(used[::2]), tuple(used[1::2])]  # fmt: skip
+    sets = list(dict.fromkeys(asked))  # of two groups, each half is one without the other
     chosen = torch.zeros(len(sets), len(tokens), dtype=torch.int32)
     for row, members in zip(chosen, sets, strict=True):
-        row[members] = 1
+        row[list(members)] = 1
     totals = (chosen.long() * tokens).sum(1).to(powers.device, non_blocking=True)
     chosen = chosen.to(powers.device, non_blocking=True)
-    moments = torch.einsum("sg,gpn->psn", chosen.to(powers), powers) / totals[:, None]
+    moments = _sums_of_sets(powers, chosen) / totals[:, None]
     shift, spread = mean_and_std(moments)
-    wd = binned_at_once(counts, chosen, shift, spread, low, high, fold=GROUP_FOLD)[0]
-    wd = wd.masked_fill(spread <= LEAST_SPREAD * shift.abs(), math.nan)
+    found = binned_at_once(counts, chosen, shift, spread, low, high, fold=GROUP_FOLD)[0]
+    found = found.masked_fill(spread <= LEAST_SPREAD * shift.abs(), math.nan)
+    wd = torch.stack([found[sets.index(members)] for members in asked])
     without = wd[: len(used)]
     for row, group in enumerate(used):
         each[group] = without[row]
-    return ((len(used) - 1) * without.var(0, correction=0)).sqrt(), wd[len(used) :], each
+    return jackknife_error(without), wd[len(used) :], each
 
 
+def _one_after_the_other(powers: Tensor, chosen: Tensor) -> Tensor:
+    sums = [sum_groups(powers[row > 0]) for row in chosen]
+    return torch.stack(sums, 1)
+
+
+@dispatch(_one_after_the_other, where=on_cpu)
+def _sums_of_sets(powers: Tensor, chosen: Tensor) -> Tensor:
+    """Sum powers (groups, two, neurons) over the groups of each set, (two, sets, neurons)."""
+    return torch.einsum("sg,gpn->psn", chosen.to(powers), powers)
+
+
+def sum_groups(groups: Float[Tensor, "*groups neurons"]) -> Float[Tensor, "*others neurons"]:
+    """Sum over the groups one after the other, whatever lies beside a neuron."""
+    total: Tensor = reduce(torch.add, groups)
+    return total
+
+
+def jackknife_error(without: Float[Tensor, "groups neurons"]) -> Float[Tensor, " neurons"]:
+    """Return the jackknife's standard error of what was found without each group."""
+    n = len(without)
+    spread = without - sum_groups(without) / n
+    return ((n - 1) / n * sum_groups(spread.square())).sqrt()
+
+
+def has_kernels(counts: Int32[Tensor, "*groups neurons bins"]) -> bool:
+    """Tell whether `binned_at_once` and `resampled` take histograms."""
+    return usable(counts) or binned.fits(counts)
+
+
+def _at_once_on_cpu(
+    counts: Tensor,
+    weights: Tensor,
+    shift: Tensor,
+    spread: Tensor,
+    low: Tensor,
+    high: Tensor,
+    *,
+    fold: int,
+) -> Tensor:
+    return binned.binned_distances(
+        counts, weights, shift=shift, spread=spread, low=low, high=high,
+        edges=joined_edges(fold, torch.float64, counts.device),
+        ends=signed_index(torch.stack([low, high])) // fold,
+    )  # fmt: skip
+
+
+@dispatch(_at_once_on_cpu, where=on_cpu)
 def binned_at_once(
     counts: Tensor,
     weights: Tensor,

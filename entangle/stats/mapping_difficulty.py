@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from entangle.errors import InvalidInput
-from entangle.kernels import exact
+from entangle.kernels import counting, exact
 from entangle.kernels import sketch as kernels
 from entangle.kernels.dispatch import dispatch, on_cpu, usable
 from entangle.memory import by_device
@@ -31,6 +31,7 @@ from entangle.seeding import torch_rng
 from entangle.stats import bins
 from entangle.stats.bins import Scratch, ToAdd, pooled_parts, to_host
 from entangle.stats.edges import PER_OCTAVE, magnitude_edges
+from entangle.stats.wasserstein import sort_rows
 
 MAX_PAIRS = 50_000
 
@@ -241,8 +242,8 @@ def _can_add_at_once(_sketch: object, first: Tensor, second: Tensor, *_: object)
 
 def _typical(first: Tensor, second: Tensor) -> Tensor:
     """Return the scale of the bins by the outputs of some pairs."""
-    sample = (first.float() - second.float()).abs_()
-    typical = sample.nan_to_num_(0.0, 0.0, 0.0).median(dim=0).values
+    sample = (first.float() - second.float()).abs_().nan_to_num_(0.0, 0.0, 0.0)
+    typical = sort_rows(sample.t())[:, (len(sample) - 1) // 2]
     return torch.where(typical > 0, typical, 1.0)
 
 
@@ -365,6 +366,22 @@ class PairSketch:
             return
         if not self._placed:
             self._place(_typical(first[:_PILOT_PAIRS], second[:_PILOT_PAIRS]))
+        self._count(first, second, dx)
+        self.n_pairs += dx.numel()
+        self._dx_max = max(self._dx_max, float(dx.max()))
+        self._dx_sum += float(dx.sum(dtype=accumulator_dtype(dx.device)))
+
+    _add = dispatch(_add_at_once, where=_can_add_at_once)(_add_gathered)
+
+    def _count_on_cpu(self, first: Tensor, second: Tensor, dx: Tensor) -> None:
+        self._sums += counting.add_pairs(
+            first, second, (1 / dx).float(), self._scale,
+            bins=bins.BITS, counts=self._counts, highest=self._dy_max,
+        )  # fmt: skip
+
+    @dispatch(_count_on_cpu, where=lambda _sketch, first, *_: counting.fits(first))
+    def _count(self, first: Tensor, second: Tensor, dx: Tensor) -> None:
+        """Count pairs with different inputs, a block of neurons after the other."""
         at_once = by_device(first.device, cpu=2**18, gpu=2**26)
         columns = max(4, at_once // dx.numel() // 4 * 4)
         for start in range(0, self.n_neurons, columns):
@@ -379,11 +396,6 @@ class PairSketch:
             torch.maximum(self._dy_max[part], dy.amax(0), out=self._dy_max[part])
             index = bins.magnitude_index_(dy.div_(self._scale[part]), _BINS)
             bins.add_counts(self._counts[part], index, self._scratch)
-        self.n_pairs += dx.numel()
-        self._dx_max = max(self._dx_max, float(dx.max()))
-        self._dx_sum += float(dx.sum(dtype=accumulator_dtype(dx.device)))
-
-    _add = dispatch(_add_at_once, where=_can_add_at_once)(_add_gathered)
 
     def merge(self, other: "PairSketch") -> None:
         """Add another sketch of the same neurons with the same bins."""
@@ -461,10 +473,16 @@ class PairSketch:
             n_identical=self.n_identical,
         )
 
+    def release(self) -> None:
+        """As `entangle.stats.sketch.OutputSketch.release`."""
+        if self._placed:
+            self._scratch.give_back(self._counts.zero_())
+            del self._counts
+
     def _place(self, scale: Tensor) -> None:
         wide = accumulator_dtype(scale.device)
         self._scale, self._placed = scale, True
-        self._counts = torch.zeros(self.n_neurons, _BINS, dtype=torch.int32, device=scale.device)
+        self._counts = self._scratch.zeros((self.n_neurons, _BINS), torch.int32, scale.device)
         self._sums = torch.zeros(2, self.n_neurons, dtype=wide, device=scale.device)
         self._dy_max = torch.zeros(self.n_neurons, device=scale.device)
 
@@ -505,11 +523,11 @@ class PairSketch:
         NaN in the open last bin and in the first, where most pairs have next to equal outputs.
         """
         edges = torch.from_numpy(magnitude_edges(_BINS)).to(self._sums)
-        cumulative = self._counts.cumsum(1).to(edges)
+        cumulative = self._counts.cumsum(1, dtype=torch.int32)
         half = self.n_pairs / 2
-        bin_ = (cumulative < half).sum(1).clamp_max(_BINS - 1)
+        bin_ = (cumulative < math.ceil(half)).sum(1).clamp_max(_BINS - 1)
         count = self._counts.gather(1, bin_[:, None])[:, 0].to(edges)
-        before = cumulative.gather(1, bin_[:, None])[:, 0] - count
+        before = cumulative.gather(1, bin_[:, None])[:, 0].to(edges) - count
         inside = (half - before) / count.clamp_min(1)
         median = edges[bin_] + inside * (edges[bin_ + 1] - edges[bin_])
         unresolved = (bin_ == 0) | (bin_ == _BINS - 1)

@@ -9,7 +9,6 @@ the text merge into the sketch of the whole.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from jaxtyping import Float, Int32
 from torch import Tensor
 
 from entangle.errors import InvalidInput
+from entangle.kernels import counting
 from entangle.kernels import sketch as kernels
 from entangle.kernels.dispatch import dispatch, on_cpu, usable
 from entangle.memory import by_device
@@ -32,12 +32,15 @@ from entangle.stats.bins import (
     binned_at_once,
     binned_distances,
     binned_wd,
+    has_kernels,
     higher_moments,
+    jackknife_error,
     joined_edges,
     mean_and_std,
     pooled_parts,
     power_sums,
     resampled,
+    sum_groups,
     to_host,
 )
 from entangle.stats.edges import N_BINS, SAVED_FOLD
@@ -281,7 +284,7 @@ class OutputSketch:
         table, counts = to_host(
             [
                 torch.cat([columns, places, flags.to(places)]),
-                bins.fold_counts(self._counts, SAVED_FOLD),
+                self._saved_counts(),
             ]
         )
         columns, places, flags = table.split(sizes)
@@ -299,15 +302,38 @@ class OutputSketch:
             n_tokens=self.n_tokens,
         )
 
+    def release(self) -> None:
+        """Leave the histograms' memory to other sketches; nothing can be asked afterwards."""
+        if not self._placed:
+            return
+        first, last = self._used_groups()
+        used = slice(first, last + 1)
+        self._counts[:, first * GROUP_FOLD : (last + 1) * GROUP_FOLD].zero_()
+        self._closed_counts[:, used].zero_()
+        for group in self._group_tokens.nonzero()[:, 0].tolist():
+            self._group_counts[group, :, used].zero_()
+        for tensor in (self._counts, self._group_counts, self._closed_counts):
+            self._scratch.give_back(tensor)
+        del self._counts, self._group_counts, self._closed_counts
+
+    def _saved_counts(self) -> Tensor:
+        """Return the histogram in the bins that are saved."""
+        first, last = self._used_groups()
+        step = GROUP_FOLD // SAVED_FOLD
+        found = self._counts.new_zeros(self.n_neurons, N_BINS // SAVED_FOLD)
+        used = self._counts[:, first * GROUP_FOLD : (last + 1) * GROUP_FOLD]
+        found[:, first * step : (last + 1) * step] = bins.fold_counts(used, SAVED_FOLD)
+        return found
+
     def _place(self, location: Tensor, scale: Tensor) -> None:
         device, n, groups = location.device, self.n_neurons, self.n_groups
         wide = accumulator_dtype(device)
         self._location, self._scale, self._placed = location, scale, True
-        self._counts = torch.zeros(n, N_BINS, dtype=torch.int32, device=device)
-        self._group_counts = torch.zeros(
-            groups, n, N_BINS // GROUP_FOLD, dtype=torch.int32, device=device
+        joined = n, N_BINS // GROUP_FOLD
+        self._counts, self._group_counts, self._closed_counts = (
+            self._scratch.zeros(shape, torch.int32, device)
+            for shape in ((n, N_BINS), (groups, *joined), joined)
         )
-        self._closed_counts = torch.zeros_like(self._group_counts[0])
         self._powers = torch.zeros(4, n, dtype=wide, device=device)
         self._group_powers = torch.zeros(groups, 2, n, dtype=wide, device=device)
         self._group_tokens = torch.zeros(groups, dtype=torch.int64)
@@ -330,7 +356,17 @@ class OutputSketch:
             inf=self._inf,
         )
 
+    def _add_on_cpu(self, outputs: Tensor, group: int) -> None:
+        powers = counting.add_outputs(
+            outputs, self._location, self._scale,
+            bins=bins.BITS, counts=self._counts, low=self._low, high=self._high, nan=self._nan,
+            inf=self._inf,
+        )  # fmt: skip
+        self._powers += powers
+        self._group_powers[group] += powers[:2]
+
     @dispatch(_add_at_once, where=lambda _sketch, outputs, _group: kernels.fits(outputs, N_BINS))
+    @dispatch(_add_on_cpu, where=lambda _sketch, outputs, _group: counting.fits(outputs))
     def _add(self, outputs: Tensor, group: int) -> None:
         """Add outputs, a block of neurons after the other."""
         for part in row_parts(self.n_neurons, _block_columns(outputs)):
@@ -399,7 +435,7 @@ class OutputSketch:
         )
         return BinnedDistances(*found[:, 0])
 
-    @dispatch(_distances_at_once, where=_is_counted_by_kernels)
+    @dispatch(_distances_at_once, where=lambda _sketch, counts, *_, **__: has_kernels(counts))
     def _distances(
         self, counts: Tensor, shift: Tensor, spread: Tensor, *, fold: int
     ) -> BinnedDistances:
@@ -452,7 +488,7 @@ class OutputSketch:
             self._group_counts, self._group_powers, self._group_tokens, self._low, self._high
         )
 
-    @dispatch(_resample_at_once, where=_is_counted_by_kernels)
+    @dispatch(_resample_at_once, where=lambda sketch: has_kernels(sketch._group_counts))
     def _resample(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return the jackknife's standard error, WD of the two halves and without each group."""
         used = [g for g in range(self.n_groups) if self._group_tokens[g] > 0]
@@ -461,7 +497,7 @@ class OutputSketch:
             nothing = torch.full_like(self._powers[:2], math.nan)
             return nothing[0], nothing, each
         total = int(self._group_tokens.sum())
-        powers = _sum(self._group_powers)
+        powers = sum_groups(self._group_powers)
         without = torch.stack(
             [
                 self._subset_wd(
@@ -472,26 +508,18 @@ class OutputSketch:
                 for g in used
             ]
         )
-        spread = without - _sum(without) / len(used)
-        se = ((len(used) - 1) / len(used) * _sum(spread.square())).sqrt()
         halves = torch.stack(
             [
                 self._subset_wd(
                     self._group_counts[half].sum(0, dtype=torch.int32),
-                    _sum(self._group_powers[half]),
+                    sum_groups(self._group_powers[half]),
                     int(self._group_tokens[half].sum()),
                 )
                 for half in (used[::2], used[1::2])
             ]
         )
         each[used] = without
-        return se, halves, each
-
-
-def _sum(groups: Tensor) -> Tensor:
-    """Sum (groups, …) over the groups one after the other, whatever lies beside a neuron."""
-    total: Tensor = reduce(torch.add, groups)
-    return total
+        return jackknife_error(without), halves, each
 
 
 def _occupied(counts: Tensor) -> Tensor:
@@ -528,9 +556,11 @@ def place_bins(
     n = ordered.shape[1]
     location = ordered[:, n // 2].clone()
     core = (ordered[:, (3 * n) // 4] - ordered[:, n // 4]) / _NORMAL_IQR
-    deviations = (ordered - location[:, None]).to(accumulator_dtype(ordered.device))
-    spread = deviations.square().mean(1).sqrt().to(ordered)
-    scale = torch.where(core > 0, core, spread)
+    scale = core.clone()
+    flat = (~(core > 0)).nonzero()[:, 0]
+    if len(flat):
+        deviations = (ordered[flat] - location[flat, None]).to(accumulator_dtype(ordered.device))
+        scale[flat] = deviations.square().mean(1).sqrt().to(ordered)
     floor = location.abs() * torch.finfo(torch.float32).eps
     scale = torch.where(scale > floor, scale, floor)
     return location, torch.where(scale > torch.finfo(torch.float32).tiny, scale, 1.0)

@@ -28,7 +28,7 @@ from scipy.special import ndtri
 from torch import Tensor
 
 from entangle.errors import InvalidInput
-from entangle.kernels import exact
+from entangle.kernels import exact, weights
 from entangle.kernels.dispatch import dispatch, on_cpu
 from entangle.memory import by_device
 from entangle.precision import accumulator_dtype, row_parts
@@ -436,6 +436,13 @@ def _lost(dtype: torch.dtype) -> float:
     return float(torch.finfo(dtype).eps * torch.finfo(dtype).tiny)
 
 
+def _reach_on_cpu(weight: Tensor, sizes: Tensor) -> Tensor:
+    sets = sizes.reshape(-1, weight.shape[1])
+    found = torch.stack([weights.magnitudes(weight, one) for one in sets])
+    return found.reshape(*sizes.shape[:-1], weight.shape[0])
+
+
+@dispatch(_reach_on_cpu, where=lambda weight, _sizes: weights.fits(weight))
 def reach(
     weight: Float[Tensor, "neurons in_features"], sizes: Float[Tensor, "*sets in_features"]
 ) -> Float[Tensor, "*sets neurons"]:

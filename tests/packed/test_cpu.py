@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn.functional import gelu, relu, silu
 
 from entangle.errors import InvalidInput
-from entangle.packed import cpu, native
+from entangle.kernels import native
+from entangle.packed import cpu
 from entangle.packed.formats import Codes, Layout, Packed, pack, unpack
 
 VALUES = ("bfloat16", "float16", "float32", "int8", "int8 steps", "int4", "int4 steps")

@@ -38,7 +38,7 @@ def forms() -> tuple[str, ...]:
     """Return the forms that this machine runs, the fastest first; none without LLVM."""
     if binding is None:
         logging.getLogger(__name__).warning(
-            "sparse experts run without kernels on the CPU, slowly: llvmlite is not installed."
+            "the CPU works without kernels, slowly: llvmlite is not installed."
         )
         return ()
     try:
@@ -59,6 +59,7 @@ class Code:
         self.at = ir.IRBuilder(self.function.append_basic_block())
         self.i8, self.i16, self.i32, self.i64 = (ir.IntType(n) for n in (8, 16, 32, 64))
         self.f32, self.f16, self.void = ir.FloatType(), ir.HalfType(), ir.VoidType()
+        self.f64 = ir.DoubleType()
 
     def text(self) -> str:
         """Return what was written, closed."""
@@ -138,10 +139,52 @@ class Code:
             known = ir.Function(self.module, types, name)
         return self.at.call(known, given)
 
+    def own(self, name: str, *given: Any) -> Any:
+        """Call one of LLVM's functions of floats of one type, which returns that type."""
+        kind = given[0].type
+        lanes = f"v{kind.count}" if isinstance(kind, ir.VectorType) else ""
+        number = kind.element if lanes else kind
+        bits = "f64" if isinstance(number, ir.DoubleType) else "f32"
+        return self.call(f"llvm.{name}.{lanes}{bits}", kind, *given)
+
     def fma(self, one: Any, other: Any, rest: Any) -> Any:
         """Return ``one · other + rest`` of floats, rounded once where the machine can."""
-        lanes = f"v{one.type.count}" if isinstance(one.type, ir.VectorType) else ""
-        return self.call(f"llvm.fmuladd.{lanes}f32", one.type, one, other, rest)
+        return self.own("fmuladd", one, other, rest)
+
+    def larger(self, one: Any, other: Any) -> Any:
+        """Return the larger of two floats, the other one of NaN."""
+        return self.own("maxnum", one, other)
+
+    def smaller(self, one: Any, other: Any) -> Any:
+        """Return the smaller of two floats, the other one of NaN."""
+        return self.own("minnum", one, other)
+
+    def as_floats(self, address: Any, dtype: torch.dtype, lanes: int) -> Any:
+        """Load numbers of 16 or 32 bits as float32."""
+        if dtype == torch.float32:
+            return self.load(self.vector(self.f32, lanes), address)
+        wide, single = self.vector(self.i32, lanes), self.vector(self.f32, lanes)
+        if dtype == torch.float16:
+            return self.at.fpext(self.load(self.vector(self.f16, lanes), address), single)
+        bits = self.at.zext(self.load(self.vector(self.i16, lanes), address), wide)
+        return self.at.bitcast(self.at.shl(bits, self.constant(wide, 16)), single)
+
+    @contextmanager
+    def shared(self, counter: Any, stop: Any, step: int) -> Iterator[Any]:
+        """Write the body of a loop whose turns the threads share out; gives where one begins.
+
+        ``counter`` is the address of a whole number, 0 at first, that is theirs in common.
+        """
+
+        def taken() -> Any:
+            place = self.pointer(counter)
+            return self.at.atomic_rmw("add", place, self.whole(step), "monotonic")
+
+        now = self.variable(self.whole(0))
+        self.set(now, taken())
+        with self.whilst(lambda: self.at.icmp_signed("<", self.get(now), self.whole(stop))):
+            yield self.get(now)
+            self.set(now, taken())
 
     @contextmanager
     def loop(self, first: Any, stop: Any, step: int = 1) -> Iterator[Any]:
