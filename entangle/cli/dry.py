@@ -5,14 +5,13 @@ What one of each count takes is measured by `entangle.cli.trials`.
 
 import argparse
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from entangle.cli import allocate, counts, options
+from entangle.cli import allocate, anchor, counts, experts, options
 from entangle.cli.tables import Table, present
 from entangle.cli.trials import (
-    Counts,
     Job,
     Number,
     Spent,
@@ -166,6 +165,8 @@ COMMANDS: Mapping[str, tuple[Callable[[argparse.Namespace, Any], Job], Subject]]
         Subject(allocate.dry_run, allocate.dry_counts, allocate.dry_sizes),
     ),
     "decompose": (_decompose_job, counts.DECOMPOSE),
+    "anchor": (anchor.dry_job, Subject(anchor.dry_run, anchor.dry_counts, anchor.dry_sizes)),
+    "experts": (experts.dry_job, Subject(experts.dry_run, experts.dry_counts)),
 }
 """Commands that can tell, and how."""
 
@@ -197,27 +198,45 @@ def run(arguments: argparse.Namespace) -> None:
         before = (time.process_time(), since, high_water())
         also = None if job.windows is None or subject is counts.EVALUATE else counts.EVALUATE
         found, seconds = estimate(subject, job, beside=also, before=before)
-    show(arguments, job, subject.counts(job), found, seconds)
+    show(arguments, job, subject.counts(job).passes, found, seconds)
     refuse(arguments, job, found)
 
 
 def show(
-    arguments: argparse.Namespace, job: Job, counts: Counts, found: Spent, seconds: Number
-) -> None:
-    """Print the estimate."""
+    arguments: argparse.Namespace, job: Job | None, passes: Sequence[Number], found: Spent,
+    seconds: Number, *, more: Mapping[str, object] | None = None, tables: Sequence[Table] = (),
+) -> None:  # fmt: skip
+    """Print the estimate.
+
+    Parameters
+    ----------
+    arguments
+        Of the command.
+    job
+        What tokens are told of; None where nothing is left to do.
+    passes
+        Of the text, and of the windows.
+    found
+        What it takes.
+    seconds
+        That finding it took.
+    more, tables
+        What else is told, printed below.
+    """
     import pandas as pd
 
+    tokens, evaluated = (0, 0) if job is None else (job.tokens, job.evaluated)
     content = {
         "dry_run": arguments.command,
-        "tokens": job.tokens, "passes": counts.passes[0],
-        "evaluation_tokens": job.evaluated, "evaluation_passes": counts.passes[1],
+        "tokens": tokens, "passes": passes[0],
+        "evaluation_tokens": evaluated, "evaluation_passes": passes[1],
         "peak_memory_bytes": found.peak, "peak_gpu_memory_bytes": found.device,
         "disk_bytes": found.disk, "seconds": found.wall, "cpu_seconds": found.cpu,
-        "measured_seconds": seconds,
+        "measured_seconds": seconds, **(more or {}),
     }  # fmt: skip
     rows = [
-        ("tokens to calibrate on", f"{job.tokens:,} × {counts.passes[0]:g} passes"),
-        ("tokens to evaluate on", f"{job.evaluated:,} × {counts.passes[1]:g} passes"),
+        ("tokens to calibrate on", f"{tokens:,} × {passes[0]:.4g} passes"),
+        ("tokens to evaluate on", f"{evaluated:,} × {passes[1]:.4g} passes"),
         ("peak memory", f"{found.peak / 2**30:.2f} GiB"),
         ("peak GPU memory", f"{found.device / 2**30:.2f} GiB"),
         ("disk", f"{found.disk / 2**20:,.1f} MiB"),
@@ -226,7 +245,7 @@ def show(
     frame = pd.DataFrame(rows, columns=["what", "estimate"])
     arguments.table = None
     title = f"What {arguments.command} will take (measured in {seconds:.0f} s; nothing was written)"
-    present(arguments, [Table("estimate", frame, title, keys=("what",))], content)
+    present(arguments, [Table("estimate", frame, title, keys=("what",)), *tables], content)
 
 
 def refuse(arguments: argparse.Namespace, job: Job, found: Spent) -> None:
