@@ -1,6 +1,7 @@
 """``entangle experts``: what every expert of a mixture does, and which are super experts."""
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from entangle.cli import options
@@ -8,6 +9,9 @@ from entangle.cli.tables import Table, present, records
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from entangle.cli.trials import Counts, Job
+    from entangle.models.loading import LanguageModel
 
 KIND = "experts"
 _EXPERTS, _OVERLAP = "experts.parquet", "overlap.parquet"
@@ -34,6 +38,7 @@ def add_parser(subparsers: options.Subparsers) -> None:
         "--fraction", type=float, default=0.03,
         help="share of the neurons that are top ones by WD above its floor (default: %(default)s)",
     )  # fmt: skip
+    options.add_dry_run_option(group)
     options.add_run_options(parser, "super", "overlap", "experts")
     parser.set_defaults(run=run, show=show)
 
@@ -70,6 +75,53 @@ def run(arguments: argparse.Namespace) -> None:
         if overlap is not None:
             overlap.to_parquet(folder / _OVERLAP, index=False)
     print_experts(found, overlap, manifest, arguments)
+
+
+def dry_job(arguments: argparse.Namespace, model: "LanguageModel") -> "Job":
+    """Return what ``--dry-run`` asks about."""
+    from entangle.cli.trials import Job
+    from entangle.experiments.selection import check_scores_fit
+    from entangle.mixtures.statistics import find_mixtures
+    from entangle.models.layers import list_layers
+    from entangle.results.scores import load_scores
+
+    if arguments.scores is not None:
+        check_scores_fit(load_scores(arguments.scores), model)
+    starts = tuple(f"{one.name}." for one in find_mixtures(model.module))
+    layers = tuple(one for one in list_layers(model.module) if one.name.startswith(starts))
+    return Job(model, layers, options.load_calibration(arguments, model), None)
+
+
+def dry_run(job: "Job", out: Path) -> object:
+    """Tell of a job's experts."""
+    from entangle.mixtures import gather
+    from entangle.mixtures.super_experts import expert_table
+
+    found = expert_table(gather(job.model, job.text))
+    out.mkdir()
+    found.to_parquet(out / _EXPERTS, index=False)
+    return found
+
+
+def dry_counts(job: "Job") -> "Counts":
+    """Return what the time, memory and disk of such a pass are linear in."""
+    import math
+
+    from entangle.cli.trials import Counts
+    from entangle.mixtures.statistics import find_mixtures
+
+    assert job.text is not None  # noqa: S101
+    mixtures = find_mixtures(job.model.module)
+    experts = float(sum(one.n_experts for one in mixtures))
+    batches = math.ceil(job.text.n_seq / job.text.per_pass)
+    widths = float(job.tokens * len(mixtures) * job.width)
+    times = {"forward": job.forward(1), "calls": experts * batches, "experts": experts,
+             "outputs": widths}  # fmt: skip
+    tokens = min(job.tokens, job.text.per_pass * job.text.seq_len)
+    most = max((one.shape[0] for one in job.layers), default=1)
+    peak = {"pass": float(tokens * most), "logits": float(tokens * job.model.vocab_size),
+            "experts": experts * job.width}  # fmt: skip
+    return Counts(times, peak, {"experts": experts}, passes=(1, 0))
 
 
 def show(arguments: argparse.Namespace) -> None:

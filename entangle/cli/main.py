@@ -250,10 +250,10 @@ def _written(argv: Sequence[str]) -> list[str]:
 def _work(arguments: argparse.Namespace) -> None:
     """Run a command, or print what it made before (`entangle.cli.asked`)."""
     asked.name_output(arguments)
-    if getattr(arguments, "dry_run", False) and arguments.command != "study":
-        from entangle.cli import dry
+    if getattr(arguments, "dry_run", False):
+        from entangle.cli import composed, dry
 
-        dry.run(arguments)
+        (composed if arguments.command in composed.COMMANDS else dry).run(arguments)
         return
     if _is_found(arguments):
         asked.show_found(arguments)

@@ -450,7 +450,7 @@ def add_run_options(
     parser.set_defaults(out_ending=ending)
 
 
-def add_dry_run_option(parser: argparse.ArgumentParser) -> None:
+def add_dry_run_option(parser: argparse._ActionsContainer) -> None:
     """Add the option that tells what a run would take (`entangle.cli.dry`)."""
     parser.add_argument(
         "--dry-run", action="store_true",

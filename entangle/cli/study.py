@@ -1,6 +1,7 @@
 """``entangle study``: the paper's claims on any list of models, with verdicts."""
 
 import argparse
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from entangle.checks import choice, choices, whole
@@ -10,6 +11,8 @@ from entangle.errors import InvalidInput
 from entangle.runs.provenance import expand_user
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from entangle.evaluation import EvaluationText, MinimalPairs
     from entangle.models.loading import LanguageModel
     from entangle.results.study import Study
@@ -68,7 +71,11 @@ def add_parser(subparsers: options.Subparsers) -> None:
         "--resume", action="store_true",
         help="go on with an unfinished study, also with other models or claims",
     )  # fmt: skip
-    group.add_argument("--dry-run", action="store_true", help="list the claims, and end")
+    group.add_argument(
+        "--dry-run", action="store_true",
+        help="list the claims, then print tokens, passes, memory, disk and time that each and all "
+        "will take, from a few measured seconds, and write nothing",
+    )  # fmt: skip
     options.add_run_options(parser, *TABLES)
     parser.set_defaults(run=run, show=show)
 
@@ -76,22 +83,12 @@ def add_parser(subparsers: options.Subparsers) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Study, print and save."""
     from entangle.studies.claims import CLAIMS
-    from entangle.studies.rules import MAIN
     from entangle.studies.study import study
     from entangle.studies.subject import SIZES as KNOWN
 
     claims = "all" if arguments.claims == "all" else options.names(arguments.claims)
-    asked = list(CLAIMS) if claims == "all" else choices("claims", claims, CLAIMS, kind="claim")
-    if arguments.dry_run:
-        import pandas as pd
-
-        rows = [{"claim": one, "sentence": CLAIMS[one].sentence, "decides": "; ".join(
-            f"{name} > {bar.bar:g}" + ("" if bar.role == MAIN else " (control)")
-            for name, bar in CLAIMS[one].bars.items()
-        )} for one in asked]  # fmt: skip
-        table = pd.DataFrame(rows)
-        present(arguments, [Table("verdicts", table, "Claims", keys=("claim",))], records(table))
-        return
+    if claims != "all":
+        choices("claims", claims, CLAIMS, kind="claim")
     options.check_run(arguments)
     whole("seeds", arguments.seeds, least=5)
     memory = options.parse_memory(arguments.memory)
@@ -101,12 +98,25 @@ def run(arguments: argparse.Namespace) -> None:
     found = study(
         arguments.models, out=arguments.out, size=arguments.size, claims=claims,
         calibration=arguments.calibration, evaluation=arguments.evaluation,
-        blimp=_pairs(arguments, arguments.blimp, size.pairs),
-        other=_pairs(arguments, arguments.other_pairs, None), seeds=arguments.seeds,
+        blimp=pairs_of(arguments, arguments.blimp, size.pairs),
+        other=pairs_of(arguments, arguments.other_pairs, None), seeds=arguments.seeds,
         seed=arguments.seed, memory=memory, resume=arguments.resume, force=arguments.force,
         progress=not arguments.quiet, loaded=loaded(arguments),
     )  # fmt: skip
     print_study(found, arguments)
+
+
+def claims_table(claims: Sequence[str]) -> "pd.DataFrame":
+    """Return the claims, and what decides about each."""
+    import pandas as pd
+
+    from entangle.studies.claims import CLAIMS
+    from entangle.studies.rules import MAIN
+
+    return pd.DataFrame([{"claim": one, "sentence": CLAIMS[one].sentence, "decides": "; ".join(
+        f"{name} > {bar.bar:g}" + ("" if bar.role == MAIN else " (control)")
+        for name, bar in CLAIMS[one].bars.items()
+    )} for one in claims])  # fmt: skip
 
 
 def loaded(arguments: argparse.Namespace) -> "Loaded":
@@ -138,9 +148,10 @@ def default_texts(arguments: argparse.Namespace, size: Any) -> None:
             setattr(arguments, name, value)
 
 
-def _pairs(
+def pairs_of(
     arguments: argparse.Namespace, source: str | None, most: int | None
 ) -> "MinimalPairs | None":
+    """Return minimal pairs, at most some of each paradigm."""
     if source is None:
         return None
     from entangle.evaluation import load_minimal_pairs

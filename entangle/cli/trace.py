@@ -47,6 +47,7 @@ def add_parser(subparsers: options.Subparsers) -> None:
     options.add_evaluation_options(group, default="demo, the articles that are not calibrated on")
     options.add_memory_option(group)
     group.add_argument("--resume", action="store_true", help="go on with an unfinished trace")
+    options.add_dry_run_option(group)
     options.add_run_options(parser, *TABLES)
     parser.set_defaults(run=run, show=show)
 

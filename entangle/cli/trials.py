@@ -10,12 +10,11 @@ time is theirs times the ratio that the trials had.
 """
 
 import math
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -148,7 +147,9 @@ class Subject:
     """Does a job, and writes into a folder that does not exist."""
     counts: Callable[[Job], Counts]
     sizes: Callable[[Job], Sequence[Mapping[str, Any]]] = lambda _job: ({},)
-    """What of ``given`` its trials vary."""
+    """What of ``given`` its trials vary; ``shapes`` is how many of the shapes, the last ones."""
+    ready: Callable[[Job, Path], Job] = lambda job, _folder: job
+    """Makes what a trial finds made, into the folder; that counts for nothing."""
 
 
 @dataclass(frozen=True)
@@ -167,28 +168,48 @@ class Spent:
     """Bytes written and left."""
 
 
-def first_blocks(model: "LanguageModel", count: int) -> "LanguageModel":
-    """Return a model that ends after so many blocks, sharing all tensors."""
+def first_blocks(model: "LanguageModel", count: int, start: int = 0) -> "LanguageModel":
+    """Return a model of so many blocks from one on, sharing all tensors."""
     from entangle.experts.build import structural_copy
     from entangle.models.layers import find_blocks
     from entangle.models.loading import LanguageModel
 
     module = structural_copy(model.module)
-    del find_blocks(module)[1][count:]
+    blocks = find_blocks(module)[1]
+    del blocks[start + count :]
+    del blocks[:start]
     config: Any = getattr(module, "config", None)
     if hasattr(config, "num_hidden_layers"):
         config.num_hidden_layers = count
     return LanguageModel(module, model.tokenizer, model.name, "memory", None)
 
 
-def _like(model: "LanguageModel", layers: "Sequence[Layer]", most: int) -> "tuple[Layer, ...]":
+def _endings(model: "LanguageModel", layers: "Sequence[Layer]") -> tuple[int, list[str]]:
+    """Return the first block with layers, and their names after it."""
+    from entangle.models.layers import find_blocks
+
+    start = find_blocks(model.module)[0]
+    first = min((one.block for one in layers if one.block is not None), default=0)
+    return first, [one.name[len(f"{start}.{first}.") :] for one in layers if one.block == first]
+
+
+def _begins(model: "LanguageModel", layers: "Sequence[Layer]") -> int:
+    """Return the block that a trial begins with: the first, unless it lacks such layers."""
+    from entangle.models.layers import find_blocks, list_layers
+
+    start, (first, endings) = find_blocks(model.module)[0], _endings(model, layers)
+    names = {one.name for one in list_layers(model.module)}
+    return 0 if all(f"{start}.0.{ending}" in names for ending in endings) else first
+
+
+def _like(
+    model: "LanguageModel", layers: "Sequence[Layer]", endings: Sequence[str], most: int
+) -> "tuple[Layer, ...]":
     """Return the layers of a short model that are as those of the first block with some."""
     from entangle.models.layers import find_blocks, list_layers
 
     own = {layer.name: layer for layer in list_layers(model.module)}
     start = find_blocks(model.module)[0]
-    first = min((one.block for one in layers if one.block is not None), default=0)
-    endings = [one.name[len(f"{start}.{first}.") :] for one in layers if one.block == first]
     names = [f"{start}.{block}.{ending}" for block in range(most) for ending in endings]
     outside = [one.name for one in layers if one.block is None]
     return tuple(own[name] for name in (*names, *outside) if name in own)
@@ -196,8 +217,9 @@ def _like(model: "LanguageModel", layers: "Sequence[Layer]", most: int) -> "tupl
 
 def _cut(job: Job, blocks: int, with_layers: int, share: Number, given: Mapping[str, Any]) -> Job:
     """Return a trial on the first blocks, and a share of the tokens that a trial may have."""
-    model = first_blocks(job.model, blocks)
-    small = Job(model, _like(model, job.layers, with_layers), None, None)
+    model = first_blocks(job.model, blocks, _begins(job.model, job.layers))
+    endings = _endings(job.model, job.layers)[1]
+    small = Job(model, _like(model, job.layers, endings, with_layers), None, None)
     most = FLOPS / max(1.0, small.per_token(64) / blocks)
     tokens = int(max(64, min(MOST_TOKENS, most)) * share)
     layers = small.layers
@@ -266,14 +288,16 @@ def high_water() -> int:
 
 def spent(subject: Subject, job: Job, folder: Path) -> Spent:
     """Do a job, and return what it took."""
-    with _peak(job.model.device) as peak:
-        cpu, wall = time.process_time(), time.perf_counter()
-        found = subject.run(job, folder / "made")
-        cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-        del found
-        host, device = peak()
-    disk = sum(one.stat().st_size for one in folder.rglob("*") if one.is_file())
-    shutil.rmtree(folder / "made", ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=folder) as before, \
+            tempfile.TemporaryDirectory(dir=folder) as name:  # fmt: skip
+        own = subject.ready(job, Path(before))
+        with _peak(job.model.device) as peak:
+            cpu, wall = time.process_time(), time.perf_counter()
+            found = subject.run(own, Path(name) / "made")
+            cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+            del found
+            host, device = peak()
+        disk = sum(one.stat().st_size for one in Path(name).rglob("*") if one.is_file())
     return Spent(cpu, wall, host, device, disk)
 
 
@@ -305,6 +329,78 @@ def fitted(
     return float(wanted @ solved)
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What trials of a subject took."""
+
+    device: str
+    trials: Sequence[tuple[Counts, Spent]]
+    beside: Sequence[tuple[Counts, Spent]]
+    """Of another subject, which tell of some of the same counts."""
+    once: Number
+    """Processor seconds that the first of all took more."""
+    base: int
+    """Bytes of the process before them."""
+    untouched: int
+    """Bytes of weights that were not read before them."""
+    ratio: Number
+    """Wall seconds a processor second."""
+
+    def told(self, job: Job, counts: Counts) -> Spent:
+        """Return what a job with some counts will take, apart from what comes before it."""
+        gpu, own = self.device == "cuda", [one for one, _ in self.trials]
+        times = [{"start": 1, **one.time} for one in own]
+        times += [{"start beside": 1, **one.time} for one, _ in self.beside]
+        seconds = [_busy(one, self.device) for _, one in (*self.trials, *self.beside)]
+        work = fitted(times, seconds, {"start": 1, **counts.time})
+        peaks, held = [{"start": 1, **one.peak} for one in own], {"start": 1, **counts.peak}
+        host = [max(1.0, one.peak - self.base - c.held) for c, one in self.trials]
+        there = [max(1.0, one.device - c.held) for c, one in self.trials]
+        files = [max(1.0, one.disk - c.written) for c, one in self.trials]
+        in_ram = fitted(peaks, host, held) + (0.0 if gpu else counts.held)
+        on_gpu = weights_bytes(job) + counts.held + fitted(peaks, there, held) if gpu else 0.0
+        of_disk = [{"start": 1, **one.disk} for one in own]
+        written = counts.written + fitted(of_disk, files, {"start": 1, **counts.disk})
+        peak = int(self.base + self.untouched + in_ram)
+        return Spent(work, work * self.ratio, peak, int(on_gpu), int(written))
+
+
+def measure(
+    subject: Subject,
+    job: Job,
+    *,
+    beside: "Subject | Sequence[tuple[Counts, Spent]] | None" = None,
+) -> tuple[Measured, Number]:
+    """Do trials of a job, and return what they took, and seconds of the whole model's digest.
+
+    Parameters
+    ----------
+    subject, job
+        What is to be done.
+    beside
+        Another subject whose trials tell of some of the same counts, or what these took.
+    """
+    trials = [
+        _cut(job, blocks, with_layers, share, {**given, "solves": True})
+        for given in subject.sizes(job)
+        for blocks, with_layers, share in _SHAPES[-given.get("shapes", len(_SHAPES)) :]
+    ]
+    base, untouched = _resident(), _untouched()
+    hashing, device = _hashed(trials, job), job.model.device.type
+    with tempfile.TemporaryDirectory(prefix="entangle-dry-") as name:
+        warm = spent(subject, trials[0], Path(name))
+        took = [(subject.counts(one), spent(subject, one, Path(name))) for one in trials]
+        others = beside or ()
+        if isinstance(beside, Subject):
+            few = trials[: len(_SHAPES)]
+            others = [(beside.counts(one), spent(beside, one, Path(name))) for one in few]
+    assert not isinstance(others, Subject)  # noqa: S101
+    busy = [_busy(one, device) for _, one in took]
+    once = max(0.0, _busy(warm, device) - busy[0])
+    ratio = sum(one.wall for _, one in took) / sum(busy)
+    return Measured(device, took, others, once, base, untouched, ratio), hashing
+
+
 def estimate(
     subject: Subject, job: Job, *, beside: Subject | None = None, before: tuple[Number, Number, int]
 ) -> tuple[Spent, Number]:
@@ -312,51 +408,18 @@ def estimate(
 
     Parameters
     ----------
-    subject, job
-        What is to be done.
-    beside
-        Another subject whose trials tell of some of the same counts.
+    subject, job, beside
+        As in `measure`.
     before
         Processor and wall seconds, and most bytes, of what comes before it (imports, loading).
     """
     begin = time.perf_counter()
-    trials = [
-        _cut(job, blocks, with_layers, share, {**given, "solves": True})
-        for given in subject.sizes(job)
-        for blocks, with_layers, share in _SHAPES
-    ]
-    base, untouched, device = _resident(), _untouched(), job.model.device.type
-    hashing = _hashed(trials, job)
-    with tempfile.TemporaryDirectory(prefix="entangle-dry-") as name:
-        warm = spent(subject, trials[0], Path(name))
-        took = [spent(subject, one, Path(name)) for one in trials]
-        others = []
-        if beside is not None:
-            others = [(beside.counts(one), spent(beside, one, Path(name))) for one in trials]
-    counts, whole = [subject.counts(one) for one in trials], subject.counts(job)
-    times = [{"start": 1, **one.time} for one in counts]
-    seconds = [_busy(one, device) for one in took]
-    for count, own in others:
-        times.append({"start beside": 1, **count.time})
-        seconds.append(_busy(own, device))
-    once = max(0.0, _busy(warm, device) - seconds[0])
-    work = hashing + once + fitted(times, seconds, {"start": 1, **whole.time})
-    ratio = sum(one.wall for one in took) / sum(_busy(one, device) for one in took)
-    peaks, peak = [{"start": 1, **one.peak} for one in counts], {"start": 1, **whole.peak}
-    host = [max(1.0, one.peak - base - c.held) for one, c in zip(took, counts, strict=True)]
-    there = [max(1.0, one.device - c.held) for one, c in zip(took, counts, strict=True)]
-    files = [max(1.0, one.disk - c.written) for one, c in zip(took, counts, strict=True)]
-    gpu = device == "cuda"
-    in_ram = fitted(peaks, host, peak) + (0.0 if gpu else whole.held)
-    on_gpu = weights_bytes(job) + whole.held + fitted(peaks, there, peak) if gpu else 0.0
-    of_disk = [{"start": 1, **one.disk} for one in counts]
-    found = Spent(
-        cpu=before[0] + work,
-        wall=before[1] + work * ratio,
-        peak=int(max(before[2], base + untouched + in_ram)),
-        device=int(on_gpu),
-        disk=int(whole.written + fitted(of_disk, files, {"start": 1, **whole.disk})),
-    )
+    measured, hashing = measure(subject, job, beside=beside)
+    own, first = measured.told(job, subject.counts(job)), hashing + measured.once
+    found = replace(
+        own, cpu=before[0] + first + own.cpu, wall=before[1] + first * measured.ratio + own.wall,
+        peak=max(before[2], own.peak),
+    )  # fmt: skip
     return found, time.perf_counter() - begin
 
 

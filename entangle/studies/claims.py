@@ -84,6 +84,9 @@ class Claim:
     """Measures it; raises an `entangle.errors.EntangleError` where the model cannot be asked."""
     bars: Mapping[str, Bar]
     """What decides, written down before it was measured."""
+    needs: Sequence[str] = ("scores",)
+    """Experiments of the `Subject` that it reads, with those that they need themselves: what
+    ``--dry-run`` counts."""
 
 
 CLAIMS: dict[str, Claim] = {}
@@ -105,10 +108,10 @@ def register(claim: Claim) -> Claim:
 
 
 def _claim(
-    id_: str, sentence: str, paper: str
+    id_: str, sentence: str, paper: str, *needs: str
 ) -> Callable[[Callable[[Subject], Sequence[Number]]], Callable[[Subject], Sequence[Number]]]:
     def made(measure: Callable[[Subject], Sequence[Number]]) -> Any:
-        register(Claim(id_, sentence, paper, measure, THRESHOLDS[id_]))
+        register(Claim(id_, sentence, paper, measure, THRESHOLDS[id_], needs or ("scores",)))
         return measure
 
     return made
@@ -183,6 +186,8 @@ def _student(values: Floats) -> Interval:
     "pruning",
     "Pruning the top 3 % of the rows by WD costs more than pruning any other 3 %.",
     "more than random, mean, variance and weight (2405.15756, fig. 3, Llama-3-8B: no number)",
+    "scores",
+    "pruning",
 )
 def _pruning(subject: Subject) -> list[Number]:
     found, n, made = subject.pruning, subject.text.n_windows, []
@@ -223,6 +228,8 @@ def _arm(found: AblationResult, rule: str, strength: float = 1.0, **more: object
     "Inside experts the gap between top and random rows closes; inside random clusters it does "
     "not.",
     "closes with the number of experts (2405.15756: no number, no random clusters)",
+    "scores",
+    "inside",
 )
 def _experts(subject: Subject) -> list[Number]:
     found, made = subject.inside, []
@@ -254,6 +261,8 @@ def _experts(subject: Subject) -> list[Number]:
     "weighted-wd",
     "Inside clusters the WD of the top rows falls.",
     "for 98 %, by a median of 42 %; MD for 96 %, by 9 % (2405.15756; Pythia-1.4B, one layer)",
+    "scores",
+    "inside",
 )
 def _weighted_wd(subject: Subject) -> list[Number]:
     rows = subject.inside.neurons
@@ -320,6 +329,7 @@ def _by_layer(values: "pd.Series[float]") -> dict[str, Floats]:
     "expansion",
     "Sparse Expansion beats SparseGPT, Wanda and magnitude at the same sparsity.",
     "lower perplexity at every sparsity shown (2405.15756; of larger models)",
+    "comparison",
 )
 def _expansion(subject: Subject) -> list[Number]:
     found, k, made = subject.comparison, subject.size.expansion, []
@@ -353,6 +363,8 @@ def _expansion(subject: Subject) -> list[Number]:
     "improvement",
     "WD predicts how much a row gains from experts (relative improvement).",
     "R² > 0.16 of WD, at most 0.001 of the number of modes (2405.15756; Pythia-1.4B)",
+    "scores",
+    "inside",
 )
 def _improvement(subject: Subject) -> list[Number]:
     rows = subject.inside.neurons
@@ -389,6 +401,8 @@ def _improvement(subject: Subject) -> list[Number]:
     "other rows.",
     "perplexity doubles at 2 % (Llama-3.1-8B, Mistral-7B) or 5 % (Qwen3-8B); as many low-WD rows "
     "as 35, 50 and 20 % for the same (2509.24198)",
+    "scores",
+    "clamped",
 )
 def _clamp(subject: Subject) -> list[Number]:
     found = subject.clamped
@@ -409,6 +423,9 @@ def _clamp(subject: Subject) -> list[Number]:
     "syntax",
     "Negative pre-activations of high-WD rows carry grammar more than other knowledge.",
     "pairs about grammar suffer more than with as much harm to perplexity (2509.24198)",
+    "scores",
+    "clamped",
+    "syntax",
 )
 def _syntax(subject: Subject) -> list[Number]:
     pairs = subject.syntax.pairs
@@ -514,6 +531,8 @@ def negative_share(
     "single-neuron",
     "Pruning one top row costs more than pruning one other row.",
     "no number",
+    "scores",
+    "damage",
 )
 def _single_neuron(subject: Subject) -> list[Number]:
     rows = subject.damage
@@ -547,6 +566,8 @@ def _welch(a: Floats, b: Floats) -> Interval:
     "allocation",
     "Zeros put where WD is low cost less than zeros spread evenly.",
     "no number; not claimed there",
+    "scores",
+    "allocated",
 )
 def _allocation(subject: Subject) -> list[Number]:
     found, made = subject.allocated, []

@@ -288,8 +288,7 @@ def _of_model(
         tell(f"{label}: loading")
     model = as_causal_model(made.load(base, revision))
     calibration, text = made.texts(model, rest["size"])
-    facts = model.digest, calibration.digest, text.digest
-    key = hashlib.sha256("".join(facts).encode()).hexdigest()[:12]
+    key = key_of(model, calibration, text)
     place = kept.path / "runs" / key
     place.mkdir(parents=True, exist_ok=True)
     subject = Subject(label, model, calibration, text, folder=place, **rest)
@@ -308,6 +307,12 @@ def _of_model(
     frame = pd.DataFrame([_judged(one, table, label, why[one.id]) for one in claims])
     texts = {"calibration": calibration.describe(), "evaluation": text.describe()}
     return Study(frame, table, models, {"model": model.describe(), **texts})
+
+
+def key_of(model: LanguageModel, calibration: CalibrationSet, text: EvaluationText) -> str:
+    """Return what the pieces of a model on its texts are called."""
+    facts = model.digest, calibration.digest, text.digest
+    return hashlib.sha256("".join(facts).encode()).hexdigest()[:12]
 
 
 def _measured(

@@ -36,6 +36,12 @@ from entangle.texts.calibration_set import CalibrationSet
 RANKED = ("variance", "excess_kurtosis", "abs_mean", "weight_norm")
 """Columns whose top rows are pruned beside those by WD."""
 ALIKE = ("random-norm", "random-variance")
+PRUNED = ("top", "bottom", "random", *ALIKE)
+"""Rules of the rows that are pruned, and whose outputs are clamped; also the top ones by `RANKED`
+are pruned."""
+ROUTED = ("top", "random")
+"""Of those that are pruned inside experts, over `ROUTED_BY`."""
+ROUTED_BY = ("kmeans", "random")
 
 
 @dataclass(frozen=True)
@@ -200,7 +206,7 @@ class Subject:
     @cached_property
     def pruning(self) -> AblationResult:
         """Top rows by WD and every control, pruned."""
-        chosen = self.chosen("top", "bottom", "random", *ALIKE)
+        chosen = self.chosen(*PRUNED)
         chosen += [one for by in RANKED for one in self.chosen("top", by=by)]
         return self.ablated("pruning", chosen, strengths=STRENGTHS)
 
@@ -208,15 +214,15 @@ class Subject:
     def inside(self) -> AblationResult:
         """Top and random rows pruned inside experts, of clusters and of random clusters."""
         return self.ablated(
-            "inside", self.chosen("top", "random"), strengths=(0.95,), experts=self.size.inside,
-            router=("kmeans", "random"),
+            "inside", self.chosen(*ROUTED), strengths=(0.95,), experts=self.size.inside,
+            router=ROUTED_BY,
         )  # fmt: skip
 
     @cached_property
     def clamped(self) -> AblationResult:
         """Negative outputs of top rows and of controls clamped, and the search for as much harm."""
         table = self._gate_frame()
-        chosen = self.chosen("top", "bottom", "random", *ALIKE, frame=table, fraction=CLAMPED)
+        chosen = self.chosen(*PRUNED, frame=table, fraction=CLAMPED)
         return self.ablated(
             "clamped", chosen, layers=self.gates, interventions="clamp-negative", match=True
         )
@@ -254,18 +260,7 @@ class Subject:
     @cached_property
     def comparison(self) -> Comparison:
         """Whole models pruned, and expanded into experts."""
-        size = self.size
-        plain = [
-            ComparisonArm(method, sparsity, 1)
-            for method in ("magnitude", "wanda", "sparsegpt") for sparsity in size.sparsities
-        ]  # fmt: skip
-        routed = [
-            ComparisonArm(method, sparsity, size.expansion)
-            for method in ("expansion", "expansion-random") for sparsity in size.sparsities
-        ]  # fmt: skip
-        middle = size.sparsities[len(size.sparsities) // 2]
-        routed += [ComparisonArm("expansion", middle, k) for k in size.sweep]
-        return self._compared("comparison", [*plain, *routed])
+        return self._compared("comparison", compared_arms(self.size))
 
     @cached_property
     def allocated(self) -> Comparison:
@@ -299,6 +294,18 @@ class Subject:
             )
         return found
 
+    @property
+    def damaged_layers(self) -> list[Layer]:
+        """The layers, one of a block, of which single rows are pruned."""
+        blocks = sorted({one.block for one in self.layers if one.block is not None})
+        spread = np.linspace(0, len(blocks) - 1, min(self.size.blocks, len(blocks)) + 2)[1:-1]
+        wanted = {blocks[round(float(place))] for place in spread}
+        layers: dict[int | None, Layer] = {}
+        for one in self.layers:
+            if one.block in wanted:
+                layers.setdefault(one.block, one)
+        return list(layers.values())
+
     @cached_property
     def damage(self) -> pd.DataFrame:
         """Rise of the loss for single rows of some blocks: `single_neuron_damage` with ``group``.
@@ -309,21 +316,15 @@ class Subject:
         if place.is_file():
             return pd.read_parquet(place)
         self.say("single rows")
-        blocks = sorted({one.block for one in self.layers if one.block is not None})
-        spread = np.linspace(0, len(blocks) - 1, min(self.size.blocks, len(blocks)) + 2)[1:-1]
-        wanted = {blocks[round(float(place))] for place in spread}
-        layers: dict[int | None, Layer] = {}
-        for one in self.layers:
-            if one.block in wanted:
-                layers.setdefault(one.block, one)
-        table = self.frame[self.frame["layer"].isin([one.name for one in layers.values()])]
+        layers = self.damaged_layers
+        table = self.frame[self.frame["layer"].isin([one.name for one in layers])]
         groups = {
             "top": select(table, "top", by="wd", count=self.size.rows),
             "variance": select(table, "top", by="variance", count=self.size.rows),
             "random": select(table, "random", count=4 * self.size.rows, seed=self.seed),
         }
         grams = layer_statistics(
-            self.model, self.calibration, list(layers.values()), scores=self.scores,
+            self.model, self.calibration, layers, scores=self.scores,
             progress=self.progress,
         ).grams  # fmt: skip
         found = single_neuron_damage(
@@ -342,6 +343,21 @@ class Subject:
         """Return the ratio of two perplexities from summed losses of the windows, paired."""
         counts = self.text.window_tokens
         return perplexity_ratio_interval(a, b, counts, int(counts.sum()), seed=self.seed)
+
+
+def compared_arms(size: Size) -> list[ComparisonArm]:
+    """Return the whole models that are compared."""
+    plain = [
+        ComparisonArm(method, sparsity, 1)
+        for method in ("magnitude", "wanda", "sparsegpt") for sparsity in size.sparsities
+    ]  # fmt: skip
+    routed = [
+        ComparisonArm(method, sparsity, size.expansion)
+        for method in ("expansion", "expansion-random") for sparsity in size.sparsities
+    ]  # fmt: skip
+    middle = size.sparsities[len(size.sparsities) // 2]
+    routed += [ComparisonArm("expansion", middle, k) for k in size.sweep]
+    return [*plain, *routed]
 
 
 ALLOCATED = {"layers by mean WD": "layer", "top 3 % protected": "protect"}
