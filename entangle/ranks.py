@@ -220,9 +220,6 @@ class Ranks:
         """Return what was left under a name, None if nothing was."""
         return None
 
-    def check(self) -> None:
-        """Raise `RankLost` if another has noted that it ends: for who waits for what is posted."""
-
     def agree(self, parts: Mapping[str, object]) -> None:
         """Check that all ranks have the same, by digest.
 
@@ -393,11 +390,6 @@ class _Joined(Ranks):
     def posted(self, name: str) -> bytes | None:
         key = f"post/{name}"
         return bytes(self._store.get(key)) if self._store.check([key]) else None
-
-    @_hearing
-    def check(self) -> None:
-        if self._store.check(["ends"]):
-            raise RankLost("another rank has ended")
 
     def agree(self, parts: Mapping[str, object]) -> None:
         digests = {what: _digest(value) for what, value in parts.items()}

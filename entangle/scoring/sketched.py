@@ -159,7 +159,7 @@ def score_sketched(
         )
         for layer in layers
     }
-    pairing, places = _Pairing(seed=seed, share=pair_share), FirstPlaces(ranks)
+    pairing, places = _Pairing(seed=seed, share=pair_share), FirstPlaces(ranks, counts, layers)
     pass_of = _Passes(counts, squares, pairing, places, watch)
     again, late = list[Layer](), list[Layer]()
 
@@ -261,7 +261,7 @@ class _Passes:
         own, new = self._counts[name], name not in self._fresh
         self._fresh.add(name)
         if new:
-            self._places.fetch(name, own, seen.layer.device)
+            self._places.fetch(name)
         rows = own.finer.of(seen.inputs, seen.outputs)
         own.outputs.update(rows, group=seen.group)
         if self._pairing.share > 0:
@@ -270,7 +270,7 @@ class _Passes:
                 self._pairs[seen.source] = self._pairing.of(seen.inputs)
             _add_pairs(rows, own.pairs, self._pairs[seen.source])
         if new:
-            self._places.tell(name, own)
+            self._places.tell(name)
 
     def summarise(self, layers: Sequence[Layer], *, here: bool, norms: bool) -> None:
         """Measure and summarise what was counted of layers.

@@ -8,10 +8,9 @@ while the next ones are measured.
 
 import json
 import math
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from itertools import chain, count, islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -76,8 +75,6 @@ class LayerCounts:
 
 _ALIGNED = 8  # bytes
 _ROWS = (2, 1, 1)  # of each of `LayerCounts.places`
-_PAUSE, _LONGEST = 2e-4, 2e-3  # seconds
-_RUNS = count()
 
 
 def own_batches(
@@ -95,56 +92,65 @@ def own_batches(
 class FirstPlaces:
     """Where the first rank's first batch places the bins, told to the others layer by layer.
 
-    A block's layers are told of as they run; the others, which may be ahead, wait for each. A layer
-    that the first batch did not reach, such as an expert, is placed by whoever reaches it
-    (`share_places` then says whose places count). Nobody waits for a message of all ranks.
+    The others, which run a batch of their own meanwhile, hear of one layer after the other until
+    they have that which they are to count, or the first batch has ended: a layer that it did not
+    reach, such as an expert, is placed by whoever reaches it (`share_places` then says whose
+    places count).
 
     Parameters
     ----------
     ranks
         Who counts.
+    counts
+        Of every layer, by name.
+    layers
+        All of them.
     """
 
-    def __init__(self, ranks: Ranks) -> None:
-        self._ranks = ranks
-        run = next(_RUNS) if ranks.size > 1 else 0  # of those that all ranks share
-        self._here, self._passes = f"places/{run}", 0
-        self._first = False
+    def __init__(
+        self, ranks: Ranks, counts: Mapping[str, LayerCounts], layers: Sequence[Layer]
+    ) -> None:
+        self._ranks, self._counts = ranks, counts
+        self._devices = {layer.name: layer.device for layer in layers}
+        self._open = False
+        """Whether more may be told: the first batch is under way."""
 
     def before(self, *, first: bool) -> None:
         """Hear of a batch before it runs, and whether it is this rank's ``first``."""
-        self._first = first and self._ranks.size > 1
+        self._open = first and self._ranks.size > 1
 
     def after(self) -> None:
         """Hear of the end of a batch."""
-        if self._first and self._ranks.rank == 0:
-            self._ranks.post(f"{self._here}/end/{self._passes}", b"")
-        self._passes += self._first
-        self._first = False
+        if self._open and self._ranks.rank == 0:
+            self._ranks.told(b"")
+            self._open = False
+        while self._open:
+            self._hear()
 
-    def tell(self, name: str, counts: LayerCounts) -> None:
-        """Tell of a layer's places, just found."""
-        if self._first and self._ranks.rank == 0:
-            found = {str(i): one.cpu() for i, one in enumerate(counts.places()) if one is not None}
-            self._ranks.post(f"{self._here}/{name}", save(found))
+    def tell(self, name: str) -> None:
+        """Tell of a layer's places, just found, if this is the first batch."""
+        if self._open and self._ranks.rank == 0:
+            places = enumerate(self._counts[name].places())
+            found = {f"{i}:{name}": one.cpu() for i, one in places if one is not None}
+            if found:
+                self._ranks.told(save(found))
 
-    def fetch(self, name: str, counts: LayerCounts, device: torch.device) -> None:
-        """Give a layer that has seen no token the first rank's places, if that finds some."""
-        if not self._first or self._ranks.rank == 0:
-            return
-        key, pause = f"{self._here}/{name}", _PAUSE
-        content = self._ranks.posted(key)
-        while content is None:
-            if self._ranks.posted(f"{self._here}/end/{self._passes}") is not None:
-                content = self._ranks.posted(key)
-                break
-            self._ranks.check()
-            time.sleep(pause)
-            pause = min(2 * pause, _LONGEST)
-            content = self._ranks.posted(key)
-        found = load(content) if content else {}
-        if found:
-            counts.placed_at([found[i].to(device) if i in found else None for i in ("0", "1", "2")])
+    def fetch(self, name: str) -> None:
+        """Give a layer that this rank is to count its places, if the first batch finds some."""
+        own = self._counts[name]
+        while self._open and self._ranks.rank and own.outputs.place is None:
+            self._hear()
+
+    def _hear(self) -> None:
+        content = self._ranks.told(None)
+        self._open = bool(content)
+        places: list[Tensor | None] = [None, None, None]
+        name = ""
+        for key, place in load(content).items() if content else ():
+            number, _, name = key.partition(":")
+            places[int(number)] = place.to(self._devices[name])
+        if name:
+            self._counts[name].placed_at(places)
 
 
 def share_places(

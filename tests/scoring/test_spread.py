@@ -5,8 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from entangle.models.layers import find_layers
-from entangle.ranks import RankLost, Ranks
-from entangle.scoring import spread
+from entangle.ranks import Ranks
 from entangle.scoring.layer_scores import FinerOutputs, SharedSquares
 from entangle.scoring.spread import FirstPlaces, LayerCounts, own_batches
 from entangle.seeding import torch_rng
@@ -17,27 +16,26 @@ LAYER = find_layers(nn.ModuleDict({"layer": nn.Linear(4, 6)}), ["layer"], None)[
 
 
 class Board(Ranks):
-    """One of several ranks in one process, which share what they post."""
+    """One of two ranks in one process, of which the second hears what the first has told."""
 
-    def __init__(self, rank: int, size: int, posts: dict[str, bytes]) -> None:
+    def __init__(self, rank: int, size: int, said: list[bytes]) -> None:
         super().__init__(leads=rank == 0)
-        self.rank, self.size, self.posts = rank, size, posts
+        self.rank, self.size, self.said = rank, size, said
 
-    def post(self, name: str, content: bytes) -> None:
-        self.posts[name] = content
-
-    def posted(self, name: str) -> bytes | None:
-        return self.posts.get(name)
-
-    def check(self) -> None:
-        raise RankLost("waits though nothing can come")
+    def told(self, content: bytes | None, *, by: int = 0) -> bytes:
+        assert by == 0
+        if self.rank:
+            return self.said.pop(0)
+        assert content is not None
+        self.said.append(content)
+        return content
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
 @pytest.mark.parametrize("count", [1, 2, 7, 8, 64])
 def test_every_batch_is_counted_once_and_the_first_by_the_first_rank(size: int, count: int) -> None:
     batches = [(i, (0, torch.zeros(1, 1))) for i in range(count)]
-    found = [own_batches(batches, Board(rank, size, {})) for rank in range(size)]
+    found = [own_batches(batches, Board(rank, size, [])) for rank in range(size)]
     counted = [number for own, drop in found if not drop for number, _ in own]
     assert counted == list(range(count))
     assert not found[0][1]
@@ -57,27 +55,30 @@ def outputs(seed: int) -> Tensor:
     return torch.randn(40, 6, generator=torch_rng(seed, "outputs"))
 
 
+Two = list[tuple[LayerCounts, FirstPlaces]]
+
+
 @pytest.fixture
-def two(monkeypatch: pytest.MonkeyPatch) -> tuple[FirstPlaces, FirstPlaces]:
-    """The places of both of two ranks, in the same run."""
-    posts: dict[str, bytes] = {}
+def two() -> Two:
+    """The counts of both of two ranks that begin with their first batch, and their places."""
+    said: list[bytes] = []
     made = []
     for rank in (0, 1):
-        monkeypatch.setattr(spread, "_RUNS", iter([5]))
-        made.append(FirstPlaces(Board(rank, 2, posts)))
-        made[-1].before(first=True)
-    return made[0], made[1]
+        own = counts()
+        places = FirstPlaces(Board(rank, 2, said), {"layer": own}, [LAYER])
+        places.before(first=True)
+        made.append((own, places))
+    return made
 
 
-def test_bins_of_all_ranks_are_those_of_the_first_batch(
-    two: tuple[FirstPlaces, FirstPlaces],
-) -> None:
-    first, second = counts(), counts()
+def test_bins_of_all_ranks_are_those_of_the_first_batch(two: Two) -> None:
+    (first, tells), (second, hears) = two
     first.outputs.update(outputs(0))
     first.pairs.update(outputs(0)[:20], outputs(0)[20:], torch.ones(20))
-    two[0].tell("layer", first)
-    two[1].fetch("layer", second, torch.device("cpu"))
+    tells.tell("layer")
+    hears.fetch("layer")
     second.outputs.update(outputs(1))
+    hears.fetch("layer")  # has its places, and waits for nothing
     assert second.outputs.n_tokens == 40
     for mine, theirs in zip(second.places(), first.places(), strict=True):
         assert (mine is None) == (theirs is None)
@@ -87,28 +88,33 @@ def test_bins_of_all_ranks_are_those_of_the_first_batch(
     assert not torch.equal(alone.places()[0], second.places()[0])  # type: ignore[arg-type]
 
 
-def test_nobody_waits_for_a_layer_that_the_first_batch_does_not_reach(
-    two: tuple[FirstPlaces, FirstPlaces],
-) -> None:
-    own = counts()
-    with pytest.raises(RankLost):  # the first batch may still come to it
-        two[1].fetch("expert", own, torch.device("cpu"))
-    two[0].after()
-    two[1].fetch("expert", own, torch.device("cpu"))
+def test_nobody_waits_for_a_layer_that_the_first_batch_does_not_reach(two: Two) -> None:
+    (_, tells), (own, hears) = two
+    tells.tell("layer")  # of which no row came
+    with pytest.raises(IndexError):  # nothing was told: the first batch may still come to it
+        hears.fetch("layer")
+    tells.after()
+    hears.fetch("layer")
     assert own.outputs.place is None
-    two[1].after()
-    for one in two:  # of the next block
-        one.before(first=True)
-    with pytest.raises(RankLost):
-        two[1].fetch("other", own, torch.device("cpu"))
+    hears.after()
 
 
-def test_later_batches_neither_tell_nor_wait(two: tuple[FirstPlaces, FirstPlaces]) -> None:
-    own = counts()
-    own.outputs.update(outputs(0))
-    for one in two:
-        one.after()
+def test_what_was_told_of_other_layers_counts_too(two: Two) -> None:
+    (first, tells), (own, hears) = two
+    first.outputs.update(outputs(0))
+    tells.tell("layer")
+    tells.after()
+    hears.after()  # of a batch that did not reach the layer
+    assert torch.equal(own.places()[0], first.places()[0])  # type: ignore[arg-type]
+
+
+def test_later_batches_neither_tell_nor_wait(two: Two) -> None:
+    (first, tells), (own, hears) = two
+    first.outputs.update(outputs(0))
+    tells.after()
+    hears.after()
+    for _, one in two:
         one.before(first=False)
-    two[0].tell("late", own)
-    two[1].fetch("late", other := counts(), torch.device("cpu"))
-    assert other.outputs.place is None
+    tells.tell("layer")
+    hears.fetch("layer")
+    assert own.outputs.place is None
