@@ -1,9 +1,10 @@
-"""Draw the README's table of perplexities: ``python -m benchmarks.comparison_figure FOLDER``.
+"""Draw tables of pruned and of masked models: ``python -m benchmarks.comparison_figure FOLDER``.
 
 ``docs/data/comparison_wikitext2.csv`` holds what docs/LOG.md reports (perplexities, their
 ratios to dense, intervals). Stored non-zeros and FLOPs follow from the shape of the model:
 30 blocks of three 576 x 1536 matrices, 0.592 of its 134,515,008 weights, are pruned, experts
 are stored side by side, and a router takes 0.0076 of the dense FLOPs.
+``docs/data/rivals_mlp.csv`` is what `benchmarks.rivals` measured on a GPU, columns left out.
 """
 
 import sys
@@ -11,9 +12,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from entangle.plotting import figure_comparison, save_figure
+from entangle.plotting import figure_comparison, figure_density, save_figure
 
 TABLE = Path(__file__).parent.parent / "docs" / "data" / "comparison_wikitext2.csv"
+RIVALS = TABLE.with_name("rivals_mlp.csv")
 PRUNED, ROUTER = 30 * 3 * 576 * 1536 / 134_515_008, 0.0076
 
 
@@ -34,3 +36,9 @@ if __name__ == "__main__":
         title="SmolLM2-135M-Instruct",
     )
     save_figure(figure, Path(sys.argv[1]) / "comparison", formats="png", force=True)
+    figure = figure_density(
+        pd.read_csv(RIVALS),
+        text="98 Wikipedia articles, 40 windows of 2,048 tokens",
+        title="SmolLM2-135M-Instruct",
+    )
+    save_figure(figure, Path(sys.argv[1]) / "density", formats="png", force=True)
