@@ -116,15 +116,17 @@ def _calibration() -> "torch.Tensor":
 
 def score(folder: Path, *, share: float = 1.0) -> None:
     """Score the layers of the blocks, or of a share of them, by sketch."""
+    from entangle.models.layers import find_blocks
     from entangle.models.loading import load_model
     from entangle.scoring.score import score as score_model
 
-    start = time.perf_counter()
+    start, before = time.perf_counter(), time.process_time()
     model = load_model(folder, stream=True, dtype="auto")
-    blocks = int(share * model.module.config.num_hidden_layers)
+    blocks = int(share * len(find_blocks(model.module)[1]))
     scores = score_model(model, _calibration(), method="sketch", memory=GIB, progress=False,
                          layers=list(range(blocks)))  # fmt: skip
-    _report(wall=time.perf_counter() - start, blocks=blocks, neurons=len(scores.frame))
+    _report(wall=time.perf_counter() - start, work=time.process_time() - before, blocks=blocks,
+            neurons=len(scores.frame))  # fmt: skip
 
 
 def half(folder: Path) -> None:
@@ -255,18 +257,19 @@ def laptop(folder: Path, *, layers: int) -> pd.DataFrame:
 def quotients(by_part: dict[str, dict[str, Any]]) -> dict[str, float]:
     """Return CPU seconds of scoring over those of reading and products: measured, and of 32 blocks.
 
-    Beside the blocks there is what does not grow with them: imports, embedding, head.
+    Beside the blocks is what does not grow with them: embedding and head, what is imported and
+    compiled at first use. Imports that come before are left out on both sides.
     """
     bare_, whole, part = (by_part[name] for name in ("bare", "score", "half"))
     blocks = whole["blocks"]
-    block = (whole["cpu"] - part["cpu"]) / (blocks - part["blocks"])
+    block = (whole["work"] - part["work"]) / (blocks - part["blocks"])
     least = (bare_["read blocks"] + bare_["products"]) / blocks
-    rest = whole["cpu"] - blocks * block
+    rest = whole["work"] - blocks * block
     return {
         "CPU s of a block": block,
         "its reading and products": least,
         "quotient of a block": block / least,
-        f"quotient of {blocks:.0f} blocks": whole["cpu"] / (blocks * least + bare_["read rest"]),
+        f"quotient of {blocks:.0f} blocks": whole["work"] / (blocks * least + bare_["read rest"]),
         "quotient of 32 blocks": (rest + 32 * block) / (32 * least + bare_["read rest"]),
     }
 
