@@ -77,7 +77,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) binned_distances(
             const double area = fabs(width * (begin + 0.5 * part) - rise);
             const double change = fmax(fabs(right - left), 1e-300);
             const double crossing = width * (left * left + right * right) / (2.0 * change);
-            inside += left * right < 0.0 ? fmax(crossing, area) : area;
+            const bool crosses = left * right < 0.0 && fmin(fabs(left), fabs(right)) > 1e-12;
+            inside += crosses ? fmax(crossing, area) : area;
             const double steep = width * width * width * (0.24197072451914337 / 12.0);
             bound += part * width * 0.5 + 2.0 * fmin(steep, width * (next_normal - normal) * 0.5);
             ks = fmax(ks, fmax(fabs(left), fabs(right)));

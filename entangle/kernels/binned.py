@@ -24,6 +24,8 @@ _PER_UNIT, _REACH = 64, 8.5
 """Points of the table from one σ to the next, and σ beyond which Φ is 0 or 1 to 1e-16."""
 _STEEPEST = math.exp(-0.5) / math.sqrt(2 * math.pi) / 12  # max|Φ''| / 12
 _LEAST = 1e-300
+NOTHING = 1e-12
+"""A gap between F and Φ up to which they are equal: a sign that rounding made is no crossing."""
 
 
 class _Job(IntEnum):
@@ -220,9 +222,13 @@ class _Distances(Code):
             height = self.at.fadd(self._shares(up_to, at, share), half)
             area = self.at.fsub(self.at.fmul(height, width), self.at.fsub(after, before))
             area = self.own("fabs", area)
-            crosses = self.at.fcmp_ordered("<", self.at.fmul(left, right), number(0.0))
+            gap = self.smaller(self.own("fabs", left), self.own("fabs", right))
+            crosses = self.at.and_(
+                self.at.fcmp_ordered("<", self.at.fmul(left, right), number(0.0)),
+                self.at.fcmp_ordered(">", gap, number(NOTHING)),
+            )
             placed = self.variable(area)
-            any_ = self.at.bitcast(crosses, native.ir.IntType(_LANES))
+            any_ = self.at.bitcast(crosses, self.i8)  # a bit for each lane
             with self.at.if_then(self.at.icmp_unsigned("!=", any_, any_.type(0)), likely=False):
                 change = self.larger(self.own("fabs", self.at.fsub(right, left)), number(_LEAST))
                 squares = self.at.fadd(self.at.fmul(left, left), self.at.fmul(right, right))

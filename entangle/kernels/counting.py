@@ -16,7 +16,6 @@ from entangle.kernels import native
 from entangle.kernels.native import Code
 
 _LANES = 16
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Bins(NamedTuple):
@@ -33,7 +32,7 @@ def fits(outputs: Float[Tensor, "tokens neurons"], *_others: object) -> bool:
 
 def _readable(outputs: Tensor) -> Tensor:
     """Return outputs as the kernels read them: of a dtype they know, a token's side by side."""
-    known = outputs if outputs.dtype in _DTYPES else outputs.float()
+    known = outputs if native.reads(outputs.dtype) else outputs.float()
     return known if known.stride(1) == 1 else known.contiguous()
 
 

@@ -48,6 +48,13 @@ def forms() -> tuple[str, ...]:
     return tuple(form for form, needs in FORMS.items() if all(has.get(one) for one in needs))
 
 
+def reads(dtype: torch.dtype) -> bool:
+    """Tell whether `Code.as_floats` loads numbers of a dtype in the fastest form."""
+    if dtype == torch.float16:  # else LLVM calls a function that is not there
+        return forms()[:1] != ("scalar",)
+    return dtype in (torch.float32, torch.bfloat16)
+
+
 class Code:
     """One function, ``void (char *job)``, being written."""
 

@@ -15,7 +15,6 @@ from entangle.kernels import native
 from entangle.kernels.native import Code
 
 _LANES, _SIDE_BY_SIDE, _ROWS = 16, 4, 16
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class _Job(IntEnum):
@@ -34,8 +33,8 @@ class _Job(IntEnum):
 
 def fits(weight: Float[Tensor, "rows columns"]) -> bool:
     """Tell whether these kernels can read a weight."""
-    right = weight.device.type == "cpu" and weight.dtype in _DTYPES and weight.ndim == 2
-    return right and weight.stride(1) == 1 and bool(native.forms())
+    right = weight.device.type == "cpu" and weight.ndim == 2 and weight.stride(1) == 1
+    return right and bool(native.forms()) and native.reads(weight.dtype)
 
 
 def squares(weight: Float[Tensor, "rows columns"]) -> Float[Tensor, " rows"]:

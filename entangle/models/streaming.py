@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ from entangle.models.shards import (
 
 _SMALL = 2**24
 """Bytes of a part outside the blocks up to which it is kept."""
+_SEEN = 64
+"""Inputs, at least, that a linear sees in a rehearsal."""
 _KEPT = "entangle_source"  # attribute of a streamed module
 
 Weights = Mapping[str, Tensor]
@@ -60,6 +63,8 @@ class BlockSource:
         self._ready: dict[int, Future[Weights]] = {}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="entangle-shards")
         self._rehearsal: dict[object, Weights] | None = None
+        self._short: dict[int, Tensor] = {}
+        """Some columns of the weights of a rehearsal, by address."""
         self._held: list[tuple[nn.Module, str, StoredWeight, int]] = []
         self._keeps = False
 
@@ -84,7 +89,8 @@ class BlockSource:
         elif self._rehearsal is not None:
             installed = _install(part, self._example(part, index))
             try:
-                yield
+                with self._shortened(part):
+                    yield
             finally:
                 _remove(installed)
         else:
@@ -116,7 +122,8 @@ class BlockSource:
     def rehearsing(self) -> Iterator[None]:
         """Run all blocks of one build with the weights of the first of them, read once.
 
-        For what depends on how a model runs its parts, not on their weights.
+        For what depends on how a model runs its parts, not on their weights: wide linears see a few
+        of their inputs alone, as a pass over few tokens would else read all weights for nothing.
         """
         if self._rehearsal is not None:
             yield
@@ -127,8 +134,28 @@ class BlockSource:
             yield
         finally:
             self._rehearsal = None
+            self._short.clear()
             _remove(self._held)
             self._held = []
+
+    @contextmanager
+    def _shortened(self, part: nn.Module) -> Iterator[None]:
+        """Let wide linears of a part see some of their inputs only, evenly spaced ones."""
+        changed = [
+            one for one in part.modules()
+            if type(one) is nn.Linear and "forward" not in one.__dict__
+            and one.in_features >= 2 * _SEEN and not one.weight.is_meta
+        ]  # fmt: skip
+        for one in changed:
+            step, key = one.in_features // _SEEN, one.weight.data_ptr()
+            if key not in self._short:
+                self._short[key] = one.weight[:, ::step].contiguous()
+            one.__dict__["forward"] = partial(_of_some, self._short[key], one.bias, step)
+        try:
+            yield
+        finally:
+            for one in changed:
+                del one.__dict__["forward"]
 
     def _bring(self, block: nn.Module, index: int) -> None:
         """Make a block the current one, and have the next one read."""
@@ -184,6 +211,10 @@ class BlockSource:
         stored = {name: stored_of(parameter) for name, parameter in missing.items()}
         found = read_weights(one for one in stored.values() if one is not None)
         return {name: found[one] for name, one in stored.items() if one is not None}
+
+
+def _of_some(weight: Tensor, bias: Tensor | None, step: int, x: Tensor) -> Tensor:
+    return nn.functional.linear(x[..., ::step], weight, bias)
 
 
 def _missing(part: nn.Module) -> dict[str, nn.Parameter]:

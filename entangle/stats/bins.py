@@ -32,6 +32,7 @@ from jaxtyping import Float, Int32, Int64, Shaped
 from torch import Tensor
 
 from entangle.kernels import binned, counting
+from entangle.kernels.binned import NOTHING
 from entangle.kernels.dispatch import dispatch, on_cpu, usable
 from entangle.kernels.exact import fused_binned_distances
 from entangle.ranks import Ranks
@@ -232,7 +233,9 @@ def _integrated(
     width = edges.diff(dim=1)
     area = (mass / 2).add_(gap[:, :-1]).mul_(width).sub_(_normal_area(edges, normal)).abs_()
     gap -= normal
-    inside = _true(gap[:, :-1] * gap[:, 1:] < 0)  # one or a few of a row's bins
+    sizes = gap.abs()
+    crosses = (gap[:, :-1] * gap[:, 1:] < 0) & (sizes[:, :-1].minimum(sizes[:, 1:]) > NOTHING)
+    inside = _true(crosses)  # one or a few of a row's bins
     at = inside + inside // width.shape[1]  # a row has one edge more
     left, right = gap.view(-1)[at], gap.view(-1)[at + 1]
     change = (right - left).abs_().clamp_min_(1e-300)
