@@ -167,11 +167,14 @@ def dry_counts(job: "Job") -> "Counts":
 def dry_sizes(job: "Job") -> list[dict[str, Any]]:
     """Vary the resamples, and the atoms, unless they are brought."""
     own = job.given["settings"]
-    found: list[dict[str, Any]] = [{"n_boot": 20, "shapes": 3}, {"n_boot": 100, "shapes": 1}]
+    found: list[dict[str, Any]] = [
+        {"n_boot": 10, "shapes": 3, "tokens": 0.5},
+        {"n_boot": 50, "shapes": 1, "tokens": 0.25},
+    ]
     if job.given["brought"]:
         return found
     few = {**own, "atoms": min(64, own["atoms"] or 64)}
-    return [*found, {"n_boot": 20, "settings": few, "shapes": 1}]
+    return [*found, {"n_boot": 10, "settings": few, "shapes": 1, "tokens": 0.5}]
 
 
 def show(arguments: argparse.Namespace) -> None:
