@@ -13,7 +13,8 @@ as others' work on the machine. The disk's cache is not emptied; the model is de
 ``--layers 4`` makes a smaller one; ``--keep`` leaves it.
 
 ``python -m benchmarks.scale dry`` asks commands on the demo model what they will take
-(``--dry-run``), runs them, and prints both beside one another.
+(``--dry-run``), runs them, and prints both beside one another; ``--model``, ``--checkpoints`` and
+``--mixture`` name what is studied, traced and asked about experts.
 """
 
 import argparse
@@ -174,8 +175,15 @@ COMMANDS = (
     f"ablate {TEXT} --layer 0,1 --seeds 2 --strength 0.9,0.95 {EVALUATED}",
     f"compare {TEXT} --methods wanda,sparsegpt --sparsity 0.5 {EVALUATED}",
     f"decompose {TEXT} --layer 1 --proj gate_proj --experts 1,2,4,8",
+    f"anchor {TEXT} --layer 1 --proj gate_proj",
+    "study MODEL --small --claims non-gaussian,wd-md",
+    f"study MODEL --small --claims pruning {TEXT} --eval-windows 4",
+    f"study MODEL --small --claims single-neuron,allocation {TEXT} --eval-windows 4",
+    "study MODEL --small",
+    "trace CHECKPOINTS",
+    f"experts MIXTURE {TEXT}",
 )
-"""Of `dry`, on the demo model."""
+"""Of `dry`, on the demo model unless another is named; those that lack theirs are left out."""
 
 
 def _ran(command: list[str]) -> tuple[str, dict[str, float]]:
@@ -198,12 +206,15 @@ def _ran(command: list[str]) -> tuple[str, dict[str, float]]:
     return printed, took
 
 
-def dry(only: str = "") -> pd.DataFrame:
+def dry(only: str, places: dict[str, str | None]) -> pd.DataFrame:
     """Return what ``--dry-run`` tells of every command, what then happens, and the quotient."""
     rows = []
     for line in (one for one in COMMANDS if one.startswith(only)):
+        if any(name in line and value is None for name, value in places.items()):
+            continue
         with tempfile.TemporaryDirectory() as place:
-            command = [*line.split(), "--quiet", "--json", "--out", f"{place}/made"]
+            words = [str(places.get(word, word)) for word in line.split()]
+            command = [*words, "--quiet", "--json", "--out", f"{place}/made"]
             printed, measuring = _ran([*command, "--dry-run"])
             told = json.loads(printed)
             _, took = _ran(command)
@@ -281,10 +292,15 @@ def main() -> None:
     parser.add_argument("folder", nargs="?", type=Path)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--only", default="", help="commands of `dry` that begin so")
+    parser.add_argument("--model", default="demo", help="that `dry` studies")
+    parser.add_argument("--checkpoints", help="a folder of them, which `dry` traces")
+    parser.add_argument("--mixture", help="a mixture of experts, for `dry`")
     parser.add_argument("--keep", action="store_true")
     arguments = parser.parse_args()
     if arguments.part == "dry":
-        print(dry(arguments.only).to_string(index=False))
+        places = {name.upper(): getattr(arguments, name)
+                  for name in ("model", "checkpoints", "mixture")}  # fmt: skip
+        print(dry(arguments.only, places).to_string(index=False))
         return
     if arguments.part != "laptop":
         PARTS[arguments.part](arguments.folder)

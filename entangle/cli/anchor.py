@@ -112,6 +112,7 @@ def dry_job(arguments: argparse.Namespace, model: "LanguageModel") -> "Job":
     given = {
         "settings": settings, "memory": memory, "batch_size": None, "md": True,
         "method": _resolve_method("auto", model, layers, text, memory),
+        "n_boot": 500,  # of `entangle.experiments.anchor.anchor`, which a trial lowers
         "brought": None if brought is None else len(load_sae(brought).atoms),
     }  # fmt: skip
     return Job(model, tuple(layers), text, None, given)
@@ -124,7 +125,7 @@ def dry_run(job: "Job", out: Path) -> object:
     own = job.given
     found = anchor(
         job.model, job.text, layers=[one.name for one in job.layers], proj=None,
-        memory=own["memory"], progress=False, **own["settings"],
+        n_boot=own["n_boot"], memory=own["memory"], progress=False, **own["settings"],
     )  # fmt: skip
     found.save(out)
     return found
@@ -155,7 +156,8 @@ def dry_counts(job: "Job") -> "Counts":
         steps["read"] += 3.0 * rows * atoms * width
         largest = max(largest, 8.0 * rows * atoms, 4.0 * (half * width * 3 + atoms**2))
     kept = sum(one.in_features for one in job.inputs) * job.tokens * job.model.dtype.itemsize
-    times = {**scored.time, **steps, "forward": job.forward(2), "layers": float(len(job.layers))}
+    times = {**scored.time, **steps, "forward": job.forward(2), "layers": float(len(job.layers)),
+             "drawn": float(job.given["n_boot"] * job.neurons)}  # fmt: skip
     peak = {**scored.peak, "largest": largest}
     disk = {"neurons": float(3 * job.neurons), "layers": float(len(job.layers))}
     held = max(scored.held, min(job.budget, kept))
@@ -163,12 +165,16 @@ def dry_counts(job: "Job") -> "Counts":
 
 
 def dry_sizes(job: "Job") -> list[dict[str, Any]]:
-    """Vary the atoms, unless they are brought."""
+    """Vary the resamples, and the atoms, unless they are brought."""
     own = job.given["settings"]
+    found: list[dict[str, Any]] = [
+        {"n_boot": 10, "shapes": 3, "tokens": 0.5},
+        {"n_boot": 50, "shapes": 1, "tokens": 0.25},
+    ]
     if job.given["brought"]:
-        return [{}]
-    few = {"settings": {**own, "atoms": min(64, own["atoms"] or 64)}, "shapes": 2}
-    return [{}, few]
+        return found
+    few = {**own, "atoms": min(64, own["atoms"] or 64)}
+    return [*found, {"n_boot": 10, "settings": few, "shapes": 1, "tokens": 0.5}]
 
 
 def show(arguments: argparse.Namespace) -> None:

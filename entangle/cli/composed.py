@@ -503,9 +503,12 @@ def show(
     tables = [_models_table(models)] if len(told) > 1 else []
     if len(claims):
         tables.append(_claims_table(claims, several=len(told) > 1))
+    more = {"claims": records(claims), "models": records(models)}
+    if arguments.command == "study":
+        more["listed"] = records(claims_table(arguments.asked))
     dry.show(
         arguments, told[0].job if told else None, passes, together([one.spent for one in told]),
-        seconds, more={"claims": records(claims), "models": records(models)}, tables=tables,
+        seconds, more=more, tables=tables,
     )  # fmt: skip
 
 

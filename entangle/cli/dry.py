@@ -256,16 +256,24 @@ def refuse(arguments: argparse.Namespace, job: Job, found: Spent) -> None:
 
     free = free_ram() + int(psutil.Process().memory_info().rss)
     if found.peak > free:
-        raise MemoryLimit(_told("memory", found.peak, free))
+        raise MemoryLimit(_told(arguments, "memory", found.peak, free))
     gpu = free_on_gpu(job.model.device) + weights_bytes(job)
     if job.model.device.type == "cuda" and found.device > gpu:
-        raise MemoryLimit(_told(f"memory of {job.model.device}", found.device, gpu))
+        raise MemoryLimit(_told(arguments, f"memory of {job.model.device}", found.device, gpu))
     check_room(arguments.out, found.disk)
 
 
-def _told(what: str, needed: int, free: int) -> str:
+_REMEDIES = {
+    "stream": "bring the weights block by block (--stream)", "memory": "lower --memory",
+    "batch_size": "lower --batch-size", "n_seq": "lower --n-seq or --seq-len",
+    "layer": "take fewer layers at a time (--layer)", "claims": "ask for fewer claims (--claims)",
+}  # fmt: skip
+"""By the option that a command must have."""
+
+
+def _told(arguments: argparse.Namespace, what: str, needed: int, free: int) -> str:
+    remedies = [said for name, said in _REMEDIES.items() if hasattr(arguments, name)]
     return (
         f"the run takes {needed / 2**30:.2f} GiB of {what} and {free / 2**30:.2f} GiB are free; "
-        "bring the weights block by block (--stream), lower --memory, --batch-size, --n-seq or "
-        "--seq-len, or take fewer layers at a time (--layer)."
+        f"{', '.join(remedies[:-1])} or {remedies[-1]}."
     )

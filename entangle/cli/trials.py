@@ -147,7 +147,8 @@ class Subject:
     """Does a job, and writes into a folder that does not exist."""
     counts: Callable[[Job], Counts]
     sizes: Callable[[Job], Sequence[Mapping[str, Any]]] = lambda _job: ({},)
-    """What of ``given`` its trials vary; ``shapes`` is how many of the shapes, the last ones."""
+    """What of ``given`` its trials vary; ``shapes`` is how many of the shapes, the last ones,
+    and ``tokens`` the share of tokens that these may have."""
     ready: Callable[[Job, Path], Job] = lambda job, _folder: job
     """Makes what a trial finds made, into the folder; that counts for nothing."""
 
@@ -221,7 +222,7 @@ def _cut(job: Job, blocks: int, with_layers: int, share: Number, given: Mapping[
     endings = _endings(job.model, job.layers)[1]
     small = Job(model, _like(model, job.layers, endings, with_layers), None, None)
     most = FLOPS / max(1.0, small.per_token(64) / blocks)
-    tokens = int(max(64, min(MOST_TOKENS, most)) * share)
+    tokens = int(max(64, min(MOST_TOKENS, most)) * share * given.get("tokens", 1))
     layers = small.layers
     if given.get("solves"):
         layers = _solvable(layers)

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +24,9 @@ COMMANDS = {
     "prune": (*TEXT, *EVALUATED),
     "expand": (*TEXT, "--experts", 3),
     "evaluate": EVALUATED,
+    "anchor": (*TEXT, "--layer", 0, "--proj", "up_proj", "--active", 4),
+    "experts": TEXT,
+    "study": (*TEXT, *EVALUATED, "--size", "small", "--claims", "wd-md,pruning,syntax"),
 }  # fmt: skip
 
 
@@ -56,11 +60,14 @@ def test_what_is_told_is_what_happens(
     sources = () if command == "evaluate" else ("--calibration", text_file)
     if EVALUATED[0] in COMMANDS[command]:
         sources = (*sources, "--evaluation", text_file)
-    asked = (command, tiny_folder("llama"), *sources, *COMMANDS[command], "--json", "--quiet")
+    model = tiny_folder("mixtral" if command == "experts" else "llama")
+    asked = (command, model, *sources, *COMMANDS[command], "--json", "--quiet")
     ran = run(*asked, "--dry-run")
     assert ran.status == 0, ran.err
     told = json.loads(ran.out)
     assert list(tmp_path.iterdir()) == []  # it writes nothing
+    if command == "study":
+        check_claims(told)
     seen: list[int] = []
     loading = options.load_model
 
@@ -78,9 +85,57 @@ def test_what_is_told_is_what_happens(
     tokens = told["tokens"] * told["passes"]
     tokens += told["evaluation_tokens"] * told["evaluation_passes"]
     assert tokens / 1.5 <= sum(seen) <= tokens * 1.5
-    written = sum(one.stat().st_size for one in out.rglob("*") if one.is_file())
+    places = [one for one in tmp_path.glob("made*") if one.is_dir()]
+    written = sum(f.stat().st_size for one in places for f in one.rglob("*") if f.is_file())
     assert written / 1.5 <= told["disk_bytes"] <= written * 1.5
     assert min(told["seconds"], told["cpu_seconds"], told["peak_memory_bytes"]) > 0
+
+
+def check_claims(told: dict[str, Any]) -> None:
+    """Every claim has a row: what it takes alone, and what leaving it out saves."""
+    rows = {one["claim"]: one for one in told["claims"]}
+    assert list(rows) == [one["claim"] for one in told["listed"]]
+    assert list(rows) == ["wd-md", "pruning", "syntax"]
+    assert rows["syntax"]["tokens"] == rows["syntax"]["seconds"] == 0
+    assert "--blimp" in rows["syntax"]["why"]
+    alone, more = rows["wd-md"], rows["pruning"]
+    assert alone["tokens"] == told["tokens"]
+    assert 0 <= alone["saved"] < alone["seconds"]  # its scores are the other's too
+    assert 0 < more["saved"] < more["seconds"] < told["seconds"]
+    assert more["tokens"] == pytest.approx(
+        told["tokens"] * told["passes"] + told["evaluation_tokens"] * told["evaluation_passes"]
+    )
+
+
+def test_revisions_take_what_the_first_takes(
+    run: Run, tiny_folder: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    model, place = tiny_folder("gpt2"), tmp_path / "steps"
+    for step in (1, 2, 3):
+        shutil.copytree(model, place / f"step{step}")
+    text = ("--calibration", text_file, *TEXT, "--evaluation", text_file, *EVALUATED)
+    asked = ("trace", place, *text, "--seeds", 2, "--out", tmp_path / "made", "--quiet", "--json")
+    ran = run(*asked, "--dry-run")
+    assert ran.status == 0, ran.err
+    told = json.loads(ran.out)
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["steps"]
+    seconds = [one["cpu_seconds"] for one in told["models"]]
+    assert len(seconds) == 3
+    assert 0 < seconds[1] == seconds[2] < seconds[0]
+    assert sum(seconds) == pytest.approx(told["cpu_seconds"])
+    assert told["passes"] == 3 * 2
+    assert told["evaluation_passes"] == 3 * (1 + 1 + 2)  # dense, top, two draws
+    assert run(*asked[:-3], "--seeds", 0, "--dry-run").status == 2
+
+
+def test_a_trial_begins_where_the_layers_are(tiny_folder: Callable[[str], Path]) -> None:
+    from entangle.models.loading import load_model
+
+    model = load_model(tiny_folder("llama"))
+    blocks = find_blocks(model.module)[1]
+    short = trials.first_blocks(model, 1, start=len(blocks) - 1)
+    own, last = find_blocks(short.module)[1][0].state_dict(), blocks[-1].state_dict()
+    assert all(torch.equal(own[name], last[name]) for name in last)
 
 
 def test_a_trial_ends_after_few_blocks_of_the_model(tiny_folder: Callable[[str], Path]) -> None:

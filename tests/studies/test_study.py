@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from scipy.stats import wasserstein_distance
 
 import entangle
+from entangle.cli.composed import Planned
 from entangle.cli.main import main
 from entangle.errors import InvalidInput
 from entangle.models.loading import LanguageModel
@@ -22,7 +24,7 @@ from entangle.studies.claims import CLAIMS, Claim, negative_share, number, regis
 from entangle.studies.page import page
 from entangle.studies.rules import Bar
 from entangle.studies.study import labelled, split_revision
-from entangle.studies.subject import stored_as
+from entangle.studies.subject import Subject, stored_as
 
 Folder = Callable[[str], Path]
 
@@ -46,7 +48,57 @@ def pairs_file(path: Path, wrong: str) -> Path:
     return path
 
 
-def test_all_claims_on_one_model(tiny_folder: Folder, texts: list[object], tmp_path: Path) -> None:
+EXPERIMENTS = {"scores", "pruning", "inside", "clamped", "syntax", "comparison", "allocated",
+               "damage"}  # fmt: skip
+
+
+@pytest.fixture
+def used(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[Subject, set[str]]]:
+    """The subject of every claim that is measured, and the experiments that it alone asks for."""
+    found: dict[str, tuple[Subject, set[str]]] = {}
+
+    def watched(claim: Claim) -> Claim:
+        def measure(subject: Subject) -> Sequence[dict[str, object]]:
+            for name in EXPERIMENTS:  # those that are made are read again
+                vars(subject).pop(name, None)
+            subject._made.clear()
+            numbers = claim.measure(subject)
+            found[claim.id] = subject, EXPERIMENTS & vars(subject).keys()
+            return numbers
+
+        return replace(claim, measure=measure)
+
+    for name, claim in list(CLAIMS.items()):
+        monkeypatch.setitem(CLAIMS, name, watched(claim))
+    return found
+
+
+def check_told(subject: Subject) -> None:
+    """What a dry run counts of experiments is what was made."""
+    planned = Planned(subject, {"command": "study", "names": (), "claims": ()})
+
+    def told(name: str) -> float:
+        part = planned.part(name)
+        assert not isinstance(part, str), part
+        return float(part.counts.passes[1])
+
+    arm = ["selection", "by", "seed", "strength", "experts", "router"]
+    for name in ("pruning", "inside"):
+        windows = entangle.load_ablation(subject.folder / name).windows
+        assert told(name) == len(windows.drop_duplicates(arm))
+    for name in ("comparison", "allocated"):
+        frame = entangle.load_comparison(subject.folder / name).frame
+        assert told(name) == len(frame.drop_duplicates(["method", "sparsity", "experts",
+                                                        "allocation"]))  # fmt: skip
+    clamped = entangle.load_ablation(subject.folder / "clamped")
+    made = len(clamped.windows.drop_duplicates(arm)) + len(clamped.matched)
+    assert made / 1.5 <= told("clamped") <= made * 1.5
+
+
+def test_all_claims_on_one_model(
+    tiny_folder: Folder, texts: list[object], tmp_path: Path,
+    used: dict[str, tuple[Subject, set[str]]],
+) -> None:  # fmt: skip
     out, model = tmp_path / "all", tiny_folder("llama")
     grammar, other = (pairs_file(tmp_path / f"{n}.jsonl", n) for n in ("catz", "dogs"))
     pairs = ("--blimp", grammar, "--other-pairs", other)
@@ -58,6 +110,11 @@ def test_all_claims_on_one_model(tiny_folder: Folder, texts: list[object], tmp_p
     numbers = found.numbers
     unmeasured = set(found.frame.loc[found.frame["verdict"] == "not measured", "claim"])
     assert unmeasured <= {"syntax"}  # where no low-WD rows cost as much
+    assert set(CLAIMS) - unmeasured <= set(used)
+    for claim, (_, names) in used.items():
+        assert names == set(CLAIMS[claim].needs), claim
+    subject = next(iter(used.values()))[0]
+    check_told(replace(subject, folder=next((tmp_path / "all-runs").iterdir())))
     for claim in set(CLAIMS) - unmeasured:
         own = numbers[numbers["claim"] == claim]
         assert set(CLAIMS[claim].bars) <= set(own["number"]), claim
@@ -114,8 +171,9 @@ def test_what_a_model_lacks_is_not_measured(
 
 
 def test_an_unfinished_study_is_gone_on_with(
-    tiny_folder: Folder, texts: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tiny_folder: Folder, texts: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     out, model, times = tmp_path / "s", tiny_folder("gpt2"), []
 
     def measure(subject: object) -> Sequence[Mapping[str, object]]:
@@ -132,6 +190,11 @@ def test_an_unfinished_study_is_gone_on_with(
     assert run(model, *texts, *asked) == 130
     assert beside(out, "studying").is_dir()
     assert run(model, *texts, *asked) == 2  # there is unfinished work
+    capsys.readouterr()
+    assert run(model, *texts, *asked, "--resume", "--dry-run", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [one["claim"] for one in told["claims"]] == ["stopping", "wd-md"]
+    assert len(times) == 1
     assert run(model, *texts, "--seed", 1, *asked, "--resume") == 2  # of other settings
     monkeypatch.setitem(CLAIMS, "stopping", Claim("stopping", "", "", measure, bars))  # type: ignore[arg-type]
     assert run(model, *texts, *asked, "--resume") == 0
@@ -157,9 +220,17 @@ def test_mistakes_are_told_before_any_work(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_claims_are_listed_without_a_model(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["study", "--dry-run", "--json"]) == 0
-    assert [one["claim"] for one in json.loads(capsys.readouterr().out)] == list(CLAIMS)
+def test_the_claims_are_listed_though_nothing_is_left_to_do(
+    made: Mapping[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = (made["study"], "--dry-run", "--out", tmp_path / "s")
+    assert run(*asked, "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [one["claim"] for one in told["listed"]] == list(CLAIMS)
+    assert told["seconds"] == told["disk_bytes"] == 0
+    assert run(*asked) == 0
+    said = capsys.readouterr().out
+    assert all(one in said for one in CLAIMS)
 
 
 def test_claims_of_others_need_a_name_of_their_own() -> None:
