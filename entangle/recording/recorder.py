@@ -22,14 +22,16 @@ from torch import Tensor, nn
 from entangle.errors import InvalidInput
 from entangle.memory import memory_for
 from entangle.models.blocks import BlockRunner
+from entangle.models.grouped import RoutedRows
 from entangle.models.layers import Layer
-from entangle.models.mixtures import ExpertLinear
+from entangle.models.mixtures import ExpertBank, ExpertLinear
 from entangle.models.streaming import comes_by_blocks, rehearsing
 from entangle.ranks import Ranks
 from entangle.recording.affine import TokenCheck, is_affine
 from entangle.recording.hooks import Habits, SeenTensor, forward, joined, look_at, observe
 from entangle.recording.states import HiddenStates
 from entangle.recording.stream import ByteBudget
+from entangle.recording.together import RecordedExperts, Watched, watched_together
 from entangle.runs.progress import SharedReport
 from entangle.texts.calibration_set import CalibrationSet
 
@@ -152,6 +154,9 @@ class Recorder:
         Leave out layers that see no token, or rows that are no tokens, instead of refusing them.
     habits
         From `look_at`, where a part of a model runs.
+    at_once
+        Called with what all experts of a mixture gave, not compared with their weights, in place of
+        ``take`` for each, where they can run at once.
     """
 
     def __init__(
@@ -164,8 +169,9 @@ class Recorder:
         compared: bool = True,
         lenient: bool = False,
         habits: Mapping[str, Habits] | None = None,
+        at_once: Callable[[RecordedExperts], None] | None = None,
     ) -> None:
-        self.layers, self._take = tuple(layers), take
+        self.layers, self._take, self._at_once = tuple(layers), take, at_once
         self._once, self._need, self._lenient = once, affine, lenient
         self._is_compared = compared
         self.sources: list[list[Layer]] = []
@@ -189,7 +195,8 @@ class Recorder:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Watch inside the ``with`` block."""
-        with observe(self.layers, self._note):
+        told = self._note_mixture if self._at_once else None
+        with watched_together(self.layers, told) as alone, observe(alone, self._note):
             yield
         self._last = None
 
@@ -440,6 +447,20 @@ class Recorder:
         found = self._emitted(layer, now, gathered, inputs, outputs, affine=self._is_compared)
         at = None if linear.bank.at is None else now.start + linear.bank.at
         self._take(replace(found, at=at))
+
+    def _note_mixture(self, bank: ExpertBank, own: Watched, rows: RoutedRows) -> None:
+        now, take = self._pass, self._at_once
+        if now is None or take is None:
+            return
+        found = RecordedExperts(bank.name, own, rows, now.group)
+        for layer, x, y in found.blocks():
+            if bank.holds(now.shape[0] * now.shape[1]):
+                self.tokens[layer.name] += x.shape[0]
+            elif x.shape[0]:
+                now.gathered[layer.name].pieces = [_Piece(SeenTensor.of(x), x, y)]
+                self._refuse(layer, now, now.gathered[layer.name])
+        if bank.holds(now.shape[0] * now.shape[1]):
+            take(found)
 
     def _joined(
         self, layer: Layer, now: _Pass, gathered: _Gathered

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -18,11 +19,11 @@ from entangle.models.streaming import comes_by_blocks
 from entangle.precision import full_precision
 from entangle.ranks import ALONE, current
 from entangle.recording.recorder import Batch, Batches, Recorded, Recorder
+from entangle.recording.together import RecordedExperts
+from entangle.scoring.finer import FinerOutputs, SharedSquares
 from entangle.scoring.layer_scores import (
-    FinerOutputs,
     LayerSummary,
     MeasuredLayer,
-    SharedSquares,
     how_many,
     mapped,
     summarise,
@@ -35,6 +36,7 @@ from entangle.scoring.spread import (
     share_places,
     share_summaries,
 )
+from entangle.scoring.together import MixtureCounts
 from entangle.seeding import numpy_rng
 from entangle.stats.bins import Scratch
 from entangle.stats.mapping_difficulty import PairSketch
@@ -150,15 +152,22 @@ def score_sketched(
     """
     ranks = current() if watch is None else ALONE
     work, squares, split = Scratch(), SharedSquares(), ranks.size > 1
+    at_once = MixtureCounts(  # who watches sees every layer by itself, and so do several ranks
+        layers if watch is None and not split else (),
+        n_groups=n_groups, scratch=work, squares=squares,
+    )  # fmt: skip
+    known = at_once.counts()
     counts = {
-        layer.name: LayerCounts(
+        layer.name: known.get(layer.name)
+        or LayerCounts(
             OutputSketch(layer.out_features, n_groups=n_groups, scratch=work, split=split),
             PairSketch(layer.out_features, scratch=work, split=split),
             FinerOutputs(layer, squares, split=split),
         )
         for layer in layers
     }
-    pass_of = _Passes(counts, squares, _Pairing(seed=seed, share=pair_share), watch)
+    pairing = _Pairing(seed=seed, share=pair_share)
+    pass_of = _Passes(counts, squares, pairing, watch, at_once)
     again, late = list[Layer](), list[Layer]()
 
     def settle(own: Sequence[Layer]) -> None:
@@ -178,7 +187,10 @@ def score_sketched(
     def run(chosen: Sequence[Layer], *, first: bool) -> Recorder:
         own = own_batches(numbered, ranks, first=first)
         compared = watch is not None  # who watches may read the weights
-        recorder = Recorder(chosen, pass_of.update, compared=compared, lenient=may_be_silent)
+        recorder = Recorder(
+            chosen, pass_of.update, compared=compared, lenient=may_be_silent,
+            at_once=pass_of.update_experts if known else None,
+        )  # fmt: skip
         drop = bool(first and ranks.rank)  # it is the first rank that counts the first batch
         told = pass_of.told(own, recorder, drop=drop, report=report if first else _unheard)
         done = finish if first else None
@@ -193,11 +205,25 @@ def score_sketched(
             if again:
                 run(again, first=False)
             settle(late)
-        return share_summaries(ranks, pass_of.summaries(), layers), recorder
+        order = {layer.name: place for place, layer in enumerate(layers)}
+        own = sorted(pass_of.summaries(), key=lambda one: order[one.layer.name])
+        return share_summaries(ranks, own, layers), recorder
 
 
 def _unheard(_sequences: int) -> None:
     """Report nothing: of batches that were reported before."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """Measures some layers."""
+
+    device: torch.device
+    work: Callable[[], list[LayerSummary]]
+
+    def __call__(self) -> list[LayerSummary]:
+        with torch.no_grad():
+            return self.work()
 
 
 class _Passes:
@@ -209,15 +235,17 @@ class _Passes:
         squares: SharedSquares,
         pairing: _Pairing,
         watch: Callable[[Recorded], None] | None,
+        at_once: MixtureCounts,
     ) -> None:
         self._counts, self._squares, self._pairing, self._watch = counts, squares, pairing, watch
+        self._at_once = at_once
         self._pairs: dict[int, _Pairs] = {}
         self._places_bins = False
         """Whether the pass under way is not counted."""
         self._fresh: set[str] = set()
         """Layers that were seen in it."""
         self._found: list[LayerSummary] = []
-        self._under_way: list[Future[LayerSummary]] = []
+        self._under_way: list[Future[list[LayerSummary]]] = []
         self._pool = ThreadPoolExecutor(max(1, torch.get_num_threads()))
 
     def told(
@@ -268,30 +296,50 @@ class _Passes:
                 self._pairs[seen.source] = self._pairing.of(seen.inputs)
             _add_pairs(rows, own.pairs, self._pairs[seen.source])
 
+    def update_experts(self, seen: RecordedExperts) -> None:
+        """Count what the experts of a mixture gave."""
+        found: dict[str, _Pairs] = {}
+
+        def count(pairs: PairSketch, inputs: Tensor, rows: Tensor, source: str) -> None:
+            if source not in found:
+                found[source] = self._pairing.of(inputs)
+            _add_pairs(rows, pairs, found[source])
+
+        self._at_once.update(seen, count if self._pairing.share > 0 else None)
+
     def summarise(self, layers: Sequence[Layer], *, here: bool) -> None:
         """Measure and summarise what was counted of layers.
 
         Where weights go again (``here``), what is asked of them is taken before this returns; on a
         CPU the rest goes on beside the next layers.
         """
-        counted = {layer.name: self._counts[layer.name] for layer in layers}
+        jobs = self._jobs(layers, here=here)
         if layers and not gpus_among(layer.device for layer in layers):
-            tasks = []
-            for layer in layers:
-                own, norms = counted[layer.name], weight_norms(layer) if here else None
-                own.finer.keep()
-                tasks.append(self._pool.submit(self._summary, layer, own, norms))
+            tasks = [self._pool.submit(job) for job in jobs]
             self._collect()
             self._under_way = tasks
             if not here:
                 self._collect()
             return
+        for found in mapped(_Job.__call__, jobs, at_once=how_many(layers)):
+            self._found += found
 
-        def work(layer: Layer) -> LayerSummary:
-            norms = weight_norms(layer).cpu() if here else None
-            return self._summary(layer, counted[layer.name], norms)
-
-        self._found += mapped(work, layers, at_once=how_many(layers))
+    def _jobs(self, layers: Sequence[Layer], *, here: bool) -> list["_Job"]:
+        """Return what measures layers, one projection of a mixture's experts together."""
+        jobs, done = list[_Job](), set[str]()
+        for one in self._at_once.take({layer.name for layer in layers}):
+            done |= {layer.name for layer in one.layers}
+            norms = one.weight_norms() if here else None
+            if here:
+                one.keep()
+            work = partial(one.summaries, pairs=self._pairing.share > 0, norms=norms)
+            jobs.append(_Job(one.layers[0].device, work))
+        for layer in (layer for layer in layers if layer.name not in done):
+            own, norms = self._counts[layer.name], weight_norms(layer).cpu() if here else None
+            if here:
+                own.finer.keep()
+            jobs.append(_Job(layer.device, partial(self._summary, layer, own, norms)))
+        return jobs
 
     def summaries(self) -> list[LayerSummary]:
         """Return all summaries, in the order in which they were asked for."""
@@ -304,12 +352,11 @@ class _Passes:
 
     def _collect(self) -> None:
         """Wait for what is under way."""
-        self._found += [task.result() for task in self._under_way]
+        self._found += [one for task in self._under_way for one in task.result()]
         self._under_way = []
 
-    def _summary(self, layer: Layer, own: LayerCounts, norms: Tensor | None) -> LayerSummary:
-        with torch.no_grad():
-            return summarise(self._measure(layer, own), norms)
+    def _summary(self, layer: Layer, own: LayerCounts, norms: Tensor | None) -> list[LayerSummary]:
+        return [summarise(self._measure(layer, own), norms)]
 
     def _measure(self, layer: Layer, own: LayerCounts) -> MeasuredLayer:
         found = own.outputs.result()

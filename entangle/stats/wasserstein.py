@@ -23,7 +23,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from scipy.special import ndtri
 from torch import Tensor
 
@@ -481,8 +481,14 @@ class FeatureSizes:
         """Add what `feature_squares` found in some tokens."""
         if self._split:
             self._parts.append(squares)
-        self._squares = squares.clone() if self._squares is None else self._squares + squares
+        if self._squares is None:
+            self._squares = torch.zeros_like(squares)
+        self._squares += squares
         self.n_tokens += n_tokens
+
+    def keep_in(self, squares: Float[Tensor, " features"]) -> None:
+        """Add squares in this memory from now on."""
+        self._squares = squares
 
     def known(self) -> Sequence[int]:
         """As `entangle.stats.sketch.OutputSketch.known`."""
@@ -506,8 +512,14 @@ class FeatureSizes:
     def rms(self) -> Float[Tensor, " features"]:
         """Return the root mean squares, in input units, on the CPU; there must be a token."""
         assert self._squares is not None  # noqa: S101
-        mean: Tensor = self._squares / max(1, self.n_tokens)
-        return mean.sqrt().clamp_min(_LEAST).cpu()
+        return root_mean_square(self._squares, max(1, self.n_tokens)).cpu()
+
+
+def root_mean_square(
+    squares: Float[Tensor, "*sets features"], n_tokens: int | Int64[Tensor, "*sets one=1"]
+) -> Float[Tensor, "*sets features"]:
+    """Return the root mean squares of inputs whose squares were summed over so many tokens."""
+    return (squares / n_tokens).sqrt().clamp_min(_LEAST)
 
 
 def _squares_in_blocks(rows: Tensor) -> Tensor:
