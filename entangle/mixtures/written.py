@@ -188,7 +188,7 @@ def _hold(measured: Any, written: Any, folder: str) -> None:
         )
 
 
-def _smaller(pruned: PrunedMixtures, narrow: Named, whole: Named) -> nn.Module:
+def _smaller(pruned: PrunedMixtures, narrow: Named, whole: Named) -> Any:
     """Return a copy of the model with the experts and neurons that are left.
 
     Parameters

@@ -264,11 +264,11 @@ class ExpertBank:
         """Whether nothing hooks or replaces a single expert, and the mixture tells their tokens."""
         if self.layout != "routed":
             return False
-        units = (self.home.get_submodule(str(number)) for number in range(self.n_experts))
+        units: Any = self.home._modules
         return all(
             isinstance(one, ExpertLinear) and not one._forward_hooks and not one._forward_pre_hooks
-            for unit in units
-            for one in unit.children()
+            for number in range(self.n_experts)
+            for one in units[str(number)]._modules.values()
         )
 
     def routed(self, index: Int[Tensor, "tokens k"]) -> Iterator[tuple[int, Int[Tensor, " n"]]]:

@@ -31,7 +31,7 @@ from entangle.recording.affine import TokenCheck, is_affine
 from entangle.recording.hooks import Habits, SeenTensor, forward, joined, look_at, observe
 from entangle.recording.states import HiddenStates
 from entangle.recording.stream import ByteBudget
-from entangle.recording.together import RecordedExperts, Watched, watched_together
+from entangle.recording.together import RecordedExperts, Watched, by_mixture, watched_together
 from entangle.runs.progress import SharedReport
 from entangle.texts.calibration_set import CalibrationSet
 
@@ -173,6 +173,7 @@ class Recorder:
     ) -> None:
         self.layers, self._take, self._at_once = tuple(layers), take, at_once
         self._once, self._need, self._lenient = once, affine, lenient
+        self._mixtures = [] if at_once is None else by_mixture(layers)
         self._is_compared = compared
         self.sources: list[list[Layer]] = []
         """The layers that read one input, in the order in which they first ran."""
@@ -195,8 +196,8 @@ class Recorder:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Watch inside the ``with`` block."""
-        told = self._note_mixture if self._at_once else None
-        with watched_together(self.layers, told) as alone, observe(alone, self._note):
+        told = watched_together(self.layers, self._mixtures, self._note_mixture)
+        with told as alone, observe(alone, self._note):
             yield
         self._last = None
 
@@ -453,13 +454,14 @@ class Recorder:
         if now is None or take is None:
             return
         found = RecordedExperts(bank.name, own, rows, now.group)
-        for layer, x, y in found.blocks():
-            if bank.holds(now.shape[0] * now.shape[1]):
-                self.tokens[layer.name] += x.shape[0]
-            elif x.shape[0]:
-                now.gathered[layer.name].pieces = [_Piece(SeenTensor.of(x), x, y)]
-                self._refuse(layer, now, now.gathered[layer.name])
-        if bank.holds(now.shape[0] * now.shape[1]):
+        whole = bank.holds(now.shape[0] * now.shape[1])
+        for key, layer, own in found.blocks():
+            if whole:
+                self.tokens[layer.name] += own.stop - own.start
+            elif own.stop > own.start:
+                x, y = rows.inputs[key][own], rows.outputs[key][own]
+                self._refuse(layer, now, _Gathered([_Piece(SeenTensor.of(x), x, y)]))
+        if whole:
             take(found)
 
     def _joined(
@@ -544,8 +546,8 @@ class Recorder:
     def _complete(self, now: _Pass) -> None:
         """Check what is left of the layers' pieces at the end of a pass."""
         for layer in self.layers:
-            gathered = now.gathered[layer.name]
-            if layer.name in self.left_out or not gathered.pieces:
+            gathered = now.gathered.get(layer.name)
+            if gathered is None or layer.name in self.left_out or not gathered.pieces:
                 continue
             expert = all(one.inputs.ndim == 2 for one in gathered.pieces) and not gathered.depths
             if self._once or not expert:  # an expert of a mixture sees some of the tokens

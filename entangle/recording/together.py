@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from entangle.models.grouped import RoutedRows
 from entangle.models.layers import Layer
@@ -30,12 +29,11 @@ class RecordedExperts:
     group: int
     """Group of the batch."""
 
-    def blocks(self) -> Iterator[tuple[Layer, Tensor, Tensor]]:
-        """Yield every layer that is watched, with its inputs and outputs (tokens, features)."""
+    def blocks(self) -> Iterator[tuple[str, Layer, slice]]:
+        """Yield every layer that is watched, after its projection, and which rows are its."""
         for key, named in self.layers.items():
             for number, layer in named.items():
-                own = slice(*self.rows.starts[number : number + 2])
-                yield layer, self.rows.inputs[key][own], self.rows.outputs[key][own]
+                yield key, layer, slice(*self.rows.starts[number : number + 2])
 
 
 def projection_of(layer: Layer) -> tuple[ExpertBank, str, int] | None:
@@ -61,25 +59,27 @@ def by_mixture(layers: Sequence[Layer]) -> list[tuple[ExpertBank, Watched]]:
 
 @contextmanager
 def watched_together(
-    layers: Sequence[Layer], tell: Callable[[ExpertBank, Watched, RoutedRows], None] | None
-) -> Iterator[list[Layer]]:
+    layers: Sequence[Layer],
+    mixtures: Sequence[tuple[ExpertBank, Watched]],
+    tell: Callable[[ExpertBank, Watched, RoutedRows], None],
+) -> Iterator[Sequence[Layer]]:
     """Be told of the experts among layers, all of a mixture at once, inside the ``with`` block.
 
-    Of none where nobody is to be told.
+    ``mixtures`` are those of `by_mixture` of the layers, or none of them.
 
     Yields
     ------
-    list of Layer
+    sequence of Layer
         Those that must be watched one by one: no experts, or of a mixture that cannot run at once
         (one whose experts are hooked or replaced, or that does not say whose its tokens are).
     """
     with ExitStack() as stack:
         done = set[str]()
-        for bank, own in () if tell is None else by_mixture(layers):
-            if tell is not None and bank.can_run_together:
+        for bank, own in mixtures:
+            if bank.can_run_together:
                 stack.enter_context(together(bank, partial(_told, tell, bank, own)))
                 done |= {layer.name for named in own.values() for layer in named.values()}
-        yield [layer for layer in layers if layer.name not in done]
+        yield [layer for layer in layers if layer.name not in done] if done else layers
 
 
 def _told(

@@ -397,7 +397,7 @@ def _moments_at_once(rows: Tensor, blocks: RowBlocks) -> tuple[Tensor, Tensor]:
     found = []
     for part in rows.split(512, dim=1):
         x = part.float()
-        found.append(torch.stack([own @ x, own @ x.square_()]).double())
+        found.append(torch.stack([own @ x, own @ x.square()]).double())
     mean, square = torch.cat(found, -1) / own.sum(1, keepdim=True)
     return mean, (square - mean.square()).clamp_min(0).sqrt()
 
