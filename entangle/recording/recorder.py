@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from entangle.errors import InvalidInput
 from entangle.memory import memory_for
 from entangle.models.blocks import BlockRunner
-from entangle.models.grouped import RoutedRows
 from entangle.models.layers import Layer
 from entangle.models.mixtures import ExpertBank, ExpertLinear
 from entangle.models.streaming import comes_by_blocks, rehearsing
@@ -31,7 +30,7 @@ from entangle.recording.affine import TokenCheck, is_affine
 from entangle.recording.hooks import Habits, SeenTensor, forward, joined, look_at, observe
 from entangle.recording.states import HiddenStates
 from entangle.recording.stream import ByteBudget
-from entangle.recording.together import RecordedExperts, Watched, by_mixture, watched_together
+from entangle.recording.together import RecordedExperts, by_mixture, watched_together
 from entangle.runs.progress import SharedReport
 from entangle.texts.calibration_set import CalibrationSet
 
@@ -155,8 +154,7 @@ class Recorder:
     habits
         From `look_at`, where a part of a model runs.
     at_once
-        Called with what all experts of a mixture gave, not compared with their weights, in place of
-        ``take`` for each, where they can run at once.
+        Called with what all experts of a mixture gave, in place of ``take`` for each.
     """
 
     def __init__(
@@ -196,8 +194,8 @@ class Recorder:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Watch inside the ``with`` block."""
-        told = watched_together(self.layers, self._mixtures, self._note_mixture)
-        with told as alone, observe(alone, self._note):
+        at_once = watched_together(self.layers, self._mixtures, self._note_mixture)
+        with at_once as alone, observe(alone, self._note):
             yield
         self._last = None
 
@@ -449,20 +447,18 @@ class Recorder:
         at = None if linear.bank.at is None else now.start + linear.bank.at
         self._take(replace(found, at=at))
 
-    def _note_mixture(self, bank: ExpertBank, own: Watched, rows: RoutedRows) -> None:
+    def _note_mixture(self, bank: ExpertBank, found: RecordedExperts) -> None:
         now, take = self._pass, self._at_once
         if now is None or take is None:
             return
-        found = RecordedExperts(bank.name, own, rows, now.group)
-        whole = bank.holds(now.shape[0] * now.shape[1])
-        for key, layer, own in found.blocks():
-            if whole:
-                self.tokens[layer.name] += own.stop - own.start
-            elif own.stop > own.start:
-                x, y = rows.inputs[key][own], rows.outputs[key][own]
-                self._refuse(layer, now, _Gathered([_Piece(SeenTensor.of(x), x, y)]))
-        if whole:
-            take(found)
+        for key, layer, part in found.blocks():
+            x, y = found.rows.inputs[key], found.rows.outputs[key]
+            if bank.holds(now.shape[0] * now.shape[1]):
+                self.tokens[layer.name] += part.stop - part.start
+            elif part.stop > part.start:
+                self._refuse(layer, now, _Gathered([_Piece(SeenTensor.of(x), x[part], y[part])]))
+        if bank.holds(now.shape[0] * now.shape[1]):
+            take(replace(found, group=now.group))
 
     def _joined(
         self, layer: Layer, now: _Pass, gathered: _Gathered

@@ -26,7 +26,7 @@ class RecordedExperts:
     """Those that are watched, by projection and number."""
     rows: RoutedRows
     """Of all experts."""
-    group: int
+    group: int = 0
     """Group of the batch."""
 
     def blocks(self) -> Iterator[tuple[str, Layer, slice]]:
@@ -61,7 +61,7 @@ def by_mixture(layers: Sequence[Layer]) -> list[tuple[ExpertBank, Watched]]:
 def watched_together(
     layers: Sequence[Layer],
     mixtures: Sequence[tuple[ExpertBank, Watched]],
-    tell: Callable[[ExpertBank, Watched, RoutedRows], None],
+    tell: Callable[[ExpertBank, RecordedExperts], None],
 ) -> Iterator[Sequence[Layer]]:
     """Be told of the experts among layers, all of a mixture at once, inside the ``with`` block.
 
@@ -83,10 +83,10 @@ def watched_together(
 
 
 def _told(
-    tell: Callable[[ExpertBank, Watched, RoutedRows], None],
+    tell: Callable[[ExpertBank, RecordedExperts], None],
     bank: ExpertBank,
     own: Watched,
     rows: RoutedRows,
 ) -> None:
     with torch.inference_mode(False), torch.no_grad():
-        tell(bank, own, rows)
+        tell(bank, RecordedExperts(bank.name, own, rows))

@@ -290,7 +290,7 @@ def _distances_of(
     return exact.sum(1), ks
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=4096)
 def null_floor(n_tokens: int, *, seed: int = 0, n_draws: int = 200) -> tuple[float, float]:
     """Return the WD of truly Gaussian outputs: its mean and 97.5th percentile.
 
@@ -306,16 +306,34 @@ def null_floor(n_tokens: int, *, seed: int = 0, n_draws: int = 200) -> tuple[flo
     Returns
     -------
     tuple of float
-        Mean and 97.5th percentile, in standard deviations. Above 8,192 tokens the law 1/√n,
-        which holds to about a percent there, takes over from the simulation. Tokens of one text
-        are correlated, so the floor of a real neuron lies higher.
+        Mean and 97.5th percentile, in standard deviations. Simulated for up to 256 tokens and for
+        512, 1,024, … 8,192; between them floor times √n, which changes by a percent or two from one
+        to the next, is interpolated in log n, and above the law 1/√n takes over, which holds to
+        about a percent there. (So hundreds of experts, each of its own number of tokens, do not
+        wait for as many simulations.) Tokens of one text are correlated, so the floor of a real
+        neuron lies higher.
     """
-    simulated = min(n_tokens, 8192)
-    wd = _gaussian_wd(simulated, seed, n_draws) * math.sqrt(simulated / n_tokens)
-    return float(wd.mean()), float(np.quantile(wd, 0.975))
+    if n_tokens <= _FEW:
+        found = _simulated_floor(n_tokens, seed, n_draws)
+    else:
+        octave = min(math.log2(n_tokens / _FEW), _OCTAVES)
+        below = min(int(octave), _OCTAVES - 1)
+        low, high = (_simulated_floor(_FEW << k, seed, n_draws) for k in (below, below + 1))
+        found = low + (octave - below) * (high - low)
+    mean, largest = found / math.sqrt(n_tokens)
+    return float(mean), float(largest)
 
 
-@lru_cache(maxsize=32)
+_FEW, _OCTAVES = 256, 5
+
+
+@lru_cache(maxsize=512)
+def _simulated_floor(n_tokens: int, seed: int, n_draws: int) -> np.ndarray:
+    """Return mean and 97.5th percentile of the WD of simulated Gaussian neurons, times √n."""
+    wd = _gaussian_wd(n_tokens, seed, n_draws)
+    return np.array([wd.mean(), np.quantile(wd, 0.975)]) * math.sqrt(n_tokens)
+
+
 def _gaussian_wd(n_tokens: int, seed: int, n_draws: int) -> np.ndarray:
     """Return the WD of simulated Gaussian neurons."""
     draws = numpy_rng(seed, "null floor").standard_normal((n_draws, n_tokens))

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 import entangle
 from entangle.errors import InvalidInput
 from entangle.mixtures import MIXTURE_METHODS, gather, prune_mixtures, write_mixtures
+from entangle.models.mixtures import banks_of
 from entangle.results.expansion import PruneReport
 from entangle.testing import check_mixture_method
 from entangle.texts.evaluation import EvaluationText
@@ -38,7 +39,7 @@ def test_fewer_experts_are_an_ordinary_model(name: str, tmp_path: Path) -> None:
     before = {key: value.clone() for key, value in module.state_dict().items()}
     pruned, found, loaded = written(module, "reap", 0.25, tmp_path / "out")
     assert same_logits(pruned, module, loaded)
-    assert not any(parameter.shape[0] == 4 for parameter in loaded.parameters())
+    assert [bank.n_experts for bank in banks_of(loaded)] == [3, 3, 3]
     assert (found.report.layers["experts"] == 3).all()
     sizes = [sum(one.numel() for one in model.parameters()) for model in (loaded, module)]
     gone = sizes[1] - sizes[0]
@@ -56,7 +57,7 @@ def test_groups_of_experts_must_be_left_alike(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="groups"):
         written(mixture("DeepseekV3"), "reap", 0.25, tmp_path / "no")
     assert not (tmp_path / "no").exists()
-    module = mixture("DeepseekV3", n_group=1)
+    module = mixture("Glm4Moe")  # of one group
     pruned, _, loaded = written(module, "reap", 0.25, tmp_path / "out")
     assert loaded.config.n_routed_experts == 3
     assert same_logits(pruned, module, loaded)
@@ -84,7 +85,7 @@ def test_neurons_go_or_become_zeros(name: str, narrow: bool, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(("method", "said"), [("mone", "constants"), ("m-smoe", "merged"),
-                                              ("stun-experts", "to 3 experts")])  # fmt: skip
+                                              ("stun", "to 3 experts")])  # fmt: skip
 def test_what_no_configuration_can_say_is_refused(method: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match=said):
         written(mixture("Qwen3Moe"), method, 0.5, tmp_path / "out")
@@ -100,7 +101,7 @@ def test_perplexity_is_that_of_what_was_written(tmp_path: Path) -> None:
     assert found.perplexity is not None
     assert found.perplexity.value == pytest.approx(measured, rel=1e-6)
     assert found.dense is not None
-    assert found.dense.value != pytest.approx(measured, rel=1e-4)
+    assert found.dense.value != pytest.approx(measured, rel=1e-6)
     with pytest.raises(InvalidInput, match="exists"):
         write_mixtures(pruned, tmp_path / "out")
 
