@@ -5,13 +5,16 @@ Each raises `AssertionError` that says what is wrong, as scikit-learn's ``check_
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from entangle.doors import Door
+
+if TYPE_CHECKING:
+    from entangle.mixtures import MixtureMethod
 
 __all__ = [
     "check_activation_method",
@@ -241,7 +244,9 @@ def check_measure(function: Callable[..., Any], *, name: str = "the measure") ->
             _require(same, f"{where}: it changed what it was given")
 
 
-def check_mixture_method(function: Callable[..., Any], *, name: str = "the method") -> None:
+def check_mixture_method(
+    function: "Callable[..., Any] | MixtureMethod", *, name: str = "the method"
+) -> None:
     """Check a function for the door ``entangle.mixtures`` (`entangle.mixtures.MIXTURE_METHODS`).
 
     On a mixture of 6 random experts, one of which sees no token.

@@ -1,5 +1,7 @@
 """The kernels of the sketches against plain torch on the CPU: counts to the last one."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -39,7 +41,7 @@ def _add_outputs(
     y: Tensor, location: Tensor, scale: Tensor, device: str = "cpu"
 ) -> dict[str, Tensor]:
     n = y.shape[1]
-    state = {
+    state: dict[str, Any] = {
         "counts": torch.zeros(n, N_BINS, dtype=torch.int32),
         "powers": torch.zeros(4, n, dtype=torch.float64),
         "group_powers": torch.ones(2, n, dtype=torch.float64),
@@ -213,7 +215,7 @@ def test_outputs_of_several_layers(dtype: torch.dtype, neurons: int) -> None:
     location = torch.randn(4 * neurons, generator=torch_rng(1, "layers")).to(DEVICE)
     scale = (torch.rand(4 * neurons, generator=torch_rng(2, "layers")) + 0.5).to(DEVICE)
 
-    def state(n: int) -> dict[str, Tensor]:
+    def state(n: int) -> dict[str, Any]:
         return {
             "counts": torch.zeros(n, N_BINS, dtype=torch.int32, device=DEVICE),
             "powers": torch.zeros(4, n, dtype=torch.float64, device=DEVICE),

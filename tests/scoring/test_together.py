@@ -37,11 +37,11 @@ def assert_same(at_once: NeuronScores, alone: NeuronScores) -> None:
             else:
                 assert one[name].equals(other[name]), name
     assert list(at_once.histograms) == list(alone.histograms)
-    for name, one in at_once.histograms.items():
-        other = alone.histograms[name]
-        assert one.first_bin == other.first_bin
+    for name, counted in at_once.histograms.items():
+        theirs = alone.histograms[name]
+        assert counted.first_bin == theirs.first_bin
         for part in ("counts", "location", "scale", "low", "high", "wd_without"):
-            np.testing.assert_array_equal(getattr(one, part), getattr(other, part), err_msg=part)
+            np.testing.assert_array_equal(getattr(counted, part), getattr(theirs, part))
 
 
 @pytest.mark.parametrize(
