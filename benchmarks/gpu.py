@@ -24,10 +24,16 @@ from torch import Tensor
 from benchmarks import published
 from entangle.experts.expand import expand
 from entangle.experts.linear import ExpandedLinear
+from entangle.models.layers import find_layers
 from entangle.models.loading import LanguageModel, as_language_model
+from entangle.precision import full_precision
 from entangle.pruning import prune
+from entangle.recording.recorder import Recorder
 from entangle.runs.provenance import package_versions
+from entangle.scoring.finer import SharedSquares
 from entangle.scoring.score import Method, score
+from entangle.scoring.together import MixtureCounts
+from entangle.stats.bins import Scratch
 from entangle.stats.wasserstein import shape_statistics
 from entangle.texts.calibration_set import CalibrationSet
 
@@ -223,25 +229,80 @@ def scoring() -> list[Row]:
 
 
 def mixture() -> list[Row]:
-    """Time scoring every neuron of every expert against the bare pass over the same tokens."""
-    module = olmoe()
-    model, calibration = as_language_model(module), random_tokens(64, 50304)
-    bare(module, random_tokens(2, 50304), 2)
-    reference = seconds(partial(bare, module, calibration, calibration.per_pass), repeats=2)
-    found = []
-    for several, layers in (("blocks 0, 5, 10, 15", [0, 5, 10, 15]), ("all 16 blocks", "all")):
-        own, peak = measured(partial(score_experts, model, calibration, layers))
-        work = f"sketch of the experts of {several}, 64 × 2048 tokens"
-        found.append(row(work, reference, own, 1.3, note=f"OLMoE's shapes, peak {peak:.1f} GB"))
+    """Time scoring every neuron of every expert against the bare pass over the same tokens.
+
+    Against the bare pass as transformers runs it by default, and expert by expert; and where the
+    time goes: in the pass with all experts' outputs told but not counted, in counting, in results.
+    """
+    module: Any = olmoe()
+    model, found = as_language_model(module), list[Row]()
+    check_mixture(model)
+    for sequences, batch in ((64, 2), (64, 8), (256, 8)):
+        calibration, ways = random_tokens(sequences, 50304), dict[str, float]()
+        for way in ("eager", "grouped_mm") if sequences == 64 else ("grouped_mm",):
+            module.set_experts_implementation(way)
+            bare(module, random_tokens(batch, 50304), batch)
+            ways[way] = seconds(partial(bare, module, calibration, batch))
+        run = partial(score_experts, model, batch=batch)
+        run(random_tokens(2 * batch, 50304), layers=[0])
+        pass_alone, passes = (
+            seconds(partial(run_experts, model, calibration, batch, count=count))
+            for count in (False, True)
+        )
+        reference = ways["grouped_mm"]
+        own, peak = measured(partial(run, calibration, layers="all"))
+        note = (
+            f"{batch} a pass; bare eager {ways.get('eager', float('nan')):.2f} s; of it passes "
+            f"{pass_alone:.2f} s, counting {passes - pass_alone:.2f} s, results "
+            f"{own - passes:.2f} s; peak {peak:.1f} GB"
+        )
+        work = f"sketch of all experts of OLMoE's shapes, {sequences} × 2048 tokens"
+        found.append(row(work, reference, own, 1.3, note=note))
+        torch.cuda.empty_cache()
     return found
 
 
-def score_experts(model: LanguageModel, calibration: CalibrationSet, layers: Any) -> None:
+def score_experts(
+    model: LanguageModel, calibration: CalibrationSet, *, layers: Any, batch: int
+) -> pd.DataFrame:
     """Score experts by sketches, without MD."""
-    score(
+    return score(
         model, calibration, layers=layers, proj="experts", method="sketch", md=False,
-        memory=60 * GIB, progress=False,
+        batch_size=batch, memory=60 * GIB, progress=False,
+    ).frame  # fmt: skip
+
+
+def run_experts(
+    model: LanguageModel, calibration: CalibrationSet, batch: int, *, count: bool
+) -> None:
+    """Run all experts at once, told of their outputs; ``count`` them too, without results."""
+    layers = find_layers(model.module, "all", "experts")
+    counts = MixtureCounts(
+        layers if count else (), n_groups=8, scratch=Scratch(), squares=SharedSquares()
+    )
+    take = partial(counts.update, pairs=None) if count else lambda _seen: None
+    recorder = Recorder(layers, lambda _seen: None, compared=False, lenient=True, at_once=take)
+    in_group = calibration.n_seq // 8
+    ids = [(start // in_group, part) for start, part in calibration.batches(batch)]
+    with full_precision(), torch.no_grad():
+        recorder.run(model.module, ids)
+
+
+def check_mixture(model: LanguageModel) -> None:
+    """Compare experts scored at once with the same ones, one after the other."""
+    calibration = random_tokens(4, 50304)
+    layers = [f"model.layers.0.mlp.experts.{n}.*" for n in (0, 17, 63)]
+    one, other = (
+        score(
+            model, calibration, layers=layers, proj=None, method="sketch", md=False, memory=8 * GIB,
+            min_tokens=64, progress=False, watch=watch,
+        ).frame
+        for watch in (None, lambda _seen: None)
     )  # fmt: skip
+    for name, most in (("wd", 1e-3), ("mean", 1e-4), ("std", 1e-4), ("wd_bound", 1e-3)):
+        apart = float((one[name] - other[name]).abs().max())
+        assert apart <= most, f"{name} of experts at once is off by {apart:.2e}"
+    assert one["n_tokens"].equals(other["n_tokens"]), "experts at once see other tokens"
 
 
 def check_scores(model: LanguageModel) -> None:

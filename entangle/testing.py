@@ -1,11 +1,11 @@
-"""Checks of ideas of one's own: whether a pruner, activation method or rule keeps its contract.
+"""Checks of ideas of one's own: whether a pruner, a method or a rule keeps its contract.
 
 Each raises `AssertionError` that says what is wrong, as scikit-learn's ``check_estimator`` does.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,10 +13,14 @@ from torch import Tensor
 
 from entangle.doors import Door
 
+if TYPE_CHECKING:
+    from entangle.mixtures import MixtureMethod
+
 __all__ = [
     "check_activation_method",
     "check_column",
     "check_measure",
+    "check_mixture_method",
     "check_pruner",
     "check_router",
     "check_rule",
@@ -238,6 +242,97 @@ def check_measure(function: Callable[..., Any], *, name: str = "the measure") ->
             _require(same, f"{where}: it differs when repeated")
             same = torch.equal(logits, kept[0]) and torch.equal(tokens, kept[1])
             _require(same, f"{where}: it changed what it was given")
+
+
+def check_mixture_method(
+    function: "Callable[..., Any] | MixtureMethod", *, name: str = "the method"
+) -> None:
+    """Check a function for the door ``entangle.mixtures`` (`entangle.mixtures.MIXTURE_METHODS`).
+
+    On a mixture of 6 random experts, one of which sees no token.
+
+    Parameters
+    ----------
+    function
+        Maps a `entangle.mixtures.Mixture` to a number for every expert (experts,), or for every
+        neuron of every expert (experts, neurons); the lowest go. Or a
+        `entangle.mixtures.MixtureMethod`.
+    name
+        In messages.
+
+    Raises
+    ------
+    AssertionError
+        If it returns another shape or what is not finite, is not the same twice, changes what it is
+        given, gives experts other numbers when they come in another order, or prunes another share
+        than was asked for.
+    """
+    from entangle.mixtures import MIXTURE_METHODS, prune_mixtures
+    from entangle.mixtures.methods import scores_of
+
+    seen, turned, order = _mixtures()
+    with _registered(MIXTURE_METHODS, function, name):
+        method: Any = MIXTURE_METHODS["__checked__"]
+        (mixture,), (other,) = seen.mixtures, turned.mixtures
+        kept = {key: one.clone() for key, one in vars(mixture).items() if isinstance(one, Tensor)}
+        weights = [stack.weight.clone() for stack in mixture.bank.stacks.values()]
+        scores, again = (scores_of(method, mixture) for _ in range(2))
+        _require(torch.equal(scores, again), f"{name}: it differs when repeated")
+        _check_untouched(mixture, kept, weights, name)
+        close = torch.allclose(scores_of(method, other), scores[order], rtol=1e-6, atol=1e-12)
+        _require(close, f"{name}: an expert's number depends on the order of the experts")
+        nothing = prune_mixtures(seen, method, sparsity=0.0)
+        _require(
+            not any(change.changes for change in nothing.changes),
+            f"{name}: it prunes where nothing is to go",
+        )
+        pruned = prune_mixtures(seen, method, sparsity=0.5)
+        with pruned.applied():  # what zeros single weights counts them
+            left = sum(one.stored / one.stored_before for one in pruned.changes)
+        _require(abs(left - 0.5) < 0.02, f"{name}: {left:.0%} of the weights are left, not 50%")
+        _check_untouched(mixture, kept, weights, name)
+
+
+def _mixtures() -> tuple[Any, Any, Tensor]:
+    """Return statistics of a random mixture, the same with its experts turned, and their order."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    from entangle.mixtures import gather
+    from entangle.models.pretrained import quiet
+
+    config = MixtralConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, num_local_experts=6, num_experts_per_tok=2,
+        bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    made: list[Any] = []
+    for places in (torch.arange(6), order):
+        with quiet(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            module: Any = MixtralForCausalLM(config)
+            module.eval().requires_grad_(False)
+            for parameter in module.parameters():
+                torch.nn.init.normal_(parameter, std=0.3)
+        block, mlp = module.model.layers[0], module.model.layers[0].mlp
+        module.model.embed_tokens.weight[:, 0] = 3.0  # of every token, so that expert 4 gets none
+        block.post_attention_layernorm.weight.fill_(1.0)
+        mlp.gate.weight[:, 0] = 0.0
+        mlp.gate.weight[4, 0] = -9.0
+        for one in (mlp.gate.weight, mlp.experts.gate_up_proj, mlp.experts.down_proj):
+            one.copy_(one[places].clone())
+        ids = torch.randint(3, 64, (6, 24), generator=torch.Generator().manual_seed(0))
+        made.append(gather(module, ids, gradients=True))
+    return made[0], made[1], order
+
+
+def _check_untouched(
+    mixture: Any, kept: dict[str, Tensor], weights: list[Tensor], name: str
+) -> None:
+    same = all(torch.equal(getattr(mixture, key), one) for key, one in kept.items())
+    stacks = mixture.bank.stacks.values()
+    same &= all(torch.equal(stack.weight, one) for stack, one in zip(stacks, weights, strict=True))
+    _require(same, f"{name}: it changed what it was given")
 
 
 @contextmanager

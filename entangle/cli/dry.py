@@ -62,6 +62,11 @@ def _build_job(arguments: argparse.Namespace, model: "LanguageModel") -> Job:
     from entangle.models.layers import find_layers
 
     plain = arguments.command == "prune"
+    if plain and arguments.method is not None:
+        raise InvalidInput(
+            f"`compare --methods {arguments.method}` tells beforehand what that takes; drop "
+            "--dry-run here."
+        )
     packed = arguments.packed if plain else None
     allocation = expand.allocation_of(arguments)
     expand.check_evaluated(arguments)

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 LAYER_COLUMNS = ("layer", "sparsity", "relative_error", "damping", "smallest_cluster",
                  "effective_clusters", "shrunk")  # fmt: skip
+MIXTURE_COLUMNS = ("layer", "sparsity", "experts", "experts_before", "neurons", "neurons_before",
+                   "flops")  # fmt: skip
+"""Of a mixture whose experts were pruned."""
 TABLES = ("layers", "model")
 OPTIONAL = ("peak MiB", "seconds", "shrunk", "damping", "effective_clusters", "smallest_cluster",
             "flops", "bytes", "nonzeros")  # fmt: skip
@@ -181,11 +184,16 @@ def print_built(
     }
     pruned = arguments.command == "prune"
     stored = "stored as bitmap and values" if pruned else "flops, nonzeros, bytes"
-    title = f"Model, pruned by {arguments.pruner} (multiples of dense, {stored})"
+    how = getattr(arguments, "method", None)
+    title = f"Model, pruned by {how or arguments.pruner} (multiples of dense, {stored})"
     wanted = [name for name in LAYER_COLUMNS if not (pruned and "cluster" in name)]
+    if how is not None:
+        title = f"Mixtures pruned by {how} (multiples of dense)"
+        wanted = list(MIXTURE_COLUMNS)
     shown = layers[[name for name in wanted if name in layers]]
     settings: dict[str, Any] = {"formats": FORMATS, "optional": OPTIONAL}
     of_layers = "Pruned layers" if pruned else "Expanded layers"
+    of_layers = of_layers if how is None else "Pruned mixtures"
     tables = [
         Table("layers", layers, of_layers, keys=("layer",), shown=shown, **settings),
         Table("model", summary, title, keys=("model", "perplexity"), **settings),

@@ -257,7 +257,14 @@ MEANINGS: Mapping[str, Sequence[Meaning]] = {
             ("no_baseline",), lambda given: given.evaluation is not None, "without --evaluation"
         ),
     ),
-    "prune": (_OF_CALIBRATION, *_PRUNING),
+    "prune": (
+        _OF_CALIBRATION, *_PRUNING,
+        Meaning(
+            ("pattern", "pruner", "bits", "group_size", "damping", "allocation", "packed", "layer",
+             "proj", "resume"),
+            lambda given: given.method is None, "with --method, which prunes experts",
+        ),
+    ),
     "report": (
         Meaning(
             ("revision", "dtype", "device", "device_map", *_CALIBRATION),

@@ -87,6 +87,7 @@ def as_json(found: "Probe", *, html: str | None) -> dict[str, object]:
         "mean": found.mean if found.mean == found.mean else None,
         "std": found.std if found.std == found.std else None,
         "modes": records(found.modes),
+        "sent": found.sent,
         "tokens": records(found.frame),
     }
 

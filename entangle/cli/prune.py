@@ -1,4 +1,4 @@
-"""``entangle prune``: zeros in a model's weights, written as an ordinary model."""
+"""``entangle prune``: zeros in weights, or fewer experts, written as an ordinary model."""
 
 import argparse
 from dataclasses import replace
@@ -17,12 +17,16 @@ from entangle.cli.expand import (
     pruning_settings,
     show,
 )
+from entangle.cli.meaning import MIXTURES
+from entangle.doors import with_installed
+from entangle.errors import InvalidInput
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from entangle.evaluation import Perplexity
     from entangle.experts.expand import Expansion
+    from entangle.mixtures.written import WrittenMixtures
 
 
 def add_parser(subparsers: options.Subparsers) -> None:
@@ -42,6 +46,11 @@ def add_parser(subparsers: options.Subparsers) -> None:
         allocation="in place of --sparsity: zeros of every row from `entangle allocate`; the "
         "layers are the allocation's",
     )
+    group.add_argument(
+        "--method", choices=with_installed("mixtures", MIXTURES),
+        help="prune the experts of a mixture instead, or the neurons in them, by one of these "
+        "methods; --sparsity is the share of the experts' weights that goes",
+    )  # fmt: skip
     options.add_memory_option(group)
     options.add_evaluation_options(group, default=None)
     group.add_argument(
@@ -62,6 +71,9 @@ def run(arguments: argparse.Namespace) -> None:
     memory = options.parse_memory(arguments.memory)
     options.check_run(arguments)
     check_evaluated(arguments)
+    if arguments.method is not None:
+        run_on_mixtures(arguments)
+        return
     allocation = allocation_of(arguments)
     model = options.load_model(arguments)
     calibration = options.load_calibration(arguments, model)
@@ -101,6 +113,57 @@ def run(arguments: argparse.Namespace) -> None:
     if not summaries:  # the pruning was finished before
         evaluate(pruned, expand_user(arguments.out))
     print_built(summaries[0], pruned.layers, pruned.manifest, arguments)
+
+
+def run_on_mixtures(arguments: argparse.Namespace) -> None:
+    """Prune the experts of a mixture, evaluate, print."""
+    from entangle.mixtures import MIXTURE_METHODS, gather, prune_mixtures, write_mixtures
+    from entangle.mixtures.written import WrittenMixtures
+    from entangle.runs.provenance import check_output
+
+    if arguments.sparsity is None:
+        raise InvalidInput(
+            f"--method {arguments.method} needs --sparsity, the share of the experts' weights that "
+            "goes; give it."
+        )
+    method = MIXTURE_METHODS[arguments.method]
+    check_output(arguments.out, force=arguments.force)
+    model = options.load_model(arguments)
+    calibration = options.load_calibration(arguments, model)
+    text = evaluation_text(arguments, model)
+    seen = gather(model, calibration, gradients=method.gradients)
+    summaries: list[pd.DataFrame] = []
+
+    def evaluate(found: WrittenMixtures, folder: Path) -> None:
+        summaries.append(_summarised(found))
+        if text is not None:
+            keep_table(summaries[0], folder)
+
+    found = write_mixtures(
+        prune_mixtures(seen, method, sparsity=arguments.sparsity), arguments.out,
+        evaluation=text, force=arguments.force, extra=evaluate,
+    )  # fmt: skip
+    print_built(summaries[0], found.report.layers, found.report.manifest, arguments)
+
+
+def _summarised(found: "WrittenMixtures") -> "pd.DataFrame":
+    """Return one row for the dense model, where it was evaluated, and one for the pruned one."""
+    import pandas as pd
+
+    rows: list[dict[str, object]] = []
+    if found.dense is not None:
+        ones = {"flops": 1.0, "nonzeros": 1.0, "bytes": 1.0}
+        rows.append({"model": "dense", "perplexity": found.dense.value, **ones})
+    peak, report = found.report.run["peak_memory_bytes"], found.report
+    value = float("nan") if found.perplexity is None else found.perplexity.value
+    rows.append(
+        {
+            "model": "pruned", "perplexity": value, **report.costs,
+            "seconds": report.run["seconds"],
+            "peak MiB": peak / 2**20 if isinstance(peak, int) else float("nan"),
+        }
+    )  # fmt: skip
+    return pd.DataFrame(rows)
 
 
 def summarise(dense: "Perplexity | None", pruned: "Expansion") -> "pd.DataFrame":

@@ -136,13 +136,31 @@ __device__ __forceinline__ void raise(float* place, float x) {
 // (4, neurons), group_powers (2, neurons), low, high, nan, inf (neurons,) are added to. `partial`
 // (4, gridDim.y, neurons) is work space; `tickets` (gridDim.x,) is zero before and after.
 // Dynamic shared memory: 4 * NEURONS * rows bytes, and at least 4 * 8 * NEURONS * WARPS.
+// Several layers at once, where `bounds` (2, gridDim.z) is no null pointer: rows bounds[0, z] to
+// bounds[1, z] of the outputs are those of layer z, whose neurons come after those of layer z - 1 in
+// all that is added to; `partial` is (gridDim.z, 4, gridDim.y, neurons), `tickets` (gridDim.z,
+// gridDim.x). Powers, and those of the group, of one neuron are `apart` numbers apart.
 extern "C" __global__ void __launch_bounds__(32 * WARPS) add_outputs(
     const NUMBER* __restrict__ outputs, const float* __restrict__ location,
     const float* __restrict__ scale, int* counts, double* powers, double* group_powers, float* low,
-    float* high, u8* nan, u8* inf, double* partial, u32* tickets, int tokens, int neurons,
-    int stride, int rows) {
+    float* high, u8* nan, u8* inf, double* partial, u32* tickets, const int* __restrict__ bounds,
+    int tokens, int neurons, int stride, int rows, int apart) {
     extern __shared__ __align__(16) u32 counted[];
     __shared__ Found found;
+    if (bounds) {
+        const int first = bounds[blockIdx.z];
+        const size_t before = (size_t)blockIdx.z * neurons;
+        tokens = bounds[gridDim.z + blockIdx.z] - first;
+        if (tokens <= 0) return;
+        outputs += (size_t)first * stride;
+        location += before; scale += before;
+        counts += before * 2 * rows;
+        powers += before; group_powers += before;
+        low += before; high += before;
+        nan += before; inf += before;
+        partial += before * 4 * gridDim.y;
+        tickets += blockIdx.z * gridDim.x;
+    }
     const int lane = threadIdx.x & 31, step = WARPS * gridDim.y;
     const int begin = (threadIdx.x >> 5) * gridDim.y + blockIdx.y;
     const Columns columns = my_columns((size_t)outputs, neurons, stride);
@@ -192,8 +210,34 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) add_outputs(
     }
     double sum;
     if (!summed<4>(own, (double*)counted, partial, tickets, neurons, sum)) return;
-    powers[(size_t)q * neurons + neuron] += sum;
-    if (q < 2) group_powers[(size_t)q * neurons + neuron] += sum;
+    powers[(size_t)q * apart + neuron] += sum;
+    if (q < 2) group_powers[(size_t)q * apart + neuron] += sum;
+}
+
+// Sums of squares of the rows of several layers, bounds (2, gridDim.y) as above, of every one of
+// (rows, features) with `stride` numbers between rows: found (gridDim.y, features) is added to.
+extern "C" __global__ void __launch_bounds__(256) add_squares(
+    const NUMBER* __restrict__ inputs, const int* __restrict__ bounds, double* found, int features,
+    int stride) {
+    __shared__ float sums[8][32];
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const int feature = blockIdx.x * 32 + lane;
+    const int last = bounds[gridDim.y + blockIdx.y];
+    float sum = 0.0f;
+    if (feature < features) {
+        #pragma unroll 8
+        for (int row = bounds[blockIdx.y] + warp; row < last; row += 8) {
+            const float x = as_float(inputs[(size_t)row * stride + feature]);
+            sum = fmaf(x, x, sum);
+        }
+    }
+    sums[warp][lane] = sum;
+    __syncthreads();
+    if (warp || feature >= features) return;
+    double total = 0.0;
+    #pragma unroll
+    for (int i = 0; i < 8; ++i) total += sums[i][lane];
+    found[(size_t)blockIdx.y * features + feature] += total;
 }
 
 // Credit counts (neurons, fold * joined), every `fold` bins joined, to a group, less what is

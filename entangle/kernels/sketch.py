@@ -1,12 +1,47 @@
 """Statistics of a layer's outputs in one pass over them, on a GPU."""
 
-from functools import cache, lru_cache
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property, lru_cache
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from entangle.kernels.dispatch import launch, shared_limit, usable
+
+
+@dataclass(frozen=True, eq=False)
+class RowBlocks:
+    """Blocks of the rows of a matrix, some of which may be empty."""
+
+    ends: Sequence[tuple[int, int]]
+    """First row of every block, and the row behind its last."""
+    device: torch.device
+    """Where the matrix is."""
+
+    @property
+    def longest(self) -> int:
+        """Rows of the longest of them."""
+        return max(end - start for start, end in self.ends)
+
+    @cached_property
+    def bounds(self) -> Int[Tensor, "two=2 blocks"]:
+        """The ends on the device, int32."""
+        found = torch.tensor(self.ends, dtype=torch.int32).T.contiguous()
+        return (
+            found.pin_memory().to(self.device, non_blocking=True)
+            if self.device.type == "cuda"
+            else found
+        )
+
+    def without(self, numbers: Collection[int]) -> "RowBlocks":
+        """Return them with some emptied."""
+        if not numbers:
+            return self
+        ends = [(0, 0) if i in numbers else own for i, own in enumerate(self.ends)]
+        return RowBlocks(ends, self.device)
+
 
 Starts = tuple[int, int]
 """Rows (a, b) of two matrices of as many rows: pair i joins row (a + i) % rows of the first with
@@ -41,6 +76,7 @@ def add_outputs(
     high: Float[Tensor, " neurons"],
     nan: Bool[Tensor, " neurons"],
     inf: Bool[Tensor, " neurons"],
+    blocks: RowBlocks | None = None,
 ) -> None:
     """Add outputs to the state of a sketch, which is changed in place.
 
@@ -59,23 +95,46 @@ def add_outputs(
         Smallest and largest x.
     nan, inf
         Whether a value was NaN, or infinite.
+    blocks
+        Blocks of rows, those of several layers, which have equally many neurons: the state is of
+        all of them, the neurons of one layer after those of the layer before it.
     """
-    tokens, neurons = outputs.shape
-    n_bins = counts.shape[1]
-    tiles, parts = _grid(tokens, neurons, outputs.device)
+    (tokens, neurons), n_bins = outputs.shape, counts.shape[1]
+    layers = 1 if blocks is None else blocks.bounds.shape[1]
+    longest = tokens if blocks is None else blocks.longest
+    assert powers.stride(0) == group_powers.stride(0)  # noqa: S101
+    tiles, parts = _grid(longest, neurons, outputs.device, layers)
     launch(
         "sketch",
         "add_outputs",
         number=_NAMES[outputs.dtype],
-        grid=(tiles, parts),
+        grid=(tiles, parts, layers),
         threads=32 * _WARPS,
         arguments=[
             outputs, location, scale, counts, powers, group_powers, low, high, nan, inf,
-            *_work(4, parts, neurons, tiles, outputs.device),
-            tokens, neurons, outputs.stride(0), n_bins // 2,
+            *_work(4, parts, layers * neurons, layers * tiles, outputs.device),
+            0 if blocks is None else blocks.bounds,
+            tokens, neurons, outputs.stride(0), n_bins // 2, powers.stride(0),
         ],
         shared_bytes=_shared_bytes(n_bins // 2, sums=4),
     )  # fmt: skip
+
+
+def add_squares(
+    inputs: Float[Tensor, "rows features"],
+    blocks: RowBlocks,
+    found: Float[Tensor, "layers features"],
+) -> None:
+    """Add the sum of squares of every column over each block of rows to ``found``, float64."""
+    (layers, features), rows = found.shape, inputs
+    launch(
+        "sketch",
+        "add_squares",
+        number=_NAMES[rows.dtype],
+        grid=(-(-features // 32), layers),
+        threads=256,
+        arguments=[rows, blocks.bounds, found, features, rows.stride(0)],
+    )
 
 
 def add_pairs(
@@ -215,14 +274,14 @@ def _shared_bytes(rows: int, *, sums: int) -> int:
 
 
 @lru_cache(maxsize=1024)
-def _grid(tokens: int, neurons: int, device: torch.device) -> tuple[int, int]:
-    """Return the numbers of tiles of neurons and of parts of the tokens."""
+def _grid(tokens: int, neurons: int, device: torch.device, layers: int = 1) -> tuple[int, int]:
+    """Return the numbers of tiles of neurons of each layer and of parts of the tokens."""
     tiles, processors = -(-neurons // _NEURONS), _processors(device)
     fewest = max(1, -(-tokens // _MOST_TOKENS))
-    most = max(fewest, 4 * processors // tiles)
+    most = max(fewest, 4 * processors // (tiles * layers))
 
     def duration(parts: int) -> float:
-        return -(-tiles * parts // processors) * (tokens / parts + _START_TOKENS)
+        return -(-tiles * layers * parts // processors) * (tokens / parts + _START_TOKENS)
 
     return tiles, min(range(fewest, most + 1), key=duration)
 

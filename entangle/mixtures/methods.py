@@ -67,7 +67,8 @@ def prune_mixtures(
     if known.gradients:  # which are not finite anywhere where one expert is not
         for mixture in statistics.mixtures:
             _finite_experts(mixture, known)
-    return PrunedMixtures(statistics, known.make(statistics, known, level))
+    changes = known.make(statistics, known, level)
+    return PrunedMixtures(statistics, changes, known.name, level)
 
 
 def scores_of(method: MixtureMethod, mixture: Mixture) -> Float64[Tensor, "experts ..."]:

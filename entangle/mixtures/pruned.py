@@ -110,7 +110,11 @@ class PrunedMixtures:
 
     statistics: Statistics
     changes: Sequence[Change]
-    tokens: int = 0
+    name: str = ""
+    """Of the method."""
+    sparsity: float = 0.0
+    """Share of the experts' weights that was to go."""
+    tokens: int = field(default=0, init=False)
     """Tokens that the model ran on under `applied`."""
 
     @contextmanager

@@ -6,7 +6,8 @@ every expert gets a stand-in: a module without parameters of its own, whose weig
 stacked one. The stand-ins hang in the model's tree under the names that checkpoints have on disk,
 ``model.layers.3.mlp.experts.17.gate_proj``; neither ``state_dict`` nor what the model computes
 changes. While something watches or edits them (`one_by_one`), or another module has taken the place
-of one, the experts run one by one.
+of one, the experts run one by one; where all of a mixture are watched at once (`together`), each
+projection of all experts is one product, and what it gives one array.
 """
 
 import inspect
@@ -14,7 +15,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MethodType
 from typing import Any, Literal, cast
@@ -26,6 +27,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
 from entangle.errors import InvalidInput
+from entangle.models.grouped import Blocks, RoutedRows, takes
 from entangle.models.shards import present
 
 Layout = Literal["routed", "repeated", "sorted"]
@@ -143,6 +145,8 @@ class ExpertBank:
     """Rows that the module received in the run under way."""
     at: Tensor | None = field(default=None, init=False)
     """Which of them the expert under way sees; None where that is not known (``sorted``)."""
+    watchers: list[Callable[[RoutedRows], None]] = field(default_factory=list, init=False)
+    """Told of every run in which the experts run `together`."""
 
     @property
     def n_experts(self) -> int:
@@ -223,12 +227,49 @@ class ExpertBank:
         out = rows.new_zeros(
             rows.shape[0] * k, rows.shape[1], dtype=torch.promote_types(rows.dtype, weights.dtype)
         )
-        for number, places in self.routed(index):
+        if self.watchers:
+            self._run_together(rows, index, weights, out)
+        for number, places in () if self.watchers else self.routed(index):
             self.at = places // k
             y = self.expert(number, rows[self.at])
             out = out.index_copy(0, places, (y * weights[places]).to(out.dtype))
         summed: Tensor = out.unflatten(0, (-1, k)).sum(1).to(hidden.dtype)
         return summed.view_as(hidden).to(hidden.device)
+
+    def _run_together(self, rows: Tensor, index: Tensor, weights: Tensor, out: Tensor) -> None:
+        """Put what the experts make of their tokens, weighted, into ``out``; tell who watches."""
+        if not self.can_run_together:
+            raise InvalidInput(
+                f"an expert of {self.name!r} is hooked or replaced while all are watched at once."
+            )
+        flat = index.flatten()
+        known = (flat >= 0) & (flat < self.n_experts)
+        numbers, places = flat.masked_fill(~known, self.n_experts).sort(stable=True)
+        blocks = Blocks.of(numbers, self.n_experts)
+        x, last = rows[places // index.shape[-1]], self.stacks["down_proj"]
+        first = {key: stack for key, stack in self.stacks.items() if stack is not last}
+        outputs = _products(blocks, x, first)
+        own = [outputs[key] for key in ("gate_proj", "up_proj") if key in outputs]
+        z = blocks.each(lambda *one: self.activate(one[0] if one[1:] else None, one[-1]), own)
+        outputs["down_proj"] = blocks.linear(z, last.weight, last.bias)
+        inputs = dict.fromkeys(first, x) | {"down_proj": z}
+        y, starts = self.finished(outputs["down_proj"]), blocks.fetch()
+        n = starts[-1]  # rows behind are of no expert, and stay 0
+        out[places[:n]] = (y[:n] * weights[places[:n]]).to(out.dtype)
+        for tell in self.watchers:
+            tell(RoutedRows(inputs, outputs, blocks.bounds, starts))
+
+    @property
+    def can_run_together(self) -> bool:
+        """Whether nothing hooks or replaces a single expert, and the mixture tells their tokens."""
+        if self.layout != "routed":
+            return False
+        units: Any = self.home._modules
+        return all(
+            isinstance(one, ExpertLinear) and not one._forward_hooks and not one._forward_pre_hooks
+            for number in range(self.n_experts)
+            for one in units[str(number)]._modules.values()
+        )
 
     def routed(self, index: Int[Tensor, "tokens k"]) -> Iterator[tuple[int, Int[Tensor, " n"]]]:
         """Yield every expert that sees a token, and the places in ``index`` where it is named.
@@ -272,6 +313,16 @@ class ExpertBank:
         return any(not isinstance(one, ExpertLinear) for unit in units for one in unit.children())
 
 
+def _products(blocks: Blocks, x: Tensor, stacks: Mapping[str, Stack]) -> dict[str, Tensor]:
+    """Return the outputs of projections; those of one parameter at once where a kernel does it."""
+    whole = replace(next(iter(stacks.values())), rows=slice(None))
+    if len({id(one.stored) for one in stacks.values()}) > 1 or not takes(x, whole.weight):
+        return {key: blocks.linear(x, one.weight, one.bias) for key, one in stacks.items()}
+    found = blocks.linear(x, whole.weight, whole.bias)
+    parts = {key: found[:, one.rows] for key, one in stacks.items()}
+    return {key: one if one.stride(1) == 1 else one.contiguous() for key, one in parts.items()}
+
+
 def _run(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     bank: ExpertBank = getattr(module, _BANK)
     return bank.run(module, *args, **kwargs)
@@ -290,6 +341,20 @@ def one_by_one(modules: Iterable[nn.Module]) -> Iterator[None]:
             part.__dict__["forward"] = MethodType(_run, part)
             stack.callback(partial(put_back, part, before))
         yield
+
+
+@contextmanager
+def together(bank: ExpertBank, tell: Callable[[RoutedRows], None]) -> Iterator[None]:
+    """Have all experts of a mixture run at once, and be told of it, inside the ``with`` block.
+
+    Only where it `can_run_together`. What the model computes is the same but for rounding.
+    """
+    with one_by_one([bank.linear(0, "down_proj")]):
+        bank.watchers.append(tell)
+        try:
+            yield
+        finally:
+            bank.watchers.remove(tell)
 
 
 def put_back(part: nn.Module, before: object) -> None:

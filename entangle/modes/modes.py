@@ -486,11 +486,14 @@ def layer_outputs(
     layer: Layer,
     neurons: Sequence[int],
     progress: bool | None,
+    *,
+    may_be_silent: bool = False,
 ) -> tuple[Float32[np.ndarray, "neurons tokens"], Positions | None]:
     """Run the model once; compute the neurons' outputs in float32 from the layer's inputs.
 
     Where the layer does not multiply by its weight, they are its own. Of an expert they are those
-    on the tokens that it sees; which these are comes second, None where it is all of them.
+    on the tokens that it sees; which these are comes second, None where it is all of them. That an
+    expert sees none is an error, unless it ``may_be_silent``.
     """
     chosen = list(neurons)
     weight = layer.weight[chosen].float()
@@ -506,7 +509,11 @@ def layer_outputs(
 
     with ProgressBar("modes", enabled=progress) as bar:
         bar.start(calibration.n_seq, "sequences")
-        Recorder([layer], keep, once=True).run(module, told(of_one_group(calibration), bar.advance))
+        recorder = Recorder([layer], keep, once=True)
+        whole_text = not (may_be_silent and layer.is_expert)
+        recorder.run(module, told(of_one_group(calibration), bar.advance), whole=whole_text)
+    if not parts:
+        return np.empty((len(chosen), 0), np.float32), np.empty(0, np.int64)
     outputs = torch.cat(parts)
     found = np.ascontiguousarray(outputs.numpy().T)
     if places:

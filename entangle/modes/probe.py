@@ -62,6 +62,9 @@ class Probe:
     """Likewise their standard deviation."""
     about: Mapping[str, object] = field(repr=False)
     """Model, text of the scores, special tokens, and where the modes are from."""
+    sent: int | None = None
+    """Tokens that are sent to the neuron's expert, which gives nothing on the others, whose output
+    is NaN; None of a layer that sees all."""
 
     @property
     def strength(self) -> Floats:
@@ -104,7 +107,13 @@ class Probe:
         return rows[int(np.abs(self.strength[rows]).argmax())]
 
     def legend(self) -> list[str]:
-        """Return what the colours mean, a line each."""
+        """Return what the colours mean, a line each; and how many tokens an expert is sent."""
+        if self.sent is None:
+            return self._meanings()
+        count = f"{self.sent} of {len(self.frame)} tokens are sent to this expert"
+        return [*self._meanings(), f"{count}; it puts out nothing on the others"]
+
+    def _meanings(self) -> list[str]:
         if not np.isfinite(self.std):
             return [
                 "Outputs in their own units, coloured by sign; without scores there are no modes."
@@ -211,7 +220,9 @@ def probe(
     histogram, mean, std = _reference(scores, known, chosen, neuron)
     policy = _policy(special_tokens, scores)
     tokens, special = _tokenised(known, named("text", text), policy)
-    outputs, at = layer_outputs(known.module, tokens, chosen, [neuron], progress=False)
+    outputs, at = layer_outputs(
+        known.module, tokens, chosen, [neuron], progress=False, may_be_silent=True
+    )
     values = outputs[0]
     if at is not None:  # an expert gives nothing on the other tokens
         values = np.full(tokens.n_tokens, np.nan, np.float32)
@@ -239,7 +250,8 @@ def probe(
     about: dict[str, object] = {"model": known.name, "special_tokens": policy}
     if scores is not None:
         about["scores_text"] = described(scores.manifest, "calibration", "source")
-    return Probe(chosen.name, neuron, frame, modes, mean, std, about)
+    sent = None if at is None else len(at)
+    return Probe(chosen.name, neuron, frame, modes, mean, std, about, sent)
 
 
 def _shown(words: TokenText, ids: Sequence[int]) -> list[str]:

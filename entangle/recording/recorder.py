@@ -23,13 +23,14 @@ from entangle.errors import InvalidInput
 from entangle.memory import memory_for
 from entangle.models.blocks import BlockRunner
 from entangle.models.layers import Layer
-from entangle.models.mixtures import ExpertLinear
+from entangle.models.mixtures import ExpertBank, ExpertLinear
 from entangle.models.streaming import comes_by_blocks, rehearsing
 from entangle.ranks import Ranks
 from entangle.recording.affine import TokenCheck, is_affine
 from entangle.recording.hooks import Habits, SeenTensor, forward, joined, look_at, observe
 from entangle.recording.states import HiddenStates
 from entangle.recording.stream import ByteBudget
+from entangle.recording.together import RecordedExperts, by_mixture, watched_together
 from entangle.runs.progress import SharedReport
 from entangle.texts.calibration_set import CalibrationSet
 
@@ -154,6 +155,8 @@ class Recorder:
         Leave out layers that see no token, or rows that are no tokens, instead of refusing them.
     habits
         From `look_at`, where a part of a model runs.
+    at_once
+        Called with what all experts of a mixture gave, in place of ``take`` for each.
     """
 
     def __init__(
@@ -166,9 +169,11 @@ class Recorder:
         compared: bool = True,
         lenient: bool = False,
         habits: Mapping[str, Habits] | None = None,
+        at_once: Callable[[RecordedExperts], None] | None = None,
     ) -> None:
-        self.layers, self._take = tuple(layers), take
+        self.layers, self._take, self._at_once = tuple(layers), take, at_once
         self._once, self._need, self._lenient = once, affine, lenient
+        self._mixtures = [] if at_once is None else by_mixture(layers)
         self._is_compared = compared
         self.sources: list[list[Layer]] = []
         """The layers that read one input, in the order in which they first ran."""
@@ -191,7 +196,8 @@ class Recorder:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Watch inside the ``with`` block."""
-        with observe(self.layers, self._note):
+        at_once = watched_together(self.layers, self._mixtures, self._note_mixture)
+        with at_once as alone, observe(alone, self._note):
             yield
         self._last = None
 
@@ -445,6 +451,19 @@ class Recorder:
         at = None if linear.bank.at is None else now.start + linear.bank.at
         self._take(replace(found, at=at))
 
+    def _note_mixture(self, bank: ExpertBank, found: RecordedExperts) -> None:
+        now, take = self._pass, self._at_once
+        if now is None or take is None:
+            return
+        for key, layer, part in found.blocks():
+            x, y = found.rows.inputs[key], found.rows.outputs[key]
+            if bank.holds(now.shape[0] * now.shape[1]):
+                self.tokens[layer.name] += part.stop - part.start
+            elif part.stop > part.start:
+                self._refuse(layer, now, _Gathered([_Piece(SeenTensor.of(x), x[part], y[part])]))
+        if bank.holds(now.shape[0] * now.shape[1]):
+            take(replace(found, group=now.group))
+
     def _joined(
         self, layer: Layer, now: _Pass, gathered: _Gathered
     ) -> tuple[Tensor, Tensor] | None:
@@ -527,8 +546,8 @@ class Recorder:
     def _complete(self, now: _Pass) -> None:
         """Check what is left of the layers' pieces at the end of a pass."""
         for layer in self.layers:
-            gathered = now.gathered[layer.name]
-            if layer.name in self.left_out or not gathered.pieces:
+            gathered = now.gathered.get(layer.name)
+            if gathered is None or layer.name in self.left_out or not gathered.pieces:
                 continue
             expert = all(one.inputs.ndim == 2 for one in gathered.pieces) and not gathered.depths
             if self._once or not expert:  # an expert of a mixture sees some of the tokens

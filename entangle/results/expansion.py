@@ -110,6 +110,18 @@ class PruneReport(ExpansionReport):
 
     KIND, _TITLE = "pruning", "Pruning of"
 
+    def _told(self) -> tuple[list[str], pd.DataFrame]:
+        """Tell of mixtures whose experts were pruned what they have left."""
+        lines, table = super()._told()
+        if "experts_before" not in self.layers:
+            return lines, table
+        method, share = (
+            described(self.manifest, "settings", name) for name in ("method", "sparsity")
+        )
+        lines[0] = f"{len(self.layers):,} mixture(s) pruned by {method}, sparsity {share}"
+        shown = [*table.columns[:1], "experts", "experts_before", "neurons", "neurons_before"]
+        return lines, self.layers[[*shown, "sparsity"]]
+
 
 def write_run(folder: Path, run: Mapping[str, object]) -> None:
     """Write how a build went, with a digest."""

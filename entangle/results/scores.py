@@ -66,7 +66,7 @@ class LayerHistograms:
         first, last = (int(used[0]), int(used[-1])) if len(used) else (0, 0)
         return cls(
             counts=counts[:, first : last + 1].copy(),
-            first_bin=first,
+            first_bin=sketch.first_bin + first,
             location=sketch.location.numpy(),
             scale=sketch.scale.numpy(),
             low=sketch.low.numpy(),

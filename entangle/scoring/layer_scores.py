@@ -2,26 +2,20 @@
 
 From measured layers to tables: one row a neuron, one row a layer.
 
-The outputs that a sketch counts: the module's own, finer ones where their dtype is too coarse.
-
-A bfloat16 number near 128 is a whole number: outputs with a bias of that size and a spread of 1 are
-hardly more than their rounding. Such neurons' outputs are computed again from the layer's inputs,
-in float32.
-
 Several layers under way at the same time.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from dataclasses import dataclass, fields, replace
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float
 from scipy.stats import rankdata
 from torch import Tensor
 
@@ -29,22 +23,16 @@ from entangle.kernels import weights
 from entangle.kernels.dispatch import dispatch
 from entangle.memory import by_device, gpus_among
 from entangle.models.layers import Layer
-from entangle.precision import accumulator_dtype, row_parts
-from entangle.ranks import Ranks
-from entangle.recording.hooks import SeenTensor
+from entangle.precision import row_parts
 from entangle.results.scores import LayerHistograms
-from entangle.stats.bins import ToAdd, to_host
+from entangle.stats.bins import to_host
 from entangle.stats.mapping_difficulty import MappingDifficulty, OutputNorm
 from entangle.stats.sketch import SketchResult
 from entangle.stats.wasserstein import (
-    FeatureSizes,
     OutputError,
     ShapeStatistics,
-    feature_squares,
     judged,
     null_floor,
-    output_error,
-    reach,
     wd_error,
 )
 
@@ -143,6 +131,58 @@ def summarise(measured: MeasuredLayer, norms: torch.Tensor | None = None) -> Lay
     )
 
 
+def summarise_together(
+    measured: MeasuredLayer,
+    layers: Sequence[Layer],
+    n_tokens: Sequence[int],
+    pairs: Sequence[MappingDifficulty | None],
+    norms: torch.Tensor | None = None,
+) -> list[LayerSummary]:
+    """Summarise layers of one shape that were measured as one, one's neurons after the other's.
+
+    Parameters
+    ----------
+    measured
+        All their neurons; of the first layer, and without pairs.
+    layers, n_tokens, pairs
+        Of each layer.
+    norms
+        As in `LayerSummary`, of all neurons.
+    """
+    measured, found = measured.judged(), list[LayerSummary]()
+    numbers, width = _numbers(measured), layers[0].out_features
+    for place, (layer, n, difficulty) in enumerate(zip(layers, n_tokens, pairs, strict=True)):
+        own = slice(place * width, (place + 1) * width)
+        sketch = replace(_part(measured.sketch, own), n_tokens=n)
+        rounding = _part(measured.rounding, own)
+        columns = {name: array[own] for name, array in numbers.items()}
+        if difficulty is not None:
+            bad = sketch.shape.constant | sketch.shape.nan | sketch.shape.inf
+            difficulty = replace(difficulty, slope=difficulty.slope.masked_fill(bad, math.nan))
+            own_md = difficulty.md(noise=rounding.typical).numpy()
+            columns["md"] = np.where(columns["flag"] == 0, own_md, np.nan)
+        one = replace(measured, layer=layer, sketch=sketch, pairs=difficulty, rounding=rounding)
+        histograms = LayerHistograms.from_sketch(sketch)
+        own_norms = None if norms is None else norms[own]
+        found.append(LayerSummary(layer, n, columns, _layer_row(one), histograms, own_norms))
+    return found
+
+
+Part = TypeVar("Part", SketchResult, ShapeStatistics, OutputError)
+
+
+def _part(whole: Part, neurons: slice) -> Part:
+    """Return some of the neurons of statistics, whose last axis but that of histograms they are."""
+    found: dict[str, object] = {}
+    for name in (f.name for f in fields(whole)):
+        value = getattr(whole, name)
+        if isinstance(value, torch.Tensor):
+            found[name] = value[neurons] if name == "counts" else value[..., neurons]
+        elif isinstance(value, ShapeStatistics):
+            found[name] = _part(value, neurons)
+    return replace(whole, **found)  # type: ignore[arg-type]
+
+
 def neuron_table(layers: Sequence[LayerSummary], model: str) -> pd.DataFrame:
     """Return the table of scores, one row a neuron; ``model`` is the model's name."""
     sizes = [one.layer.out_features for one in layers]
@@ -213,8 +253,8 @@ def layer_table(layers: Sequence[LayerSummary]) -> pd.DataFrame:
 
 def _numbers(measured: MeasuredLayer) -> dict[str, npt.NDArray[np.generic]]:
     """Return the columns of one layer's neurons that are numbers, and the index of the flag."""
-    layer, shape = measured.layer, measured.shape
-    md = np.full(layer.out_features, np.nan)
+    shape = measured.shape
+    md = np.full(len(shape.wd), np.nan)
     flags = np.select([shape.nan.numpy(), shape.inf.numpy(), shape.constant.numpy()], [1, 2, 3], 0)
     coarse = (flags == 0) & (measured.wd_bound.numpy() > COARSE)
     flags[coarse] = 4
@@ -290,193 +330,6 @@ def _ranks(values: Vector) -> Vector:
     return ranks
 
 
-FINE = 0.0125
-"""Largest error of a WD by rounding, in σ, of which the module's own outputs are counted."""
-
-_AGREE = 2.0
-
-
-class SharedSquares:
-    """The squares of the last input, which neighbouring layers share."""
-
-    def __init__(self) -> None:
-        self._last: SeenTensor | None = None
-        self._found = torch.empty(0)
-
-    def of(self, inputs: Float[Tensor, "*tokens in_features"]) -> Float[Tensor, " in_features"]:
-        """Return the sum over tokens of every input's square."""
-        if self._last is None or not self._last.same_as(inputs):
-            self._found = feature_squares(inputs.flatten(0, -2))
-            self._last = SeenTensor.of(inputs)
-        return self._found
-
-    def forget(self) -> None:
-        """Let go of the last input, before its memory is used for another."""
-        self._last = None
-
-
-class FinerOutputs:
-    """What is counted of one layer's outputs, and how far it is rounded.
-
-    Parameters
-    ----------
-    layer
-        Whose outputs come.
-    squares
-        Shared by the layers of a model.
-
-    Notes
-    -----
-    The first tokens that come decide which neurons are computed again: those whose 16-bit outputs'
-    rounding may change WD by more than `FINE`, if the module's outputs are the sums of products of
-    its weight up to rounding. Where they are not, its own outputs stay what is measured.
-    """
-
-    def __init__(self, layer: Layer, squares: SharedSquares, *, split: bool = False) -> None:
-        self._layer, self._squares, self._split = layer, squares, split
-        self._sizes = FeatureSizes(split=split)
-        self._dtype = torch.float32
-        self._again: Int64[Tensor, " coarse"] | None = None
-        self._kept: tuple[Tensor, Tensor | None] | None = None
-
-    @property
-    def again(self) -> Bool[Tensor, " neurons"] | None:
-        """Which neurons are computed again; None before the first tokens, or where none may be."""
-        if self._again is None:
-            return None
-        found = torch.zeros(self._layer.out_features, dtype=torch.bool, device=self._again.device)
-        found[self._again] = True
-        return found
-
-    def decided(self, again: Bool[Tensor, " neurons"] | None) -> "FinerOutputs":
-        """Return one that has seen nothing, and computes these neurons again."""
-        made = FinerOutputs(self._layer, self._squares, split=self._split)
-        if again is not None:
-            made._again = again.nonzero()[:, 0]
-        return made
-
-    def known(self) -> Sequence[Any]:
-        """As `entangle.stats.sketch.OutputSketch.known`."""
-        name = str(self._dtype).removeprefix("torch.") if self._sizes.n_tokens else None
-        return [name, self._sizes.known()]
-
-    def pool(self, ranks: Ranks, found: Sequence[Sequence[Any]], *, to: int) -> ToAdd:
-        """As `entangle.stats.sketch.OutputSketch.pool`."""
-        known = next((name for name, _ in found if name is not None), "float32")
-        self._dtype = getattr(torch, known)
-        device = self._layer.device
-        like = torch.zeros(self._layer.in_features, dtype=accumulator_dtype(device), device=device)
-        return self._sizes.pool(ranks, [sizes for _, sizes in found], like, to=to)
-
-    def of(
-        self,
-        inputs: Float[Tensor, "*tokens in_features"],
-        outputs: Float[Tensor, "*tokens out_features"],
-    ) -> Float[Tensor, "rows out_features"]:
-        """Return the rows to count, in the module's dtype or float32."""
-        rows = outputs.flatten(0, -2)
-        if rows.shape[0] == 0:
-            return rows
-        self._sizes.add(self._squares.of(inputs), rows.shape[0])
-        self._dtype = rows.dtype
-        if rows.element_size() > 2 or not self._has_products(inputs, rows):
-            return rows
-        if self._again is None:
-            self._again = self._coarse(inputs, rows)
-        if not len(self._again):
-            return rows
-        finer = rows.float()
-        finer[:, self._again] = self._product(inputs, self._again)
-        return finer
-
-    def keep(self) -> None:
-        """Take from the weight what `error` needs of it; no tokens come after this."""
-        self._kept = self._of_weight()
-
-    def error(self, shape: ShapeStatistics, location: Float[Tensor, " neurons"]) -> OutputError:
-        """Return how far what was counted is rounded.
-
-        Parameters
-        ----------
-        shape
-            Of what was counted, on the CPU.
-        location
-            About the median of what was counted.
-        """
-        kept = self._of_weight() if self._kept is None else self._kept
-        own = self._error(shape.mean, shape.std, location, self._dtype, kept)
-        if self._again is None or not len(self._again):
-            return own
-        finer = self._error(shape.mean, shape.std, location, torch.float32, kept, own=False)
-        again = torch.zeros(len(location), dtype=torch.bool)
-        again[self._again.cpu()] = True
-        return OutputError(
-            bound=finer.bound.where(again, own.bound),
-            typical=finer.typical.where(again, own.typical),
-        )
-
-    def _error(
-        self,
-        mean: Tensor,
-        std: Tensor,
-        location: Tensor,
-        dtype: torch.dtype,
-        of_weight: tuple[Tensor, Tensor | None],
-        *,
-        own: bool = True,
-    ) -> OutputError:
-        """Return the error of the module's ``own`` outputs, or of `_product`."""
-        reached, bias = of_weight
-        return output_error(
-            mean, std, location,
-            reach=reached if bias is None or not own else reached + bias.abs(),
-            in_features=len(self._sizes.rms()),
-            dtype=dtype,
-            bias=bias,
-        )  # fmt: skip
-
-    def _of_weight(self) -> tuple[Tensor, Tensor | None]:
-        """Return how far the weight's sums reach (0 where it gives none), and the bias, float64."""
-        weight, bias, sizes = self._layer.weight, self._layer.bias, self._sizes.rms()
-        rows = self._layer.out_features
-        known = weight.is_floating_point() and weight.shape == (rows, len(sizes))
-        reached = reach(weight, sizes) if known else torch.zeros(rows, dtype=torch.float64)
-        return reached, None if bias is None else bias.cpu().double()
-
-    def _has_products(self, inputs: Tensor, rows: Tensor) -> bool:
-        weight = self._layer.weight
-        return weight.is_floating_point() and weight.shape == (rows.shape[1], inputs.shape[-1])
-
-    def _coarse(self, inputs: Tensor, rows: Tensor) -> Tensor:
-        """Return the neurons to compute again, by the first rows of outputs."""
-        mean, std = _mean_and_std(rows)
-        own = self._error(mean, std, mean, rows.dtype, self._of_weight()).bound
-        again = (wd_error(own, std) > FINE).nonzero()[:, 0].to(rows.device)
-        limit = own.to(rows.device)[again].float()
-        difference = (self._product(inputs, again) - rows[:, again].float()).div_(limit)
-        distance = torch.linalg.vector_norm(difference, dim=0) / rows.shape[0] ** 0.5
-        return again[distance <= _AGREE]
-
-    def _product(self, inputs: Tensor, neurons: Tensor) -> Tensor:
-        """Compute the outputs of some neurons in float32, (rows, neurons)."""
-        weight, bias = self._layer.weight[neurons].float(), self._layer.bias
-        product = inputs.flatten(0, -2).float() @ weight.T
-        return product if bias is None else product.add_(bias[neurons].float())
-
-
-def _mean_and_std(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation of every column, float64, on the CPU."""
-    values = rows.float()
-    mean = values.mean(0)
-    std = (values - mean).square_().mean(0).sqrt_().cpu().double()
-    mean = mean.cpu().double()
-    large = (~std.isfinite()).nonzero()[:, 0]  # squares may overflow float32
-    if len(large):
-        wide = rows[:, large.to(rows.device)].cpu().double()
-        std[large], mean[large] = torch.std_mean(wide, 0, correction=0)
-    return mean, std
-
-
 ON_GPU = 3
 """Layers under way at the same time on a GPU, so that it need not wait for Python."""
 
@@ -489,8 +342,20 @@ def how_many(layers: Sequence[Layer]) -> int:
     return ON_GPU if layers and on_gpus == len(layers) else 1
 
 
+@runtime_checkable
+class Placed(Protocol):
+    """What lies on a device, such as a layer."""
+
+    @property
+    def device(self) -> torch.device:
+        """The device."""
+
+
+Thing = TypeVar("Thing", bound=Placed)
+
+
 def mapped(
-    work: Callable[[Layer], Found], layers: Sequence[Layer], *, at_once: int
+    work: Callable[[Thing], Found], layers: Sequence[Thing], *, at_once: int
 ) -> Iterator[Found]:
     """Yield the result of every layer in order; on GPUs each on the caller's current stream."""
     if at_once == 1:
@@ -499,7 +364,7 @@ def mapped(
     devices = set(gpus_among(layer.device for layer in layers))
     streams = {device: torch.cuda.current_stream(device) for device in devices}
 
-    def on_stream(layer: Layer) -> Found:
+    def on_stream(layer: Thing) -> Found:
         stream = streams.get(layer.device)
         with torch.no_grad(), torch.cuda.stream(stream):
             if stream is not None:

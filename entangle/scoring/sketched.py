@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, pairwise
 
 import torch
@@ -18,11 +19,11 @@ from entangle.models.streaming import comes_by_blocks
 from entangle.precision import full_precision
 from entangle.ranks import ALONE, current
 from entangle.recording.recorder import Batch, Batches, Recorded, Recorder
+from entangle.recording.together import RecordedExperts
+from entangle.scoring.finer import FinerOutputs, SharedSquares
 from entangle.scoring.layer_scores import (
-    FinerOutputs,
     LayerSummary,
     MeasuredLayer,
-    SharedSquares,
     how_many,
     mapped,
     summarise,
@@ -36,6 +37,7 @@ from entangle.scoring.spread import (
     share_places,
     share_summaries,
 )
+from entangle.scoring.together import MixtureCounts
 from entangle.seeding import numpy_rng
 from entangle.stats.bins import Scratch
 from entangle.stats.mapping_difficulty import PairSketch
@@ -151,8 +153,14 @@ def score_sketched(
     """
     ranks = current() if watch is None else ALONE
     work, squares, split = Scratch(), SharedSquares(), ranks.size > 1
+    at_once = MixtureCounts(  # who watches sees every layer by itself, and so do several ranks
+        layers if watch is None and not split else (),
+        n_groups=n_groups, scratch=work, squares=squares,
+    )  # fmt: skip
+    known = at_once.counts()
     counts = {
-        layer.name: LayerCounts(
+        layer.name: known.get(layer.name)
+        or LayerCounts(
             OutputSketch(layer.out_features, n_groups=n_groups, scratch=work, split=split),
             PairSketch(layer.out_features, scratch=work, split=split),
             FinerOutputs(layer, squares, split=split),
@@ -160,7 +168,7 @@ def score_sketched(
         for layer in layers
     }
     pairing, places = _Pairing(seed=seed, share=pair_share), FirstPlaces(ranks, counts, layers)
-    pass_of = _Passes(counts, squares, pairing, places, watch)
+    pass_of = _Passes(counts, squares, pairing, places, watch, at_once)
     again, late = list[Layer](), list[Layer]()
 
     def settle(own: Sequence[Layer]) -> None:
@@ -180,7 +188,10 @@ def score_sketched(
     def run(chosen: Sequence[Layer], *, first: bool) -> Recorder:
         own, drop = own_batches(numbered, ranks)
         compared = watch is not None  # who watches may read the weights
-        recorder = Recorder(chosen, pass_of.update, compared=compared, lenient=may_be_silent)
+        recorder = Recorder(
+            chosen, pass_of.update, compared=compared, lenient=may_be_silent,
+            at_once=pass_of.update_experts if known else None,
+        )  # fmt: skip
         said = report if first and not drop else _unheard
         told = pass_of.told(own, recorder, drop=drop, first=first, report=said)
         told = replace(told, sample=numbered[0][1][1])
@@ -196,11 +207,25 @@ def score_sketched(
             if again:
                 run(again, first=False)
             settle(late)
-        return share_summaries(ranks, pass_of.summaries(), pass_of.names, layers), recorder
+        found = share_summaries(ranks, pass_of.summaries(), pass_of.names, layers)
+        order = {layer.name: place for place, layer in enumerate(layers)}
+        return sorted(found, key=lambda one: order[one.layer.name]), recorder
 
 
 def _unheard(_sequences: int) -> None:
     """Report nothing: of batches that another rank reports, or that were reported before."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """Measures some layers."""
+
+    device: torch.device
+    work: Callable[[], list[LayerSummary]]
+
+    def __call__(self) -> list[LayerSummary]:
+        with torch.no_grad():
+            return self.work()
 
 
 class _Passes:
@@ -213,16 +238,18 @@ class _Passes:
         pairing: _Pairing,
         places: FirstPlaces,
         watch: Callable[[Recorded], None] | None,
+        at_once: MixtureCounts,
     ) -> None:
         self._counts, self._squares, self._pairing, self._watch = counts, squares, pairing, watch
+        self._at_once = at_once
         self._pairs: dict[int, _Pairs] = {}
         self._places = places
         self._fresh: set[str] = set()
         """Layers that were seen in the pass under way."""
         self.names: list[str] = []
-        """Of the layers of `summaries`."""
+        """Of the layers of `summaries`, where every layer is measured by itself."""
         self._found: list[Iterable[LayerSummary]] = []
-        self._under_way: list[Future[LayerSummary]] = []
+        self._under_way: list[Future[list[LayerSummary]]] = []
         self._pool = ThreadPoolExecutor(max(1, torch.get_num_threads()))
 
     def told(
@@ -272,32 +299,55 @@ class _Passes:
         if new:
             self._places.tell(name)
 
+    def update_experts(self, seen: RecordedExperts) -> None:
+        """Count what the experts of a mixture gave."""
+        found: dict[str, _Pairs] = {}
+
+        def count(pairs: PairSketch, inputs: Tensor, rows: Tensor, source: str) -> None:
+            if source not in found:
+                found[source] = self._pairing.of(inputs)
+            _add_pairs(rows, pairs, found[source])
+
+        self._at_once.update(seen, count if self._pairing.share > 0 else None)
+
     def summarise(self, layers: Sequence[Layer], *, here: bool, norms: bool) -> None:
         """Measure and summarise what was counted of layers.
 
         Where weights go again (``here``), what is asked of them is taken before this returns; on a
         CPU the rest goes on beside the next layers. ``norms`` asks for norms of weights then too.
         """
-        counted = {layer.name: self._counts[layer.name] for layer in layers}
-        self.names += counted
+        jobs = self._jobs(layers, here=here, norms=norms)
+        self.names += [layer.name for layer in layers]
         if layers and not gpus_among(layer.device for layer in layers):
-            tasks = []
-            for layer in layers:
-                own, of_weight = counted[layer.name], weight_norms(layer) if norms or here else None
-                own.finer.keep()
-                tasks.append(self._pool.submit(self._summary, layer, own, of_weight))
+            tasks = [self._pool.submit(job) for job in jobs]
             self._collect()
             self._under_way = tasks
             if not here:
                 self._collect()
             return
-
-        def work(layer: Layer) -> LayerSummary:
-            of_weight = weight_norms(layer).cpu() if norms or here else None
-            return self._summary(layer, counted[layer.name], of_weight)
-
-        found = mapped(work, layers, at_once=how_many(layers))
+        found = chain.from_iterable(mapped(_Job.__call__, jobs, at_once=how_many(layers)))
         self._found.append(list(found) if here else found)
+
+    def _jobs(self, layers: Sequence[Layer], *, here: bool, norms: bool) -> list["_Job"]:
+        """Return what measures layers, one projection of a mixture's experts together."""
+        jobs, done = list[_Job](), set[str]()
+        on_cpu = not gpus_among(layer.device for layer in layers)
+        for one in self._at_once.take({layer.name for layer in layers}):
+            done |= {layer.name for layer in one.layers}
+            of_weight = one.weight_norms() if here else None
+            if here:
+                one.keep()
+            work = partial(one.summaries, pairs=self._pairing.share > 0, norms=of_weight)
+            jobs.append(_Job(one.layers[0].device, work))
+        for layer in (layer for layer in layers if layer.name not in done):
+            own, of_weight = self._counts[layer.name], None
+            if on_cpu and (norms or here):
+                of_weight = weight_norms(layer)
+            if on_cpu or here:
+                own.finer.keep()
+            asked = norms or here
+            jobs.append(_Job(layer.device, partial(self._summary, layer, own, of_weight, asked)))
+        return jobs
 
     def summaries(self) -> Iterator[LayerSummary]:
         """Yield all summaries as they are done, in the order in which they were asked for."""
@@ -310,16 +360,19 @@ class _Passes:
 
     def _collect(self) -> None:
         """Wait for what is under way."""
-        self._found.append([task.result() for task in self._under_way])
+        self._found.append([one for task in self._under_way for one in task.result()])
         self._under_way = []
 
-    def _summary(self, layer: Layer, own: LayerCounts, norms: Tensor | None) -> LayerSummary:
-        with torch.no_grad():
-            found = summarise(self._measure(layer, own), norms)
-            if norms is not None:  # the next blocks' neurons are counted where these were
-                own.outputs.release()
-                own.pairs.release()
-            return found
+    def _summary(
+        self, layer: Layer, own: LayerCounts, norms: Tensor | None, asked: bool
+    ) -> list[LayerSummary]:
+        if asked and norms is None:
+            norms = weight_norms(layer).cpu()
+        found = summarise(self._measure(layer, own), norms)
+        if norms is not None:  # the next blocks' neurons are counted where these were
+            own.outputs.release()
+            own.pairs.release()
+        return [found]
 
     def _measure(self, layer: Layer, own: LayerCounts) -> MeasuredLayer:
         found = own.outputs.result()

@@ -22,7 +22,8 @@ from entangle.models.layers import Layer
 from entangle.ranks import Ranks
 from entangle.recording.recorder import Batch
 from entangle.results.scores import LayerHistograms
-from entangle.scoring.layer_scores import FinerOutputs, LayerSummary
+from entangle.scoring.finer import FinerOutputs
+from entangle.scoring.layer_scores import LayerSummary
 from entangle.stats.bins import ToAdd, add_in_order
 from entangle.stats.mapping_difficulty import PairSketch
 from entangle.stats.sketch import OutputSketch

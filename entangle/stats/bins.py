@@ -216,7 +216,10 @@ def binned_distances(
 
 
 def binned_wd(
-    counts: Shaped[Tensor, "rows bins"], edges: Float[Tensor, "rows edges"], *, total: int
+    counts: Shaped[Tensor, "rows bins"],
+    edges: Float[Tensor, "rows edges"],
+    *,
+    total: int | Float[Tensor, "rows one=1"],
 ) -> Float[Tensor, " rows"]:
     """Return the first of `binned_distances` alone, in less time; ``total`` counts in each row."""
     return _integrated(counts, edges, total)[-1]
@@ -400,7 +403,7 @@ def bytes_a_neuron(n_groups: int) -> int:
 def resampled(
     counts: Int32[Tensor, "groups neurons folded"],
     powers: Float[Tensor, "groups two=2 neurons"],
-    tokens: Int64[Tensor, " groups"],
+    tokens: Int64[Tensor, " groups *layers"],
     low: Float[Tensor, " neurons"],
     high: Float[Tensor, " neurons"],
 ) -> tuple[
@@ -417,11 +420,14 @@ def resampled(
     powers
         Sums of x and its square over each group, in units of the bins, float64.
     tokens
-        Tokens of each group, on the CPU; empty groups are left out. NaN below two others.
+        Tokens of each group, on the CPU; empty groups are left out. NaN below two others. Or of
+        each group of several layers, which have equally many of the neurons and the same empty
+        groups.
     low, high
         Smallest and largest x.
     """
-    used = tokens.nonzero()[:, 0].tolist()
+    tokens = tokens.reshape(len(tokens), -1)
+    used = tokens.any(1).nonzero()[:, 0].tolist()
     each = torch.full_like(powers[:, 0], math.nan)
     if len(used) < 2:
         nothing = torch.full_like(powers[0], math.nan)
@@ -432,9 +438,10 @@ def resampled(
     chosen = torch.zeros(len(sets), len(tokens), dtype=torch.int32)
     for row, members in zip(chosen, sets, strict=True):
         row[list(members)] = 1
-    totals = (chosen.long() * tokens).sum(1).to(powers.device, non_blocking=True)
+    totals = (chosen.long() @ tokens).to(powers.device, non_blocking=True)
     chosen = chosen.to(powers.device, non_blocking=True)
-    moments = _sums_of_sets(powers, chosen) / totals[:, None]
+    moments = _sums_of_sets(powers, chosen)
+    moments = moments / totals.repeat_interleave(moments.shape[-1] // totals.shape[1], 1)
     shift, spread = mean_and_std(moments)
     found = binned_at_once(counts, chosen, shift, spread, low, high, fold=GROUP_FOLD)[0]
     found = found.masked_fill(spread <= LEAST_SPREAD * shift.abs(), math.nan)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int32
+from jaxtyping import Float, Float64, Int32
 from torch import Tensor
 
 from entangle.errors import InvalidInput
@@ -76,7 +76,8 @@ class SketchResult:
     """WD without each group, from which ``wd_se`` is; NaN of a group without tokens, and below two
     groups."""
     counts: Int32[Tensor, "neurons bins"]
-    """The histogram over ``entangle.stats.signed_edges(SAVED_FOLD)`` in units of ``scale``."""
+    """The histogram over ``entangle.stats.signed_edges(SAVED_FOLD)`` in units of ``scale``, from
+    ``first_bin`` on."""
     location: Float[Tensor, " neurons"]
     """Where the bins are centred, in the neuron's own units."""
     scale: Float[Tensor, " neurons"]
@@ -87,6 +88,8 @@ class SketchResult:
     """Largest output, in the neuron's own units."""
     n_tokens: int
     """Number of tokens seen."""
+    first_bin: int = 0
+    """Bins left out in front of ``counts``, all empty."""
 
 
 def _is_counted_by_kernels(sketch: "OutputSketch", *_: object, **__: object) -> bool:
@@ -261,7 +264,7 @@ class OutputSketch:
         if self.n_tokens == 0:
             raise InvalidInput("the sketch has seen no token.")
         self._close_group()
-        moments = self._powers / self.n_tokens
+        moments = self._powers / self._tokens_in(range(self.n_groups))
         shift, spread = mean_and_std(moments)
         location, scale = self._location.double(), self._scale.double()
         mean, std = location + scale * shift, scale * spread
@@ -281,12 +284,8 @@ class OutputSketch:
         places = torch.stack([location, scale, *ends])
         flags = torch.stack([constant, nan, inf])
         sizes = [len(columns), len(places), len(flags)]
-        table, counts = to_host(
-            [
-                torch.cat([columns, places, flags.to(places)]),
-                self._saved_counts(),
-            ]
-        )
+        first, folded = self._saved()
+        table, counts = to_host([torch.cat([columns, places, flags.to(places)]), folded])
         columns, places, flags = table.split(sizes)
         return SketchResult(
             shape=ShapeStatistics(*columns[:6], *flags.bool()),
@@ -300,6 +299,7 @@ class OutputSketch:
             low=places[2],
             high=places[3],
             n_tokens=self.n_tokens,
+            first_bin=first,
         )
 
     def release(self) -> None:
@@ -324,6 +324,14 @@ class OutputSketch:
         used = self._counts[:, first * GROUP_FOLD : (last + 1) * GROUP_FOLD]
         found[:, first * step : (last + 1) * step] = bins.fold_counts(used, SAVED_FOLD)
         return found
+
+    def _tokens_in(self, groups: Sequence[int]) -> int | Float64[Tensor, " neurons"]:
+        """Return the tokens of some groups, of all neurons or of each."""
+        return int(self._group_tokens[list(groups)].sum())
+
+    def _saved(self) -> tuple[int, Tensor]:
+        """Return the first bin that is saved, and the counts from there on."""
+        return 0, self._saved_counts()
 
     def _place(self, location: Tensor, scale: Tensor) -> None:
         device, n, groups = location.device, self.n_neurons, self.n_groups
@@ -474,13 +482,14 @@ class OutputSketch:
             placed.sub_(shift[part, None]).div_(spread[part, None])
             yield part, counts[:, first:end].index_select(0, part), placed
 
-    def _subset_wd(self, counts: Tensor, powers: Tensor, tokens: int) -> Tensor:
+    def _subset_wd(self, counts: Tensor, powers: Tensor, tokens: int | Tensor) -> Tensor:
         """Return the WD of some of the groups; NaN where rounding hides their spread."""
         shift, spread = mean_and_std(powers / tokens)
         wd = torch.empty_like(shift)
         parts = self._standardised(counts, shift, spread, _occupied(counts), fold=GROUP_FOLD)
         for part, own, edges in parts:
-            wd[part] = binned_wd(own, edges, total=tokens)
+            total = tokens if isinstance(tokens, int) else tokens[part, None]
+            wd[part] = binned_wd(own, edges, total=total)
         return wd.masked_fill(spread <= LEAST_SPREAD * shift.abs(), math.nan)
 
     def _resample_at_once(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -491,19 +500,18 @@ class OutputSketch:
     @dispatch(_resample_at_once, where=lambda sketch: has_kernels(sketch._group_counts))
     def _resample(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return the jackknife's standard error, WD of the two halves and without each group."""
-        used = [g for g in range(self.n_groups) if self._group_tokens[g] > 0]
+        used = [g for g in range(self.n_groups) if bool((self._group_tokens[g] > 0).any())]
         each = torch.full_like(self._group_powers[:, 0], math.nan)
         if len(used) < 2:
             nothing = torch.full_like(self._powers[:2], math.nan)
             return nothing[0], nothing, each
-        total = int(self._group_tokens.sum())
-        powers = sum_groups(self._group_powers)
+        total, powers = self._tokens_in(used), sum_groups(self._group_powers)
         without = torch.stack(
             [
                 self._subset_wd(
                     self._closed_counts - self._group_counts[g],
                     powers - self._group_powers[g],
-                    total - int(self._group_tokens[g]),
+                    total - self._tokens_in([g]),
                 )
                 for g in used
             ]
@@ -513,7 +521,7 @@ class OutputSketch:
                 self._subset_wd(
                     self._group_counts[half].sum(0, dtype=torch.int32),
                     sum_groups(self._group_powers[half]),
-                    int(self._group_tokens[half].sum()),
+                    self._tokens_in(half),
                 )
                 for half in (used[::2], used[1::2])
             ]

@@ -23,7 +23,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from scipy.special import ndtri
 from torch import Tensor
 
@@ -290,7 +290,7 @@ def _distances_of(
     return exact.sum(1), ks
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=4096)
 def null_floor(n_tokens: int, *, seed: int = 0, n_draws: int = 200) -> tuple[float, float]:
     """Return the WD of truly Gaussian outputs: its mean and 97.5th percentile.
 
@@ -306,16 +306,34 @@ def null_floor(n_tokens: int, *, seed: int = 0, n_draws: int = 200) -> tuple[flo
     Returns
     -------
     tuple of float
-        Mean and 97.5th percentile, in standard deviations. Above 8,192 tokens the law 1/√n,
-        which holds to about a percent there, takes over from the simulation. Tokens of one text
-        are correlated, so the floor of a real neuron lies higher.
+        Mean and 97.5th percentile, in standard deviations. Simulated for up to 256 tokens and for
+        512, 1,024, … 8,192; between them floor times √n, which changes by a percent or two from one
+        to the next, is interpolated in log n, and above the law 1/√n takes over, which holds to
+        about a percent there. (So hundreds of experts, each of its own number of tokens, do not
+        wait for as many simulations.) Tokens of one text are correlated, so the floor of a real
+        neuron lies higher.
     """
-    simulated = min(n_tokens, 8192)
-    wd = _gaussian_wd(simulated, seed, n_draws) * math.sqrt(simulated / n_tokens)
-    return float(wd.mean()), float(np.quantile(wd, 0.975))
+    if n_tokens <= _FEW:
+        found = _simulated_floor(n_tokens, seed, n_draws)
+    else:
+        octave = min(math.log2(n_tokens / _FEW), _OCTAVES)
+        below = min(int(octave), _OCTAVES - 1)
+        low, high = (_simulated_floor(_FEW << k, seed, n_draws) for k in (below, below + 1))
+        found = low + (octave - below) * (high - low)
+    mean, largest = found / math.sqrt(n_tokens)
+    return float(mean), float(largest)
 
 
-@lru_cache(maxsize=32)
+_FEW, _OCTAVES = 256, 5
+
+
+@lru_cache(maxsize=512)
+def _simulated_floor(n_tokens: int, seed: int, n_draws: int) -> np.ndarray:
+    """Return mean and 97.5th percentile of the WD of simulated Gaussian neurons, times √n."""
+    wd = _gaussian_wd(n_tokens, seed, n_draws)
+    return np.array([wd.mean(), np.quantile(wd, 0.975)]) * math.sqrt(n_tokens)
+
+
 def _gaussian_wd(n_tokens: int, seed: int, n_draws: int) -> np.ndarray:
     """Return the WD of simulated Gaussian neurons."""
     draws = numpy_rng(seed, "null floor").standard_normal((n_draws, n_tokens))
@@ -488,8 +506,14 @@ class FeatureSizes:
         """Add what `feature_squares` found in some tokens."""
         if self._split:
             self._parts.append(squares)
-        self._squares = squares.clone() if self._squares is None else self._squares + squares
+        if self._squares is None:
+            self._squares = torch.zeros_like(squares)
+        self._squares += squares
         self.n_tokens += n_tokens
+
+    def keep_in(self, squares: Float[Tensor, " features"]) -> None:
+        """Add squares in this memory from now on."""
+        self._squares = squares
 
     def known(self) -> Sequence[int]:
         """As `entangle.stats.sketch.OutputSketch.known`."""
@@ -515,8 +539,14 @@ class FeatureSizes:
     def rms(self) -> Float[Tensor, " features"]:
         """Return the root mean squares, in input units, on the CPU; there must be a token."""
         assert self._squares is not None  # noqa: S101
-        mean: Tensor = self._squares / max(1, self.n_tokens)
-        return mean.sqrt().clamp_min(_LEAST).cpu()
+        return root_mean_square(self._squares, max(1, self.n_tokens)).cpu()
+
+
+def root_mean_square(
+    squares: Float[Tensor, "*sets features"], n_tokens: int | Int64[Tensor, "*sets one=1"]
+) -> Float[Tensor, "*sets features"]:
+    """Return the root mean squares of inputs whose squares were summed over so many tokens."""
+    return (squares / n_tokens).sqrt().clamp_min(_LEAST)
 
 
 def _squares_in_blocks(rows: Tensor) -> Tensor:

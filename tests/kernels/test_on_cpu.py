@@ -10,7 +10,7 @@ from entangle.kernels import binned, counting, native, weights
 from entangle.stats import bins
 from entangle.stats.bins import mean_and_std
 from entangle.stats.mapping_difficulty import PairSketch
-from entangle.stats.sketch import OutputSketch
+from entangle.stats.sketch import OutputSketch, place_bins
 from entangle.stats.wasserstein import reach
 
 FORMS = native.forms()
@@ -43,8 +43,7 @@ def _outputs(tokens: int = 70, neurons: int = 85, dtype: torch.dtype = torch.flo
 
 def _sketches(y: Tensor, n_groups: int) -> tuple[OutputSketch, OutputSketch]:
     """Return sketches counted by the kernel, and plainly, with the same bins."""
-    one = OutputSketch(y.shape[1], n_groups=n_groups)
-    one.begin(y)
+    one = OutputSketch(y.shape[1], n_groups=n_groups).placed_at(torch.stack(place_bins(y)))
     two = one.fork() if n_groups == 8 else one.placed_at(one.place)  # type: ignore[arg-type]
     parts = y.tensor_split(n_groups)
     one.update(parts[0], group=0)

@@ -1,5 +1,7 @@
 """The kernels of the sketches against plain torch on the CPU: counts to the last one."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -39,7 +41,7 @@ def _add_outputs(
     y: Tensor, location: Tensor, scale: Tensor, device: str = "cpu"
 ) -> dict[str, Tensor]:
     n = y.shape[1]
-    state = {
+    state: dict[str, Any] = {
         "counts": torch.zeros(n, N_BINS, dtype=torch.int32),
         "powers": torch.zeros(4, n, dtype=torch.float64),
         "group_powers": torch.ones(2, n, dtype=torch.float64),
@@ -202,3 +204,50 @@ def test_a_grid_covers_all_neurons_and_no_part_counts_too_many() -> None:
         assert 64 * (tiles - 1) < neurons <= 64 * tiles
         assert parts >= 1
         assert -(-tokens // parts) <= 60_000
+
+
+@DTYPES
+@pytest.mark.parametrize("neurons", [64, 130])
+def test_outputs_of_several_layers(dtype: torch.dtype, neurons: int) -> None:
+    y = _numbers(3000, 2 * neurons, dtype).to(DEVICE)[:, :neurons]  # as gate among gate and up
+    ends = [(0, 700), (700, 700), (700, 701), (800, 3000)]
+    blocks = kernels.RowBlocks(ends, y.device)
+    location = torch.randn(4 * neurons, generator=torch_rng(1, "layers")).to(DEVICE)
+    scale = (torch.rand(4 * neurons, generator=torch_rng(2, "layers")) + 0.5).to(DEVICE)
+
+    def state(n: int) -> dict[str, Any]:
+        return {
+            "counts": torch.zeros(n, N_BINS, dtype=torch.int32, device=DEVICE),
+            "powers": torch.zeros(4, n, dtype=torch.float64, device=DEVICE),
+            "group_powers": torch.zeros(2, n, dtype=torch.float64, device=DEVICE),
+            "low": torch.full((n,), torch.inf, device=DEVICE),
+            "high": torch.full((n,), -torch.inf, device=DEVICE),
+            "nan": torch.zeros(n, dtype=torch.bool, device=DEVICE),
+            "inf": torch.zeros(n, dtype=torch.bool, device=DEVICE),
+        }
+
+    at_once = state(4 * neurons)
+    kernels.add_outputs(y, location, scale, **at_once, blocks=blocks)
+    for number, (start, end) in enumerate(ends):
+        own = slice(number * neurons, (number + 1) * neurons)
+        alone = state(neurons)
+        if end > start:
+            kernels.add_outputs(y[start:end], location[own], scale[own], **alone)
+        for name, value in alone.items():
+            there = at_once[name][..., own] if "powers" in name else at_once[name][own]
+            if "powers" in name:
+                torch.testing.assert_close(there, value, rtol=1e-5, atol=1e-3)
+            else:
+                assert torch.equal(there, value), name
+
+
+@DTYPES
+def test_sums_of_squares_of_several_layers(dtype: torch.dtype) -> None:
+    x = torch.randn(2000, 130, generator=torch_rng(0, "squares")).to(dtype).to(DEVICE)[:, :100]
+    ends = [(0, 3), (3, 3), (10, 2000)]
+    found = torch.ones(3, 100, dtype=torch.float64, device=DEVICE)
+    kernels.add_squares(x, kernels.RowBlocks(ends, x.device), found)
+    for own, (start, end) in zip(found, ends, strict=True):
+        torch.testing.assert_close(
+            own, x[start:end].double().square().sum(0) + 1, rtol=1e-5, atol=0
+        )

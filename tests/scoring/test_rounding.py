@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from entangle.models.layers import find_layers
 from entangle.results.scores import NeuronScores
-from entangle.scoring.layer_scores import COARSE, FinerOutputs, SharedSquares
+from entangle.scoring.finer import FinerOutputs, SharedSquares
+from entangle.scoring.layer_scores import COARSE
 from entangle.scoring.score import Method, score
 from entangle.stats.wasserstein import shape_statistics
 from entangle.texts.calibration_set import CalibrationSet

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from entangle.models.layers import find_layers
 from entangle.ranks import Ranks
-from entangle.scoring.layer_scores import FinerOutputs, SharedSquares
+from entangle.scoring.finer import FinerOutputs, SharedSquares
 from entangle.scoring.spread import FirstPlaces, LayerCounts, own_batches
 from entangle.seeding import torch_rng
 from entangle.stats.mapping_difficulty import PairSketch

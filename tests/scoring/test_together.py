@@ -1,0 +1,161 @@
+"""Experts counted and measured at once: the same numbers as one after the other."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import entangle
+from entangle.kernels.sketch import RowBlocks
+from entangle.models.grouped import Blocks
+from entangle.models.layers import find_layers
+from entangle.models.mixtures import banks_of, together
+from entangle.recording.hooks import observe
+from entangle.results.scores import NeuronScores
+from entangle.scoring.finer import _moments_at_once as moments_at_once
+from entangle.scoring.finer import block_moments, block_squares
+from entangle.seeding import torch_rng
+from entangle.stats.sketch import OutputSketch
+from entangle.stats.sketches import OutputSketches
+from tests.mixtures import TEXT, mixture, text
+
+
+def scored(module: nn.Module, **settings: Any) -> NeuronScores:
+    given: dict[str, Any] = {"proj": "experts", "min_tokens": 16, "method": "sketch"}
+    return entangle.score(module, TEXT(), batch_size=2, progress=False, **given | settings)
+
+
+def assert_same(at_once: NeuronScores, alone: NeuronScores) -> None:
+    """Counts, moments and WD to the bit; the bound of its error to rounding."""
+    for one, other in ((at_once.frame, alone.frame), (at_once.layers, alone.layers)):
+        assert list(one.columns) == list(other.columns)
+        for name in one:
+            if name == "wd_bound":
+                np.testing.assert_allclose(one[name], other[name], rtol=1e-9, atol=1e-10)
+            else:
+                assert one[name].equals(other[name]), name
+    assert list(at_once.histograms) == list(alone.histograms)
+    for name, counted in at_once.histograms.items():
+        theirs = alone.histograms[name]
+        assert counted.first_bin == theirs.first_bin
+        for part in ("counts", "location", "scale", "low", "high", "wd_without"):
+            np.testing.assert_array_equal(getattr(counted, part), getattr(theirs, part))
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("Mixtral", torch.bfloat16), ("GptOss", torch.float32), ("GptOss", torch.bfloat16),
+     ("JetMoe", torch.float32)],
+)  # fmt: skip
+def test_experts_at_once_have_the_scores_of_each_alone(name: str, dtype: torch.dtype) -> None:
+    module = mixture(name).to(dtype)
+    given = {"layers": 1}
+    assert_same(scored(module, **given), scored(module, watch=lambda _seen: None, **given))
+
+
+def test_top_1_experts_without_tokens_and_some_layers_alone() -> None:
+    module: Any = mixture("Mixtral", num_experts_per_tok=1)
+    module.model.layers[1].mlp.gate.weight.zero_()
+    module.model.layers[2].mlp.experts.gate_up_proj[1, 3, 2] = torch.nan
+    found = scored(module)
+    assert_same(found, scored(module, watch=lambda _seen: None))
+    assert found.manifest["settings"]["layers_without_tokens"]  # type: ignore[index]
+    assert set(found.frame["flag"]) >= {"", "nan"}
+    some = ["model.layers.0.mlp.experts.1.up_proj", "model.layers.0.mlp.experts.3.*"]
+    picked = scored(module, layers=some, proj=None)
+    rows = found.frame[found.frame["layer"].isin(picked.frame["layer"])]
+    assert len(picked.frame) == 48 + 48 + 48 + 32
+    assert picked.frame["wd"].tolist() == rows["wd"].tolist()
+
+
+@pytest.mark.parametrize("name", ["Qwen3Moe", "GptOss", "DeepseekV2", "Dbrx"])
+def test_what_is_told_at_once_is_what_each_expert_gives(name: str) -> None:
+    module: Any = mixture(name)
+    (bank, *_), ids, alone = banks_of(module), text(3, 12), dict[str, Tensor]()
+    layers = [
+        one for one in find_layers(module, "all", "experts") if one.name.startswith(bank.name)
+    ]
+    with observe(layers, lambda layer, _inputs, outputs: alone.update({layer.name: outputs})):
+        logits = module(ids).logits
+    told: list[Any] = []
+    with together(bank, told.append):
+        watched = module(ids).logits
+    assert torch.equal(watched, logits)
+    (rows,) = told
+    assert rows.starts == rows.bounds.tolist()
+    for layer in layers:
+        number, key = layer.name.split(".")[-2:]
+        own = rows.outputs[key][slice(*rows.starts[int(number) : int(number) + 2])]
+        assert torch.equal(own, alone.get(layer.name, own[:0]))
+    assert "forward" not in bank.runs[0].__dict__
+    assert not bank.watchers
+
+
+def test_padding_is_of_no_expert() -> None:
+    (bank, *_) = banks_of(mixture("Mixtral"))
+    x, index, weights = torch.randn(3, 32), torch.tensor([[0, 4], [4, 4], [3, 1]]), torch.rand(3, 2)
+    told: list[Any] = []
+    with together(bank, told.append):
+        found = bank.run(bank.home, x, index, weights)
+    assert torch.equal(found, bank.run(bank.home, x, index, weights))
+    assert told[0].starts == [0, 1, 2, 2, 3]
+
+
+def test_blocks_multiply_each_row_by_its_own_weight() -> None:
+    rng = torch_rng(0, "blocks")
+    numbers = torch.tensor([0, 0, 2, 2, 2, 3])  # 1 has none, 3 is of no expert
+    x, weight = torch.randn(6, 5, generator=rng), torch.randn(3, 4, 5, generator=rng)
+    bias = torch.randn(3, 4, generator=rng)
+    blocks = Blocks.of(numbers, 3)
+    found = blocks.linear(x, weight, bias)
+    for row in range(5):
+        torch.testing.assert_close(found[row], weight[numbers[row]] @ x[row] + bias[numbers[row]])
+
+
+def test_sketches_at_once_are_sketches_of_each() -> None:
+    rng = torch_rng(0, "sketches")
+    sketches, alone = (
+        OutputSketches(4, 6, n_groups=3),
+        [OutputSketch(6, n_groups=3) for _ in "1234"],
+    )
+    for group in (0, 0, 1, 2):
+        y = torch.randn(900, 6, generator=rng).exp()
+        ends = [(0, 500), (500, 500), (500, 900 - 7 * group), (890, 900)]
+        ends[3] = ends[3] if group == 2 else (0, 0)  # the last sees its first tokens late
+        sketches.update(y, RowBlocks(ends, y.device), group=group)
+        for one, (start, end) in zip(alone, ends, strict=True):
+            one.update(y[start:end], group=group)
+    seen = [0, 2, 3]
+    found = {}
+    for numbers, result in sketches.result():
+        for place, number in enumerate(numbers):
+            found[number] = result, slice(6 * place, 6 * place + 6)
+    assert sorted(found) == seen
+    for number in seen:
+        (result, own), other = found[number], alone[number].result()
+        assert sketches.each[number].n_tokens == other.n_tokens
+        first, last = result.first_bin, result.first_bin + result.counts.shape[1]
+        assert torch.equal(result.counts[own], other.counts[:, first:last])
+        assert int(result.counts[own].sum()) == int(other.counts.sum())
+        for name in ("wd", "ks", "mean", "std", "skewness", "excess_kurtosis", "constant"):
+            one, two = getattr(result.shape, name)[own], getattr(other.shape, name)
+            assert torch.equal(one, two), name
+        for name in ("wd_se", "wd_halves", "wd_without", "location", "low", "high"):
+            one, two = getattr(result, name)[..., own], getattr(other, name)
+            torch.testing.assert_close(one, two, rtol=0, atol=0, equal_nan=True)
+
+
+def test_sums_over_blocks() -> None:
+    y = torch.randn(40, 7, generator=torch_rng(0, "sums")) + 2
+    blocks = RowBlocks([(0, 11), (11, 11), (20, 40)], y.device)
+    squares, (mean, std) = block_squares(y, blocks), moments_at_once(y, blocks)
+    for number, (start, end) in enumerate(blocks.ends):
+        own = y[start:end].double()
+        torch.testing.assert_close(squares[number], own.square().sum(0), rtol=1e-6, atol=0)
+        if end > start:
+            torch.testing.assert_close(mean[number], own.mean(0), rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(std[number], own.std(0, correction=0), rtol=1e-5, atol=1e-6)
+            for one, two in zip(block_moments(y, blocks), (mean, std), strict=True):
+                torch.testing.assert_close(one[number], two[number], rtol=1e-5, atol=1e-6)
