@@ -69,7 +69,7 @@ def _sizes_page(job: Job) -> list[dict[str, Any]]:
 
 
 def _sizes_compare(job: Job) -> list[dict[str, Any]]:
-    """Return as many trials as tell what a method adds to those before it."""
+    """Return as many trials as tell what tokens and layers of a method take, and experts."""
     common = {"sparsity": (0.5,), "arms": None}
     found: list[dict[str, Any]] = []
     for method in job.given["methods"]:
@@ -77,7 +77,7 @@ def _sizes_compare(job: Job) -> list[dict[str, Any]]:
             (2, 4) if method == "expansion" else (2,) if method == "expansion-random" else (1,)
         )
         for k in several:
-            shapes = 2 if found else 4
+            shapes = 2 if k > 2 or method == "expansion-random" else 4
             found.append(common | {"methods": [method], "experts": [k], "shapes": shapes})
     return found
 

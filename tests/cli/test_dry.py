@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from entangle.cli import dry, options, trials
+from entangle.cli import anchor, composed, dry, options, trials
 from entangle.errors import MemoryLimit, Unavailable
 from entangle.memory import refuse_beyond
 from entangle.models.layers import find_blocks, list_layers
@@ -24,7 +25,6 @@ COMMANDS = {
     "prune": (*TEXT, *EVALUATED),
     "expand": (*TEXT, "--experts", 3),
     "evaluate": EVALUATED,
-    "anchor": (*TEXT, "--layer", 0, "--proj", "up_proj", "--active", 4),
     "experts": TEXT,
     "study": (*TEXT, *EVALUATED, "--size", "small", "--claims", "wd-md,pruning,syntax"),
 }  # fmt: skip
@@ -107,9 +107,49 @@ def check_claims(told: dict[str, Any]) -> None:
     )
 
 
-def test_revisions_take_what_the_first_takes(
-    run: Run, tiny_folder: Callable[[str], Path], text_file: Path, tmp_path: Path
+class Known:
+    """Stands for trials: all work takes the same."""
+
+    once, beside = 0.25, ()
+
+    def told(self, _job: trials.Job, _counts: trials.Counts) -> trials.Spent:
+        return trials.Spent(1.0, 2.0, 3, 0, 5)
+
+
+def test_an_anchor_runs_the_text_as_often_as_is_told(
+    tiny_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
+    from entangle.models.loading import load_model
+    from entangle.texts.calibration import as_calibration
+
+    model = load_model(tiny_folder("llama"))
+    text = as_calibration(torch.randint(4, 60, (24, 32)), model)
+    layers = tuple(one for one in list_layers(model.module) if one.name.endswith("0.mlp.up_proj"))
+    settings = {"dictionary": None, "atoms": 8, "active": 2, "threshold": 0.3,
+                "controls": ["variance"]}  # fmt: skip
+    given = {"settings": settings, "memory": None, "batch_size": None, "md": True, "n_boot": 2,
+             "method": "exact", "brought": None}  # fmt: skip
+    job, seen = trials.Job(model, layers, text, None, given), list[int]()
+    layers[0].module.register_forward_hook(
+        lambda _module, inputs, _output: seen.append(inputs[0].shape[:-1].numel())
+    )
+    anchor.dry_run(job, tmp_path / "made")
+    counted = anchor.dry_counts(job)
+    told = counted.passes[0] * job.tokens
+    assert told <= sum(seen) <= 1.2 * told  # beside them the model is tried on a few tokens
+    more = anchor.dry_counts(replace(job, given={**given, "settings": {**settings, "atoms": 16}}))
+    assert more.time["grams"] == 4 * counted.time["grams"]
+    assert more.time["drawn"] == counted.time["drawn"] == 2 * job.neurons
+
+
+def test_revisions_take_what_the_first_takes(
+    run: Run,
+    tiny_folder: Callable[[str], Path],
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(composed, "measure", lambda *_, **__: (Known(), 0.5))
     model, place = tiny_folder("gpt2"), tmp_path / "steps"
     for step in (1, 2, 3):
         shutil.copytree(model, place / f"step{step}")
@@ -123,6 +163,8 @@ def test_revisions_take_what_the_first_takes(
     assert len(seconds) == 3
     assert 0 < seconds[1] == seconds[2] < seconds[0]
     assert sum(seconds) == pytest.approx(told["cpu_seconds"])
+    assert seconds[0] > 1.0 * 3 + 0.25 * 3 + 0.5  # both experiments and the page
+    assert told["disk_bytes"] == 5 * (3 * 2 + 1)
     assert told["passes"] == 3 * 2
     assert told["evaluation_passes"] == 3 * (1 + 1 + 2)  # dense, top, two draws
     assert run(*asked[:-3], "--seeds", 0, "--dry-run").status == 2

@@ -13,8 +13,10 @@ import pytest
 from scipy.stats import wasserstein_distance
 
 import entangle
+from entangle.cli import composed
 from entangle.cli.composed import Planned
 from entangle.cli.main import main
+from entangle.cli.trials import Counts, Measured, Spent
 from entangle.errors import InvalidInput
 from entangle.models.loading import LanguageModel
 from entangle.results.scores import NeuronScores
@@ -191,6 +193,8 @@ def test_an_unfinished_study_is_gone_on_with(
     assert beside(out, "studying").is_dir()
     assert run(model, *texts, *asked) == 2  # there is unfinished work
     capsys.readouterr()
+    known = Measured("cpu", [(Counts({}, {}, {}), Spent(1.0, 1.0, 1, 0, 1))], (), 0.0, 0, 0, 1.0)
+    monkeypatch.setattr(composed, "measure", lambda *_, **__: (known, 0.0))
     assert run(model, *texts, *asked, "--resume", "--dry-run", "--json") == 0
     told = json.loads(capsys.readouterr().out)
     assert [one["claim"] for one in told["claims"]] == ["stopping", "wd-md"]
