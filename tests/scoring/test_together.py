@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import entangle
+from entangle.kernels import sketch as kernels
 from entangle.kernels.sketch import RowBlocks
 from entangle.models.grouped import Blocks
 from entangle.models.layers import find_layers
@@ -198,10 +199,10 @@ def test_the_way_of_a_gpu_keeps_books_as_each_sketch_does(monkeypatch: pytest.Mo
         for one, (start, end) in zip(alone, ends, strict=True):
             one.update(y[start:end], group=group)
     expected = {number: alone[number].result() for number in (0, 2)}
-    monkeypatch.setattr(sketches_module.kernels, "fits", lambda *_, **__: True)
+    monkeypatch.setattr(kernels, "fits", lambda *_, **__: True)
     monkeypatch.setattr(sketches_module, "usable", lambda _tensor: True)
-    monkeypatch.setattr(sketches_module.kernels, "add_outputs", counted_plainly)
-    monkeypatch.setattr(sketches_module.kernels, "close_group", closed_plainly)
+    monkeypatch.setattr(kernels, "add_outputs", counted_plainly)
+    monkeypatch.setattr(kernels, "close_group", closed_plainly)
     sketches = OutputSketches(3, 6, n_groups=3)
     for group, y in passes:
         sketches.update(y, RowBlocks(ends, y.device), group=group)
