@@ -2,12 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import entangle
 from entangle.cli.main import main
-from tests.mixtures import text, with_super
+from tests.mixtures import mixture, text, with_super
 from tests.tiny_models import TINY
 
 IDS = text(4, 24)
@@ -77,3 +78,35 @@ def test_scores_without_experts_are_refused_before_the_text_is_run(
     command = ["experts", str(tmp_path / "model"), "--scores", str(tmp_path / "scores"), *given]
     assert main(command) == 2
     assert "--proj experts" in capsys.readouterr().err
+
+
+def test_mixtures_are_pruned_into_a_folder(
+    tmp_path: Path, own_home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mixture("Qwen3Moe").save_pretrained(tmp_path / "model")  # type: ignore[operator]
+    entangle.load_calibration(IDS).save(tmp_path / "ids.safetensors")
+    given = [
+        "prune", str(tmp_path / "model"), "--calibration", str(tmp_path / "ids.safetensors"),
+        "--method", "ean", "--sparsity", "0.5",
+    ]  # fmt: skip
+    assert main([*given, "--evaluation", str(tmp_path / "ids.safetensors"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [one["experts"] for one in found["layers"]] == [2, 2, 2]
+    assert [one["model"] for one in found["model"]] == ["dense", "pruned"]
+    (kept,) = (own_home / "runs").iterdir()
+    written: Any = entangle.load_model(kept).module
+    assert written.config.num_experts == 2
+    assert main(["show", str(kept), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kind"] == "pruning"
+    assert main([*given, "--evaluation", str(tmp_path / "ids.safetensors")]) == 0
+    printed = capsys.readouterr()
+    assert f"read from {kept}" in printed.err
+    assert "experts_before" in printed.out
+    for wrong in (["--pattern", "2:4"], ["--layer", "0"], ["--dry-run"]):
+        assert main([*given, *wrong]) == 2
+        assert "--method" in capsys.readouterr().err
+    assert main([*given[:-2], "--out", str(tmp_path / "no")]) == 2
+    assert "--sparsity" in capsys.readouterr().err
+    assert main([*given[:-3], "mone", "--sparsity", "0.25", "--out", str(tmp_path / "no")]) == 2
+    assert "constants" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import entangle
+from entangle.kernels import sketch as kernels
 from entangle.kernels.sketch import RowBlocks
 from entangle.models.grouped import Blocks
 from entangle.models.layers import find_layers
@@ -17,6 +18,9 @@ from entangle.results.scores import NeuronScores
 from entangle.scoring.finer import _moments_at_once as moments_at_once
 from entangle.scoring.finer import block_moments, block_squares
 from entangle.seeding import torch_rng
+from entangle.stats import bins
+from entangle.stats import sketches as sketches_module
+from entangle.stats.edges import N_BINS
 from entangle.stats.sketch import OutputSketch
 from entangle.stats.sketches import OutputSketches
 from tests.mixtures import TEXT, mixture, text
@@ -159,3 +163,81 @@ def test_sums_over_blocks() -> None:
             torch.testing.assert_close(std[number], own.std(0, correction=0), rtol=1e-5, atol=1e-6)
             for one, two in zip(block_moments(y, blocks), (mean, std), strict=True):
                 torch.testing.assert_close(one[number], two[number], rtol=1e-5, atol=1e-6)
+
+
+def counted_plainly(rows: Tensor, location: Tensor, scale: Tensor, **state: Any) -> None:
+    """Do what the kernel does, on a CPU."""
+    n = rows.shape[1]
+    for number, (start, end) in enumerate(state["blocks"].ends):
+        own = slice(number * n, (number + 1) * n)
+        if end == start:
+            continue
+        x = (rows[start:end].float() - location[own]) / scale[own]
+        index = bins.signed_index(x).long()
+        state["counts"][own] += torch.zeros(n, N_BINS, dtype=torch.int32).scatter_add_(
+            1, index.T, torch.ones_like(index.T, dtype=torch.int32)
+        )
+        for k in range(4):
+            state["powers"][k, own] += x.double().pow(k + 1).sum(0)
+            if k < 2:
+                state["group_powers"][k, own] += x.double().pow(k + 1).sum(0)
+        state["low"][own] = state["low"][own].minimum(x.amin(0))
+        state["high"][own] = state["high"][own].maximum(x.amax(0))
+
+
+def closed_plainly(counts: Tensor, **state: Any) -> None:
+    now = bins.fold_counts(counts, bins.GROUP_FOLD)
+    state["group"] += now - state["closed"]
+    state["closed"].copy_(now)
+
+
+def test_the_way_of_a_gpu_keeps_books_as_each_sketch_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng, ends = torch_rng(0, "books"), [(0, 500), (500, 500), (500, 900)]
+    alone = [OutputSketch(6, n_groups=3) for _ in ends]
+    passes = [(group, torch.randn(900, 6, generator=rng)) for group in (0, 0, 2)]
+    for group, y in passes:
+        for one, (start, end) in zip(alone, ends, strict=True):
+            one.update(y[start:end], group=group)
+    expected = {number: alone[number].result() for number in (0, 2)}
+    monkeypatch.setattr(kernels, "fits", lambda *_, **__: True)
+    monkeypatch.setattr(sketches_module, "usable", lambda _tensor: True)
+    monkeypatch.setattr(kernels, "add_outputs", counted_plainly)
+    monkeypatch.setattr(kernels, "close_group", closed_plainly)
+    sketches = OutputSketches(3, 6, n_groups=3)
+    for group, y in passes:
+        sketches.update(y, RowBlocks(ends, y.device), group=group)
+    ((numbers, found),) = sketches.result()
+    assert numbers == [0, 2]
+    for place, number in enumerate(numbers):
+        own, other = slice(6 * place, 6 * place + 6), expected[number]
+        counts = other.counts[:, found.first_bin : found.first_bin + found.counts.shape[1]]
+        assert torch.equal(found.counts[own], counts)
+        for name in ("wd_se", "wd_halves", "wd_without"):
+            one, two = getattr(found, name)[..., own], getattr(other, name)
+            torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-7, equal_nan=True)
+        torch.testing.assert_close(found.shape.wd[own], other.shape.wd, rtol=1e-5, atol=1e-7)
+
+
+def test_totals_of_several_layers_are_each_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the jackknife on a GPU: moments of sets of groups, whose tokens differ by layer."""
+    given: dict[str, Tensor] = {}
+
+    def noted(_counts: Any, _chosen: Any, shift: Tensor, spread: Tensor, *_: Any, **__: Any) -> Any:
+        given.update(shift=shift, spread=spread)
+        return torch.zeros(3, *shift.shape, dtype=torch.float64)
+
+    monkeypatch.setattr(bins, "binned_at_once", noted)
+    x = torch.randn(3, 50, 4, generator=torch_rng(0, "totals"), dtype=torch.float64)
+    tokens = torch.tensor([[50, 20], [0, 0], [30, 40]])  # groups, layers of two neurons
+    powers = torch.zeros(3, 2, 4, dtype=torch.float64)
+    for group in range(3):
+        for layer in range(2):
+            own = x[group, : tokens[group, layer], 2 * layer : 2 * layer + 2]
+            powers[group, :, 2 * layer : 2 * layer + 2] = torch.stack([own.sum(0), (own**2).sum(0)])
+    nothing = torch.zeros(3, 4, 192, dtype=torch.int32)
+    bins.resampled(nothing, powers, tokens, torch.zeros(4), torch.zeros(4))
+    for layer in range(2):  # without group 0, without group 2, even and odd ones of those used
+        for row, group in enumerate((2, 0, 0, 2)):
+            own = x[group, : tokens[group, layer], 2 * layer : 2 * layer + 2]
+            found = given["shift"][row, 2 * layer : 2 * layer + 2]
+            torch.testing.assert_close(found, own.mean(0))
