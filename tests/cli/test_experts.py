@@ -40,7 +40,8 @@ def test_scores_of_experts_tell_how_many_tokens_they_saw_and_a_page_reads_none(
     tmp_path: Path, own_home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = str(tmp_path / "model")
-    mixture("Mixtral").save_pretrained(model)
+    module: Any = mixture("Mixtral")
+    module.save_pretrained(model)
     entangle.load_calibration(text(8, 32)).save(tmp_path / "ids.safetensors")
     calibration = ["--calibration", str(tmp_path / "ids.safetensors")]
     given = ["score", model, "--proj", "experts", "--min-tokens", "2", *calibration]
