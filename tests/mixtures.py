@@ -60,7 +60,7 @@ def mixture(name: str, **settings: Any) -> nn.Module:
     config, given = FAMILIES[name]
     kind: Any = getattr(hf, f"{name}ForCausalLM")
     with own_generator(0):
-        model: nn.Module = kind(getattr(hf, config)(**given, **settings))
+        model: nn.Module = kind(getattr(hf, config)(**{**given, **settings}))
         for parameter in model.parameters():
             nn.init.normal_(parameter, std=0.15)
     return model.eval().requires_grad_(False)

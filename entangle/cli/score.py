@@ -212,8 +212,10 @@ def score_tables(scores: "NeuronScores", summary: "pd.DataFrame", *, top: int) -
     first, ranking = scores.layers.iloc[0], scores.top(top)
     ranked = ranking[[name for name in TOP_COLUMNS if name != "flag"]]
     ranked.insert(0, "rank", range(1, len(ranked) + 1))
+    few, most = scores.layers["n_tokens"].min(), scores.layers["n_tokens"].max()
+    tokens = f"{most:,}" if few == most else f"{few:,} to {most:,}"  # each expert sees its own
     title = (
-        f"Wasserstein distance by layer ({first['method']}, {first['n_tokens']:,} tokens, "
+        f"Wasserstein distance by layer ({first['method']}, {tokens} tokens, "
         f"special tokens: {scores.special_tokens})"
     )
     settings: dict[str, Any] = {"formats": FORMATS, "optional": OPTIONAL}

@@ -501,15 +501,17 @@ def _choose(
     name: str, pool: pd.DataFrame, rule: str, by: str, *, size: int, seed: int
 ) -> pd.DataFrame:
     """Choose ``size`` rows of one layer or of all; ``name`` says which."""
+    few = int((pool["flag"] == "few_tokens").sum())
     pool = pool[pool["flag"] == ""]
     if rule != "random":
         pool = pool.assign(value=column(pool, by))
         pool = pool[pool["value"].notna()]
     if size > len(pool):
         valued = "" if rule == "random" else f" and with a {by}"
+        more = f" ({few} more are of experts that saw few tokens: give more text)" if few else ""
         raise InvalidInput(
             f"a selection of {size} neurons does not fit {name}, which has {len(pool)} without a "
-            f"flag{valued}; lower `fraction` or `count`."
+            f"flag{valued}{more}; lower `fraction` or `count`."
         )
     if rule == "random":
         return pool.iloc[numpy_rng(seed, "selection", rule, name).permutation(len(pool))[:size]]

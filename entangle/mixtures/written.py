@@ -178,6 +178,11 @@ def _probe(pruned: PrunedMixtures) -> Tensor:
 def _hold(measured: Any, written: Any, folder: str) -> None:
     """Refuse what computes something else than what was measured."""
     one, two = (found.logits.float() for found in (measured, written))
+    if not bool(one.isfinite().all()):
+        raise InvalidInput(
+            "the pruned model's logits are not finite, so what is written cannot be held against "
+            "what was measured; mend the model, or prune the experts that make them so."
+        )
     apart = float((one - two.to(one.device)).norm() / one.norm())
     exact = measured.logits.dtype == torch.float32
     if not apart <= (1e-3 if exact else 0.1):
@@ -346,13 +351,12 @@ def _report(
     seen, costs, rows = pruned.statistics, pruned.costs(), pruned.layers
     dense = seen.model.module
     everything = sum(math.prod(layer.shape) for layer in list_layers(dense))
-    gone = sum(one.numel() for one in dense.parameters())
-    gone -= sum(one.numel() for one in written.module.parameters())
     path, width = find_blocks(dense)[0], next(dense.parameters()).element_size()
     held = {
         bank.name: sum(math.prod(stack.shape) for stack in bank.stacks.values()) * bank.n_experts
         for bank in banks_of(written.module)
     }
+    gone = int(rows["stored_before"].sum()) - sum(held[name] for name in rows["layer"])
     table = pd.DataFrame(
         {
             "layer": rows["layer"],

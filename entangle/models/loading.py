@@ -25,6 +25,7 @@ from entangle.memory import free_on, refuse_beyond
 from entangle.models import demo, gguf_files, pretrained
 from entangle.models.cache import FLOATS, stored_sizes
 from entangle.models.hub import ADAPTER_CONFIG, check_folder, check_settings, model_source
+from entangle.models.mixtures import run_odd_widths
 from entangle.models.pretrained import Loaded
 from entangle.models.shards import device_of, digest_of, stored_of
 from entangle.models.streaming import is_streamed
@@ -333,6 +334,7 @@ class _Placed:
 
 def _check_runs(model: LanguageModel) -> None:
     """Run a few tokens, so that a config that no token passes is told of at once."""
+    run_odd_widths(model.module)
     n_tokens = min(4, model.context_length or 4)
     ids = torch.zeros(1, n_tokens, dtype=torch.int64, device=model.device)
     accepted = inspect.signature(model.module.forward).parameters

@@ -406,6 +406,23 @@ def banks_of(module: nn.Module) -> list[ExpertBank]:
     return list({id(bank): bank for bank in found if bank is not None}.values())
 
 
+def run_odd_widths(module: nn.Module) -> None:
+    """Have mixtures run eagerly where transformers' own product of stacked experts cannot.
+
+    That one (``grouped_mm``) wants rows of whole 16 bytes.
+    """
+    config = getattr(module, "config", None)
+    if getattr(config, "_experts_implementation", None) != "grouped_mm":
+        return
+    stored = [
+        one
+        for part in module.modules() if hasattr(part, "is_transposed")
+        for one in part._parameters.values() if one is not None and one.ndim == 3
+    ]  # fmt: skip
+    if any(size * one.element_size() % 16 for one in stored for size in one.shape[1:]):
+        cast("Any", module).set_experts_implementation("eager")
+
+
 def expert_shares(module: nn.Module) -> dict[str, float]:
     """Return k / n of every mixture that sends a token to k of its n experts, by its name.
 

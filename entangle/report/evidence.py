@@ -431,8 +431,12 @@ class _Gathering:
                 f"Outputs that were computed again differ from the scores by up to "
                 f"{self._found.drift:.2g} σ in the mean, as in another precision."
             )
+        by_reason = defaultdict[str, list[str]](list)
         for name, reason in self._found.left_out.items():
-            yield f"Nothing was read of {name}: {reason}."
+            by_reason[reason].append(name)
+        for reason, names in by_reason.items():
+            some = f"{names[0]} and {len(names) - 1} more" if names[1:] else names[0]
+            yield f"Nothing was read of {some}: {reason}."
 
 
 def _ranked(z: NDArray[np.float64], ordered: NDArray[np.float64]) -> Iterator[tuple[str, int]]:

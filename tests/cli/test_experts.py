@@ -36,6 +36,28 @@ def test_the_command_prints_and_keeps_them(
     assert main([given[0], str(tmp_path / "plain"), *given[2:]]) == 2
 
 
+def test_scores_of_experts_tell_how_many_tokens_they_saw_and_a_page_reads_none(
+    tmp_path: Path, own_home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(tmp_path / "model")
+    module: Any = mixture("Mixtral")
+    module.save_pretrained(model)
+    entangle.load_calibration(text(8, 32)).save(tmp_path / "ids.safetensors")
+    calibration = ["--calibration", str(tmp_path / "ids.safetensors")]
+    given = ["score", model, "--proj", "experts", "--min-tokens", "2", *calibration]
+    assert main([*given, "--out", str(tmp_path / "scores")]) == 0
+    counts = entangle.load_scores(tmp_path / "scores").layers["n_tokens"]
+    assert counts.min() < counts.max()
+    title = capsys.readouterr().out.splitlines()[0]
+    assert f" {counts.min()} to {counts.max()} tokens" in title
+    page = ["report", str(tmp_path / "scores"), "--model", model, *calibration]
+    assert main([*page, "--out", str(tmp_path / "page.html")]) == 0
+    said = capsys.readouterr()
+    notes = [line for line in (said.out + said.err).splitlines() if "Nothing was read" in line]
+    assert len(notes) == 1  # not one a layer
+    assert f"{len(counts) - 1} more" in notes[0]
+
+
 def test_scores_of_another_model_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -89,6 +89,8 @@ def test_experts_are_ablated_and_those_of_few_tokens_left_out() -> None:
         entangle.ablate(
             module, ids, scores=scores, **{**settings, "layers": min(few), "proj": None}
         )
+    with pytest.raises(InvalidInput, match="more text"):  # all experts saw too few
+        entangle.ablate(module, ids[:2], **settings)
 
 
 def test_decomposition_and_modes_tell_the_tokens_that_an_expert_sees() -> None:
