@@ -181,8 +181,22 @@ def first_blocks(model: "LanguageModel", count: int, start: int = 0) -> "Languag
     del blocks[:start]
     config: Any = getattr(module, "config", None)
     if hasattr(config, "num_hidden_layers"):
-        config.num_hidden_layers = count
+        _shorten(config, start, count)
     return LanguageModel(module, model.tokenizer, model.name, "memory", None)
+
+
+def _shorten(config: Any, start: int, count: int) -> None:
+    """Let a configuration tell of some blocks alone, as do its lists with an item a block.
+
+    Not where a model makes inputs for all of its blocks before them, as Gemma 3n does.
+    """
+    if getattr(config, "hidden_size_per_layer_input", 0):
+        return
+    whole = config.num_hidden_layers
+    for name, value in vars(config).items():
+        if isinstance(value, list | tuple) and len(value) == whole and "token" not in name:
+            setattr(config, name, value[start : start + count])
+    config.num_hidden_layers = count
 
 
 def _endings(model: "LanguageModel", layers: "Sequence[Layer]") -> tuple[int, list[str]]:

@@ -58,6 +58,8 @@ _SUMS = 2.5 * 16 * 2.0**-24
 """Error of WD through sums of x and x² that are wrong by 15 roundings: (δm₁ + 1.5 δm₂) / s²."""
 
 _NORMAL_IQR = 1.3489795003921634
+_FARTHEST = 1e30
+"""Units of its bins that a neuron's outputs may lie from their middle, so that none overflows."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -505,12 +507,12 @@ class OutputSketch:
         if len(used) < 2:
             nothing = torch.full_like(self._powers[:2], math.nan)
             return nothing[0], nothing, each
-        total, powers = self._tokens_in(used), sum_groups(self._group_powers)
+        total = self._tokens_in(used)
         without = torch.stack(
             [
                 self._subset_wd(
                     self._closed_counts - self._group_counts[g],
-                    powers - self._group_powers[g],
+                    sum_groups(self._group_powers[[one for one in used if one != g]]),
                     total - self._tokens_in([g]),
                 )
                 for g in used
@@ -570,5 +572,7 @@ def place_bins(
         deviations = (ordered[flat] - location[flat, None]).to(accumulator_dtype(ordered.device))
         scale[flat] = deviations.square().mean(1).sqrt().to(ordered)
     floor = location.abs() * torch.finfo(torch.float32).eps
+    ends = ordered[:, [0, -1]] / _FARTHEST - location[:, None] / _FARTHEST
+    floor = floor.maximum(ends.abs().amax(1))
     scale = torch.where(scale > floor, scale, floor)
     return location, torch.where(scale > torch.finfo(torch.float32).tiny, scale, 1.0)

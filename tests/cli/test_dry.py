@@ -15,8 +15,10 @@ from entangle.cli import anchor, composed, dry, options, trials
 from entangle.errors import MemoryLimit, Unavailable
 from entangle.memory import refuse_beyond
 from entangle.models.layers import find_blocks, list_layers
+from entangle.models.loading import as_language_model
 from entangle.runs.places import check_room
 from tests.cli.runs import Run
+from tests.tiny_models import OTHERS, TINY, build_other
 
 EVALUATED = ("--eval-seq-len", 32, "--eval-windows", 8)
 TEXT = ("--n-seq", 24, "--seq-len", 32)
@@ -192,6 +194,23 @@ def test_a_trial_ends_after_few_blocks_of_the_model(tiny_folder: Callable[[str],
         logits = short.module(ids).logits
     assert logits.shape[-1] == model.vocab_size
     assert np.isfinite(logits.numpy()).all()
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gemma3n"])
+def test_a_trial_runs_and_can_be_written_where_blocks_are_told_apart(
+    name: str, tmp_path: Path
+) -> None:
+    module: Any = build_other(name) if name in OTHERS else TINY[name]()
+    whole, short = as_language_model(module), tmp_path / "short"
+    for start in (0, 1) if name == "gemma3" else (0,):
+        cut: Any = trials.first_blocks(whole, 1, start=start).module
+        with torch.no_grad():
+            assert cut(torch.arange(4, 12)[None], use_cache=False).logits.isfinite().all()
+        cut.save_pretrained(short)
+        kinds = module.config.layer_types
+        own = cut.config.layer_types
+        assert own == (kinds if name == "gemma3n" else kinds[start : start + 1])
+    assert len(kinds) == 3  # the model itself keeps its own
 
 
 def test_what_does_not_fit_is_refused(

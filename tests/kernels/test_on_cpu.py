@@ -82,6 +82,31 @@ def test_distances_are_those_of_the_plain_version(n_groups: int) -> None:
         )
 
 
+def test_an_outlier_of_a_group_leaves_no_rounding_where_the_group_is_left_out() -> None:
+    y = torch.randn(256, 3, generator=torch.Generator().manual_seed(0))
+    y[5] = 1e12
+    one, alone = OutputSketch(3, n_groups=4), OutputSketch(3)
+    for group, part in enumerate(y.tensor_split(4)):
+        one.update(part, group=group)
+    alone.update(y[64:])
+    without = one.result().wd_without[0]
+    _, _, plain = OutputSketch._resample.__wrapped__(one)  # type: ignore[attr-defined]
+    torch.testing.assert_close(plain[0], without, rtol=1e-9, atol=0)
+    torch.testing.assert_close(without, alone.result().shape.wd, rtol=0, atol=0.02)
+
+
+def test_an_outlier_far_beyond_a_narrow_core_is_no_infinity() -> None:
+    y = torch.randn(64, 2, generator=torch.Generator().manual_seed(0)) * 1e-37
+    y[3] = torch.tensor([100.0, 1e30])
+    sketch = OutputSketch(2)
+    sketch.update(y)
+    found = sketch.result().shape
+    assert not found.inf.any()
+    assert not found.constant.any()
+    torch.testing.assert_close(found.mean, y.double().mean(0), rtol=1e-6, atol=0)
+    torch.testing.assert_close(found.std, y.double().std(0, correction=0), rtol=1e-6, atol=0)
+
+
 def test_a_neuron_and_the_threads_know_nothing_of_one_another(threads: None) -> None:
     y, results = _outputs(), []
     for count, chosen in ((1, slice(0, 85)), (2, slice(0, 85)), (2, slice(20, 47))):
