@@ -117,8 +117,7 @@ class _Gathered:
     """Of tokens that are not complete yet."""
     rows: int = 0
     runs: int = 0
-    depths: int = 0
-    """How often all tokens of the pass have been seen."""
+    depths: int = 0  # how often all tokens of the pass have been seen
 
 
 @dataclass(eq=False)
@@ -127,11 +126,9 @@ class _Pass:
 
     shape: tuple[int, int]
     group: int
-    longest: bool
-    """Whether its sequences are longer than any before."""
+    longest: bool  # whether its sequences are longer than any before
     start: int = 0  # tokens of the passes before
-    stops: bool = False
-    """Whether to stop when all tokens have passed all layers."""
+    stops: bool = False  # when all tokens have passed all layers
     gathered: dict[str, _Gathered] = field(default_factory=lambda: defaultdict(_Gathered))
 
 
@@ -153,10 +150,9 @@ class Recorder:
         Compare outputs with weights, on every token; not where nobody reads the weights.
     lenient
         Leave out layers that see no token, or rows that are no tokens, instead of refusing them.
-    habits
-        From `look_at`, where a part of a model runs.
-    at_once
-        Called with what all experts of a mixture gave, in place of ``take`` for each.
+    habits, at_once
+        From `look_at`, where a part of a model runs; what is called with what all experts of a
+        mixture gave, in place of ``take`` for each.
     """
 
     def __init__(
@@ -455,13 +451,14 @@ class Recorder:
         now, take = self._pass, self._at_once
         if now is None or take is None:
             return
+        fits = bank.holds(now.shape[0] * now.shape[1])
         for key, layer, part in found.blocks():
             x, y = found.rows.inputs[key], found.rows.outputs[key]
-            if bank.holds(now.shape[0] * now.shape[1]):
+            if fits:
                 self.tokens[layer.name] += part.stop - part.start
             elif part.stop > part.start:
                 self._refuse(layer, now, _Gathered([_Piece(SeenTensor.of(x), x[part], y[part])]))
-        if bank.holds(now.shape[0] * now.shape[1]):
+        if fits:
             take(replace(found, group=now.group))
 
     def _joined(

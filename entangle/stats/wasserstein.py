@@ -8,11 +8,9 @@ the normal distribution: with sorted standardised outputs z_(1) ≤ … ≤ z_(n
 
 and only the cells that contain Φ(z_(i)) need splitting.
 
-How far outputs that were computed in finite precision lie from the exact ones.
-
-A neuron's outputs ŷ differ from y = w · x + b by what was rounded: every product and partial sum in
-float32, the result in the module's dtype. What that does to a distance of standardised outputs
-follows from a bound of the error's root mean square over the tokens alone (`wd_error`).
+Outputs in finite precision differ from y = w · x + b by what was rounded: every product and partial
+sum in float32, the result in the module's dtype. What that does to a distance of standardised
+outputs follows from a bound of the error's root mean square over the tokens alone (`wd_error`).
 """
 
 import math
@@ -38,6 +36,7 @@ from entangle.stats.bins import ToAdd, pooled_parts
 
 _SORT_BYTES = 64 * 2**20
 _SORT_BYTES_GPU = 2**30
+_FEW, _OCTAVES = 256, 5
 _SAMPLE = 512
 _CACHE_BYTES = 4 * 2**20
 _STRETCH = 2**16
@@ -298,20 +297,15 @@ def null_floor(n_tokens: int, *, seed: int = 0, n_draws: int = 200) -> tuple[flo
     ----------
     n_tokens
         Number of independent tokens.
-    seed
-        Seed of the simulation.
-    n_draws
-        Number of simulated Gaussian neurons.
+    seed, n_draws
+        Seed of the simulation, and number of simulated Gaussian neurons.
 
     Returns
     -------
     tuple of float
-        Mean and 97.5th percentile, in standard deviations. Simulated for up to 256 tokens and for
-        512, 1,024, … 8,192; between them floor times √n, which changes by a percent or two from one
-        to the next, is interpolated in log n, and above the law 1/√n takes over, which holds to
-        about a percent there. (So hundreds of experts, each of its own number of tokens, do not
-        wait for as many simulations.) Tokens of one text are correlated, so the floor of a real
-        neuron lies higher.
+        Mean and 97.5th percentile, in standard deviations. Simulated for up to 256 tokens and 512,
+        1,024, … 8,192; between, floor times √n is interpolated in log n (mean within 2 %); above,
+        it is ∝ 1/√n. Tokens of one text are correlated: a real neuron's floor lies higher.
     """
     if n_tokens <= _FEW:
         found = _simulated_floor(n_tokens, seed, n_draws)
@@ -322,9 +316,6 @@ def null_floor(n_tokens: int, *, seed: int = 0, n_draws: int = 200) -> tuple[flo
         found = low + (octave - below) * (high - low)
     mean, largest = found / math.sqrt(n_tokens)
     return float(mean), float(largest)
-
-
-_FEW, _OCTAVES = 256, 5
 
 
 @lru_cache(maxsize=512)
