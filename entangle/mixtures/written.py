@@ -128,6 +128,12 @@ def check_expressible(pruned: PrunedMixtures) -> None:
             f"only a model of transformers can be written; {type(module).__name__} has no "
             "save_pretrained."
         )
+    if pruned.sparsity > 0 and not any(change.changes for change in pruned.changes):
+        raise InvalidInput(
+            f"nothing of the experts goes at `sparsity` {pruned.sparsity:g}, as whole experts or "
+            f"neurons are rounded to the nearest number; a mixture here has "
+            f"{pruned.changes[0].mixture.n_experts} experts: choose a larger one."
+        )
     remedy = "choose a method that drops as many experts of each (reap, ean, …) or neurons (heapr)"
     for change in changes:
         name = change.mixture.name

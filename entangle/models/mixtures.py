@@ -11,6 +11,7 @@ projection of all experts is one product, and what it gives one array.
 """
 
 import inspect
+import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,6 +30,8 @@ from transformers.core_model_loading import WeightConverter
 from entangle.errors import InvalidInput
 from entangle.models.grouped import Blocks, RoutedRows, takes
 from entangle.models.shards import present
+
+_LOG = logging.getLogger(__name__)
 
 Layout = Literal["routed", "repeated", "sorted"]
 """How a mixture's module gets its tokens: with the experts of each (``routed``), all of them once
@@ -420,6 +423,7 @@ def run_odd_widths(module: nn.Module) -> None:
         for one in part._parameters.values() if one is not None and one.ndim == 3
     ]  # fmt: skip
     if any(size * one.element_size() % 16 for one in stored for size in one.shape[1:]):
+        _LOG.info("experts run one by one: transformers' stacked product cannot do these widths")
         cast("Any", module).set_experts_implementation("eager")
 
 

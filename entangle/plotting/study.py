@@ -162,7 +162,7 @@ def plot_evidence(
     ax.set_yticks(range(len(models)), models, parse_math=False)
     ax.set_ylim(len(models) - 0.5, -0.5)
     ratios = all((rows["bar"] >= 1) | (rows["role"] != "main"))
-    ax.set(xlabel="ratio" if ratios else "share or coefficient", ylabel="model")
+    ax.set(xlabel="ratio" if ratios else "share, coefficient or difference", ylabel="model")
     explain_above(ax, entries, legend=legend, own=own)
     return ax
 

@@ -118,7 +118,9 @@ class PruneReport(ExpansionReport):
         method, share = (
             described(self.manifest, "settings", name) for name in ("method", "sparsity")
         )
-        lines[0] = f"{len(self.layers):,} mixture(s) pruned by {method}, sparsity {share}"
+        reached = float(self.layers["sparsity"].mean())
+        lines[0] = f"{len(self.layers):,} mixture(s) pruned by {method}, sparsity {reached:.3g}"
+        lines[0] += "" if abs(reached - float(str(share))) < 5e-4 else f" ({share} was asked for)"
         shown = [*table.columns[:1], "experts", "experts_before", "neurons", "neurons_before"]
         return lines, self.layers[[*shown, "sparsity"]]
 

@@ -191,12 +191,7 @@ class FinerOutputs:
         if self._again is None or not len(self._again):
             return own
         finer = self._error(shape.mean, shape.std, location, torch.float32, kept, own=False)
-        again = torch.zeros(len(location), dtype=torch.bool)
-        again[self._again.cpu()] = True
-        return OutputError(
-            bound=finer.bound.where(again, own.bound),
-            typical=finer.typical.where(again, own.typical),
-        )
+        return _either(finer, own, _mask(self.again, len(location)))
 
     def _error(
         self,
@@ -319,10 +314,7 @@ class FinerExperts:
         width = self._stack.shape[0]
         again = torch.cat([_mask(self.each[i].again, width) for i in own])
         finer = self._error(shape.mean, shape.std, location, torch.float32, own, alone=False)
-        return OutputError(
-            bound=finer.bound.where(again, bound.bound),
-            typical=finer.typical.where(again, bound.typical),
-        )
+        return _either(finer, bound, again)
 
     def _error(
         self,
@@ -374,6 +366,12 @@ _SURELY = 0.9
 
 def _mask(again: Tensor | None, width: int) -> Tensor:
     return torch.zeros(width, dtype=torch.bool) if again is None else again.cpu()
+
+
+def _either(one: OutputError, other: OutputError, where: Tensor) -> OutputError:
+    return OutputError(
+        bound=one.bound.where(where, other.bound), typical=one.typical.where(where, other.typical)
+    )
 
 
 def _squares_at_once(rows: Tensor, blocks: RowBlocks) -> Tensor:

@@ -90,3 +90,11 @@ def test_is_the_upper_factor_of_the_inverse(
     assert failed.tolist() == [False, True, False]
     expected = torch.linalg.cholesky(torch.linalg.inv(gram[[0, 2]]), upper=True)
     torch.testing.assert_close(work[[0, 2]], expected)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_matrix_that_is_not_finite_has_no_root(value: float) -> None:
+    matrix = make(1, 1, 40)[1][0].double()
+    assert factor._invert_root_(matrix.clone())
+    matrix[30, 7] = matrix[7, 30] = value
+    assert not factor._invert_root_(matrix)

@@ -92,6 +92,18 @@ def test_what_no_configuration_can_say_is_refused(method: str, said: str, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+def test_what_takes_nothing_away_is_refused(tmp_path: Path) -> None:
+    module = mixture("Qwen3Moe")
+    with pytest.raises(InvalidInput, match="`sparsity`"):
+        written(module, "reap", 0.05, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    _, found, _ = written(module, "reap", 0.3, tmp_path / "out")
+    assert (found.report.layers["sparsity"] == 0.25).all()
+    said = found.report._told()[0][0]
+    assert "0.25" in said
+    assert "0.3" in said
+
+
 def test_perplexity_is_that_of_what_was_written(tmp_path: Path) -> None:
     module, evaluation = mixture("Olmoe"), EvaluationText(text(3, 24, seed=3), "ids", {})
     pruned = prune_mixtures(gather(module, IDS), "ean", sparsity=0.5)
