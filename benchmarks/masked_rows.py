@@ -26,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure every method, and print the coefficients."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="demo")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--blocks", type=int, default=12)
     parser.add_argument("--n-seq", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=512)
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--methods", default="teal,column-norm,cats,chess,rsparse,larosa,magnitude,wanda,sparsegpt"
     )
     given = parser.parse_args(argv)
-    model = load_model(given.model, device="cpu")
+    model = load_model(given.model, device=given.device)
     _, blocks = find_blocks(model.module)
     del blocks[given.blocks :]  # later ones change nothing before them
     text = load_calibration(
@@ -82,9 +83,10 @@ def _errors(
             continue
         parts = []
         for layer in layers:
-            gram, weight = scored.grams[layer.name].gram.float(), layer.weight.float()
+            weight = layer.weight.float()
+            gram = scored.grams[layer.name].gram.to(weight)
             made = prune(weight, gram, method=method, sparsity=1 - density, loss=False).weight
-            wrong = ((weight - made) @ gram * (weight - made)).sum(1).detach().numpy()
+            wrong = ((weight - made) @ gram * (weight - made)).sum(1).detach().cpu().numpy()
             own = scores[scores["layer"] == layer.name]
             error = wrong / (own["std"].to_numpy() ** 2 * text.n_tokens)
             parts.append(own.assign(relative_error=error))

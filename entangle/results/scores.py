@@ -5,7 +5,7 @@ The output distribution of every neuron of a layer, as it is saved and drawn aga
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
@@ -73,6 +73,29 @@ class LayerHistograms:
             high=sketch.high.numpy(),
             wd_without=sketch.wd_without.numpy().astype(np.float32),
         )
+
+    @classmethod
+    def of_layers(cls, sketch: "SketchResult", used: Sequence[slice]) -> "list[LayerHistograms]":
+        """Split what is known of layers of one shape, one's neurons after the other's.
+
+        ``used`` are the columns of the sketch's ``counts`` that hold outputs of each layer.
+        """
+        counts = sketch.counts.clone() if sketch.counts.is_pinned() else sketch.counts
+        without = sketch.wd_without.numpy().astype(np.float32)
+        width, found = len(counts) // len(used), list[LayerHistograms]()
+        for i, columns in enumerate(used):
+            own = slice(i * width, (i + 1) * width)
+            one = cls(
+                counts=counts[own, columns].numpy(),
+                first_bin=sketch.first_bin + columns.start,
+                location=sketch.location[own].numpy(),
+                scale=sketch.scale[own].numpy(),
+                low=sketch.low[own].numpy(),
+                high=sketch.high[own].numpy(),
+                wd_without=without[:, own],
+            )
+            found.append(one)
+        return found
 
     def fault(self, n_neurons: int) -> str | None:
         """Return what is no histogram of so many neurons, None if all is well."""

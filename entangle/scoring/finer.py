@@ -9,15 +9,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Float64, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from entangle.kernels import sketch as kernels
-from entangle.kernels.dispatch import dispatch, on_gpu
-from entangle.kernels.sketch import RowBlocks
 from entangle.models.layers import Layer
-from entangle.models.mixtures import Stack
-from entangle.precision import accumulator_dtype, row_parts
+from entangle.precision import accumulator_dtype
 from entangle.ranks import Ranks
 from entangle.recording.hooks import SeenTensor
 from entangle.stats.bins import ToAdd
@@ -28,14 +24,14 @@ from entangle.stats.wasserstein import (
     feature_squares,
     output_error,
     reach,
-    root_mean_square,
     wd_error,
 )
 
 FINE = 0.0125
 """Largest error of a WD by rounding, in σ, of which the module's own outputs are counted."""
 
-_AGREE = 2.0
+AGREE = 2.0
+"""Bounds of their error by which outputs may differ from products, to count as these."""
 
 
 class SharedSquares:
@@ -100,6 +96,17 @@ class FinerOutputs:
         return self._dtype
 
     @property
+    def is_decided(self) -> bool:
+        """Whether it is known which neurons are computed again."""
+        return self._again is not None
+
+    @property
+    def chosen(self) -> Int64[Tensor, " coarse"]:
+        """Numbers of the neurons that are computed again; they must be known."""
+        assert self._again is not None  # noqa: S101
+        return self._again
+
+    @property
     def computes(self) -> bool:
         """Whether outputs of some neurons are computed again."""
         return self._again is not None and len(self._again) > 0
@@ -114,6 +121,10 @@ class FinerOutputs:
         """Decide by a layer's first rows which neurons are computed again, or that ``none`` are."""
         empty = torch.empty(0, dtype=torch.int64, device=outputs.device)
         self._again = empty if none else self._coarse(inputs, outputs)
+
+    def settle(self, again: Int64[Tensor, " coarse"]) -> None:
+        """Take which neurons are computed again."""
+        self._again = again
 
     def finer(
         self, inputs: Float[Tensor, "rows in_features"], outputs: Float[Tensor, "rows out_features"]
@@ -191,7 +202,7 @@ class FinerOutputs:
         if self._again is None or not len(self._again):
             return own
         finer = self._error(shape.mean, shape.std, location, torch.float32, kept, own=False)
-        return _either(finer, own, _mask(self.again, len(location)))
+        return either(finer, own, mask(self.again, len(location)))
 
     def _error(
         self,
@@ -233,7 +244,7 @@ class FinerOutputs:
         limit = own.to(rows.device)[again].float()
         difference = (self._product(inputs, again) - rows[:, again].float()).div_(limit)
         distance = torch.linalg.vector_norm(difference, dim=0) / rows.shape[0] ** 0.5
-        return again[distance <= _AGREE]
+        return again[distance <= AGREE]
 
     def _product(self, inputs: Tensor, neurons: Tensor) -> Tensor:
         """Compute the outputs of some neurons in float32, (rows, neurons)."""
@@ -242,181 +253,16 @@ class FinerOutputs:
         return product if bias is None else product.add_(bias[neurons].float())
 
 
-class FinerExperts:
-    """As `FinerOutputs`, of one projection of several experts at once.
-
-    Parameters
-    ----------
-    layers
-        The experts' layers.
-    stack, numbers
-        Where their weights are, and which of its experts they are.
-    squares
-        As in `FinerOutputs`.
-    """
-
-    def __init__(
-        self,
-        layers: Sequence[Layer],
-        stack: Stack,
-        numbers: Sequence[int],
-        squares: SharedSquares,
-    ) -> None:
-        self._stack, self._numbers = stack, list(numbers)
-        device = layers[0].device
-        self._squares = torch.zeros(
-            len(layers), layers[0].in_features, dtype=accumulator_dtype(device), device=device
-        )
-        self.each = [FinerOutputs(layer, squares) for layer in layers]
-        """Of every layer, which may be given rows by itself too."""
-        self._kept: tuple[Tensor, Tensor | None] | None = None
-        for one, own in zip(self.each, self._squares, strict=True):
-            one.joined(own)
-
-    def irregular(
-        self,
-        inputs: Float[Tensor, "rows in_features"],
-        outputs: Float[Tensor, "rows out_features"],
-        blocks: RowBlocks,
-        squares: Float[Tensor, "experts in_features"],
-    ) -> list[int]:
-        """Take note of rows, a block an expert, and return whose outputs are computed again."""
-        self._squares += squares
-        for one, (start, end) in zip(self.each, blocks.ends, strict=True):
-            one.note(end - start, outputs.dtype)
-        if outputs.element_size() > 2:
-            return []
-        ends = list(enumerate(blocks.ends))
-        new = [i for i, (start, end) in ends if end > start and self.each[i].again is None]
-        coarse = self._may_be_coarse(outputs, blocks, new) if new else set()
-        for i in new:
-            own = slice(*blocks.ends[i])
-            self.each[i].decide(inputs[own], outputs[own], none=i not in coarse)
-        return [i for i, (start, end) in ends if end > start and self.each[i].computes]
-
-    def _may_be_coarse(self, outputs: Tensor, blocks: RowBlocks, new: Sequence[int]) -> set[int]:
-        """Return those of some experts whose rounding may change WD by more than about `FINE`."""
-        mean, std = block_moments(outputs, blocks)
-        mean, std = (one[list(new)].flatten().cpu() for one in (mean, std))
-        bound = self._error(mean, std, mean, outputs.dtype, new).bound
-        may = ~(wd_error(bound, std) < _SURELY * FINE) | ~std.isfinite()
-        return {i for i, coarse in zip(new, may.unflatten(0, (len(new), -1)), strict=True)
-                if bool(coarse.any())}  # fmt: skip
-
-    def error(
-        self, shape: ShapeStatistics, location: Float[Tensor, " neurons"], own: Sequence[int]
-    ) -> OutputError:
-        """As `FinerOutputs.error`, of all neurons of some of the experts."""
-        dtype = self.each[own[0]].dtype
-        bound = self._error(shape.mean, shape.std, location, dtype, own)
-        if not any(self.each[i].computes for i in own):
-            return bound
-        width = self._stack.shape[0]
-        again = torch.cat([_mask(self.each[i].again, width) for i in own])
-        finer = self._error(shape.mean, shape.std, location, torch.float32, own, alone=False)
-        return _either(finer, bound, again)
-
-    def _error(
-        self,
-        mean: Tensor,
-        std: Tensor,
-        location: Tensor,
-        dtype: torch.dtype,
-        own: Sequence[int],
-        *,
-        alone: bool = True,
-    ) -> OutputError:
-        if self._kept is None:
-            reached, bias = self._of_weight(own)
-        else:
-            reached, stored = self._kept
-            reached, bias = reached[list(own)], None if stored is None else stored[list(own)]
-        bias = None if bias is None else bias.flatten()
-        return output_error(
-            mean, std, location,
-            reach=reached.flatten() + (0 if bias is None or not alone else bias.abs()),
-            in_features=self._squares.shape[1], dtype=dtype, bias=bias,
-        )  # fmt: skip
-
-    def keep(self) -> None:
-        """As `FinerOutputs.keep`."""
-        self._kept = self._of_weight(range(len(self.each)))
-
-    def _of_weight(self, own: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        """Return how far the weights' sums reach, of each expert with its own inputs, and biases.
-
-        Both (experts, neurons), float64, on the CPU.
-        """
-        numbers = [self._numbers[i] for i in own]
-        tokens = torch.tensor([max(1, self.each[i].n_tokens) for i in own])
-        sizes = root_mean_square(self._squares[list(own)], tokens[:, None].to(self._squares.device))
-        weight, stored = self._stack.weight, self._stack.bias
-        factors = sizes.float()[..., None].to(weight.device)
-        found = [
-            torch.bmm(weight[numbers[part]].abs().float(), factors[part])[..., 0]
-            for part in row_parts(len(numbers), max(1, 2**26 // weight[0].numel()))
-        ]
-        bias = None if stored is None else stored[numbers].cpu().double()
-        return torch.cat(found).cpu().double(), bias
-
-
-_SURELY = 0.9
-"""Of `FINE`: below it neurons are not looked at closer, moments being summed in another order."""
-
-
-def _mask(again: Tensor | None, width: int) -> Tensor:
+def mask(again: Tensor | None, width: int) -> Bool[Tensor, " neurons"]:
+    """Return which of so many neurons are computed again, on the CPU; none where it is None."""
     return torch.zeros(width, dtype=torch.bool) if again is None else again.cpu()
 
 
-def _either(one: OutputError, other: OutputError, where: Tensor) -> OutputError:
+def either(one: OutputError, other: OutputError, where: Bool[Tensor, " neurons"]) -> OutputError:
+    """Return the rounding that is one's where it says so, and else the other's."""
     return OutputError(
         bound=one.bound.where(where, other.bound), typical=one.typical.where(where, other.typical)
     )
-
-
-def _squares_at_once(rows: Tensor, blocks: RowBlocks) -> Tensor:
-    found = torch.zeros(len(blocks.ends), rows.shape[1], dtype=torch.float64, device=rows.device)
-    kernels.add_squares(rows, blocks, found)
-    return found
-
-
-@dispatch(_squares_at_once, where=lambda rows, _blocks: kernels.fits(rows, 1))
-def block_squares(
-    rows: Float[Tensor, "rows features"], blocks: RowBlocks
-) -> Float[Tensor, "blocks features"]:
-    """Return the sums of squares of every feature over each block of rows."""
-    found = [feature_squares(rows[start:end]) for start, end in blocks.ends]
-    return torch.stack(found)
-
-
-def _moments_at_once(rows: Tensor, blocks: RowBlocks) -> tuple[Tensor, Tensor]:
-    """By sums of squares: a spread far below the mean is lost, which is nothing to look past."""
-    place, ends = torch.arange(rows.shape[0], device=rows.device), blocks.bounds[..., None]
-    own = ((place >= ends[0]) & (place < ends[1])).float()
-    found = []
-    for part in rows.split(512, dim=1):
-        x = part.float()
-        found.append(torch.stack([own @ x, own @ x.square()]).double())
-    mean, square = torch.cat(found, -1) / own.sum(1, keepdim=True)
-    return mean, (square - mean.square()).clamp_min(0).sqrt()
-
-
-@dispatch(_moments_at_once, where=on_gpu)
-def block_moments(
-    rows: Float[Tensor, "rows features"], blocks: RowBlocks
-) -> tuple[Float64[Tensor, "blocks features"], Float64[Tensor, "blocks features"]]:
-    """Return mean and population standard deviation of every feature over each block of rows.
-
-    NaN of a block without rows.
-    """
-    found = [
-        torch.std_mean(rows[start:end].float(), 0, correction=0)
-        if end > start
-        else 2 * (torch.full_like(rows[0], torch.nan, dtype=torch.float32),)
-        for start, end in blocks.ends
-    ]
-    std, mean = (torch.stack(part).double() for part in zip(*found, strict=True))
-    return mean, std
 
 
 def _mean_and_std(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from entangle.kernels import weights
-from entangle.kernels.dispatch import dispatch
+from entangle.kernels.dispatch import dispatch, on_gpu
 from entangle.memory import by_device, gpus_among
 from entangle.models.layers import Layer
 from entangle.precision import row_parts
@@ -125,10 +125,18 @@ def summarise(measured: MeasuredLayer, norms: torch.Tensor | None = None) -> Lay
         layer=measured.layer,
         n_tokens=measured.sketch.n_tokens,
         numbers=_numbers(measured),
-        row=_layer_row(measured),
+        row=_row(measured),
         histograms=LayerHistograms.from_sketch(measured.sketch),
         norms=norms,
     )
+
+
+def _row(measured: MeasuredLayer) -> dict[str, object]:
+    half = rank_correlation(*measured.sketch.wd_halves.numpy())
+    row = _layer_row(measured.layer, measured.sketch.n_tokens, measured.method, half)
+    if measured.pairs is None:
+        return row
+    return row | _agreement(measured.pairs, measured.rounding.typical)
 
 
 def summarise_together(
@@ -136,6 +144,7 @@ def summarise_together(
     layers: Sequence[Layer],
     n_tokens: Sequence[int],
     pairs: Sequence[MappingDifficulty | None],
+    used: Sequence[slice],
     norms: torch.Tensor | None = None,
 ) -> list[LayerSummary]:
     """Summarise layers of one shape that were measured as one, one's neurons after the other's.
@@ -146,25 +155,28 @@ def summarise_together(
         All their neurons; of the first layer, and without pairs.
     layers, n_tokens, pairs
         Of each layer.
+    used
+        Columns of the sketch's counts that hold outputs of each layer.
     norms
         As in `LayerSummary`, of all neurons.
     """
     measured, found = measured.judged(), list[LayerSummary]()
     numbers, width = _numbers(measured), layers[0].out_features
+    histograms = LayerHistograms.of_layers(measured.sketch, used)
+    halves = measured.sketch.wd_halves.unflatten(1, (-1, width))
+    split = half_correlations(halves.to(layers[0].device))
     for place, (layer, n, difficulty) in enumerate(zip(layers, n_tokens, pairs, strict=True)):
         own = slice(place * width, (place + 1) * width)
-        sketch = replace(_part(measured.sketch, own), n_tokens=n)
-        rounding = _part(measured.rounding, own)
         columns = {name: array[own] for name, array in numbers.items()}
+        row = _layer_row(layer, n, measured.method, split[place])
         if difficulty is not None:
-            bad = sketch.shape.constant | sketch.shape.nan | sketch.shape.inf
+            shape, noise = _part(measured.shape, own), measured.rounding.typical[own]
+            bad = shape.constant | shape.nan | shape.inf
             difficulty = replace(difficulty, slope=difficulty.slope.masked_fill(bad, math.nan))
-            own_md = difficulty.md(noise=rounding.typical).numpy()
-            columns["md"] = np.where(columns["flag"] == 0, own_md, np.nan)
-        one = replace(measured, layer=layer, sketch=sketch, pairs=difficulty, rounding=rounding)
-        histograms = LayerHistograms.from_sketch(sketch)
+            columns["md"] = np.where(columns["flag"] == 0, difficulty.md(noise=noise), np.nan)
+            row |= _agreement(difficulty, noise)
         own_norms = None if norms is None else norms[own]
-        found.append(LayerSummary(layer, n, columns, _layer_row(one), histograms, own_norms))
+        found.append(LayerSummary(layer, n, columns, row, histograms[place], own_norms))
     return found
 
 
@@ -283,8 +295,8 @@ def _strings(values: Sequence[str], index: npt.NDArray[np.int64]) -> pd.Series:
     return pd.Series(pd.array(list(values), dtype="str").take(index))
 
 
-def _layer_row(measured: MeasuredLayer) -> dict[str, object]:
-    layer, pairs, n_tokens = measured.layer, measured.pairs, measured.sketch.n_tokens
+def _layer_row(layer: Layer, n_tokens: int, method: str, split_half: float) -> dict[str, object]:
+    """Return what the table of layers says of a layer without pairs."""
     floor, floor_high = null_floor(n_tokens)
     row: dict[str, object] = {
         "layer": layer.name,
@@ -292,21 +304,44 @@ def _layer_row(measured: MeasuredLayer) -> dict[str, object]:
         "projection": layer.projection,
         "n_neurons": layer.out_features,
         "n_tokens": n_tokens,
-        "method": measured.method,
+        "method": method,
         "null_floor": floor,
         "null_floor_high": floor_high,
-        "split_half": rank_correlation(*measured.sketch.wd_halves.numpy()),
-        "n_pairs": 0 if pairs is None else pairs.n_pairs,
-        "n_identical_pairs": 0 if pairs is None else pairs.n_identical,
+        "split_half": split_half,
+        "n_pairs": 0,
+        "n_identical_pairs": 0,
     }
-    found = {}
-    if pairs is not None:
-        noise = measured.rounding.typical
-        found = {norm: pairs.md(output_norm=norm, noise=noise).numpy() for norm in _NORMS}
-    for norm in _NORMS[1:]:
-        agreement = rank_correlation(found["median"], found[norm]) if found else float("nan")
-        row[f"md_rank_agreement_{norm}"] = agreement
-    return row
+    return row | {f"md_rank_agreement_{norm}": float("nan") for norm in _NORMS[1:]}
+
+
+def _agreement(pairs: MappingDifficulty, noise: Tensor) -> dict[str, object]:
+    """Return what it says of the pairs."""
+    found = {norm: pairs.md(output_norm=norm, noise=noise).numpy() for norm in _NORMS}
+    return {"n_pairs": pairs.n_pairs, "n_identical_pairs": pairs.n_identical} | {
+        f"md_rank_agreement_{norm}": rank_correlation(found["median"], found[norm])
+        for norm in _NORMS[1:]
+    }
+
+
+def _correlations_on_gpu(halves: Tensor) -> list[float]:
+    order = halves.argsort(-1)
+    ordered = halves.gather(-1, order)
+    numbers = torch.arange(halves.shape[-1], dtype=halves.dtype, device=halves.device)
+    ranks = torch.empty_like(halves).scatter_(-1, order, numbers.expand_as(halves))
+    centred = ranks - (halves.shape[-1] - 1) / 2
+    found = (centred[0] * centred[1]).sum(-1) / centred[0].square().sum(-1)
+    tied = (ordered[..., 1:] == ordered[..., :-1]).any(-1) | ~halves.isfinite().all(-1)
+    values, again = found.tolist(), (tied.any(0) | (halves.shape[-1] < 3)).tolist()
+    return [
+        rank_correlation(*halves[:, i].cpu().numpy()) if again[i] else values[i]
+        for i in range(len(values))
+    ]
+
+
+@dispatch(_correlations_on_gpu, where=on_gpu)
+def half_correlations(halves: Float[Tensor, "halves=2 layers neurons"]) -> list[float]:
+    """Return Spearman's coefficient of the two halves' WD over the neurons of every layer."""
+    return [rank_correlation(*halves[:, i].numpy()) for i in range(halves.shape[1])]
 
 
 def rank_correlation(first: Vector, second: Vector) -> float:

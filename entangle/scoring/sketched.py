@@ -334,7 +334,7 @@ class _Passes:
         on_cpu = not gpus_among(layer.device for layer in layers)
         for one in self._at_once.take({layer.name for layer in layers}):
             done |= {layer.name for layer in one.layers}
-            of_weight = one.weight_norms() if here else None
+            of_weight = one.weight_norms() if here or not on_cpu else None
             if here:
                 one.keep()
             work = partial(one.summaries, pairs=self._pairing.share > 0, norms=of_weight)

@@ -4,12 +4,16 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float64
 from torch import Tensor
 
+from entangle.kernels.dispatch import dispatch
 from entangle.kernels.sketch import RowBlocks
 from entangle.models.layers import Layer
+from entangle.precision import row_parts
 from entangle.recording.together import RecordedExperts, by_mixture
-from entangle.scoring.finer import FinerExperts, SharedSquares, block_squares
+from entangle.scoring.finer import SharedSquares
+from entangle.scoring.finer_experts import FinerExperts, block_squares
 from entangle.scoring.layer_scores import (
     LayerSummary,
     MeasuredLayer,
@@ -62,10 +66,10 @@ class ExpertCounts:
         x, y = seen.rows.inputs[self.key], seen.rows.outputs[self.key]
         irregular = self._finer.irregular(x, y, blocks, squares)
         self._outputs.update(y, blocks.without(irregular), group=seen.group)
-        for i in irregular:
-            own = slice(*blocks.ends[i])
-            rows = self._finer.each[i].finer(x[own], y[own])
-            self._outputs.each[i].update(rows, group=seen.group)
+        if irregular:
+            others = [i for i in range(len(self.layers)) if i not in irregular]
+            rows = self._finer.finer(x, y, blocks, irregular)
+            self._outputs.update(rows, blocks.without(others), group=seen.group)
 
     def rows(
         self, seen: RecordedExperts, place: int, block: tuple[int, int]
@@ -77,7 +81,7 @@ class ExpertCounts:
 
     def weight_norms(self) -> Tensor:
         """Return the Euclidean norm of every weight row of all layers, on the CPU."""
-        return torch.cat([weight_norms(layer) for layer in self.layers]).cpu()
+        return expert_norms(self.layers, self.numbers).cpu()
 
     def keep(self) -> None:
         """Take from the weights what `summaries` needs of them; no tokens come after this."""
@@ -86,7 +90,7 @@ class ExpertCounts:
     def summaries(self, *, pairs: bool, norms: Tensor | None = None) -> list[LayerSummary]:
         """Measure and summarise the layers that saw a token; ``norms`` as in `LayerSummary`."""
         found, width = list[LayerSummary](), self.layers[0].out_features
-        for own, sketch in self._outputs.result():
+        for own, sketch, used in self._outputs.result():
             rounding = self._finer.error(sketch.shape, sketch.location, own)
             measured = MeasuredLayer(
                 layer=self.layers[own[0]], shape=sketch.shape, sketch=sketch, pairs=None,
@@ -97,9 +101,27 @@ class ExpertCounts:
                 [self.layers[i] for i in own],
                 [self._outputs.each[i].n_tokens for i in own],
                 [self.each[i].pairs.result() if pairs else None for i in own],
+                used,
                 None if norms is None else norms.unflatten(0, (-1, width))[own].flatten(),
             )
         return found
+
+
+def _norms_at_once(layers: Sequence[Layer], numbers: Sequence[int]) -> Tensor:
+    first: Any = layers[0].module
+    weight = first.stack.weight
+    parts = row_parts(len(numbers), max(1, _NORMS_AT_ONCE // weight[0].numel()))
+    norms = [torch.linalg.vector_norm(weight[numbers[part]].float(), dim=2) for part in parts]
+    return torch.cat(norms).flatten().double()
+
+
+@dispatch(_norms_at_once, where=lambda layers, _numbers: layers[0].device.type == "cuda")
+def expert_norms(layers: Sequence[Layer], _numbers: Sequence[int]) -> Float64[Tensor, " neurons"]:
+    """Return the Euclidean norm of every weight row of one projection of experts, float64."""
+    return torch.cat([weight_norms(layer) for layer in layers])
+
+
+_NORMS_AT_ONCE = 2**26
 
 
 class MixtureCounts:

@@ -7,8 +7,9 @@ one kernel instead of one each.
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from entangle.kernels import sketch as kernels
@@ -29,6 +30,8 @@ class _Joint(OutputSketch):
 
     each: int
     """Neurons of a layer."""
+    filled: Bool[Tensor, "layers bins"]
+    """Which of the bins that are saved hold outputs of a layer, once measured."""
 
     def _close_group(self) -> None:
         """Leave the groups alone, which `OutputSketches` closes."""
@@ -42,7 +45,9 @@ class _Joint(OutputSketch):
         ends = torch.stack([self._low.min(), self._high.max()])
         low, high = (one // SAVED_FOLD for one in bins.signed_index(ends).tolist())
         used = self._counts[:, low * SAVED_FOLD : (high + 1) * SAVED_FOLD]
-        return low, bins.fold_counts(used, SAVED_FOLD)
+        folded = bins.fold_counts(used, SAVED_FOLD)
+        self.filled = folded.unflatten(0, (-1, self.each)).amax(1) > 0
+        return low, folded
 
 
 class _Member(OutputSketch):
@@ -164,21 +169,29 @@ class OutputSketches:
             for one in self.each:
                 one._open_group = group
 
-    def result(self) -> list[tuple[list[int], SketchResult]]:
+    def result(self) -> list[tuple[list[int], SketchResult, list[slice]]]:
         """Measure all layers that saw a token, together those that the same groups reached.
 
         Returns
         -------
         list of tuple
-            Numbers of layers, and what is known of their neurons, one layer's after the other's;
-            ``n_tokens`` is that of all of them.
+            Numbers of layers, what is known of their neurons, one layer's after the other's, and
+            which columns of its ``counts`` hold outputs of each layer; ``n_tokens`` is that of all
+            of them.
         """
         self._close(None)
         tokens, sets = self._joint._group_tokens, dict[tuple[bool, ...], list[int]]()
         for number, sketch in enumerate(self.each):
             if sketch.n_tokens:
                 sets.setdefault(tuple((tokens[:, number] > 0).tolist()), []).append(number)
-        return [(own, self._part(own).result()) for own in sets.values()]
+        found = []
+        for own in sets.values():
+            part = self._part(own)
+            measured = part.result()
+            filled = part.filled.cpu().numpy()
+            ends = [np.flatnonzero(row)[[0, -1]].tolist() for row in filled]
+            found.append((own, measured, [slice(first, last + 1) for first, last in ends]))
+        return found
 
     def _part(self, numbers: list[int]) -> _Joint:
         """Return some of the layers as one; a copy, unless it is all of them."""

@@ -15,8 +15,9 @@ from entangle.models.layers import find_layers
 from entangle.models.mixtures import banks_of, together
 from entangle.recording.hooks import observe
 from entangle.results.scores import NeuronScores
-from entangle.scoring.finer import _moments_at_once as moments_at_once
-from entangle.scoring.finer import block_moments, block_squares
+from entangle.scoring import layer_scores
+from entangle.scoring.finer_experts import FinerExperts, block_moments, block_squares
+from entangle.scoring.finer_experts import _moments_at_once as moments_at_once
 from entangle.seeding import torch_rng
 from entangle.stats import bins
 from entangle.stats import sketches as sketches_module
@@ -133,7 +134,7 @@ def test_sketches_at_once_are_sketches_of_each() -> None:
             one.update(y[start:end], group=group)
     seen = [0, 2, 3]
     found = {}
-    for numbers, result in sketches.result():
+    for numbers, result, _used in sketches.result():
         for place, number in enumerate(numbers):
             found[number] = result, slice(6 * place, 6 * place + 6)
     assert sorted(found) == seen
@@ -206,7 +207,7 @@ def test_the_way_of_a_gpu_keeps_books_as_each_sketch_does(monkeypatch: pytest.Mo
     sketches = OutputSketches(3, 6, n_groups=3)
     for group, y in passes:
         sketches.update(y, RowBlocks(ends, y.device), group=group)
-    ((numbers, found),) = sketches.result()
+    ((numbers, found, _used),) = sketches.result()
     assert numbers == [0, 2]
     for place, number in enumerate(numbers):
         own, other = slice(6 * place, 6 * place + 6), expected[number]
@@ -242,3 +243,31 @@ def test_totals_of_several_layers_are_each_ones_own(monkeypatch: pytest.MonkeyPa
             own = x[group, : tokens[group, layer], 2 * layer : 2 * layer + 2]
             found = given["shift"][row, 2 * layer : 2 * layer + 2]
             torch.testing.assert_close(found, own.mean(0))
+
+
+def test_neurons_to_compute_again_are_chosen_at_once_as_one_by_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module: Any = mixture("GptOss")
+    for name, parameter in module.named_parameters():
+        if "experts" in name and parameter.ndim == 2:
+            parameter[:, ::7] += 6.0  # of a bias: their outputs are mostly rounding
+    module = module.to(torch.bfloat16)
+    alone = scored(module, layers=0, watch=lambda _seen: None)
+    seen = list[int]()
+
+    def decide(experts: FinerExperts, *given: Any) -> None:
+        FinerExperts._decide_at_once(experts, *given)
+        seen.append(sum(one.chosen.numel() for one in experts.each if one.is_decided))
+
+    monkeypatch.setattr(FinerExperts, "_decide", decide)
+    assert_same(scored(module, layers=0), alone)
+    assert min(seen) > 0
+
+
+def test_correlations_of_halves_at_once_are_those_of_each_layer() -> None:
+    halves = torch.rand(2, 4, 50, dtype=torch.float64, generator=torch_rng(0, "halves"))
+    halves[0, 1, 3] = torch.nan
+    halves[1, 2, 7] = halves[1, 2, 8]
+    at_once = layer_scores._correlations_on_gpu(halves)
+    np.testing.assert_allclose(at_once, layer_scores.half_correlations(halves), rtol=1e-12)
