@@ -142,10 +142,14 @@ def test_what_is_read_is_of_the_tokens_that_an_expert_is_sent(name: str) -> None
     assert f"{low:.3g} to {high:.3g} %" in note
 
 
-def test_passes_and_pages() -> None:
-    module = mixture("Mixtral")
-    scores = scored(module)
-    found = read(scores, module)
+def test_a_page_tells_how_many_tokens_an_expert_is_sent(
+    any_memory: None,
+) -> None:
+    module: Any = mixture("Mixtral")
+    scores = scored(module, layers=f"{HOME}.*.gate_proj", proj=None)
+    found, again = read(scores, module), read(scores, module, memory=1)
+    for name, (table, _) in found.tables().items():
+        assert table.equals(again.tables()[name][0]), name
     rows = chosen_rows(together(scores, []), 1)
     data: Any = content_of(together(scores, []), rows=rows, evidence=found).data
     told = {one["name"]: (one["sent"], one["tokens"], one["of"]) for one in data["layers"]}
@@ -153,40 +157,26 @@ def test_passes_and_pages() -> None:
     starts = unpacked(data["tables"]["windows"]["starts"])
     assert (np.diff(starts.astype(int)) > 10).all()
 
-
-def test_little_memory_and_experts_that_are_sent_nothing(any_memory: None) -> None:
-    module: Any = mixture("Mixtral")
-    scores = scored(module)
-    found, again = read(scores, module), read(scores, module, memory=1)
-    for name, (table, _) in found.tables().items():
-        assert table.equals(again.tables()[name][0]), name
     module.model.layers[1].mlp.gate.weight.zero_()  # two experts take all tokens
-    silent = gather(
-        scored_as(scores, module), chosen_rows(together(scores, []), 1), module, TEXT(),
-        memory=1, progress=False,
-    )  # fmt: skip
-    assert set(silent.sent.values()) == {N}
-    assert len(silent.left_out) == 6
-    assert {"router" in one for one in silent.left_out.values()} == {True}
-
-
-def scored_as(scores: NeuronScores, module: nn.Module) -> NeuronScores:
-    """Return scores as if they were of another model."""
     model = as_language_model(module).describe()
-    return replace(scores, manifest={**scores.manifest, "model": model})
+    taken = replace(scores, manifest={**scores.manifest, "model": model})
+    silent = gather(taken, rows, module, TEXT(), memory=1, progress=False)
+    assert list(silent.sent.values()) == [N, N]
+    assert ["router" in one for one in silent.left_out.values()] == [True, True]
 
 
 def test_a_mixture_that_does_not_tell_is_named() -> None:
     module = mixture("JetMoe")
-    found = read(scored(module), module)
+    scores = scored(module, layers=f"{HOME}.*.down_proj", proj=None)
+    found = read(scores, module)
     assert len(found.windows) == len(found.sent) == 0
-    assert {"does not tell" in one for one in found.left_out.values()} == {True}
+    assert ["does not tell" in one for one in found.left_out.values()] == [True] * 4
     assert any(next(iter(found.left_out.values())) in one for one in found.notes)
 
 
 def test_the_explorer_reads_them_too() -> None:
     module = mixture("Mixtral")
-    scores = scored(module)
+    scores = scored(module, layers=f"{HOME}.1.gate_proj", proj=None)
     finder = explore(scores, TEXT(), model=module)._modes
     name = str(scores.layers["layer"].iloc[0])
     known = neuron_modes(module, TEXT(), name, 3, progress=False)
