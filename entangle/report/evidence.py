@@ -154,55 +154,48 @@ def gather(
     seed = check_seed(seed)
     known = as_language_model(model)
     check_scores_fit(scores, known)
-    text = as_calibration(calibration, known)
-    frame = scores.frame.iloc[rows]
-    std = frame["std"].to_numpy(np.float64, na_value=np.nan)
-    frame = frame[(std > 0) & np.isfinite(std)]
-    wanted = {str(name): own for name, own in frame.groupby("layer", sort=False)}
-    layers = [one for one in list_layers(known.module) if one.name in wanted]
-    gathering = _Gathering(known, text, wanted, seed)
-    budget = memory_for(memory, known.module)
-    parts = list(_parts(layers, _needed(scores, layers, wanted, text), budget))
+    text, budget = as_calibration(calibration, known), memory_for(memory, known.module)
+    gathering = _Gathering(known, text, _wanted(scores, rows), seed)
     showing = ProgressBar("reading neurons", enabled=progress)
     with showing as bar, full_precision(), evaluating(known.module):
-        for part in parts:
+        for part, _ in planned(scores, rows, known, text, budget):
             gathering.read(part, budget, bar)
     return gathering.result(scores)
 
 
-def _needed(
-    scores: NeuronScores, layers: Sequence[Layer], wanted: Mapping[str, pd.DataFrame],
-    text: CalibrationSet,
-) -> list[int]:  # fmt: skip
-    """Return the bytes that a pass holds of every layer.
+def _wanted(scores: NeuronScores, rows: NDArray[np.int64]) -> Mapping[str, pd.DataFrame]:
+    """Return the rows of the neurons that can be read, by their layer."""
+    frame = scores.frame.iloc[rows]
+    std = frame["std"].to_numpy(np.float64, na_value=np.nan)
+    frame = frame[(std > 0) & np.isfinite(std)]
+    return {str(name): own for name, own in frame.groupby("layer", sort=False)}
+
+
+def planned(
+    scores: NeuronScores, rows: NDArray[np.int64], model: LanguageModel, text: CalibrationSet,
+    memory: int,
+) -> list[tuple[list[Layer], int]]:  # fmt: skip
+    """Return the layers of each pass of `gather`, so many that they fit, and the bytes held there.
 
     Experts are taken to see the share of this text that they see of the text of the scores.
     """
     known = scores.manifest.get("calibration")
     scored = known.get("n_tokens") if isinstance(known, Mapping) else None
-    found = []
-    for layer in layers:
+    wanted, found = _wanted(scores, rows), list[tuple[list[Layer], int]]()
+    for layer in list_layers(model.module):
+        if layer.name not in wanted:
+            continue
         own, n, most = wanted[layer.name], text.n_tokens, PAIR_TOKENS
         if layer.is_expert:
             share = min(1.0, int(own["n_tokens"].iloc[0]) / int(scored)) if scored else 1.0
             n, most = math.ceil(n * share), 2 * PAIR_TOKENS
-        rows = len(own) + 4 * layer.is_expert  # which tokens they are of
-        found.append(rows * n * _BYTES + min(n, most) * layer.in_features * 4)
+        columns = len(own) + 4 * layer.is_expert  # which tokens they are of
+        needed = columns * n * _BYTES + min(n, most) * layer.in_features * 4
+        if found and found[-1][1] + needed <= memory:
+            found[-1] = ([*found[-1][0], layer], found[-1][1] + needed)
+        else:
+            found.append(([layer], needed))
     return found
-
-
-def _parts(layers: Sequence[Layer], needed: Sequence[int], memory: int) -> Iterator[list[Layer]]:
-    """Part the layers so that what a pass holds of each part fits into memory."""
-    part: list[Layer] = []
-    held = 0
-    for layer, own in zip(layers, needed, strict=True):
-        if part and held + own > memory:
-            yield part
-            part, held = [], 0
-        part.append(layer)
-        held += own
-    if part:
-        yield part
 
 
 @dataclass(eq=False)
@@ -551,7 +544,7 @@ class _Gathering:
             low, high = (f"{100 * one / text.n_tokens:.3g}" for one in (sent[0], sent[-1]))
             experts = len({name.rpartition(".")[0] for name in self._found.sent})
             yield (
-                f"Neurons of {experts:,} experts were read on the tokens that the router sends "
+                f"Neurons of experts ({experts:,}) were read on the tokens that the router sends "
                 f"each, {low if low == high else f'{low} to {high}'} % of the text: on the others "
                 "they put out nothing."
             )

@@ -92,14 +92,15 @@ def test_what_is_read_is_of_the_tokens_that_an_expert_is_sent(name: str) -> None
     assert not found.left_out
     ids, checked = TEXT().flatten().numpy(), 0
     different = np.unique(ids)
-    for (layer, neuron), windows in found.windows.reset_index().groupby(["layer", "neuron"]):
-        own = known.get(".".join(str(layer).split(".")[-2:]))
+    neurons: Any = found.windows.reset_index().groupby(["layer", "neuron"])
+    for (layer, neuron), windows in neurons:
+        own = known.get(".".join(layer.split(".")[-2:]))
         if own is None:
             continue  # up_proj
         checked, at = checked + 1, own.at
-        row = scores.layer(str(layer)).frame.iloc[int(neuron)]
-        z = (own.outputs[int(neuron)] - row["mean"]) / row["std"]
-        assert found.sent[str(layer)] == len(at) == row["n_tokens"]
+        row = scores.layer(layer).frame.iloc[neuron]
+        z = (own.outputs[neuron] - row["mean"]) / row["std"]
+        assert found.sent[layer] == len(at) == row["n_tokens"]
         for one in windows.to_dict("records"):
             before, after = int(one["before"]), int(one["after"])
             text = different[found.ids[one["place"] - before :][: before + after + 1]]
