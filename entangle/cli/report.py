@@ -134,8 +134,9 @@ def dry_counts(job: "Job") -> "Counts":
     near = float(min(job.tokens, PAIR_TOKENS)) ** 2
     batches = math.ceil(job.text.n_seq / job.text.per_pass)
     times = {
-        "calls": float(batches * len(job.layers)), "forward": job.forward(passes), "outputs": job.tokens * pages, "pages": pages,
-        "neurons": rows, "near": near * sum(one.in_features for one in job.inputs),
+        "calls": float(batches * len(job.layers)), "forward": job.forward(passes),
+        "outputs": job.tokens * pages, "pages": pages, "neurons": rows,
+        "near": near * sum(one.in_features for one in job.inputs),
     }  # fmt: skip
     at_once = min(job.tokens, job.text.per_pass * job.text.seq_len)
     peak = {

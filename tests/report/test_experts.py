@@ -14,9 +14,10 @@ from entangle.explorer import explore
 from entangle.models.loading import as_language_model
 from entangle.modes import neuron_modes
 from entangle.report.content import chosen_rows, content_of
-from entangle.report.evidence import OFTEN, SHADES, STEPS, UNSEEN, WINDOW, Evidence, gather
+from entangle.report.evidence import OFTEN, SHADES, STEPS, UNSEEN, WINDOW, Evidence, gather, planned
 from entangle.report.runs import together
 from entangle.results.scores import NeuronScores
+from entangle.texts.calibration import as_calibration
 from tests.mixtures import TEXT, mixture
 from tests.report.samples import unpacked
 
@@ -152,6 +153,8 @@ def test_a_page_tells_how_many_tokens_an_expert_is_sent(
     for name, (table, _) in found.tables().items():
         assert table.equals(again.tables()[name][0]), name
     rows = chosen_rows(together(scores, []), 1)
+    known, text = as_language_model(module), as_calibration(TEXT(), as_language_model(module))
+    assert [len(planned(scores, rows, known, text, most)) for most in (1, 10**9)] == [4, 1]
     data: Any = content_of(together(scores, []), rows=rows, evidence=found).data
     told = {one["name"]: (one["sent"], one["tokens"], one["of"]) for one in data["layers"]}
     assert all(sent == tokens < whole == N for sent, tokens, whole in told.values())
