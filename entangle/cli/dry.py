@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from entangle.cli import allocate, anchor, counts, experts, options
+from entangle.cli import allocate, anchor, counts, experts, options, report
 from entangle.cli.tables import Table, present
 from entangle.cli.trials import (
     Job,
@@ -172,6 +172,10 @@ COMMANDS: Mapping[str, tuple[Callable[[argparse.Namespace, Any], Job], Subject]]
     "decompose": (_decompose_job, counts.DECOMPOSE),
     "anchor": (anchor.dry_job, Subject(anchor.dry_run, anchor.dry_counts, anchor.dry_sizes)),
     "experts": (experts.dry_job, Subject(experts.dry_run, experts.dry_counts)),
+    "report": (
+        report.dry_job,
+        Subject(report.dry_run, report.dry_counts, report.dry_sizes, report.dry_ready),
+    ),
 }
 """Commands that can tell, and how."""
 

@@ -267,7 +267,7 @@ MEANINGS: Mapping[str, Sequence[Meaning]] = {
     ),
     "report": (
         Meaning(
-            ("revision", "dtype", "device", "device_map", *_CALIBRATION),
+            ("revision", "dtype", "device", "device_map", "dry_run", *_CALIBRATION),
             lambda given: given.model is not None, "without --model, which reads a text",
         ),
         _OF_CALIBRATION,

@@ -1,12 +1,18 @@
 """``entangle report``: the neurons of a model on one page, to look at, keep and send."""
 
 import argparse
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from entangle.cli import options
 from entangle.cli.tables import print_json, say
 
 if TYPE_CHECKING:
+    from entangle.cli.trials import Counts, Job
+    from entangle.models.loading import LanguageModel
     from entangle.report import Report
 
 _MEGABYTE = 1e6
@@ -35,10 +41,12 @@ def add_parser(subparsers: options.Subparsers) -> None:
         "--model", metavar="MODEL",
         help="the model of the scores: modes, contexts and pairs are read in a pass over the text",
     )  # fmt: skip
-    options.add_loading_options(parser.add_argument_group("model"))
+    group = parser.add_argument_group("model")
+    options.add_loading_options(group)
+    options.add_dry_run_option(group)
     options.add_calibration_options(parser)
     options.add_run_options(parser, ending=".html", file=True)
-    parser.set_defaults(run=run, show=show)
+    parser.set_defaults(run=run, show=show, csv=False, latex=False, wide=False)  # of a dry run
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -63,6 +71,90 @@ def run(arguments: argparse.Namespace) -> None:
         print_json(as_json(report))
     else:
         print_report(report)
+
+
+def dry_job(arguments: argparse.Namespace, model: "LanguageModel") -> "Job":
+    """Return what ``--dry-run`` asks about: the passes of the text, and the neurons read there."""
+    from entangle.cli.trials import Job
+    from entangle.experiments.selection import check_scores_fit
+    from entangle.memory import memory_for
+    from entangle.report.content import check_neurons, chosen_rows
+    from entangle.report.evidence import planned
+    from entangle.report.report import check_new
+    from entangle.report.runs import open_runs
+
+    neurons = check_neurons(arguments.neurons)
+    check_new(arguments.out, force=arguments.force)
+    found = open_runs(arguments.runs)
+    check_scores_fit(found.scores, model)
+    text, rows = options.load_calibration(arguments, model), chosen_rows(found, neurons)
+    memory = memory_for(None, model.module)
+    passes = planned(found.scores, rows, model, text, memory)
+    given = {
+        "pages": len(rows), "rows": len(found.scores.frame), "passes": len(passes),
+        "held": max((needed for _, needed in passes), default=0),
+        "neurons": max(len(rows), 1) / len(found.scores.frame), "method": "sketch",
+    }  # fmt: skip
+    layers = tuple(layer for part, _ in passes for layer in part)
+    return Job(model, layers, text, None, given)
+
+
+def dry_ready(job: "Job", folder: Path) -> "Job":
+    """Score the layers of a trial, whose page is made."""
+    from entangle.scoring.score import score
+
+    found = score(
+        job.model, job.text, layers=[one.name for one in job.layers], proj=None, md=False,
+        method="sketch", min_tokens=2, progress=False,
+    )  # fmt: skip
+    found.save(folder / "scores")
+    return replace(job, given={**job.given, "scores": folder / "scores"})
+
+
+def dry_run(job: "Job", out: Path) -> object:
+    """Write the page of a trial."""
+    from entangle.report import write_report
+
+    return write_report(
+        job.given["scores"], out.with_suffix(".html"), neurons=job.given["neurons"],
+        model=job.model, calibration=job.text, progress=False,
+    )  # fmt: skip
+
+
+def dry_counts(job: "Job") -> "Counts":
+    """Return what time, memory and disk of a page are linear in."""
+    from entangle.cli.trials import Counts
+    from entangle.report.evidence import PAIR_TOKENS
+
+    assert job.text is not None  # noqa: S101
+    own = job.given
+    passes = own["passes"] * (1.0 if any(one.is_expert for one in job.layers) else job.reached)
+    pages = own["pages"] or own["neurons"] * job.neurons
+    rows = float(own["rows"] or job.neurons)
+    near = float(min(job.tokens, PAIR_TOKENS)) ** 2
+    batches = math.ceil(job.text.n_seq / job.text.per_pass)
+    times = {
+        "calls": float(batches * len(job.layers)), "forward": job.forward(passes),
+        "outputs": job.tokens * pages, "pages": pages, "neurons": rows,
+        "near": near * sum(one.in_features for one in job.inputs),
+    }  # fmt: skip
+    at_once = min(job.tokens, job.text.per_pass * job.text.seq_len)
+    peak = {
+        "pass": float(at_once * max((max(one.shape) for one in job.layers), default=1)),
+        "pages": pages, "neurons": rows,
+    }  # fmt: skip
+    disk = {"pages": pages, "neurons": rows}
+    return Counts(times, peak, disk, held=float(own["held"]), passes=(passes, 0))
+
+
+def dry_sizes(job: "Job") -> list[dict[str, Any]]:
+    """Vary the share of neurons that have a page."""
+    trial: Mapping[str, Any] = {"pages": None, "rows": None, "passes": 1, "held": 0}
+    share = job.given["neurons"]
+    return [
+        {**trial, "neurons": share, "shapes": 3},
+        {**trial, "neurons": min(1.0, 4 * share), "shapes": 2},
+    ]
 
 
 def show(arguments: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from torch import nn
 
 from entangle.errors import InvalidInput
@@ -28,7 +29,7 @@ from entangle.precision import full_precision
 from entangle.recording.recorder import Recorded, Recorder, of_one_group
 from entangle.recording.stream import ByteBudget, TokenStore
 from entangle.results.decomposition import Decomposition
-from entangle.texts.calibration_set import CalibrationSet
+from entangle.texts.calibration_set import CalibrationSet, SeenTokens, Tokens
 from entangle.texts.words import TokenText
 
 NEAR, PAIRS = 0.01, 10
@@ -65,6 +66,8 @@ class Modes:
     """Of these outputs, in output units."""
     std: float
     """Of these outputs, in output units."""
+    sent: str = ""
+    """Of how many of the text's tokens they are, where an expert is sent some only."""
 
 
 class ModeFinder:
@@ -92,6 +95,7 @@ class ModeFinder:
         self._inputs: TokenStore | None = None
         self._given: TokenStore | None = None
         self._near: np.ndarray | None = None
+        self._at: NDArray[np.int64] | None = None
         self._found: dict[tuple[str, int], Modes] = {}
 
     def known(self, layer: str, neuron: int) -> Modes | None:
@@ -117,10 +121,25 @@ class ModeFinder:
         return self._layer is not None and self._layer.name == layer
 
     def outputs(self, layer: str, neuron: int) -> np.ndarray:
-        """Return a neuron's outputs on all tokens; the first one of a layer takes a pass."""
+        """Return a neuron's outputs on all tokens; the first one of a layer takes a pass.
+
+        They are NaN on tokens that an expert is not sent.
+        """
         subject = self.subject
         assert subject is not None  # noqa: S101
-        return self._outputs(self._recorded(subject, layer), neuron)
+        found = self._outputs(self._recorded(subject, layer), neuron)
+        if self._at is None:
+            return found
+        everywhere = np.full(subject.calibration.n_tokens, np.nan, found.dtype)
+        everywhere[self._at] = found
+        return everywhere
+
+    def sent(self, layer: str) -> str:
+        """Say how many tokens an expert is sent; nothing of others, and before the pass."""
+        if self._at is None or self.subject is None or not self.is_recorded(layer):
+            return ""
+        n, whole = len(self._at), self.subject.calibration.n_tokens
+        return f"The router sends this expert {n:,} of {whole:,} tokens ({100 * n / whole:.3g} %)."
 
     def has_modes(self, layer: str) -> bool:
         """Tell whether the decomposition holds modes of the layer."""
@@ -149,8 +168,9 @@ class ModeFinder:
         InvalidInput
             If the layer does not multiply its inputs by its weight.
         """
-        subject, outputs = self.subject, self.outputs(layer, neuron)
+        subject = self.subject
         assert subject is not None  # noqa: S101
+        outputs = self._outputs(self._recorded(subject, layer), neuron)
         inputs = self._inputs
         if inputs is None or inputs.n_tokens == 0:
             raise InvalidInput(f"layer {layer!r} has no inputs of its own to compare.")
@@ -158,8 +178,11 @@ class ModeFinder:
             drawn = draw_all(inputs, seed=self._seed)
             self._near = near_pairs(inputs, drawn, near=NEAR, seed=self._seed)
         words, values = TokenText(subject.model.tokenizer), torch.from_numpy(outputs)[None]
-        text = subject.calibration
-        return separated_rows(values, (neuron,), self._near, inputs, text, words, most=PAIRS)
+        text, at = self._seen(subject), self._at
+        rows = separated_rows(values, (neuron,), self._near, inputs, text, words, most=PAIRS)
+        if at is not None and not rows.empty:
+            rows = rows.assign(**{name: at[rows[name]] for name in ("position_a", "position_b")})
+        return rows
 
     def text_of(self, layer: str, neuron: int) -> object | None:
         """Return the description of the text that a neuron's modes are of, None where unknown."""
@@ -180,10 +203,13 @@ class ModeFinder:
         assert subject is not None  # noqa: S101
         outputs = self._outputs(self._recorded(subject, layer), neuron)
         modes, contexts = describe_modes(
-            {neuron: outputs}, subject.calibration, subject.model.tokenizer, layer, seed=self._seed
+            {neuron: outputs}, self._seen(subject), subject.model.tokenizer, layer, seed=self._seed
         )
+        if self._at is not None:
+            contexts["position"] = self._at[contexts["position"]]
         mean, std = float(outputs.mean(dtype=np.float64)), float(outputs.std(dtype=np.float64))
-        found = Modes(modes, contexts, output_histogram(outputs), mean, std)
+        histogram = output_histogram(outputs)
+        found = Modes(modes, contexts, histogram, mean, std, self.sent(layer))
         self._found[layer, neuron] = found
         return found
 
@@ -191,7 +217,7 @@ class ModeFinder:
         """Record the inputs of a layer unless they were the last ones recorded."""
         if self._layer is not None and self._layer.name == name:
             return self._layer
-        self._layer = self._near = None
+        self._layer = self._near = self._at = None
         for held in (self._inputs, self._given):
             if held is not None:
                 held.close()
@@ -200,8 +226,11 @@ class ModeFinder:
         store = self._inputs = TokenStore(ByteBudget(memory))
 
         outputs = self._given = TokenStore(ByteBudget(memory))
+        places = list[NDArray[np.int64]]()
 
         def keep(seen: Recorded) -> None:
+            if seen.at is not None:
+                places.append(seen.at.cpu().numpy())
             if seen.affine:
                 store.append(seen.inputs)
             else:
@@ -210,8 +239,13 @@ class ModeFinder:
         batches = of_one_group(subject.calibration)
         with evaluating(subject.model.module):
             Recorder([layer], keep, once=True).run(subject.model.module, batches)
-        self._layer = layer
+        self._layer, self._at = layer, np.concatenate(places) if places else None
         return layer
+
+    def _seen(self, subject: Subject) -> Tokens:
+        """Return the tokens that outputs are of."""
+        text = subject.calibration
+        return text if self._at is None else SeenTokens(text, torch.from_numpy(self._at))
 
     def _outputs(self, layer: Layer, neuron: int) -> np.ndarray:
         assert self._inputs is not None  # noqa: S101

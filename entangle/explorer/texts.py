@@ -102,7 +102,7 @@ def pairs_view(finder: ModeFinder, layer: str, neuron: int, *, asked: bool) -> C
         "Two tokens a box: their inputs are among the nearest of all pairs (distance of the "
         "inputs, cosine), their outputs lie so many σ apart."
     )
-    return Content(html=f"{told}<p><small>{legend}</small></p>")
+    return Content(html=f"{told}<p><small>{legend} {finder.sent(layer)}</small></p>")
 
 
 def _pair(row: Mapping[Any, Any]) -> str:
@@ -156,6 +156,10 @@ def _found_tokens(finder: ModeFinder, layer: str, neuron: int, query: str) -> st
         return f"<p>No token of the text holds {escaped(query)!r}: it may be cut in several.</p>"
     outputs = finder.outputs(layer, neuron)
     found = finder.find(layer, neuron)
+    whole = len(positions)
+    positions = positions[~np.isnan(outputs[positions])]
+    if len(positions) == 0:
+        return f"<p>This expert is sent none of {whole:,} tokens with {escaped(query)}.</p>"
     unit = Unit(found.mean, found.std)
     sigma = (outputs[positions] - found.mean) / (found.std or 1.0)
     frame = pd.DataFrame({"token": [names[i] for i in place[positions]], "sigma": sigma})
@@ -170,8 +174,9 @@ def _found_tokens(finder: ModeFinder, layer: str, neuron: int, query: str) -> st
         sequence, at = text.place(int(positions[one]))
         before, token, after = words.context(rows.sequence(sequence).tolist(), at, 12)
         lines += context_row(unit.text(float(outputs[positions[one]])), before, token, after)
+    sent = "" if len(positions) == whole else f" ({len(positions):,} of them sent to this expert)"
     return (
-        f"<p>{len(positions):,} of {len(ids):,} tokens hold <b>{escaped(query)}</b>; the lowest "
+        f"<p>{whole:,} of {len(ids):,} tokens hold <b>{escaped(query)}</b>{sent}; the lowest "
         f"and highest outputs among them, in σ of this text:</p>{html_table(table, rows=8)}"
         f'<table class="entangle-contexts">{lines}</table>'
     )

@@ -279,7 +279,8 @@ def modes_view(finder: ModeFinder, layer: str, neuron: int, *, asked: bool) -> C
     if found is not None:
         unit = Unit(found.mean, found.std)
         modes = (_mode(one, found.contexts, unit) for _, one in found.modes.iterrows())
-        return Content(_picture(found), "".join(modes))
+        sent = f"<p><small>{found.sent}</small></p>" if found.sent else ""
+        return Content(_picture(found), sent + "".join(modes))
     if finder.subject is None:
         return Content(html=_MODES_NEED)
     return Content(offer=f"Find modes: run the model over {finder.subject.size}, up to this layer")

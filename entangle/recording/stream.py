@@ -11,8 +11,10 @@ from threading import Lock
 from types import TracebackType
 from typing import IO, TypeVar
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Int64
+from numpy.typing import NDArray
 from torch import Tensor
 
 from entangle.errors import InvalidInput
@@ -351,3 +353,47 @@ class TokenStore:
             self._file.seek((start - self._in_memory) * row)
             self._file.readinto(buffer.view(torch.uint8).numpy())  # type: ignore[attr-defined]
         return buffer
+
+
+class LowestRanks:
+    """Rows of the tokens of lowest rank among those that come, where nobody knows how many will.
+
+    Parameters
+    ----------
+    ranks
+        Of every token of the text, (tokens,), each another one.
+    most
+        Rows that are kept; at most twice as many are held, in RAM.
+    """
+
+    def __init__(self, ranks: Int64[np.ndarray, " text"], most: int) -> None:
+        self._ranks, self._most, self._count = ranks, most, 0
+        self._bound = len(ranks)
+        self._at, self._rows = list[NDArray[np.int64]](), list[Tensor]()
+
+    def add(self, at: Int64[np.ndarray, " tokens"], rows: Float[Tensor, "tokens features"]) -> None:
+        """Take rows, and which of the text's tokens they are of: none that came before."""
+        kept = np.flatnonzero(self._ranks[at] < self._bound)
+        if not len(kept):
+            return
+        self._at.append(at[kept])
+        self._rows.append(rows[torch.from_numpy(kept).to(rows.device)].cpu())
+        self._count += len(kept)
+        if self._count > 2 * self._most:
+            self._cut()
+
+    def _cut(self) -> None:
+        at, rows = np.concatenate(self._at), torch.cat(self._rows)
+        ranks = self._ranks[at]
+        lowest = np.argsort(ranks)[: self._most]
+        kept = lowest[np.argsort(at[lowest])]
+        self._at, self._rows = [at[kept]], [rows[torch.from_numpy(kept)]]
+        self._count, self._bound = len(kept), int(ranks[lowest[-1]])
+
+    def put(self, store: TokenStore) -> Int64[np.ndarray, " kept"]:
+        """Put the rows into a store in the text's order; return which tokens they are of."""
+        if not self._count:
+            return np.empty(0, dtype=np.int64)
+        self._cut()
+        store.append(self._rows.pop())
+        return self._at.pop()

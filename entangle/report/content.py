@@ -159,7 +159,7 @@ def content_of(
     others = tuple(_other_texts(runs))
     notes = (*runs.notes, *others, *_away(scores), *_told(runs, evidence))
     data = {
-        "layers": list(_layers(scores)),
+        "layers": list(_layers(scores, evidence)),
         "columns": list(_columns(frame)),
         "flags": pack_texts(frame["flag"].tolist()) if (frame["flag"] != "").any() else None,
         "bars": {"n": BARS, "span": SPAN, "levels": pack(small)},
@@ -196,14 +196,20 @@ def _bars(scores: NeuronScores) -> tuple[NDArray[np.uint8], NDArray[np.float64]]
     return np.concatenate([one[0] for one in parts]), np.concatenate([one[1] for one in parts])
 
 
-def _layers(scores: NeuronScores) -> Iterator[dict[str, object]]:
+def _layers(scores: NeuronScores, evidence: "Evidence | None") -> Iterator[dict[str, object]]:
     labels = layer_labels(scores.layers)
+    sent = {} if evidence is None else evidence.sent
+    why = {} if evidence is None else evidence.left_out
+    text = scores.manifest.get("calibration")
+    whole = text.get("n_tokens") if isinstance(text, Mapping) else None
     for row, label in zip(scores.layers.to_dict("records"), labels, strict=True):
         yield {
             "name": visible(str(row["layer"])), "label": label, "n": int(row["n_neurons"]),
             "block": None if pd.isna(row["block"]) else int(row["block"]),
             "projection": visible(str(row["projection"])), "tokens": int(row["n_tokens"]),
             "floor": plain(row["null_floor"]), "floor_high": plain(row["null_floor_high"]),
+            "of": plain(whole), "sent": sent.get(str(row["layer"])),
+            "why": why.get(str(row["layer"])),
         }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from entangle.cli import anchor, composed, dry, options, trials
+from entangle.cli import anchor, composed, dry, options, report, trials
 from entangle.errors import MemoryLimit, Unavailable
 from entangle.memory import refuse_beyond
 from entangle.models.layers import find_blocks, list_layers
@@ -142,6 +142,45 @@ def test_an_anchor_runs_the_text_as_often_as_is_told(
     more = anchor.dry_counts(replace(job, given={**given, "settings": {**settings, "atoms": 16}}))
     assert more.time["grams"] == 4 * counted.time["grams"]
     assert more.time["drawn"] == counted.time["drawn"] == 2 * job.neurons
+
+
+def test_a_page_runs_the_text_as_often_as_is_told(
+    run: Run,
+    tiny_folder: Callable[[str], Path],
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    jobs, model = list[trials.Job](), tiny_folder("mixtral")
+    text = ("--calibration", text_file, *TEXT, "--quiet")
+    asked = ("report", "scores", "--model", model, *text, "--neurons", 2, "--json", "--dry-run")
+    scoring = ("score", model, *text, "--layer", "1", "--proj", "experts", "--method", "sketch")
+    assert run(*scoring, "--min-tokens", 32, "--no-md", "--out", "scores").status == 0
+
+    def told_of(_subject: object, job: trials.Job, **_given: object) -> tuple[trials.Spent, float]:
+        jobs.append(job)
+        return trials.Spent(1.0, 2.0, 3, 0, 5), 0.5
+
+    monkeypatch.setattr(dry, "estimate", told_of)
+    ran = run(*asked)
+    assert ran.status == 0, ran.err
+    told = json.loads(ran.out)
+    assert (told["tokens"], told["passes"]) == (24 * 32, 1)  # experts' pass goes to the end
+    assert [one.name for one in tmp_path.iterdir()] == ["scores"]
+    assert run(*asked[:2], "--dry-run").status == 2  # without a model nothing takes long
+    (job,) = jobs
+    assert 0 < job.given["pages"] == 2 * len(job.layers)
+    size = dict(report.dry_sizes(job)[0])
+    trial = report.dry_ready(replace(job, given={**job.given, **size}), tmp_path / "ready")
+    seen = list[int]()
+    first = next(one for one in list_layers(job.model.module) if one.block == 0)
+    first.module.register_forward_hook(
+        lambda _module, inputs, _output: seen.append(inputs[0].shape[:-1].numel())
+    )
+    report.dry_run(trial, tmp_path / "made")
+    assert (tmp_path / "made.html").stat().st_size > 0
+    assert job.tokens <= sum(seen) <= 1.2 * job.tokens
 
 
 def test_revisions_take_what_the_first_takes(

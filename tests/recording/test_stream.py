@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -17,7 +18,7 @@ from entangle import memory
 from entangle.errors import InvalidInput, Unavailable
 from entangle.memory import SpareRam
 from entangle.recording import stream
-from entangle.recording.stream import ByteBudget, TokenStore
+from entangle.recording.stream import ByteBudget, LowestRanks, TokenStore
 from entangle.seeding import torch_rng
 
 FEATURES = 3
@@ -411,3 +412,18 @@ def test_rows_in_ram_lie_behind_each_other() -> None:
         (whole,) = store.chunks()
         assert torch.equal(whole, matrix)
         assert budget.left == 2**20 - store.n_bytes
+
+
+@pytest.mark.parametrize("most", [3, 40, 100])
+def test_rows_of_lowest_rank_are_kept_in_whatever_parts_they_come(most: int) -> None:
+    rng = np.random.default_rng(0)
+    ranks, matrix = rng.permutation(100), rows(100)
+    seen = np.sort(rng.choice(100, size=60, replace=False))
+    with TokenStore(ByteBudget(10**6)) as store:
+        lowest = LowestRanks(ranks, most)
+        for at in np.split(seen, [1, 20, 23, 50]):
+            lowest.add(at, matrix[at])
+        kept = lowest.put(store)
+        wanted = np.sort(seen[np.argsort(ranks[seen])[:most]])
+        np.testing.assert_array_equal(kept, wanted)
+        assert torch.equal(store.span(0, store.n_tokens), matrix[wanted])

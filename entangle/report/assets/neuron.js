@@ -25,14 +25,23 @@ class NeuronPage {
     const bars = await this.bars(), whole = this.page !== undefined;
     this.host.replaceChildren(el("div", {}, this.heading(), !whole && el("p", { cls: "note missing" }, this.told(DATA.missing.page)),
       el("div", { cls: "two" }, el("div", {}, this.distribution(bars, found.modes, whole), this.standing()), this.numbers()),
-      whole && DATA.elsewhere.map((note) => el("p", { cls: "note" }, this.told(note))),
+      whole && DATA.elsewhere.map((note) => el("p", { cls: "note" }, this.told(note))), whole && this.sent(),
       whole && [this.modes(found), this.contexts(found), this.ends(found), this.pairs(found), this.experts(found)], whole && this.ablation(found)));
     this.redraws.forEach((redraw) => redraw());
   }
 
+  // Of an expert's neuron: on how many tokens it is read.
+  sent() {
+    const { sent } = this.layer;
+    return typeof sent === "number" && el("p", { cls: "note" }, `The router sends this expert ${counted(sent)} of the text's ${counted(DATA.text.tokens)} tokens (${number(100 * sent / DATA.text.tokens, 3)} %). Modes, contexts and pairs are of these. `,
+      "On the others it puts out nothing: in contexts they are ", el("span", { cls: "t unseen" }, "grey and underlined"), ".");
+  }
   told(text) { return text.split("`").map((part, i) => i % 2 ? el("code", {}, part) : part); }
   part(title, ...children) { return el("section", {}, el("h2", {}, title), children); }
-  lacks(name) { return el("p", { cls: "note missing" }, this.told(DATA.missing[name])); }
+  lacks(name) {
+    const { why } = this.layer, unread = why && ["modes", "contexts", "pairs"].includes(name);
+    return el("p", { cls: "note missing" }, this.told(unread ? `Not read from the model: ${why}.` : DATA.missing[name]));
+  }
   value(name) { const column = this.neurons.column(name); return column ? column.values[this.row] : NaN; }
 
   heading() {
@@ -71,7 +80,7 @@ class NeuronPage {
     const box = el("input", { type: "checkbox", id: "log", on: { change: (event) => { this.logarithmic = event.target.checked; draw(); } } });
     box.checked = this.logarithmic;
     return this.part("Outputs", host, el("p", { cls: "quiet small" }, el("label", { cls: "check" }, box, "logarithmic"), " · ",
-      whole ? `${counted(this.layer.tokens)} tokens; the line is the Gaussian of the same mean and deviation.`
+      whole ? `${counted(this.layer.tokens)} ${this.layer.tokens < this.layer.of ? `of the text's ${counted(this.layer.of)} tokens` : "tokens"}; the line is the Gaussian of the same mean and deviation.`
         : "small histogram: heights in 63 steps, what lies beyond ±4 σ is in the outer bars."));
   }
 
@@ -103,7 +112,7 @@ class NeuronPage {
     const cells = [];
     for (let i = -before; i <= after; i++) {
       const shade = shades ? shades(i) : 0;
-      cells.push(el("span", { cls: `t ${shade < 0 ? `l${-shade}` : `h${shade}`}${i === 0 ? " it" : ""}` }, this.word(place + i)));
+      cells.push(el("span", { cls: `t ${shade === DATA.text.unseen ? "unseen" : shade < 0 ? `l${-shade}` : `h${shade}`}${i === 0 ? " it" : ""}` }, this.word(place + i)));
     }
     return el("span", { cls: "context", dir: "auto" }, cells);
   }
@@ -117,7 +126,7 @@ class NeuronPage {
       const own = windows.filter((one) => one.group === `mode ${mode.mode}`).map((one) => this.shaded(one));
       const kept = own.length ? own : contexts.filter((one) => one.mode === mode.mode).map((one) => this.example(one.output, this.strings(one.before, one.token, one.after)));
       const tokens = JSON.parse(mode.top_tokens).map(([token, count]) => el("span", { cls: "chip", title: `${counted(count)} times` }, this.token(token), el("small", {}, ` ${counted(count)}`)));
-      return el("div", { cls: `mode m${i % 6}` }, el("h3", {}, `Mode ${mode.mode}`, el("span", { cls: "quiet" }, ` around ${signed(mode.center)} σ, ${number(100 * mode.share, 3)} % of the tokens (${counted(mode.tokens)})`)),
+      return el("div", { cls: `mode m${i % 6}` }, el("h3", {}, `Mode ${mode.mode}`, el("span", { cls: "quiet" }, ` around ${signed(mode.center)} σ, ${number(100 * mode.share, 3)} % of ${typeof this.layer.sent === "number" ? "its" : "the"} tokens (${counted(mode.tokens)})`)),
         el("p", { cls: "chips" }, tokens), kept.length ? el("ul", { cls: "contexts" }, kept) : this.lacks("contexts"));
     }));
   }
