@@ -116,7 +116,7 @@ def _collect(
                 rows = next(sent)[1].to(device).contiguous()
             else:
                 rows = torch.empty(min(_ROWS, count - start), width, dtype=dtype, device=device)
-            ranks.broadcast(rows, by=rank)
+            ranks.broadcast(rows, by=rank, met=not first)
             if first:
                 store.reserve(pieces, rows)
                 first = False
@@ -252,7 +252,7 @@ def share_packing(
             found[name][place.start : place.stop] = part[: len(place)]
             if name == "starts":
                 found[name][place.start : place.stop] += ends[ranks.rank]
-        ranks.fill(found[name], places)
+        ranks.fill(found[name], places, to=to)
     return Packed(found, layout) if ranks.rank == to else None
 
 

@@ -525,7 +525,7 @@ class FeatureSizes:
         if ranks.rank != to or not len(sums):
             return []
         self._squares = torch.zeros_like(like)
-        return [(self._squares, sums.unbind())]
+        return [(self._squares, sums)]
 
     def rms(self) -> Float[Tensor, " features"]:
         """Return the root mean squares, in input units, on the CPU; there must be a token."""

@@ -1,5 +1,7 @@
 """Ranks share out the batches of a text, and place bins where the first batch does."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,17 +20,25 @@ LAYER = find_layers(nn.ModuleDict({"layer": nn.Linear(4, 6)}), ["layer"], None)[
 class Board(Ranks):
     """One of two ranks in one process, of which the second hears what the first has told."""
 
-    def __init__(self, rank: int, size: int, said: list[bytes]) -> None:
+    def __init__(self, rank: int, size: int, said: list[Any]) -> None:
         super().__init__(leads=rank == 0)
         self.rank, self.size, self.said = rank, size, said
 
     def told(self, content: bytes | None, *, by: int = 0) -> bytes:
         assert by == 0
         if self.rank:
-            return self.said.pop(0)
+            return bytes(self.said.pop(0))
         assert content is not None
         self.said.append(content)
         return content
+
+    def broadcast(self, tensor: Tensor, *, by: int, met: bool = False) -> None:
+        assert by == 0
+        assert met
+        if self.rank:
+            tensor.copy_(self.said.pop(0))
+        else:
+            self.said.append(tensor.clone())
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
@@ -61,7 +71,7 @@ Two = list[tuple[LayerCounts, FirstPlaces]]
 @pytest.fixture
 def two() -> Two:
     """The counts of both of two ranks that begin with their first batch, and their places."""
-    said: list[bytes] = []
+    said: list[Any] = []
     made = []
     for rank in (0, 1):
         own = counts()
