@@ -237,9 +237,12 @@ def share_packing(
     shares = [ranks.part(len(weight), rank=rank) for rank in range(ranks.size)]
     own = shares[ranks.rank]
     mine = storage.pack(dense, weight[own.start : own.stop])[0] if len(own) else None
-    units = ranks.exchange(0 if mine is None else int(mine.tensors["starts"][-1, -1]))
-    ends = list(accumulate(units, initial=0))
-    described = next(filter(None, ranks.exchange(None if mine is None else mine.layout.describe())))
+    known = None
+    if mine is not None:
+        known = [int(mine.tensors["starts"][-1, -1]), mine.layout.describe()]
+    every = ranks.exchange(known)
+    ends = list(accumulate((0 if one is None else one[0] for one in every), initial=0))
+    _, described = next(filter(None, every))
     layout = Layout(**described | {"experts": len(weight), "stored": room(ends[-1])})
     found = {}
     for name, (shape, dtype) in layout.tensors().items():
