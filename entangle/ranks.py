@@ -194,14 +194,20 @@ class Ranks:
         assert content is not None  # noqa: S101
         return content
 
-    def broadcast(self, tensor: "Tensor", *, by: int) -> None:
-        """Overwrite a tensor, which is contiguous, by that of rank ``by``."""
+    def broadcast(self, tensor: "Tensor", *, by: int, met: bool = False) -> None:
+        """Overwrite a tensor, which is contiguous, by that of rank ``by``.
 
-    def fill(self, tensor: "Tensor", shares: Sequence[range]) -> None:
-        """Fill a tensor, of which every rank has its share of the first dimension, on all ranks."""
-        for rank, share in enumerate(shares):
-            if len(share):
-                self.broadcast(tensor[share.start : share.stop], by=rank)
+        Ranks that have just ``met``, in another call, do not wait for one another again.
+        """
+
+    def fill(self, tensor: "Tensor", shares: Sequence[range], *, to: int | None = None) -> None:
+        """Fill a tensor, of which every rank has its share of the first dimension.
+
+        On all ranks, or on rank ``to``, which then sends nothing.
+        """
+        sent = [(rank, own) for rank, own in enumerate(shares) if len(own) and rank != to]
+        for number, (rank, own) in enumerate(sent):
+            self.broadcast(tensor[own.start : own.stop], by=rank, met=number > 0)
 
     def reduce(self, tensor: "Tensor", *, to: int, by: str = "sum") -> None:
         """Put the sum (or ``min``, ``max``) of all ranks' tensors into that of rank ``to``.
@@ -347,10 +353,10 @@ class _Joined(Ranks):
             self._dist.broadcast(piece, by)
 
     @_hearing
-    def broadcast(self, tensor: "Tensor", *, by: int) -> None:
+    def broadcast(self, tensor: "Tensor", *, by: int, met: bool = False) -> None:
         import torch
 
-        if tensor.is_cuda:
+        if tensor.is_cuda and not met:
             self._meet()
         if not tensor.numel():
             return
@@ -359,7 +365,8 @@ class _Joined(Ranks):
             self._send(flat, by)
             return
         there = flat.cuda() if by == self.rank else torch.empty_like(flat, device="cuda")
-        self._meet()
+        if not met:
+            self._meet()
         self._send(there, by)
         if by != self.rank:
             flat.copy_(there)

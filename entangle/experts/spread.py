@@ -116,7 +116,7 @@ def _collect(
                 rows = next(sent)[1].to(device).contiguous()
             else:
                 rows = torch.empty(min(_ROWS, count - start), width, dtype=dtype, device=device)
-            ranks.broadcast(rows, by=rank)
+            ranks.broadcast(rows, by=rank, met=not first)
             if first:
                 store.reserve(pieces, rows)
                 first = False
@@ -237,9 +237,12 @@ def share_packing(
     shares = [ranks.part(len(weight), rank=rank) for rank in range(ranks.size)]
     own = shares[ranks.rank]
     mine = storage.pack(dense, weight[own.start : own.stop])[0] if len(own) else None
-    units = ranks.exchange(0 if mine is None else int(mine.tensors["starts"][-1, -1]))
-    ends = list(accumulate(units, initial=0))
-    described = next(filter(None, ranks.exchange(None if mine is None else mine.layout.describe())))
+    known = None
+    if mine is not None:
+        known = [int(mine.tensors["starts"][-1, -1]), mine.layout.describe()]
+    every = ranks.exchange(known)
+    ends = list(accumulate((0 if one is None else one[0] for one in every), initial=0))
+    _, described = next(filter(None, every))
     layout = Layout(**described | {"experts": len(weight), "stored": room(ends[-1])})
     found = {}
     for name, (shape, dtype) in layout.tensors().items():
@@ -252,7 +255,7 @@ def share_packing(
             found[name][place.start : place.stop] = part[: len(place)]
             if name == "starts":
                 found[name][place.start : place.stop] += ends[ranks.rank]
-        ranks.fill(found[name], places)
+        ranks.fill(found[name], places, to=to)
     return Packed(found, layout) if ranks.rank == to else None
 
 

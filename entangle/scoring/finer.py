@@ -16,7 +16,7 @@ from entangle.models.layers import Layer
 from entangle.precision import accumulator_dtype
 from entangle.ranks import Ranks
 from entangle.recording.hooks import SeenTensor
-from entangle.stats.bins import ToAdd
+from entangle.stats.bins import ToAdd, to_host
 from entangle.stats.wasserstein import (
     FeatureSizes,
     OutputError,
@@ -75,7 +75,7 @@ class FinerOutputs:
         self._sizes = FeatureSizes(split=split)
         self._dtype = torch.float32
         self._again: Int64[Tensor, " coarse"] | None = None
-        self._kept: tuple[Tensor, Tensor | None] | None = None
+        self._kept: _OfWeight | None = None
 
     def joined(self, squares: Float[Tensor, " in_features"]) -> None:
         """Keep the sums of squared inputs in a part of the memory of several layers'."""
@@ -210,27 +210,26 @@ class FinerOutputs:
         std: Tensor,
         location: Tensor,
         dtype: torch.dtype,
-        of_weight: tuple[Tensor, Tensor | None],
+        of_weight: "_OfWeight",
         *,
         own: bool = True,
     ) -> OutputError:
         """Return the error of the module's ``own`` outputs, or of `_product`."""
-        reached, bias = of_weight
+        reached, bias, in_features = of_weight
         return output_error(
             mean, std, location,
             reach=reached if bias is None or not own else reached + bias.abs(),
-            in_features=len(self._sizes.rms()),
+            in_features=in_features,
             dtype=dtype,
             bias=bias,
         )  # fmt: skip
 
-    def _of_weight(self) -> tuple[Tensor, Tensor | None]:
-        """Return how far the weight's sums reach (0 where it gives none), and the bias, float64."""
+    def _of_weight(self) -> "_OfWeight":
         weight, bias, sizes = self._layer.weight, self._layer.bias, self._sizes.rms()
         rows = self._layer.out_features
         known = weight.is_floating_point() and weight.shape == (rows, len(sizes))
         reached = reach(weight, sizes) if known else torch.zeros(rows, dtype=torch.float64)
-        return reached, None if bias is None else bias.cpu().double()
+        return reached, None if bias is None else bias.cpu().double(), len(sizes)
 
     def _has_products(self, inputs: Tensor, rows: Tensor) -> bool:
         weight = self._layer.weight
@@ -241,6 +240,8 @@ class FinerOutputs:
         mean, std = _mean_and_std(rows)
         own = self._error(mean, std, mean, rows.dtype, self._of_weight()).bound
         again = (wd_error(own, std) > FINE).nonzero()[:, 0].to(rows.device)
+        if not len(again):
+            return again
         limit = own.to(rows.device)[again].float()
         difference = (self._product(inputs, again) - rows[:, again].float()).div_(limit)
         distance = torch.linalg.vector_norm(difference, dim=0) / rows.shape[0] ** 0.5
@@ -251,6 +252,10 @@ class FinerOutputs:
         weight, bias = self._layer.weight[neurons].float(), self._layer.bias
         product = inputs.flatten(0, -2).float() @ weight.T
         return product if bias is None else product.add_(bias[neurons].float())
+
+
+_OfWeight = tuple[Tensor, Tensor | None, int]
+"""How far a weight's sums reach (0 where it gives none), the bias, float64, and the inputs."""
 
 
 def mask(again: Tensor | None, width: int) -> Bool[Tensor, " neurons"]:
@@ -269,8 +274,8 @@ def _mean_and_std(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation of every column, float64, on the CPU."""
     values = rows.float()
     mean = values.mean(0)
-    std = (values - mean).square_().mean(0).sqrt_().cpu().double()
-    mean = mean.cpu().double()
+    found = torch.stack([(values - mean).square_().mean(0).sqrt_(), mean])
+    std, mean = to_host([found])[0].double()
     large = (~std.isfinite()).nonzero()[:, 0]  # squares may overflow float32
     if len(large):
         wide = rows[:, large.to(rows.device)].cpu().double()

@@ -25,7 +25,6 @@ from entangle.stats.wasserstein import (
     wd_error,
 )
 
-
 _NARROW = torch.float16, torch.bfloat16
 
 

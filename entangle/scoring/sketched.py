@@ -39,7 +39,7 @@ from entangle.scoring.spread import (
 )
 from entangle.scoring.together import MixtureCounts
 from entangle.seeding import numpy_rng
-from entangle.stats.bins import Scratch
+from entangle.stats.bins import Scratch, to_host
 from entangle.stats.mapping_difficulty import PairSketch
 from entangle.stats.sketch import OutputSketch
 
@@ -367,7 +367,7 @@ class _Passes:
         self, layer: Layer, own: LayerCounts, norms: Tensor | None, asked: bool
     ) -> list[LayerSummary]:
         if asked and norms is None:
-            norms = weight_norms(layer).cpu()
+            (norms,) = to_host([weight_norms(layer)])
         found = summarise(self._measure(layer, own), norms)
         if norms is not None:  # the next blocks' neurons are counted where these were
             own.outputs.release()

@@ -2,8 +2,8 @@
 
 Batches are shared out. The first rank's first one places a layer's bins; the others run one of
 theirs beside it, and wait at every layer for its places. What was counted of a layer comes together
-on one rank, in the order of the sequences, and is measured there; every rank gets each summary
-while the next ones are measured.
+on one rank, in the order of the sequences, and is measured there; every rank gets the summaries,
+one of each rank's in turn, while the next ones are measured.
 """
 
 import json
@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load, save
 from torch import Tensor
 
 from entangle.models.layers import Layer
@@ -39,6 +38,8 @@ class LayerCounts:
     """Differences of pairs of them."""
     finer: FinerOutputs
     """Which of them are computed again."""
+    common: Sequence[bool] = (False, False, False)
+    """Which of `places` the first rank has told to all."""
 
     def places(self) -> list[Tensor | None]:
         """Return what the first tokens decide: bins of both, and which outputs are computed again.
@@ -60,9 +61,12 @@ class LayerCounts:
         self.pairs = self.pairs.placed_at(None if pairs is None else pairs[0])
         self.finer = self.finer.decided(None if again is None else again[0] > 0)
 
-    def known(self) -> list[Any]:
-        """Return what all ranks must know of this to `pool` it, as JSON takes it."""
-        return [self.outputs.known(), self.pairs.known(), self.finer.known()]
+    def known(self, used: tuple[int, int]) -> list[Any]:
+        """Return what all ranks must know of this to `pool` it, as JSON takes it.
+
+        ``used`` is what `OutputSketch.used` says of its outputs.
+        """
+        return [self.outputs.known(used), self.pairs.known(), self.finer.known()]
 
     def pool(self, ranks: Ranks, known: Sequence[Sequence[Any]], *, to: int) -> ToAdd:
         """Put what all ranks counted together on rank ``to``, as one would have counted it."""
@@ -112,7 +116,7 @@ class FirstPlaces:
         self, ranks: Ranks, counts: Mapping[str, LayerCounts], layers: Sequence[Layer]
     ) -> None:
         self._ranks, self._counts = ranks, counts
-        self._devices = {layer.name: layer.device for layer in layers}
+        self._homes = {layer.name: (layer.out_features, layer.device) for layer in layers}
         self._open = False
         """Whether more may be told: the first batch is under way."""
 
@@ -131,10 +135,14 @@ class FirstPlaces:
     def tell(self, name: str) -> None:
         """Tell of a layer's places, just found, if this is the first batch."""
         if self._open and self._ranks.rank == 0:
-            places = enumerate(self._counts[name].places())
-            found = {f"{i}:{name}": one.cpu() for i, one in places if one is not None}
+            own = self._counts[name]
+            places = own.places()
+            found = [one for one in places if one is not None]
             if found:
-                self._ranks.told(save(found))
+                own.common = [one is not None for one in places]
+                self._ranks.told(json.dumps([name, own.common]).encode())
+                flat = torch.cat([one.flatten().float() for one in found])
+                self._ranks.broadcast(flat, by=0, met=True)
 
     def fetch(self, name: str) -> None:
         """Give a layer that this rank is to count its places, if the first batch finds some."""
@@ -145,13 +153,16 @@ class FirstPlaces:
     def _hear(self) -> None:
         content = self._ranks.told(None)
         self._open = bool(content)
-        places: list[Tensor | None] = [None, None, None]
-        name = ""
-        for key, place in load(content).items() if content else ():
-            number, _, name = key.partition(":")
-            places[int(number)] = place.to(self._devices[name])
-        if name:
-            self._counts[name].placed_at(places)
+        if not content:
+            return
+        name, common = json.loads(content)
+        own, (width, device) = self._counts[name], self._homes[name]
+        sizes = [n * width if there else 0 for n, there in zip(_ROWS, common, strict=True)]
+        flat = torch.empty(sum(sizes), device=device)
+        self._ranks.broadcast(flat, by=0, met=True)
+        parts = [part.view(-1, width) if len(part) else None for part in flat.split(sizes)]
+        own.placed_at(parts)
+        own.common = common
 
 
 def share_places(
@@ -170,11 +181,13 @@ def share_places(
     if ranks.size == 1:
         return [], []
     own = {layer.name: counts[layer.name].places() for layer in layers}
-    known = ranks.exchange([[one is not None for one in own[layer.name]] for layer in layers])
-    chosen = [
-        [next((rank for rank, had in enumerate(known) if had[i][j]), None) for j in range(3)]
-        for i in range(len(layers))
-    ]
+    known = ranks.exchange(
+        [[[one is not None for one in own[layer.name]], counts[layer.name].common]
+         for layer in layers]
+    )  # fmt: skip
+    chosen = [_chosen(had) for had in zip(*known, strict=True)]
+    if all(rank is None for places in chosen for rank in places):
+        return [], []
     again = []
     received = _received(ranks, own, chosen, layers)
     for layer in layers:
@@ -198,19 +211,40 @@ def pool_counts(
     list of Layer
         Those that this rank has now, of those that saw a token; it lets go of the others' counts.
     """
-    seen = ranks.exchange([counts[layer.name].outputs.n_tokens for layer in layers])
-    heard = [layer for layer, *tokens in zip(layers, *seen, strict=True) if any(tokens)]
+    own = [counts[layer.name] for layer in layers]
     if ranks.size == 1:
-        return heard
-    known = ranks.exchange([counts[layer.name].known() for layer in heard])
+        return [layer for layer, one in zip(layers, own, strict=True) if one.outputs.n_tokens]
+    used = OutputSketch.used([one.outputs for one in own])
+    known = ranks.exchange(
+        [[one.outputs.n_tokens, one.known(ends)] for one, ends in zip(own, used, strict=True)]
+    )
+    found = {
+        layer.name: [what for _, what in every]
+        for layer, *every in zip(layers, *known, strict=True)
+        if any(tokens for tokens, _ in every)
+    }
+    heard = [layer for layer in layers if layer.name in found]
     sums: ToAdd = []
     for number, layer in enumerate(heard):
-        found = [own[number] for own in known]
-        sums += counts[layer.name].pool(ranks, found, to=number % ranks.size)
+        sums += counts[layer.name].pool(ranks, found[layer.name], to=number % ranks.size)
         if number % ranks.size != ranks.rank:
             del counts[layer.name]
     add_in_order(sums)
     return heard[ranks.rank :: ranks.size]
+
+
+def _chosen(had: Sequence[tuple[list[bool], list[bool]]]) -> list[int | None]:
+    """Return whose places of a layer all get: those of the first rank to have them.
+
+    ``had`` tells what each has, and what of it the first rank has told. Nobody's (None) where
+    nobody has any, or all have all of them from the first rank.
+    """
+    if all(there == told for there, told in had):
+        return [None] * len(_ROWS)
+    return [
+        next((rank for rank, (there, _) in enumerate(had) if there[j]), None)
+        for j in range(len(_ROWS))
+    ]
 
 
 def _same(mine: Tensor | None, theirs: Tensor | None) -> bool:
@@ -271,30 +305,33 @@ def share_summaries(
     beside = torch.cuda.Stream() if on_gpu else None  # waits for none of what is being measured
     coming = iter(own)
     coming = chain(list(islice(coming, 1)), coming)  # all begin, before one waits for another
-    for name, rank in _in_turn(every):
-        one = next(coming) if rank == ranks.rank else None
+    for turn in range(max(map(len, every))):
+        names = [own[turn] if turn < len(own) else None for own in every]
+        one = next(coming) if names[ranks.rank] is not None else None
         with torch.cuda.stream(beside):
-            found[name] = _shared(ranks, one, known[name], by=rank)
+            shared = _shared(ranks, one, [None if name is None else known[name] for name in names])
+        found |= {summary.layer.name: summary for summary in shared}
     return [found[layer.name] for layer in layers if layer.name in found]
 
 
-def _in_turn(names: Sequence[Sequence[str]]) -> list[tuple[str, int]]:
-    """Return the layers of all ranks, the first of each, then the second, with their ranks."""
-    turns = range(max(map(len, names)))
-    return [(own[i], rank) for i in turns for rank, own in enumerate(names) if i < len(own)]
-
-
-def _shared(ranks: Ranks, one: LayerSummary | None, layer: Layer, *, by: int) -> LayerSummary:
-    """Return the summary of a layer that rank ``by`` has."""
-    if one is not None:
-        described, content = _packed(one)
-        ranks.told(json.dumps([len(content), described]).encode(), by=by)
-        ranks.broadcast(content, by=by)
-        return one
-    size, theirs = json.loads(ranks.told(None, by=by))
-    content = torch.empty(size, dtype=torch.uint8)
-    ranks.broadcast(content, by=by)
-    return _unpacked(content, layer, theirs)
+def _shared(
+    ranks: Ranks, one: LayerSummary | None, layers: Sequence[Layer | None]
+) -> list[LayerSummary]:
+    """Return the summaries of layers of which every rank has one, or none."""
+    described, content = (None, torch.empty(0)) if one is None else _packed(one)
+    found = []
+    for rank, head in enumerate(ranks.exchange([len(content), described])):
+        layer, (size, theirs) = layers[rank], head
+        if layer is None:
+            continue
+        if one is not None and rank == ranks.rank:
+            ranks.broadcast(content, by=rank, met=True)
+            found.append(one)
+            continue
+        sent = torch.empty(size, dtype=torch.uint8)
+        ranks.broadcast(sent, by=rank, met=True)
+        found.append(_unpacked(sent, layer, theirs))
+    return found
 
 
 def _packed(one: LayerSummary) -> tuple[list[Any], Tensor]:

@@ -79,7 +79,7 @@ class Scratch:
 
 def pooled_parts(
     ranks: Ranks, parts: Sequence[Tensor], counts: Sequence[int], *, like: Tensor, to: int
-) -> Tensor:
+) -> list[Tensor]:
     """Return the parts of sums that all ranks have, in their order, on rank ``to``.
 
     Parameters
@@ -95,12 +95,14 @@ def pooled_parts(
     to
         Who gets them; what others get is of no use.
     """
-    table = like.new_zeros(sum(counts), *like.shape)  # a sum of one number and zeros is exact
-    before = sum(counts[: ranks.rank])
-    if parts:
+    sent = [0 if rank == to else count for rank, count in enumerate(counts)]
+    table = like.new_zeros(sum(sent), *like.shape)  # a sum of one number and zeros is exact
+    if parts and ranks.rank != to:
+        before = sum(sent[: ranks.rank])
         torch.stack(list(parts), out=table[before : before + len(parts)])
     ranks.reduce(table, to=to)
-    return table
+    before = sum(sent[:to])
+    return [*table[:before], *parts, *table[before:]] if ranks.rank == to else []
 
 
 ToAdd = list[tuple[Tensor, Sequence[Tensor]]]

@@ -423,11 +423,10 @@ class PairSketch:
                 ranks, [part for _, part in self._parts], [len(own[3]) for own in found],
                 like=self._sums, to=to,
             )  # fmt: skip
-            nan = self._dy_max.isnan().byte()
-            self._dy_max = self._dy_max.nan_to_num_(nan=0.0, posinf=torch.inf)
+            nan = self._dy_max.isnan().to(self._dy_max)
+            most = torch.stack([self._dy_max.nan_to_num(nan=0.0, posinf=torch.inf), nan])
             ranks.reduce(self._counts, to=to)
-            ranks.reduce(self._dy_max, to=to, by="max")
-            ranks.reduce(nan, to=to, by="max")
+            ranks.reduce(most, to=to, by="max")
             self._pool_distances(ranks, [own[4] for own in found], to=to)
         self._parts.clear()
         if ranks.rank != to:
@@ -439,8 +438,8 @@ class PairSketch:
             self._dx_sum += dx
         if not self._placed:
             return []
-        self._dy_max.masked_fill_(nan.bool(), torch.nan)
-        return [(self._sums.zero_(), sums.unbind())]
+        self._dy_max = most[0].masked_fill(most[1] > 0, torch.nan)
+        return [(self._sums.zero_(), sums)]
 
     def _pool_distances(self, ranks: Ranks, sizes: Sequence[Sequence[int]], *, to: int) -> None:
         """Put together the distances of pairs that are not counted yet, ``sizes`` of every rank."""

@@ -212,11 +212,27 @@ class OutputSketch:
         self._closed_counts.add_(other._closed_counts)
         self.n_tokens += other.n_tokens
 
-    def known(self) -> Sequence[Any]:
-        """Return what all ranks must know of this sketch to `pool` it, as JSON takes it."""
+    @staticmethod
+    def used(sketches: Sequence["OutputSketch"]) -> list[tuple[int, int]]:
+        """Return the first and the last joined bin that may hold counts, of each sketch.
+
+        A GPU is waited for once, for all of them.
+        """
+        seen = [one for one in sketches if one.n_tokens]
+        ends = to_host([torch.stack([one._low.min(), one._high.max()]) for one in seen])
+        index = bins.signed_index(torch.stack(ends)).tolist() if ends else []
+        found = {id(one): own for one, own in zip(seen, index, strict=True)}
+        none = N_BINS, -1
+        every = (found.get(id(one), none) for one in sketches)
+        return [(first // GROUP_FOLD, last // GROUP_FOLD) for first, last in every]
+
+    def known(self, used: tuple[int, int]) -> Sequence[Any]:
+        """Return what all ranks must know of this sketch to `pool` it, as JSON takes it.
+
+        ``used`` is what `used` says of it.
+        """
         if self.n_tokens:
             self._close_group()
-        used = self._used_groups() if self.n_tokens else (N_BINS, -1)
         tokens = self._group_tokens.tolist() if self._placed else []
         return [[group for group, _ in self._parts], tokens, *used]
 
@@ -235,28 +251,32 @@ class OutputSketch:
             ranks, [part for _, part in self._parts], [len(own) for own, _ in groups],
             like=self._powers, to=to,
         )  # fmt: skip
-        flags = torch.stack([self._nan, self._inf]).byte()
-        for counts in (self._counts[:, wide], self._group_counts[:, :, some]):
-            sent = counts.contiguous()  # no other bins hold counts
-            ranks.reduce(sent, to=to)
-            counts.copy_(sent)
-        for tensor, by in ((self._low, "min"), (self._high, "max"), (flags, "max")):
-            ranks.reduce(tensor, to=to, by=by)
+        others = [tokens for rank, (_, tokens) in enumerate(groups) if rank != to]
+        counted = [group for group in range(self.n_groups) if any(own[group] for own in others)]
+        counts = [self._counts[:, wide], *(self._group_counts[i, :, some] for i in counted)]
+        sent = torch.cat(counts, dim=1)  # no other bins, or groups but rank ``to``'s, hold counts
+        ranks.reduce(sent, to=to)
+        extremes = torch.stack([-self._low, self._high, self._nan.float(), self._inf.float()])
+        ranks.reduce(extremes, to=to, by="max")
         self._parts.clear()
         if ranks.rank != to:
             return []
-        self._nan, self._inf = flags.bool()
+        widths = [one.shape[1] for one in counts]
+        for one, whole in zip(counts, sent.split(widths, dim=1), strict=True):
+            one.copy_(whole)
+        self._low, self._high = extremes[0].neg(), extremes[1].clone()
+        self._nan, self._inf = extremes[2:].bool()
         self._closed_counts = self._group_counts.sum(0, dtype=torch.int32)
         self._group_tokens = torch.tensor([own for _, own in groups]).sum(0)
         self.n_tokens = int(self._group_tokens.sum())
         self._powers.zero_()
         self._group_powers.zero_()
-        parts, of_groups = sums.unbind(), [group for own, _ in groups for group in own]
+        of_groups = [group for own, _ in groups for group in own]
         by_group: dict[int, list[Tensor]] = {}
-        for group, part in zip(of_groups, parts, strict=True):
+        for group, part in zip(of_groups, sums, strict=True):
             by_group.setdefault(group, []).append(part[:2])
         each = [(self._group_powers[group], some) for group, some in by_group.items()]
-        return [(self._powers, parts), *each]
+        return [(self._powers, sums), *each]
 
     def result(self, *, distances: bool = True) -> SketchResult:
         """Compute all statistics of the tokens seen so far.

@@ -32,7 +32,7 @@ from entangle.memory import by_device
 from entangle.precision import accumulator_dtype, row_parts
 from entangle.ranks import Ranks
 from entangle.seeding import numpy_rng
-from entangle.stats.bins import ToAdd, pooled_parts
+from entangle.stats.bins import ToAdd, pooled_parts, to_host
 
 _SORT_BYTES = 64 * 2**20
 _SORT_BYTES_GPU = 2**30
@@ -474,7 +474,7 @@ def reach(
     parts = row_parts(weight.shape[0], at_once)
     found = torch.cat([weight[part].abs().float() @ factor for part in parts])
     by_set: Tensor = found.T.reshape(*sizes.shape[:-1], weight.shape[0])
-    return by_set.cpu().double()
+    return to_host([by_set])[0].double()
 
 
 class FeatureSizes:
@@ -525,12 +525,12 @@ class FeatureSizes:
         if ranks.rank != to or not len(sums):
             return []
         self._squares = torch.zeros_like(like)
-        return [(self._squares, sums.unbind())]
+        return [(self._squares, sums)]
 
     def rms(self) -> Float[Tensor, " features"]:
         """Return the root mean squares, in input units, on the CPU; there must be a token."""
         assert self._squares is not None  # noqa: S101
-        return root_mean_square(self._squares, max(1, self.n_tokens)).cpu()
+        return to_host([root_mean_square(self._squares, max(1, self.n_tokens))])[0]
 
 
 def root_mean_square(

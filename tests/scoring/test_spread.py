@@ -1,5 +1,7 @@
 """Ranks share out the batches of a text, and place bins where the first batch does."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -7,8 +9,9 @@ from torch import Tensor, nn
 from entangle.models.layers import find_layers
 from entangle.ranks import Ranks
 from entangle.scoring.finer import FinerOutputs, SharedSquares
-from entangle.scoring.spread import FirstPlaces, LayerCounts, own_batches
+from entangle.scoring.spread import FirstPlaces, LayerCounts, _chosen, own_batches
 from entangle.seeding import torch_rng
+from entangle.stats.bins import GROUP_FOLD
 from entangle.stats.mapping_difficulty import PairSketch
 from entangle.stats.sketch import OutputSketch
 
@@ -18,17 +21,25 @@ LAYER = find_layers(nn.ModuleDict({"layer": nn.Linear(4, 6)}), ["layer"], None)[
 class Board(Ranks):
     """One of two ranks in one process, of which the second hears what the first has told."""
 
-    def __init__(self, rank: int, size: int, said: list[bytes]) -> None:
+    def __init__(self, rank: int, size: int, said: list[Any]) -> None:
         super().__init__(leads=rank == 0)
         self.rank, self.size, self.said = rank, size, said
 
     def told(self, content: bytes | None, *, by: int = 0) -> bytes:
         assert by == 0
         if self.rank:
-            return self.said.pop(0)
+            return bytes(self.said.pop(0))
         assert content is not None
         self.said.append(content)
         return content
+
+    def broadcast(self, tensor: Tensor, *, by: int, met: bool = False) -> None:
+        assert by == 0
+        assert met
+        if self.rank:
+            tensor.copy_(self.said.pop(0))
+        else:
+            self.said.append(tensor.clone())
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
@@ -61,7 +72,7 @@ Two = list[tuple[LayerCounts, FirstPlaces]]
 @pytest.fixture
 def two() -> Two:
     """The counts of both of two ranks that begin with their first batch, and their places."""
-    said: list[bytes] = []
+    said: list[Any] = []
     made = []
     for rank in (0, 1):
         own = counts()
@@ -106,6 +117,24 @@ def test_what_was_told_of_other_layers_counts_too(two: Two) -> None:
     tells.after()
     hears.after()  # of a batch that did not reach the layer
     assert torch.equal(own.places()[0], first.places()[0])  # type: ignore[arg-type]
+
+
+def test_places_that_all_have_from_the_first_rank_are_not_sent_again() -> None:
+    told, nothing, more = [True, False, True], [False] * 3, [True, True, True]
+    assert _chosen([(told, told)] * 3) == [None, None, None]
+    assert _chosen([(nothing, nothing)] * 3) == [None, None, None]
+    assert _chosen([(told, told), (more, told)]) == [0, 1, 0]  # all begin anew, so get all
+    assert _chosen([(nothing, nothing), (told, nothing)]) == [1, None, 1]
+
+
+def test_the_bins_that_are_used_are_those_that_hold_counts() -> None:
+    sketches = [OutputSketch(6) for _ in range(3)]
+    sketches[0].update(outputs(0))
+    sketches[2].update(outputs(0) * torch.linspace(1, 9, 40)[:, None])
+    for own, (first, last) in zip(sketches, OutputSketch.used(sketches), strict=True):
+        counts = own._counts.sum(0).nonzero() // GROUP_FOLD if own.n_tokens else torch.empty(0)
+        assert (own.n_tokens > 0) == (first <= last)
+        assert len(counts) == 0 or (first, last) == (int(counts.min()), int(counts.max()))
 
 
 def test_later_batches_neither_tell_nor_wait(two: Two) -> None:
