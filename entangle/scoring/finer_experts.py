@@ -102,15 +102,17 @@ class FinerExperts:
         numbers: Sequence[int],
     ) -> Float[Tensor, "rows out_features"]:
         """Return rows in float32, those of some experts with neurons computed again."""
-        found = outputs.float()
+        found, stored = outputs.float(), (self._stack.weight, self._stack.bias)
         for i in numbers:
             again, own = self.each[i].chosen, slice(*blocks.ends[i])
-            found[own].index_copy_(1, again, self._product(i, inputs[own], again))
+            found[own].index_copy_(1, again, self._product(i, inputs[own], again, *stored))
         return found
 
-    def _product(self, i: int, inputs: Tensor, again: Tensor) -> Tensor:
-        """Compute the outputs of some neurons of an expert in float32, (rows, neurons)."""
-        weight, bias, expert = self._stack.weight, self._stack.bias, self._numbers[i]
+    def _product(
+        self, i: int, inputs: Tensor, again: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        """Compute outputs of some neurons of an expert in float32, from the weights of all."""
+        expert = self._numbers[i]
         found = wide_product(inputs, weight[expert].index_select(0, again))
         return found if bias is None else found + bias[expert].index_select(0, again).float()
 
@@ -123,6 +125,7 @@ class FinerExperts:
         coarse = (wd_error(bound, std) > FINE).unflatten(0, (len(new), -1))
         wild = (~std.isfinite()).unflatten(0, (len(new), -1)).any(1).tolist()
         limits, looked = bound.view_as(coarse).to(outputs.device, torch.float32), []
+        stored = self._stack.weight, self._stack.bias
         for place, i in enumerate(new):
             own = slice(*blocks.ends[i])
             if wild[place]:
@@ -131,7 +134,8 @@ class FinerExperts:
             again = coarse[place].nonzero()[:, 0].to(outputs.device, non_blocking=True)
             self.each[i].settle(again)
             if again.numel():
-                apart = self._product(i, inputs[own], again) - outputs[own][:, again].float()
+                apart = self._product(i, inputs[own], again, *stored)
+                apart -= outputs[own][:, again].float()
                 apart /= limits[place, again]
                 size = (own.stop - own.start) ** 0.5
                 looked.append((i, again, torch.linalg.vector_norm(apart, dim=0) / size <= AGREE))

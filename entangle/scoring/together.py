@@ -67,7 +67,7 @@ class ExpertCounts:
         irregular = self._finer.irregular(x, y, blocks, squares)
         self._outputs.update(y, blocks.without(irregular), group=seen.group)
         if irregular:
-            others = [i for i in range(len(self.layers)) if i not in irregular]
+            others = set(range(len(self.layers))).difference(irregular)
             rows = self._finer.finer(x, y, blocks, irregular)
             self._outputs.update(rows, blocks.without(others), group=seen.group)
 
