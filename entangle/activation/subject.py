@@ -91,8 +91,8 @@ class Subject:
     @cached_property
     def everything(self) -> int:
         """Weights of all linear layers of the dense model, the head included."""
-        routed = [layer for layer in self.stand_ins if layer.name in self.routed]
-        return sum(math.prod(layer.shape) for layer in (*list_layers(self.module), *routed))
+        layers = (*self.stand_ins, *list_layers(self.module))  # expanded ones are among both
+        return sum({layer.name: math.prod(layer.shape) for layer in layers}.values())
 
     @cached_property
     def nonzeros(self) -> Mapping[str, tuple[Tensor, Tensor]]:

@@ -15,6 +15,7 @@ from entangle.errors import EntangleError, InvalidInput
 from entangle.evaluation.measures import MEASURES
 from entangle.experiments.masked import Rivals
 from entangle.experts.router import ROUTERS, fit_router
+from entangle.models.layers import list_layers
 from entangle.models.loading import as_language_model
 from entangle.results.comparison import knees
 from entangle.scoring.columns import COLUMNS
@@ -154,6 +155,9 @@ def test_masks_on_experts_cost_the_columns_of_the_expert_that_a_token_goes_to() 
     routers = {id(made.subject.routed[x.name].routing): made.subject.routed[x.name].router
                for x in made.subject.layers}  # fmt: skip
     assert found.density == pytest.approx((expected + sum(routers.values())) / dense, rel=1e-9)
+    everything = sum(x.in_features * x.out_features for x in list_layers(model.module))
+    saved = (1 - found.density) * dense / everything  # of all linears, the head included
+    assert 1 - found.flops == pytest.approx(saved, rel=1e-9)
 
 
 def test_combined_arms_have_the_density_asked_for() -> None:
