@@ -122,7 +122,7 @@ def test_the_readme_is_short_and_begins_with_what_there_is_to_see() -> None:
     lines = (ROOT / "README.md").read_text("utf-8").splitlines()
     assert len(lines) <= 250
     screen = "\n".join(lines[:25])
-    assert "figures/separated_pairs.png" in screen
+    assert "figures/claims.png" in screen
     assert "make demo" in screen
     assert sum(line.startswith(("make ", "entangle ")) for line in screen.splitlines()) == 3
 
