@@ -271,3 +271,20 @@ def test_correlations_of_halves_at_once_are_those_of_each_layer() -> None:
     halves[1, 2, 7] = halves[1, 2, 8]
     at_once = layer_scores._correlations_on_gpu(halves)
     np.testing.assert_allclose(at_once, layer_scores.half_correlations(halves), rtol=1e-12)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["Mixtral", "GptOss", "Qwen2Moe"])
+def test_experts_at_once_on_a_gpu_have_the_scores_of_each_alone(name: str) -> None:
+    module: Any = mixture(name)
+    for key, parameter in module.named_parameters():
+        if "experts" in key and parameter.ndim == 2:
+            parameter[:, ::7] += 6.0
+    module = module.to("cuda", torch.bfloat16)
+    one, other = scored(module), scored(module, watch=lambda _seen: None)
+    assert one.frame["flag"].equals(other.frame["flag"])
+    assert one.frame["n_tokens"].equals(other.frame["n_tokens"])
+    for column, most in (("wd", 2e-3), ("mean", 1e-4), ("std", 1e-4), ("weight_norm", 1e-5)):
+        np.testing.assert_allclose(one.frame[column], other.frame[column], atol=most, rtol=1e-4)
+    np.testing.assert_allclose(one.layers["split_half"], other.layers["split_half"], atol=0.05)
