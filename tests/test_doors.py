@@ -15,6 +15,7 @@ from entangle import doors
 from entangle.activation import ACTIVATION_METHODS
 from entangle.activation.methods import Teal
 from entangle.allocation.rules import RULES
+from entangle.cli.main import COMPARED, _joined
 from entangle.doors import Door
 from entangle.errors import InvalidInput, UnknownName
 from entangle.experiments.compare import arms
@@ -171,6 +172,9 @@ def test_an_installed_package_brings_a_pruner(package: Path) -> None:
         PRUNERS["broken"]
     with pytest.raises(InvalidInput, match=r"mine 1\.2"):  # before anything is built
         arms(["wanda", "broken"], 0.5, 1)
+    assert _joined("dsnot:mine", COMPARED)  # at the shell as in Python
+    assert not _joined("dsnot:other", COMPARED)
+    assert arms(["dsnot:mine"], 0.5, 1)
 
 
 def test_two_packages_with_one_name_are_refused(package: Path) -> None:
