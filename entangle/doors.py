@@ -67,9 +67,10 @@ class Door(Mapping[str, Thing], Generic[Thing]):
         InvalidInput
             If the name is taken, or the door does not take such a thing.
         """
-        if not isinstance(name, str) or not name or set(name) & set(" ,=/"):
+        word = isinstance(name, str) and name.split() == [name] and not set(name) & set(",=/:")
+        if not word:
             raise InvalidInput(
-                f"a name of {self.kind} must be a word without blank, comma, = or /; got {name!r}."
+                f"a name of {self.kind} must be a word without comma, =, / or :; got {name!r}."
             )
         if name in self._things or name in self._found():
             raise InvalidInput(

@@ -95,21 +95,21 @@ def check_activation_method(function: Callable[..., Any], *, name: str = "the me
     Raises
     ------
     AssertionError
-        If the scores have another shape, are negative or not finite, depend on other tokens, or it
-        changes what it is given.
+        If it is no function, or raises; if the scores have another shape, are negative or not
+        finite, depend on other tokens, or it changes what it is given.
     """
     rng = torch.Generator().manual_seed(0)
     for rows, cols in _SHAPES:
         x, weight = torch.randn(7, cols, generator=rng), torch.randn(rows, cols, generator=rng)
         x[0] = 0
         kept = x.clone(), weight.clone()
-        scores = function(x, weight)
         where = f"{name}, inputs of {cols} features"
+        scores = _called(where, function, x, weight)
         shaped = isinstance(scores, Tensor) and scores.shape == x.shape
         _require(shaped, f"{where}: scores must have the inputs' shape")
         _require(bool(scores.isfinite().all()), f"{where}: scores must be finite")
         _require(bool((scores >= 0).all()), f"{where}: scores must not be negative")
-        alone = torch.cat([function(one, weight) for one in x.split(1)])
+        alone = torch.cat([_called(where, function, one, weight) for one in x.split(1)])
         close = torch.allclose(alone, scores, rtol=1e-4, atol=1e-6)
         _require(close, f"{where}: the scores of a token depend on others")
         same = torch.equal(x, kept[0]) and torch.equal(weight, kept[1])
@@ -129,13 +129,14 @@ def check_rule(function: Callable[..., Any], *, name: str = "the rule") -> None:
     Raises
     ------
     AssertionError
-        If it returns another shape or what is no share, or changes what it is given.
+        If it is no function, or raises; if it returns another shape or what is no share, or changes
+        what it is given.
     """
     scores = np.linspace(0.0, 2.0, 9)
     for share in (0.0, 0.3, 1.0):
         given = scores.copy()
-        found = np.asarray(function(given, share), dtype=np.float64)
         where = f"{name}, sparsity {share:g}"
+        found = _called(where, lambda *a: np.asarray(function(*a), dtype=np.float64), given, share)
         _require(found.shape == scores.shape, f"{where}: a sparsity for every neuron is needed")
         inside = bool(((found >= 0) & (found <= 1)).all())
         _require(inside, f"{where}: sparsities must be in [0, 1]")
@@ -348,6 +349,15 @@ def _registered(door: "Door[Any]", function: Any, name: str) -> Iterator[None]:
     finally:
         if "__checked__" in door:
             door.remove("__checked__")
+
+
+def _called(where: str, function: Callable[..., Any], *given: Any) -> Any:
+    """Return what a function gives; an AssertionError tells of one that raises, or is a class."""
+    _require(callable(function) and not isinstance(function, type), f"{where}: it is no function")
+    try:
+        return function(*given)
+    except Exception as error:
+        raise AssertionError(f"{where}: it failed: {type(error).__name__}: {error}") from error
 
 
 def _require(holds: bool, message: str) -> None:

@@ -13,9 +13,12 @@ from torch import Tensor
 import entangle
 from entangle import doors
 from entangle.activation import ACTIVATION_METHODS
+from entangle.activation.methods import Teal
 from entangle.allocation.rules import RULES
+from entangle.cli.main import COMPARED, _joined
 from entangle.doors import Door
 from entangle.errors import InvalidInput, UnknownName
+from entangle.experiments.compare import arms
 from entangle.mixtures import MIXTURE_METHODS
 from entangle.pruning import METHODS, PRUNERS, prune
 from entangle.testing import check_activation_method, check_pruner, check_rule
@@ -52,13 +55,23 @@ def test_a_pruner_of_ones_own_is_a_method_like_ours(own: str) -> None:
 
 def test_names_are_taken_once(own: str) -> None:
     assert (*METHODS, own) == tuple(PRUNERS)
-    for name in (own, "wanda", "a b", "", "a,b"):
+    for name in (own, "wanda", "a b", "", "a,b", "teal:wanda", "a\n"):
         with pytest.raises(InvalidInput):
             PRUNERS.register(name, by_wanda)
     with pytest.raises(InvalidInput, match="function"):
         PRUNERS.register("other", 3)
     with pytest.raises(UnknownName, match="wanda"):
         PRUNERS["wand"]
+
+
+@pytest.mark.parametrize("name", ["teal", "dense", "magnitude-global", "expansion"])
+def test_a_name_that_means_something_else_is_not_compared(name: str) -> None:
+    PRUNERS.register(name, by_wanda)
+    try:
+        with pytest.raises(InvalidInput, match="two things"):
+            arms([name], 0.5, 1)
+    finally:
+        PRUNERS.remove(name)
 
 
 def changed(weight: Tensor, gram: Tensor, zeros: Tensor) -> Tensor:
@@ -88,11 +101,11 @@ def test_a_pruner_that_breaks_its_contract_is_told_so(wrong: Callable[..., Any],
 def test_activation_methods_and_rules_are_checked() -> None:
     check_activation_method(lambda x, w: x.abs() * w.norm(dim=0))
     negative, joined = lambda x, w: -x.abs() - 1, lambda x, w: x.abs() / x.abs().sum()
-    for wrong in (negative, joined, lambda x, w: x[0]):
+    for wrong in (negative, joined, lambda x, w: x[0], lambda x, w: 1 / 0, 3, Teal):
         with pytest.raises(AssertionError):
-            check_activation_method(wrong)
+            check_activation_method(wrong)  # type: ignore[arg-type]
     check_rule(lambda score, share: np.full_like(score, share))
-    for bad in (lambda score, share: score, lambda score, share: share):
+    for bad in (lambda score, share: score, lambda score, share: share, lambda score: score):
         with pytest.raises(AssertionError):
             check_rule(bad)
 
@@ -157,6 +170,11 @@ def test_an_installed_package_brings_a_pruner(package: Path) -> None:
     assert torch.equal(found, prune(weight, method="magnitude", sparsity=0.5).weight)
     with pytest.raises(InvalidInput, match=r"mine 1\.2"):
         PRUNERS["broken"]
+    with pytest.raises(InvalidInput, match=r"mine 1\.2"):  # before anything is built
+        arms(["wanda", "broken"], 0.5, 1)
+    assert _joined("dsnot:mine", COMPARED)  # at the shell as in Python
+    assert not _joined("dsnot:other", COMPARED)
+    assert arms(["dsnot:mine"], 0.5, 1)
 
 
 def test_two_packages_with_one_name_are_refused(package: Path) -> None:

@@ -131,11 +131,13 @@ def routing_consistency(
     """
     segment, size = whole("segment", segment, least=1), whole("size", size, least=1)
     found = torch.as_tensor(clusters)
-    if found.ndim != 2 or found.shape[1] < segment:
+    if found.ndim != 2 or found.shape[1] < segment or not found.numel():
         raise InvalidInput(
             f"`clusters` must be (sequences, tokens) of at least {segment} tokens; got shape "
             f"{tuple(found.shape)}."
         )
+    if found.is_floating_point() or int(found.min()) < 0:
+        raise InvalidInput("`clusters` must be whole numbers from 0 on; they are not.")
     parts = found[:, : found.shape[1] // segment * segment].reshape(-1, segment)
     order = torch.randperm(parts.numel(), generator=torch.Generator().manual_seed(seed))
     shuffled = parts.flatten()[order].view_as(parts)
@@ -284,8 +286,8 @@ def perplexity_sparsity(
             made = method.at(middle)
             with made.applied():
                 value = measure_perplexity(known, evaluation, progress=False).value
-                shares = [rule.share_kept() for rule in made.rules]
-            active = float(np.mean([float(s.mean()) for s in shares if s is not None] or [1.0]))
+                shares = [rule.share_kept() for rule in made.rules]  # None where nothing goes
+            active = float(np.mean([1.0 if s is None else float(s.mean()) for s in shares]))
             if value <= dense * (1 + increase):
                 low = middle
                 best = replace(best, reached=value / dense - 1, cett=middle, active=active)

@@ -20,6 +20,7 @@ from entangle.checks import choice, share
 from entangle.doors import Door
 from entangle.errors import EntangleError, InvalidInput
 from entangle.models.layers import Layer
+from entangle.recording.hooks import SeenTensor
 from entangle.recording.recorder import Recorded
 
 Levels = float | Mapping[str, float]
@@ -465,6 +466,8 @@ class Griffin(ActivationMethod):
             raise InvalidInput(
                 f"{self.name} chooses neurons from the first tokens; give `prefix`, their number."
             )
+        if not self.subject.parts:
+            raise InvalidInput(f"{self.name} needs feed-forward parts of linears; there are none.")
         neurons = [
             PromptRule(level_of(level, part.down), self.subject.window, part=part,
                        chooser=Chooser(self.name, 1 - level_of(level, part.down)))
@@ -492,15 +495,18 @@ class _Given(Rule):
 
     def weigh(self, z: Float[Tensor, "... features"]) -> Float[Tensor, "... features"]:
         """Return the scores; refuse what are none."""
-        flat = z.flatten(0, -2)
+        flat, weight = z.flatten(0, -2), self.weight
+        given = SeenTensor.of(flat), SeenTensor.of(weight)
         try:
-            found: Any = self.function(flat, self.weight)
+            found: Any = self.function(flat, weight)
         except EntangleError:
             raise
         except Exception as error:
             raise InvalidInput(
                 f"the function of scores failed: {type(error).__name__}: {error}"
             ) from error
+        if not given[0].same_as(flat) or not given[1].same_as(weight):
+            raise InvalidInput("the function of scores must not change what it is given; it did.")
         if not isinstance(found, Tensor) or found.shape != flat.shape:
             shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise InvalidInput(
@@ -509,7 +515,7 @@ class _Given(Rule):
             )
         if not bool(((found >= 0) & found.isfinite()).all()):
             raise InvalidInput("scores must be finite and not negative; the function's are not.")
-        return found.view(z.shape).float()
+        return found.reshape(z.shape).float().abs()  # without negative zeros
 
 
 def input_method(name: str, function: Score, source: str = "") -> type[InputMethod]:

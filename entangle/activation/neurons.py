@@ -57,7 +57,7 @@ def feed_forwards(
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def keep(layer: Layer, inputs: Tensor, outputs: Tensor) -> None:
-        seen[layer.name] = inputs.flatten(0, -2).double(), outputs.flatten(0, -2).double()
+        seen[layer.name] = inputs.flatten(0, -2), outputs.flatten(0, -2)
 
     with observe(layers, keep):
         forward(module, ids[:1, :_PROBE])
@@ -82,21 +82,29 @@ def _parts(layers: Sequence[Layer], size: int) -> Iterator[Part]:
 def _made_of(
     z: Tensor, layers: Sequence[Layer], seen: dict[str, tuple[Tensor, Tensor]]
 ) -> tuple[Part | None, Part, str] | None:
-    """Return gate, up and activation that give ``z``; None if no two layers do."""
+    """Return gate, up and activation that give ``z`` best; None if none gives it nearly."""
     parts = [
         (part, part.of(seen[part.layer.name][1]))
         for part in _parts(layers, z.shape[-1])
         if len(seen[part.layer.name][1]) == len(z)
     ]
-    size = z.abs().max()
+    found: list[tuple[float, tuple[Part | None, Part, str]]] = []
     for name, activation in ACTIVATIONS.items():
         for first, a in parts:
-            if (activation(a) - z).abs().max() <= _CLOSE * size:
-                return None, first, name
-            for second, b in parts:
-                if first != second and (activation(a) * b - z).abs().max() <= _CLOSE * size:
-                    return first, second, name
-    return None
+            opened = activation(a)  # in the model's own precision
+            found.append((_apart(opened, z), (None, first, name)))
+            found += [
+                (_apart(opened * b, z), (first, second, name))
+                for second, b in parts if first != second
+            ]  # fmt: skip
+    wrong, made = min(found, key=lambda one: one[0], default=(1.0, None))
+    return made if wrong <= max(_CLOSE, 2 * torch.finfo(z.dtype).eps) else None
+
+
+def _apart(found: Tensor, z: Tensor) -> float:
+    """Return the largest difference, over the largest of what is wanted."""
+    size, wrong = z.double().abs().max(), (found.double() - z.double()).abs().max()
+    return float(wrong / size) if size > 0 else float(wrong > 0)
 
 
 @dataclass(eq=False)

@@ -18,6 +18,7 @@ from torch.nn.functional import linear
 from entangle.activation.neurons import NeuronRule, PromptRule
 from entangle.activation.rules import Rule, Window
 from entangle.activation.subject import Subject
+from entangle.errors import InvalidInput
 from entangle.models.blocks import evaluating
 from entangle.models.layers import Layer
 from entangle.recording.hooks import (
@@ -121,6 +122,9 @@ class ActivationSparsity:
         InvalidInput
             If nothing has run inside `applied`.
         """
+        rules = [rule for rule in self.rules if not rule.dense or isinstance(rule, PromptRule)]
+        if any(rule.kept is None for rule in rules):
+            raise InvalidInput("costs are counted while text runs inside `applied`; run some.")
         charged: set[int] = set()
         rows = []
         for layer in self.subject.layers:
@@ -148,7 +152,7 @@ class ActivationSparsity:
         rule = self.inputs.get(layer.name)
         if rule is not None and not rule.dense:
             kept = rule.share_kept()
-            assert kept is not None, "applied() runs first"  # noqa: S101
+            assert kept is not None  # noqa: S101
             if rule.turn is not None:  # turned weights have no zeros
                 return float(kept.sum()) * layer.out_features
             if rule.routing is not None:
@@ -237,9 +241,10 @@ class ActivationSparsity:
 
         ``relative_error`` is Σ (y − ŷ)² / Σ (y − mean y)² over tokens: NaN for a constant neuron.
         Neurons of gates are as the rules leave their inputs; those of `up`, where a gate decides,
-        count as 0 where they are not computed.
+        count as 0 where they are not computed. What `applied` has counted is left as it is.
         """
         sums: dict[str, Tensor] = {}
+        first: dict[str, int] = {}
         gates: dict[str, Tensor] = {}
         late = {p.part.down.name: p for p in self.neurons if p.part is not None}
         ups: dict[str, Tensor] = {}
@@ -265,16 +270,25 @@ class ActivationSparsity:
                 add(layer.name, y, linear(inputs, layer.weight.to(x), _bias(layer, x)))
                 if part.gate is not None and part.up is not None:
                     up = part.up.of(ups[part.up.layer.name])
+                    first[part.up.layer.name] = part.up.start
                     add(part.up.layer.name, up, torch.where(keep, up, 0.0))
                 return
             gates[layer.name] = ups[layer.name] = y
 
         if any(isinstance(rule, PromptRule) for rule in self.rules):
             raise _no_rows(self.method)
-        self.subject.watch(self.subject.layers, take)
-        for rule in self.rules:
-            rule.forget()
-        return pd.concat([_errors(name, part) for name, part in sums.items()], ignore_index=True)
+        counted = [(rule, rule.kept, rule.tokens, rule.joint) for rule in self.rules]
+        uncounted, self.window.uncounted = self.window.uncounted, 0
+        try:
+            with shape_told(self.subject.module, self._begin):
+                self.subject.watch(self.subject.layers, take)
+        finally:
+            self.window.uncounted = uncounted
+            for rule, kept, tokens, joint in counted:
+                rule.forget()
+                rule.kept, rule.tokens, rule.joint = kept, tokens, joint
+        found = [_errors(name, part, first.get(name, 0)) for name, part in sums.items()]
+        return pd.concat(found, ignore_index=True)
 
     def _output(self, layer: Layer, rule: Rule, x: Tensor) -> Tensor:
         inputs, keep = rule(x)
@@ -286,8 +300,6 @@ class ActivationSparsity:
 
 
 def _no_rows(method: str) -> Exception:
-    from entangle.errors import InvalidInput
-
     return InvalidInput(f"{method} chooses neurons from a prompt; it has no errors of neurons.")
 
 
@@ -296,11 +308,11 @@ def _bias(layer: Layer, x: Tensor) -> Tensor | None:
     return None if bias is None else bias.to(x)
 
 
-def _errors(name: str, part: Tensor) -> pd.DataFrame:
+def _errors(name: str, part: Tensor, first: int) -> pd.DataFrame:
     wrong, total, squares, count = part.cpu()
     spread = squares - total.square() / count
     error = torch.where(spread > 0, wrong / spread, torch.nan)
-    rows = range(len(wrong))
+    rows = range(first, first + len(wrong))
     return pd.DataFrame({"layer": name, "neuron": rows, "relative_error": error.numpy()})
 
 

@@ -32,6 +32,11 @@ class Masks:
     dense_prefix: int = 0
     prefix: int = 0
 
+    @property
+    def first(self) -> int:
+        """First tokens of a window whose activations are not masked."""
+        return max(self.prefix, self.dense_prefix)
+
     def describe(self) -> dict[str, object]:
         """Return what differs from the usual, JSON-serialisable."""
         usual = Masks()

@@ -399,6 +399,8 @@ def _joined(method: str, known: Sequence[str]) -> bool:
     first, *rest = method.split(":")
     if first == "expansion" and len(rest) == 1:
         return rest[0] in with_installed("routers", ("kmeans", "random"))
+    if first == "dsnot" and len(rest) == 1:
+        return rest[0] in with_installed("pruners", PRUNERS)
     if not rest or first not in known or first in ("expansion", "expansion-random"):
         return False
     return rest[0] in known if len(rest) == 1 else _joined(":".join(rest), known)

@@ -32,6 +32,7 @@ from entangle.experiments.masked import (
     combined,
     made_by,
     nothing,
+    one_thing,
 )
 from entangle.experts.build import check_experts
 from entangle.experts.expand import expand
@@ -60,15 +61,8 @@ from entangle.texts.calibration_set import CalibrationSet
 from entangle.texts.given import Source
 
 __all__ = [
-    "COMPARED_METHODS",
-    "KIND",
-    "Comparison",
-    "ComparisonArm",
-    "Named",
-    "arms",
-    "at_equal_nonzeros",
-    "compare",
-    "load_comparison",
+    "COMPARED_METHODS", "KIND", "Comparison", "ComparisonArm", "Named", "arms",
+    "at_equal_nonzeros", "compare", "load_comparison",
 ]  # fmt: skip
 
 SPARSITIES, EXPERTS = (0.5, 0.7), (1, 16)
@@ -170,6 +164,11 @@ def compare(
         for the same layers, which all arms prune; the MLP linears without allocations. Uniform arms
         of an allocation's sparsity spread its very number of zeros evenly. One that has numbers of
         experts of its own is built with those, in place of ``experts``.
+    scope, form
+        As in `entangle.activation.fit`; ``scope`` is also what densities are counted in.
+    dense_prefix, prefix
+        First tokens of a window whose activations are not masked, and those that are not scored
+        either; ``griffin`` and ``coreinfer`` choose neurons from all that are not masked.
     measures
         Of `entangle.evaluation.measures.MEASURES`, not ours: a column each, the mean over windows.
     seed
@@ -349,6 +348,7 @@ class Comparing(Experiment[ComparisonArm]):
                 return rivals.combined(arm.method, arm.sparsity, arm.experts)
             if arm.method.startswith(DSNOT):
                 return rivals.swapped(arm.method, arm.sparsity)
+            allocation = self._allocation(arm)
         except InvalidInput as error:  # it does not apply, or not so sparsely: the table says so
             tell(f"{arm.label}: {error}")
             blank = {k: v * np.nan for k, v in self.dense.items() if k.startswith("own:")}
@@ -362,7 +362,7 @@ class Comparing(Experiment[ComparisonArm]):
             pruner=pruner,
             layers="all" if self._layers is None else self._layers,
             proj="mlp" if self._layers is None else None,
-            allocation=self._allocation(arm),
+            allocation=allocation,
             router=router,
             seed=self.seed,
             memory=self.memory,
@@ -490,7 +490,9 @@ def arms(
         A method that does not exist, a number out of range, or nothing to build.
     """
     methods = [
-        one if isinstance(one, str) and _joined(one) else choice("method", one, known_methods())
+        one_thing(
+            one if isinstance(one, str) and _joined(one) else choice("method", one, known_methods())
+        )
         for one in several("methods", methods, empty=True)
     ]
     sparsities = [share("sparsity", one) for one in several("sparsity", sparsities, empty=True)]

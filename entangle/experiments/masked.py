@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,19 +26,22 @@ from entangle.activation import (
 )
 from entangle.activation.rules import Window
 from entangle.activation.subject import Routed, Subject
+from entangle.doors import Door
+from entangle.errors import InvalidInput
 from entangle.evaluation import EvaluationText
 from entangle.evaluation.perplexity import measure_perplexity
 from entangle.experiments.experiment import Arrays
 from entangle.experts.dsnot import prune_dsnot
 from entangle.experts.expand import Expansion, expand
 from entangle.experts.linear import ExpandedLinear
+from entangle.experts.router import ROUTERS
 from entangle.mixtures import MIXTURE_METHODS, Statistics, gather, prune_mixtures
 from entangle.models.layers import Layer, find_layers, list_layers
 from entangle.models.loading import LanguageModel
 from entangle.packed.formats import pack
 from entangle.pruning import PRUNERS
 from entangle.recording.recorder import of_one_group
-from entangle.results.comparison import made_with
+from entangle.results.comparison import COMPARED_METHODS, DENSE, made_with
 from entangle.texts.calibration_set import CalibrationSet
 
 DSNOT = "dsnot:"
@@ -62,6 +66,31 @@ def made_by(weights: str) -> tuple[str, str]:
     if weights == GLOBAL:
         return "magnitude", "single"
     return made_with(weights) or (weights, "single")
+
+
+def one_thing(method: str) -> str:
+    """Return a method's name; load what it stands for, and refuse it if that is two things.
+
+    Raises
+    ------
+    InvalidInput
+        If a pruner, a method of activations and one of mixtures have one name, if somebody's has
+        one that means something else, or if an installed package's cannot be loaded.
+    """
+    doors: list[Door[Any]] = [PRUNERS, ACTIVATION_METHODS, MIXTURE_METHODS]
+    homes = [door for door in doors if method in door]
+    means_else = method in (DENSE, GLOBAL, *COMPARED_METHODS)
+    if len(homes) > 1 or (means_else and not all(door.is_ours(method) for door in homes)):
+        sources = ", ".join(f"{door.kind}: {door.source(method) or 'no source'}" for door in homes)
+        raise InvalidInput(
+            f"{method!r} means two things in a comparison ({sources}); register yours by another "
+            "name."
+        )
+    for part in method.split(":"):
+        for door in (*doors, ROUTERS):
+            if part in door:
+                door[part]
+    return method
 
 
 @dataclass(eq=False)
@@ -168,7 +197,7 @@ class Rivals:
         if method not in self._fitted:
             self._fitted[method] = fit(
                 self.model, self.calibration, method, scope=masks.scope, form=masks.form,
-                dense_prefix=masks.prefix or masks.dense_prefix,
+                dense_prefix=masks.first,
             )  # fmt: skip
         made = self._fitted[method].at_density(1 - sparsity)
         found = measure(made, self.text, prefix=masks.prefix, progress=False)
@@ -211,7 +240,7 @@ class Rivals:
     def _on(self, built: Expansion, method: str, experts: int) -> ActivationMethod:
         """Return a method fitted to a model with sparse weights."""
         assert built.model is not None  # noqa: S101
-        masks, first = self.masks, self.masks.prefix or self.masks.dense_prefix
+        masks, first = self.masks, self.masks.first
         if experts == 1:
             return fit(
                 self._plain(built.model), self.calibration, method, scope=masks.scope,
@@ -249,6 +278,8 @@ class Rivals:
         inputs alike does not see.
         """
         ids = list[Tensor]()
+        if density >= 1:
+            return fitted.at(0.0)
         for _, some in of_one_group(self.calibration):  # of one length each
             ids.append(some[: _SEQUENCES - sum(map(len, ids))])
             if sum(map(len, ids)) >= _SEQUENCES:
@@ -293,4 +324,5 @@ __all__ = [
     "combined",
     "made_by",
     "nothing",
+    "one_thing",
 ]

@@ -250,6 +250,40 @@ def test_feed_forward_parts_are_found_by_what_they_compute(name: str, gated: boo
         assert (parts[0].gate.start, parts[0].up.start) == (0, 48)
 
 
+@pytest.mark.parametrize(
+    ("name", "activation"), [("phi3", "silu"), ("gemma3", "gelu"), ("gpt2", "gelu")]
+)
+def test_feed_forward_parts_are_found_in_bfloat16(name: str, activation: str) -> None:
+    """Roundings of bfloat16 are larger than what tells activations apart in float32."""
+    parts = feed_forwards(model(name).to(torch.bfloat16), IDS)
+    assert len(parts) == 3
+    assert all(str(part.activation).startswith(activation) for part in parts)
+    assert all((part.gate is None) == (name == "gpt2") for part in parts)
+
+
+def test_what_lacks_feed_forward_parts_is_told_and_costs_need_text(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for method in ("teal", "cats"):
+        made = fit(model(), IDS, method).at(0.5)
+        with pytest.raises(InvalidInput, match="applied"):
+            made.density()
+    monkeypatch.setattr("entangle.activation.subject.feed_forwards", lambda *_: ())
+    with pytest.raises(InvalidInput, match="feed-forward"):
+        fit(model(), IDS, "griffin", dense_prefix=2).at(0.5)
+
+
+def test_errors_of_rows_leave_counts_alone_and_know_first_tokens_and_halves() -> None:
+    made = fit(model("phi3"), IDS, "cats", scope="mlp", dense_prefix=4).at(0.5)
+    whole = measure(made, IDS[:1], prefix=2, progress=False)
+    errors = made.row_errors()
+    assert made.density()["density"] == whole.density
+    ups = errors[errors["layer"] == "model.layers.0.mlp.gate_up_proj"]
+    assert ups["neuron"].tolist() == list(range(48, 96))  # the upper half is `up`
+    every = fit(model("phi3"), IDS, "cats", scope="mlp").at(0.5).row_errors()
+    assert errors["relative_error"].mean() < every["relative_error"].mean()
+
+
 def test_errors_of_rows_are_those_of_the_products() -> None:
     module = model()
     made = fit(module, IDS, "column-norm", scope="mlp", form="topk").at(0.5)
@@ -309,6 +343,13 @@ def test_a_function_that_raises_is_told() -> None:
         fit(model(), IDS, input_method("bad", fails))
 
 
+def test_scores_of_ones_own_may_be_minus_zero_and_must_leave_inputs_alone() -> None:
+    none = fit(model(), IDS, input_method("none", lambda x, w: -0.0 * x.abs())).at(0.5)
+    assert measure(none, IDS, progress=False).density == 0
+    with pytest.raises(InvalidInput, match="change"):
+        fit(model(), IDS, input_method("writes", lambda x, w: x.mul_(2).abs()))
+
+
 def test_names_and_numbers_that_do_not_exist_are_refused() -> None:
     with pytest.raises(UnknownName, match="teal"):
         fit(model(), IDS, "teel")
@@ -361,3 +402,5 @@ def test_routing_consistency_by_hand() -> None:
     turns = routing_consistency(torch.arange(64)[None] % 3, segment=6, size=2)
     assert turns.fixed == pytest.approx(4 / 6)
     assert turns.cached == pytest.approx(2 / 6)  # 0 1 2 0 1 2: one of two is held each round
+    with pytest.raises(InvalidInput):
+        routing_consistency(torch.full((2, 8), -1), segment=8)

@@ -200,6 +200,26 @@ def test_global_magnitude_is_one_threshold() -> None:
     assert rows.loc["magnitude-global", "perplexity"] != rows.loc["magnitude", "perplexity"]
     with pytest.raises(InvalidInput):
         ROUTERS.register("magnitude-global", 3)
+    mixture = entangle.compare(
+        TINY["mixtral"](), IDS, IDS, "magnitude-global", sparsity=0.5, progress=False
+    )
+    assert np.isnan(mixture.frame["perplexity"].iloc[1])  # a line, and a row without numbers
+
+
+def test_first_tokens_are_dense_where_asked_and_density_1_has_no_masks() -> None:
+    model: Any = TINY["llama"]()
+    late = [
+        entangle.compare(
+            model, IDS, IDS, "teal", density=0.5, prefix=4, dense_prefix=first, progress=False
+        ).frame["density"].iloc[1]
+        for first in (0, 10)
+    ]  # fmt: skip
+    assert late[1] == pytest.approx((6 + 6 * late[0]) / 12, abs=0.05)  # of tokens 4 to 15
+    found = entangle.compare(
+        model, IDS, IDS, ["expansion", "teal:expansion"], density=1.0, experts=2, progress=False
+    ).frame
+    assert found["density"].iloc[1] == pytest.approx(found["density"].iloc[2])
+    assert found["perplexity"].iloc[0] == pytest.approx(found["perplexity"].iloc[2], rel=1e-5)
 
 
 def test_masks_on_sparse_weights_take_sequences_of_several_lengths() -> None:
