@@ -58,9 +58,14 @@ DECORATED = [name for name in FAMILIES if name not in ("Llama4", "JetMoe", "Dbrx
 def mixture(name: str, **settings: Any) -> nn.Module:
     """Return a tiny random mixture, in eval mode."""
     config, given = FAMILIES[name]
+    return made(name, config, {**given, **settings})
+
+
+def made(name: str, config: str, settings: dict[str, Any]) -> nn.Module:
+    """Return a tiny random model of a configuration, in eval mode."""
     kind: Any = getattr(hf, f"{name}ForCausalLM")
     with own_generator(0):
-        model: nn.Module = kind(getattr(hf, config)(**{**given, **settings}))
+        model: nn.Module = kind(getattr(hf, config)(**settings))
         for parameter in model.parameters():
             nn.init.normal_(parameter, std=0.15)
     return model.eval().requires_grad_(False)

@@ -23,7 +23,7 @@ from entangle.experts.linear import ExpandedLinear
 from entangle.experts.storage import Storage
 from entangle.models.layers import list_layers
 from entangle.models.loading import AnyModel
-from entangle.results.expansion import read_run, write_run
+from entangle.results.expansion import costs_to_write, read_run, write_run
 from entangle.runs.provenance import expand_user, output_folder
 
 
@@ -87,8 +87,9 @@ def convert(
             write_block(folder / block_file(index), made)
             write_build(folder / build_file(index), made, rows)
             written += [block_file(index), build_file(index)]
-        changed["costs"] = model_costs(dense.module, report)
-        _write_tables(where, folder, report, changed["costs"])
+        costs = model_costs(dense.module, report)
+        changed["costs"] = costs_to_write(costs)
+        _write_tables(where, folder, report, costs)
         complete(folder, dense, changed, written)
 
 

@@ -60,7 +60,7 @@ from entangle.ranks import current
 from entangle.recording.groups import shared_inputs
 from entangle.recording.states import HiddenStates
 from entangle.recording.stream import ByteBudget
-from entangle.results.expansion import KIND, ExpansionReport
+from entangle.results.expansion import KIND, ExpansionReport, costs_to_write
 from entangle.runs.places import check_room
 from entangle.runs.progress import Progress, ProgressBar
 from entangle.runs.provenance import RunClock, agree_on, claims_out, expand_user, make_manifest
@@ -137,7 +137,9 @@ def model_costs(module: nn.Module, rows: Iterable[Mapping[str, object]]) -> dict
     Counted are all linear layers, the head included: ``flops`` for a token, stored ``nonzeros`` of
     the weights, and stored ``bytes`` (bitmaps included). Routers are included in flops and bytes,
     once for layers that share one. Of a mixture all experts are stored, and as many as a token is
-    sent to are active: the flops of each count by its `Layer.share`, and are NaN where that is.
+    sent to are active: the flops of each count by its `Layer.share`, and are NaN where that is. All
+    are NaN of a model with experts that cannot be addressed (`list_fused_experts`): it is not known
+    what they cost, and they may be most of it.
 
     Parameters
     ----------
@@ -152,6 +154,8 @@ def model_costs(module: nn.Module, rows: Iterable[Mapping[str, object]]) -> dict
     dense = sum(math.prod(layer.shape) for layer in layers)
     if table.empty:
         return {"flops": 1.0, "nonzeros": 1.0, "bytes": 1.0}
+    if any("experts" in fused.name.split(".") for fused in list_fused_experts(module)):
+        return dict.fromkeys(("flops", "nonzeros", "bytes"), math.nan)
     share = table["layer"].map({layer.name: layer.share for layer in layers})
     others = dense - int(table["dense_weights"].sum())
     active = sum(math.prod(layer.shape) * layer.share for layer in layers)
@@ -405,7 +409,8 @@ def build(
     made = {row["layer"] for row in sink.rows}
     silent = [layer.name for layer in chosen if layer.name not in made]
     manifest |= {
-        "costs": costs, **_describe_perplexity(perplexity), "layers_without_tokens": silent,
+        "costs": costs_to_write(costs), **_describe_perplexity(perplexity),
+        "layers_without_tokens": silent,
     }  # fmt: skip
     refuse_saving(copied)
     expanded = LanguageModel(copied, dense.tokenizer, dense.name, "expansion", dense.revision)

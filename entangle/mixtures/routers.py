@@ -6,7 +6,7 @@ own affair: logits are changed where ``torch.nn.functional.linear`` gives them, 
 whose logit is -inf has no weight wherever the model renormalises, or does not.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -38,7 +38,10 @@ class Router:
     """The module that has the weight."""
     n_experts: int
     biases: list[Tensor] = field(default_factory=list)
-    """Numbers an expert that count for the choice alone (DeepSeek's correction)."""
+    """Numbers an expert that count for the choice alone (DeepSeek's correction); the last axis is
+    that of the experts (Ernie's have one before it)."""
+    scales: list[Tensor] = field(default_factory=list)
+    """Other numbers an expert around the weight, (experts,), such as Gemma 4's factors."""
 
     @property
     def weight(self) -> Float[Tensor, "experts features"]:
@@ -66,13 +69,18 @@ def find_router(module: nn.Module, bank: ExpertBank) -> Router:
             f"the mixture {bank.name!r} must have one router, a weight of shape {shape} beside its "
             f"experts; it has {len(found)}: its experts cannot be pruned as a whole."
         )
-    own = (item for one in outside for item in (*one._parameters.items(), *one._buffers.items()))
-    biases = [
-        tensor
-        for name, tensor in own
-        if tensor is not None and tensor.shape == shape[:1] and name.endswith("_bias")
-    ]
-    return Router(bank.name, found[0], bank.n_experts, biases)
+    around = [one for one in outside if one is not parent and found[0] in one.modules()]
+    biases = [one for name, one in _numbers(outside, bank.n_experts) if name.endswith("_bias")]
+    scales = [one for name, one in _numbers(around, bank.n_experts) if not name.endswith("bias")]
+    return Router(bank.name, found[0], bank.n_experts, biases, scales)
+
+
+def _numbers(modules: Iterable[nn.Module], n_experts: int) -> Iterator[tuple[str, Tensor]]:
+    """Yield the name and value of what modules hold that is one number an expert."""
+    for one in modules:
+        for name, tensor in (*one._parameters.items(), *one._buffers.items()):
+            if tensor is not None and tensor.shape[-1:] == (n_experts,) == (tensor.numel(),):
+                yield name, tensor
 
 
 def _shape(module: nn.Module) -> tuple[int, ...] | None:

@@ -26,7 +26,7 @@ from entangle.models.mixtures import banks_of
 from entangle.models.pretrained import quiet
 from entangle.models.streaming import release
 from entangle.recording.hooks import forward
-from entangle.results.expansion import PruneReport
+from entangle.results.expansion import PruneReport, costs_to_write
 from entangle.runs.places import check_room
 from entangle.runs.provenance import RunClock, make_manifest, output_folder
 from entangle.texts.evaluation import EvaluationText
@@ -254,8 +254,10 @@ def _tensors(pruned: PrunedMixtures, *, narrow: bool) -> Named:
                 found[id(bias)] = _biases(change, [name for name, _ in own], kept, width)
         router = change.mixture.router
         of_router = [one for one in router.holder._parameters.values() if one is not None]
-        for tensor in (*of_router, *router.biases):
-            found[id(tensor)] = tensor.detach()[kept].clone()
+        for own_tensor in of_router:
+            found[id(own_tensor)] = own_tensor.detach()[kept].clone()
+        for tensor in (*router.biases, *router.scales):
+            found[id(tensor)] = tensor.detach()[..., kept].clone()
     module = pruned.statistics.model.module
     names = {id(one): name for name, one in (*module.named_parameters(), *module.named_buffers())}
     return {names[key]: value for key, value in found.items()}
@@ -377,9 +379,9 @@ def _report(
     manifest = make_manifest(
         PruneReport.KIND, model=seen.model.describe(), calibration=seen.calibration.describe(),
         settings={"method": pruned.name, "sparsity": pruned.sparsity, "experts": 1},
-        costs={
+        costs=costs_to_write({
             "flops": costs["flops"], "nonzeros": costs["nonzeros"], "bytes": 1 - gone / everything
-        },
+        }),
         perplexity=None if own is None else own.value,
         evaluation=None if evaluation is None else evaluation.describe(),
     )  # fmt: skip

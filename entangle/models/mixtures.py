@@ -41,6 +41,7 @@ EXPERT = re.compile(r"(?<=\.experts)\.(\w*_)?\d+\.")
 """What stands between the name of a mixture and that of a part of one of its experts."""
 
 _CHOSEN = ("top_k", "num_experts_per_tok", "moe_top_k", "num_selected_experts")
+_CONFIGURED = (*_CHOSEN[1:], "top_k_experts")
 _BANK = "entangle_bank"
 _NAMES = ("hidden_states", "top_k_index|router_indices", "top_k_weights|routing_weights")
 
@@ -430,8 +431,8 @@ def run_odd_widths(module: nn.Module) -> None:
 def expert_shares(module: nn.Module) -> dict[str, float]:
     """Return k / n of every mixture that sends a token to k of its n experts, by its name.
 
-    k is what the module around the experts, or its router, declares; NaN where neither does, so
-    that nothing is counted with a number that nobody knows.
+    k is what the module around the experts, or its router, declares, or their configuration; NaN
+    where none does, so that nothing is counted with a number that nobody knows.
     """
     found = {}
     for name, child in module.named_modules():
@@ -439,7 +440,9 @@ def expert_shares(module: nn.Module) -> dict[str, float]:
         if name.rpartition(".")[2] == "experts" and keys:
             parent = module.get_submodule(name.rpartition(".")[0])
             around = (parent, *parent._modules.values(), child, *child._modules.values())
-            declared = (getattr(one, key, None) for one in around for key in _CHOSEN)
+            declared = [getattr(one, key, None) for one in around for key in _CHOSEN]
+            told = (getattr(one, "config", None) for one in around)
+            declared += [getattr(one, key, None) for one in told for key in _CONFIGURED]
             k = next((one for one in declared if isinstance(one, int)), math.nan)
             found[name] = k / len(keys) if math.isnan(k) else min(1.0, k / len(keys))
     return found

@@ -1,6 +1,7 @@
 """What an expansion cost and lost: one row a layer, and sums over the model."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,11 @@ _SHOWN = (
 )  # fmt: skip
 
 
+def costs_to_write(costs: Mapping[str, float]) -> dict[str, float | None]:
+    """Return costs as a manifest holds them: None where one is NaN."""
+    return {name: None if math.isnan(value) else value for name, value in costs.items()}
+
+
 @dataclass(frozen=True, eq=False)
 class ExpansionReport(Result):
     """The report of an expansion, which is read from its folder without its experts.
@@ -55,9 +61,10 @@ class ExpansionReport(Result):
 
     @property
     def costs(self) -> Mapping[str, float]:
-        """Multiples of the dense model: flops, nonzeros, bytes."""
+        """Multiples of the dense model: flops, nonzeros, bytes; NaN where one is not known."""
         found = self.manifest.get("costs")
-        return found if isinstance(found, Mapping) else {}
+        items = found.items() if isinstance(found, Mapping) else ()
+        return {name: math.nan if value is None else value for name, value in items}
 
     @property
     def perplexity(self) -> float | None:

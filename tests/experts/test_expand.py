@@ -403,3 +403,4 @@ def test_a_mixture_in_an_unknown_layout_is_refused(calibration: CalibrationSet) 
     assert list(found.layers["layer"]) == [
         f"model.layers.{i}.mlp.shared_expert.up_proj" for i in range(2)
     ]
+    assert all(one != one for one in found.costs.values())  # NaN: experts that nobody can count

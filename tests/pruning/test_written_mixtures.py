@@ -1,5 +1,6 @@
 """Pruned mixtures as ordinary folders: what transformers loads is what was measured."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,14 @@ from transformers import AutoModelForCausalLM
 import entangle
 from entangle.errors import InvalidInput
 from entangle.mixtures import MIXTURE_METHODS, gather, prune_mixtures, write_mixtures
+from entangle.mixtures.routers import find_router
+from entangle.models.layers import list_layers
 from entangle.models.mixtures import banks_of
 from entangle.results.expansion import PruneReport
 from entangle.testing import check_mixture_method
 from entangle.texts.evaluation import EvaluationText
-from tests.mixtures import mixture, text
+from tests.mixtures import made, mixture, text
+from tests.tiny_models import GROUPED
 
 IDS = text(4, 24)
 
@@ -51,6 +55,48 @@ def test_fewer_experts_are_an_ordinary_model(name: str, tmp_path: Path) -> None:
     assert isinstance(report, PruneReport)
     assert report.costs["flops"] == 1
     assert report.costs["bytes"] == pytest.approx(report.costs["nonzeros"], abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("Ernie4_5_Moe", {**GROUPED, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16}),
+     ("Gemma4", {**GROUPED, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16,
+                 "enable_moe_block": True, "head_dim": 8, "global_head_dim": 8,
+                 "hidden_size_per_layer_input": 0})],
+)  # fmt: skip
+def test_numbers_beside_the_router_go_with_their_experts(
+    name: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """Ernie's choose, Gemma 4's are factors of the routing weights."""
+    config = {"Gemma4": "Gemma4TextConfig"}.get(name, f"{name}Config")
+    module = made(name, config, {**settings, "num_hidden_layers": 2})
+    bank = banks_of(module)[0]
+    router = find_router(module, bank)
+    for number in (*router.biases, *router.scales):
+        number.data.copy_(torch.arange(4.0).view_as(number) + 1)  # Ernie's alone choose the last
+    seen = gather(module, IDS)
+    for one in seen.mixtures:  # the last goes
+        one.counts = torch.tensor([5, 4, 4, 3]).double() * (one.tokens // 8)
+    pruned = prune_mixtures(seen, "frequency", sparsity=0.25)
+    write_mixtures(pruned, tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert same_logits(pruned, module, loaded)
+    assert {layer.share for layer in list_layers(module) if layer.is_expert} == {0.5}
+    with pruned.applied(), torch.no_grad():
+        module(IDS)
+    assert pruned.costs()["flops"] == 1
+
+
+def test_costs_that_nobody_knows_are_written_as_such(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("entangle.models.mixtures._CHOSEN", ())
+    monkeypatch.setattr("entangle.models.mixtures._CONFIGURED", ())
+    written(mixture("Mixtral"), "reap", 0.25, tmp_path / "out")
+    report: Any = entangle.load_result(tmp_path / "out")
+    assert math.isnan(report.costs["flops"])
+    assert 0 < report.costs["nonzeros"] < 1
+    report.plot()
 
 
 def test_groups_of_experts_must_be_left_alike(tmp_path: Path) -> None:
