@@ -33,9 +33,9 @@ def comparison() -> pd.DataFrame:
 
 
 SAID = {
-    "weighted-wd": ("clusters make WD fall", "share by which the top rows' WD falls"),
-    "pruning": ("pruning them costs more", "perplexity, top / random rows pruned"),
-    "clamp": ("so does clamping them", "perplexity, top / random rows clamped"),
+    "weighted-wd": ("WD falls inside clusters", "share by which the top rows' WD falls"),
+    "pruning": ("what pruning them costs", "perplexity, top / random rows pruned"),
+    "clamp": ("what clamping them costs", "perplexity, top / random rows clamped"),
 }
 
 
