@@ -189,7 +189,8 @@ class OutputSketches:
             part = self._part(own)
             measured = part.result()
             filled = part.filled.cpu().numpy()
-            ends = [np.flatnonzero(row)[[0, -1]].tolist() for row in filled]
+            places = (np.flatnonzero(row).tolist() or [0] for row in filled)
+            ends = [(bins_of[0], bins_of[-1]) for bins_of in places]
             found.append((own, measured, [slice(first, last + 1) for first, last in ends]))
         return found
 
