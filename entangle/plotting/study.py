@@ -8,13 +8,22 @@ import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from entangle.checks import choice
 from entangle.errors import InvalidInput
 from entangle.plotting.options import FigureOptions, PlotOptions, picked
 from entangle.plotting.page import axes_level, figure_level, paper
 from entangle.plotting.save import record
-from entangle.plotting.style import NOMINAL, add_title, axes_or_new, explain_above, ink
+from entangle.plotting.style import (
+    NOMINAL,
+    add_title,
+    axes_or_new,
+    explain_above,
+    ink,
+    log_locator,
+    plain_number,
+)
 from entangle.plotting.summaries import check_columns
 
 _STUDY = "the command `entangle study` writes such tables."
@@ -27,7 +36,7 @@ _VERDICTS = {
 _ROLES = {"main": ("o", "full", 0.12, 0), "control": ("D", "none", -0.12, 1)}
 """Marker, filling, place beside the model's line, and colour of a number by its role."""
 _WIDE = 8.0
-"""Ratio of largest to least number from which an axis of ratios is logarithmic."""
+"""Ratio of largest to least number shown from which an axis of ratios is logarithmic."""
 TRACED = {
     "wd": ("WD (σ)", {"wd_largest": "largest", "wd_top": "edge of the top rows",
                       "wd_median": "median"}),
@@ -137,6 +146,7 @@ def plot_evidence(
     own, ax = ax is None, axes_or_new(ax, options)
     models = list(dict.fromkeys(numbers["model"]))
     entries: list[tuple[Artist, str]] = []
+    ends, positive = list[float](), True
     for role in picked([one for one in _ROLES if (rows["role"] == one).any()], _called):
         least = _least(rows[rows["role"] == role])
         marker, filled, aside, hue = _ROLES[role]
@@ -149,16 +159,20 @@ def plot_evidence(
         )
         bars = least["bar"].to_numpy(np.float64)
         ax.vlines(bars, y - 0.2, y + 0.2, color=color, ls=":", lw=1.0)
+        ends += [*low, *high, *bars]
+        positive = positive and bool((bars > 0).all() and (low > 0).all())
         names = {key: least[key].to_numpy(str) for key in ("model", "number")}
         record(
             points, panel=claim, series=_called(role), x=x, y=y, low=low, high=high, bar=bars,
             **names,
         )  # fmt: skip
         entries.append((points, _called(role)))
-    if (rows["bar"] > 0).all() and (rows["low"] > 0).all() and (
-        rows["high"].max() > _WIDE * min(rows["low"].min(), 1.0)
-    ):  # fmt: skip
+    if ends and positive and max(ends) > _WIDE * min(ends):
         ax.set_xscale("log")
+        left, right = ax.get_xlim()
+        ax.xaxis.set_major_locator(log_locator(right / left))
+        ax.xaxis.set_major_formatter(FuncFormatter(plain_number))
+        ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set_yticks(range(len(models)), models, parse_math=False)
     ax.set_ylim(len(models) - 0.5, -0.5)
     ratios = all((rows["bar"] >= 1) | (rows["role"] != "main"))
