@@ -35,12 +35,12 @@ def _claim(claim: str, rows: pd.DataFrame, numbers: pd.DataFrame, models: list[s
     first, listed = rows.iloc[0], numbers[numbers["claim"] == claim]
     return {
         "id": claim, "sentence": first["sentence"], "paper": first["paper"],
-        "cells": [_cell(own.get(name)) for name in models],
+        "cells": [_cell(own.get(name), listed) for name in models],
         "rows": [_row(one) for one in listed.to_dict("records")],
     }  # fmt: skip
 
 
-def _cell(row: dict[Any, Any] | None) -> dict[str, object]:
+def _cell(row: dict[Any, Any] | None, numbers: pd.DataFrame) -> dict[str, object]:
     if row is None:
         return {"verdict": "", "kind": "none"}
     verdict, adjusted = row["verdict"], row["verdict_holm"]
@@ -49,7 +49,15 @@ def _cell(row: dict[Any, Any] | None) -> dict[str, object]:
         "adjusted": "" if adjusted == verdict else adjusted,
         "ends": _ends(row, value=True) if row["value"] == row["value"] else "",
         "number": row["number"], "setting": row["setting"], "why": row["why"], "lost": row["lost"],
+        "open": verdict == "fails" and _is_open(row, numbers),
     }  # fmt: skip
+
+
+def _is_open(row: dict[Any, Any], numbers: pd.DataFrame) -> bool:
+    """Tell whether the interval that decided includes its bar, so that more text may decide."""
+    keys = ("model", "setting", "number")
+    own = numbers[(numbers[list(keys)] == [row[key] for key in keys]).all(axis=1)]
+    return bool((own["high"] > own["bar"]).any())
 
 
 def _row(row: dict[Any, Any]) -> dict[str, object]:

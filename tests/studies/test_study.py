@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -258,6 +259,19 @@ def test_the_page_escapes_what_it_is_given(made: Mapping[str, Path]) -> None:
     for known in ("http-equiv", "http://www.w3.org/2000/svg"):  # a name, nothing that is fetched
         text = text.replace(known, "")
     assert "http" not in text
+
+
+@pytest.mark.parametrize(("high", "is_open"), [(0.9, False), (1.1, True)])
+def test_what_fails_is_open_where_the_interval_includes_its_bar(
+    made: Mapping[str, Path], high: float, is_open: bool
+) -> None:
+    found = entangle.load_result(made["study"])
+    assert isinstance(found, Study)
+    of: dict[str, Any] = {"claim": "own", "model": "a", "setting": "", "number": "random"}
+    row = found.frame.head(1).assign(verdict="fails", **of)
+    bar = found.numbers.head(1).assign(bar=1.0, low=0.8, high=high, **of)
+    models = found.models.head(1).assign(model="a")
+    assert ("includes its bar" in page(Study(row, bar, models, {}))) == is_open
 
 
 def test_names(tmp_path: Path) -> None:
