@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 
 TABLES = ("verdicts", "deciding", "numbers", "models")
 SIZES = ("small", "full")
+READ = {name: name for name in (
+    "revision", "dtype", "n_seq", "seq_len", "sampling", "join", "split", "calibration_config",
+    "column", "special_tokens", "evaluation_split", "evaluation_config", "evaluation_column",
+)} | {"window": "eval_seq_len", "windows": "eval_windows"}  # fmt: skip
+"""Options that models and texts depend on, by what settings call them."""
 FORMATS = {"value": ".4g", "low": ".4g", "high": ".4g", "bar": "g", "p": ".2g", "p_holm": ".2g",
            "n_parameters": ",d", "calibration_tokens": ",d", "seconds": ".0f"}  # fmt: skip
 
@@ -53,7 +58,7 @@ def add_parser(subparsers: options.Subparsers) -> None:
         help="comma-separated ids; `entangle study --dry-run` lists them (default: all)",
     )  # fmt: skip
     group.add_argument(
-        "--seeds", type=int, default=5, help="draws of random arms, at least 5 (default: 5)"
+        "--seeds", type=int, default=5, help="draws of random rows, at least 5 (default: 5)"
     )
     options.add_evaluation_options(group, default="demo, the articles that are not calibrated on")
     group.add_argument(
@@ -134,7 +139,8 @@ def loaded(arguments: argparse.Namespace) -> "Loaded":
                 setattr(given, name, min(getattr(given, name), model.context_length))
         return options.load_calibration(given, model), options.load_evaluation(given, model)
 
-    return Loaded(texts, load)
+    said = {name: getattr(arguments, own) for name, own in READ.items()}
+    return Loaded(texts, load, said)
 
 
 def default_texts(arguments: argparse.Namespace, size: Any) -> None:

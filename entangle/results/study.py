@@ -3,6 +3,7 @@
 And what a series of revisions showed: one row a revision and layer.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,6 +77,19 @@ class Study(Result):
         )
         return table.reindex(columns=self.models["model"].tolist()).reset_index()
 
+    @property
+    def differing(self) -> str:
+        """Settings in which studies that were joined differ, as a sentence; empty without any."""
+        studies: Any = self.manifest.get("studies") or ()
+        names = dict.fromkeys(name for one in studies for name in one["settings"] or {})
+        said = []
+        for name in names:
+            values = [json.dumps((one["settings"] or {}).get(name)) for one in studies]
+            if len(set(values)) > 1:
+                shown = ("given" if one.startswith("{") else one for one in dict.fromkeys(values))
+                said.append(f"{name} ({', '.join(shown)})")
+        return f"The studies joined here differ in {', '.join(said)}." if said else ""
+
     def plot(self, **options: Any) -> "Figure":
         """Draw the verdicts with their deciding numbers; see `figure_verdicts`."""
         from entangle.plotting import figure_verdicts
@@ -95,6 +109,7 @@ class Study(Result):
         lines = [
             f"{self.frame['claim'].nunique()} claims on {len(self.models)} model(s); numbers that "
             f"decide, each a test: {tests}",
+            *([self.differing] if self.differing else []),
         ]
         return lines, self.frame.drop(columns=["sentence", "paper"])
 
@@ -117,6 +132,7 @@ _TRACE_LAYERS: Schema = {
     **_AT, "layer": texts(), "block": integers(null=True), "projection": texts(),
     "null_floor": reals(0), "wd_median": reals(0), "wd_top": reals(0), "wd_largest": reals(0),
     "md_median": reals(0), "wd_md": reals(-1, 1), "overlap": shares(),
+    "chance": reals(0, 1, optional=True),
 }  # fmt: skip
 
 

@@ -4,6 +4,7 @@ A claim is one entry of `CLAIMS`. `register` adds one of another room: its funct
 `Subject` and returns its numbers, made by `number`.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,6 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from scipy.special import ndtr
-from scipy.stats import t as student
 
 from entangle.errors import InvalidInput
 from entangle.experiments.predictors import PREDICTORS, partial_interval
@@ -21,14 +21,9 @@ from entangle.results.ablation import AblationResult
 from entangle.results.comparison import UNIFORM, at_equal_nonzeros
 from entangle.results.contrasts import paired_difference
 from entangle.results.scores import NeuronScores
-from entangle.seeding import numpy_rng
-from entangle.stats.intervals import (
-    Interval,
-    percentiles,
-    share_interval,
-    spearman_interval,
-)
-from entangle.studies.rules import THRESHOLDS, Bar
+from entangle.stats.intervals import Interval, share_interval, spearman_interval
+from entangle.studies.estimates import less, over_layers, strata_of, student_mean, welch
+from entangle.studies.rules import CONTROL, MAIN, THRESHOLDS, Bar
 from entangle.studies.subject import (
     ALIKE,
     FRACTION,
@@ -62,8 +57,18 @@ def number(
         How many of what the interval is over.
     setting
         In which it was measured, such as ``95 % zeros``; numbers of one name need different ones.
+
+    Raises
+    ------
+    InvalidInput
+        If the interval's lower end lies above its upper one.
     """
     ends = found if isinstance(found, Interval) else Interval(found, np.nan, np.nan)
+    if ends.low > ends.high:
+        raise InvalidInput(
+            f"an interval must end where it is largest; that of {name!r} is [{ends.low}, "
+            f"{ends.high}]."
+        )
     return {
         "setting": setting, "number": name, "value": ends.value, "low": ends.low,
         "high": ends.high, "n": n, "unit": unit,
@@ -99,10 +104,22 @@ def register(claim: Claim) -> Claim:
     Raises
     ------
     InvalidInput
-        If there is one of this id.
+        If there is one of this id, the id is no name of a file, or its bars do not decide: none is
+        `MAIN`, or one is neither that nor `CONTROL`.
     """
     if claim.id in CLAIMS:
         raise InvalidInput(f"a claim must have an id of its own; {claim.id!r} is there.")
+    if not re.fullmatch(r"[\w-]+", claim.id):
+        raise InvalidInput(
+            f"a claim's id must be of letters, digits, - and _, since files are called by it; got "
+            f"{claim.id!r}."
+        )
+    roles = [bar.role for bar in claim.bars.values()]
+    if MAIN not in roles or set(roles) - {MAIN, CONTROL}:
+        raise InvalidInput(
+            f"the bars of a claim must have the role {MAIN!r}, one at least, or {CONTROL!r}; those "
+            f"of {claim.id!r} have {roles}."
+        )
     CLAIMS[claim.id] = claim
     return claim
 
@@ -125,25 +142,29 @@ def _claim(
 def _non_gaussian(subject: Subject) -> list[Number]:
     floors = subject.scores.layers.set_index("layer")["null_floor_high"]
     edges, tails = [], []
-    for name, part in subject.scores.frame.groupby("layer", sort=False):
-        rows = part[part["wd"].notna()].sort_values("wd", ascending=False)
-        if rows.empty:
-            continue
+    known = subject.scores.frame.dropna(subset=["wd"])
+    for name, part in known.groupby("layer", sort=False):
+        rows = part.sort_values("wd", ascending=False)
         floor = float(floors[str(name)])
         edges.append(_over(rows.iloc[max(1, round(FRACTION * len(rows))) - 1], floor))
         tails.append(_over(rows.iloc[0], float(rows["wd"].median())))
     if not edges:
         raise InvalidInput("no row of this model has a WD; its outputs are constant or not finite.")
     n = len(edges)
-    least = (min(some, key=lambda one: one.low) for some in (edges, tails))
-    medians = subject.scores.frame.groupby("layer")["wd"].agg(["median", "max"])
+    least = (min(some, key=_lower_end) for some in (edges, tails))
+    medians = known.groupby("layer")["wd"].agg(["median", "max"])
     return [
         number("top 3 % / null floor, least layer", next(least), n=n, unit="layers"),
         number("largest / median row, least layer", next(least), n=n, unit="layers"),
         number("median WD, median layer (σ)", float(medians["median"].median()), n=n),
         number("largest WD, median layer (σ)", float(medians["max"].median()), n=n),
         number("largest WD (σ)", float(medians["max"].max()), n=n),
+        number("layers without a WD", float(len(subject.linears) - n)),
     ]
+
+
+def _lower_end(one: Interval) -> float:
+    return -np.inf if np.isnan(one.low) else one.low
 
 
 def _over(row: "pd.Series[Any]", below: float) -> Interval:
@@ -164,22 +185,14 @@ def _wd_md(subject: Subject) -> list[Number]:
     ).dropna()
     if own.empty:
         raise InvalidInput("no layer has rows of different WD and MD; measure more tokens.")
-    mean, n = _student(np.asarray(own, np.float64)), len(own)
+    mean, n = student_mean(np.asarray(own, np.float64)), len(own)
     return [
         number("Spearman, mean of layers", mean, n=n, unit="layers"),
         number("Spearman, mean of layers, is high", mean, n=n, unit="layers"),
         number("Spearman, lowest layer", float(own.min()), n=n),
         number("Spearman, highest layer", float(own.max()), n=n),
+        number("layers without a coefficient", float(len(subject.layers) - n)),
     ]
-
-
-def _student(values: Floats) -> Interval:
-    """Return a mean with Student's interval; no ends from a single value."""
-    mean, n = float(values.mean()), len(values)
-    if n < 2:
-        return Interval(mean, np.nan, np.nan)
-    half = float(student.ppf(0.975, n - 1) * values.std(ddof=1) / np.sqrt(n))
-    return Interval(mean, mean - half, mean + half)
 
 
 @_claim(
@@ -281,48 +294,14 @@ def _weighted_wd(subject: Subject) -> list[Number]:
         values = falls[0].to_numpy(np.float64)
         count = int((values > 0).sum())
         made += [
-            number(f"median fall{label}", _over_layers(falls[0], subject), n=len(values),
+            number(f"median fall{label}", over_layers(falls[0], subject.seed), n=len(values),
                    unit="rows, layers resampled"),
-            number(f"median fall beyond random clusters{label}", _over_layers(gaps, subject),
+            number(f"median fall beyond random clusters{label}", over_layers(gaps, subject.seed),
                    n=len(gaps), unit="rows, layers resampled"),
             number(f"share of rows that fall{label}", share_interval(count, max(len(values), 1)),
                    n=len(values), unit="rows"),
         ]  # fmt: skip
     return made
-
-
-def _over_layers(
-    values: "pd.Series[float]", subject: Subject, other: "pd.Series[float] | None" = None
-) -> Interval:
-    """Return a median, less that of others, with a bootstrap over whole layers.
-
-    Rows of one layer share its inputs, so that layers are resampled; of one layer, its rows are.
-    """
-    parts = [_by_layer(one) for one in (values, other) if one is not None]
-    names = [name for name in parts[0] if all(name in part for part in parts)]
-    if not names:
-        raise InvalidInput("no row has a value to compare; measure more tokens or layers.")
-
-    def statistic(of: Sequence[list[Floats]]) -> float:
-        medians = [float(np.median(np.concatenate(one))) for one in of]
-        return medians[0] - (medians[1] if len(medians) > 1 else 0.0)
-
-    value = statistic([[part[name] for name in names] for part in parts])
-    rng, draws = numpy_rng(subject.seed, "study", "layers"), []
-    for _ in range(1000):
-        if len(names) > 1:
-            drawn = rng.integers(len(names), size=len(names))
-            draws.append(statistic([[part[names[i]] for i in drawn] for part in parts]))
-        else:
-            rows = [part[names[0]] for part in parts]
-            again = [[one[rng.integers(len(one), size=len(one))]] for one in rows]
-            draws.append(statistic(again))
-    return Interval(value, *percentiles(draws, 0.95))
-
-
-def _by_layer(values: "pd.Series[float]") -> dict[str, Floats]:
-    groups = values.groupby(level="layer", sort=False)
-    return {str(name): np.asarray(one, np.float64) for name, one in groups}
 
 
 @_claim(
@@ -441,7 +420,7 @@ def _syntax(subject: Subject) -> list[Number]:
                 for rule, one in right.items()}  # fmt: skip
         if part["top"].empty:
             continue
-        n, strata = len(part["top"]), part["top"].index.get_level_values("paradigm").to_numpy()
+        n, strata = len(part["top"]), strata_of(part["top"].index.get_level_values("paradigm"))
         for label, (a, b) in {
             "matched − top": ("bottom", "top"), "dense − top": ("dense", "top"),
             "random − top": ("random", "top"),
@@ -451,18 +430,13 @@ def _syntax(subject: Subject) -> list[Number]:
             made.append(number(f"{name}: {label}", gaps[name, label], n=n, unit="pairs"))
         made.append(number(f"{name}: accuracy, dense", float(part["dense"].mean()), n=n))
     if ("other", "matched − top") in gaps:
-        both = _less(gaps["grammar", "matched − top"], gaps["other", "matched − top"])
+        both = less(gaps["grammar", "matched − top"], gaps["other", "matched − top"])
         made.append(number("grammar − other: double dissociation", both))
     made.append(number("share of low-WD rows that is matched", subject.matched))
+    closest, top = (_arm(subject.clamped, one) for one in ("matched", "top"))
+    made.append(number("perplexity, matched / top", subject.ratio(closest, top),
+                       n=subject.text.n_windows, unit="windows"))  # fmt: skip
     return made
-
-
-def _less(a: Interval, b: Interval) -> Interval:
-    """Return the difference of two independent estimates, half widths added in squares."""
-    low = np.hypot(a.value - a.low, b.high - b.value)
-    high = np.hypot(a.high - a.value, b.value - b.low)
-    value = a.value - b.value
-    return Interval(value, float(value - low), float(value + high))
 
 
 @_claim(
@@ -473,23 +447,24 @@ def _less(a: Interval, b: Interval) -> Interval:
 def _negative_side(subject: Subject) -> list[Number]:
     scores, gates = subject.scores, subject.gates
     table = scores.frame[scores.frame["layer"].isin(gates)]
-    top, drawn = subject.chosen("top", "random", frame=table)[:2]
+    top, *several = (one.frame for one in subject.chosen("top", "random", frame=table))
+    drawn = pd.concat(several).drop_duplicates()
     known = table.set_index(["layer", "neuron"])
     shares = [
         pd.Series(
             [negative_share(scores, layer, neuron, known) for layer, neuron in rows],
             index=pd.MultiIndex.from_tuples(rows, names=["layer", "neuron"]), dtype="float64",
         ).dropna()
-        for rows in ([(str(r.layer), int(str(r.neuron))) for r in one.frame.itertuples()]
+        for rows in ([(str(r.layer), int(str(r.neuron))) for r in one.itertuples()]
                      for one in (top, drawn))
     ]  # fmt: skip
     a, b = shares
     unit = "rows, layers resampled"
     return [
-        number("median of the top rows", _over_layers(a, subject), n=len(a), unit=unit),
-        number("median of the top rows − of all rows", _over_layers(a, subject, b),
+        number("median of the top rows", over_layers(a, subject.seed), n=len(a), unit=unit),
+        number("median of the top rows − of all rows", over_layers(a, subject.seed, b),
                n=len(a) + len(b), unit=unit),
-        number("median of random rows", _over_layers(b, subject), n=len(b), unit=unit),
+        number("median of random rows", over_layers(b, subject.seed), n=len(b), unit=unit),
     ]  # fmt: skip
 
 
@@ -538,7 +513,7 @@ def _single_neuron(subject: Subject) -> list[Number]:
     rows = subject.damage
     own = {str(name): one.to_numpy(np.float64) for name, one in rows.groupby("group")["damage"]}
     made = [
-        number(f"top − {name}", _welch(own["top"], own[group]), n=len(own["top"]), unit="rows")
+        number(f"top − {name}", welch(own["top"], own[group]), n=len(own["top"]), unit="rows")
         for name, group in (("random", "random"), ("top variance", "variance"))
     ]
     means = {name: float(values.mean()) for name, values in own.items()}
@@ -547,19 +522,6 @@ def _single_neuron(subject: Subject) -> list[Number]:
         *(number(f"mean rise of the loss, {name} (nats)", mean, n=len(own[name]))
           for name, mean in means.items()),
     ]  # fmt: skip
-
-
-def _welch(a: Floats, b: Floats) -> Interval:
-    """Return the difference of two means with Welch's interval; no ends from a single value."""
-    value = float(a.mean() - b.mean())
-    if min(len(a), len(b)) < 2:
-        return Interval(value, np.nan, np.nan)
-    parts = np.array([one.var(ddof=1) / len(one) for one in (a, b)])
-    if parts.sum() == 0:
-        return Interval(value, value, value)
-    free = parts.sum() ** 2 / (parts**2 / np.array([len(a) - 1, len(b) - 1])).sum()
-    half = float(student.ppf(0.975, free) * np.sqrt(parts.sum()))
-    return Interval(value, value - half, value + half)
 
 
 @_claim(

@@ -16,6 +16,7 @@ MARKS = {"holds": "●", "weaker": "◐", "fails": "○", "not measured": "–"}
 def page(study: Study) -> str:
     """Return the page as HTML; needs no torch."""
     models = study.models.to_dict("records")
+    differ = f" {study.differing}" if study.differing else ""
     tests = "; ".join(f"{one['model']}: {one['tests']} numbers decide" for one in models)
     names = [str(one["model"]) for one in models]
     claims = [
@@ -25,7 +26,7 @@ def page(study: Study) -> str:
     manifest = json.dumps(dict(study.manifest), indent=2, ensure_ascii=False, default=str)
     return render(
         "study.html", title="What holds on which model", data={}, styles=("study.css",),
-        content={"models": models, "claims": claims, "tests": f"{tests}.",
+        content={"models": models, "claims": claims, "tests": f"{tests}.", "differ": differ,
                  "manifest": manifest.splitlines()},
     )  # fmt: skip
 

@@ -13,8 +13,8 @@ verdicts.
 
 Many numbers are looked at, so some pass by chance. Each has a one-sided p-value, read off its own
 interval (Altman and Bland, How to obtain the P value from a confidence interval, BMJ 343:d2304,
-2011), and Holm's adjustment over all that can decide about one model; the verdict with adjusted
-p-values in place of intervals stands beside the first one.
+2011), and Holm's adjustment over all that can decide about one model. The verdict of the numbers
+that pass by both, interval and adjusted p-value, stands beside the first one, and is never better.
 """
 
 from collections.abc import Mapping
@@ -159,7 +159,8 @@ def decided(rows: pd.DataFrame, table: Mapping[str, Mapping[str, Bar]]) -> pd.Da
     -------
     pandas.DataFrame
         The rows with ``role``, ``bar`` (NaN where only shown), ``p``, ``p_holm`` (over all that can
-        decide), ``passes`` and ``passes_holm`` (``yes``, ``no``, empty without an interval).
+        decide), ``passes`` and ``passes_holm`` (``yes``, ``no``, empty without an interval; the
+        second is empty too where an interval that passes has no width, and so no p-value).
     """
     named = zip(rows["claim"].tolist(), rows["number"].tolist(), strict=True)
     bars = [table.get(claim, {}).get(number) for claim, number in named]
@@ -169,10 +170,11 @@ def decided(rows: pd.DataFrame, table: Mapping[str, Mapping[str, Bar]]) -> pd.Da
     p = pd.Series(values, index=rows.index, dtype="float64")
     level = pd.Series([np.nan if b is None else b.bar for b in bars], rows.index, dtype="float64")
     known, adjusted = level.notna() & np.isfinite(ends[:, 1]), holm(p)
+    above = rows["low"] > level
     return rows.assign(
         role=[SHOWN if bar is None else bar.role for bar in bars], bar=level, p=p, p_holm=adjusted,
-        passes=_said(rows["low"] > level, known),
-        passes_holm=_said(adjusted <= ONE_SIDED, known & adjusted.notna()),
+        passes=_said(above, known),
+        passes_holm=_said(above & (adjusted <= ONE_SIDED), known & (adjusted.notna() | ~above)),
     )  # fmt: skip
 
 
@@ -203,7 +205,7 @@ def _of_setting(rows: pd.DataFrame, bars: Mapping[str, Bar], passes: str) -> str
         role: [found.get(name, UNKNOWN) for name, bar in bars.items() if bar.role == role]
         for role in (MAIN, CONTROL)
     }
-    if UNKNOWN in said[MAIN]:
+    if not said[MAIN] or UNKNOWN in said[MAIN]:
         return NOT_MEASURED
     if NO in said[MAIN]:
         return FAILS

@@ -5,8 +5,8 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from entangle.studies.rules import (
     MAIN,
     NOT_MEASURED,
     ONE_SIDED,
+    SHOWN,
     Bar,
     decided,
     verdict,
@@ -62,6 +63,8 @@ class Loaded:
     """Makes both texts with a model's tokenizer."""
     load: Callable[[str, str | None], LanguageModel]
     """Loads a model by name and revision."""
+    settings: Mapping[str, object] = field(default_factory=dict)
+    """What both depend on: recorded with the settings, in place of the size's."""
 
 
 def study(
@@ -102,7 +105,7 @@ def study(
     blimp, other
         Minimal pairs about grammar, and about something else (`entangle.load_minimal_pairs`).
     seeds
-        Draws of every random arm, at least 5.
+        Draws of random rows, at least 5; random clusters are drawn once.
     seed
         Of everything random.
     memory
@@ -130,9 +133,14 @@ def study(
     made = loaded or Loaded(_texts_of(calibration, evaluation), _load)
     with ExitStack() as held:
         held.enter_context(claimed(out))
-        plan = _plan(wanted, size, seeds, seed, blimp, other, calibration, evaluation)
+        plan = _plan(
+            {"size": size, **vars(wanted), "seeds": seeds, "seed": seed, **made.settings},
+            blimp, other, calibration, evaluation,
+        )  # fmt: skip
+        asked = {"models": names, **{key: plan[key] for key in (*_TEXTS, "settings")},
+                 "claims": sorted(one.id for one in chosen)}  # fmt: skip
         if resume and not force and is_study(str(out)):
-            return _finished(out, plan, names, chosen)
+            return _finished(out, plan, asked)
         before = [Study.load(one) for one in names if is_study(one)]
         fresh = [one for one in names if not is_study(one)]
         for one in fresh:
@@ -146,9 +154,10 @@ def study(
             _of_model(name, label, chosen, kept, made, rest)
             for name, label in zip(fresh, labels, strict=True)
         ]
-        asked = {"models": names, **{key: plan[key] for key in _TEXTS}}
         manifest = make_manifest(KIND, **plan, asked=asked)
         found = joined([*before, *parts], manifest | clock.read(memory))
+        if found.differing and progress is not False:
+            tell(found.differing)
 
         def extra(folder: Path) -> None:
             (folder / PAGE).write_text(page(found), "utf-8")
@@ -164,18 +173,17 @@ _TEXTS = ("calibration", "evaluation")
 
 
 def _plan(
-    wanted: Size, size: str, seeds: int, seed: int,
-    grammar: MinimalPairs | None, other: MinimalPairs | None, *texts: Source,
+    settings: Mapping[str, object], grammar: MinimalPairs | None, other: MinimalPairs | None,
+    *texts: Source,
 ) -> dict[str, object]:  # fmt: skip
     """Return what makes a study: not the models and claims, of which there may come more."""
     said = [one if isinstance(one, str) else getattr(one, "source", "given") for one in texts]
     pairs = {name: None if one is None else one.describe()
              for name, one in (("grammar", grammar), ("other", other))}  # fmt: skip
     rule = {"level": LEVEL, "one_sided": ONE_SIDED, "adjusted": "Holm, of each model"}
-    settings = {"size": size, **vars(wanted), "seeds": seeds, "seed": seed, **pairs, **rule}
     return {
         "model": None, "calibration": {"source": str(said[0])},
-        "evaluation": {"source": str(said[1])}, "settings": settings,
+        "evaluation": {"source": str(said[1])}, "settings": {**settings, **pairs, **rule},
     }  # fmt: skip
 
 
@@ -186,23 +194,27 @@ def _claims(asked: str | Iterable[str]) -> list[Claim]:
 
 
 def _finished(
-    out: str | os.PathLike[str], plan: Mapping[str, object], names: Sequence[str],
-    claims: Sequence[Claim],
-) -> Study:  # fmt: skip
-    """Return a finished study, if it is the one that is asked for."""
+    out: str | os.PathLike[str], plan: Mapping[str, object], asked: Mapping[str, object]
+) -> Study:
+    """Return a finished study, if it is the one that is asked for.
+
+    A process that was killed after the last step has left results of the models; they are moved.
+    """
     found = Study.load(out)
-    asked = {"models": list(names), **{key: plan[key] for key in _TEXTS}}
-    wanted = [asked, plan["settings"], sorted(one.id for one in claims)]
-    known = [found.manifest.get(key) for key in ("asked", "settings")]
-    if _plain(wanted) != _plain([*known, sorted(found.frame["claim"].unique())]):
+    if _plain(asked) != _plain(found.manifest.get("asked")):
         raise InvalidInput(
             f"{str(out)!r} holds a finished study of other models, claims, texts or settings; name "
             "another folder, which a finished one can be joined to by naming it as a model."
         )
+    with suppress(InvalidInput):  # of another study that was begun
+        kept = Unfinished(out, plan, what=KIND, ending="studying", resume=True, force=True)
+        if kept.path.exists():
+            keep_runs(kept)
+            kept.remove()
     return found
 
 
-def _plain(content: object) -> object:
+def _plain(content: object) -> Any:
     return json.loads(json.dumps(content))
 
 
@@ -310,8 +322,15 @@ def _of_model(
 
 
 def key_of(model: LanguageModel, calibration: CalibrationSet, text: EvaluationText) -> str:
-    """Return what the pieces of a model on its texts are called."""
-    facts = model.digest, calibration.digest, text.digest
+    """Return what the pieces of a model on its texts are called.
+
+    Models of the same weights that compute something else, by class or configuration, have others.
+    """
+    config: Any = getattr(model.module, "config", None)
+    told = config.to_dict() if hasattr(config, "to_dict") else {}
+    told = {name: one for name, one in told.items() if not name.startswith("_")}
+    computed = json.dumps([type(model.module).__name__, told], sort_keys=True, default=str)
+    facts = model.digest, calibration.digest, text.digest, computed
     return hashlib.sha256("".join(facts).encode()).hexdigest()[:12]
 
 
@@ -323,7 +342,7 @@ def _measured(
     if known is not None:
         return pd.read_parquet(known), ""
     try:
-        found = pd.DataFrame(claim.measure(subject))
+        found = _numbers(claim, subject)
     except Unavailable:
         raise
     except EntangleError as error:
@@ -332,12 +351,25 @@ def _measured(
     return found, ""
 
 
+def _numbers(claim: Claim, subject: Subject) -> pd.DataFrame:
+    found = pd.DataFrame(claim.measure(subject)).reindex(columns=_MEASURED)
+    found[["setting", "unit"]] = found[["setting", "unit"]].fillna("")
+    twice = found[found.duplicated(["setting", "number"])]
+    if len(twice):
+        raise InvalidInput(
+            f"numbers of a claim must differ in name or setting; {claim.id!r} gives "
+            f"{_at(twice.iloc[0].to_dict())!r} twice."
+        )
+    return found
+
+
+_MEASURED = ["setting", "number", "value", "low", "high", "n", "unit"]
+
+
 def _typed(table: pd.DataFrame) -> pd.DataFrame:
     """Return measured numbers with all columns, and their types, where there may be none."""
-    wanted = ("claim", "model", "setting", "number", "value", "low", "high", "n", "unit")
-    return table.reindex(columns=list(wanted)).astype(
-        {name: NUMBERS[name].dtype for name in wanted}
-    )
+    wanted = ["claim", "model", *_MEASURED]
+    return table.reindex(columns=wanted).astype({name: NUMBERS[name].dtype for name in wanted})
 
 
 def _described(subject: Subject, tests: int, seconds: float) -> dict[str, object]:
@@ -367,10 +399,12 @@ def _judged(claim: Claim, numbers: pd.DataFrame, label: str, why: str) -> dict[s
     gaps = [_gap(float(str(r.low)), claim.bars[str(r.number)]) for r in known.itertuples()]
     head = known.iloc[int(np.argmin(gaps))] if gaps else None
     lacking = [name for name in claim.bars if name not in set(rows["number"])]
+    open_to = rows[(rows["role"] != SHOWN) & (rows["passes"] == "")]
+    lacking += [_at(row) for row in open_to.to_dict("records")]
     if said[0] != NOT_MEASURED and lacking:
         why = f"not measured: {', '.join(lacking)}"
     elif said[0] == NOT_MEASURED and not why:
-        why = "no interval: measure more windows, layers or rows"
+        why = "no interval: measure more windows, sequences, layers or rows"
     lost = rows[(rows["role"] == CONTROL) & (rows["passes"] == "no")]
     ends = {name: float(head[name]) if head is not None else np.nan
             for name in ("value", "low", "high")}  # fmt: skip
@@ -384,8 +418,11 @@ def _judged(claim: Claim, numbers: pd.DataFrame, label: str, why: str) -> dict[s
 
 
 def _lost(row: Mapping[Any, Any]) -> str:
-    where = f" at {row['setting']}" if row["setting"] else ""
-    return f"{row['number']}{where}: {row['value']:.3g} [{row['low']:.3g}, {row['high']:.3g}]"
+    return f"{_at(row)}: {row['value']:.3g} [{row['low']:.3g}, {row['high']:.3g}]"
+
+
+def _at(row: Mapping[Any, Any]) -> str:
+    return f"{row['number']} at {row['setting']}" if row["setting"] else str(row["number"])
 
 
 def _gap(low: float, bar: Bar) -> float:
@@ -407,11 +444,39 @@ def joined(parts: Sequence[Study], manifest: Mapping[str, object]) -> Study:
             f"studies that are joined must be of different models; got "
             f"{twice[twice.duplicated()].iloc[0]!r} twice."
         )
-    described = [one.manifest.get("model") for one in parts]
     facts: dict[str, object] = {"model": {"name": ", ".join(twice)}}
     if len(parts) == 1:
         facts = {key: parts[0].manifest[key] for key in ("model", *_TEXTS)}
+    else:
+        facts |= {name: {"source": _sources(parts, name)} for name in _TEXTS} | _settings(
+            [one for part in parts for one in _studies(part, manifest)]
+        )
+    described = [
+        model for one in parts
+        for model in one.manifest.get("models") or [one.manifest.get("model")]  # type: ignore[attr-defined]
+    ]  # fmt: skip
     return Study(
         frame.iloc[place].reset_index(drop=True), tables["numbers"], tables["models"],
         {**manifest, **facts, "models": described},
     )  # fmt: skip
+
+
+def _sources(parts: Sequence[Study], name: str) -> str:
+    found: list[Any] = [one.manifest.get(name) or {} for one in parts]
+    return ", ".join(dict.fromkeys(str(one.get("source", "unknown")) for one in found))
+
+
+def _studies(part: Study, manifest: Mapping[str, object]) -> list[dict[str, Any]]:
+    """Return models and settings of the studies that a part is made of."""
+    known: Any = part.manifest.get("studies")
+    settings = part.manifest.get("settings", manifest.get("settings"))
+    return list(known or [{"models": part.models["model"].tolist(), "settings": settings}])
+
+
+def _settings(studies: Sequence[dict[str, Any]]) -> dict[str, object]:
+    """Return the settings that all studies have, and all of each where some differ."""
+    every = [_plain(one["settings"] or {}) for one in studies]
+    first = {name: value for one in every for name, value in one.items()}
+    same = {name: value for name, value in first.items()
+            if all(name in one and one[name] == value for one in every)}  # fmt: skip
+    return {"settings": same} | ({} if len(same) == len(first) else {"studies": list(studies)})

@@ -108,7 +108,7 @@ class Subject:
     size: Size
     folder: Path
     seeds: int = 5
-    """Draws of random arms."""
+    """Draws of random rows."""
     seed: int = 0
     memory: int | None = None
     grammar: MinimalPairs | None = None
@@ -121,8 +121,13 @@ class Subject:
     @cached_property
     def layers(self) -> tuple[Layer, ...]:
         """Linears of the feed-forward parts that write into the wider side (gate and up)."""
-        every = find_layers(self.model.module, "all", "mlp")
-        return tuple(one for one in every if one.out_features >= one.in_features) or tuple(every)
+        every = self.linears
+        return tuple(one for one in every if one.out_features >= one.in_features) or every
+
+    @cached_property
+    def linears(self) -> tuple[Layer, ...]:
+        """All linears of the feed-forward parts."""
+        return tuple(find_layers(self.model.module, "all", "mlp"))
 
     @cached_property
     def gates(self) -> list[str]:
@@ -247,9 +252,13 @@ class Subject:
 
     @property
     def matched(self) -> float:
-        """Share of low-WD rows whose clamping costs what the top ones' does."""
+        """Share of low-WD rows whose clamping costs what the top ones' does, as the search has it.
+
+        The closest of those that were tried; NaN where as many as the top ones cost no less, and 1
+        where all cost less.
+        """
         steps = self.clamped.matched
-        if steps.empty:
+        if steps.empty or (steps["low"] == 0).any():
             return float("nan")
         best = int((steps["loss"] - steps["target"]).abs().to_numpy().argmin())
         return float(steps["fraction"].iloc[best])
@@ -365,19 +374,21 @@ ALLOCATED = {"layers by mean WD": "layer", "top 3 % protected": "protect"}
 
 
 def losses(windows: pd.DataFrame, **arm: object) -> NDArray[np.float64]:
-    """Return the summed loss of every window of an arm, seeds averaged.
+    """Return the summed loss of every window of an arm, seeds averaged; NaN where one is NaN.
 
     Raises
     ------
     InvalidInput
-        If there is no such arm, or a loss of it is missing.
+        If there is no such arm.
     """
     rows = windows
     for name, value in arm.items():
         rows = rows[rows[name] == value]
     if rows.empty:
         raise InvalidInput(f"there is no arm {arm}; it was not made, as its reason says.")
-    return rows.groupby("window", sort=True)["loss"].mean().to_numpy(np.float64)
+    groups = rows.groupby("window", sort=True)["loss"]
+    lacking = groups.size() != groups.count()  # of a seed: no mean of the others
+    return groups.mean().mask(lacking).to_numpy(np.float64)
 
 
 GRAMMAR, OTHER = "grammar: ", "other: "
@@ -420,6 +431,9 @@ def stored_as(model: LanguageModel) -> str:
     values = int((some.diff(dim=1) != 0).sum(1).median()) + 1
     kind = str(model.dtype).removeprefix("torch.")
     bits = next((b for b in range(1, 5) if values <= 2**b), None)
+    zeros = int((some == 0).sum(1).median())
+    if zeros > 1 and values >= 0.9 * (32 - zeros):  # zeros are what repeats: pruned
+        return f"{kind}, {zeros} zeros among 32 neighbours"
     if bits is None:
         return kind
     return f"quantised, about {bits} bits ({values} values among 32 neighbours), as {kind}"

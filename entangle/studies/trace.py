@@ -19,7 +19,15 @@ from entangle.runs.progress import tell
 from entangle.runs.provenance import RunClock, claimed, expand_user, make_manifest
 from entangle.runs.unfinished import Unfinished
 from entangle.seeding import check_seed
-from entangle.studies.study import Loaded, _load, _texts_of, keep_runs, labelled, split_revision
+from entangle.studies.study import (
+    Loaded,
+    _load,
+    _texts_of,
+    keep_runs,
+    key_of,
+    labelled,
+    split_revision,
+)
 from entangle.studies.subject import FRACTION, SIZES, Subject, losses
 from entangle.texts.given import Source
 
@@ -125,7 +133,7 @@ def trace(
         plan: dict[str, object] = {
             "model": None, "calibration": str(calibration), "evaluation": str(evaluation),
             "settings": {"size": size, "seeds": seeds, "seed": seed, "fraction": FRACTION,
-                         "strength": STRENGTH},
+                         "strength": STRENGTH, **made.settings},
         }  # fmt: skip
         kept = Unfinished(out, plan, what=TRACE, ending="tracing", resume=resume, force=force)
         kept.begin()
@@ -136,7 +144,7 @@ def trace(
             model = as_causal_model(made.load(*split_revision(name)))
             given, text = made.texts(model, wanted)
             _check_same(about, {"calibration": given.describe(), "evaluation": text.describe()})
-            folder = kept.path / "runs" / f"{model.digest[:12]}-{given.digest[:6]}{text.digest[:6]}"
+            folder = kept.path / "runs" / key_of(model, given, text)
             folder.mkdir(parents=True, exist_ok=True)
             subject = Subject(
                 label, model, given, text, wanted, folder, whole_seeds, seed, memory,
@@ -191,18 +199,24 @@ def _damage(subject: Subject) -> dict[str, object]:
 def _by_layer(parts: Sequence[tuple[dict[str, object], pd.DataFrame]]) -> list[pd.DataFrame]:
     """Return one row a layer of every revision; top sets are compared with the last one's."""
     last = {str(name): _top(part) for name, part in parts[-1][1].groupby("layer")}
+    sizes = _rows(parts[-1][1])
     found = []
     for _, frame in parts:
-        rows = []
-        for name, part in frame.groupby("layer", sort=False):
-            if str(name) not in last or len(part) < len(last[str(name)]):
+        own = _rows(frame)
+        for name in dict.fromkeys([*sizes, *own]):
+            if own.get(name, 0) != sizes.get(name, 0):
                 raise InvalidInput(
-                    f"all revisions must have the layers of the last; got {name!r} of "
-                    f"{frame['revision'].iloc[0]!r}."
+                    f"all revisions must have the layers of the last, of as many rows; "
+                    f"{frame['revision'].iloc[0]!r} has {own.get(name, 0)} of {name!r}, the last "
+                    f"{sizes.get(name, 0)}."
                 )
-            rows.append(_layer(part, last[str(name)]))
-        found.append(pd.DataFrame(rows))
+        groups = frame.groupby("layer", sort=False)
+        found.append(pd.DataFrame([_layer(part, last[str(name)]) for name, part in groups]))
     return found
+
+
+def _rows(frame: pd.DataFrame) -> dict[str, int]:
+    return {str(name): len(part) for name, part in frame.groupby("layer", sort=False)}
 
 
 def _layer(part: pd.DataFrame, last: set[int]) -> dict[str, object]:
@@ -216,6 +230,7 @@ def _layer(part: pd.DataFrame, last: set[int]) -> dict[str, object]:
         "md_median": part["md"].median(),
         "wd_md": both["wd"].corr(both["md"], "spearman") if varied else np.nan,
         "overlap": len(own & last) / len(last) if last else np.nan,
+        "chance": len(own) / part["wd"].count() if last and own else np.nan,
     }  # fmt: skip
 
 
@@ -229,8 +244,9 @@ def _joined(layers: pd.DataFrame) -> pd.DataFrame:
     groups = layers.groupby("place")
     table = groups[["wd_median", "wd_top", "md_median"]].median()
     table["wd_largest"] = groups["wd_largest"].max()
-    table[["wd_md", "overlap"]] = groups[["wd_md", "overlap"]].mean()
-    return table.assign(chance=FRACTION).reset_index()
+    means = ["wd_md", "overlap", "chance"]
+    table[means] = groups[means].mean()
+    return table.reset_index()
 
 
 def _typed(frame: pd.DataFrame) -> pd.DataFrame:

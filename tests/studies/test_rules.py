@@ -101,6 +101,19 @@ def test_adjustment_can_turn_a_verdict() -> None:
     assert judged(several, passes="passes_holm") == "fails"
 
 
+def test_adjustment_never_makes_a_verdict_better() -> None:
+    skewed, flat = (1.5, 0.99, 1.6), (1.0, 1.0, 1.0)  # the first passes by its p-value alone
+    for one, said in ((skewed, "fails"), (flat, "fails")):
+        several = rows(random=one, norm=ABOVE, variance=ABOVE)
+        assert judged(several) == judged(several, passes="passes_holm") == said
+    assert p_value(*skewed, BARS["random"]) < 0.005
+
+
+def test_nothing_holds_without_a_main_comparison() -> None:
+    table = decided(pd.DataFrame(rows(random=ABOVE)), {"c": {}})
+    assert verdict(table, {}) == verdict(table, {"random": Bar(CONTROL, 1.0)}) == "not measured"
+
+
 def test_numbers_without_a_bar_decide_nothing() -> None:
     table = decided(pd.DataFrame(rows(random=ABOVE, other=BELOW)), {"c": BARS})
     assert table["role"].tolist() == [MAIN, "shown"]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -23,11 +24,13 @@ from entangle.models.loading import LanguageModel
 from entangle.results.scores import NeuronScores
 from entangle.results.study import Study
 from entangle.runs.claims import beside
+from entangle.stats.intervals import Interval
 from entangle.studies.claims import CLAIMS, Claim, negative_share, number, register
+from entangle.studies.estimates import over_layers, strata_of
 from entangle.studies.page import page
 from entangle.studies.rules import Bar
 from entangle.studies.study import labelled, split_revision
-from entangle.studies.subject import Subject, stored_as
+from entangle.studies.subject import Subject, losses, stored_as
 
 Folder = Callable[[str], Path]
 
@@ -238,10 +241,107 @@ def test_the_claims_are_listed_though_nothing_is_left_to_do(
     assert all(one in said for one in CLAIMS)
 
 
-def test_claims_of_others_need_a_name_of_their_own() -> None:
+def test_claims_of_others_need_a_name_of_their_own_and_bars_that_decide() -> None:
     known = CLAIMS["pruning"]
-    with pytest.raises(InvalidInput, match="pruning"):
-        register(known)
+    fresh, control = replace(known, id="new"), {"x": Bar("control", 0.0)}
+    for wrong, said in (
+        (known, "pruning"), (replace(known, id="a/b"), "a/b"), (replace(fresh, bars={}), "main"),
+        (replace(fresh, bars=control), "new"),
+    ):  # fmt: skip
+        with pytest.raises(InvalidInput, match=said):
+            register(wrong)
+    with pytest.raises(InvalidInput, match="x"):
+        number("x", Interval(1.0, 2.0, 0.5))
+
+
+def test_numbers_that_are_missing_are_told(
+    tiny_folder: Folder, texts: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends = Interval(2.0, 1.0, 3.0)
+
+    def measure(subject: object) -> Sequence[Mapping[str, object]]:
+        return [number("x", ends, setting="90 %"), number("x", 1.0, setting="99 %")]
+
+    def twice(subject: object) -> Sequence[Mapping[str, object]]:
+        return [number("x", ends), number("x", -1.0)]
+
+    for name, function in (("partly", measure), ("twice", twice)):
+        one = Claim(name, name, "", function, {"x": Bar("main", 0.0)})  # type: ignore[arg-type]
+        monkeypatch.setitem(CLAIMS, name, one)
+    model = tiny_folder("gpt2")
+    assert run(model, *texts, "--claims", "partly,twice", "--out", tmp_path / "s") == 0
+    found = entangle.load_result(tmp_path / "s")
+    assert isinstance(found, Study)
+    rows = found.frame.set_index("claim")
+    assert rows["verdict"].to_dict() == {"partly": "holds", "twice": "not measured"}
+    assert "x at 99 %" in rows["why"]["partly"]
+    assert "twice" in rows["why"]["twice"]
+
+
+def test_models_of_the_same_weights_that_differ_are_measured_each(
+    tiny_folder: Folder, texts: list[object], tmp_path: Path
+) -> None:
+    one, two = tiny_folder("llama"), tmp_path / "relu"
+    shutil.copytree(one, two)
+    config = json.loads((two / "config.json").read_text())
+    (two / "config.json").write_text(json.dumps(config | {"hidden_act": "relu"}))
+    assert run(one, two, *texts, "--claims", "wd-md", "--out", tmp_path / "s") == 0
+    found = entangle.load_result(tmp_path / "s")
+    assert isinstance(found, Study)
+    assert found.models["digest"].nunique() == 1
+    assert found.frame["value"].nunique() == 2
+    assert not found.differing
+
+
+def test_a_join_tells_where_settings_differ(
+    tiny_folder: Folder, texts: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, model, seeds in (("a", "gpt2", 5), ("b", "gpt_neox", 6)):
+        assert run(tiny_folder(model), *texts, *CHEAP, "--seeds", seeds, "--out",
+                   tmp_path / name) == 0  # fmt: skip
+    together = (tmp_path / "a", tmp_path / "b", "--out", tmp_path / "j")
+    with monkeypatch.context() as patched:  # killed after the last step: what is left is moved
+        patched.setattr("entangle.studies.study.keep_runs", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(*together)
+    assert run(*together, "--resume") == 0
+    assert not beside(tmp_path / "j", "studying").exists()
+    found = entangle.load_result(tmp_path / "j")
+    assert isinstance(found, Study)
+    assert found.differing.endswith("seeds (5, 6).")
+    assert found.differing in page(found)
+    settings = found.manifest["settings"]
+    assert isinstance(settings, dict)
+    assert "seeds" not in settings
+    assert (settings["size"], settings["n_seq"]) == ("small", 6)
+
+
+def test_losses_of_a_seed_that_failed_are_not_those_of_the_others() -> None:
+    windows = pd.DataFrame({"selection": "random", "window": [0, 0, 1, 1],
+                            "loss": [1.0, 3.0, 2.0, np.nan]})  # fmt: skip
+    np.testing.assert_array_equal(losses(windows, selection="random"), [2.0, np.nan])
+
+
+def test_intervals_over_layers_and_few_pairs() -> None:
+    one = pd.Series([0.7], index=pd.MultiIndex.from_tuples([("a", 0)], names=["layer", "neuron"]))
+    assert np.isnan(over_layers(one, 0).low)
+    twice = pd.concat([one, one.rename(index={"a": "b"}) + 0.1])
+    found = over_layers(twice, 0)
+    assert (found.value, found.low, found.high) == pytest.approx((0.75, 0.7, 0.8))
+    few, many = (pd.Index(["a", "b"] * n) for n in (2, 10))
+    assert len(set(strata_of(few))) == 1
+    assert len(set(strata_of(many))) == 2
+
+
+@pytest.mark.parametrize(("low", "expected"), [(0.0, np.nan), (0.1, 0.2)])
+def test_rows_that_cost_no_less_than_the_top_ones_match_nothing(
+    low: float, expected: float
+) -> None:
+    steps = pd.DataFrame({"fraction": [1.0, 0.2, 0.1], "loss": [9.0, 5.1, 4.0], "target": 5.0,
+                          "low": low})  # fmt: skip
+    subject = object.__new__(Subject)
+    vars(subject)["clamped"] = SimpleNamespace(matched=steps)
+    assert subject.matched == pytest.approx(expected, nan_ok=True)
 
 
 def test_the_page_escapes_what_it_is_given(made: Mapping[str, Path]) -> None:
@@ -285,14 +385,19 @@ def test_names(tmp_path: Path) -> None:
 
 
 def test_quantised_weights_are_recognised(tiny: Callable[[str], LanguageModel]) -> None:
+    import torch
+
     from tests.tiny_models import TINY
 
     assert stored_as(tiny("llama")) == "float32"
     model = entangle.load_model(TINY["llama"]())
     weight = model.module.get_parameter("model.layers.0.mlp.gate_proj.weight")
     step = weight.data.abs().amax(1, keepdim=True) / 7
-    weight.data.copy_((weight.data / step).round() * step)
+    dense = weight.data.clone()
+    weight.data.copy_((dense / step).round() * step)
     assert "4 bits" in stored_as(model)
+    weight.data.copy_(torch.where(dense.abs() < dense.abs().median(1, keepdim=True)[0], 0, dense))
+    assert stored_as(model) == "float32, 15 zeros among 32 neighbours"  # pruned, not quantised
 
 
 def outputs(values: np.ndarray) -> NeuronScores:

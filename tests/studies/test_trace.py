@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import entangle
 from entangle.cli.main import main
@@ -46,6 +46,7 @@ def test_checkpoints_are_followed(checkpoints: Path, text_file: Path, tmp_path: 
     overlap = found.frame["overlap"].to_numpy()
     assert overlap[2] == 1.0
     assert overlap[0] < overlap[1]
+    assert found.frame["chance"].to_numpy() == pytest.approx(1 / 48)  # one top row of a layer
     for row in found.frame.itertuples():
         place = next(
             one for one in (tmp_path / "t-runs").glob("*/damage")
@@ -84,8 +85,15 @@ def test_the_series(checkpoints: Path) -> None:
 def test_revisions_of_another_shape_are_refused(
     tiny_folder: Callable[[str], Path], text_file: Path, tmp_path: Path
 ) -> None:
-    models = [str(tiny_folder("gpt2")), str(tiny_folder("llama"))]
+    fewer, wider = tmp_path / "fewer", tmp_path / "wider"
+    for folder, more in ((fewer, {"num_hidden_layers": 2}), (wider, {"intermediate_size": 64})):
+        settings = TINY["llama"]().config.to_dict() | more  # type: ignore[union-attr, operator]
+        LlamaForCausalLM(LlamaConfig(**settings)).save_pretrained(folder)
+        tiny_tokenizer().save_pretrained(folder)
     text = ("--calibration", text_file, "--evaluation", text_file, "--n-seq", 4, "--seq-len", 32,
             "--eval-seq-len", 32, "--eval-windows", 2, "--seeds", 1, "--quiet")  # fmt: skip
-    assert main(["trace", *models, *map(str, text), "--out", str(tmp_path / "t")]) == 2
-    assert not (tmp_path / "t").exists()
+    for first in (tiny_folder("gpt2"), fewer, wider):
+        models = [str(first), str(tiny_folder("llama"))]
+        out = tmp_path / f"t-{first.name}"
+        assert main(["trace", *models, *map(str, text), "--out", str(out)]) == 2
+        assert not out.exists()
