@@ -395,7 +395,15 @@ def _clamp(subject: Subject) -> list[Number]:
         *made,
         number("top rows / dense", subject.ratio(top, dense), n=n, unit="windows"),
         number("share of low-WD rows for the same", subject.matched),
+        _blocks(subject),
     ]
+
+
+def _blocks(subject: Subject) -> Number:
+    """Return the number of blocks whose pre-activations are known, of how many."""
+    known, every = set(subject.gates), {one.block for one in subject.linears}
+    found = {one.block for one in subject.linears if one.name in known}
+    return number("blocks looked at", float(len(found)), n=len(every), unit="blocks")
 
 
 @_claim(
@@ -408,6 +416,8 @@ def _clamp(subject: Subject) -> list[Number]:
 )
 def _syntax(subject: Subject) -> list[Number]:
     pairs = subject.syntax.pairs
+    if pairs[["good", "bad"]].isna().to_numpy().any():
+        raise InvalidInput("a sentence of the pairs has a probability that is no number.")
     right = {
         rule: pairs[pairs["selection"] == rule]
         .assign(right=lambda rows: (rows["good"] > rows["bad"]).astype(float))
@@ -465,6 +475,7 @@ def _negative_side(subject: Subject) -> list[Number]:
         number("median of the top rows − of all rows", over_layers(a, subject.seed, b),
                n=len(a) + len(b), unit=unit),
         number("median of random rows", over_layers(b, subject.seed), n=len(b), unit=unit),
+        _blocks(subject),
     ]  # fmt: skip
 
 

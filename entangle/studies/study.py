@@ -142,12 +142,14 @@ def study(
         if resume and not force and is_study(str(out)):
             return _finished(out, plan, asked)
         before = [Study.load(one) for one in names if is_study(one)]
+        known = [name for one in before for name in one.models["model"]]
+        _check_once(known)
         fresh = [one for one in names if not is_study(one)]
         for one in fresh:
             model_source(split_revision(one)[0])
         kept = Unfinished(out, plan, what=KIND, ending="studying", resume=resume, force=force)
         kept.begin()
-        labels = labelled(fresh, [name for one in before for name in one.models["model"]])
+        labels = labelled(fresh, known)
         rest: dict[str, Any] = {"size": wanted, "seeds": seeds, "seed": seed, "memory": memory,
                                 "grammar": blimp, "other": other, "progress": progress}  # fmt: skip
         parts = [
@@ -438,13 +440,9 @@ def joined(parts: Sequence[Study], manifest: Mapping[str, object]) -> Study:
     order = {claim: i for i, claim in enumerate(CLAIMS)}
     frame = tables["frame"]
     place = frame["claim"].map(order).fillna(len(order)).argsort(kind="stable")
-    twice = tables["models"]["model"]
-    if twice.duplicated().any():
-        raise InvalidInput(
-            f"studies that are joined must be of different models; got "
-            f"{twice[twice.duplicated()].iloc[0]!r} twice."
-        )
-    facts: dict[str, object] = {"model": {"name": ", ".join(twice)}}
+    names = tables["models"]["model"].tolist()
+    _check_once(names)
+    facts: dict[str, object] = {"model": {"name": ", ".join(names)}}
     if len(parts) == 1:
         facts = {key: parts[0].manifest[key] for key in ("model", *_TEXTS)}
     else:
@@ -459,6 +457,14 @@ def joined(parts: Sequence[Study], manifest: Mapping[str, object]) -> Study:
         frame.iloc[place].reset_index(drop=True), tables["numbers"], tables["models"],
         {**manifest, **facts, "models": described},
     )  # fmt: skip
+
+
+def _check_once(models: Sequence[str]) -> None:
+    twice = [one for i, one in enumerate(models) if one in models[:i]]
+    if twice:
+        raise InvalidInput(
+            f"studies that are joined must be of different models; got {twice[0]!r} twice."
+        )
 
 
 def _sources(parts: Sequence[Study], name: str) -> str:

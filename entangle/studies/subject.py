@@ -24,6 +24,7 @@ from entangle.memory import memory_for
 from entangle.models.blocks import evaluating
 from entangle.models.layers import Layer, find_layers
 from entangle.models.loading import LanguageModel
+from entangle.models.mixtures import ExpertLinear
 from entangle.results.ablation import AblationResult
 from entangle.results.comparison import Comparison
 from entangle.results.scores import NeuronScores, load_scores
@@ -133,6 +134,9 @@ class Subject:
     def gates(self) -> list[str]:
         """Names of the layers whose outputs an activation function takes.
 
+        They are found by what a few tokens show; experts that these miss are like those of their
+        block that they reach.
+
         Raises
         ------
         InvalidInput
@@ -151,7 +155,16 @@ class Subject:
                 "pre-activations must be outputs of a linear layer before a known activation; "
                 "none of the feed-forward parts computes act(gate(x)) · up(x) or act(up(x))."
             )
-        return [one.layer.name for one in found]
+        names = {one.layer.name for one in found}
+        alike = {
+            (one.layer.block, one.layer.projection)
+            for one in found if isinstance(one.layer.module, ExpertLinear)
+        }  # fmt: skip
+        return [
+            one.name for one in self.linears
+            if one.name in names
+            or ((one.block, one.projection) in alike and isinstance(one.module, ExpertLinear))
+        ]  # fmt: skip
 
     @cached_property
     def scores(self) -> NeuronScores:

@@ -316,6 +316,18 @@ def test_a_join_tells_where_settings_differ(
     assert (settings["size"], settings["n_seq"]) == ("small", 6)
 
 
+def test_experts_that_a_few_tokens_miss_are_clamped_too() -> None:
+    import torch
+
+    from tests.mixtures import mixture
+
+    model = entangle.load_model(mixture("Dbrx"))
+    subject = object.__new__(Subject)
+    vars(subject).update(model=model, calibration=SimpleNamespace(ids=torch.full((1, 8), 5)))
+    assert len(subject.gates) == 3 * 4  # blocks and experts
+    assert all(one.endswith("gate_proj") for one in subject.gates)
+
+
 def test_losses_of_a_seed_that_failed_are_not_those_of_the_others() -> None:
     windows = pd.DataFrame({"selection": "random", "window": [0, 0, 1, 1],
                             "loss": [1.0, 3.0, 2.0, np.nan]})  # fmt: skip
