@@ -152,10 +152,11 @@ def _non_gaussian(subject: Subject) -> list[Number]:
         raise InvalidInput("no row of this model has a WD; its outputs are constant or not finite.")
     n = len(edges)
     least = (min(some, key=_lower_end) for some in (edges, tails))
+    over: Any = {"n": subject.calibration.n_seq, "unit": "sequences, jackknife of groups"}
     medians = known.groupby("layer")["wd"].agg(["median", "max"])
     return [
-        number("top 3 % / null floor, least layer", next(least), n=n, unit="layers"),
-        number("largest / median row, least layer", next(least), n=n, unit="layers"),
+        number("top 3 % / null floor, least layer", next(least), **over),
+        number("largest / median row, least layer", next(least), **over),
         number("median WD, median layer (σ)", float(medians["median"].median()), n=n),
         number("largest WD, median layer (σ)", float(medians["max"].median()), n=n),
         number("largest WD (σ)", float(medians["max"].max()), n=n),

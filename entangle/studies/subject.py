@@ -253,7 +253,7 @@ class Subject:
         if not 0 < matched < 1:
             raise InvalidInput(
                 "low-WD rows must cost as much perplexity as the top ones to be compared; no share "
-                f"of them does (the search ends at {matched:.3g})."
+                "of them does: all cost less, or as many cost no less."
             )
         table = self._gate_frame()
         chosen = self.chosen("top", "random", frame=table, fraction=CLAMPED)
@@ -267,11 +267,11 @@ class Subject:
     def matched(self) -> float:
         """Share of low-WD rows whose clamping costs what the top ones' does, as the search has it.
 
-        The closest of those that were tried; NaN where as many as the top ones cost no less, and 1
-        where all cost less.
+        The closest of those that were tried; NaN where as many as the top ones cost no less, or all
+        cost less.
         """
         steps = self.clamped.matched
-        if steps.empty or (steps["low"] == 0).any():
+        if steps.empty or steps["matched"].isna().any():
             return float("nan")
         best = int((steps["loss"] - steps["target"]).abs().to_numpy().argmin())
         return float(steps["fraction"].iloc[best])

@@ -345,12 +345,10 @@ def test_intervals_over_layers_and_few_pairs() -> None:
     assert len(set(strata_of(many))) == 2
 
 
-@pytest.mark.parametrize(("low", "expected"), [(0.0, np.nan), (0.1, 0.2)])
-def test_rows_that_cost_no_less_than_the_top_ones_match_nothing(
-    low: float, expected: float
-) -> None:
+@pytest.mark.parametrize(("matched", "expected"), [(np.nan, np.nan), (0.19, 0.2)])
+def test_where_the_search_matches_nothing_no_share_does(matched: float, expected: float) -> None:
     steps = pd.DataFrame({"fraction": [1.0, 0.2, 0.1], "loss": [9.0, 5.1, 4.0], "target": 5.0,
-                          "low": low})  # fmt: skip
+                          "matched": matched})  # fmt: skip
     subject = object.__new__(Subject)
     vars(subject)["clamped"] = SimpleNamespace(matched=steps)
     assert subject.matched == pytest.approx(expected, nan_ok=True)
