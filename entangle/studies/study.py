@@ -140,7 +140,8 @@ def study(
         asked = {"models": names, **{key: plan[key] for key in (*_TEXTS, "settings")},
                  "claims": sorted(one.id for one in chosen)}  # fmt: skip
         if resume and not force and is_study(str(out)):
-            return _finished(out, plan, asked)
+            check_finished(out, plan, asked, kind=KIND, ending="studying")
+            return Study.load(out)
         before = [Study.load(one) for one in names if is_study(one)]
         known = [name for one in before for name in one.models["model"]]
         _check_once(known)
@@ -195,36 +196,35 @@ def _claims(asked: str | Iterable[str]) -> list[Claim]:
     return [CLAIMS[one] for one in choices("claims", asked, CLAIMS, kind="claim")]
 
 
-def _finished(
-    out: str | os.PathLike[str], plan: Mapping[str, object], asked: Mapping[str, object]
-) -> Study:
-    """Return a finished study, if it is the one that is asked for.
+def check_finished(
+    out: str | os.PathLike[str], plan: Mapping[str, object], asked: Mapping[str, object], *,
+    kind: str, ending: str,
+) -> None:  # fmt: skip
+    """Refuse a finished study or trace that is not the one that is asked for.
 
     A process that was killed after the last step has left results of the models; they are moved.
     """
-    found = Study.load(out)
-    if _plain(asked) != _plain(found.manifest.get("asked")):
+    if _plain(asked) != _plain(read_manifest(expand_user(out), kind).get("asked")):
         raise InvalidInput(
-            f"{str(out)!r} holds a finished study of other models, claims, texts or settings; name "
-            "another folder, which a finished one can be joined to by naming it as a model."
+            f"{str(out)!r} holds a finished {kind} of other models, claims, texts or settings; "
+            "name another folder."
         )
-    with suppress(InvalidInput):  # of another study that was begun
-        kept = Unfinished(out, plan, what=KIND, ending="studying", resume=True, force=True)
+    with suppress(InvalidInput):  # of another that was begun
+        kept = Unfinished(out, plan, what=kind, ending=ending, resume=True, force=True)
         if kept.path.exists():
             keep_runs(kept)
             kept.remove()
-    return found
 
 
 def _plain(content: object) -> Any:
     return json.loads(json.dumps(content))
 
 
-def is_study(name: str) -> bool:
-    """Tell whether a name is the folder of a finished study."""
+def is_study(name: str, kind: str = KIND) -> bool:
+    """Tell whether a name is the folder of a finished study, or of a trace."""
     place = expand_user(name)
     try:
-        return place.is_dir() and bool(read_manifest(place, KIND))
+        return place.is_dir() and bool(read_manifest(place, kind))
     except (InvalidInput, Unavailable):
         return False
 

@@ -23,6 +23,8 @@ from entangle.studies.study import (
     Loaded,
     _load,
     _texts_of,
+    check_finished,
+    is_study,
     keep_runs,
     key_of,
     labelled,
@@ -135,6 +137,10 @@ def trace(
             "settings": {"size": size, "seeds": seeds, "seed": seed, "fraction": FRACTION,
                          "strength": STRENGTH, **made.settings},
         }  # fmt: skip
+        asked = {**plan, "revisions": names}
+        if resume and not force and is_study(str(out), TRACE):
+            check_finished(out, plan, asked, kind=TRACE, ending="tracing")
+            return Trace.load(out)
         kept = Unfinished(out, plan, what=TRACE, ending="tracing", resume=resume, force=force)
         kept.begin()
         about: dict[str, object] = {}
@@ -157,7 +163,7 @@ def trace(
             about["model"] = model.describe()
         layers = pd.concat(_by_layer(parts), ignore_index=True)
         frame = pd.DataFrame([one for one, _ in parts]).merge(_joined(layers), on="place")
-        manifest = make_manifest(TRACE, **{**plan, **about}, revisions=names)
+        manifest = make_manifest(TRACE, **{**plan, **about}, revisions=names, asked=asked)
         found = Trace(_typed(frame), layers, manifest | clock.read(memory))
 
         def extra(folder: Path) -> None:

@@ -64,6 +64,11 @@ def test_checkpoints_are_followed(checkpoints: Path, text_file: Path, tmp_path: 
         assert row.wd_median == pytest.approx(float(np.median(medians)))
     assert (out / "figures" / "trace.png").is_file()
     assert len(found.layers) == 3 * 6
+    again = ["trace", str(checkpoints), *map(str, text), "--out", str(out), "--resume"]
+    before = (out / "manifest.json").read_bytes()
+    assert main(again) == 0
+    assert (out / "manifest.json").read_bytes() == before
+    assert main([*again, "--seed", "1"]) == 2
 
 
 def test_the_series(checkpoints: Path) -> None:
