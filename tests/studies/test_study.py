@@ -402,10 +402,20 @@ def test_quantised_weights_are_recognised(tiny: Callable[[str], LanguageModel]) 
     assert stored_as(tiny("llama")) == "float32"
     model = entangle.load_model(TINY["llama"]())
     weight = model.module.get_parameter("model.layers.0.mlp.gate_proj.weight")
-    step = weight.data.abs().amax(1, keepdim=True) / 7
     dense = weight.data.clone()
-    weight.data.copy_((dense / step).round() * step)
-    assert "4 bits" in stored_as(model)
+    every = [model.module.get_parameter(f"model.layers.0.mlp.{name}_proj.weight").data
+             for name in ("gate", "up", "down")]  # fmt: skip
+    for steps, bits in ((7, 4), (15, 5), (31, 6), (127, 8)):
+        for own in every:
+            codes = torch.randint(-steps, steps + 1, own.shape).float()
+            own.copy_(codes * 0.003 if bits == 8 else (codes * 0.003).bfloat16())
+        assert stored_as(model) == f"quantised, about {bits} bits, as float32"
+    for own in every:
+        own.normal_()
+    assert stored_as(model) == "float32"
+    for own in every:
+        own.copy_(own.bfloat16())
+    assert stored_as(model) == "float32"
     weight.data.copy_(torch.where(dense.abs() < dense.abs().median(1, keepdim=True)[0], 0, dense))
     assert stored_as(model) == "float32, 15 zeros among 32 neighbours"  # pruned, not quantised
 
