@@ -230,11 +230,13 @@ def damage(model: LanguageModel, calibration: CalibrationSet, evaluation: str) -
         strengths=0.95, seeds=5, proj=("gate_proj", "up_proj"), measures="perplexity", md=False,
         progress=False,
     )  # fmt: skip
-    frame = found.frame
-    dense = float(np.log(frame["value"].iloc[0]))  # the dense model comes first
-    rise = np.log(frame["value"]) - dense
-    top, random = (float(rise[frame["selection"] == one].mean()) for one in ("top", "random"))
-    return {"dense_log_ppl": dense, "top_rise": top, "random_rise": random, "ratio": top / random}
+    rows = found.frame[found.frame["measure"] == "perplexity"]
+    logs = np.log(rows["value"]).groupby(rows["selection"]).mean()
+    top, random = (float(logs[one] - logs["dense"]) for one in ("top", "random"))
+    return {
+        "dense_log_ppl": float(logs["dense"]), "top_rise": top, "random_rise": random,
+        "ratio": top / random,
+    }  # fmt: skip
 
 
 def facts_of(

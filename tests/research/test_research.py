@@ -3,6 +3,7 @@
 import json
 import lzma
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -108,6 +109,20 @@ def test_changes_are_set_against_the_unchanged() -> None:
     names = ["median_ratio", "top_ratio", "top_kept", "spearman"]
     assert table.loc["double", names].to_list() == pytest.approx([2, 2, 1, 1])
     assert table.loc["reversed", names].to_list() == pytest.approx([1, 1, 0, -1])
+
+
+def test_damage_is_told_in_log_perplexity(monkeypatch: pytest.MonkeyPatch) -> None:
+    arms = [("dense", 10.0), ("top", 40.0), ("random", 12.0), ("random", 15.0)]
+    rows = [(one, "perplexity", value) for one, value in arms]
+    rows += [(one, "perplexity_ratio", value / 10) for one, value in arms[1:]]
+    frame = pd.DataFrame(rows, columns=["selection", "measure", "value"])
+    text = entangle.CalibrationSet(torch.zeros(1, 8, dtype=torch.int64), "none", {})
+    monkeypatch.setattr(entangle, "load_evaluation", lambda *_, **__: None)
+    monkeypatch.setattr(entangle, "ablate", lambda *_, **__: SimpleNamespace(frame=frame))
+    found = differ.damage(SimpleNamespace(tokenizer=None), text, "some")  # type: ignore[arg-type]
+    random = np.log(1.2 * 1.5) / 2
+    assert found["top_rise"] == pytest.approx(np.log(4.0))
+    assert found["ratio"] == pytest.approx(np.log(4.0) / random)
 
 
 def test_of_a_pair_one_is_true_and_they_differ_at_the_end() -> None:
