@@ -484,6 +484,7 @@ def _even_bits(weight: Tensor, *, most: int = 255) -> int | None:
         least, largest = some[:, :1], some[:, -1:]
         places = ((some - least) / (largest - least))[..., None] * steps
         even = ((places - places.round()).abs() < 0.15).all(1)
-        if float(even.any(1).double().mean()) > 0.9:
-            return int(steps[even.int().argmax(1)].median()).bit_length()
+        known = even.any(1)
+        if float(known.double().mean()) > 0.9:
+            return int(steps[even[known].int().argmax(1)].median()).bit_length()
     return None
