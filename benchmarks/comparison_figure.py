@@ -5,7 +5,7 @@ ratios to dense, intervals). Stored non-zeros and FLOPs follow from the shape of
 30 blocks of three 576 x 1536 matrices, 0.592 of its 134,515,008 weights, are pruned, experts
 are stored side by side, and a router takes 0.0076 of the dense FLOPs.
 ``docs/data/rivals_mlp.csv`` is what `benchmarks.rivals` measured on a GPU, columns left out, and
-``docs/data/claims.csv`` what `entangle study` found on four models: three claims' main comparisons.
+``docs/data/claims.csv`` what `entangle study` found on four models: four claims' main comparisons.
 """
 
 import sys
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from entangle.plotting import figure_comparison, figure_density, figure_evidence, save_figure
 
@@ -34,13 +35,14 @@ def comparison() -> pd.DataFrame:
 
 SAID = {
     "weighted-wd": ("WD falls inside clusters", "share by which the top rows' WD falls"),
+    "expansion": ("an expansion at 70 % zeros", "perplexity, SparseGPT / expansion"),
     "pruning": ("what pruning them costs", "perplexity, top / random rows pruned"),
     "clamp": ("what clamping them costs", "perplexity, top / random rows clamped"),
 }
 
 
 def claims() -> Figure:
-    """Return the numbers of three claims on four models, said in words."""
+    """Return the numbers of four claims on four models, said in words."""
     numbers = pd.read_csv(CLAIMS)
     models = list(dict.fromkeys(numbers["model"]))
     figure = figure_evidence(numbers)
@@ -51,6 +53,7 @@ def claims() -> Figure:
             if words.get_text() == claim:
                 words.set_text(title)
         ax.set(xlabel=label, ylabel="")
+        ax.xaxis.set_major_locator(MaxNLocator(5))
         unknown = numbers[(numbers["claim"] == claim) & numbers["value"].isna()]
         for model in unknown["model"]:
             ax.text(

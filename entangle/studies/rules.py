@@ -19,6 +19,7 @@ that pass by both, interval and adjusted p-value, stands beside the first one, a
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -210,3 +211,50 @@ def _of_setting(rows: pd.DataFrame, bars: Mapping[str, Bar], passes: str) -> str
     if NO in said[MAIN]:
         return FAILS
     return HOLDS if set(said[CONTROL]) <= {YES} else WEAKER
+
+
+def judged(rows: pd.DataFrame, bars: Mapping[str, Bar], why: str = "") -> dict[str, object]:
+    """Return what decided about a model and claim: verdicts, the number that lies lowest, and why.
+
+    Parameters
+    ----------
+    rows
+        The claim's numbers, from `decided`.
+    bars
+        Of the claim.
+    why
+        Why nothing was measured, where it is known.
+    """
+    said = verdict(rows, bars), verdict(rows, bars, "passes_holm")
+    known = rows[(rows["role"] == MAIN) & (rows["passes"] != UNKNOWN)]
+    gaps = [_gap(float(str(r.low)), bars[str(r.number)]) for r in known.itertuples()]
+    head = known.iloc[int(np.argmin(gaps))] if gaps else None
+    lacking = [name for name in bars if name not in set(rows["number"])]
+    open_to = rows[(rows["role"] != SHOWN) & (rows["passes"] == UNKNOWN)]
+    lacking += [at(row) for row in open_to.to_dict("records")]
+    if said[0] != NOT_MEASURED and lacking:
+        why = f"not measured: {', '.join(lacking)}"
+    elif said[0] == NOT_MEASURED and not why:
+        why = "no interval: measure more windows, sequences, layers or rows"
+    lost = rows[(rows["role"] == CONTROL) & (rows["passes"] == NO)]
+    ends = {name: float(head[name]) if head is not None else np.nan
+            for name in ("value", "low", "high")}  # fmt: skip
+    return {
+        "verdict": said[0], "verdict_holm": said[1],
+        "setting": "" if head is None else head["setting"],
+        "number": "" if head is None else head["number"], **ends,
+        "lost": "; ".join(_lost(row) for row in lost.to_dict("records")), "why": why,
+    }  # fmt: skip
+
+
+def at(row: Mapping[Any, Any]) -> str:
+    """Return a number's name with its setting."""
+    return f"{row['number']} at {row['setting']}" if row["setting"] else str(row["number"])
+
+
+def _lost(row: Mapping[Any, Any]) -> str:
+    return f"{at(row)}: {row['value']:.3g} [{row['low']:.3g}, {row['high']:.3g}]"
+
+
+def _gap(low: float, bar: Bar) -> float:
+    return float(np.log(max(low, 1e-300) / bar.bar)) if bar.ratio else low - bar.bar

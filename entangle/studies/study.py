@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from entangle.checks import choice, choices, whole
@@ -34,18 +33,9 @@ from entangle.runs.provenance import (
 from entangle.runs.unfinished import Unfinished
 from entangle.seeding import check_seed
 from entangle.studies.claims import CLAIMS, Claim
+from entangle.studies.joining import TEXTS, joined, united
 from entangle.studies.page import page
-from entangle.studies.rules import (
-    CONTROL,
-    LEVEL,
-    MAIN,
-    NOT_MEASURED,
-    ONE_SIDED,
-    SHOWN,
-    Bar,
-    decided,
-    verdict,
-)
+from entangle.studies.rules import LEVEL, ONE_SIDED, at, decided, judged
 from entangle.studies.subject import SIZES, Size, Subject, stored_as
 from entangle.texts.calibration import load_calibration
 from entangle.texts.calibration_set import CalibrationSet
@@ -91,7 +81,8 @@ def study(
     ----------
     models
         Names as `entangle.load_model` takes them, ``NAME@REVISION`` for a revision of the hub, or
-        folders of finished studies, which are read and not made again.
+        folders of finished studies, which are read and not made again; those of one model become
+        one.
     out
         Folder of the result, with the page ``index.html``. What is finished is kept beside it.
     size
@@ -137,14 +128,13 @@ def study(
             {"size": size, **vars(wanted), "seeds": seeds, "seed": seed, **made.settings},
             blimp, other, calibration, evaluation,
         )  # fmt: skip
-        asked = {"models": names, **{key: plan[key] for key in (*_TEXTS, "settings")},
+        asked = {"models": names, **{key: plan[key] for key in (*TEXTS, "settings")},
                  "claims": sorted(one.id for one in chosen)}  # fmt: skip
         if resume and not force and is_study(str(out)):
             check_finished(out, plan, asked, kind=KIND, ending="studying")
             return Study.load(out)
-        before = [Study.load(one) for one in names if is_study(one)]
+        before = united([Study.load(one) for one in names if is_study(one)])
         known = [name for one in before for name in one.models["model"]]
-        _check_once(known)
         fresh = [one for one in names if not is_study(one)]
         for one in fresh:
             model_source(split_revision(one)[0])
@@ -170,9 +160,6 @@ def study(
         keep_runs(kept)
         kept.remove()
     return found
-
-
-_TEXTS = ("calibration", "evaluation")
 
 
 def _plan(
@@ -360,7 +347,7 @@ def _numbers(claim: Claim, subject: Subject) -> pd.DataFrame:
     if len(twice):
         raise InvalidInput(
             f"numbers of a claim must differ in name or setting; {claim.id!r} gives "
-            f"{_at(twice.iloc[0].to_dict())!r} twice."
+            f"{at(twice.iloc[0].to_dict())!r} twice."
         )
     return found
 
@@ -394,95 +381,6 @@ def _source(source: str) -> str:
 
 
 def _judged(claim: Claim, numbers: pd.DataFrame, label: str, why: str) -> dict[str, object]:
-    """Return a row of the study: the verdicts, and the numbers that decided."""
     rows = numbers[numbers["claim"] == claim.id]
-    said = verdict(rows, claim.bars), verdict(rows, claim.bars, "passes_holm")
-    known = rows[(rows["role"] == MAIN) & (rows["passes"] != "")]
-    gaps = [_gap(float(str(r.low)), claim.bars[str(r.number)]) for r in known.itertuples()]
-    head = known.iloc[int(np.argmin(gaps))] if gaps else None
-    lacking = [name for name in claim.bars if name not in set(rows["number"])]
-    open_to = rows[(rows["role"] != SHOWN) & (rows["passes"] == "")]
-    lacking += [_at(row) for row in open_to.to_dict("records")]
-    if said[0] != NOT_MEASURED and lacking:
-        why = f"not measured: {', '.join(lacking)}"
-    elif said[0] == NOT_MEASURED and not why:
-        why = "no interval: measure more windows, sequences, layers or rows"
-    lost = rows[(rows["role"] == CONTROL) & (rows["passes"] == "no")]
-    ends = {name: float(head[name]) if head is not None else np.nan
-            for name in ("value", "low", "high")}  # fmt: skip
-    return {
-        "claim": claim.id, "model": label, "sentence": claim.sentence, "paper": claim.paper,
-        "verdict": said[0], "verdict_holm": said[1],
-        "setting": "" if head is None else head["setting"],
-        "number": "" if head is None else head["number"], **ends,
-        "lost": "; ".join(_lost(row) for row in lost.to_dict("records")), "why": why,
-    }  # fmt: skip
-
-
-def _lost(row: Mapping[Any, Any]) -> str:
-    return f"{_at(row)}: {row['value']:.3g} [{row['low']:.3g}, {row['high']:.3g}]"
-
-
-def _at(row: Mapping[Any, Any]) -> str:
-    return f"{row['number']} at {row['setting']}" if row["setting"] else str(row["number"])
-
-
-def _gap(low: float, bar: Bar) -> float:
-    return float(np.log(max(low, 1e-300) / bar.bar)) if bar.ratio else low - bar.bar
-
-
-def joined(parts: Sequence[Study], manifest: Mapping[str, object]) -> Study:
-    """Put studies of different models together."""
-    tables = {
-        name: pd.concat([getattr(one, name) for one in parts], ignore_index=True)
-        for name in ("frame", "numbers", "models")
-    }
-    order = {claim: i for i, claim in enumerate(CLAIMS)}
-    frame = tables["frame"]
-    place = frame["claim"].map(order).fillna(len(order)).argsort(kind="stable")
-    names = tables["models"]["model"].tolist()
-    _check_once(names)
-    facts: dict[str, object] = {"model": {"name": ", ".join(names)}}
-    if len(parts) == 1:
-        facts = {key: parts[0].manifest[key] for key in ("model", *_TEXTS)}
-    else:
-        facts |= {name: {"source": _sources(parts, name)} for name in _TEXTS} | _settings(
-            [one for part in parts for one in _studies(part, manifest)]
-        )
-    described = [
-        model for one in parts
-        for model in one.manifest.get("models") or [one.manifest.get("model")]  # type: ignore[attr-defined]
-    ]  # fmt: skip
-    return Study(
-        frame.iloc[place].reset_index(drop=True), tables["numbers"], tables["models"],
-        {**manifest, **facts, "models": described},
-    )  # fmt: skip
-
-
-def _check_once(models: Sequence[str]) -> None:
-    twice = [one for i, one in enumerate(models) if one in models[:i]]
-    if twice:
-        raise InvalidInput(
-            f"studies that are joined must be of different models; got {twice[0]!r} twice."
-        )
-
-
-def _sources(parts: Sequence[Study], name: str) -> str:
-    found: list[Any] = [one.manifest.get(name) or {} for one in parts]
-    return ", ".join(dict.fromkeys(str(one.get("source", "unknown")) for one in found))
-
-
-def _studies(part: Study, manifest: Mapping[str, object]) -> list[dict[str, Any]]:
-    """Return models and settings of the studies that a part is made of."""
-    known: Any = part.manifest.get("studies")
-    settings = part.manifest.get("settings", manifest.get("settings"))
-    return list(known or [{"models": part.models["model"].tolist(), "settings": settings}])
-
-
-def _settings(studies: Sequence[dict[str, Any]]) -> dict[str, object]:
-    """Return the settings that all studies have, and all of each where some differ."""
-    every = [_plain(one["settings"] or {}) for one in studies]
-    first = {name: value for one in every for name, value in one.items()}
-    same = {name: value for name, value in first.items()
-            if all(name in one and one[name] == value for one in every)}  # fmt: skip
-    return {"settings": same} | ({} if len(same) == len(first) else {"studies": list(studies)})
+    about = {"claim": claim.id, "model": label, "sentence": claim.sentence, "paper": claim.paper}
+    return about | judged(rows, claim.bars, why)

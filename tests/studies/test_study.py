@@ -27,6 +27,7 @@ from entangle.runs.claims import beside
 from entangle.stats.intervals import Interval
 from entangle.studies.claims import CLAIMS, Claim, negative_share, number, register
 from entangle.studies.estimates import over_layers, strata_of
+from entangle.studies.joining import united
 from entangle.studies.page import page
 from entangle.studies.rules import Bar
 from entangle.studies.study import labelled, split_revision
@@ -157,8 +158,38 @@ def test_models_side_by_side_and_studies_joined(
     assert both.models["model"].tolist() == ["gpt2", "gpt_neox"]
     assert both.verdicts().columns.tolist() == ["claim", "gpt2", "gpt_neox"]
     assert len(list((tmp_path / "both-runs").iterdir())) == 2
+
+
+def test_studies_of_one_model_become_one_and_are_adjusted_together(
+    tiny_folder: Folder, texts: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny_folder("gpt2")
+    a, b, whole, joined = (tmp_path / name for name in ("a", "b", "whole", "joined"))
+    for name, claims in ((whole, "non-gaussian,wd-md"), (a, "wd-md"), (b, "non-gaussian")):
+        assert run(model, *texts, "--claims", claims, "--out", name) == 0
+    assert run(a, b, "--out", joined) == 0
+    known, found = (entangle.load_result(name) for name in (whole, joined))
+    assert isinstance(known, Study)
+    assert isinstance(found, Study)
+    pd.testing.assert_frame_equal(found.frame, known.frame)
+    keys = ["claim", "setting", "number"]
+    pd.testing.assert_frame_equal(
+        *(one.numbers.sort_values(keys, ignore_index=True) for one in (found, known))
+    )
+    assert found.models["tests"].tolist() == known.models["tests"].tolist()
+    assert found.manifest["settings"] == known.manifest["settings"]
+    for name in ("model", "calibration", "evaluation"):
+        assert found.manifest[name] == known.manifest[name]
+    assert run(whole, a, "--out", tmp_path / "again") == 0  # what both hold is the same
+    assert run(model, *texts, "--claims", "wd-md", "--seed", 1, "--out", tmp_path / "c") == 0
     capsys.readouterr()
-    assert run(tmp_path / "a", tmp_path / "a", *texts, "--out", tmp_path / "twice") in (0, 2)
+    assert run(b, tmp_path / "c", "--out", tmp_path / "no") == 2
+    assert "seed" in capsys.readouterr().err
+    moved = entangle.load_result(a)
+    assert isinstance(moved, Study)
+    numbers = moved.numbers.assign(value=moved.numbers["value"] + 0.01)
+    with pytest.raises(InvalidInput, match="wd-md"):
+        united([moved, replace(moved, numbers=numbers)])
 
 
 def test_what_a_model_lacks_is_not_measured(
