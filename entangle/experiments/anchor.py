@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from entangle.checks import finite, names, whole
-from entangle.errors import InvalidInput
+from entangle.errors import InvalidInput, NumericalError
 from entangle.experiments.predictors import predictor_table
 from entangle.experiments.sae import EncoderDictionary, load_sae
 from entangle.memory import check_memory, memory_for
@@ -48,6 +48,7 @@ from entangle.stats.dictionary import (
     random_tokens,
     shares_read,
 )
+from entangle.stats.gram import require_finite
 from entangle.texts.calibration import as_calibration
 from entangle.texts.calibration_set import CalibrationSet
 from entangle.texts.given import Source
@@ -134,6 +135,8 @@ def anchor(
     ------
     InvalidInput, UnknownName, Unavailable
         If a setting is out of range or does not fit the model, the text or the dictionary.
+    NumericalError
+        If inputs are not finite; the message names the layers and counts the tokens.
 
     References
     ----------
@@ -228,6 +231,10 @@ def _of_group(
     device = layers[0].weight.device
     points = inputs.take(fitted_on).to(device, torch.float32)
     others = inputs.take(measured_on).to(device, torch.float32)
+    try:
+        require_finite(points, others)
+    except NumericalError as error:
+        raise NumericalError(f"{', '.join(one.name for one in layers)}: {error}") from error
     found: dict[str, list[pd.DataFrame]] = {"anchor": [], "dictionaries": [], "reads": []}
     for name, fitted in _dictionaries(points, plan).items():
         coding = measure_coding(fitted.dictionary, others.split(_BLOCK))

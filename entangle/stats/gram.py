@@ -242,21 +242,30 @@ def _checked(batch: Tensor, device: torch.device) -> Tensor:
     return batch
 
 
-def require_finite(batch: Float[Tensor, "tokens features"]) -> None:
-    """Raise `NumericalError` if a token holds NaN or infinity, or the sum of squares overflows."""
-    work = batch if exact_in_half(batch.dtype, batch.device) else batch.float()
-    if bool(torch.isfinite(torch.linalg.vector_norm(work, dtype=torch.float32))):
+def require_finite(*batches: Float[Tensor, "_ features"]) -> None:
+    """Raise `NumericalError` if a token holds NaN or infinity, or a sum of squares overflows.
+
+    Of several batches, (tokens, features), it counts the tokens of all.
+    """
+    if all(map(_measurable, batches)):
         return
-    bad = int((~torch.isfinite(batch).all(dim=1)).sum())
+    bad = sum(int((~torch.isfinite(batch).all(dim=1)).sum()) for batch in batches)
     if bad == 0:
+        largest = max(batch.abs().max().item() for batch in batches if len(batch))
         raise NumericalError(
-            f"activations up to {batch.abs().max().item():.3g} overflow float32 when squared; "
+            f"activations up to {largest:.3g} overflow float32 when squared; "
             f"run the model in float32 or check its weights."
         )
     raise NumericalError(
-        f"{bad} of {batch.shape[0]} tokens hold NaN or infinite activations; statistics need "
-        f"finite ones: run the model in float32 or check its weights."
+        f"{bad} of {sum(map(len, batches))} tokens hold NaN or infinite activations; statistics "
+        f"need finite ones: run the model in float32 or check its weights."
     )
+
+
+def _measurable(batch: Tensor) -> bool:
+    """Tell whether the sum of squares is a number in float32."""
+    work = batch if exact_in_half(batch.dtype, batch.device) else batch.float()
+    return bool(torch.isfinite(torch.linalg.vector_norm(work, dtype=torch.float32)))
 
 
 def _wide(device: torch.device | str) -> torch.dtype:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from scipy.stats import spearmanr
 
-from entangle.errors import InvalidInput, Unavailable, UnknownName
+from entangle.errors import InvalidInput, NumericalError, Unavailable, UnknownName
 from entangle.experiments.anchor import anchor
 from entangle.models.layers import find_layers
 from entangle.models.loading import LanguageModel, as_language_model
@@ -19,11 +19,12 @@ from entangle.results.anchor import COLUMNS, load_anchor
 from entangle.scoring.score import score
 from entangle.seeding import torch_rng
 from entangle.stats.dictionary import PursuitDictionary, measure_coding, principal_atoms
+from entangle.stats.gram import require_finite
 from entangle.texts.calibration_set import CalibrationSet
 from entangle.texts.words import TokenText
 from tests.experiments.test_sae import saelens
 from tests.mixtures import TEXT, mixture
-from tests.tiny_models import tiny_tokenizer
+from tests.tiny_models import TINY, tiny_tokenizer
 
 Tiny = Callable[[str], LanguageModel]
 LAYERS = {
@@ -153,6 +154,17 @@ def test_mistakes(tiny: Tiny, calibration: CalibrationSet) -> None:
     one = CalibrationSet(calibration.ids[:1], "one", {})
     with pytest.raises(InvalidInput, match="2 sequences"):
         anchor(model, one, layers=LAYERS["llama"], **SMALL)
+
+
+def test_inputs_that_are_not_finite_are_counted(calibration: CalibrationSet) -> None:
+    model, n = as_language_model(TINY["llama"]()), calibration.n_tokens
+    model.module.get_parameter("model.layers.1.post_attention_layernorm.weight").data[3] = torch.nan
+    with pytest.raises(NumericalError, match=f"gate_proj: {n} of {n} tokens hold NaN"):
+        anchor(model, calibration, layers=LAYERS["llama"][0], **SMALL)
+    some, others = torch.zeros(3, 2), torch.zeros(4, 2)
+    others[1:3, 0] = torch.tensor([torch.nan, torch.inf])
+    with pytest.raises(NumericalError, match="2 of 7 tokens"):
+        require_finite(some, others)
 
 
 def test_pads_are_no_tokens(tiny: Tiny, calibration: CalibrationSet) -> None:
