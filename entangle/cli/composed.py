@@ -5,6 +5,7 @@ every experiment by its own counts.
 """
 
 import argparse
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -251,14 +252,17 @@ class Planned:
 
     def damage(self) -> Part:
         """Single rows of some blocks, one after the other: the later half of a pass each."""
-        layers, blocks = self._subject.damaged_layers, max(1, len(self.job.weights))
-        rows = float(6 * self.size.rows)
-        later = sum(1 - (one.block or 0) / blocks for one in layers)
-        passes, losses = 1 + rows * later, 1 + rows * len(layers)
+        groups, blocks = self._subject.damaged_layers, max(1, len(self.job.weights))
+        rows = 6 * self.size.rows
+        layers = [one for own in groups for one in own[:rows]]  # of as many experts as rows
+        later = sum(1 - (own[0].block or 0) / blocks for own in groups)
+        passes, losses = 1 + rows * later, 1.0 + rows * len(groups)
         found = {
             "forward": self.job.forward(1, passes), "arms": losses,
             "head": losses * self.job.evaluated * self.job.head,
-            "gram": float(self.job.tokens * sum(one.in_features**2 for one in layers)),
+            "gram": float(self.job.tokens) * sum(
+                (1.0 if math.isnan(one.share) else one.share) * one.in_features**2 for one in layers
+            ),
         }  # fmt: skip
         peak = {**self._ablating(layers, ("top",)).counts.peak, "neurons": 0.0}
         return Part("ablation", self.job, Counts(found, peak, {}, passes=(1, passes)))

@@ -533,7 +533,16 @@ def _single_neuron(subject: Subject) -> list[Number]:
         *made,
         *(number(f"mean rise of the loss, {name} (nats)", mean, n=len(own[name]))
           for name, mean in means.items()),
+        *_drawn_from(subject),
     ]  # fmt: skip
+
+
+def _drawn_from(subject: Subject) -> list[Number]:
+    """Return how many experts of the blocks single rows are drawn from; those that have a WD."""
+    every = [one.name for own in subject.damaged_layers for one in own if one.is_expert]
+    known = subject.frame[subject.frame["flag"] == ""]["layer"].unique()
+    told = float(np.isin(every, known).sum())
+    return [number("experts drawn from", told, n=len(every), unit="experts")] if every else []
 
 
 @_claim(

@@ -21,7 +21,7 @@ from entangle.experiments.compare import Comparing, ComparisonArm, Named, compar
 from entangle.experiments.damage import single_neuron_damage
 from entangle.experiments.experiment import Evaluation
 from entangle.experiments.interventions import layer_statistics
-from entangle.experiments.selection import Selection, select, union_rows
+from entangle.experiments.selection import Selection, rows_of, select, union_rows
 from entangle.memory import memory_for
 from entangle.models.blocks import evaluating
 from entangle.models.layers import Layer, find_layers
@@ -123,9 +123,21 @@ class Subject:
 
     @cached_property
     def layers(self) -> tuple[Layer, ...]:
-        """Linears of the feed-forward parts that write into the wider side (gate and up)."""
+        """Linears of the feed-forward parts that write into their inner side (gate and up).
+
+        The wider one. Of a mixture, whose experts may be narrow inside, the side that its experts'
+        last projections do not write into.
+        """
         every = self.linears
-        return tuple(one for one in every if one.out_features >= one.in_features) or every
+        last = [one for one in every if _is_last(one)]
+        if not last:
+            return tuple(one for one in every if one.out_features >= one.in_features) or every
+        width = last[0].out_features
+        lead_back = {_parent(one) for one in every if one.out_features == width}
+        return tuple(
+            one for one in every
+            if one.in_features == width and _parent(one) in lead_back and not _is_last(one)
+        )  # fmt: skip
 
     @cached_property
     def linears(self) -> tuple[Layer, ...]:
@@ -319,44 +331,59 @@ class Subject:
         return found
 
     @property
-    def damaged_layers(self) -> list[Layer]:
-        """The layers, one of a block, of which single rows are pruned."""
+    def damaged_layers(self) -> list[list[Layer]]:
+        """The layers, by block, of which single rows are pruned.
+
+        The first of a block; of a block with experts, that projection of all.
+        """
         blocks = sorted({one.block for one in self.layers if one.block is not None})
         spread = np.linspace(0, len(blocks) - 1, min(self.size.blocks, len(blocks)) + 2)[1:-1]
-        wanted = {blocks[round(float(place))] for place in spread}
-        layers: dict[int | None, Layer] = {}
-        for one in self.layers:
-            if one.block in wanted:
-                layers.setdefault(one.block, one)
-        return list(layers.values())
+        wanted = sorted({blocks[round(float(place))] for place in spread})
+        found = []
+        for block in wanted:
+            own = [one for one in self.layers if one.block == block]
+            experts = [one for one in own if one.is_expert]
+            found.append([one for one in experts if one.projection == experts[0].projection]
+                         or own[:1])  # fmt: skip
+        return found
+
+    def _damaged_rows(self, rule: str, count: int, **how: Any) -> pd.DataFrame:
+        """Return ``layer`` and ``neuron`` of so many rows of each of `damaged_layers`' blocks."""
+        parts = []
+        for own in self.damaged_layers:
+            table = self.frame[self.frame["layer"].isin([one.name for one in own])]
+            scope = "layer" if len(own) == 1 else "model"  # all experts of a block together
+            parts.append(select(table, rule, count=count, scope=scope, **how).frame)
+        return pd.concat(parts, ignore_index=True)
 
     @cached_property
     def damage(self) -> pd.DataFrame:
         """Rise of the loss for single rows of some blocks: `single_neuron_damage` with ``group``.
 
-        A row that is in several groups is there once a group.
+        A row that is in several groups is there once a group. Rows are chosen over all experts of a
+        block that have a WD.
         """
         place = self.folder / "damage.parquet"
         if place.is_file():
             return pd.read_parquet(place)
         self.say("single rows")
-        layers = self.damaged_layers
-        table = self.frame[self.frame["layer"].isin([one.name for one in layers])]
+        count = self.size.rows
         groups = {
-            "top": select(table, "top", by="wd", count=self.size.rows),
-            "variance": select(table, "top", by="variance", count=self.size.rows),
-            "random": select(table, "random", count=4 * self.size.rows, seed=self.seed),
+            "top": self._damaged_rows("top", count, by="wd"),
+            "variance": self._damaged_rows("top", count, by="variance"),
+            "random": self._damaged_rows("random", 4 * count, seed=self.seed),
         }
+        wanted = union_rows(rows_of(one) for one in groups.values())
+        layers = [one for own in self.damaged_layers for one in own if one.name in wanted]
         grams = layer_statistics(
             self.model, self.calibration, layers, scores=self.scores,
             progress=self.progress,
         ).grams  # fmt: skip
         found = single_neuron_damage(
-            self.model, self.text, union_rows(one.rows for one in groups.values()),
-            intervention="prune", strength=0.95, grams=grams, n_boot=100, seed=self.seed,
-            memory=self.memory, progress=self.progress,
+            self.model, self.text, wanted, intervention="prune", strength=0.95, grams=grams,
+            n_boot=100, seed=self.seed, memory=self.memory, progress=self.progress,
         )  # fmt: skip
-        rows = [one.frame.assign(group=name).merge(found) for name, one in groups.items()]
+        rows = [one.assign(group=name).merge(found) for name, one in groups.items()]
         made = pd.concat(rows, ignore_index=True)
         place.parent.mkdir(parents=True, exist_ok=True)
         made.to_parquet(place.with_suffix(".writing"), index=False)
@@ -367,6 +394,16 @@ class Subject:
         """Return the ratio of two perplexities from summed losses of the windows, paired."""
         counts = self.text.window_tokens
         return perplexity_ratio_interval(a, b, counts, int(counts.sum()), seed=self.seed)
+
+
+def _is_last(layer: Layer) -> bool:
+    """Tell whether a layer is the last projection of an expert."""
+    module = layer.module
+    return isinstance(module, ExpertLinear) and module.stack is [*module.bank.stacks.values()][-1]
+
+
+def _parent(layer: Layer) -> str:
+    return layer.name.rpartition(".")[0]
 
 
 def compared_arms(size: Size) -> list[ComparisonArm]:

@@ -31,7 +31,7 @@ from entangle.studies.joining import united
 from entangle.studies.page import page
 from entangle.studies.rules import Bar
 from entangle.studies.study import labelled, split_revision
-from entangle.studies.subject import Subject, losses, stored_as
+from entangle.studies.subject import SIZES, Subject, losses, stored_as
 
 Folder = Callable[[str], Path]
 
@@ -449,6 +449,31 @@ def test_quantised_weights_are_recognised(tiny: Callable[[str], LanguageModel]) 
     assert stored_as(model) == "float32"
     weight.data.copy_(torch.where(dense.abs() < dense.abs().median(1, keepdim=True)[0], 0, dense))
     assert stored_as(model) == "float32, 15 zeros among 32 neighbours"  # pruned, not quantised
+
+
+def test_rows_of_a_mixture_are_drawn_over_all_experts(tmp_path: Path) -> None:
+    from tests.mixtures import mixture, text
+
+    model = entangle.load_model(mixture("DeepseekV2"))  # block 0 dense, experts narrow, one shared
+    ids, windows = text(48, 32), entangle.load_evaluation(text(4, 32))
+    subject = Subject("a", model, entangle.CalibrationSet(ids, "random", {}), windows,
+                      replace(SIZES["small"], rows=3), tmp_path, progress=False)  # fmt: skip
+    assert {one.projection for one in subject.layers} == {"gate_proj", "up_proj"}
+    assert len(subject.layers) == 2 * (1 + 2 * (4 + 1))
+    names = [f"model.layers.1.mlp.experts.{i}.gate_proj" for i in range(4)]
+    assert [[one.name for one in own] for own in subject.damaged_layers] == [names]
+    frame = subject.frame.copy()
+    frame.loc[frame["layer"] == names[2], "flag"] = "few_tokens"
+    vars(subject)["frame"] = frame
+    wd = frame[frame["layer"].isin([*names[:2], names[3]])].set_index(["layer", "neuron"])["wd"]
+    rows = subject.damage.groupby("group")
+    top = set(rows[["layer", "neuron"]].get_group("top").itertuples(index=False, name=None))
+    assert top == set(wd.nlargest(3).index)
+    drawn = rows.get_group("random")["layer"]
+    assert len(drawn) == 12
+    assert set(drawn) <= {*names[:2], names[3]}
+    told = {str(one["number"]): one for one in CLAIMS["single-neuron"].measure(subject)}
+    assert (told["experts drawn from"]["value"], told["experts drawn from"]["n"]) == (3.0, 4)
 
 
 def outputs(values: np.ndarray) -> NeuronScores:
