@@ -9,12 +9,14 @@ the unchanged, rank correlation with it, and the share of the top 3 % that stays
 ``--damage`` also prunes the top 3 % by WD and random neurons (`entangle.ablate`) and adds the
 ratio of what both cost: the finding itself. That needs minutes a model on a GPU.
 
+Gated MLPs and those without a gate are read alike; mixtures are refused.
+
 Few models differ in many things at once, so that no table of four models says which of them
 counts; a change within one model does. Width, depth and embedding scale are only described.
 """
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -26,9 +28,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import entangle
+from entangle.activation.neurons import FeedForward, Part, feed_forwards
 from entangle.memory import memory_for
 from entangle.models.layers import Layer, find_layers
 from entangle.models.loading import LanguageModel
+from entangle.packed.activations import ACTIVATIONS
 from entangle.precision import full_precision
 from entangle.recording.groups import record_groups
 from entangle.stats.wasserstein import null_floor, shape_statistics
@@ -104,26 +108,68 @@ def changed(
         yield "other activation", wd_of(weight, other)
 
 
-def other_activation(block: dict[str, tuple[Layer, Tensor]], kind: str) -> Tensor | None:
-    """Return what down_proj receives with the other activation; None without a gated MLP."""
-    if not {"gate_proj", "up_proj", "down_proj"} <= set(block) or not _known(kind):
+def other_activation(part: FeedForward | None, seen: Mapping[str, Tensor]) -> Tensor | None:
+    """Return what the last layer of a feed-forward part receives with the other activation.
+
+    None where the activation is neither SiLU nor a GELU, or not known.
+
+    Parameters
+    ----------
+    part
+        As `entangle.activation.neurons.feed_forwards` finds it, with a gate or without.
+    seen
+        What the layers receive, (tokens, in_features), by name.
+    """
+    other = OTHER.get(part.activation or "") if part is not None else None
+    if part is None or part.up is None or other is None:
         return None
-    gate, up = (
-        inputs @ layer.weight.float().mT for layer, inputs in (block["gate_proj"], block["up_proj"])
-    )
-    return up * (functional.gelu(gate, approximate="tanh") if kind == "silu" else
-                 functional.silu(gate))  # fmt: skip
+    if part.gate is None:
+        return other(_outputs(part.up, seen))
+    return _outputs(part.up, seen) * other(_outputs(part.gate, seen))
 
 
-def _known(kind: str) -> bool:
-    return kind == "silu" or kind.startswith("gelu")
+OTHER: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "silu": ACTIVATIONS["gelu_tanh"],
+    "gelu": ACTIVATIONS["silu"],
+    "gelu_tanh": ACTIVATIONS["silu"],
+}
+"""What is computed instead of an activation, by its name."""
+
+
+def _outputs(part: Part, seen: Mapping[str, Tensor]) -> Tensor:
+    layer = part.layer
+    found = seen[layer.name] @ layer.weight.float().mT
+    return part.of(found if layer.bias is None else found + layer.bias.float())
+
+
+def mlp_layers(model: LanguageModel, blocks: Sequence[int] | None = None) -> tuple[Layer, ...]:
+    """Return the linears of the MLPs of some blocks, or all.
+
+    Raises
+    ------
+    SystemExit
+        If one is part of an expert.
+    """
+    layers = find_layers(model.module, "all" if blocks is None else list(blocks), "mlp")
+    expert = next((one.name for one in layers if one.is_expert), None)
+    if expert is not None:
+        raise SystemExit(
+            f"this reads dense models: {expert!r} is part of an expert, which sees some of the "
+            "tokens only"
+        )
+    return layers
+
+
+def first_layers(layers: Sequence[Layer]) -> list[Layer]:
+    """Return the layers that read the residual stream: gate and up, or up alone."""
+    return [one for one in layers if one.out_features >= one.in_features]
 
 
 def activation_of(module: nn.Module) -> str:
     """Return the name of the MLP's activation, as the configuration has it."""
     config = getattr(module, "config", None)
     text = getattr(config, "text_config", config)
-    for name in ("hidden_activation", "hidden_act", "activation_function"):
+    for name in ("hidden_activation", "hidden_act", "activation_function", "activation"):
         if getattr(text, name, None):
             return str(getattr(text, name))
     return ""
@@ -140,24 +186,23 @@ def measured(
         Columns layer, block, projection, neuron, change, wd; the median excess kurtosis of the
         input channels.
     """
-    layers = find_layers(model.module, list(blocks), ["gate_proj", "up_proj", "down_proj"])
+    layers = mlp_layers(model, blocks)
+    made = {one.down.name: one for one in feed_forwards(model.module, calibration.ids)}
     first = torch.zeros(calibration.ids.shape, dtype=torch.bool)
     first[:, 0] = True
-    parts, tails, kind = list[pd.DataFrame](), list[float](), activation_of(model.module)
+    parts, tails = list[pd.DataFrame](), list[float]()
     with ExitStack() as stack, full_precision():
         groups = record_groups(
             model.module, layers, calibration, memory=memory_for(None, model.module),
             stack=stack, report=lambda _n: None, what="a change of the weights",
         )  # fmt: skip
-        seen: dict[int | None, dict[str, tuple[Layer, Tensor]]] = {}
+        seen: dict[str, Tensor] = {}
         for members, store in groups:
             inputs = torch.cat(list(store)).float()
             tails.append(float(np.nanmedian(kurtosis(inputs.double().cpu().numpy(), axis=0))))
+            seen |= {layer.name: inputs for layer in members}
             for layer in members:
-                seen.setdefault(layer.block, {})[layer.projection] = (layer, inputs)
-            for layer in members:
-                own = seen[layer.block]
-                other = other_activation(own, kind) if layer.projection == "down_proj" else None
+                other = other_activation(made.get(layer.name), seen)
                 flat = first.flatten().to(inputs.device)
                 arms = [("none", wd_of(layer.weight, inputs))]
                 arms += changed(layer, inputs, flat, other)
@@ -217,18 +262,20 @@ def stream_facts(model: LanguageModel, calibration: CalibrationSet) -> dict[str,
     }
 
 
-def damage(model: LanguageModel, calibration: CalibrationSet, evaluation: str) -> dict[str, float]:
+def damage(
+    model: LanguageModel, calibration: CalibrationSet, evaluation: str, layers: Sequence[Layer]
+) -> dict[str, float]:
     """Return how much more the top 3 % by WD cost at 95 % than random neurons, as log perplexity.
 
-    The ratio of rises of the log perplexity, and its parts.
+    The ratio of rises of the log perplexity, and its parts; neurons are those of ``layers``.
     """
     text = entangle.load_evaluation(
         evaluation, model.tokenizer, seq_len=calibration.ids.shape[1], n_windows=24
     )
     found = entangle.ablate(
         model, calibration, evaluation=text, selections=("top", "random"), fraction=TOP,
-        strengths=0.95, seeds=5, proj=("gate_proj", "up_proj"), measures="perplexity", md=False,
-        progress=False,
+        strengths=0.95, seeds=5, layers=[one.name for one in layers], proj=None,
+        measures="perplexity", md=False, progress=False,
     )  # fmt: skip
     rows = found.frame[found.frame["measure"] == "perplexity"]
     logs = np.log(rows["value"]).groupby(rows["selection"]).mean()
@@ -246,14 +293,15 @@ def facts_of(
     plain = rows[rows["change"] == "none"].dropna()
     floor = null_floor(calibration.n_tokens)[0]
     by_layer = plain.groupby("layer")["wd"]
-    mlp = find_layers(model.module, [int(plain["block"].iloc[0])], ["up_proj"])[0]
+    every = mlp_layers(model)
+    width = first_layers(every)[0].in_features
     top = by_layer.apply(lambda wd: wd.nlargest(max(1, round(TOP * len(wd)))).mean())
     depths = plain.groupby("block")["wd"].median()
     trend = spearmanr(depths.index.astype(float), depths).statistic if len(depths) > 2 else np.nan
-    blocks = max(one.block or 0 for one in find_layers(model.module, "all", ["up_proj"])) + 1
+    blocks = max(one.block or 0 for one in every) + 1
     return {
-        "model": name, "activation": activation_of(model.module), "width": mlp.in_features,
-        "mlp": mlp.out_features, "blocks": blocks, "floor": floor,
+        "model": name, "activation": activation_of(model.module), "width": width,
+        "mlp": max(one.in_features for one in every), "blocks": blocks, "floor": floor,
         "median_wd": float(by_layer.median().mean()), "top_wd": float(top.mean()),
         "wd_with_depth": float(trend), "input_kurtosis": tails,
         **stream_facts(model, calibration),
@@ -262,8 +310,7 @@ def facts_of(
 
 def chosen_blocks(model: LanguageModel, count: int) -> list[int]:
     """Return ``count`` blocks, evenly spaced, the first and the last among them."""
-    layers = find_layers(model.module, "all", ["up_proj"])
-    every = sorted({one.block for one in layers if one.block is not None})
+    every = sorted({one.block for one in mlp_layers(model) if one.block is not None})
     places = np.linspace(0, len(every) - 1, min(count, len(every))).round().astype(int)
     return [every[place] for place in dict.fromkeys(places.tolist())]
 
@@ -295,13 +342,15 @@ def main() -> None:
         rows, tails = measured(model, calibration, chosen_blocks(model, given.blocks))
         told = facts_of(Path(name).name, model, calibration, rows, tails)
         if given.damage:
-            told |= damage(model, calibration, given.damage)
+            told |= damage(model, calibration, given.damage, first_layers(mlp_layers(model)))
         facts.append(told)
         changes.append(compared(rows).assign(model=Path(name).name))
         pd.DataFrame(facts).to_csv(given.out / "facts.csv", index=False)
         pd.concat(changes).to_csv(given.out / "changes.csv", index=False)
         print(pd.DataFrame([told]).T.to_string(header=False))
         print(changes[-1].round(3).to_string(index=False), flush=True)
+        for change in CHANGES.keys() - set(changes[-1]["change"]):
+            print(f"not measured: {change} (the activation is {told['activation'] or 'not known'})")
 
 
 if __name__ == "__main__":

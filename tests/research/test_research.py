@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import entangle
 from entangle.seeding import torch_rng
 from research import corpus, differ, facts, train
+from tests.tiny_models import TINY
 
 
 @pytest.mark.parametrize(("last", "count"), [(2000, 30), (100, 6), (29, 30), (31, 30), (40, 2)])
@@ -111,6 +112,41 @@ def test_changes_are_set_against_the_unchanged() -> None:
     assert table.loc["reversed", names].to_list() == pytest.approx([1, 1, 0, -1])
 
 
+@pytest.mark.parametrize(
+    ("name", "mlp", "layers"),
+    [("llama", "model.layers.0.mlp", 3), ("gpt2", "transformer.h.0.mlp", 2), ("opt", "", 2)],
+)
+def test_mlps_with_a_gate_and_without(name: str, mlp: str, layers: int) -> None:
+    model: Any = entangle.load_model(TINY[name]())
+    ids = torch.randint(4, 100, (4, 16), generator=torch_rng(0, "ids"))
+    text = entangle.CalibrationSet(ids, "random", {})
+    rows, _ = differ.measured(model, text, [0])
+    assert rows["layer"].nunique() == layers
+    told: Any = differ.facts_of(name, model, text, rows, 0.0)
+    assert (told["width"], told["mlp"], told["blocks"]) == (32, 48, 3)
+    kinds = rows.groupby("layer", sort=False)["change"].nunique().tolist()
+    without = [len(differ.CHANGES)] * layers  # all but the other activation, and the unchanged
+    assert kinds == (without if name == "opt" else [*without[1:], len(differ.CHANGES) + 1])
+    if name == "opt":  # of ReLU there is no other
+        return
+    part, last = model.module.get_submodule(mlp), differ.mlp_layers(model, [0])[-1]
+    kind = "act" if name == "gpt2" else "act_fn"
+    setattr(part, kind, torch.nn.SiLU() if name == "gpt2" else torch.nn.GELU("tanh"))
+    seen: list[torch.Tensor] = []
+    hook = last.module.register_forward_pre_hook(lambda _m, given: seen.append(given[0]))
+    with torch.no_grad():
+        model.module(ids)
+    hook.remove()
+    expected = differ.wd_of(last.weight, seen[0].flatten(0, 1))
+    other = rows[(rows["layer"] == last.name) & (rows["change"] == "other activation")]["wd"]
+    np.testing.assert_allclose(other, expected, rtol=1e-3)
+
+
+def test_mixtures_are_refused() -> None:
+    with pytest.raises(SystemExit, match="expert"):
+        differ.mlp_layers(entangle.load_model(TINY["mixtral"]()))
+
+
 def test_damage_is_told_in_log_perplexity(monkeypatch: pytest.MonkeyPatch) -> None:
     arms = [("dense", 10.0), ("top", 40.0), ("random", 12.0), ("random", 15.0)]
     rows = [(one, "perplexity", value) for one, value in arms]
@@ -119,7 +155,7 @@ def test_damage_is_told_in_log_perplexity(monkeypatch: pytest.MonkeyPatch) -> No
     text = entangle.CalibrationSet(torch.zeros(1, 8, dtype=torch.int64), "none", {})
     monkeypatch.setattr(entangle, "load_evaluation", lambda *_, **__: None)
     monkeypatch.setattr(entangle, "ablate", lambda *_, **__: SimpleNamespace(frame=frame))
-    found = differ.damage(SimpleNamespace(tokenizer=None), text, "some")  # type: ignore[arg-type]
+    found = differ.damage(SimpleNamespace(tokenizer=None), text, "some", [])  # type: ignore[arg-type]
     random = np.log(1.2 * 1.5) / 2
     assert found["top_rise"] == pytest.approx(np.log(4.0))
     assert found["ratio"] == pytest.approx(np.log(4.0) / random)
