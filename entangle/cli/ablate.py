@@ -225,8 +225,29 @@ def print_result(result: "AblationResult", arguments: argparse.Namespace) -> Non
         "matched": records(result.matched),
         "figures": figures,
     }
-    said = [f"Figure: {path}" for path in figures]
+    said = [*(f"Figure: {path}" for path in figures), *_few_pairs(result)]
     present(arguments, ablation_tables(result), content, said=said, out=arguments.out)
+
+
+def _few_pairs(result: "AblationResult") -> list[str]:
+    """Tell what few minimal pairs do to the intervals of differences of accuracies."""
+    from entangle.stats.intervals import FEW
+
+    pairs = result.pairs
+    if "paradigm" not in pairs:
+        return []
+    sizes = pairs.drop_duplicates("pair")["paradigm"].value_counts()
+    if sizes.sum() < FEW:
+        return [
+            f"{sizes.sum()} minimal pairs are too few for intervals of differences and of the mean "
+            f"over paradigms: give {FEW} or more."
+        ]
+    if sizes.min() < FEW:
+        return [
+            f"Minimal pairs are resampled together, not within paradigms: {sizes.idxmin()!r} has "
+            f"{sizes.min()}, fewer than {FEW}."
+        ]
+    return []
 
 
 def ablation_tables(result: "AblationResult") -> list[Table]:

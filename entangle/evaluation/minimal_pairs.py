@@ -29,8 +29,7 @@ from entangle.models.blocks import evaluates
 from entangle.models.loading import AnyModel, LanguageModel
 from entangle.models.pretrained import broken_as
 from entangle.runs.progress import ProgressBar
-from entangle.seeding import numpy_rng
-from entangle.stats.intervals import Interval, percentiles, share_interval
+from entangle.stats.intervals import Interval, pairs_interval, share_interval
 from entangle.texts.calibration_set import check_ids
 from entangle.texts.evaluation import window_losses
 from entangle.texts.special_tokens import DEFAULT_POLICY, affixes, check_policy, describe_tokenizer
@@ -189,7 +188,8 @@ class PairScores:
         pandas.DataFrame
             Columns ``paradigm``, ``n_pairs``, ``n_ties``, ``accuracy``, ``low``, ``high``,
             ``mean_margin`` (nats). ``macro`` is the mean over paradigms. Intervals are Wilson's;
-            that of ``macro`` is a percentile bootstrap over the pairs within each paradigm.
+            that of ``macro`` is a percentile bootstrap over the pairs, NaN where these are few
+            (`entangle.stats.intervals.pairs_interval`).
 
         Raises
         ------
@@ -205,21 +205,18 @@ class PairScores:
         frame = pd.DataFrame({"paradigm": self.pairs.paradigms, **columns})
         groups = frame.groupby("paradigm", sort=False)
         rows = [_row(str(name), part, level) for name, part in groups]
+        paradigms, right = np.array(self.pairs.paradigms), self.correct.astype(np.float64)
+        found = pairs_interval(right, paradigms, macro=True, n_boot=n_boot, seed=seed, level=level)
         macro = {
             "paradigm": "macro",
             "n_pairs": len(frame),
             "n_ties": self.n_ties,
-            **self._macro(n_boot=n_boot, seed=seed, level=level),
+            "accuracy": found.value,
+            "low": found.low,
+            "high": found.high,
             "mean_margin": float(np.mean([row["mean_margin"] for row in rows])),
         }
         return pd.DataFrame([*rows, _row("overall", frame, level), macro])
-
-    def _macro(self, *, n_boot: int, seed: int, level: float) -> dict[str, float]:
-        strata = _strata(self.pairs, self.correct.astype(np.int64))
-        rng = numpy_rng(seed, "macro accuracy")
-        draws = [rng.binomial(len(p), p.mean(), size=n_boot) / len(p) for p in strata]
-        low, high = percentiles(np.mean(draws, axis=0), level)
-        return {"accuracy": float(np.mean([p.mean() for p in strata])), "low": low, "high": high}
 
 
 def accuracy_difference(
@@ -227,7 +224,9 @@ def accuracy_difference(
 ) -> Interval:
     """Return the difference of two models' accuracies, a − b, with a paired bootstrap interval.
 
-    Pairs are resampled with replacement within each paradigm, the same ones for both models.
+    Pairs are resampled with replacement, the same ones for both models: within each paradigm, or
+    all together where one has few; ends are NaN where there are few in all
+    (`entangle.stats.intervals.pairs_interval`).
 
     Parameters
     ----------
@@ -244,12 +243,6 @@ def accuracy_difference(
     ------
     InvalidInput
         If the pairs differ or an option is out of range.
-
-    Notes
-    -----
-    Only a pair's difference (−1, 0 or 1) matters, so that a resample of a paradigm is one draw of
-    a multinomial distribution. Efron and Tibshirani, An Introduction to the Bootstrap, 1993,
-    chapter 13 (percentile interval).
     """
     _check(n_boot, level)
     if a.pairs.digest != b.pairs.digest:
@@ -257,15 +250,8 @@ def accuracy_difference(
             "accuracies must be of the same pairs to be compared; got digests "
             f"{a.pairs.digest} and {b.pairs.digest}."
         )
-    gaps = a.correct.astype(np.int64) - b.correct
-    rng = numpy_rng(seed, "accuracy difference")
-    total = np.zeros(n_boot)
-    for part in _strata(a.pairs, gaps):
-        shares = [np.mean(part == value) for value in (-1, 0, 1)]
-        drawn = rng.multinomial(len(part), shares, size=n_boot)
-        total += drawn[:, 2] - drawn[:, 0]
-    low, high = percentiles(total / len(gaps), level)
-    return Interval(float(gaps.mean()), low, high)
+    gaps, paradigms = a.correct.astype(np.float64) - b.correct, np.array(a.pairs.paradigms)
+    return pairs_interval(gaps, paradigms, n_boot=n_boot, seed=seed, level=level)
 
 
 def _row(name: str, part: pd.DataFrame, level: float) -> dict[str, object]:
@@ -280,12 +266,6 @@ def _row(name: str, part: pd.DataFrame, level: float) -> dict[str, object]:
         "high": interval.high,
         "mean_margin": float(part["margin"].to_numpy().mean()),
     }
-
-
-def _strata(pairs: MinimalPairs, values: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-    """Return the values of each paradigm's pairs."""
-    paradigms = np.array(pairs.paradigms)
-    return [values[paradigms == name] for name in pairs.counts]
 
 
 def _check(n_boot: int, level: float) -> None:

@@ -204,8 +204,9 @@ class AblationResult(Result):
             or the allocation's rule), ``against`` (the other's selection), ``against_by``,
             ``ratio`` of the perplexities, or ``difference`` (top minus other) of another measure,
             with ``low`` and ``high``, and ``seeds``. Intervals are paired bootstraps over windows,
-            or over pairs within each paradigm. Values of several seeds are averaged for each window
-            or pair (losses for the perplexity, which compares with the geometric mean).
+            or over pairs (`entangle.stats.intervals.pairs_interval`). Values of several seeds are
+            averaged for each window or pair (losses for the perplexity, which compares with the
+            geometric mean).
 
         Raises
         ------

@@ -8,12 +8,11 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from entangle.checks import bootstrap, named, plain_value, shown
+from entangle.checks import named, plain_value, shown
 from entangle.errors import InvalidInput, unknown_name
-from entangle.seeding import numpy_rng
 from entangle.stats.intervals import (
     Interval,
-    percentiles,
+    pairs_interval,
     perplexity_ratio_interval,
     window_difference_interval,
 )
@@ -26,8 +25,6 @@ RATIOS = ("perplexity", "perplexity_ratio")
 """Measures whose comparison is a ratio; that of all others is a difference."""
 PARADIGM = "accuracy:"
 """Start of the accuracy on one paradigm of minimal pairs; ``accuracy:macro`` is their mean."""
-
-Values = NDArray[np.float64]
 
 _BY_WINDOW = {"perplexity": "loss", "perplexity_ratio": "loss", "kl": "kl",
               "top1_agreement": "agreement"}  # fmt: skip
@@ -132,58 +129,13 @@ class Compared:
             )
         strata = a.drop_duplicates("item").sort_values("item")["stratum"].to_numpy()
         macro = self.measure == f"{PARADIGM}macro"
-        return paired_difference(x - y, strata, macro=macro, n_boot=n_boot, level=level, seed=seed)
+        return pairs_interval(x - y, strata, macro=macro, n_boot=n_boot, level=level, seed=seed)
 
     def _positions(self, windows: int) -> NDArray[np.int64]:
         """Predicted tokens of each window, which are told where they are not all as many."""
         each = int(str(self.text["n_tokens"])) // int(str(self.text["n_windows"]))
         told: Any = self.text.get("window_tokens")
         return np.full(windows, each) if told is None else np.array(told, dtype=np.int64)
-
-
-def paired_difference(
-    gaps: Values,
-    strata: NDArray[np.generic],
-    *,
-    macro: bool = False,
-    n_boot: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
-) -> Interval:
-    """Return the mean of paired differences with a percentile bootstrap interval over the pairs.
-
-    Parameters
-    ----------
-    gaps
-        Difference of each pair, shape (pairs,).
-    strata
-        Paradigm of each pair, shape (pairs,); pairs are resampled within each.
-    macro
-        Take the mean of the paradigms' means instead of the mean of all pairs.
-    n_boot, level, seed
-        Of the resampling.
-
-    Raises
-    ------
-    InvalidInput
-        If an option is out of range.
-
-    Notes
-    -----
-    A resample of a paradigm is one draw of a multinomial distribution over the different values
-    that its gaps have. Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
-    """
-    n_boot, level = bootstrap(n_boot, level)
-    names = list(dict.fromkeys(strata.tolist()))
-    rng, value, draws = numpy_rng(seed, "paired difference"), 0.0, np.zeros(n_boot)
-    for name in names:
-        own = gaps[strata == name]
-        weight = 1.0 / len(names) if macro else len(own) / len(gaps)
-        different, counts = np.unique(own, return_counts=True)
-        drawn = rng.multinomial(len(own), counts / len(own), size=n_boot)
-        draws += weight * (drawn @ different) / len(own)
-        value += weight * float(own.mean())
-    return Interval(value, *percentiles(draws, level))
 
 
 def _paradigm(table: pd.DataFrame, measure: str) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""Bootstrap intervals of correlation coefficients and of means over windows of a text."""
+"""Bootstrap intervals of correlation coefficients and of means over windows of a text or pairs."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -320,6 +320,74 @@ def window_difference_interval(
     with np.errstate(invalid="ignore"):  # infinite in both: their difference is NaN
         gaps = a - b
     return window_mean_interval(gaps, counts, n_boot=n_boot, seed=seed, level=level)
+
+
+FEW = 10
+"""Minimal pairs below which a resample is too narrow to be an interval."""
+
+
+def pairs_interval(
+    values: Floats,
+    paradigms: NDArray[np.generic],
+    *,
+    macro: bool = False,
+    n_boot: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Interval:
+    """Return a mean over minimal pairs with a percentile bootstrap interval over the pairs.
+
+    Pairs are resampled within their paradigms where each has `FEW` and more, and all together where
+    one has fewer, so that differences between paradigms widen the interval.
+
+    Parameters
+    ----------
+    values
+        Value of each pair, shape (pairs,): 1 where it is correct, or a difference of such.
+    paradigms
+        Paradigm of each pair, shape (pairs,).
+    macro
+        Take the mean of the paradigms' means instead of the mean of all pairs.
+    n_boot, seed, level
+        Of the resampling.
+
+    Returns
+    -------
+    Interval
+        Ends are NaN if there are fewer than `FEW` pairs.
+
+    Raises
+    ------
+    InvalidInput
+        If an option is out of range.
+
+    Notes
+    -----
+    A resample of n values spreads by (n − 1) / n of their variance: by half of it for two pairs, by
+    nothing for one. One of a stratum is a draw of a multinomial distribution over the different
+    values in it; of pairs of several paradigms together, a macro mean is a ratio of weighted sums.
+    Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13 (percentile interval).
+    """
+    n_boot, level = bootstrap(n_boot, level)
+    names = list(dict.fromkeys(paradigms.tolist()))
+    own = [paradigms == name for name in names]
+    value = float(np.mean([values[one].mean() for one in own]) if macro else values.mean())
+    if len(values) < FEW:
+        return Interval(value, np.nan, np.nan)
+    share = np.ones(len(values))
+    for one in own if macro else ():
+        share[one] = 1 / one.sum()
+    few = min(int(one.sum()) for one in own) < FEW
+    rng = numpy_rng(seed, "paired difference")
+    total, weight = np.zeros(n_boot), np.zeros(n_boot)
+    for one in [np.ones(len(values), bool)] if few else own:
+        (different, shares), counts = np.unique(
+            np.stack([values[one], share[one]]), axis=1, return_counts=True
+        )
+        drawn = rng.multinomial(one.sum(), counts / counts.sum(), size=n_boot)
+        total += drawn @ (different * shares)
+        weight += drawn @ shares
+    return Interval(value, *percentiles(total / weight, level))
 
 
 def _check_windows(values: Floats, counts: Counts, *, n_boot: int, level: float) -> None:

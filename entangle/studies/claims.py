@@ -19,10 +19,9 @@ from entangle.experiments.predictors import PREDICTORS, partial_interval
 from entangle.experiments.selection import column
 from entangle.results.ablation import AblationResult
 from entangle.results.comparison import UNIFORM, at_equal_nonzeros
-from entangle.results.contrasts import paired_difference
 from entangle.results.scores import NeuronScores
-from entangle.stats.intervals import Interval, share_interval, spearman_interval
-from entangle.studies.estimates import less, over_layers, strata_of, student_mean, welch
+from entangle.stats.intervals import Interval, pairs_interval, share_interval, spearman_interval
+from entangle.studies.estimates import less, over_layers, student_mean, welch
 from entangle.studies.rules import CONTROL, MAIN, THRESHOLDS, Bar
 from entangle.studies.subject import (
     ALIKE,
@@ -431,13 +430,13 @@ def _syntax(subject: Subject) -> list[Number]:
                 for rule, one in right.items()}  # fmt: skip
         if part["top"].empty:
             continue
-        n, strata = len(part["top"]), strata_of(part["top"].index.get_level_values("paradigm"))
+        n, paradigms = len(part["top"]), part["top"].index.get_level_values("paradigm").to_numpy()
         for label, (a, b) in {
             "matched − top": ("bottom", "top"), "dense − top": ("dense", "top"),
             "random − top": ("random", "top"),
         }.items():  # fmt: skip
             gap = (part[a] - part[b]).to_numpy(np.float64)
-            gaps[name, label] = paired_difference(gap, strata, seed=subject.seed)
+            gaps[name, label] = pairs_interval(gap, paradigms, seed=subject.seed)
             made.append(number(f"{name}: {label}", gaps[name, label], n=n, unit="pairs"))
         made.append(number(f"{name}: accuracy, dense", float(part["dense"].mean()), n=n))
     if ("other", "matched − top") in gaps:

@@ -60,20 +60,6 @@ def _by_layer(values: "pd.Series[float]") -> dict[str, Floats]:
     return {str(name): np.asarray(one, np.float64) for name, one in groups}
 
 
-FEW = 10
-"""Pairs of a paradigm below which they are resampled together with the others."""
-
-
-def strata_of(paradigms: "pd.Index[str]") -> NDArray[np.generic]:
-    """Return what pairs are resampled in: their paradigms, or all where one has few pairs.
-
-    A resample of n values spreads by (n − 1) / n of their variance: by half of it for pairs of two.
-    """
-    names = paradigms.to_numpy()
-    few = np.unique(names, return_counts=True)[1].min() < FEW
-    return np.zeros(len(names), np.int64) if few else names
-
-
 def less(a: Interval, b: Interval) -> Interval:
     """Return the difference of two independent estimates, half widths added in squares."""
     low = np.hypot(a.value - a.low, b.high - b.value)

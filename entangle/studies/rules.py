@@ -235,7 +235,7 @@ def judged(rows: pd.DataFrame, bars: Mapping[str, Bar], why: str = "") -> dict[s
     if said[0] != NOT_MEASURED and lacking:
         why = f"not measured: {', '.join(lacking)}"
     elif said[0] == NOT_MEASURED and not why:
-        why = "no interval: measure more windows, sequences, layers or rows"
+        why = "no interval: measure more windows, sequences, layers, rows or pairs"
     lost = rows[(rows["role"] == CONTROL) & (rows["passes"] == NO)]
     ends = {name: float(head[name]) if head is not None else np.nan
             for name in ("value", "low", "high")}  # fmt: skip

@@ -2,11 +2,13 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 
 from entangle import evaluation
+from entangle.cli.ablate import _few_pairs
 from entangle.errors import InvalidInput, Unavailable
 from entangle.results.ablation import load_ablation
 from tests.cli.runs import Run, holds
@@ -48,7 +50,8 @@ TEXT_OPTIONS = ("--evaluation", "--eval-seq-len", "--eval-windows")
 def pairs_file(tmp_path: Path) -> Path:
     path = tmp_path / "agreement.jsonl"
     rows = [
-        {"sentence_good": f"word{i} is 1{i}", "sentence_bad": f"word{i} are 1{i}"} for i in range(8)
+        {"sentence_good": f"word{i} is 1{i}", "sentence_bad": f"word{i} are 1{i}"}
+        for i in range(10)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -290,6 +293,15 @@ def test_a_result_has_its_name_once_its_figures_are_there(
     shutil.rmtree(figures)  # as of a result that was made by the function
     assert run(*edit, "--resume").status == 0
     assert len(list(figures.iterdir())) == 5
+
+
+@pytest.mark.parametrize(("sizes", "said"), [((3, 4), "7 "), ((3, 9), "'a' has 3"), ((10, 10), "")])
+def test_few_pairs_are_told(sizes: tuple[int, int], said: str) -> None:
+    names = ["a"] * sizes[0] + ["b"] * sizes[1]
+    pairs = pd.DataFrame({"pair": range(sum(sizes)), "paradigm": names})
+    told = _few_pairs(SimpleNamespace(pairs=pd.concat([pairs, pairs])))  # type: ignore[arg-type]
+    assert len(told) == bool(said)
+    assert said in "".join(told)
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from entangle.errors import InvalidInput, UnknownName
-from entangle.results.contrasts import Compared, paired_difference
+from entangle.results.contrasts import Compared
 from entangle.seeding import numpy_rng
+from entangle.stats.intervals import FEW, pairs_interval
 
 TEXT = {"digest": "d", "n_tokens": 40, "n_windows": 4}
 LOSSES: dict[tuple[str, int | None], list[float]] = {
@@ -91,6 +92,7 @@ def test_by_hand(windows: pd.DataFrame, pairs: pd.DataFrame) -> None:
     "measure", ["perplexity", "kl", "top1_agreement", "accuracy", "accuracy:x", "accuracy:macro"]
 )
 def test_the_interval_is_paired(windows: pd.DataFrame, pairs: pd.DataFrame, measure: str) -> None:
+    pairs = pd.concat([pairs.assign(pair=pairs["pair"] + 6 * i) for i in range(5)])
     same = 1.0 if measure == "perplexity" else 0.0
     assert _compare(windows, pairs, measure, "top", "top") == (same, same, same)
     value, low, high = _compare(windows, pairs, measure, "top", "dense")
@@ -125,7 +127,7 @@ def test_against_resampling_pair_by_pair(macro: bool) -> None:
     rng = numpy_rng(0, "gaps")
     gaps = rng.choice([-1.0, -0.6, 0.0, 0.2, 1.0], size=60, p=[0.3, 0.1, 0.3, 0.2, 0.1])
     strata = ["a"] * 40 + ["b"] * 20
-    found = paired_difference(gaps, np.array(strata), macro=macro, n_boot=4000)
+    found = pairs_interval(gaps, np.array(strata), macro=macro, n_boot=4000)
     slow = _slow_bootstrap(gaps.tolist(), strata, macro)
     low, high = np.percentile(slow, [2.5, 97.5])
     assert (found.low, found.high) == pytest.approx((low, high), abs=0.02)
@@ -134,11 +136,25 @@ def test_against_resampling_pair_by_pair(macro: bool) -> None:
 
 
 @given(st.lists(st.sampled_from([-1.0, 0.0, 0.5, 1.0]), min_size=1, max_size=20), st.booleans())
-def test_strata_of_one_pair_leave_nothing_to_resample(gaps: list[float], macro: bool) -> None:
-    found = paired_difference(np.array(gaps), np.arange(len(gaps)), macro=macro, n_boot=20)
-    assert found.low == pytest.approx(found.value, abs=1e-12)
-    assert found.high == pytest.approx(found.value, abs=1e-12)
-    assert found.value == pytest.approx(np.mean(gaps))
+def test_paradigms_of_few_pairs_are_resampled_together(gaps: list[float], macro: bool) -> None:
+    """Each by itself, pairs of paradigms of one would leave nothing to resample."""
+    values = np.array(gaps)
+    found = pairs_interval(values, np.arange(len(gaps)), macro=macro, n_boot=20)
+    together = pairs_interval(values, np.zeros(len(gaps)), n_boot=20)
+    for one in ("value", "low", "high"):
+        assert getattr(found, one) == pytest.approx(getattr(together, one), nan_ok=True, abs=1e-12)
+    assert np.isnan(found.low) == np.isnan(found.high) == (len(gaps) < FEW)
+
+
+def test_a_macro_mean_over_a_paradigm_of_few_pairs() -> None:
+    """Against drawing pairs one by one, each weighted by one over its paradigm's size."""
+    rng = numpy_rng(1, "gaps")
+    gaps, names = rng.choice([0.0, 1.0], size=45), np.array(["a"] * 40 + ["b"] * 5)
+    found = pairs_interval(gaps, names, macro=True, n_boot=4000)
+    weight = np.where(names == "a", 1 / 40, 1 / 5)
+    drawn = rng.integers(45, size=(4000, 45))
+    slow = (gaps * weight)[drawn].sum(1) / weight[drawn].sum(1)
+    assert (found.low, found.high) == pytest.approx(np.percentile(slow, [2.5, 97.5]), abs=0.03)
 
 
 @pytest.mark.parametrize(

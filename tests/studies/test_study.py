@@ -26,7 +26,7 @@ from entangle.results.study import Study
 from entangle.runs.claims import beside
 from entangle.stats.intervals import Interval
 from entangle.studies.claims import CLAIMS, Claim, negative_share, number, register
-from entangle.studies.estimates import over_layers, strata_of
+from entangle.studies.estimates import over_layers
 from entangle.studies.joining import united
 from entangle.studies.page import page
 from entangle.studies.rules import Bar
@@ -365,15 +365,12 @@ def test_losses_of_a_seed_that_failed_are_not_those_of_the_others() -> None:
     np.testing.assert_array_equal(losses(windows, selection="random"), [2.0, np.nan])
 
 
-def test_intervals_over_layers_and_few_pairs() -> None:
+def test_intervals_over_layers() -> None:
     one = pd.Series([0.7], index=pd.MultiIndex.from_tuples([("a", 0)], names=["layer", "neuron"]))
     assert np.isnan(over_layers(one, 0).low)
     twice = pd.concat([one, one.rename(index={"a": "b"}) + 0.1])
     found = over_layers(twice, 0)
     assert (found.value, found.low, found.high) == pytest.approx((0.75, 0.7, 0.8))
-    few, many = (pd.Index(["a", "b"] * n) for n in (2, 10))
-    assert len(set(strata_of(few))) == 1
-    assert len(set(strata_of(many))) == 2
 
 
 @pytest.mark.parametrize(("matched", "expected"), [(np.nan, np.nan), (0.19, 0.2)])
