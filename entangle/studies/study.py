@@ -36,7 +36,8 @@ from entangle.studies.claims import CLAIMS, Claim
 from entangle.studies.joining import TEXTS, joined, united
 from entangle.studies.page import page
 from entangle.studies.rules import LEVEL, ONE_SIDED, at, decided, judged
-from entangle.studies.subject import SIZES, Size, Subject, stored_as
+from entangle.studies.stored import stored_as
+from entangle.studies.subject import SIZES, Size, Subject
 from entangle.texts.calibration import load_calibration
 from entangle.texts.calibration_set import CalibrationSet
 from entangle.texts.given import Source

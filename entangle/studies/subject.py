@@ -8,9 +8,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from entangle.activation.neurons import feed_forwards
 from entangle.allocation.allocate import allocate
@@ -468,60 +466,3 @@ def joined_pairs(grammar: MinimalPairs | None, other: MinimalPairs | None) -> Mi
         f"{first.source} and {second.source}",
         {**first.settings, "other": dict(second.settings)},
     )  # fmt: skip
-
-
-def stored_as(model: LanguageModel) -> str:
-    """Say how the weights of a model's first feed-forward part are stored, as the numbers show it.
-
-    A quantised weight takes few values among neighbours, or values of even distances, also after
-    it was turned into floats; of a pruned one many are zeros.
-    """
-    kind, bits = str(model.dtype).removeprefix("torch."), []
-    every = find_layers(model.module, "all", "mlp")
-    first = {one.projection: one for one in reversed(every) if one.block == every[0].block}
-    for layer in first.values():
-        if layer.weight.is_meta or layer.weight.shape[1] < _NEIGHBOURS:
-            return kind
-        some = _blocks(layer.weight.detach(), _NEIGHBOURS).sort(dim=1).values
-        values, zeros = int(_distinct(some).median()), int((some == 0).sum(1).median())
-        found = _even_bits(layer.weight.detach())
-        if found is None and zeros > 1 and values >= 0.9 * (_NEIGHBOURS - zeros):
-            return f"{kind}, {zeros} zeros among {_NEIGHBOURS} neighbours"
-        bits.append(found or next((b for b in range(1, 5) if values <= 2**b), 0))
-    if not all(bits):
-        return kind
-    ends = dict.fromkeys((min(bits), max(bits)))
-    return f"quantised, about {' to '.join(map(str, ends))} bits, as {kind}"
-
-
-_NEIGHBOURS = 32
-
-
-def _blocks(weight: Tensor, size: int) -> Tensor:
-    """Return some neighbouring weights, (blocks, size)."""
-    rows = weight[:64, : weight.shape[1] // size * size].float().reshape(-1, size)
-    return rows[:: max(1, len(rows) // 512)]
-
-
-def _distinct(ascending: Tensor) -> Tensor:
-    return (ascending.diff(dim=1) != 0).sum(1) + 1
-
-
-def _even_bits(weight: Tensor, *, most: int = 255) -> int | None:
-    """Return the bits of weights of which 32 or 16 neighbours are whole multiples of one step.
-
-    At least 12 different ones, of at most ``most`` steps: floats are so by a chance of 1e-3.
-    """
-    steps = torch.arange(1, most + 1, device=weight.device)
-    for size in (_NEIGHBOURS, _NEIGHBOURS // 2):
-        some = _blocks(weight, size).sort(dim=1).values
-        some = some[_distinct(some) >= 12]
-        if not len(some):
-            continue
-        least, largest = some[:, :1], some[:, -1:]
-        places = ((some - least) / (largest - least))[..., None] * steps
-        even = ((places - places.round()).abs() < 0.15).all(1)
-        known = even.any(1)
-        if float(known.double().mean()) > 0.9:
-            return int(steps[even[known].int().argmax(1)].median()).bit_length()
-    return None

@@ -20,7 +20,6 @@ from entangle.cli.composed import Planned
 from entangle.cli.main import main
 from entangle.cli.trials import Counts, Measured, Spent
 from entangle.errors import InvalidInput
-from entangle.models.loading import LanguageModel
 from entangle.results.scores import NeuronScores
 from entangle.results.study import Study
 from entangle.runs.claims import beside
@@ -31,7 +30,7 @@ from entangle.studies.joining import united
 from entangle.studies.page import page
 from entangle.studies.rules import Bar
 from entangle.studies.study import labelled, split_revision
-from entangle.studies.subject import SIZES, Subject, losses, stored_as
+from entangle.studies.subject import SIZES, Subject, losses
 
 Folder = Callable[[str], Path]
 
@@ -173,13 +172,12 @@ def test_studies_of_one_model_become_one_and_are_adjusted_together(
     assert isinstance(found, Study)
     pd.testing.assert_frame_equal(found.frame, known.frame)
     keys = ["claim", "setting", "number"]
-    pd.testing.assert_frame_equal(
-        *(one.numbers.sort_values(keys, ignore_index=True) for one in (found, known))
-    )
+    one, two = (part.numbers.sort_values(keys, ignore_index=True) for part in (found, known))
+    pd.testing.assert_frame_equal(one, two)
     assert found.models["tests"].tolist() == known.models["tests"].tolist()
     assert found.manifest["settings"] == known.manifest["settings"]
-    for name in ("model", "calibration", "evaluation"):
-        assert found.manifest[name] == known.manifest[name]
+    for key in ("model", "calibration", "evaluation"):
+        assert found.manifest[key] == known.manifest[key]
     assert run(whole, a, "--out", tmp_path / "again") == 0  # what both hold is the same
     assert run(model, *texts, "--claims", "wd-md", "--seed", 1, "--out", tmp_path / "c") == 0
     capsys.readouterr()
@@ -420,32 +418,6 @@ def test_names(tmp_path: Path) -> None:
     place.mkdir()
     assert split_revision(str(place)) == (str(place), None)
     assert labelled([str(place), "a/b", "a/b"], ["x@y"]) == ["x@y (2)", "a/b", "a/b (2)"]
-
-
-def test_quantised_weights_are_recognised(tiny: Callable[[str], LanguageModel]) -> None:
-    import torch
-
-    from tests.tiny_models import TINY
-
-    assert stored_as(tiny("llama")) == "float32"
-    model = entangle.load_model(TINY["llama"]())
-    weight = model.module.get_parameter("model.layers.0.mlp.gate_proj.weight")
-    dense = weight.data.clone()
-    every = [model.module.get_parameter(f"model.layers.0.mlp.{name}_proj.weight").data
-             for name in ("gate", "up", "down")]  # fmt: skip
-    for steps, bits in ((7, 4), (15, 5), (31, 6), (127, 8)):
-        for own in every:
-            codes = torch.randint(-steps, steps + 1, own.shape).float()
-            own.copy_(codes * 0.003 if bits == 8 else (codes * 0.003).bfloat16())
-        assert stored_as(model) == f"quantised, about {bits} bits, as float32"
-    for own in every:
-        own.normal_()
-    assert stored_as(model) == "float32"
-    for own in every:
-        own.copy_(own.bfloat16())
-    assert stored_as(model) == "float32"
-    weight.data.copy_(torch.where(dense.abs() < dense.abs().median(1, keepdim=True)[0], 0, dense))
-    assert stored_as(model) == "float32, 15 zeros among 32 neighbours"  # pruned, not quantised
 
 
 def test_rows_of_a_mixture_are_drawn_over_all_experts(tmp_path: Path) -> None:
