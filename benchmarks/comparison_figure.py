@@ -53,7 +53,7 @@ def claims() -> Figure:
             if words.get_text() == claim:
                 words.set_text(title)
         ax.set(xlabel=label, ylabel="")
-        ax.xaxis.set_major_locator(MaxNLocator(5))
+        ax.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
         unknown = numbers[(numbers["claim"] == claim) & numbers["value"].isna()]
         for model in unknown["model"]:
             ax.text(
