@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -28,7 +29,8 @@ def joined(parts: Sequence[Study], manifest: Mapping[str, object]) -> Study:
     facts: dict[str, object] = {"model": {"name": ", ".join(names)}}
     if len(parts) == 1:
         known = parts[0].manifest  # of a study that is measured now, the settings are in `manifest`
-        facts = {key: known[key] for key in ("model", *TEXTS, "settings") if key in known}
+        facts = {key: known[key] for key in ("model", *TEXTS, "settings", "studies")
+                 if key in known}  # fmt: skip
     else:
         facts |= {name: {"source": _sources(parts, name)} for name in TEXTS} | _settings(
             [one for part in parts for one in _studies(part, manifest)]
@@ -90,7 +92,8 @@ def united(parts: Sequence[Study]) -> list[Study]:
     return [_united(own) for own in found.values()]
 
 
-_SPENT = ["tests", "seconds"]
+_NAMES = ["name", "source", "stored", *TEXTS, "tests", "seconds"]
+"""Columns that may differ between studies of one model: digests tell which model and texts."""
 
 
 def _united(parts: Sequence[Study]) -> Study:
@@ -98,27 +101,19 @@ def _united(parts: Sequence[Study]) -> Study:
     first = parts[0]
     if len(parts) == 1:
         return first
-    name = str(first.models["model"].iloc[0])
-    for other in parts[1:]:
-        _check_alike(name, first, other)
+    name, known = str(first.models["model"].iloc[0]), first.manifest
+    for one in parts[1:]:
+        _check_alike(name, replace(first, manifest=known), one)
+        known = _told_by_both(known, one.manifest)
     frame = pd.concat([one.frame for one in parts], ignore_index=True)
-    numbers = pd.concat([one.numbers for one in parts], ignore_index=True)
     strange = set(frame["claim"]) - set(CLAIMS)
     if strange:
         raise InvalidInput(f"claim {min(strange)!r} is not registered; import what registers it.")
     frame = frame.sort_values("verdict", key=lambda v: v == NOT_MEASURED, kind="stable")
     frame = frame.drop_duplicates("claim").sort_index().reset_index(drop=True)
-    keys = ["claim", "setting", "number"]
-    ends = ["value", "low", "high"]
-    apart = numbers.drop_duplicates([*keys, *ends])
-    different = apart.loc[apart.duplicated(keys), "claim"].tolist()
-    if different:
-        raise InvalidInput(
-            f"claim {different[0]!r} of {name!r} is in two of the studies, with different numbers; "
-            "name one of them."
-        )
+    numbers = _numbers(name, parts, set(frame.loc[frame["verdict"] != NOT_MEASURED, "claim"]))
     bars = {one: CLAIMS[one].bars for one in frame["claim"]}
-    numbers = decided(numbers.drop_duplicates(keys).reset_index(drop=True), bars)
+    numbers = decided(numbers, bars)
     about = frame[["claim", "model", "sentence", "paper"]].to_dict("records")
     again = [
         told | judged(numbers[numbers["claim"] == told["claim"]], bars[told["claim"]], why)
@@ -126,31 +121,73 @@ def _united(parts: Sequence[Study]) -> Study:
     ]
     seconds = sum(float(one.models["seconds"].iloc[0]) for one in parts)
     models = first.models.assign(tests=int(numbers["p"].notna().sum()), seconds=seconds)
-    return Study(pd.DataFrame(again), numbers, models, first.manifest)
+    return Study(pd.DataFrame(again), numbers, models, known)
+
+
+def _told_by_both(one: Mapping[str, Any], other: Mapping[str, Any]) -> Mapping[str, object]:
+    """Return a manifest with settings, and what the model computes, that only the other tells."""
+    model, settings = ({**(one.get(key) or {})} for key in ("model", "settings"))
+    for key, value in (other.get("settings") or {}).items():
+        settings[key] = value if settings.get(key) is None else settings[key]
+    computes = model.get("computes") or (other.get("model") or {}).get("computes")
+    model |= {} if computes is None else {"computes": computes}
+    return {**one, "model": model, "settings": settings}
+
+
+def _numbers(name: str, parts: Sequence[Study], measured: set[str]) -> pd.DataFrame:
+    """Return the numbers of a model's studies: of claims ``measured`` in one, not of the others."""
+    kept = []
+    for one in parts:
+        open_to = set(one.frame.loc[one.frame["verdict"] == NOT_MEASURED, "claim"]) & measured
+        kept.append(one.numbers[~one.numbers["claim"].isin(open_to)])
+    numbers, keys = pd.concat(kept, ignore_index=True), ["claim", "setting", "number"]
+    apart = numbers.drop_duplicates([*keys, "value", "low", "high"])
+    different = apart.loc[apart.duplicated(keys), "claim"].tolist()
+    if different:
+        raise InvalidInput(
+            f"claim {different[0]!r} of {name!r} is in two of the studies, with different numbers; "
+            "name one of them."
+        )
+    order = {claim: i for i, claim in enumerate(CLAIMS)}
+    return numbers.drop_duplicates(keys).sort_values(
+        "claim", key=lambda claims: claims.map(order), kind="stable", ignore_index=True
+    )
 
 
 def _check_alike(name: str, one: Study, other: Study) -> None:
     """Refuse two studies of a name that are not of one model, text and setting.
 
-    What only one of them has, as pairs that the other's claims do without, is no difference.
+    What only one of them has, as pairs that the other's claims do without, is no difference, nor is
+    where a file lay.
     """
-    rows = [part.models.drop(columns=["name", "stored", *_SPENT]).iloc[0] for part in (one, other)]
+    rows = [part.models.drop(columns=_NAMES).iloc[0] for part in (one, other)]
     unlike = [str(column) for column in rows[0].index if rows[0][column] != rows[1][column]]
     for text in TEXTS:
-        digests: list[Any] = [(part.manifest.get(text) or {}) for part in (one, other)]
-        if digests[0].get("digest") != digests[1].get("digest"):
+        told: list[Any] = [part.manifest.get(text) or {} for part in (one, other)]
+        if len({str(about.get("digest", about.get("source"))) for about in told}) > 1:
             unlike.append(f"the {text} text")
+    models: list[Any] = [part.manifest.get("model") or {} for part in (one, other)]
+    computes = {about["computes"] for about in models if about.get("computes")}
+    unlike += ["configuration"] if len(computes) > 1 else []
     settings: list[Any] = [part.manifest.get("settings") or {} for part in (one, other)]
     unlike += [
         key for key, value in settings[0].items()
         if value is not None and settings[1].get(key) is not None
-        and _plain(value) != _plain(settings[1][key])
+        and _unnamed(value) != _unnamed(settings[1][key])
     ]  # fmt: skip
     if unlike:
         raise InvalidInput(
             f"the studies of {name!r} that are joined must be of one model, texts and settings; "
             f"they differ in {', '.join(dict.fromkeys(unlike))}."
         )
+
+
+def _unnamed(setting: object) -> Any:
+    """Return a setting without the name of the file that it was read from."""
+    plain = _plain(setting)
+    if isinstance(plain, dict) and "digest" in plain:
+        plain.pop("source", None)
+    return plain
 
 
 def _plain(content: object) -> Any:

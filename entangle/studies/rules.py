@@ -232,9 +232,9 @@ def judged(rows: pd.DataFrame, bars: Mapping[str, Bar], why: str = "") -> dict[s
     lacking = [name for name in bars if name not in set(rows["number"])]
     open_to = rows[(rows["role"] != SHOWN) & (rows["passes"] == UNKNOWN)]
     lacking += [at(row) for row in open_to.to_dict("records")]
-    if said[0] != NOT_MEASURED and lacking:
-        why = f"not measured: {', '.join(lacking)}"
-    elif said[0] == NOT_MEASURED and not why:
+    if said[0] != NOT_MEASURED:
+        why = f"not measured: {', '.join(lacking)}" if lacking else ""
+    elif not why:
         why = "no interval: measure more windows, sequences, layers, rows or pairs"
     lost = rows[(rows["role"] == CONTROL) & (rows["passes"] == NO)]
     ends = {name: float(head[name]) if head is not None else np.nan

@@ -80,7 +80,10 @@ def _form(layer: Layer) -> Form:
     some = _groups(weight, _NEIGHBOURS)
     if _is_afar(some):
         return AFAR, 0
-    values, zeros = int(_distinct(some).median()), int((some == 0).sum(1).median())
+    zeros, some = int((some == 0).sum(1).median()), some[(some != 0).any(1)]  # not pruned whole
+    if not len(some):
+        return ZEROS, zeros
+    values = int(_distinct(some).median())
     even = _even_bits(weight)
     if even is not None:
         return BITS, even

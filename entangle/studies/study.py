@@ -308,7 +308,10 @@ def _of_model(
     models = pd.DataFrame([_described(subject, int(table["p"].notna().sum()), seconds)])
     frame = pd.DataFrame([_judged(one, table, label, why[one.id]) for one in claims])
     texts = {"calibration": calibration.describe(), "evaluation": text.describe()}
-    return Study(frame, table, models, {"model": model.describe(), **texts})
+    computes = _digest(_computed(model, but="transformers_version"))
+    return Study(
+        frame, table, models, {"model": {**model.describe(), "computes": computes}, **texts}
+    )
 
 
 def key_of(model: LanguageModel, calibration: CalibrationSet, text: EvaluationText) -> str:
@@ -316,11 +319,18 @@ def key_of(model: LanguageModel, calibration: CalibrationSet, text: EvaluationTe
 
     Models of the same weights that compute something else, by class or configuration, have others.
     """
+    return _digest(model.digest, calibration.digest, text.digest, _computed(model))
+
+
+def _computed(model: LanguageModel, *, but: str = "") -> str:
+    """Return a model's class and configuration, but one of its fields."""
     config: Any = getattr(model.module, "config", None)
     told = config.to_dict() if hasattr(config, "to_dict") else {}
-    told = {name: one for name, one in told.items() if not name.startswith("_")}
-    computed = json.dumps([type(model.module).__name__, told], sort_keys=True, default=str)
-    facts = model.digest, calibration.digest, text.digest, computed
+    told = {name: one for name, one in told.items() if not name.startswith("_") and name != but}
+    return json.dumps([type(model.module).__name__, told], sort_keys=True, default=str)
+
+
+def _digest(*facts: str) -> str:
     return hashlib.sha256("".join(facts).encode()).hexdigest()[:12]
 
 

@@ -26,7 +26,7 @@ from entangle.runs.claims import beside
 from entangle.stats.intervals import Interval
 from entangle.studies.claims import CLAIMS, Claim, negative_share, number, register
 from entangle.studies.estimates import over_layers
-from entangle.studies.joining import united
+from entangle.studies.joining import joined, united
 from entangle.studies.page import page
 from entangle.studies.rules import Bar
 from entangle.studies.study import labelled, split_revision
@@ -190,6 +190,45 @@ def test_studies_of_one_model_become_one_and_are_adjusted_together(
         united([moved, replace(moved, numbers=numbers)])
 
 
+def test_what_only_some_studies_of_a_model_tell(made: Mapping[str, Path]) -> None:
+    one = entangle.load_result(made["study"])
+    assert isinstance(one, Study)
+    told: Any = one.manifest
+    assert told["model"]["computes"]
+
+    def also(study: Study, computes: object = None, **settings: object) -> Study:
+        model = told["model"] | {"computes": computes}  # None of those that were made before
+        manifest = {**told, "model": model, "settings": told["settings"] | settings}
+        return replace(study, manifest=manifest)
+
+    pairs = {"digest": "p", "source": "a/pairs"}
+    plain, first = also(one, grammar=None), also(one, "A", grammar=pairs)
+    moved = also(one, "A", grammar=pairs | {"source": "b/pairs"})
+    moved = replace(moved, models=one.models.assign(evaluation="b/text", source="hub"))
+    for order in ((plain, first, moved), (first, moved, plain), (united([plain, first])[0], moved)):
+        (found,) = united(order)
+        pd.testing.assert_frame_equal(found.frame, one.frame)
+        assert found.manifest["settings"]["grammar"]["digest"] == "p"  # type: ignore[index]
+        assert found.manifest["model"]["computes"] == "A"  # type: ignore[index]
+    for wrong, said in (
+        (also(one, "B"), "configuration"), (also(one, grammar={"digest": "q"}), "grammar"),
+    ):  # fmt: skip
+        for order in ((plain, first, wrong), (wrong, plain, first)):
+            with pytest.raises(InvalidInput, match=said):
+                united(order)
+    blank: Any = one.numbers["claim"] == "wd-md"
+    numbers = one.numbers.assign(low=one.numbers["low"].mask(blank))
+    frame = one.frame.assign(why="why not")
+    frame.loc[frame["claim"] == "wd-md", ["verdict", "verdict_holm"]] = "not measured"
+    for both in (
+        (replace(one, numbers=numbers, frame=frame), one),
+        (one, replace(one, frame=frame)),
+    ):
+        (found,) = united(both)  # a claim that was not measured is taken from where it was
+        pd.testing.assert_frame_equal(found.numbers, one.numbers)
+        pd.testing.assert_frame_equal(found.frame, one.frame)  # and no reason is left
+
+
 def test_what_a_model_lacks_is_not_measured(
     tiny_folder: Folder, texts: list[object], tmp_path: Path
 ) -> None:
@@ -339,6 +378,7 @@ def test_a_join_tells_where_settings_differ(
     assert isinstance(found, Study)
     assert found.differing.endswith("seeds (5, 6).")
     assert found.differing in page(found)
+    assert joined([found], {}).differing == found.differing  # also alone
     settings = found.manifest["settings"]
     assert isinstance(settings, dict)
     assert "seeds" not in settings
