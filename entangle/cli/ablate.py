@@ -231,7 +231,7 @@ def print_result(result: "AblationResult", arguments: argparse.Namespace) -> Non
 
 def _few_pairs(result: "AblationResult") -> list[str]:
     """Tell what few minimal pairs do to the intervals of differences of accuracies."""
-    from entangle.stats.intervals import FEW
+    from entangle.stats.intervals import FEW, SPARSE
 
     pairs = result.pairs
     if "paradigm" not in pairs:
@@ -242,12 +242,15 @@ def _few_pairs(result: "AblationResult") -> list[str]:
             f"{sizes.sum()} minimal pairs are too few for intervals of differences and of the mean "
             f"over paradigms: give {FEW} or more."
         ]
-    if sizes.min() < FEW:
-        return [
-            f"Minimal pairs are resampled together, not within paradigms: {sizes.idxmin()!r} has "
-            f"{sizes.min()}, fewer than {FEW}."
-        ]
-    return []
+    if sizes.min() >= FEW:
+        return []
+    said = (
+        f"Minimal pairs are resampled together, not within paradigms: {sizes.idxmin()!r} has "
+        f"{sizes.min()}, fewer than {FEW}."
+    )
+    if sizes.min() < min(SPARSE, sizes.max()):
+        said += " So few beside more leave the mean over paradigms without an interval."
+    return [said]
 
 
 def ablation_tables(result: "AblationResult") -> list[Table]:

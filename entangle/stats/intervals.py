@@ -324,6 +324,8 @@ def window_difference_interval(
 
 FEW = 10
 """Minimal pairs below which a resample is too narrow to be an interval."""
+SPARSE = 5
+"""Pairs of a paradigm below which the mean over it and larger ones has no interval."""
 
 
 def pairs_interval(
@@ -354,7 +356,9 @@ def pairs_interval(
     Returns
     -------
     Interval
-        Ends are NaN if there are fewer than `FEW` pairs.
+        Ends are NaN if there are fewer than `FEW` pairs, and of ``macro`` if a paradigm has fewer
+        than `SPARSE` and another more: the few weigh as much as the many, and an interval of 95 %
+        of one pair beside 200 would hold the truth in 45 % of samples, of three in 78 %.
 
     Raises
     ------
@@ -372,12 +376,13 @@ def pairs_interval(
     names = list(dict.fromkeys(paradigms.tolist()))
     own = [paradigms == name for name in names]
     value = float(np.mean([values[one].mean() for one in own]) if macro else values.mean())
-    if len(values) < FEW:
+    sizes = [int(one.sum()) for one in own]
+    if len(values) < FEW or (macro and min(sizes) < SPARSE and min(sizes) < max(sizes)):
         return Interval(value, np.nan, np.nan)
     share = np.ones(len(values))
-    for one in own if macro else ():
-        share[one] = 1 / one.sum()
-    few = min(int(one.sum()) for one in own) < FEW
+    for one, size in zip(own, sizes, strict=True) if macro else ():
+        share[one] = 1 / size
+    few = min(sizes) < FEW
     rng = numpy_rng(seed, "paired difference")
     total, weight = np.zeros(n_boot), np.zeros(n_boot)
     for one in [np.ones(len(values), bool)] if few else own:

@@ -155,6 +155,9 @@ def test_a_macro_mean_over_a_paradigm_of_few_pairs() -> None:
     drawn = rng.integers(45, size=(4000, 45))
     slow = (gaps * weight)[drawn].sum(1) / weight[drawn].sum(1)
     assert (found.low, found.high) == pytest.approx(np.percentile(slow, [2.5, 97.5]), abs=0.03)
+    fewer = pairs_interval(gaps[:44], names[:44], macro=True)
+    assert np.isnan([fewer.low, fewer.high]).all()
+    assert np.isfinite(pairs_interval(gaps[:44], names[:44]).low)
 
 
 @pytest.mark.parametrize(
