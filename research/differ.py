@@ -36,6 +36,7 @@ from entangle.packed.activations import ACTIVATIONS
 from entangle.precision import full_precision
 from entangle.recording.groups import record_groups
 from entangle.stats.wasserstein import null_floor, shape_statistics
+from entangle.studies.subject import first_layers
 from entangle.texts.calibration_set import CalibrationSet
 
 TOP = 0.03
@@ -158,11 +159,6 @@ def mlp_layers(model: LanguageModel, blocks: Sequence[int] | None = None) -> tup
             "tokens only"
         )
     return layers
-
-
-def first_layers(layers: Sequence[Layer]) -> list[Layer]:
-    """Return the layers that read the residual stream: gate and up, or up alone."""
-    return [one for one in layers if one.out_features >= one.in_features]
 
 
 def activation_of(module: nn.Module) -> str:
@@ -294,7 +290,7 @@ def facts_of(
     floor = null_floor(calibration.n_tokens)[0]
     by_layer = plain.groupby("layer")["wd"]
     every = mlp_layers(model)
-    width = first_layers(every)[0].in_features
+    width = first_layers(every, model.module)[0].in_features
     top = by_layer.apply(lambda wd: wd.nlargest(max(1, round(TOP * len(wd)))).mean())
     depths = plain.groupby("block")["wd"].median()
     trend = spearmanr(depths.index.astype(float), depths).statistic if len(depths) > 2 else np.nan
@@ -342,7 +338,8 @@ def main() -> None:
         rows, tails = measured(model, calibration, chosen_blocks(model, given.blocks))
         told = facts_of(Path(name).name, model, calibration, rows, tails)
         if given.damage:
-            told |= damage(model, calibration, given.damage, first_layers(mlp_layers(model)))
+            layers = first_layers(mlp_layers(model), model.module)
+            told |= damage(model, calibration, given.damage, layers)
         facts.append(told)
         changes.append(compared(rows).assign(model=Path(name).name))
         pd.DataFrame(facts).to_csv(given.out / "facts.csv", index=False)

@@ -1,6 +1,6 @@
 """One model under study: what is measured once, for all claims, on the same texts and windows."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from torch import nn
 
 from entangle.activation.neurons import feed_forwards
 from entangle.allocation.allocate import allocate
@@ -123,13 +124,12 @@ class Subject:
     def layers(self) -> tuple[Layer, ...]:
         """Linears of the feed-forward parts that write into their inner side (gate and up).
 
-        The wider one. Of a mixture, whose experts may be narrow inside, the side that its experts'
-        last projections do not write into.
+        Of a mixture, the side that its experts' last projections do not write into.
         """
         every = self.linears
         last = [one for one in every if _is_last(one)]
         if not last:
-            return tuple(one for one in every if one.out_features >= one.in_features) or every
+            return first_layers(every, self.model.module)
         width = last[0].out_features
         lead_back = {_parent(one) for one in every if one.out_features == width}
         return tuple(
@@ -392,6 +392,19 @@ class Subject:
         """Return the ratio of two perplexities from summed losses of the windows, paired."""
         counts = self.text.window_tokens
         return perplexity_ratio_interval(a, b, counts, int(counts.sum()), seed=self.seed)
+
+
+def first_layers(layers: Sequence[Layer], module: nn.Module) -> tuple[Layer, ...]:
+    """Return the linears of feed-forward parts that read the residual stream: gate and up.
+
+    Those that take the hidden size of the configuration in and give another; where that tells
+    nothing, those that widen.
+    """
+    config: Any = getattr(module, "config", None)
+    text = getattr(config, "text_config", None) or config
+    width = getattr(text, "hidden_size", None)
+    found = [one for one in layers if one.in_features == width != one.out_features]
+    return tuple(found or [one for one in layers if one.out_features >= one.in_features] or layers)
 
 
 def _is_last(layer: Layer) -> bool:

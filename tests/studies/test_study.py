@@ -20,6 +20,7 @@ from entangle.cli.composed import Planned
 from entangle.cli.main import main
 from entangle.cli.trials import Counts, Measured, Spent
 from entangle.errors import InvalidInput
+from entangle.models.layers import find_layers
 from entangle.results.scores import NeuronScores
 from entangle.results.study import Study
 from entangle.runs.claims import beside
@@ -30,7 +31,7 @@ from entangle.studies.joining import joined, united
 from entangle.studies.page import page
 from entangle.studies.rules import Bar
 from entangle.studies.study import labelled, split_revision
-from entangle.studies.subject import SIZES, Subject, losses
+from entangle.studies.subject import SIZES, Subject, first_layers, losses
 
 Folder = Callable[[str], Path]
 
@@ -458,6 +459,17 @@ def test_names(tmp_path: Path) -> None:
     place.mkdir()
     assert split_revision(str(place)) == (str(place), None)
     assert labelled([str(place), "a/b", "a/b"], ["x@y"]) == ["x@y (2)", "a/b", "a/b (2)"]
+
+
+@pytest.mark.parametrize("inner", [16, 48])
+def test_gate_and_up_are_taken_where_the_inner_side_is_narrow_too(inner: int) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes: Any = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": inner}
+    heads: Any = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, **heads))
+    found = first_layers(find_layers(model, "all", "mlp"), model)
+    assert [one.projection for one in found] == ["gate_proj", "up_proj"] * 2
 
 
 def test_rows_of_a_mixture_are_drawn_over_all_experts(tmp_path: Path) -> None:
