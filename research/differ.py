@@ -12,7 +12,8 @@ ratio of what both cost: the finding itself. That needs minutes a model on a GPU
 Gated MLPs and those without a gate are read alike; mixtures are refused.
 
 Few models differ in many things at once, so that no table of four models says which of them
-counts; a change within one model does. Width, depth and embedding scale are only described.
+counts; a change within one model does. Width, depth and embedding scale are only described: of
+models of one's own (`research.train --width --blocks`) they can be compared.
 """
 
 import argparse
@@ -263,7 +264,8 @@ def damage(
 ) -> dict[str, float]:
     """Return how much more the top 3 % by WD cost at 95 % than random neurons, as log perplexity.
 
-    The ratio of rises of the log perplexity, and its parts; neurons are those of ``layers``.
+    The ratio of rises of the log perplexity, NaN where random neurons cost nothing, and its parts;
+    neurons are those of ``layers``.
     """
     text = entangle.load_evaluation(
         evaluation, model.tokenizer, seq_len=calibration.ids.shape[1], n_windows=24
@@ -278,7 +280,7 @@ def damage(
     top, random = (float(logs[one] - logs["dense"]) for one in ("top", "random"))
     return {
         "dense_log_ppl": float(logs["dense"]), "top_rise": top, "random_rise": random,
-        "ratio": top / random,
+        "ratio": top / random if random > 0 else np.nan,
     }  # fmt: skip
 
 

@@ -155,10 +155,13 @@ def test_damage_is_told_in_log_perplexity(monkeypatch: pytest.MonkeyPatch) -> No
     text = entangle.CalibrationSet(torch.zeros(1, 8, dtype=torch.int64), "none", {})
     monkeypatch.setattr(entangle, "load_evaluation", lambda *_, **__: None)
     monkeypatch.setattr(entangle, "ablate", lambda *_, **__: SimpleNamespace(frame=frame))
-    found = differ.damage(SimpleNamespace(tokenizer=None), text, "some", [])  # type: ignore[arg-type]
+    model: Any = SimpleNamespace(tokenizer=None)
+    found = differ.damage(model, text, "some", [])
     random = np.log(1.2 * 1.5) / 2
     assert found["top_rise"] == pytest.approx(np.log(4.0))
     assert found["ratio"] == pytest.approx(np.log(4.0) / random)
+    frame.loc[frame["selection"] == "random", "value"] = 9.0  # random rows cost nothing
+    assert np.isnan(differ.damage(model, text, "some", [])["ratio"])
 
 
 def test_of_a_pair_one_is_true_and_they_differ_at_the_end() -> None:
