@@ -16,15 +16,12 @@ TEXTS = ("calibration", "evaluation")
 
 
 def joined(parts: Sequence[Study], manifest: Mapping[str, object]) -> Study:
-    """Put studies together, with a model's claims in one place."""
-    parts = united(parts)
+    """Put studies of different models together; `united` makes those of one model one."""
     tables = {
         name: pd.concat([getattr(one, name) for one in parts], ignore_index=True)
         for name in ("frame", "numbers", "models")
     }
-    order = {claim: i for i, claim in enumerate(CLAIMS)}
-    frame = tables["frame"]
-    place = frame["claim"].map(order).fillna(len(order)).argsort(kind="stable")
+    frame = _in_order(tables["frame"])
     names = tables["models"]["model"].tolist()
     facts: dict[str, object] = {"model": {"name": ", ".join(names)}}
     if len(parts) == 1:
@@ -40,7 +37,7 @@ def joined(parts: Sequence[Study], manifest: Mapping[str, object]) -> Study:
         for model in one.manifest.get("models") or [one.manifest.get("model")]  # type: ignore[attr-defined]
     ]  # fmt: skip
     return Study(
-        frame.iloc[place].reset_index(drop=True), tables["numbers"], tables["models"],
+        frame, tables["numbers"], tables["models"],
         {**manifest, **facts, "models": described},
     )  # fmt: skip
 
@@ -59,7 +56,7 @@ def _studies(part: Study, manifest: Mapping[str, object]) -> list[dict[str, Any]
 
 def _settings(studies: Sequence[dict[str, Any]]) -> dict[str, object]:
     """Return the settings that all studies have, and all of each where some differ."""
-    every = [_plain(one["settings"] or {}) for one in studies]
+    every = [plain(one["settings"] or {}) for one in studies]
     first = {name: value for one in every for name, value in one.items()}
     same = {name: value for name, value in first.items()
             if all(name in one and one[name] == value for one in every)}  # fmt: skip
@@ -148,10 +145,14 @@ def _numbers(name: str, parts: Sequence[Study], measured: set[str]) -> pd.DataFr
             f"claim {different[0]!r} of {name!r} is in two of the studies, with different numbers; "
             "name one of them."
         )
+    return _in_order(numbers.drop_duplicates(keys))
+
+
+def _in_order(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a table in the order of the claims, those of others last."""
     order = {claim: i for i, claim in enumerate(CLAIMS)}
-    return numbers.drop_duplicates(keys).sort_values(
-        "claim", key=lambda claims: claims.map(order), kind="stable", ignore_index=True
-    )
+    place = table["claim"].map(order).fillna(len(order)).argsort(kind="stable")
+    return table.iloc[place].reset_index(drop=True)
 
 
 def _check_alike(name: str, one: Study, other: Study) -> None:
@@ -184,11 +185,12 @@ def _check_alike(name: str, one: Study, other: Study) -> None:
 
 def _unnamed(setting: object) -> Any:
     """Return a setting without the name of the file that it was read from."""
-    plain = _plain(setting)
-    if isinstance(plain, dict) and "digest" in plain:
-        plain.pop("source", None)
-    return plain
+    told = plain(setting)
+    if isinstance(told, dict) and "digest" in told:
+        told.pop("source", None)
+    return told
 
 
-def _plain(content: object) -> Any:
+def plain(content: object) -> Any:
+    """Return what a manifest would hold of it."""
     return json.loads(json.dumps(content))

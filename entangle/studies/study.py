@@ -33,7 +33,7 @@ from entangle.runs.provenance import (
 from entangle.runs.unfinished import Unfinished
 from entangle.seeding import check_seed
 from entangle.studies.claims import CLAIMS, Claim
-from entangle.studies.joining import TEXTS, joined, united
+from entangle.studies.joining import TEXTS, joined, plain, united
 from entangle.studies.page import page
 from entangle.studies.rules import LEVEL, ONE_SIDED, at, decided, judged
 from entangle.studies.stored import stored_as
@@ -192,7 +192,7 @@ def check_finished(
 
     A process that was killed after the last step has left results of the models; they are moved.
     """
-    if _plain(asked) != _plain(read_manifest(expand_user(out), kind).get("asked")):
+    if plain(asked) != plain(read_manifest(expand_user(out), kind).get("asked")):
         raise InvalidInput(
             f"{str(out)!r} holds a finished {kind} of other models, claims, texts or settings; "
             "name another folder."
@@ -202,10 +202,6 @@ def check_finished(
         if kept.path.exists():
             keep_runs(kept)
             kept.remove()
-
-
-def _plain(content: object) -> Any:
-    return json.loads(json.dumps(content))
 
 
 def is_study(name: str, kind: str = KIND) -> bool:

@@ -397,14 +397,18 @@ class Subject:
 def first_layers(layers: Sequence[Layer], module: nn.Module) -> tuple[Layer, ...]:
     """Return the linears of feed-forward parts that read the residual stream: gate and up.
 
-    Those that take the hidden size of the configuration in and give another; where that tells
-    nothing, those that widen.
+    Those of a block that take the hidden size of the configuration in and give another; where that
+    tells nothing, those that do not narrow: all of a block as wide inside as outside.
     """
     config: Any = getattr(module, "config", None)
     text = getattr(config, "text_config", None) or config
     width = getattr(text, "hidden_size", None)
-    found = [one for one in layers if one.in_features == width != one.out_features]
-    return tuple(found or [one for one in layers if one.out_features >= one.in_features] or layers)
+    found: list[Layer] = []
+    for block in dict.fromkeys(one.block for one in layers):
+        own = [one for one in layers if one.block == block]
+        inward = [one for one in own if one.in_features == width != one.out_features]
+        found += inward or [one for one in own if one.out_features >= one.in_features]
+    return tuple(found or layers)
 
 
 def _is_last(layer: Layer) -> bool:

@@ -470,6 +470,9 @@ def test_gate_and_up_are_taken_where_the_inner_side_is_narrow_too(inner: int) ->
     model = LlamaForCausalLM(LlamaConfig(**sizes, **heads))
     found = first_layers(find_layers(model, "all", "mlp"), model)
     assert [one.projection for one in found] == ["gate_proj", "up_proj"] * 2
+    square = LlamaForCausalLM(LlamaConfig(**(sizes | {"intermediate_size": 32}), **heads))
+    mixed = [*find_layers(model, 0, "mlp"), *find_layers(square, 1, "mlp")]
+    assert len(first_layers(mixed, model)) == 2 + 3  # no block is left out
 
 
 def test_rows_of_a_mixture_are_drawn_over_all_experts(tmp_path: Path) -> None:
