@@ -575,10 +575,14 @@ def _feed_forward(module: nn.Module, blocks: str | None, layer: Layer) -> bool:
 
 
 def _attends(module: nn.Module, blocks: str | None, layer: Layer) -> bool:
-    """Tell whether ``layer`` lies in a block, in a part that its name or class calls attention."""
+    """Tell whether ``layer`` lies in a block, in a part that its name or class calls attention.
+
+    A class that is called a layer of a decoder (Zamba's) holds a feed-forward part too.
+    """
     if layer.block is None:
         return False
-    parts = (f"{key} {type(part).__name__}" for key, part in _way(module, blocks, layer))
+    kinds = ((key, type(part).__name__) for key, part in _way(module, blocks, layer))
+    parts = (key if kind.endswith("DecoderLayer") else f"{key} {kind}" for key, kind in kinds)
     return any(re.search("attn|attention", one, re.I) for one in (*parts, layer.projection))
 
 

@@ -141,7 +141,9 @@ def _claim(
 def _non_gaussian(subject: Subject) -> list[Number]:
     floors = subject.scores.layers.set_index("layer")["null_floor_high"]
     edges, tails = [], []
-    known = subject.scores.frame.dropna(subset=["wd"])
+    every = subject.scores.frame
+    wide = every.groupby("layer")["neuron"].transform("size") * FRACTION >= 0.5
+    known = every[wide].dropna(subset=["wd"])  # of a router's few rows none is a top 3 %
     for name, part in known.groupby("layer", sort=False):
         rows = part.sort_values("wd", ascending=False)
         floor = float(floors[str(name)])
@@ -159,7 +161,8 @@ def _non_gaussian(subject: Subject) -> list[Number]:
         number("median WD, median layer (σ)", float(medians["median"].median()), n=n),
         number("largest WD, median layer (σ)", float(medians["max"].median()), n=n),
         number("largest WD (σ)", float(medians["max"].max()), n=n),
-        number("layers without a WD", float(len(subject.linears) - n)),
+        number("layers without a WD", float(every.loc[wide, "layer"].nunique() - n)),
+        number("layers of too few rows for 3 %", float(every.loc[~wide, "layer"].nunique())),
     ]
 
 
@@ -334,7 +337,7 @@ def _expansion(subject: Subject) -> list[Number]:
     for row in equal[equal["method"] == "expansion"].itertuples():
         where = f"{_zeros(float(str(row.sparsity)))}, {row.experts} experts"
         made.append(number(f"{row.competitor} of as many non-zeros",
-                           1 / float(str(row.ratio)), setting=where))  # fmt: skip
+                           _turned(row.ratio).value, setting=where))  # fmt: skip
     return made
 
 
@@ -555,8 +558,14 @@ def _allocation(subject: Subject) -> list[Number]:
     found, made = subject.allocated, []
     rows = found.frame[found.frame["allocation"] != UNIFORM]
     for row in rows[rows["method"] == "sparsegpt"].itertuples():
-        ends = [float(str(one)) for one in (row.uniform_ratio, row.uniform_high, row.uniform_low)]
-        made.append(number(str(row.allocation), Interval(*(1 / one for one in ends)),
-                           n=subject.text.n_windows, unit="windows",
-                           setting=_zeros(float(str(row.sparsity)))))  # fmt: skip
+        turned = _turned(row.uniform_ratio, row.uniform_low, row.uniform_high)
+        made.append(number(str(row.allocation), turned, n=subject.text.n_windows,
+                           unit="windows", setting=_zeros(float(str(row.sparsity)))))  # fmt: skip
     return made
+
+
+def _turned(ratio: object, low: object = np.nan, high: object = np.nan) -> Interval:
+    """Return the interval of 1 / a ratio; infinite where it is 0, as of an infinite perplexity."""
+    with np.errstate(divide="ignore"):
+        value, *ends = 1 / np.array([ratio, high, low], np.float64)
+    return Interval(float(value), *(float(one) for one in ends))

@@ -397,8 +397,10 @@ class Subject:
 def first_layers(layers: Sequence[Layer], module: nn.Module) -> tuple[Layer, ...]:
     """Return the linears of feed-forward parts that read the residual stream: gate and up.
 
-    Those of a block that take the hidden size of the configuration in and give another; where that
-    tells nothing, those that do not narrow: all of a block as wide inside as outside.
+    Those of a block that take the hidden size of the configuration in and give another; where some
+    widen, not those that narrow, which are routers or lead through a bottleneck, but an expert's;
+    where the size tells nothing, those that do not narrow: all of a block as wide inside as
+    outside.
     """
     config: Any = getattr(module, "config", None)
     text = getattr(config, "text_config", None) or config
@@ -407,7 +409,8 @@ def first_layers(layers: Sequence[Layer], module: nn.Module) -> tuple[Layer, ...
     for block in dict.fromkeys(one.block for one in layers):
         own = [one for one in layers if one.block == block]
         inward = [one for one in own if one.in_features == width != one.out_features]
-        found += inward or [one for one in own if one.out_features >= one.in_features]
+        wide = [one for one in inward if one.is_expert or one.out_features > one.in_features]
+        found += wide or inward or [one for one in own if one.out_features >= one.in_features]
     return tuple(found or layers)
 
 

@@ -210,6 +210,16 @@ def test_attention_is_seen_in_the_names_inside_a_block() -> None:
         assert [layer.name.removeprefix("blocks.0.") for layer in found] == names
 
 
+def test_a_decoder_layer_inside_a_block_is_not_all_attention() -> None:
+    from transformers import ZambaConfig, ZambaForCausalLM
+
+    sizes: Any = {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2,
+                  "attention_head_dim": 16, "mamba_d_state": 4, "mamba_dt_rank": 4}  # fmt: skip
+    config = ZambaConfig(**{**GROUPED, "num_key_value_heads": 4, **sizes})
+    found = find_layers(ZambaForCausalLM(config), "all", "mlp")
+    assert {one.projection for one in found} == {"gate_proj", "up_proj", "down_proj", "linear"}
+
+
 def test_several_projections() -> None:
     module = TINY["llama"]()
     wanted = ["model.layers.1.self_attn.q_proj", "model.layers.1.mlp.up_proj"]

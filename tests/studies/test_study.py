@@ -475,6 +475,36 @@ def test_gate_and_up_are_taken_where_the_inner_side_is_narrow_too(inner: int) ->
     assert len(first_layers(mixed, model)) == 2 + 3  # no block is left out
 
 
+def test_routers_and_bottlenecks_beside_a_wide_part_are_left_out() -> None:
+    from tests.tiny_models import build_other
+
+    model = build_other("gemma3n")
+    found = first_layers(find_layers(model, "all", "mlp"), model)
+    assert [one.projection for one in found] == ["gate_proj", "up_proj"] * 3
+
+
+def test_layers_of_too_few_rows_are_not_the_least() -> None:
+    rows = [{"layer": name, "neuron": i, "wd": wd, "wd_se": 0.0, "wd_bound": 0.0}
+            for name, n, wd in (("a", 40, 0.3), ("b", 16, 0.1), ("c", 17, 0.2))
+            for i in range(n)]  # fmt: skip
+    scores: Any = SimpleNamespace(frame=pd.DataFrame(rows), layers=pd.DataFrame({
+        "layer": list("abc"), "null_floor_high": 0.1}))  # fmt: skip
+    subject: Any = SimpleNamespace(scores=scores, calibration=SimpleNamespace(n_seq=4))
+    told = {one["number"]: one["value"] for one in CLAIMS["non-gaussian"].measure(subject)}
+    assert told["top 3 % / null floor, least layer"] == pytest.approx(2.0)  # of c
+    assert told["layers of too few rows for 3 %"] == 1
+    assert told["layers without a WD"] == 0
+
+
+def test_a_perplexity_without_bounds_is_infinitely_better_than_none() -> None:
+    row = {"allocation": "layers by mean WD", "method": "sparsegpt", "sparsity": 0.7,
+           "uniform_ratio": 0.0, "uniform_low": 0.0, "uniform_high": 4.0}  # fmt: skip
+    subject: Any = SimpleNamespace(allocated=SimpleNamespace(frame=pd.DataFrame([row])),
+                                   text=SimpleNamespace(n_windows=3))  # fmt: skip
+    (told,) = CLAIMS["allocation"].measure(subject)
+    assert [told[name] for name in ("value", "low", "high")] == [np.inf, 0.25, np.inf]
+
+
 def test_rows_of_a_mixture_are_drawn_over_all_experts(tmp_path: Path) -> None:
     from tests.mixtures import mixture, text
 
