@@ -82,7 +82,8 @@ def load_sae(folder: str | Path) -> EncoderDictionary:
         If the files are not there.
     InvalidInput
         If they cannot be read, lack a tensor, do not fit together, or ask for what is not done:
-        normalised inputs, gates, transcoders, skip connections, groups, rescaled codes.
+        normalised inputs, gates, transcoders, skip connections, groups, rescaled codes, tensors
+        that are not read here.
     """
     place = Path(folder)
     weights = [name for name in (SAELENS, SPARSIFY) if (place / name).is_file()]
@@ -99,6 +100,8 @@ def load_sae(folder: str | Path) -> EncoderDictionary:
     read = _saelens if weights[0] == SAELENS else _sparsify
     try:
         found = read(config, tensors)
+    except InvalidInput:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InvalidInput(f"'{place}' lacks {error}; copy it again.") from error
     _check(found, place)
@@ -120,6 +123,8 @@ def _saelens(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Encode
     kept = None
     if kind == "topk":
         kept = int(told["k"] if "k" in told else told["activation_fn_kwargs"]["k"])
+    names = ("W_dec", "b_dec", "W_enc", "b_enc", *(("threshold",) if kind == "jumprelu" else ()))
+    _refuse_others(tensors, names)
     return EncoderDictionary(
         atoms=tensors["W_dec"], bias=tensors["b_dec"], encoder=tensors["W_enc"].mT.contiguous(),
         encoder_bias=tensors["b_enc"], shifts=bool(told.get("apply_b_dec_to_input", True)),
@@ -132,6 +137,7 @@ def _sparsify(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Encod
     _refuse("activation", config.get("activation", "topk"), ("topk",))
     for name in ("transcode", "skip_connection", "signed"):
         _refuse(name, config.get(name, False), (False,))
+    _refuse_others(tensors, ("W_dec", "b_dec", "encoder.weight", "encoder.bias"))
     return EncoderDictionary(
         atoms=tensors["W_dec"], bias=tensors["b_dec"], encoder=tensors["encoder.weight"],
         encoder_bias=tensors["encoder.bias"], shifts=True, kept=int(config["k"]), least=None,
@@ -147,15 +153,30 @@ def _refuse(name: str, value: object, known: tuple[object, ...]) -> None:
         )
 
 
+def _refuse_others(tensors: Mapping[str, Tensor], read: tuple[str, ...]) -> None:
+    """Refuse tensors that are not read, such as factors of codes, but factors of 1."""
+    ones = [name for name, one in tensors.items()
+            if name.endswith("scaling_factor") and bool((one == 1).all())]  # fmt: skip
+    strange = sorted(set(tensors) - {*read, *ones})
+    if strange:
+        raise InvalidInput(
+            f"the tensors of a sparse autoencoder must be {list(read)} here; got {strange} "
+            "besides: it cannot be coded with."
+        )
+
+
 def _check(found: EncoderDictionary, place: Path) -> None:
     atoms, features = found.atoms.shape if found.atoms.ndim == 2 else (0, 0)
-    shapes = found.encoder.shape, found.encoder_bias.shape, found.bias.shape
-    if shapes != ((atoms, features), (atoms,), (features,)):
+    least = found.encoder_bias if found.least is None else found.least
+    shapes = found.encoder.shape, found.encoder_bias.shape, found.bias.shape, least.shape
+    if shapes != ((atoms, features), (atoms,), (features,), (atoms,)):
         raise InvalidInput(
             f"the tensors of '{place}' must fit a decoder of shape {(atoms, features)}; got an "
-            f"encoder, its bias and the decoder's bias of {[tuple(one) for one in shapes]}."
+            "encoder, its bias, the decoder's bias and what is compared with the codes of "
+            f"{[tuple(one) for one in shapes]}."
         )
     if found.kept is not None and not 1 <= found.kept <= atoms:
         raise InvalidInput(f"`k` of '{place}' must lie in 1 to {atoms}; got {found.kept}.")
-    if not all(torch.isfinite(one).all() for one in (found.atoms, found.encoder, found.bias)):
+    held = (found.atoms, found.encoder, found.bias, found.encoder_bias)
+    if least.isnan().any() or not all(torch.isfinite(one).all() for one in held):
         raise InvalidInput(f"the weights of '{place}' must be finite; copy it again.")

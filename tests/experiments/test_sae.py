@@ -26,7 +26,10 @@ def tensors() -> dict[str, torch.Tensor]:
 def saelens(folder: Path, **config: Any) -> Path:
     own = {"d_in": FEATURES, "d_sae": ATOMS, "hook_name": "blocks.1.hook_mlp_in", **config}
     (folder / "cfg.json").write_text(json.dumps(own))
-    save_file(tensors(), folder / SAELENS)
+    own = tensors()
+    if config.get("architecture") != "jumprelu":
+        del own["threshold"]
+    save_file(own, folder / SAELENS)
     return folder
 
 
@@ -109,10 +112,35 @@ def test_what_sparsify_has_besides_is_refused(tmp_path: Path, name: str) -> None
         load_sae(sparsify(tmp_path, **{name: "groupmax" if name == "activation" else True}))
 
 
+@pytest.mark.parametrize(
+    ("more", "refused"),
+    [
+        ({"scaling_factor": torch.full((ATOMS,), 2.0)}, True),
+        ({"scaling_factor": torch.ones(ATOMS)}, False),
+        ({"threshold": torch.ones(ATOMS, 1)}, True),
+        ({"threshold": torch.full((ATOMS,), float("nan"))}, True),
+        ({"b_enc": torch.full((ATOMS,), float("nan"))}, True),
+    ],
+)  # fmt: skip
+def test_tensors_that_would_change_codes_unread_are_refused(
+    tmp_path: Path, more: dict[str, torch.Tensor], refused: bool
+) -> None:
+    place = saelens(tmp_path, architecture="jumprelu")
+    save_file(tensors() | more, place / SAELENS)
+    if refused:
+        with pytest.raises(InvalidInput):
+            load_sae(place)
+    else:
+        assert torch.isfinite(load_sae(place).codes(POINTS)).all()
+    (place / "cfg.json").write_text("{}")  # an old file without its architecture
+    with pytest.raises(InvalidInput, match="threshold"):
+        load_sae(place)
+
+
 def test_damaged_folders(tmp_path: Path) -> None:
     with pytest.raises(Unavailable, match="has not"):
         load_sae(tmp_path)
-    place = saelens(tmp_path)
+    place = saelens(tmp_path, architecture="jumprelu")
     save_file({**tensors(), "b_enc": torch.zeros(3)}, place / SAELENS)
     with pytest.raises(InvalidInput, match="fit a decoder"):
         load_sae(place)
