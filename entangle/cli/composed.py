@@ -459,14 +459,14 @@ def _left(arguments: argparse.Namespace, *made: Any) -> tuple[list[str], list[st
     """Return the claims that --resume would measure, and the experiments that it would read."""
     from entangle.runs.claims import beside
     from entangle.runs.provenance import expand_user
-    from entangle.studies.study import key_of
+    from entangle.studies.study import key_of, runs_of
 
     kept = beside(expand_user(arguments.out).resolve(), "studying")
     if arguments.force or not arguments.resume or not kept.is_dir():
         return arguments.asked, []
     key = key_of(*made)
     claims = [one for one in arguments.asked if not (kept / f"{key}-{one}.parquet").exists()]
-    runs = kept / "runs" / key
+    runs = runs_of(kept, made[0], key)
     done = [one.parent.name for one in runs.glob("*/manifest.json")]
     return claims, [*done, *(one.stem for one in runs.glob("damage.parquet"))]
 

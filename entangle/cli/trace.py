@@ -34,7 +34,7 @@ def add_parser(subparsers: options.Subparsers) -> None:
     parser.add_argument(
         "--revisions", metavar="LIST",
         help="comma-separated revisions of the hub model, or subfolders of the folder, in order "
-        "(default: all subfolders that hold a model, by the number in their names)",
+        "(default: all subfolders that hold a model, by the number in their names, others last)",
     )  # fmt: skip
     options.add_loading_options(parser.add_argument_group("model"))
     options.add_calibration_options(parser, holds_back=True)

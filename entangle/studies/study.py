@@ -287,7 +287,7 @@ def _of_model(
     model = as_causal_model(made.load(base, revision))
     calibration, text = made.texts(model, rest["size"])
     key = key_of(model, calibration, text)
-    place = kept.path / "runs" / key
+    place = runs_of(kept.path, model, key)
     place.mkdir(parents=True, exist_ok=True)
     subject = Subject(label, model, calibration, text, folder=place, **rest)
     numbers, why = [], {}
@@ -316,6 +316,14 @@ def key_of(model: LanguageModel, calibration: CalibrationSet, text: EvaluationTe
     Models of the same weights that compute something else, by class or configuration, have others.
     """
     return _digest(model.digest, calibration.digest, text.digest, _computed(model))
+
+
+def runs_of(kept: Path, model: LanguageModel, key: str) -> Path:
+    """Return where the results are kept that the pieces of a model are taken from.
+
+    Models of one key but another name have others, since a result tells the name.
+    """
+    return kept / "runs" / _digest(key, json.dumps([model.name, model.source, model.revision]))
 
 
 def _computed(model: LanguageModel, *, but: str = "") -> str:

@@ -28,6 +28,7 @@ from entangle.studies.study import (
     keep_runs,
     key_of,
     labelled,
+    runs_of,
     split_revision,
 )
 from entangle.studies.subject import FRACTION, SIZES, Subject, losses
@@ -46,7 +47,7 @@ def revisions_of(models: Sequence[str], revisions: Sequence[str] = ()) -> list[s
         Several models, which are the series; or one.
     revisions
         Of the one: subfolders of its folder, or revisions of the hub. Without them, all subfolders
-        that hold a model, by the last number in their names.
+        that hold a model, by the last number in their names; those without one (``final``) last.
 
     Raises
     ------
@@ -70,7 +71,7 @@ def revisions_of(models: Sequence[str], revisions: Sequence[str] = ()) -> list[s
         found = [f"{model}@{one}" for one in revisions]
     else:
         inside = folder.glob("*/config.json") if folder.is_dir() else ()
-        found = sorted((str(one.parent) for one in inside), key=lambda one: (step_of(one), one))
+        found = sorted((str(one.parent) for one in inside), key=_by_step)
     if len(found) < 2:
         raise InvalidInput(
             f"a trace must have at least two revisions; got {len(found)} of {model!r}: name them "
@@ -84,6 +85,11 @@ def step_of(name: str) -> float:
     last = split_revision(name)[1] or Path(name).name
     found = _NUMBER.findall(last)
     return float(found[-1]) if found else float("nan")
+
+
+def _by_step(name: str) -> tuple[bool, float, str]:
+    step = step_of(name)
+    return (True, 0.0, name) if np.isnan(step) else (False, step, name)  # a NaN is in no order
 
 
 def trace(
@@ -150,7 +156,7 @@ def trace(
             model = as_causal_model(made.load(*split_revision(name)))
             given, text = made.texts(model, wanted)
             _check_same(about, {"calibration": given.describe(), "evaluation": text.describe()})
-            folder = kept.path / "runs" / key_of(model, given, text)
+            folder = runs_of(kept.path, model, key_of(model, given, text))
             folder.mkdir(parents=True, exist_ok=True)
             subject = Subject(
                 label, model, given, text, wanted, folder, whole_seeds, seed, memory,

@@ -1,5 +1,6 @@
 """A trace of tiny checkpoints."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -69,6 +70,27 @@ def test_checkpoints_are_followed(checkpoints: Path, text_file: Path, tmp_path: 
     assert main(again) == 0
     assert (out / "manifest.json").read_bytes() == before
     assert main([*again, "--seed", "1"]) == 2
+
+
+def test_folders_without_a_number_come_last(tmp_path: Path) -> None:
+    for name in ("step10", "final", "step2", "best", "step1"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    found = [Path(one).name for one in revisions_of([str(tmp_path)])]
+    assert found == ["step1", "step2", "step10", "best", "final"]
+
+
+def test_equal_revisions_of_two_names(tiny_folder: Callable[[str], Path], text_file: Path,
+                                      tmp_path: Path) -> None:  # fmt: skip
+    for name in ("step1", "final"):
+        shutil.copytree(tiny_folder("llama"), tmp_path / "c" / name)
+    text = ("--calibration", text_file, "--n-seq", 4, "--seq-len", 32, "--evaluation", text_file,
+            "--eval-seq-len", 32, "--eval-windows", 2, "--seeds", 1, "--quiet")  # fmt: skip
+    out = tmp_path / "t"
+    assert main(["trace", str(tmp_path / "c"), *map(str, text), "--out", str(out)]) == 0
+    frame = Trace.load(out).frame
+    assert frame["overlap"].tolist() == [1.0, 1.0]
+    assert frame["damage"].nunique() == 1
 
 
 def test_the_series(checkpoints: Path) -> None:
