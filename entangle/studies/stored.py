@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from entangle.errors import UnknownName
 from entangle.models.layers import Layer, find_layers
 from entangle.models.loading import LanguageModel
 
@@ -43,7 +44,10 @@ def stored_as(model: LanguageModel) -> str:
         how many do.
     """
     kind = str(model.dtype).removeprefix("torch.")
-    found = [_form(layer) for layer in _looked_at(model.module)]
+    try:
+        found = [_form(layer) for layer in _looked_at(model.module)]
+    except UnknownName:
+        return f"{kind}, not looked at (no feed-forward parts)"
     families = list(dict.fromkeys(family for family, _ in found))
     said = {one: _said(one, [number for own, number in found if own == one]) for one in families}
     if len(said) > 1:

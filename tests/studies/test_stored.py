@@ -98,3 +98,10 @@ def test_what_cannot_be_told(model: LanguageModel) -> None:
         own.copy_((1 + gaussian(own)).bfloat16())
     assert stored_as(model).startswith("float32, not told from quantised ones")
     assert form(1 + gaussian(weights(model)[0])) == (FLOATS, 0)
+
+
+def test_a_model_without_feed_forward_parts_is_told_as_such() -> None:
+    from tests.tiny_models import build_other
+
+    found = stored_as(entangle.load_model(build_other("mamba")))
+    assert found == "float32, not looked at (no feed-forward parts)"
