@@ -181,9 +181,9 @@ def sliced_distances(inputs: TokenStore, clusters: Clusters, *, seed: int) -> li
     Returns
     -------
     list of float
-        Sliced Wasserstein distance (W1, `SLICES` random directions) between at most
-        `SLICED_TOKENS` tokens of a cluster and as many of the others, in units of the inputs; NaN
-        where there are none.
+        Sliced Wasserstein distance (W1, `SLICES` random directions, the same for all clusters)
+        between at most `SLICED_TOKENS` tokens of a cluster and as many of the others, in units of
+        the inputs; NaN where there are none.
 
     References
     ----------
@@ -196,6 +196,8 @@ def sliced_distances(inputs: TokenStore, clusters: Clusters, *, seed: int) -> li
 
     labels, found = clusters.labels.cpu().numpy(), []
     rng = numpy_rng(seed, "sliced distances")
+    slices = rng.standard_normal((inputs.span(0, 1).shape[1], SLICES))
+    slices /= np.linalg.norm(slices, axis=0)
     for cluster in range(len(clusters.sizes)):
         parts = [np.flatnonzero(labels == cluster), np.flatnonzero(labels != cluster)]
         if not all(map(len, parts)):
@@ -206,8 +208,6 @@ def sliced_distances(inputs: TokenStore, clusters: Clusters, *, seed: int) -> li
             .float().cpu().double().numpy()
             for part in parts
         )  # fmt: skip
-        slices = rng.standard_normal((own.shape[1], SLICES))
-        slices /= np.linalg.norm(slices, axis=0)
         distance = ot.sliced_wasserstein_distance(own, others, p=1, projections=slices)
         found.append(float(distance))
     return found
