@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from entangle.errors import EntangleError, Unavailable
 from entangle.memory import give_back
 
 if TYPE_CHECKING:
@@ -403,7 +404,16 @@ def measure(
     base, untouched = _resident(), _untouched()
     hashing, device = _hashed(trials, job), job.model.device.type
     with tempfile.TemporaryDirectory(prefix="entangle-dry-") as name:
-        warm = spent(subject, trials[0], Path(name))
+        try:
+            warm = spent(subject, trials[0], Path(name))
+        except (LookupError, AttributeError, TypeError, ValueError) as error:
+            if isinstance(error, EntangleError):
+                raise
+            what = f"{type(job.model.module).__name__} cannot run with few of its blocks"
+            raise Unavailable(
+                f"{what}, as the trials of --dry-run do ({type(error).__name__}: {error}); run it "
+                "on little text instead."
+            ) from error
         took = [(subject.counts(one), spent(subject, one, Path(name))) for one in trials]
         others = beside or ()
         if isinstance(beside, Subject):

@@ -44,6 +44,23 @@ def test_least_squares_find_what_counts_take() -> None:
     assert trials.fitted(trials_of, [2 * one for one in found], job) == pytest.approx(2 * wanted)
 
 
+@pytest.mark.parametrize(
+    ("raised", "told"), [(KeyError(3), "KeyError: 3"), (MemoryLimit("m"), "m")]
+)
+def test_a_model_that_cannot_be_shortened_is_told_as_such(
+    raised: Exception, told: str, run: Run, tiny_folder: Callable[[str], Path], text_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def fail(*_: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(trials, "spent", fail)
+    ran = run("score", tiny_folder("llama"), "--calibration", text_file, *TEXT, "--dry-run")
+    assert ran.status != 0
+    assert told in ran.err
+    assert "Traceback" not in ran.err
+
+
 def test_nothing_takes_less_than_nothing() -> None:
     counts = [{"tokens": 1.0}, {"tokens": 2.0}]
     assert trials.fitted(counts, [2.0, 1.0], {"tokens": 1e6}) >= 0
