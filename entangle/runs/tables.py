@@ -6,6 +6,7 @@ Tables of results in LaTeX: rules of ``booktabs``, units in the head, intervals 
 """
 
 import html
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,32 @@ def number(value: float, digits: int = 4) -> str:
     if value != value:  # NaN
         return "–"
     return f"{value:.{digits}g}".replace("-", "−").replace("inf", "∞")
+
+
+def with_ends(value: float, low: float, high: float) -> str:
+    """Return a number with its interval: two digits of its width are seen, three of each number.
+
+    So an end beside a bar does not look as if it lay on it.
+
+    >>> with_ends(1.010652, 1.003782, 1.01685)
+    '1.011 [1.004, 1.017]'
+    >>> with_ends(21.465, 15.368, 27.562), with_ends(0.5, math.nan, math.nan)
+    ('21.5 [15.4, 27.6]', '0.5')
+    """
+    if not (math.isfinite(low) and math.isfinite(high)):
+        ends = "" if low != low else f"[{number(low, 3)}, {number(high, 3)}]"
+        return f"{number(value, 3)} {ends}".strip()
+    places = 2 - _digits_before(high - low)
+
+    def said(one: float) -> str:
+        return number(one, max(3, min(_digits_before(one) + places, 9)))
+
+    return f"{said(value)} [{said(low)}, {said(high)}]"
+
+
+def _digits_before(value: float) -> int:
+    """Return the place of the first digit before the point; 0 and less behind it."""
+    return math.floor(math.log10(abs(value))) + 1 if value and math.isfinite(value) else 1
 
 
 def html_table(frame: pd.DataFrame, *, rows: int = 10) -> str:

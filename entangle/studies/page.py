@@ -7,7 +7,7 @@ import pandas as pd
 
 from entangle.report.page import render
 from entangle.results.study import Study
-from entangle.runs.tables import number
+from entangle.runs.tables import number, with_ends
 
 MARKS = {"holds": "●", "weaker": "◐", "fails": "○", "not measured": "–"}
 """Read without colours."""
@@ -73,9 +73,8 @@ def _row(row: dict[Any, Any]) -> dict[str, object]:
 
 
 def _ends(row: dict[Any, Any], *, value: bool = False) -> str:
-    known = row["low"] == row["low"]
-    ends = f"[{number(row['low'], 3)}, {number(row['high'], 3)}]" if known else ""
-    return f"{number(row['value'], 3)} {ends}".strip() if value else ends
+    said = with_ends(row["value"], row["low"], row["high"])
+    return said if value else " ".join(said.split(" ")[1:])
 
 
 def _p(value: float) -> str:

@@ -26,6 +26,7 @@ import pandas as pd
 from scipy.stats import norm
 
 from entangle.results.study import VERDICTS
+from entangle.runs.tables import with_ends
 
 HOLDS, WEAKER, FAILS, NOT_MEASURED = VERDICTS
 YES, NO, UNKNOWN = "yes", "no", ""
@@ -253,7 +254,7 @@ def at(row: Mapping[Any, Any]) -> str:
 
 
 def _lost(row: Mapping[Any, Any]) -> str:
-    return f"{at(row)}: {row['value']:.3g} [{row['low']:.3g}, {row['high']:.3g}]"
+    return f"{at(row)}: {with_ends(row['value'], row['low'], row['high'])}"
 
 
 def _gap(low: float, bar: Bar) -> float:

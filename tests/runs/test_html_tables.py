@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from entangle.errors import visible
-from entangle.runs.tables import described, escaped, html_result, html_table, number
+from entangle.runs.tables import described, escaped, html_result, html_table, number, with_ends
 
 SCRIPT = "<script>alert('1' & \"2\")</script>"
 
@@ -91,3 +91,20 @@ def test_described() -> None:
     assert described(manifest, "text", "name", default="none") == "none"
     assert described({}, "model") == "?"
     assert described(MappingProxyType({"by": ["wd", "md"]}), "by") == "wd, md"
+
+
+@pytest.mark.parametrize(
+    ("numbers", "said"),
+    [
+        ((1.010652, 1.003782, 1.01685), "1.011 [1.004, 1.017]"),
+        ((21.465, 15.368, 27.562), "21.5 [15.4, 27.6]"),
+        ((6.33e-5, -6.77e-5, 1.94e-4), "6.33e−05 [−6.77e−05, 0.000194]"),
+        ((2.0, 1.0, np.inf), "2 [1, ∞]"),
+        ((0.5, np.nan, np.nan), "0.5"),
+        ((1.0, 1.0, 1.0), "1 [1, 1]"),
+    ],
+)
+def test_an_end_beside_a_bar_does_not_lie_on_it(
+    numbers: tuple[float, float, float], said: str
+) -> None:
+    assert with_ends(*numbers) == said
