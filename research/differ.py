@@ -37,6 +37,7 @@ from entangle.packed.activations import ACTIVATIONS
 from entangle.precision import full_precision
 from entangle.recording.groups import record_groups
 from entangle.stats.wasserstein import null_floor, shape_statistics
+from entangle.studies.study import labelled
 from entangle.studies.subject import first_layers
 from entangle.texts.calibration_set import CalibrationSet
 
@@ -332,18 +333,19 @@ def main() -> None:
     """Measure every model of the command line and write the tables."""
     given = parse()
     facts, changes = list[dict[str, object]](), list[pd.DataFrame]()
-    for name in given.models:
+    for name, label in zip(given.models, labelled(given.models), strict=True):
         model = entangle.load_model(name)
         calibration = entangle.load_calibration(
-            given.calibration, model.tokenizer, n_seq=given.n_seq, seq_len=given.seq_len
-        )
+            given.calibration, model.tokenizer, n_seq=given.n_seq, seq_len=given.seq_len,
+            context_length=model.context_length, vocab_size=model.vocab_size,
+        )  # fmt: skip
         rows, tails = measured(model, calibration, chosen_blocks(model, given.blocks))
-        told = facts_of(Path(name).name, model, calibration, rows, tails)
+        told = facts_of(label, model, calibration, rows, tails)
         if given.damage:
             layers = first_layers(mlp_layers(model), model.module)
             told |= damage(model, calibration, given.damage, layers)
         facts.append(told)
-        changes.append(compared(rows).assign(model=Path(name).name))
+        changes.append(compared(rows).assign(model=label))
         pd.DataFrame(facts).to_csv(given.out / "facts.csv", index=False)
         pd.concat(changes).to_csv(given.out / "changes.csv", index=False)
         print(pd.DataFrame([told]).T.to_string(header=False))

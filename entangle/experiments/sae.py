@@ -104,7 +104,7 @@ def load_sae(folder: str | Path) -> EncoderDictionary:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InvalidInput(f"'{place}' lacks {error}; copy it again.") from error
-    _check(found, place)
+    _check(found, config, place)
     return found
 
 
@@ -165,7 +165,7 @@ def _refuse_others(tensors: Mapping[str, Tensor], read: tuple[str, ...]) -> None
         )
 
 
-def _check(found: EncoderDictionary, place: Path) -> None:
+def _check(found: EncoderDictionary, config: Mapping[str, Any], place: Path) -> None:
     atoms, features = found.atoms.shape if found.atoms.ndim == 2 else (0, 0)
     least = found.encoder_bias if found.least is None else found.least
     shapes = found.encoder.shape, found.encoder_bias.shape, found.bias.shape, least.shape
@@ -175,6 +175,12 @@ def _check(found: EncoderDictionary, place: Path) -> None:
             "encoder, its bias, the decoder's bias and what is compared with the codes of "
             f"{[tuple(one) for one in shapes]}."
         )
+    for name, size in (("d_in", features), ("d_sae", atoms), ("num_latents", atoms)):
+        if config.get(name) not in (None, 0, size):  # 0 of sparsify: by the factor of expansion
+            raise InvalidInput(
+                f"the decoder of '{place}' must have {name} = {config[name]}, as its cfg.json "
+                f"says; got {atoms} atoms of {features} features."
+            )
     if found.kept is not None and not 1 <= found.kept <= atoms:
         raise InvalidInput(f"`k` of '{place}' must lie in 1 to {atoms}; got {found.kept}.")
     held = (found.atoms, found.encoder, found.bias, found.encoder_bias)

@@ -137,6 +137,16 @@ def test_tensors_that_would_change_codes_unread_are_refused(
         load_sae(place)
 
 
+def test_sizes_are_those_that_the_file_tells(tmp_path: Path) -> None:
+    for size in ({"d_in": ATOMS}, {"d_sae": FEATURES}):
+        with pytest.raises(InvalidInput, match=next(iter(size))):
+            load_sae(saelens(tmp_path, **size))
+    (tmp_path / SAELENS).unlink()
+    with pytest.raises(InvalidInput, match="num_latents"):
+        load_sae(sparsify(tmp_path, num_latents=ATOMS + 1))
+    assert load_sae(sparsify(tmp_path, num_latents=0, expansion_factor=2)).atoms.shape[0] == ATOMS
+
+
 def test_damaged_folders(tmp_path: Path) -> None:
     with pytest.raises(Unavailable, match="has not"):
         load_sae(tmp_path)
