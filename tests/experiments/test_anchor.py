@@ -1,5 +1,6 @@
 """What dictionaries say about neurons, on tiny models of several architectures."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,7 @@ def test_a_brought_dictionary(tiny: Tiny, calibration: CalibrationSet, tmp_path:
     made = {"W_enc": torch.eye(width), "W_dec": torch.eye(width)}
     made |= {name: torch.zeros(width) for name in ("b_enc", "b_dec")}
     save_file(made, tmp_path / "sae_weights.safetensors")
+    (tmp_path / "cfg.json").write_text(json.dumps({"d_in": width, "d_sae": width}))
     found = anchor(
         model, calibration, layers=LAYERS["llama"], dictionary=tmp_path,
         **{**SMALL, "atoms": None},
