@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from entangle.errors import EntangleError, Unavailable
+from entangle.errors import Unavailable
 from entangle.memory import give_back
 
 if TYPE_CHECKING:
@@ -302,6 +302,26 @@ def high_water() -> int:
     return peak_memory_bytes()
 
 
+def _check_short(trial: Job) -> None:
+    """Raise `Unavailable` if a trial's model cannot run at all, since it lacks blocks."""
+    from entangle.recording.hooks import forward
+
+    if trial.text is not None:
+        ids = trial.text.ids
+    elif trial.windows is not None:
+        ids = trial.windows.windows
+    else:
+        return
+    try:
+        forward(trial.model.module, ids[:1, :8])
+    except (LookupError, AttributeError, TypeError, ValueError) as error:
+        raise Unavailable(
+            f"{type(trial.model.module).__name__} cannot run with few of its blocks, as the "
+            f"trials of --dry-run do ({type(error).__name__}: {error}); run it on little text "
+            "instead."
+        ) from error
+
+
 def spent(subject: Subject, job: Job, folder: Path) -> Spent:
     """Do a job, and return what it took."""
     with tempfile.TemporaryDirectory(dir=folder) as before, \
@@ -406,14 +426,9 @@ def measure(
     with tempfile.TemporaryDirectory(prefix="entangle-dry-") as name:
         try:
             warm = spent(subject, trials[0], Path(name))
-        except (LookupError, AttributeError, TypeError, ValueError) as error:
-            if isinstance(error, EntangleError):
-                raise
-            what = f"{type(job.model.module).__name__} cannot run with few of its blocks"
-            raise Unavailable(
-                f"{what}, as the trials of --dry-run do ({type(error).__name__}: {error}); run it "
-                "on little text instead."
-            ) from error
+        except Exception:
+            _check_short(trials[0])
+            raise
         took = [(subject.counts(one), spent(subject, one, Path(name))) for one in trials]
         others = beside or ()
         if isinstance(beside, Subject):

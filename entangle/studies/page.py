@@ -74,7 +74,7 @@ def _row(row: dict[Any, Any]) -> dict[str, object]:
 
 def _ends(row: dict[Any, Any], *, value: bool = False) -> str:
     said = with_ends(row["value"], row["low"], row["high"])
-    return said if value else " ".join(said.split(" ")[1:])
+    return said if value else said.partition(" ")[2]
 
 
 def _p(value: float) -> str:
